@@ -1,0 +1,60 @@
+# `make run` needs python3 (3.11 or newer), python3-venv and make; everything else comes by the locks.
+.PHONY: run install test check bench lock
+.SILENT:
+MAKEFLAGS += --no-print-directory
+
+bin := .venv/bin
+pip := $(bin)/python -m pip --quiet --disable-pip-version-check
+# Options for `make lock`; LOCK=--upgrade moves every package to its newest release.
+LOCK :=
+# Options for `make test`, such as ARGUMENTS="-k restart -x".
+ARGUMENTS :=
+
+run: install
+	exec $(bin)/pilotflame dev
+
+install: .venv/installed
+
+test: .venv/installed-for-tests
+	exec $(bin)/python -m pytest $(ARGUMENTS)
+
+check: .venv/installed-for-tests
+	$(bin)/ruff check --quiet
+	$(bin)/ruff format --check --quiet
+	$(bin)/mypy
+	$(bin)/lint-imports --no-logo
+	$(bin)/python -m pytest --quiet tests/unit
+
+bench: .venv/installed-for-tests
+	exec $(bin)/python -m benchmarks $(ARGUMENTS)
+
+# Each stamp is newer than what it was installed from, so a second `make run` installs nothing.
+.venv/installed: $(bin)/python requirements.lock pyproject.toml
+	echo "Installing Pilotflame into .venv ..."
+	$(pip) install --require-hashes --requirement requirements.lock
+	$(pip) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/installed-for-tests: .venv/installed requirements-test.lock
+	echo "Installing what the tests need into .venv ..."
+	$(pip) install --require-hashes --requirement requirements-test.lock
+	touch $@
+
+# The newest Python that can make a virtual environment; Debian ships some without ensurepip.
+$(bin)/python:
+	for python in python3.14 python3.13 python3.12 python3.11 python3; do \
+		if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			exec $$python -m venv --clear .venv; \
+		fi; \
+	done; \
+	echo "Pilotflame needs Python 3.11 or newer with venv. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
+	exit 1
+
+# One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is the same set and more.
+lock:
+	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
+	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
+	compile="$$tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --no-config $(LOCK) --group build" && \
+	$$compile --output-file requirements.lock pyproject.toml && \
+	$$compile --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml

@@ -1,0 +1,30 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests import services
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[services.PostgreSQL]:
+    with services.running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[services.Redis]:
+    with services.running_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres: services.PostgreSQL) -> Iterator[services.PgBouncer]:
+    with services.running_pgbouncer(postgres) as server:
+        if server is None:
+            pytest.skip("pgbouncer is not installed")
+        yield server

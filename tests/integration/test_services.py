@@ -1,0 +1,94 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import psutil
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from tests.services import PgBouncer, PostgreSQL
+from tests.services import Redis as RedisServer
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def test_postgres_keeps_what_it_committed_before_a_crash(postgres: PostgreSQL) -> None:
+    url = await postgres.create_database("crash")
+    async with connected(url) as connection:
+        await connection.execute("CREATE TABLE kept (value integer); INSERT INTO kept VALUES (42)")
+        postgres.kill()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncpg.connect(url.replace("+asyncpg", ""))
+    postgres.restart()
+    async with connected(url) as connection:
+        assert await connection.fetchval("SELECT value FROM kept") == 42
+
+
+async def test_a_database_made_again_is_empty(postgres: PostgreSQL) -> None:
+    url = await postgres.create_database("again")
+    async with connected(url) as connection:
+        await connection.execute("CREATE TABLE gone (value integer)")
+        await postgres.create_database("again")
+    async with connected(url) as connection:
+        assert await connection.fetchval("SELECT to_regclass('gone')") is None
+
+
+async def test_postgres_commits_durably(postgres: PostgreSQL) -> None:
+    async with connected(postgres.url) as connection:
+        assert await connection.fetchval("SHOW fsync") == "on"
+        assert await connection.fetchval("SHOW synchronous_commit") == "on"
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+async def test_redis_keeps_its_data_over_a_restart(redis_server: RedisServer, end: str) -> None:
+    async with Redis.from_url(redis_server.url) as client:
+        await client.set("kept", end)
+    getattr(redis_server, end)()
+    with pytest.raises(RedisConnectionError):
+        async with Redis.from_url(redis_server.url) as client:
+            await client.ping()
+    redis_server.restart()
+    async with Redis.from_url(redis_server.url) as client:
+        assert await client.get("kept") == end.encode()
+
+
+async def test_pgbouncer_leads_to_the_same_database(postgres: PostgreSQL, pgbouncer: PgBouncer) -> None:
+    url = await postgres.create_database("pooled")
+    async with connected(pgbouncer.through(url)) as pooled, connected(url) as direct:
+        await pooled.execute("CREATE TABLE seen (value integer)")
+        assert await direct.fetchval("SELECT to_regclass('seen')") == "seen"
+
+
+def test_a_server_does_not_outlive_a_killed_test_process() -> None:
+    program = """
+from tests.services import running_redis
+with running_redis() as server:
+    print(server.process_id, flush=True)
+    input()
+"""
+    tests = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TEST_REDIS_URL": ""},
+    )
+    with tests:
+        assert tests.stdout is not None
+        server = psutil.Process(int(tests.stdout.readline()))
+        folder = server.cwd()
+        tests.send_signal(signal.SIGKILL)
+        assert psutil.wait_procs([server], timeout=10)[1] == []
+        shutil.rmtree(folder)

