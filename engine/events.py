@@ -1,0 +1,116 @@
+"""What a run leaves behind: spans, log lines and its end, as the journal keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+
+class SpanStatus(StrEnum):
+    """A node's state within one run."""
+
+    RUNNING = "running"
+    WAITING = "waiting"
+    RETRYING = "retrying"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+
+
+SETTLED = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
+
+
+@dataclass(frozen=True, slots=True)
+class RunError:
+    """Why a run, or a node in it, failed."""
+
+    code: str
+    message: str
+    node_id: str | None = None
+    attempt: int | None = None
+
+    def as_json(self) -> dict[str, Json]:
+        return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One node in one run: the newest row replaces the one before it."""
+
+    node_id: str
+    label: str
+    type: str
+    status: SpanStatus
+    sequence: int
+    """Counts a run's spans and log lines up, over all its attempts."""
+    started_at: datetime | None
+    ended_at: datetime | None = None
+    iteration: int = 0
+    port: str | None = None
+    attempt: int = 1
+    input_node: str | None = None
+    """The node whose output is this one's input, unchanged; else `input` holds it."""
+    input: bytes | None = None
+    output: bytes | None = None
+    error: RunError | None = None
+    unresolved: tuple[str, ...] = ()
+    wake_at: datetime | None = None
+    resolved_config: bytes | None = None
+    """A write node's config as it was rendered for its first attempt: the second attempt uses it again."""
+    hashes: bytes | None = None
+    """Four SHA-256 digests: type and version; config after defaults; mappings; resolved input."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of an execution's log."""
+
+    level: str
+    message: str
+    node_id: str | None
+    sequence: int
+    created_at: datetime
+
+
+class RunStatus(StrEnum):
+    """How one stretch of work on a run ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    CANCELLED = "cancelled"
+    WAITING = "waiting"
+    RELEASED = "released"
+    """Handed over to whoever claims it next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one stretch of work."""
+
+    status: RunStatus
+    error: RunError | None = None
+    due_at: datetime | None = None
+    """When a waiting run wants to go on."""
+
+
+class Journal(Protocol):
+    """Where a run writes what happened. Nothing counts before `commit` has returned."""
+
+    def record(self, span: Span) -> None:
+        """Keep a span for the next commit."""
+
+    def log(self, line: LogLine) -> None:
+        """Keep a log line for the next commit."""
+
+    async def commit(self) -> None:
+        """Make everything recorded so far durable; raises `LeaseLost` when the run is no longer ours."""
+
+    def holds_lease(self) -> bool:
+        """Tell, by the monotonic clock, whether the lease is certain to last a moment longer."""

@@ -1,0 +1,362 @@
+"""Paths into a run's data and templates of them, compiled once, rendered many times; data is never code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from typing import Final, TypeAlias
+
+from engine.operations import OPERATIONS, Operation, OperationError
+from engine.values import MAX_DEPTH, InvalidJson, Json, as_text
+
+Scope: TypeAlias = dict[str, Json]
+"""What a path may begin with, each if there is one; see `ROOTS`."""
+
+ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution")
+MAX_PATH_LENGTH: Final = 1_000
+MAX_PATH_STEPS: Final = 50
+MAX_OPERATIONS: Final = 1_000
+MAX_WRITTEN: Final = 10_000_000
+"""Characters of text, and elements of lists, that one rendering may produce."""
+READING_DISCOUNT: Final = 4
+"""An operation is charged for what it produces and, at a fraction of that, for what it reads."""
+KEY_SIZE: Final = 8
+"""A key of an object takes about as much memory as this many elements of a list."""
+MAX_EXCERPT_LENGTH: Final = 80
+
+
+class Missing(Enum):
+    """The type of `MISSING`: what a path gives that found nothing, since null may be found."""
+
+    MISSING = "missing"
+
+
+MISSING: Final = Missing.MISSING
+
+
+class ExpressionError(ValueError):
+    """An expression can't be read, or not be computed from this data; `expression` is the part at fault."""
+
+    def __init__(self, expression: str, reason: str) -> None:
+        super().__init__(f"{_shortened(expression)}: {reason}")
+        self.expression = expression[:MAX_PATH_LENGTH]
+
+
+# ── paths ─────────────────────────────────────────────────────────────────────────────────────────
+
+_STEP = re.compile(
+    r"""
+      \. (?P<name> [A-Za-z0-9_-]++ )
+    | \[ (?P<position> -?[0-9]{1,9} ) \]
+    | \[ (?: "(?P<double> (?: [^"\\] | \\["\\] )*+ )" | '(?P<single> (?: [^'\\] | \\['\\] )*+ )' ) \]
+    """,
+    re.VERBOSE,
+)
+_POSITION = re.compile(r"[0-9]{1,9}")
+
+Step: TypeAlias = tuple[str | None, int | None]
+"""A key of an object, a position in a list, or, for a number after a dot, whichever it meets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A way into a scope, such as `data.rows[0].name`."""
+
+    text: str
+    steps: tuple[Step, ...]
+
+    def resolve(self, scope: Scope) -> Json | Missing:
+        found: Json | Missing = scope
+        for key, position in self.steps:
+            if type(found) is dict:
+                found = found.get(key, MISSING)  # type: ignore[arg-type]  # None is no key, and finds nothing
+            elif type(found) is list and position is not None and -len(found) <= position < len(found):
+                found = found[position]
+            else:
+                return MISSING
+        return found
+
+
+def compile_path(text: str) -> Path:
+    """Read `data.user.id`, `data["odd key"][0]`, `$.item.tags[-1]`; raises `ExpressionError`."""
+    source = text.strip()
+    if len(source) > MAX_PATH_LENGTH:
+        raise ExpressionError(source, f"a path has at most {MAX_PATH_LENGTH:,} characters")
+    if not source:
+        raise ExpressionError(text, "there is no path: write one such as data.user.id")
+    steps = tuple(_steps(source))
+    root = steps[0][0]
+    if root not in ROOTS:
+        near = f"data.{source.removeprefix('$.')}"
+        raise ExpressionError(source, f"a path begins with {', '.join(ROOTS)}: did you mean {near}?")
+    if len(steps) > MAX_PATH_STEPS:
+        raise ExpressionError(source, f"a path has at most {MAX_PATH_STEPS} steps")
+    return Path(source, steps)
+
+
+def _steps(source: str) -> list[Step]:
+    dotted = "." + source.removeprefix("$.")
+    steps: list[Step] = []
+    at = 0
+    while at < len(dotted):
+        match = _STEP.match(dotted, at)
+        if match is None:
+            hint = 'names are joined by dots, other keys stand as ["odd key"], positions as [0]'
+            raise ExpressionError(source, f"can't be read from {_shortened(dotted[at:])!r} on: {hint}")
+        steps.append(_step(match))
+        at = match.end()
+    return steps
+
+
+def _step(match: re.Match[str]) -> Step:
+    if (name := match["name"]) is not None:
+        return name, int(name) if _POSITION.fullmatch(name) else None
+    if (position := match["position"]) is not None:
+        return None, int(position)
+    quoted = match["double"] if match["double"] is not None else match["single"]
+    return re.sub(r"\\(.)", r"\1", quoted), None
+
+
+# ── templates ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Allowance:
+    """What one rendering may still produce."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = MAX_WRITTEN
+
+    def spend(self, amount: int, expression: str) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise ExpressionError(expression, f"more than {MAX_WRITTEN:,} characters or elements come of it")
+
+
+_Render: TypeAlias = Callable[[Scope, list[str], _Allowance], Json]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Template:
+    """A JSON value with expressions in it."""
+
+    source: Json
+    paths: tuple[Path, ...]
+    """Every path in it, in the order of the text."""
+    _render: _Render | None
+
+    @property
+    def is_static(self) -> bool:
+        return self._render is None
+
+    def render(self, scope: Scope, unresolved: list[str]) -> Json:
+        """Return the value; a path that finds nothing is null, and its text is added to `unresolved`.
+
+        Parts without expressions are shared by all results: change none. Raises `ExpressionError`.
+        """
+        if self._render is None:
+            return self.source
+        return self._render(scope, unresolved, _Allowance())
+
+
+def compile_template(value: Json) -> Template:
+    """Compile the `{{ path }}` in the texts of `value` (not in its keys); raises `ExpressionError`.
+
+    A text that is nothing but one expression becomes the value that is found, of whatever type.
+    """
+    return _Compiler(operations={}).template(value)
+
+
+def compile_value(value: Json) -> Template:
+    """Compile like `compile_template`, and `{"$op": name, "args": [...]}` too, wherever it stands."""
+    return _Compiler(operations=OPERATIONS).template(value)
+
+
+class _Compiler:
+    """Turns a value into a closure, or None where it has nothing to render."""
+
+    def __init__(self, operations: Mapping[str, Operation]) -> None:
+        self._operations = operations
+        self._operation_count = 0
+        self._paths: list[Path] = []
+
+    def template(self, value: Json) -> Template:
+        render = self._compile(value, depth=0)
+        return Template(value, tuple(self._paths), render)
+
+    def _compile(self, value: Json, depth: int) -> _Render | None:
+        if isinstance(value, str):
+            return self._text(value) if "{{" in value else None
+        if not isinstance(value, list | dict):
+            return None
+        if depth >= MAX_DEPTH:
+            raise ExpressionError("[…]", f"objects and lists stand more than {MAX_DEPTH} deep in one another")
+        if isinstance(value, list):
+            return self._list(value, depth + 1)
+        if "$op" in value and self._operations:
+            return self._operation(value, depth + 1)
+        return self._object(value, depth + 1)
+
+    def _list(self, value: list[Json], depth: int) -> _Render | None:
+        compiled = ((index, self._compile(item, depth)) for index, item in enumerate(value))
+        dynamic = [(index, render) for index, render in compiled if render is not None]
+        if not dynamic:
+            return None
+        static = value.copy()
+
+        def render_list(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+            result = static.copy()
+            for index, render in dynamic:
+                result[index] = render(scope, unresolved, allowance)
+            return result
+
+        return render_list
+
+    def _object(self, value: dict[str, Json], depth: int) -> _Render | None:
+        compiled = ((key, self._compile(item, depth)) for key, item in value.items())
+        dynamic = [(key, render) for key, render in compiled if render is not None]
+        if not dynamic:
+            return None
+        static = value.copy()
+
+        def render_object(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+            result = static.copy()
+            for key, render in dynamic:
+                result[key] = render(scope, unresolved, allowance)
+            return result
+
+        return render_object
+
+    def _text(self, text: str) -> _Render:
+        parts = _split(text)
+        paths = [part for part in parts if isinstance(part, Path)]
+        self._paths += paths
+        if len(paths) == 1 and all(isinstance(part, Path) or part.isspace() for part in parts):
+            return _reading(paths[0])
+        return _joining(parts, text)
+
+    def _operation(self, value: dict[str, Json], depth: int) -> _Render:
+        operation, arguments = self._checked_operation(value)
+        renders = [self._compile(argument, depth + 1) or _constant(argument) for argument in arguments]
+        return _first_found(renders) if operation.takes_first_found else _computing(operation, renders)
+
+    def _checked_operation(self, value: dict[str, Json]) -> tuple[Operation, list[Json]]:
+        name, arguments = value["$op"], value.get("args")
+        if not isinstance(name, str) or name not in self._operations:
+            near = get_close_matches(str(name)[:MAX_EXCERPT_LENGTH], self._operations)
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self._operations)}"
+            )
+            raise ExpressionError(f"$op {name}", f"there is no such operation: {hint}")
+        operation = self._operations[name]
+        if not isinstance(arguments, list) or len(value) > len(("$op", "args")):
+            raise ExpressionError(f"$op {name}", f'it is written {{"$op": "{name}", "args": [...]}}')
+        if not operation.takes(len(arguments)):
+            raise ExpressionError(f"$op {name}", f"it takes {operation.arity}, not {len(arguments)}")
+        self._operation_count += 1
+        if self._operation_count > MAX_OPERATIONS:
+            raise ExpressionError(f"$op {name}", f"one value has at most {MAX_OPERATIONS:,} operations")
+        return operation, arguments
+
+
+_EXPRESSION = re.compile(
+    r"""\{\{ ( (?: [^{}"'] | "(?: [^"\\] | \\. )*+" | '(?: [^'\\] | \\. )*+' )*+ ) \}\}""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _split(text: str) -> list[str | Path]:
+    """Return the paths and the texts between them, none of them empty."""
+    parts: list[str | Path] = []
+    at = 0
+    while (opening := text.find("{{", at)) >= 0:
+        match = _EXPRESSION.match(text, opening)
+        if match is None:
+            raise ExpressionError(text[opening:], "after {{ comes a path such as data.user.id, and }}")
+        if opening > at:
+            parts.append(text[at:opening])
+        parts.append(compile_path(match[1]))
+        at = match.end()
+    if at < len(text):
+        parts.append(text[at:])
+    return parts
+
+
+def _constant(value: Json) -> _Render:
+    return lambda _scope, _unresolved, _allowance: value
+
+
+def _reading(path: Path) -> _Render:
+    def read(scope: Scope, unresolved: list[str], _allowance: _Allowance) -> Json:
+        found = path.resolve(scope)
+        if found is MISSING:
+            unresolved.append(path.text)
+            return None
+        return found
+
+    return read
+
+
+def _joining(parts: list[str | Path], source: str) -> _Render:
+    def join(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+        texts = []
+        for part in parts:
+            text = part if isinstance(part, str) else _found_text(part, scope, unresolved)
+            allowance.spend(len(text), source)
+            texts.append(text)
+        return "".join(texts)
+
+    return join
+
+
+def _found_text(path: Path, scope: Scope, unresolved: list[str]) -> str:
+    found = path.resolve(scope)
+    if found is MISSING:
+        unresolved.append(path.text)
+        return ""
+    try:
+        return as_text(found, max_bytes=MAX_WRITTEN)
+    except InvalidJson as error:
+        raise ExpressionError(path.text, error.message) from error
+
+
+def _first_found(renders: list[_Render]) -> _Render:
+    *attempts, last = renders
+
+    def find(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+        for render in attempts:
+            value = render(scope, [], allowance)  # what is missing here has its answer in what follows
+            if value is not None:
+                return value
+        return last(scope, unresolved, allowance)
+
+    return find
+
+
+def _computing(operation: Operation, renders: list[_Render]) -> _Render:
+    expression = f"$op {operation.name}"
+
+    def compute(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+        arguments = [render(scope, unresolved, allowance) for render in renders]
+        try:
+            result = operation.apply(arguments)
+        except OperationError as error:
+            raise ExpressionError(expression, str(error)) from error
+        allowance.spend(_size(result) + sum(map(_size, arguments)) // READING_DISCOUNT, expression)
+        return result
+
+    return compute
+
+
+def _size(value: Json) -> int:
+    if type(value) is str or type(value) is list:
+        return len(value)
+    return KEY_SIZE * len(value) if type(value) is dict else 1
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_EXCERPT_LENGTH else text[: MAX_EXCERPT_LENGTH - 1] + "…"

@@ -1,0 +1,159 @@
+"""A workflow's graph: nodes, edges and the settings that a run obeys, as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Self, TypeAlias, cast
+
+from engine.node import INPUT, OUTPUT
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+Definition: TypeAlias = "Mapping[str, Json]"
+"""`{"nodes": [...], "connections": [...], "settings": {...}}` in the stored form; see `Node.of` and `Edge.of`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often a failed node is tried, and how long between: `backoff * 2 ** (attempt - 1)`, at most `max_delay`."""
+
+    max_attempts: int = 1
+    backoff_seconds: float = 1.0
+    max_delay_seconds: float = 300.0
+    jitter: float = 0.1
+    """The share of the delay that is drawn at random, 0 to 1."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Json]) -> Self:
+        return cls(
+            max_attempts=int(_number(stored, "maxAttempts", 1)),
+            backoff_seconds=_number(stored, "backoff", 1.0),
+            max_delay_seconds=_number(stored, "maxDelay", 300.0),
+            jitter=_number(stored, "jitter", 0.1),
+        )
+
+    def delay_seconds(self, attempt: int, chance: float) -> float:
+        """Return the pause after the failed `attempt` (1, 2, …); `chance` is a random number from 0 to 1."""
+        delay = min(self.backoff_seconds * 2.0 ** min(attempt - 1, 30), self.max_delay_seconds)
+        return delay * (1 - self.jitter * chance)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One box of the graph."""
+
+    id: str
+    type: str
+    version: str | None = None
+    label: str = ""
+    config: Mapping[str, Json] = field(default_factory=dict)
+    input_mappings: Mapping[str, Json] = field(default_factory=dict)
+    pass_through_values: Mapping[str, Json] = field(default_factory=dict)
+    retry: Retry = field(default_factory=Retry)
+    timeout_seconds: float | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Json]) -> Self:
+        timeout = stored.get("timeout")
+        version = stored.get("version")
+        return cls(
+            id=str(stored["id"]),
+            type=str(stored["type"]),
+            version=str(version) if version is not None else None,
+            label=str(stored.get("label") or stored["id"]),
+            config=_object(stored, "config"),
+            input_mappings=_object(stored, "inputMappings"),
+            pass_through_values=_object(stored, "passThroughValues"),
+            retry=Retry.of(_object(stored, "retry")),
+            timeout_seconds=float(timeout) if isinstance(timeout, int | float) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One arrow, from a port of a node to a port of another."""
+
+    id: str
+    source: str
+    target: str
+    source_port: str = OUTPUT
+    target_port: str = INPUT
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Json]) -> Self:
+        return cls(
+            id=str(stored["id"]),
+            source=str(stored["source"]),
+            target=str(stored["target"]),
+            source_port=str(stored.get("sourcePort") or OUTPUT),
+            target_port=str(stored.get("targetPort") or INPUT),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run obeys."""
+
+    timeout_seconds: float = 3600.0
+    strict_mappings: bool = False
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Json]) -> Self:
+        return cls(
+            timeout_seconds=_number(stored, "timeout", 3600.0),
+            strict_mappings=stored.get("strictMappings") is True,
+        )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes and edges as drawn, broken ones included; the indexes leave out edges that lead nowhere."""
+
+    nodes: Sequence[Node]
+    edges: Sequence[Edge]
+    settings: Settings = field(default_factory=Settings)
+
+    @classmethod
+    def of(cls, definition: Definition) -> Self:
+        nodes = cast("list[Mapping[str, Json]]", definition.get("nodes") or [])
+        edges = cast("list[Mapping[str, Json]]", definition.get("connections") or [])
+        return cls(
+            nodes=tuple(map(Node.of, nodes)),
+            edges=tuple(map(Edge.of, edges)),
+            settings=Settings.of(_object(definition, "settings")),
+        )
+
+    @cached_property
+    def by_id(self) -> Mapping[str, Node]:
+        return {node.id: node for node in self.nodes}
+
+    @cached_property
+    def inbound(self) -> Mapping[str, Sequence[Edge]]:
+        edges: dict[str, list[Edge]] = {node.id: [] for node in self.nodes}
+        for edge in self._whole_edges:
+            edges[edge.target].append(edge)
+        return edges
+
+    @cached_property
+    def outbound(self) -> Mapping[str, Sequence[Edge]]:
+        edges: dict[str, list[Edge]] = {node.id: [] for node in self.nodes}
+        for edge in self._whole_edges:
+            edges[edge.source].append(edge)
+        return edges
+
+    @cached_property
+    def _whole_edges(self) -> Sequence[Edge]:
+        return [edge for edge in self.edges if edge.source in self.by_id and edge.target in self.by_id]
+
+
+def _object(stored: Mapping[str, Json], key: str) -> Mapping[str, Json]:
+    value = stored.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _number(stored: Mapping[str, Json], key: str, default: float) -> float:
+    value = stored.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default

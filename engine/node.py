@@ -1,0 +1,171 @@
+"""What a node type is, and what one call of a node is given and gives back.
+
+A node's implementation is a module with one function, `run(call)`, plain or `async`. It returns its output
+(any JSON value), a `Result` where it chooses ports, or a `Wait`; it raises `NodeError`. It never changes what it
+was given: inputs and static parts of the config are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from engine.conditions import Condition
+    from engine.expressions import Template
+    from engine.values import Json
+
+OUTPUT = "output"
+INPUT = "input"
+ERROR = "error"
+
+
+class Effect(StrEnum):
+    """What running a node does to the world; the journal protects writes, and reads ride along."""
+
+    PURE = "pure"
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class EffectRule:
+    """A node's effect: a constant, or decided by one field of its config (an HTTP method, say)."""
+
+    default: Effect
+    deciding_field: str | None = None
+    cases: Mapping[str, Effect] = field(default_factory=dict)
+
+    def of(self, config: Mapping[str, Json]) -> Effect:
+        """Return the effect under `config`; a value that is still a template gets the default."""
+        if self.deciding_field is None:
+            return self.default
+        value = config.get(self.deciding_field)
+        return self.cases.get(value.upper(), self.default) if isinstance(value, str) else self.default
+
+
+class Compile(StrEnum):
+    """How a config field reaches the node when it isn't rendered before the call."""
+
+    CONDITION = "condition"
+    """A `Condition`, to be tested by the node itself, once an item if it likes."""
+    VALUE = "value"
+    """A `Template` in which `{"$op": …}` is computed, to be rendered by the node itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeType:
+    """One entry of the catalogue, as its `.toml` says."""
+
+    type: str
+    name: str
+    version: str
+    category: str
+    description: str
+    effect: EffectRule
+    config_schema: Mapping[str, Json]
+    inputs: tuple[str, ...] = (INPUT,)
+    outputs: tuple[str, ...] = (OUTPUT,)
+    trigger_kind: str | None = None
+    """`webhook`, `rest-api`, `manual`, …: the node starts a graph. None: it doesn't."""
+    compiled: Mapping[str, Compile] = field(default_factory=dict)
+    """Config fields that the node evaluates itself."""
+    input_description: str = ""
+    output_description: str = ""
+    runnable: bool = True
+    """False: it may be drawn and connected, but has no implementation to run."""
+    resources: Mapping[str, Json] = field(default_factory=dict)
+    s3_location: str = ""
+    examples: tuple[Mapping[str, Json], ...] = ()
+    """Each: `config`, `input`, `output`, and `port` where it isn't `output`."""
+
+    @property
+    def is_trigger(self) -> bool:
+        return self.trigger_kind is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An output and the port it leaves by."""
+
+    output: Json
+    port: str = OUTPUT
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The node is done when `until` (aware, UTC) has passed; the worker is free meanwhile."""
+
+    until: datetime
+    output: Json
+
+
+Outcome: TypeAlias = "Json | Result | Wait"
+
+
+class HttpResponse(Protocol):
+    """An answer from outside."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def url(self) -> str: ...
+
+
+class HttpClient(Protocol):
+    """The guarded way out: refuses private networks unless the operator allowed them."""
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout_seconds: float,
+        follow_redirects: bool = True,
+    ) -> HttpResponse: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the process lends to the nodes it runs."""
+
+    http: HttpClient
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a node."""
+
+    config: Mapping[str, Json]
+    """After defaults and with every template rendered, but for the fields in `compiled`."""
+    data: Json
+    """What arrived from the parents, with the mapped fields laid over it."""
+    scope: Mapping[str, Json]
+    """The roots of expressions: `data`, `trigger`, `nodes`, `execution`."""
+    conditions: Mapping[str, Condition]
+    values: Mapping[str, Template]
+    unresolved: list[str]
+    """Paths that found nothing; handed to whatever is evaluated late."""
+    log: Callable[[str, str], None]
+    """`log(level, message)`: a line in the execution's log."""
+    idempotency_key: str
+    """The same on every attempt of this node in this execution: `execution:node:iteration`."""
+    attempt: int
+    now: datetime
+    services: Services
+
+    def scope_of(self, item: Json, index: int) -> dict[str, Json]:
+        """Return the scope in which a condition or value sees one item of a list."""
+        return {**self.scope, "item": item, "index": index}
+
+
+Run: TypeAlias = Callable[[Call], "Outcome | Awaitable[Outcome]"]

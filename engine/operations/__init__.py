@@ -1,0 +1,18 @@
+"""The table of what `{"$op": name, "args": [...]}` may compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from engine.operations import arithmetic, containers, conversions, dates, texts
+from engine.operations.operation import Operation, OperationError
+
+__all__ = ["OPERATIONS", "Operation", "OperationError"]
+
+OPERATIONS: Final[Mapping[str, Operation]] = {
+    entry.name: entry
+    for module in (arithmetic, texts, containers, dates, conversions)
+    for entry in vars(module).values()
+    if isinstance(entry, Operation)
+}

@@ -1,0 +1,137 @@
+"""Operations on lists and objects. What they are given stays as it is; elements are shared, never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, cast
+
+from engine.operations.operation import (
+    OperationError,
+    check_list_length,
+    object_of_values,
+    operation,
+    text,
+    whole_number,
+)
+from engine.values import Json, identity, kind
+
+
+@operation("length")
+def length(value: Json) -> int:
+    """Count the characters of a text, the elements of a list or the keys of an object."""
+    if isinstance(value, str | list | dict):
+        return len(value)
+    raise OperationError(f"needs a text, a list or an object, not {kind(value)}")
+
+
+@operation("first")
+def first(values: list[Json]) -> Json:
+    """Return the first element of a list; an empty list gives null."""
+    return values[0] if values else None
+
+
+@operation("last")
+def last(values: list[Json]) -> Json:
+    """Return the last element of a list; an empty list gives null."""
+    return values[-1] if values else None
+
+
+@operation("slice")
+def part(values: list[Json], start: int, end: int | None = None) -> Json:
+    """Return the elements from one position up to, not including, another; negative ones are from the end."""
+    return values[start:end]
+
+
+@operation("get")
+def get(value: Json, key: Json, fallback: Json = None) -> Json:
+    """Return what an object has under a key, or a list at a position, or else the fallback."""
+    if type(value) is list:
+        position = whole_number(key)
+        return value[position] if -len(value) <= position < len(value) else fallback
+    return object_of_values(value).get(text(key), fallback)
+
+
+@operation("flatten")
+def flatten(values: list[Json]) -> Json:
+    """Put the elements of the lists in a list in their place, one level deep."""
+    check_list_length(sum(len(value) if type(value) is list else 1 for value in values))
+    return [item for value in values for item in (value if type(value) is list else [value])]
+
+
+@operation("unique")
+def unique(values: list[Json]) -> Json:
+    """Keep the first of elements that are equal."""
+    found: dict[Hashable, Json] = {}
+    for value in values:
+        found.setdefault(identity(value), value)
+    return list(found.values())
+
+
+@operation("reverse")
+def backwards(values: list[Json]) -> Json:
+    """Return a list in the opposite order."""
+    return values[::-1]
+
+
+@operation("sort")
+def ordered(values: list[Json], by: str | None = None, order: str = "ascending") -> Json:
+    """Sort numbers or texts, or objects by one of their keys, in ascending or descending order."""
+    if order not in ("ascending", "descending"):
+        raise OperationError(f'sorts in "ascending" or "descending" order, not {order[:40]!r}')
+    key = _field(by)
+    kinds = {kind(key(value)) for value in values}
+    if kinds not in ({"number"}, {"text"}, set()):
+        raise OperationError(f"sorts numbers or texts, not {' and '.join(sorted(kinds))}")
+    return sorted(values, key=key, reverse=order == "descending")
+
+
+@operation("range")
+def numbers_between(start: int, end: int | None = None, step: int = 1) -> Json:
+    """Count from a number up to, not including, another; one number alone is where to end, from 0."""
+    if step == 0:
+        raise OperationError("needs a step other than 0")
+    numbers = range(start) if end is None else range(start, end, step)
+    check_list_length(len(numbers))
+    return list(numbers)
+
+
+@operation("merge")
+def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
+    """Return one object with the keys of all; of keys that occur again the last counts."""
+    merged = first.copy()
+    for each in more:
+        merged |= each
+        check_list_length(len(merged))
+    return merged
+
+
+@operation("pick")
+def pick(value: dict[str, Json], keys: list[Json]) -> Json:
+    """Return an object with these keys alone, as far as it has them."""
+    return {key: value[key] for key in map(text, keys) if key in value}
+
+
+@operation("omit")
+def omit(value: dict[str, Json], keys: list[Json]) -> Json:
+    """Return an object without these keys."""
+    omitted = set(map(text, keys))
+    return {key: item for key, item in value.items() if key not in omitted}
+
+
+@operation("keys")
+def keys_of(value: dict[str, Json]) -> Json:
+    """List the keys of an object."""
+    return cast("Json", list(value))
+
+
+@operation("values")
+def values_of(value: dict[str, Json]) -> Json:
+    """List the values of an object."""
+    return list(value.values())
+
+
+def _field(name: str | None) -> Callable[[Json], Any]:
+    """Return what elements are sorted by."""
+    if name is None:
+        return lambda value: value
+    return lambda value: object_of_values(value).get(name)

@@ -1,0 +1,61 @@
+"""Operations that turn values into others, and those that stand in for what is missing."""
+
+from __future__ import annotations
+
+from engine.operations.operation import Number, OperationError, number, operation
+from engine.values import InvalidJson, Json, as_text, decode, encode, kind
+
+_BOOLEANS = {"true": True, "false": False}
+
+
+@operation("default", takes_first_found=True)
+def default(value: Json, fallback: Json) -> Json:
+    """Return a value, or the fallback where it is null or missing."""
+    return fallback if value is None else value
+
+
+@operation("coalesce", takes_first_found=True)
+def coalesce(first: Json, *more: Json) -> Json:
+    """Return the first value that is neither null nor missing."""
+    return next((value for value in (first, *more) if value is not None), None)
+
+
+@operation("to-number")
+def to_number(value: Json) -> Number:
+    """Read the number that a text holds, written as in JSON; a number stays as it is."""
+    if type(value) is not str:
+        return number(value)
+    try:
+        return number(decode(value.encode()))
+    except (InvalidJson, OperationError) as error:
+        raise OperationError(f"finds no number in the text {value[:40]!r}") from error
+
+
+@operation("to-text")
+def to_text(value: Json) -> str:
+    """Write a value as text: null as nothing, objects and lists as JSON."""
+    return as_text(value)
+
+
+@operation("to-boolean")
+def to_boolean(value: Json) -> bool:
+    """Read true and false from a text, 1 and 0 from a number; a boolean stays as it is."""
+    if type(value) is bool:
+        return value
+    if type(value) is str and value.strip().lower() in _BOOLEANS:
+        return _BOOLEANS[value.strip().lower()]
+    if value in (0, 1):
+        return value == 1
+    raise OperationError(f"finds neither true nor false in a value of the type {kind(value)}")
+
+
+@operation("from-json")
+def from_json(value: str) -> Json:
+    """Read the value that a JSON text holds."""
+    return decode(value.encode())
+
+
+@operation("to-json")
+def to_json(value: Json) -> str:
+    """Write a value as compact JSON."""
+    return encode(value).decode()

@@ -1,0 +1,103 @@
+"""Operations on dates: ISO 8601 texts, of any offset when they come and in UTC when they go."""
+
+from __future__ import annotations
+
+import re
+from calendar import monthrange
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta, tzinfo
+from functools import cache
+from typing import Final
+from zoneinfo import ZoneInfo, available_timezones
+
+from engine.operations.operation import Number, OperationError, number, operation
+from engine.values import Json
+
+MAX_FORMAT_LENGTH: Final = 1_000
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FORMAT_CODES = frozenset("YymdjHIMSpaAbBzZ%")
+_UNITS = {
+    "seconds": timedelta(seconds=1),
+    "minutes": timedelta(minutes=1),
+    "hours": timedelta(hours=1),
+    "days": timedelta(days=1),
+    "weeks": timedelta(weeks=1),
+}
+_CLOCK_UNITS = ("seconds", "minutes", "hours")
+_MONTHS = {"months": 1, "years": 12}
+
+
+@operation("parse-date")
+def parse_date(date: Json, zone: str = "UTC") -> str:
+    """Read an ISO date (in the zone, where it names no offset) or the seconds since 1970; give it in UTC."""
+    if type(date) is str:
+        return _written(_moment(date, _zone(zone)))
+    return _written(_EPOCH + timedelta(seconds=number(date)))
+
+
+@operation("format-date")
+def format_date(date: str, form: str, zone: str = "UTC") -> str:
+    """Write a date, as it is in the zone, in a form such as %Y-%m-%d %H:%M."""
+    unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - _FORMAT_CODES
+    if unknown or len(form) > MAX_FORMAT_LENGTH:
+        known = " ".join(f"%{code}" for code in sorted(_FORMAT_CODES))
+        raise OperationError(f"takes a form of at most {MAX_FORMAT_LENGTH:,} characters with {known}")
+    return _moment(date).astimezone(_zone(zone)).strftime(form)
+
+
+@operation("add-time")
+def add_time(date: str, amount: int, unit: str, zone: str = "UTC") -> str:
+    """Move a date by seconds, minutes, hours, or, by the zone's calendar, days, weeks, months, years."""
+    moment = _moment(date)
+    if unit in _CLOCK_UNITS:
+        return _written(moment + amount * _UNITS[unit])
+    local = moment.astimezone(_zone(zone))
+    if unit in _MONTHS:
+        return _written(_months_later(local, amount * _MONTHS[unit]))
+    return _written(local + amount * _unit(unit))
+
+
+@operation("date-diff")
+def date_diff(start: str, end: str, unit: str = "seconds") -> Number:
+    """Count the seconds, minutes, hours, days or weeks from one date to another."""
+    difference, step = _moment(end) - _moment(start), _unit(unit)
+    return difference // step if difference % step == timedelta() else difference / step
+
+
+def _moment(date: str, zone: tzinfo = UTC) -> datetime:
+    try:
+        moment = datetime.fromisoformat(date)
+    except ValueError as error:
+        raise OperationError(f"needs a date such as 2026-01-31T09:30:00Z, not {date[:40]!r}") from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+
+
+def _written(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _months_later(local: datetime, months: int) -> datetime:
+    """Return the same day of another month, or its last day where it is shorter."""
+    year, month = divmod(local.year * 12 + local.month - 1 + months, 12)
+    if not MINYEAR <= year <= MAXYEAR:
+        raise OverflowError
+    return local.replace(year=year, month=month + 1, day=min(local.day, monthrange(year, month + 1)[1]))
+
+
+def _unit(name: str) -> timedelta:
+    if name not in _UNITS:
+        raise OperationError(f"counts in {', '.join(_UNITS)}, not {name[:40]!r}")
+    return _UNITS[name]
+
+
+def _zone(name: str) -> tzinfo:
+    if name == "UTC":
+        return UTC
+    if name not in _zones():
+        raise OperationError(f"needs an IANA time zone such as Europe/Berlin, not {name[:40]!r}")
+    return ZoneInfo(name)
+
+
+@cache
+def _zones() -> frozenset[str]:
+    return frozenset(available_timezones())

@@ -1,0 +1,171 @@
+"""What an operation is: a pure function of JSON values, its arguments and result checked at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Final, TypeAlias
+
+from engine.values import MAX_NUMBER, InvalidJson, Json, kind
+
+Number: TypeAlias = int | float
+Converter: TypeAlias = Callable[[Json], Json]
+
+MAX_ARGUMENTS: Final = 100
+MAX_LIST_LENGTH: Final = 1_000_000
+MAX_TEXT_LENGTH: Final = 10_000_000
+
+
+class OperationError(ValueError):
+    """These arguments can't be computed with; the message says what is needed and what came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One entry of the table."""
+
+    name: str
+    summary: str
+    min_arguments: int
+    max_arguments: int
+    takes_first_found: bool
+    """Arguments are rendered one by one until one isn't null; what is missing before that is no finding."""
+    _function: Callable[..., Json]
+    _converters: tuple[Converter, ...]
+
+    def takes(self, count: int) -> bool:
+        return self.min_arguments <= count <= self.max_arguments
+
+    @property
+    def arity(self) -> str:
+        """Return how many arguments it takes, in words."""
+        if self.min_arguments == self.max_arguments:
+            return "1 argument" if self.min_arguments == 1 else f"{self.min_arguments} arguments"
+        return f"{self.min_arguments} to {self.max_arguments} arguments"
+
+    def apply(self, arguments: Sequence[Json]) -> Json:
+        """Compute the result of as many arguments as it takes; raises `OperationError`."""
+        try:
+            converted = [convert(given) for convert, given in zip(self._converters, arguments, strict=False)]
+            result: Json = self._function(*converted)
+        except ZeroDivisionError as error:
+            raise OperationError("can't divide by zero") from error
+        except OverflowError as error:
+            raise OperationError("gives a result that is out of range") from error
+        except InvalidJson as error:
+            raise OperationError(error.message) from error
+        _check_size(result)
+        return result
+
+
+def operation(name: str, *, takes_first_found: bool = False) -> Callable[[Callable[..., Json]], Operation]:
+    """Make an operation of a function: its parameters say what it takes, its docstring what it is for."""
+
+    def make(function: Callable[..., Json]) -> Operation:
+        parameters = signature(function).parameters.values()
+        return Operation(
+            name=name,
+            summary=(function.__doc__ or "").strip(),
+            min_arguments=sum(_is_required(parameter) for parameter in parameters),
+            max_arguments=min(sum(map(_most, parameters)), MAX_ARGUMENTS),
+            takes_first_found=takes_first_found,
+            _function=function,
+            _converters=tuple(_converters(parameters)),
+        )
+
+    return make
+
+
+def _is_required(parameter: Parameter) -> bool:
+    return parameter.kind is not Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty
+
+
+def _most(parameter: Parameter) -> int:
+    return MAX_ARGUMENTS if parameter.kind is Parameter.VAR_POSITIONAL else 1
+
+
+def _converters(parameters: Iterable[Parameter]) -> Iterator[Converter]:
+    """Yield what each argument goes through, by the annotation of its parameter."""
+    for parameter in parameters:
+        converter = _CONVERTERS[str(parameter.annotation)]
+        yield from [converter] * _most(parameter)
+
+
+# ── arguments ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def number(value: Json) -> Number:
+    if type(value) is int or type(value) is float:
+        return value
+    raise OperationError(f"needs a number, not {kind(value)}")
+
+
+def whole_number(value: Json) -> int:
+    if type(value) is int:
+        return value
+    if type(value) is float and value.is_integer():
+        return int(value)
+    found = value if type(value) is float else kind(value)
+    raise OperationError(f"needs a whole number, not {found}")
+
+
+def text(value: Json) -> str:
+    if type(value) is str:
+        return value
+    raise OperationError(f"needs a text, not {kind(value)}")
+
+
+def list_of_values(value: Json) -> list[Json]:
+    if type(value) is list:
+        return value
+    raise OperationError(f"needs a list, not {kind(value)}")
+
+
+def object_of_values(value: Json) -> dict[str, Json]:
+    if type(value) is dict:
+        return value
+    raise OperationError(f"needs an object, not {kind(value)}")
+
+
+def _unchanged(value: Json) -> Json:
+    return value
+
+
+def _optional(convert: Converter) -> Converter:
+    return lambda value: None if value is None else convert(value)
+
+
+_CONVERTERS: Final[Mapping[str, Converter]] = {
+    "Json": _unchanged,
+    "Number": number,
+    "dict[str, Json]": object_of_values,
+    "int": whole_number,
+    "int | None": _optional(whole_number),
+    "list[Json]": list_of_values,
+    "str": text,
+    "str | None": _optional(text),
+}
+
+
+# ── results ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_size(result: Json) -> None:
+    if type(result) is int or type(result) is float:
+        if not -MAX_NUMBER <= result <= MAX_NUMBER:
+            raise OperationError("gives a number that is too large")
+    elif type(result) is str:
+        check_text_length(len(result))
+    elif type(result) is list or type(result) is dict:
+        check_list_length(len(result))
+
+
+def check_text_length(length: int) -> None:
+    if length > MAX_TEXT_LENGTH:
+        raise OperationError(f"gives a text of more than {MAX_TEXT_LENGTH:,} characters")
+
+
+def check_list_length(length: int) -> None:
+    if length > MAX_LIST_LENGTH:
+        raise OperationError(f"gives more than {MAX_LIST_LENGTH:,} elements")

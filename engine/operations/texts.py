@@ -1,0 +1,94 @@
+"""Operations on texts. Positions count characters from 0, from the end where negative."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from engine.operations.operation import (
+    OperationError,
+    check_list_length,
+    check_text_length,
+    operation,
+)
+from engine.values import Json, as_text, kind
+
+
+@operation("concat")
+def concat(first: Json, *more: Json) -> Json:
+    """Join values into one text, or lists into one list."""
+    values = [first, *more]
+    if all(type(value) is list for value in values):
+        return [item for value in cast("list[list[Json]]", values) for item in value]
+    if any(type(value) in (list, dict) for value in values):
+        raise OperationError(f"joins texts or lists, not {' and '.join(map(kind, values))}")
+    return _joined("", values)
+
+
+@operation("lower")
+def lower(value: str) -> str:
+    """Return a text in small letters."""
+    return value.lower()
+
+
+@operation("upper")
+def upper(value: str) -> str:
+    """Return a text in capital letters."""
+    return value.upper()
+
+
+@operation("trim")
+def trim(value: str) -> str:
+    """Return a text without the blanks around it."""
+    return value.strip()
+
+
+@operation("replace")
+def replace(value: str, old: str, new: str) -> str:
+    """Put a new text wherever the old one occurs."""
+    _check_not_empty(old)
+    check_text_length(len(value) + value.count(old) * (len(new) - len(old)))
+    return value.replace(old, new)
+
+
+@operation("split")
+def split(value: str, separator: str) -> Json:
+    """Cut a text into a list wherever the separator occurs."""
+    _check_not_empty(separator)
+    check_list_length(value.count(separator) + 1)
+    return cast("Json", value.split(separator))
+
+
+@operation("join")
+def join(values: list[Json], separator: str = "") -> str:
+    """Join the values of a list into one text, the separator between them."""
+    return _joined(separator, values)
+
+
+@operation("substring")
+def substring(value: str, start: int, end: int | None = None) -> str:
+    """Return the part of a text from one position up to, not including, another."""
+    return value[start:end]
+
+
+@operation("pad")
+def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
+    """Bring a text to a length by filling it up at its start or end."""
+    check_text_length(length)
+    if len(fill) != 1 or side not in ("start", "end"):
+        raise OperationError('fills up with one character, at the "start" or the "end"')
+    return value.rjust(length, fill) if side == "start" else value.ljust(length, fill)
+
+
+def _joined(separator: str, values: list[Json]) -> str:
+    texts = []
+    length = 0
+    for value in values:
+        texts.append(as_text(value))
+        length += len(texts[-1]) + len(separator)
+        check_text_length(length - len(separator))
+    return separator.join(texts)
+
+
+def _check_not_empty(searched: str) -> None:
+    if not searched:
+        raise OperationError("can't look for an empty text")

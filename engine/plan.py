@@ -1,0 +1,78 @@
+"""What is ready: the bookkeeping of one run. No clock, no I/O; every step costs what its edges cost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.graph import Edge, Graph
+
+
+@dataclass(slots=True)
+class Step:
+    """What became known by one step: nodes that may start now, and nodes that never will."""
+
+    ready: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+class Plan:
+    """Follows one run through its graph.
+
+    A node is ready when every edge into it is decided and at least one was taken; when none was, it is skipped, and so
+    are the edges out of it. The decision is derived from what has settled, in whatever order that happened.
+    """
+
+    def __init__(self, graph: Graph, triggers: Iterable[str]) -> None:
+        self._inbound = graph.inbound
+        self._outbound = graph.outbound
+        self._undecided = {node_id: len(edges) for node_id, edges in graph.inbound.items()}
+        self._reached: set[str] = set()
+        self._ports: dict[str, str] = {}
+        self._triggers = frozenset(triggers)
+
+    def start(self) -> Step:
+        """Return the triggers as ready; whatever else nothing leads to is skipped."""
+        step = Step()
+        roots = [node_id for node_id, count in self._undecided.items() if count == 0]
+        step.ready = [node_id for node_id in roots if node_id in self._triggers]
+        self._skip((node_id for node_id in roots if node_id not in self._triggers), step)
+        return step
+
+    def settle(self, node_id: str, port: str) -> Step:
+        """Record that a node has left by `port`: the edges from there are taken, its others are not."""
+        step = Step()
+        unreachable: list[str] = []
+        self._ports[node_id] = port
+        for edge in self._outbound[node_id]:
+            if edge.source_port == port:
+                self._reached.add(edge.target)
+            self._decide(edge.target, step, unreachable)
+        self._skip(unreachable, step)
+        return step
+
+    def parents(self, node_id: str) -> Sequence[Edge]:
+        """Return the taken edges into a node, in the order in which they were drawn."""
+        return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]
+
+    def _decide(self, target: str, step: Step, unreachable: list[str]) -> None:
+        self._undecided[target] -= 1
+        if self._undecided[target] > 0:
+            return
+        if target in self._reached:
+            step.ready.append(target)
+        else:
+            unreachable.append(target)
+
+    def _skip(self, node_ids: Iterable[str], step: Step) -> None:
+        queue = deque(node_ids)
+        while queue:
+            node_id = queue.popleft()
+            step.skipped.append(node_id)
+            unreachable: list[str] = []
+            for edge in self._outbound[node_id]:
+                self._decide(edge.target, step, unreachable)
+            queue.extend(unreachable)

@@ -1,0 +1,114 @@
+"""A graph made ready to run: every config compiled once, every hash that doesn't depend on data taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Protocol, Self
+
+from engine.conditions import Condition, compile_condition
+from engine.errors import InvalidDefinition
+from engine.expressions import ExpressionError, Path, Template, compile_path, compile_template, compile_value
+from engine.node import Compile, Effect, NodeType, Run
+from engine.values import canonical
+
+if TYPE_CHECKING:
+    from engine.graph import Graph, Node
+    from engine.values import Json
+
+
+class ConfigProblem(Protocol):
+    """One thing wrong with a config: where, what, and the schema keyword that says so."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def keyword(self) -> str: ...
+
+
+class Catalog(Protocol):
+    """Where node types are looked up; raises `LookupError`, with a helpful text, for one that isn't there."""
+
+    def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> Sequence[ConfigProblem]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProgram:
+    """One node, compiled."""
+
+    node: Node
+    node_type: NodeType
+    effect: Effect
+    config: Template
+    conditions: Mapping[str, Condition]
+    values: Mapping[str, Template]
+    mappings: Mapping[str, Template | Path]
+    pass_through: Mapping[str, str]
+    missing: str | None
+    """What the config still lacks: the node fails with this when it is reached."""
+    static_hashes: bytes
+    """Digests of type and version, of the config after defaults, and of the mappings."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A whole graph, compiled; shared by all runs of the same definition."""
+
+    graph: Graph
+    nodes: Mapping[str, NodeProgram]
+    triggers: Sequence[str]
+    runs: Mapping[str, Run]
+    """The implementation of each node type in the graph."""
+    inline: frozenset[str]
+    """Types whose implementation returns at once: it is called without a task of its own."""
+
+    @classmethod
+    def of(cls, graph: Graph, catalog: Catalog, implementation: Callable[[str], Run]) -> Self:
+        """Compile `graph`; raises `InvalidDefinition` for what validation would have refused."""
+        try:
+            nodes = {node.id: compile_node(node, catalog) for node in graph.nodes}
+            runs = {kind: implementation(kind) for kind in {node.type for node in graph.nodes}}
+        except (LookupError, ExpressionError) as error:
+            raise InvalidDefinition(str(error)) from error
+        triggers = [node_id for node_id, program in nodes.items() if program.node_type.is_trigger]
+        inline = frozenset(kind for kind, run in runs.items() if not iscoroutinefunction(run))
+        return cls(graph=graph, nodes=nodes, triggers=triggers, runs=runs, inline=inline)
+
+
+def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
+    """Compile one node; raises `LookupError` for an unknown type, `ExpressionError` for a bad expression."""
+    node_type = catalog.get(node.type, node.version)
+    config = catalog.with_defaults(node_type, node.config)
+    late = {key: kind for key, kind in node_type.compiled.items() if key in config}
+    problems = catalog.config_problems(node_type, node.config)
+    mappings = {key: compile_mapping(value) for key, value in node.input_mappings.items()}
+    parts: tuple[Json, ...] = (
+        [node_type.type, node_type.version],
+        config,
+        {"mappings": dict(node.input_mappings), "passThrough": dict(node.pass_through_values)},
+    )
+    return NodeProgram(
+        node=node,
+        node_type=node_type,
+        effect=node_type.effect.of(config),
+        config=compile_template({key: value for key, value in config.items() if key not in late}),
+        conditions={k: compile_condition(config[k]) for k, kind in late.items() if kind is Compile.CONDITION},
+        values={k: compile_value(config[k]) for k, kind in late.items() if kind is Compile.VALUE},
+        mappings=mappings,
+        missing=next((p.message for p in problems if p.keyword == "required"), None),
+        pass_through={key: str(value) for key, value in node.pass_through_values.items()},
+        static_hashes=b"".join(sha256(canonical(part)).digest() for part in parts),
+    )
+
+
+def compile_mapping(source: Json) -> Template | Path:
+    """Compile what feeds one mapped field: a path, a text with `{{ }}` in it, or a constant."""
+    if isinstance(source, str) and "{{" not in source:
+        return compile_path(source)
+    return compile_template(source)

@@ -1,0 +1,567 @@
+"""Drives one run from wherever its journal left off to its end, a wait, or a hand-over.
+
+Nodes that return at once are called in place, one after another; those that wait for something outside get a task, so
+that independent branches run at once. The journal is told of everything and asked to commit only where the order of
+effects demands it: before a write node starts, and before anything follows one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, cast
+
+from engine import values
+from engine.control import Control, Request
+from engine.errors import LeaseLost, NodeError
+from engine.events import SETTLED, Ended, Journal, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.expressions import MISSING, ExpressionError, Path
+from engine.node import ERROR, OUTPUT, Call, Effect, Outcome, Result, Services, Wait
+from engine.plan import Plan, Step
+from engine.values import InvalidJson
+
+if TYPE_CHECKING:
+    from engine.program import NodeProgram, Program
+    from engine.values import Json
+
+MAX_OUTPUT_BYTES = 10_000_000
+MAX_TASKS = 16
+MAX_LOG_LINES = 10_000
+MAX_LOG_MESSAGE_LENGTH = 8_192
+SHORT_WAIT_SECONDS = 1.0
+"""Waits up to this long keep the worker: giving the run back and claiming it again would cost more."""
+CANCEL_SECONDS = 10.0
+"""How long a node may take to notice that it was cancelled, before it is left behind."""
+TURN_SECONDS = 0.005
+"""After this long without a pause, the other runs on the loop get a turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a stretch of work begins."""
+
+    execution_id: str
+    workflow_id: str
+    key_id: str
+    """The execution whose id stands in idempotency keys: the first of a line of resumed ones."""
+    trigger: Json
+    deadline: datetime
+    started_at: datetime
+    attempt: int = 1
+    recorded: Sequence[Span] = ()
+    """Spans of earlier attempts; settled ones are not run again."""
+    sequence: int = 0
+    """The highest sequence number that the journal holds."""
+
+
+@dataclass(slots=True)
+class Visit:
+    """One node on its way through one run."""
+
+    program: NodeProgram
+    data: Json
+    input_node: str | None
+    input: bytes | None
+    input_digest: bytes
+    started_at: datetime
+    attempt: int = 1
+    config: Mapping[str, Json] = field(default_factory=dict)
+    resolved_config: bytes | None = None
+    hashes: bytes | None = None
+    unresolved: list[str] = field(default_factory=list)
+
+    @property
+    def node_id(self) -> str:
+        return self.program.node.id
+
+    @property
+    def is_write(self) -> bool:
+        return self.program.effect is Effect.WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class Sleeping:
+    """A node that goes on at a set time: to end its wait, or to be tried again."""
+
+    wake_at: datetime
+    visit: Visit
+    output: bytes | None
+    """What a wait ends with; None for a retry."""
+
+
+async def run(
+    program: Program, start: Start, journal: Journal, control: Control, services: Services
+) -> Ended:
+    """Run until something ends this stretch of work; raises `LeaseLost` when it is no longer ours to end."""
+    return await Runner(program, start, journal, control, services).run()
+
+
+class Runner:
+    """The state of one stretch of work on one run."""
+
+    def __init__(
+        self, program: Program, start: Start, journal: Journal, control: Control, services: Services
+    ) -> None:
+        self._program = program
+        self._start = start
+        self._journal = journal
+        self._control = control
+        self._services = services
+        self._plan = Plan(program.graph, program.triggers)
+        self._recorded = {span.node_id: span for span in start.recorded}
+        self._ready: deque[str] = deque()
+        self._tasks: dict[asyncio.Task[None], Visit] = {}
+        self._sleeping: dict[str, Sleeping] = {}
+        self._outputs: dict[str, Json] = {}
+        self._digests: dict[str, bytes] = {}
+        self._failure: RunError | None = None
+        self._broken_off: Sequence[Visit] = ()
+        self._sequence = start.sequence
+        self._log_lines = 0
+        self._has_uncommitted_write = False
+        self._execution_root: Json = {
+            "id": start.execution_id,
+            "workflowId": start.workflow_id,
+            "startedAt": start.started_at.isoformat().replace("+00:00", "Z"),
+        }
+
+    async def run(self) -> Ended:
+        """Run to the end of this stretch of work."""
+        self._follow(self._plan.start())
+        turn_ends = time.monotonic() + TURN_SECONDS
+        try:
+            while (ended := self._ended()) is None:
+                if self._ready and self._may_start():
+                    await self._enter(self._ready.popleft())
+                    if time.monotonic() > turn_ends:
+                        await asyncio.sleep(0)
+                        turn_ends = time.monotonic() + TURN_SECONDS
+                else:
+                    await self._wait_for_change()
+        finally:
+            await self._break_off()
+        self._record_broken_off(ended)
+        return ended
+
+    def _ended(self) -> Ended | None:  # noqa: C901 - one guard for each way to end, in order of precedence
+        request = self._control.request
+        if request is Request.ABANDON or not self._journal.holds_lease():
+            raise LeaseLost
+        if request is Request.CANCEL:
+            return Ended(RunStatus.CANCELLED)
+        if request is Request.HAND_OVER_NOW:
+            return Ended(RunStatus.RELEASED)
+        if self._failure is not None and not any(visit.is_write for visit in self._tasks.values()):
+            return Ended(RunStatus.FAILED, error=self._failure)
+        if self._tasks:
+            return self._timed_out()
+        if request is Request.STOP:
+            return Ended(RunStatus.STOPPED)
+        if not self._ready and not self._sleeping:
+            return Ended(RunStatus.COMPLETED)
+        if request is Request.HAND_OVER:
+            return Ended(RunStatus.RELEASED)
+        if not self._ready:
+            due_at = min(sleeping.wake_at for sleeping in self._sleeping.values())
+            if (due_at - datetime.now(UTC)).total_seconds() > SHORT_WAIT_SECONDS:
+                return Ended(RunStatus.WAITING, due_at=due_at)
+        return self._timed_out()
+
+    def _timed_out(self) -> Ended | None:
+        if datetime.now(UTC) < self._start.deadline:
+            return None
+        seconds = self._program.graph.settings.timeout_seconds
+        return Ended(
+            RunStatus.FAILED, error=RunError("timeout", f"The run took longer than its {seconds:g} s")
+        )
+
+    def _may_start(self) -> bool:
+        return self._failure is None and self._control.request is None and len(self._tasks) < MAX_TASKS
+
+    # ── one node ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _enter(self, node_id: str) -> None:
+        recorded = self._recorded.get(node_id)
+        if recorded is not None and recorded.status in SETTLED:
+            self._restore(recorded)
+            return
+        try:
+            visit = self._visit(node_id, recorded)
+        except (ExpressionError, InvalidJson) as error:
+            self._failed(
+                Visit(self._program.nodes[node_id], None, None, None, b"", datetime.now(UTC)),
+                _as_node_error(error),
+            )
+            return
+        if recorded is not None and recorded.wake_at is not None:
+            output = recorded.output if recorded.status is SpanStatus.WAITING else None
+            self._sleeping[node_id] = Sleeping(recorded.wake_at, visit, output)
+            return
+        await self._begin(visit)
+
+    async def _begin(self, visit: Visit) -> None:
+        try:
+            call = self._call(visit)
+        except NodeError as error:
+            self._failed(visit, error)
+            return
+        if visit.is_write:
+            self._journal.record(self._span(visit, SpanStatus.RUNNING))
+            self._has_uncommitted_write = True
+        if self._has_uncommitted_write:
+            await self._commit()
+        if visit.is_write or visit.program.node.type not in self._program.inline:
+            task = asyncio.create_task(self._perform(visit, call))
+            self._tasks[task] = visit
+            return
+        try:
+            outcome = self._program.runs[visit.program.node.type](call)
+        except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
+            self._failed(visit, _as_node_error(error))
+            return
+        self._returned(visit, cast("Outcome", outcome))
+
+    async def _perform(self, visit: Visit, call: Call) -> None:
+        """Run a node in a task of its own."""
+        node = visit.program.node
+        try:
+            async with asyncio.timeout(node.timeout_seconds):
+                outcome = self._program.runs[node.type](call)
+                if asyncio.iscoroutine(outcome):
+                    outcome = await outcome
+        except TimeoutError:
+            message = (
+                f"The node took longer than its {node.timeout_seconds:g} s"
+                if node.timeout_seconds
+                else "Timed out"
+            )
+            self._failed(visit, NodeError(message, code="timeout", retryable=True))
+        except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
+            self._failed(visit, _as_node_error(error))
+        else:
+            self._returned(visit, cast("Outcome", outcome))
+        finally:
+            task = asyncio.current_task()
+            if task is not None:
+                self._tasks.pop(task, None)
+            self._control.changed.set()
+
+    def _visit(self, node_id: str, recorded: Span | None) -> Visit:
+        program = self._program.nodes[node_id]
+        data, input_node = self._gather(node_id)
+        unresolved: list[str] = []
+        if program.mappings:
+            data, input_node = self._mapped(program, data, unresolved), None
+        encoded = None if input_node is not None else values.encode(data)
+        digest = self._digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
+        visit = Visit(program, data, input_node, encoded, digest, datetime.now(UTC), unresolved=unresolved)
+        if recorded is None:
+            return visit
+        visit.attempt = (
+            recorded.attempt + 1 if recorded.status is not SpanStatus.WAITING else recorded.attempt
+        )
+        visit.started_at = recorded.started_at or visit.started_at
+        if recorded.resolved_config is not None:
+            visit.resolved_config = recorded.resolved_config
+            if recorded.input is not None:
+                visit.input, visit.data = recorded.input, values.decode(recorded.input)
+        return visit
+
+    def _gather(self, node_id: str) -> tuple[Json, str | None]:
+        """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
+        parents = list(dict.fromkeys(edge.source for edge in self._plan.parents(node_id)))
+        if not parents:
+            return self._start.trigger, None
+        if len(parents) == 1:
+            return self._outputs[parents[0]], parents[0]
+        merged: dict[str, Json] = {}
+        for parent in parents:
+            output = self._outputs[parent]
+            if isinstance(output, dict):
+                merged.update(output)
+        merged.update({parent: self._outputs[parent] for parent in parents})
+        return merged, None
+
+    def _mapped(self, program: NodeProgram, data: Json, unresolved: list[str]) -> Json:
+        scope = self._scope(data)
+        mapped: dict[str, Json] = {}
+        for name, source in program.mappings.items():
+            if not isinstance(source, Path):
+                mapped[name] = source.render(scope, unresolved)
+                continue
+            value = source.resolve(scope)
+            if value is MISSING:
+                unresolved.append(source.text)
+                value = None
+            mapped[name] = value
+        return {**data, **mapped} if isinstance(data, dict) else mapped
+
+    def _scope(self, data: Json) -> dict[str, Json]:
+        return {
+            "data": data,
+            "trigger": self._start.trigger,
+            "nodes": self._outputs,
+            "execution": self._execution_root,
+        }
+
+    def _call(self, visit: Visit) -> Call:
+        """Render the config; raises `NodeError` for what can't be rendered or is missing."""
+        program = visit.program
+        if program.missing is not None:
+            raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
+        scope = self._scope(visit.data)
+        if visit.resolved_config is not None:
+            visit.config = cast("Mapping[str, Json]", values.decode(visit.resolved_config))
+        else:
+            try:
+                visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
+            except ExpressionError as error:
+                raise NodeError(str(error), code="expression-error") from error
+        self._check_resolved(visit)
+        dynamic = visit.input_digest
+        if visit.is_write or not program.config.is_static:
+            rendered = visit.resolved_config or values.encode(visit.config)
+            visit.resolved_config = rendered if visit.is_write else None
+            dynamic = sha256(dynamic + rendered).digest()
+        visit.hashes = program.static_hashes + dynamic
+        node_id = visit.node_id
+        return Call(
+            config=visit.config,
+            data=visit.data,
+            scope=scope,
+            conditions=program.conditions,
+            values=program.values,
+            unresolved=visit.unresolved,
+            log=lambda level, message: self._log(level, message, node_id),
+            idempotency_key=f"{self._start.key_id}:{node_id}:0",
+            attempt=visit.attempt,
+            now=datetime.now(UTC),
+            services=self._services,
+        )
+
+    def _check_resolved(self, visit: Visit) -> None:
+        if visit.unresolved and self._program.graph.settings.strict_mappings:
+            names = ", ".join(dict.fromkeys(visit.unresolved))
+            raise NodeError(f"Nothing was found at {names}", code="unresolved-mapping")
+
+    # ── what came of it ───────────────────────────────────────────────────────────────────────────
+
+    def _returned(self, visit: Visit, outcome: Outcome) -> None:
+        output = outcome.output if isinstance(outcome, Result | Wait) else outcome
+        try:
+            self._check_resolved(visit)
+            output = self._pass_through(visit, output)
+            encoded = values.encode(output)
+            _check_size(encoded)
+        except (InvalidJson, NodeError) as error:
+            self._failed(visit, _as_node_error(error))
+            return
+        if isinstance(outcome, Wait):
+            self._sleep(visit, outcome.until, SpanStatus.WAITING, encoded)
+            return
+        port = outcome.port if isinstance(outcome, Result) else OUTPUT
+        self._settle(visit, SpanStatus.COMPLETED, port, output, encoded)
+
+    def _pass_through(self, visit: Visit, output: Json) -> Json:
+        if not visit.program.pass_through or not isinstance(output, dict):
+            return output
+        given = visit.data if isinstance(visit.data, dict) else {}
+        passed = {key: given.get(source) for key, source in visit.program.pass_through.items()}
+        visit.unresolved.extend(
+            source for source in visit.program.pass_through.values() if source not in given
+        )
+        return {**output, **passed}
+
+    def _failed(self, visit: Visit, error: NodeError) -> None:
+        node = visit.program.node
+        if error.retryable and visit.attempt < node.retry.max_attempts:
+            delay = timedelta(seconds=node.retry.delay_seconds(visit.attempt, random.random()))  # noqa: S311 - jitter
+            self._log("warning", f"Attempt {visit.attempt} failed: {error.message}", node.id)
+            self._sleep(visit, datetime.now(UTC) + delay, SpanStatus.RETRYING, None, _run_error(visit, error))
+            return
+        reason = _run_error(visit, error)
+        if any(edge.source_port == ERROR for edge in self._program.graph.outbound[node.id]):
+            output: Json = {"error": reason.as_json(), "data": visit.data}
+            self._settle(visit, SpanStatus.FAILED, ERROR, output, values.encode(output), reason)
+            return
+        self._record(self._span(visit, SpanStatus.FAILED, ended_at=datetime.now(UTC), error=reason))
+        self._has_uncommitted_write = self._has_uncommitted_write or visit.is_write
+        self._failure = self._failure or replace(
+            reason, code="timeout" if reason.code == "timeout" else "node-error"
+        )
+
+    def _settle(
+        self,
+        visit: Visit,
+        status: SpanStatus,
+        port: str,
+        output: Json,
+        encoded: bytes,
+        error: RunError | None = None,
+    ) -> None:
+        node_id = visit.node_id
+        self._outputs[node_id] = output
+        self._digests[node_id] = sha256(encoded).digest()
+        self._record(
+            self._span(visit, status, port=port, output=encoded, ended_at=datetime.now(UTC), error=error)
+        )
+        self._has_uncommitted_write = self._has_uncommitted_write or visit.is_write
+        self._follow(self._plan.settle(node_id, port))
+
+    def _sleep(
+        self,
+        visit: Visit,
+        wake_at: datetime,
+        status: SpanStatus,
+        output: bytes | None,
+        error: RunError | None = None,
+    ) -> None:
+        self._record(self._span(visit, status, output=output, wake_at=wake_at, error=error))
+        if status is SpanStatus.RETRYING:
+            visit.attempt += 1
+        self._sleeping[visit.node_id] = Sleeping(wake_at, visit, output)
+
+    def _restore(self, span: Span) -> None:
+        """Take a settled node from the journal instead of running it."""
+        self._outputs[span.node_id] = values.decode(span.output) if span.output is not None else None
+        self._digests[span.node_id] = sha256(span.output or b"").digest()
+        if span.port is None:
+            self._failure = self._failure or span.error
+            return
+        self._follow(self._plan.settle(span.node_id, span.port))
+
+    def _follow(self, step: Step) -> None:
+        self._ready.extend(step.ready)
+        for node_id in step.skipped:
+            if node_id not in self._recorded:
+                node = self._program.nodes[node_id].node
+                self._sequence += 1
+                self._journal.record(
+                    Span(node_id, node.label, node.type, SpanStatus.SKIPPED, self._sequence, started_at=None)
+                )
+
+    # ── time ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def _wait_for_change(self) -> None:
+        # Cleared before anything is awaited: what changes from here on must end the wait below.
+        self._control.changed.clear()
+        if self._has_uncommitted_write:
+            await self._commit()
+        wakes = [sleeping.wake_at for sleeping in self._sleeping.values()] if self._may_start() else []
+        until = min([self._start.deadline, *wakes])
+        # At most a second: the lease is looked at by the clock, and no event tells that it is about to end.
+        seconds = min(max((until - datetime.now(UTC)).total_seconds(), 0.0), 1.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._control.changed.wait()
+        if self._may_start():
+            await self._wake()
+
+    async def _wake(self) -> None:
+        now = datetime.now(UTC)
+        due = [node_id for node_id, sleeping in self._sleeping.items() if sleeping.wake_at <= now]
+        for node_id in due:
+            sleeping = self._sleeping.pop(node_id)
+            if sleeping.output is None:
+                await self._begin(sleeping.visit)
+            else:
+                output = values.decode(sleeping.output)
+                self._settle(sleeping.visit, SpanStatus.COMPLETED, OUTPUT, output, sleeping.output)
+
+    async def _commit(self) -> None:
+        self._has_uncommitted_write = False
+        await self._journal.commit()
+
+    async def _break_off(self) -> None:
+        """Cancel whatever still runs; what doesn't notice within ten seconds is left behind."""
+        if not self._tasks:
+            return
+        self._broken_off = list(self._tasks.values())
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+
+    # ── records ───────────────────────────────────────────────────────────────────────────────────
+
+    def _record_broken_off(self, ended: Ended) -> None:
+        """Say of each node that was cut short that it was; a run that is handed over leaves them as they stand."""
+        if ended.status is RunStatus.RELEASED:
+            return
+        for visit in self._broken_off:
+            self._record(self._span(visit, SpanStatus.CANCELLED, ended_at=datetime.now(UTC)))
+
+    def _span(
+        self,
+        visit: Visit,
+        status: SpanStatus,
+        *,
+        port: str | None = None,
+        output: bytes | None = None,
+        ended_at: datetime | None = None,
+        wake_at: datetime | None = None,
+        error: RunError | None = None,
+    ) -> Span:
+        self._sequence += 1
+        node = visit.program.node
+        return Span(
+            node_id=node.id,
+            label=node.label,
+            type=node.type,
+            status=status,
+            sequence=self._sequence,
+            started_at=visit.started_at,
+            ended_at=ended_at,
+            port=port,
+            attempt=visit.attempt,
+            input_node=visit.input_node,
+            input=visit.input,
+            output=output,
+            error=error,
+            unresolved=tuple(dict.fromkeys(visit.unresolved)),
+            wake_at=wake_at,
+            resolved_config=visit.resolved_config,
+            hashes=visit.hashes,
+        )
+
+    def _record(self, span: Span) -> None:
+        self._journal.record(span)
+
+    def _log(self, level: str, message: str, node_id: str) -> None:
+        if self._log_lines > MAX_LOG_LINES:
+            return
+        self._log_lines += 1
+        if self._log_lines > MAX_LOG_LINES:
+            level, message = "warning", f"More than {MAX_LOG_LINES:,} log lines: the rest is left out"
+        self._sequence += 1
+        self._journal.log(
+            LogLine(level, message[:MAX_LOG_MESSAGE_LENGTH], node_id, self._sequence, datetime.now(UTC))
+        )
+
+
+def _check_size(encoded: bytes) -> None:
+    if len(encoded) > MAX_OUTPUT_BYTES:
+        message = f"The output has {len(encoded):,} bytes; at most {MAX_OUTPUT_BYTES:,} can be kept"
+        raise NodeError(message, code="output-too-large")
+
+
+def _run_error(visit: Visit, error: NodeError) -> RunError:
+    return RunError(code=error.code, message=error.message, node_id=visit.node_id, attempt=visit.attempt)
+
+
+def _as_node_error(error: Exception) -> NodeError:
+    """Translate what a node raised: its own words where it chose them, else the kind of surprise."""
+    if isinstance(error, NodeError):
+        return error
+    if isinstance(error, ExpressionError):
+        return NodeError(str(error), code="expression-error")
+    if isinstance(error, InvalidJson):
+        return NodeError(str(error), code=error.code)
+    return NodeError(f"{type(error).__name__}: {error}")

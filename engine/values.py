@@ -1,0 +1,300 @@
+"""Strict JSON: what may enter, be kept by either database, and leave again as the same value."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable
+from hashlib import sha256
+from types import NoneType
+from typing import Any, Final, Literal, TypeAlias
+
+import msgspec
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+Code: TypeAlias = Literal[
+    "duplicate-key",
+    "lone-surrogate",
+    "malformed-json",
+    "not-finite",
+    "not-json",
+    "nul-character",
+    "number-too-long",
+    "too-deep",
+    "too-large",
+]
+
+MAX_DEPTH: Final = 64
+"""Objects and lists inside one another: `[]` has a depth of 1."""
+MAX_ENCODED_BYTES: Final = 50_000_000
+"""More than any body that is accepted: a larger value was multiplied on its way through a workflow."""
+MAX_NUMBER: Final = sys.float_info.max
+"""Integers stay exact up to here; larger ones, from 309 digits on, are infinite to whoever reads floats."""
+
+_KINDS: Final = {
+    NoneType: "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "text",
+    list: "list",
+    dict: "object",
+}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ESCAPED_NUL = rb"\u0000"
+_ERROR_POSITION = re.compile(r"\(byte (\d+)\)")
+_NO_NUMBERS = (b"NaN", b"Infinity", b"-Infinity")
+_RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
+_UNPAIRED_AT_END = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
+
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
+
+
+class InvalidJson(ValueError):
+    """Refused, and would be refused again: `code` names the rule, `message` says what to mend."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+# ── in ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
+    """Return the value of one JSON text; raises `InvalidJson` for what couldn't be kept exactly as it came.
+
+    The decoder itself lets duplicate keys, NUL and depth pass. They are found afterwards, which costs less
+    than a slower decoder: where no key is given twice, the result has as many keys as the text has colons
+    outside strings.
+    """
+    raw = bytes(raw)
+    try:
+        value: Json = _decode(raw)
+    except RecursionError as error:
+        raise _too_deep(max_depth) from error
+    except ValueError as error:
+        raise _refusal(raw, error) from error
+    keys = _count_keys(value, max_depth)
+    if raw.count(b":") != keys or _ESCAPED_NUL in raw:
+        _screen(raw, keys)
+    return value
+
+
+def _count_keys(value: Json, max_depth: int) -> int:
+    """Return how many keys all objects have together; raises for depth and for long integers on the way."""
+    keys = depth = 0
+    level: list[Any] = [[value]]
+    while level:
+        if depth > max_depth:
+            raise _too_deep(max_depth)
+        depth += 1
+        below: list[Any] = []
+        for container in level:
+            if type(container) is dict:
+                keys += len(container)
+            for item in container.values() if type(container) is dict else container:
+                kind = type(item)
+                if kind is str:
+                    continue
+                if kind is dict or kind is list:
+                    below.append(item)
+                elif kind is int and not -MAX_NUMBER <= item <= MAX_NUMBER:
+                    raise _number_too_long()
+        level = below
+    return keys
+
+
+def _screen(raw: bytes, keys: int) -> None:
+    """Refuse NUL and duplicate keys in a text that is JSON and whose value has `keys` keys."""
+    text = raw
+    if b"\\" in text:
+        # Backslashes occur in strings alone and pair up from the left: once the pairs are cut out, a quote
+        # with one before it is inside its string.
+        text = text.replace(rb"\\", b"")
+        if _ESCAPED_NUL in text:
+            raise _nul_character()
+        text = text.replace(rb"\"", b"")
+    outside_strings = text.split(b'"')[::2]
+    if b"".join(outside_strings).count(b":") != keys:
+        json.loads(raw, object_pairs_hook=_refuse_duplicate)
+
+
+def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise InvalidJson("duplicate-key", f"The key {key[:100]!r} is given more than once in one object")
+        seen.add(key)
+
+
+def _refusal(raw: bytes, error: ValueError) -> InvalidJson:
+    """Return what is wrong with a text that the decoder did not take."""
+    reason = str(error)
+    position = _ERROR_POSITION.search(reason)
+    at = int(position.group(1)) if position else len(raw)
+    if not raw.strip():
+        return InvalidJson("malformed-json", "There is no JSON: the text is empty")
+    if raw.startswith(_BYTE_ORDER_MARK):
+        return InvalidJson("malformed-json", "The JSON begins with a byte order mark: send it without one")
+    if reason.startswith("Integer value out of range"):
+        return _number_too_long()
+    if reason.startswith("Number out of range"):
+        return InvalidJson("not-finite", "A number is too large: it would be read as infinite")
+    if raw.startswith(_NO_NUMBERS, at) or raw.startswith(_NO_NUMBERS, max(at - 1, 0)):
+        return InvalidJson("not-finite", f"JSON has no NaN and no Infinity (byte {at}): send null")
+    is_unicode_error = isinstance(error, UnicodeDecodeError)
+    # At the end of a text the decoder misses the second half before it misses the surrogate.
+    if (
+        "surrogate" in reason
+        or (is_unicode_error and _RAW_SURROGATE.search(raw))
+        or (position is None and _UNPAIRED_AT_END.search(raw, max(len(raw) - 20, 0)))
+    ):
+        return _lone_surrogate()
+    if is_unicode_error:
+        return InvalidJson("malformed-json", f"The JSON is not valid UTF-8: {reason}")
+    if position is None:
+        return InvalidJson("malformed-json", "The JSON is malformed: it ends too early")
+    return InvalidJson("malformed-json", f"The {reason}")
+
+
+# ── out ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def encode(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
+    """Return `value` as compact JSON; raises `InvalidJson` for what `decode` wouldn't give back as it was."""
+    return _checked(value, _encode, max_bytes)
+
+
+def canonical(value: object) -> bytes:
+    """Return the one JSON text of a value: compact, keys sorted. `1` and `1.0` stay different texts."""
+    return _checked(value, _encode_sorted, MAX_ENCODED_BYTES)
+
+
+def fingerprint(value: object) -> str:
+    """Return the SHA-256 of the canonical text, in hexadecimal."""
+    return sha256(canonical(value)).hexdigest()
+
+
+def as_text(value: Json, *, max_bytes: int = MAX_ENCODED_BYTES) -> str:
+    """Return how a value reads in a text: texts as they are, null as nothing, the rest as compact JSON."""
+    if type(value) is str:
+        return value
+    if type(value) is int:
+        return str(value)
+    return "" if value is None else encode(value, max_bytes=max_bytes).decode()
+
+
+def _checked(value: object, encoder: Callable[[object], bytes], max_bytes: int) -> bytes:
+    _check(value, max_bytes)
+    try:
+        raw = encoder(value)
+    except UnicodeEncodeError as error:
+        raise _lone_surrogate() from error
+    if len(raw) > max_bytes:
+        raise _too_large(max_bytes)
+    if _ESCAPED_NUL in raw and _ESCAPED_NUL in raw.replace(rb"\\", b""):
+        raise _nul_character()
+    return raw
+
+
+def _check(value: object, max_bytes: int) -> None:
+    """Refuse what the encoder would silently turn into something else, and what would fill the memory.
+
+    A list may occur many times in a value, which then is far larger as JSON than it is here: the least that
+    it can take is added up on the way.
+    """
+    least_bytes = depth = 0
+    level: list[Any] = [(value,)]
+    while level:
+        if depth > MAX_DEPTH:
+            raise _too_deep(MAX_DEPTH)
+        depth += 1
+        below: list[Any] = []
+        for container in level:
+            least_bytes += 2 * len(container)
+            items = container
+            if type(container) is dict:
+                least_bytes += _keys_length(container)
+                items = container.values()
+            for item in items:
+                kind = type(item)
+                if kind is str:
+                    least_bytes += len(item)
+                elif kind is dict or kind is list:
+                    below.append(item)
+                else:
+                    _check_scalar(item)
+            if least_bytes > max_bytes:
+                raise _too_large(max_bytes)
+        level = below
+
+
+def _check_scalar(value: object) -> None:
+    if type(value) is int or type(value) is float:
+        if not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise _number_too_long() if type(value) is int else _not_finite(value)
+    elif value is not None and type(value) is not bool:
+        raise InvalidJson("not-json", f"A value of the type {type(value).__name__} is not JSON")
+
+
+def _keys_length(keys: Iterable[str]) -> int:
+    try:
+        return len("".join(keys))
+    except TypeError as error:
+        raise InvalidJson("not-json", "A key of an object is not a text") from error
+
+
+# ── compared ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def kind(value: object) -> str:
+    """Return the name of a value's type, as users know it."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def equal(left: Json, right: Json) -> bool:
+    """Compare as JSON: `1` and `1.0` are equal, `1` and `true` are not, also inside lists and objects."""
+    # Python's own answer only errs towards yes, and only about booleans.
+    return left == right and identity(left) == identity(right)
+
+
+def identity(value: Json) -> Hashable:
+    """Return a key that two values share if, and only if, they are equal."""
+    if type(value) is list:
+        return ("list", *map(identity, value))
+    if type(value) is dict:
+        return ("object", frozenset((key, identity(item)) for key, item in value.items()))
+    return (bool, value) if type(value) is bool else value  # type: ignore[return-value]
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _too_deep(max_depth: int) -> InvalidJson:
+    return InvalidJson("too-deep", f"Objects and lists stand inside one another more than {max_depth} deep")
+
+
+def _too_large(max_bytes: int) -> InvalidJson:
+    return InvalidJson("too-large", f"The value takes more than {max_bytes:,} bytes as JSON")
+
+
+def _number_too_long() -> InvalidJson:
+    return InvalidJson("number-too-long", "A whole number has more than 308 digits: send it as a text")
+
+
+def _not_finite(number: object) -> InvalidJson:
+    return InvalidJson("not-finite", f"JSON can't hold the number {number}: use null")
+
+
+def _nul_character() -> InvalidJson:
+    return InvalidJson("nul-character", "A text holds the character NUL (U+0000), which can't be stored")
+
+
+def _lone_surrogate() -> InvalidJson:
+    return InvalidJson("lone-surrogate", "A text holds half of a surrogate pair, which is no character")

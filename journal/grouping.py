@@ -1,0 +1,81 @@
+"""Group commit: whatever waits while one transaction is under way goes into the next one together.
+
+No linger: a lone item goes at once, and under load the batch grows by itself to what arrives during a commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from models.database import DatabaseUnavailable
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class GroupCommit(Generic[Item, Answer]):
+    """Gathers items into batches and hands each waiter the answer to its own.
+
+    The committing task outlives its waiters: one that is cancelled loses its answer, not its item. A batch that
+    fails for any reason but an unreachable database is tried again one by one, so that one bad item spoils nobody
+    else's.
+    """
+
+    def __init__(
+        self, commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]], *, max_batch: int = 200
+    ) -> None:
+        self._commit = commit
+        self._max_batch = max_batch
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def submit(self, item: Item) -> asyncio.Future[Answer]:
+        """Queue an item; the future has its answer once that is committed."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return future
+
+    @property
+    def depth(self) -> int:
+        """How many items wait."""
+        return len(self._waiting)
+
+    async def drain(self) -> None:
+        """Wait until everything submitted so far has its answer."""
+        while self._task is not None:
+            await asyncio.shield(self._task)
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+                await self._settle(batch)
+        finally:
+            self._task = None
+
+    async def _settle(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        try:
+            answers = await self._commit([item for item, _ in batch])
+        except DatabaseUnavailable as error:
+            _fail(batch, error)
+        except Exception as error:  # noqa: BLE001 - it belongs to one waiter, found by trying each alone
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for one in batch:
+                await self._settle([one])
+        else:
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+
+def _fail(batch: Sequence[tuple[Item, asyncio.Future[Answer]]], error: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # a waiter that has gone must not make the loop complain

@@ -1,0 +1,116 @@
+"""Leases on running executions, renewed from a thread that user work on the event loop can't starve."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from journal.store import Held
+from models.database import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from journal.store import ExecutionKey, Store
+
+log = structlog.get_logger()
+
+RENEWALS_PER_LEASE = 3
+MARGIN = 0.15
+"""The share of a lease that is given away: our clock and the database's need not run alike."""
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One run's lease, by this process's monotonic clock."""
+
+    key: ExecutionKey
+    token: int
+    until: float
+
+    @property
+    def held(self) -> Held:
+        return Held(*self.key, self.token)
+
+    def is_held(self) -> bool:
+        """Tell whether the lease is certain to last a moment longer."""
+        return time.monotonic() < self.until
+
+
+class LeaseKeeper:
+    """Renews the leases of one process, and tells which were lost and what clients asked of runs meanwhile."""
+
+    def __init__(
+        self,
+        store: Store,
+        lease_seconds: float,
+        *,
+        on_lost: Callable[[Lease], None],
+        on_request: Callable[[Lease, str], None],
+    ) -> None:
+        self._store = store
+        self._lease_seconds = lease_seconds
+        self._on_lost = on_lost
+        self._on_request = on_request
+        self._leases: dict[str, Lease] = {}
+        self._loop = asyncio.get_running_loop()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._keep()), name="leases", daemon=True)
+
+    def start(self) -> None:
+        """Begin to renew."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end; leases that are still held run out by themselves."""
+        self._stopping.set()
+
+    def hold(self, key: ExecutionKey, token: int, since: float) -> Lease:
+        """Keep a lease that was asked for at `since` (monotonic), until it is let go."""
+        lease = Lease(key, token, self._end(since))
+        self._leases[key.execution_id] = lease
+        return lease
+
+    def let_go(self, lease: Lease) -> None:
+        """Renew a lease no longer."""
+        if self._leases.get(lease.key.execution_id) is lease:
+            del self._leases[lease.key.execution_id]
+
+    def held(self) -> list[str]:
+        """Return the ids of the executions whose leases are kept."""
+        return list(self._leases)
+
+    def _end(self, since: float) -> float:
+        return since + self._lease_seconds * (1 - MARGIN)
+
+    async def _keep(self) -> None:
+        store = await self._store.for_thread()
+        interval_seconds = self._lease_seconds / RENEWALS_PER_LEASE
+        while not await asyncio.to_thread(self._stopping.wait, interval_seconds):
+            leases = list(self._leases.values())
+            if not leases:
+                continue
+            try:
+                await self._renew(store, leases)
+            except DatabaseUnavailable as error:
+                # The leases run out by themselves: each run looks at its own before it starts a node.
+                log.warning("leases not renewed", error=str(error), leases=len(leases))
+        if store is not self._store:
+            await store.close()
+
+    async def _renew(self, store: Store, leases: list[Lease]) -> None:
+        since = time.monotonic()
+        answers = await store.renew([lease.held for lease in leases], self._lease_seconds)
+        renewed = {answer.execution_id: answer for answer in answers}
+        for lease in leases:
+            answer = renewed.get(lease.key.execution_id)
+            if answer is None:
+                self._loop.call_soon_threadsafe(self._on_lost, lease)
+                continue
+            lease.until = self._end(since)
+            if answer.request is not None:
+                self._loop.call_soon_threadsafe(self._on_request, lease, answer.request)

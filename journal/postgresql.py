@@ -1,0 +1,552 @@
+"""The store on PostgreSQL: each batch is one statement, sent straight to asyncpg.
+
+A statement is its own transaction and keeps no session state, so a transaction pooler may stand in between. It can be
+sent again: what it inserts has ids made here, and what it changes names the token that it leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import structlog
+
+from engine.events import RunStatus, Span
+from journal.rows import (
+    CRASHED,
+    LOG_COLUMNS,
+    SPAN_COLUMNS,
+    SPAN_KEPT,
+    SPAN_KEY,
+    STATUS_AFTER,
+    claimed_of,
+    error_text,
+    log_rows,
+    span_of,
+    span_rows,
+)
+from journal.store import (
+    Acceptance,
+    Accepted,
+    Claim,
+    Claimed,
+    DefinitionKey,
+    ExecutionKey,
+    Held,
+    Progress,
+    Renewed,
+    Requested,
+    RunWrite,
+    Swept,
+    Verdict,
+)
+from models.columns import to_microseconds
+from models.database import CONNECT_SECONDS, RETRIES, RETRYABLE_SQLSTATES, DatabaseUnavailable
+from models.execution import MAX_LOST_ATTEMPTS, PRIORITY_MICROSECONDS, SHARED, TERMINAL, ExecutionStatus
+from models.ids import turn_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+log = structlog.get_logger()
+
+STATEMENT_SECONDS = 30.0
+SESSION = {
+    "application_name": "pilotflame",
+    # A generic plan made while a table was empty scans all of it for as long as the connection lives.
+    "plan_cache_mode": "force_custom_plan",
+    "jit": "off",
+}
+_NOW = "(extract(epoch FROM now()) * 1000000)::bigint"
+_LOST = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+)
+
+
+async def connect(url: URL, *, connections: int) -> PostgreSQLStore:
+    """Return a store with a pool of its own; the first statement opens the first connection."""
+    dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    settings: dict[str, str] = SESSION
+    try:
+        await (await asyncpg.connect(dsn, server_settings=settings, timeout=CONNECT_SECONDS)).close()
+    except asyncpg.PostgresError as error:
+        if "unsupported startup parameter" not in str(error):
+            log.warning("database not reached", error=str(error))
+        else:
+            # A transaction pooler passes no session settings on; migrations set them for the whole database.
+            settings = {}
+    except (OSError, TimeoutError) as error:
+        log.warning("database not reached", error=str(error))
+    pool = await asyncpg.create_pool(
+        dsn,
+        min_size=0,
+        max_size=connections,
+        server_settings=settings,
+        timeout=CONNECT_SECONDS,
+        command_timeout=STATEMENT_SECONDS,
+        reset=_keep_session,
+    )
+    return PostgreSQLStore(url, pool)
+
+
+async def _keep_session(_connection: object) -> None:
+    """Do nothing when a connection goes back: no statement here leaves anything behind in its session."""
+
+
+class PostgreSQLStore:
+    """The run path on one PostgreSQL database."""
+
+    def __init__(self, url: URL, pool: asyncpg.Pool[Any]) -> None:
+        self._url = url
+        self._pool = pool
+
+    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+        """Insert runs; see `Store.accept`."""
+        answers: dict[str, Accepted] = {}
+        waiting = list(batch)
+        while waiting:
+            # A key can win once in a statement: its other bearers go into the next one, and find it taken.
+            first = {_conflict_order(item): item for item in reversed(waiting)}
+            chosen = sorted(first.values(), key=_conflict_order)
+            waiting = [item for item in waiting if first[_conflict_order(item)] is not item]
+            answers |= await self._accept(chosen)
+        return [answers[item.execution_id] for item in batch]
+
+    async def _accept(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
+        rows = await self._fetch(_ACCEPT, *_columns(map(_acceptance_row, batch), 18), *_definitions_of(batch))
+        accepted = {row[0] for row in rows}
+        answers = {execution_id: Accepted(Verdict.ACCEPTED, execution_id) for execution_id in accepted}
+        refused = [item for item in batch if item.execution_id not in accepted]
+        if refused:
+            answers |= await self._refusals(refused)
+        return answers
+
+    async def _refusals(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
+        """Tell why rows didn't come back: accepted by a lost attempt, repeated, or checked against an old workflow."""
+        keys = [
+            (item.lane, item.idempotency.scope, item.idempotency.key) for item in batch if item.idempotency
+        ]
+        earlier = {
+            tuple(row)[:3]: (row[3], row[4]) for row in await self._fetch(_EARLIER, *_columns(keys, 3))
+        }
+        own = {row[0] for row in await self._fetch(_ACCEPTED, *_columns([_key(item) for item in batch], 2))}
+        return {item.execution_id: _refusal(item, earlier, own) for item in batch}
+
+    async def claim(self, claim: Claim) -> Sequence[Claimed]:
+        """Take pending runs; see `Store.claim`."""
+        rows = await self._fetch(
+            _CLAIM,
+            claim.target,
+            claim.after_organization,
+            claim.from_turn,
+            claim.limit,
+            claim.owner,
+            int(claim.lease_seconds * 1_000_000),
+        )
+        return [claimed_of(row) for row in rows]
+
+    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
+        """Write what runs have done; see `Store.record`."""
+        batch = sorted(batch, key=lambda write: write.execution_id)
+        spans = [row for write in batch for row in span_rows(write)]
+        logs = [row for write in batch for row in log_rows(write)]
+        rows = await self._fetch(
+            _RECORD,
+            *_columns(map(_write_row, batch), 9),
+            *_columns(spans, len(SPAN_COLUMNS)),
+            *_columns(logs, len(LOG_COLUMNS)),
+        )
+        return frozenset(row[0] for row in rows)
+
+    async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+        """Extend leases; see `Store.renew`."""
+        leases = [(lease.execution_id, lease.lane, lease.token) for lease in held]
+        rows = await self._fetch(_RENEW, *_columns(leases, 3), int(lease_seconds * 1_000_000))
+        return [Renewed(row[0], row[1]) for row in rows]
+
+    async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+        """Return definitions; see `Store.definitions`."""
+        rows = await self._fetch(_DEFINITIONS, *_columns(keys, 3))
+        return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
+
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+        """Return what was recorded; see `Store.spans`."""
+        found: dict[str, list[Span]] = {key.execution_id: [] for key in keys}
+        for row in await self._fetch(_SPANS, *_columns(keys, 2)):
+            found[row[0]].append(span_of(row))
+        return found
+
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
+        """Return where runs are; see `Store.progress`."""
+        outputs: dict[str, list[tuple[str, str]]] = {}
+        rows = await self._fetch(_PROGRESS, *_columns(keys, 2))
+        for row in rows:
+            of_run = outputs.setdefault(row[0], [])
+            if row[5] is not None:
+                of_run.append((row[5], row[6]))
+        firsts = {row[0]: row for row in reversed(rows)}
+        return [
+            Progress(row[0], ExecutionStatus(row[1]), row[2], row[3], row[4], outputs[row[0]])
+            for row in firsts.values()
+        ]
+
+    async def promote_due(self) -> int:
+        """Put waits that are over back in the queue."""
+        return len(await self._fetch(_PROMOTE_DUE))
+
+    async def sweep(self, limit: int) -> Swept:
+        """Take back what dead workers held; see `Store.sweep`."""
+        due = await self.promote_due()
+        rows = await self._fetch(_SWEEP, limit, MAX_LOST_ATTEMPTS, CRASHED)
+        pending = await self._fetch("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1")
+        ended = [row[0] for row in rows if row[1] in TERMINAL]
+        return Swept(len(rows) - len(ended), ended, due, bool(pending))
+
+    async def take_back(self, owner_prefix: str, held: Sequence[str] = ()) -> int:
+        """Take back leases; see `Store.take_back`."""
+        return len(await self._fetch(_RELEASE, owner_prefix, list(held), MAX_LOST_ATTEMPTS, CRASHED))
+
+    async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
+        """Ask a run to stop or cancel; see `Store.request_end`."""
+        status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
+        rows = await self._fetch(_REQUEST_END, *key, request, status.value)
+        if not rows:
+            rows = await self._fetch("SELECT status, NULL FROM execution WHERE id = $1 AND lane = $2", *key)
+        return Requested(ExecutionStatus(rows[0][0]), rows[0][1]) if rows else None
+
+    async def for_thread(self) -> PostgreSQLStore:
+        """Return a store with one connection of its own, on the running loop."""
+        return await connect(self._url, connections=1)
+
+    async def close(self) -> None:
+        """Let go of the pool, after what is under way."""
+        try:
+            await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
+        except TimeoutError:
+            self._pool.terminate()
+
+    async def _fetch(self, statement: str, *arguments: object) -> list[Any]:
+        """Run one statement, again where that may help; raises `DatabaseUnavailable`."""
+        for attempt in range(1, RETRIES + 1):
+            try:
+                return await self._pool.fetch(statement, *arguments)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                if not _may_succeed_later(error):
+                    raise
+                if attempt == RETRIES:
+                    raise DatabaseUnavailable("PostgreSQL would not take the statement") from error
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
+        raise AssertionError
+
+
+def _may_succeed_later(error: Exception) -> bool:
+    return isinstance(error, _LOST) or getattr(error, "sqlstate", None) in RETRYABLE_SQLSTATES
+
+
+def _columns(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
+    """Turn rows into columns, since `unnest` takes one array a column."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return columns or [[] for _ in range(width)]
+
+
+def _unnest(first: int, types: Sequence[str]) -> str:
+    return ", ".join(f"${first + offset}::{kind}[]" for offset, kind in enumerate(types))
+
+
+# ── accept ────────────────────────────────────────────────────────────────────────────────────────
+
+_ACCEPTANCE_TYPES = (
+    *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
+    *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint"),
+)
+_ACCEPT = f"""
+WITH item AS (
+    SELECT * FROM unnest({_unnest(1, _ACCEPTANCE_TYPES)}) AS item (
+        id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
+        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime)
+), new_definition AS (
+    INSERT INTO definition (organization_id, hash, lane, body, created_at)
+    SELECT d.*, {_NOW} FROM unnest({_unnest(19, ("text", "text", "smallint", "text"))}) AS d
+    ON CONFLICT DO NOTHING
+), current AS (
+    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
+        AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
+        AND workflow.deleted_at IS NULL
+), kept AS (
+    INSERT INTO idempotency AS earlier (lane, scope, key, fingerprint, resource_id, expires_at)
+    SELECT lane, scope, key, fingerprint, id, {_NOW} + lifetime FROM current
+    WHERE key IS NOT NULL ORDER BY lane, scope, key
+    ON CONFLICT (lane, scope, key) DO UPDATE
+    SET fingerprint = excluded.fingerprint, resource_id = excluded.resource_id, expires_at = excluded.expires_at
+    WHERE earlier.expires_at <= {_NOW}
+    RETURNING resource_id
+), winner AS (
+    SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
+), data AS (
+    INSERT INTO execution_data (execution_id, lane, trigger, config)
+    SELECT id, lane, trigger, config FROM winner ON CONFLICT DO NOTHING
+)
+INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
+    definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id,
+    has_journal, created_at, updated_at)
+SELECT id, lane, organization_id, workflow_id, user_id, 'pending', '{SHARED}', trigger_type, definition_hash,
+    {_NOW} - advance, turn, true, 0, 0, timeout, 0, total_nodes, id, false, {_NOW}, {_NOW}
+FROM winner ON CONFLICT DO NOTHING
+RETURNING id
+"""
+_EARLIER = f"""
+SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
+JOIN unnest({_unnest(1, ("smallint", "text", "text"))}) AS asked (lane, scope, key) USING (lane, scope, key)
+WHERE expires_at > {_NOW}
+"""
+_ACCEPTED = """
+SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+"""
+
+
+def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
+    key = item.idempotency
+    return (
+        item.execution_id,
+        item.lane,
+        item.organization_id,
+        item.workflow_id,
+        item.workflow_revision,
+        item.user_id,
+        item.trigger_type,
+        item.trigger,
+        item.config,
+        item.definition_hash,
+        int(item.timeout_seconds * 1_000_000),
+        item.total_nodes,
+        item.priority * PRIORITY_MICROSECONDS,
+        turn_of(item.workflow_id),
+        key.scope if key else None,
+        key.key if key else None,
+        key.fingerprint if key else None,
+        key.lifetime_seconds * 1_000_000 if key else None,
+    )
+
+
+def _definitions_of(batch: Sequence[Acceptance]) -> list[list[Any]]:
+    rows = {
+        (item.organization_id, item.definition_hash, item.lane, item.definition)
+        for item in batch
+        if item.definition is not None
+    }
+    return _columns(sorted(rows), 4)
+
+
+def _conflict_order(item: Acceptance) -> tuple[str, str]:
+    """Return what two acceptances can collide on, which is also the order in which rivals must come."""
+    key = item.idempotency
+    return (key.scope, key.key) if key else ("", item.execution_id)
+
+
+def _key(item: Acceptance) -> ExecutionKey:
+    return ExecutionKey(item.execution_id, item.lane)
+
+
+def _refusal(item: Acceptance, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]) -> Accepted:
+    if item.execution_id in own:
+        return Accepted(Verdict.ACCEPTED, item.execution_id)
+    key = item.idempotency
+    found = earlier.get((item.lane, key.scope, key.key)) if key else None
+    if key is None or found is None:
+        return Accepted(Verdict.STALE, item.execution_id)
+    fingerprint, execution_id = found
+    return Accepted(Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH, execution_id)
+
+
+# ── claim ─────────────────────────────────────────────────────────────────────────────────────────
+
+# Organisations that have pending runs, and the turns of their workflows, are found by one index probe each, however
+# many rows wait: the first above the one before, or, behind the last, the first of all; until the circle is closed.
+_PENDING = "status = 'pending' AND target = $1"
+_NEXT_ORGANIZATION = f"""
+coalesce((SELECT min(organization_id) FROM execution WHERE {_PENDING} AND organization_id > {{after}}),
+         (SELECT min(organization_id) FROM execution WHERE {_PENDING}))"""
+_NEXT_TURN = f"""
+coalesce((SELECT min(turn) FROM execution
+          WHERE {_PENDING} AND organization_id = organization.id AND turn >= {{least}}),
+         (SELECT min(turn) FROM execution WHERE {_PENDING} AND organization_id = organization.id))"""
+_CLAIM = f"""
+WITH RECURSIVE circle (id, first, place) AS (
+    SELECT start.id, start.id, 1 FROM (SELECT {_NEXT_ORGANIZATION.format(after="$2")}) AS start (id)
+    WHERE start.id IS NOT NULL
+    UNION ALL
+    SELECT next.id, circle.first, circle.place + 1
+    FROM circle, LATERAL (SELECT {_NEXT_ORGANIZATION.format(after="circle.id")}) AS next (id)
+    WHERE next.id <> circle.first AND circle.place < $4::integer
+), organization AS MATERIALIZED (
+    SELECT id, place, ceil($4::numeric / count(*) OVER ())::integer AS share FROM circle
+), chosen AS MATERIALIZED (
+    SELECT best.id FROM organization, LATERAL (
+        WITH RECURSIVE circle (turn, first, place) AS (
+            SELECT start.turn, start.turn, 1
+            FROM (SELECT {_NEXT_TURN.format(least="$3::smallint")}) AS start (turn) WHERE start.turn IS NOT NULL
+            UNION ALL
+            SELECT next.turn, circle.first, circle.place + 1
+            FROM circle, LATERAL (SELECT {_NEXT_TURN.format(least="circle.turn + 1")}) AS next (turn)
+            WHERE next.turn <> circle.first AND circle.place < organization.share
+        )
+        SELECT turn, ceil(organization.share::numeric / count(*) OVER ())::integer AS share, place FROM circle
+    ) AS workflow, LATERAL (
+        SELECT id FROM execution
+        WHERE {_PENDING} AND organization_id = organization.id AND turn = workflow.turn
+        ORDER BY is_fresh, rank LIMIT workflow.share FOR UPDATE SKIP LOCKED
+    ) AS best
+    ORDER BY organization.place, workflow.place LIMIT $4::integer
+), taken AS (
+    UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
+        lease_owner = $5, lease_until = {_NOW} + $6::bigint, started_at = coalesce(started_at, {_NOW}),
+        updated_at = {_NOW}, deadline_at = coalesce(deadline_at, {_NOW} + timeout_microseconds)
+    FROM chosen WHERE execution.id = chosen.id AND execution.status = 'pending'
+    RETURNING execution.*
+)
+SELECT taken.id, taken.lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
+    execution_data.trigger, started_at, deadline_at, request
+FROM taken JOIN execution_data ON execution_data.execution_id = taken.id AND execution_data.lane = taken.lane
+"""
+
+
+# ── record and renew ──────────────────────────────────────────────────────────────────────────────
+
+_WRITE_TYPES = ("text", "smallint", "bigint", "text", "text", "integer", "boolean", "text", "bigint")
+_SPAN_TYPES = (
+    *("text", "text", "integer", "smallint", "text", "integer", "text", "text", "text", "text", "integer"),
+    *("bigint", "bigint", "bigint", "text", "text", "text", "text", "text", "text", "bytea"),
+)
+_LOG_TYPES = ("text", "integer", "smallint", "text", "text", "text", "text", "bigint")
+_FIRST_SPAN = len(_WRITE_TYPES) + 1
+_FIRST_LOG = _FIRST_SPAN + len(_SPAN_TYPES)
+_RECORD = f"""
+WITH held AS (
+    UPDATE execution SET
+        status = CASE WHEN write.move = 'goes-on' THEN execution.status
+            WHEN write.move = 'ends' OR request IS NULL THEN write.status
+            WHEN request = 'stop' THEN 'stopped' ELSE 'cancelled' END,
+        ended_at = CASE WHEN write.move = 'ends' OR (write.move = 'gives-back' AND request IS NOT NULL)
+            THEN {_NOW} END,
+        error = write.error,
+        completed_nodes = write.completed_nodes,
+        has_journal = true,
+        attempt = CASE WHEN write.has_new_result OR write.move = 'gives-back' THEN 0 ELSE attempt END,
+        due_at = write.due_at,
+        -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
+        deadline_at = CASE WHEN write.status = 'waiting' THEN deadline_at - {_NOW} ELSE deadline_at END,
+        token = CASE WHEN write.move = 'gives-back' THEN execution.token + 1 ELSE execution.token END,
+        lease_owner = CASE WHEN write.move = 'goes-on' THEN lease_owner END,
+        lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
+        updated_at = {_NOW}
+    FROM unnest({_unnest(1, _WRITE_TYPES)}) AS write (
+        id, lane, token, move, status, completed_nodes, has_new_result, error, due_at)
+    WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
+        AND execution.status = 'running'
+    RETURNING execution.id
+), new_span AS (
+    INSERT INTO span ({", ".join(SPAN_COLUMNS)})
+    SELECT written.* FROM unnest({_unnest(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT ({", ".join(SPAN_KEY)}) DO UPDATE SET
+    {", ".join(f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_KEPT)}
+), new_log AS (
+    INSERT INTO log_line ({", ".join(LOG_COLUMNS)})
+    SELECT written.* FROM unnest({_unnest(_FIRST_LOG, _LOG_TYPES)}) AS written ({", ".join(LOG_COLUMNS)})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT DO NOTHING
+)
+SELECT id FROM held
+"""
+_RENEW = f"""
+UPDATE execution SET lease_until = {_NOW} + $4::bigint
+FROM unnest({_unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
+WHERE execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token AND status = 'running'
+RETURNING execution.id, request
+"""
+
+
+def _write_row(write: RunWrite) -> tuple[Any, ...]:
+    if write.end is None:
+        move, status = "goes-on", None
+    else:
+        move = "gives-back" if write.end in {RunStatus.WAITING, RunStatus.RELEASED} else "ends"
+        status = STATUS_AFTER[write.end].value
+    return (
+        write.execution_id,
+        write.lane,
+        write.token,
+        move,
+        status,
+        write.completed_nodes,
+        write.has_new_result,
+        error_text(write.error),
+        to_microseconds(write.due_at) if write.due_at else None,
+    )
+
+
+# ── read ──────────────────────────────────────────────────────────────────────────────────────────
+
+_DEFINITIONS = f"""
+SELECT organization_id, hash, lane, body FROM definition
+JOIN unnest({_unnest(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, lane)
+USING (organization_id, hash, lane)
+"""
+_SPANS = f"""
+SELECT {", ".join(SPAN_COLUMNS)} FROM span
+JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
+ORDER BY execution_id, sequence
+"""
+_PROGRESS = """
+SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id, span.output
+FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lane
+    AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.output IS NOT NULL
+"""
+
+# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
+
+_PROMOTE_DUE = f"""
+UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {_NOW}, deadline_at = deadline_at + {_NOW}
+WHERE status = 'waiting' AND due_at <= {_NOW} RETURNING id
+"""
+_TAKE_BACK = f"""
+UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {_NOW},
+    has_journal = true,
+    status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
+        WHEN attempt >= {{most}}::integer THEN 'failed' ELSE 'pending' END,
+    ended_at = CASE WHEN request IS NOT NULL OR attempt >= {{most}}::integer THEN {_NOW} END,
+    error = CASE WHEN request IS NULL AND attempt >= {{most}}::integer THEN {{crashed}}::text END
+"""
+_SWEEP = f"""
+{_TAKE_BACK.format(most="$2", crashed="$3")}
+WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < {_NOW}
+    LIMIT $1::integer FOR UPDATE SKIP LOCKED)
+RETURNING id, status
+"""
+_RELEASE = f"""
+{_TAKE_BACK.format(most="$3", crashed="$4")}
+WHERE status = 'running' AND starts_with(lease_owner, $1) AND id <> ALL($2::text[])
+RETURNING id
+"""
+_IS_HELD = f"(status = 'running' AND lease_until >= {_NOW})"
+_REQUEST_END = f"""
+UPDATE execution SET updated_at = {_NOW},
+    request = CASE WHEN request = 'cancel' THEN request ELSE $3::text END,
+    token = CASE WHEN {_IS_HELD} THEN token ELSE token + 1 END,
+    ended_at = CASE WHEN {_IS_HELD} THEN NULL ELSE {_NOW} END,
+    lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
+    status = CASE WHEN {_IS_HELD} THEN status ELSE $4::text END
+WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')
+RETURNING status, lease_owner
+"""

@@ -1,0 +1,109 @@
+"""Writes what runs have done: many runs in one commit, one run in the order in which things happened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from engine.errors import LeaseLost
+from engine.events import SETTLED, Ended, LogLine, Span
+from journal.grouping import GroupCommit
+from journal.store import RunWrite
+from models.database import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from journal.leases import Lease
+    from journal.store import Store
+
+RETRY_SECONDS = 0.25
+
+
+class Recorder:
+    """Groups the writes of all runs of a process."""
+
+    def __init__(self, store: Store, on_committed: Callable[[Sequence[str]], None]) -> None:
+        self._store = store
+        self._on_committed = on_committed
+        self._group: GroupCommit[RunWrite, bool] = GroupCommit(self._commit)
+
+    def submit(self, write: RunWrite) -> asyncio.Future[bool]:
+        """Queue a write; the future tells whether the run still held its token."""
+        return self._group.submit(write)
+
+    async def drain(self) -> None:
+        """Wait until everything submitted is committed or refused."""
+        await self._group.drain()
+
+    async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool]:
+        held = await self._store.record(batch)
+        if held:
+            self._on_committed(list(held))
+        return [write.execution_id in held for write in batch]
+
+
+class RunJournal:
+    """One run's side of the recorder: what it has told and not yet committed."""
+
+    def __init__(self, recorder: Recorder, lease: Lease, settled: Sequence[str] = ()) -> None:
+        self._recorder = recorder
+        self._lease = lease
+        self._settled = set(settled)
+        self._write = self._empty()
+        self._in_turn = asyncio.Lock()
+
+    def record(self, span: Span) -> None:
+        """Keep a span for the next commit."""
+        self._write.spans.append(span)
+        if span.status in SETTLED:
+            self._settled.add(span.node_id)
+            self._write.has_new_result = True
+
+    def log(self, line: LogLine) -> None:
+        """Keep a log line for the next commit."""
+        self._write.logs.append(line)
+
+    def holds_lease(self) -> bool:
+        """Tell whether the lease is certain to last a moment longer."""
+        return self._lease.is_held()
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether something waits for the next commit."""
+        return bool(self._write.spans or self._write.logs)
+
+    async def commit(self) -> None:
+        """Make everything recorded so far durable; raises `LeaseLost`."""
+        async with self._in_turn:
+            if self.is_dirty:
+                await self._submit(self._taken())
+
+    async def end(self, ended: Ended) -> None:
+        """Commit the end of this stretch of work, with all that came before it; raises `LeaseLost`."""
+        async with self._in_turn:
+            write = self._taken()
+            write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
+            await self._submit(write)
+
+    def _taken(self) -> RunWrite:
+        write, self._write = self._write, self._empty()
+        write.completed_nodes = len(self._settled)
+        return write
+
+    def _empty(self) -> RunWrite:
+        execution_id, lane = self._lease.key
+        return RunWrite(execution_id, lane, self._lease.token)
+
+    async def _submit(self, write: RunWrite) -> None:
+        while True:
+            try:
+                is_held = await self._recorder.submit(write)
+            except DatabaseUnavailable:
+                # The same write may be repeated: it names the token, and its rows replace themselves.
+                if not self._lease.is_held():
+                    raise LeaseLost from None
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            if not is_held:
+                raise LeaseLost
+            return

@@ -1,0 +1,184 @@
+"""Spans and log lines as rows, the same for every database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.events import RunError, RunStatus, Span, SpanStatus
+from journal.store import Claimed
+from models import ids
+from models.columns import from_microseconds, to_microseconds
+from models.execution import MAX_LOST_ATTEMPTS, ExecutionStatus
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.events import LogLine
+    from journal.store import RunWrite
+
+SPAN_COLUMNS = (
+    "execution_id",
+    "node_id",
+    "iteration",
+    "lane",
+    "id",
+    "sequence",
+    "label",
+    "type",
+    "status",
+    "port",
+    "attempt",
+    "started_at",
+    "ended_at",
+    "wake_at",
+    "input_node",
+    "input",
+    "output",
+    "error",
+    "unresolved",
+    "resolved_config",
+    "hashes",
+)
+SPAN_KEY = ("execution_id", "node_id", "iteration")
+SPAN_KEPT = (*SPAN_KEY, "lane", "id")
+"""What a newer row of the same node leaves as it was."""
+LOG_COLUMNS = ("execution_id", "sequence", "lane", "id", "level", "message", "node_id", "created_at")
+
+STATUS_AFTER = {
+    RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
+    RunStatus.FAILED: ExecutionStatus.FAILED,
+    RunStatus.STOPPED: ExecutionStatus.STOPPED,
+    RunStatus.CANCELLED: ExecutionStatus.CANCELLED,
+    RunStatus.WAITING: ExecutionStatus.WAITING,
+    RunStatus.RELEASED: ExecutionStatus.PENDING,
+}
+
+Row = tuple[Any, ...]
+
+
+def error_text(error: RunError | None) -> str | None:
+    """Return an error as the JSON text that is stored and shown."""
+    return None if error is None else msgspec.json.encode(error.as_json()).decode()
+
+
+CRASHED = error_text(
+    RunError("crashed", f"{MAX_LOST_ATTEMPTS} workers in a row died on this run", attempt=MAX_LOST_ATTEMPTS)
+)
+
+
+def span_rows(write: RunWrite) -> list[Row]:
+    """Return one row a node: the last that was recorded."""
+    newest = {(span.node_id, span.iteration): span for span in write.spans}
+    return [
+        (
+            write.execution_id,
+            span.node_id,
+            span.iteration,
+            write.lane,
+            ids.new("span"),
+            span.sequence,
+            span.label,
+            span.type,
+            span.status.value,
+            span.port,
+            span.attempt,
+            _microseconds(span.started_at),
+            _microseconds(span.ended_at),
+            _microseconds(span.wake_at),
+            span.input_node,
+            _text(span.input),
+            _text(span.output),
+            error_text(span.error),
+            msgspec.json.encode(span.unresolved).decode() if span.unresolved else None,
+            _text(span.resolved_config),
+            span.hashes,
+        )
+        for span in newest.values()
+    ]
+
+
+def log_rows(write: RunWrite) -> list[Row]:
+    """Return one row a line."""
+    return [_log_row(write, line) for line in write.logs]
+
+
+def _log_row(write: RunWrite, line: LogLine) -> Row:
+    created_at = to_microseconds(line.created_at)
+    identity = (write.execution_id, line.sequence, write.lane, ids.new("log"))
+    return (*identity, line.level, line.message, line.node_id, created_at)
+
+
+def span_of(row: Sequence[Any]) -> Span:
+    """Return the span that a row of `SPAN_COLUMNS` holds."""
+    (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
+    (started_at, ended_at, wake_at, input_node, data, output, error, unresolved, resolved_config, hashes) = (
+        rest
+    )
+    return Span(
+        node_id=node_id,
+        label=label,
+        type=kind,
+        status=SpanStatus(status),
+        sequence=sequence,
+        started_at=_moment(started_at),
+        ended_at=_moment(ended_at),
+        iteration=iteration,
+        port=port,
+        attempt=attempt,
+        input_node=input_node,
+        input=_bytes(data),
+        output=_bytes(output),
+        error=error_of(error),
+        unresolved=tuple(msgspec.json.decode(unresolved)) if unresolved else (),
+        wake_at=_moment(wake_at),
+        resolved_config=_bytes(resolved_config),
+        hashes=hashes,
+    )
+
+
+def claimed_of(row: Sequence[Any]) -> Claimed:
+    """Return the claim that a row holds: the fields of `Claimed` in their order."""
+    execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
+    has_journal, trigger, started_at, deadline_at, request = rest
+    return Claimed(
+        execution_id=execution_id,
+        lane=lane,
+        organization_id=organization_id,
+        workflow_id=workflow_id,
+        definition_hash=definition_hash,
+        token=token,
+        attempt=attempt,
+        key_id=key_id,
+        has_journal=bool(has_journal),
+        trigger=trigger,
+        started_at=from_microseconds(started_at),
+        deadline_at=from_microseconds(deadline_at),
+        request=request,
+    )
+
+
+def error_of(stored: str | None) -> RunError | None:
+    """Return the error that a JSON text holds."""
+    if stored is None:
+        return None
+    fields = msgspec.json.decode(stored)
+    return RunError(fields["code"], fields["message"], fields.get("nodeId"), fields.get("attempt"))
+
+
+def _microseconds(moment: datetime | None) -> int | None:
+    return None if moment is None else to_microseconds(moment)
+
+
+def _moment(count: int | None) -> datetime | None:
+    return None if count is None else from_microseconds(count)
+
+
+def _text(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode()
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()

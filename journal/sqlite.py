@@ -1,0 +1,580 @@
+"""The store on SQLite: one writer thread, into which whole batches hop.
+
+What waits for the writer shares its next transaction and its one fsync, whichever kind of statement it is. Times
+are those of this host's clock, which is the database's: SQLite has no other host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from engine.events import RunStatus, Span
+from journal.rows import (
+    CRASHED,
+    LOG_COLUMNS,
+    SPAN_COLUMNS,
+    SPAN_KEPT,
+    SPAN_KEY,
+    STATUS_AFTER,
+    claimed_of,
+    error_text,
+    log_rows,
+    span_of,
+    span_rows,
+)
+from journal.store import (
+    Acceptance,
+    Accepted,
+    Claim,
+    Claimed,
+    DefinitionKey,
+    ExecutionKey,
+    Held,
+    IdempotencyKey,
+    Progress,
+    Renewed,
+    Requested,
+    RunWrite,
+    Swept,
+    Verdict,
+)
+from models.columns import to_microseconds
+from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
+from models.execution import MAX_LOST_ATTEMPTS, PRIORITY_MICROSECONDS, SHARED, TERMINAL, ExecutionStatus
+from models.ids import turn_of
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+
+MAX_TRANSACTION_WORKS = 64
+
+
+class SQLiteStore:
+    """The run path on one SQLite file."""
+
+    def __init__(self, path: str) -> None:
+        self._writer = _Thread(path, "sqlite-writer", writes=True)
+        self._reader = _Thread(path, "sqlite-reader", writes=False)
+
+    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+        """Insert runs; see `Store.accept`."""
+        return await self._writer.run(lambda connection: _accept(connection, batch))
+
+    async def claim(self, claim: Claim) -> Sequence[Claimed]:
+        """Take pending runs; see `Store.claim`."""
+        return await self._writer.run(lambda connection: _claim(connection, claim))
+
+    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
+        """Write what runs have done; see `Store.record`."""
+        return await self._writer.run(lambda connection: _record(connection, batch))
+
+    async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+        """Extend leases; see `Store.renew`."""
+        return await self._writer.run(lambda connection: _renew(connection, held, lease_seconds))
+
+    async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+        """Return definitions; see `Store.definitions`."""
+        return await self._reader.run(lambda connection: _definitions(connection, keys))
+
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+        """Return what was recorded; see `Store.spans`."""
+        return await self._reader.run(lambda connection: _spans(connection, keys))
+
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
+        """Return where runs are; see `Store.progress`."""
+        return await self._reader.run(lambda connection: _progress(connection, keys))
+
+    async def promote_due(self) -> int:
+        """Put waits that are over back in the queue."""
+        return await self._writer.run(_promote_due)
+
+    async def sweep(self, limit: int) -> Swept:
+        """Take back what dead workers held; see `Store.sweep`."""
+        return await self._writer.run(lambda connection: _sweep(connection, limit))
+
+    async def take_back(self, owner_prefix: str, held: Sequence[str] = ()) -> int:
+        """Take back leases; see `Store.take_back`."""
+        return await self._writer.run(lambda connection: _take_back(connection, owner_prefix, held))
+
+    async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
+        """Ask a run to stop or cancel; see `Store.request_end`."""
+        return await self._writer.run(lambda connection: _request_end(connection, key, request))
+
+    async def for_thread(self) -> SQLiteStore:
+        """Return this store: its threads answer any event loop."""
+        return self
+
+    async def close(self) -> None:
+        """End both threads, after what they have been given."""
+        await asyncio.to_thread(self._writer.close)
+        await asyncio.to_thread(self._reader.close)
+
+
+class _Thread:
+    """A connection in a thread of its own; works that wait share one transaction."""
+
+    def __init__(self, path: str, name: str, *, writes: bool) -> None:
+        self._path = path
+        self._begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
+        self._works: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Work[T]) -> T:
+        future: Future[T] = Future()
+        self._works.put((work, future))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        self._works.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        connection: sqlite3.Connection | None = None
+        while (first := self._works.get()) is not None:
+            works = [first]
+            is_last = False
+            while len(works) < MAX_TRANSACTION_WORKS and not is_last:
+                try:
+                    more = self._works.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    is_last = True
+                else:
+                    works.append(more)
+            try:
+                connection = connection or _connect(self._path)
+            except sqlite3.Error as error:
+                _fail(works, error)
+            else:
+                self._transact(connection, works)
+            if is_last:
+                break
+        if connection is not None:
+            connection.close()
+
+    def _transact(self, connection: sqlite3.Connection, works: list[tuple[Work[Any], Future[Any]]]) -> None:
+        """Run works in one transaction; when one of them fails, each in one of its own."""
+        try:
+            connection.execute(self._begin)
+            results = [work(connection) for work, _ in works]
+            connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - it belongs to one waiter, and the thread goes on
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if len(works) == 1:
+                _fail(works, error)
+                return
+            for one in works:
+                self._transact(connection, [one])
+            return
+        for (_, future), result in zip(works, results, strict=True):
+            _resolve(future, result)
+
+
+def _fail(works: Sequence[tuple[Work[Any], Future[Any]]], error: Exception) -> None:
+    for _, future in works:
+        if future.set_running_or_notify_cancel():
+            future.set_exception(_translated(error))
+
+
+def _resolve(future: Future[Any], result: object) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
+
+
+def _translated(error: Exception) -> Exception:
+    if not isinstance(error, sqlite3.OperationalError):
+        return error
+    unavailable = DatabaseUnavailable(f"SQLite would not take the transaction: {error}")
+    unavailable.__cause__ = error
+    return unavailable
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path,
+        timeout=SQLITE_BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=256,
+    )
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+# ── accept ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _accept(connection: sqlite3.Connection, batch: Sequence[Acceptance]) -> list[Accepted]:
+    now = _now()
+    is_current = _current_workflows(connection, batch)
+    answers: list[Accepted] = []
+    inserted: list[Acceptance] = []
+    for item in batch:
+        key = item.idempotency
+        is_accepted = is_current[item.workflow_id, item.workflow_revision]
+        if key is not None and (earlier := _earlier(connection, item, key, now, is_new=is_accepted)):
+            answers.append(earlier)
+        elif not is_accepted:
+            answers.append(Accepted(Verdict.STALE, item.execution_id))
+        else:
+            answers.append(Accepted(Verdict.ACCEPTED, item.execution_id))
+            inserted.append(item)
+    _insert_executions(connection, inserted, now)
+    return answers
+
+
+def _current_workflows(
+    connection: sqlite3.Connection, batch: Sequence[Acceptance]
+) -> dict[tuple[str, int], bool]:
+    statement = (
+        "SELECT 1 FROM workflow"
+        " WHERE id = ? AND lane = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
+    )
+    return {
+        (workflow_id, revision): connection.execute(
+            statement, (workflow_id, lane, revision, organization_id)
+        ).fetchone()
+        is not None
+        for workflow_id, lane, revision, organization_id in {
+            (item.workflow_id, item.lane, item.workflow_revision, item.organization_id) for item in batch
+        }
+    }
+
+
+def _earlier(
+    connection: sqlite3.Connection, item: Acceptance, key: IdempotencyKey, now: int, *, is_new: bool
+) -> Accepted | None:
+    """Return the answer to an earlier request with this key; else keep the key, if the run will be accepted."""
+    identity = (item.lane, key.scope, key.key)
+    found = connection.execute(
+        "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE lane = ? AND scope = ? AND key = ?",
+        identity,
+    ).fetchone()
+    if found is not None and found[2] > now:
+        fingerprint, execution_id, _ = found
+        verdict = Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH
+        return Accepted(verdict, execution_id)
+    if is_new:
+        connection.execute(
+            "INSERT OR REPLACE INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (*identity, key.fingerprint, item.execution_id, now + key.lifetime_seconds * 1_000_000),
+        )
+    return None
+
+
+def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptance], now: int) -> None:
+    definitions = {
+        (item.organization_id, item.definition_hash, item.lane, item.definition, now)
+        for item in batch
+        if item.definition is not None
+    }
+    connection.executemany(
+        "INSERT OR IGNORE INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)",
+        definitions,
+    )
+    connection.executemany(
+        "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
+        " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
+        " key_id, has_journal, created_at, updated_at)"
+        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?)",
+        [
+            (
+                item.execution_id,
+                item.lane,
+                item.organization_id,
+                item.workflow_id,
+                item.user_id,
+                SHARED,
+                item.trigger_type,
+                item.definition_hash,
+                now - item.priority * PRIORITY_MICROSECONDS,
+                turn_of(item.workflow_id),
+                int(item.timeout_seconds * 1_000_000),
+                item.total_nodes,
+                item.execution_id,
+                now,
+                now,
+            )
+            for item in batch
+        ],
+    )
+    connection.executemany(
+        "INSERT INTO execution_data (execution_id, lane, trigger, config) VALUES (?, ?, ?, ?)",
+        [(item.execution_id, item.lane, item.trigger, item.config) for item in batch],
+    )
+
+
+# ── claim ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _claim(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
+    chosen: list[str] = []
+    organizations = _organizations(connection, claim)
+    for served, organization_id in enumerate(organizations):
+        share = -(-(claim.limit - len(chosen)) // (len(organizations) - served))
+        chosen.extend(_of_organization(connection, claim, organization_id, share))
+    now = _now()
+    return [_taken(connection, claim, execution_id, now) for execution_id in chosen]
+
+
+def _organizations(connection: sqlite3.Connection, claim: Claim) -> list[str]:
+    """Return organisations that have pending runs, beginning behind the one served last: one index probe each."""
+    statement = (
+        "SELECT min(organization_id) FROM execution"
+        " WHERE status = 'pending' AND target = ? AND organization_id > ?"
+    )
+
+    def following(organization_id: str) -> str | None:
+        found: str | None = connection.execute(statement, (claim.target, organization_id)).fetchone()[0]
+        return found
+
+    organizations: list[str] = []
+    current = following(claim.after_organization) or following("")
+    while current is not None and len(organizations) < claim.limit:
+        organizations.append(current)
+        current = following(current) or following("")
+        if current == organizations[0]:
+            break
+    return organizations
+
+
+def _of_organization(
+    connection: sqlite3.Connection, claim: Claim, organization_id: str, share: int
+) -> list[str]:
+    """Return an organisation's best runs, its workflows served in turn."""
+    statement = (
+        "SELECT min(turn) FROM execution"
+        " WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn >= ?"
+    )
+
+    def following(turn: int) -> int | None:
+        found: int | None = connection.execute(statement, (claim.target, organization_id, turn)).fetchone()[0]
+        return found
+
+    turns: list[int] = []
+    current = _first(following(claim.from_turn), following(0))
+    while current is not None and len(turns) < share:
+        turns.append(current)
+        current = _first(following(current + 1), following(0))
+        if current == turns[0]:
+            break
+    chosen: list[str] = []
+    for served, turn in enumerate(turns):
+        part = -(-(share - len(chosen)) // (len(turns) - served))
+        rows = connection.execute(
+            "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn = ?"
+            " ORDER BY is_fresh, rank LIMIT ?",
+            (claim.target, organization_id, turn, part),
+        )
+        chosen.extend(row[0] for row in rows)
+    return chosen
+
+
+def _first(one: int | None, other: int | None) -> int | None:
+    return one if one is not None else other
+
+
+def _taken(connection: sqlite3.Connection, claim: Claim, execution_id: str, now: int) -> Claimed:
+    row = connection.execute(
+        "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
+        " lease_owner = ?1, lease_until = ?2, started_at = coalesce(started_at, ?3), updated_at = ?3,"
+        " deadline_at = coalesce(deadline_at, ?3 + timeout_microseconds)"
+        " WHERE id = ?4 AND status = 'pending'"
+        " RETURNING id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
+        " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request",
+        (claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
+    ).fetchone()
+    return claimed_of(row)
+
+
+# ── record and renew ──────────────────────────────────────────────────────────────────────────────
+
+_UPSERT_SPANS = (
+    f"INSERT INTO span ({', '.join(SPAN_COLUMNS)}) VALUES ({', '.join('?' * len(SPAN_COLUMNS))})"
+    f" ON CONFLICT ({', '.join(SPAN_KEY)}) DO UPDATE SET "
+    + ", ".join(f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_KEPT)
+)
+_INSERT_LOGS = (
+    f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
+)
+_GUARD = " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
+_GOES_ON = (
+    "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
+    " attempt = CASE WHEN :has_new_result THEN 0 ELSE attempt END" + _GUARD
+)
+_ENDS = (
+    "UPDATE execution SET status = :status, completed_nodes = :completed, error = :error, ended_at = :now,"
+    " updated_at = :now, lease_owner = NULL, lease_until = NULL" + _GUARD
+)
+_GIVES_BACK = (
+    "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now, due_at = :due_at,"
+    " status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE :status END,"
+    " ended_at = CASE WHEN request IS NULL THEN NULL ELSE :now END,"
+    # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
+    " deadline_at = CASE WHEN :status = 'waiting' THEN deadline_at - :now ELSE deadline_at END,"
+    " token = token + 1, attempt = 0, lease_owner = NULL, lease_until = NULL" + _GUARD
+)
+
+
+def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite]) -> frozenset[str]:
+    now = _now()
+    held = [write for write in batch if connection.execute(*_update(write, now)).rowcount == 1]
+    connection.executemany(_UPSERT_SPANS, [row for write in held for row in span_rows(write)])
+    connection.executemany(_INSERT_LOGS, [row for write in held for row in log_rows(write)])
+    return frozenset(write.execution_id for write in held)
+
+
+def _update(write: RunWrite, now: int) -> tuple[str, dict[str, Any]]:
+    values: dict[str, Any] = {
+        "id": write.execution_id,
+        "lane": write.lane,
+        "token": write.token,
+        "completed": write.completed_nodes,
+        "now": now,
+    }
+    if write.end is None:
+        return _GOES_ON, values | {"has_new_result": write.has_new_result}
+    values["status"] = STATUS_AFTER[write.end].value
+    if write.end in {RunStatus.WAITING, RunStatus.RELEASED}:
+        return _GIVES_BACK, values | {"due_at": to_microseconds(write.due_at) if write.due_at else None}
+    return _ENDS, values | {"error": error_text(write.error)}
+
+
+def _renew(connection: sqlite3.Connection, held: Sequence[Held], lease_seconds: float) -> list[Renewed]:
+    until = _now() + int(lease_seconds * 1_000_000)
+    renewed: list[Renewed] = []
+    for lease in held:
+        row = connection.execute(
+            "UPDATE execution SET lease_until = ? WHERE id = ? AND lane = ? AND token = ? AND status = 'running'"
+            " RETURNING request",
+            (until, lease.execution_id, lease.lane, lease.token),
+        ).fetchone()
+        if row is not None:
+            renewed.append(Renewed(lease.execution_id, row[0]))
+    return renewed
+
+
+# ── read ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _definitions(connection: sqlite3.Connection, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+    statement = "SELECT body FROM definition WHERE organization_id = ? AND hash = ? AND lane = ?"
+    found = {key: connection.execute(statement, key).fetchone() for key in keys}
+    return {key: row[0] for key, row in found.items() if row is not None}
+
+
+def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+    statement = (
+        f"SELECT {', '.join(SPAN_COLUMNS)} FROM span WHERE execution_id = ? AND lane = ? ORDER BY sequence"
+    )
+    return {key.execution_id: [span_of(row) for row in connection.execute(statement, key)] for key in keys}
+
+
+def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> list[Progress]:
+    found: list[Progress] = []
+    for key in keys:
+        row = connection.execute(
+            "SELECT status, completed_nodes, total_nodes, error FROM execution WHERE id = ? AND lane = ?", key
+        ).fetchone()
+        if row is None:
+            continue
+        outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL else ()
+        status, completed_nodes, total_nodes, error = row
+        found.append(
+            Progress(key.execution_id, ExecutionStatus(status), completed_nodes, total_nodes, error, outputs)
+        )
+    return found
+
+
+_OUTPUTS = (
+    "SELECT node_id, output FROM span"
+    " WHERE execution_id = ? AND lane = ? AND output IS NOT NULL AND ended_at IS NOT NULL"
+)
+
+
+# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _promote_due(connection: sqlite3.Connection) -> int:
+    now = _now()
+    return connection.execute(
+        "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1"
+        " WHERE status = 'waiting' AND due_at <= ?1",
+        (now,),
+    ).rowcount
+
+
+_TAKE_BACK = (
+    "UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = :now,"
+    " has_journal = 1,"
+    " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
+    " WHEN attempt >= :most THEN 'failed' ELSE 'pending' END,"
+    " ended_at = CASE WHEN request IS NOT NULL OR attempt >= :most THEN :now END,"
+    " error = CASE WHEN request IS NULL AND attempt >= :most THEN :crashed END"
+)
+
+
+def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
+    now = _now()
+    due = _promote_due(connection)
+    rows = connection.execute(
+        _TAKE_BACK
+        + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
+        " RETURNING id, status",
+        {"now": now, "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED, "limit": limit},
+    ).fetchall()
+    has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
+    ended = [row[0] for row in rows if row[1] in TERMINAL]
+    return Swept(len(rows) - len(ended), ended, due, has_pending is not None)
+
+
+def _take_back(connection: sqlite3.Connection, owner_prefix: str, held: Sequence[str]) -> int:
+    rows = connection.execute(
+        "SELECT id FROM execution WHERE status = 'running' AND substr(lease_owner, 1, length(?1)) = ?1",
+        (owner_prefix,),
+    ).fetchall()
+    values = {"now": _now(), "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED}
+    lost = [values | {"id": row[0]} for row in rows if row[0] not in held]
+    connection.executemany(_TAKE_BACK + " WHERE id = :id AND status = 'running'", lost)
+    return len(lost)
+
+
+def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str) -> Requested | None:
+    now = _now()
+    row = connection.execute(
+        "UPDATE execution SET updated_at = :now,"
+        " request = CASE WHEN request = 'cancel' THEN request ELSE :request END,"
+        " token = CASE WHEN status = 'running' AND lease_until >= :now THEN token ELSE token + 1 END,"
+        " ended_at = CASE WHEN status = 'running' AND lease_until >= :now THEN NULL ELSE :now END,"
+        " lease_owner = CASE WHEN status = 'running' AND lease_until >= :now THEN lease_owner END,"
+        " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status ELSE :status END"
+        " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting') RETURNING status, lease_owner",
+        {
+            "now": now,
+            "request": request,
+            "id": key.execution_id,
+            "lane": key.lane,
+            "status": (ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED).value,
+        },
+    ).fetchone()
+    if row is None:
+        row = connection.execute(
+            "SELECT status, NULL FROM execution WHERE id = ? AND lane = ?", key
+        ).fetchone()
+    return None if row is None else Requested(ExecutionStatus(row[0]), row[1])

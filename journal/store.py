@@ -1,0 +1,242 @@
+"""What the path of a run asks of a database: a handful of batched statements, each one transaction.
+
+Two implementations, `journal.sqlite` and `journal.postgresql`, keep the same promises and pass the same tests.
+Times are the database's own; every change of an execution names the status and the token that it leaves, and the
+rows that come back say which changes were made. A batch is sorted by the key that can conflict, so that rivals
+can't deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from engine.events import LogLine, RunStatus, Span
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.events import RunError
+    from models.execution import ExecutionStatus
+
+
+class ExecutionKey(NamedTuple):
+    """Where a run's rows are."""
+
+    execution_id: str
+    lane: int
+
+
+class DefinitionKey(NamedTuple):
+    """Where a definition is."""
+
+    organization_id: str
+    hash: str
+    lane: int
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyKey:
+    """A client's promise that two requests are one."""
+
+    scope: str
+    key: str
+    fingerprint: str
+    lifetime_seconds: int = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """A run to be accepted: one row, and what comes with it."""
+
+    execution_id: str
+    lane: int
+    organization_id: str
+    workflow_id: str
+    workflow_revision: int
+    """The revision that was checked; the row is refused when the workflow has moved on."""
+    user_id: str
+    trigger_type: str
+    trigger: str
+    """JSON text."""
+    config: str
+    """JSON text."""
+    definition_hash: str
+    definition: str | None
+    """The definition's text where it may not be stored yet; None where it is known to be."""
+    timeout_seconds: float
+    total_nodes: int
+    priority: int = 0
+    idempotency: IdempotencyKey | None = None
+
+
+class Verdict(StrEnum):
+    """What became of an acceptance."""
+
+    ACCEPTED = "accepted"
+    REPEATED = "repeated"
+    """The key was used before: `execution_id` is the first one's."""
+    MISMATCH = "mismatch"
+    """The key was used before, with another body."""
+    STALE = "stale"
+    """The workflow has changed, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The answer to an acceptance."""
+
+    verdict: Verdict
+    execution_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a worker asks for."""
+
+    owner: str
+    lease_seconds: float
+    limit: int
+    after_organization: str = ""
+    """Organisations are served in turn: the one that was served last."""
+    from_turn: int = 0
+    """Within an organisation, workflows are served in turn: where to begin."""
+    target: str = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A run that is now this worker's, until its lease ends."""
+
+    execution_id: str
+    lane: int
+    organization_id: str
+    workflow_id: str
+    definition_hash: str
+    token: int
+    attempt: int
+    key_id: str
+    has_journal: bool
+    trigger: str
+    started_at: datetime
+    deadline_at: datetime
+    request: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A lease to be renewed."""
+
+    execution_id: str
+    lane: int
+    token: int
+
+
+@dataclass(slots=True)
+class RunWrite:
+    """What one run wants written; nothing is, unless it still holds its token."""
+
+    execution_id: str
+    lane: int
+    token: int
+    spans: list[Span] = field(default_factory=list)
+    """In the order in which they were recorded; the last one of a node counts."""
+    logs: list[LogLine] = field(default_factory=list)
+    completed_nodes: int = 0
+    """Settled so far, in all."""
+    has_new_result: bool = False
+    """A node was settled: attempts lost before this don't count against the run any more."""
+    end: RunStatus | None = None
+    """None: it goes on."""
+    error: RunError | None = None
+    due_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """A lease that was renewed, and what a client asked of the run meanwhile."""
+
+    execution_id: str
+    request: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a poll shows."""
+
+    execution_id: str
+    status: ExecutionStatus
+    completed_nodes: int
+    total_nodes: int
+    error: str | None
+    """JSON text."""
+    outputs: Sequence[tuple[str, str]]
+    """Node id and JSON text, of nodes that have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep found."""
+
+    requeued: int
+    """Leases that had ended: back in the queue."""
+    ended: Sequence[str]
+    """Executions that the sweep itself brought to an end: crashed, stopped or cancelled."""
+    due: int
+    """Waits that are over: back in the queue."""
+    has_pending: bool
+    """There is work that nobody has claimed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """What became of a request to stop or cancel."""
+
+    status: ExecutionStatus
+    lease_owner: str | None
+    """Whom to tell, where a worker holds the run."""
+
+
+class Store(Protocol):
+    """The run path's view of one database. Every method raises `DatabaseUnavailable` when it can't be reached."""
+
+    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+        """Insert runs, in one transaction; answers in the order of the batch."""
+
+    async def claim(self, claim: Claim) -> Sequence[Claimed]:
+        """Take the best pending runs, counting the attempt."""
+
+    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
+        """Write what runs have done, at most one write a run; returns the ids of those that still held their token."""
+
+    async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+        """Extend leases; a lease that is not among the answers is lost."""
+
+    async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+        """Return the texts of definitions."""
+
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+        """Return what was recorded of runs, by execution id, in the order of their sequence numbers."""
+
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
+        """Return where runs are; outputs of those only that have ended."""
+
+    async def promote_due(self) -> int:
+        """Put waits that are over back in the queue; returns how many."""
+
+    async def sweep(self, limit: int) -> Swept:
+        """Take back what dead workers held, promote what is due, and look whether work lies about."""
+
+    async def take_back(self, owner_prefix: str, held: Sequence[str] = ()) -> int:
+        """Take back, at once, the leases of owners that are known to have nothing but `held`; returns how many."""
+
+    async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
+        """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""
+
+    async def for_thread(self) -> Store:
+        """Return a store on the same database for the event loop of another thread."""
+
+    async def close(self) -> None:
+        """Let go of connections and threads, after what is under way."""

@@ -1,0 +1,123 @@
+"""Who may do what: organisations, users, keys, and what a caller may see."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from hashlib import sha256
+
+from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint
+from sqlmodel import Field, SQLModel
+
+from models.columns import Instant, JsonText
+from models.ids import ALPHABET
+
+
+class Role(StrEnum):
+    """A user's place in its organisation."""
+
+    MEMBER = "member"
+    ADMIN = "admin"
+
+
+class KeyScope(StrEnum):
+    """What a key allows."""
+
+    WORKFLOWS_READ = "workflows:read"
+    WORKFLOWS_WRITE = "workflows:write"
+    WORKFLOWS_EXECUTE = "workflows:execute"
+    KEYS_WRITE = "keys:write"
+    USERS_WRITE = "users:write"
+
+
+ALL_SCOPES = frozenset(KeyScope)
+
+
+class Organization(SQLModel, table=True):
+    """A tenant."""
+
+    id: str = Field(primary_key=True)
+    lane: int = Field(sa_type=SmallInteger)
+    name: str
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+
+
+class User(SQLModel, table=True):
+    """A person or a service in one organisation."""
+
+    __tablename__ = "user_account"
+    __table_args__ = (UniqueConstraint("organization_id", "email", name="uq_user_account_email"),)
+
+    id: str = Field(primary_key=True)
+    organization_id: str = Field(foreign_key="organization.id")
+    lane: int = Field(sa_type=SmallInteger)
+    email: str
+    name: str = ""
+    role: str = Role.MEMBER
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+
+
+class ApiKey(SQLModel, table=True):
+    """A key, of which only a keyed hash is stored."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (
+        UniqueConstraint("hash", name="uq_api_key_hash"),
+        Index("ix_api_key_user", "user_id"),
+    )
+
+    id: str = Field(primary_key=True)
+    organization_id: str = Field(foreign_key="organization.id")
+    user_id: str = Field(foreign_key="user_account.id")
+    lane: int = Field(sa_type=SmallInteger)
+    name: str
+    prefix: str
+    hash: str
+    scopes: list[str] = Field(sa_column=Column(JsonText, nullable=False))
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    revoked_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    last_used_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever a valid key stands for."""
+
+    key_id: str
+    user_id: str
+    organization_id: str
+    lane: int
+    role: Role
+    scopes: frozenset[str]
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role is Role.ADMIN
+
+    def may(self, scope: str) -> bool:
+        return scope in self.scopes
+
+
+KEY_PREFIX = "sk-"
+_ROUTING_CODE = "00"
+"""Printed in users' systems for ever, so it is there before there is more than one place to route to."""
+
+
+def new_key() -> str:
+    """Return a fresh key: `sk-`, a routing code of two characters, 260 random bits."""
+    number = secrets.randbits(260)
+    return KEY_PREFIX + _ROUTING_CODE + "".join(ALPHABET[number >> shift & 31] for shift in range(0, 260, 5))
+
+
+def key_hash(key: str, secret: bytes) -> str:
+    """Return what is stored of a key: useless without the server's secret."""
+    return hmac.new(secret, key.encode(), sha256).hexdigest()
+
+
+def shown_prefix(key: str) -> str:
+    """Return the part of a key by which its owner may recognise it."""
+    return key[:9]

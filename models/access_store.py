@@ -1,0 +1,205 @@
+"""Organisations, users and keys as they are read and written: by the gateway for clients, by the command for operators.
+
+What writes takes a connection, so that several steps can share one transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from models import ids
+from models.access import ApiKey, Caller, Organization, Role, User, key_hash, new_key, shown_prefix
+from models.database import Database
+
+
+class EmailTaken(ValueError):
+    """The organisation has a user with this e-mail address already."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundKey:
+    """A key that exists, valid or not."""
+
+    caller: Caller
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+    def is_valid(self, now: datetime) -> bool:
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key at the only moment when it can be read."""
+
+    key: str
+    row: ApiKey
+
+
+async def find_key(database: Database, hashed: str) -> FoundKey | None:
+    """Return the key with this hash and whom it stands for."""
+    statement = (
+        select(ApiKey, col(User.role))
+        .join(User, col(User.id) == col(ApiKey.user_id))
+        .where(col(ApiKey.hash) == hashed)
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    if row is None:
+        return None
+    caller = Caller(
+        key_id=row.id,
+        user_id=row.user_id,
+        organization_id=row.organization_id,
+        lane=row.lane,
+        role=Role(row.role),
+        scopes=frozenset(row.scopes),
+    )
+    return FoundKey(caller, row.expires_at, row.revoked_at, row.last_used_at)
+
+
+async def record_use(database: Database, key_id: str, *, now: datetime, every: timedelta) -> None:
+    """Note that a key was used, unless that was noted within `every`."""
+    is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < now - every)
+    statement = update(ApiKey).where(col(ApiKey.id) == key_id, is_due).values(last_used_at=now)
+
+    async def record(connection: AsyncConnection) -> None:
+        await connection.execute(statement)
+
+    await database.transaction(record)
+
+
+# ── organisations and users ───────────────────────────────────────────────────────────────────────
+
+
+async def has_organization(connection: AsyncConnection) -> bool:
+    """Tell whether anybody lives here yet."""
+    return (await connection.execute(select(Organization.id).limit(1))).first() is not None
+
+
+async def create_organization(connection: AsyncConnection, *, name: str, now: datetime) -> Organization:
+    organization_id = ids.new("org")
+    lane = ids.lane_of(organization_id)
+    organization = Organization(id=organization_id, lane=lane, name=name, created_at=now)
+    await connection.execute(insert(Organization).values(organization.model_dump()))
+    return organization
+
+
+async def find_organization(connection: AsyncConnection, organization_id: str) -> Organization | None:
+    statement = select(Organization).where(col(Organization.id) == organization_id)
+    row = (await connection.execute(statement)).mappings().first()
+    return Organization(**row) if row else None
+
+
+async def list_organizations(connection: AsyncConnection) -> list[Organization]:
+    """Return all of them, the oldest first."""
+    rows = await connection.execute(select(Organization).order_by(col(Organization.created_at)))
+    return [Organization(**row) for row in rows.mappings()]
+
+
+async def create_user(
+    connection: AsyncConnection,
+    *,
+    organization: Organization,
+    email: str,
+    name: str,
+    role: Role,
+    now: datetime,
+) -> User:
+    """Add a user to an organisation; raises `EmailTaken`."""
+    user = User(
+        id=ids.new("user"),
+        organization_id=organization.id,
+        lane=organization.lane,
+        email=email.lower(),
+        name=name,
+        role=role,
+        created_at=now,
+    )
+    try:
+        await connection.execute(insert(User).values(user.model_dump()))
+    except IntegrityError as error:
+        raise EmailTaken(f"The organisation has a user {user.email} already") from error
+    return user
+
+
+async def find_user(connection: AsyncConnection, organization_id: str, user_id: str) -> User | None:
+    statement = select(User).where(col(User.organization_id) == organization_id, col(User.id) == user_id)
+    row = (await connection.execute(statement)).mappings().first()
+    return User(**row) if row else None
+
+
+async def list_users(
+    connection: AsyncConnection, organization_id: str, *, limit: int, offset: int
+) -> tuple[int, list[User]]:
+    """Return how many users an organisation has, and a page of them, the oldest first."""
+    condition = col(User.organization_id) == organization_id
+    count = await connection.scalar(select(func.count()).select_from(User).where(condition))
+    page = select(User).where(condition).order_by(col(User.id)).limit(limit).offset(offset)
+    rows = await connection.execute(page)
+    return count or 0, [User(**row) for row in rows.mappings()]
+
+
+# ── keys ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create_key(
+    connection: AsyncConnection,
+    *,
+    user: User,
+    name: str,
+    scopes: Collection[str],
+    secret: bytes,
+    now: datetime,
+    expires_at: datetime | None = None,
+    key: str | None = None,
+) -> NewKey:
+    """Make a key for a user, a fresh one unless `key` is given; only its hash is kept."""
+    text = key or new_key()
+    row = ApiKey(
+        id=ids.new("key"),
+        organization_id=user.organization_id,
+        user_id=user.id,
+        lane=user.lane,
+        name=name,
+        prefix=shown_prefix(text),
+        hash=key_hash(text, secret),
+        scopes=sorted(scopes),
+        created_at=now,
+        expires_at=expires_at,
+    )
+    await connection.execute(insert(ApiKey).values(row.model_dump()))
+    return NewKey(text, row)
+
+
+async def list_keys(
+    connection: AsyncConnection, organization_id: str, *, user_id: str | None, limit: int, offset: int
+) -> tuple[int, list[ApiKey]]:
+    """Return how many keys an organisation or one of its users has, and a page of them, the newest first."""
+    conditions = [col(ApiKey.organization_id) == organization_id]
+    if user_id is not None:
+        conditions.append(col(ApiKey.user_id) == user_id)
+    count = await connection.scalar(select(func.count()).select_from(ApiKey).where(*conditions))
+    page = select(ApiKey).where(*conditions).order_by(col(ApiKey.id).desc()).limit(limit).offset(offset)
+    rows = await connection.execute(page)
+    return count or 0, [ApiKey(**row) for row in rows.mappings()]
+
+
+async def revoke_key(
+    connection: AsyncConnection, organization_id: str, key_id: str, *, user_id: str | None, now: datetime
+) -> bool:
+    """Revoke a key of an organisation, of one user if that is given; a second time changes nothing. False: no such key."""
+    conditions = [col(ApiKey.organization_id) == organization_id, col(ApiKey.id) == key_id]
+    if user_id is not None:
+        conditions.append(col(ApiKey.user_id) == user_id)
+    revoked = func.coalesce(col(ApiKey.revoked_at), now)
+    result = await connection.execute(update(ApiKey).where(*conditions).values(revoked_at=revoked))
+    return result.rowcount == 1

@@ -1,0 +1,145 @@
+"""One database, SQLite or PostgreSQL, for everything that isn't the path of a run.
+
+A transaction is a function that may be called again: serialization failures, deadlocks and lost connections are retried
+here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import event, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+T = TypeVar("T")
+
+RETRIES = 5
+SQLITE_BUSY_SECONDS = 30.0
+POOL_SIZE = 5
+CONNECT_SECONDS = 10.0
+RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})
+"""Serialization failure and deadlock: the same transaction may succeed when it is run again."""
+
+
+class DatabaseUnavailable(Exception):
+    """The database did not answer, or would not take the transaction; the same call may succeed later."""
+
+
+class InvalidDatabaseUrl(ValueError):
+    """The address names no database that can be used; the text says what to write."""
+
+
+def parse_url(url: str) -> URL:
+    """Return the address with the driver that is used here; raises `InvalidDatabaseUrl`."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        message = "The database URL must look like sqlite:///path or postgresql://user:password@host/database"
+        raise InvalidDatabaseUrl(message) from error
+    kind = parsed.get_backend_name()
+    if kind == "sqlite":
+        if not parsed.database or parsed.database == ":memory:":
+            raise InvalidDatabaseUrl("SQLite needs a file: sqlite:///path/to/pilotflame.db")
+        return parsed.set(drivername="sqlite+aiosqlite")
+    if kind in {"postgresql", "postgres"}:
+        return parsed.set(drivername="postgresql+asyncpg")
+    raise InvalidDatabaseUrl(f"{kind} is not supported: use sqlite:///path or postgresql://…")
+
+
+def is_sqlite(url: URL) -> bool:
+    """Tell which of the two it is."""
+    return url.get_backend_name() == "sqlite"
+
+
+class Database:
+    """A pool of connections, with reads and retried transactions."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.engine = _engine(url)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection for reading; raises `DatabaseUnavailable`."""
+        try:
+            async with self.engine.connect() as connection:
+                yield await connection.execution_options(reads_only=True)
+        except (OperationalError, InterfaceError, OSError, TimeoutError) as error:
+            raise DatabaseUnavailable("The database did not answer") from error
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            raise DatabaseUnavailable("The connection to the database was lost") from error
+
+    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` in one transaction and commit; it may be called again, so it changes nothing but the database.
+
+        Raises `DatabaseUnavailable`; whatever `work` raises of its own rolls back and comes through.
+        """
+        for attempt in range(1, RETRIES + 1):
+            try:
+                async with self.engine.connect() as connection, connection.begin():
+                    return await work(connection)
+            except (DBAPIError, OSError, TimeoutError) as error:
+                if not _may_succeed_later(error):
+                    raise
+                if attempt == RETRIES:
+                    raise DatabaseUnavailable("The database would not take the transaction") from error
+                await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
+        raise AssertionError
+
+    async def ping(self) -> None:
+        """Ask the database for a sign of life; raises `DatabaseUnavailable`."""
+        async with self.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        await self.engine.dispose()
+
+
+def _may_succeed_later(error: Exception) -> bool:
+    if not isinstance(error, DBAPIError):
+        return True
+    if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
+        return True
+    return getattr(error.orig, "sqlstate", None) in RETRYABLE_SQLSTATES
+
+
+def _engine(url: URL) -> AsyncEngine:
+    if is_sqlite(url):
+        Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+        engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_immediate)
+        return engine
+    return create_async_engine(
+        url,
+        pool_size=POOL_SIZE,
+        max_overflow=POOL_SIZE,
+        pool_timeout=CONNECT_SECONDS,
+        pool_pre_ping=True,
+        connect_args={"timeout": CONNECT_SECONDS, "command_timeout": SQLITE_BUSY_SECONDS},
+    )
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection
+    # The driver's own BEGIN comes late and deferred; `_begin_immediate` says it instead, so that no transaction
+    # finds out at its first write that another was faster.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_immediate(connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
+    if not connection.get_execution_options().get("reads_only"):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,15 @@
+"""Alembic's entry: one migration path for SQLite and PostgreSQL, on whichever database `models.migrating` opened."""
+
+from alembic import context
+from sqlmodel import SQLModel
+
+from models import access, execution, workflow  # noqa: F401 - their tables must be known to the metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=SQLModel.metadata,
+    render_as_batch=True,
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

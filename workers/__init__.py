@@ -1,0 +1,1 @@
+"""The workers: they claim what is pending, run it, and record what came of it."""

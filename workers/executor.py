@@ -1,0 +1,312 @@
+"""Claims pending executions and runs them on this process's event loop, as many at once as it may."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import structlog
+
+from engine.control import Control, Request
+from engine.errors import InvalidDefinition, LeaseLost
+from engine.events import SETTLED, Ended, RunError, RunStatus, Span
+from engine.run import Start, run
+from engine.values import InvalidJson, decode
+from journal.leases import Lease, LeaseKeeper
+from journal.recorder import Recorder, RunJournal
+from journal.store import Claim, Claimed, ExecutionKey
+from messages.broker import BrokerUnavailable, Letter, Notice
+from models.database import DatabaseUnavailable
+from models.ids import TURNS
+from workers import metrics
+from workers.programs import Programs, key_of
+
+if TYPE_CHECKING:
+    from engine.node import Services
+    from engine.program import Program
+    from journal.store import Store
+    from messages.broker import Broker
+    from nodes.catalog import Catalog
+    from workers.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+MAX_CLAIM = 50
+SWEEP_ROWS = 100
+MAX_TIMER_SECONDS = 3600.0
+"""Waits that end later than this are left to the sweep."""
+HAND_OVER_SECONDS = 10.0
+BREAK_OFF_SECONDS = 5.0
+PAUSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """A run that this process holds."""
+
+    lease: Lease
+    control: Control
+    journal: RunJournal
+    task: asyncio.Task[None]
+
+
+class Executor:
+    """One process's share of the work."""
+
+    def __init__(
+        self, store: Store, broker: Broker, catalog: Catalog, services: Services, settings: WorkerSettings
+    ) -> None:
+        self._store = store
+        self._broker = broker
+        self._services = services
+        self._settings = settings
+        self._programs = Programs(store, catalog)
+        self._recorder = Recorder(store, self._announce)
+        self._leases = LeaseKeeper(
+            store, settings.lease_seconds, on_lost=self._lost, on_request=self._requested
+        )
+        self._active: dict[str, Active] = {}
+        self._side_tasks: set[asyncio.Task[None]] = set()
+        self._wanted = asyncio.Event()
+        self._owes_claim = False
+        self._is_draining = False
+        self._after_organization = ""
+        self._from_turn = 0
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to claim, to sweep and to take hints."""
+        self._leases.start()
+        await self._broker.listen(self._noticed)
+        self._broker.start_worker(self.hint)
+        self._loops = [
+            asyncio.create_task(self._forever(self._claim, "claim")),
+            asyncio.create_task(self._forever(self._sweep, "sweep")),
+            asyncio.create_task(self._forever(self._commit_dirty, "commit")),
+        ]
+        self.hint()
+
+    def hint(self, _lane: int = 0) -> None:
+        """There is work."""
+        self._owes_claim = True
+        self._wanted.set()
+
+    async def drain(self) -> None:
+        """Take nothing more and hand over what runs, at a node's boundary if that comes in time."""
+        self._is_draining = True
+        await self._broker.stop_worker()
+        for loop in self._loops[:2]:
+            loop.cancel()
+        await self._hand_over(Request.HAND_OVER, HAND_OVER_SECONDS)
+        await self._hand_over(Request.HAND_OVER_NOW, BREAK_OFF_SECONDS)
+        for loop in self._loops:
+            loop.cancel()
+        await self._recorder.drain()
+        self._leases.stop()
+        await self._wake_others()
+
+    async def _hand_over(self, request: Request, seconds: float) -> None:
+        for active in self._active.values():
+            active.control.ask(request)
+        if tasks := [active.task for active in self._active.values()]:
+            await asyncio.wait(tasks, timeout=seconds)
+
+    # ── claiming ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _claim(self) -> None:
+        await self._wanted.wait()
+        self._wanted.clear()
+        limit = min(self._settings.concurrency - len(self._active), MAX_CLAIM)
+        if limit <= 0:
+            return  # the end of a run says again that a claim is owed
+        self._owes_claim = False
+        try:
+            await self._broker.began_claim()
+        except BrokerUnavailable:
+            log.debug("broker not reached")
+        since = time.monotonic()
+        claim = Claim(
+            self._broker.inbox,
+            self._settings.lease_seconds,
+            limit,
+            self._after_organization,
+            self._from_turn,
+        )
+        try:
+            claimed = await self._store.claim(claim)
+        except DatabaseUnavailable:
+            self.hint()
+            # Whether the claim was made is not known: what is ours and not held goes back.
+            await self._store.take_back(self._broker.inbox, self._leases.held())
+            raise
+        if not claimed:
+            return
+        self._after_organization = claimed[-1].organization_id
+        self._from_turn = (self._from_turn + 1) % TURNS
+        leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
+        if len(claimed) == limit:
+            self.hint()
+            await self._wake_others()
+        await self._begin(claimed, leases)
+
+    async def _begin(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
+        programs = await self._programs.load(claimed)
+        begun = [ExecutionKey(run.execution_id, run.lane) for run in claimed if run.has_journal]
+        recorded = await self._store.spans(begun) if begun else {}
+        for one, lease in zip(claimed, leases, strict=True):
+            spans = recorded.get(one.execution_id, [])
+            settled = [span.node_id for span in spans if span.status in SETTLED]
+            journal = RunJournal(self._recorder, lease, settled)
+            control = Control()
+            program = programs[key_of(one)]
+            task = asyncio.create_task(self._run(one, program, spans, journal, control, lease))
+            self._active[one.execution_id] = Active(lease, control, journal, task)
+            if one.request is not None:
+                self._requested(lease, one.request)
+        metrics.ACTIVE.set(len(self._active))
+
+    # ── running ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _run(
+        self,
+        one: Claimed,
+        program: Program | InvalidDefinition,
+        spans: Sequence[Span],
+        journal: RunJournal,
+        control: Control,
+        lease: Lease,
+    ) -> None:
+        try:
+            ended = await self._ended(one, program, spans, journal, control)
+            await journal.end(ended)
+        except LeaseLost:
+            log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
+        except Exception:
+            # The lease runs out by itself; the attempt is counted, so a run that always breaks ends as crashed.
+            log.exception("run broke", execution_id=one.execution_id)
+        else:
+            self._ended_well(one, ended)
+        finally:
+            self._leases.let_go(lease)
+            self._active.pop(one.execution_id, None)
+            metrics.ACTIVE.set(len(self._active))
+            if self._owes_claim:
+                self._wanted.set()
+
+    async def _ended(
+        self,
+        one: Claimed,
+        program: Program | InvalidDefinition,
+        spans: Sequence[Span],
+        journal: RunJournal,
+        control: Control,
+    ) -> Ended:
+        if isinstance(program, InvalidDefinition):
+            return Ended(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
+        try:
+            trigger = decode(one.trigger.encode())
+        except InvalidJson as error:
+            return Ended(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
+        start = Start(
+            execution_id=one.execution_id,
+            workflow_id=one.workflow_id,
+            key_id=one.key_id,
+            trigger=trigger,
+            deadline=one.deadline_at,
+            started_at=one.started_at,
+            attempt=one.attempt,
+            recorded=spans,
+            sequence=max((span.sequence for span in spans), default=0),
+        )
+        return await run(program, start, journal, control, self._services)
+
+    def _ended_well(self, one: Claimed, ended: Ended) -> None:
+        metrics.ENDED[ended.status].inc()
+        if ended.status is RunStatus.WAITING and ended.due_at is not None:
+            seconds = (ended.due_at - datetime.now(UTC)).total_seconds()
+            if seconds < MAX_TIMER_SECONDS:
+                asyncio.get_running_loop().call_later(max(seconds, 0), self._in_background, self._promote_due)
+        log.info(
+            "execution left",
+            status=ended.status.value,
+            execution_id=one.execution_id,
+            workflow_id=one.workflow_id,
+            error=ended.error.code if ended.error else None,
+        )
+
+    # ── what others say ───────────────────────────────────────────────────────────────────────────
+
+    def _noticed(self, notice: Notice) -> None:
+        if not isinstance(notice, Letter):
+            return
+        active = self._active.get(notice.message.get("execution_id", ""))
+        if active is not None:
+            self._requested(active.lease, notice.message.get("request", ""))
+
+    def _requested(self, lease: Lease, request: str) -> None:
+        active = self._active.get(lease.key.execution_id)
+        if active is not None and active.lease is lease:
+            active.control.ask(Request.STOP if request == "stop" else Request.CANCEL)
+
+    def _lost(self, lease: Lease) -> None:
+        active = self._active.get(lease.key.execution_id)
+        if active is not None and active.lease is lease:
+            active.control.ask(Request.ABANDON)
+
+    def _announce(self, execution_ids: Sequence[str]) -> None:
+        self._in_background(lambda: self._broker.announce(execution_ids))
+
+    async def _wake_others(self) -> None:
+        try:
+            await self._broker.wake()
+        except BrokerUnavailable:
+            log.debug("broker not reached")
+
+    # ── duties ────────────────────────────────────────────────────────────────────────────────────
+
+    async def _promote_due(self) -> None:
+        if await self._store.promote_due():
+            self.hint()
+
+    async def _sweep(self) -> None:
+        await asyncio.sleep(self._settings.sweep_seconds)
+        swept = await self._store.sweep(SWEEP_ROWS)
+        if swept.ended:
+            self._announce(swept.ended)
+        if swept.has_pending:
+            self.hint()
+
+    async def _commit_dirty(self) -> None:
+        """Commit what has waited for a commit of its own run, so that at most a moment's reads are repeated."""
+        await asyncio.sleep(self._settings.commit_seconds)
+        for active in list(self._active.values()):
+            if active.journal.is_dirty:
+                self._in_background(active.journal.commit)
+
+    async def _forever(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
+        """Repeat a duty whatever happens: this is the outermost loop of the process's work."""
+        while True:
+            try:
+                await duty()
+            except DatabaseUnavailable as error:
+                log.warning("database not reached", duty=name, error=str(error))
+                await asyncio.sleep(PAUSE_SECONDS)
+            except Exception:
+                log.exception("duty failed", duty=name)
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(self._quietly(work))
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
+
+    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what may fail without harm: the sweep, or the run itself, sees to it again."""
+        try:
+            await work()
+        except (BrokerUnavailable, DatabaseUnavailable, LeaseLost) as error:
+            log.debug("not done", error=str(error))
