@@ -1,0 +1,103 @@
+"""How processes wake and tell one another, with Redis between them or all inside one process.
+
+Nothing that must happen is held here: a hint or notice that is lost, late or doubled changes only the time at
+which somebody looks at the rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+from uuid import uuid4
+
+from messages.executions import ALL_LANES
+
+WATCH_SECONDS: Final = 15 * 60
+
+
+class BrokerError(Exception):
+    """Base of what a broker raises."""
+
+
+class BrokerUnavailable(BrokerError):
+    """Redis did not answer: carry on, for the rows are committed and the sweep finds what is due."""
+
+
+class EvictingRedis(BrokerError):
+    """Redis would throw keys away when it is full: its settings must change before a new start."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionsChanged:
+    execution_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """What another process sent to this one, such as "stop" or "cancel"."""
+
+    message: Mapping[str, str]
+
+
+Notice: TypeAlias = ExecutionsChanged | Letter
+
+
+class Broker(Protocol):
+    """Every method that waits may raise `BrokerUnavailable`, except those that start, stop and close."""
+
+    @property
+    def inbox(self) -> str:
+        """The name under which others reach this process."""
+
+    async def wake(self, lane: int = ALL_LANES) -> None:
+        """Say "there is work", after the commit; nothing is sent while an earlier hint is unanswered."""
+
+    async def began_claim(self, lane: int = ALL_LANES) -> None:
+        """Let the next hint through; called before a claim reads, so that no later work is missed."""
+
+    async def watch(self, execution_ids: Sequence[str]) -> None:
+        """Have this process told once when each of these changes, within 15 minutes.
+
+        Watch, then read the row, then wait: a change between reading and watching would go unheard. Who goes
+        on waiting after a notice watches again before reading again.
+        """
+
+    async def announce(self, execution_ids: Sequence[str]) -> None:
+        """Tell the processes that watch any of these, each with one notice, and end their watch."""
+
+    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
+        """Put a letter into another process's inbox; lost without a word when nobody listens there."""
+
+    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
+        """Call `on_notice` on the running event loop for whatever reaches the inbox, until `close`.
+
+        Returns when the inbox is open, or after two seconds if Redis is away: it opens once Redis is back.
+        Each of several listeners hears everything.
+        """
+
+    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+        """Take hints on threads of this process; `on_hint(lane)` is called on the running event loop."""
+
+    async def stop_worker(self) -> None:
+        """Take no more hints; what was taken and not handed over goes back for other workers."""
+
+    async def ping(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+async def connect(url: str | None, *, inbox: str | None = None, sweep_seconds: float = 5.0) -> Broker:
+    """A broker on the Redis at `url`, or one inside this process for None; it starts though Redis be away.
+
+    A hint that was lost blocks the next ones for `sweep_seconds`, which the sweep of the rows covers.
+
+    Raises `EvictingRedis`, and ValueError for what is no Redis URL.
+    """
+    name = inbox or uuid4().hex
+    if url is None:
+        from messages.local_broker import LocalBroker  # noqa: PLC0415 - each process pays for one broker only
+
+        return LocalBroker(inbox=name, sweep_seconds=sweep_seconds)
+
+    from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
+
+    return await redis_broker.connect(url, inbox=name, sweep_seconds=sweep_seconds)

@@ -1,0 +1,97 @@
+"""The broker of a single process: Dramatiq's in-process queues for hints, and dictionaries for the rest."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from queue import Queue
+
+import dramatiq
+from dramatiq.brokers.stub import StubBroker
+
+from messages import executions, hint_worker
+from messages.broker import WATCH_SECONDS, ExecutionsChanged, Letter, Notice
+from messages.executions import ALL_LANES, RunExecutions
+
+
+class LocalQueues(StubBroker):
+    def __init__(self) -> None:
+        super().__init__(middleware=[])
+        self.declare_queue(executions.QUEUE)
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Without the delay queue, which would only be polled: nothing is ever delayed in the broker."""
+        if queue_name in self.queues:
+            return
+        self.emit_before("declare_queue", queue_name)
+        self.queues[queue_name] = Queue()
+        self.emit_after("declare_queue", queue_name)
+
+
+class LocalBroker:
+    def __init__(self, *, inbox: str, sweep_seconds: float) -> None:
+        self.inbox = inbox
+        self._sweep_seconds = sweep_seconds
+        self._queues = LocalQueues()
+        self._worker: dramatiq.Worker | None = None
+        self._listeners: list[Callable[[Notice], None]] = []
+        self._hinted_until: dict[int, float] = {}
+        self._watched_until: dict[str, float] = {}
+
+    async def wake(self, lane: int = ALL_LANES) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._hinted_until.get(lane, now) > now:
+            return
+        self._hinted_until[lane] = now + self._sweep_seconds
+        hint = asdict(RunExecutions(lane=lane))
+        self._queues.enqueue(dramatiq.Message(executions.QUEUE, executions.ACTOR, (), hint, {}))
+
+    async def began_claim(self, lane: int = ALL_LANES) -> None:
+        self._hinted_until.pop(lane, None)
+
+    async def watch(self, execution_ids: Sequence[str]) -> None:
+        now = asyncio.get_running_loop().time()
+        for execution_id in execution_ids:
+            self._watched_until.pop(execution_id, None)
+            self._watched_until[execution_id] = now + WATCH_SECONDS
+        self._forget_watches_before(now)
+
+    async def announce(self, execution_ids: Sequence[str]) -> None:
+        self._forget_watches_before(asyncio.get_running_loop().time())
+        watched = tuple(key for key in execution_ids if self._watched_until.pop(key, None) is not None)
+        if watched:
+            self._deliver(ExecutionsChanged(watched))
+
+    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
+        if inbox == self.inbox:
+            self._deliver(Letter(dict(message)))
+
+    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
+        self._listeners.append(on_notice)
+
+    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+        self._worker = hint_worker.start(self._queues, on_hint)
+
+    async def stop_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await asyncio.to_thread(hint_worker.stop, worker)
+
+    async def ping(self) -> None:
+        """Always there."""
+
+    async def close(self) -> None:
+        self._listeners.clear()
+        await self.stop_worker()
+
+    def _deliver(self, notice: Notice) -> None:
+        loop = asyncio.get_running_loop()
+        for on_notice in self._listeners:
+            loop.call_soon(on_notice, notice)
+
+    def _forget_watches_before(self, now: float) -> None:
+        # All watches last equally long and a renewed one moves to the end: the first is the next to run out.
+        while self._watched_until:
+            execution_id, until = next(iter(self._watched_until.items()))
+            if until > now:
+                return
+            del self._watched_until[execution_id]

@@ -1,0 +1,256 @@
+"""The broker that runs over Redis: hints in Dramatiq's own layout, notices by publish and subscribe."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
+from typing import Final
+from uuid import uuid4
+
+import dramatiq
+import msgspec
+import redis
+import structlog
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from messages import executions, hint_worker
+from messages.broker import (
+    WATCH_SECONDS,
+    BrokerUnavailable,
+    EvictingRedis,
+    ExecutionsChanged,
+    Letter,
+    Notice,
+)
+from messages.executions import ALL_LANES, RunExecutions
+from messages.redis_consumer import (
+    HINTS_KEPT,
+    MESSAGE_ID,
+    NAMESPACE,
+    REDIS_TIMEOUT_SECONDS,
+    HintQueues,
+    reconnect_seconds,
+)
+
+CONNECTIONS: Final = 16
+LISTEN_SECONDS: Final = 2.0
+
+WAKE: Final = """
+local mark, queue, bodies, bell = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local mark_milliseconds, id, body, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+if not redis.call("SET", mark, 1, "NX", "PX", mark_milliseconds) then
+    return
+end
+redis.call("HSET", bodies, id, body)
+if redis.call("RPUSH", queue, id) > limit then
+    redis.call("HDEL", bodies, redis.call("LPOP", queue))
+end
+if redis.call("RPUSH", bell, 1) > limit then
+    redis.call("LPOP", bell)
+end
+"""
+
+WATCH: Final = """
+for _, watchers in ipairs(KEYS) do
+    redis.call("SADD", watchers, ARGV[1])
+    redis.call("EXPIRE", watchers, ARGV[2])
+end
+"""
+
+# KEYS: the watchers of each execution. ARGV: the prefix of channels, then the executions in the same order.
+ANNOUNCE: Final = """
+local changed = {}
+for index, watchers in ipairs(KEYS) do
+    for _, inbox in ipairs(redis.call("SPOP", watchers, 1000)) do
+        changed[inbox] = changed[inbox] or {}
+        table.insert(changed[inbox], ARGV[index + 1])
+    end
+end
+for inbox, execution_ids in pairs(changed) do
+    redis.call("PUBLISH", ARGV[1] .. inbox, cjson.encode({execution_ids = execution_ids}))
+end
+"""
+
+CHANNELS: Final = f"{NAMESPACE}:inbox:"
+
+log = structlog.get_logger()
+
+
+class _Published(msgspec.Struct):
+    execution_ids: tuple[str, ...] = ()
+    letter: dict[str, str] | None = None
+
+
+async def refuse_evicting(client: Redis) -> None:
+    """Raise `EvictingRedis` unless a full Redis refuses to write: else it takes what it acknowledged."""
+    try:
+        # Told by INFO too, which hosted servers allow where they forbid CONFIG.
+        policy = (await client.info("memory")).get("maxmemory_policy")
+    except redis.ResponseError as error:
+        log.warning("redis does not tell its eviction policy", error=str(error))
+        return
+    if policy != "noeviction":
+        raise EvictingRedis(
+            f"Redis may evict what it acknowledged: set maxmemory-policy to noeviction, not {policy}"
+        )
+
+
+@asynccontextmanager
+async def _answered() -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
+            yield
+    except (redis.RedisError, OSError) as error:
+        raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
+
+
+async def connect(url: str, *, inbox: str, sweep_seconds: float) -> "RedisBroker":
+    broker = RedisBroker(url, inbox=inbox, sweep_seconds=sweep_seconds)
+    try:
+        async with _answered():
+            await refuse_evicting(broker.client)
+    except BrokerUnavailable as error:
+        log.warning("redis is away, starting without it", error=str(error))
+    except EvictingRedis:
+        await broker.close()
+        raise
+    return broker
+
+
+def _connected_to(url: str) -> Redis:
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=CONNECTIONS,
+        timeout=REDIS_TIMEOUT_SECONDS,
+        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+        # redis-py repeats a command up to ten times by default, though it may have been carried out before.
+        retry=Retry(NoBackoff(), 0),
+        # Under version 3, expecting notices of maintenance, redis-py hands out closed connections.
+        protocol=2,
+    )
+    # With a timeout, redis-py sends under `asyncio.wait_for`, which on Python 3.11 may swallow a cancellation.
+    pool.connection_kwargs["socket_timeout"] = None
+    return Redis.from_pool(pool)
+
+
+class RedisBroker:
+    def __init__(self, url: str, *, inbox: str, sweep_seconds: float) -> None:
+        self.inbox = inbox
+        self.client = _connected_to(url)
+        self._url = url
+        self._sweep_milliseconds = round(sweep_seconds * 1000)
+        self._wake = self.client.register_script(WAKE)
+        self._watch = self.client.register_script(WATCH)
+        self._announce = self.client.register_script(ANNOUNCE)
+        self._worker: dramatiq.Worker | None = None
+        self._listeners: list[Callable[[Notice], None]] = []
+        self._listening: asyncio.Task[None] | None = None
+        self._is_inbox_open = asyncio.Event()
+
+    async def wake(self, lane: int = ALL_LANES) -> None:
+        identity = str(uuid4())
+        hint = asdict(RunExecutions(lane=lane))
+        message: dramatiq.Message[None] = dramatiq.Message(
+            executions.QUEUE, executions.ACTOR, (), hint, {MESSAGE_ID: identity}, identity
+        )
+        queue = f"{NAMESPACE}:{executions.QUEUE}"
+        async with _answered():
+            await self._wake(
+                keys=[_mark(lane), queue, f"{queue}.msgs", f"{queue}.bell"],
+                args=[self._sweep_milliseconds, identity, message.encode(), HINTS_KEPT],
+            )
+
+    async def began_claim(self, lane: int = ALL_LANES) -> None:
+        async with _answered():
+            await self.client.delete(_mark(lane))
+
+    async def watch(self, execution_ids: Sequence[str]) -> None:
+        if not execution_ids:
+            return
+        async with _answered():
+            await self._watch(keys=_watchers(execution_ids), args=[self.inbox, WATCH_SECONDS])
+
+    async def announce(self, execution_ids: Sequence[str]) -> None:
+        if not execution_ids:
+            return
+        async with _answered():
+            await self._announce(keys=_watchers(execution_ids), args=[CHANNELS, *execution_ids])
+
+    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
+        async with _answered():
+            await self.client.publish(CHANNELS + inbox, msgspec.json.encode(_Published(letter=dict(message))))
+
+    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
+        self._listeners.append(on_notice)
+        if self._listening is None:
+            self._listening = asyncio.create_task(self._keep_listening())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LISTEN_SECONDS):
+                await self._is_inbox_open.wait()
+
+    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+        self._worker = hint_worker.start(HintQueues(self._url), on_hint)
+
+    async def stop_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await asyncio.to_thread(hint_worker.stop, worker)
+
+    async def ping(self) -> None:
+        async with _answered():
+            await self.client.ping()
+
+    async def close(self) -> None:
+        await self.stop_worker()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+        await self.client.aclose()
+
+    async def _keep_listening(self) -> None:
+        failures = 0
+        while True:
+            try:
+                async with self.client.pubsub() as subscription:
+                    await subscription.subscribe(CHANNELS + self.inbox)
+                    async for event in subscription.listen():
+                        failures = 0
+                        self._take(event["type"], event["data"])
+            except (redis.RedisError, OSError) as error:
+                if not failures:
+                    log.warning("inbox closed", inbox=self.inbox, error=str(error))
+            self._is_inbox_open.clear()
+            failures += 1
+            await asyncio.sleep(reconnect_seconds(failures))
+
+    def _take(self, kind: str, body: bytes) -> None:
+        if kind == "subscribe":
+            self._is_inbox_open.set()
+            log.info("inbox open", inbox=self.inbox)
+        if kind != "message":
+            return
+        try:
+            notice = _read(body)
+        except ValueError:
+            log.warning("notice unreadable", inbox=self.inbox)
+            return
+        loop = asyncio.get_running_loop()
+        for on_notice in self._listeners:
+            # Called by the loop, so that an exception of one ends neither the others nor this task.
+            loop.call_soon(on_notice, notice)
+
+
+def _read(body: bytes) -> Notice:
+    published = msgspec.json.decode(body, type=_Published)
+    return Letter(published.letter) if published.letter else ExecutionsChanged(published.execution_ids)
+
+
+def _mark(lane: int) -> str:
+    """The key that exists while a hint for the lane is outstanding."""
+    return f"{NAMESPACE}:{executions.QUEUE}.hinted.{lane}"
+
+
+def _watchers(execution_ids: Sequence[str]) -> list[str]:
+    return [f"{NAMESPACE}:watchers:{execution_id}" for execution_id in execution_ids]

@@ -1,0 +1,230 @@
+"""Dramatiq's Redis queues for hints: their consumer blocks instead of polling, and outlives a lost server."""
+
+import random
+import threading
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final, cast
+from uuid import uuid4
+
+import msgspec
+import redis
+import structlog
+from dramatiq import Worker
+from dramatiq.broker import Broker, Consumer, MessageProxy
+from dramatiq.brokers.redis import MAINTENANCE_SCALE, RedisBroker
+from dramatiq.errors import ConnectionClosed
+from dramatiq.message import Message
+from dramatiq.middleware import Middleware
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+NAMESPACE: Final = "pilotflame"
+MESSAGE_ID: Final = "redis_message_id"  # Dramatiq's name for the option that holds a message's id in Redis
+REDIS_TIMEOUT_SECONDS: Final = 2.0
+
+# A lost bell delays a hint by this at most. Each fetch is a heartbeat too: far below that timeout.
+BELL_SECONDS: Final = (10.0, 12.0)
+HEARTBEAT_TIMEOUT_MILLISECONDS: Final = 30_000
+# Twice the 4,096 lanes, and as many tokens in the bell. Without workers hints pile up: the oldest give way.
+HINTS_KEPT: Final = 8_192
+
+log = structlog.get_logger()
+
+
+def reconnect_seconds(failures: int) -> float:
+    """How long to leave Redis alone after so many failures in a row: from 50 ms to a second, spread out."""
+    return min(1.0, 0.05 * 2.0 ** min(failures - 1, 8)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load only
+
+
+def _connected_to(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
+    # redis-py repeats a command up to ten times by default, though it may have been carried out before.
+    client = redis.Redis.from_url(
+        url, retry=Retry(NoBackoff(), 0), socket_connect_timeout=REDIS_TIMEOUT_SECONDS
+    )
+    # A timeout in the URL would win over an argument, and cut every wait for the bell short.
+    client.connection_pool.connection_kwargs["socket_timeout"] = socket_timeout_seconds
+    return client
+
+
+class StopConsumersFirst(Middleware):
+    """Dramatiq lets consumers fetch on until the threads of a stopping worker have ended."""
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        for consumer in worker.consumers.values():
+            consumer.stop()
+        if isinstance(broker, HintQueues):
+            broker.interrupt()
+
+
+class HintQueues(RedisBroker):
+    """The side of Dramatiq's broker that consumes; hints are sent by a script of `redis_broker`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.interrupted = threading.Event()
+        self._own_bell = f"bell.{uuid4()}"
+        super().__init__(  # type: ignore[no-untyped-call]
+            client=_connected_to(url, socket_timeout_seconds=REDIS_TIMEOUT_SECONDS),
+            namespace=NAMESPACE,
+            # No retries, delays, time limits, results or pipelines: the rows hold all of that.
+            middleware=[StopConsumersFirst()],
+            maintenance_chance=MAINTENANCE_SCALE,  # looks for what dead workers left at every fetch
+            heartbeat_timeout=HEARTBEAT_TIMEOUT_MILLISECONDS,
+        )
+
+    @property
+    def consumer_class(self) -> type["BlockingConsumer"]:
+        return BlockingConsumer
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Without the delay queue, which would only be polled: nothing is ever delayed in the broker."""
+        if queue_name in self.queues:
+            return
+        self.emit_before("declare_queue", queue_name)
+        self.queues.add(queue_name)
+        self.emit_after("declare_queue", queue_name)
+
+    def close(self) -> None:
+        self.client.close()
+
+    def connect_to_bell(self) -> redis.Redis:
+        return _connected_to(self.url, socket_timeout_seconds=BELL_SECONDS[1] + REDIS_TIMEOUT_SECONDS)
+
+    def bells(self, queue_name: str) -> list[str]:
+        """Keys to wait at: the bell that one of all idle consumers hears, and that of this process alone."""
+        return [f"{NAMESPACE}:{queue_name}.bell", f"{NAMESPACE}:{queue_name}.{self._own_bell}"]
+
+    def ring(self, queue_name: str, times: int) -> None:
+        bell, _ = self.bells(queue_name)
+        self.client.rpush(bell, *["1"] * times)
+        self.client.ltrim(bell, -HINTS_KEPT, -1)
+
+    def interrupt(self) -> None:
+        """Make the consumers that wait return at once, be it for the bell or for Redis to come back."""
+        self.interrupted.set()
+        with suppress(redis.RedisError):
+            for queue_name in self.queues:
+                _, own_bell = self.bells(queue_name)
+                self.client.rpush(own_bell, "1")
+                self.client.expire(own_bell, 60)
+
+
+class BlockingConsumer(Consumer):
+    def __init__(self, broker: HintQueues, queue_name: str, prefetch: int, timeout: int) -> None:
+        self._broker = broker
+        self._queue_name = queue_name
+        self._prefetch = prefetch
+        self._timeout_seconds = timeout / 1000
+        # Blocks for longer than any other command may take, so it has a connection and a timeout of its own.
+        self._bell = broker.connect_to_bell()
+        self._fetched: deque[Message[Any]] = deque()
+        self._unacknowledged: set[str] = set()
+        self._room = threading.Condition()
+        self._is_drained = False
+        self._failures = 0
+
+    def __next__(self) -> MessageProxy | None:
+        try:
+            self._fill()
+        except redis.RedisError as error:
+            # Raised to Dramatiq, it would cost the three seconds after which a consumer is made anew.
+            self._wait_for_redis(error)
+            return None
+        if self._failures:
+            log.info("redis is back", queue=self._queue_name, failures=self._failures)
+            self._failures = 0
+        return MessageProxy(self._fetched.popleft()) if self._fetched else None
+
+    def ack(self, message: MessageProxy) -> None:
+        self._settle("ack", message)
+
+    def nack(self, message: MessageProxy) -> None:
+        self._settle("nack", message)
+
+    def requeue(self, messages: Iterable[MessageProxy | Message[Any]]) -> None:
+        identities = [message.options[MESSAGE_ID] for message in messages]
+        if not identities:
+            return
+        try:
+            self._broker.do_requeue(self._queue_name, *identities)
+            self._broker.ring(self._queue_name, len(identities))
+        except redis.RedisError as error:
+            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        try:
+            self.requeue(self._fetched)
+        finally:
+            self._fetched.clear()
+            self._bell.close()
+
+    def _fill(self) -> None:
+        if self._fetched:
+            return
+        with self._room:
+            if not self._room.wait_for(self._has_room, self._timeout_seconds):
+                return
+        if self._is_drained:
+            self._bell.blpop(self._broker.bells(self._queue_name), random.uniform(*BELL_SECONDS))  # noqa: S311
+        if not self._broker.interrupted.is_set():
+            self._fetch(self._prefetch - len(self._unacknowledged))
+
+    def _has_room(self) -> bool:
+        return len(self._unacknowledged) < self._prefetch
+
+    def _fetch(self, room: int) -> None:
+        bodies: list[bytes | None] = self._broker.do_fetch(self._queue_name, room)
+        # Fewer than asked for means that no more are there, and each later one rings: no need to ask again.
+        self._is_drained = len(bodies) < room
+        messages = [message for body in bodies if (message := self._read(body))]
+        self._unacknowledged.update(message.options[MESSAGE_ID] for message in messages)
+        self._fetched.extend(messages)
+        if len(messages) < len(bodies):
+            self._bury_unreadable()
+
+    def _read(self, body: bytes | None) -> Message[Any] | None:
+        try:
+            message: Message[Any] = msgspec.json.decode(body or b"", type=Message)
+        except (ValueError, RecursionError):
+            return None
+        # Another queue's name ends a thread of Dramatiq's worker; an `eta` would have it delayed in memory.
+        is_ours = message.queue_name == self._queue_name and "eta" not in message.options
+        return message if is_ours and isinstance(message.options.get(MESSAGE_ID), str) else None
+
+    def _bury_unreadable(self) -> None:
+        """Move what no message accounts for to the dead letters: a fetch tells bodies without their ids."""
+        key = f"{NAMESPACE}:__acks__.{self._broker.broker_id}.{self._queue_name}"
+        held = cast("set[bytes]", self._broker.client.smembers(key))
+        with self._room:
+            readable = {identity.encode() for identity in self._unacknowledged}
+        for identity in held - readable:
+            self._broker.do_nack(self._queue_name, identity)
+            log.error(
+                "message unreadable, now a dead letter", queue=self._queue_name, message_id=repr(identity)
+            )
+
+    def _settle(self, command: str, message: MessageProxy) -> None:
+        try:
+            getattr(self._broker, f"do_{command}")(self._queue_name, message.options[MESSAGE_ID])
+        except redis.RedisError as error:
+            # Raised to Dramatiq, it would hold the thread for five seconds a try; the hint was taken anyway.
+            log.warning("message not settled", queue=self._queue_name, command=command, error=str(error))
+        finally:
+            with self._room:
+                self._unacknowledged.discard(message.options[MESSAGE_ID])
+                self._room.notify()
+
+    def _wait_for_redis(self, error: redis.RedisError) -> None:
+        if not self._failures:
+            log.warning("redis lost", queue=self._queue_name, error=str(error))
+        self._failures += 1
+        self._is_drained = False
+        # What a lost answer had fetched is held by this id while it beats. Under a new id it comes back, after the
+        # heartbeat timeout.
+        self._broker.broker_id = str(uuid4())
+        # After a failover the old connections may lead to a server that has become a read-only replica.
+        self._bell.connection_pool.disconnect()
+        self._broker.client.connection_pool.disconnect(inuse_connections=False)
+        self._broker.interrupted.wait(reconnect_seconds(self._failures))

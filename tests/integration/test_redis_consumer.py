@@ -1,0 +1,348 @@
+import asyncio
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from asyncio import Queue, StreamReader, StreamWriter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+
+import dramatiq
+import pytest
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from messages import executions, hint_worker, redis_consumer
+from messages.broker import Broker, BrokerUnavailable, connect
+from messages.redis_consumer import MESSAGE_ID, BlockingConsumer, HintQueues
+from tests import services
+
+PATIENCE_SECONDS = 5.0
+QUEUE = "pilotflame:executions"
+DEAD_LETTERS = f"{QUEUE}.XQ.msgs"
+IDLE_CONSUMERS = 16
+
+COMMAND = """
+import asyncio, signal, sys
+from messages.broker import connect
+
+async def main():
+    broker = await connect(sys.argv[1])
+    broker.start_worker(lambda lane: print("hint", flush=True))
+    told_to_stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    await told_to_stop.wait()
+    await broker.close()
+
+asyncio.run(main())
+"""
+
+
+def _body(
+    options: Mapping[str, object], *, queue: str = "executions", actor: str = "executions", **payload: object
+) -> bytes:
+    message: dramatiq.Message[None] = dramatiq.Message(queue, actor, (), payload, dict(options))
+    return message.encode()
+
+
+@pytest.fixture
+async def client(redis_server: services.Redis) -> AsyncIterator[Redis]:
+    # With a timeout of the socket, redis-py may swallow the cancellation that ends a wait on Python 3.11.
+    async with Redis.from_url(redis_server.url, decode_responses=True, socket_timeout=None) as client:
+        await client.flushall()
+        yield client
+
+
+@pytest.fixture
+async def broker(redis_server: services.Redis, client: Redis) -> AsyncIterator[Broker]:  # noqa: ARG001 - flushed first
+    broker = await connect(redis_server.url)
+    yield broker
+    await broker.close()
+
+
+@pytest.fixture
+async def hints(broker: Broker) -> "Queue[int]":
+    hints: Queue[int] = Queue()
+    broker.start_worker(hints.put_nowait)
+    return hints
+
+
+async def test_an_idle_worker_takes_a_hint_within_milliseconds(broker: Broker, hints: Queue[int]) -> None:
+    seconds = []
+    for lane in range(100):
+        sent_at = time.perf_counter()
+        await broker.wake(lane)
+        assert await _next(hints) == lane
+        seconds.append(time.perf_counter() - sent_at)
+    median_ms = statistics.median(seconds) * 1000
+    print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201
+    assert median_ms < 5
+
+
+async def test_one_hint_among_many_idle_consumers_costs_few_commands(
+    redis_server: services.Redis, client: Redis, broker: Broker
+) -> None:
+    hints: Queue[int] = Queue()
+
+    async def are_idle() -> bool:
+        return await client.hlen(f"{QUEUE}.msgs") == 0 and await _are_blocked(client, IDLE_CONSUMERS)
+
+    async with _workers(redis_server.url, hints, IDLE_CONSUMERS):
+        await _until(are_idle)
+        await broker.wake()  # loads the script
+        await _next(hints)
+        await broker.began_claim()
+        await _until(are_idle)
+
+        before = await _commands(client)
+        await broker.wake()
+        await _next(hints)
+        await _until(are_idle)
+        after = await _commands(client)
+    spent = {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)}
+    for asked in ("info", "hlen", "client|list"):  # by this test
+        del spent[asked]
+    print(f"\none hint, {IDLE_CONSUMERS} idle consumers: {sum(spent.values())} commands {spent}")  # noqa: T201
+    assert sum(spent.values()) < 20
+
+
+async def test_a_lost_bell_delays_a_hint_by_one_wait_at_most(
+    client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.2, 0.3))
+    hints: Queue[int] = Queue()
+    broker.start_worker(hints.put_nowait)
+    await _until(lambda: _are_blocked(client, 1))
+    await _hint(client, 3)
+    assert await _next(hints) == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xff{",
+        b"[]",
+        b'{"queue_name": "executions"}',
+        _body({MESSAGE_ID: "bad"}, queue="elsewhere"),
+        _body({MESSAGE_ID: "bad"}, actor="renamed"),
+        _body({MESSAGE_ID: "bad", "eta": 1}),
+        _body({}),
+        b"[" * 100_000,
+    ],
+    ids=["bytes", "list", "fields", "queue", "actor", "delayed", "nameless", "deep"],
+)
+async def test_a_message_that_makes_no_sense_becomes_a_dead_letter_and_harms_no_other(
+    client: Redis, broker: Broker, body: bytes
+) -> None:
+    await _put(client, body, "bad")
+    await _hint(client, 1)
+    await _hint(client, 2)
+    hints: Queue[int] = Queue()
+    broker.start_worker(hints.put_nowait)
+    assert {await _next(hints), await _next(hints)} == {1, 2}
+
+    await _until(lambda: _is(client.hkeys(DEAD_LETTERS), ["bad"]))
+    await _until(lambda: _is(client.hlen(f"{QUEUE}.msgs"), 0))
+    await broker.wake(3)
+    assert await _next(hints) == 3
+
+
+async def test_an_unreadable_message_is_logged(client: Redis, broker: Broker) -> None:
+    with capture_logs() as logs:
+        await _put(client, b"?", "bad")
+        broker.start_worker(lambda _lane: None)
+        await _until(lambda: _is(client.hkeys(DEAD_LETTERS), ["bad"]))
+        await broker.close()
+    assert [entry["message_id"] for entry in logs if entry["log_level"] == "error"] == ["b'bad'"]
+
+
+async def test_an_id_whose_body_is_gone_is_forgotten(client: Redis, broker: Broker) -> None:
+    await client.rpush(QUEUE, "bodiless")
+    await _hint(client, 1)
+    hints: Queue[int] = Queue()
+    broker.start_worker(hints.put_nowait)
+    assert await _next(hints) == 1
+    await _until(lambda: _is(client.keys("*__acks__*"), []))
+
+
+async def test_a_payload_from_a_newer_release_is_a_hint_for_all_lanes(
+    client: Redis, hints: Queue[int]
+) -> None:
+    await _put(client, _body({MESSAGE_ID: "newer"}, v=2, lanes=[1]), "newer")
+    await client.rpush(f"{QUEUE}.bell", 1)
+    assert await _next(hints) == executions.ALL_LANES
+
+
+async def test_what_a_dead_worker_held_comes_back(
+    redis_server: services.Redis, client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _hint(client, 4)
+    dead = HintQueues(redis_server.url)
+    assert await asyncio.to_thread(dead.do_fetch, "executions", 1)
+    monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)
+    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.05, 0.1))
+    hints: Queue[int] = Queue()
+    broker.start_worker(hints.put_nowait)
+    assert await _next(hints) == 4
+    dead.close()
+
+
+async def test_a_redis_that_hangs_is_a_redis_that_is_lost(
+    client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_consumer, "REDIS_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.01, 0.02))
+    hints: Queue[int] = Queue()
+    with capture_logs() as logs:
+        broker.start_worker(hints.put_nowait)
+        await client.client_pause(700)
+        await broker.wake(1)
+        assert await _next(hints) == 1
+    assert [entry["event"] for entry in logs] == ["redis lost", "redis is back"]
+
+
+async def test_what_a_lost_answer_held_comes_back(
+    redis_server: services.Redis, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)
+    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.05, 0.1))
+    await _load_scripts(redis_server.url)
+    await _hint(client, 6)
+    hints: Queue[int] = Queue()
+    async with _cutting_the_answer_to(b"fetch", redis_server.url) as url:
+        broker = await connect(url)
+        broker.start_worker(hints.put_nowait)
+        assert await _next(hints) == 6
+        await broker.close()
+
+
+async def test_a_wake_up_that_failed_may_have_worked(
+    redis_server: services.Redis, broker: Broker, hints: Queue[int]
+) -> None:
+    await broker.wake()  # loads the script
+    await _next(hints)
+    async with _cutting_the_answer_to(MESSAGE_ID.encode(), redis_server.url) as url:
+        gateway = await connect(url)
+        with pytest.raises(BrokerUnavailable):
+            await gateway.wake(8)
+        assert await _next(hints) == 8
+        await gateway.close()
+
+
+async def test_hints_that_a_stopping_worker_held_wake_another(
+    redis_server: services.Redis, client: Redis, hints: Queue[int]
+) -> None:
+    await _until(lambda: _are_blocked(client, 1))
+    leaving = HintQueues(redis_server.url)
+    leaving.declare_queue("executions")
+    consumer = leaving.consume("executions", prefetch=2)
+    assert isinstance(consumer, BlockingConsumer)
+    await _hint(client, 1)
+    await _hint(client, 2)
+    taken = await asyncio.to_thread(consumer.__next__)
+    assert taken is not None
+
+    await asyncio.to_thread(consumer.requeue, [taken])
+    await asyncio.to_thread(consumer.close)
+    assert {await _next(hints), await _next(hints)} == {1, 2}
+    leaving.close()
+
+
+async def test_a_worker_that_waits_for_a_hint_ends_soon_after_sigterm(
+    redis_server: services.Redis, client: Redis, broker: Broker
+) -> None:
+    command = [sys.executable, "-c", COMMAND, redis_server.url]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    await broker.wake()
+    assert process.stdout
+    assert await process.stdout.readline() == b"hint\n"
+    await _until(lambda: _are_blocked(client, 1))
+
+    process.send_signal(signal.SIGTERM)
+    began_at = time.monotonic()
+    assert await process.wait() == 0
+    assert time.monotonic() - began_at < 2
+    assert await client.hlen(f"{QUEUE}.msgs") == 0
+
+
+@asynccontextmanager
+async def _workers(url: str, hints: "Queue[int]", count: int) -> AsyncIterator[None]:
+    workers = [hint_worker.start(HintQueues(url), hints.put_nowait) for _ in range(count)]
+    try:
+        yield
+    finally:
+        await asyncio.gather(*(asyncio.to_thread(hint_worker.stop, worker) for worker in workers))
+
+
+@asynccontextmanager
+async def _cutting_the_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
+    """A way to Redis that lets all pass, but closes a connection once instead of handing over the answer."""
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    cut = asyncio.Event()
+
+    async def carry(reader: StreamReader, writer: StreamWriter) -> None:
+        redis_reader, redis_writer = await asyncio.open_connection("127.0.0.1", port)
+        is_last = asyncio.Event()
+
+        async def bring_answers() -> None:
+            while (answer := await redis_reader.read(65536)) and not is_last.is_set():
+                writer.write(answer)
+            writer.close()
+
+        answers = asyncio.create_task(bring_answers())
+        while request := await reader.read(65536):
+            if command in request and not cut.is_set():
+                cut.set()
+                is_last.set()
+            redis_writer.write(request)
+        redis_writer.close()
+        await answers
+
+    async with await asyncio.start_server(carry, "127.0.0.1") as server:
+        yield url.replace(f":{port}", f":{server.sockets[0].getsockname()[1]}")
+    assert cut.is_set()
+
+
+async def _load_scripts(url: str) -> None:
+    """Have one hint go through, so that no later command is answered by "no such script"."""
+    broker = await connect(url)
+    hints: Queue[int] = Queue()
+    broker.start_worker(hints.put_nowait)
+    await broker.wake()
+    await _next(hints)
+    await broker.close()
+
+
+async def _hint(client: Redis, lane: int) -> None:
+    await _put(client, _body({MESSAGE_ID: f"lane-{lane}"}, v=1, lane=lane), f"lane-{lane}")
+
+
+async def _put(client: Redis, body: bytes, message_id: str) -> None:
+    """Enqueue without ringing the bell."""
+    await client.hset(f"{QUEUE}.msgs", message_id, body)
+    await client.rpush(QUEUE, message_id)
+
+
+async def _commands(client: Redis) -> dict[str, int]:
+    statistics = await client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): entry["calls"] for name, entry in statistics.items()}
+
+
+async def _are_blocked(client: Redis, count: int) -> bool:
+    return sum("b" in entry["flags"] for entry in await client.client_list()) == count
+
+
+async def _is(answer: Awaitable[object], expected: object) -> bool:
+    return await answer == expected
+
+
+async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await condition():
+            pass
+
+
+async def _next(queue: Queue[int]) -> int:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        return await queue.get()
