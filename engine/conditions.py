@@ -41,7 +41,7 @@ def compile_condition(value: Json) -> Condition:
     return Condition(tuple(compiler.paths), test)
 
 
-# ── what can be asked ─────────────────────────────────────────────────────────────────────────────
+# ── what can be asked ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _is_empty(value: Json) -> bool:
@@ -131,7 +131,7 @@ _SYMBOLS: Final[Mapping[str, str]] = {
 }
 
 
-# ── compiling ─────────────────────────────────────────────────────────────────────────────────────
+# ── compiling ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Compiler:
@@ -225,7 +225,7 @@ def _comparing(name: str, left: Template, right: Template) -> _Test:
     return compare
 
 
-# ── as a schema ───────────────────────────────────────────────────────────────────────────────────
+# ── as a schema ─────────────────────────────────────────────────────────────────────────────────────────────
 
 _NAMES: Final = (*_OF_TWO, *_OF_ONE)
 _ID = "urn:pilotflame:condition"

@@ -7,6 +7,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 if TYPE_CHECKING:
     from engine.values import Json
 
@@ -39,8 +41,7 @@ class RunError:
         return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """One node in one run: the newest row replaces the one before it."""
 
     node_id: str
@@ -67,8 +68,7 @@ class Span:
     """Four SHA-256 digests: type and version; config after defaults; mappings; resolved input."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogLine:
+class LogLine(msgspec.Struct, frozen=True):
     """One line of an execution's log."""
 
     level: str

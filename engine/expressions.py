@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 from engine.operations import OPERATIONS, Operation, OperationError
 from engine.values import MAX_DEPTH, InvalidJson, Json, as_text
 
-Scope: TypeAlias = dict[str, Json]
+Scope: TypeAlias = Mapping[str, Json]
 """What a path may begin with, each if there is one; see `ROOTS`."""
 
 ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution")
@@ -45,7 +45,7 @@ class ExpressionError(ValueError):
         self.expression = expression[:MAX_PATH_LENGTH]
 
 
-# ── paths ─────────────────────────────────────────────────────────────────────────────────────────
+# ── paths ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 _STEP = re.compile(
     r"""
@@ -66,10 +66,12 @@ class Path:
     """A way into a scope, such as `data.rows[0].name`."""
 
     text: str
+    root: str
     steps: tuple[Step, ...]
+    """Where it goes from its root."""
 
     def resolve(self, scope: Scope) -> Json | Missing:
-        found: Json | Missing = scope
+        found: Json | Missing = scope.get(self.root, MISSING)
         for key, position in self.steps:
             if type(found) is dict:
                 found = found.get(key, MISSING)  # type: ignore[arg-type]  # None is no key, and finds nothing
@@ -87,14 +89,13 @@ def compile_path(text: str) -> Path:
         raise ExpressionError(source, f"a path has at most {MAX_PATH_LENGTH:,} characters")
     if not source:
         raise ExpressionError(text, "there is no path: write one such as data.user.id")
-    steps = tuple(_steps(source))
-    root = steps[0][0]
+    (root, _), *steps = _steps(source)
     if root not in ROOTS:
         near = f"data.{source.removeprefix('$.')}"
         raise ExpressionError(source, f"a path begins with {', '.join(ROOTS)}: did you mean {near}?")
-    if len(steps) > MAX_PATH_STEPS:
+    if len(steps) >= MAX_PATH_STEPS:
         raise ExpressionError(source, f"a path has at most {MAX_PATH_STEPS} steps")
-    return Path(source, steps)
+    return Path(source, root, tuple(steps))
 
 
 def _steps(source: str) -> list[Step]:
@@ -120,7 +121,7 @@ def _step(match: re.Match[str]) -> Step:
     return re.sub(r"\\(.)", r"\1", quoted), None
 
 
-# ── templates ─────────────────────────────────────────────────────────────────────────────────────
+# ── templates ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Allowance:

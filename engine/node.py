@@ -13,6 +13,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+import msgspec
+
 if TYPE_CHECKING:
     from engine.conditions import Condition
     from engine.expressions import Template
@@ -141,8 +143,7 @@ class Services:
     http: HttpClient
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One call of a node."""
 
     config: Mapping[str, Json]

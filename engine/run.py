@@ -13,10 +13,12 @@ import random
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, cast
+
+import msgspec
 
 from engine import values
 from engine.control import Control, Request
@@ -61,8 +63,7 @@ class Start:
     """The highest sequence number that the journal holds."""
 
 
-@dataclass(slots=True)
-class Visit:
+class Visit(msgspec.Struct):
     """One node on its way through one run."""
 
     program: NodeProgram
@@ -72,10 +73,10 @@ class Visit:
     input_digest: bytes
     started_at: datetime
     attempt: int = 1
-    config: Mapping[str, Json] = field(default_factory=dict)
+    config: Mapping[str, Json] = {}
     resolved_config: bytes | None = None
     hashes: bytes | None = None
-    unresolved: list[str] = field(default_factory=list)
+    unresolved: list[str] = []
 
     @property
     def node_id(self) -> str:

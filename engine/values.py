@@ -63,7 +63,7 @@ class InvalidJson(ValueError):
         self.message = message
 
 
-# ── in ────────────────────────────────────────────────────────────────────────────────────────────
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
@@ -163,7 +163,7 @@ def _refusal(raw: bytes, error: ValueError) -> InvalidJson:
     return InvalidJson("malformed-json", f"The {reason}")
 
 
-# ── out ───────────────────────────────────────────────────────────────────────────────────────────
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def encode(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
@@ -250,7 +250,7 @@ def _keys_length(keys: Iterable[str]) -> int:
         raise InvalidJson("not-json", "A key of an object is not a text") from error
 
 
-# ── compared ──────────────────────────────────────────────────────────────────────────────────────
+# ── compared ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def kind(value: object) -> str:
@@ -273,7 +273,7 @@ def identity(value: Json) -> Hashable:
     return (bool, value) if type(value) is bool else value  # type: ignore[return-value]
 
 
-# ── errors ────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _too_deep(max_depth: int) -> InvalidJson:

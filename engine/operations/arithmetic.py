@@ -13,6 +13,7 @@ from engine.operations.operation import Number, OperationError, number, operatio
 from engine.values import Json, kind
 
 MAX_DECIMALS: Final = 15
+MAX_MARK_LENGTH: Final = 10
 
 _ROUNDING = Context(prec=400)
 """Enough digits for the largest number with the most decimals."""
@@ -99,6 +100,8 @@ def format_number(value: Number, decimals: int = 0, group: str = ",", point: str
     """Write a number with so many decimals, its thousands set apart: 1234.5, 2 gives 1,234.50."""
     if decimals < 0:
         raise OperationError(f"writes 0 to {MAX_DECIMALS} decimals, not {decimals}")
+    if max(len(group), len(point)) > MAX_MARK_LENGTH:
+        raise OperationError(f"sets thousands and decimals apart with at most {MAX_MARK_LENGTH} characters")
     whole, _, fraction = f"{_to_decimals(value, decimals):,f}".partition(".")
     return whole.replace(",", group) + (point + fraction if fraction else "")
 

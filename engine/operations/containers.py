@@ -54,8 +54,7 @@ def get(value: Json, key: Json, fallback: Json = None) -> Json:
 @operation("flatten")
 def flatten(values: list[Json]) -> Json:
     """Put the elements of the lists in a list in their place, one level deep."""
-    check_list_length(sum(len(value) if type(value) is list else 1 for value in values))
-    return [item for value in values for item in (value if type(value) is list else [value])]
+    return joined_lists([value if type(value) is list else [value] for value in values])
 
 
 @operation("unique")
@@ -128,6 +127,11 @@ def keys_of(value: dict[str, Json]) -> Json:
 def values_of(value: dict[str, Json]) -> Json:
     """List the values of an object."""
     return list(value.values())
+
+
+def joined_lists(lists: list[list[Json]]) -> list[Json]:
+    check_list_length(sum(map(len, lists)))
+    return [item for each in lists for item in each]
 
 
 def _field(name: str | None) -> Callable[[Json], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.operations.operation import Number, OperationError, number, operation
+from engine.operations.operation import MAX_TEXT_LENGTH, Number, OperationError, number, operation
 from engine.values import InvalidJson, Json, as_text, decode, encode, kind
 
 _BOOLEANS = {"true": True, "false": False}
@@ -34,7 +34,7 @@ def to_number(value: Json) -> Number:
 @operation("to-text")
 def to_text(value: Json) -> str:
     """Write a value as text: null as nothing, objects and lists as JSON."""
-    return as_text(value)
+    return as_text(value, max_bytes=MAX_TEXT_LENGTH)
 
 
 @operation("to-boolean")
@@ -58,4 +58,4 @@ def from_json(value: str) -> Json:
 @operation("to-json")
 def to_json(value: Json) -> str:
     """Write a value as compact JSON."""
-    return encode(value).decode()
+    return encode(value, max_bytes=MAX_TEXT_LENGTH).decode()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
+from engine.operations.containers import joined_lists
 from engine.operations.operation import (
+    MAX_TEXT_LENGTH,
     OperationError,
     check_list_length,
     check_text_length,
@@ -18,7 +20,7 @@ def concat(first: Json, *more: Json) -> Json:
     """Join values into one text, or lists into one list."""
     values = [first, *more]
     if all(type(value) is list for value in values):
-        return [item for value in cast("list[list[Json]]", values) for item in value]
+        return joined_lists(cast("list[list[Json]]", values))
     if any(type(value) in (list, dict) for value in values):
         raise OperationError(f"joins texts or lists, not {' and '.join(map(kind, values))}")
     return _joined("", values)
@@ -83,7 +85,7 @@ def _joined(separator: str, values: list[Json]) -> str:
     texts = []
     length = 0
     for value in values:
-        texts.append(as_text(value))
+        texts.append(as_text(value, max_bytes=MAX_TEXT_LENGTH))
         length += len(texts[-1]) + len(separator)
         check_text_length(length - len(separator))
     return separator.join(texts)
