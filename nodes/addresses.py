@@ -1,0 +1,109 @@
+"""Where a URL of a user leads, and which addresses are the internet's and not somebody's inside."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from urllib.parse import quote, urljoin
+
+Address = IPv4Address | IPv6Address
+
+MAX_URL_CHARACTERS = 8_000
+MAX_HOST_CHARACTERS = 253
+MAX_PORT = 65_535
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+UNUSABLE = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
+URL = re.compile(r"(?ai)(https?)://(\[[0-9a-f:.]+]|[^/?#@:[\]]+)(?::([0-9]{1,5}))?([/?][^#]*)?(?:#.*)?")
+LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+# As the last label it makes resolvers read the host as an IPv4 address: 127.1, 0x7f000001, 2130706433.
+NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
+
+# IANA's special-purpose registries, spelled out because `is_global` differs between versions of Python.
+NOT_PUBLIC = tuple(ip_network(text) for text in (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24",
+    "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+    "168.63.129.16/32",  # public by its number, and Azure's own platform to every machine there
+    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",  # protocols (Teredo), documentation, 6to4
+))  # fmt: skip
+# What is outside is local, multicast, reserved, or IPv4 in disguise (compatible, mapped, NAT64).
+GLOBAL_UNICAST = IPv6Network("2000::/3")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A URL in checked parts; what is sent is built from them, never from the user's text."""
+
+    scheme: str
+    host: str
+    """An ASCII name in lower case without a final dot, or an IP address without brackets."""
+    port: int
+    path: str
+    query: str
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def origin(self) -> str:
+        return f"{self.scheme}://{self.authority}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.origin}{self.path}?{self.query}" if self.query else f"{self.origin}{self.path}"
+
+
+def parse(url: str, base: str = "") -> Target:
+    """Takes a reference relative to `base` as well; raises ValueError, whose message may be shown."""
+    if len(url) > MAX_URL_CHARACTERS:
+        raise ValueError("the URL is too long")
+    if UNUSABLE.search(url):
+        raise ValueError("the URL holds white space, a control character or a backslash")
+    try:
+        match = URL.fullmatch(urljoin(base, url))
+        host = canonical_host(match[2]) if match else ""
+    except ValueError as error:
+        raise ValueError("the URL's host is no valid name or address") from error
+    if match is None:
+        raise ValueError("the URL must be http or https, with a host and without a user")
+    scheme = match[1].lower()
+    port = int(match[3] or DEFAULT_PORTS[scheme])
+    if not 0 < port <= MAX_PORT:
+        raise ValueError("the URL's port is out of range")
+    path, _, query = quote(match[4] or "/", safe="!$%&'()*+,/:;=?@[]~").partition("?")
+    return Target(scheme, host, port, path or "/", query)
+
+
+def canonical_host(text: str) -> str:
+    """Raises ValueError."""
+    if text.startswith("["):
+        return str(IPv6Address(text[1:-1]))
+    if len(text) > MAX_HOST_CHARACTERS:
+        raise ValueError(text)
+    if not text.isascii():
+        import idna  # noqa: PLC0415 - large tables that few hosts need
+
+        text = idna.encode(text, uts46=True).decode()
+    name = text.lower().removesuffix(".")
+    labels = name.split(".")
+    if NUMERIC_LABEL.fullmatch(labels[-1]):
+        return str(IPv4Address(name))
+    if not all(LABEL.fullmatch(label) for label in labels):
+        raise ValueError(text)
+    return name
+
+
+def unmapped(text: str) -> Address:
+    """An IPv4-mapped IPv6 address is connected as IPv4, so it must be checked as IPv4."""
+    address = ip_address(text)
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def is_public(address: Address) -> bool:
+    if isinstance(address, IPv6Address) and address not in GLOBAL_UNICAST:
+        return False
+    return address.is_global and not any(address in network for network in NOT_PUBLIC)

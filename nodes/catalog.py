@@ -1,0 +1,248 @@
+"""The catalogue: every node type, as its `.toml` in `nodes/library` describes it, and what runs it.
+
+A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse`. The first reads:
+
+    type = "csv-parse"              # letters, digits and hyphens; the file has its name, with underscores
+    name = "Parse CSV"              # what the canvas shows
+    version = "1.0.0"
+    category = "transform"          # triggers, transform, control, io, …
+    description = "…"
+    effect = "pure"                 # pure, read or write, or decided by a field of the config:
+                                    # { default = "write", field = "method", cases = { GET = "read" } }
+    trigger = "webhook"             # only on a node that starts a graph: what kind of event it takes
+    runnable = true                 # false: it may be drawn, but there is no `.py`
+    s3_location = "…"               # where a node that isn't shipped here comes from
+    resources = { memory = "…" }    # what its pod asks for, where it runs in one
+
+    [ports]                         # default: one `input`, one `output`; every node has `error` besides
+    inputs = ["input"]
+    outputs = ["true", "false"]
+
+    [compiled]                      # config fields that the node evaluates itself
+    condition = "condition"         # a condition, tested by the node
+    each = "value"                  # a template or `{"$op": …}`, rendered by the node
+
+    [input]                         # what it takes and gives, in a sentence
+    description = "…"
+    [output]
+    description = "…"
+
+    [config]                        # JSON Schema, draft 2020-12, with defaults; a condition's is filled in
+    type = "object"
+
+    [[examples]]                    # run by the tests
+    config = {…}
+    input = {…}
+    output = {…}
+    port = "true"                   # default: output
+
+A text with `{{` in it is accepted wherever the schema wants something else: only the run will know its value.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from engine.conditions import CONDITION_SCHEMA
+from engine.node import INPUT, OUTPUT, Compile, Effect, EffectRule, NodeType, Run
+from nodes import problems
+from nodes.problems import Problem
+
+if TYPE_CHECKING:
+    from jsonschema_rs import Draft202012Validator
+
+    from engine.values import Json
+
+LIBRARY = Path(__file__).parent / "library"
+SHOWN_CHARACTERS = 100
+"""As much of a name that isn't ours as is compared and repeated."""
+
+
+class UnknownNodeType(LookupError):
+    """The catalogue has no such type, or not in that version; `nearest` holds names that it has."""
+
+    def __init__(self, message: str, *, nearest: Sequence[str]) -> None:
+        super().__init__(message)
+        self.message = message
+        self.nearest = tuple(nearest)
+
+
+class InvalidEntry(ValueError):
+    """A `.toml` isn't what the catalogue can read; the message names the file and the place."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Every node type, by its name."""
+
+    node_types: Mapping[str, NodeType]
+    _validators: dict[str, Draft202012Validator] = field(default_factory=dict, init=False, repr=False)
+
+    def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
+        """Return a type, in `version` if that is given; raises `UnknownNodeType`."""
+        node_type = self.node_types.get(type)
+        if node_type is None:
+            name = type[:SHOWN_CHARACTERS]
+            nearest = get_close_matches(name, self.node_types)
+            known = (
+                f"did you mean {' or '.join(nearest)}?" if nearest else f"there is {', '.join(self.types())}"
+            )
+            raise UnknownNodeType(f"There is no node type {name!r}: {known}", nearest=nearest)
+        if version not in (None, node_type.version):
+            wanted = f"{type} has no version {version[:SHOWN_CHARACTERS]!r}"
+            raise UnknownNodeType(f"{wanted}: the catalogue has {node_type.version}", nearest=[type])
+        return node_type
+
+    def types(self) -> Sequence[str]:
+        """Return the names of all types, sorted."""
+        return sorted(self.node_types)
+
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:
+        """Return `config` with the defaults of its schema filled in, also in the objects inside it."""
+        return _filled(node_type.config_schema, config)
+
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Problem]:
+        """Return what is wrong with a config as it is stored, before anything in it is rendered.
+
+        Of conditions and expressions it says nothing: whoever compiles them learns more than a schema can tell.
+        """
+        return problems.find(self._validator(node_type), config, node_type.config_schema)
+
+    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+        """Import and return the function that runs a type; for processes that run nodes."""
+        module = import_module(f"nodes.library.{_stem(self.get(type).type)}")
+        return cast("Run", module.run)
+
+    def _validator(self, node_type: NodeType) -> Draft202012Validator:
+        """Return the type's validator, made when it is first needed."""
+        if node_type.type not in self._validators:
+            self._validators[node_type.type] = problems.validator(node_type)
+        return self._validators[node_type.type]
+
+
+@cache
+def load() -> Catalog:
+    """Read the library, once for the process."""
+    return read(LIBRARY)
+
+
+def read(folder: Path) -> Catalog:
+    """Read every `.toml` of `folder`; raises `InvalidEntry` for one with an unknown key or a wrong value."""
+    node_types = [_read_entry(path) for path in sorted(folder.glob("*.toml"))]
+    return Catalog({node_type.type: node_type for node_type in node_types})
+
+
+class _EffectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    default: Effect
+    field: str
+    cases: dict[str, Effect]
+
+
+class _Ports(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    inputs: tuple[str, ...] = (INPUT,)
+    outputs: tuple[str, ...] = (OUTPUT,)
+
+
+class _Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    description: str = ""
+
+
+class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    output: Any
+    input: Any = None
+    config: dict[str, Any] = {}
+    port: str = OUTPUT
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `.toml`, as it is written."""
+
+    type: str
+    name: str
+    version: str
+    category: str
+    description: str
+    effect: Effect | _EffectTable
+    config: dict[str, Any]
+    trigger: str | None = None
+    runnable: bool = True
+    s3_location: str = ""
+    resources: dict[str, Any] = {}
+    ports: _Ports = _Ports()
+    compiled: dict[str, Compile] = {}
+    input: _Described = _Described()
+    output: _Described = _Described()
+    examples: list[_Example] = []
+
+
+def _read_entry(path: Path) -> NodeType:
+    try:
+        entry = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _Entry)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise InvalidEntry(f"{path.name}: {error}") from error
+    if path.stem != _stem(entry.type):
+        raise InvalidEntry(
+            f"{path.name}: it describes {entry.type!r}, so it must be {_stem(entry.type)}.toml"
+        )
+    return NodeType(
+        type=entry.type,
+        name=entry.name,
+        version=entry.version,
+        category=entry.category,
+        description=entry.description,
+        effect=_effect_rule(entry.effect),
+        config_schema=_with_conditions(entry.config, entry.compiled),
+        inputs=entry.ports.inputs,
+        outputs=entry.ports.outputs,
+        trigger_kind=entry.trigger,
+        compiled=entry.compiled,
+        input_description=entry.input.description,
+        output_description=entry.output.description,
+        runnable=entry.runnable,
+        resources=entry.resources,
+        s3_location=entry.s3_location,
+        examples=tuple(msgspec.to_builtins(example) for example in entry.examples),
+    )
+
+
+def _effect_rule(effect: Effect | _EffectTable) -> EffectRule:
+    if isinstance(effect, Effect):
+        return EffectRule(effect)
+    return EffectRule(effect.default, effect.field, effect.cases)
+
+
+def _with_conditions(schema: Mapping[str, Json], compiled: Mapping[str, Compile]) -> Mapping[str, Json]:
+    """Put the schema of a condition beside what the file says about each field that holds one."""
+    properties = _properties(schema)
+    for name, kind in compiled.items():
+        if kind is Compile.CONDITION:
+            properties[name] = {**CONDITION_SCHEMA, **properties.get(name, {})}
+    return {**schema, "properties": cast("Json", properties)}
+
+
+def _filled(schema: Mapping[str, Json], config: Mapping[str, Json]) -> dict[str, Json]:
+    filled = dict(config)
+    for name, of_field in _properties(schema).items():
+        if name not in filled and "default" in of_field:
+            filled[name] = of_field["default"]
+        value = filled.get(name)
+        if isinstance(value, dict):
+            filled[name] = _filled(of_field, value)
+    return filled
+
+
+def _properties(schema: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
+    return dict(cast("Mapping[str, dict[str, Json]]", schema.get("properties", {})))
+
+
+def _stem(node_type: str) -> str:
+    return node_type.replace("-", "_")

@@ -1,0 +1,190 @@
+"""Items are grouped by fields, and numbers are taken of each group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+from engine.errors import NodeError
+from engine.values import identity
+from nodes import fields, lists
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+Number: TypeAlias = int | float
+
+MAXIMUM_AGGREGATIONS = 50
+MAXIMUM_GROUP_FIELDS = 20
+MAXIMUM_RESULTS = 500_000
+"""In all groups together: each takes some 300 bytes while it is worked out."""
+
+
+class Function(StrEnum):
+    SUM = "sum"
+    AVG = "avg"
+    MIN = "min"
+    MAX = "max"
+    COUNT = "count"
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """One number to take of each group."""
+
+    function: Function
+    field: str | None
+    name: str
+
+    @classmethod
+    def of(cls, config: Json) -> Self:
+        if not isinstance(config, dict):
+            raise fields.unfit("aggregations", "a list of objects", config)
+        function = fields.choice(config, "function", Function)
+        needs_field = function is not Function.COUNT or config.get("field") is not None
+        return cls(function, fields.text(config, "field") if needs_field else None, fields.text(config, "as"))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of the list, and where it stands."""
+
+    value: Json
+    index: int
+    missing: set[str]
+    """Names that some item had no field for."""
+
+    def at(self, name: str) -> Json:
+        """Return the field of just this name, else what the dotted path leads to, else null."""
+        if not isinstance(self.value, dict):
+            message = f"Item {self.index} is {fields.kind_of(self.value)}: it has no field `{name}`"
+            raise NodeError(message, code="not-an-object")
+        if name in self.value:
+            return self.value[name]
+        found: Json = self.value
+        for step in name.split("."):
+            if not isinstance(found, dict) or step not in found:
+                self.missing.add(name)
+                return None
+            found = found[step]
+        return found
+
+    def number(self, name: str) -> Number | None:
+        """Return the number at `name`, or null."""
+        value = self.at(name)
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            return value
+        hint = "; csv-parse makes numbers of texts by its `types`" if isinstance(value, str) else ""
+        message = f"Item {self.index} has {fields.kind_of(value)} in `{name}`, where a number is needed{hint}"
+        raise NodeError(message, code="not-a-number")
+
+
+@dataclass(slots=True)
+class Tally:
+    """One aggregation of one group, on its way."""
+
+    aggregation: Aggregation
+    count: int = 0
+    numbers: list[Number] = field(default_factory=list)
+
+    def add(self, item: Item) -> None:
+        name = self.aggregation.field
+        if name is None:
+            self.count += 1
+        elif self.aggregation.function is Function.COUNT:
+            self.count += item.at(name) is not None
+        elif (number := item.number(name)) is not None:
+            self.numbers.append(number)
+
+    def result(self) -> Number | None:
+        function = self.aggregation.function
+        if function is Function.COUNT:
+            return self.count
+        try:
+            return TAKE[function](self.numbers)
+        except OverflowError:
+            message = f"The {function} of `{self.aggregation.field}` is too large a number"
+            raise NodeError(message, code="number-too-large") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The items that have the same values in the fields of `groupBy`."""
+
+    keys: Sequence[Json]
+    tallies: Sequence[Tally]
+
+    def row(self, group_by: Sequence[str]) -> dict[str, Json]:
+        results = {tally.aggregation.name: tally.result() for tally in self.tallies}
+        return {**dict(zip(group_by, self.keys, strict=True)), **results}
+
+
+async def run(call: Call) -> Json:
+    group_by = _group_by(call.config)
+    aggregations = _aggregations(call.config, group_by)
+    groups: dict[Hashable, Group] = {}
+    if not group_by:
+        # All items are one group, which is there even when they are none.
+        groups[identity([])] = Group([], [*map(Tally, aggregations)])
+    missing: set[str] = set()
+    turn = Turn()
+    for index, value in enumerate(lists.items(call.config)):
+        await turn.share()
+        item = Item(value, index, missing)
+        keys = [item.at(name) for name in group_by]
+        group = groups.get(identity(keys))
+        if group is None:
+            _check_size((len(groups) + 1) * len(aggregations))
+            group = groups[identity(keys)] = Group(keys, [*map(Tally, aggregations)])
+        for tally in group.tallies:
+            tally.add(item)
+    call.unresolved.extend(f"item.{name}" for name in sorted(missing))
+    return {"groups": [group.row(group_by) for group in groups.values()], "count": len(groups)}
+
+
+def _group_by(config: Mapping[str, Json]) -> list[str]:
+    names = fields.sequence(config, "groupBy")
+    if len(names) > MAXIMUM_GROUP_FIELDS:
+        raise fields.unfit("groupBy", f"a list of at most {MAXIMUM_GROUP_FIELDS}", names)
+    return [fields.text({"groupBy": name}, "groupBy") for name in names]
+
+
+def _aggregations(config: Mapping[str, Json], group_by: Sequence[str]) -> list[Aggregation]:
+    entries = fields.sequence(config, "aggregations")
+    if len(entries) > MAXIMUM_AGGREGATIONS:
+        raise fields.unfit("aggregations", f"a list of at most {MAXIMUM_AGGREGATIONS}", entries)
+    aggregations = [Aggregation.of(entry) for entry in entries]
+    names = [*group_by, *(aggregation.name for aggregation in aggregations)]
+    for name in names:
+        if names.count(name) > 1:
+            message = f"Two fields of a group would be named `{name}`: give one of them another `as`"
+            raise NodeError(message, code="duplicate-name")
+    return aggregations
+
+
+def _check_size(results: int) -> None:
+    if results > MAXIMUM_RESULTS:
+        message = f"The groups have more than {MAXIMUM_RESULTS:,} results: take fewer, or group by less"
+        raise NodeError(message, code="too-many-groups")
+
+
+def _sum(numbers: Sequence[Number]) -> Number:
+    """Whole numbers stay whole; others are added without the error that grows from addition to addition."""
+    return sum(numbers) if all(isinstance(number, int) for number in numbers) else math.fsum(numbers)
+
+
+def _average(numbers: Sequence[Number]) -> Number | None:
+    return _sum(numbers) / len(numbers) if numbers else None
+
+
+TAKE: Mapping[Function, Callable[[Sequence[Number]], Number | None]] = {
+    Function.SUM: _sum,
+    Function.AVG: _average,
+    Function.MIN: lambda numbers: min(numbers, default=None),
+    Function.MAX: lambda numbers: max(numbers, default=None),
+}

@@ -1,0 +1,24 @@
+"""Items that meet a condition stay, in their order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nodes import lists
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json:
+    condition = call.conditions["condition"]
+    items = lists.items(call.config)
+    kept: list[Json] = []
+    turn = Turn()
+    for index, item in enumerate(items):
+        await turn.share()
+        if condition.test(call.scope_of(item, index), call.unresolved):
+            kept.append(item)
+    return {"items": kept, "count": len(kept), "removed": len(items) - len(kept)}

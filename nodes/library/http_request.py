@@ -1,0 +1,205 @@
+"""Another system is called over HTTP; what kind of failure it is says whether another attempt is worth it."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Mapping
+from enum import StrEnum
+from http.client import responses as reasons
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode, urlsplit
+
+from engine.errors import NodeError
+from engine.values import InvalidJson, as_text, decode, encode
+from nodes import fields
+from nodes.outbound import OutboundRefused, OutboundUnavailable
+
+if TYPE_CHECKING:
+    from engine.node import Call, HttpResponse
+    from engine.values import Json
+
+SHORTEST_TIMEOUT_SECONDS = 0.1
+LONGEST_TIMEOUT_SECONDS = 300
+FIRST_ERROR_STATUS = 400
+RETRYABLE_BELOW_500 = frozenset({408, 425, 429})
+FIRST_SERVER_ERROR = 500
+SHOWN_BYTES = 200
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_TYPE = re.compile(r"[\w.+-]+/(?:[\w.+-]+\+)?json\b", re.IGNORECASE)
+CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
+# Python has codecs that take time without bound (punycode) or make what no database keeps (unicode_escape).
+CHARSETS = frozenset(
+    {
+        "ascii", "us-ascii", "utf-8", "utf8", "utf-16", "iso-8859-1", "latin-1", "iso-8859-2", "iso-8859-15",
+        "windows-1250", "windows-1251", "windows-1252", "koi8-r", "shift_jis", "euc-jp", "euc-kr", "big5",
+        "gb2312", "gbk", "gb18030",
+    }
+)  # fmt: skip
+
+
+class Method(StrEnum):
+    GET = "GET"
+    HEAD = "HEAD"
+    OPTIONS = "OPTIONS"
+    POST = "POST"
+    PUT = "PUT"
+    PATCH = "PATCH"
+    DELETE = "DELETE"
+
+
+class ResponseType(StrEnum):
+    AUTO = "auto"
+    JSON = "json"
+    TEXT = "text"
+    BASE64 = "base64"
+
+
+READS = frozenset({Method.GET, Method.HEAD, Method.OPTIONS})
+
+
+async def run(call: Call) -> Json:
+    response_type = fields.choice(call.config, "responseType", ResponseType)
+    fails_on_error = fields.flag(call.config, "failOnError")
+    response = await _send(call)
+    if fails_on_error and response.status >= FIRST_ERROR_STATUS:
+        raise _refusal(response)
+    return {
+        "status": response.status,
+        "headers": dict(response.headers),
+        "body": _body(response, response_type),
+        "url": response.url,
+    }
+
+
+async def _send(call: Call) -> HttpResponse:
+    config = call.config
+    method = fields.choice(config, "method", Method)
+    body, content_type = _request_body(config)
+    headers = _headers(config)
+    if content_type is not None:
+        _set_unless_given(headers, "Content-Type", content_type)
+    if method not in READS:
+        _set_unless_given(headers, "Idempotency-Key", call.idempotency_key)
+    try:
+        return await call.services.http.request(
+            method,
+            _url(config),
+            headers=headers,
+            body=body,
+            timeout_seconds=fields.number(
+                config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS
+            ),
+            follow_redirects=fields.flag(config, "followRedirects"),
+        )
+    except OutboundRefused as error:
+        raise NodeError(_sentence(error.message), code=error.code.value) from error
+    except OutboundUnavailable as error:
+        raise NodeError(_sentence(error.message), code=error.code.value, retryable=True) from error
+
+
+# ── the request ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _url(config: Mapping[str, Json]) -> str:
+    url = fields.text(config, "url")
+    parameters: list[tuple[str, str]] = []
+    for name, given in fields.mapping(config, "query").items():
+        values = given if isinstance(given, list) else [given]
+        parameters.extend((name, as_text(value)) for value in values if value is not None)
+    if not parameters:
+        return url
+    before_fragment = url.partition("#")[0]
+    separator = "&" if "?" in before_fragment else "?"
+    return f"{before_fragment}{separator}{urlencode(parameters)}"
+
+
+def _headers(config: Mapping[str, Json]) -> dict[str, str]:
+    given = fields.mapping(config, "headers")
+    return {name: as_text(value) for name, value in given.items() if value is not None}
+
+
+def _request_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
+    """Return what to send and its content type."""
+    body = config.get("body")
+    if body is None:
+        return None, None
+    if isinstance(body, str):
+        return body.encode(), "text/plain; charset=utf-8"
+    return encode(body), "application/json"
+
+
+def _set_unless_given(headers: dict[str, str], name: str, value: str) -> None:
+    if name.lower() not in map(str.lower, headers):
+        headers[name] = value
+
+
+# ── the answer ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _refusal(response: HttpResponse) -> NodeError:
+    status = response.status
+    # The host alone: paths and queries carry secrets, and an error is read by more people than a config.
+    answered = f"{urlsplit(response.url).hostname} answered {status} {reasons.get(status, '')}".rstrip()
+    said = " ".join(_text(response.body[:SHOWN_BYTES], _charset(response)).split())
+    return NodeError(
+        f"{answered}: {said}" if said else answered,
+        code=f"http-{status}",
+        retryable=status in RETRYABLE_BELOW_500 or status >= FIRST_SERVER_ERROR,
+    )
+
+
+def _body(response: HttpResponse, response_type: ResponseType) -> Json:
+    match response_type:
+        case ResponseType.JSON:
+            return _json(response)
+        case ResponseType.TEXT:
+            return _text(response.body, _charset(response))
+        case ResponseType.BASE64:
+            return b64encode(response.body).decode()
+        case ResponseType.AUTO:
+            return _whatever_it_is(response)
+
+
+def _json(response: HttpResponse) -> Json:
+    try:
+        return decode(response.body.removeprefix(BYTE_ORDER_MARK)) if response.body else None
+    except InvalidJson as error:
+        message = (
+            f"The answer can't be taken as JSON: {error.message}. With `responseType: auto` it is a text"
+        )
+        raise NodeError(message, code="invalid-response") from error
+
+
+def _text(body: bytes, charset: str) -> str:
+    """Return a text in which U+FFFD stands for what is none."""
+    return body.decode(charset, errors="replace").replace("\0", "\ufffd")
+
+
+def _whatever_it_is(response: HttpResponse) -> Json:
+    if not response.body:
+        return None
+    if JSON_TYPE.match(_content_type(response)):
+        try:
+            return decode(response.body.removeprefix(BYTE_ORDER_MARK))
+        except InvalidJson:
+            pass
+    try:
+        text = response.body.decode(_charset(response))
+    except UnicodeDecodeError:
+        return b64encode(response.body).decode()
+    return b64encode(response.body).decode() if "\0" in text else text
+
+
+def _charset(response: HttpResponse) -> str:
+    named = CHARSET.search(_content_type(response))
+    return named[1] if named and named[1].lower() in CHARSETS else "utf-8"
+
+
+def _content_type(response: HttpResponse) -> str:
+    return response.headers.get("content-type", "")
+
+
+def _sentence(message: str) -> str:
+    return message[:1].upper() + message[1:]

@@ -1,0 +1,56 @@
+"""A text is written from the data, with one part for each item of a list."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.errors import NodeError
+from engine.values import as_text
+from nodes import fields, lists
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_CHARACTERS = 10_000_000
+
+
+class Parts:
+    """The parts of a text, as long as they fit into an output."""
+
+    def __init__(self, separator: str) -> None:
+        self._separator = separator
+        self._texts: list[str] = []
+        self._characters = 0
+
+    def add(self, value: Json) -> None:
+        """Append a rendered value; raises `NodeError` when it all becomes too long."""
+        text = as_text(value)
+        self._texts.append(text)
+        self._characters += len(text) + len(self._separator)
+        if self._characters > MAXIMUM_CHARACTERS:
+            count = len(self._texts)
+            message = f"The text has more than {MAXIMUM_CHARACTERS:,} characters after {count:,} parts"
+            raise NodeError(message, code="output-too-large")
+
+    def joined(self) -> str:
+        return self._separator.join(self._texts)
+
+
+async def run(call: Call) -> Json:
+    parts = Parts(fields.text(call.config, "separator"))
+    parts.add(call.config["text"])
+    if "items" in call.config:
+        await _add_items(parts, call)
+    if "footer" in call.config:
+        parts.add(call.config["footer"])
+    return {"text": parts.joined()}
+
+
+async def _add_items(parts: Parts, call: Call) -> None:
+    each = call.values["each"]
+    turn = Turn()
+    for index, item in enumerate(lists.items(call.config)):
+        await turn.share()
+        parts.add(each.render(call.scope_of(item, index), call.unresolved))

@@ -1,0 +1,40 @@
+"""The data goes on later, and the worker is free until then."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from engine.errors import NodeError
+from engine.node import Wait
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+LONGEST = timedelta(days=365)
+
+
+def run(call: Call) -> Json | Wait:
+    until = _until(call)
+    if until <= call.now:
+        return call.data
+    if until > call.now + LONGEST:
+        raise NodeError(f"A wait ends within {LONGEST.days} days, so not at {until}", code="wait-too-long")
+    return Wait(until.astimezone(UTC), output=call.data)
+
+
+def _until(call: Call) -> datetime:
+    if "seconds" in call.config:
+        seconds = fields.number(call.config, "seconds", minimum=0, maximum=LONGEST.total_seconds())
+        return call.now + timedelta(seconds=seconds)
+    written = fields.text(call.config, "until")
+    try:
+        until = datetime.fromisoformat(written)
+    except ValueError:
+        raise fields.unfit("until", "an ISO 8601 time like 2027-01-31T09:00:00+01:00", written) from None
+    if until.tzinfo is None:
+        message = f"`until` must say its zone: {written}Z, or an offset like +01:00"
+        raise NodeError(message, code="invalid-config")
+    return until

@@ -1,0 +1,28 @@
+"""Lists that a node works through item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from engine.errors import NodeError
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+MAXIMUM_ITEMS = 100_000
+
+
+def items(config: Mapping[str, Json]) -> list[Json]:
+    """Return the list in the field `items`; raises `NodeError` for anything else, or for too long a one."""
+    value = config.get("items")
+    if isinstance(value, dict):
+        lists = [key for key, inner in value.items() if isinstance(inner, list)]
+        hint = f"; its {' and '.join(map(repr, lists))} would be one" if lists else ""
+        raise NodeError(f"{fields.unfit('items', 'a list', value)}{hint}", code="invalid-config")
+    found = fields.sequence(config, "items")
+    if len(found) > MAXIMUM_ITEMS:
+        message = f"`items` has {len(found):,} items; at most {MAXIMUM_ITEMS:,} go through"
+        raise NodeError(message, code="too-many-items")
+    return found

@@ -1,0 +1,179 @@
+"""What is wrong in a config, by the JSON Schema of its node type, in words that a person can mend it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from engine.node import Compile
+from engine.values import encode
+from nodes import fields
+
+if TYPE_CHECKING:
+    from jsonschema_rs import Draft202012Validator, ValidationError
+
+    from engine.node import NodeType
+    from engine.values import Json
+
+Schema: TypeAlias = "Mapping[str, Json]"
+Path: TypeAlias = "Sequence[str | int]"
+
+MAXIMUM_PROBLEMS = 50
+MAXIMUM_EXPLAINED_VALUES = 10_000
+"""A validator reports every wrong value with a copy of it: from more than these, its report could fill the memory."""
+SHOWN_CHARACTERS = 100
+
+TEMPLATE: Schema = {"type": "string", "pattern": r"\{\{"}
+
+TYPES = {
+    "string": "a text",
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+LIMITS = {
+    "minimum": "must be at least {limit}",
+    "maximum": "must be at most {limit}",
+    "exclusiveMinimum": "must be more than {limit}",
+    "exclusiveMaximum": "must be less than {limit}",
+    "minLength": "must have {limit} or more characters",
+    "maxLength": "must have {limit} or fewer characters",
+    "minItems": "must have {limit} or more items",
+    "maxItems": "must have {limit} or fewer items",
+    "minProperties": "must have {limit} or more fields",
+    "maxProperties": "must have {limit} or fewer fields",
+    "pattern": "must match {pattern}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a config: where (`aggregations.0.function`), what, and by which keyword."""
+
+    path: str
+    message: str
+    keyword: str
+
+
+# ── schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def validator(node_type: NodeType) -> Draft202012Validator:
+    """Return what checks the configs of a type; of a condition it asks only that it be an object."""
+    from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
+
+    properties = cast("dict[str, Json]", node_type.config_schema.get("properties", {}))
+    conditions: dict[str, Json] = {
+        name: {"type": "object"} for name, kind in node_type.compiled.items() if kind is Compile.CONDITION
+    }
+    loosened: dict[str, Json] = {**node_type.config_schema, "properties": {**properties, **conditions}}
+    return Draft202012Validator(accepting_templates(loosened))
+
+
+def accepting_templates(schema: Schema) -> dict[str, Json]:
+    """Return `schema` with a text that holds `{{` accepted in place of any property and of any item.
+
+    What is asked of them moves into an `else`, whose errors are reported as if it stood alone.
+    """
+    changed = dict(schema)
+    for keyword, inner in schema.items():
+        if keyword == "properties" and isinstance(inner, dict):
+            changed[keyword] = {name: _or_template(each) for name, each in inner.items()}
+        elif keyword in {"items", "additionalProperties"}:
+            changed[keyword] = _or_template(inner)
+    return changed
+
+
+def _or_template(schema: Json) -> Json:
+    if not isinstance(schema, dict):
+        return schema
+    return {"if": dict(TEMPLATE), "else": accepting_templates(schema)}
+
+
+# ── problems ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find(checker: Draft202012Validator, config: Mapping[str, Json], schema: Schema) -> list[Problem]:
+    """Return what is wrong with a config, without its values, which may be secrets."""
+    if checker.is_valid(config):
+        return []
+    if _has_many_values(config):
+        return [Problem("config", "it doesn't fit the schema, and is too large to say where", "config")]
+    found = [problem for error in checker.iter_errors(config) for problem in _problems(error, schema)]
+    return found[:MAXIMUM_PROBLEMS]
+
+
+def _has_many_values(config: Mapping[str, Json]) -> bool:
+    count = 0
+    level: list[Json] = list(config.values())
+    while level:
+        count += len(level)
+        if count > MAXIMUM_EXPLAINED_VALUES:
+            return True
+        containers = [value for value in level if isinstance(value, dict | list)]
+        level = [
+            inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return False
+
+
+def _problems(error: ValidationError, schema: Schema) -> Iterator[Problem]:
+    facts: dict[str, Any] = error.kind.as_dict()
+    path, keyword = list(error.instance_path), error.kind.name
+    match keyword:
+        case "required":
+            yield _missing([[*path, facts["property"]]])
+        case "anyOf" if all(_only_misses(form) for form in facts["context"]):
+            yield _missing([[*path, form[0].kind.as_dict()["property"]] for form in facts["context"]])
+        case "additionalProperties":
+            known = _names_at(schema, path)
+            for name in facts["unexpected"][:MAXIMUM_PROBLEMS]:
+                yield Problem(_dotted([*path, name]), _unknown(name, known), keyword)
+        case _:
+            yield Problem(_dotted(path), _message(error, facts), keyword)
+
+
+def _only_misses(form: Sequence[ValidationError]) -> bool:
+    return all(error.kind.name == "required" for error in form)
+
+
+def _missing(alternatives: Sequence[Path]) -> Problem:
+    names = [_dotted(path) for path in alternatives]
+    return Problem(names[0], f"{' or '.join(names)} is required", "required")
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    nearest = get_close_matches(name[:SHOWN_CHARACTERS], known, n=1)
+    if nearest:
+        return f"there is no such field: did you mean {nearest[0]}?"
+    return f"there is no such field: there is {', '.join(known)}" if known else "there is no such field"
+
+
+def _message(error: ValidationError, facts: Mapping[str, Any]) -> str:
+    match error.kind.name:
+        case "type":
+            wanted = " or ".join(TYPES[name] for name in facts["types"])
+            return f"must be {wanted}, not {fields.kind_of(cast('Json', error.instance))}"
+        case "enum":
+            return f"must be one of {', '.join(encode(option).decode() for option in facts['options'])}"
+        case keyword if keyword in LIMITS:
+            return LIMITS[keyword].format_map(facts)
+        case keyword:
+            return f"must satisfy `{keyword}` of the schema"
+
+
+def _names_at(schema: Schema, path: Path) -> Sequence[str]:
+    """Return the names of the fields that `schema` knows at `path`."""
+    at: Any = schema
+    for step in path:
+        at = at.get("items", {}) if isinstance(step, int) else at.get("properties", {}).get(step, {})
+    return list(at.get("properties", {}))
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(str(step)[:SHOWN_CHARACTERS] for step in path) or "config"

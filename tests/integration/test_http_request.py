@@ -1,0 +1,271 @@
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from ipaddress import ip_network
+from typing import Any
+
+import anyio
+import pytest
+from aiohttp import web
+
+from engine.errors import NodeError
+from engine.values import Json
+from nodes import catalog
+from nodes.outbound import Outbound, OutboundPolicy
+from tests.calls import call
+
+pytestmark = pytest.mark.anyio
+
+EXAMPLE_HOST = "https://api.example.com"
+EXAMPLES = catalog.load().get("http-request").examples
+
+
+class Server:
+    """A server on this machine that keeps what it was asked, and answers as its paths say."""
+
+    def __init__(self) -> None:
+        self.requests: list[web.Request] = []
+        self.bodies: list[bytes] = []
+        self.url = ""
+        self.ends = anyio.Event()
+        self.outbound = Outbound(OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),)))
+
+    async def output(self, config: dict[str, Json], data: Json = None) -> dict[str, Any]:
+        output = (await call("http-request", config, data, http=self.outbound)).output
+        assert isinstance(output, dict)
+        return output
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        self.bodies.append(await request.read())
+        if request.path == "/slow":
+            await self.ends.wait()
+        return await ANSWERS[request.path](request)
+
+
+async def cities(request: web.Request) -> web.Response:
+    assert request.query == {"country": "NO", "limit": "2"}
+    return web.Response(
+        body=b'[{"name":"Oslo"},{"name":"Bergen"}]', headers={"content-type": "application/json"}
+    )
+
+
+async def orders(request: web.Request) -> web.Response:
+    body = json.dumps({"accepted": await request.json()}).encode()
+    return web.Response(status=201, body=body, headers={"content-type": "application/json"})
+
+
+async def status(request: web.Request) -> web.Response:
+    return web.Response(status=int(request.query["status"]), text="out of\n  order " + "x" * 300)
+
+
+async def raw(request: web.Request) -> web.Response:
+    headers = {"content-type": request.query["type"]} if "type" in request.query else {}
+    return web.Response(body=bytes.fromhex(request.query.get("hex", "")), headers=headers)
+
+
+async def moved(_request: web.Request) -> web.Response:
+    raise web.HTTPFound("/raw?hex=6869")
+
+
+ANSWERS: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
+    "/cities": cities,
+    "/orders": orders,
+    "/status": status,
+    "/raw": raw,
+    "/moved": moved,
+    "/slow": raw,
+}
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    running = Server()
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", running.answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    running.url = f"http://{host}:{port}"
+    yield running
+    running.ends.set()
+    await running.outbound.close()
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+async def test_every_example_of_the_catalogue_comes_true(server: Server, example: dict[str, Any]) -> None:
+    here = json.loads(json.dumps(example).replace(EXAMPLE_HOST, server.url))
+    output = await server.output(here["config"], here["input"])
+    assert {**output, "headers": here["output"]["headers"]} == here["output"]
+    assert here["output"]["headers"].items() <= output["headers"].items()
+
+
+async def test_a_write_carries_the_same_key_on_every_attempt(server: Server) -> None:
+    config: dict[str, Json] = {"url": f"{server.url}/orders", "method": "POST", "body": {"a": 1}}
+    await server.output(config)
+    await server.output(config)
+    assert [request.headers["Idempotency-Key"] for request in server.requests] == [
+        "exec:node:0",
+        "exec:node:0",
+    ]
+
+
+async def test_a_key_of_the_users_own_is_left_alone_and_a_read_has_none(server: Server) -> None:
+    url = f"{server.url}/status?status=200"
+    await server.output({"url": url, "method": "DELETE", "headers": {"idempotency-key": "mine"}})
+    await server.output({"url": url})
+    sent = [request.headers.getall("Idempotency-Key", []) for request in server.requests]
+    assert sent == [["mine"], []]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "sent", "content_type"),
+    [
+        ("æ", {}, "æ".encode(), "text/plain; charset=utf-8"),
+        ({"a": [1, None]}, {}, b'{"a":[1,null]}', "application/json"),
+        (0, {}, b"0", "application/json"),
+        (
+            "a=1",
+            {"content-type": "application/x-www-form-urlencoded"},
+            b"a=1",
+            "application/x-www-form-urlencoded",
+        ),
+        (None, {}, b"", None),
+    ],
+)
+async def test_a_body_is_sent_as_what_it_is(
+    server: Server, body: Json, headers: dict[str, Json], sent: bytes, content_type: str | None
+) -> None:
+    url = f"{server.url}/status?status=200"
+    await server.output({"url": url, "method": "PUT", "headers": headers, "body": "{{ data }}"}, body)
+    assert server.bodies == [sent]
+    assert server.requests[0].headers.get("Content-Type") == content_type
+
+
+async def test_parameters_and_headers_are_added_to_those_of_the_address(server: Server) -> None:
+    await server.output(
+        {
+            "url": f"{server.url}/status?status=200#part",
+            "query": {"q": "a&b=ü", "n": 1.5, "yes": True, "none": None, "many": ["x", "y"]},
+            "headers": {"X-Number": 7, "X-None": "{{ data.nothing }}"},
+        }
+    )
+    (request,) = server.requests
+    assert [*request.query.items()] == [
+        ("status", "200"), ("q", "a&b=ü"), ("n", "1.5"), ("yes", "true"), ("many", "x"), ("many", "y"),
+    ]  # fmt: skip
+    assert request.headers["X-Number"] == "7"
+    assert "X-None" not in request.headers
+
+
+@pytest.mark.parametrize(
+    ("response_type", "content_type", "raw", "body"),
+    [
+        ("auto", "application/json", b'{"a":1}', {"a": 1}),
+        ("auto", "application/problem+json; charset=utf-8", b'\xef\xbb\xbf{"a":1}', {"a": 1}),
+        ("auto", "application/json", b'{"a":1,"a":2}', '{"a":1,"a":2}'),
+        ("auto", "application/json", b"", None),
+        ("auto", "text/plain", b'{"a":1}', '{"a":1}'),
+        ("auto", "text/html; charset=ISO-8859-1", b"\xfc", "ü"),
+        ("auto", "text/plain; charset=punycode", "ü".encode(), "ü"),
+        ("auto", "image/png", b"\x89PNG", "iVBORw=="),
+        ("auto", "text/plain", b"a\0b", "YQBi"),
+        ("json", "text/plain", b"[1]", [1]),
+        ("json", "application/json", b"", None),
+        ("text", "application/json", b"[1]", "[1]"),
+        ("text", "text/plain", b"a\0\xff", "a\ufffd\ufffd"),
+        ("base64", "text/plain", b"abc", "YWJj"),
+    ],
+)
+async def test_an_answer_becomes(
+    server: Server, response_type: str, content_type: str, raw: bytes, body: Json
+) -> None:
+    config: dict[str, Json] = {
+        "url": f"{server.url}/raw",
+        "query": {"type": content_type, "hex": raw.hex()},
+        "responseType": response_type,
+    }
+    output = await server.output(config)
+    assert output["body"] == body
+
+
+async def test_an_answer_that_should_be_json_and_is_not_fails_the_node(server: Server) -> None:
+    with pytest.raises(NodeError, match="can't be taken as JSON") as raised:
+        await server.output({"url": f"{server.url}/raw?hex=7b", "responseType": "json"})
+    assert (raised.value.code, raised.value.retryable) == ("invalid-response", False)
+
+
+@pytest.mark.parametrize(
+    ("answered", "retryable"),
+    [
+        (400, False),
+        (404, False),
+        (408, True),
+        (425, True),
+        (429, True),
+        (499, False),
+        (500, True),
+        (503, True),
+    ],
+)
+async def test_an_error_is_worth_another_attempt_if_it_may_pass(
+    server: Server, answered: int, *, retryable: bool
+) -> None:
+    with pytest.raises(NodeError) as raised:
+        await server.output({"url": f"{server.url}/status?status={answered}&key=s3cret"})
+    assert (raised.value.code, raised.value.retryable) == (f"http-{answered}", retryable)
+    assert raised.value.message.startswith(f"127.0.0.1 answered {answered}")
+    assert "out of order" in raised.value.message
+    assert len(raised.value.message) < 300
+    assert "s3cret" not in raised.value.message
+
+
+async def test_an_error_may_be_taken_as_an_answer(server: Server) -> None:
+    output = await server.output({"url": f"{server.url}/status?status=404", "failOnError": False})
+    assert output["status"] == 404
+
+
+async def test_redirects_are_followed_unless_told_otherwise(server: Server) -> None:
+    followed = await server.output({"url": f"{server.url}/moved"})
+    assert (followed["status"], followed["body"], followed["url"]) == (
+        200,
+        "hi",
+        f"{server.url}/raw?hex=6869",
+    )
+    told = await server.output({"url": f"{server.url}/moved", "followRedirects": False})
+    assert (told["status"], told["url"]) == (302, f"{server.url}/moved")
+
+
+async def test_an_answer_that_does_not_come_is_worth_another_attempt(server: Server) -> None:
+    with pytest.raises(NodeError, match="No complete answer") as raised:
+        await server.output({"url": f"{server.url}/slow", "timeoutSeconds": 0.1})
+    assert (raised.value.code, raised.value.retryable) == ("timed-out", True)
+
+
+async def test_nobody_listening_is_worth_another_attempt(server: Server, free_tcp_port: int) -> None:
+    with pytest.raises(NodeError) as raised:
+        await server.output({"url": f"http://127.0.0.1:{free_tcp_port}/"})
+    assert (raised.value.code, raised.value.retryable) == ("not-connected", True)
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"url": "http://127.0.0.2/"}, "address-not-allowed"),
+        ({"url": "ftp://example.com/"}, "invalid-url"),
+        ({"url": "http://127.0.0.1/", "headers": {"Host": "example.com"}}, "invalid-request"),
+        ({"url": "http://127.0.0.1/", "headers": {"X-A": "a\r\nX-B: b"}}, "invalid-request"),
+        ({"url": "http://127.0.0.1/", "method": "{{ data }}"}, "invalid-config"),
+        ({"url": "http://127.0.0.1/", "timeoutSeconds": "{{ data }}"}, "invalid-config"),
+        ({"url": "{{ data.nothing }}"}, "invalid-config"),
+    ],
+)
+async def test_what_is_refused_is_never_tried_again(
+    server: Server, config: dict[str, Json], code: str
+) -> None:
+    with pytest.raises(NodeError) as raised:
+        await server.output(config, "TRACE")
+    assert (raised.value.code, raised.value.retryable) == (code, False)
+    assert server.requests == []

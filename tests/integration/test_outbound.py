@@ -1,0 +1,598 @@
+import asyncio
+import gzip
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+
+from nodes.outbound import (
+    MAX_ADDRESSES,
+    Outage,
+    Outbound,
+    OutboundPolicy,
+    OutboundRefused,
+    OutboundResponse,
+    OutboundUnavailable,
+    Refusal,
+    Resolve,
+)
+
+LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@dataclass(frozen=True)
+class Received:
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+Answer = Callable[[Received], bytes | AsyncIterator[bytes]]
+
+
+@dataclass
+class Upstream:
+    port: int = 0
+    connections: int = 0
+    requests: list[Received] = field(default_factory=list)
+
+
+async def receive(reader: asyncio.StreamReader) -> Received:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+    first, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
+    method, target, _ = first.split(" ")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Received(method, target, headers, body)
+
+
+@asynccontextmanager
+async def serving(
+    answer: Answer, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncGenerator[Upstream]:
+    """A server that answers each request as told, and hangs up after an empty answer."""
+    upstream = Upstream()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream.connections += 1
+        try:
+            while True:
+                request = await receive(reader)
+                upstream.requests.append(request)
+                answered = answer(request)
+                if not answered:
+                    return
+                if isinstance(answered, bytes):
+                    writer.write(answered)
+                    continue
+                async for piece in answered:
+                    writer.write(piece)
+                    await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            writer.close()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(converse(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(connected, host, port, ssl=tls)
+    upstream.port = server.sockets[0].getsockname()[1]
+    try:
+        yield upstream
+    finally:
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def client(
+    policy: OutboundPolicy = LOOPBACK, resolve: Resolve | None = None
+) -> AsyncGenerator[Outbound]:
+    outbound = Outbound(policy, resolve)
+    try:
+        yield outbound
+    finally:
+        await outbound.close()
+
+
+def answering(*answers: Sequence[str]) -> Resolve:
+    """A resolver that gives the answers one after the other, the last one for ever."""
+    remaining = list(answers)
+
+    async def resolve(_: str) -> Sequence[str]:
+        return remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+    return resolve
+
+
+def always(answer: bytes) -> Answer:
+    return lambda _: answer
+
+
+def message(head: str, body: bytes = b"") -> bytes:
+    return f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def redirect(location: str, status: int = 302) -> bytes:
+    return message(f"{status} Elsewhere\r\nLocation: {location}")
+
+
+async def fetch(outbound: Outbound, url: str, timeout_seconds: float = 10) -> OutboundResponse:
+    return await outbound.request("GET", url, headers={}, timeout_seconds=timeout_seconds)
+
+
+async def refusal(outbound: Outbound, url: str, timeout_seconds: float = 10) -> Refusal:
+    with pytest.raises(OutboundRefused) as refused:
+        await fetch(outbound, url, timeout_seconds)
+    return refused.value.code
+
+
+async def outage(outbound: Outbound, url: str, timeout_seconds: float = 10) -> Outage:
+    with pytest.raises(OutboundUnavailable) as unavailable:
+        await fetch(outbound, url, timeout_seconds)
+    return unavailable.value.code
+
+
+async def test_a_request_carries_what_it_was_given_and_brings_the_answer_back() -> None:
+    answer = message("201 Created\r\nX-Two: a\r\nx-two: b", b"made")
+    async with serving(always(answer)) as upstream, client(resolve=answering(["127.0.0.1"])) as outbound:
+        url = f"http://upstream.test:{upstream.port}/a%2Fb?c=%20d"
+        response = await outbound.request(
+            "post", url, headers={"X-Key": "k", "Content-Type": "text/plain"}, body=b"hello"
+        )
+    assert response.status == 201
+    assert response.headers["x-two"] == "a, b"
+    assert (response.body, response.url) == (b"made", url)
+    [request] = upstream.requests
+    assert (request.method, request.target, request.body) == ("POST", "/a%2Fb?c=%20d", b"hello")
+    assert request.headers == {
+        "host": f"upstream.test:{upstream.port}",
+        "x-key": "k",
+        "content-type": "text/plain",
+        "content-length": "5",
+        "accept": "*/*",
+        "accept-encoding": "gzip, deflate",
+        "user-agent": "Pilotflame",
+    }
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost", "0.0.0.0"]
+)
+async def test_the_machine_itself_is_not_reached_without_permission(host: str) -> None:
+    async with serving(always(OK)) as upstream, client(OutboundPolicy()) as outbound:
+        assert await refusal(outbound, f"http://{host}:{upstream.port}/") is Refusal.ADDRESS_NOT_ALLOWED
+    assert upstream.connections == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [["10.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["::ffff:10.0.0.1"], ["fe80::1%2"]]
+)
+async def test_one_address_that_is_not_allowed_refuses_the_name(answer: list[str]) -> None:
+    async with serving(always(OK)) as upstream, client(resolve=answering(answer)) as outbound:
+        assert await refusal(outbound, f"http://name.test:{upstream.port}/") is Refusal.ADDRESS_NOT_ALLOWED
+    assert upstream.connections == 0
+
+
+async def test_a_refusal_does_not_tell_what_a_name_means_inside() -> None:
+    async with client(resolve=answering(["10.9.8.7"])) as outbound:
+        with pytest.raises(OutboundRefused) as refused:
+            await fetch(outbound, "http://name.test/secret?key=secret")
+    assert "10.9.8.7" not in refused.value.message
+    assert "secret" not in refused.value.message
+
+
+async def test_a_name_in_an_allowed_network_is_found_by_the_system() -> None:
+    policy = OutboundPolicy(allowed_networks=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
+    async with serving(always(OK)) as upstream, client(policy) as outbound:
+        assert (await fetch(outbound, f"http://localhost:{upstream.port}/")).body == b"ok"
+    assert upstream.requests[0].headers["host"] == f"localhost:{upstream.port}"
+
+
+async def test_the_connection_goes_to_the_checked_address_whatever_the_name_means_later() -> None:
+    async with (
+        serving(always(OK)) as public,
+        serving(always(OK), host="127.0.0.2", port=public.port) as private,
+        client(resolve=answering(["127.0.0.1"], ["127.0.0.2"])) as outbound,
+    ):
+        url = f"http://rebinding.test:{public.port}/"
+        assert (await fetch(outbound, url)).status == 200
+        assert await refusal(outbound, url) is Refusal.ADDRESS_NOT_ALLOWED  # a kept connection is no excuse
+    assert (public.connections, private.connections) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://127.0.0.2:{port}/", "//127.0.0.2:{port}/", "http://[::1]:{port}/", "http://inside.test:{port}/"],
+)
+async def test_a_redirect_does_not_lead_inside(location: str) -> None:
+    async with serving(always(OK), host="127.0.0.2") as private:
+        answer = redirect(location.format(port=private.port))
+        async with serving(always(answer)) as public, client(resolve=answering(["127.0.0.2"])) as outbound:
+            url = f"http://127.0.0.1:{public.port}/"
+            assert await refusal(outbound, url) is Refusal.ADDRESS_NOT_ALLOWED
+    assert (public.connections, private.connections) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "location", ["ftp://127.0.0.1/", "http://a@127.0.0.1/", "http://127.1/", "http:\\\\127.0.0.1"]
+)
+async def test_a_redirect_is_read_as_strictly_as_the_first_url(location: str) -> None:
+    async with serving(always(redirect(location))) as upstream, client() as outbound:
+        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.INVALID_URL
+
+
+async def test_redirects_end() -> None:
+    async with serving(lambda request: redirect(request.target + "x")) as upstream, client() as outbound:
+        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.TOO_MANY_REDIRECTS
+    assert [request.target for request in upstream.requests] == ["/", "/x", "/xx", "/xxx", "/xxxx", "/xxxxx"]
+
+
+async def test_a_redirect_may_be_left_to_the_caller() -> None:
+    async with serving(always(redirect("http://10.0.0.1/"))) as upstream, client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        response = await outbound.request("GET", url, headers={}, follow_redirects=False)
+    assert (response.status, response.headers["location"]) == (302, "http://10.0.0.1/")
+
+
+SECRETS = {
+    "Authorization": "Bearer secret",
+    "Cookie": "session=secret",
+    "X-Api-Key": "secret",
+    "Idempotency-Key": "once",
+}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "other.test"])
+async def test_secrets_stay_with_the_origin_that_they_were_meant_for(host: str) -> None:
+    def answer(request: Received) -> bytes:
+        return OK if request.target == "/end" else redirect(f"http://{host}:{upstream.port}/end")
+
+    async with serving(answer) as upstream, client(resolve=answering(["127.0.0.1"])) as outbound:
+        headers = {**SECRETS, "Accept": "text/plain"}
+        await outbound.request("GET", f"http://127.0.0.1:{upstream.port}/", headers=headers)
+    first, last = (request.headers for request in upstream.requests)
+    assert first["accept"] == last["accept"] == "text/plain"
+    kept = {name for name in SECRETS if name.lower() in last}
+    assert kept == (set(SECRETS) if host == "127.0.0.1" else set())
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "following"),
+    [
+        (301, "POST", "GET"),
+        (302, "POST", "GET"),
+        (303, "POST", "GET"),
+        (303, "PUT", "GET"),
+        (303, "HEAD", "HEAD"),
+        (302, "PUT", "PUT"),
+        (307, "POST", "POST"),
+        (308, "POST", "POST"),
+    ],
+)
+async def test_a_redirect_keeps_method_and_body_or_neither(status: int, method: str, following: str) -> None:
+    def answer(request: Received) -> bytes:
+        head = "200 OK" if request.target == "/end" else f"{status} Elsewhere\r\nLocation: /end"
+        return message(head)
+
+    body = None if method == "HEAD" else b"body"
+    async with serving(answer) as upstream, client() as outbound:
+        url = f"http://127.0.0.1:{upstream.port}/"
+        await outbound.request(method, url, headers={"Content-Type": "text/plain"}, body=body)
+    last = upstream.requests[-1]
+    assert (last.method, last.target) == (following, "/end")
+    is_kept = following == method
+    assert last.body == ((body or b"") if is_kept else b"")
+    assert ("content-type" in last.headers) is is_kept
+
+
+async def test_requests_of_one_name_and_address_share_a_connection() -> None:
+    async with serving(always(OK)) as upstream, client(resolve=answering(["127.0.0.1"])) as outbound:
+        for name in ("one.test", "one.test", "two.test", "two.test"):
+            await fetch(outbound, f"http://{name}:{upstream.port}/")
+    assert upstream.connections == 2
+
+
+async def test_the_next_address_is_tried_where_the_first_does_not_answer() -> None:
+    policy = OutboundPolicy(allowed_networks=(ip_network("127.0.0.0/8"),))
+    resolve = answering(["127.0.0.3", "127.0.0.1"])
+    async with serving(always(OK)) as upstream, client(policy, resolve) as outbound:
+        assert (await fetch(outbound, f"http://two.test:{upstream.port}/")).body == b"ok"
+
+
+async def test_of_a_long_answer_only_the_first_addresses_are_tried() -> None:
+    resolve = answering([*["127.0.0.1"] * MAX_ADDRESSES, "10.0.0.1"])
+    async with serving(always(OK)) as gone:
+        pass
+    async with client(resolve=resolve) as outbound:
+        assert await outage(outbound, f"http://many.test:{gone.port}/") is Outage.NOT_CONNECTED
+
+
+async def test_what_can_not_be_connected_or_resolved_may_come_back() -> None:
+    async def resolve(_: str) -> Sequence[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    async with serving(always(OK)) as gone:
+        pass
+    async with client(resolve=resolve) as outbound:
+        assert await outage(outbound, f"http://127.0.0.1:{gone.port}/") is Outage.NOT_CONNECTED
+        assert await outage(outbound, "http://unknown.test/") is Outage.NAME_NOT_RESOLVED
+    async with client(resolve=answering([])) as outbound:
+        assert await outage(outbound, "http://empty.test/") is Outage.NAME_NOT_RESOLVED
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE"])
+async def test_a_write_whose_connection_breaks_is_sent_once(method: str) -> None:
+    async with serving(always(b"")) as upstream, client() as outbound:
+        with pytest.raises(OutboundUnavailable) as unavailable:
+            await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={}, body=b"x")
+    assert unavailable.value.code is Outage.INTERRUPTED
+    assert len(upstream.requests) == 1
+
+
+async def test_a_body_that_breaks_off_is_no_answer() -> None:
+    async def broken(_: Received) -> AsyncIterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"
+        raise ConnectionError
+
+    async with serving(broken) as upstream, client() as outbound:
+        assert await outage(outbound, f"http://127.0.0.1:{upstream.port}/") is Outage.INTERRUPTED
+
+
+async def drip(head: bytes, piece: bytes) -> AsyncIterator[bytes]:
+    yield head
+    while True:
+        await asyncio.sleep(0.02)
+        yield piece
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"HTTP/1.1 200 OK\r\nX-Endless: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"", b""),
+    ],
+)
+async def test_a_server_that_drips_ends_at_the_deadline(head: bytes, piece: bytes) -> None:
+    async with serving(lambda _: drip(head, piece)) as upstream, client() as outbound:
+        begin = time.monotonic()
+        url = f"http://127.0.0.1:{upstream.port}/"
+        assert await outage(outbound, url, timeout_seconds=0.3) is Outage.TIMED_OUT
+        assert 0.25 < time.monotonic() - begin < 2
+
+
+async def test_redirects_and_names_share_one_deadline() -> None:
+    async def slow(_: str) -> Sequence[str]:
+        await asyncio.sleep(0.05)
+        return ["127.0.0.1"]
+
+    policy = OutboundPolicy(allowed_networks=LOOPBACK.allowed_networks, max_redirects=1000)
+    async with serving(always(redirect("/"))) as upstream, client(policy, slow) as outbound:
+        url = f"http://slow.test:{upstream.port}/"
+        assert await outage(outbound, url, timeout_seconds=0.3) is Outage.TIMED_OUT
+    assert len(upstream.requests) < 10
+
+
+SMALL = OutboundPolicy(allowed_networks=LOOPBACK.allowed_networks, max_response_bytes=1_000_000)
+
+
+@pytest.mark.parametrize(
+    "framing", ["Content-Length: 1000001", "Content-Length: 999999999999", "Connection: close"]
+)
+async def test_a_body_over_the_limit_is_cut_off(framing: str) -> None:
+    async def endless(_: Received) -> AsyncIterator[bytes]:
+        yield f"HTTP/1.1 200 OK\r\n{framing}\r\n\r\n".encode()
+        while True:
+            yield bytes(65_536)
+
+    async with serving(endless) as upstream, client(SMALL) as outbound:
+        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.RESPONSE_TOO_LARGE
+
+
+async def test_a_body_of_just_the_limit_is_read() -> None:
+    async with serving(always(message("200 OK", bytes(1_000_000)))) as upstream, client(SMALL) as outbound:
+        assert len((await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")).body) == 1_000_000
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_small_bomb_does_not_grow(encoding: str) -> None:
+    zeros = bytes(200_000_000)
+    bomb = gzip.compress(zeros, 9) if encoding == "gzip" else zlib.compress(zeros, 9)
+    del zeros
+    answer = message(f"200 OK\r\nContent-Encoding: {encoding}", bomb)
+    async with (
+        serving(lambda request: answer if request.target == "/bomb" else OK) as upstream,
+        client(SMALL) as outbound,
+    ):
+        url = f"http://127.0.0.1:{upstream.port}"
+        await fetch(outbound, url)
+        tracemalloc.start()
+        try:
+            assert await refusal(outbound, f"{url}/bomb") is Refusal.RESPONSE_TOO_LARGE
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak_bytes < 10 * SMALL.max_response_bytes
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [("gzip", gzip.compress(b"plain")), ("deflate", zlib.compress(b"plain")), ("identity", b"plain")],
+)
+async def test_a_compressed_body_arrives_plain(encoding: str, body: bytes) -> None:
+    answer = message(f"200 OK\r\nContent-Encoding: {encoding}", body)
+    async with serving(always(answer)) as upstream, client() as outbound:
+        assert (await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")).body == b"plain"
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "unknown"])
+async def test_an_encoding_that_was_not_asked_for_is_refused(encoding: str) -> None:
+    answer = message(f"200 OK\r\nContent-Encoding: {encoding}", b"body")
+    async with serving(always(answer)) as upstream, client() as outbound:
+        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.INVALID_RESPONSE
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (message("200 OK\r\nX-Long: " + "x" * 40_000), Refusal.INVALID_RESPONSE),
+        (message("200 OK" + "\r\nX-Many: x" * 200), Refusal.INVALID_RESPONSE),
+        (message("200 OK" + f"\r\nX-Large: {'x' * 1000}" * 40), Refusal.RESPONSE_TOO_LARGE),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", Refusal.INVALID_RESPONSE),
+        (b"-ERR unknown command\r\n\r\n", Refusal.INVALID_RESPONSE),
+    ],
+)
+async def test_a_head_that_is_too_large_or_no_http_is_refused(answer: bytes, code: Refusal) -> None:
+    async with serving(always(answer)) as upstream, client() as outbound:
+        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is code
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("CONNECT", "X", "x"),
+        ("TRACE", "X", "x"),
+        ("GET / HTTP/1.1\r\nX:", "X", "x"),
+        ("GET", "Host", "other.test"),
+        ("GET", "Content-Length", "0"),
+        ("GET", "transfer-encoding", "chunked"),
+        ("GET", "Connection", "x-key"),
+        ("GET", "Upgrade", "websocket"),
+        ("GET", "Proxy-Authorization", "Basic eA=="),
+        ("GET", "Accept-Encoding", "br"),
+        ("GET", "X\r\nHost", "other.test"),
+        ("GET", "X Y", "x"),
+        ("GET", "", "x"),
+        ("GET", "X", "x\r\nHost: other.test"),
+        ("GET", "X", "x\ny"),
+        ("GET", "X", "x\x00"),
+        ("GET", "X", "\ud800"),
+        ("GET", "Authorization", "NTLM TlRMTVNTUAAB"),
+        ("GET", "authorization", "negotiate YII="),
+    ],
+)
+async def test_what_frames_or_forges_a_request_is_refused(method: str, name: str, value: str) -> None:
+    async with serving(always(OK)) as upstream, client() as outbound:
+        with pytest.raises(OutboundRefused) as refused:
+            await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={name: value})
+    assert refused.value.code is Refusal.INVALID_REQUEST
+    assert upstream.connections == 0
+
+
+async def test_proxies_passwords_and_cookies_of_the_machine_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    answer = message("200 OK\r\nSet-Cookie: session=secret")
+    async with (
+        serving(always(OK)) as proxy,
+        serving(always(answer)) as upstream,
+        client(resolve=answering(["127.0.0.1"])) as outbound,
+    ):
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        for _ in range(2):
+            await fetch(outbound, f"http://upstream.test:{upstream.port}/")
+    assert proxy.connections == 0
+    for request in upstream.requests:
+        assert request.headers.keys() == {"host", "accept", "accept-encoding", "user-agent"}
+
+
+OTHER_PROCESS = """
+import asyncio, ipaddress, json, sys
+from nodes.outbound import Outbound, OutboundError, OutboundPolicy
+
+async def resolve(name):
+    return ["127.0.0.1"]
+
+async def main():
+    answers = ["aiohttp" in sys.modules]
+    outbound = Outbound(OutboundPolicy(allowed_networks=(ipaddress.ip_network("127.0.0.1/32"),)), resolve)
+    for url in sys.argv[1:]:
+        try:
+            answers.append((await outbound.request("GET", url, headers={})).status)
+        except OutboundError as error:
+            answers.append([error.code, error.message])
+    await outbound.close()
+    print(json.dumps(answers))
+
+asyncio.run(main())
+"""
+
+
+def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+    ]
+    subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    output = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *subject, *output], check=True, capture_output=True)
+    return key, certificate
+
+
+async def test_https_trusts_the_name_and_not_the_address(tmp_path: Path) -> None:
+    """In a process of its own: the trusted certificates are read once, from the environment."""
+    key, certificate = make_certificate(tmp_path, "upstream.test")
+    server_names: list[str | None] = []
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    tls.sni_callback = lambda _connection, name, _context: server_names.append(name)
+
+    def answer(request: Received) -> bytes:
+        return OK if request.target == "/" else redirect(f"http://upstream.test:{upstream.port}/")
+
+    async with serving(answer, tls=tls) as upstream:
+        origin = f"https://upstream.test:{upstream.port}"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", OTHER_PROCESS),
+            *(f"{origin}/", f"{origin}/down", f"https://other.test:{upstream.port}/"),
+            f"https://127.0.0.1:{upstream.port}/",
+            env={**os.environ, "SSL_CERT_FILE": str(certificate)},
+            stdout=subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+    had_imported, trusted, downgraded, other_name, bare_address = json.loads(output)
+    assert not had_imported
+    assert trusted == 200
+    assert downgraded[0] == Refusal.INSECURE_REDIRECT
+    assert other_name == [
+        Outage.NOT_CONNECTED,
+        f"no trusted connection to other.test on port {upstream.port}",
+    ]
+    assert bare_address[0] == Outage.NOT_CONNECTED
+    assert server_names == ["upstream.test", "other.test", None]
+    assert [request.headers["host"] for request in upstream.requests] == [
+        f"upstream.test:{upstream.port}"
+    ] * 2

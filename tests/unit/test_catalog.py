@@ -1,0 +1,280 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema_rs
+import pytest
+
+import nodes.library
+from engine.node import Compile, Effect, NodeType
+from engine.values import Json
+from nodes import catalog
+from nodes.catalog import Catalog, InvalidEntry, UnknownNodeType
+from tests.calls import call
+
+pytestmark = pytest.mark.anyio
+
+CATALOG = catalog.load()
+EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
+
+SHOUT = """
+type = "shout-it"
+name = "Shout"
+version = "2.0.0"
+category = "transform"
+description = "Says it louder."
+effect = "pure"
+
+[config]
+type = "object"
+required = ["text"]
+properties.text.type = "string"
+"""
+LOOKS_UP = """
+import sys
+from nodes import catalog
+
+catalog.load().with_defaults(catalog.load().get("filter"), {})
+heavy = ("nodes.library.", "jsonschema_rs", "aiohttp")
+print([name for name in sys.modules if name.startswith(heavy)])
+"""
+SHOUT_RUN = """
+def run(call):
+    return call.config["text"].upper()
+"""
+
+
+@EVERY_TYPE
+def test_an_entry_tells_what_its_reader_needs(node_type: NodeType) -> None:
+    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", node_type.type)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", node_type.version)
+    assert node_type.category in {"triggers", "transform", "control", "io"}
+    assert all((node_type.name, node_type.description, node_type.output_description))
+    assert node_type.input_description or node_type.is_trigger
+    assert 1 <= len(node_type.examples) <= 3
+
+
+@EVERY_TYPE
+def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
+    schema = node_type.config_schema
+    jsonschema_rs.meta.validate(dict(schema))
+    assert (schema["type"], schema["additionalProperties"]) == ("object", False)
+    properties = schema["properties"]
+    assert isinstance(properties, dict)
+    for name, of_field in properties.items():
+        assert isinstance(of_field, dict)
+        assert "description" in of_field, name
+    assert set(node_type.compiled) <= set(properties)
+
+
+@EVERY_TYPE
+def test_the_defaults_and_the_examples_satisfy_the_schema(node_type: NodeType) -> None:
+    for example in node_type.examples:
+        config = example["config"]
+        assert isinstance(config, dict)
+        assert CATALOG.config_problems(node_type, CATALOG.with_defaults(node_type, config)) == []
+
+
+@EVERY_TYPE
+def test_every_type_has_an_implementation(node_type: NodeType) -> None:
+    assert callable(CATALOG.implementation(node_type.type))
+
+
+@EVERY_TYPE
+def test_only_triggers_have_no_input(node_type: NodeType) -> None:
+    assert node_type.inputs == (() if node_type.is_trigger else ("input",))
+
+
+def test_the_library_is_read_once() -> None:
+    assert catalog.load() is catalog.load()
+
+
+def test_a_process_that_runs_no_nodes_loads_none_and_no_schemas() -> None:
+    ran = subprocess.run([sys.executable, "-c", LOOKS_UP], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
+async def test_a_node_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shout_it.toml").write_text(SHOUT)
+    (tmp_path / "shout_it.py").write_text(SHOUT_RUN)
+    monkeypatch.setattr(nodes.library, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(catalog, "load", lambda: catalog.read(tmp_path))
+    assert (await call("shout-it", {"text": "hello {{ data }}"}, "you")).output == "HELLO YOU"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (SHOUT.replace("name =", "nmae ="), "nmae"),
+        (SHOUT.replace('"pure"', '"harmless"'), "harmless"),
+        (SHOUT + '[ports]\nouputs = ["a"]', "ouputs"),
+        (SHOUT + '[compiled]\ntext = "code"', "code"),
+        (SHOUT.replace("shout-it", "shout"), "must be shout.toml"),
+        ("type = ?", "line 1"),
+    ],
+)
+def test_an_entry_that_says_what_nobody_reads_is_refused(wrong: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "shout_it.toml").write_text(wrong)
+    with pytest.raises(InvalidEntry, match=r"shout_it\.toml") as raised:
+        catalog.read(tmp_path)
+    assert said in str(raised.value)
+
+
+def test_an_unknown_type_is_answered_with_the_nearest_ones() -> None:
+    with pytest.raises(UnknownNodeType, match=r"did you mean http-request\?") as raised:
+        CATALOG.get("htp-request")
+    assert raised.value.nearest == ("http-request",)
+
+
+def test_a_type_like_no_other_is_answered_with_all_of_them() -> None:
+    with pytest.raises(UnknownNodeType, match="there is aggregate, conditional, ") as raised:
+        CATALOG.get("quux")
+    assert raised.value.nearest == ()
+
+
+def test_a_version_that_the_catalogue_lacks_is_answered_with_the_one_it_has() -> None:
+    assert CATALOG.get("set", "1.0.0") is CATALOG.get("set")
+    with pytest.raises(UnknownNodeType, match=r"no version '9.0.0': the catalogue has 1.0.0"):
+        CATALOG.get("set", "9.0.0")
+
+
+@pytest.mark.parametrize(
+    ("config", "effect"),
+    [
+        ({"method": "GET"}, Effect.READ),
+        ({"method": "HEAD"}, Effect.READ),
+        ({"method": "POST"}, Effect.WRITE),
+        ({"method": "{{ data.method }}"}, Effect.WRITE),
+        ({}, Effect.READ),
+    ],
+)
+def test_the_method_of_a_request_decides_its_effect(config: dict[str, Json], effect: Effect) -> None:
+    node_type = CATALOG.get("http-request")
+    assert node_type.effect.of(CATALOG.with_defaults(node_type, config)) is effect
+
+
+def test_defaults_are_filled_in_at_every_depth_and_nothing_is_changed() -> None:
+    inner: dict[str, Json] = {"type": "object", "properties": {"a": {"default": 1}, "b": {"default": 2}}}
+    schema: dict[str, Json] = {
+        "properties": {"here": inner, "absent": inner, "whole": {**inner, "default": {}}}
+    }
+    node_type = NodeType("t", "T", "1.0.0", "io", "", CATALOG.get("set").effect, schema)
+    config: dict[str, Json] = {"here": {"a": None}}
+    filled = Catalog({}).with_defaults(node_type, config)
+    assert filled == {"here": {"a": None, "b": 2}, "whole": {"a": 1, "b": 2}}
+    assert config == {"here": {"a": None}}
+
+
+CONDITION: dict[str, Json] = {"left": "{{ item.x }}", "operator": "equals", "right": 1}
+SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
+
+
+@pytest.mark.parametrize(
+    ("node_type", "config", "path", "message", "keyword"),
+    [
+        ("http-request", {}, "url", "url is required", "required"),
+        (
+            "http-request",
+            {"url": "u", "metod": "GET"},
+            "metod",
+            "did you mean method?",
+            "additionalProperties",
+        ),
+        ("http-request", {"url": "u", "method": "get"}, "method", 'must be one of "GET", "HEAD"', "enum"),
+        (
+            "http-request",
+            {"url": "u", "headers": {"x-key": ["s3cret"]}},
+            "headers.x-key",
+            "a list of 1",
+            "type",
+        ),
+        ("http-request", {"url": 1}, "url", "must be a text, not a number", "type"),
+        (
+            "http-request",
+            {"url": "u", "timeoutSeconds": 301},
+            "timeoutSeconds",
+            "must be at most 300",
+            "maximum",
+        ),
+        ("manual", {"x": 1}, "x", "there is no such field", "additionalProperties"),
+        ("log", {"message": "m", "zzz": 1}, "zzz", "there is message, level", "additionalProperties"),
+        ("wait", {}, "seconds", "seconds or until is required", "required"),
+        ("wait", {"seconds": 1, "until": "x"}, "config", "must have 1 or fewer fields", "maxProperties"),
+        ("aggregate", {"aggregations": []}, "aggregations", "must have 1 or more items", "minItems"),
+        (
+            "aggregate",
+            {"aggregations": [{"function": "sum", "as": "x"}]},
+            "aggregations.0.field",
+            "is required",
+            "required",
+        ),
+        (
+            "aggregate",
+            {"aggregations": [SUM, {**SUM, "function": "median"}]},
+            "aggregations.1.function",
+            '"sum"',
+            "enum",
+        ),
+        ("template", {"text": "", "items": []}, "each", "each is required", "required"),
+        ("csv-parse", {"text": "", "delimiter": ";;"}, "delimiter", "must match", "pattern"),
+        ("filter", {"condition": 1}, "condition", "must be an object, not a number", "type"),
+    ],
+)
+def test_a_problem_says_where_and_what(
+    node_type: str, config: dict[str, Json], path: str, message: str, keyword: str
+) -> None:
+    (problem,) = CATALOG.config_problems(CATALOG.get(node_type), config)
+    assert (problem.path, problem.keyword) == (path, keyword)
+    assert message in problem.message
+
+
+LARGE: list[dict[str, Json]] = [
+    {"url": "u", "headers": [0] * 1_000_000},
+    {"url": "u", "headers": {str(number): [] for number in range(1_000_000)}},
+    {"url": "u", **{str(number): 0 for number in range(1_000_000)}},
+]
+
+
+@pytest.mark.parametrize("config", LARGE, ids=["one-wrong-field", "many-wrong-values", "many-unknown-fields"])
+def test_a_large_config_that_is_wrong_is_refused_without_a_large_report(config: dict[str, Json]) -> None:
+    (problem,) = CATALOG.config_problems(CATALOG.get("http-request"), config)
+    assert "too large to say where" in problem.message
+
+
+def test_a_problem_never_shows_a_value() -> None:
+    config: dict[str, Json] = {
+        "url": "u",
+        "headers": {"a": ["s3cret"]},
+        "method": "s3cret",
+        "query": "s3cret",
+    }
+    problems = CATALOG.config_problems(CATALOG.get("http-request"), config)
+    assert len(problems) == 3
+    assert "s3cret" not in str(problems)
+
+
+@pytest.mark.parametrize(
+    ("node_type", "config"),
+    [
+        ("wait", {"seconds": "{{ data.seconds }}"}),
+        ("filter", {"items": "{{ data.rows }}", "condition": CONDITION}),
+        ("http-request", {"url": "u", "method": "{{ data.method }}", "followRedirects": "{{ data.follow }}"}),
+        ("http-request", {"url": "u", "headers": {"x": "a {{ data.x }}"}, "query": {"q": "{{ data.q }}"}}),
+        ("aggregate", {"groupBy": ["{{ data.by }}"], "aggregations": [{**SUM, "function": "{{ data.f }}"}]}),
+        ("aggregate", {"aggregations": "{{ data.aggregations }}"}),
+    ],
+)
+def test_a_template_may_stand_for_a_value_of_any_type(node_type: str, config: dict[str, Json]) -> None:
+    assert CATALOG.config_problems(CATALOG.get(node_type), config) == []
+
+
+def test_a_condition_has_its_schema_and_its_description() -> None:
+    node_type = CATALOG.get("filter")
+    assert node_type.compiled == {"condition": Compile.CONDITION}
+    properties = node_type.config_schema["properties"]
+    assert isinstance(properties, dict)
+    condition = properties["condition"]
+    assert isinstance(condition, dict)
+    assert "as `item`" in str(condition["description"])
+    assert condition["anyOf"]
