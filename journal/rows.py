@@ -16,7 +16,6 @@ from models.execution import MAX_LOST_ATTEMPTS, ExecutionStatus
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.events import LogLine
     from journal.store import RunWrite
 
 SPAN_COLUMNS = (
@@ -78,7 +77,7 @@ def span_rows(write: RunWrite) -> list[Row]:
             span.node_id,
             span.iteration,
             write.lane,
-            ids.new("span"),
+            span_id,
             span.sequence,
             span.label,
             span.type,
@@ -96,19 +95,25 @@ def span_rows(write: RunWrite) -> list[Row]:
             _text(span.resolved_config),
             span.hashes,
         )
-        for span in newest.values()
+        for span, span_id in zip(newest.values(), ids.several("span", len(newest)), strict=True)
     ]
 
 
 def log_rows(write: RunWrite) -> list[Row]:
     """Return one row a line."""
-    return [_log_row(write, line) for line in write.logs]
-
-
-def _log_row(write: RunWrite, line: LogLine) -> Row:
-    created_at = to_microseconds(line.created_at)
-    identity = (write.execution_id, line.sequence, write.lane, ids.new("log"))
-    return (*identity, line.level, line.message, line.node_id, created_at)
+    return [
+        (
+            write.execution_id,
+            line.sequence,
+            write.lane,
+            log_id,
+            line.level,
+            line.message,
+            line.node_id,
+            to_microseconds(line.created_at),
+        )
+        for line, log_id in zip(write.logs, ids.several("log", len(write.logs)), strict=True)
+    ]
 
 
 def span_of(row: Sequence[Any]) -> Span:
@@ -142,7 +147,7 @@ def span_of(row: Sequence[Any]) -> Span:
 def claimed_of(row: Sequence[Any]) -> Claimed:
     """Return the claim that a row holds: the fields of `Claimed` in their order."""
     execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
-    has_journal, trigger, started_at, deadline_at, request = rest
+    has_journal, trigger, started_at, deadline_at, request, may_have_more = rest
     return Claimed(
         execution_id=execution_id,
         lane=lane,
@@ -157,6 +162,7 @@ def claimed_of(row: Sequence[Any]) -> Claimed:
         started_at=from_microseconds(started_at),
         deadline_at=from_microseconds(deadline_at),
         request=request,
+        may_have_more=bool(may_have_more),
     )
 
 

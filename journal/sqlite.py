@@ -324,13 +324,16 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
 
 
 def _claim(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
-    chosen: list[str] = []
+    chosen: list[tuple[str, bool]] = []
     organizations = _organizations(connection, claim)
     for served, organization_id in enumerate(organizations):
         share = -(-(claim.limit - len(chosen)) // (len(organizations) - served))
         chosen.extend(_of_organization(connection, claim, organization_id, share))
     now = _now()
-    return [_taken(connection, claim, execution_id, now) for execution_id in chosen]
+    return [
+        _taken(connection, claim, execution_id, now, may_have_more=may_have_more)
+        for execution_id, may_have_more in chosen
+    ]
 
 
 def _organizations(connection: sqlite3.Connection, claim: Claim) -> list[str]:
@@ -356,8 +359,8 @@ def _organizations(connection: sqlite3.Connection, claim: Claim) -> list[str]:
 
 def _of_organization(
     connection: sqlite3.Connection, claim: Claim, organization_id: str, share: int
-) -> list[str]:
-    """Return an organisation's best runs, its workflows served in turn."""
+) -> list[tuple[str, bool]]:
+    """Return an organisation's best runs, its workflows served in turn, and whether a workflow may have more."""
     statement = (
         "SELECT min(turn) FROM execution"
         " WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn >= ?"
@@ -374,15 +377,15 @@ def _of_organization(
         current = _first(following(current + 1), following(0))
         if current == turns[0]:
             break
-    chosen: list[str] = []
+    chosen: list[tuple[str, bool]] = []
     for served, turn in enumerate(turns):
         part = -(-(share - len(chosen)) // (len(turns) - served))
         rows = connection.execute(
             "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn = ?"
             " ORDER BY is_fresh, rank LIMIT ?",
             (claim.target, organization_id, turn, part),
-        )
-        chosen.extend(row[0] for row in rows)
+        ).fetchall()
+        chosen.extend((row[0], len(rows) == part) for row in rows)
     return chosen
 
 
@@ -390,7 +393,9 @@ def _first(one: int | None, other: int | None) -> int | None:
     return one if one is not None else other
 
 
-def _taken(connection: sqlite3.Connection, claim: Claim, execution_id: str, now: int) -> Claimed:
+def _taken(
+    connection: sqlite3.Connection, claim: Claim, execution_id: str, now: int, *, may_have_more: bool
+) -> Claimed:
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
         " lease_owner = ?1, lease_until = ?2, started_at = coalesce(started_at, ?3), updated_at = ?3,"
@@ -400,7 +405,7 @@ def _taken(connection: sqlite3.Connection, claim: Claim, execution_id: str, now:
         " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request",
         (claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
     ).fetchone()
-    return claimed_of(row)
+    return claimed_of((*row, may_have_more))
 
 
 # ── record and renew ──────────────────────────────────────────────────────────────────────────────
@@ -564,7 +569,8 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
         " ended_at = CASE WHEN status = 'running' AND lease_until >= :now THEN NULL ELSE :now END,"
         " lease_owner = CASE WHEN status = 'running' AND lease_until >= :now THEN lease_owner END,"
         " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status ELSE :status END"
-        " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting') RETURNING status, lease_owner",
+        " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting')"
+        " RETURNING status, lease_owner",
         {
             "now": now,
             "request": request,

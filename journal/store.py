@@ -9,9 +9,11 @@ can't deadlock.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import msgspec
 
 from engine.events import LogLine, RunStatus, Span
 
@@ -106,8 +108,7 @@ class Claim:
     target: str = "shared"
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(msgspec.Struct, frozen=True):
     """A run that is now this worker's, until its lease ends."""
 
     execution_id: str
@@ -123,6 +124,8 @@ class Claimed:
     started_at: datetime
     deadline_at: datetime
     request: str | None
+    may_have_more: bool
+    """Its workflow's share of the claim was used up: more may wait behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +137,15 @@ class Held:
     token: int
 
 
-@dataclass(slots=True)
-class RunWrite:
+class RunWrite(msgspec.Struct):
     """What one run wants written; nothing is, unless it still holds its token."""
 
     execution_id: str
     lane: int
     token: int
-    spans: list[Span] = field(default_factory=list)
+    spans: list[Span] = []
     """In the order in which they were recorded; the last one of a node counts."""
-    logs: list[LogLine] = field(default_factory=list)
+    logs: list[LogLine] = []
     completed_nodes: int = 0
     """Settled so far, in all."""
     has_new_result: bool = False

@@ -9,13 +9,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from models import ids
 from models.access import ApiKey, Caller, Organization, Role, User, key_hash, new_key, shown_prefix
+from models.columns import Instant
 from models.database import Database
 
 
@@ -82,7 +83,7 @@ async def record_use(database: Database, key_id: str, *, now: datetime, every: t
 
 async def has_organization(connection: AsyncConnection) -> bool:
     """Tell whether anybody lives here yet."""
-    return (await connection.execute(select(Organization.id).limit(1))).first() is not None
+    return (await connection.execute(select(col(Organization.id)).limit(1))).first() is not None
 
 
 async def create_organization(connection: AsyncConnection, *, name: str, now: datetime) -> Organization:
@@ -196,10 +197,10 @@ async def list_keys(
 async def revoke_key(
     connection: AsyncConnection, organization_id: str, key_id: str, *, user_id: str | None, now: datetime
 ) -> bool:
-    """Revoke a key of an organisation, of one user if that is given; a second time changes nothing. False: no such key."""
+    """Revoke a key of an organisation, or of one user if that is given, once more too; False where there is none."""
     conditions = [col(ApiKey.organization_id) == organization_id, col(ApiKey.id) == key_id]
     if user_id is not None:
         conditions.append(col(ApiKey.user_id) == user_id)
-    revoked = func.coalesce(col(ApiKey.revoked_at), now)
+    revoked = func.coalesce(col(ApiKey.revoked_at), literal(now, Instant()))
     result = await connection.execute(update(ApiKey).where(*conditions).values(revoked_at=revoked))
     return result.rowcount == 1

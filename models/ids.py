@@ -26,6 +26,19 @@ _counter = 0
 
 def new(prefix: str) -> str:
     """Return a fresh id, greater than every one made before it in this process."""
+    return f"{prefix}_{base32(_uuid7())}"
+
+
+def several(prefix: str, count: int) -> list[str]:
+    """Return fresh ids that differ in their last characters: cheaper than one by one, up to 1,024 at a time."""
+    made: list[str] = []
+    while len(made) < count:
+        head = f"{prefix}_{base32(_uuid7())[:-2]}"
+        made.extend([head + pair for pair in _PAIRS[: count - len(made)]])
+    return made
+
+
+def _uuid7() -> int:
     global _last_millisecond, _counter  # noqa: PLW0603 - the clock and counter of this process's ids
     random = int.from_bytes(os.urandom(9), "big")
     with _lock:
@@ -39,7 +52,7 @@ def new(prefix: str) -> str:
                 _last_millisecond += 1
                 _counter = 0
         head = _last_millisecond << 16 | 0x7000 | _counter
-    return f"{prefix}_{base32(head << 64 | 0x2 << 62 | random & (1 << 62) - 1)}"
+    return head << 64 | 0x2 << 62 | random & (1 << 62) - 1
 
 
 def base32(number: int) -> str:

@@ -28,7 +28,9 @@ class Settings(BaseSettings):
     database_url: str = Field(
         default_factory=_sqlite_in,
         repr=False,
-        description="`sqlite:///path` or `postgresql://user:password@host/database`; SQLite in the data folder unless set.",
+        description=(
+            "`sqlite:///path` or `postgresql://user:password@host/database`; a file in the data folder unless set."
+        ),
     )
     redis_url: str | None = Field(
         default=None,

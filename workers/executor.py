@@ -148,7 +148,7 @@ class Executor:
         self._after_organization = claimed[-1].organization_id
         self._from_turn = (self._from_turn + 1) % TURNS
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
-        if len(claimed) == limit:
+        if any(one.may_have_more for one in claimed):
             self.hint()
             await self._wake_others()
         await self._begin(claimed, leases)
