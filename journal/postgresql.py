@@ -254,9 +254,12 @@ def _may_succeed_later(error: Exception) -> bool:
 
 
 def _columns(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
-    """Turn rows into columns, since `unnest` takes one array a column."""
+    """Turn rows into columns, since `unnest` takes one array a column.
+
+    It fills short arrays up with NULL, so a column of nothing else is sent empty: the driver looks at each element.
+    """
     columns = [list(column) for column in zip(*rows, strict=True)]
-    return columns or [[] for _ in range(width)]
+    return [[] if column.count(None) == len(column) else column for column in columns] or [[] for _ in range(width)]
 
 
 def _unnest(first: int, types: Sequence[str]) -> str:

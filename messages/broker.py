@@ -49,10 +49,7 @@ class Broker(Protocol):
         """The name under which others reach this process."""
 
     async def wake(self, lane: int = ALL_LANES) -> None:
-        """Say "there is work", after the commit; nothing is sent while an earlier hint is unanswered."""
-
-    async def began_claim(self, lane: int = ALL_LANES) -> None:
-        """Let the next hint through; called before a claim reads, so that no later work is missed."""
+        """Say "there is work", after the commit; nothing is sent while an earlier hint lies there untaken."""
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         """Have this process told once when each of these changes, within 15 minutes.
@@ -85,10 +82,8 @@ class Broker(Protocol):
     async def close(self) -> None: ...
 
 
-async def connect(url: str | None, *, inbox: str | None = None, sweep_seconds: float = 5.0) -> Broker:
+async def connect(url: str | None, *, inbox: str | None = None) -> Broker:
     """A broker on the Redis at `url`, or one inside this process for None; it starts though Redis be away.
-
-    A hint that was lost blocks the next ones for `sweep_seconds`, which the sweep of the rows covers.
 
     Raises `EvictingRedis`, and ValueError for what is no Redis URL.
     """
@@ -96,8 +91,8 @@ async def connect(url: str | None, *, inbox: str | None = None, sweep_seconds: f
     if url is None:
         from messages.local_broker import LocalBroker  # noqa: PLC0415 - each process pays for one broker only
 
-        return LocalBroker(inbox=name, sweep_seconds=sweep_seconds)
+        return LocalBroker(inbox=name)
 
     from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
 
-    return await redis_broker.connect(url, inbox=name, sweep_seconds=sweep_seconds)
+    return await redis_broker.connect(url, inbox=name)

@@ -28,25 +28,20 @@ class LocalQueues(StubBroker):
 
 
 class LocalBroker:
-    def __init__(self, *, inbox: str, sweep_seconds: float) -> None:
+    def __init__(self, *, inbox: str) -> None:
         self.inbox = inbox
-        self._sweep_seconds = sweep_seconds
         self._queues = LocalQueues()
         self._worker: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notice], None]] = []
-        self._hinted_until: dict[int, float] = {}
+        self._hinted: set[int] = set()
         self._watched_until: dict[str, float] = {}
 
     async def wake(self, lane: int = ALL_LANES) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._hinted_until.get(lane, now) > now:
+        if lane in self._hinted:
             return
-        self._hinted_until[lane] = now + self._sweep_seconds
+        self._hinted.add(lane)
         hint = asdict(RunExecutions(lane=lane))
         self._queues.enqueue(dramatiq.Message(executions.QUEUE, executions.ACTOR, (), hint, {}))
-
-    async def began_claim(self, lane: int = ALL_LANES) -> None:
-        self._hinted_until.pop(lane, None)
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         now = asyncio.get_running_loop().time()
@@ -69,7 +64,11 @@ class LocalBroker:
         self._listeners.append(on_notice)
 
     def start_worker(self, on_hint: Callable[[int], None]) -> None:
-        self._worker = hint_worker.start(self._queues, on_hint)
+        def taken(lane: int) -> None:
+            self._hinted.discard(lane)
+            on_hint(lane)
+
+        self._worker = hint_worker.start(self._queues, taken)
 
     async def stop_worker(self) -> None:
         worker, self._worker = self._worker, None

@@ -36,11 +36,16 @@ from messages.redis_consumer import (
 
 CONNECTIONS: Final = 16
 LISTEN_SECONDS: Final = 2.0
+MARK_MILLISECONDS: Final = 60_000
 
+# A hint is outstanding while it lies in the queue. Whoever takes it out begins its claim later, and so sees
+# whatever was committed before.
 WAKE: Final = """
 local mark, queue, bodies, bell = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local mark_milliseconds, id, body, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-if not redis.call("SET", mark, 1, "NX", "PX", mark_milliseconds) then
+local latest = redis.call("SET", mark, id, "PX", mark_milliseconds, "GET")
+if latest and redis.call("LPOS", queue, latest) then
+    redis.call("SET", mark, latest, "PX", mark_milliseconds)
     return
 end
 redis.call("HSET", bodies, id, body)
@@ -106,8 +111,8 @@ async def _answered() -> AsyncIterator[None]:
         raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
 
 
-async def connect(url: str, *, inbox: str, sweep_seconds: float) -> "RedisBroker":
-    broker = RedisBroker(url, inbox=inbox, sweep_seconds=sweep_seconds)
+async def connect(url: str, *, inbox: str) -> "RedisBroker":
+    broker = RedisBroker(url, inbox=inbox)
     try:
         async with _answered():
             await refuse_evicting(broker.client)
@@ -136,11 +141,10 @@ def _connected_to(url: str) -> Redis:
 
 
 class RedisBroker:
-    def __init__(self, url: str, *, inbox: str, sweep_seconds: float) -> None:
+    def __init__(self, url: str, *, inbox: str) -> None:
         self.inbox = inbox
         self.client = _connected_to(url)
         self._url = url
-        self._sweep_milliseconds = round(sweep_seconds * 1000)
         self._wake = self.client.register_script(WAKE)
         self._watch = self.client.register_script(WATCH)
         self._announce = self.client.register_script(ANNOUNCE)
@@ -159,12 +163,8 @@ class RedisBroker:
         async with _answered():
             await self._wake(
                 keys=[_mark(lane), queue, f"{queue}.msgs", f"{queue}.bell"],
-                args=[self._sweep_milliseconds, identity, message.encode(), HINTS_KEPT],
+                args=[MARK_MILLISECONDS, identity, message.encode(), HINTS_KEPT],
             )
-
-    async def began_claim(self, lane: int = ALL_LANES) -> None:
-        async with _answered():
-            await self.client.delete(_mark(lane))
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         if not execution_ids:
@@ -248,7 +248,7 @@ def _read(body: bytes) -> Notice:
 
 
 def _mark(lane: int) -> str:
-    """The key that exists while a hint for the lane is outstanding."""
+    """The key that names the latest hint for the lane."""
     return f"{NAMESPACE}:{executions.QUEUE}.hinted.{lane}"
 
 

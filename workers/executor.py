@@ -124,10 +124,6 @@ class Executor:
         if limit <= 0:
             return  # the end of a run says again that a claim is owed
         self._owes_claim = False
-        try:
-            await self._broker.began_claim()
-        except BrokerUnavailable:
-            log.debug("broker not reached")
         since = time.monotonic()
         claim = Claim(
             self._broker.inbox,

@@ -47,7 +47,7 @@ async def _serve(settings: WorkerSettings) -> None:
         await database.close()
         store = await open_store(url)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect(settings.redis_url, sweep_seconds=settings.sweep_seconds)
+        broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(working(settings, store, broker))
         gc.collect()

@@ -86,32 +86,18 @@ async def test_a_hint_names_the_lane_that_has_work(gateway: Broker, hints: Queue
     assert await _next(hints) == ALL_LANES
 
 
-async def test_a_lane_has_one_hint_until_a_claim_begins(
-    gateway: Broker, worker: Broker, hints: Queue[int]
-) -> None:
-    await gateway.wake(1)
+async def test_a_lane_has_one_hint_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
     await gateway.wake(1)
     await gateway.wake(2)
-    assert {await _next(hints), await _next(hints)} == {1, 2}
-
-    await worker.began_claim(1)
     await gateway.wake(1)
-    assert await _next(hints) == 1
+    hints: Queue[int] = Queue()
+    worker.start_worker(hints.put_nowait)
+    assert [await _next(hints), await _next(hints)] == [1, 2]
+
     await gateway.wake(3)
     assert await _next(hints) == 3
-
-
-async def test_a_hint_that_nobody_answers_is_sent_again_after_a_sweep(url: str | None) -> None:
-    async with _connected(url, sweep_seconds=0.05) as broker:
-        hints: Queue[int] = Queue()
-        broker.start_worker(hints.put_nowait)
-        await broker.wake()
-        await _next(hints)
-
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while hints.empty():
-                await broker.wake()
-                await asyncio.sleep(0)
+    await gateway.wake(1)
+    assert await _next(hints) == 1
 
 
 async def test_a_hint_waits_for_a_worker_that_starts_later(gateway: Broker, worker: Broker) -> None:
@@ -269,8 +255,6 @@ async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: st
         with pytest.raises(BrokerUnavailable):
             await broker.wake()
         with pytest.raises(BrokerUnavailable):
-            await broker.began_claim()
-        with pytest.raises(BrokerUnavailable):
             await broker.watch(["a"])
         with pytest.raises(BrokerUnavailable):
             await broker.announce(["a"])
@@ -308,8 +292,8 @@ async def test_a_redis_that_does_not_tell_its_policy_is_trusted(redis_url: str) 
 
 
 @asynccontextmanager
-async def _connected(url: str | None, *, sweep_seconds: float = 5.0) -> AsyncIterator[Broker]:
-    broker = await connect(url, sweep_seconds=sweep_seconds)
+async def _connected(url: str | None) -> AsyncIterator[Broker]:
+    broker = await connect(url)
     try:
         yield broker
     finally:

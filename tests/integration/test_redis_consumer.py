@@ -92,7 +92,6 @@ async def test_one_hint_among_many_idle_consumers_costs_few_commands(
         await _until(are_idle)
         await broker.wake()  # loads the script
         await _next(hints)
-        await broker.began_claim()
         await _until(are_idle)
 
         before = await _commands(client)
