@@ -99,6 +99,8 @@ class LeaseKeeper:
             except DatabaseUnavailable as error:
                 # The leases run out by themselves: each run looks at its own before it starts a node.
                 log.warning("leases not renewed", error=str(error), leases=len(leases))
+            except Exception:
+                log.exception("leases not renewed", leases=len(leases))
         if store is not self._store:
             await store.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ MAX_CLAIM = 50
 SWEEP_ROWS = 100
 MAX_TIMER_SECONDS = 3600.0
 """Waits that end later than this are left to the sweep."""
+CLAIM_SECONDS = 2.0
 HAND_OVER_SECONDS = 10.0
 BREAK_OFF_SECONDS = 5.0
 PAUSE_SECONDS = 0.5
@@ -98,9 +100,10 @@ class Executor:
     async def drain(self) -> None:
         """Take nothing more and hand over what runs, at a node's boundary if that comes in time."""
         self._is_draining = True
+        self._wanted.set()
         await self._broker.stop_worker()
-        for loop in self._loops[:2]:
-            loop.cancel()
+        # A claim under way is waited for: cancelled, it might leave runs with a lease and nobody to run them.
+        await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
         await self._hand_over(Request.HAND_OVER, HAND_OVER_SECONDS)
         await self._hand_over(Request.HAND_OVER_NOW, BREAK_OFF_SECONDS)
         for loop in self._loops:
@@ -120,6 +123,8 @@ class Executor:
     async def _claim(self) -> None:
         await self._wanted.wait()
         self._wanted.clear()
+        if self._is_draining:
+            return
         limit = min(self._settings.concurrency - len(self._active), MAX_CLAIM)
         if limit <= 0:
             return  # the end of a run says again that a claim is owed
@@ -135,9 +140,7 @@ class Executor:
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
-            self.hint()
-            # Whether the claim was made is not known: what is ours and not held goes back.
-            await self._store.take_back(self._broker.inbox, self._leases.held())
+            await self._give_back_unheld()
             raise
         if not claimed:
             return
@@ -147,7 +150,18 @@ class Executor:
         if any(one.may_have_more for one in claimed):
             self.hint()
             await self._wake_others()
-        await self._begin(claimed, leases)
+        try:
+            await self._begin(claimed, leases)
+        except DatabaseUnavailable:
+            for lease in leases:
+                self._leases.let_go(lease)
+            await self._give_back_unheld()
+            raise
+
+    async def _give_back_unheld(self) -> None:
+        """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
+        self.hint()
+        await self._store.take_back(self._broker.inbox, self._leases.held())
 
     async def _begin(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
         programs = await self._programs.load(claimed)
@@ -269,7 +283,8 @@ class Executor:
             self.hint()
 
     async def _sweep(self) -> None:
-        await asyncio.sleep(self._settings.sweep_seconds)
+        # Spread out, so that workers that were started together don't all look at once.
+        await asyncio.sleep(self._settings.sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
         swept = await self._store.sweep(SWEEP_ROWS)
         if swept.ended:
             self._announce(swept.ended)
@@ -285,7 +300,7 @@ class Executor:
 
     async def _forever(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
         """Repeat a duty whatever happens: this is the outermost loop of the process's work."""
-        while True:
+        while not self._is_draining:
             try:
                 await duty()
             except DatabaseUnavailable as error:
