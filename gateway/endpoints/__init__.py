@@ -1,0 +1,1 @@
+"""Handlers, each beside the shapes that it reads and writes."""

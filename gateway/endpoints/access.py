@@ -1,0 +1,245 @@
+"""Who one is, the keys that stand for one, and the users of an organisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from msgspec import UNSET, UnsetType
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway import errors, limits, text
+from gateway.request import Request
+from gateway.responses import JsonResponse, NoContent
+from gateway.text import Problems
+from gateway.wire import Wire, decode_body, instant, optional_instant
+from models import access_store
+from models.access import ApiKey, Caller, KeyScope, Role, User
+
+_EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
+
+
+class CreateKey(Wire):
+    """A key that somebody wants."""
+
+    name: str
+    scopes: list[KeyScope] | None = None
+    expires_at: datetime | None = None
+    expires_in_seconds: int | None = None
+    user_id: str | None = None
+
+
+class CreateUser(Wire):
+    """A user that an admin wants."""
+
+    email: str
+    name: str = ""
+    role: Role = Role.MEMBER
+
+
+class KeyShape(Wire):
+    """A key, without what it takes to use it."""
+
+    id: str
+    name: str
+    prefix: str
+    scopes: Sequence[str]
+    user_id: str
+    created_at: str
+    expires_at: str | None
+    revoked_at: str | None
+    last_used_at: str | None
+    key: str | UnsetType = UNSET
+    """Only in the answer that made it."""
+
+
+class UserShape(Wire):
+    """A user."""
+
+    id: str
+    email: str
+    name: str
+    role: str
+    organization_id: str
+    created_at: str
+
+
+async def whoami(request: Request) -> JsonResponse:
+    caller = request.caller
+    async with request.gateway.database.read() as connection:
+        user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
+        organization = await access_store.find_organization(connection, caller.organization_id)
+    if user is None or organization is None:
+        raise errors.unauthorized()
+    return JsonResponse(
+        {
+            "userId": user.id,
+            "email": user.email,
+            "name": user.name,
+            "role": user.role,
+            "organizationId": organization.id,
+            "organizationName": organization.name,
+            "keyId": caller.key_id,
+            "scopes": sorted(caller.scopes),
+        }
+    )
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def list_keys(request: Request) -> JsonResponse:
+    """Show the caller's own keys; to an admin, those of the organisation."""
+    caller = request.caller
+    page = request.query.page()
+    async with request.gateway.database.read() as connection:
+        count, keys = await access_store.list_keys(
+            connection, caller.organization_id, user_id=_own(caller), limit=page.limit, offset=page.offset
+        )
+    shown = [_key_shape(key) for key in keys]
+    return JsonResponse({"count": count, "limit": page.limit, "offset": page.offset, "keys": shown})
+
+
+async def create_key(request: Request) -> JsonResponse:
+    """Make a key, for oneself or, as an admin, for a user of the organisation; this answer alone holds it."""
+    body = await decode_body(request, CreateKey)
+    caller = request.caller
+    now = datetime.now(UTC)
+    problems = Problems()
+    name = text.line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
+    expires_at = _expiry(body, now, problems)
+    problems.raise_any()
+    scopes = caller.scopes if body.scopes is None else frozenset(body.scopes)
+    if beyond := sorted(scopes - caller.scopes):
+        raise errors.scope_required(beyond[0])
+    user_id = body.user_id or caller.user_id
+    if user_id != caller.user_id and not caller.is_admin:
+        raise errors.not_found("user")
+
+    async def make(connection: AsyncConnection) -> access_store.NewKey:
+        user = await access_store.find_user(connection, caller.organization_id, user_id)
+        if user is None:
+            raise errors.not_found("user")
+        return await access_store.create_key(
+            connection,
+            user=user,
+            name=name,
+            scopes=scopes,
+            secret=request.gateway.settings.secret,
+            now=now,
+            expires_at=expires_at,
+        )
+
+    made = await request.gateway.database.transaction(make)
+    return JsonResponse(_key_shape(made.row, made.key), status=201)
+
+
+async def revoke_key(request: Request) -> NoContent:
+    caller = request.caller
+
+    async def revoke(connection: AsyncConnection) -> bool:
+        return await access_store.revoke_key(
+            connection,
+            caller.organization_id,
+            request.path_params["id"],
+            user_id=_own(caller),
+            now=datetime.now(UTC),
+        )
+
+    if not await request.gateway.database.transaction(revoke):
+        raise errors.not_found("key")
+    return NoContent()
+
+
+def _own(caller: Caller) -> str | None:
+    """Return the user whose keys a caller may manage; None: everybody's in the organisation."""
+    return None if caller.is_admin else caller.user_id
+
+
+def _expiry(body: CreateKey, now: datetime, problems: Problems) -> datetime | None:
+    if body.expires_at is not None and body.expires_in_seconds is not None:
+        problems.add("expiresAt", "conflict", "Give expiresAt or expiresInSeconds, not both")
+        return None
+    latest = now + timedelta(seconds=limits.KEY_LIFETIME_SECONDS)
+    if body.expires_in_seconds is not None:
+        if not 1 <= body.expires_in_seconds <= limits.KEY_LIFETIME_SECONDS:
+            allowed = f"expiresInSeconds must be from 1 to {limits.KEY_LIFETIME_SECONDS:,}"
+            problems.add("expiresInSeconds", "out-of-range", allowed)
+            return None
+        return now + timedelta(seconds=body.expires_in_seconds)
+    if body.expires_at is None:
+        return None
+    moment = body.expires_at if body.expires_at.tzinfo else body.expires_at.replace(tzinfo=UTC)
+    if not now < moment <= latest:
+        problems.add("expiresAt", "out-of-range", f"expiresAt must lie between now and {instant(latest)}")
+        return None
+    return moment
+
+
+def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
+    return KeyShape(
+        key=key_text,
+        id=key.id,
+        name=key.name,
+        prefix=key.prefix,
+        scopes=key.scopes,
+        user_id=key.user_id,
+        created_at=instant(key.created_at),
+        expires_at=optional_instant(key.expires_at),
+        revoked_at=optional_instant(key.revoked_at),
+        last_used_at=optional_instant(key.last_used_at),
+    )
+
+
+# ── users ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def list_users(request: Request) -> JsonResponse:
+    page = request.query.page()
+    async with request.gateway.database.read() as connection:
+        count, users = await access_store.list_users(
+            connection, request.caller.organization_id, limit=page.limit, offset=page.offset
+        )
+    shown = [_user_shape(user) for user in users]
+    return JsonResponse({"count": count, "limit": page.limit, "offset": page.offset, "users": shown})
+
+
+async def create_user(request: Request) -> JsonResponse:
+    body = await decode_body(request, CreateUser)
+    problems = Problems()
+    email = text.line(body.email, "email", problems, max_length=limits.EMAIL_LENGTH)
+    if email and not _EMAIL.match(email):
+        problems.add("email", "invalid-value", "email must be an address such as ada@example.com")
+    name = text.line(body.name, "name", problems, max_length=limits.USER_NAME_LENGTH, may_be_empty=True)
+    problems.raise_any()
+
+    async def make(connection: AsyncConnection) -> User:
+        organization = await access_store.find_organization(connection, request.caller.organization_id)
+        if organization is None:
+            raise errors.unauthorized()
+        return await access_store.create_user(
+            connection,
+            organization=organization,
+            email=email,
+            name=name,
+            role=body.role,
+            now=datetime.now(UTC),
+        )
+
+    try:
+        user = await request.gateway.database.transaction(make)
+    except access_store.EmailTaken as error:
+        raise errors.conflict("email-taken", str(error)) from error
+    return JsonResponse(_user_shape(user), status=201)
+
+
+def _user_shape(user: User) -> UserShape:
+    return UserShape(
+        id=user.id,
+        email=user.email,
+        name=user.name,
+        role=user.role,
+        organization_id=user.organization_id,
+        created_at=instant(user.created_at),
+    )

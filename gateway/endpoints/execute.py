@@ -1,0 +1,136 @@
+"""Execute: a run is taken in, and the answer is sent once it is committed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.graph import Settings
+from engine.values import canonical
+from gateway import acceptance, errors, graph_shapes, idempotency
+from gateway.errors import ApiError
+from gateway.graph_shapes import Connections, Nodes
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.text import Problems
+from gateway.wire import Wire, convert, read_json
+from journal.store import Acceptance, Accepted, DefinitionKey, Verdict
+from models import ids
+from models.access import KeyScope
+
+if TYPE_CHECKING:
+    from gateway.workflow_cache import LoadedWorkflow
+    from journal.store import IdempotencyKey
+    from nodes.catalog import Catalog
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Override(Wire):
+    """A graph to run in the place of the workflow's own, this once."""
+
+    nodes: Nodes | None = None
+    connections: Connections | None = None
+
+
+class Execute(Wire):
+    """What a run is to work on."""
+
+    definition: Override | None = None
+    trigger_inputs: dict[str, Any] | None = None
+
+
+class Started(Wire):
+    """A run that was taken in."""
+
+    execution_id: str
+
+
+async def start(request: Request) -> JsonResponse:
+    value = await read_json(request)
+    body = convert(value, Execute)
+    workflow_id = request.path_params["id"]
+    promise = idempotency.requested(request, value, workflow_id=workflow_id)
+    accepted = await _accepted(request, body, promise)
+    if accepted.verdict is Verdict.STALE:
+        # The workflow has moved on since it was loaded: it may be gone, closed, or another graph.
+        request.gateway.workflows.forget(request.caller.organization_id, workflow_id)
+        accepted = await _accepted(request, body, promise)
+    if accepted.verdict is Verdict.STALE:
+        raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
+    if accepted.verdict is Verdict.MISMATCH:
+        raise idempotency.mismatch()
+    request.gateway.access.allow(accepted.execution_id, request.caller)
+    headers = {"Location": f"/api/v1/executions/{accepted.execution_id}"}
+    if accepted.verdict is Verdict.REPEATED:
+        headers |= idempotency.REPLAYED
+    return JsonResponse(Started(execution_id=accepted.execution_id), status=201, headers=headers)
+
+
+async def _accepted(request: Request, body: Execute, promise: IdempotencyKey | None) -> Accepted:
+    """Try to take the run in, by the workflow as it was loaded last; raises 404, 409 and 422."""
+    caller = request.caller
+    workflow = await request.gateway.workflows.load(request.path_params["id"], caller)
+    try:
+        runnable = _runnable(request, workflow, body.definition)
+    except ApiError:
+        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        if promise is None:
+            raise
+        earlier = await acceptance.earlier(request.gateway.database, caller.lane, promise)
+        if earlier is None:
+            raise
+        return earlier
+    definition = DefinitionKey(runnable.organization_id, runnable.definition_hash, runnable.lane)
+    acceptances = request.gateway.acceptances
+    trigger_kind = runnable.trigger_kind or "manual"
+    return await acceptances.accept(
+        Acceptance(
+            execution_id=ids.new("exec"),
+            lane=runnable.lane,
+            organization_id=runnable.organization_id,
+            workflow_id=runnable.id,
+            workflow_revision=runnable.revision,
+            user_id=caller.user_id,
+            trigger_type=trigger_kind,
+            trigger=_encode(acceptance.trigger_output(trigger_kind, body.trigger_inputs or {})).decode(),
+            config=_encode(runnable.settings).decode(),
+            definition_hash=runnable.definition_hash,
+            definition=None if acceptances.is_stored(definition) else runnable.definition,
+            timeout_seconds=Settings.of(runnable.settings).timeout_seconds,
+            total_nodes=runnable.total_nodes,
+            idempotency=promise,
+        )
+    )
+
+
+def _runnable(request: Request, workflow: LoadedWorkflow, override: Override | None) -> LoadedWorkflow:
+    """Return what is to be run; raises 403, 409 and 422."""
+    if override is not None and not request.caller.may(KeyScope.WORKFLOWS_WRITE):
+        raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
+    acceptance.require_open(workflow.status)
+    runnable = workflow if override is None else _overridden(workflow, override, request.gateway.catalog)
+    graph_shapes.require_valid(runnable.validation)
+    return runnable
+
+
+def _overridden(workflow: LoadedWorkflow, override: Override, catalog: Catalog) -> LoadedWorkflow:
+    """Return the workflow as it would be with another graph; nothing of it is saved."""
+    problems = Problems()
+    nodes = graph_shapes.stored_nodes(override.nodes or [], catalog, problems)
+    connections = graph_shapes.stored_connections(override.connections or [], problems)
+    if problems.found:
+        found = [{**problem, "path": f"definition.{problem['path']}"} for problem in problems.found]
+        raise errors.invalid(found)
+    text = canonical(graph_shapes.definition(nodes, connections, workflow.settings))
+    return replace(
+        workflow,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        validation=graph_shapes.check(nodes, connections, catalog),
+        trigger_kind=graph_shapes.trigger_kind(nodes, catalog),
+        total_nodes=len(nodes),
+    )

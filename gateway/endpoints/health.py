@@ -1,0 +1,36 @@
+"""Whether this process is alive, and whether it can do its work."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway import errors
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from messages.broker import BrokerUnavailable
+from models.database import DatabaseUnavailable
+
+CHECK_SECONDS = 3.0
+
+
+async def alive(request: Request) -> JsonResponse:  # noqa: ARG001 - a handler's signature
+    """Answer as long as the event loop turns; nothing else is looked at."""
+    return JsonResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> JsonResponse:
+    """Answer 503 `not-ready`, with one detail for each part that is missing, unless all of them answer."""
+    gateway = request.gateway
+    checks = {"database": gateway.database.ping(), "broker": gateway.broker.ping()}
+    outcomes = await asyncio.gather(
+        *(asyncio.wait_for(check, CHECK_SECONDS) for check in checks.values()), return_exceptions=True
+    )
+    missing = []
+    for name, outcome in zip(checks, outcomes, strict=True):
+        if isinstance(outcome, DatabaseUnavailable | BrokerUnavailable | TimeoutError):
+            missing.append(errors.problem(name, "unavailable", f"The {name} does not answer"))
+        elif isinstance(outcome, BaseException):
+            raise outcome
+    if missing:
+        raise errors.not_ready("A part that every request needs does not answer", details=missing)
+    return JsonResponse({"status": "ready"})

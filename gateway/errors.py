@@ -1,0 +1,93 @@
+"""What clients are told when something can't be done: one shape for all of it, from an unknown route to a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from engine.values import Json
+from gateway import limits
+from gateway.responses import JsonResponse
+
+NOT_READY_RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """A refusal that a client is meant to read; raised anywhere below a handler."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        details: Iterable[Mapping[str, Json]] = (),
+        retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = list(details)
+        self.headers = dict(headers or {})
+        if retry_after_seconds is not None:
+            self.headers["Retry-After"] = str(retry_after_seconds)
+
+    def response(self, request_id: str) -> JsonResponse:
+        error = {"code": self.code, "message": self.message, "details": self.details}
+        body = {"success": False, "error": error, "requestId": request_id}
+        return JsonResponse(body, status=self.status, headers=self.headers)
+
+
+def problem(path: str, code: str, message: str) -> dict[str, Json]:
+    """Return one entry of `details`: which field, what rule, and how to mend it."""
+    return {"path": path, "code": code, "message": message}
+
+
+def invalid_query(path: str, code: str, message: str) -> ApiError:
+    return ApiError(400, "invalid-query", message, details=[problem(path, code, message)])
+
+
+def invalid(details: Iterable[Mapping[str, Json]]) -> ApiError:
+    """Return the refusal of a body that is JSON, but not what was asked for: one entry for each wrong field."""
+    found = list(details)[: limits.FINDINGS]
+    message = str(found[0]["message"]) if len(found) == 1 else "Several fields are wrong: see details"
+    return ApiError(422, "validation-failed", message, details=found)
+
+
+def unauthorized() -> ApiError:
+    """Return the one answer for no key, an unknown one, an expired one and a revoked one."""
+    message = "Send a valid API key in the X-API-Key header"
+    return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "ApiKey"})
+
+
+def scope_required(scope: str) -> ApiError:
+    message = f"This needs a key with the scope {scope}"
+    return ApiError(403, "scope-required", message, details=[problem("X-API-Key", "scope-required", scope)])
+
+
+def not_found(what: str = "route") -> ApiError:
+    """Return the answer for what is absent, and for what is somebody else's: nobody can tell which."""
+    return ApiError(404, "not-found", f"There is no such {what}")
+
+
+def method_not_allowed(allowed: Iterable[str]) -> ApiError:
+    methods = ", ".join(sorted(allowed))
+    return ApiError(405, "method-not-allowed", f"This path takes {methods}", headers={"Allow": methods})
+
+
+def conflict(code: str, message: str) -> ApiError:
+    return ApiError(409, code, message)
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, "payload-too-large", f"The body is larger than {limit_bytes:,} bytes")
+
+
+def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
+    return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
+
+
+def internal() -> ApiError:
+    message = "Something went wrong here; the log has it under this request id"
+    return ApiError(500, "internal-error", message)

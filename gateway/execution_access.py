@@ -1,0 +1,61 @@
+"""Which executions a caller may see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import ColumnElement, and_, exists, or_, select
+from sqlmodel import col
+
+from gateway import errors
+from gateway.recent import Recent
+from journal.store import ExecutionKey
+from models.execution import Execution
+from models.workflow import Workflow, readable_by
+
+if TYPE_CHECKING:
+    from models.access import Caller, Role
+    from models.database import Database
+
+VISIBLE_SECONDS: Final = 5.0
+"""How long whoever may no longer read a workflow can still see the runs that were looked at before."""
+MAX_VISIBLE: Final = 20_000
+
+
+def visible_to(caller: Caller) -> ColumnElement[bool]:
+    """Return the condition under which a caller may see an execution: its workflow is readable.
+
+    Of a deleted workflow, the history stays with admins, the owner, and whoever ran it.
+    """
+    own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.lane) == caller.lane)
+    if caller.is_admin:
+        return own
+    kept = and_(
+        col(Workflow.organization_id) == caller.organization_id,
+        col(Workflow.deleted_at).is_not(None),
+        or_(col(Workflow.owner_id) == caller.user_id, col(Execution.user_id) == caller.user_id),
+    )
+    workflow = exists().where(col(Workflow.id) == col(Execution.workflow_id), or_(readable_by(caller), kept))
+    return and_(own, workflow.correlate(Execution))
+
+
+class ExecutionAccess:
+    """Remembers for some seconds who may see what, so that a poll asks once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._visible: Recent[tuple[str, str, Role], bool] = Recent(VISIBLE_SECONDS, MAX_VISIBLE)
+
+    async def key(self, execution_id: str, caller: Caller) -> ExecutionKey:
+        """Return where the rows of an execution are that the caller may see; raises 404."""
+        if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
+            statement = select(col(Execution.id)).where(col(Execution.id) == execution_id, visible_to(caller))
+            async with self._database.read() as connection:
+                if await connection.scalar(statement) is None:
+                    raise errors.not_found("execution")
+            self.allow(execution_id, caller)
+        return ExecutionKey(execution_id, caller.lane)
+
+    def allow(self, execution_id: str, caller: Caller) -> None:
+        """Remember that the caller may see an execution: it has just started it."""
+        self._visible.put((execution_id, caller.user_id, caller.role), value=True)

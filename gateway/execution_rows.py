@@ -1,0 +1,247 @@
+"""Executions, spans and log lines as lists and streams read them; tenancy stands in every WHERE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from sqlalchemy import BigInteger, Row, and_, func, literal, select
+from sqlalchemy.orm import aliased
+from sqlmodel import col
+
+from gateway.execution_access import visible_to
+from models.execution import Execution, ExecutionData, LogRow, SpanRow
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from engine.events import SpanStatus
+    from gateway.query import Page
+    from journal.store import ExecutionKey
+    from models.access import Caller
+    from models.execution import ExecutionStatus
+
+Recorded: TypeAlias = Row[*tuple[Any, ...]]
+"""A span or a log line, its columns by their names."""
+
+
+def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
+    """Order what hasn't happened before everything that has; left to themselves the databases disagree."""
+    return func.coalesce(moment, literal(0, BigInteger))
+
+
+SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
+    "createdAt": col(Execution.created_at),
+    "startedAt": _or_never(col(Execution.started_at)),
+    "endedAt": _or_never(col(Execution.ended_at)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which executions a list shows."""
+
+    workflow_id: str | None
+    statuses: Sequence[ExecutionStatus]
+    """Any, where there are none."""
+    trigger_type: str | None
+    since: datetime | None
+    until: datetime | None
+    """Accepted from `since` on, and before `until`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An execution with everything that belongs to it."""
+
+    execution: Execution
+    data: ExecutionData
+    outputs: Sequence[tuple[str, str]]
+    """Node id and JSON text, of the nodes that have given something out so far."""
+
+
+async def page(
+    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+) -> tuple[int, list[Execution]]:
+    """Return how many executions the caller may see, and a page of them."""
+    conditions = [visible_to(caller), *_conditions(wanted)]
+    count = await connection.scalar(select(func.count()).select_from(Execution).where(*conditions))
+    rows = await connection.execute(
+        select(Execution)
+        .where(*conditions)
+        .order_by(order, col(Execution.id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [Execution(**row) for row in rows.mappings()]
+
+
+def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
+    if wanted.workflow_id is not None:
+        yield col(Execution.workflow_id) == wanted.workflow_id
+    if wanted.statuses:
+        yield col(Execution.status).in_(wanted.statuses)
+    if wanted.trigger_type is not None:
+        yield col(Execution.trigger_type) == wanted.trigger_type
+    if wanted.since is not None:
+        yield col(Execution.created_at) >= wanted.since
+    if wanted.until is not None:
+        yield col(Execution.created_at) < wanted.until
+
+
+async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -> Whole | None:
+    """Return an execution that the caller may see."""
+    condition = and_(col(Execution.id) == execution_id, visible_to(caller))
+    execution = (await connection.execute(select(Execution).where(condition))).mappings().first()
+    if execution is None:
+        return None
+    heavy = select(ExecutionData).where(
+        col(ExecutionData.execution_id) == execution_id, col(ExecutionData.lane) == caller.lane
+    )
+    data = (await connection.execute(heavy)).mappings().one()
+    outputs = (
+        select(col(SpanRow.node_id), col(SpanRow.output))
+        .where(
+            col(SpanRow.execution_id) == execution_id,
+            col(SpanRow.lane) == caller.lane,
+            col(SpanRow.output).is_not(None),
+            col(SpanRow.ended_at).is_not(None),
+        )
+        .order_by(col(SpanRow.sequence))
+    )
+    found = [(row.node_id, row.output) for row in await connection.execute(outputs)]
+    return Whole(Execution(**execution), ExecutionData(**data), found)
+
+
+# ── spans and log lines ─────────────────────────────────────────────────────────────────────────────────────
+
+_source = aliased(SpanRow)
+_SPANS: Final = select(
+    col(SpanRow.id),
+    col(SpanRow.execution_id),
+    col(SpanRow.node_id),
+    col(SpanRow.iteration),
+    col(SpanRow.sequence),
+    col(SpanRow.label),
+    col(SpanRow.type),
+    col(SpanRow.status),
+    col(SpanRow.port),
+    col(SpanRow.attempt),
+    col(SpanRow.started_at),
+    col(SpanRow.ended_at),
+    col(SpanRow.wake_at),
+    # An input that is another node's output, unchanged, is kept as that node's name.
+    func.coalesce(col(SpanRow.input), col(_source.output)).label("input"),
+    col(SpanRow.output),
+    col(SpanRow.error),
+    col(SpanRow.unresolved),
+    col(SpanRow.hashes),
+).outerjoin(
+    _source,
+    and_(
+        col(_source.execution_id) == col(SpanRow.execution_id),
+        col(_source.lane) == col(SpanRow.lane),
+        col(_source.node_id) == col(SpanRow.input_node),
+        col(_source.iteration) == col(SpanRow.iteration),
+    ),
+)
+
+
+async def spans(
+    connection: AsyncConnection,
+    key: ExecutionKey,
+    part: Page,
+    *,
+    node_id: str | None,
+    statuses: Sequence[SpanStatus],
+) -> tuple[int, Sequence[Recorded]]:
+    """Return how many spans a run has, and a page of them, in the order in which they were last recorded."""
+    conditions = list(_of(SpanRow, key))
+    if node_id is not None:
+        conditions.append(col(SpanRow.node_id) == node_id)
+    if statuses:
+        conditions.append(col(SpanRow.status).in_(statuses))
+    statement = _SPANS.where(*conditions).order_by(col(SpanRow.sequence))
+    return await _page(
+        connection, select(func.count()).select_from(SpanRow).where(*conditions), statement, part
+    )
+
+
+async def logs(
+    connection: AsyncConnection, key: ExecutionKey, part: Page, *, levels: Sequence[str]
+) -> tuple[int, Sequence[Recorded]]:
+    """Return how many lines a run's log has, and a page of them, the oldest first."""
+    conditions = list(_of(LogRow, key))
+    if levels:
+        conditions.append(col(LogRow.level).in_(levels))
+    statement = select(LogRow).where(*conditions).order_by(col(LogRow.sequence))
+    return await _page(
+        connection, select(func.count()).select_from(LogRow).where(*conditions), statement, part
+    )
+
+
+async def _page(
+    connection: AsyncConnection, counted: Select[int], statement: Select[*tuple[Any, ...]], part: Page
+) -> tuple[int, Sequence[Recorded]]:
+    count: int | None = await connection.scalar(counted)
+    rows = (await connection.execute(statement.limit(part.limit).offset(part.offset))).all()
+    return count or 0, rows
+
+
+def _of(table: type[SpanRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
+    yield col(table.execution_id) == key.execution_id
+    yield col(table.lane) == key.lane
+
+
+# ── what streams follow ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has been recorded of a run since a stream last looked, in order."""
+
+    spans: Sequence[Recorded]
+    logs: Sequence[Recorded]
+    is_all: bool
+    """There is nothing more yet."""
+
+
+async def heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
+    """Return the light rows of several executions at once, by id."""
+    ids, lanes = {key.execution_id for key in keys}, {key.lane for key in keys}
+    statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.lane).in_(lanes))
+    rows = await connection.execute(statement)
+    return {row["id"]: Execution(**row) for row in rows.mappings()}
+
+
+async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int) -> News:
+    """Return spans and log lines with a sequence number above `after`, the lowest of either kind."""
+    found_spans = (
+        await connection.execute(
+            _SPANS.where(*_of(SpanRow, key), col(SpanRow.sequence) > after)
+            .order_by(col(SpanRow.sequence))
+            .limit(at_most)
+        )
+    ).all()
+    found_logs = (
+        await connection.execute(
+            select(LogRow)
+            .where(*_of(LogRow, key), col(LogRow.sequence) > after)
+            .order_by(col(LogRow.sequence))
+            .limit(at_most)
+        )
+    ).all()
+    # Behind the last of a list that was cut, there may be more of its kind: the other may go no further either.
+    cuts = [rows[-1].sequence for rows in (found_spans, found_logs) if len(rows) == at_most]
+    if not cuts:
+        return News(found_spans, found_logs, is_all=True)
+    last = min(cuts)
+    return News(
+        [row for row in found_spans if row.sequence <= last],
+        [row for row in found_logs if row.sequence <= last],
+        is_all=False,
+    )

@@ -1,0 +1,254 @@
+"""Graphs on their way in and out: every spelling that clients use becomes one stored form, and that the contract's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from msgspec import Meta
+
+from engine.graph import Graph
+from engine.node import INPUT, OUTPUT
+from engine.validation import Validation, validate
+from gateway import limits, text
+from gateway.errors import ApiError
+from gateway.text import Problems
+from gateway.wire import Wire
+from models import ids
+from models.workflow import DEFAULT_SETTINGS
+from nodes.catalog import UnknownNodeType
+
+if TYPE_CHECKING:
+    from engine.validation import Finding
+    from engine.values import Json
+    from nodes.catalog import Catalog
+
+StoredNode: TypeAlias = "dict[str, Json]"
+"""`id, type, label, position, config, inputMappings, passThroughValues`; where given `version, retry, timeout`."""
+StoredConnection: TypeAlias = "dict[str, Json]"
+"""`id, source, sourcePort, target, targetPort`."""
+
+GRID_X, GRID_Y, GRID_STEP = 100, 200, 250
+"""Where nodes without a position are put: in a row, in the order in which they came."""
+
+
+class Position(Wire):
+    """A place on the canvas."""
+
+    x: int | float
+    y: int | float
+
+
+class RetryShape(Wire, omit_defaults=True):
+    """How often a node is tried; delays in seconds."""
+
+    max_attempts: Annotated[int, Meta(ge=1, le=limits.RETRIES)] | None = None
+    backoff: Annotated[float, Meta(ge=0, le=limits.RETRY_DELAY_SECONDS)] | None = None
+    max_delay: Annotated[float, Meta(ge=0, le=limits.RETRY_DELAY_SECONDS)] | None = None
+    jitter: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+class NodeInput(Wire):
+    """A node as clients write it; its type is `nodeId`, `type` or `nodeType`."""
+
+    id: str | None = None
+    node_id: str | None = None
+    type: str | None = None
+    node_type: str | None = None
+    version: str | None = None
+    node_version: str | None = None
+    label: str | None = None
+    position: Position | None = None
+    config: dict[str, Any] | None = None
+    input_mappings: dict[str, Any] | None = None
+    pass_through_values: dict[str, str] | None = None
+    retry: RetryShape | None = None
+    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | None = None
+
+
+class ConnectionInput(Wire):
+    """An edge as clients write it; its ends are `source` or `sourceNodeId`, `target` or `targetNodeId`."""
+
+    id: str | None = None
+    source: str | None = None
+    source_node_id: str | None = None
+    source_port: str | None = None
+    target: str | None = None
+    target_node_id: str | None = None
+    target_port: str | None = None
+
+
+Nodes: TypeAlias = Annotated[list[NodeInput], Meta(max_length=limits.NODES)]
+Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits.CONNECTIONS)]
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stored_nodes(nodes: Sequence[NodeInput], catalog: Catalog, problems: Problems) -> list[StoredNode]:
+    """Return nodes in the stored form; what is wrong with them goes to `problems`."""
+    return [
+        _stored_node(node, index, catalog, problems)
+        for index, node in enumerate(nodes)
+        if not problems.is_full
+    ]
+
+
+def stored_connections(connections: Sequence[ConnectionInput], problems: Problems) -> list[StoredConnection]:
+    """Return edges in the stored form; what is wrong with them goes to `problems`."""
+    return [
+        _stored_connection(edge, index, problems)
+        for index, edge in enumerate(connections)
+        if not problems.is_full
+    ]
+
+
+def _stored_node(node: NodeInput, index: int, catalog: Catalog, problems: Problems) -> StoredNode:
+    path = f"nodes.{index}"
+    type_name = node.node_id or node.type or node.node_type or ""
+    version = node.version or node.node_version
+    default_label = ""
+    if not type_name:
+        problems.add(f"{path}.nodeId", "required", f"{path}.nodeId is required: the node's type")
+    elif len(type_name) > limits.NODE_TYPE_LENGTH or len(version or "") > limits.NODE_TYPE_LENGTH:
+        problems.add(f"{path}.nodeId", "unknown-node-type", f"{path}.nodeId names no node type")
+    else:
+        try:
+            default_label = catalog.get(type_name, version).name
+        except UnknownNodeType as error:
+            problems.add(f"{path}.nodeId", "unknown-node-type", error.message)
+    place = node.position or Position(x=GRID_X + GRID_STEP * index, y=GRID_Y)
+    stored: StoredNode = {
+        "id": _id(node.id, "node", path, problems),
+        "type": type_name,
+        "label": _label(node.label or default_label, f"{path}.label", problems),
+        "position": {"x": place.x, "y": place.y},
+        "config": node.config or {},
+        "inputMappings": node.input_mappings or {},
+        "passThroughValues": dict(node.pass_through_values or {}),
+    }
+    if version is not None:
+        stored["version"] = version
+    if node.retry is not None:
+        stored["retry"] = _given(node.retry)
+    if node.timeout is not None:
+        stored["timeout"] = node.timeout
+    return stored
+
+
+def _stored_connection(edge: ConnectionInput, index: int, problems: Problems) -> StoredConnection:
+    path = f"connections.{index}"
+    return {
+        "id": _id(edge.id, "conn", path, problems),
+        "source": _end(edge.source_node_id or edge.source, f"{path}.sourceNodeId", problems),
+        "sourcePort": _port(edge.source_port, OUTPUT, f"{path}.sourcePort", problems),
+        "target": _end(edge.target_node_id or edge.target, f"{path}.targetNodeId", problems),
+        "targetPort": _port(edge.target_port, INPUT, f"{path}.targetPort", problems),
+    }
+
+
+def _id(given: str | None, prefix: str, path: str, problems: Problems) -> str:
+    if not given:
+        return f"{prefix}-{_short_id()}"
+    if not ids.is_id(given):
+        problems.add(
+            f"{path}.id", "invalid-id", f"{path}.id must have 1 to 64 of the characters A-Z a-z 0-9 _ -"
+        )
+    return given
+
+
+def _short_id() -> str:
+    """Return twelve random characters: unlikely to meet again in one graph, short enough to read."""
+    return "".join(ids.ALPHABET[byte & 31] for byte in os.urandom(12))
+
+
+def _end(given: str | None, path: str, problems: Problems) -> str:
+    if not given:
+        problems.add(path, "required", f"{path} is required")
+        return ""
+    if not ids.is_id(given):
+        problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
+    return given
+
+
+def _label(given: str, path: str, problems: Problems) -> str:
+    return text.line(given, path, problems, max_length=limits.LABEL_LENGTH, may_be_empty=True)
+
+
+def _port(given: str | None, default: str, path: str, problems: Problems) -> str:
+    return text.line(given or default, path, problems, max_length=limits.LABEL_LENGTH)
+
+
+def _given(retry: RetryShape) -> dict[str, Json]:
+    shown: dict[str, Json] = {
+        "maxAttempts": retry.max_attempts,
+        "backoff": retry.backoff,
+        "maxDelay": retry.max_delay,
+        "jitter": retry.jitter,
+    }
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+# ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def effective(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings that a run obeys: what was set, over the defaults."""
+    return {**DEFAULT_SETTINGS, **settings}
+
+
+def definition(
+    nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], settings: Mapping[str, Json]
+) -> dict[str, Json]:
+    """Return what a run pins."""
+    return {"nodes": list(nodes), "connections": list(connections), "settings": effective(settings)}
+
+
+def check(
+    nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: Catalog
+) -> Validation:
+    """Return what validation finds in a stored graph."""
+    return validate(Graph.of(definition(nodes, connections, {})), catalog)
+
+
+def trigger_kind(nodes: Sequence[StoredNode], catalog: Catalog) -> str | None:
+    """Return what kind of event the first trigger of a graph takes."""
+    known = (catalog.node_types.get(str(node["type"])) for node in nodes)
+    return next((node_type.trigger_kind for node_type in known if node_type and node_type.is_trigger), None)
+
+
+def require_valid(validation: Validation) -> None:
+    """Raise 422 with the findings where a graph can't run."""
+    if validation.is_valid:
+        return
+    shown = validation.errors[: limits.FINDINGS]
+    count = len(validation.errors)
+    message = shown[0].message if count == 1 else f"The workflow has {count} errors: see details"
+    raise ApiError(422, "validation-failed", message, details=map(_detail, shown))
+
+
+def _detail(finding: Finding) -> dict[str, Json]:
+    where = f"nodes.{finding.node_id}" if finding.node_id else f"connections.{finding.connection_id}"
+    if finding.node_id is None and finding.connection_id is None:
+        where = "nodes"
+    return {"path": where, "code": finding.type, **finding.as_json()}
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shown_node(node: StoredNode) -> dict[str, Json]:
+    """Return a node as the Workflow object shows it."""
+    return {"id": node["id"], "nodeId": node["type"], **node}
+
+
+def shown_connection(connection: StoredConnection) -> dict[str, Json]:
+    """Return an edge as the Workflow object shows it."""
+    return {
+        "id": connection["id"],
+        "sourceNodeId": connection["source"],
+        "sourcePort": connection["sourcePort"],
+        "targetNodeId": connection["target"],
+        "targetPort": connection["targetPort"],
+    }

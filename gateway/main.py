@@ -1,0 +1,79 @@
+"""The gateway's process: everything it is made of, in one screen."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from prometheus_client import start_http_server
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from gateway import routes, state
+from gateway.edge import Edge
+from gateway.endpoint import unrouted
+from gateway.protocol import BoundedProtocol
+from gateway.settings import GatewaySettings
+from gateway.state import StateFactory
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
+
+
+def create_app(open_state: StateFactory) -> Starlette:
+    """Return the application; what `open_state` yields is held while it runs."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with open_state() as app.state.gateway:
+            yield
+
+    app = Starlette(
+        routes=routes.build(routes.TABLE),
+        middleware=[Middleware(Edge)],
+        lifespan=lifespan,
+    )
+    app.router.default = unrouted
+    app.router.redirect_slashes = False
+    return app
+
+
+def serve(settings: GatewaySettings) -> None:
+    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+    settings.check_for_production()
+    if settings.metrics_port is not None:
+        start_http_server(settings.metrics_port, addr="127.0.0.1")
+    server(create_app(lambda: state.opened(settings)), settings).run()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's, without the pauses that full collections of everything imported would make."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+
+
+def server(app: Starlette, settings: GatewaySettings) -> Server:
+    """Return the server for an application, ready to run."""
+    return Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop",
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            forwarded_allow_ips=settings.trusted_proxies,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=settings.shutdown_seconds,
+        )
+    )

@@ -1,0 +1,29 @@
+"""What this process counts of its requests; a labelled child is looked up once and then kept."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from prometheus_client import Counter, Histogram
+
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+
+_requests = Counter("pilotflame_http_requests", "Requests answered", ["method", "route", "status"])
+_seconds = Histogram(
+    "pilotflame_http_request_seconds",
+    "Time from the request's head to the end of the answer",
+    ["method", "route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 2.5, 10, 30),
+)
+
+
+def answered(method: str, route: str, status: int, seconds: float) -> None:
+    """Count one answered request; `route` is the template of its path."""
+    requests, durations = _children(method if method in METHODS else "other", route, status)
+    requests.inc()
+    durations.observe(seconds)
+
+
+@cache
+def _children(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    return _requests.labels(method, route, status), _seconds.labels(method, route)

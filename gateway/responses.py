@@ -1,0 +1,40 @@
+"""Answers as ASGI callables, made for small JSON bodies: the headers are bytes from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+_encode = msgspec.json.Encoder().encode
+_JSON = (b"content-type", b"application/json")
+
+
+class JsonResponse:
+    """A JSON body; `value` is anything that msgspec encodes, `msgspec.Raw` for text that is JSON already."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.status = status
+        self.body = _encode(value)
+        self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encoded(headers)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+class NoContent:
+    """204: it was done, and there is nothing to say about it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _encoded(headers: Mapping[str, str] | None) -> list[tuple[bytes, bytes]]:
+    if not headers:
+        return []
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

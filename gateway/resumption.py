@@ -1,0 +1,147 @@
+"""A failed run taken up again: a new execution that starts from what the failed one has committed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Text,
+    and_,
+    bindparam,
+    insert,
+    literal,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+    type_coerce,
+)
+from sqlmodel import SQLModel, col
+
+from engine.events import SpanStatus
+from gateway import acceptance, errors
+from gateway.execution_access import visible_to
+from models import ids
+from models.columns import Instant
+from models.execution import SHARED, Execution, ExecutionData, ExecutionStatus, SpanRow
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Insert
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import ColumnElement, SQLColumnExpression
+
+    from journal.store import ExecutionKey
+    from models.access import Caller
+
+_SETTLED: Final = or_(
+    col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
+    and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port).is_not(None)),
+)
+"""Nodes that won't run again, among them one that failed and left by its error port."""
+_NOT_YET: Final = (
+    *("due_at", "lease_owner", "lease_until", "deadline_at"),
+    *("request", "error", "started_at", "ended_at"),
+)
+"""Columns of an execution that are empty until somebody takes it up."""
+
+
+async def resume(connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller) -> None:
+    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume."""
+    await _require_failed(connection, failed, caller)
+    if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
+        return  # an earlier try was committed, though its answer was lost
+    settled = select(col(SpanRow.node_id), col(SpanRow.iteration)).where(_spans_of(failed), _SETTLED)
+    spans = (await connection.execute(settled)).all()
+    await connection.execute(_new_execution(connection, failed, new_id, caller, settled_nodes=len(spans)))
+    await connection.execute(_new_data(failed, new_id))
+    if spans:
+        copies = [
+            {"new_id": ids.new("span"), "of_node": row.node_id, "of_iteration": row.iteration}
+            for row in spans
+        ]
+        await connection.execute(_new_span(failed, new_id), copies)
+
+
+async def _require_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> None:
+    statement = (
+        select(col(Execution.status), col(Workflow.status), col(Workflow.deleted_at))
+        .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
+        .where(col(Execution.id) == failed.execution_id, visible_to(caller))
+    )
+    found = (await connection.execute(statement)).first()
+    if found is None:
+        raise errors.not_found("execution")
+    status, workflow_status, deleted_at = found
+    if status != ExecutionStatus.FAILED:
+        message = f"Only a failed execution can be resumed: this one is {status}"
+        raise errors.conflict("execution-not-failed", message)
+    if deleted_at is not None:
+        raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
+    acceptance.require_open(WorkflowStatus(workflow_status))
+
+
+def _new_execution(
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller, *, settled_nodes: int
+) -> Insert:
+    now = _now(connection)
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "id": literal(new_id),
+        "user_id": literal(caller.user_id),
+        "status": literal(ExecutionStatus.PENDING.value),
+        "target": literal(SHARED),
+        "rank": type_coerce(now, BigInteger),
+        "is_fresh": true(),
+        "token": literal(0),
+        "attempt": literal(0),
+        "completed_nodes": literal(settled_nodes),
+        "resumed_from": col(Execution.id),
+        "has_journal": true(),
+        "created_at": now,
+        "updated_at": now,
+        **{name: null() for name in _NOT_YET},
+    }
+    condition = and_(col(Execution.id) == failed.execution_id, col(Execution.lane) == failed.lane)
+    return _copy("execution", changes, condition)
+
+
+def _new_data(failed: ExecutionKey, new_id: str) -> Insert:
+    condition = and_(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+    )
+    return _copy("execution_data", {"execution_id": literal(new_id)}, condition)
+
+
+def _new_span(failed: ExecutionKey, new_id: str) -> Insert:
+    """Return the statement that copies one span, that of `of_node` and `of_iteration`, with the id `new_id`."""
+    condition = and_(
+        _spans_of(failed),
+        col(SpanRow.node_id) == bindparam("of_node"),
+        col(SpanRow.iteration) == bindparam("of_iteration"),
+    )
+    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text())}
+    return _copy("span", changes, condition)
+
+
+def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
+    return and_(col(SpanRow.execution_id) == failed.execution_id, col(SpanRow.lane) == failed.lane)
+
+
+def _copy(
+    table: str, changes: Mapping[str, SQLColumnExpression[Any]], condition: ColumnElement[bool]
+) -> Insert:
+    """Return the statement that inserts rows of a table once more, with some columns changed."""
+    columns = SQLModel.metadata.tables[table].columns
+    selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
+    return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)
+
+
+def _now(connection: AsyncConnection) -> ColumnElement[datetime]:
+    """Return the database's time; SQLite's is this host's."""
+    if connection.dialect.name == "postgresql":
+        return literal_column("(extract(epoch FROM now()) * 1000000)::bigint", Instant())
+    return literal(datetime.now(UTC), Instant())

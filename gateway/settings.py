@@ -1,0 +1,48 @@
+"""The gateway's settings: read once, when the process starts."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr
+
+from models.settings import InvalidSettings, Settings
+
+
+class GatewaySettings(Settings):
+    """What the gateway reads besides what all processes share."""
+
+    host: str = Field(default="127.0.0.1", description="Address that the gateway listens on.")
+    port: int = Field(default=8000, ge=0, le=65_535, description="Port that the gateway listens on.")
+    public_url: str = Field(
+        default="http://127.0.0.1:8000", description="Address under which clients reach the gateway."
+    )
+    trusted_proxies: str = Field(
+        default="127.0.0.1",
+        description="Addresses, separated by commas, whose `X-Forwarded-For` says where a request comes from.",
+    )
+    bootstrap_api_key: SecretStr | None = Field(
+        default=None,
+        description="In an empty database, makes the first organisation, its admin and this key with all scopes.",
+    )
+    max_body_bytes: int = Field(
+        default=10_000_000, ge=1_000, description="The largest body that is accepted."
+    )
+    run_path_connections: int = Field(
+        default=6,
+        ge=1,
+        le=100,
+        description="Connections to PostgreSQL that accept and follow runs; the rest of the API has up to 10 more.",
+    )
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65_535, description="Port of Prometheus metrics on 127.0.0.1; none unless set."
+    )
+    shutdown_seconds: int = Field(
+        default=20,
+        ge=0,
+        description="How long requests under way are waited for when the process is told to stop.",
+    )
+
+    def check_for_production(self) -> None:
+        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
+        _ = self.secret
+        if self.redis_url is None:
+            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

@@ -1,0 +1,98 @@
+"""What the gateway holds while it runs: opened when it starts, handed to every handler, closed when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gateway.acceptance import Acceptances
+from gateway.auth import Authenticator
+from gateway.bootstrap import bootstrap
+from gateway.execution_access import ExecutionAccess
+from gateway.live_events import LiveEvents
+from gateway.settings import GatewaySettings
+from gateway.waiting import Waiting
+from gateway.workflow_cache import WorkflowCache
+from journal.opening import open_store
+from journal.store import Store
+from messages import broker as brokers
+from messages.broker import Broker
+from models import database as databases
+from models import migrating
+from models.database import Database
+from nodes import catalog as catalogs
+from nodes.catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The parts that handlers use."""
+
+    settings: GatewaySettings
+    database: Database
+    store: Store
+    broker: Broker
+    catalog: Catalog
+    authenticator: Authenticator
+    workflows: WorkflowCache
+    acceptances: Acceptances
+    waiting: Waiting
+    access: ExecutionAccess
+    live_events: LiveEvents
+
+
+StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[State]]
+
+
+@asynccontextmanager
+async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
+    """Open everything for a process of its own."""
+    async with AsyncExitStack() as stack:
+        url = databases.parse_url(settings.database_url)
+        database = Database(url)
+        stack.push_async_callback(database.close)
+        await migrating.require_current(database)
+        store = await open_store(url, connections=settings.run_path_connections)
+        stack.push_async_callback(store.close)
+        broker = await brokers.connect(settings.redis_url)
+        stack.push_async_callback(broker.close)
+        yield await stack.enter_async_context(assembled(settings, database, store, broker))
+
+
+@asynccontextmanager
+async def assembled(
+    settings: GatewaySettings, database: Database, store: Store, broker: Broker
+) -> AsyncIterator[State]:
+    """Make the gateway's own parts around what the process may share with other roles, which stays open."""
+    if settings.bootstrap_api_key is not None:
+        await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
+    catalog = catalogs.load()
+    authenticator = Authenticator(database, settings.secret)
+    waiting = Waiting(store, broker)
+    acceptances = Acceptances(store, broker, waiting)
+    access = ExecutionAccess(database)
+    workflows = WorkflowCache(database, catalog)
+    live_events = LiveEvents(database, waiting, authenticator, access)
+    await waiting.start()
+    try:
+        yield State(
+            settings=settings,
+            database=database,
+            store=store,
+            broker=broker,
+            catalog=catalog,
+            authenticator=authenticator,
+            workflows=workflows,
+            acceptances=acceptances,
+            waiting=waiting,
+            access=access,
+            live_events=live_events,
+        )
+    finally:
+        await acceptances.drain()
+        await waiting.close()
+        await live_events.close()
+        await workflows.close()
+        await authenticator.close()

@@ -1,0 +1,57 @@
+"""Names, labels and descriptions as they are kept: composed (NFC), trimmed, without control characters."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+from gateway import errors, limits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.values import Json
+
+_LINES = frozenset("\n\r\t")
+
+
+class Problems:
+    """Collects what is wrong with a body, so that all of it can be told at once."""
+
+    def __init__(self) -> None:
+        self.found: list[Mapping[str, Json]] = []
+
+    def add(self, path: str, code: str, message: str) -> None:
+        self.found.append(errors.problem(path, code, message))
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether there is more than an answer lists: the rest needn't be looked for."""
+        return len(self.found) >= limits.FINDINGS
+
+    def raise_any(self) -> None:
+        """Raise 422 `validation-failed` where anything was found."""
+        if self.found:
+            raise errors.invalid(self.found)
+
+
+def line(value: str, path: str, problems: Problems, *, max_length: int, may_be_empty: bool = False) -> str:
+    """Return a text of one line as it is kept."""
+    kept = unicodedata.normalize("NFC", value).strip()
+    if not kept and not may_be_empty:
+        problems.add(path, "required", f"{path} must not be empty")
+    if len(kept) > max_length:
+        problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")
+    if any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in kept):
+        problems.add(path, "control-character", f"{path} must not hold control characters")
+    return kept
+
+
+def paragraphs(value: str, path: str, problems: Problems, *, max_length: int) -> str:
+    """Return a text of several lines as it is kept."""
+    kept = unicodedata.normalize("NFC", value)
+    if len(kept) > max_length:
+        problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")
+    if any(unicodedata.category(character) == "Cc" for character in kept if character not in _LINES):
+        problems.add(path, "control-character", f"{path} must not hold control characters")
+    return kept

@@ -1,0 +1,146 @@
+"""The shape of bodies: camelCase outside, snake_case inside, and one entry in the answer for every wrong field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from enum import Enum
+from itertools import islice
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, TypeVar, Union, get_args, get_origin
+
+import msgspec
+
+from engine import values
+from engine.values import InvalidJson, Json
+from gateway import errors, limits
+from gateway.errors import ApiError
+
+if TYPE_CHECKING:
+    from gateway.request import Request
+
+
+class Wire(msgspec.Struct, rename="camel", kw_only=True):
+    """Base of every body: what isn't a field here can't be set, and is passed over."""
+
+
+Body = TypeVar("Body", bound=Wire)
+
+_QUOTED = re.compile(r"`([^`]*)`")
+_JSON_WORDS = {
+    "array": "a list",
+    "bool": "true or false",
+    "datetime": "a time such as 2025-01-15T10:30:00Z",
+    "float": "a number",
+    "int": "a whole number",
+    "object": "an object",
+    "str": "a text",
+}
+
+
+async def decode_body(request: Request, kind: type[Body]) -> Body:
+    """Return the body as `kind`; raises 400 for what is no JSON, 415 for other types, 422 for wrong fields."""
+    return convert(await read_json(request), kind)
+
+
+async def read_json(request: Request) -> Json:
+    """Return the body as JSON; an absent one is an empty object."""
+    raw = await request.body()
+    if not raw:
+        return {}
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise ApiError(415, "unsupported-media-type", "Send the body as Content-Type: application/json")
+    try:
+        return values.decode(raw)
+    except InvalidJson as error:
+        raise ApiError(400, error.code, error.message) from error
+
+
+def convert(value: Json, kind: type[Body], path: str = "") -> Body:
+    """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise errors.invalid(islice(_problems(value, kind, path), limits.FINDINGS)) from error
+
+
+def instant(moment: datetime) -> str:
+    """Return a time as clients see it: UTC, ISO 8601, milliseconds, ending in `Z`."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def optional_instant(moment: datetime | None) -> str | None:
+    """Return a time as clients see it, or null."""
+    return None if moment is None else instant(moment)
+
+
+# ── what is wrong with a body ───────────────────────────────────────────────────────────────────────────────
+
+
+def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
+    """Return what keeps `value` from being a `kind`, down to the fields of nested bodies."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        inside = _problems_inside(value, kind, path)
+        first = next(inside, None)
+        yield _problem(path, kind, str(error)) if first is None else first
+        yield from inside
+
+
+def _problems_inside(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
+    for part in _parts(kind):
+        if isinstance(value, dict) and _is_body(part):
+            yield from _wrong_fields(value, part, path)
+        elif isinstance(value, dict) and get_origin(part) is dict:
+            for key, item in value.items():
+                yield from _problems(item, get_args(part)[1], _below(path, key))
+        elif isinstance(value, list) and get_origin(part) is list:
+            for index, item in enumerate(value):
+                yield from _problems(item, get_args(part)[0], _below(path, str(index)))
+
+
+def _wrong_fields(
+    value: Mapping[str, Json], kind: type[msgspec.Struct], path: str
+) -> Iterator[dict[str, Json]]:
+    for field in msgspec.structs.fields(kind):
+        below = _below(path, field.encode_name)
+        if field.encode_name in value:
+            yield from _problems(value[field.encode_name], field.type, below)
+        elif field.required:
+            yield errors.problem(below, "required", f"{below} is required")
+
+
+def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation
+    """Return the types that an annotation allows, without their constraints."""
+    if get_origin(kind) is Annotated:
+        yield from _parts(get_args(kind)[0])
+    elif get_origin(kind) in {Union, UnionType}:
+        for part in get_args(kind):
+            yield from _parts(part)
+    else:
+        yield kind
+
+
+def _is_body(kind: Any) -> TypeGuard[type[msgspec.Struct]]:  # noqa: ANN401 - any type annotation
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN401 - any type annotation
+    text, _, _ = reason.partition(" - at `$")
+    code = "invalid-type" if ", got `" in text else "invalid-value"
+    enums = [part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Enum)]
+    if enums and code == "invalid-value":
+        text = f"Expected one of {', '.join(choice.value for choice in enums[0])}"
+    return errors.problem(path, code, f"{path or 'the body'}: {_QUOTED.sub(_in_json_words, text)}")
+
+
+def _in_json_words(quoted: re.Match[str]) -> str:
+    """Say a type in the words that JSON has for it, where msgspec says it in Python's."""
+    return " or ".join(_JSON_WORDS.get(word, word) for word in quoted[1].split(" | "))
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,228 @@
+"""Workflows read and written, each query within the caller's organisation; changes are guarded by the revision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlmodel import col
+
+from journal.store import ExecutionKey
+from models.execution import TERMINAL, Execution
+from models.workflow import (
+    Workflow,
+    WorkflowGraph,
+    WorkflowShare,
+    WorkflowStatus,
+    WorkflowTag,
+    WorkflowVersion,
+    readable_by,
+    writable_by,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from gateway.graph_shapes import StoredConnection, StoredNode
+    from gateway.query import Page
+    from models.access import Caller
+
+FIRST_VERSION = 1
+FIRST_VERSION_TAG = "v1.0.0"
+FIRST_VERSION_DESCRIPTION = "Initial version"
+SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
+    "createdAt": col(Workflow.created_at),
+    "updatedAt": col(Workflow.updated_at),
+    "name": col(Workflow.name),
+    "status": col(Workflow.status),
+    "version": col(Workflow.version),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A workflow with its graph and whom it is shared with."""
+
+    workflow: Workflow
+    nodes: Sequence[StoredNode]
+    connections: Sequence[StoredConnection]
+    shared_with: Sequence[str]
+
+
+async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) -> Stored | None:
+    """Return a workflow that the caller may read."""
+    row = (
+        (
+            await connection.execute(
+                select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
+                .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+                .where(col(Workflow.id) == workflow_id, readable_by(caller))
+            )
+        )
+        .mappings()
+        .first()
+    )
+    if row is None:
+        return None
+    shares = (
+        select(col(WorkflowShare.user_id))
+        .where(col(WorkflowShare.workflow_id) == workflow_id)
+        .order_by(col(WorkflowShare.shared_at), col(WorkflowShare.user_id))
+    )
+    shared_with = list(await connection.scalars(shares))
+    fields = dict(row)
+    nodes, connections = fields.pop("nodes"), fields.pop("connections")
+    return Stored(Workflow(**fields), nodes, connections, shared_with)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which workflows a list shows."""
+
+    status: WorkflowStatus | None
+    tag: str | None
+    search: str | None
+
+
+async def page(
+    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+) -> tuple[int, list[Workflow]]:
+    """Return how many workflows the caller may read and a page of them; templates are left out."""
+    conditions = [readable_by(caller), col(Workflow.is_template).is_(False), *_conditions(caller, wanted)]
+    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
+    rows = await connection.execute(
+        select(Workflow)
+        .where(*conditions)
+        .order_by(order, col(Workflow.id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [Workflow(**row) for row in rows.mappings()]
+
+
+def _conditions(caller: Caller, wanted: Filter) -> Iterable[ColumnElement[bool]]:
+    if wanted.status is not None:
+        yield col(Workflow.status) == wanted.status
+    if wanted.tag is not None:
+        tagged = select(col(WorkflowTag.workflow_id)).where(
+            col(WorkflowTag.organization_id) == caller.organization_id, col(WorkflowTag.tag) == wanted.tag
+        )
+        yield col(Workflow.id).in_(tagged)
+    if wanted.search is not None:
+        name, description = col(Workflow.name), col(Workflow.description)
+        yield name.icontains(wanted.search, autoescape=True) | description.icontains(
+            wanted.search, autoescape=True
+        )
+
+
+async def count_by_status(connection: AsyncConnection, organization_id: str) -> dict[str, int]:
+    """Return how many workflows an organisation has in each status, templates left out."""
+    rows = await connection.execute(
+        select(col(Workflow.status), func.count().label("total"))
+        .where(
+            col(Workflow.organization_id) == organization_id,
+            col(Workflow.deleted_at).is_(None),
+            col(Workflow.is_template).is_(False),
+        )
+        .group_by(col(Workflow.status))
+    )
+    return {row.status: row.total for row in rows}
+
+
+async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
+    """Tell whether a workflow was made, whoever may see it."""
+    return (
+        await connection.scalar(select(col(Workflow.id)).where(col(Workflow.id) == workflow_id)) is not None
+    )
+
+
+async def add(connection: AsyncConnection, stored: Stored) -> None:
+    """Write a new workflow with its graph, tags and first version."""
+    workflow = stored.workflow
+    graph = WorkflowGraph(
+        workflow_id=workflow.id,
+        lane=workflow.lane,
+        nodes=list(stored.nodes),
+        connections=list(stored.connections),
+    )
+    version = WorkflowVersion(
+        workflow_id=workflow.id,
+        version=FIRST_VERSION,
+        lane=workflow.lane,
+        version_tag=FIRST_VERSION_TAG,
+        description=FIRST_VERSION_DESCRIPTION,
+        snapshot=_snapshot(stored),
+        created_by=workflow.owner_id,
+        created_at=workflow.created_at,
+    )
+    await connection.execute(insert(Workflow).values(workflow.model_dump()))
+    await connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
+    await connection.execute(insert(WorkflowVersion).values(version.model_dump()))
+    await _add_tags(connection, workflow)
+
+
+async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: Caller) -> bool:
+    """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
+    workflow = after.workflow
+    result = await connection.execute(
+        update(Workflow)
+        .where(
+            col(Workflow.id) == workflow.id,
+            col(Workflow.revision) == before.workflow.revision,
+            writable_by(caller),
+        )
+        .values(workflow.model_dump())
+    )
+    if result.rowcount != 1:
+        return False
+    if (after.nodes, after.connections) != (before.nodes, before.connections):
+        await connection.execute(
+            update(WorkflowGraph)
+            .where(col(WorkflowGraph.workflow_id) == workflow.id)
+            .values(nodes=list(after.nodes), connections=list(after.connections))
+        )
+    if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
+        await connection.execute(
+            delete(WorkflowTag).where(
+                col(WorkflowTag.organization_id) == workflow.organization_id,
+                col(WorkflowTag.workflow_id) == workflow.id,
+            )
+        )
+        if workflow.deleted_at is None:
+            await _add_tags(connection, workflow)
+    return True
+
+
+async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
+    """Return a workflow's runs that have not ended."""
+    running = select(col(Execution.id), col(Execution.lane)).where(
+        col(Execution.organization_id) == workflow.organization_id,
+        col(Execution.workflow_id) == workflow.id,
+        col(Execution.status).not_in(TERMINAL),
+    )
+    return [ExecutionKey(row.id, row.lane) for row in await connection.execute(running)]
+
+
+async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
+    if workflow.tags:
+        tags = [
+            {"organization_id": workflow.organization_id, "tag": tag, "workflow_id": workflow.id}
+            for tag in workflow.tags
+        ]
+        await connection.execute(insert(WorkflowTag), tags)
+
+
+def _snapshot(stored: Stored) -> dict[str, object]:
+    workflow = stored.workflow
+    return {
+        "name": workflow.name,
+        "description": workflow.description,
+        "nodes": list(stored.nodes),
+        "connections": list(stored.connections),
+        "settings": workflow.settings,
+        "config": workflow.config,
+    }

@@ -1,0 +1,151 @@
+"""A gateway on a real database, with organisations, users and keys made on demand, and clients that use them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx2
+from pydantic import SecretStr
+from starlette.applications import Starlette
+
+from gateway import state
+from gateway.main import create_app
+from gateway.settings import GatewaySettings
+from gateway.state import State
+from models import access_store, migrating
+from models.access import ALL_SCOPES, KeyScope, Organization, Role, User
+from models.database import parse_url
+from tests.services import PostgreSQL
+
+SECRET = "a secret of more than thirty-two characters"
+TRIGGER = {"id": "start", "nodeId": "manual", "label": "Start"}
+STEP = {"id": "step", "nodeId": "set", "label": "Step", "config": {"values": {"a": 1}}}
+EDGE = {"sourceNodeId": "start", "targetNodeId": "step"}
+GRAPH: dict[str, Any] = {"nodes": [TRIGGER, STEP], "connections": [EDGE]}
+"""The smallest graph that is valid."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """A user, and a client with a key of theirs."""
+
+    user: User
+    api: httpx2.AsyncClient
+    key: str
+
+    async def create(self, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+        """Make a workflow and return its id."""
+        response = await self.api.post("/api/v1/workflows", json={"name": "A workflow", **fields})
+        assert response.status_code == 201, response.text
+        workflow_id: str = response.json()["workflowId"]
+        return workflow_id
+
+    async def workflow(self, workflow_id: str) -> dict[str, Any]:
+        """Return a workflow as this person sees it."""
+        response = await self.api.get(f"/api/v1/workflows/{workflow_id}")
+        assert response.status_code == 200, response.text
+        shown: dict[str, Any] = response.json()
+        return shown
+
+
+@dataclass(frozen=True)
+class People:
+    """Two organisations: one with an admin and two members, the other with an admin."""
+
+    admin: Person
+    owner: Person
+    colleague: Person
+    stranger: Person
+
+
+class World:
+    """One gateway, its database, and those who use it."""
+
+    def __init__(self, app: Starlette, gateway: State, clients: AsyncExitStack) -> None:
+        self.app = app
+        self.gateway = gateway
+        self._clients = clients
+
+    async def people(self) -> People:
+        """Return people whom no other test knows."""
+        here, elsewhere = await self.organization(), await self.organization()
+        return People(
+            admin=await self.person(here, Role.ADMIN),
+            owner=await self.person(here),
+            colleague=await self.person(here),
+            stranger=await self.person(elsewhere, Role.ADMIN),
+        )
+
+    async def organization(self) -> Organization:
+        return await self.gateway.database.transaction(
+            lambda connection: access_store.create_organization(
+                connection, name="An organisation", now=datetime.now(UTC)
+            )
+        )
+
+    async def person(
+        self, organization: Organization, role: Role = Role.MEMBER, scopes: Collection[KeyScope] = ALL_SCOPES
+    ) -> Person:
+        now = datetime.now(UTC)
+        user = await self.gateway.database.transaction(
+            lambda connection: access_store.create_user(
+                connection,
+                organization=organization,
+                email=f"{uuid4().hex}@example.com",
+                name="Somebody",
+                role=role,
+                now=now,
+            )
+        )
+        made = await self.gateway.database.transaction(
+            lambda connection: access_store.create_key(
+                connection, user=user, name="test", scopes=scopes, secret=SECRET.encode(), now=now
+            )
+        )
+        return Person(user, await self.client(made.key), made.key)
+
+    async def client(self, key: str | None = None, *, address: str = "10.0.0.1") -> httpx2.AsyncClient:
+        """Return a client that sends `key`, from `address`."""
+        transport = httpx2.ASGITransport(self.app, client=(address, 1234))
+        headers = {} if key is None else {"X-API-Key": key}
+        client = httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+        return await self._clients.enter_async_context(client)
+
+
+def refused(response: httpx2.Response, status: int, code: str) -> None:
+    """Check that an answer is a refusal, in the one shape that there is for them."""
+    assert response.status_code == status, response.text
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Cache-Control"] == "no-store"
+    if status in {429, 503}:
+        assert int(response.headers["Retry-After"]) > 0
+    body = response.json()
+    assert set(body) == {"success", "error", "requestId"}
+    assert body["success"] is False
+    assert body["requestId"] == response.headers["X-Request-Id"]
+    assert set(body["error"]) == {"code", "message", "details"}
+    assert body["error"]["code"] == code
+    assert body["error"]["message"]
+    assert isinstance(body["error"]["details"], list)
+
+
+@asynccontextmanager
+async def open_world(kind: str, postgres: PostgreSQL, folder: Path) -> AsyncIterator[World]:
+    """Run a gateway on an empty database of a kind: `sqlite` or `postgresql`."""
+    url = f"sqlite:///{folder}/test.db"
+    if kind == "postgresql":
+        url = await postgres.create_database(f"gateway_{uuid4().hex}")
+    await migrating.migrate(parse_url(url))
+    settings = GatewaySettings(
+        data_dir=folder, database_url=url, secret_key=SecretStr(SECRET), max_body_bytes=1_000_000
+    )
+    app = create_app(lambda: state.opened(settings))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        yield World(app, app.state.gateway, stack)

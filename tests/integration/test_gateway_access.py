@@ -1,0 +1,346 @@
+"""Keys, users and organisations: who gets in, how far, and for how long."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway.bootstrap import bootstrap
+from models import access_store
+from models.access import ApiKey, KeyScope, Role
+from models.database import Database, parse_url
+from models.migrating import migrate
+from models.settings import InvalidSettings
+from tests.integration.gateway_world import SECRET, World, open_world, refused
+from tests.services import PostgreSQL
+
+KEYS = "/api/v1/auth/keys"
+USERS = "/api/v1/auth/users"
+WHOAMI = "/api/v1/auth/whoami"
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("access")
+    async with open_world(request.param, postgres, folder) as world:
+        yield world
+
+
+async def comes_true(condition: AsyncIterator[bool], *, within_seconds: float) -> float:
+    """Wait until a condition holds and return how long that took."""
+    started = monotonic()
+    async for holds in condition:
+        if holds:
+            return monotonic() - started
+        assert monotonic() - started < within_seconds
+        await asyncio.sleep(0.02)
+    raise AssertionError
+
+
+async def test_whoami_tells_whom_a_key_stands_for(world: World) -> None:
+    people = await world.people()
+    shown = (await people.owner.api.get(WHOAMI)).json()
+    assert shown["userId"] == people.owner.user.id
+    assert shown["organizationId"] == people.owner.user.organization_id
+    assert shown["email"] == people.owner.user.email
+    assert shown["role"] == "member"
+    assert "workflows:read" in shown["scopes"]
+
+
+@pytest.mark.parametrize(
+    "key", [None, "", "nothing", "sk-00" + "0" * 52, "Bearer nothing", "x" * 10_000, "é", "' OR 1=1 --"]
+)
+async def test_without_a_valid_key_every_answer_is_the_same(world: World, key: str | None) -> None:
+    client = await world.client(address="10.0.0.2")
+    headers = {} if key is None else {b"X-API-Key": key.encode("latin-1")}
+    response = await client.get(WHOAMI, headers=headers)
+    refused(response, 401, "unauthorized")
+    assert response.headers["WWW-Authenticate"] == "ApiKey"
+    assert response.json()["error"]["message"] == "Send a valid API key in the X-API-Key header"
+
+
+async def test_a_key_counts_in_its_own_header_alone(world: World) -> None:
+    people = await world.people()
+    client = await world.client(address="10.0.0.3")
+    for headers in (
+        {"Authorization": f"Bearer {people.owner.key}"},
+        {"Cookie": f"X-API-Key={people.owner.key}"},
+    ):
+        refused(await client.get(WHOAMI, headers=headers), 401, "unauthorized")
+    refused(await client.get(f"{WHOAMI}?X-API-Key={people.owner.key}"), 401, "unauthorized")
+
+
+async def test_headers_about_tenants_and_addresses_change_nobody(world: World) -> None:
+    people = await world.people()
+    headers = {
+        "X-Organization-Id": people.stranger.user.organization_id,
+        "X-User-Id": people.admin.user.id,
+        "X-HTTP-Method-Override": "DELETE",
+        "Host": "elsewhere/healthz?",
+        "X-Original-URL": "/healthz",
+    }
+    shown = (await people.owner.api.get(WHOAMI, headers=headers)).json()
+    assert shown["userId"] == people.owner.user.id
+
+
+async def test_each_scope_opens_its_own_routes_and_no_other(world: World) -> None:
+    organization = await world.organization()
+    reader = await world.person(organization, scopes=[KeyScope.WORKFLOWS_READ])
+    writer = await world.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
+    assert (await reader.api.get("/api/v1/workflows")).status_code == 200
+    assert (await writer.api.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
+    refusal = await reader.api.post("/api/v1/workflows", json={"name": "x"})
+    refused(refusal, 403, "scope-required")
+    assert "workflows:write" in refusal.json()["error"]["message"]
+    refused(await writer.api.get("/api/v1/workflows"), 403, "scope-required")
+    refused(await writer.api.get(KEYS), 403, "scope-required")
+    assert (await reader.api.get(WHOAMI)).status_code == 200
+
+
+async def test_a_key_is_shown_once_and_kept_as_a_hash(world: World) -> None:
+    people = await world.people()
+    response = await people.owner.api.post(KEYS, json={"name": "laptop", "scopes": ["workflows:read"]})
+    assert response.status_code == 201
+    made = response.json()
+    key = made.pop("key")
+    assert key.startswith("sk-")
+    assert len(key) > 50
+    assert made["name"] == "laptop"
+    assert made["scopes"] == ["workflows:read"]
+    assert key.startswith(made["prefix"])
+    listed = (await people.owner.api.get(KEYS)).json()
+    assert made in listed["keys"]
+    assert (listed["count"], listed["limit"], listed["offset"]) == (2, 20, 0)
+    assert key not in str(listed)
+    async with world.gateway.database.read() as connection:
+        row = (await connection.execute(select(ApiKey).where(col(ApiKey.id) == made["id"]))).mappings().one()
+    assert key not in str(dict(row))
+    assert (await (await world.client(key)).get(WHOAMI)).json()["keyId"] == made["id"]
+
+
+async def test_a_key_gets_no_scope_that_its_maker_lacks(world: World) -> None:
+    organization = await world.organization()
+    maker = await world.person(organization, scopes=[KeyScope.KEYS_WRITE, KeyScope.WORKFLOWS_READ])
+    refusal = await maker.api.post(KEYS, json={"name": "more", "scopes": ["workflows:write"]})
+    refused(refusal, 403, "scope-required")
+    assert "workflows:write" in refusal.json()["error"]["message"]
+    same = await maker.api.post(KEYS, json={"name": "same"})
+    assert same.json()["scopes"] == ["keys:write", "workflows:read"]
+    none = await maker.api.post(KEYS, json={"name": "none", "scopes": []})
+    assert none.json()["scopes"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "x" * 101}, "name"),
+        ({"name": "x", "scopes": ["everything"]}, "scopes.0"),
+        ({"name": "x", "expiresInSeconds": 0}, "expiresInSeconds"),
+        ({"name": "x", "expiresInSeconds": 10**12}, "expiresInSeconds"),
+        ({"name": "x", "expiresAt": "2001-01-01T00:00:00Z"}, "expiresAt"),
+        ({"name": "x", "expiresAt": "9999-12-31T23:59:59Z"}, "expiresAt"),
+        ({"name": "x", "expiresAt": "tomorrow"}, "expiresAt"),
+        ({"name": "x", "expiresAt": "2030-01-01T00:00:00Z", "expiresInSeconds": 5}, "expiresAt"),
+    ],
+)
+async def test_a_key_that_makes_no_sense_is_refused(world: World, body: dict[str, object], path: str) -> None:
+    people = await world.people()
+    response = await people.owner.api.post(KEYS, json=body)
+    refused(response, 422, "validation-failed")
+    assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
+
+
+async def test_a_key_stops_working_when_it_expires(world: World) -> None:
+    people = await world.people()
+    made = (await people.owner.api.post(KEYS, json={"name": "brief", "expiresInSeconds": 1})).json()
+    client = await world.client(made["key"], address="10.0.0.4")
+    assert (await client.get(WHOAMI)).status_code == 200
+
+    async def is_refused() -> AsyncIterator[bool]:
+        while True:
+            yield (await client.get(WHOAMI)).status_code == 401
+
+    assert await comes_true(is_refused(), within_seconds=4) > 0.5
+
+
+async def test_a_revocation_works_within_two_seconds(world: World) -> None:
+    people = await world.people()
+    made = (await people.owner.api.post(KEYS, json={"name": "lost"})).json()
+    client = await world.client(made["key"], address="10.0.0.5")
+    assert (await client.get(WHOAMI)).status_code == 200
+    for _ in range(2):
+        assert (await people.owner.api.delete(f"{KEYS}/{made['id']}")).status_code == 204
+
+    async def is_refused() -> AsyncIterator[bool]:
+        while True:
+            yield (await client.get(WHOAMI)).status_code == 401
+
+    assert await comes_true(is_refused(), within_seconds=2) < 2
+    listed = (await people.owner.api.get(KEYS)).json()["keys"]
+    assert next(key for key in listed if key["id"] == made["id"])["revokedAt"] is not None
+
+
+async def test_the_last_use_of_a_key_is_noted(world: World) -> None:
+    people = await world.people()
+    await people.owner.api.get(WHOAMI)
+
+    async def is_noted() -> AsyncIterator[bool]:
+        while True:
+            listed = (await people.owner.api.get(KEYS)).json()["keys"]
+            yield listed[0]["lastUsedAt"] is not None
+
+    await comes_true(is_noted(), within_seconds=5)
+
+
+async def test_members_manage_their_own_keys_and_admins_those_of_the_organisation(world: World) -> None:
+    people = await world.people()
+    mine = (await people.owner.api.post(KEYS, json={"name": "mine"})).json()["id"]
+    assert mine in [key["id"] for key in (await people.owner.api.get(KEYS)).json()["keys"]]
+    assert mine in [key["id"] for key in (await people.admin.api.get(KEYS)).json()["keys"]]
+    for other in (people.colleague, people.stranger):
+        assert mine not in [key["id"] for key in (await other.api.get(KEYS)).json()["keys"]]
+        refused(await other.api.delete(f"{KEYS}/{mine}"), 404, "not-found")
+    assert (await people.admin.api.delete(f"{KEYS}/{mine}")).status_code == 204
+
+
+async def test_an_admin_makes_keys_for_users_of_the_organisation_alone(world: World) -> None:
+    people = await world.people()
+    body = {"name": "for you", "scopes": ["workflows:read"], "userId": people.owner.user.id}
+    made = await people.admin.api.post(KEYS, json=body)
+    assert made.json()["userId"] == people.owner.user.id
+    assert (await (await world.client(made.json()["key"])).get(WHOAMI)).json()["role"] == "member"
+    for other in (people.colleague, people.stranger):
+        refused(await other.api.post(KEYS, json=body), 404, "not-found")
+
+
+async def test_an_admin_adds_users(world: World) -> None:
+    people = await world.people()
+    response = await people.admin.api.post(USERS, json={"email": "Ada@Example.com", "name": "Ada"})
+    assert response.status_code == 201
+    made = response.json()
+    assert (made["email"], made["name"], made["role"]) == ("ada@example.com", "Ada", "member")
+    listed = (await people.admin.api.get(USERS)).json()
+    assert made in listed["users"]
+    assert listed["count"] == 4
+    refused(await people.admin.api.post(USERS, json={"email": "ada@example.com"}), 409, "email-taken")
+    same_elsewhere = await people.stranger.api.post(USERS, json={"email": "ada@example.com", "role": "admin"})
+    assert same_elsewhere.status_code == 201
+    assert made["id"] not in str((await people.stranger.api.get(USERS)).json())
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({}, "email"),
+        ({"email": "nobody"}, "email"),
+        ({"email": "a b@example.com"}, "email"),
+        ({"email": "x" * 250 + "@example.com"}, "email"),
+        ({"email": "a@example.com", "role": "owner"}, "role"),
+        ({"email": "a@example.com", "name": "x" * 201}, "name"),
+    ],
+)
+async def test_a_user_that_makes_no_sense_is_refused(
+    world: World, body: dict[str, object], path: str
+) -> None:
+    people = await world.people()
+    response = await people.admin.api.post(USERS, json=body)
+    refused(response, 422, "validation-failed")
+    assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
+
+
+async def test_only_admins_with_the_scope_see_and_add_users(world: World) -> None:
+    people = await world.people()
+    for request in (people.owner.api.get(USERS), people.owner.api.post(USERS, json={"email": "a@b.c"})):
+        refused(await request, 403, "admin-required")
+    organization = await world.organization()
+    narrow = await world.person(organization, Role.ADMIN, [KeyScope.WORKFLOWS_READ])
+    refused(await narrow.api.get(USERS), 403, "scope-required")
+
+
+async def test_an_address_that_keeps_failing_is_slowed_down_but_not_its_valid_keys(world: World) -> None:
+    people = await world.people()
+    known = await world.client(people.owner.key, address="10.7.7.7")
+    assert (await known.get(WHOAMI)).status_code == 200
+    answers = []
+    for number in range(60):
+        guess = await world.client(f"sk-00guess{number}", address="10.7.7.7")
+        answers.append(await guess.get(WHOAMI))
+    assert [answer.status_code for answer in answers] == [401] * 50 + [429] * 10
+    assert 0 < int(answers[-1].headers["Retry-After"]) <= 60
+    assert (await known.get(WHOAMI)).status_code == 200
+    assert (await (await world.client(people.admin.key, address="10.8.8.8")).get(WHOAMI)).status_code == 200
+
+
+async def test_many_requests_with_one_key_ask_the_database_once(world: World) -> None:
+    people = await world.people()
+    asked = []
+    find_key = access_store.find_key
+
+    async def counted(database: Database, hashed: str) -> access_store.FoundKey | None:
+        asked.append(hashed)
+        return await find_key(database, hashed)
+
+    access_store.find_key = counted
+    try:
+        answers = await asyncio.gather(*(people.owner.api.get(WHOAMI) for _ in range(20)))
+    finally:
+        access_store.find_key = find_key
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(asked) == 1
+
+
+async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(world: World) -> None:
+    people = await world.people()
+    made = (await people.admin.api.post(KEYS, json={"name": "x", "userId": people.owner.user.id})).json()
+    assert "users:write" in made["scopes"]
+    refused(await (await world.client(made["key"])).get(USERS), 403, "admin-required")
+
+
+# ── the first key ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def empty_database(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path: Path
+) -> AsyncIterator[Database]:
+    url = f"sqlite:///{tmp_path}/empty.db"
+    if request.param == "postgresql":
+        url = await postgres.create_database("gateway_bootstrap")
+    await migrate(parse_url(url))
+    database = Database(parse_url(url))
+    yield database
+    await database.close()
+
+
+async def test_the_first_organisation_is_made_once_however_many_gateways_start(
+    empty_database: Database,
+) -> None:
+    key = "a-first-key-of-the-operator"
+    made = await asyncio.gather(*(bootstrap(empty_database, key, SECRET.encode()) for _ in range(4)))
+    assert sorted(made) == [False, False, False, True]
+    assert not await bootstrap(empty_database, "another-key-of-the-operator", SECRET.encode())
+    async with empty_database.read() as connection:
+        (organization,) = await access_store.list_organizations(connection)
+        count, users = await access_store.list_users(connection, organization.id, limit=10, offset=0)
+        _, keys = await access_store.list_keys(connection, organization.id, user_id=None, limit=10, offset=0)
+    assert count == 1
+    assert users[0].role == "admin"
+    assert [set(row.scopes) for row in keys] == [set(KeyScope)]
+    found = await access_store.find_key(empty_database, keys[0].hash)
+    assert found is not None
+    assert found.is_valid(datetime.now(UTC) + timedelta(days=10_000))
+
+
+@pytest.mark.parametrize("key", ["short", "with a space in the middle of it", "with-ünicode-characters"])
+async def test_a_weak_first_key_is_refused(empty_database: Database, key: str) -> None:
+    with pytest.raises(InvalidSettings, match="PILOTFLAME_BOOTSTRAP_API_KEY"):
+        await bootstrap(empty_database, key, SECRET.encode())

@@ -1,0 +1,293 @@
+"""Whatever is sent gets a clear answer in one shape, and never a 500."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.gateway_world import GRAPH, People, World, open_world, refused
+from tests.services import PostgreSQL
+
+WORKFLOWS = "/api/v1/workflows"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("wire")
+    async with open_world(request.param, postgres, folder) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+async def people(world: World) -> People:
+    return await world.people()
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"{", "malformed-json"),
+        (b"\xff\xfe", "malformed-json"),
+        (b'\xef\xbb\xbf{"name": "x"}', "malformed-json"),
+        (b'{"name": "x"} extra', "malformed-json"),
+        (b"{'name': 'x'}", "malformed-json"),
+        (b'{"name": "x", "name": "y"}', "duplicate-key"),
+        (b'{"name": "x", "settings": {"a": NaN}}', "not-finite"),
+        (b'{"name": "x", "settings": {"a": -Infinity}}', "not-finite"),
+        (b'{"name": "x", "settings": {"a": 1e999}}', "not-finite"),
+        (b'{"name": "\\ud800"}', "lone-surrogate"),
+        (b'{"name": "a\\u0000b"}', "nul-character"),
+        (b'{"name": "x", "config": {"a": ' + b"9" * 400 + b"}}", "number-too-long"),
+        (b'{"name": "x", "config": ' + b'{"a":' * 70 + b"1" + b"}" * 71, "too-deep"),
+        (b'{"name": "x", "config": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "too-deep"),
+    ],
+)
+async def test_a_body_that_is_no_strict_json_is_refused(people: People, body: bytes, code: str) -> None:
+    refused(await people.owner.api.post(WORKFLOWS, content=body, headers=JSON), 400, code)
+
+
+@pytest.mark.parametrize(
+    ("body", "paths"),
+    [
+        ("[]", [""]),
+        ('"text"', [""]),
+        ("null", [""]),
+        ("{}", ["name"]),
+        ('{"name": 3, "tags": "x", "status": "on"}', ["name", "status", "tags"]),
+        ('{"name": ""}', ["name"]),
+        ('{"name": "  \\t "}', ["name"]),
+        ('{"name": "a\\u0007b"}', ["name"]),
+        ('{"name": "a\\u2028b"}', ["name"]),
+        ('{"name": "%s"}' % ("x" * 201), ["name"]),
+        ('{"name": "x", "description": "%s"}' % ("x" * 5001), ["description"]),
+        ('{"name": "x", "tags": [1, "ok", null]}', ["tags.0", "tags.2"]),
+        ('{"name": "x", "tags": ["%s", ""]}' % ("x" * 65), ["tags.0", "tags.1"]),
+        (json.dumps({"name": "x", "tags": [f"tag {number}" for number in range(51)]}), ["tags"]),
+        ('{"name": "x", "nodes": {}}', ["nodes"]),
+        ('{"name": "x", "nodes": [1]}', ["nodes.0"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "config": []}]}', ["nodes.0.config"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "position": {"x": "1", "y": 2}}]}', ["nodes.0.position.x"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "id": "a b"}, {}]}', ["nodes.0.id", "nodes.1.nodeId"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "id": "../../etc"}]}', ["nodes.0.id"]),
+        ('{"name": "x", "nodes": [{"nodeId": "sett"}]}', ["nodes.0.nodeId"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "version": "9.9.9"}]}', ["nodes.0.nodeId"]),
+        ('{"name": "x", "nodes": [{"nodeId": "%s"}]}' % ("y" * 100_000), ["nodes.0.nodeId"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "timeout": 0}]}', ["nodes.0.timeout"]),
+        ('{"name": "x", "nodes": [{"nodeId": "set", "retry": {"maxAttempts": 99}}]}', ["nodes.0.retry.maxAttempts"]),
+        ('{"name": "x", "connections": [{"source": "a"}]}', ["connections.0.targetNodeId"]),
+        ('{"name": "x", "connections": [{"source": 1, "target": "b"}]}', ["connections.0.source"]),
+        ('{"name": 1, "settings": {"timeout": "1h", "maxRetries": 1.5}}', ["name"]),
+        ('{"name": "x", "settings": {"timeout": "1h"}}', ["settings.timeout"]),
+        ('{"name": "", "settings": {"maxRetries": 1.5}}', ["name", "settings.maxRetries"]),
+        ('{"name": "", "settings": {"timeout": 1e300}}', ["name", "settings.timeout"]),
+        ('{"name": "x", "settings": {"retryOnFailure": 1}}', ["settings.retryOnFailure"]),
+        ('{"name": "x", "settings": {"mine": "%s"}}' % ("x" * 20_000), ["settings"]),
+        ('{"name": "x", "config": {"mine": "%s"}}' % ("x" * 20_000), ["config"]),
+    ],
+)  # fmt: skip
+async def test_each_wrong_field_has_its_own_entry(people: People, body: str, paths: list[str]) -> None:
+    response = await people.owner.api.post(WORKFLOWS, content=body, headers=JSON)
+    refused(response, 422, "validation-failed")
+    details = response.json()["error"]["details"]
+    assert sorted(detail["path"] for detail in details) == paths
+    assert all(set(detail) == {"path", "code", "message"} for detail in details)
+
+
+async def test_an_unknown_node_type_is_told_with_the_nearest_names(people: People) -> None:
+    body = {"name": "x", "nodes": [{"nodeId": "csv-parser"}]}
+    response = await people.owner.api.post(WORKFLOWS, json=body)
+    refused(response, 422, "validation-failed")
+    assert "csv-parse" in response.json()["error"]["details"][0]["message"]
+
+
+async def test_an_answer_lists_a_hundred_wrong_fields_at_most(people: People) -> None:
+    body = {"name": "x", "nodes": [{"nodeId": f"unknown-{number}"} for number in range(2_000)]}
+    response = await people.owner.api.post(WORKFLOWS, json=body)
+    refused(response, 422, "validation-failed")
+    assert len(response.json()["error"]["details"]) == 100
+
+
+@pytest.mark.parametrize("limit", [("nodes", 10_000), ("connections", 20_000)])
+async def test_a_graph_has_a_largest_size(people: People, limit: tuple[str, int]) -> None:
+    field, most = limit
+    response = await people.owner.api.post(WORKFLOWS, json={"name": "x", field: [{}] * (most + 1)})
+    refused(response, 422, "validation-failed")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        (None, 415),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+        ("application/jsonp", 415),
+        ("application/json; charset=utf-8", 201),
+        ("APPLICATION/JSON", 201),
+        ("application/vnd.pilotflame+json", 201),
+    ],
+)
+async def test_a_body_must_be_sent_as_json(people: People, content_type: str | None, status: int) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    response = await people.owner.api.post(WORKFLOWS, content=b'{"name": "x"}', headers=headers)
+    if status == 201:
+        assert response.status_code == 201
+    else:
+        refused(response, 415, "unsupported-media-type")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=101",
+        "limit=-1",
+        "limit=ten",
+        "limit=1.5",
+        "limit=99999999999999999999",
+        "limit=%D9%A1",
+        "offset=-1",
+        "offset=1000001",
+        "sort=name:up",
+        "sort=password",
+        "sort=name;DROP TABLE workflow",
+        "status=on",
+        "search=%00",
+        "tag=%00",
+        "search=" + "x" * 201,
+        "&".join(f"p{number}=1" for number in range(60)),
+    ],
+)
+async def test_a_query_out_of_range_is_refused(people: People, query: str) -> None:
+    refused(await people.owner.api.get(f"{WORKFLOWS}?{query}"), 400, "invalid-query")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "limit=&offset=&sort=&status=",
+        "unknown=1&x[]=2",
+        "sort=name",
+        "sort=updatedAt:asc",
+        "search=%FF",
+        "limit=0&limit=2",
+    ],
+)
+async def test_a_query_that_says_little_or_nothing_is_served(people: People, query: str) -> None:
+    response = await people.owner.api.get(f"{WORKFLOWS}?{query}")
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/api",
+        "/api/v1",
+        "/api/v1/nothing",
+        "/api/v1/workflows/",
+        "/api/v1//workflows",
+        "/API/v1/workflows",
+        "/api/v1/workflows/a/b/c",
+        "/api/v1/workflows/..%2f..%2fhealthz",
+        "/api/v1/workflows/x%00y",
+        "/api/v1/workflows/wf_%27%20OR%201=1",
+        "/api/v1/workflows/" + "x" * 65,
+        "/api/v1/workflows/%E2%80%AE",
+        "/api/v1/workflows/wf_nobody",
+    ],
+)
+async def test_what_is_not_there_is_not_found(people: People, path: str) -> None:
+    refused(await people.owner.api.get(path), 404, "not-found")
+
+
+@pytest.mark.parametrize("method", ["PATCH", "OPTIONS", "TRACE", "PROPFIND", "DELETE"])
+async def test_a_method_that_a_path_lacks_names_those_that_it_has(people: People, method: str) -> None:
+    response = await people.owner.api.request(method, WORKFLOWS)
+    refused(response, 405, "method-not-allowed")
+    assert response.headers["Allow"] == "GET, HEAD, POST"
+
+
+async def test_a_head_request_is_a_get_without_its_body(people: People) -> None:
+    assert (await people.owner.api.head(WORKFLOWS)).status_code == 200
+    assert (await people.owner.api.head(f"{WORKFLOWS}/wf_nobody")).status_code == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+async def test_a_body_over_the_limit_is_refused_whatever_its_length_says(people: People, method: str) -> None:
+    path = WORKFLOWS if method == "POST" else f"{WORKFLOWS}/{await people.owner.create()}"
+    too_large = b'{"name": "%s"}' % (b"x" * 1_000_000)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(too_large), 100_000):
+            yield too_large[start : start + 100_000]
+
+    told = await people.owner.api.request(method, path, content=too_large, headers=JSON)
+    refused(told, 413, "payload-too-large")
+    untold = await people.owner.api.request(method, path, content=chunks(), headers=JSON)
+    refused(untold, 413, "payload-too-large")
+    lied = await people.owner.api.request(
+        method, path, content=b"{}", headers=JSON | {"Content-Length": "9" * 30}
+    )
+    refused(lied, 413, "payload-too-large")
+
+
+async def test_a_body_in_many_pieces_is_put_together(people: People) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for piece in (b'{"na', b'me": ', b'"In pieces"', b"}"):
+            yield piece
+
+    response = await people.owner.api.post(WORKFLOWS, content=chunks(), headers=JSON)
+    assert response.status_code == 201
+
+
+async def test_a_body_is_read_after_the_key_is_checked(world: World) -> None:
+    nobody = await world.client("sk-00nobody", address="10.9.9.9")
+    refused(await nobody.post(WORKFLOWS, content=b"{", headers=JSON), 401, "unauthorized")
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [("abc-DEF_123", True), ("x" * 64, True), ("x" * 65, False), ("a b", False), ("é", False), ("", False)],
+)
+async def test_a_request_id_is_taken_over_where_it_is_one(
+    people: People, given: str, *, is_kept: bool
+) -> None:
+    headers = {b"X-Request-Id": given.encode("latin-1")}
+    response = await people.owner.api.get("/api/v1/nothing", headers=headers)
+    refused(response, 404, "not-found")
+    shown = response.json()["requestId"]
+    assert (shown == given) if is_kept else shown.startswith("req_")
+
+
+async def test_what_a_client_may_not_set_is_passed_over(people: People) -> None:
+    forbidden = {
+        "id": "wf_mine",
+        "version": 99,
+        "organizationId": people.stranger.user.organization_id,
+        "ownerId": people.admin.user.id,
+        "sharedWith": [people.colleague.user.id],
+        "isPublic": True,
+        "isTemplate": True,
+        "revision": 77,
+        "scopes": ["datasources:read:all"],
+        "createdAt": "2001-01-01T00:00:00Z",
+    }
+    workflow_id = await people.owner.create(**forbidden, **GRAPH)
+    created = await people.owner.workflow(workflow_id)
+    response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={**forbidden, "name": "New"})
+    assert response.status_code == 200
+    updated = response.json()
+    for shown in (created, updated):
+        assert shown["id"] == workflow_id != "wf_mine"
+        assert shown["version"] == 1
+        assert shown["organizationId"] == people.owner.user.organization_id
+        assert shown["ownerId"] == people.owner.user.id
+        assert (shown["sharedWith"], shown["isPublic"], shown["isTemplate"]) == ([], False, False)
+        assert shown["scopes"] == []
+        assert shown["createdAt"] > "2026"

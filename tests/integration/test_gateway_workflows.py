@@ -1,0 +1,624 @@
+"""Workflows over HTTP: the contract's endpoints, who may use them on what, and what repeated requests do."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from journal.store import Acceptance, Verdict
+from models import ids
+from models.execution import Execution, ExecutionStatus
+from models.workflow import Workflow, WorkflowShare, WorkflowTag, WorkflowVersion
+from tests.integration.gateway_world import (
+    EDGE,
+    GRAPH,
+    STEP,
+    TRIGGER,
+    People,
+    Person,
+    World,
+    open_world,
+    refused,
+)
+from tests.services import PostgreSQL
+
+WORKFLOWS = "/api/v1/workflows"
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z")
+SUMMARY = {
+    "id", "name", "description", "status", "version", "tags", "organizationId", "ownerId", "isPublic", "isTemplate",
+    "createdAt", "updatedAt",
+}  # fmt: skip
+OBJECT = SUMMARY | {"nodes", "connections", "config", "settings", "sharedWith"}
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("workflows")
+    async with open_world(request.param, postgres, folder) as world:
+        yield world
+
+
+@pytest.fixture
+async def people(world: World) -> People:
+    return await world.people()
+
+
+async def listed(person: Person, query: str = "") -> list[str]:
+    """Return the names that a list shows."""
+    response = await person.api.get(f"{WORKFLOWS}?{query}")
+    assert response.status_code == 200, response.text
+    return [workflow["name"] for workflow in response.json()["workflows"]]
+
+
+async def count(world: World, condition: Any) -> int:  # noqa: ANN401 - any condition on one table
+    async with world.gateway.database.read() as connection:
+        return await connection.scalar(select(func.count()).where(condition)) or 0
+
+
+# ── the contract's bodies ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_contract_s_workflow_is_created_and_shown_as_it_says(people: People) -> None:
+    node = {
+        "id": "node_1",
+        "nodeId": "manual",
+        "label": "Extract Orders",
+        "position": {"x": 100, "y": 200},
+        "config": {},
+    }
+    edge = {"sourceNodeId": "node_1", "sourcePort": "output", "targetNodeId": "node_2", "targetPort": "input"}
+    created = await people.owner.api.post(
+        WORKFLOWS,
+        json={
+            "name": "Daily ETL Pipeline",
+            "description": "Extracts data from MySQL, transforms, and loads to S3",
+            "status": "draft",
+            "nodes": [
+                node,
+                {"id": "node_2", "nodeId": "set", "config": {"values": {"a": 1}}},
+            ],
+            "connections": [edge],
+            "tags": ["etl"],
+            "settings": {"timeout": 3600, "retryOnFailure": True, "maxRetries": 3},
+        },
+    )
+    assert created.status_code == 201
+    assert set(created.json()) == {"workflowId"}
+    workflow_id = created.json()["workflowId"]
+    assert re.fullmatch(r"wf_[0-9a-z]{26}", workflow_id)
+    shown = await people.owner.workflow(workflow_id)
+    assert set(shown) >= OBJECT
+    assert shown["id"] == workflow_id
+    assert (shown["status"], shown["version"], shown["tags"]) == ("draft", 1, ["etl"])
+    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": True, "maxRetries": 3}
+    assert (shown["config"], shown["sharedWith"], shown["isPublic"], shown["isTemplate"]) == (
+        {},
+        [],
+        False,
+        False,
+    )
+    assert TIME.fullmatch(shown["createdAt"])
+    assert TIME.fullmatch(shown["updatedAt"])
+    assert shown["nodes"][0].items() >= node.items()
+    assert shown["connections"][0].items() >= edge.items()
+    assert shown["connections"][0]["id"].startswith("conn-")
+
+
+async def test_a_list_shows_the_contract_s_fields_and_the_total(people: People) -> None:
+    for number in range(3):
+        await people.owner.create(name=f"Workflow {number}", **GRAPH)
+    body = (await people.owner.api.get(f"{WORKFLOWS}?limit=2&offset=1")).json()
+    assert set(body) == {"count", "limit", "offset", "workflows"}
+    assert (body["count"], body["limit"], body["offset"]) == (3, 2, 1)
+    assert [set(workflow) for workflow in body["workflows"]] == [SUMMARY, SUMMARY]
+    assert [workflow["name"] for workflow in body["workflows"]] == ["Workflow 1", "Workflow 0"]
+
+
+async def test_the_least_that_makes_a_workflow_is_a_name(people: People) -> None:
+    shown = await people.owner.workflow(await people.owner.create(name="  Bare   "))
+    assert (shown["name"], shown["description"], shown["status"]) == ("Bare", "", "draft")
+    assert (shown["nodes"], shown["connections"], shown["tags"]) == ([], [], [])
+    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": False, "maxRetries": 3}
+
+
+async def test_optional_fields_may_be_null(people: People) -> None:
+    fields = ("description", "status", "nodes", "connections", "tags", "settings", "config")
+    shown = await people.owner.workflow(await people.owner.create(**dict.fromkeys(fields)))
+    assert shown["status"] == "draft"
+
+
+async def test_both_spellings_of_types_and_edges_are_taken(people: People) -> None:
+    workflow_id = await people.owner.create(
+        nodes=[{"id": "a", "type": "manual"}, {"id": "b", "nodeType": "set"}, {"nodeId": "set"}],
+        connections=[
+            {"source": "a", "target": "b"},
+            {"sourceNodeId": "a", "targetNodeId": "b", "targetPort": "input", "id": "mine"},
+        ],
+    )
+    shown = await people.owner.workflow(workflow_id)
+    assert [node["nodeId"] for node in shown["nodes"]] == ["manual", "set", "set"]
+    assert shown["nodes"][2]["id"].startswith("node-")
+    assert shown["nodes"][1]["label"] == "Set"
+    ends = [(edge["sourceNodeId"], edge["targetNodeId"], edge["sourcePort"]) for edge in shown["connections"]]
+    assert ends == [("a", "b", "output")] * 2
+    assert shown["connections"][1]["id"] == "mine"
+
+
+async def test_what_is_shown_can_be_sent_back_unchanged(people: People) -> None:
+    graph = {
+        "nodes": [
+            TRIGGER,
+            STEP
+            | {
+                "version": "1.0.0",
+                "inputMappings": {"userId": "data.user.id"},
+                "passThroughValues": {"tenant": "tenantId"},
+                "retry": {"maxAttempts": 3, "backoff": 0.5},
+                "timeout": 30,
+            },
+        ],
+        "connections": [EDGE],
+    }
+    workflow_id = await people.owner.create(tags=["a", "b"], config={"appId": "app_1"}, **graph)
+    shown = await people.owner.workflow(workflow_id)
+    again = (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=shown)).json()
+    assert again == shown
+    assert shown["nodes"][1]["inputMappings"] == {"userId": "data.user.id"}
+    assert shown["nodes"][1]["passThroughValues"] == {"tenant": "tenantId"}
+    assert shown["nodes"][1]["retry"] == {"maxAttempts": 3, "backoff": 0.5}
+    assert shown["nodes"][1]["timeout"] == 30
+
+
+async def test_names_are_kept_in_one_unicode_form(people: People) -> None:
+    workflow_id = await people.owner.create(name="Cafe\u0301 🚀", tags=["  a ", "a", "Å"])
+    shown = await people.owner.workflow(workflow_id)
+    assert shown["name"] == "Café 🚀"
+    assert shown["tags"] == ["a", "Å"]
+
+
+async def test_creation_stores_the_first_version(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(name="Versioned", **GRAPH)
+    async with world.gateway.database.read() as connection:
+        statement = select(WorkflowVersion).where(col(WorkflowVersion.workflow_id) == workflow_id)
+        row = (await connection.execute(statement)).one()
+    assert (row.version, row.version_tag, row.description) == (1, "v1.0.0", "Initial version")
+    assert row.created_by == people.owner.user.id
+    assert [node["id"] for node in row.snapshot["nodes"]] == ["start", "step"]
+
+
+# ── changing ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_update_changes_what_it_names_and_nothing_else(people: People) -> None:
+    workflow_id = await people.owner.create(
+        name="Before", description="Old", tags=["etl"], config={"appId": "app_1"}, **GRAPH
+    )
+    before = await people.owner.workflow(workflow_id)
+    response = await people.owner.api.put(
+        f"{WORKFLOWS}/{workflow_id}",
+        json={"name": "Updated ETL Pipeline", "tags": ["etl", "v2"], "settings": {"timeout": 7200}},
+    )
+    assert response.status_code == 200
+    after = response.json()
+    assert after == await people.owner.workflow(workflow_id)
+    assert (after["name"], after["tags"]) == ("Updated ETL Pipeline", ["etl", "v2"])
+    assert after["settings"] == {"timeout": 7200, "retryOnFailure": False, "maxRetries": 3}
+    assert after["updatedAt"] > before["updatedAt"]
+    assert {key for key in after if after[key] != before[key]} == {"name", "tags", "settings", "updatedAt"}
+
+
+async def test_settings_merge_and_null_takes_a_key_away(people: People) -> None:
+    workflow_id = await people.owner.create(settings={"timeout": 60, "maxRetries": 1, "mine": {"a": 1}})
+    path = f"{WORKFLOWS}/{workflow_id}"
+    merged = (await people.owner.api.put(path, json={"settings": {"timeout": None, "yours": 2}})).json()
+    assert merged["settings"] == {
+        "timeout": 3600, "retryOnFailure": False, "maxRetries": 1, "mine": {"a": 1}, "yours": 2,
+    }  # fmt: skip
+    refused(await people.owner.api.put(path, json={"settings": {"timeout": -1}}), 422, "validation-failed")
+
+
+async def test_an_update_without_a_change_changes_nothing(people: People) -> None:
+    workflow_id = await people.owner.create()
+    before = await people.owner.workflow(workflow_id)
+    for body in ({}, {"name": before["name"]}, {"unknown": 1}):
+        assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=body)).json() == before
+    assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}")).json() == before
+
+
+async def test_updates_at_the_same_time_are_all_kept(people: People) -> None:
+    workflow_id = await people.owner.create()
+    answers = await asyncio.gather(
+        *(
+            people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"settings": {f"key{number}": number}})
+            for number in range(4)
+        )
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    settings = (await people.owner.workflow(workflow_id))["settings"]
+    assert [settings[f"key{number}"] for number in range(4)] == [0, 1, 2, 3]
+
+
+async def test_every_change_moves_the_revision(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    await people.owner.api.put(path, json={"name": "New"})
+    await people.owner.api.put(f"{path}/status", json={"status": "active"})
+    await people.owner.api.put(path, json={"name": "New"})
+    async with world.gateway.database.read() as connection:
+        revision = await connection.scalar(
+            select(col(Workflow.revision)).where(col(Workflow.id) == workflow_id)
+        )
+    assert revision == 3
+
+
+# ── status ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_status_is_set_and_the_whole_object_answers(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    for status in ("active", "paused", "active", "archived", "draft", "draft"):
+        response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": status})
+        assert response.status_code == 200
+        assert set(response.json()) >= OBJECT
+        assert response.json()["status"] == status
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"status": "on"}, {"status": None}, {"status": 1}, {"status": "Active"}]
+)
+async def test_a_status_that_is_none_is_refused(people: People, body: dict[str, object]) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json=body)
+    refused(response, 422, "validation-failed")
+    assert response.json()["error"]["details"][0]["path"] == "status"
+
+
+@pytest.mark.parametrize(
+    ("graph", "finding"),
+    [
+        ({"nodes": [], "connections": []}, "empty-workflow"),
+        ({"nodes": [STEP], "connections": []}, "missing-trigger"),
+        ({"nodes": [TRIGGER, STEP], "connections": [EDGE | {"targetNodeId": "nobody"}]}, "broken-connection"),
+        ({"nodes": [TRIGGER, STEP, STEP], "connections": [EDGE]}, "duplicate-node-id"),
+        ({"nodes": [TRIGGER, TRIGGER | {"id": "other"}], "connections": []}, "multiple-triggers"),
+        ({"nodes": [TRIGGER, STEP], "connections": [EDGE | {"sourcePort": "nowhere"}]}, "invalid-port"),
+    ],
+)
+async def test_only_a_valid_workflow_becomes_active(
+    people: People, graph: dict[str, Any], finding: str
+) -> None:
+    refused(
+        await people.owner.api.post(WORKFLOWS, json={"name": "x", "status": "active", **graph}),
+        422,
+        "validation-failed",
+    )
+    draft = await people.owner.create(**graph)
+    response = await people.owner.api.put(f"{WORKFLOWS}/{draft}/status", json={"status": "active"})
+    refused(response, 422, "validation-failed")
+    details = response.json()["error"]["details"]
+    assert finding in [detail["type"] for detail in details]
+    assert all({"type", "message", "suggestion"} <= set(detail) for detail in details)
+    assert (await people.owner.workflow(draft))["status"] == "draft"
+
+
+async def test_an_active_workflow_stays_valid(people: People) -> None:
+    workflow_id = await people.owner.create(status="active", **GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    refused(await people.owner.api.put(path, json={"nodes": []}), 422, "validation-failed")
+    refused(await people.owner.api.put(path, json={"nodes": [STEP]}), 422, "validation-failed")
+    assert len((await people.owner.workflow(workflow_id))["nodes"]) == 2
+    assert (await people.owner.api.put(path, json={"name": "Still active"})).status_code == 200
+    assert (await people.owner.api.put(f"{path}/status", json={"status": "paused"})).status_code == 200
+    assert (await people.owner.api.put(path, json={"nodes": []})).status_code == 200
+
+
+# ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_list_filters_by_status_tag_and_words(people: People) -> None:
+    await people.owner.create(name="Invoices", tags=["finance", "daily"], status="archived")
+    await people.owner.create(name="Orders", description="the DAILY run", tags=["sales"])
+    await people.owner.create(name="100% _sure_", tags=["100%"])
+    assert await listed(people.owner, "status=archived") == ["Invoices"]
+    assert await listed(people.owner, "tag=daily") == ["Invoices"]
+    assert await listed(people.owner, "tag=dail") == []
+    assert await listed(people.owner, "search=daily") == ["Orders"]
+    assert await listed(people.owner, "search=INVO") == ["Invoices"]
+    assert await listed(people.owner, "search=%25") == ["100% _sure_"]
+    assert await listed(people.owner, "search=_sure") == ["100% _sure_"]
+    assert await listed(people.owner, "search=r_e") == []
+    assert await listed(people.owner, "search=%27%20OR%201=1") == []
+    assert await listed(people.owner, "tag=sales&status=draft&search=orders") == ["Orders"]
+    assert (await people.owner.api.get(f"{WORKFLOWS}?tag=sales")).json()["count"] == 1
+
+
+async def test_a_list_is_sorted_as_asked(people: People) -> None:
+    for name in ("B", "C", "A"):
+        await people.owner.create(name=name)
+    assert await listed(people.owner) == ["A", "C", "B"]
+    assert await listed(people.owner, "sort=createdAt:asc") == ["B", "C", "A"]
+    assert await listed(people.owner, "sort=name:asc") == ["A", "B", "C"]
+    assert await listed(people.owner, "sort=name:desc&limit=1&offset=1") == ["B"]
+
+
+async def test_tags_that_change_are_found_by_their_new_names(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(name="Tagged", tags=["old", "same"])
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"tags": ["same", "new"]})
+    assert await listed(people.owner, "tag=old") == []
+    assert await listed(people.owner, "tag=same") == await listed(people.owner, "tag=new") == ["Tagged"]
+    await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}")
+    assert await count(world, col(WorkflowTag.workflow_id) == workflow_id) == 0
+
+
+async def test_stats_count_the_organisation_by_status(people: People) -> None:
+    await people.owner.create(status="archived")
+    await people.owner.create(status="active", **GRAPH)
+    await people.colleague.create()
+    await people.stranger.create()
+    gone = await people.owner.create()
+    await people.owner.api.delete(f"{WORKFLOWS}/{gone}")
+    response = await people.owner.api.get(f"{WORKFLOWS}/stats")
+    assert response.status_code == 200
+    assert response.json() == {"total": 3, "active": 1, "paused": 0, "draft": 1, "archived": 1}
+
+
+async def test_templates_are_in_no_list_and_no_count(world: World, people: People) -> None:
+    workflow_id = await people.owner.create()
+    await change(world, workflow_id, is_template=True)
+    assert await listed(people.owner) == []
+    assert (await people.owner.api.get(f"{WORKFLOWS}/stats")).json()["total"] == 0
+
+
+# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def change(world: World, workflow_id: str, **columns: Any) -> None:  # noqa: ANN401 - columns of any type
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(update(Workflow).where(col(Workflow.id) == workflow_id).values(**columns))
+
+    await world.gateway.database.transaction(work)
+
+
+async def share(world: World, workflow_id: str, person: Person) -> None:
+    row = {"workflow_id": workflow_id, "user_id": person.user.id, "shared_at": datetime.now(UTC)}
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(insert(WorkflowShare).values(row))
+
+    await world.gateway.database.transaction(work)
+
+
+async def attempts(person: Person, workflow_id: str) -> list[httpx2.Response]:
+    """Try everything that changes a workflow."""
+    path = f"{WORKFLOWS}/{workflow_id}"
+    return [
+        await person.api.put(path, json={"name": "Taken over"}),
+        await person.api.put(path, json={}),
+        await person.api.put(f"{path}/status", json={"status": "archived"}),
+        await person.api.delete(path),
+        await person.api.delete(f"{path}?force=true"),
+    ]
+
+
+async def test_a_workflow_is_invisible_to_other_organisations_and_to_other_members(people: People) -> None:
+    workflow_id = await people.owner.create(name="Private", tags=["secret"])
+    for person in (people.stranger, people.colleague):
+        refused(await person.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+        for response in await attempts(person, workflow_id):
+            refused(response, 404, "not-found")
+        for query in ("", "search=Private", "tag=secret", "status=draft"):
+            assert await listed(person, query) == []
+    assert (await people.owner.workflow(workflow_id))["name"] == "Private"
+
+
+async def test_an_absent_workflow_and_one_of_others_look_alike(people: People) -> None:
+    theirs = await people.stranger.create()
+    answers = [await people.admin.api.get(f"{WORKFLOWS}/{which}") for which in (theirs, "wf_nobody")]
+    bodies = [answer.json() | {"requestId": ""} for answer in answers]
+    assert bodies[0] == bodies[1]
+
+
+async def test_an_admin_sees_and_manages_all_of_the_organisation(people: People) -> None:
+    workflow_id = await people.owner.create(name="Mine")
+    assert await listed(people.admin) == ["Mine"]
+    response = await people.admin.api.put(f"{WORKFLOWS}/{workflow_id}", json={"name": "Ours"})
+    assert response.json()["ownerId"] == people.owner.user.id
+    assert (await people.admin.api.delete(f"{WORKFLOWS}/{workflow_id}")).status_code == 204
+
+
+async def test_whoever_it_is_shared_with_reads_it_and_changes_nothing(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(name="Shared")
+    await share(world, workflow_id, people.colleague)
+    assert (await people.colleague.workflow(workflow_id))["sharedWith"] == [people.colleague.user.id]
+    assert await listed(people.colleague) == ["Shared"]
+    for response in await attempts(people.colleague, workflow_id):
+        refused(response, 403, "not-owner")
+    assert (await people.owner.workflow(workflow_id))["name"] == "Shared"
+
+
+async def test_a_share_with_another_organisation_s_user_opens_nothing(world: World, people: People) -> None:
+    workflow_id = await people.owner.create()
+    await share(world, workflow_id, people.stranger)
+    refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+
+
+async def test_a_public_workflow_is_read_by_the_organisation_and_changed_by_its_owner(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(name="Public")
+    await change(world, workflow_id, is_public=True)
+    assert await listed(people.colleague) == ["Public"]
+    assert await listed(people.stranger) == []
+    for response in await attempts(people.colleague, workflow_id):
+        refused(response, 403, "not-owner")
+    refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+
+
+# ── deleting ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def accept_run(world: World, person: Person, workflow_id: str) -> str:
+    """Accept a run that nobody will claim."""
+    workflow = await world.gateway.workflows.load(workflow_id, await caller(world, person))
+    execution_id = ids.new("exec")
+    (accepted,) = await world.gateway.store.accept(
+        [
+            Acceptance(
+                execution_id=execution_id,
+                lane=workflow.lane,
+                organization_id=workflow.organization_id,
+                workflow_id=workflow.id,
+                workflow_revision=workflow.revision,
+                user_id=person.user.id,
+                trigger_type="manual",
+                trigger="{}",
+                config="{}",
+                definition_hash=workflow.definition_hash,
+                definition=workflow.definition,
+                timeout_seconds=60,
+                total_nodes=workflow.total_nodes,
+            )
+        ]
+    )
+    assert accepted.verdict is Verdict.ACCEPTED
+    return execution_id
+
+
+async def caller(world: World, person: Person) -> Any:  # noqa: ANN401 - models.access.Caller
+    scope = {"headers": [(b"x-api-key", person.key.encode())], "client": ("10.0.0.1", 1)}
+    return await world.gateway.authenticator.caller(scope)
+
+
+async def test_a_deleted_workflow_is_gone(people: People) -> None:
+    workflow_id = await people.owner.create()
+    response = await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}")
+    assert (response.status_code, response.content) == (204, b"")
+    refused(await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    assert await listed(people.owner) == []
+
+
+async def test_a_workflow_with_live_runs_is_deleted_by_force_alone(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    execution_id = await accept_run(world, people.owner, workflow_id)
+    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 409, "workflow-running")
+    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=false"), 409, "workflow-running")
+    assert (await people.owner.workflow(workflow_id))["id"] == workflow_id
+    assert (await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=true")).status_code == 204
+    async with world.gateway.database.read() as connection:
+        status = await connection.scalar(
+            select(col(Execution.status)).where(col(Execution.id) == execution_id)
+        )
+    assert status == ExecutionStatus.CANCELLED
+    refused(await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+
+
+async def test_force_is_true_or_false(people: People) -> None:
+    workflow_id = await people.owner.create()
+    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=yes"), 400, "invalid-query")
+
+
+# ── repeated requests ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create_with_key(person: Person, key: str, **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+    return await person.api.post(WORKFLOWS, json={"name": "Once", **body}, headers={"Idempotency-Key": key})
+
+
+async def test_a_repeated_creation_gets_the_first_answer_again(world: World, people: People) -> None:
+    first = await create_with_key(people.owner, "key-1", tags=["a"])
+    assert first.status_code == 201
+    assert "Idempotent-Replayed" not in first.headers
+    again = await create_with_key(people.owner, "key-1", tags=["a"])
+    assert (again.status_code, again.json()) == (201, first.json())
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
+
+
+async def test_a_key_with_another_body_is_a_mismatch(world: World, people: People) -> None:
+    await create_with_key(people.owner, "key-2")
+    refused(await create_with_key(people.owner, "key-2", tags=["b"]), 422, "idempotency-mismatch")
+    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
+
+
+async def test_a_key_belongs_to_one_user(people: People) -> None:
+    mine = await create_with_key(people.owner, "key-3")
+    for other in (people.colleague, people.stranger):
+        theirs = await create_with_key(other, "key-3")
+        assert theirs.status_code == 201
+        assert theirs.json() != mine.json()
+
+
+async def test_equal_requests_at_the_same_time_make_one_workflow(world: World, people: People) -> None:
+    answers = await asyncio.gather(*(create_with_key(people.owner, "key-4") for _ in range(5)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.text for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" in answer.headers for answer in answers) == 4
+    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
+
+
+async def test_a_refused_request_frees_its_key(people: People) -> None:
+    refused(await create_with_key(people.owner, "key-5", status="active"), 422, "validation-failed")
+    assert (await create_with_key(people.owner, "key-5")).status_code == 201
+
+
+async def test_a_commit_whose_answer_was_lost_is_not_made_twice(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transaction = world.gateway.database.transaction
+
+    async def answered_the_second_time(work: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:  # noqa: ANN401 - whatever `work` returns
+        await transaction(work)
+        return await transaction(work)
+
+    monkeypatch.setattr(world.gateway.database, "transaction", answered_the_second_time)
+    without_key = await people.owner.create(tags=["a"])
+    with_key = await create_with_key(people.owner, "key-6")
+    assert (await people.owner.workflow(without_key))["tags"] == ["a"]
+    assert with_key.status_code == 201
+    assert "Idempotent-Replayed" not in with_key.headers
+    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 2
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "with space", "tab\there", "ümlaut"])
+async def test_a_key_that_is_none_is_refused(people: People, key: str) -> None:
+    headers = {b"Idempotency-Key": key.encode("latin-1")}
+    response = await people.owner.api.post(WORKFLOWS, json={"name": "x"}, headers=headers)
+    refused(response, 400, "invalid-idempotency-key")
+
+
+# ── the cache that runs are accepted from ───────────────────────────────────────────────────────────────────
+
+
+async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
+    owner = await caller(world, people.owner)
+    first = await world.gateway.workflows.load(workflow_id, owner)
+    assert first is await world.gateway.workflows.load(workflow_id, owner)
+    assert (first.status, first.revision, first.total_nodes, first.trigger_kind) == ("draft", 1, 2, "manual")
+    assert first.settings["timeout"] == 60
+    assert first.validation.is_valid
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": [TRIGGER]})
+    world.gateway.workflows.forget(first.organization_id, workflow_id)
+    second = await world.gateway.workflows.load(workflow_id, owner)
+    assert (second.revision, second.total_nodes) == (2, 1)
+    assert second.definition_hash != first.definition_hash
+
+
+async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await world.gateway.workflows.load(workflow_id, await caller(world, people.owner))
+    await world.gateway.workflows.load(workflow_id, await caller(world, people.admin))
+    for person in (people.colleague, people.stranger):
+        with pytest.raises(Exception, match="no such workflow"):
+            await world.gateway.workflows.load(workflow_id, await caller(world, person))
