@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv and make; everything else comes by the locks.
-.PHONY: run install test check bench lock
+.PHONY: run install test check bench docs lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 
@@ -27,6 +27,10 @@ check: .venv/installed-for-tests
 
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
+
+# The tables of settings and limits, from the code.
+docs: .venv/installed
+	$(bin)/python -m docs.tables
 
 # Each stamp is newer than what it was installed from, so a second `make run` installs nothing.
 .venv/installed: $(bin)/python requirements.lock pyproject.toml

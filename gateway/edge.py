@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +12,9 @@ from gateway import metrics
 from models import ids
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
+_PROCESS = ids.new("req")[:-8]
+"""Request ids of this process begin with it, and count on: they need to be unique, not secret."""
+_numbers = count(1)
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 
@@ -51,4 +55,4 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.match(value):
             given: bytes = value
             return given.decode()
-    return ids.new("req")
+    return f"{_PROCESS}{next(_numbers):08x}"

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import uvicorn
 from prometheus_client import start_http_server
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
+from starlette.types import ASGIApp
 
 from gateway import routes, state
 from gateway.edge import Edge
@@ -23,6 +23,13 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
 
 
+class Application(Starlette):
+    """Starlette without its two layers that catch errors: an `Endpoint` answers for whatever happens in it."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Edge(self.router)
+
+
 def create_app(open_state: StateFactory) -> Starlette:
     """Return the application; what `open_state` yields is held while it runs."""
 
@@ -31,11 +38,7 @@ def create_app(open_state: StateFactory) -> Starlette:
         async with open_state() as app.state.gateway:
             yield
 
-    app = Starlette(
-        routes=routes.build(routes.TABLE),
-        middleware=[Middleware(Edge)],
-        lifespan=lifespan,
-    )
+    app = Application(routes=routes.build(routes.TABLE), lifespan=lifespan)
     app.router.default = unrouted
     app.router.redirect_slashes = False
     return app

@@ -7,7 +7,6 @@ import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from hashlib import sha256
 
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint
 from sqlmodel import Field, SQLModel
@@ -115,7 +114,7 @@ def new_key() -> str:
 
 def key_hash(key: str, secret: bytes) -> str:
     """Return what is stored of a key: useless without the server's secret."""
-    return hmac.new(secret, key.encode(), sha256).hexdigest()
+    return hmac.digest(secret, key.encode(), "sha256").hex()
 
 
 def shown_prefix(key: str) -> str:

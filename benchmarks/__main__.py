@@ -1,0 +1,130 @@
+"""Measure what is asked for, or everything: `python -m benchmarks [baseline] [dev] [production] [claims]`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from benchmarks import baseline, claims, machine, postgres_counters, processes, report, scenario, targets
+from benchmarks.profiles import Profiler
+from benchmarks.scenario import Options, Servers
+from tests import services
+
+DISK = Path("/var/tmp")  # noqa: S108 - each run makes a folder of its own in it
+PARTS = ("baseline", "dev", "production", "claims")
+PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
+SHORTEST_PROFILE_SECONDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    parts: Sequence[str]
+    repeat: int
+    folder: Path
+    options: Options
+    json: Path | None
+
+
+def main() -> None:
+    request = _request()
+    # PostgreSQL and Redis make their folders where tempfile does; /tmp may be memory, which no disk slows down.
+    tempfile.tempdir = str(request.folder)
+    figures = uvloop.run(_measure(request))
+    outcomes = [*targets.judge(figures)]
+    print(*report.table(figures), "", *outcomes, sep="\n")
+    if request.json is not None:
+        report.save(request.json, machine.description(), figures, outcomes)
+
+
+async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
+    """Return the figures of each repetition, by part; each starts afresh."""
+    gc.freeze()  # the generator's own collections would stand among the server's latencies
+    figures: dict[str, list[dict[str, float]]] = {part: [] for part in PARTS if part in request.parts}
+    with tempfile.TemporaryDirectory(prefix="pilotflame-benchmarks-") as root:
+        for number in range(request.repeat):
+            folder = Path(tempfile.mkdtemp(dir=root))
+            if "baseline" in figures:
+                figures["baseline"].append(_baseline(folder, request.options))
+            for part, run in (("dev", _dev), ("production", _production)):
+                if part in figures:
+                    print(f"{part}, repetition {number + 1} of {request.repeat} ...", flush=True)
+                    figures[part].append(await run(folder, request.options))
+                    _compare(figures, part)
+        if "claims" in figures:
+            print("claims ...", flush=True)
+            with services.running_postgres() as postgres:
+                figures["claims"].append(await claims.measure(postgres, Path(root)))
+    return figures
+
+
+def _baseline(folder: Path, options: Options) -> dict[str, float]:
+    print("baseline ...", flush=True)
+    with services.running_redis() as redis:
+        return baseline.measure(redis.url, folder, options.seconds)
+
+
+async def _dev(folder: Path, options: Options) -> dict[str, float]:
+    async with processes.dev(folder) as pilotflame:
+        return await scenario.measure(pilotflame, Servers(), options)
+
+
+async def _production(folder: Path, options: Options) -> dict[str, float]:
+    with services.running_postgres() as postgres, services.running_redis() as redis:
+        await postgres_counters.require_durable(postgres.url)
+        database_url = await postgres.create_database("benchmark")
+        ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
+        servers = Servers(database_url, {name: number for name, number in ids.items() if number is not None})
+        async with processes.production(folder, database_url, redis.url) as pilotflame:
+            return await scenario.measure(pilotflame, servers, options)
+
+
+def _compare(figures: dict[str, list[dict[str, float]]], part: str) -> None:
+    """Set a repetition against stock Dramatiq just before it, while the machine had the same speed."""
+    if stock := figures.get("baseline"):
+        newest = figures[part][-1]
+        newest["times_stock_dramatiq"] = newest["executions_per_second"] / stock[-1]["chains_per_second"]
+
+
+def _request() -> Request:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("parts", nargs="*", type=_part, metavar="part", help=f"any of {', '.join(PARTS)}; default: all")
+    add("--seconds", type=float, default=15, help="length of each load (default: %(default)s)")
+    add("--repeat", type=int, default=1, help="repetitions, each on fresh servers (default: %(default)s)")
+    add("--idle-seconds", type=float, default=30, help="rest before memory is read (default: %(default)s)")
+    add("--profile", choices=PART_OF, help="sample this process while it is saturated")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add(
+        "--folder",
+        type=Path,
+        default=DISK,
+        help="where data is put: on a real disk (default: %(default)s)",
+    )
+    given = parser.parse_args()
+    parts = given.parts or PARTS
+    if given.profile and PART_OF[given.profile] not in parts:
+        parser.error(f"{given.profile} is a process of {PART_OF[given.profile]}, which is not measured")
+    if given.profile and given.seconds < SHORTEST_PROFILE_SECONDS:
+        parser.error(f"a profile needs loads of at least {SHORTEST_PROFILE_SECONDS} seconds")
+    folder = given.folder.resolve()
+    profiler = Profiler(given.profile, folder / "pilotflame-profiles") if given.profile else None
+    options = Options(given.seconds, given.idle_seconds, profiler)
+    return Request(parts, given.repeat, folder, options, given.json)
+
+
+def _part(name: str) -> str:
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PARTS)}")
+    return name
+
+
+if __name__ == "__main__":
+    main()

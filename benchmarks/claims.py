@@ -1,0 +1,154 @@
+"""How long a claim takes with few and with many rows that wait: of one organisation, and of a thousand.
+
+The rows are made by SQL and claimed through the store of each database, without servers in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import asyncpg
+
+from benchmarks.postgres_counters import dsn
+from journal.opening import open_store
+from journal.store import Claim, Store
+from models import migrating
+from models.database import parse_url
+from tests.services import PostgreSQL
+
+FEW, MANY = 1_000, 1_000_000
+ORGANIZATIONS = (1, 1_000)
+CLAIMS = 18
+CLAIM_LIMIT = 50
+"""What a worker asks for."""
+LEASE_SECONDS = 600.0
+
+# Rows of a kind that gateways insert: as if one had come every microsecond, from each organisation in turn, for
+# four workflows of each.
+_EXECUTIONS = """
+INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash,
+    rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal,
+    created_at, updated_at)
+SELECT 'exec_' || (10000000 + number), 0, 'org_' || number % {organizations}, 'wf_' || number / {organizations} % 4,
+    'user', 'pending', 'shared', 'api', 'hash', 1700000000000000 + number, number / {organizations} % 4, true, 0, 0,
+    3600000000, 0, 4, 'exec_' || (10000000 + number), false, 1700000000000000 + number, 1700000000000000 + number
+FROM {numbers}
+"""
+_DATA = """
+INSERT INTO execution_data (execution_id, lane, trigger, config)
+SELECT 'exec_' || (10000000 + number), 0, '{{"body":{{"x":1}}}}', '{{}}' FROM {numbers}
+"""
+_NUMBERS_OF_POSTGRES = "generate_series(0, {last}) AS number"
+_NUMBERS_OF_SQLITE = """
+(WITH RECURSIVE series (number) AS (SELECT 0 UNION ALL SELECT number + 1 FROM series WHERE number < {last})
+SELECT number FROM series)
+"""
+
+
+async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
+    """Return the median milliseconds of a claim for each database, size and number of organisations, and ratios."""
+    figures: dict[str, float] = {}
+    for organizations in ORGANIZATIONS:
+        async with (
+            _on_sqlite(folder, FEW, organizations) as few,
+            _on_sqlite(folder, MANY, organizations) as many,
+        ):
+            figures |= await _compared(f"sqlite_of_{organizations}", few, many)
+        async with (
+            _on_postgres(postgres, FEW, organizations) as few,
+            _on_postgres(postgres, MANY, organizations) as many,
+        ):
+            figures |= await _compared(f"postgresql_of_{organizations}", few, many)
+    return figures
+
+
+async def _compared(name: str, few: Store, many: Store) -> dict[str, float]:
+    """Claim from both in turn, so that whatever else the machine does slows both down."""
+    claimers = {FEW: _Claimer(few), MANY: _Claimer(many)}
+    for claimer in claimers.values():
+        await claimer.claim_ms(1)  # opens the connection
+    times: dict[int, list[float]] = {FEW: [], MANY: []}
+    for number in range(CLAIMS):
+        for rows in (FEW, MANY) if number % 2 else (MANY, FEW):
+            times[rows].append(await claimers[rows].claim_ms(CLAIM_LIMIT))
+    few_ms, many_ms = median(times[FEW]), median(times[MANY])
+    return {
+        f"{name}_with_{FEW}_ms": few_ms,
+        f"{name}_with_{MANY}_ms": many_ms,
+        f"{name}_ratio": many_ms / few_ms,
+    }
+
+
+class _Claimer:
+    """Claims as a worker does: organisations in turn, from where it left off."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._served = ""
+
+    async def claim_ms(self, limit: int) -> float:
+        claim = Claim("benchmark", LEASE_SECONDS, limit, after_organization=self._served)
+        begun_at = perf_counter()
+        claimed = await self._store.claim(claim)
+        seconds = perf_counter() - begun_at
+        assert len(claimed) == limit
+        self._served = claimed[-1].organization_id
+        return seconds * 1000
+
+
+# ── rows that wait ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def _on_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterator[Store]:
+    path = folder / f"claims-{rows}-of-{organizations}.db"
+    url = parse_url(f"sqlite:///{path}")
+    await migrating.migrate(url)
+    await asyncio.to_thread(_fill_sqlite, path, rows, organizations)
+    store = await open_store(url)
+    try:
+        yield store
+    finally:
+        await store.close()
+        for file in folder.glob(f"{path.name}*"):  # noqa: ASYNC240 - nothing else is under way
+            file.unlink()
+
+
+def _fill_sqlite(path: Path, rows: int, organizations: int) -> None:
+    connection = sqlite3.connect(path)
+    with connection:
+        for statement in _statements(_NUMBERS_OF_SQLITE, rows, organizations):
+            connection.execute(statement)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+
+
+@asynccontextmanager
+async def _on_postgres(postgres: PostgreSQL, rows: int, organizations: int) -> AsyncIterator[Store]:
+    url = parse_url(await postgres.create_database(f"claims_{rows}_of_{organizations}"))
+    await migrating.migrate(url)
+    connection = await asyncpg.connect(dsn(url.render_as_string(hide_password=False)))
+    try:
+        for statement in _statements(_NUMBERS_OF_POSTGRES, rows, organizations):
+            await connection.execute(statement)
+        # What autovacuum would have done while they came in, and must not do while they are claimed.
+        await connection.execute("VACUUM (ANALYZE)")
+        await connection.execute("CHECKPOINT")
+    finally:
+        await connection.close()
+    store = await open_store(url)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def _statements(numbers: str, rows: int, organizations: int) -> Sequence[str]:
+    values = {"numbers": numbers.format(last=rows - 1), "organizations": organizations}
+    return [statement.format(**values) for statement in (_EXECUTIONS, _DATA)]

@@ -1,0 +1,175 @@
+"""Runs workflows over HTTP to their checked results: by so many clients at once, or as they happen to come."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from time import perf_counter
+from typing import Any
+
+import msgspec
+
+from benchmarks.http1 import Answer, Api, Connection
+from benchmarks.workflows import Workflow
+
+WAIT_SECONDS = 9
+STUCK_SECONDS = 60
+"""A load that ends this much later than it should is given up: a run was lost, or the server hangs."""
+UNFINISHED = frozenset({"pending", "running", "waiting"})
+SPARE_CONNECTIONS = 20
+
+
+class WrongAnswer(Exception):
+    """The server refused, or a run came to another result than it owed: no figure of it counts."""
+
+
+class Created(msgspec.Struct, rename="camel"):
+    workflow_id: str
+
+
+class Started(msgspec.Struct, rename="camel"):
+    execution_id: str
+
+
+class Progress(msgspec.Struct):
+    status: str
+    outputs: dict[str, Any] = {}
+
+
+_created = msgspec.json.Decoder(Created)
+_started = msgspec.json.Decoder(Started)
+_progress = msgspec.json.Decoder(Progress)
+_numbers = count(1)
+_wait = random.Random(1).expovariate
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How long each run of a load took, from sending the request to reading the outputs."""
+
+    window_seconds: float
+    ended_in_window: int
+    sorted_latencies_seconds: Sequence[float]
+
+    @property
+    def count(self) -> int:
+        return len(self.sorted_latencies_seconds)
+
+    @property
+    def per_second(self) -> float:
+        return self.ended_in_window / self.window_seconds
+
+    def milliseconds(self, percent: float) -> float:
+        """Return the latency that `percent` of the runs did not exceed."""
+        rank = math.ceil(percent / 100 * self.count)
+        return self.sorted_latencies_seconds[max(rank, 1) - 1] * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A workflow as it was created on a server."""
+
+    api: Api
+    workflow: Workflow
+    workflow_id: str
+
+    async def run(self, connection: Connection) -> float:
+        """Run it once and check what comes out; returns the seconds that it took. Raises `WrongAnswer`."""
+        x = next(_numbers)
+        started_at = perf_counter()
+        path = f"/api/v1/workflows/{self.workflow_id}/execute"
+        answer = await connection.send(self.api.post(path, b'{"triggerInputs":{"x":%d}}' % x))
+        execution_id = _started.decode(_expected(answer, 201)).execution_id
+        poll = self.api.get(f"/api/v1/executions/{execution_id}/progress?wait={WAIT_SECONDS}")
+        while True:
+            answer = await connection.send(poll)
+            progress = _progress.decode(_expected(answer, 200))
+            if progress.status not in UNFINISHED:
+                break
+        seconds = perf_counter() - started_at
+        if progress.status != "completed" or not self.workflow.is_right(x, progress.outputs):
+            raise WrongAnswer(f"{self.workflow.name} for {x}: {answer.body.decode()}")
+        return seconds
+
+
+async def create(api: Api, workflow: Workflow) -> Installed:
+    """Create a workflow on a server."""
+    fields: Mapping[str, Any] = {
+        "name": workflow.name,
+        "nodes": workflow.nodes,
+        "connections": workflow.connections,
+    }
+    async with _connections(api, 1) as (connection,):
+        answer = await connection.send(api.post("/api/v1/workflows", msgspec.json.encode(fields)))
+    return Installed(api, workflow, _created.decode(_expected(answer, 201)).workflow_id)
+
+
+async def one_by_one(installed: Installed, times: int) -> Sample:
+    """Run it so many times, each after the one before."""
+    async with _connections(installed.api, 1) as (connection,):
+        begun_at = perf_counter()
+        latencies = [await installed.run(connection) for _ in range(times)]
+    return Sample(perf_counter() - begun_at, times, sorted(latencies))
+
+
+async def closed_loop(installed: Installed, clients: int, seconds: float) -> Sample:
+    """Run it for so long by so many clients, each of which waits for its result before it asks again."""
+    latencies: list[float] = []
+    ended_in_window = 0
+
+    async def work(connection: Connection, deadline: float) -> None:
+        nonlocal ended_in_window
+        while perf_counter() < deadline:
+            latencies.append(await installed.run(connection))
+            ended_in_window += perf_counter() <= deadline
+
+    async with _connections(installed.api, clients) as connections, asyncio.timeout(seconds + STUCK_SECONDS):
+        deadline = perf_counter() + seconds
+        async with asyncio.TaskGroup() as tasks:
+            for connection in connections:
+                tasks.create_task(work(connection, deadline))
+    return Sample(seconds, ended_in_window, sorted(latencies))
+
+
+async def open_loop(installed: Installed, per_second: float, seconds: float) -> Sample:
+    """Run it at moments that don't depend on one another or on the server: a Poisson process."""
+    latencies: list[float] = []
+
+    async with _connections(installed.api, SPARE_CONNECTIONS) as connections:
+        idle = [*connections]
+
+        async def run_once() -> None:
+            connection = idle.pop() if idle else await Connection.open(installed.api.port)
+            connections.add(connection)
+            latencies.append(await installed.run(connection))
+            idle.append(connection)
+
+        async with asyncio.timeout(seconds + STUCK_SECONDS), asyncio.TaskGroup() as tasks:
+            due = perf_counter() + _wait(per_second)
+            deadline = perf_counter() + seconds
+            while due < deadline:
+                await asyncio.sleep(due - perf_counter())
+                tasks.create_task(run_once())
+                due += _wait(per_second)
+    return Sample(seconds, len(latencies), sorted(latencies))
+
+
+def _expected(answer: Answer, status: int) -> bytes:
+    if answer.status != status:
+        raise WrongAnswer(f"{answer.status} instead of {status}: {answer.body.decode()}")
+    return answer.body
+
+
+@asynccontextmanager
+async def _connections(api: Api, number: int) -> AsyncIterator[set[Connection]]:
+    connections = {await Connection.open(api.port) for _ in range(number)}
+    try:
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()

@@ -1,0 +1,49 @@
+"""How fast this machine is just now, and how fast its disk, whatever runs on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+CALIBRATION_ROUNDS = 5
+CALIBRATION_STEPS = 200_000
+SYNCS = 300
+PAGE_BYTES = 8192
+PAGES = 128
+
+
+def description() -> dict[str, str | int]:
+    return {"cpus": os.cpu_count() or 0, "python": platform.python_version(), "system": platform.platform()}
+
+
+def calibration_ms() -> float:
+    """Return the milliseconds that a fixed loop of pure Python takes: the median of five."""
+    return median(_timed_ms() for _ in range(CALIBRATION_ROUNDS))
+
+
+def fdatasync_ms(folder: Path) -> float:
+    """Return the median time to make one page durable on the folder's disk, in a file that has its full size."""
+    page = os.urandom(PAGE_BYTES)
+    path = folder / "fdatasync"
+    with path.open("wb", buffering=0) as file:
+        file.write(page * PAGES)
+        os.fsync(file.fileno())
+        times = []
+        for number in range(SYNCS):
+            os.pwrite(file.fileno(), page, number % PAGES * PAGE_BYTES)
+            begun_at = perf_counter()
+            os.fdatasync(file.fileno())
+            times.append(perf_counter() - begun_at)
+    path.unlink()
+    return median(times) * 1000
+
+
+def _timed_ms() -> float:
+    begun_at = perf_counter()
+    total = 0
+    for number in range(CALIBRATION_STEPS):
+        total += number * number % 7
+    return (perf_counter() - begun_at) * 1000

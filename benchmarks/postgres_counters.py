@@ -1,0 +1,62 @@
+"""What PostgreSQL counts of its own work: commits, bytes of its log, transaction ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import asyncpg
+
+_READ = """
+SELECT xact_commit, (pg_current_wal_insert_lsn() - '0/0')::bigint,
+    pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+FROM pg_stat_database WHERE datname = current_database()
+"""
+
+
+class NotDurable(Exception):
+    """The server may lose what it has committed: its figures would be of something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since the server began; commits lag by up to a second."""
+
+    commits: int
+    wal_bytes: int
+    transaction_ids: int
+    """Only transactions that write have one."""
+
+    def per_run(self, before: Counters, runs: int) -> dict[str, float]:
+        """Return what one of so many runs has added."""
+        return {
+            "commits_per_run": (self.commits - before.commits) / runs,
+            "wal_bytes_per_run": (self.wal_bytes - before.wal_bytes) / runs,
+            "transaction_ids_per_run": (self.transaction_ids - before.transaction_ids) / runs,
+        }
+
+
+async def read(database_url: str) -> Counters:
+    """Read the counters of a database's server."""
+    connection = await asyncpg.connect(dsn(database_url))
+    try:
+        [row] = await connection.fetch(_READ)
+        return Counters(*row)
+    finally:
+        await connection.close()
+
+
+async def require_durable(database_url: str) -> None:
+    """Raise `NotDurable` unless a commit is on the disk before it is answered."""
+    connection = await asyncpg.connect(dsn(database_url))
+    try:
+        for name in ("fsync", "synchronous_commit"):
+            value = await connection.fetchval("SELECT current_setting($1)", name)
+            if value != "on":
+                raise NotDurable(f"PostgreSQL runs with {name} = {value}")
+    finally:
+        await connection.close()
+
+
+def dsn(database_url: str) -> str:
+    """Return the address as asyncpg reads it."""
+    return database_url.replace("+asyncpg", "", 1)

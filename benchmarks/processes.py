@@ -1,0 +1,171 @@
+"""Starts Pilotflame as it is shipped, in an empty folder and on a free port, and waits until it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.http1 import Api, Connection, ConnectionLost
+
+PROJECT = Path(__file__).parent.parent
+READY_SECONDS = 60
+STOP_SECONDS = 30
+POLL_SECONDS = 0.01
+
+Processes = Mapping[str, "subprocess.Popen[bytes]"]
+
+
+class ProcessEnded(Exception):
+    """A process ended by itself, or was not ready in time; the text is what it said last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pilotflame:
+    """A server that answers, and what it is made of."""
+
+    api: Api
+    process_ids: Mapping[str, int]
+    folder: Path
+    """Its data and logs."""
+    started_at: float
+    """By `perf_counter`."""
+    ready_seconds: float
+
+
+@asynccontextmanager
+async def dev(folder: Path) -> AsyncIterator[Pilotflame]:
+    """Run `pilotflame dev` on SQLite in `folder`."""
+    port = free_port()
+    api = Api(port, f"sk-{secrets.token_urlsafe(32)}")
+    commands = {"dev": ["pilotflame", "dev", "--port", str(port)]}
+    async with _answering(api, commands, environment(api, folder), folder) as pilotflame:
+        yield pilotflame
+
+
+@asynccontextmanager
+async def production(folder: Path, database_url: str, redis_url: str) -> AsyncIterator[Pilotflame]:
+    """Run the processes of the Procfile on a database, which is migrated first, and a Redis."""
+    api = Api(free_port(), f"sk-{secrets.token_urlsafe(32)}")
+    variables = environment(api, folder) | {
+        "PILOTFLAME_DATABASE_URL": database_url,
+        "PILOTFLAME_REDIS_URL": redis_url,
+        "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),
+    }
+    subprocess.run(["pilotflame", "migrate"], env=variables, check=True, stdout=subprocess.DEVNULL)  # noqa: ASYNC221 - nothing else is under way
+    async with _answering(api, procfile(), variables, folder) as pilotflame:
+        yield pilotflame
+
+
+def procfile() -> dict[str, Sequence[str]]:
+    """Return the commands of the Procfile, by the names of the processes that they start."""
+    commands = [
+        shlex.split(line.partition(":")[2]) for line in (PROJECT / "Procfile").read_text().splitlines()
+    ]
+    return {command[-1]: command for command in commands}
+
+
+def environment(api: Api, folder: Path) -> dict[str, str]:
+    """Return the variables that any of the processes needs; the user's own settings are left out."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
+    return kept | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),
+        "PILOTFLAME_DATA_DIR": str(folder / "data"),
+        "PILOTFLAME_PORT": str(api.port),
+        "PILOTFLAME_PUBLIC_URL": f"http://127.0.0.1:{api.port}",
+        "PILOTFLAME_BOOTSTRAP_API_KEY": api.key,
+        "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS": "127.0.0.1/32",
+    }
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as candidate:
+        port: int = candidate.getsockname()[1]
+    return port
+
+
+@contextmanager
+def started(
+    commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
+) -> Iterator[Processes]:
+    """Run commands as long as the context lasts, each with a log of its own; they end with this process too."""
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, command in commands.items():
+            with log_of(name, folder).open("ab") as log:
+                processes[name] = subprocess.Popen(
+                    ["setpriv", "--pdeathsig=KILL", *command],
+                    cwd=PROJECT,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C ends the benchmark, and it ends them
+                )
+        yield processes
+    finally:
+        for process in processes.values():
+            process.send_signal(signal.SIGTERM)
+        for process in processes.values():
+            _wait_or_kill(process)
+
+
+def log_of(name: str, folder: Path) -> Path:
+    """Return the file that a process writes to."""
+    return folder / f"{name}.log"
+
+
+def require_running(processes: Processes, folder: Path) -> None:
+    """Raise `ProcessEnded` unless all of them run."""
+    for name, process in processes.items():
+        if process.poll() is not None:
+            said = log_of(name, folder).read_text(errors="replace")
+            raise ProcessEnded(f"{name} ended with status {process.returncode}:\n{said[-4000:]}")
+
+
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@asynccontextmanager
+async def _answering(
+    api: Api, commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
+) -> AsyncIterator[Pilotflame]:
+    started_at = perf_counter()
+    with started(commands, variables, folder) as processes:
+        while not await _is_ready(api):
+            require_running(processes, folder)
+            if perf_counter() - started_at > READY_SECONDS:
+                raise ProcessEnded(f"Not ready after {READY_SECONDS} seconds; see {folder}")
+            await asyncio.sleep(POLL_SECONDS)
+        ready_seconds = perf_counter() - started_at
+        process_ids = {name: process.pid for name, process in processes.items()}
+        yield Pilotflame(api, process_ids, folder, started_at, ready_seconds)
+
+
+async def _is_ready(api: Api) -> bool:
+    try:
+        connection = await Connection.open(api.port)
+    except OSError:
+        return False
+    try:
+        return (await connection.send(api.get("/readyz"))).status == 200
+    except ConnectionLost:
+        return False
+    finally:
+        connection.close()

@@ -1,0 +1,82 @@
+"""Samples a process with py-spy while it works: a flame graph, and the functions in which it spends its time."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+SAMPLES_PER_SECOND = 250
+TOP = 30
+START_SECONDS = 1.5
+"""py-spy reads the symbols of every library first."""
+LINE_NUMBER = re.compile(r":\d+\)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Profiler:
+    """Which process to sample, and where to put what comes of it."""
+
+    process: str
+    folder: Path
+
+    async def record(self, process_id: int, seconds: float) -> list[Path]:
+        """Sample for so long, half of it for the flame graph and half for the list; returns both files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        graph, stacks, functions = (
+            self.folder / f"{self.process}.{kind}" for kind in ("svg", "stacks", "txt")
+        )
+        for file, kind in ((graph, "flamegraph"), (stacks, "raw")):
+            await _record(process_id, file, kind, max(1, round(seconds / 2 - START_SECONDS)))
+        functions.write_text(summary(stacks.read_text().splitlines()))
+        return [graph, functions]
+
+
+async def _record(process_id: int, file: Path, kind: str, seconds: int) -> None:
+    program = str(Path(sys.executable).with_name("py-spy"))
+    process = await asyncio.create_subprocess_exec(
+        *(program, "record", "--pid", str(process_id), "--duration", str(seconds)),
+        "--nonblocking",  # where it stops the process, whatever waited wakes up, and is taken for busy
+        *("--rate", str(SAMPLES_PER_SECOND), "--format", kind, "--output", str(file)),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate()
+    if process.returncode != 0:
+        raise OSError(f"py-spy could not sample process {process_id}: {said.decode()}")
+
+
+def summary(stacks: Iterable[str]) -> str:
+    """Return the functions that were found most often, from lines of `outer;inner;innermost count`."""
+    alone: Counter[str] = Counter()
+    with_callees: Counter[str] = Counter()
+    callees: defaultdict[str, set[str]] = defaultdict(set)
+    for line in stacks:
+        frames, _, count = line.rpartition(" ")
+        functions = [LINE_NUMBER.sub(")", frame) for frame in frames.split(";")]
+        alone[functions[-1]] += int(count)
+        for function in set(functions):
+            with_callees[function] += int(count)
+        for caller, callee in pairwise(functions):
+            callees[caller].add(callee)
+    # What does nothing but call one other function, as the command line does, tells nothing.
+    telling = {name: count for name, count in with_callees.items() if name in alone or len(callees[name]) > 1}
+    samples = alone.total()
+    return "\n".join(
+        [
+            f"{samples} samples",
+            *_section("In the function itself", alone, samples),
+            *_section("In it and what it calls", Counter(telling), samples),
+            "",
+        ]
+    )
+
+
+def _section(title: str, counts: Counter[str], samples: int) -> list[str]:
+    lines = [f"{count / samples:7.1%}  {function}" for function, count in counts.most_common(TOP)]
+    return ["", title, *lines]

@@ -1,0 +1,62 @@
+"""The other system that write nodes call: it answers a number with the next one, and counts what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import cast
+
+import msgspec
+
+from benchmarks import http1
+
+
+class Numbered(msgspec.Struct):
+    """Both what is asked and what is answered."""
+
+    number: int
+
+
+class Sink:
+    """Where it listens, and how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.url = ""
+
+
+_decode = msgspec.json.Decoder(Numbered).decode
+_encode = msgspec.json.Encoder().encode
+
+
+@asynccontextmanager
+async def listening() -> AsyncIterator[Sink]:
+    """Listen on a free port of this machine as long as the context lasts."""
+    sink = Sink()
+    server = await asyncio.get_running_loop().create_server(lambda: _Caller(sink), "127.0.0.1", 0)
+    sink.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    try:
+        yield sink
+    finally:
+        server.close()
+
+
+class _Caller(asyncio.Protocol):
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._transport: asyncio.Transport | None = None
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (found := http1.split(self._received)) is not None:
+            message, self._received = found
+            self._sink.calls += 1
+            body = _encode(Numbered(_decode(message.body).number + 1))
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            if self._transport is not None:
+                self._transport.write(head.encode() + body)

@@ -1,0 +1,97 @@
+"""Writes the tables of the documentation that say what the code says: `make docs` keeps them true."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from gateway import limits
+from gateway.settings import GatewaySettings
+from models.settings import Settings
+from scheduler.settings import SchedulerSettings
+from workers.settings import WorkerSettings
+
+ROOT = Path(__file__).parent.parent
+PROCESSES: dict[str, type[Settings]] = {
+    "gateway": GatewaySettings,
+    "worker": WorkerSettings,
+    "scheduler": SchedulerSettings,
+}
+
+
+def settings_table() -> str:
+    """Return a row for each variable: its name, who reads it, its default, and what it means."""
+    readers: dict[str, list[str]] = {}
+    fields: dict[str, FieldInfo] = {}
+    for process, settings in PROCESSES.items():
+        for name, field in settings.model_fields.items():
+            readers.setdefault(name, []).append(process)
+            fields.setdefault(name, field)
+    shared_first = sorted(fields, key=lambda name: (-len(readers[name]), list(fields).index(name)))
+    rows = [
+        _row(
+            f"`{name.upper()}`",
+            _readers(readers[name]),
+            _default(name, fields[name]),
+            fields[name].description,
+        )
+        for name in shared_first
+    ]
+    return "\n".join(["| variable | read by | default | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def limits_table() -> str:
+    """Return a row for each limit, from the constant and the sentence below it."""
+    body = ast.parse(inspect.getsource(limits)).body
+    rows = []
+    for statement, below in pairwise(body):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            value = getattr(limits, statement.target.id)
+            rows.append(_row(str(below.value.value).rstrip("."), f"{value:,}"))
+    return "\n".join(["| limit | value |", "| --- | --- |", *rows])
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Return a document with the table between its two marks."""
+    before, _, rest = text.partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition(f"<!-- /{name} -->")
+    return f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
+
+
+def documents() -> dict[Path, str]:
+    """Return each document that holds a table, as it should read."""
+    readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
+    return {
+        readme: with_table(readme.read_text(), "settings", settings_table()),
+        operations: with_table(operations.read_text(), "limits", limits_table()),
+    }
+
+
+def _row(*cells: str | None) -> str:
+    return f"| {' | '.join(cell or '' for cell in cells)} |"
+
+
+def _readers(processes: list[str]) -> str:
+    return "all" if len(processes) == len(PROCESSES) else ", ".join(processes)
+
+
+def _default(name: str, field: FieldInfo) -> str:
+    if name == "database_url":
+        return "SQLite in `DATA_DIR`"
+    if field.default is None or field.default is PydanticUndefined or field.default == ():
+        return ""
+    return f"`{field.default}`"
+
+
+if __name__ == "__main__":
+    for path, text in documents().items():
+        path.write_text(text)
+        sys.stdout.write(f"{path.relative_to(ROOT)}\n")
