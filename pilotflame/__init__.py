@@ -1,0 +1,1 @@
+"""The command, and every role in one process."""

@@ -1,0 +1,138 @@
+"""Organisations, users and keys, managed on the database itself by whoever runs the server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import or_, select
+from sqlmodel import col
+
+from models import access_store, migrating
+from models.access import ApiKey, KeyScope, Organization, Role, User
+from models.access_store import EmailTaken
+from models.database import Database, parse_url
+from pilotflame.refusal import Refusal
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.settings import Settings
+
+MAX_LISTED: Final = 10_000
+
+
+async def create_organization(settings: Settings, name: str) -> str:
+    """Make an organisation, and return its id."""
+
+    async def create(connection: AsyncConnection) -> str:
+        made = await access_store.create_organization(connection, name=name, now=datetime.now(UTC))
+        return made.id
+
+    async with _database(settings) as database:
+        return await database.transaction(create)
+
+
+async def create_user(settings: Settings, organization: str, email: str, name: str, role: Role) -> str:
+    """Make a user, and return its id; raises `Refusal`."""
+
+    async def create(connection: AsyncConnection) -> str:
+        made = await access_store.create_user(
+            connection,
+            organization=await _organization(connection, organization),
+            email=email,
+            name=name,
+            role=role,
+            now=datetime.now(UTC),
+        )
+        return made.id
+
+    async with _database(settings) as database:
+        try:
+            return await database.transaction(create)
+        except EmailTaken as error:
+            raise Refusal(str(error)) from error
+
+
+async def create_key(
+    settings: Settings,
+    organization: str | None,
+    user: str,
+    name: str,
+    scopes: Collection[KeyScope],
+    lifetime: timedelta | None,
+) -> str:
+    """Make a key for a user, by id or e-mail address, and return it; raises `Refusal`."""
+    secret = settings.secret
+
+    async def create(connection: AsyncConnection) -> str:
+        now = datetime.now(UTC)
+        owner = await _user(connection, await _organization(connection, organization), user)
+        made = await access_store.create_key(
+            connection,
+            user=owner,
+            name=name,
+            scopes=scopes,
+            secret=secret,
+            now=now,
+            expires_at=now + lifetime if lifetime else None,
+        )
+        return made.key
+
+    async with _database(settings) as database:
+        return await database.transaction(create)
+
+
+async def list_keys(settings: Settings, organization: str | None) -> Sequence[ApiKey]:
+    """Return an organisation's keys, the newest first; raises `Refusal`."""
+    async with _database(settings) as database, database.read() as connection:
+        found = await _organization(connection, organization)
+        _, keys = await access_store.list_keys(connection, found.id, user_id=None, limit=MAX_LISTED, offset=0)
+        return keys
+
+
+async def revoke_key(settings: Settings, organization: str | None, key_id: str) -> None:
+    """Revoke a key, by its id; raises `Refusal`."""
+
+    async def revoke(connection: AsyncConnection) -> bool:
+        found = await _organization(connection, organization)
+        now = datetime.now(UTC)
+        return await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
+
+    async with _database(settings) as database:
+        if not await database.transaction(revoke):
+            raise Refusal(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Database]:
+    database = Database(parse_url(settings.database_url))
+    try:
+        await migrating.require_current(database)
+        yield database
+    finally:
+        await database.close()
+
+
+async def _organization(connection: AsyncConnection, id_or_name: str | None) -> Organization:
+    """Return the one of this id or name; without either, the only one there is."""
+    found = await access_store.list_organizations(connection)
+    if id_or_name is not None:
+        found = [one for one in found if id_or_name in (one.id, one.name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choice = ", ".join(f"{one.id} ({one.name})" for one in found)
+        raise Refusal(f"There are several organisations: choose by --org, with the id, one of {choice}")
+    raise Refusal("There is no such organisation: `pilotflame orgs create` makes one")
+
+
+async def _user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
+    is_named = or_(col(User.id) == id_or_email, col(User.email) == id_or_email.lower())
+    statement = select(User).where(col(User.organization_id) == organization.id, is_named)
+    row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        raise Refusal(f"{organization.name} has no user {id_or_email!r}: `pilotflame users create` makes one")
+    return User(**row)

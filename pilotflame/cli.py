@@ -1,0 +1,330 @@
+"""The command `pilotflame`: the processes of the server, and what its users and operators do from a shell.
+
+Each command imports what it needs itself, so that none pays for another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import typer
+from typer import Argument, Option, Typer
+
+from pilotflame import refusal
+from pilotflame.refusal import Refusal
+
+if TYPE_CHECKING:
+    from models.settings import Settings
+    from pilotflame.log_lines import Lines, Render
+
+REFUSED: Final = 2
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What a terminal may act on, and what turns a line around."""
+
+
+class Commands(Typer):
+    """Tells users in one line what they can mend; what is our own fault has a traceback."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as Typer has it
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            text = refusal.explained(error)
+            if text is None:
+                raise
+            typer.echo(f"pilotflame: {_visible(text)}", err=True)
+            sys.exit(REFUSED)
+
+
+# Without rich, which Typer would load to draw its help and errors.
+app = Commands(
+    rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True
+)
+orgs = Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Manage organisations, on the database itself."
+)
+users = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage users, on the database itself.")
+keys = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage API keys, on the database itself.")
+app.add_typer(orgs, name="orgs")
+app.add_typer(users, name="users")
+app.add_typer(keys, name="keys")
+
+
+@app.callback()
+def pilotflame() -> None:
+    """A self-hosted server for durable workflows.
+
+    The server reads its settings from variables that begin with PILOTFLAME_. The commands that talk to a running one
+    find it by PILOTFLAME_URL (http://127.0.0.1:8000 unless set) and PILOTFLAME_API_KEY.
+    """
+    os.umask(0o077)  # whatever is written from here on is its owner's alone
+
+
+# ── processes ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command("dev")
+def run_every_role(
+    host: Annotated[str | None, Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, Option(help="Port to listen on; 0 takes any.", show_default="8000")] = None,
+) -> None:
+    """Run everything in one process, with no service to install."""
+    from models.settings import Settings
+    from pilotflame import log_lines
+
+    lines = _begin(Settings(), log_lines.as_text if sys.stdout.isatty() else log_lines.as_json)
+    from pilotflame import dev
+
+    given = {"host": host, "port": port}
+    dev.serve({name: value for name, value in given.items() if value is not None}, lines)
+
+
+@app.command()
+def gateway() -> None:
+    """Serve the HTTP API."""
+    from gateway.settings import GatewaySettings
+
+    settings = GatewaySettings()
+    settings.check_for_production()
+    _begin(settings)
+    from gateway import main, state
+
+    async def try_to_open() -> None:
+        async with state.opened(settings):
+            pass
+
+    # Uvicorn would end with a traceback of its own where something refuses to open.
+    asyncio.run(try_to_open())
+    main.serve(settings)
+
+
+@app.command()
+def worker() -> None:
+    """Run executions."""
+    from workers.settings import WorkerSettings
+
+    settings = WorkerSettings()
+    _begin(settings)
+    from workers import main
+
+    main.serve(settings)
+
+
+@app.command()
+def scheduler() -> None:
+    """Do what is done by the clock; of several, one works and the others stand by."""
+    from scheduler.settings import SchedulerSettings
+
+    settings = SchedulerSettings()
+    _begin(settings)
+    from scheduler import main
+
+    main.serve(settings)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's tables up to date; safe to repeat."""
+    from models import migrating
+    from models.database import parse_url
+    from models.settings import Settings
+
+    asyncio.run(migrating.migrate(parse_url(Settings().database_url)))
+    typer.echo("The database is up to date")
+
+
+def _begin(settings: Settings, render: Render | None = None) -> Lines:
+    """Set up what a process needs before its own modules are loaded: its log, and a good end."""
+    from pilotflame import log_lines
+
+    lines = log_lines.begin(settings.log_level, render or log_lines.as_json)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # At once while it starts; and when Uvicorn, having stopped, repeats the signal that stopped it.
+        signal.signal(number, lambda *_: sys.exit(0))
+    return lines
+
+
+# ── access ────────────────────────────────────────────────────────────────────────────────────────
+
+Organization = Annotated[str, Option("--org", help="The organisation's id or name.")]
+AnyOrganization = Annotated[
+    str | None, Option("--org", help="The organisation's id or name; needed where there are several.")
+]
+
+
+@orgs.command("create")
+def create_organization(name: str) -> None:
+    """Make an organisation and print its id."""
+    from pilotflame import accounts
+
+    typer.echo(asyncio.run(accounts.create_organization(_settings(), name)))
+
+
+@users.command("create")
+def create_user(
+    email: str,
+    org: Organization,
+    role: Annotated[
+        Literal["member", "admin"], Option(help="An admin sees and manages all of it.")
+    ] = "member",
+    name: Annotated[str, Option(help="The user's name.")] = "",
+) -> None:
+    """Make a user and print its id."""
+    from models.access import Role
+    from pilotflame import accounts
+
+    typer.echo(asyncio.run(accounts.create_user(_settings(), org, email, name, Role(role))))
+
+
+@keys.command("create")
+def create_key(
+    user: Annotated[str, Option(help="The id or e-mail address of the user that the key stands for.")],
+    org: AnyOrganization = None,
+    name: Annotated[str, Option(help="What the key is for.")] = "command line",
+    scope: Annotated[
+        list[str] | None, Option(help="What the key allows: give it once for each scope; all unless given.")
+    ] = None,
+    days: Annotated[
+        int | None, Option(min=1, help="How long the key is valid; for ever unless given.")
+    ] = None,
+) -> None:
+    """Make an API key and print it: it can't be shown again."""
+    from models.access import ALL_SCOPES, KeyScope
+    from pilotflame import accounts
+
+    if unknown := sorted(set(scope or ()) - ALL_SCOPES):
+        raise Refusal(f"There is no scope {', '.join(unknown)}: choose of {', '.join(sorted(ALL_SCOPES))}")
+    scopes = [KeyScope(one) for one in scope] if scope else ALL_SCOPES
+    lifetime = timedelta(days=days) if days else None
+    typer.echo(asyncio.run(accounts.create_key(_settings(), org, user, name, scopes, lifetime)))
+
+
+@keys.command("list")
+def list_keys(org: AnyOrganization = None) -> None:
+    """Print the keys of an organisation, without what makes them work."""
+    from pilotflame import accounts
+
+    for key in asyncio.run(accounts.list_keys(_settings(), org)):
+        state = (
+            "revoked" if key.revoked_at else f"until {key.expires_at:%Y-%m-%d}" if key.expires_at else "valid"
+        )
+        used = f"used {key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never used"
+        typer.echo(_visible(f"{key.id}  {key.prefix}…  {state}  {used}  {','.join(key.scopes)}  {key.name}"))
+
+
+@keys.command("revoke")
+def revoke_key(key_id: str, org: AnyOrganization = None) -> None:
+    """Revoke a key: within two seconds it opens nothing any more."""
+    from pilotflame import accounts
+
+    asyncio.run(accounts.revoke_key(_settings(), org, key_id))
+
+
+def _settings() -> Settings:
+    """Return the settings, with the secret of the data folder where that is in use."""
+    from models.settings import Settings
+    from pilotflame import data_dir
+
+    settings = Settings()
+    return settings.model_copy(update={"secret_key": data_dir.secret_key(settings)})
+
+
+# ── a running server ──────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def apply(file: Annotated[Path, Argument(help="A workflow, as YAML or JSON.")]) -> None:
+    """Make a workflow what a file says, or make it anew if none has its name; prints its id."""
+    from pilotflame.client import Client
+
+    typer.echo(Client.from_environment().apply(_definition(file)))
+
+
+@app.command()
+def run(
+    workflow: Annotated[str, Argument(help="The workflow's id, or its exact name.")],
+    given: Annotated[
+        str,
+        Option(
+            "--input",
+            help="What the trigger gets: JSON, or @file; or what `execute` takes, with `triggerInputs`.",
+        ),
+    ] = "{}",
+    watch: Annotated[bool, Option("--watch", help="Show each node as it goes.")] = False,
+) -> None:
+    """Execute a workflow, wait for its end and print the outputs; exits with 1 unless it completed."""
+    from pilotflame.client import Client
+
+    body = _body(given)
+    client = Client.from_environment()
+    execution_id = client.execute(client.find_workflow(workflow), body)
+    typer.echo(execution_id, err=True)
+    if watch:
+        from pilotflame import live_view
+
+        live_view.show(workflow, client.follow(execution_id))
+    result = client.result(execution_id)
+    typer.echo(_visible(json.dumps(result["outputs"], indent=2, ensure_ascii=False)))
+    if result["status"] != "completed":
+        error = result["error"]
+        reason = f": {error['message']} ({error['code']})" if error else ""
+        typer.echo(_visible(f"pilotflame: {execution_id} {result['status']}{reason}"), err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def logs(
+    execution: Annotated[str, Argument(help="The execution's id.")],
+    follow: Annotated[bool, Option("--follow", help="Go on until the execution ends.")] = False,
+) -> None:
+    """Print what the nodes of an execution have logged."""
+    from pilotflame.client import Client
+
+    client = Client.from_environment()
+    lines = client.logs(execution)
+    if follow:
+        lines = (event.data for event in client.follow(execution) if event.name == "log")
+    for line in lines:
+        node = line["nodeId"] or "-"
+        typer.echo(_visible(f"{line['createdAt']} {line['level']:<7} {node} {line['message']}"))
+
+
+def _definition(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        definition = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        json.dumps(definition, allow_nan=False)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise Refusal(
+            f"{file} is no {file.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
+        raise Refusal(f"{file} is no workflow: it must be an object with a name")
+    return definition
+
+
+def _body(given: str) -> dict[str, Any]:
+    """Return what `execute` takes, which may have been given itself."""
+    text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given
+    try:
+        inputs = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"--input is no JSON: {error}") from error
+    if not isinstance(inputs, dict):
+        raise Refusal("--input must be a JSON object")
+    return inputs if "triggerInputs" in inputs else {"triggerInputs": inputs}
+
+
+def _visible(text: str) -> str:
+    """Return a text as it may be shown on a terminal, whoever wrote it."""
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,0 +1,226 @@
+"""The HTTP API as the commands use it: answers as they come, refusals as one line, and patience with a restart."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+from uuid import uuid4
+
+from pilotflame.refusal import Refusal
+
+T = TypeVar("T")
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+POLL_SECONDS: Final = 30
+ANSWER_SECONDS: Final = POLL_SECONDS + 15
+"""More than a long poll lasts, and than an event stream is ever silent."""
+PATIENCE_SECONDS: Final = 30.0
+PAUSE_SECONDS: Final = 0.5
+PAGE: Final = 100
+TERMINAL: Final = frozenset({"completed", "failed", "stopped", "cancelled"})
+LAST_EVENT: Final = "end"
+UNAVAILABLE: Final = 503
+
+
+class Unreachable(Refusal):
+    """The server did not answer; it may be about to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event; only what is committed has an id."""
+
+    name: str
+    id: str
+    data: dict[str, Any]
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to wherever it leads."""
+
+    def redirect_request(self, *_request: object) -> None:
+        return None
+
+
+class Client:
+    """One server, and the key that is shown to it."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._url = url.rstrip("/")
+        self._key = key
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._has_answered = False
+
+    @classmethod
+    def from_environment(cls) -> Client:
+        """Return the client that PILOTFLAME_URL and PILOTFLAME_API_KEY describe; raises `Refusal`."""
+        url = os.environ.get("PILOTFLAME_URL") or DEFAULT_URL
+        if urlsplit(url).scheme not in {"http", "https"}:
+            raise Refusal(f"PILOTFLAME_URL must begin with http:// or https://, not be {url!r}")
+        key = os.environ.get("PILOTFLAME_API_KEY", "")
+        if not key:
+            raise Refusal("Set PILOTFLAME_API_KEY to an API key of the server")
+        if not (key.isascii() and key.isprintable()):
+            raise Refusal("PILOTFLAME_API_KEY may hold visible ASCII characters only")
+        return cls(url, key)
+
+    # ── workflows ─────────────────────────────────────────────────────────────────────────────────
+
+    def apply(self, definition: Mapping[str, Any]) -> str:
+        """Make the workflow of this name what the definition says, or make one; returns its id."""
+        workflow_id = self._workflow_named(definition["name"])
+        if workflow_id is None:
+            created = self._answer("POST", "/workflows", definition)
+            return str(created["workflowId"])
+        changes = {name: value for name, value in definition.items() if name != "status"}
+        self._answer("PUT", f"/workflows/{workflow_id}", changes)
+        if "status" in definition:
+            self._answer("PUT", f"/workflows/{workflow_id}/status", {"status": definition["status"]})
+        return workflow_id
+
+    def find_workflow(self, id_or_name: str) -> str:
+        """Return a workflow's id; raises `Refusal` where there is none, or more than one of the name."""
+        if id_or_name.startswith("wf_"):
+            return id_or_name
+        workflow_id = self._workflow_named(id_or_name)
+        if workflow_id is None:
+            raise Refusal(f"There is no workflow {id_or_name!r}")
+        return workflow_id
+
+    def _workflow_named(self, name: str) -> str | None:
+        listed = self._listed("/workflows", "workflows", search=name)
+        found = [str(workflow["id"]) for workflow in listed if workflow["name"] == name]
+        if len(found) > 1:
+            raise Refusal(f"{len(found)} workflows are called {name!r}: {', '.join(found)}")
+        return found[0] if found else None
+
+    # ── executions ────────────────────────────────────────────────────────────────────────────────
+
+    def execute(self, workflow_id: str, body: Mapping[str, Any]) -> str:
+        """Start a run, and only one even if the answer is lost; returns its id."""
+        headers = {"Idempotency-Key": str(uuid4())}
+        path = f"/workflows/{quote(workflow_id, safe='')}/execute"
+        started = self._patiently(lambda: self._answer("POST", path, body, headers))
+        return str(started["executionId"])
+
+    def result(self, execution_id: str) -> dict[str, Any]:
+        """Wait for a run to end, and return its last progress."""
+        path = f"{_execution(execution_id)}/progress?wait={POLL_SECONDS}"
+        while True:
+            progress = self._patiently(lambda: self._answer("GET", path))
+            if progress["status"] in TERMINAL:
+                return progress
+
+    def logs(self, execution_id: str) -> Iterator[dict[str, Any]]:
+        """Yield the log of a run, as far as it is written."""
+        return self._listed(f"{_execution(execution_id)}/logs", "logs")
+
+    def follow(self, execution_id: str) -> Iterator[Event]:
+        """Yield what a run has done and does, from its beginning to its end."""
+        path, last = f"{_execution(execution_id)}/events", ""
+        while last != LAST_EVENT:
+            headers = {"Last-Event-ID": last} if last else {}
+            try:
+                with self._patiently(partial(self._open, "GET", path, None, headers)) as response:
+                    for event in _events(response):
+                        yield event
+                        last = event.id or last
+            except (OSError, http.client.HTTPException):
+                pass  # cut off: what follows the last event is asked for again
+            if last != LAST_EVENT:
+                time.sleep(PAUSE_SECONDS)
+
+    # ── the wire ──────────────────────────────────────────────────────────────────────────────────
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """Ask a server that has answered before again, for half a minute: when it is restarted it forgets nothing."""
+        give_up_at = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return ask()
+            except Unreachable:
+                if not self._has_answered or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(PAUSE_SECONDS)
+
+    def _listed(self, path: str, name: str, **query: str) -> Iterator[dict[str, Any]]:
+        """Yield all of a list, page by page."""
+        offset, count = 0, 1
+        while offset < count:
+            page = self._answer("GET", f"{path}?{urlencode({**query, 'limit': PAGE, 'offset': offset})}")
+            yield from page[name]
+            offset, count = offset + PAGE, page["count"]
+
+    def _answer(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        try:
+            with self._open(method, path, body, headers or {}) as response:
+                answer: dict[str, Any] = json.load(response)
+                return answer
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"The connection to {self._url} was lost: {error}") from error
+        except ValueError as error:
+            raise Refusal(f"What answers at {self._url} is not Pilotflame") from error
+
+    def _open(
+        self, method: str, path: str, body: object, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        sent = {"X-API-Key": self._key, "Accept": "application/json, text/event-stream", **headers}
+        data = None
+        if body is not None:
+            data = json.dumps(body).encode()
+            sent["Content-Type"] = "application/json"
+        # The scheme was checked: no files can be opened here.
+        request = urllib.request.Request(f"{self._url}/api/v1{path}", data, sent, method=method)  # noqa: S310
+        try:
+            response: http.client.HTTPResponse = self._opener.open(request, timeout=ANSWER_SECONDS)
+            self._has_answered = True
+            return response
+        except urllib.error.HTTPError as error:
+            self._has_answered = True
+            with error:
+                raise _refusal(error) from error
+        except urllib.error.URLError as error:
+            reason = getattr(error.reason, "strerror", None) or error.reason
+            raise Unreachable(
+                f"No Pilotflame answers at {self._url} ({reason}): start one, or set PILOTFLAME_URL"
+            ) from error
+
+
+def _execution(execution_id: str) -> str:
+    return f"/executions/{quote(execution_id, safe='')}"
+
+
+def _refusal(error: urllib.error.HTTPError) -> Refusal:
+    """Return the API's own words for why it refused."""
+    try:
+        told = json.load(error)["error"]
+        details = [f"{one['path']}: {one['message']}" for one in told["details"]]
+        text = "; ".join([f"{told['message']} ({told['code']})", *details])
+    except (ValueError, LookupError, TypeError):
+        text = f"The server answered {error.code} {error.reason}"
+    return Unreachable(text) if error.code == UNAVAILABLE else Refusal(text)
+
+
+def _events(lines: http.client.HTTPResponse) -> Iterator[Event]:
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.decode().rstrip("\r\n").partition(":")
+        if name:
+            fields[name] = value.removeprefix(" ")
+        elif "data" in fields:
+            data = json.loads(fields["data"])
+            yield Event(fields.get("event", ""), fields.get("id", ""), data)
+            fields = {}
+        else:
+            fields = {}  # a keep-alive

@@ -1,0 +1,66 @@
+"""The folder of everything that `pilotflame dev` keeps on disk: one process at a time, its owner alone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
+
+from pilotflame.refusal import Refusal
+
+if TYPE_CHECKING:
+    from models.settings import Settings
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if it isn't there, and keep all other processes out of it; raises `Refusal` if one is in."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as lock:
+        try:
+            # Let go by the kernel when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise Refusal(
+                f"{folder} is in use by process {lock.read().strip()}: "
+                "stop that one first, or set PILOTFLAME_DATA_DIR to another folder"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def holds_database(settings: Settings) -> bool:
+    """Tell whether the database is the one in the data folder, so that whoever holds the folder has it alone."""
+    return "database_url" not in settings.model_fields_set
+
+
+def secret_key(settings: Settings) -> SecretStr | None:
+    """Return the secret that keys are hashed with: the one that is set, or the folder's where its database is used."""
+    path = settings.data_dir / "secret.key"
+    if settings.secret_key is not None or not holds_database(settings) or not path.exists():
+        return settings.secret_key
+    return SecretStr(path.read_text().strip())
+
+
+def make_secret_key(folder: Path) -> SecretStr:
+    """Give the folder a secret of its own; to be called by the process that holds it."""
+    secret = secrets.token_urlsafe(48)
+    path = folder / "secret.key"
+    unfinished = folder / "secret.key.unfinished"
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch(mode=0o600)
+    with unfinished.open("w") as file:
+        file.write(secret + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return SecretStr(secret)

@@ -1,0 +1,57 @@
+"""`pilotflame dev`: takes hold of its folder, then runs every role in this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from models.settings import Settings
+from pilotflame import data_dir
+from pilotflame.log_lines import Lines
+from pilotflame.refusal import Refusal
+
+SHUTDOWN_SECONDS: Final = 3
+"""How long requests under way are waited for: runs are handed over after that, and all of it takes 20 s at most."""
+
+
+def serve(given: dict[str, Any], lines: Lines) -> None:
+    """Run until told to stop; `given` on the command line goes before the environment. Raises `Refusal`."""
+    settings = Settings()
+    with data_dir.locked(settings.data_dir):
+        migration = begin_migration(settings.database_url) if _is_new(settings) else None
+        # Loaded only now: it takes about as long as the migration.
+        from pilotflame import every_role
+
+        secret_key = data_dir.secret_key(settings) or data_dir.make_secret_key(settings.data_dir)
+        shared: dict[str, Any] = {"secret_key": secret_key, "redis_url": None}
+        roles = every_role.Roles.told(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
+        with _listening(roles.gateway.host, roles.gateway.port) as listener:
+            every_role.run(roles, listener, migration, lines)
+
+
+def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
+    """Start bringing a database up to date, in another process: Alembic would stay in this one's memory for ever."""
+    environment = os.environ | {"PILOTFLAME_DATABASE_URL": database_url}
+    command = [sys.executable, "-m", "pilotflame", "migrate"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - our own program
+
+
+def _is_new(settings: Settings) -> bool:
+    return (
+        data_dir.holds_database(settings)
+        and not Path(settings.database_url.removeprefix("sqlite:///")).exists()
+    )
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise Refusal(
+            f"Nothing can listen on port {port} of {host} ({error.strerror}): choose another with --port"
+        ) from error

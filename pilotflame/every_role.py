@@ -1,0 +1,135 @@
+"""Every role in one process, with no service to install: SQLite in one folder, and messages inside the process.
+
+That is as durable as the rest, for what matters is in the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+import uvloop
+
+from gateway import main as gateways
+from gateway import state
+from gateway.bootstrap import bootstrap
+from gateway.settings import GatewaySettings
+from journal.opening import open_store
+from messages import broker as brokers
+from models import access, migrating
+from models import database as databases
+from models.database import Database
+from models.migrating import OutdatedDatabase
+from pilotflame import data_dir
+from pilotflame.dev import begin_migration
+from pilotflame.log_lines import Lines
+from pilotflame.refusal import Refusal
+from scheduler.main import duties, ticking
+from scheduler.settings import SchedulerSettings
+from workers.main import working
+from workers.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+EXAMPLE: Final = (
+    '{"name": "Hello", "nodes": [{"id": "start", "type": "manual"},'
+    ' {"id": "greet", "type": "template", "config": {"text": "Hello, {{ data.body.name }}!"}}],'
+    ' "connections": [{"source": "start", "target": "greet"}]}'
+)
+WELCOME: Final = """
+Pilotflame runs on {address}
+
+Your API key, shown this once:
+  {key}
+
+Make a workflow, execute it, wait for its result:
+  api={address}/api/v1 key='X-API-Key: {key}' json='Content-Type: application/json'
+  id=$(curl -sS $api/workflows -H "$key" -H "$json" -d '{example}' | cut -d'"' -f4)
+  curl -sS "$api/executions/$(curl -sS $api/workflows/$id/execute -H "$key" -H "$json" \\
+-d '{{"triggerInputs": {{"name": "world"}}}}' | cut -d'"' -f4)/progress" -H "$key"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What each role is told; they share a database, a secret and no Redis."""
+
+    gateway: GatewaySettings
+    worker: WorkerSettings
+    scheduler: SchedulerSettings
+
+    @classmethod
+    def told(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> Roles:
+        """Read the environment for what isn't given."""
+        return cls(
+            GatewaySettings(**shared, **gateway), WorkerSettings(**shared), SchedulerSettings(**shared)
+        )
+
+
+def run(
+    roles: Roles, listener: socket.socket, migration: subprocess.Popen[bytes] | None, lines: Lines
+) -> None:
+    """Run until told to stop, on a database that `migration` may be making; raises `Refusal`."""
+    uvloop.run(_run(roles, listener, migration, lines))
+
+
+async def _run(
+    roles: Roles, listener: socket.socket, migration: subprocess.Popen[bytes] | None, lines: Lines
+) -> None:
+    async with AsyncExitStack() as stack:
+        url = databases.parse_url(roles.gateway.database_url)
+        database = Database(url)
+        stack.push_async_callback(database.close)
+        await _bring_up_to_date(database, migration)
+        store = await open_store(url)
+        stack.push_async_callback(store.close)
+        broker = await brokers.connect(None)
+        stack.push_async_callback(broker.close)
+        # Nobody else has the folder: what is held in its database was held by a process that is gone.
+        if data_dir.holds_database(roles.gateway) and (count := await store.take_back("")):
+            log.info("executions taken back", count=count)
+        key = await _first_key(database, roles.gateway)
+        gateway = await stack.enter_async_context(state.assembled(roles.gateway, database, store, broker))
+        await stack.enter_async_context(working(roles.worker, store, broker))
+        await stack.enter_async_context(ticking(duties(roles.scheduler, database, store, broker)))
+        app = gateways.create_app(lambda: nullcontext(gateway))
+        # By way of the log, so that it stands behind what was logged before.
+        lines.put(_greeting(_address(listener), key).encode())
+        # It repeats the signal that stops it, whose handler exits: that closes all of this from the inside out.
+        await gateways.server(app, roles.gateway).serve(sockets=[listener])
+
+
+async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
+    try:
+        if migration is not None:
+            await asyncio.to_thread(migration.wait)
+        await migrating.require_current(database)
+    except OutdatedDatabase as error:
+        url = database.url.render_as_string(hide_password=False)
+        if await asyncio.to_thread(begin_migration(url).wait) != 0:
+            raise Refusal("The database could not be brought up to date") from error
+
+
+async def _first_key(database: Database, settings: GatewaySettings) -> str | None:
+    """Give an empty database its first organisation and key, unless the gateway will, with the key of its settings."""
+    if settings.bootstrap_api_key is not None:
+        return None
+    key = access.new_key()
+    return key if await bootstrap(database, key, settings.secret) else None
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _greeting(address: str, key: str | None) -> str:
+    if key is None:
+        return f"Pilotflame runs on {address}\n"
+    return WELCOME.format(address=address, key=key, example=EXAMPLE)

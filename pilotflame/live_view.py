@@ -1,0 +1,80 @@
+"""A run as it goes on, node by node, on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Final
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pilotflame.client import Event
+
+MAX_ROWS: Final = 25
+"""The nodes that were heard of last: more would not fit a screen."""
+COLOURS: Final = {
+    "completed": "green",
+    "failed": "red",
+    "running": "cyan",
+    "retrying": "yellow",
+    "waiting": "yellow",
+    "skipped": "bright_black",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+}
+
+
+class LiveView:
+    """What is known of a run: a heading, and a row for each node."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._execution: dict[str, Any] = {}
+        self._spans: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def take(self, event: Event) -> None:
+        if event.name == "execution":
+            self._execution = event.data
+        elif event.name == "span":
+            key = (event.data["nodeId"], event.data["iteration"])
+            self._spans.pop(key, None)
+            self._spans[key] = event.data
+
+    def __rich__(self) -> Table:
+        table = Table(title=self._heading(), title_justify="left", box=None, pad_edge=False)
+        for heading in ("node", "type", "status", "time"):
+            table.add_column(heading, justify="right" if heading == "time" else "left", overflow="ellipsis")
+        for span in list(self._spans.values())[-MAX_ROWS:]:
+            table.add_row(
+                Text(span["nodeLabel"] or span["nodeId"]),
+                Text(span["nodeType"]),
+                _status(span["status"]),
+                _duration(span["durationMs"]),
+            )
+        return table
+
+    def _heading(self) -> Text:
+        heading = Text.assemble(self._name, " ", _status(self._execution.get("status", "pending")))
+        if total := self._execution.get("totalNodes"):
+            heading.append(f" {self._execution['completedNodes']}/{total}")
+        return heading
+
+
+def show(name: str, events: Iterable[Event]) -> None:
+    """Show a run until its events end; on standard error, so that the result alone is on standard output."""
+    view = LiveView(name)
+    with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:
+        for event in events:
+            view.take(event)
+        live.refresh()
+
+
+def _status(status: str) -> Text:
+    return Text(status, style=COLOURS.get(status, ""))
+
+
+def _duration(milliseconds: int | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds / 1000:.3f} s"

@@ -1,0 +1,32 @@
+"""What keeps a command from being done, in the one line that its user is told."""
+
+from __future__ import annotations
+
+
+class Refusal(Exception):
+    """The user can mend it: the text says what is wrong, and what to do."""
+
+
+def explained(error: Exception) -> str | None:
+    """Return the line for an error that its user can mend, or None for one that is ours."""
+    if isinstance(error, Refusal):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    # Loaded by whatever has raised one of these, so that telling costs nothing.
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        return "; ".join(_wrong_setting(one["loc"], one["msg"]) for one in error.errors(include_input=False))
+    from messages.broker import BrokerError
+    from models.database import DatabaseUnavailable, InvalidDatabaseUrl
+    from models.migrating import OutdatedDatabase
+    from models.settings import InvalidSettings
+
+    told = (BrokerError, DatabaseUnavailable, InvalidDatabaseUrl, InvalidSettings, OutdatedDatabase)
+    return str(error) if isinstance(error, told) else None
+
+
+def _wrong_setting(location: tuple[int | str, ...], message: str) -> str:
+    name = "_".join(str(part) for part in location).upper()
+    return f"PILOTFLAME_{name}: {message[:1].lower()}{message[1:]}"

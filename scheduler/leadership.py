@@ -1,0 +1,83 @@
+"""Which of several schedulers does the duties: a lease in the database, by the database's time."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from sqlalchemy import case, or_, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from models import ids
+from models.execution import Leadership
+from scheduler.database_time import DatabaseTime
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+log = structlog.get_logger()
+
+DUTIES: Final = "scheduler"
+RENEWALS_PER_LEASE: Final = 3
+MARGIN: Final = 0.15
+"""The share of a lease that is given away: our clock and the database's need not run alike."""
+
+
+class Leader:
+    """One process that leads, or would take over from the one that does."""
+
+    def __init__(self, database: Database, lease_seconds: float) -> None:
+        self.owner = ids.new("scheduler")
+        self._database = database
+        self._lease_seconds = lease_seconds
+        self._epoch = 0
+        self._until = 0.0
+
+    def is_leading(self) -> bool:
+        """Tell whether the lease is certain to last a moment longer."""
+        return time.monotonic() < self._until
+
+    async def renew(self) -> None:
+        """Keep the lease, or take it if it is to be had; raises `DatabaseUnavailable`."""
+        since = time.monotonic()
+        epoch = await self._database.transaction(self._take)
+        if epoch is None:
+            if self._epoch:
+                log.warning("leadership lost", epoch=self._epoch)
+            self._epoch, self._until = 0, 0.0
+            return
+        if epoch != self._epoch:
+            log.info("leading", epoch=epoch, owner=self.owner)
+        self._epoch = epoch
+        self._until = since + self._lease_seconds * (1 - MARGIN)
+
+    async def resign(self) -> None:
+        """Leave the lease to whoever asks next; raises `DatabaseUnavailable`."""
+        self._epoch, self._until = 0, 0.0
+        await self._database.transaction(self._leave)
+
+    async def _take(self, connection: AsyncConnection) -> int | None:
+        """Return the epoch that is ours: it goes up whenever the lease changes hands; None where another leads."""
+        insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+        until = DatabaseTime() + int(self._lease_seconds * 1_000_000)
+        is_ours = col(Leadership.owner) == self.owner
+        statement = insert(Leadership).values(name=DUTIES, owner=self.owner, epoch=1, lease_until=until)
+        statement = statement.on_conflict_do_update(
+            index_elements=[col(Leadership.name)],
+            set_={
+                "owner": self.owner,
+                "epoch": col(Leadership.epoch) + case((is_ours, 0), else_=1),
+                "lease_until": until,
+            },
+            where=or_(is_ours, col(Leadership.lease_until) < DatabaseTime()),
+        )
+        epoch: int | None = await connection.scalar(statement.returning(col(Leadership.epoch)))
+        return epoch
+
+    async def _leave(self, connection: AsyncConnection) -> None:
+        is_ours = (col(Leadership.name) == DUTIES, col(Leadership.owner) == self.owner)
+        await connection.execute(update(Leadership).where(*is_ours).values(lease_until=DatabaseTime() - 1))

@@ -1,0 +1,143 @@
+"""The scheduler's process: what is done by the clock and how often, in one screen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final
+
+import structlog
+import uvloop
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.interval import IntervalTrigger
+
+from journal.opening import open_store
+from journal.store import Store
+from messages import broker as brokers
+from messages.broker import Broker
+from models import database as databases
+from models import migrating
+from models.database import Database, DatabaseUnavailable
+from scheduler import recovery, retention
+from scheduler.leadership import RENEWALS_PER_LEASE, Leader
+from scheduler.settings import SchedulerSettings
+
+log = structlog.get_logger()
+
+FINISH_SECONDS: Final = 2.0
+"""How long the end of the process waits for a duty that is being done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """Something to be done again and again, and harmless when it is done twice."""
+
+    name: str
+    every_seconds: float
+    do: Callable[[], Awaitable[None]]
+
+
+def duties(settings: SchedulerSettings, database: Database, store: Store, broker: Broker) -> Sequence[Duty]:
+    """Return what is to be done, and how often."""
+    return (
+        Duty("recover executions", settings.sweep_seconds, partial(recovery.recover, store, broker)),
+        Duty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
+    )
+
+
+def serve(settings: SchedulerSettings) -> None:
+    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+    settings.check_for_production()
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: SchedulerSettings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        url = databases.parse_url(settings.database_url)
+        database = Database(url)
+        stack.push_async_callback(database.close)
+        await migrating.require_current(database)
+        store = await open_store(url, connections=1)
+        stack.push_async_callback(store.close)
+        broker = await brokers.connect(settings.redis_url)
+        stack.push_async_callback(broker.close)
+        is_leading = await stack.enter_async_context(_standing_for_leader(settings, database))
+        led = [_only_while(is_leading, duty) for duty in duties(settings, database, store, broker)]
+        await stack.enter_async_context(ticking(led))
+        log.info("scheduler ready")
+        await stop.wait()
+        log.info("scheduler stops")
+
+
+@asynccontextmanager
+async def ticking(duties: Sequence[Duty]) -> AsyncIterator[None]:
+    """Do each duty now, and then as often as it says, as long as the context lasts."""
+    # It says at every tick that a slow duty is still at work.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
+    ticker = AsyncIOScheduler(timezone=UTC)
+    in_hand: set[asyncio.Task[None]] = set()
+    for duty in duties:
+        ticker.add_job(
+            _do,
+            IntervalTrigger(seconds=duty.every_seconds, timezone=UTC),
+            args=[duty, in_hand],
+            next_run_time=datetime.now(UTC),
+            max_instances=1,
+            coalesce=True,
+            misfire_grace_time=None,
+        )
+    ticker.start()
+    try:
+        yield
+    finally:
+        ticker.pause()
+        if in_hand:
+            await asyncio.wait(in_hand, timeout=FINISH_SECONDS)
+        ticker.shutdown(wait=False)
+
+
+async def _do(duty: Duty, in_hand: set[asyncio.Task[None]]) -> None:
+    """Do a duty once, whatever becomes of it: this is the outermost loop of the process."""
+    if task := asyncio.current_task():
+        in_hand.add(task)
+        task.add_done_callback(in_hand.discard)
+    try:
+        await duty.do()
+    except DatabaseUnavailable as error:
+        log.warning("database not reached", duty=duty.name, error=str(error))
+    except Exception:
+        log.exception("duty failed", duty=duty.name)
+
+
+@asynccontextmanager
+async def _standing_for_leader(
+    settings: SchedulerSettings, database: Database
+) -> AsyncIterator[Callable[[], bool]]:
+    """Lead whenever nobody else does; yields what tells whether that is so."""
+    leader = Leader(database, settings.leadership_seconds)
+    await leader.renew()
+    renewal = Duty("stand for leader", settings.leadership_seconds / RENEWALS_PER_LEASE, leader.renew)
+    async with ticking([renewal]):
+        yield leader.is_leading
+    try:
+        async with asyncio.timeout(FINISH_SECONDS):
+            await leader.resign()
+    except (DatabaseUnavailable, TimeoutError) as error:
+        log.warning("not resigned: the lease runs out by itself", error=str(error))
+
+
+def _only_while(is_true: Callable[[], bool], duty: Duty) -> Duty:
+    async def do() -> None:
+        if is_true():
+            await duty.do()
+
+    return replace(duty, do=do)

@@ -1,0 +1,28 @@
+"""The scheduler's settings: read once, when the process starts."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from models.settings import InvalidSettings, Settings
+
+
+class SchedulerSettings(Settings):
+    """What the scheduler reads besides what all processes share."""
+
+    sweep_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="How often the scheduler looks for runs that nobody holds, as each worker does.",
+    )
+    leadership_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="How long a scheduler that has died keeps others from its duties; renewed every third of it.",
+    )
+
+    def check_for_production(self) -> None:
+        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
+        _ = self.secret
+        if self.redis_url is None:
+            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")
