@@ -220,9 +220,12 @@ async def heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> di
 
 async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int) -> News:
     """Return spans and log lines with a sequence number above `after`, the lowest of either kind."""
+    # Between two statements more may be committed, of either kind: both go as far as was there at one moment.
+    newest = (await connection.execute(_newest(key))).one()
+    last = max(newest)
     found_spans = (
         await connection.execute(
-            _SPANS.where(*_of(SpanRow, key), col(SpanRow.sequence) > after)
+            _SPANS.where(*_of(SpanRow, key), *_between(SpanRow, after, last))
             .order_by(col(SpanRow.sequence))
             .limit(at_most)
         )
@@ -230,18 +233,32 @@ async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at
     found_logs = (
         await connection.execute(
             select(LogRow)
-            .where(*_of(LogRow, key), col(LogRow.sequence) > after)
+            .where(*_of(LogRow, key), *_between(LogRow, after, last))
             .order_by(col(LogRow.sequence))
             .limit(at_most)
         )
     ).all()
-    # Behind the last of a list that was cut, there may be more of its kind: the other may go no further either.
+    # Behind the end of a list that was cut there may be more of its kind: the other goes no further than that.
     cuts = [rows[-1].sequence for rows in (found_spans, found_logs) if len(rows) == at_most]
     if not cuts:
         return News(found_spans, found_logs, is_all=True)
-    last = min(cuts)
+    cut = min(cuts)
     return News(
-        [row for row in found_spans if row.sequence <= last],
-        [row for row in found_logs if row.sequence <= last],
+        [row for row in found_spans if row.sequence <= cut],
+        [row for row in found_logs if row.sequence <= cut],
         is_all=False,
     )
+
+
+def _between(table: type[SpanRow | LogRow], after: int, last: int) -> Iterable[ColumnElement[bool]]:
+    yield col(table.sequence) > after
+    yield col(table.sequence) <= last
+
+
+def _newest(key: ExecutionKey) -> Select[int, int]:
+    """Return the statement that reads the highest sequence number of either kind."""
+    of_span, of_line = (
+        select(func.coalesce(func.max(col(table.sequence)), 0)).where(*_of(table, key)).scalar_subquery()
+        for table in (SpanRow, LogRow)
+    )
+    return select(of_span, of_line)

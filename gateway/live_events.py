@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 END: Final = "end"
 KEEP_ALIVE_SECONDS: Final = 15.0
-EVENTS_AT_ONCE: Final = 200
+EVENTS_AT_ONCE: Final = 50
 HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 """A buffering proxy would hold events back; `cache-control` stands on every answer."""
 
@@ -125,6 +125,7 @@ class EventStream:
             pass  # what is new stays new, and is asked for again in a second
         else:
             if head.status in TERMINAL:
+                self._live.waiting.heard_of(self._key.execution_id)
                 return False
         await self._keep_alive(send)
         return True

@@ -154,18 +154,24 @@ class Waiting:
             watch.is_set = True
         return [True] * len(batch)
 
+    def heard_of(self, execution_id: str) -> None:
+        """Have everybody look at an execution that has changed; whoever goes on waiting watches it anew."""
+        self._watched.drop(execution_id)
+        for waiter in self._waiters.get(execution_id, ()):
+            waiter.changed.set()
+
     async def _read(self, batch: Sequence[ExecutionKey]) -> Sequence[Progress | None]:
         found = {one.execution_id: one for one in await self._store.progress(list(dict.fromkeys(batch)))}
+        for progress in found.values():
+            if progress.status in TERMINAL:
+                # No notice will come any more: it was lost, or it came before the watch.
+                self.heard_of(progress.execution_id)
         return [found.get(key.execution_id) for key in batch]
 
     def _noticed(self, notice: Notice) -> None:
-        if not isinstance(notice, ExecutionsChanged):
-            return
-        for execution_id in notice.execution_ids:
-            # The broker tells once: whoever goes on waiting watches anew.
-            self._watched.drop(execution_id)
-            for waiter in self._waiters.get(execution_id, ()):
-                waiter.changed.set()
+        if isinstance(notice, ExecutionsChanged):
+            for execution_id in notice.execution_ids:
+                self.heard_of(execution_id)
 
     async def _look_again(self) -> None:
         while True:

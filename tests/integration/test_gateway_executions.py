@@ -1,0 +1,1231 @@
+"""Executions over HTTP: taken in once, seen by whom they concern, followed to their end, ended and resumed."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+from starlette.applications import Starlette
+
+from engine.events import LogLine, RunError, RunStatus, Span, SpanStatus
+from gateway import limits, live_events, state
+from gateway.main import create_app
+from gateway.state import State
+from journal.store import Claim, Claimed, RunWrite
+from messages import broker as brokers
+from messages.broker import Broker, Letter, Notice
+from models.access import KeyScope
+from models.execution import Execution, Idempotency, SpanRow
+from models.workflow import Definition, Workflow, WorkflowShare
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, Person, World, open_world
+from tests.services import PostgreSQL, Redis
+from workers.main import working
+from workers.settings import WorkerSettings
+
+WORKFLOWS = "/api/v1/workflows"
+EXECUTIONS = "/api/v1/executions"
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+EXECUTION = {
+    "id", "workflowId", "status", "startedAt", "endedAt", "durationMs", "trigger", "triggerType", "userId",
+    "organizationId", "error", "progress", "completedNodes", "totalNodes", "resumedFrom", "createdAt", "updatedAt",
+}  # fmt: skip
+SPAN = {
+    "id", "executionId", "nodeId", "nodeLabel", "nodeType", "status", "startedAt", "endedAt", "durationMs", "inputData",
+    "outputData", "error", "attempt", "port", "iteration", "unresolved", "hashes", "sequence", "wakeAt",
+}  # fmt: skip
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+PROMPT_SECONDS = 0.5
+"""Sooner than the look that is taken once a second."""
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("executions")
+    async with open_world(request.param, postgres, folder) as world:
+        yield world
+
+
+@pytest.fixture
+async def people(world: World) -> People:
+    return await world.people()
+
+
+@dataclass
+class Run:
+    """A claimed run, and what a worker would write of it."""
+
+    gateway: State
+    claimed: Claimed
+    broker: Broker
+    sequence: int = 0
+    settled: set[str] = field(default_factory=set)
+
+    async def write(
+        self,
+        *records: Span | LogLine,
+        end: RunStatus | None = None,
+        error: RunError | None = None,
+        is_told: bool = True,
+    ) -> None:
+        """Commit records and perhaps the end, and announce that unless the notice is to be lost."""
+        spans = [record for record in records if isinstance(record, Span)]
+        self.settled |= {span.node_id for span in spans if span.ended_at is not None}
+        claimed = self.claimed
+        write = RunWrite(
+            claimed.execution_id,
+            claimed.lane,
+            claimed.token,
+            spans,
+            [record for record in records if isinstance(record, LogLine)],
+            completed_nodes=len(self.settled),
+            end=end,
+            error=error,
+        )
+        assert await self.gateway.store.record([write]) == {claimed.execution_id}
+        if is_told:
+            await self.broker.announce([claimed.execution_id])
+
+    async def complete(self, *, is_told: bool = True) -> None:
+        await self.write(
+            self.span("start", output={"body": {"x": 1}}),
+            self.span("step", output={"body": {"x": 1}, "a": 1}, input_node="start"),
+            end=RunStatus.COMPLETED,
+            is_told=is_told,
+        )
+
+    def span(self, node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> Span:  # noqa: ANN401
+        """Return a node's next record; `output` and `input` are given as values."""
+        self.sequence += 1
+        for name in ("input", "output"):
+            if name in fields:
+                fields[name] = json.dumps(fields[name]).encode()
+        has_ended = status in {SpanStatus.COMPLETED, SpanStatus.FAILED}
+        return Span(
+            node_id=node_id,
+            label=node_id.title(),
+            type="manual" if node_id == "start" else "set",
+            status=status,
+            sequence=self.sequence,
+            started_at=None if status is SpanStatus.SKIPPED else NOW,
+            ended_at=NOW + timedelta(milliseconds=250) if has_ended else None,
+            **{"port": "output" if status is SpanStatus.COMPLETED else None, **fields},
+        )
+
+    def line(self, level: str, message: str) -> LogLine:
+        self.sequence += 1
+        return LogLine(level, message, "step", self.sequence, NOW)
+
+
+async def taken(world: World, execution_id: str, *, broker: Broker | None = None) -> Run:
+    """Claim a run as a worker would."""
+    gateway = world.gateway
+    broker = broker or gateway.broker
+    while True:
+        claim = Claim(owner=broker.inbox, lease_seconds=60, limit=50)
+        claimed = {one.execution_id: one for one in await gateway.store.claim(claim)}
+        assert claimed, f"{execution_id} is not pending"
+        if execution_id in claimed:
+            return Run(gateway, claimed[execution_id], broker)
+
+
+def refused(response: httpx2.Response, status: int, code: str) -> None:
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
+
+
+async def executed(person: Person, workflow_id: str, **body: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Execute a workflow and return the execution's id."""
+    response = await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json=body)
+    assert response.status_code == 201, response.text
+    execution_id: str = response.json()["executionId"]
+    return execution_id
+
+
+async def got(person: Person, path: str) -> dict[str, Any]:
+    response = await person.api.get(f"{EXECUTIONS}{path}")
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+async def listed(person: Person, query: str = "") -> list[str]:
+    """Return the ids that a list shows."""
+    return [execution["id"] for execution in (await got(person, f"?{query}"))["executions"]]
+
+
+async def row(world: World, execution_id: str) -> Execution:
+    statement = select(Execution).where(col(Execution.id) == execution_id)
+    async with world.gateway.database.read() as connection:
+        return Execution(**(await connection.execute(statement)).mappings().one())
+
+
+async def changed(world: World, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+    """Change a workflow behind the gateway's back, as another gateway would."""
+
+    async def change(connection: AsyncConnection) -> None:
+        statement = update(Workflow).where(col(Workflow.id) == workflow_id)
+        await connection.execute(statement.values(revision=col(Workflow.revision) + 1, **values))
+
+    await world.gateway.database.transaction(change)
+
+
+async def share(world: World, workflow_id: str, person: Person) -> None:
+    values = {"workflow_id": workflow_id, "user_id": person.user.id, "shared_at": datetime.now(UTC)}
+
+    async def add(connection: AsyncConnection) -> None:
+        await connection.execute(insert(WorkflowShare).values(values))
+
+    await world.gateway.database.transaction(add)
+    await changed(world, workflow_id)
+
+
+# ── execute ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_execute_answers_as_the_contract_says_and_the_row_is_there(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
+    response = await people.owner.api.post(
+        f"{WORKFLOWS}/{workflow_id}/execute", json={"triggerInputs": {"key": "value"}}
+    )
+    assert response.status_code == 201
+    assert set(response.json()) == {"executionId"}
+    execution_id = response.json()["executionId"]
+    assert re.fullmatch(r"exec_[0-9a-z]{26}", execution_id)
+    assert response.headers["Location"] == f"{EXECUTIONS}/{execution_id}"
+    assert "Idempotent-Replayed" not in response.headers
+    stored = await row(world, execution_id)
+    assert (stored.status, stored.total_nodes, stored.timeout_microseconds) == ("pending", 2, 60_000_000)
+
+
+async def test_the_body_of_execute_may_be_left_out(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute")
+    assert response.status_code == 201
+    shown = await got(people.owner, f"/{response.json()['executionId']}")
+    assert shown["trigger"] == {"type": "manual", "data": {"body": {}}}
+
+
+async def test_trigger_inputs_reach_the_run_as_the_trigger_node_gives_them_out(
+    world: World, people: People
+) -> None:
+    nodes = [TRIGGER | {"nodeId": "webhook"}, STEP]
+    workflow_id = await people.owner.create(nodes=nodes, connections=[EDGE])
+    execution_id = await executed(people.owner, workflow_id, triggerInputs={"x": 1.0, "y": "é\u0301"})
+    run = await taken(world, execution_id)
+    assert json.loads(run.claimed.trigger) == {"body": {"x": 1.0, "y": "é\u0301"}, "headers": {}, "query": {}}
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({"triggerInputs": [1]}, "triggerInputs"),
+        ({"triggerInputs": "x"}, "triggerInputs"),
+        ({"definition": []}, "definition"),
+        ({"definition": {"nodes": {}}}, "definition.nodes"),
+    ],
+)
+async def test_wrong_fields_of_execute_are_named(people: People, body: dict[str, Any], path: str) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json=body)
+    refused(response, 422, "validation-failed")
+    assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("paused", "workflow-paused"), ("archived", "workflow-archived")]
+)
+async def test_a_workflow_that_is_closed_takes_nothing_in(people: People, status: str, code: str) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": status})
+    refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 409, code)
+
+
+@pytest.mark.parametrize("status", ["draft", "active"])
+async def test_drafts_and_active_workflows_are_executed(people: People, status: str) -> None:
+    workflow_id = await people.owner.create(status=status, **GRAPH)
+    assert await executed(people.owner, workflow_id)
+
+
+async def test_an_invalid_graph_is_refused_with_its_findings(people: People) -> None:
+    workflow_id = await people.owner.create(
+        nodes=[TRIGGER, STEP], connections=[EDGE | {"targetNodeId": "gone"}]
+    )
+    response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute")
+    refused(response, 422, "validation-failed")
+    [finding] = response.json()["error"]["details"]
+    assert (finding["type"], finding["code"]) == ("broken-connection", "broken-connection")
+    assert finding["connectionId"].startswith("conn-")
+
+
+async def test_execute_needs_its_scope_and_a_workflow_that_one_may_read(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    reader = await world.person(await world.organization(), scopes=[KeyScope.WORKFLOWS_READ])
+    refused(await reader.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 403, "scope-required")
+    for person in (people.colleague, people.stranger):
+        refused(await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 404, "not-found")
+    await share(world, workflow_id, people.colleague)
+    world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
+    assert await executed(people.colleague, workflow_id)
+    assert await executed(people.admin, workflow_id)
+
+
+# ── a definition of one's own ───────────────────────────────────────────────────────────────────────────────
+
+OTHER = {
+    "nodes": [TRIGGER | {"id": "t", "nodeId": "rest-api"}, STEP | {"id": "u"}, STEP | {"id": "v"}],
+    "connections": [{"source": "t", "target": "u"}, {"source": "u", "target": "v"}],
+}
+
+
+async def test_a_definition_is_run_in_the_place_of_the_workflow_s_and_never_saved(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(settings={"timeout": 7}, **GRAPH)
+    before = await people.owner.workflow(workflow_id)
+    execution_id = await executed(people.owner, workflow_id, definition=OTHER, triggerInputs={"x": 1})
+    assert await people.owner.workflow(workflow_id) == before
+    stored = await row(world, execution_id)
+    statement = select(col(Definition.body)).where(col(Definition.hash) == stored.definition_hash)
+    async with world.gateway.database.read() as connection:
+        pinned = json.loads(await connection.scalar(statement) or "")
+    assert [node["id"] for node in pinned["nodes"]] == ["t", "u", "v"]
+    assert [(edge["source"], edge["target"]) for edge in pinned["connections"]] == [("t", "u"), ("u", "v")]
+    assert pinned["settings"]["timeout"] == 7
+    assert (stored.total_nodes, stored.trigger_type) == (3, "rest-api")
+
+
+async def test_a_definition_needs_the_scope_to_write(world: World) -> None:
+    organization = await world.organization()
+    owner = await world.person(organization)
+    workflow_id = await owner.create(**GRAPH)
+    await changed(world, workflow_id, is_public=True)
+    runner = await world.person(organization, scopes=[KeyScope.WORKFLOWS_EXECUTE, KeyScope.WORKFLOWS_READ])
+    response = await runner.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json={"definition": OTHER})
+    refused(response, 403, "scope-required")
+    assert "workflows:write" in response.json()["error"]["message"]
+    assert await executed(runner, workflow_id)
+
+
+@pytest.mark.parametrize(
+    ("definition", "code", "path"),
+    [
+        ({}, "empty-workflow", "nodes"),
+        ({"nodes": [STEP]}, "missing-trigger", "nodes"),
+        ({"nodes": [{"id": "x", "nodeId": "sett"}]}, "unknown-node-type", "definition.nodes.0.nodeId"),
+        ({"nodes": [TRIGGER | {"id": "a b"}]}, "invalid-id", "definition.nodes.0.id"),
+    ],
+)
+async def test_a_definition_is_checked_like_any_graph(
+    people: People, definition: dict[str, Any], code: str, path: str
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.post(
+        f"{WORKFLOWS}/{workflow_id}/execute", json={"definition": definition}
+    )
+    refused(response, 422, "validation-failed")
+    assert (code, path) in [
+        (detail["code"], detail["path"]) for detail in response.json()["error"]["details"]
+    ]
+
+
+async def test_a_definition_s_text_is_stored_once_however_often_it_runs(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    for _ in range(3):
+        await executed(
+            people.owner,
+            workflow_id,
+            definition=OTHER
+            | {
+                "connections": [
+                    {"id": "c1", "source": "t", "target": "u"},
+                    {"id": "c2", "source": "u", "target": "v"},
+                ]
+            },
+        )
+    organization_id = people.owner.user.organization_id
+    statement = select(func.count()).where(col(Definition.organization_id) == organization_id)
+    async with world.gateway.database.read() as connection:
+        assert await connection.scalar(statement) == 1
+
+
+# ── repeated requests ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_of_many_equal_requests_at_once_one_is_run_and_all_are_told_which(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    responses = await asyncio.gather(
+        *(
+            people.owner.api.post(
+                f"{WORKFLOWS}/{workflow_id}/execute",
+                json={"triggerInputs": {"x": 1}},
+                headers={"Idempotency-Key": "once"},
+            )
+            for _ in range(50)
+        )
+    )
+    assert {response.status_code for response in responses} == {201}
+    [execution_id] = {response.json()["executionId"] for response in responses}
+    replayed = [response.headers.get("Idempotent-Replayed") for response in responses]
+    assert sorted(replayed, key=str) == [None, *["true"] * 49]
+    assert {response.headers["Location"] for response in responses} == {f"{EXECUTIONS}/{execution_id}"}
+    assert await listed(people.owner, f"workflow_id={workflow_id}") == [execution_id]
+
+
+async def test_a_key_with_another_body_is_refused(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "k"}
+    assert (await people.owner.api.post(path, json={}, headers=headers)).status_code == 201
+    response = await people.owner.api.post(path, json={"triggerInputs": {"x": 2}}, headers=headers)
+    refused(response, 422, "idempotency-mismatch")
+
+
+async def test_a_key_is_its_user_s_and_its_workflow_s_alone(world: World, people: People) -> None:
+    headers = {"Idempotency-Key": "k"}
+    workflows = [await people.owner.create(**GRAPH) for _ in range(2)]
+    await changed(world, workflows[0], is_public=True)
+    started = [
+        (await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", headers=headers)).json()["executionId"]
+        for person, workflow_id in (
+            (people.owner, workflows[0]),
+            (people.owner, workflows[1]),
+            (people.colleague, workflows[0]),
+        )
+    ]
+    assert len(set(started)) == 3
+
+
+async def test_a_request_that_was_answered_is_answered_the_same_when_the_workflow_is_closed(
+    people: People,
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "k"}
+    first = await people.owner.api.post(path, headers=headers)
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    again = await people.owner.api.post(path, headers=headers)
+    assert (again.status_code, again.json()) == (201, first.json())
+    assert again.headers["Idempotent-Replayed"] == "true"
+    refused(
+        await people.owner.api.post(path, json={"triggerInputs": {}}, headers=headers),
+        422,
+        "idempotency-mismatch",
+    )
+    refused(await people.owner.api.post(path, headers={"Idempotency-Key": "other"}), 409, "workflow-paused")
+
+
+async def test_a_key_is_free_again_after_its_time(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "old"}
+    first = await people.owner.api.post(path, headers=headers)
+
+    async def expire(connection: AsyncConnection) -> None:
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        statement = update(Idempotency).where(col(Idempotency.resource_id) == first.json()["executionId"])
+        await connection.execute(statement.values(expires_at=past))
+
+    await world.gateway.database.transaction(expire)
+    second = await people.owner.api.post(path, json={"triggerInputs": {"x": 1}}, headers=headers)
+    assert second.status_code == 201
+    assert second.json() != first.json()
+
+
+# ── workflows that change meanwhile ─────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_workflow_that_another_gateway_changed_is_loaded_again(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await executed(people.owner, workflow_id)
+    await changed(world, workflow_id, settings={"timeout": 5})
+    stored = await row(world, await executed(people.owner, workflow_id))
+    assert stored.timeout_microseconds == 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "code"),
+    [
+        ({"status": "paused"}, 409, "workflow-paused"),
+        ({"deleted_at": NOW}, 404, "not-found"),
+    ],
+)
+async def test_what_another_gateway_closed_or_deleted_takes_nothing_in(
+    world: World, people: People, values: dict[str, Any], status: int, code: str
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    execution_id = await executed(people.owner, workflow_id)
+    await changed(world, workflow_id, **values)
+    refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), status, code)
+    assert await listed(people.admin, f"workflow_id={workflow_id}") == [execution_id]
+
+
+# ── looking ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_execution_is_shown_with_everything_that_belongs_to_it(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
+    execution_id = await executed(people.owner, workflow_id, triggerInputs={"x": 1})
+    pending = await got(people.owner, f"/{execution_id}")
+    assert set(pending) >= EXECUTION | {"config", "outputs"}
+    assert (pending["status"], pending["progress"], pending["outputs"]) == ("pending", 0, {})
+    assert pending["startedAt"] is pending["endedAt"] is pending["durationMs"] is pending["error"] is None
+    assert pending["config"] == {"timeout": 60, "retryOnFailure": False, "maxRetries": 3}
+    assert pending["trigger"] == {"type": "manual", "data": {"body": {"x": 1}}}
+    assert (pending["userId"], pending["workflowId"]) == (people.owner.user.id, workflow_id)
+    run = await taken(world, execution_id)
+    await run.write(run.span("start", output={"body": {"x": 1}}), run.span("step", SpanStatus.RUNNING))
+    running = await got(people.owner, f"/{execution_id}")
+    assert (running["status"], running["progress"], running["completedNodes"]) == ("running", 50, 1)
+    assert running["outputs"] == {"start": {"body": {"x": 1}}}
+    await run.write(run.span("step", output=[1]), end=RunStatus.COMPLETED)
+    completed = await got(people.owner, f"/{execution_id}")
+    assert (completed["status"], completed["progress"], completed["totalNodes"]) == ("completed", 100, 2)
+    assert completed["outputs"] == {"start": {"body": {"x": 1}}, "step": [1]}
+    assert TIME.fullmatch(completed["endedAt"])
+    assert completed["durationMs"] >= 0
+    assert completed["organizationId"] == people.owner.user.organization_id
+
+
+async def test_a_failed_execution_shows_its_error(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    error = RunError("node-error", "It broke", "step", 2)
+    await run.write(run.span("step", SpanStatus.FAILED, error=error), end=RunStatus.FAILED, error=error)
+    shown = {"code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 2}
+    assert (await got(people.owner, f"/{execution_id}"))["error"] == shown
+    assert (await got(people.owner, f"/{execution_id}/progress"))["error"] == shown
+    assert (await got(people.owner, f"?workflow_id={run.claimed.workflow_id}"))["executions"][0][
+        "error"
+    ] == shown
+
+
+async def test_a_list_shows_how_many_there_are_and_a_page_of_them(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    made = [await executed(people.owner, workflow_id) for _ in range(3)]
+    body = await got(people.owner, "?limit=2&offset=1")
+    assert set(body) == {"count", "limit", "offset", "executions"}
+    assert (body["count"], body["limit"], body["offset"]) == (3, 2, 1)
+    assert [execution["id"] for execution in body["executions"]] == [made[1], made[0]]
+    assert set(body["executions"][0]) >= EXECUTION
+    assert body["executions"][0]["trigger"] == {"type": "manual"}
+
+
+async def test_a_list_is_filtered_and_sorted(world: World, people: People) -> None:
+    owner = people.owner
+    one, other = (
+        await owner.create(**GRAPH),
+        await owner.create(nodes=[TRIGGER | {"nodeId": "webhook"}, STEP], connections=[EDGE]),
+    )
+    first, second, third = [await executed(owner, workflow_id) for workflow_id in (one, one, other)]
+    run = await taken(world, first)
+    await run.complete()
+    assert await listed(owner, f"workflow_id={one}") == [second, first]
+    assert await listed(owner, "trigger_type=webhook") == [third]
+    assert await listed(owner, "status=completed") == [first]
+    assert await listed(owner, "status=completed,failed") == [first]
+    assert await listed(owner, "status=failed&status=completed") == [first]
+    assert await listed(owner, "sort=createdAt:asc") == [first, second, third]
+    assert (await listed(owner, "sort=endedAt:desc"))[0] == first
+    assert (await listed(owner, "sort=startedAt:asc"))[-1] in {first, second, third}
+    moment = (await row(world, second)).created_at.isoformat().replace("+00:00", "Z")
+    assert await listed(owner, f"since={moment}") == [third, second]
+    assert await listed(owner, f"until={moment}") == [first]
+    assert await listed(owner, "workflow_id=wf_unknown") == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "status=done",
+        "since=yesterday",
+        "until=x",
+        "limit=0",
+        "limit=101",
+        "offset=-1",
+        "sort=status",
+        "sort=createdAt:up",
+    ],
+)
+async def test_a_query_that_means_nothing_is_400(people: People, query: str) -> None:
+    refused(await people.owner.api.get(f"{EXECUTIONS}?{query}"), 400, "invalid-query")
+
+
+async def test_spans_say_what_each_node_was_given_and_gave(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    hashes = b"".join(bytes([number]) * 32 for number in range(4))
+    await run.write(
+        run.span("start", input={"body": {}}, output={"body": {}, "größe": 1.0}, hashes=hashes),
+        run.span(
+            "step",
+            SpanStatus.FAILED,
+            input_node="start",
+            unresolved=("data.x",),
+            attempt=3,
+            error=RunError("node-error", "No", "step", 3),
+        ),
+        run.span("never", SpanStatus.SKIPPED),
+    )
+    body = await got(people.owner, f"/{execution_id}/spans")
+    assert (body["count"], body["limit"], body["offset"]) == (3, 100, 0)
+    start, step, never = body["spans"]
+    assert set(start) == SPAN
+    assert start["id"].startswith("span_")
+    assert (start["executionId"], start["nodeLabel"], start["nodeType"]) == (execution_id, "Start", "manual")
+    assert (start["startedAt"], start["durationMs"]) == ("2026-01-01T00:00:00.000Z", 250)
+    assert start["hashes"] == {
+        "type": "00" * 32,
+        "config": "01" * 32,
+        "mappings": "02" * 32,
+        "input": "03" * 32,
+    }
+    assert (start["inputData"], start["port"], start["unresolved"]) == ({"body": {}}, "output", [])
+    assert step["inputData"] == start["outputData"] == {"body": {}, "größe": 1.0}
+    assert (step["status"], step["attempt"], step["unresolved"]) == ("failed", 3, ["data.x"])
+    assert step["error"]["message"] == "No"
+    assert (never["status"], never["startedAt"], never["inputData"], never["hashes"]) == (
+        "skipped",
+        None,
+        None,
+        None,
+    )
+
+    async def nodes(query: str) -> list[str]:
+        return [
+            span["nodeId"] for span in (await got(people.owner, f"/{execution_id}/spans?{query}"))["spans"]
+        ]
+
+    assert await nodes("node_id=step") == ["step"]
+    assert await nodes("status=completed,skipped") == ["start", "never"]
+    assert await nodes("limit=1&offset=1") == ["step"]
+    refused(await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/spans?limit=1001"), 400, "invalid-query")
+    refused(
+        await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/spans?status=done"), 400, "invalid-query"
+    )
+
+
+async def test_logs_are_listed_in_order_and_by_level(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    await run.write(run.line("info", "one"), run.line("error", "two\nlines"), run.line("debug", "three"))
+    body = await got(people.owner, f"/{execution_id}/logs")
+    assert body["count"] == 3
+    assert [line["message"] for line in body["logs"]] == ["one", "two\nlines", "three"]
+    assert set(body["logs"][0]) >= {"id", "executionId", "level", "message", "nodeId", "createdAt"}
+    errors = await got(people.owner, f"/{execution_id}/logs?level=error,debug&limit=1")
+    assert (errors["count"], [line["level"] for line in errors["logs"]]) == (2, ["error"])
+    refused(await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/logs?level=loud"), 400, "invalid-query")
+
+
+# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+PATHS = [
+    ("GET", ""), ("GET", "/progress?wait=0"), ("GET", "/spans"), ("GET", "/logs"), ("GET", "/events"),
+    ("POST", "/stop"), ("POST", "/cancel"), ("POST", "/resume"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_an_execution_that_one_may_not_see_is_not_there(people: People, method: str, path: str) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    for person, wanted in (
+        (people.stranger, execution_id),
+        (people.colleague, execution_id),
+        (people.owner, "exec_0"),
+    ):
+        refused(await person.api.request(method, f"{EXECUTIONS}/{wanted}{path}"), 404, "not-found")
+    assert execution_id not in await listed(people.stranger) + await listed(people.colleague)
+    assert (await got(people.owner, f"/{execution_id}"))["status"] == "pending"
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_each_operation_needs_its_scope(world: World, method: str, path: str) -> None:
+    needed = KeyScope.WORKFLOWS_READ if method == "GET" else KeyScope.WORKFLOWS_EXECUTE
+    others = [scope for scope in KeyScope if scope is not needed]
+    person = await world.person(await world.organization(), scopes=others)
+    response = await person.api.request(method, f"{EXECUTIONS}/exec_1{path}")
+    refused(response, 403, "scope-required")
+    assert needed in response.json()["error"]["message"]
+
+
+async def test_whoever_may_read_the_workflow_sees_its_executions(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    execution_id = await executed(people.owner, workflow_id)
+    await share(world, workflow_id, people.colleague)
+    for person in (people.colleague, people.admin, people.owner):
+        assert execution_id in await listed(person)
+        assert (await got(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
+    assert await listed(people.stranger) == []
+
+
+async def test_the_history_of_a_deleted_workflow_stays_with_its_owner_and_those_who_ran_it(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await share(world, workflow_id, people.colleague)
+    of_owner, of_colleague = (
+        await executed(people.owner, workflow_id),
+        await executed(people.colleague, workflow_id),
+    )
+    await changed(world, workflow_id, deleted_at=NOW)
+    assert set(await listed(people.owner)) == {of_owner, of_colleague}
+    assert set(await listed(people.admin)) == {of_owner, of_colleague}
+    assert await listed(people.colleague) == [of_colleague]
+    refused(await people.colleague.api.get(f"{EXECUTIONS}/{of_owner}"), 404, "not-found")
+
+
+# ── progress ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def soon(poll: Awaitable[dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """Return what a poll brings, and how many seconds it took."""
+    began = time.monotonic()
+    body = await poll
+    return body, time.monotonic() - began
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what is waited for says nothing of itself
+        await asyncio.sleep(0.001)
+
+
+async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    poll = asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress")))
+    run = await taken(world, execution_id)
+    await until(lambda: world.gateway.waiting.polls > 0)
+    began = time.monotonic()
+    await run.complete()
+    body, _ = await poll
+    assert time.monotonic() - began < PROMPT_SECONDS
+    assert body == {
+        "executionId": execution_id,
+        "status": "completed",
+        "progress": 100,
+        "completedNodes": 2,
+        "totalNodes": 2,
+        "outputs": {"start": {"body": {"x": 1}}, "step": {"body": {"x": 1}, "a": 1}},
+        "error": None,
+    }
+    again, seconds = await soon(got(people.owner, f"/{execution_id}/progress"))
+    assert (again, seconds < PROMPT_SECONDS) == (body, True)
+
+
+async def test_many_polls_of_one_run_are_all_answered(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    polls = [asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress"))) for _ in range(20)]
+    await until(lambda: world.gateway.waiting.polls >= 20)
+    await run.write(run.span("start", output=1))  # not the end: they watch and wait on
+    await run.complete()
+    answers = await asyncio.gather(*polls)
+    assert [body["status"] for body, _ in answers] == ["completed"] * 20
+    assert max(seconds for _, seconds in answers) < PROMPT_SECONDS
+
+
+async def test_a_notice_that_is_lost_costs_a_second(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    poll = asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress")))
+    await (await taken(world, execution_id)).complete(is_told=False)
+    body, seconds = await poll
+    assert body["status"] == "completed"
+    assert seconds < 2
+
+
+async def test_once_the_end_was_seen_here_nobody_waits_for_a_notice_that_was_lost(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    ended = []
+    for _ in range(2):
+        ended.append(await executed(people.owner, workflow_id))
+        await (await taken(world, ended[-1])).complete(is_told=False)
+    polled, streamed = ended
+    await got(people.owner, f"/{polled}/progress?wait=0")
+    assert (await followed(world, people.owner, streamed).rest())[-1].id == "end"
+    for execution_id in ended:
+        body, seconds = await soon(got(people.owner, f"/{execution_id}/progress"))
+        assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
+
+
+async def test_a_poll_whose_time_is_over_shows_where_the_run_is(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    await run.write(run.span("start", output=1))
+    body, seconds = await soon(got(people.owner, f"/{execution_id}/progress?wait=1"))
+    assert (body["status"], body["progress"], body["outputs"]) == ("running", 50, {})
+    assert 0.9 < seconds < 2
+    body, seconds = await soon(got(people.owner, f"/{execution_id}/progress?wait=0"))
+    assert (body["completedNodes"], seconds < PROMPT_SECONDS) == (1, True)
+
+
+@pytest.mark.parametrize("wait", ["31", "-1", "1.5", "x"])
+async def test_wait_is_a_whole_number_of_seconds_up_to_thirty(people: People, wait: str) -> None:
+    refused(await people.owner.api.get(f"{EXECUTIONS}/exec_1/progress?wait={wait}"), 400, "invalid-query")
+
+
+@asynccontextmanager
+async def second_gateway(world: World, broker: Broker) -> AsyncIterator[World]:
+    """Run another gateway on the same database, which has a broker of its own."""
+    here = world.gateway
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(broker.close)
+        app = create_app(lambda: state.assembled(here.settings, here.database, here.store, broker))
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        yield World(app, app.state.gateway, stack)
+
+
+async def same(person: Person, world: World) -> Person:
+    """Return a person as a client of another gateway."""
+    return Person(person.user, await world.client(person.key), person.key)
+
+
+async def test_with_the_broker_away_runs_are_taken_in_and_polls_answered_within_a_second(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    async with second_gateway(world, await brokers.connect("redis://127.0.0.1:1")) as alone:
+        owner = await same(people.owner, alone)
+        execution_id = await executed(owner, workflow_id)
+        poll = asyncio.create_task(soon(got(owner, f"/{execution_id}/progress")))
+        await (await taken(world, execution_id)).complete()
+        body, seconds = await poll
+        assert body["status"] == "completed"
+        assert seconds < 2.5
+        response = await owner.api.post(f"{EXECUTIONS}/{await executed(owner, workflow_id)}/cancel")
+        assert response.json()["status"] == "cancelled"
+
+
+async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
+    world: World, people: People, redis_server: Redis
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    async with AsyncExitStack() as stack:
+        one, other = [
+            await stack.enter_async_context(second_gateway(world, await brokers.connect(redis_server.url)))
+            for _ in range(2)
+        ]
+        worker = await brokers.connect(redis_server.url)
+        stack.push_async_callback(worker.close)
+        execution_id = await executed(await same(people.owner, one), workflow_id)
+        persons = [await same(people.owner, gateway) for gateway in (one, other)]
+        polls = [asyncio.create_task(got(person, f"/{execution_id}/progress")) for person in persons]
+        run = await taken(world, execution_id, broker=worker)
+        await until(lambda: other.gateway.waiting.is_watched(execution_id))
+        await until(lambda: one.gateway.waiting.is_watched(execution_id))
+        began = time.monotonic()
+        await run.complete()
+        assert [body["status"] for body in await asyncio.gather(*polls)] == ["completed"] * 2
+        assert time.monotonic() - began < PROMPT_SECONDS
+
+
+async def test_at_the_end_of_the_process_polls_are_answered_at_once(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    async with second_gateway(world, await brokers.connect(None)) as ending:
+        owner = await same(people.owner, ending)
+        poll = asyncio.create_task(soon(got(owner, f"/{execution_id}/progress")))
+        await until(lambda: ending.gateway.waiting.polls > 0)
+        ending.gateway.waiting.release()
+        body, seconds = await poll
+        assert (body["status"], seconds < PROMPT_SECONDS) == ("pending", True)
+        body, seconds = await soon(got(owner, f"/{execution_id}/progress"))
+        assert (body["status"], seconds < PROMPT_SECONDS) == ("pending", True)
+
+
+async def test_too_many_polls_and_acceptances_are_told_to_come_again(
+    people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    execution_id = await executed(people.owner, workflow_id)
+    monkeypatch.setattr(limits, "POLLS_WAITING", 0)
+    monkeypatch.setattr(limits, "ACCEPTANCES_WAITING", 0)
+    for response in (
+        await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/progress"),
+        await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"),
+    ):
+        refused(response, 503, "not-ready")
+        assert int(response.headers["Retry-After"]) > 0
+    assert (await got(people.owner, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
+
+
+# ── events ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Event:
+    name: str
+    data: Any
+    id: str | None = None
+
+
+class Stream:
+    """A client of the event stream that reads while it is written."""
+
+    def __init__(self, app: Starlette, path: str, headers: dict[str, str]) -> None:
+        self._hung_up = asyncio.Event()
+        self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
+        self._unread = b""
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.raw = b""
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "query_string": b"",
+            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+            "client": ("10.0.0.1", 1234),
+        }
+        self.ended = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await self._hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:  # noqa: ANN401 - ASGI's message
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        self.raw += message.get("body", b"")
+        self._chunks.put_nowait(message.get("body", b""))
+
+    async def next(self) -> Event:
+        """Return the next event; comments are passed over."""
+        while True:
+            head, end, rest = self._unread.partition(b"\n\n")
+            if not end:
+                await until(lambda: not self._chunks.empty() or self.ended.done())
+                assert not self._chunks.empty(), f"The stream has ended: {self.ended}"
+                self._unread += self._chunks.get_nowait()
+                continue
+            self._unread = rest
+            fields = dict(
+                line.split(": ", 1) for line in head.decode().split("\n") if not line.startswith(":")
+            )
+            if fields:
+                return Event(fields["event"], json.loads(fields["data"]), fields.get("id"))
+
+    async def rest(self) -> list[Event]:
+        """Return everything up to the end of the stream."""
+        await asyncio.wait_for(self.ended, 5)
+        events = []
+        while b"\n\n" in self._unread or not self._chunks.empty():
+            if b"\n\n" not in self._unread:
+                self._unread += self._chunks.get_nowait()
+                continue
+            events.append(await self.next())
+        return events
+
+    async def hang_up(self) -> None:
+        self._hung_up.set()
+        await asyncio.wait_for(self.ended, 5)
+
+
+def followed(world: World, person: Person, execution_id: str, last: str | None = None) -> Stream:
+    headers = {"X-API-Key": person.key} | ({"Last-Event-ID": last} if last is not None else {})
+    return Stream(world.app, f"{EXECUTIONS}/{execution_id}/events", headers)
+
+
+async def test_events_tell_what_is_committed_in_order_up_to_the_end(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    stream = followed(world, people.owner, execution_id)
+    first = await stream.next()
+    assert (first.name, first.id, first.data["status"]) == ("execution", None, "pending")
+    assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    run = await taken(world, execution_id)
+    began = time.monotonic()
+    await run.write(run.span("start", output={"a": "line\nbreak"}), run.line("info", "hello"))
+    events = [await stream.next() for _ in range(3)]
+    assert time.monotonic() - began < PROMPT_SECONDS
+    span, line = [event for event in events if event.id is not None]
+    assert [(event.name, event.id) for event in (span, line)] == [("span", "1"), ("log", "2")]
+    assert span.data["outputData"] == {"a": "line\nbreak"}
+    assert set(span.data) == SPAN
+    assert line.data["message"] == "hello"
+    [head] = [event for event in events if event.id is None]
+    assert (head.name, head.data["status"], head.data["progress"]) == ("execution", "running", 50)
+    await run.write(run.span("step", output=1), end=RunStatus.COMPLETED)
+    last, end = await stream.rest()
+    assert (last.name, last.id, last.data["nodeId"]) == ("span", "3", "step")
+    assert (end.name, end.id, end.data["status"], end.data["progress"]) == (
+        "execution",
+        "end",
+        "completed",
+        100,
+    )
+
+
+async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    await run.write(run.span("start", SpanStatus.RUNNING), run.line("info", "one"), run.line("info", "two"))
+    seen = followed(world, people.owner, execution_id)
+    assert [(await seen.next()).id for _ in range(4)] == [None, "1", "2", "3"]
+    await seen.hang_up()
+    await run.write(run.span("start", output=1), run.line("info", "three"), end=RunStatus.FAILED)
+    events = await followed(world, people.owner, execution_id, "2").rest()
+    assert [(event.name, event.id) for event in events] == [
+        ("log", "3"), ("span", "4"), ("log", "5"), ("execution", "end"),
+    ]  # fmt: skip
+    ended = followed(world, people.owner, execution_id, "end")
+    assert await ended.rest() == []
+    assert ended.status == 204
+
+
+async def test_a_long_history_is_told_in_order_and_whole(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 3)
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    spans_first = [run.span(f"n{number}", output=number) for number in range(4)]
+    lines_then = [run.line("info", str(number)) for number in range(7)]
+    await run.write(*spans_first, *lines_then, run.span("last", output=1), end=RunStatus.COMPLETED)
+    events = await followed(world, people.owner, execution_id).rest()
+    assert [event.id for event in events] == [*map(str, range(1, 13)), "end"]
+
+
+async def test_no_event_is_missed_while_the_run_goes_on_writing(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    stream = followed(world, people.owner, execution_id)
+    run = await taken(world, execution_id)
+    for number in range(30):
+        await run.write(run.span(f"n{number}", output=number), run.line("info", str(number)))
+    await run.write(end=RunStatus.COMPLETED)
+    events = await stream.rest()
+    assert [event.id for event in events if event.id is not None] == [*map(str, range(1, 61)), "end"]
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "1.5", "99999999999"])
+async def test_an_event_id_that_is_none_is_400(people: People, last: str) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    response = await people.owner.api.get(
+        f"{EXECUTIONS}/{execution_id}/events", headers={"Last-Event-ID": last}
+    )
+    refused(response, 400, "invalid-last-event-id")
+
+
+async def test_an_event_id_beyond_all_is_no_error(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
+    events = await followed(world, people.owner, execution_id, "9999999999").rest()
+    assert [(event.name, event.data["status"]) for event in events] == [("execution", "cancelled")]
+
+
+async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EVENT_STREAMS", 1)
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    stream = followed(world, people.owner, execution_id)
+    await stream.next()
+    response = await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/events")
+    refused(response, 503, "not-ready")
+    await stream.hang_up()
+    again = followed(world, people.owner, execution_id)
+    assert (await again.next()).name == "execution"
+    await again.hang_up()
+    assert world.gateway.live_events.open == 0
+
+
+async def test_a_quiet_stream_is_kept_alive(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_events, "KEEP_ALIVE_SECONDS", 0.5)
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    stream = followed(world, people.owner, execution_id)
+    await until(lambda: stream.raw.endswith(b": keep-alive\n\n"))
+    await stream.hang_up()
+
+
+async def test_a_revoked_key_ends_its_streams(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
+    stream = followed(world, Person(people.owner.user, people.owner.api, key["key"]), execution_id)
+    await stream.next()
+    await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
+    assert await stream.rest() == []
+
+
+async def test_the_head_of_a_stream_can_be_asked_for_alone(people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    response = await people.owner.api.head(f"{EXECUTIONS}/{execution_id}/events")
+    assert (response.status_code, response.headers["content-type"]) == (
+        200,
+        "text/event-stream; charset=utf-8",
+    )
+
+
+# ── stop and cancel ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("wish", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
+async def test_what_nobody_has_begun_ends_at_once_and_stays_as_it_ended(
+    people: People, wish: str, status: str
+) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    poll = asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress")))
+    for asked in (wish, "cancel", "stop"):
+        response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/{asked}")
+        assert (response.status_code, response.json()) == (
+            200,
+            {"executionId": execution_id, "status": status},
+        )
+    body, seconds = await poll
+    assert (body["status"], seconds < PROMPT_SECONDS) == (status, True)
+
+
+async def test_the_worker_that_holds_a_run_is_told_to_end_it(world: World, people: People) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    heard: list[Notice] = []
+    await world.gateway.broker.listen(heard.append)
+    response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
+    assert (response.status_code, response.json()["status"]) == (200, "running")
+    await until(lambda: Letter({"execution_id": execution_id, "request": "cancel"}) in heard)
+    await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/stop")
+    assert (await row(world, execution_id)).request == "cancel"  # the stronger of the two
+    await run.write(end=RunStatus.CANCELLED)
+    assert (await got(people.owner, f"/{execution_id}"))["status"] == "cancelled"
+
+
+# ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def failed(world: World, person: Person, workflow_id: str) -> str:
+    """Return an execution that has failed at its second node."""
+    execution_id = await executed(person, workflow_id, triggerInputs={"x": 1})
+    run = await taken(world, execution_id)
+    error = RunError("node-error", "It broke", "step", 1)
+    await run.write(
+        run.span("start", output={"body": {"x": 1}}, hashes=bytes(128)),
+        run.span("away", SpanStatus.SKIPPED),
+        run.span("handled", SpanStatus.FAILED, port="error", output={"error": {}}, error=error),
+        run.span("step", SpanStatus.FAILED, error=error),
+        run.span("cut", SpanStatus.CANCELLED),
+        run.line("info", "stays behind"),
+        end=RunStatus.FAILED,
+        error=error,
+    )
+    return execution_id
+
+
+async def rows_of_spans(world: World, execution_id: str) -> dict[str, dict[str, Any]]:
+    statement = select(SpanRow).where(col(SpanRow.execution_id) == execution_id)
+    async with world.gateway.database.read() as connection:
+        return {found["node_id"]: dict(found) for found in (await connection.execute(statement)).mappings()}
+
+
+async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
+    world: World, people: People
+) -> None:
+    failed_id = await failed(
+        world, people.owner, await people.owner.create(settings={"timeout": 60}, **GRAPH)
+    )
+    response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")
+    assert response.status_code == 201
+    resumed_id = response.json()["executionId"]
+    assert response.json() == {"executionId": resumed_id, "resumedFrom": failed_id}
+    assert response.headers["Location"] == f"{EXECUTIONS}/{resumed_id}"
+    before, after = await row(world, failed_id), await row(world, resumed_id)
+    assert (after.status, after.is_fresh, after.has_journal, after.attempt, after.token) == (
+        "pending",
+        True,
+        True,
+        0,
+        0,
+    )
+    assert (after.key_id, after.resumed_from, after.error, after.ended_at) == (
+        failed_id,
+        failed_id,
+        None,
+        None,
+    )
+    for name in (
+        "lane",
+        "organization_id",
+        "workflow_id",
+        "definition_hash",
+        "turn",
+        "timeout_microseconds",
+        "total_nodes",
+        "trigger_type",
+        "target",
+    ):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.created_at > before.created_at
+    old, new = await rows_of_spans(world, failed_id), await rows_of_spans(world, resumed_id)
+    assert set(new) == {"start", "away", "handled"}
+    assert after.completed_nodes == 3
+    for node_id, span in new.items():
+        assert span["id"] != old[node_id]["id"]
+        assert span | {"id": 0, "execution_id": 0} == old[node_id] | {"id": 0, "execution_id": 0}
+    shown = await got(people.owner, f"/{resumed_id}")
+    assert (shown["resumedFrom"], shown["trigger"]["data"]) == (failed_id, {"body": {"x": 1}})
+    assert (await got(people.owner, f"/{resumed_id}/logs"))["count"] == 0
+    assert (await got(people.owner, f"/{failed_id}"))["status"] == "failed"
+
+
+async def test_a_run_resumed_twice_keeps_the_first_one_s_id_in_its_keys(world: World, people: People) -> None:
+    first = await failed(world, people.owner, await people.owner.create(**GRAPH))
+    second = (await people.owner.api.post(f"{EXECUTIONS}/{first}/resume")).json()["executionId"]
+    run = await taken(world, second)
+    assert (run.claimed.key_id, run.claimed.has_journal) == (first, True)
+    await run.write(end=RunStatus.FAILED, error=RunError("timeout", "Too long"))
+    third = (await people.owner.api.post(f"{EXECUTIONS}/{second}/resume")).json()["executionId"]
+    stored = await row(world, third)
+    assert (stored.key_id, stored.resumed_from, stored.completed_nodes) == (first, second, 3)
+
+
+async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    pending = await executed(people.owner, workflow_id)
+    refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
+    await people.owner.api.post(f"{EXECUTIONS}/{pending}/stop")
+    refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
+    failed_id = await failed(world, people.owner, workflow_id)
+    await changed(world, workflow_id, status="paused")
+    refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-paused")
+    await changed(world, workflow_id, deleted_at=NOW)
+    refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-deleted")
+
+
+# ── with a worker ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def worker(world: World) -> AsyncIterator[None]:
+    gateway = world.gateway
+    settings = WorkerSettings(database_url=gateway.settings.database_url, lease_seconds=5, sweep_seconds=60)
+    async with working(settings, gateway.store, gateway.broker):
+        yield
+
+
+async def test_a_worker_runs_what_is_taken_in_and_resumed(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    failed_id = await failed(world, people.owner, workflow_id)
+    async with worker(world):
+        execution_id = await executed(people.owner, workflow_id, triggerInputs={"x": 1})
+        body, seconds = await soon(got(people.owner, f"/{execution_id}/progress"))
+        assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
+        assert body["outputs"] == {"start": {"body": {"x": 1}}, "step": {"body": {"x": 1}, "a": 1}}
+        resumed_id = (await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")).json()["executionId"]
+        resumed = await got(people.owner, f"/{resumed_id}/progress")
+    assert (resumed["status"], resumed["outputs"]["step"]) == ("completed", {"body": {"x": 1}, "a": 1})
+    spans = (await got(people.owner, f"/{execution_id}/spans"))["spans"]
+    assert [(span["nodeId"], span["status"]) for span in spans] == [
+        ("start", "completed"),
+        ("step", "completed"),
+    ]
+    assert spans[1]["inputData"] == spans[0]["outputData"]
