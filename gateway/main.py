@@ -60,6 +60,13 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Polls that wait for a run to end would hold their connections, and with them the process.
+        app = self.config.app
+        if isinstance(app, Application) and hasattr(app.state, "gateway"):
+            app.state.gateway.waiting.release()
+        await super().shutdown(sockets)
+
 
 def server(app: Starlette, settings: GatewaySettings) -> Server:
     """Return the server for an application, ready to run."""

@@ -1,14 +1,14 @@
 """The store on PostgreSQL: each batch is one statement, sent straight to asyncpg.
 
 A statement is its own transaction and keeps no session state, so a transaction pooler may stand in between. It can be
-sent again: what it inserts has ids made here, and what it changes names the token that it leaves.
+sent again, but for a claim: what it inserts has ids made here, and what it changes names the token that it leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -60,14 +60,16 @@ SESSION = {
     "plan_cache_mode": "force_custom_plan",
     "jit": "off",
 }
-_NOW = "(extract(epoch FROM now()) * 1000000)::bigint"
+_NOW = "(date_part('epoch', now()) * 1000000)::bigint"
 _LOST = (
     asyncpg.PostgresConnectionError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
+    # The driver's own word for a connection that the server ended while a statement was on its way there.
+    asyncpg.InternalClientError,
     OSError,
     TimeoutError,
 )
@@ -152,6 +154,8 @@ class PostgreSQLStore:
             claim.limit,
             claim.owner,
             int(claim.lease_seconds * 1_000_000),
+            # Claimed once more, it would take other runs, and nobody would know of the first ones.
+            may_repeat=_was_refused,
         )
         return [claimed_of(row) for row in rows]
 
@@ -181,15 +185,20 @@ class PostgreSQLStore:
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
         """Return what was recorded; see `Store.spans`."""
-        found: dict[str, list[Span]] = {key.execution_id: [] for key in keys}
-        for row in await self._fetch(_SPANS, *_columns(keys, 2)):
+        asked = dict.fromkeys(keys)
+        found: dict[str, list[Span]] = {key.execution_id: [] for key in asked}
+        for row in await self._fetch(_SPANS, *_columns(asked, 2)):
             found[row[0]].append(span_of(row))
         return found
+
+    async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+        """Return where logs end; see `Store.last_log_lines`."""
+        return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *_columns(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; see `Store.progress`."""
         outputs: dict[str, list[tuple[str, str]]] = {}
-        rows = await self._fetch(_PROGRESS, *_columns(keys, 2))
+        rows = await self._fetch(_PROGRESS, *_columns(dict.fromkeys(keys), 2))
         for row in rows:
             of_run = outputs.setdefault(row[0], [])
             if row[5] is not None:
@@ -212,9 +221,13 @@ class PostgreSQLStore:
         ended = [row[0] for row in rows if row[1] in TERMINAL]
         return Swept(len(rows) - len(ended), ended, due, bool(pending))
 
-    async def take_back(self, owner_prefix: str, held: Sequence[str] = ()) -> int:
+    async def take_back(self, owner_prefix: str) -> int:
         """Take back leases; see `Store.take_back`."""
-        return len(await self._fetch(_RELEASE, owner_prefix, list(held), MAX_LOST_ATTEMPTS, CRASHED))
+        return len(await self._fetch(_OF_THE_DEAD, owner_prefix, MAX_LOST_ATTEMPTS, CRASHED))
+
+    async def give_back(self, owner: str, held: Sequence[str]) -> int:
+        """Give back what was never begun; see `Store.give_back`."""
+        return len(await self._fetch(_GIVE_BACK, owner, list(held)))
 
     async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
         """Ask a run to stop or cancel; see `Store.request_end`."""
@@ -235,22 +248,32 @@ class PostgreSQLStore:
         except TimeoutError:
             self._pool.terminate()
 
-    async def _fetch(self, statement: str, *arguments: object) -> list[Any]:
+    async def _fetch(
+        self,
+        statement: str,
+        *arguments: object,
+        may_repeat: Callable[[Exception], bool] = lambda _error: True,
+    ) -> list[Any]:
         """Run one statement, again where that may help; raises `DatabaseUnavailable`."""
         for attempt in range(1, RETRIES + 1):
             try:
                 return await self._pool.fetch(statement, *arguments)
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except (asyncpg.PostgresError, *_LOST) as error:
                 if not _may_succeed_later(error):
                     raise
-                if attempt == RETRIES:
+                if attempt == RETRIES or not may_repeat(error):
                     raise DatabaseUnavailable("PostgreSQL would not take the statement") from error
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
 
 
 def _may_succeed_later(error: Exception) -> bool:
-    return isinstance(error, _LOST) or getattr(error, "sqlstate", None) in RETRYABLE_SQLSTATES
+    return isinstance(error, _LOST) or _was_refused(error)
+
+
+def _was_refused(error: Exception) -> bool:
+    """Tell whether the server has certainly undone the statement."""
+    return getattr(error, "sqlstate", None) in RETRYABLE_SQLSTATES
 
 
 def _columns(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
@@ -259,7 +282,9 @@ def _columns(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows o
     It fills short arrays up with NULL, so a column of nothing else is sent empty: the driver looks at each element.
     """
     columns = [list(column) for column in zip(*rows, strict=True)]
-    return [[] if column.count(None) == len(column) else column for column in columns] or [[] for _ in range(width)]
+    return [[] if column.count(None) == len(column) else column for column in columns] or [
+        [] for _ in range(width)
+    ]
 
 
 def _unnest(first: int, types: Sequence[str]) -> str:
@@ -453,7 +478,8 @@ WITH held AS (
         error = write.error,
         completed_nodes = write.completed_nodes,
         has_journal = true,
-        attempt = CASE WHEN write.has_new_result OR write.move = 'gives-back' THEN 0 ELSE attempt END,
+        -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
+        attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
         due_at = write.due_at,
         -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
         deadline_at = CASE WHEN write.status = 'waiting' THEN deadline_at - {_NOW} ELSE deadline_at END,
@@ -519,6 +545,11 @@ SELECT {", ".join(SPAN_COLUMNS)} FROM span
 JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
 ORDER BY execution_id, sequence
 """
+_LAST_LOG_LINES = """
+SELECT execution_id, max(sequence) FROM log_line
+JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
+GROUP BY execution_id
+"""
 _PROGRESS = """
 SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id, span.output
 FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
@@ -546,9 +577,17 @@ WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until <
     LIMIT $1::integer FOR UPDATE SKIP LOCKED)
 RETURNING id, status
 """
-_RELEASE = f"""
-{_TAKE_BACK.format(most="$3", crashed="$4")}
-WHERE status = 'running' AND starts_with(lease_owner, $1) AND id <> ALL($2::text[])
+_OF_THE_DEAD = f"""
+{_TAKE_BACK.format(most="$2", crashed="$3")}
+WHERE status = 'running' AND starts_with(lease_owner, $1)
+RETURNING id
+"""
+_GIVE_BACK = f"""
+UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NULL, lease_until = NULL,
+    updated_at = {_NOW},
+    status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
+    ended_at = CASE WHEN request IS NOT NULL THEN {_NOW} END
+WHERE status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])
 RETURNING id
 """
 _IS_HELD = f"(status = 'running' AND lease_until >= {_NOW})"
@@ -558,7 +597,7 @@ UPDATE execution SET updated_at = {_NOW},
     token = CASE WHEN {_IS_HELD} THEN token ELSE token + 1 END,
     ended_at = CASE WHEN {_IS_HELD} THEN NULL ELSE {_NOW} END,
     lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
-    status = CASE WHEN {_IS_HELD} THEN status ELSE $4::text END
+    status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
 WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')
 RETURNING status, lease_owner
 """

@@ -87,6 +87,10 @@ class SQLiteStore:
         """Return what was recorded; see `Store.spans`."""
         return await self._reader.run(lambda connection: _spans(connection, keys))
 
+    async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+        """Return where logs end; see `Store.last_log_lines`."""
+        return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
+
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; see `Store.progress`."""
         return await self._reader.run(lambda connection: _progress(connection, keys))
@@ -99,9 +103,13 @@ class SQLiteStore:
         """Take back what dead workers held; see `Store.sweep`."""
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
-    async def take_back(self, owner_prefix: str, held: Sequence[str] = ()) -> int:
+    async def take_back(self, owner_prefix: str) -> int:
         """Take back leases; see `Store.take_back`."""
-        return await self._writer.run(lambda connection: _take_back(connection, owner_prefix, held))
+        return await self._writer.run(lambda connection: _take_back(connection, owner_prefix))
+
+    async def give_back(self, owner: str, held: Sequence[str]) -> int:
+        """Give back what was never begun; see `Store.give_back`."""
+        return await self._writer.run(lambda connection: _give_back(connection, owner, held))
 
     async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
         """Ask a run to stop or cancel; see `Store.request_end`."""
@@ -124,15 +132,19 @@ class _Thread:
         self._path = path
         self._begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
         self._works: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, work: Work[T]) -> T:
+        if self._is_closed:
+            raise DatabaseUnavailable("The store is closed")
         future: Future[T] = Future()
         self._works.put((work, future))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
+        self._is_closed = True
         self._works.put(None)
         self._thread.join()
 
@@ -165,6 +177,10 @@ class _Thread:
         """Run works in one transaction; when one of them fails, each in one of its own."""
         try:
             connection.execute(self._begin)
+        except sqlite3.Error as error:
+            _fail(works, error)  # the fault of none of them, and each would only wait as long again
+            return
+        try:
             results = [work(connection) for work, _ in works]
             connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - it belongs to one waiter, and the thread goes on
@@ -229,7 +245,7 @@ def _accept(connection: sqlite3.Connection, batch: Sequence[Acceptance]) -> list
         is_accepted = is_current[item.workflow_id, item.workflow_revision]
         if key is not None and (earlier := _earlier(connection, item, key, now, is_new=is_accepted)):
             answers.append(earlier)
-        elif not is_accepted:
+        elif not is_accepted and not _is_stored(connection, item):
             answers.append(Accepted(Verdict.STALE, item.execution_id))
         else:
             answers.append(Accepted(Verdict.ACCEPTED, item.execution_id))
@@ -267,6 +283,8 @@ def _earlier(
     ).fetchone()
     if found is not None and found[2] > now:
         fingerprint, execution_id, _ = found
+        if execution_id == item.execution_id:
+            return Accepted(Verdict.ACCEPTED, execution_id)
         verdict = Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH
         return Accepted(verdict, execution_id)
     if is_new:
@@ -276,6 +294,12 @@ def _earlier(
             (*identity, key.fingerprint, item.execution_id, now + key.lifetime_seconds * 1_000_000),
         )
     return None
+
+
+def _is_stored(connection: sqlite3.Connection, item: Acceptance) -> bool:
+    """Tell whether this very run was accepted before, by a call whose answer was lost."""
+    statement = "SELECT 1 FROM execution WHERE id = ? AND lane = ?"
+    return connection.execute(statement, (item.execution_id, item.lane)).fetchone() is not None
 
 
 def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptance], now: int) -> None:
@@ -292,7 +316,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
         "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
         " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
         " key_id, has_journal, created_at, updated_at)"
-        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?)",
+        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?) ON CONFLICT DO NOTHING",
         [
             (
                 item.execution_id,
@@ -315,7 +339,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
         ],
     )
     connection.executemany(
-        "INSERT INTO execution_data (execution_id, lane, trigger, config) VALUES (?, ?, ?, ?)",
+        "INSERT INTO execution_data (execution_id, lane, trigger, config) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
         [(item.execution_id, item.lane, item.trigger, item.config) for item in batch],
     )
 
@@ -421,7 +445,8 @@ _INSERT_LOGS = (
 _GUARD = " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
 _GOES_ON = (
     "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
-    " attempt = CASE WHEN :has_new_result THEN 0 ELSE attempt END" + _GUARD
+    # Attempts lost before a new result are forgiven; the one in hand goes on counting.
+    " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END" + _GUARD
 )
 _ENDS = (
     "UPDATE execution SET status = :status, completed_nodes = :completed, error = :error, ended_at = :now,"
@@ -491,6 +516,12 @@ def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict
     return {key.execution_id: [span_of(row) for row in connection.execute(statement, key)] for key in keys}
 
 
+def _last_log_lines(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+    statement = "SELECT max(sequence) FROM log_line WHERE execution_id = ? AND lane = ?"
+    found = {key.execution_id: connection.execute(statement, key).fetchone()[0] for key in keys}
+    return {execution_id: last for execution_id, last in found.items() if last is not None}
+
+
 def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> list[Progress]:
     found: list[Progress] = []
     for key in keys:
@@ -535,6 +566,14 @@ _TAKE_BACK = (
 )
 
 
+_GIVE_BACK = (
+    "UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NULL, lease_until = NULL,"
+    " updated_at = :now,"
+    " status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,"
+    " ended_at = CASE WHEN request IS NOT NULL THEN :now END WHERE id = :id AND status = 'running'"
+)
+
+
 def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
     now = _now()
     due = _promote_due(connection)
@@ -549,15 +588,20 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
     return Swept(len(rows) - len(ended), ended, due, has_pending is not None)
 
 
-def _take_back(connection: sqlite3.Connection, owner_prefix: str, held: Sequence[str]) -> int:
+def _take_back(connection: sqlite3.Connection, owner_prefix: str) -> int:
+    return connection.execute(
+        _TAKE_BACK + " WHERE status = 'running' AND substr(lease_owner, 1, length(:owner)) = :owner",
+        {"now": _now(), "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED, "owner": owner_prefix},
+    ).rowcount
+
+
+def _give_back(connection: sqlite3.Connection, owner: str, held: Sequence[str]) -> int:
     rows = connection.execute(
-        "SELECT id FROM execution WHERE status = 'running' AND substr(lease_owner, 1, length(?1)) = ?1",
-        (owner_prefix,),
+        "SELECT id FROM execution WHERE status = 'running' AND lease_owner = ?", (owner,)
     ).fetchall()
-    values = {"now": _now(), "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED}
-    lost = [values | {"id": row[0]} for row in rows if row[0] not in held]
-    connection.executemany(_TAKE_BACK + " WHERE id = :id AND status = 'running'", lost)
-    return len(lost)
+    unheld = {row[0] for row in rows} - set(held)
+    connection.executemany(_GIVE_BACK, [{"now": _now(), "id": execution_id} for execution_id in unheld])
+    return len(unheld)
 
 
 def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str) -> Requested | None:
@@ -568,7 +612,8 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
         " token = CASE WHEN status = 'running' AND lease_until >= :now THEN token ELSE token + 1 END,"
         " ended_at = CASE WHEN status = 'running' AND lease_until >= :now THEN NULL ELSE :now END,"
         " lease_owner = CASE WHEN status = 'running' AND lease_until >= :now THEN lease_owner END,"
-        " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status ELSE :status END"
+        " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status"
+        " WHEN request = 'cancel' THEN 'cancelled' ELSE :status END"
         " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting')"
         " RETURNING status, lease_owner",
         {

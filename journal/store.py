@@ -222,6 +222,9 @@ class Store(Protocol):
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
         """Return what was recorded of runs, by execution id, in the order of their sequence numbers."""
 
+    async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+        """Return the highest sequence number of each run's log, by execution id; those without a log are left out."""
+
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; outputs of those only that have ended."""
 
@@ -231,8 +234,11 @@ class Store(Protocol):
     async def sweep(self, limit: int) -> Swept:
         """Take back what dead workers held, promote what is due, and look whether work lies about."""
 
-    async def take_back(self, owner_prefix: str, held: Sequence[str] = ()) -> int:
-        """Take back, at once, the leases of owners that are known to have nothing but `held`; returns how many."""
+    async def take_back(self, owner_prefix: str) -> int:
+        """Take back, at once, the leases of owners that are known to be dead; returns how many."""
+
+    async def give_back(self, owner: str, held: Sequence[str]) -> int:
+        """Give back, uncounted, what its living owner never began: all but the `held` runs; returns how many."""
 
     async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
         """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""

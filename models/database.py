@@ -74,9 +74,9 @@ class Database:
         except (OperationalError, InterfaceError, OSError, TimeoutError) as error:
             raise DatabaseUnavailable("The database did not answer") from error
         except DBAPIError as error:
-            if not error.connection_invalidated:
+            if not _may_succeed_later(error):
                 raise
-            raise DatabaseUnavailable("The connection to the database was lost") from error
+            raise DatabaseUnavailable("The database would not answer this time") from error
 
     async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run `work` in one transaction and commit; it may be called again, so it changes nothing but the database.

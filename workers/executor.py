@@ -56,6 +56,15 @@ class Active:
     task: asyncio.Task[None]
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What earlier attempts at a run have recorded."""
+
+    spans: Sequence[Span] = ()
+    last_sequence: int = 0
+    """Of spans and log lines, which are counted together."""
+
+
 class Executor:
     """One process's share of the work."""
 
@@ -161,23 +170,37 @@ class Executor:
     async def _give_back_unheld(self) -> None:
         """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
         self.hint()
-        await self._store.take_back(self._broker.inbox, self._leases.held())
+        await self._store.give_back(self._broker.inbox, self._leases.held())
 
     async def _begin(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
         programs = await self._programs.load(claimed)
-        begun = [ExecutionKey(run.execution_id, run.lane) for run in claimed if run.has_journal]
-        recorded = await self._store.spans(begun) if begun else {}
+        pasts = await self._pasts(
+            [ExecutionKey(run.execution_id, run.lane) for run in claimed if run.has_journal]
+        )
         for one, lease in zip(claimed, leases, strict=True):
-            spans = recorded.get(one.execution_id, [])
-            settled = [span.node_id for span in spans if span.status in SETTLED]
+            past = pasts.get(one.execution_id, Past())
+            settled = [span.node_id for span in past.spans if span.status in SETTLED]
             journal = RunJournal(self._recorder, lease, settled)
             control = Control()
             program = programs[key_of(one)]
-            task = asyncio.create_task(self._run(one, program, spans, journal, control, lease))
+            task = asyncio.create_task(self._run(one, program, past, journal, control, lease))
             self._active[one.execution_id] = Active(lease, control, journal, task)
             if one.request is not None:
                 self._requested(lease, one.request)
         metrics.ACTIVE.set(len(self._active))
+
+    async def _pasts(self, begun: Sequence[ExecutionKey]) -> dict[str, Past]:
+        if not begun:
+            return {}
+        spans = await self._store.spans(begun)
+        last_lines = await self._store.last_log_lines(begun)
+        return {
+            execution_id: Past(
+                spans[execution_id],
+                max([last_lines.get(execution_id, 0), *(span.sequence for span in spans[execution_id])]),
+            )
+            for execution_id, _ in begun
+        }
 
     # ── running ───────────────────────────────────────────────────────────────────────────────────
 
@@ -185,13 +208,13 @@ class Executor:
         self,
         one: Claimed,
         program: Program | InvalidDefinition,
-        spans: Sequence[Span],
+        past: Past,
         journal: RunJournal,
         control: Control,
         lease: Lease,
     ) -> None:
         try:
-            ended = await self._ended(one, program, spans, journal, control)
+            ended = await self._ended(one, program, past, journal, control)
             await journal.end(ended)
         except LeaseLost:
             log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
@@ -211,7 +234,7 @@ class Executor:
         self,
         one: Claimed,
         program: Program | InvalidDefinition,
-        spans: Sequence[Span],
+        past: Past,
         journal: RunJournal,
         control: Control,
     ) -> Ended:
@@ -229,8 +252,8 @@ class Executor:
             deadline=one.deadline_at,
             started_at=one.started_at,
             attempt=one.attempt,
-            recorded=spans,
-            sequence=max((span.sequence for span in spans), default=0),
+            recorded=past.spans,
+            sequence=past.last_sequence,
         )
         return await run(program, start, journal, control, self._services)
 
