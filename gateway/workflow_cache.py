@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.values import canonical
+from engine.graph import Settings
+from engine.values import canonical, encode
 from gateway import errors, graph_shapes
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare, WorkflowStatus
 
@@ -49,6 +50,9 @@ class LoadedWorkflow:
     revision: int
     settings: Mapping[str, Json]
     """With the defaults filled in."""
+    config: str
+    """The settings as JSON text: what an execution shows as its config."""
+    timeout_seconds: float
     definition: str
     """The one JSON text of nodes, connections and settings."""
     definition_hash: str
@@ -153,6 +157,7 @@ class WorkflowCache:
         readers = frozenset(await connection.scalars(shares))
         definition = graph_shapes.definition(row.nodes, row.connections, row.settings)
         text = canonical(definition)
+        settings = graph_shapes.effective(row.settings)
         return LoadedWorkflow(
             id=row.id,
             organization_id=row.organization_id,
@@ -163,7 +168,9 @@ class WorkflowCache:
             name=row.name,
             status=WorkflowStatus(row.status),
             revision=row.revision,
-            settings=graph_shapes.effective(row.settings),
+            settings=settings,
+            config=encode(settings).decode(),
+            timeout_seconds=Settings.of(settings).timeout_seconds,
             definition=text.decode(),
             definition_hash=sha256(text).hexdigest(),
             validation=graph_shapes.check(row.nodes, row.connections, self._catalog),

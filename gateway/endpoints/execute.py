@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.graph import Settings
 from engine.values import canonical
 from gateway import acceptance, errors, graph_shapes, idempotency
 from gateway.errors import ApiError
@@ -97,10 +96,10 @@ async def _accepted(request: Request, body: Execute, promise: IdempotencyKey | N
             user_id=caller.user_id,
             trigger_type=trigger_kind,
             trigger=_encode(acceptance.trigger_output(trigger_kind, body.trigger_inputs or {})).decode(),
-            config=_encode(runnable.settings).decode(),
+            config=runnable.config,
             definition_hash=runnable.definition_hash,
             definition=None if acceptances.is_stored(definition) else runnable.definition,
-            timeout_seconds=Settings.of(runnable.settings).timeout_seconds,
+            timeout_seconds=runnable.timeout_seconds,
             total_nodes=runnable.total_nodes,
             idempotency=promise,
         )
