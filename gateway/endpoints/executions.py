@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -10,12 +9,12 @@ import structlog
 
 from engine.events import SpanStatus
 from gateway import errors, execution_rows, execution_shapes, limits, live_events, resumption
+from gateway.ending import ask_to_end
 from gateway.errors import ApiError, invalid_query
 from gateway.execution_rows import Filter
 from gateway.query import Page, Query
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent
-from messages.broker import BrokerUnavailable
 from models import ids
 from models.execution import ExecutionStatus
 
@@ -128,17 +127,10 @@ async def cancel(request: Request) -> JsonResponse:
 
 async def _end(request: Request, wish: str) -> JsonResponse:
     key = await _visible(request)
-    requested = await request.gateway.store.request_end(key, wish)
+    requested = await ask_to_end(request.gateway, key, wish)
     if requested is None:
         raise errors.not_found("execution")
     log.info("execution asked to end", execution_id=key.execution_id, request=wish, status=requested.status)
-    broker = request.gateway.broker
-    # With the broker away, the worker hears of it when it renews its lease, and who waits looks every second.
-    with suppress(BrokerUnavailable):
-        if requested.lease_owner is None:
-            await broker.announce([key.execution_id])
-        else:
-            await broker.send(requested.lease_owner, {"execution_id": key.execution_id, "request": wish})
     return JsonResponse({"executionId": key.execution_id, "status": requested.status})
 
 
