@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pilotflame.log_lines import Lines, Render
 
 REFUSED: Final = 2
+REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What a terminal may act on, and what turns a line around."""
 
@@ -145,6 +146,8 @@ def _begin(settings: Settings, render: Render | None = None) -> Lines:
     """Set up what a process needs before its own modules are loaded: its log, and a good end."""
     from pilotflame import log_lines
 
+    if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
+        raise Refusal("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
     lines = log_lines.begin(settings.log_level, render or log_lines.as_json)
     for number in (signal.SIGTERM, signal.SIGINT):
         # At once while it starts; and when Uvicorn, having stopped, repeats the signal that stopped it.
@@ -229,12 +232,14 @@ def revoke_key(key_id: str, org: AnyOrganization = None) -> None:
 
 
 def _settings() -> Settings:
-    """Return the settings, with the secret of the data folder where that is in use."""
+    """Return the settings, with the secret of the data folder where its database is used and no other is set."""
     from models.settings import Settings
     from pilotflame import data_dir
 
     settings = Settings()
-    return settings.model_copy(update={"secret_key": data_dir.secret_key(settings)})
+    if settings.secret_key is not None or not data_dir.holds_database(settings):
+        return settings
+    return settings.model_copy(update={"secret_key": data_dir.secret_key(settings.data_dir)})
 
 
 # ── a running server ──────────────────────────────────────────────────────────────────────────────

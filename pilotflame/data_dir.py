@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
 
@@ -16,6 +16,8 @@ from pilotflame.refusal import Refusal
 
 if TYPE_CHECKING:
     from models.settings import Settings
+
+_FILE: Final = "secret.key"
 
 
 @contextmanager
@@ -43,24 +45,21 @@ def holds_database(settings: Settings) -> bool:
     return "database_url" not in settings.model_fields_set
 
 
-def secret_key(settings: Settings) -> SecretStr | None:
-    """Return the secret that keys are hashed with: the one that is set, or the folder's where its database is used."""
-    path = settings.data_dir / "secret.key"
-    if settings.secret_key is not None or not holds_database(settings) or not path.exists():
-        return settings.secret_key
-    return SecretStr(path.read_text().strip())
+def secret_key(folder: Path) -> SecretStr | None:
+    """Return the folder's own secret, or None where it has none yet."""
+    path = folder / _FILE
+    return SecretStr(path.read_text().strip()) if path.exists() else None
 
 
 def make_secret_key(folder: Path) -> SecretStr:
     """Give the folder a secret of its own; to be called by the process that holds it."""
     secret = secrets.token_urlsafe(48)
-    path = folder / "secret.key"
-    unfinished = folder / "secret.key.unfinished"
+    unfinished = folder / f"{_FILE}.unfinished"
     unfinished.unlink(missing_ok=True)
     unfinished.touch(mode=0o600)
     with unfinished.open("w") as file:
         file.write(secret + "\n")
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished.replace(folder / _FILE)
     return SecretStr(secret)

@@ -21,12 +21,13 @@ SHUTDOWN_SECONDS: Final = 3
 def serve(given: dict[str, Any], lines: Lines) -> None:
     """Run until told to stop; `given` on the command line goes before the environment. Raises `Refusal`."""
     settings = Settings()
-    with data_dir.locked(settings.data_dir):
+    folder = settings.data_dir
+    with data_dir.locked(folder):
         migration = begin_migration(settings.database_url) if _is_new(settings) else None
         # Loaded only now: it takes about as long as the migration.
         from pilotflame import every_role
 
-        secret_key = data_dir.secret_key(settings) or data_dir.make_secret_key(settings.data_dir)
+        secret_key = settings.secret_key or data_dir.secret_key(folder) or data_dir.make_secret_key(folder)
         shared: dict[str, Any] = {"secret_key": secret_key, "redis_url": None}
         roles = every_role.Roles.told(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
         with _listening(roles.gateway.host, roles.gateway.port) as listener:

@@ -1,0 +1,91 @@
+"""The command as its users run it: in processes of its own, untouched by the settings of this one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+COMMAND = Path(sys.executable).with_name("pilotflame")
+PATIENCE_SECONDS = 30.0
+POLL_SECONDS = 0.01
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return what a command is to find: a data folder, and the given variables without their `PILOTFLAME_`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
+    given = {f"PILOTFLAME_{name}": value for name, value in variables.items()}
+    return {**kept, "PILOTFLAME_DATA_DIR": str(folder), **given}
+
+
+def run(*arguments: str, given: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [COMMAND, *arguments],
+        env=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
+def output(*arguments: str, given: Mapping[str, str]) -> str:
+    """Return what a command prints, which must succeed."""
+    done = run(*arguments, given=given)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class Started:
+    """A command that goes on, and what it has said so far on both of its outputs."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self._log = log
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def says(self, pattern: str) -> re.Match[str]:
+        """Wait until it says something."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (found := re.search(pattern, self.log(), re.DOTALL)) is None:
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, f"{pattern} is not in: {self.log()}"
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def ends(self) -> int:
+        """Wait for its end, and return its exit code."""
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def stop(self) -> int:
+        """End it as a supervisor does, and return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.ends()
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def started(*arguments: str, given: Mapping[str, str], log: Path) -> Iterator[Started]:
+    """Have a command run during a block."""
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig=KILL", COMMAND, *arguments], env=given, stdout=sink, stderr=sink
+        )
+    try:
+        yield Started(process, log)
+    finally:
+        process.kill()
+        process.wait()

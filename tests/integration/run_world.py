@@ -1,0 +1,214 @@
+"""Databases of each kind with workflows in them, runs to be accepted there, and a look at their rows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+
+from sqlalchemy import URL, insert, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from journal.opening import open_store
+from journal.store import Acceptance, Accepted, Claim, Claimed, ExecutionKey, Held, RunWrite, Store, Verdict
+from models import access_store, ids
+from models.access import Organization, Role
+from models.columns import to_microseconds
+from models.database import Database, parse_url
+from models.workflow import Workflow
+
+TABLES = (
+    *("execution", "execution_data", "span", "log_line", "idempotency", "definition"),
+    *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),
+    *("api_key", "user_account", "organization"),
+)
+DEFINITION = '{"nodes":[],"connections":[]}'
+LEASE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A workflow, and whose it is."""
+
+    organization: Organization
+    workflow_id: str
+    user_id: str
+
+    def run(self, **changes: Any) -> Acceptance:  # noqa: ANN401 - any field of an Acceptance
+        """Return a run of this workflow, to be accepted."""
+        definition = changes.get("definition", DEFINITION)
+        fields: dict[str, Any] = {
+            "execution_id": ids.new("exec"),
+            "lane": self.organization.lane,
+            "organization_id": self.organization.id,
+            "workflow_id": self.workflow_id,
+            "workflow_revision": 1,
+            "user_id": self.user_id,
+            "trigger_type": "api",
+            "trigger": '{"body":{}}',
+            "config": "{}",
+            "definition_hash": sha256((definition or DEFINITION).encode()).hexdigest(),
+            "definition": definition,
+            "timeout_seconds": 3600.0,
+            "total_nodes": 3,
+        }
+        return Acceptance(**fields | changes)
+
+
+class World:
+    """One database, and a store on it."""
+
+    def __init__(self, url: URL, database: Database, store: Store) -> None:
+        self.url = url
+        self.store = store
+        self._database = database
+        self._others = AsyncExitStack()
+
+    async def another_store(self) -> Store:
+        """Open a store as another process would."""
+        store = await open_store(self.url)
+        self._others.push_async_callback(store.close)
+        return store
+
+    async def clear(self) -> None:
+        """Close other stores and remove all rows."""
+        await self._others.aclose()
+
+        async def work(connection: AsyncConnection) -> None:
+            for table in TABLES:
+                await connection.execute(text(f"DELETE FROM {table}"))
+
+        await self._database.transaction(work)
+
+    # ── what is there ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def query(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+        """Run a statement of the test's own."""
+
+        async def work(connection: AsyncConnection) -> list[dict[str, Any]]:
+            result = await connection.execute(text(statement), parameters)
+            return [dict(row) for row in result.mappings()] if result.returns_rows else []
+
+        return await self._database.transaction(work)
+
+    async def row(self, execution_id: str) -> dict[str, Any]:
+        """Return the row of a run."""
+        (row,) = await self.query("SELECT * FROM execution WHERE id = :id", id=execution_id)
+        return row
+
+    async def count(self, table: str) -> int:
+        """Return how many rows a table has."""
+        (row,) = await self.query(f"SELECT count(*) AS count FROM {table}")
+        count: int = row["count"]
+        return count
+
+    # ── what comes to be ──────────────────────────────────────────────────────────────────────────────────
+
+    async def organization(self) -> Organization:
+        now = datetime.now(UTC)
+        return await self._database.transaction(
+            lambda connection: access_store.create_organization(connection, name="An organisation", now=now)
+        )
+
+    async def workflow(self, organization: Organization | None = None, *, turn: int | None = None) -> Place:
+        """Make a workflow, in an organisation of its own if none is given, and with a certain turn if one is."""
+        owner = organization or await self.organization()
+        workflow_id = ids.new("wf")
+        while turn is not None and ids.turn_of(workflow_id) != turn:
+            workflow_id = ids.new("wf")
+        now = datetime.now(UTC)
+
+        async def make(connection: AsyncConnection) -> Place:
+            user = await access_store.create_user(
+                connection,
+                organization=owner,
+                email=f"{ids.new('mail')}@example.com",
+                name="Somebody",
+                role=Role.MEMBER,
+                now=now,
+            )
+            workflow = Workflow(
+                id=workflow_id,
+                organization_id=owner.id,
+                lane=owner.lane,
+                owner_id=user.id,
+                name="A workflow",
+                tags=[],
+                settings={},
+                config={},
+                scopes=[],
+                created_at=now,
+                updated_at=now,
+            )
+            await connection.execute(insert(Workflow).values(**workflow.model_dump()))
+            return Place(owner, workflow_id, user.id)
+
+        return await self._database.transaction(make)
+
+    async def accept(self, place: Place, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run, which must be new."""
+        run = place.run(**changes)
+        assert await self.store.accept([run]) == [Accepted(Verdict.ACCEPTED, run.execution_id)]
+        return ExecutionKey(run.execution_id, run.lane)
+
+    async def claim(
+        self, limit: int = 100, owner: str = "worker", lease_seconds: float = LEASE_SECONDS
+    ) -> Sequence[Claimed]:
+        return await self.store.claim(Claim(owner, lease_seconds, limit))
+
+    async def claimed(self, place: Place | None = None, **changes: Any) -> Claimed:  # noqa: ANN401
+        """Accept a run and claim it."""
+        key = await self.accept(place or await self.workflow(), **changes)
+        (one,) = await self.claim()
+        assert one.execution_id == key.execution_id
+        return one
+
+    async def expire(self, *runs: Claimed) -> None:
+        """Let leases run out."""
+        for run in runs:
+            await self.query("UPDATE execution SET lease_until = 1 WHERE id = :id", id=run.execution_id)
+
+
+def key_of(run: Claimed) -> ExecutionKey:
+    return ExecutionKey(run.execution_id, run.lane)
+
+
+def held(run: Claimed) -> Held:
+    return Held(run.execution_id, run.lane, run.token)
+
+
+def write(run: Claimed, **fields: Any) -> RunWrite:  # noqa: ANN401 - any field of a RunWrite
+    return RunWrite(run.execution_id, run.lane, run.token, **fields)
+
+
+def microseconds_from_now(seconds: float) -> int:
+    return to_microseconds(datetime.now(UTC)) + int(seconds * 1_000_000)
+
+
+# ── databases ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Where:
+    """A migrated database: how stores reach it, and how tests look at its rows, if by another way."""
+
+    url: str
+    direct_url: str | None = None
+
+
+@asynccontextmanager
+async def opened(where: Where) -> AsyncIterator[World]:
+    """Open a database and a store on it."""
+    database = Database(parse_url(where.direct_url or where.url))
+    url = parse_url(where.url)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(database.close)
+        store = await open_store(url)
+        stack.push_async_callback(store.close)
+        world = World(url, database, store)
+        stack.push_async_callback(world.clear)
+        await world.clear()
+        yield world

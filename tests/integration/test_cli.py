@@ -1,0 +1,216 @@
+"""The command's other half: what people do with a server that runs, and with its database."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+import redis
+
+from tests import commands, services
+from tests.commands import environment
+
+KEY = "sk-of-the-settings-0123"
+SECRET = "a secret of more than thirty-two characters"
+NOWHERE = "http://127.0.0.1:1"
+
+GREETING = """
+name: {name}
+nodes:
+  - {{id: start, type: manual}}
+  - {{id: shout, type: log, config: {{message: "{said} {{{{ data.body.name }}}}"}}}}
+  - {{id: greet, type: template, config: {{text: "{said} {{{{ data.body.name }}}}"}}}}
+connections:
+  - {{source: start, target: shout}}
+  - {{source: shout, target: greet}}
+"""
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Where commands are typed, with a server at hand."""
+
+    given: dict[str, str]
+    folder: Path
+
+    def output(self, *arguments: str) -> str:
+        return commands.output(*arguments, given=self.given)
+
+    def file(self, name: str, content: str) -> str:
+        """Write a file and return its name."""
+        path = self.folder / name
+        path.write_text(content)
+        return str(path)
+
+    def api(self, path: str, key: str = KEY) -> httpx2.Response:
+        """Ask the server itself."""
+        url = self.given["PILOTFLAME_URL"] + path
+        return httpx2.get(url, headers={"X-API-Key": key}, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    folder = tmp_path_factory.mktemp("shell")
+    given = environment(folder / "data", BOOTSTRAP_API_KEY=KEY)
+    with commands.started("dev", "--port", "0", given=given, log=folder / "log") as dev:
+        address = dev.says(r"Pilotflame runs on (\S+)")[1]
+        yield Shell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
+        assert dev.stop() == 0
+
+
+def test_apply_makes_a_workflow_and_then_changes_the_same_one(shell: Shell) -> None:
+    made = shell.output("apply", shell.file("a.yaml", GREETING.format(name="Applied", said="Hello")))
+    assert made == shell.output("apply", shell.file("a.yaml", GREETING.format(name="Applied", said="Bye")))
+    stored = shell.api(f"/api/v1/workflows/{made}").json()
+    assert stored["nodes"][2]["config"] == {"text": "Bye {{ data.body.name }}"}
+
+    active = {**{key: stored[key] for key in ("name", "nodes", "connections")}, "status": "active"}
+    assert made == shell.output("apply", shell.file("a.json", json.dumps(active)))
+    assert shell.api(f"/api/v1/workflows/{made}").json()["status"] == "active"
+    assert shell.api("/api/v1/workflows?search=Applied").json()["count"] == 1
+
+
+def test_run_prints_the_outputs_of_a_workflow_that_is_named_by_id_or_name(shell: Shell) -> None:
+    workflow_id = shell.output("apply", shell.file("r.yaml", GREETING.format(name="Run", said="Hello")))
+    by_name = json.loads(shell.output("run", "Run", "--input", '{"name": "Ada"}'))
+    assert by_name["greet"] == {"text": "Hello Ada"}
+    of_a_file = shell.file("inputs.json", '{"triggerInputs": {"name": "Zoë"}}')
+    assert (
+        json.loads(shell.output("run", workflow_id, "--input", f"@{of_a_file}"))["greet"]["text"]
+        == "Hello Zoë"
+    )
+
+
+def test_watch_shows_each_node_beside_the_outputs(shell: Shell) -> None:
+    shell.output("apply", shell.file("w.yaml", GREETING.format(name="Watched", said="Hello")))
+    done = commands.run("run", "Watched", "--watch", "--input", '{"name": "Ada"}', given=shell.given)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["greet"] == {"text": "Hello Ada"}
+    assert "Watched completed 3/3" in done.stderr
+    assert [line.split()[:3] for line in done.stderr.splitlines()[-3:]] == [
+        ["Manual", "manual", "completed"],
+        ["Log", "log", "completed"],
+        ["Template", "template", "completed"],
+    ]
+
+
+def test_a_run_that_fails_ends_with_1_and_says_why(shell: Shell) -> None:
+    nodes = [
+        {"id": "start", "type": "manual"},
+        {"id": "ask", "type": "http-request", "config": {"url": "http://127.0.0.1/"}},
+    ]
+    edges = [{"source": "start", "target": "ask"}]
+    failing = {"name": "Failing", "nodes": nodes, "connections": edges}
+    shell.output("apply", shell.file("f.json", json.dumps(failing)))
+    done = commands.run("run", "Failing", given=shell.given)
+    assert done.returncode == 1
+    assert "failed: " in done.stderr
+    assert "(node-error)" in done.stderr
+
+
+def test_logs_shows_what_nodes_logged_and_nothing_that_a_terminal_would_act_on(shell: Shell) -> None:
+    shell.output("apply", shell.file("l.yaml", GREETING.format(name="Logged", said="Hello")))
+    inputs = json.dumps({"name": "\x1b[31mEve\r\x9b2J"})
+    execution_id = commands.run("run", "Logged", "--input", inputs, given=shell.given).stderr.strip()
+    for follow in ((), ("--follow",)):
+        line = shell.output("logs", execution_id, *follow)
+        assert line.endswith(r" info    shout Hello \u001b[31mEve\u000d\u009b2J")
+
+
+def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_runs(shell: Shell) -> None:
+    organization = shell.output("orgs", "create", "Acme")
+    user = shell.output("users", "create", "Ada@Example.com", "--org", "Acme", "--role", "admin")
+    scopes = ("--scope", "workflows:read", "--scope", "workflows:execute")
+    key = shell.output("keys", "create", "--user", "ada@example.com", "--org", "Acme", "--days", "9", *scopes)
+
+    caller = shell.api("/api/v1/auth/whoami", key).json()
+    assert (caller["userId"], caller["organizationId"], caller["role"]) == (user, organization, "admin")
+    assert caller["scopes"] == ["workflows:execute", "workflows:read"]
+
+    listed = shell.output("keys", "list", "--org", organization)
+    assert key not in listed
+    key_id, shown, *_ = listed.split()
+    assert key.startswith(shown.rstrip("…"))
+    shell.output("keys", "revoke", key_id, "--org", organization)
+    assert "revoked" in shell.output("keys", "list", "--org", organization)
+    revoked_at = time.monotonic()
+    while shell.api("/api/v1/auth/whoami", key).status_code != 401:
+        assert time.monotonic() - revoked_at < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "told"),
+    [
+        (["gateway"], {"PORT": "eighty"}, "PILOTFLAME_PORT"),
+        (["worker"], {"CONCURRENCY": "0"}, "PILOTFLAME_CONCURRENCY"),
+        (["gateway"], {}, "PILOTFLAME_SECRET_KEY"),
+        (["worker"], {"SECRET_KEY": SECRET}, "PILOTFLAME_REDIS_URL"),
+        (["scheduler"], {"SECRET_KEY": "short"}, "PILOTFLAME_SECRET_KEY"),
+        (["scheduler"], {"SECRET_KEY": SECRET, "REDIS_URL": "host:6379"}, "PILOTFLAME_REDIS_URL"),
+        (["gateway"], {"SECRET_KEY": SECRET, "REDIS_URL": "redis://127.0.0.1:1"}, "pilotflame migrate"),
+        (["worker"], {"SECRET_KEY": SECRET, "REDIS_URL": "redis://127.0.0.1:1"}, "pilotflame migrate"),
+        (["scheduler"], {"SECRET_KEY": SECRET, "REDIS_URL": "redis://127.0.0.1:1"}, "pilotflame migrate"),
+        (["migrate"], {"DATABASE_URL": "mysql://host/name"}, "mysql is not supported"),
+        (["migrate"], {"DATABASE_URL": "sqlite:////proc/nowhere/x.db"}, "/proc/nowhere"),
+        (["orgs", "create", "Acme"], {"DATABASE_URL": "postgresql://127.0.0.1:1/x"}, "did not answer"),
+        (["keys", "list"], {}, "pilotflame migrate"),
+        (["dev", "--host", "192.0.2.1"], {}, "--port"),
+        (["run", "Anything"], {}, "PILOTFLAME_API_KEY"),
+        (["run", "Anything"], {"API_KEY": KEY, "URL": NOWHERE}, NOWHERE),
+        (["run", "wf_1", "--input", "{"], {"API_KEY": KEY, "URL": NOWHERE}, "--input is no JSON"),
+        (["run", "wf_1", "--input", "@nowhere.json"], {"API_KEY": KEY}, "nowhere.json"),
+        (["run", "wf_1"], {"API_KEY": KEY, "URL": "file:///etc/passwd"}, "PILOTFLAME_URL"),
+        (["apply", "nowhere.yaml"], {"API_KEY": KEY, "URL": NOWHERE}, "nowhere.yaml"),
+        (["apply", __file__], {"API_KEY": KEY, "URL": NOWHERE}, "is no"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_a_user_can_mend_is_told_in_one_line(
+    arguments: list[str], variables: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    done = commands.run(*arguments, given=environment(tmp_path, **variables))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("pilotflame: ")
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "Nobody knows it"], "There is no workflow 'Nobody knows it'"),
+        (["run", "wf_unknown"], "not-found"),
+        (["logs", "exec_unknown"], "not-found"),
+        (["keys", "revoke", "key_unknown", "--org", "Default"], "There is no key"),
+        (["keys", "create", "--user", "nobody@example.com", "--org", "Default"], "has no user"),
+        (["keys", "create", "--user", "x", "--scope", "everything"], "There is no scope everything"),
+        (["users", "create", "x@example.com", "--org", "Nobody's"], "no such organisation"),
+        (["users", "create", "admin@localhost", "--org", "Default"], "already"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_a_server_or_its_database_refuses_is_told_in_one_line(
+    shell: Shell, arguments: list[str], told: str
+) -> None:
+    done = commands.run(*arguments, given=shell.given)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize("process", ["gateway", "worker", "scheduler"])
+def test_no_process_starts_on_a_redis_that_forgets_when_it_is_full(
+    process: str, redis_server: services.Redis, tmp_path: Path
+) -> None:
+    given = environment(tmp_path, SECRET_KEY=SECRET, REDIS_URL=redis_server.url)
+    commands.output("migrate", given=given)
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        done = commands.run(process, given=given)
+        client.config_set("maxmemory-policy", "noeviction")
+    assert done.returncode == 2
+    assert "maxmemory-policy" in done.stderr
+    assert done.stderr.count("\n") == 1

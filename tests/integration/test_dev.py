@@ -1,0 +1,157 @@
+"""`pilotflame dev`, in real processes."""
+
+import json
+import re
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+
+import httpx2
+import psutil
+
+from tests import commands
+from tests.commands import Started, environment
+from tests.integration.run_world import Where, opened
+
+ADDRESS = r"Pilotflame runs on (\S+)"
+KEY = r"sk-\w+"
+OUR_KEY = "sk-of-the-settings-0123"
+START: Mapping[str, object] = {"id": "start", "type": "manual"}
+LEASE_SECONDS = 30
+"""The default: what goes on sooner was taken back, and not waited for."""
+
+
+def whoami(address: str, key: str) -> httpx2.Response:
+    return httpx2.get(f"{address}/api/v1/auth/whoami", headers={"X-API-Key": key}, trust_env=False)
+
+
+def workflow_file(folder: Path, *nodes: Mapping[str, object]) -> str:
+    """Write a workflow that goes from node to node, and return the file's name."""
+    chain = [START, *nodes]
+    edges = [{"source": one["id"], "target": other["id"]} for one, other in pairwise(chain)]
+    file = folder / "workflow.json"
+    file.write_text(json.dumps({"name": "Work", "nodes": chain, "connections": edges}))
+    return str(file)
+
+
+def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_the_address(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "data"
+    given = environment(folder)
+    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+        key, lines = first.says(rf"({KEY}).*wait for its result:\n(.*progress[^\n]*)\n").groups()
+        shown = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, check=True).stdout
+        assert "Hello, world!" in shown
+        assert first.stop() == 0
+    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "second.log") as second:
+        assert whoami(second.says(ADDRESS)[1], key).json()["role"] == "admin"
+        assert not re.search(KEY, second.log())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+
+
+def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed(tmp_path: Path) -> None:
+    given = environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
+        assert whoami(dev.says(ADDRESS)[1], OUR_KEY).json()["role"] == "admin"
+        assert not re.search(KEY, dev.log())
+
+
+def test_a_run_outlives_a_killed_server_goes_on_at_once_and_whoever_waits_for_it_gets_the_result(
+    tmp_path: Path,
+) -> None:
+    given = environment(
+        tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32"
+    )
+    with closing(socket.create_server(("127.0.0.1", 0))) as target:
+        target.settimeout(commands.PATIENCE_SECONDS)
+        url = f"http://127.0.0.1:{target.getsockname()[1]}/"
+        config = {"method": "POST", "url": url, "body": {"amount": 7}}
+        file = workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
+        with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+            address = first.says(ADDRESS)[1]
+            client = {**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": OUR_KEY}
+            commands.output("apply", file, given=client)
+            with commands.started("run", "Work", given=client, log=tmp_path / "run.log") as run:
+                with closing(target.accept()[0]) as lost:
+                    before = received(lost)
+                    assert_no_second_start(first, given)
+                    first.kill()
+                    killed_at = time.monotonic()
+                port = address.rpartition(":")[2]
+                with commands.started("dev", "--port", port, given=given, log=tmp_path / "next.log"):
+                    with closing(target.accept()[0]) as repeated:
+                        assert time.monotonic() - killed_at < LEASE_SECONDS / 2
+                        assert received(repeated) == before
+                        repeated.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nreceived")
+                    assert run.ends() == 0, run.log()
+                    assert "received" in run.log()
+
+
+def received(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Return the idempotency key and the body of a request."""
+    connection.settimeout(commands.PATIENCE_SECONDS)
+    request = b""
+    while not request.endswith(b"}"):
+        request += connection.recv(65_536)
+    key = re.search(rb"(?i)\nidempotency-key: (\S+)", request)
+    assert key
+    return key[1], request.partition(b"\r\n\r\n")[2]
+
+
+def assert_no_second_start(first: Started, given: dict[str, str]) -> None:
+    second = commands.run("dev", "--port", "0", given=given)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert second.stderr.count("\n") == 1
+    assert f"in use by process {first.process.pid}" in second.stderr
+
+
+async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the_secret_stays(
+    on_sqlite: Where, tmp_path: Path
+) -> None:
+    async with opened(on_sqlite) as world:
+        held = await world.claimed()
+        given = environment(tmp_path / "data", DATABASE_URL=on_sqlite.url)
+        secrets = set()
+        for log in ("first.log", "second.log"):
+            with commands.started("dev", "--port", "0", given=given, log=tmp_path / log) as dev:
+                dev.says(ADDRESS)
+                assert (await world.row(held.execution_id))["lease_owner"] == "worker"
+                secrets.add((tmp_path / "data" / "secret.key").read_text())
+        assert len(secrets) == 1
+
+
+def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_path: Path) -> None:
+    given = environment(tmp_path / "data")
+    commands.output("migrate", given=given)
+    traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
+    with commands.started("dev", "--port", "0", given=traced, log=tmp_path / "log") as dev:
+        dev.says(ADDRESS)
+        loaded = set(re.findall(r"^import time:.*\| +(\S+)$", dev.log(), re.MULTILINE))
+        assert "sqlmodel" in loaded
+        others = {"rich.console", "alembic", "redis", "asyncpg", "aiohttp", "kubernetes", "yaml"}
+        assert not loaded & others
+        assert psutil.Process(dev.process.pid).memory_full_info().pss < 120_000_000
+
+
+def test_it_ends_well_on_ctrl_c_though_a_run_waits_and_somebody_follows_it(tmp_path: Path) -> None:
+    given = environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    log = {"id": "log", "type": "log", "config": {"message": "now it waits"}}
+    wait = {"id": "wait", "type": "wait", "config": {"seconds": 3600}}
+    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "dev.log") as dev:
+        client = {**given, "PILOTFLAME_URL": dev.says(ADDRESS)[1], "PILOTFLAME_API_KEY": OUR_KEY}
+        commands.output("apply", workflow_file(tmp_path, log, wait), given=client)
+        with commands.started("run", "Work", given=client, log=tmp_path / "run.log") as run:
+            execution_id = run.says(r"exec_\w+")[0]
+            follow = ("logs", execution_id, "--follow")
+            with commands.started(*follow, given=client, log=tmp_path / "follow.log") as follower:
+                follower.says("now it waits")
+                dev.process.send_signal(signal.SIGINT)
+                assert dev.ends() == 0

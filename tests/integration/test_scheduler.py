@@ -1,0 +1,242 @@
+"""Leadership and duties on both databases, and then two schedulers in real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from messages import broker as brokers
+from messages.broker import ExecutionsChanged, Notice
+from models.database import Database, DatabaseUnavailable
+from models.execution import MAX_LOST_ATTEMPTS
+from scheduler import recovery, retention
+from scheduler.leadership import Leader
+from scheduler.main import Duty, ticking
+from tests import commands, services
+from tests.commands import Started, environment
+from tests.integration.run_world import Where, World, microseconds_from_now, opened
+
+LEASE_SECONDS = 0.5
+SECRET = "a secret of more than thirty-two characters"
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        await world.query("DELETE FROM leadership")
+        yield world
+
+
+@pytest.fixture
+async def database(world: World) -> AsyncIterator[Database]:
+    database = Database(world.url)
+    yield database
+    await database.close()
+
+
+# ── leadership ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_one_of_two_leads_until_it_no_longer_renews(world: World, database: Database) -> None:
+    first, second = Leader(database, LEASE_SECONDS), Leader(database, LEASE_SECONDS)
+    await first.renew()
+    await second.renew()
+    assert (first.is_leading(), second.is_leading()) == (True, False)
+    while not second.is_leading():
+        assert not (first.is_leading() and second.is_leading())
+        await second.renew()
+    assert not first.is_leading()
+    await first.renew()
+    assert not first.is_leading()
+    assert await epochs(world) == [2]
+
+
+async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
+    world: World, database: Database
+) -> None:
+    first, second = Leader(database, LEASE_SECONDS), Leader(database, LEASE_SECONDS)
+    began = time.monotonic()
+    while time.monotonic() - began < 2 * LEASE_SECONDS:
+        await first.renew()
+        await second.renew()
+        assert first.is_leading()
+    assert await epochs(world) == [1]
+
+
+async def test_whoever_resigns_is_followed_at_once(world: World, database: Database) -> None:
+    first, second = Leader(database, 3600), Leader(database, 3600)
+    await first.renew()
+    await first.resign()
+    assert not first.is_leading()
+    await second.renew()
+    assert second.is_leading()
+    await first.resign()
+    assert await epochs(world) == [2]
+    await first.renew()
+    assert not first.is_leading()
+
+
+async def test_of_many_that_ask_at_once_one_leads(world: World, database: Database) -> None:
+    leaders = [Leader(database, 3600) for _ in range(8)]
+    await asyncio.gather(*(leader.renew() for leader in leaders))
+    assert [leader.is_leading() for leader in leaders].count(True) == 1
+    assert await epochs(world) == [1]
+
+
+async def epochs(world: World) -> list[int]:
+    return [row["epoch"] for row in await world.query("SELECT epoch FROM leadership")]
+
+
+# ── duties ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "SWEEP_ROWS", 2)
+    place = await world.workflow()
+    lost = [await world.claimed(place) for _ in range(5)]
+    await world.expire(*lost)
+    poison = lost[0].execution_id
+    await world.query(
+        "UPDATE execution SET attempt = :most WHERE id = :id", most=MAX_LOST_ATTEMPTS, id=poison
+    )
+    notices: asyncio.Queue[Notice] = asyncio.Queue()
+    hints: asyncio.Queue[int] = asyncio.Queue()
+    broker = await brokers.connect(None)
+    await broker.listen(notices.put_nowait)
+    broker.start_worker(hints.put_nowait)
+    await broker.watch([run.execution_id for run in lost])
+
+    await recovery.recover(world.store, broker)
+    statuses = [(await world.row(run.execution_id))["status"] for run in lost]
+    assert statuses == ["failed", "pending", "pending", "pending", "pending"]
+    assert await asyncio.wait_for(notices.get(), 5) == ExecutionsChanged((poison,))
+    await asyncio.wait_for(hints.get(), 5)
+    await broker.close()
+
+
+async def test_recovery_goes_on_though_the_broker_is_away(world: World) -> None:
+    lost = await world.claimed()
+    await world.expire(lost)
+    broker = await brokers.connect("redis://127.0.0.1:1")
+    await recovery.recover(world.store, broker)
+    assert (await world.row(lost.execution_id))["status"] == "pending"
+    await broker.close()
+
+
+async def test_only_idempotency_keys_whose_day_is_over_are_forgotten(
+    world: World, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "BATCH_ROWS", 3)
+    for number in range(7):
+        await keep_key(world, f"old-{number}", seconds=-1)
+    await keep_key(world, "young", seconds=60)
+    await retention.forget_expired_keys(database)
+    assert [row["key"] for row in await world.query("SELECT key FROM idempotency")] == ["young"]
+
+
+async def keep_key(world: World, key: str, *, seconds: float) -> None:
+    await world.query(
+        "INSERT INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
+        " VALUES (1, 'scope', :key, 'body', 'exec_1', :expires_at)",
+        key=key,
+        expires_at=microseconds_from_now(seconds),
+    )
+
+
+async def test_a_duty_that_fails_is_done_again_and_holds_up_no_other() -> None:
+    failures, successes = 0, asyncio.Event()
+
+    async def fail() -> None:
+        nonlocal failures
+        failures += 1
+        raise DatabaseUnavailable if failures == 1 else ValueError
+
+    async def succeed() -> None:
+        if failures > 2:
+            successes.set()
+
+    async with ticking([Duty("fail", 0.01, fail), Duty("succeed", 0.01, succeed)]):
+        await asyncio.wait_for(successes.wait(), 5)
+
+
+async def test_what_is_being_done_at_the_end_is_finished() -> None:
+    begun, finish, finished = asyncio.Event(), asyncio.Event(), False
+
+    async def work() -> None:
+        nonlocal finished
+        begun.set()
+        await finish.wait()
+        finished = True
+
+    async with ticking([Duty("work", 60, work)]):
+        await begun.wait()
+        asyncio.get_running_loop().call_later(0.05, finish.set)
+    assert finished
+
+
+# ── processes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one_that_stops(
+    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+) -> None:
+    given = environment(
+        tmp_path,
+        DATABASE_URL=on_postgres.url,
+        REDIS_URL=redis_server.url,
+        SECRET_KEY=SECRET,
+        LEADERSHIP_SECONDS="1.5",
+        SWEEP_SECONDS="0.2",
+    )
+    async with opened(on_postgres) as world, AsyncExitStack() as stack:
+        await world.query("DELETE FROM leadership")
+
+        def scheduler(number: int) -> Started:
+            log = tmp_path / f"{number}.log"
+            return stack.enter_context(commands.started("scheduler", given=given, log=log))
+
+        first = scheduler(1)
+        assert epoch_of(first) == 1
+        second = scheduler(2)
+        second.says("scheduler ready")
+        assert '"leading"' not in second.log()
+
+        first.kill()
+        killed_at = time.monotonic()
+        assert epoch_of(second) == 2
+        assert time.monotonic() - killed_at < 5
+        lost = await world.claimed()
+        await world.expire(lost)
+        second.says("leases taken back")
+        assert (await world.row(lost.execution_id))["status"] == "pending"
+
+        third = scheduler(3)
+        third.says("scheduler ready")
+        assert second.stop() == 0
+        assert epoch_of(third) == 3
+        assert third.stop() == 0
+        assert all(is_clean(line) for one in (second, third) for line in one.log().splitlines())
+
+
+def epoch_of(scheduler: Started) -> int:
+    """Wait until a scheduler leads, and return its epoch."""
+    return int(scheduler.says(r'"event":"leading","epoch":(\d+)')[1])
+
+
+def is_clean(line: str) -> bool:
+    """Tell whether a line of the log is JSON, and tells of nothing bad."""
+    return bool(json.loads(line)["level"] == "info")
