@@ -2,6 +2,8 @@
 .PHONY: run install test check bench docs lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
+# Without compiled modules every start would take several times as long.
+unexport PYTHONDONTWRITEBYTECODE
 
 bin := .venv/bin
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import uvicorn
+import uvloop
 from prometheus_client import start_http_server
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
@@ -49,7 +50,13 @@ def serve(settings: GatewaySettings) -> None:
     settings.check_for_production()
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, addr="127.0.0.1")
-    server(create_app(lambda: state.opened(settings)), settings).run()
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: GatewaySettings) -> None:
+    # Opened here, not by the application's lifespan: Uvicorn would wrap what refuses to open in a traceback.
+    async with state.opened(settings) as opened:
+        await server(create_app(lambda: nullcontext(opened)), settings).serve()
 
 
 class Server(uvicorn.Server):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, SecretStr
 
-from models.settings import InvalidSettings, Settings
+from models.settings import Settings
 
 
 class GatewaySettings(Settings):
@@ -40,9 +40,3 @@ class GatewaySettings(Settings):
         ge=0,
         description="How long requests under way are waited for when the process is told to stop.",
     )
-
-    def check_for_production(self) -> None:
-        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
-        _ = self.secret
-        if self.redis_url is None:
-            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

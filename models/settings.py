@@ -55,3 +55,9 @@ class Settings(BaseSettings):
                 "python3 -c 'import secrets; print(secrets.token_urlsafe(48))'"
             )
         return text.encode()
+
+    def check_for_production(self) -> None:
+        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
+        _ = self.secret
+        if self.redis_url is None:
+            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

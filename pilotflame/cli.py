@@ -94,16 +94,9 @@ def gateway() -> None:
     from gateway.settings import GatewaySettings
 
     settings = GatewaySettings()
-    settings.check_for_production()
     _begin(settings)
-    from gateway import main, state
+    from gateway import main
 
-    async def try_to_open() -> None:
-        async with state.opened(settings):
-            pass
-
-    # Uvicorn would end with a traceback of its own where something refuses to open.
-    asyncio.run(try_to_open())
     main.serve(settings)
 
 

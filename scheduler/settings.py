@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from models.settings import InvalidSettings, Settings
+from models.settings import Settings
 
 
 class SchedulerSettings(Settings):
@@ -20,9 +20,3 @@ class SchedulerSettings(Settings):
         gt=0,
         description="How long a scheduler that has died keeps others from its duties; renewed every third of it.",
     )
-
-    def check_for_production(self) -> None:
-        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
-        _ = self.secret
-        if self.redis_url is None:
-            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +24,7 @@ from journal.recorder import Recorder, RunJournal
 from journal.store import Claim, Claimed, ExecutionKey
 from messages.broker import BrokerUnavailable, Letter, Notice
 from models.database import DatabaseUnavailable
-from models.ids import TURNS
+from models.ids import turn_of
 from workers import metrics
 from workers.programs import Programs, key_of
 
@@ -40,10 +42,17 @@ MAX_CLAIM = 50
 SWEEP_ROWS = 100
 MAX_TIMER_SECONDS = 3600.0
 """Waits that end later than this are left to the sweep."""
+TIMER_MARGIN_SECONDS = 0.01
+"""A timer may fire a moment early, and the clock that decides is the database's."""
+MAX_REMEMBERED_TURNS = 1_000
+"""One for each organisation, the last ones served."""
 CLAIM_SECONDS = 2.0
 HAND_OVER_SECONDS = 10.0
 BREAK_OFF_SECONDS = 5.0
+RECORD_SECONDS = 2.0
 PAUSE_SECONDS = 0.5
+REQUESTS = {"stop": Request.STOP, "cancel": Request.CANCEL}
+"""What clients may ask of a run, by the word for it in rows and letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class Executor:
         self._owes_claim = False
         self._is_draining = False
         self._after_organization = ""
-        self._from_turn = 0
+        self._turns: OrderedDict[str, int] = OrderedDict()
         self._loops: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -117,7 +126,9 @@ class Executor:
         await self._hand_over(Request.HAND_OVER_NOW, BREAK_OFF_SECONDS)
         for loop in self._loops:
             loop.cancel()
-        await self._recorder.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECORD_SECONDS):
+                await self._recorder.drain()
         self._leases.stop()
         await self._wake_others()
 
@@ -144,7 +155,7 @@ class Executor:
             self._settings.lease_seconds,
             limit,
             self._after_organization,
-            self._from_turn,
+            self._turns,
         )
         try:
             claimed = await self._store.claim(claim)
@@ -153,8 +164,10 @@ class Executor:
             raise
         if not claimed:
             return
-        self._after_organization = claimed[-1].organization_id
-        self._from_turn = (self._from_turn + 1) % TURNS
+        if self._is_draining:
+            await self._give_back_unheld()
+            return
+        self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
         if any(one.may_have_more for one in claimed):
             self.hint()
@@ -166,6 +179,27 @@ class Executor:
                 self._leases.let_go(lease)
             await self._give_back_unheld()
             raise
+        except Exception:
+            log.exception("runs not begun together", runs=len(claimed))
+            await self._begin_each_alone(claimed, leases)
+
+    async def _begin_each_alone(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
+        for one, lease in zip(claimed, leases, strict=True):
+            try:
+                await self._begin([one], [lease])
+            except Exception:
+                # As with a run that breaks: its lease runs out by itself, and the attempt is counted.
+                log.exception("run not begun", execution_id=one.execution_id)
+                self._leases.let_go(lease)
+
+    def _remember_turns(self, claimed: Sequence[Claimed]) -> None:
+        """Let the next claim go on behind what this one took."""
+        self._after_organization = claimed[-1].organization_id
+        for one in claimed:
+            self._turns[one.organization_id] = turn_of(one.workflow_id) + 1
+            self._turns.move_to_end(one.organization_id)
+        while len(self._turns) > MAX_REMEMBERED_TURNS:
+            self._turns.popitem(last=False)
 
     async def _give_back_unheld(self) -> None:
         """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
@@ -225,7 +259,8 @@ class Executor:
             self._ended_well(one, ended)
         finally:
             self._leases.let_go(lease)
-            self._active.pop(one.execution_id, None)
+            if self._holder_of(lease) is not None:
+                del self._active[one.execution_id]
             metrics.ACTIVE.set(len(self._active))
             if self._owes_claim:
                 self._wanted.set()
@@ -262,7 +297,8 @@ class Executor:
         if ended.status is RunStatus.WAITING and ended.due_at is not None:
             seconds = (ended.due_at - datetime.now(UTC)).total_seconds()
             if seconds < MAX_TIMER_SECONDS:
-                asyncio.get_running_loop().call_later(max(seconds, 0), self._in_background, self._promote_due)
+                delay = max(seconds, 0) + TIMER_MARGIN_SECONDS
+                asyncio.get_running_loop().call_later(delay, self._in_background, self._promote_due)
         log.info(
             "execution left",
             status=ended.status.value,
@@ -281,14 +317,19 @@ class Executor:
             self._requested(active.lease, notice.message.get("request", ""))
 
     def _requested(self, lease: Lease, request: str) -> None:
-        active = self._active.get(lease.key.execution_id)
-        if active is not None and active.lease is lease:
-            active.control.ask(Request.STOP if request == "stop" else Request.CANCEL)
+        active = self._holder_of(lease)
+        if active is not None and request in REQUESTS:
+            active.control.ask(REQUESTS[request])
 
     def _lost(self, lease: Lease) -> None:
-        active = self._active.get(lease.key.execution_id)
-        if active is not None and active.lease is lease:
+        active = self._holder_of(lease)
+        if active is not None:
             active.control.ask(Request.ABANDON)
+
+    def _holder_of(self, lease: Lease) -> Active | None:
+        """Return the run under this very lease: an execution that was lost may be back here under another."""
+        active = self._active.get(lease.key.execution_id)
+        return active if active is not None and active.lease is lease else None
 
     def _announce(self, execution_ids: Sequence[str]) -> None:
         self._in_background(lambda: self._broker.announce(execution_ids))
@@ -302,17 +343,22 @@ class Executor:
     # ── duties ────────────────────────────────────────────────────────────────────────────────────
 
     async def _promote_due(self) -> None:
+        if self._is_draining:
+            return
         if await self._store.promote_due():
             self.hint()
 
     async def _sweep(self) -> None:
         # Spread out, so that workers that were started together don't all look at once.
         await asyncio.sleep(self._settings.sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-        swept = await self._store.sweep(SWEEP_ROWS)
-        if swept.ended:
-            self._announce(swept.ended)
-        if swept.has_pending:
-            self.hint()
+        while True:
+            swept = await self._store.sweep(SWEEP_ROWS)
+            if swept.ended:
+                self._announce(swept.ended)
+            if swept.has_pending:
+                self.hint()
+            if swept.requeued + len(swept.ended) < SWEEP_ROWS:
+                return
 
     async def _commit_dirty(self) -> None:
         """Commit what has waited for a commit of its own run, so that at most a moment's reads are repeated."""
@@ -344,3 +390,5 @@ class Executor:
             await work()
         except (BrokerUnavailable, DatabaseUnavailable, LeaseLost) as error:
             log.debug("not done", error=str(error))
+        except Exception:
+            log.exception("not done")

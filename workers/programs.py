@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from engine.errors import InvalidDefinition
 from engine.graph import Graph
@@ -16,6 +17,8 @@ from journal.store import Claimed, DefinitionKey
 if TYPE_CHECKING:
     from journal.store import Store
     from nodes.catalog import Catalog
+
+log = structlog.get_logger()
 
 MAX_KEPT_NODES = 100_000
 """Programs are kept until their nodes are this many, all together."""
@@ -35,23 +38,27 @@ class Programs:
         wanted = {key_of(run) for run in runs}
         missing = [key for key in wanted if key not in self._kept]
         texts = await self._store.definitions(missing) if missing else {}
-        for key in missing:
-            self._keep(key, self._compile(texts.get(key)))
+        for key, text in texts.items():
+            self._keep(key, self._compile(text))
+        found: dict[DefinitionKey, Program | InvalidDefinition] = {}
         for key in wanted:
-            self._kept.move_to_end(key)
-        found = {key: self._kept[key] for key in wanted}
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            found[key] = self._kept.get(key) or InvalidDefinition("The definition is gone")
         self._forget_oldest()
         return found
 
-    def _compile(self, text: str | None) -> Program | InvalidDefinition:
-        if text is None:
-            return InvalidDefinition("The definition is gone")
+    def _compile(self, text: str) -> Program | InvalidDefinition:
         try:
             return Program.of(
                 Graph.of(msgspec.json.decode(text)), self._catalog, self._catalog.implementation
             )
         except InvalidDefinition as error:
             return error
+        except Exception as error:
+            # Whatever is wrong with one definition must not keep a worker from its other runs.
+            log.exception("definition not compiled")
+            return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
 
     def _keep(self, key: DefinitionKey, program: Program | InvalidDefinition) -> None:
         self._kept[key] = program

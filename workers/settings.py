@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from models.settings import InvalidSettings, Settings
+from models.settings import Settings
 
 
 class WorkerSettings(Settings):
@@ -40,9 +40,3 @@ class WorkerSettings(Settings):
         if not isinstance(value, str):
             return value
         return tuple(ip_network(part.strip()) for part in value.split(",") if part.strip())
-
-    def check_for_production(self) -> None:
-        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
-        _ = self.secret
-        if self.redis_url is None:
-            raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")
