@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from gateway.settings import GatewaySettings
+
 _encode = msgspec.json.Encoder().encode
 _JSON = (b"content-type", b"application/json")
 
@@ -32,6 +34,11 @@ class NoContent:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
+
+
+def location(settings: GatewaySettings, execution_id: str) -> dict[str, str]:
+    """Return the header that says where an execution is to be found."""
+    return {"Location": f"{settings.public_url.rstrip('/')}/api/v1/executions/{execution_id}"}
 
 
 def _encoded(headers: Mapping[str, str] | None) -> list[tuple[bytes, bytes]]:

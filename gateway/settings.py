@@ -13,7 +13,8 @@ class GatewaySettings(Settings):
     host: str = Field(default="127.0.0.1", description="Address that the gateway listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the gateway listens on.")
     public_url: str = Field(
-        default="http://127.0.0.1:8000", description="Address under which clients reach the gateway."
+        default="",
+        description="Address under which clients reach the gateway, for `Location` headers; unless set they hold paths.",
     )
     trusted_proxies: str = Field(
         default="127.0.0.1",

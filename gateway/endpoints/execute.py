@@ -13,7 +13,7 @@ from gateway import acceptance, errors, graph_shapes, idempotency
 from gateway.errors import ApiError
 from gateway.graph_shapes import Connections, Nodes
 from gateway.request import Request
-from gateway.responses import JsonResponse
+from gateway.responses import JsonResponse, location
 from gateway.text import Problems
 from gateway.wire import Wire, convert, read_json
 from journal.store import Acceptance, Accepted, DefinitionKey, Verdict
@@ -63,7 +63,7 @@ async def start(request: Request) -> JsonResponse:
     if accepted.verdict is Verdict.MISMATCH:
         raise idempotency.mismatch()
     request.gateway.access.allow(accepted.execution_id, request.caller)
-    headers = {"Location": f"/api/v1/executions/{accepted.execution_id}"}
+    headers = location(request.gateway.settings, accepted.execution_id)
     if accepted.verdict is Verdict.REPEATED:
         headers |= idempotency.REPLAYED
     return JsonResponse(Started(execution_id=accepted.execution_id), status=201, headers=headers)

@@ -14,7 +14,7 @@ from gateway.errors import ApiError, invalid_query
 from gateway.execution_rows import Filter
 from gateway.query import Page, Query
 from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
+from gateway.responses import JsonResponse, NoContent, location
 from models import ids
 from models.execution import ExecutionStatus
 
@@ -147,7 +147,7 @@ async def resume(request: Request) -> JsonResponse:
     gateway.access.allow(new_id, caller)
     gateway.acceptances.hint()
     log.info("execution resumed", execution_id=new_id, resumed_from=failed.execution_id)
-    headers = {"Location": f"/api/v1/executions/{new_id}"}
+    headers = location(gateway.settings, new_id)
     return JsonResponse(
         {"executionId": new_id, "resumedFrom": failed.execution_id}, status=201, headers=headers
     )
