@@ -14,7 +14,7 @@ class GatewaySettings(Settings):
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the gateway listens on.")
     public_url: str = Field(
         default="",
-        description="Address under which clients reach the gateway, for `Location` headers; unless set they hold paths.",
+        description="Address under which clients reach the gateway, for `Location` headers: mere paths unless set.",
     )
     trusted_proxies: str = Field(
         default="127.0.0.1",
