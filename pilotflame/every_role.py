@@ -42,6 +42,7 @@ EXAMPLE: Final = (
     ' {"id": "greet", "type": "template", "config": {"text": "Hello, {{ data.body.name }}!"}}],'
     ' "connections": [{"source": "start", "target": "greet"}]}'
 )
+INPUT: Final = '{"triggerInputs": {"name": "world"}}'
 WELCOME: Final = """
 Pilotflame runs on {address}
 
@@ -49,10 +50,9 @@ Your API key, shown this once:
   {key}
 
 Make a workflow, execute it, wait for its result:
-  api={address}/api/v1 key='X-API-Key: {key}' json='Content-Type: application/json'
-  id=$(curl -sS $api/workflows -H "$key" -H "$json" -d '{example}' | cut -d'"' -f4)
-  curl -sS "$api/executions/$(curl -sS $api/workflows/$id/execute -H "$key" -H "$json" \\
--d '{{"triggerInputs": {{"name": "world"}}}}' | cut -d'"' -f4)/progress" -H "$key"
+  api={address}/api/v1; send() {{ curl -sS -H 'X-API-Key: {key}' -H 'Content-Type: application/json' "$@"; }}
+  id=$(send $api/workflows -d '{example}' | cut -d'"' -f4)
+  send $api/executions/$(send $api/workflows/$id/execute -d '{input}' | cut -d'"' -f4)/progress
 """
 
 
@@ -132,4 +132,4 @@ def _address(listener: socket.socket) -> str:
 def _greeting(address: str, key: str | None) -> str:
     if key is None:
         return f"Pilotflame runs on {address}\n"
-    return WELCOME.format(address=address, key=key, example=EXAMPLE)
+    return WELCOME.format(address=address, key=key, example=EXAMPLE, input=INPUT)
