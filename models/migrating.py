@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import inspect, text
 
-from models.database import Database
+from models.database import Database, is_sqlite
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -25,7 +27,11 @@ async def migrate(url: URL) -> None:
     """Run every migration that the database lacks; safe to repeat, and to run from several processes at once."""
     database = Database(url)
     try:
-        async with database.engine.connect() as connection, connection.begin():
+        async with (
+            _alone(database),
+            database.engine.connect() as connection,
+            connection.begin(),
+        ):
             await connection.run_sync(_upgrade)
     finally:
         await database.close()
@@ -47,13 +53,25 @@ async def require_current(database: Database) -> None:
         raise OutdatedDatabase("The database's tables are not up to date: run `pilotflame migrate` first")
 
 
+@asynccontextmanager
+async def _alone(database: Database) -> AsyncIterator[None]:
+    """Let those who migrate at once take turns: whoever comes second finds nothing to do.
+
+    The lock is held by a transaction of its own, since the one that migrates must see what was there after the wait.
+    SQLite's transactions take turns by themselves.
+    """
+    if is_sqlite(database.url):
+        yield
+        return
+    async with database.engine.connect() as guard, guard.begin():
+        await guard.execute(text("SELECT pg_advisory_xact_lock(710465001)"))
+        yield
+
+
 def _upgrade(connection: Connection) -> None:
     from alembic import command  # noqa: PLC0415 - not needed where the database is up to date
     from alembic.config import Config  # noqa: PLC0415 - not needed where the database is up to date
 
-    if connection.dialect.name == "postgresql":
-        # Held to the end of this transaction: two that migrate at once take turns, and the second finds nothing to do.
-        connection.execute(text("SELECT pg_advisory_xact_lock(710465001)"))
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
