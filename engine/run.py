@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -30,13 +31,15 @@ from engine.plan import Plan, Step
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
+    from engine.graph import Node
     from engine.program import NodeProgram, Program
     from engine.values import Json
 
 MAX_OUTPUT_BYTES = 10_000_000
 MAX_TASKS = 16
 MAX_LOG_LINES = 10_000
-MAX_LOG_MESSAGE_LENGTH = 8_192
+MAX_MESSAGE_LENGTH = 8_192
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 SHORT_WAIT_SECONDS = 1.0
 """Waits up to this long keep the worker: giving the run back and claiming it again would cost more."""
 CANCEL_SECONDS = 10.0
@@ -123,7 +126,7 @@ class Runner:
         self._outputs: dict[str, Json] = {}
         self._digests: dict[str, bytes] = {}
         self._failure: RunError | None = None
-        self._broken_off: Sequence[Visit] = ()
+        self._broken_off: list[Visit] = []
         self._sequence = start.sequence
         self._log_lines = 0
         self._has_uncommitted_write = False
@@ -210,14 +213,16 @@ class Runner:
     async def _begin(self, visit: Visit) -> None:
         try:
             call = self._call(visit)
-        except NodeError as error:
-            self._failed(visit, error)
+        except (ExpressionError, InvalidJson, NodeError) as error:
+            self._failed(visit, _as_node_error(error))
             return
         if visit.is_write:
             self._journal.record(self._span(visit, SpanStatus.RUNNING))
             self._has_uncommitted_write = True
         if self._has_uncommitted_write:
             await self._commit()
+            if not self._may_go_on_with(visit):
+                return
         if visit.is_write or visit.program.node.type not in self._program.inline:
             task = asyncio.create_task(self._perform(visit, call))
             self._tasks[task] = visit
@@ -229,29 +234,37 @@ class Runner:
             return
         self._returned(visit, cast("Outcome", outcome))
 
+    def _may_go_on_with(self, visit: Visit) -> bool:
+        """Look again after a commit: the lease may have run out, something may have failed or been asked."""
+        if not self._journal.holds_lease():
+            raise LeaseLost
+        if self._may_start():
+            return True
+        self._ready.appendleft(visit.node_id)
+        if visit.is_write:
+            self._broken_off.append(visit)
+        return False
+
     async def _perform(self, visit: Visit, call: Call) -> None:
         """Run a node in a task of its own."""
         node = visit.program.node
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        limit = asyncio.timeout(node.timeout_seconds)
         try:
-            async with asyncio.timeout(node.timeout_seconds):
+            async with limit:
                 outcome = self._program.runs[node.type](call)
                 if asyncio.iscoroutine(outcome):
                     outcome = await outcome
-        except TimeoutError:
-            message = (
-                f"The node took longer than its {node.timeout_seconds:g} s"
-                if node.timeout_seconds
-                else "Timed out"
-            )
-            self._failed(visit, NodeError(message, code="timeout", retryable=True))
+        except asyncio.CancelledError:
+            if task.cancelling():
+                raise
+            self._failed(visit, NodeError("The node cancelled itself"))
         except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
-            self._failed(visit, _as_node_error(error))
+            self._failed(visit, _too_slow(node) if limit.expired() else _as_node_error(error))
         else:
             self._returned(visit, cast("Outcome", outcome))
         finally:
-            task = asyncio.current_task()
-            if task is not None:
-                self._tasks.pop(task, None)
+            self._tasks.pop(task, None)
             self._control.changed.set()
 
     def _visit(self, node_id: str, recorded: Span | None) -> Visit:
@@ -263,16 +276,8 @@ class Runner:
         encoded = None if input_node is not None else values.encode(data)
         digest = self._digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
         visit = Visit(program, data, input_node, encoded, digest, datetime.now(UTC), unresolved=unresolved)
-        if recorded is None:
-            return visit
-        visit.attempt = (
-            recorded.attempt + 1 if recorded.status is not SpanStatus.WAITING else recorded.attempt
-        )
-        visit.started_at = recorded.started_at or visit.started_at
-        if recorded.resolved_config is not None:
-            visit.resolved_config = recorded.resolved_config
-            if recorded.input is not None:
-                visit.input, visit.data = recorded.input, values.decode(recorded.input)
+        if recorded is not None:
+            _take_up(visit, recorded)
         return visit
 
     def _gather(self, node_id: str) -> tuple[Json, str | None]:
@@ -313,7 +318,7 @@ class Runner:
         }
 
     def _call(self, visit: Visit) -> Call:
-        """Render the config; raises `NodeError` for what can't be rendered or is missing."""
+        """Render the config; raises `ExpressionError`, `InvalidJson`, and `NodeError` for what is missing."""
         program = visit.program
         if program.missing is not None:
             raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
@@ -321,10 +326,7 @@ class Runner:
         if visit.resolved_config is not None:
             visit.config = cast("Mapping[str, Json]", values.decode(visit.resolved_config))
         else:
-            try:
-                visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
-            except ExpressionError as error:
-                raise NodeError(str(error), code="expression-error") from error
+            visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
         self._check_resolved(visit)
         dynamic = visit.input_digest
         if visit.is_write or not program.config.is_static:
@@ -357,10 +359,9 @@ class Runner:
     def _returned(self, visit: Visit, outcome: Outcome) -> None:
         output = outcome.output if isinstance(outcome, Result | Wait) else outcome
         try:
-            self._check_resolved(visit)
             output = self._pass_through(visit, output)
-            encoded = values.encode(output)
-            _check_size(encoded)
+            self._check_resolved(visit)
+            encoded = _encoded(output)
         except (InvalidJson, NodeError) as error:
             self._failed(visit, _as_node_error(error))
             return
@@ -389,14 +390,11 @@ class Runner:
             return
         reason = _run_error(visit, error)
         if any(edge.source_port == ERROR for edge in self._program.graph.outbound[node.id]):
-            output: Json = {"error": reason.as_json(), "data": visit.data}
-            self._settle(visit, SpanStatus.FAILED, ERROR, output, values.encode(output), reason)
+            self._settle(visit, SpanStatus.FAILED, ERROR, *_error_output(reason, visit.data), reason)
             return
         self._record(self._span(visit, SpanStatus.FAILED, ended_at=datetime.now(UTC), error=reason))
         self._has_uncommitted_write = self._has_uncommitted_write or visit.is_write
-        self._failure = self._failure or replace(
-            reason, code="timeout" if reason.code == "timeout" else "node-error"
-        )
+        self._failure = self._failure or _end_of_run(reason)
 
     def _settle(
         self,
@@ -434,7 +432,7 @@ class Runner:
         self._outputs[span.node_id] = values.decode(span.output) if span.output is not None else None
         self._digests[span.node_id] = sha256(span.output or b"").digest()
         if span.port is None:
-            self._failure = self._failure or span.error
+            self._failure = self._failure or (span.error and _end_of_run(span.error))
             return
         self._follow(self._plan.settle(span.node_id, span.port))
 
@@ -469,6 +467,8 @@ class Runner:
         now = datetime.now(UTC)
         due = [node_id for node_id, sleeping in self._sleeping.items() if sleeping.wake_at <= now]
         for node_id in due:
+            if not self._may_start():
+                return
             sleeping = self._sleeping.pop(node_id)
             if sleeping.output is None:
                 await self._begin(sleeping.visit)
@@ -484,11 +484,12 @@ class Runner:
         """Cancel whatever still runs; what doesn't notice within ten seconds is left behind."""
         if not self._tasks:
             return
-        self._broken_off = list(self._tasks.values())
-        tasks = list(self._tasks)
+        tasks = dict(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+        # A node that ended all the same has said itself how.
+        self._broken_off += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
 
     # ── records ───────────────────────────────────────────────────────────────────────────────────
 
@@ -542,19 +543,62 @@ class Runner:
         if self._log_lines > MAX_LOG_LINES:
             level, message = "warning", f"More than {MAX_LOG_LINES:,} log lines: the rest is left out"
         self._sequence += 1
-        self._journal.log(
-            LogLine(level, message[:MAX_LOG_MESSAGE_LENGTH], node_id, self._sequence, datetime.now(UTC))
-        )
+        self._journal.log(LogLine(level, _storable(message), node_id, self._sequence, datetime.now(UTC)))
 
 
-def _check_size(encoded: bytes) -> None:
-    if len(encoded) > MAX_OUTPUT_BYTES:
-        message = f"The output has {len(encoded):,} bytes; at most {MAX_OUTPUT_BYTES:,} can be kept"
-        raise NodeError(message, code="output-too-large")
+def _take_up(visit: Visit, recorded: Span) -> None:
+    """Go on with a node where an earlier attempt left it: a write is given what it was given before."""
+    visit.started_at = recorded.started_at or visit.started_at
+    if recorded.status is SpanStatus.WAITING:
+        visit.attempt, visit.hashes = recorded.attempt, recorded.hashes
+        visit.unresolved = list(recorded.unresolved)
+        return
+    visit.attempt = recorded.attempt + 1
+    if recorded.resolved_config is None:
+        return
+    visit.resolved_config = recorded.resolved_config
+    if recorded.input is not None:
+        visit.input, visit.data = recorded.input, values.decode(recorded.input)
+        visit.input_digest = sha256(recorded.input).digest()
+
+
+def _encoded(output: Json) -> bytes:
+    try:
+        return values.encode(output, max_bytes=MAX_OUTPUT_BYTES)
+    except InvalidJson as error:
+        if error.code != "too-large":
+            raise
+        message = f"The output takes more than the {MAX_OUTPUT_BYTES:,} bytes that can be kept"
+        raise NodeError(message, code="output-too-large") from error
+
+
+def _error_output(reason: RunError, data: Json) -> tuple[Json, bytes]:
+    """Return what leaves by the error port; data that would not fit beside the error is left out."""
+    output: Json = {"error": reason.as_json(), "data": data}
+    try:
+        return output, _encoded(output)
+    except (InvalidJson, NodeError):
+        output = {"error": reason.as_json(), "data": None}
+        return output, _encoded(output)
 
 
 def _run_error(visit: Visit, error: NodeError) -> RunError:
-    return RunError(code=error.code, message=error.message, node_id=visit.node_id, attempt=visit.attempt)
+    return RunError(error.code, _storable(error.message), visit.node_id, visit.attempt)
+
+
+def _too_slow(node: Node) -> NodeError:
+    message = f"The node took longer than its {node.timeout_seconds:g} s"
+    return NodeError(message, code="timeout", retryable=True)
+
+
+def _end_of_run(reason: RunError) -> RunError:
+    """Return what a node's failure is to its run, which has fewer codes."""
+    return replace(reason, code="timeout" if reason.code == "timeout" else "node-error")
+
+
+def _storable(text: str) -> str:
+    """Return a text of anybody's making as every database takes it."""
+    return _UNSTORABLE.sub("\ufffd", text[:MAX_MESSAGE_LENGTH])
 
 
 def _as_node_error(error: Exception) -> NodeError:
@@ -565,4 +609,6 @@ def _as_node_error(error: Exception) -> NodeError:
         return NodeError(str(error), code="expression-error")
     if isinstance(error, InvalidJson):
         return NodeError(str(error), code=error.code)
+    if isinstance(error, TimeoutError):
+        return NodeError(str(error) or "Timed out", code="timeout", retryable=True)
     return NodeError(f"{type(error).__name__}: {error}")

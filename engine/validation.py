@@ -53,15 +53,15 @@ def validate(graph: Graph, catalog: Catalog) -> Validation:
     """Check a graph against the catalogue; `not-runnable` is an error here and may be taken as a warning in drafts."""
     if not graph.nodes:
         return Validation(errors=(_finding_of_empty(),))
-    types, type_errors = _look_up(graph, catalog)
+    known, type_errors = _look_up(graph, catalog)
+    types = {node.id: node_type for node, node_type in known}
     errors = [*_duplicates(graph), *type_errors, *_triggers(graph, types), *_connections(graph, types)]
     if cycle := _cycle(graph):
         errors.append(cycle)
     warnings = [*_disconnected(graph, types)]
-    for node in graph.nodes:
-        if node_type := types.get(node.id):
-            for finding in _config(node, node_type, catalog):
-                (warnings if finding.type == "missing-config" else errors).append(finding)
+    for node, node_type in known:
+        for finding in _config(node, node_type, catalog):
+            (warnings if finding.type == "missing-config" else errors).append(finding)
     return Validation(errors=tuple(errors), warnings=tuple(warnings))
 
 
@@ -71,26 +71,24 @@ def _finding_of_empty() -> Finding:
     )
 
 
-def _look_up(graph: Graph, catalog: Catalog) -> tuple[dict[str, NodeType], list[Finding]]:
-    types: dict[str, NodeType] = {}
+def _look_up(graph: Graph, catalog: Catalog) -> tuple[list[tuple[Node, NodeType]], list[Finding]]:
+    """Return the nodes whose types there are, each with its own: two of them may have one id."""
+    known: list[tuple[Node, NodeType]] = []
     errors: list[Finding] = []
     for node in graph.nodes:
         try:
-            types[node.id] = catalog.get(node.type, node.version)
+            known.append((node, catalog.get(node.type, node.version)))
         except LookupError as error:
-            errors.append(
-                Finding(
-                    "unknown-node-type", str(error), "Choose a type and version from the catalogue.", node.id
-                )
-            )
+            suggestion = "Choose a type and version from the catalogue."
+            errors.append(Finding("unknown-node-type", str(error), suggestion, node.id))
     errors.extend(
         Finding(
-            "not-runnable", f"Node {graph.by_id[i].label!r} ({t.type}) can't run", "Remove or replace it.", i
+            "not-runnable", f"Node {node.label!r} ({node.type}) can't run", "Remove or replace it.", node.id
         )
-        for i, t in types.items()
-        if not t.runnable
+        for node, node_type in known
+        if not node_type.runnable
     )
-    return types, errors
+    return known, errors
 
 
 def _duplicates(graph: Graph) -> Iterator[Finding]:

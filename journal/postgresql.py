@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-import structlog
+import msgspec
 
 from engine.events import RunStatus, Span
 from journal.rows import (
@@ -51,8 +51,6 @@ from models.ids import turn_of
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-log = structlog.get_logger()
-
 STATEMENT_SECONDS = 30.0
 SESSION = {
     "application_name": "pilotflame",
@@ -77,28 +75,26 @@ _LOST = (
 
 async def connect(url: URL, *, connections: int) -> PostgreSQLStore:
     """Return a store with a pool of its own; the first statement opens the first connection."""
-    dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
-    settings: dict[str, str] = SESSION
-    try:
-        await (await asyncpg.connect(dsn, server_settings=settings, timeout=CONNECT_SECONDS)).close()
-    except asyncpg.PostgresError as error:
-        if "unsupported startup parameter" not in str(error):
-            log.warning("database not reached", error=str(error))
-        else:
-            # A transaction pooler passes no session settings on; migrations set them for the whole database.
-            settings = {}
-    except (OSError, TimeoutError) as error:
-        log.warning("database not reached", error=str(error))
     pool = await asyncpg.create_pool(
-        dsn,
+        url.set(drivername="postgresql").render_as_string(hide_password=False),
         min_size=0,
         max_size=connections,
-        server_settings=settings,
+        connect=_connected,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
         reset=_keep_session,
     )
     return PostgreSQLStore(url, pool)
+
+
+async def _connected(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - what the pool passes and takes
+    try:
+        return await asyncpg.connect(*arguments, server_settings=SESSION, **options)
+    except asyncpg.ProtocolViolationError as error:
+        if "unsupported startup parameter" not in str(error):
+            raise
+        # A transaction pooler passes no settings on: they belong to the whole database then.
+        return await asyncpg.connect(*arguments, **options)
 
 
 async def _keep_session(_connection: object) -> None:
@@ -150,7 +146,7 @@ class PostgreSQLStore:
             _CLAIM,
             claim.target,
             claim.after_organization,
-            claim.from_turn,
+            msgspec.json.encode(claim.turns).decode(),
             claim.limit,
             claim.owner,
             int(claim.lease_seconds * 1_000_000),
@@ -174,7 +170,7 @@ class PostgreSQLStore:
 
     async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
         """Extend leases; see `Store.renew`."""
-        leases = [(lease.execution_id, lease.lane, lease.token) for lease in held]
+        leases = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
         rows = await self._fetch(_RENEW, *_columns(leases, 3), int(lease_seconds * 1_000_000))
         return [Renewed(row[0], row[1]) for row in rows]
 
@@ -217,7 +213,7 @@ class PostgreSQLStore:
         """Take back what dead workers held; see `Store.sweep`."""
         due = await self.promote_due()
         rows = await self._fetch(_SWEEP, limit, MAX_LOST_ATTEMPTS, CRASHED)
-        pending = await self._fetch("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1")
+        pending = await self._fetch(_HAS_PENDING)
         ended = [row[0] for row in rows if row[1] in TERMINAL]
         return Swept(len(rows) - len(ended), ended, due, bool(pending))
 
@@ -406,7 +402,7 @@ _PENDING = "SELECT {column} FROM execution WHERE status = 'pending' AND target =
 
 def _next_organization(after: str) -> str:
     first = _PENDING.format(column="organization_id")
-    order = "ORDER BY organization_id LIMIT 1"
+    order = "ORDER BY organization_id, turn LIMIT 1"  # an order that no other index has
     return f"SELECT coalesce(({first} AND organization_id > {after} {order}), ({first} {order})) OFFSET 0"
 
 
@@ -427,12 +423,13 @@ WITH RECURSIVE circle (id, first, place) AS (
 ), organization AS MATERIALIZED (
     SELECT id, place, ceil($4::numeric / count(*) OVER ())::integer AS share FROM circle
 ), chosen AS MATERIALIZED (
-    SELECT best.id,
+    SELECT best.id, row_number() OVER (ORDER BY organization.place, workflow.place) AS place,
         count(*) OVER (PARTITION BY organization.place, workflow.place) = workflow.share AS is_share_used_up
     FROM organization, LATERAL (
         WITH RECURSIVE circle (turn, first, place) AS (
             SELECT start.turn, start.turn, 1
-            FROM ({_next_turn("$3::smallint")}) AS start (turn) WHERE start.turn IS NOT NULL
+            FROM ({_next_turn("coalesce(($3::jsonb ->> organization.id)::smallint, 0)")}) AS start (turn)
+            WHERE start.turn IS NOT NULL
             UNION ALL
             SELECT next.turn, circle.first, circle.place + 1
             FROM circle, LATERAL ({_next_turn("circle.turn + 1")}) AS next (turn)
@@ -448,12 +445,14 @@ WITH RECURSIVE circle (id, first, place) AS (
     UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
         lease_owner = $5, lease_until = {_NOW} + $6::bigint, started_at = coalesce(started_at, {_NOW}),
         updated_at = {_NOW}, deadline_at = coalesce(deadline_at, {_NOW} + timeout_microseconds)
-    FROM chosen WHERE execution.id = chosen.id AND execution.status = 'pending'
-    RETURNING execution.*, is_share_used_up
+    -- No bare column: with stale statistics, all that is pending would look like a way to the chosen few.
+    FROM chosen WHERE execution.id = chosen.id AND execution.status || '' = 'pending'
+    RETURNING execution.*, chosen.place, is_share_used_up
 )
 SELECT taken.id, taken.lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
     execution_data.trigger, started_at, deadline_at, request, is_share_used_up
 FROM taken JOIN execution_data ON execution_data.execution_id = taken.id AND execution_data.lane = taken.lane
+ORDER BY place
 """
 
 
@@ -590,6 +589,10 @@ UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NUL
 WHERE status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])
 RETURNING id
 """
+# In the order of the index of pending runs: without one, a table full of ended runs might be read from its beginning.
+_HAS_PENDING = (
+    "SELECT 1 FROM execution WHERE status = 'pending' ORDER BY target, organization_id, turn LIMIT 1"
+)
 _IS_HELD = f"(status = 'running' AND lease_until >= {_NOW})"
 _REQUEST_END = f"""
 UPDATE execution SET updated_at = {_NOW},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ class RunJournal:
         self._settled = set(settled)
         self._write = self._empty()
         self._in_turn = asyncio.Lock()
+        self._is_broken = False
 
     def record(self, span: Span) -> None:
         """Keep a span for the next commit."""
@@ -65,7 +67,7 @@ class RunJournal:
 
     def holds_lease(self) -> bool:
         """Tell whether the lease is certain to last a moment longer."""
-        return self._lease.is_held()
+        return not self._is_broken and self._lease.is_held()
 
     @property
     def is_dirty(self) -> bool:
@@ -75,7 +77,7 @@ class RunJournal:
     async def commit(self) -> None:
         """Make everything recorded so far durable; raises `LeaseLost`."""
         async with self._in_turn:
-            if self.is_dirty:
+            if self.is_dirty or self._is_broken:
                 await self._submit(self._taken())
 
     async def end(self, ended: Ended) -> None:
@@ -95,15 +97,34 @@ class RunJournal:
         return RunWrite(execution_id, lane, self._lease.token)
 
     async def _submit(self, write: RunWrite) -> None:
+        if self._is_broken:
+            raise LeaseLost
+        try:
+            await self._insist(write)
+        except BaseException:
+            # What this write held is gone, so nothing may follow it, even if the lease should hold again.
+            self._is_broken = True
+            raise
+
+    async def _insist(self, write: RunWrite) -> None:
         while True:
             try:
-                is_held = await self._recorder.submit(write)
+                is_held = await self._answer_to(write)
             except DatabaseUnavailable:
                 # The same write may be repeated: it names the token, and its rows replace themselves.
-                if not self._lease.is_held():
-                    raise LeaseLost from None
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             if not is_held:
                 raise LeaseLost
             return
+
+    async def _answer_to(self, write: RunWrite) -> bool:
+        """Tell whether the write was made; a run that has waited for that to the end of its lease is lost."""
+        future = self._recorder.submit(write)
+        while True:
+            try:
+                async with asyncio.timeout(self._lease.until - time.monotonic()):
+                    return await asyncio.shield(future)
+            except TimeoutError:
+                if not self._lease.is_held():
+                    raise LeaseLost from None

@@ -395,7 +395,7 @@ def _of_organization(
         return found
 
     turns: list[int] = []
-    current = _first(following(claim.from_turn), following(0))
+    current = _first(following(claim.turns.get(organization_id, 0)), following(0))
     while current is not None and len(turns) < share:
         turns.append(current)
         current = _first(following(current + 1), following(0))

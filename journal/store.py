@@ -8,8 +8,8 @@ can't deadlock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -103,8 +103,8 @@ class Claim:
     limit: int
     after_organization: str = ""
     """Organisations are served in turn: the one that was served last."""
-    from_turn: int = 0
-    """Within an organisation, workflows are served in turn: where to begin."""
+    turns: Mapping[str, int] = field(default_factory=dict)
+    """Within an organisation, workflows are served in turn: where to begin in each, which is 0 where it isn't said."""
     target: str = "shared"
 
 
@@ -208,7 +208,7 @@ class Store(Protocol):
         """Insert runs, in one transaction; answers in the order of the batch."""
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
-        """Take the best pending runs, counting the attempt."""
+        """Take the best pending runs, counting the attempt; answers in the order of the turns."""
 
     async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
         """Write what runs have done, at most one write a run; returns the ids of those that still held their token."""

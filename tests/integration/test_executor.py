@@ -1,0 +1,676 @@
+"""Executors with a real store and the broker of a single process, and what changes underneath them as they work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from structlog.testing import capture_logs
+
+from engine import run as engine_run
+from engine.control import Request
+from engine.errors import NodeError
+from engine.events import RunStatus
+from engine.node import Call, Effect, EffectRule, NodeType, Run, Services
+from engine.values import Json
+from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Store
+from messages import broker as brokers
+from messages.broker import Broker, ExecutionsChanged, Notice
+from messages.local_broker import LocalBroker
+from models.database import DatabaseUnavailable
+from nodes import catalog
+from nodes.catalog import Catalog
+from tests.calls import NoNetwork
+from tests.integration.run_world import Place, Where, World, opened, write
+from tests.services import PostgreSQL
+from workers import executor as executors
+from workers.executor import Executor
+from workers.settings import WorkerSettings
+
+PATIENCE_SECONDS = 10.0
+LONG_SECONDS = 3600.0
+BOTH = ["on_sqlite", "on_postgres"]
+ON_ONE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+"""For what has nothing to do with the kind of database."""
+EVERY = [*BOTH, "behind_pgbouncer", "on_serializable_postgres"]
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """Return the loop that workers run on."""
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(autouse=True)
+def _no_tracebacks() -> Iterator[None]:
+    """Keep what is logged from being printed in full, which takes longer than what is tested."""
+    with capture_logs():
+        yield
+
+
+@pytest.fixture(params=BOTH)
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+@pytest.fixture
+async def place(world: World) -> Place:
+    return await world.workflow()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+            await asyncio.sleep(0.005)
+
+
+async def soon(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
+
+
+# ── nodes that tests watch and hold back ──────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Stage:
+    """What the nodes of a test have done, and whether they may go on."""
+
+    calls: list[str] = field(default_factory=list)
+    """Idempotency keys."""
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: int = 0
+
+    def note(self, call: Call) -> Json:
+        self.calls.append(call.idempotency_key)
+        return call.data
+
+    async def hold(self, call: Call) -> Json:
+        self.calls.append(call.idempotency_key)
+        self.begun.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return call.data
+
+    async def effect(self, call: Call) -> Json:
+        self.calls.append(call.idempotency_key)
+        await asyncio.sleep(0)
+        return call.data
+
+    def library(self) -> Catalog:
+        return Library(
+            {
+                **catalog.load().node_types,
+                **{
+                    name: node_type(name, effect)
+                    for name, effect in (
+                        ("note", Effect.PURE),
+                        ("look", Effect.READ),
+                        ("hold", Effect.WRITE),
+                        ("effect", Effect.WRITE),
+                    )
+                },
+            },
+            {"note": self.note, "look": self.hold, "hold": self.hold, "effect": self.effect},
+        )
+
+
+@dataclass(frozen=True)
+class Library(Catalog):
+    """The library, and nodes made up for a test."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+        return self.runs[type] if type in self.runs else super().implementation(type)
+
+
+def node_type(name: str, effect: Effect) -> NodeType:
+    return NodeType(name, name, "1.0.0", "test", "", EffectRule(effect), {"type": "object"})
+
+
+def chain(*types: str, **configs: dict[str, Json]) -> str:
+    """Return a definition: the trigger, then one node of each type, each with the type and its place for an id."""
+    nodes: list[dict[str, Json]] = [{"id": "start", "type": "manual"}]
+    nodes += [
+        {"id": f"{kind}{place}", "type": kind, "config": configs.get(f"{kind}{place}", {})}
+        for place, kind in enumerate(types, start=1)
+    ]
+    edges = [
+        {"id": f"e{place}", "source": nodes[place]["id"], "target": nodes[place + 1]["id"]}
+        for place in range(len(types))
+    ]
+    return json.dumps({"nodes": nodes, "connections": edges, "settings": {}})
+
+
+# ── workers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker's process, but for the process."""
+
+    executor: Executor
+    broker: Broker
+
+
+class Deaf(LocalBroker):
+    """A broker whose hints reach nobody, and that takes no time to stop."""
+
+    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+        pass
+
+
+class Workers:
+    """Starts workers on a database; leases and sweeps are long unless a test says otherwise."""
+
+    def __init__(self, world: World, stack: AsyncExitStack) -> None:
+        self._world = world
+        self._stack = stack
+        self.stage = Stage()
+
+    async def start(
+        self,
+        *,
+        store: Store | None = None,
+        broker: Broker | None = None,
+        **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
+    ) -> Worker:
+        store = store or await self._world.another_store()
+        broker = broker or Deaf(inbox=uuid4().hex)
+        self._stack.push_async_callback(broker.close)
+        defaults = {"lease_seconds": LONG_SECONDS, "sweep_seconds": LONG_SECONDS, "commit_seconds": 0.02}
+        executor = Executor(
+            store,
+            broker,
+            self.stage.library(),
+            Services(http=NoNetwork()),
+            WorkerSettings(**{**defaults, **settings}),
+        )
+        await executor.start()
+        self._stack.push_async_callback(executor.drain)
+        return Worker(executor, broker)
+
+    async def accept(
+        self, place: Place, *types: str, count: int = 1, **configs: dict[str, Json]
+    ) -> list[str]:
+        """Accept runs of a chain, and return their ids."""
+        runs = [
+            place.run(definition=chain(*types, **configs), total_nodes=len(types) + 1) for _ in range(count)
+        ]
+        await self._world.store.accept(runs)
+        return [run.execution_id for run in runs]
+
+    async def statuses(self) -> Counter[str]:
+        rows = await self._world.query("SELECT status, count(*) AS count FROM execution GROUP BY status")
+        return Counter({row["status"]: row["count"] for row in rows})
+
+    async def are_all(self, status: str) -> bool:
+        return set(await self.statuses()) == {status}
+
+
+@pytest.fixture
+async def workers(world: World) -> AsyncIterator[Workers]:
+    async with AsyncExitStack() as stack:
+        workers = Workers(world, stack)
+        yield workers
+        workers.stage.go_on.set()
+
+
+class Instead:
+    """A store of which one method is another's."""
+
+    def __init__(self, store: Store, **methods: Any) -> None:  # noqa: ANN401
+        self._store = store
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._store, name)
+
+
+# ── a run ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", EVERY, indirect=True)
+async def test_a_run_goes_from_its_row_to_its_outputs(world: World, place: Place, workers: Workers) -> None:
+    worker = await workers.start(broker=await brokers.connect(None))
+    notices: list[Notice] = []
+    await worker.broker.listen(notices.append)
+    definition = {
+        "nodes": [
+            {"id": "start", "type": "rest-api"},
+            {
+                "id": "double",
+                "type": "set",
+                "config": {"values": {"n": {"$op": "multiply", "args": ["{{ data.body.n }}", 2]}}},
+            },
+            {
+                "id": "large",
+                "type": "conditional",
+                "config": {"condition": {"left": "{{ data.n }}", "operator": "greater-than", "right": 10}},
+            },
+            {"id": "yes", "type": "log", "config": {"message": "{{ data.n }} is large"}},
+            {"id": "no", "type": "log", "config": {"message": "no"}},
+        ],
+        "connections": [
+            {"id": "1", "source": "start", "target": "double"},
+            {"id": "2", "source": "double", "target": "large"},
+            {"id": "3", "source": "large", "sourcePort": "true", "target": "yes"},
+            {"id": "4", "source": "large", "sourcePort": "false", "target": "no"},
+        ],
+    }
+    run = place.run(definition=json.dumps(definition), trigger='{"body":{"n":21}}', total_nodes=5)
+    await worker.broker.watch([run.execution_id])
+    await world.store.accept([run])
+    await worker.broker.wake()
+    await until(lambda: workers.are_all("completed"))
+
+    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.lane)])
+    assert (progress.completed_nodes, progress.total_nodes, progress.error) == (5, 5, None)
+    outputs = {node_id: json.loads(output) for node_id, output in progress.outputs}
+    assert outputs["yes"]["n"] == 42
+    assert "no" not in outputs
+    (line,) = await world.query("SELECT message, node_id FROM log_line")
+    assert tuple(line.values()) == ("42 is large", "yes")
+    assert notices == [ExecutionsChanged((run.execution_id,))]
+
+
+async def test_all_that_waits_is_run_without_another_word(
+    world: World, place: Place, workers: Workers
+) -> None:
+    other = await world.workflow()
+    await workers.accept(place, "note", "effect", count=40)
+    await workers.accept(other, "note", "effect", count=3)
+    await workers.start(concurrency=4)
+    await until(lambda: workers.are_all("completed"))
+    assert len(workers.stage.calls) == 2 * 43
+
+
+async def test_a_workflow_waits_for_its_turn_and_not_for_its_neighbour_s_flood(
+    world: World, workers: Workers
+) -> None:
+    organization = await world.organization()
+    flood = await world.workflow(organization, turn=500)
+    one = await world.workflow(organization, turn=501)
+    await workers.accept(flood, "note", count=30)
+    (lonely,) = await workers.accept(one, "note")
+    await workers.start(concurrency=1)
+    await until(lambda: workers.are_all("completed"))
+    assert f"{lonely}:note1:0" in workers.stage.calls[:3]
+
+
+async def test_two_workers_that_race_for_runs_run_each_once(
+    world: World, place: Place, workers: Workers
+) -> None:
+    await workers.accept(place, "effect", count=100)
+    await asyncio.gather(*(workers.start(concurrency=7, sweep_seconds=0.2) for _ in range(2)))
+    await until(lambda: workers.are_all("completed"))
+    assert set(Counter(workers.stage.calls).values()) == {1}
+    assert len(workers.stage.calls) == 100
+    assert await world.count("span") == 200
+
+
+async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
+    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_run, "SHORT_WAIT_SECONDS", 0)
+    store = await world.another_store()
+    promoted: list[int] = []
+
+    async def promote_due() -> int:
+        promoted.append(await store.promote_due())
+        return promoted[-1]
+
+    worker = await workers.start(store=Instead(store, promote_due=promote_due))
+    for _ in range(8):
+        await workers.accept(place, "wait", "note", wait1={"seconds": 0.05})
+        worker.executor.hint()
+        await until(lambda: workers.are_all("completed"))
+    assert promoted == [1] * 8
+    waits = await world.query("SELECT ended_at - started_at AS lasted FROM span WHERE node_id = 'wait1'")
+    assert all(50_000 <= row["lasted"] < 1_000_000 for row in waits)
+
+
+async def test_results_without_effects_are_committed_before_long(
+    world: World, place: Place, workers: Workers
+) -> None:
+    await workers.accept(place, "note", "look")
+    await workers.start()
+    await soon(workers.stage.begun)
+
+    async def is_committed() -> bool:
+        (row,) = await world.query("SELECT status, completed_nodes FROM execution")
+        return tuple(row.values()) == ("running", 2)
+
+    await until(is_committed)
+
+
+# ── what can't run ────────────────────────────────────────────────────────────────────────────────────────
+
+
+BROKEN = {
+    "an unknown type": '{"nodes":[{"id":"a","type":"no-such-type"}],"connections":[]}',
+    "a bad expression": '{"nodes":[{"id":"a","type":"set","config":{"values":{"b":"{{ c }}"}}}],"connections":[]}',
+    "a node without an id": '{"nodes":[{"type":"set"}],"connections":[]}',
+    "no graph at all": "[1,2]",
+    "no JSON": "{",
+}
+
+
+@ON_ONE
+@pytest.mark.parametrize("definition", BROKEN.values(), ids=list(BROKEN))
+async def test_a_definition_that_cannot_run_fails_its_run_and_no_other(
+    world: World, place: Place, workers: Workers, definition: str
+) -> None:
+    run = place.run(definition=definition)
+    await world.store.accept([run])
+    (good,) = await workers.accept(place, "note")
+    await workers.start()
+    await until(lambda: has_status(world, good, "completed"))
+    await until(lambda: has_status(world, run.execution_id, "failed"))
+    assert json.loads((await world.row(run.execution_id))["error"])["code"] == "invalid-definition"
+
+
+async def has_status(world: World, execution_id: str, status: str) -> bool:
+    found: str = (await world.row(execution_id))["status"]
+    return found == status
+
+
+@ON_ONE
+async def test_a_definition_that_was_not_there_is_looked_for_again(
+    world: World, place: Place, workers: Workers
+) -> None:
+    run, again = [place.run(definition=chain("note")) for _ in range(2)]
+    await world.store.accept([run])
+    await world.query("DELETE FROM definition")
+    worker = await workers.start()
+    await until(lambda: has_status(world, run.execution_id, "failed"))
+    await world.store.accept([again])
+    worker.executor.hint()
+    await until(lambda: has_status(world, again.execution_id, "completed"))
+
+
+@ON_ONE
+async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
+    world: World, place: Place, workers: Workers
+) -> None:
+    poison = await world.claimed(place, definition=chain("note"))
+    good = await world.claimed(place, definition=chain("note"))
+    await world.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
+    await world.query(
+        "INSERT INTO span (execution_id, node_id, iteration, lane, id, sequence, label, type, status, attempt)"
+        " VALUES (:id, 'note1', 0, :lane, 'span_1', 1, 'note', 'note', 'of a newer version', 1)",
+        id=poison.execution_id,
+        lane=poison.lane,
+    )
+    await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
+    await until(lambda: has_status(world, good.execution_id, "completed"))
+    await until(lambda: has_status(world, poison.execution_id, "failed"))
+    assert json.loads((await world.row(poison.execution_id))["error"])["code"] == "crashed"
+
+
+# ── ends on request ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
+@pytest.mark.parametrize("way", ["by letter", "by renewal"])
+async def test_a_run_ends_when_it_is_asked_to(
+    world: World, place: Place, workers: Workers, way: str, request_: str, status: str
+) -> None:
+    (execution_id,) = await workers.accept(place, "look", "note")
+    worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 0.6)
+    await soon(workers.stage.begun)
+    requested = await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), request_)
+    assert requested is not None
+    assert requested.lease_owner == worker.broker.inbox
+    if way == "by letter":
+        letter = {"execution_id": execution_id, "request": request_}
+        await worker.broker.send(worker.broker.inbox, letter)
+    if request_ == "stop":
+        await asyncio.sleep(0.3)
+        assert await has_status(world, execution_id, "running")
+        workers.stage.go_on.set()
+    await until(lambda: has_status(world, execution_id, status))
+    assert workers.stage.cancelled == (request_ == "cancel")
+    assert f"{execution_id}:note2:0" not in workers.stage.calls
+
+
+@ON_ONE
+async def test_a_letter_in_words_of_a_newer_version_ends_nothing(
+    world: World, place: Place, workers: Workers
+) -> None:
+    (execution_id,) = await workers.accept(place, "look")
+    worker = await workers.start()
+    await soon(workers.stage.begun)
+    for request in ("pause", ""):
+        await worker.broker.send(worker.broker.inbox, {"execution_id": execution_id, "request": request})
+    await worker.broker.send(worker.broker.inbox, {"execution_id": "exec_unknown", "request": "cancel"})
+    await worker.broker.send(worker.broker.inbox, {"other": "thing"})
+    await asyncio.sleep(0)
+    workers.stage.go_on.set()
+    await until(lambda: has_status(world, execution_id, "completed"))
+
+
+# ── hand-over ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
+    world: World, place: Place, workers: Workers
+) -> None:
+    (execution_id,) = await workers.accept(place, "note", "hold", "effect")
+    first = await workers.start()
+    await soon(workers.stage.begun)
+    (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else is told
+    draining = asyncio.create_task(first.executor.drain())
+    await soon(active.control.changed)
+    assert active.control.request is Request.HAND_OVER
+    workers.stage.go_on.set()
+    await draining
+    row = await world.row(execution_id)
+    assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
+
+    await workers.start()
+    await until(lambda: workers.are_all("completed"))
+    assert Counter(workers.stage.calls) == {
+        f"{execution_id}:{node}:0": 1 for node in ("note1", "hold2", "effect3")
+    }
+
+
+async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
+    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "HAND_OVER_SECONDS", 0.1)
+    (execution_id,) = await workers.accept(place, "hold")
+    first = await workers.start()
+    await soon(workers.stage.begun)
+    await first.executor.drain()
+    assert workers.stage.cancelled == 1
+    assert (await world.row(execution_id))["status"] == "pending"
+    workers.stage.go_on.set()
+    await workers.start()
+    await until(lambda: workers.are_all("completed"))
+    assert workers.stage.calls == [f"{execution_id}:hold1:0"] * 2
+
+
+async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
+    world: World, place: Place, workers: Workers
+) -> None:
+    is_claiming, may_answer = asyncio.Event(), asyncio.Event()
+    store = await world.another_store()
+
+    async def claim(claim: Claim) -> Sequence[Claimed]:
+        claimed = await store.claim(claim)
+        is_claiming.set()
+        await may_answer.wait()
+        return claimed
+
+    (execution_id,) = await workers.accept(place, "note")
+    worker = await workers.start(store=Instead(store, claim=claim))
+    await soon(is_claiming)
+    draining = asyncio.create_task(worker.executor.drain())
+    await asyncio.sleep(0.1)
+    may_answer.set()
+    await draining
+    row = await world.row(execution_id)
+    assert (row["status"], row["attempt"]) == ("pending", 0)
+    assert workers.stage.calls == []
+
+
+# ── what changes underneath ───────────────────────────────────────────────────────────────────────────────
+
+
+async def take_away(world: World) -> None:
+    """Do what a sweep does after a lease has ended, before it can be renewed."""
+    await world.query(
+        "UPDATE execution SET status = 'pending', token = token + 1, lease_owner = NULL, lease_until = NULL"
+    )
+
+
+async def test_a_worker_that_has_lost_a_run_abandons_it_and_another_finishes_it(
+    world: World, place: Place, workers: Workers
+) -> None:
+    (execution_id,) = await workers.accept(place, "hold", "effect")
+    first = await workers.start(lease_seconds=2.4)
+    await soon(workers.stage.begun)
+    (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else knows the lease
+    first.executor._is_draining = True  # noqa: SLF001 - it must not win its own run back
+    await take_away(world)
+
+    async def is_abandoned() -> bool:
+        return workers.stage.cancelled == 1
+
+    await until(is_abandoned)
+    assert active.lease.is_held()  # by the clock: it learnt from a renewal
+    workers.stage.go_on.set()
+    await workers.start()
+    await until(lambda: workers.are_all("completed"))
+    keys = Counter(workers.stage.calls)
+    assert keys == {f"{execution_id}:hold1:0": 2, f"{execution_id}:effect2:0": 1}
+
+
+@ON_ONE
+async def test_a_run_that_was_lost_and_came_back_to_the_same_worker_still_hears_requests(
+    world: World, place: Place, workers: Workers
+) -> None:
+    (execution_id,) = await workers.accept(place, "look")
+    worker = await workers.start(lease_seconds=1.0)
+    await soon(workers.stage.begun)
+    await take_away(world)
+    worker.executor.hint()
+
+    async def has_left_the_first_one() -> bool:
+        return len(workers.stage.calls) == 2 and workers.stage.cancelled == 1
+
+    await until(has_left_the_first_one)
+    assert await has_status(world, execution_id, "running")
+    await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), "cancel")
+    await until(lambda: has_status(world, execution_id, "cancelled"))
+
+
+@pytest.mark.parametrize("method", ["definitions", "spans", "last_log_lines"])
+async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_uncounted(
+    world: World, place: Place, workers: Workers, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.01)
+    store = await world.another_store()
+    failures = 0
+
+    async def fail_often(keys: Sequence[DefinitionKey]) -> Any:  # noqa: ANN401
+        nonlocal failures
+        if failures < 5:
+            failures += 1
+            raise DatabaseUnavailable
+        return await getattr(store, method)(keys)
+
+    begun = await world.claimed(place, definition=chain("note"))
+    await world.store.record([write(begun, end=RunStatus.RELEASED)])
+    await workers.start(store=Instead(store, **{method: fail_often}))
+    await until(lambda: workers.are_all("completed"))
+    assert failures == 5
+
+
+async def test_a_claim_in_doubt_is_given_back_uncounted(
+    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.01)
+    store = await world.another_store()
+    claims = 0
+
+    async def claim(claim: Claim) -> Sequence[Claimed]:
+        nonlocal claims
+        claims += 1
+        claimed = await store.claim(claim)
+        if claims <= 4:
+            raise DatabaseUnavailable
+        return claimed
+
+    await workers.accept(place, "note", count=3)
+    await workers.start(store=Instead(store, claim=claim))
+    await until(lambda: workers.are_all("completed"))
+    assert len(workers.stage.calls) == 3
+
+
+@ON_ONE
+async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_other(
+    world: World, place: Place, workers: Workers
+) -> None:
+    def unstorable(_call: Call) -> Json:
+        raise NodeError("broken", code="code\ud800")
+
+    library = workers.stage.library()
+    assert isinstance(library, Library)
+    library.runs["note"] = unstorable
+    workers.stage.library = lambda: library  # type: ignore[method-assign]
+    (poison,) = await workers.accept(place, "note")
+    (good,) = await workers.accept(place, "effect")
+    await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
+    await until(lambda: has_status(world, good, "completed"))
+    await until(lambda: has_status(world, poison, "failed"))
+    assert json.loads((await world.row(poison))["error"])["code"] == "crashed"
+
+
+@ON_ONE
+async def test_a_sweep_goes_on_until_nothing_is_left_to_take_back(
+    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "SWEEP_ROWS", 5)
+    await workers.accept(place, "note", count=12)
+    await world.claim(owner="a dead one", lease_seconds=0)
+    await workers.start(sweep_seconds=0.5)
+    await until(lambda: workers.are_all("completed"), seconds=1.1)
+
+
+async def test_runs_outlast_a_restart_of_the_database(
+    on_postgres: Where, postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.05)
+    async with opened(on_postgres) as world, AsyncExitStack() as stack:
+        workers = Workers(world, stack)
+        ids = await workers.accept(await world.workflow(), "effect", "hold", "effect", count=20)
+        await workers.start(lease_seconds=20.0, sweep_seconds=0.5)
+        await soon(workers.stage.begun)
+        await asyncio.to_thread(postgres.kill)
+        workers.stage.go_on.set()
+        await asyncio.to_thread(postgres.start)
+        await until(lambda: workers.are_all("completed"))
+        assert Counter(workers.stage.calls) == {
+            f"{execution_id}:{node}:0": 1 for execution_id in ids for node in ("effect1", "hold2", "effect3")
+        }

@@ -1,0 +1,367 @@
+"""What stands between runs and their store: group commit, a run's own journal, and the keeper of leases."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from engine.errors import LeaseLost
+from engine.events import Ended, LogLine, RunError, RunStatus, Span, SpanStatus
+from journal import recorder
+from journal.grouping import GroupCommit
+from journal.leases import Lease, LeaseKeeper
+from journal.recorder import Recorder, RunJournal
+from journal.store import Claimed, Held, Renewed, RunWrite, Store
+from models.database import DatabaseUnavailable
+from tests.integration.run_world import Where, World, key_of, opened
+
+PATIENCE_SECONDS = 5.0
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+async def soon(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
+
+
+# ── group commit ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Commits:
+    """A commit that tests hold back, and that refuses what they say."""
+
+    batches: list[Sequence[int]] = field(default_factory=list)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    refusals: dict[int, Exception] = field(default_factory=dict)
+
+    async def __call__(self, batch: Sequence[int]) -> Sequence[str]:
+        self.batches.append(batch)
+        self.begun.set()
+        await self.go_on.wait()
+        for item in batch:
+            if item in self.refusals:
+                raise self.refusals[item]
+        return [str(item) for item in batch]
+
+
+async def test_what_arrives_during_a_commit_goes_into_the_next_one_together() -> None:
+    commits = Commits()
+    group = GroupCommit(commits, max_batch=3)
+    first = group.submit(0)
+    await soon(commits.begun)
+    others = [group.submit(item) for item in range(1, 6)]
+    assert group.depth == 5
+    commits.go_on.set()
+    assert await first == "0"
+    assert await asyncio.gather(*others) == ["1", "2", "3", "4", "5"]
+    assert commits.batches == [[0], [1, 2, 3], [4, 5]]
+    assert group.depth == 0
+
+
+async def test_a_waiter_that_leaves_takes_nothing_with_it() -> None:
+    commits = Commits()
+    group = GroupCommit(commits)
+    gone, kept = group.submit(1), group.submit(2)
+    await soon(commits.begun)
+    gone.cancel()
+    commits.go_on.set()
+    assert await kept == "2"
+    assert commits.batches == [[1, 2]]
+
+
+async def test_one_item_that_is_refused_spoils_no_other() -> None:
+    commits = Commits(refusals={2: ValueError("two")})
+    commits.go_on.set()
+    group = GroupCommit(commits)
+    answers = await asyncio.gather(*map(group.submit, (1, 2, 3)), return_exceptions=True)
+    assert [answers[0], type(answers[1]), answers[2]] == ["1", ValueError, "3"]
+
+
+async def test_a_database_that_is_away_is_asked_once_for_all() -> None:
+    commits = Commits(refusals={2: DatabaseUnavailable()})
+    commits.go_on.set()
+    group = GroupCommit(commits)
+    answers = await asyncio.gather(*map(group.submit, (1, 2, 3)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {DatabaseUnavailable}
+    assert commits.batches == [[1, 2, 3]]
+    commits.refusals.clear()
+    assert await group.submit(4) == "4"
+
+
+async def test_a_group_is_drained_when_all_have_their_answers() -> None:
+    commits = Commits()
+    group = GroupCommit(commits, max_batch=1)
+    futures = [group.submit(item) for item in range(3)]
+    draining = asyncio.create_task(group.drain())
+    await soon(commits.begun)
+    assert not draining.done()
+    commits.go_on.set()
+    await draining
+    assert all(future.done() for future in futures)
+
+
+# ── the journal of a run ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Faulty:
+    """A store that is away, or silent, for as long as a test says."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.is_away = False
+        self.refused = asyncio.Event()
+        self.error: Exception = DatabaseUnavailable()
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
+        await self.answers.wait()
+        if self.is_away:
+            self.refused.set()
+            raise self.error
+        return await self._store.record(batch)
+
+
+@dataclass
+class Book:
+    """A claimed run, its lease and its journal."""
+
+    run: Claimed
+    lease: Lease
+    journal: RunJournal
+    store: Faulty
+    committed: list[str]
+
+
+@pytest.fixture
+async def book(world: World, monkeypatch: pytest.MonkeyPatch) -> Book:
+    monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
+    run = await world.claimed()
+    lease = Lease(key_of(run), run.token, time.monotonic() + 60)
+    store = Faulty(world.store)
+    committed: list[str] = []
+    journal = RunJournal(Recorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]
+    return Book(run, lease, journal, store, committed)
+
+
+def span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPLETED) -> Span:
+    return Span(node_id, node_id, "set", status, sequence, NOW, NOW)
+
+
+async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
+    world: World, book: Book
+) -> None:
+    book.journal.record(span("a", 1, SpanStatus.RUNNING))
+    book.journal.record(span("a", 2))
+    book.journal.log(LogLine("info", "hello", "a", 3, NOW))
+    assert await world.count("span") == 0
+    await book.journal.commit()
+    spans = (await world.store.spans([key_of(book.run)]))[book.run.execution_id]
+    assert [(one.node_id, one.status) for one in spans] == [("a", SpanStatus.COMPLETED)]
+    assert await world.count("log_line") == 1
+    assert (await world.row(book.run.execution_id))["completed_nodes"] == 2
+    assert book.committed == [book.run.execution_id]
+    await book.journal.commit()
+    assert book.committed == [book.run.execution_id]
+
+
+async def test_the_end_takes_what_is_not_committed_yet_with_it(world: World, book: Book) -> None:
+    book.journal.record(span("a", 1))
+    error = RunError("node-error", "broken", "a", 1)
+    await book.journal.end(Ended(RunStatus.FAILED, error=error))
+    row = await world.row(book.run.execution_id)
+    assert (row["status"], row["completed_nodes"]) == ("failed", 2)
+    assert await world.count("span") == 1
+
+
+async def test_commits_of_one_run_keep_their_order(world: World, book: Book) -> None:
+    for sequence in range(1, 30):
+        book.journal.record(span("a", sequence))
+    commits = [asyncio.create_task(book.journal.commit())]
+    await asyncio.sleep(0)
+    book.journal.record(span("a", 30))
+    commits.append(asyncio.create_task(book.journal.commit()))
+    await asyncio.sleep(0)
+    ending = asyncio.create_task(book.journal.end(Ended(RunStatus.COMPLETED)))
+    await asyncio.gather(*commits, ending)
+    (kept,) = (await world.store.spans([key_of(book.run)]))[book.run.execution_id]
+    assert kept.sequence == 30
+
+
+async def test_a_commit_with_nothing_to_add_waits_for_the_one_under_way(book: Book) -> None:
+    book.store.answers.clear()
+    book.journal.record(span("a", 1))
+    commits = [asyncio.create_task(book.journal.commit()) for _ in range(2)]
+    done, _ = await asyncio.wait(commits, timeout=0.05)
+    assert not done
+    book.store.answers.set()
+    await asyncio.gather(*commits)
+
+
+async def test_a_database_that_comes_back_in_time_is_waited_for(world: World, book: Book) -> None:
+    book.store.is_away = True
+    book.journal.record(span("a", 1))
+    commit = asyncio.create_task(book.journal.commit())
+    await soon(book.store.refused)
+    assert not commit.done()
+    book.store.is_away = False
+    await commit
+    assert await world.count("span") == 1
+
+
+async def test_a_run_is_given_up_when_its_token_is_not_the_newest(world: World, book: Book) -> None:
+    await world.expire(book.run)
+    await world.store.sweep(10)
+    book.journal.record(span("a", 1))
+    with pytest.raises(LeaseLost):
+        await book.journal.commit()
+    assert await world.count("span") == 0
+    assert book.committed == []
+
+
+async def test_a_commit_is_waited_for_no_longer_than_the_lease_lasts(book: Book) -> None:
+    book.store.answers.clear()
+    book.journal.record(span("a", 1))
+    book.lease.until = time.monotonic() + 0.1
+    commit = asyncio.create_task(book.journal.commit())
+    await asyncio.sleep(0.05)
+    book.lease.until = time.monotonic() + 0.2  # it was renewed meanwhile
+    await asyncio.sleep(0.1)
+    assert not commit.done()
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(commit, PATIENCE_SECONDS)
+    book.store.answers.set()
+
+
+@pytest.mark.parametrize("error", [DatabaseUnavailable(), ValueError("can't be stored")])
+async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_again(
+    world: World, book: Book, error: Exception
+) -> None:
+    book.store.is_away, book.store.error = True, error
+    book.journal.record(span("a", 1))
+    if isinstance(error, DatabaseUnavailable):
+        book.lease.until = time.monotonic() - 1
+    with pytest.raises((LeaseLost, ValueError)):
+        await book.journal.commit()
+
+    book.store.is_away = False
+    book.lease.until = time.monotonic() + 60
+    assert not book.journal.holds_lease()
+    book.journal.record(span("b", 2))
+    for late in (book.journal.commit(), book.journal.commit(), book.journal.end(Ended(RunStatus.COMPLETED))):
+        with pytest.raises(LeaseLost):
+            await late
+    assert await world.count("span") == 0
+    assert (await world.row(book.run.execution_id))["status"] == "running"
+
+
+# ── leases ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Keeping:
+    """A keeper of leases, and what it has told."""
+
+    keeper: LeaseKeeper
+    lost: list[Lease] = field(default_factory=list)
+    requests: list[tuple[Lease, str]] = field(default_factory=list)
+
+    def hold(self, run: Claimed) -> Lease:
+        return self.keeper.hold(key_of(run), run.token, time.monotonic())
+
+
+async def keeping(store: Store, lease_seconds: float) -> Keeping:
+    lost: list[Lease] = []
+    requests: list[tuple[Lease, str]] = []
+    keeper = LeaseKeeper(
+        store,
+        lease_seconds,
+        on_lost=lost.append,
+        on_request=lambda lease, request: requests.append((lease, request)),
+    )
+    keeper.start()
+    return Keeping(keeper, lost, requests)
+
+
+async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: World) -> None:
+    kept = await keeping(world.store, 0.6)
+    run = await world.claimed()
+    lease = kept.hold(run)
+    time.sleep(1.2)  # noqa: ASYNC251 - as a node that computes for long does
+    assert lease.is_held()
+    row = await world.row(run.execution_id)
+    assert row["lease_until"] > time.time_ns() // 1000
+    kept.keeper.let_go(lease)
+    kept.keeper.stop()
+
+
+async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(world: World) -> None:
+    kept = await keeping(world.store, 100.0)
+    run = await world.claimed()
+    since = time.monotonic() - 86
+    assert not kept.keeper.hold(key_of(run), run.token, since).is_held()
+    assert kept.keeper.hold(key_of(run), run.token, since + 2).is_held()
+    kept.keeper.stop()
+
+
+async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(world: World) -> None:
+    kept = await keeping(world.store, 0.3)
+    place = await world.workflow()
+    lost, asked = [kept.hold(await world.claimed(place)) for _ in range(2)]
+    await world.query("UPDATE execution SET token = 9 WHERE id = :id", id=lost.key.execution_id)
+    await world.store.request_end(asked.key, "stop")
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not (kept.lost and kept.requests):  # noqa: ASYNC110 - it tells from another thread
+            await asyncio.sleep(0.01)
+    assert kept.lost[0] is lost
+    assert kept.requests[0] == (asked, "stop")
+    assert not any(lease is asked for lease in kept.lost)
+    kept.keeper.stop()
+
+
+@pytest.mark.parametrize("error", [DatabaseUnavailable(), ValueError("a surprise")])
+async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exception) -> None:
+    failures = 0
+
+    class FailsAtFirst:
+        async def for_thread(self) -> Any:  # noqa: ANN401
+            return self
+
+        async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+            nonlocal failures
+            failures += 1
+            if failures < 3:
+                raise error
+            return [Renewed(one.execution_id, None) for one in held if lease_seconds]
+
+        async def close(self) -> None: ...
+
+    with capture_logs():
+        kept = await keeping(FailsAtFirst(), 0.15)  # type: ignore[arg-type]
+        lease = kept.hold(await world.claimed())
+        first_end = lease.until
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while lease.until == first_end:  # noqa: ASYNC110 - it is renewed from another thread
+                await asyncio.sleep(0.01)
+        kept.keeper.stop()
+    assert failures >= 3

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect, text
+from sqlmodel import SQLModel
+
+from models import access, execution, migrating, workflow  # noqa: F401 - their tables must be known to the metadata
+from models.database import Database, parse_url
+from models.migrating import OutdatedDatabase
+from tests.services import PostgreSQL
+
+
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+async def database(
+    request: pytest.FixtureRequest, tmp_path: Path, postgres: PostgreSQL
+) -> AsyncIterator[Database]:
+    if request.param == "SQLite":
+        url = f"sqlite:///{tmp_path}/pilotflame.db"
+    else:
+        url = await postgres.create_database("migrations")
+    database = Database(parse_url(url))
+    yield database
+    await database.close()
+
+
+async def test_the_migrations_make_the_tables_that_the_code_knows(database: Database) -> None:
+    await migrating.migrate(database.url)
+
+    def differences(connection: Connection) -> list[object]:
+        context = MigrationContext.configure(connection)
+        return [*compare_metadata(context, SQLModel.metadata)]
+
+    async with database.read() as connection:
+        assert await connection.run_sync(differences) == []
+
+
+async def test_only_live_runs_stand_in_the_indexes_that_look_for_them(database: Database) -> None:
+    await migrating.migrate(database.url)
+
+    def conditions(connection: Connection) -> dict[str, str]:
+        return {
+            str(index["name"]): str(index["dialect_options"].get(f"{connection.dialect.name}_where", ""))
+            for index in inspect(connection).get_indexes("execution")
+        }
+
+    async with database.read() as connection:
+        found = await connection.run_sync(conditions)
+    for status in ("pending", "running", "waiting"):
+        assert f"'{status}'" in found[f"ix_execution_{status}"]
+
+
+async def test_to_migrate_again_changes_nothing(database: Database) -> None:
+    await migrating.migrate(database.url)
+    await database.transaction(
+        lambda connection: connection.execute(
+            text("INSERT INTO organization (id, lane, name, created_at) VALUES ('org_1', 1, 'Kept', 1)")
+        )
+    )
+    await migrating.migrate(database.url)
+    async with database.read() as connection:
+        assert (await connection.execute(text("SELECT name FROM organization"))).scalar() == "Kept"
+
+
+async def test_several_that_migrate_at_once_all_succeed(database: Database) -> None:
+    await asyncio.gather(*(migrating.migrate(database.url) for _ in range(3)))
+    assert await migrating.revision(database) == migrating.HEAD
+
+
+async def test_several_migrate_a_serializable_database_at_once(postgres: PostgreSQL) -> None:
+    url = await postgres.create_database("serializable_migrations")
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    await connection.execute(
+        "ALTER DATABASE serializable_migrations SET default_transaction_isolation = 'serializable'"
+    )
+    await connection.close()
+    migrations = (migrating.migrate(parse_url(url)) for _ in range(3))
+    assert await asyncio.gather(*migrations, return_exceptions=True) == [None] * 3
+
+
+async def test_a_database_is_current_from_its_last_migration_on(database: Database) -> None:
+    assert await migrating.revision(database) is None
+    with pytest.raises(OutdatedDatabase, match="pilotflame migrate"):
+        await migrating.require_current(database)
+    await migrating.migrate(database.url)
+    await migrating.require_current(database)
+
+
+@pytest.mark.parametrize("database", ["SQLite"], indirect=True)
+@pytest.mark.parametrize(("revision", "is_current"), [("0000", False), ("9999", True)])
+async def test_a_database_may_be_newer_than_the_code_but_not_older(
+    database: Database, revision: str, *, is_current: bool
+) -> None:
+    await migrating.migrate(database.url)
+    await database.transaction(
+        lambda connection: connection.execute(
+            text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision}
+        )
+    )
+    if is_current:
+        await migrating.require_current(database)
+        return
+    with pytest.raises(OutdatedDatabase):
+        await migrating.require_current(database)
+
+
+def test_the_newest_revision_that_the_code_names_is_the_newest_there_is() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrating.__file__).parent / "migrations"))
+    assert ScriptDirectory.from_config(config).get_heads() == [migrating.HEAD]

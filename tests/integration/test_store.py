@@ -1,0 +1,1232 @@
+"""One suite for every database that a store may be on, and then what only one of them can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+from engine.events import LogLine, RunError, RunStatus, Span, SpanStatus
+from journal import sqlite
+from journal.grouping import GroupCommit
+from journal.opening import open_store
+from journal.store import (
+    Acceptance,
+    Accepted,
+    Claim,
+    Claimed,
+    DefinitionKey,
+    ExecutionKey,
+    Held,
+    IdempotencyKey,
+    Requested,
+    RunWrite,
+    Store,
+    Swept,
+    Verdict,
+)
+from models.database import DatabaseUnavailable, is_sqlite, parse_url
+from models.execution import ExecutionStatus
+from models.ids import turn_of
+from tests.integration.run_world import (
+    DEFINITION,
+    Place,
+    Where,
+    World,
+    held,
+    key_of,
+    microseconds_from_now,
+    opened,
+    write,
+)
+from tests.services import PgBouncer, PostgreSQL
+
+Answer = TypeVar("Answer")
+
+NOW = datetime(2026, 1, 1, 12, 0, 0, 123_456, tzinfo=UTC)
+
+
+DATABASES = {
+    "SQLite": "on_sqlite",
+    "PostgreSQL": "on_postgres",
+    "PgBouncer": "behind_pgbouncer",
+    "serializable PostgreSQL": "on_serializable_postgres",
+}
+
+
+@pytest.fixture(scope="module", params=DATABASES.values(), ids=list(DATABASES))
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+async def shared_world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+@pytest.fixture
+async def world(shared_world: World) -> World:
+    await shared_world.clear()
+    return shared_world
+
+
+@pytest.fixture
+async def place(world: World) -> Place:
+    return await world.workflow()
+
+
+def same(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return what makes runs equal."""
+    return {"idempotency": IdempotencyKey("caller and route", key, body, **fields)}
+
+
+# ── accept ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_accepted_run_is_pending_with_all_that_came_with_it(world: World, place: Place) -> None:
+    key = await world.accept(place, trigger='{"n":1}', config='{"c":2}', timeout_seconds=1.5)
+    row = await world.row(key.execution_id)
+    assert (row["status"], row["attempt"], row["token"], row["target"]) == ("pending", 0, 0, "shared")
+    assert (row["lane"], row["key_id"], row["total_nodes"]) == (key.lane, key.execution_id, 3)
+    assert (row["timeout_microseconds"], bool(row["is_fresh"])) == (1_500_000, True)
+    (data,) = await world.query("SELECT * FROM execution_data")
+    assert (data["execution_id"], data["trigger"], data["config"]) == (*key[:1], '{"n":1}', '{"c":2}')
+
+
+async def test_a_definition_is_stored_once_and_found_by_its_hash(world: World, place: Place) -> None:
+    elsewhere = await world.workflow()
+    first = place.run()
+    await world.store.accept([first, place.run(), place.run(definition=None), elsewhere.run()])
+    await world.store.accept([place.run(definition='{"other":1}', definition_hash="f" * 64)])
+    assert await world.count("definition") == 3
+    key = DefinitionKey(first.organization_id, first.definition_hash, first.lane)
+    unknown = key._replace(hash="0" * 64)
+    assert await world.store.definitions([key, unknown]) == {key: DEFINITION}
+
+
+async def test_a_repeated_request_gets_the_first_answer(world: World, place: Place) -> None:
+    first = await world.accept(place, **same())
+    other_key = await world.accept(place, **same(key="another"))
+    answers = await world.store.accept(
+        [place.run(), place.run(**same()), place.run(**same("b")), place.run(**same("c", key="another"))]
+    )
+    assert [answer.verdict for answer in answers] == ["accepted", "repeated", "mismatch", "mismatch"]
+    assert [answer.execution_id for answer in answers[1:]] == [
+        first.execution_id,
+        first.execution_id,
+        other_key.execution_id,
+    ]
+    assert await world.count("execution") == await world.count("execution_data") == 3
+
+
+async def test_a_key_is_free_again_when_its_time_is_over(world: World, place: Place) -> None:
+    await world.accept(place, **same(lifetime_seconds=0))
+    second = await world.accept(place, **same("b"))
+    (answer,) = await world.store.accept([place.run(**same("b"))])
+    assert answer == Accepted(Verdict.REPEATED, second.execution_id)
+
+
+async def test_equal_requests_in_one_batch_start_one_run(world: World, place: Place) -> None:
+    batch = [place.run(**same()) for _ in range(50)]
+    answers = await world.store.accept(batch)
+    assert answers[0] == Accepted(Verdict.ACCEPTED, batch[0].execution_id)
+    assert set(answers[1:]) == {Accepted(Verdict.REPEATED, batch[0].execution_id)}
+    assert await world.count("execution") == 1
+
+
+async def test_equal_requests_to_two_processes_start_one_run(world: World, place: Place) -> None:
+    stores = [world.store, await world.another_store()]
+    batches = [[place.run(**same()), place.run(**same(key=f"{number % 5}"))] for number in range(50)]
+    answers = await asyncio.gather(
+        *(stores[number % 2].accept(batch) for number, batch in enumerate(batches))
+    )
+    verdicts = Counter(answer.verdict for pair in answers for answer in pair)
+    assert verdicts == {Verdict.ACCEPTED: 6, Verdict.REPEATED: 94}
+    assert await world.count("execution") == 6
+    assert len({pair[0].execution_id for pair in answers}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"workflow_revision": 2}, {"organization_id": "org_other"}, {"workflow_id": "wf_unknown"}],
+    ids=["moved on", "another organisation's", "unknown"],
+)
+async def test_a_run_checked_against_an_old_workflow_is_refused(
+    world: World, place: Place, change: dict[str, Any]
+) -> None:
+    stale = place.run(**change, **same())
+    assert await world.store.accept([stale]) == [Accepted(Verdict.STALE, stale.execution_id)]
+    assert await world.count("execution") == await world.count("execution_data") == 0
+    await world.accept(place, **same())  # the key wasn't kept
+
+
+async def test_a_run_of_a_deleted_workflow_is_refused(world: World, place: Place) -> None:
+    await world.query("UPDATE workflow SET deleted_at = 1")
+    run = place.run()
+    assert await world.store.accept([run]) == [Accepted(Verdict.STALE, run.execution_id)]
+
+
+async def test_a_repeated_request_gets_its_answer_though_the_workflow_has_moved_on(
+    world: World, place: Place
+) -> None:
+    first = await world.accept(place, **same())
+    await world.query("UPDATE workflow SET revision = 2")
+    assert await world.store.accept([place.run(**same())]) == [Accepted(Verdict.REPEATED, first.execution_id)]
+
+
+@pytest.mark.parametrize("fields", [{}, same()], ids=["without a key", "with a key"])
+async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
+    world: World, place: Place, fields: dict[str, Any]
+) -> None:
+    run = place.run(**fields)
+    expected = [Accepted(Verdict.ACCEPTED, run.execution_id)]
+    assert await world.store.accept([run]) == expected
+    await world.query("UPDATE workflow SET revision = 2")
+    assert await world.store.accept([run]) == expected
+    assert await world.count("execution") == await world.count("execution_data") == 1
+
+
+async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(world: World, place: Place) -> None:
+    group: GroupCommit[Acceptance, Accepted] = GroupCommit(world.store.accept)
+    runs = [place.run(timeout_seconds=1e30 if number == 2 else 1.0) for number in range(5)]
+    answers = await asyncio.gather(*map(group.submit, runs), return_exceptions=True)
+    assert [isinstance(answer, Accepted) for answer in answers] == [True, True, False, True, True]
+    assert await world.count("execution") == 4
+
+
+# ── claim ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_claim_counts_the_attempt_and_sets_the_lease_before_any_work(
+    world: World, place: Place
+) -> None:
+    key = await world.accept(place, trigger='{"n":1}', timeout_seconds=60.0)
+    (one,) = await world.claim(owner="me", lease_seconds=9.0)
+    assert (one.execution_id, one.lane, one.workflow_id) == (*key, place.workflow_id)
+    assert (one.token, one.attempt, one.trigger, one.request) == (1, 1, '{"n":1}', None)
+    assert (one.key_id, one.has_journal) == (key.execution_id, False)
+    assert one.deadline_at - one.started_at == timedelta(seconds=60)
+    row = await world.row(key.execution_id)
+    assert (row["status"], row["attempt"], row["lease_owner"]) == ("running", 1, "me")
+    assert row["lease_until"] == pytest.approx(microseconds_from_now(9), abs=2_000_000)
+    assert await world.claim() == []
+
+
+async def test_two_processes_that_race_for_runs_get_each_once(world: World) -> None:
+    places = [await world.workflow() for _ in range(5)]
+    runs = [place.run() for place in places for _ in range(40)]
+    await world.store.accept(runs)
+    taken: list[str] = []
+
+    async def take(owner: str) -> None:
+        store = await world.another_store()
+        while claimed := await store.claim(Claim(owner, 30.0, 7)):
+            taken.extend(one.execution_id for one in claimed)
+
+    await asyncio.gather(take("one"), take("two"), take("three"))
+    assert sorted(taken) == sorted(run.execution_id for run in runs)
+    rows = await world.query("SELECT status, attempt, token FROM execution GROUP BY status, attempt, token")
+    assert [tuple(row.values()) for row in rows] == [("running", 1, 1)]
+
+
+async def test_organisations_are_served_in_turn(world: World) -> None:
+    flood, *others = sorted(
+        [await world.workflow() for _ in range(4)], key=lambda place: place.organization.id
+    )
+    await world.store.accept([flood.run() for _ in range(30)])
+    await world.store.accept([place.run() for place in others])
+    claimed = await world.claim(limit=4)
+    assert {one.organization_id for one in claimed} == {place.organization.id for place in (flood, *others)}
+
+
+async def test_a_claim_begins_behind_the_organisation_that_was_served_last(world: World) -> None:
+    places = sorted([await world.workflow() for _ in range(3)], key=lambda place: place.organization.id)
+    await world.store.accept([place.run() for place in places for _ in range(2)])
+    served: list[str] = []
+    after = places[1].organization.id
+    for _ in range(6):
+        (one,) = await world.store.claim(Claim("worker", 30.0, 1, after_organization=after))
+        after = one.organization_id
+        served.append(after)
+    assert served == [places[number].organization.id for number in (2, 0, 1, 2, 0, 1)]
+
+
+async def test_workflows_of_an_organisation_are_served_in_turn(world: World) -> None:
+    organization = await world.organization()
+    flood = await world.workflow(organization, turn=10)
+    other = await world.workflow(organization, turn=700)
+    await world.store.accept([flood.run() for _ in range(30)])
+    await world.store.accept([other.run() for _ in range(2)])
+    claimed = await world.claim(limit=2)
+    assert {one.workflow_id for one in claimed} == {flood.workflow_id, other.workflow_id}
+    for turn, expected in ((11, other), (701, flood), (10, flood)):
+        turns = {organization.id: turn, "org_another": 500}
+        (one,) = await world.store.claim(Claim("worker", 30.0, 1, turns=turns))
+        assert one.workflow_id == expected.workflow_id
+
+
+async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: World) -> None:
+    organizations = [await world.organization() for _ in range(3)]
+    places = [
+        await world.workflow(organization, turn=turn)
+        for organization in organizations
+        for turn in (3, 500, 900)
+    ]
+    runs = [place.run() for place in places for _ in range(2)]
+    random.shuffle(runs)
+    await world.store.accept(runs)
+    first, middle, last = sorted(organization.id for organization in organizations)
+    turns = dict.fromkeys((first, middle, last), 500)
+    claimed = await world.store.claim(Claim("worker", 30.0, 18, after_organization=first, turns=turns))
+    order = list(dict.fromkeys((one.organization_id, turn_of(one.workflow_id)) for one in claimed))
+    assert order == [(id_, turn) for id_ in (middle, last, first) for turn in (500, 900, 3)]
+
+
+async def test_what_was_started_goes_before_what_is_fresh_and_priority_makes_up_for_age(
+    world: World, place: Place
+) -> None:
+    started = await world.claimed(place)
+    first = await world.accept(place)
+    urgent = await world.accept(place, priority=1)
+    last = await world.accept(place)
+    idle = await world.accept(place, priority=-1)
+    # Accepted more than the minute later that one step of priority is worth.
+    await world.query("UPDATE execution SET rank = rank + 61000000 WHERE id = :id", id=urgent.execution_id)
+    await world.query("UPDATE execution SET rank = rank + 900000000 WHERE id = :id", id=started.execution_id)
+    await world.store.record([write(started, end=RunStatus.RELEASED)])
+    order = [(await world.claim(limit=1))[0].execution_id for _ in range(5)]
+    assert order == [key.execution_id for key in (key_of(started), first, last, urgent, idle)]
+
+
+async def test_a_claim_takes_no_more_than_its_limit_and_says_whether_more_may_wait(
+    world: World, place: Place
+) -> None:
+    await world.store.accept([place.run() for _ in range(5)])
+    first = await world.claim(limit=3)
+    assert (len(first), {one.may_have_more for one in first}) == (3, {True})
+    rest = await world.claim(limit=3)
+    assert (len(rest), {one.may_have_more for one in rest}) == (2, {False})
+
+
+async def test_a_claim_that_was_shared_out_says_that_more_may_wait(world: World) -> None:
+    few, many = [await world.workflow() for _ in range(2)]
+    await world.store.accept([few.run(), *(many.run() for _ in range(50))])
+    seen = 0
+    while claimed := await world.claim(limit=10):
+        seen += len(claimed)
+        if not any(one.may_have_more for one in claimed):
+            break
+    assert seen == 51
+
+
+async def test_a_worker_takes_only_what_is_meant_for_it(world: World, place: Place) -> None:
+    key = await world.accept(place)
+    await world.query("UPDATE execution SET target = 'deployment'")
+    assert await world.claim() == []
+    (one,) = await world.store.claim(Claim("pod", 30.0, 10, target="deployment"))
+    assert one.execution_id == key.execution_id
+
+
+# ── record ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+FULL_SPAN = Span(
+    node_id="pay",
+    label="Pay",
+    type="http-request",
+    status=SpanStatus.FAILED,
+    sequence=5,
+    started_at=NOW,
+    ended_at=NOW + timedelta(seconds=1),
+    iteration=0,
+    port="error",
+    attempt=2,
+    input_node=None,
+    input=b'{"a":"\xc3\xa4 \\u0000"}',
+    output=b'{"ok":false}',
+    error=RunError("timeout", "Too late: ä \\u0000", "pay", 2),
+    unresolved=("data.a", "data.b"),
+    wake_at=NOW + timedelta(days=1),
+    resolved_config=b'{"url":"https://example.com"}',
+    hashes=bytes(range(128)),
+)
+
+
+def span(
+    node_id: str = "a",
+    status: SpanStatus = SpanStatus.COMPLETED,
+    sequence: int = 1,
+    **more: Any,  # noqa: ANN401 - the other fields of a Span
+) -> Span:
+    ended_at = NOW if status is not SpanStatus.RUNNING else None
+    return Span(node_id, node_id, "set", status, sequence, NOW, ended_at, **more)
+
+
+def line(sequence: int = 1, message: str = "hello") -> LogLine:
+    return LogLine("info", message, "a", sequence, NOW)
+
+
+async def test_spans_are_read_back_as_they_were_written(world: World) -> None:
+    one = await world.claimed()
+    bare = Span("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
+    await world.store.record([write(one, spans=[FULL_SPAN, bare])])
+    unknown = ExecutionKey("exec_unknown", one.lane)
+    assert await world.store.spans([key_of(one), unknown, key_of(one)]) == {
+        one.execution_id: [bare, FULL_SPAN],
+        "exec_unknown": [],
+    }
+
+
+async def test_a_newer_span_of_a_node_replaces_the_one_before_it(world: World) -> None:
+    one = await world.claimed()
+    running = span("pay", SpanStatus.RUNNING, 1, resolved_config=b"{}")
+    await world.store.record([write(one, spans=[running])])
+    (before,) = await world.query("SELECT id FROM span")
+    done = [span("pay", SpanStatus.RETRYING, 2), span("pay", SpanStatus.COMPLETED, 4), span("b", sequence=3)]
+    await world.store.record([write(one, spans=done)])
+    assert (await world.store.spans([key_of(one)]))[one.execution_id] == [done[2], done[1]]
+    (after,) = await world.query("SELECT id FROM span WHERE node_id = 'pay'")
+    assert after == before
+
+
+async def test_log_lines_are_kept_once(world: World) -> None:
+    one = await world.claimed()
+    for _ in range(2):
+        await world.store.record([write(one, logs=[line(1, "first"), line(2, "ä")])])
+    rows = await world.query("SELECT sequence, message FROM log_line ORDER BY sequence")
+    assert [tuple(row.values()) for row in rows] == [(1, "first"), (2, "ä")]
+
+
+async def test_a_late_write_changes_nothing_and_spoils_nothing(world: World, place: Place) -> None:
+    late, good = await world.claimed(place), await world.claimed(place)
+    await world.expire(late)
+    await world.store.sweep(10)
+    before = await world.row(late.execution_id)
+    writes = [
+        write(late, spans=[span()], logs=[line()], end=RunStatus.COMPLETED, completed_nodes=1),
+        write(good, spans=[span()], logs=[line()], completed_nodes=1),
+    ]
+    assert await world.store.record(writes) == {good.execution_id}
+    assert await world.row(late.execution_id) == before
+    assert await world.store.spans([key_of(late)]) == {late.execution_id: []}
+    assert await world.count("span") == await world.count("log_line") == 1
+
+
+async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claimed_it(world: World) -> None:
+    first = await world.claimed()
+    await world.expire(first)
+    await world.store.sweep(10)
+    (second,) = await world.claim()
+    assert second.token > first.token
+    assert await world.store.record([write(first, end=RunStatus.FAILED)]) == frozenset()
+    assert await world.store.record([write(second, end=RunStatus.COMPLETED)]) == {first.execution_id}
+
+
+@pytest.mark.parametrize(
+    "end", [RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED, RunStatus.CANCELLED]
+)
+async def test_an_end_is_written_once_and_never_changes(world: World, end: RunStatus) -> None:
+    one = await world.claimed()
+    error = RunError("node-error", "broken", "a", 1) if end is RunStatus.FAILED else None
+    await world.store.record([write(one, spans=[span()], end=end, error=error, completed_nodes=2)])
+    row = await world.row(one.execution_id)
+    assert (row["status"], row["completed_nodes"]) == (end.value, 2)
+    assert (row["lease_owner"], row["lease_until"]) == (None, None)
+    assert row["ended_at"] is not None
+    assert (json.loads(row["error"]) if row["error"] else None) == (error.as_json() if error else None)
+
+    again = [write(one, end=RunStatus.RELEASED), write(one, end=RunStatus.COMPLETED), write(one)]
+    for late in again:
+        assert await world.store.record([late]) == frozenset()
+    await world.store.take_back("worker")
+    await world.store.give_back("worker", [])
+    await world.store.sweep(10)
+    await world.store.request_end(key_of(one), "cancel")
+    assert await world.row(one.execution_id) == row
+
+
+async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(world: World) -> None:
+    one = await world.claimed()
+    await world.store.record([write(one, spans=[span()], end=RunStatus.RELEASED, completed_nodes=1)])
+    row = await world.row(one.execution_id)
+    assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
+    assert row["ended_at"] is None
+    (again,) = await world.claim()
+    assert (again.attempt, again.has_journal) == (1, True)
+    assert again.token > one.token
+    assert (again.started_at, again.deadline_at) == (one.started_at, one.deadline_at)
+
+
+@pytest.mark.parametrize("request_", ["stop", "cancel"])
+@pytest.mark.parametrize("end", [RunStatus.RELEASED, RunStatus.WAITING])
+async def test_a_run_given_back_while_its_end_was_asked_for_has_ended(
+    world: World, request_: str, end: RunStatus
+) -> None:
+    one = await world.claimed()
+    await world.store.request_end(key_of(one), request_)
+    due_at = datetime.now(UTC) if end is RunStatus.WAITING else None
+    await world.store.record([write(one, spans=[span()], end=end, due_at=due_at)])
+    row = await world.row(one.execution_id)
+    assert row["status"] == ("stopped" if request_ == "stop" else "cancelled")
+    assert row["ended_at"] is not None
+    assert await world.store.promote_due() == 0
+
+
+async def test_attempts_lost_before_a_new_result_are_forgiven(world: World) -> None:
+    one = await world.claimed()
+    for _ in range(2):
+        await world.expire(one)
+        await world.store.sweep(10)
+        (one,) = await world.claim()
+    assert one.attempt == 3
+    await world.store.record([write(one, spans=[span("a", SpanStatus.RUNNING)])])
+    assert (await world.row(one.execution_id))["attempt"] == 3
+    await world.store.record([write(one, spans=[span("a")], has_new_result=True)])
+    await world.expire(one)
+    assert (await world.store.sweep(10)).requeued == 1
+
+
+async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(world: World) -> None:
+    one = await world.claimed(timeout_seconds=100.0)
+    due_at = datetime.now(UTC) + timedelta(seconds=0.2)
+    await world.store.record([write(one, end=RunStatus.WAITING, due_at=due_at)])
+    row = await world.row(one.execution_id)
+    assert (row["status"], row["attempt"], row["lease_owner"]) == ("waiting", 0, None)
+    assert await world.claim() == []
+    while await world.store.promote_due() == 0:
+        assert datetime.now(UTC) < due_at + timedelta(seconds=5)
+    assert datetime.now(UTC) >= due_at
+    (again,) = await world.claim()
+    assert again.deadline_at - one.deadline_at >= timedelta(seconds=0.1)
+    assert again.deadline_at < datetime.now(UTC) + timedelta(seconds=100)
+    assert again.started_at == one.started_at
+
+
+# ── renew ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
+    world: World, place: Place
+) -> None:
+    kept, lost, ended, stopped = [await world.claimed(place) for _ in range(4)]
+    await world.expire(lost)
+    await world.store.sweep(10)
+    await world.store.record([write(ended, end=RunStatus.COMPLETED)])
+    await world.store.request_end(key_of(stopped), "stop")
+    renewed = await world.store.renew([held(one) for one in (kept, lost, ended, stopped)], 500.0)
+    assert {one.execution_id: one.request for one in renewed} == {
+        kept.execution_id: None,
+        stopped.execution_id: "stop",
+    }
+    row = await world.row(kept.execution_id)
+    assert row["lease_until"] == pytest.approx(microseconds_from_now(500), abs=2_000_000)
+    assert (await world.row(lost.execution_id))["lease_until"] is None
+    assert await world.store.renew([Held(kept.execution_id, kept.lane, kept.token - 1)], 9.0) == []
+
+
+# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(world: World) -> None:
+    one = await world.claimed()
+    assert await world.store.sweep(10) == Swept(requeued=0, ended=[], due=0, has_pending=False)
+    await world.expire(one)
+    assert await world.store.sweep(10) == Swept(requeued=1, ended=[], due=0, has_pending=True)
+    row = await world.row(one.execution_id)
+    assert (row["status"], row["attempt"], bool(row["is_fresh"])) == ("pending", 1, False)
+    (again,) = await world.claim()
+    assert (again.attempt, again.has_journal) == (2, True)
+
+
+async def test_a_run_on_which_three_workers_died_has_crashed(world: World) -> None:
+    one = await world.claimed()
+    for attempt in (1, 2, 3):
+        assert one.attempt == attempt
+        await world.expire(one)
+        swept = await world.store.sweep(10)
+        if attempt < 3:
+            (one,) = await world.claim()
+    assert swept == Swept(requeued=0, ended=[one.execution_id], due=0, has_pending=False)
+    row = await world.row(one.execution_id)
+    assert row["status"] == "failed"
+    assert row["ended_at"] is not None
+    error = json.loads(row["error"])
+    assert (error["code"], error["attempt"]) == ("crashed", 3)
+
+
+@pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
+async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
+    world: World, request_: str, status: str
+) -> None:
+    one = await world.claimed()
+    await world.store.request_end(key_of(one), request_)
+    await world.expire(one)
+    assert (await world.store.sweep(10)).ended == [one.execution_id]
+    row = await world.row(one.execution_id)
+    assert (row["status"], row["error"]) == (status, None)
+    assert row["ended_at"] is not None
+
+
+async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
+    world: World, place: Place
+) -> None:
+    runs = [await world.claimed(place) for _ in range(5)]
+    await world.expire(*runs[1:])
+    assert [(await world.store.sweep(3)).requeued for _ in range(3)] == [3, 1, 0]
+    assert (await world.row(runs[0].execution_id))["status"] == "running"
+
+
+async def test_two_sweeps_at_once_take_each_run_back_once(world: World, place: Place) -> None:
+    await world.store.accept([place.run() for _ in range(40)])
+    runs = await world.claim()
+    await world.expire(*runs)
+    stores = [await world.another_store() for _ in range(3)]
+    swept = await asyncio.gather(*(store.sweep(100) for store in stores))
+    assert sum(one.requeued for one in swept) == 40
+    rows = await world.query("SELECT DISTINCT token FROM execution")
+    assert [row["token"] for row in rows] == [2]
+
+
+async def test_a_wait_that_is_over_goes_back_to_the_queue(world: World, place: Place) -> None:
+    over, not_over = [await world.claimed(place) for _ in range(2)]
+    now = datetime.now(UTC)
+    await world.store.record(
+        [
+            write(over, end=RunStatus.WAITING, due_at=now - timedelta(seconds=1)),
+            write(not_over, end=RunStatus.WAITING, due_at=now + timedelta(seconds=60)),
+        ]
+    )
+    assert await world.store.sweep(10) == Swept(requeued=0, ended=[], due=1, has_pending=True)
+    (again,) = await world.claim()
+    assert (again.execution_id, again.attempt) == (over.execution_id, 1)
+    assert (await world.row(not_over.execution_id))["status"] == "waiting"
+
+
+async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
+    world: World, place: Place
+) -> None:
+    one, other = await world.claimed(place), await world.claimed(place)
+    await world.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
+    for attempt in (1, 2, 3):
+        assert await world.store.take_back("wor") == 1
+        row = await world.row(one.execution_id)
+        assert (row["status"], row["attempt"]) == ("pending" if attempt < 3 else "failed", attempt)
+        await world.claim()
+    assert (await world.row(other.execution_id))["status"] == "running"
+    assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
+
+
+async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(world: World, place: Place) -> None:
+    await world.store.accept([place.run() for _ in range(3)])
+    begun, unheld = await world.claim(limit=2, owner="me")
+    (other,) = await world.claim(owner="me too")
+    for _ in range(4):
+        assert await world.store.give_back("me", [begun.execution_id]) == 1
+        row = await world.row(unheld.execution_id)
+        assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
+        assert await world.store.record([write(unheld, end=RunStatus.COMPLETED)]) == frozenset()
+        (unheld,) = await world.claim(owner="me")
+    statuses = {(await world.row(one.execution_id))["status"] for one in (begun, other)}
+    assert statuses == {"running"}
+
+
+@pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
+async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
+    world: World, request_: str, status: str
+) -> None:
+    one = await world.claimed()
+    await world.store.request_end(key_of(one), request_)
+    assert await world.store.give_back("worker", []) == 1
+    row = await world.row(one.execution_id)
+    assert row["status"] == status
+    assert row["ended_at"] is not None
+
+
+async def test_an_owner_s_name_is_no_pattern(world: World) -> None:
+    await world.claimed()
+    assert await world.store.take_back("w%") == await world.store.take_back("_orker") == 0
+
+
+# ── ends on request ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
+@pytest.mark.parametrize("state", ["pending", "waiting", "expired"])
+async def test_a_run_that_nobody_holds_ends_at_once(
+    world: World, place: Place, state: str, request_: str, status: str
+) -> None:
+    one = await world.claimed(place)
+    if state == "expired":
+        await world.expire(one)
+    else:
+        end = RunStatus.RELEASED if state == "pending" else RunStatus.WAITING
+        await world.store.record([write(one, end=end, due_at=datetime.now(UTC))])
+    expected = Requested(ExecutionStatus(status), None)
+    assert await world.store.request_end(key_of(one), request_) == expected
+    assert await world.store.request_end(key_of(one), "cancel") == expected
+    row = await world.row(one.execution_id)
+    assert row["ended_at"] is not None
+    assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
+    assert await world.store.sweep(10) == Swept(requeued=0, ended=[], due=0, has_pending=False)
+    assert await world.claim() == []
+
+
+async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(world: World) -> None:
+    one = await world.claimed()
+    asked = [await world.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")]
+    assert set(asked) == {Requested(ExecutionStatus.RUNNING, "worker")}
+    (renewed,) = await world.store.renew([held(one)], 30.0)
+    assert renewed.request == "cancel"  # the stronger request stays
+    assert await world.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
+
+
+async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world: World) -> None:
+    one = await world.claimed()
+    await world.store.request_end(key_of(one), "cancel")
+    await world.expire(one)
+    requested = await world.store.request_end(key_of(one), "stop")
+    assert requested == Requested(ExecutionStatus.CANCELLED, None)
+
+
+async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(world: World) -> None:
+    one = await world.claimed()
+    await world.store.record([write(one, end=RunStatus.COMPLETED)])
+    expected = Requested(ExecutionStatus.COMPLETED, None)
+    assert await world.store.request_end(key_of(one), "cancel") == expected
+    assert await world.store.request_end(ExecutionKey("exec_unknown", one.lane), "cancel") is None
+
+
+# ── progress ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_ended(
+    world: World, place: Place
+) -> None:
+    running, done = [await world.claimed(place) for _ in range(2)]
+    spans = [
+        span("a", output=b'"x"'),
+        span("b", SpanStatus.SKIPPED, 2),
+        span("c", SpanStatus.RUNNING, 3, output=b'"not yet"'),
+    ]
+    failed = RunError("node-error", "broken")
+    await world.store.record(
+        [
+            write(running, spans=spans, completed_nodes=2),
+            write(done, spans=spans, completed_nodes=2, end=RunStatus.FAILED, error=failed),
+        ]
+    )
+    keys = [key_of(running), key_of(done), ExecutionKey("exec_unknown", done.lane), key_of(done)]
+    found = {one.execution_id: one for one in await world.store.progress(keys)}
+    assert found.keys() == {running.execution_id, done.execution_id}
+    one, other = found[running.execution_id], found[done.execution_id]
+    assert (one.status, one.completed_nodes, one.total_nodes, list(one.outputs)) == ("running", 2, 3, [])
+    assert (other.status, other.completed_nodes, list(other.outputs)) == ("failed", 2, [("a", '"x"')])
+    assert json.loads(other.error or "")["message"] == "broken"
+
+
+async def test_a_key_with_the_wrong_lane_finds_nothing(world: World) -> None:
+    one = await world.claimed()
+    elsewhere = ExecutionKey(one.execution_id, one.lane + 1)
+    assert list(await world.store.progress([elsewhere])) == []
+    assert await world.store.request_end(elsewhere, "cancel") is None
+    assert await world.store.record([replace_lane(one)]) == frozenset()
+
+
+def replace_lane(one: Claimed) -> Any:  # noqa: ANN401
+    changed = write(one, spans=[span()])
+    changed.lane += 1
+    return changed
+
+
+# ── what a fault in the middle leaves behind ──────────────────────────────────────────────────────────────
+
+
+class Proxy:
+    """Stands before a server, and loses the answer to one request that the server has done."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server = (host, port)
+        self._is_losing = False
+        self.marker: bytes | None = None
+        """What the request holds; None once its answer is lost."""
+
+    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, requests = await asyncio.open_connection(*self._server)
+        both = [
+            asyncio.create_task(self._pass_requests(reader, requests)),
+            asyncio.create_task(self._pass_answers(answers, writer)),
+        ]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in both:
+            task.cancel()
+        for one in (writer, requests):
+            one.transport.abort()
+
+    async def _pass_requests(self, reader: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(65_536):
+            self._is_losing = self._is_losing or (self.marker is not None and self.marker in chunk)
+            server.write(chunk)
+
+    async def _pass_answers(self, server: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await server.read(65_536):
+            if self._is_losing:
+                self._is_losing, self.marker = False, None
+                return
+            writer.write(chunk)
+
+
+@dataclass
+class Losing:
+    """A world on PostgreSQL, and a store behind a proxy."""
+
+    world: World
+    proxy: Proxy
+    store: Store
+
+    async def answer_of(self, work: Awaitable[Answer], marker: str) -> Answer:
+        """Return what the store makes of it when the first answer to what holds `marker` is lost."""
+        self.proxy.marker = marker.encode()
+        try:
+            return await work
+        finally:
+            assert self.proxy.marker is None
+
+
+@pytest.fixture
+async def losing(on_postgres: Where) -> AsyncIterator[Losing]:
+    url = parse_url(on_postgres.url)
+    proxy = Proxy(url.host or "", url.port or 0)
+    server = await asyncio.start_server(proxy.pass_on, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, opened(on_postgres) as world:
+        store = await open_store(url.set(host="127.0.0.1", port=port))
+        yield Losing(world, proxy, store)
+        await store.close()
+
+
+@pytest.mark.parametrize("fields", [{}, same()], ids=["without a key", "with a key"])
+async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
+    losing: Losing, fields: dict[str, Any]
+) -> None:
+    place = await losing.world.workflow()
+    run, other = place.run(**fields), place.run()
+    answers = await losing.answer_of(losing.store.accept([run, other]), run.execution_id)
+    assert answers == [Accepted(Verdict.ACCEPTED, one.execution_id) for one in (run, other)]
+    assert await losing.world.count("execution") == await losing.world.count("execution_data") == 2
+
+
+async def test_results_whose_commit_is_in_doubt_are_written_once_and_the_run_goes_on(losing: Losing) -> None:
+    one = await losing.world.claimed()
+    wrote = write(one, spans=[span()], logs=[line()], completed_nodes=1)
+    assert await losing.answer_of(losing.store.record([wrote]), one.execution_id) == {one.execution_id}
+    assert await losing.world.count("span") == await losing.world.count("log_line") == 1
+
+
+async def test_an_end_whose_commit_is_in_doubt_is_written_once(losing: Losing) -> None:
+    one = await losing.world.claimed()
+    wrote = write(one, spans=[span()], end=RunStatus.COMPLETED, completed_nodes=1)
+    await losing.answer_of(losing.store.record([wrote]), one.execution_id)
+    assert (await losing.world.row(one.execution_id))["status"] == "completed"
+    assert await losing.world.count("span") == 1
+
+
+async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing: Losing) -> None:
+    place = await losing.world.workflow()
+    first, second = [await losing.world.accept(place) for _ in range(2)]
+    with pytest.raises(DatabaseUnavailable):
+        await losing.answer_of(losing.store.claim(Claim("in doubt", 30.0, 1)), "in doubt")
+    statuses = [(await losing.world.row(key.execution_id))["status"] for key in (first, second)]
+    assert statuses == ["running", "pending"]
+    assert await losing.store.take_back("in doubt") == 1
+    assert len(await losing.store.claim(Claim("worker", 30.0, 10))) == 2
+
+
+async def test_an_end_that_was_asked_for_in_doubt_has_come(losing: Losing) -> None:
+    key = await losing.world.accept(await losing.world.workflow())
+    requested = await losing.answer_of(losing.store.request_end(key, "stop"), key.execution_id)
+    assert requested == Requested(ExecutionStatus.STOPPED, None)
+
+
+async def insist(work: Callable[[], Awaitable[Answer]]) -> Answer:
+    while True:
+        with suppress(DatabaseUnavailable):
+            return await work()
+
+
+async def test_each_run_ends_once_while_connections_are_cut_again_and_again(on_postgres: Where) -> None:
+    async with opened(on_postgres) as world:
+        store = world.store
+        place = await world.workflow()
+
+        async def cut() -> None:
+            while True:
+                await asyncio.sleep(random.uniform(0, 0.1))
+                await world.query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND application_name = 'pilotflame'"
+                )
+
+        async def claim() -> Sequence[Claimed]:
+            try:
+                return await world.claim(limit=10)
+            except DatabaseUnavailable:
+                await insist(lambda: store.give_back("worker", []))
+                return []
+
+        cutting = asyncio.create_task(cut())
+        for number in range(100):
+            run = place.run(**same(key=str(number)))
+            (answer,) = await insist(lambda: store.accept([run]))  # noqa: B023 - it is awaited here
+            assert answer == Accepted(Verdict.ACCEPTED, run.execution_id)
+        ended: list[str] = []
+        while len(ended) < 100:
+            claimed = await claim()
+            ends = [write(one, spans=[span()], end=RunStatus.COMPLETED) for one in claimed]
+            await insist(lambda: store.record(ends))  # noqa: B023 - it is awaited here
+            ended += [one.execution_id for one in claimed]
+        cutting.cancel()
+        rows = await world.query("SELECT id, status FROM execution")
+        assert sorted(row["id"] for row in rows) == sorted(ended)
+        assert {row["status"] for row in rows} == {"completed"}
+        assert await world.count("span") == 100
+
+
+async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_when_it_is_back(
+    on_postgres: Where, postgres: PostgreSQL
+) -> None:
+    async with opened(on_postgres) as world:
+        place = await world.workflow()
+        runs = [place.run() for _ in range(3)]
+        await world.store.accept(runs[:1])
+
+        async def accept(run: Acceptance) -> Accepted:
+            (answer,) = await insist(lambda: world.store.accept([run]))
+            return answer
+
+        under_way = asyncio.create_task(accept(runs[1]))
+        try:
+            await asyncio.to_thread(postgres.kill)
+            begun = await world.another_store()
+            calls: list[Awaitable[object]] = [
+                world.store.accept(runs[2:]),
+                world.claim(),
+                world.store.record([RunWrite("exec_1", 1, 1)]),
+                world.store.renew([Held("exec_1", 1, 1)], 30.0),
+                world.store.sweep(10),
+                world.store.request_end(ExecutionKey("exec_1", 1), "stop"),
+                world.store.progress([ExecutionKey("exec_1", 1)]),
+                begun.sweep(10),
+            ]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(answer) for answer in answers} == {DatabaseUnavailable}
+        finally:
+            await asyncio.to_thread(postgres.start)
+        assert (await under_way).verdict is Verdict.ACCEPTED
+        assert (await begun.sweep(10)).has_pending
+        assert {one.execution_id for one in await world.claim()} == {run.execution_id for run in runs[:2]}
+
+
+async def test_a_store_that_was_opened_while_the_pooler_was_away_works_when_it_is_back(
+    behind_pgbouncer: Where, pgbouncer: PgBouncer
+) -> None:
+    await asyncio.to_thread(pgbouncer.stop)
+    store = await open_store(parse_url(behind_pgbouncer.url))
+    try:
+        with pytest.raises(DatabaseUnavailable):
+            await store.sweep(10)
+    finally:
+        await asyncio.to_thread(pgbouncer.start)
+    assert (await store.sweep(10)).requeued == 0
+    await store.close()
+
+
+async def test_a_server_that_only_reads_is_away_for_writers(on_postgres: Where) -> None:
+    async with opened(on_postgres) as world:
+        place = await world.workflow()
+        database = make_url(on_postgres.url).database
+        await world.query(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+        try:
+            reading = await world.another_store()
+            with pytest.raises(DatabaseUnavailable):
+                await reading.accept([place.run()])
+        finally:
+            await world.query("SET default_transaction_read_only = off")
+            await world.query(f"ALTER DATABASE {database} RESET default_transaction_read_only")
+
+
+# ── what only SQLite can do ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def sqlite_world(on_sqlite: Where) -> AsyncIterator[World]:
+    async with opened(on_sqlite) as world:
+        yield world
+
+
+async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "SQLITE_BUSY_SECONDS", 0.2)
+    store = await sqlite_world.another_store()
+    place = await sqlite_world.workflow()
+    locking = sqlite3.connect(sqlite_world.url.database or "", isolation_level=None)
+    with closing(locking):
+        locking.execute("BEGIN IMMEDIATE")
+        calls = [store.accept([place.run()]) for _ in range(60)]
+        async with asyncio.timeout(3):
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {DatabaseUnavailable}
+        locking.execute("COMMIT")
+    run = place.run()
+    assert await store.accept([run]) == [Accepted(Verdict.ACCEPTED, run.execution_id)]
+
+
+async def test_a_file_that_cannot_be_opened_is_reported_until_it_can(
+    tmp_path: Path, on_sqlite: Where
+) -> None:
+    folder = tmp_path / "not there yet"
+    store = await open_store(parse_url(f"sqlite:///{folder}/pilotflame.db"))
+    with pytest.raises(DatabaseUnavailable):
+        await store.sweep(10)
+    folder.mkdir()
+    shutil.copy(parse_url(on_sqlite.url).database or "", folder / "pilotflame.db")
+    assert (await store.sweep(10)).requeued == 0
+    await store.close()
+
+
+async def test_a_store_that_was_closed_answers_nobody(sqlite_world: World) -> None:
+    store = await sqlite_world.another_store()
+    await store.sweep(10)
+    await store.close()
+    for call in (store.sweep(10), store.progress([])):
+        with pytest.raises(DatabaseUnavailable):
+            await asyncio.wait_for(call, 5)
+
+
+async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world: World) -> None:
+    place = await sqlite_world.workflow()
+    runs = [place.run(timeout_seconds=1e30 if number == 5 else 1.0) for number in range(10)]
+    answers = await asyncio.gather(
+        *(sqlite_world.store.accept([run]) for run in runs), return_exceptions=True
+    )
+    assert [type(answer) for answer in answers] == [OverflowError if n == 5 else list for n in range(10)]
+    assert await sqlite_world.count("execution") == 9
+
+
+# ── what statements cost ──────────────────────────────────────────────────────────────────────────────────
+
+
+COLUMNS = (
+    "id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, turn,"
+    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, created_at,"
+    " updated_at"
+)
+PENDING = (
+    "'exec_' || n, 1, 'org_' || n % :organizations, 'wf_' || n, 'user_1', 'pending', 'shared', 'api', 'hash',"
+    " n, n % 1024, {true}, 0, 0, 1, 0, 0, 'exec_' || n, {false}, 1, 1"
+)
+
+
+async def fill(world: World, first: int, last: int, organizations: int) -> None:
+    """Insert pending runs by the thousand."""
+    if is_sqlite(world.url):
+        counted = "SELECT :first UNION ALL SELECT n + 1 FROM s WHERE n < :last"
+        numbers = f"(WITH RECURSIVE s (n) AS ({counted}) SELECT n FROM s)"
+        values = PENDING.format(true=1, false=0)
+    else:
+        numbers = "generate_series(CAST(:first AS integer), CAST(:last AS integer)) AS s (n)"
+        values = PENDING.format(true="true", false="false")
+    which = {"first": first, "last": last}
+    await world.query(
+        f"INSERT INTO execution ({COLUMNS}) SELECT {values} FROM {numbers}",
+        organizations=organizations,
+        **which,
+    )
+    await world.query(
+        "INSERT INTO execution_data (execution_id, lane, trigger, config)"
+        f" SELECT 'exec_' || n, 1, '{{}}', '{{}}' FROM {numbers}",
+        **which,
+    )
+
+
+@dataclass
+class Spy:
+    """What a store has sent to its database."""
+
+    statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    steps: int = 0
+    """Of SQLite's virtual machine."""
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    spy = Spy()
+    fetch = asyncpg.Pool.fetch
+    connect = sqlite._connect  # noqa: SLF001 - nothing else sees the connection
+
+    async def fetch_and_tell(pool: Any, statement: str, *arguments: Any) -> Any:  # noqa: ANN401
+        spy.statements.append((statement, arguments))
+        try:
+            return await fetch(pool, statement, *arguments)
+        except Exception as error:
+            spy.errors.append(error)
+            raise
+
+    def connect_and_tell(path: str) -> sqlite3.Connection:
+        connection = connect(path)
+
+        def count() -> int:
+            spy.steps += 1
+            return 0
+
+        connection.set_trace_callback(lambda statement: spy.statements.append((statement, ())))
+        connection.set_progress_handler(count, 1)
+        return connection
+
+    monkeypatch.setattr(asyncpg.Pool, "fetch", fetch_and_tell)
+    monkeypatch.setattr(sqlite, "_connect", connect_and_tell)
+    return spy
+
+
+def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(node for inner in plan.get("Plans", []) for node in nodes_of(inner))]
+
+
+async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict[str, Any]]:
+    """Run what was sent once more, and return how it reads the table of executions."""
+    statement, arguments = sent
+    connection = await asyncpg.connect(where.url.replace("+asyncpg", ""))
+    try:
+        text = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments)
+    finally:
+        await connection.close()
+    (explained,) = json.loads(text)
+    nodes = nodes_of(explained["Plan"])
+    return [
+        node for node in nodes if node.get("Relation Name") == "execution" and "Scan" in node["Node Type"]
+    ]
+
+
+@pytest.mark.parametrize("organizations", [1, 1_000])
+@pytest.mark.parametrize("statistics", ["missing", "fresh"])
+async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
+    on_postgres: Where, spy: Spy, organizations: int, statistics: str
+) -> None:
+    async with opened(on_postgres) as world:
+        await fill(world, 1, 20_000, organizations)
+        if statistics == "fresh":
+            await world.query("ANALYZE execution")
+        await world.store.sweep(1)
+        looking = await scans_of(spy.statements[-1], on_postgres)
+        await world.claim(limit=50)
+        scans = await scans_of(spy.statements[-1], on_postgres)
+    assert [node.get("Index Name") for node in looking] == ["ix_execution_pending"]
+    assert {node.get("Index Name") for node in scans} == {"ix_execution_pending", "execution_pkey"}
+    rows_read = sum(
+        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in scans
+    )
+    assert 150 <= rows_read <= 6 * 50
+
+
+async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
+    sqlite_world: World, spy: Spy
+) -> None:
+    costs: list[int] = []
+    for first, last in ((1, 1_000), (1_001, 20_000)):
+        await fill(sqlite_world, first, last, organizations=100)
+        store = await sqlite_world.another_store()
+        await store.sweep(1)
+        spy.statements.clear()
+        spy.steps = 0
+        assert len(await store.claim(Claim("worker", 30.0, 50))) == 50
+        costs.append(spy.steps)
+        await store.take_back("worker")
+    assert costs[1] < 1.2 * costs[0]
+    selects = {statement for statement, _ in spy.statements if statement.startswith("SELECT")}
+    plans = [
+        row["detail"]
+        for statement in selects
+        for row in await sqlite_world.query(f"EXPLAIN QUERY PLAN {statement}")
+    ]
+    assert plans
+    assert all("USING" in plan and "ix_execution_pending" in plan for plan in plans if "SEARCH" in plan)
+    assert not any(plan.startswith("SCAN") and "execution" in plan for plan in plans)
+
+
+async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadlock(
+    on_postgres: Where, spy: Spy
+) -> None:
+    async with opened(on_postgres) as world:
+        place = await world.workflow()
+        await world.store.accept([place.run() for _ in range(200)])
+        claimed = list(await world.claim(limit=200))
+        leases = await world.another_store()
+
+        async def renew() -> None:
+            for _ in range(30):
+                random.shuffle(claimed)
+                assert len(await leases.renew([held(one) for one in claimed], 30.0)) == 200
+
+        async def record() -> None:
+            for _ in range(30):
+                assert len(await world.store.record([write(one) for one in claimed])) == 200
+
+        await asyncio.gather(renew(), record())
+        assert spy.errors == []
+
+
+async def test_every_hot_statement_names_the_lane(world: World, spy: Spy) -> None:
+    store = await world.another_store()
+    place = await world.workflow()
+    run = place.run(**same())
+    key = ExecutionKey(run.execution_id, run.lane)
+    definition = DefinitionKey(run.organization_id, run.definition_hash, run.lane)
+    by_call: dict[str, list[str]] = {}
+
+    async def tell(name: str, call: Awaitable[Answer]) -> Answer:
+        spy.statements.clear()
+        answer = await call
+        by_call[name] = [statement for statement, _ in spy.statements]
+        return answer
+
+    await tell("accept", store.accept([run]))
+    await tell("accept again", store.accept([place.run(**same())]))
+    (one,) = await tell("claim", store.claim(Claim("worker", 30.0, 10)))
+    await tell("renew", store.renew([held(one)], 30.0))
+    await tell("record", store.record([write(one, spans=[span()], logs=[line()])]))
+    await tell("definitions", store.definitions([definition]))
+    await tell("spans", store.spans([key]))
+    await tell("progress", store.progress([key]))
+    await tell("request_end", store.request_end(key, "stop"))
+    await tell("give back", store.record([write(one, end=RunStatus.RELEASED)]))
+    await tell("request_end again", store.request_end(key, "stop"))
+
+    finding_what_to_claim = re.compile(r"SELECT (id|min\(\w+\)) FROM execution WHERE status = 'pending'")
+    for name, statements in by_call.items():
+        hot = [
+            statement
+            for statement in statements
+            if " " in statement
+            and not statement.startswith("BEGIN")
+            and not finding_what_to_claim.match(statement)
+        ]
+        assert hot, name
+        for statement in hot:
+            assert re.search(r"\blane\b", statement), f"{name}: {statement}"

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.graph import Edge, Graph, Node
+from engine.plan import Plan, Step
+
+PORTS = ("output", "other")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A graph without cycles, and the port by which each node leaves once it is reached."""
+
+    graph: Graph
+    ports: Mapping[str, str]
+
+    def reached(self) -> set[str]:
+        """Say it the plain way: a node is reached when a reached parent left by the port of an edge to it."""
+        reached: set[str] = set()
+        for node in self.graph.nodes:
+            if node.id == "n0" or any(
+                edge.source in reached and self.ports[edge.source] == edge.source_port
+                for edge in self.graph.inbound[node.id]
+            ):
+                reached.add(node.id)
+        return reached
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> Walk:
+    ids = [f"n{number}" for number in range(draw(st.integers(1, 9)))]
+    pairs = [(source, target) for place, target in enumerate(ids) for source in ids[:place]]
+    drawn = draw(st.lists(st.tuples(st.sampled_from(pairs), st.sampled_from(PORTS)))) if pairs else []
+    edges = [
+        Edge(f"e{number}", source, target, source_port=port)
+        for number, ((source, target), port) in enumerate(drawn)
+    ]
+    ports = {node_id: draw(st.sampled_from(PORTS)) for node_id in ids}
+    return Walk(Graph([Node(node_id, "any") for node_id in ids], edges), ports)
+
+
+@given(walks(), st.randoms(use_true_random=False))
+def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
+    walk: Walk, random: st.DataObject
+) -> None:
+    plan = Plan(walk.graph, ["n0"])
+    settled: set[str] = set()
+    told: Counter[str] = Counter()
+    skipped: set[str] = set()
+
+    def follow(step: Step) -> None:
+        told.update([*step.ready, *step.skipped])
+        skipped.update(step.skipped)
+        waiting.extend(step.ready)
+        for node_id in step.ready:
+            parents = {edge.source for edge in walk.graph.inbound[node_id]}
+            assert parents <= settled | skipped
+            taken = [edge.source for edge in plan.parents(node_id)]
+            assert all(walk.ports[source] in PORTS and source in settled for source in taken)
+
+    waiting: list[str] = []
+    follow(plan.start())
+    while waiting:
+        node_id = waiting.pop(random.randrange(len(waiting)))  # type: ignore[attr-defined]
+        settled.add(node_id)
+        follow(plan.settle(node_id, walk.ports[node_id]))
+
+    assert settled == walk.reached()
+    assert settled | skipped == {node.id for node in walk.graph.nodes}
+    assert set(told.values()) == {1}
+
+
+def test_parents_come_in_the_order_in_which_their_edges_were_drawn() -> None:
+    nodes = [Node(node_id, "any") for node_id in ("a", "b", "c", "end")]
+    edges = [Edge("1", "c", "end"), Edge("2", "a", "end"), Edge("3", "b", "end", source_port="other")]
+    plan = Plan(Graph(nodes, edges), ["a", "b", "c"])
+    plan.start()
+    for node_id in ("b", "a", "c"):
+        step = plan.settle(node_id, "output")
+    assert step.ready == ["end"]
+    assert [edge.source for edge in plan.parents("end")] == ["c", "a"]

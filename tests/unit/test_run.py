@@ -1,0 +1,1279 @@
+"""A run against a journal in memory that keeps the protocol: what wasn't committed is gone with its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from dataclasses import replace as with_changes
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from itertools import pairwise
+from types import FrameType
+from typing import Any, cast
+
+import msgspec.structs
+import pytest
+
+from engine import run as engine_run
+from engine.control import Control, Request
+from engine.errors import LeaseLost, NodeError
+from engine.events import SETTLED, Ended, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.graph import Definition, Graph
+from engine.node import Call, Compile, Effect, EffectRule, NodeType, Outcome, Result, Run, Services, Wait
+from engine.program import Program
+from engine.run import Start, run
+from engine.values import Json, decode
+from tests.calls import NoNetwork
+
+PATIENCE_SECONDS = 5.0
+FAST_RETRY: dict[str, Json] = {"retry": {"maxAttempts": 3, "backoff": 0.01}}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A node type made up for a test."""
+
+    effect: Effect
+    run: Run
+    compiled: Mapping[str, Compile] = field(default_factory=dict)
+    version: str = "1.0.0"
+
+
+def pure(run: Run, **more: Any) -> Kind:  # noqa: ANN401 - the other fields of Kind
+    return Kind(Effect.PURE, run, **more)
+
+
+def read(run: Run) -> Kind:
+    return Kind(Effect.READ, run)
+
+
+def write(run: Run) -> Kind:
+    return Kind(Effect.WRITE, run)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The catalogue of them: every config is right."""
+
+    kinds: Mapping[str, Kind]
+
+    def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002, ARG002 - the protocol's words
+        kind = self.kinds[type]
+        return NodeType(
+            type=type,
+            name=type,
+            version=kind.version,
+            category="test",
+            description="",
+            effect=EffectRule(kind.effect),
+            config_schema={},
+            trigger_kind="manual" if type == "start" else None,
+            compiled=kind.compiled,
+        )
+
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
+        return dict(config)
+
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002
+        return []
+
+
+def program(
+    drawing: str,
+    kinds: Mapping[str, Kind] | None = None,
+    nodes: Mapping[str, Mapping[str, Json]] | None = None,
+    settings: Mapping[str, Json] | None = None,
+) -> Program:
+    """Compile a graph drawn as `start > look > pay1; look:error > pay2`: a node's type is its id without digits."""
+    paths = [[step.strip() for step in path.split(">")] for path in drawing.split(";")]
+    edges = [edge for path in paths for edge in pairwise(path)]
+    ids = dict.fromkeys(step.partition(":")[0] for path in paths for step in path)
+    options = nodes or {}
+    stored: Definition = {
+        "nodes": [
+            {"id": node_id, "type": node_id.rstrip("0123456789"), **options.get(node_id, {})}
+            for node_id in ids
+        ],
+        "connections": [
+            {
+                "id": f"{source} {target}",
+                "source": source.partition(":")[0],
+                "sourcePort": source.partition(":")[2],
+                "target": target.partition(":")[0],
+            }
+            for source, target in edges
+        ],
+        "settings": cast("Json", settings or {}),
+    }
+    known: dict[str, Kind] = {"start": pure(echo), "echo": pure(echo), **(kinds or {})}
+    return Program.of(Graph.of(stored), Kinds(known), lambda kind: known[kind].run)
+
+
+def echo(call: Call) -> Json:
+    return call.data
+
+
+async def pause(call: Call) -> Json:
+    await asyncio.sleep(0)
+    return call.data
+
+
+async def for_ever(_call: Call) -> Json:
+    return await asyncio.Event().wait()
+
+
+def fail(call: Call) -> Json:
+    raise NodeError(f"{call.idempotency_key} is broken", retryable=True)
+
+
+class Notebook:
+    """The journal: `spans` and `lines` are durable, the rest would be lost with the worker."""
+
+    def __init__(self, recorded: Sequence[Span] = ()) -> None:
+        self.spans = {span.node_id: span for span in recorded}
+        self.lines: list[LogLine] = []
+        self.commits = 0
+        self.is_held = True
+        self.may_commit = asyncio.Event()
+        self.may_commit.set()
+        self.is_committing = asyncio.Event()
+        self._told: list[Span | LogLine] = []
+
+    def record(self, span: Span) -> None:
+        self._told.append(span)
+
+    def log(self, line: LogLine) -> None:
+        self._told.append(line)
+
+    def holds_lease(self) -> bool:
+        return self.is_held
+
+    async def commit(self) -> None:
+        taken, self._told = self._told, []
+        if not taken:
+            return
+        self.is_committing.set()
+        await asyncio.sleep(0)
+        await self.may_commit.wait()
+        self.is_committing.clear()
+        if not self.is_held:
+            raise LeaseLost
+        self.commits += 1
+        for one in taken:
+            if isinstance(one, Span):
+                self.spans[one.node_id] = one
+            else:
+                self.lines.append(one)
+
+    def status(self, node_id: str) -> SpanStatus | None:
+        span = self.spans.get(node_id)
+        return None if span is None else span.status
+
+    def output(self, node_id: str) -> Json:
+        output = self.spans[node_id].output
+        return None if output is None else decode(output)
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        return {node_id: span.status.value for node_id, span in self.spans.items()}
+
+
+class Worker:
+    """One worker's stretch of work on a run, as the executor does it."""
+
+    def __init__(
+        self, program: Program, trigger: Json = None, *, recorded: Sequence[Span] = (), seconds: float = 60.0
+    ) -> None:
+        self.program = program
+        self.notebook = Notebook(recorded)
+        self.control = Control()
+        now = datetime.now(UTC)
+        self.start = Start(
+            execution_id="exec_2",
+            workflow_id="wf_1",
+            key_id="exec_1",
+            trigger=trigger,
+            deadline=now + timedelta(seconds=seconds),
+            started_at=now,
+            recorded=recorded,
+            sequence=max((span.sequence for span in recorded), default=0),
+        )
+
+    async def work(self) -> Ended:
+        ended = await run(self.program, self.start, self.notebook, self.control, Services(http=NoNetwork()))
+        await self.notebook.commit()
+        return ended
+
+    def begin(self) -> asyncio.Task[Ended]:
+        return asyncio.create_task(self.work())
+
+
+async def finished(worker: Worker) -> Notebook:
+    """Work to the end, which must be a good one."""
+    assert await worker.work() == Ended(RunStatus.COMPLETED)
+    return worker.notebook
+
+
+async def soon(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
+
+
+def error_of(ended: Ended) -> RunError:
+    assert ended.status is RunStatus.FAILED
+    assert ended.error is not None
+    return ended.error
+
+
+# ── the order of effects ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_write_starts_after_its_ancestors_its_input_and_its_attempt_are_committed() -> None:
+    seen: dict[str, Span] = {}
+
+    async def pay(call: Call) -> Json:
+        seen.update(worker.notebook.spans)
+        return call.config["amount"]
+
+    graph = program(
+        "start > look > pay",
+        {"look": read(pause), "pay": write(pay)},
+        {"pay": {"config": {"amount": "{{ data.amount }}"}, "inputMappings": {"to": "trigger.name"}}},
+    )
+    worker = Worker(graph, {"amount": 3, "name": "Ada"})
+    await finished(worker)
+    assert [seen[node_id].status for node_id in ("start", "look")] == [SpanStatus.COMPLETED] * 2
+    assert (seen["pay"].status, seen["pay"].attempt) == (SpanStatus.RUNNING, 1)
+    assert decode(seen["pay"].input or b"") == {"amount": 3, "name": "Ada", "to": "Ada"}
+    assert decode(seen["pay"].resolved_config or b"") == {"amount": 3}
+
+
+@pytest.mark.parametrize("outcome", ["done", Result("done", port="other"), NodeError("no")])
+async def test_nothing_follows_a_write_before_its_result_is_committed(outcome: Outcome | NodeError) -> None:
+    async def pay(_call: Call) -> Outcome:
+        await asyncio.sleep(0)
+        if isinstance(outcome, NodeError):
+            raise outcome
+        return outcome
+
+    def follow(_call: Call) -> Json:
+        return str(worker.notebook.status("pay"))
+
+    graph = program(
+        "start > pay > follow; pay:other > follow; pay:error > follow",
+        {"pay": write(pay), "follow": pure(follow)},
+    )
+    worker = Worker(graph)
+    notebook = await finished(worker)
+    assert notebook.output("follow") == ("failed" if isinstance(outcome, NodeError) else "completed")
+
+
+async def test_the_result_of_a_write_is_committed_though_another_branch_goes_on() -> None:
+    graph = program("start > ever; start > pay", {"ever": read(for_ever), "pay": write(pause)})
+    worker = Worker(graph)
+    work = worker.begin()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while worker.notebook.status("pay") is not SpanStatus.COMPLETED:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0)
+    worker.control.ask(Request.CANCEL)
+    await work
+
+
+async def test_a_chain_of_writes_takes_one_commit_each_and_one_for_the_end() -> None:
+    notebook = await finished(Worker(program("start > write1 > write2 > write3", {"write": write(pause)})))
+    assert notebook.commits == 4
+
+
+async def test_nodes_without_effects_wait_for_no_commit() -> None:
+    notebook = await finished(
+        Worker(program("start > echo1 > look > echo2", {"look": read(pause)}), recorded=())
+    )
+    assert notebook.commits == 1
+    assert set(notebook.statuses.values()) == {"completed"}
+
+
+async def test_a_node_that_returns_at_once_is_called_in_place() -> None:
+    tasks: set[asyncio.Task[Any] | None] = set()
+
+    def where(_call: Call) -> Json:
+        tasks.add(asyncio.current_task())
+        return None
+
+    worker = Worker(program("start > where1 > where2", {"where": pure(where)}))
+    work = worker.begin()
+    await work
+    assert tasks == {work}
+
+
+async def test_branches_run_at_once() -> None:
+    meeting = asyncio.Barrier(3)
+
+    async def meet(call: Call) -> Json:
+        await asyncio.wait_for(meeting.wait(), PATIENCE_SECONDS)
+        return call.data
+
+    branches = "start > meet1; start > meet2; start > write3"
+    await finished(Worker(program(branches, {"meet": read(meet), "write": write(meet)})))
+
+
+@pytest.mark.parametrize("retry", [{}, FAST_RETRY], ids=["at first", "when they are tried again"])
+async def test_no_more_than_sixteen_nodes_run_at_once(retry: dict[str, Json]) -> None:
+    now_running = most_running = 0
+
+    async def count(call: Call) -> Json:
+        nonlocal now_running, most_running
+        if retry and call.attempt == 1:
+            raise NodeError("not yet", retryable=True)
+        now_running += 1
+        most_running = max(most_running, now_running)
+        await asyncio.sleep(0.001)
+        now_running -= 1
+        return None
+
+    ids = [f"count{number}" for number in range(50)]
+    graph = program(
+        "; ".join(f"start > {node_id}" for node_id in ids),
+        {"count": read(count)},
+        dict.fromkeys(ids, retry),
+    )
+    await finished(Worker(graph))
+    assert most_running == 16
+
+
+async def test_other_work_gets_a_turn_during_a_long_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_run, "TURN_SECONDS", 0)
+    turns = 0
+
+    async def elsewhere() -> None:
+        nonlocal turns
+        while not work.done():
+            turns += 1
+            await asyncio.sleep(0)
+
+    work = Worker(program(chain(100))).begin()
+    await elsewhere()
+    assert turns >= 100
+
+
+# ── the way through the graph ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_branches_not_taken_are_skipped_and_a_merge_waits_for_the_others() -> None:
+    graph = program(
+        "start > choose; choose:left > slow > merge; choose:right > echo1 > echo2 > merge; echo2 > echo3",
+        {
+            "choose": pure(lambda call: Result(call.data, port="left")),
+            "slow": read(pause),
+            "merge": pure(echo),
+        },
+    )
+    notebook = await finished(Worker(graph, 7))
+    assert notebook.output("merge") == 7
+    assert {node_id for node_id, status in notebook.statuses.items() if status == "skipped"} == {
+        "echo1",
+        "echo2",
+        "echo3",
+    }
+
+
+async def test_a_merge_gets_each_parent_under_its_id_and_all_of_them_merged() -> None:
+    graph = program(
+        "start > one1 > merge; start > two2 > merge; start > text > merge",
+        {
+            "one": pure(lambda _: {"a": 1, "both": 1}),
+            "two": pure(lambda _: {"b": 2, "both": 2}),
+            "text": pure(lambda _: "no object"),
+            "merge": pure(echo),
+        },
+    )
+    notebook = await finished(Worker(graph))
+    assert notebook.output("merge") == {
+        "a": 1,
+        "b": 2,
+        "both": 2,
+        "one1": {"a": 1, "both": 1},
+        "two2": {"b": 2, "both": 2},
+        "text": "no object",
+    }
+
+
+async def test_a_parent_joined_by_two_edges_is_one_parent() -> None:
+    both = {"choose": pure(lambda call: Result(call.data, port="left")), "echo": pure(echo)}
+    notebook = await finished(
+        Worker(program("start > choose; choose:left > echo; choose:left > echo", both), 5)
+    )
+    assert notebook.output("echo") == 5
+
+
+async def test_what_nothing_leads_to_is_skipped_and_is_not_told_again() -> None:
+    graph = program("start > echo1; echo2 > echo3")
+    notebook = await finished(Worker(graph))
+    again = await finished(Worker(graph, recorded=list(notebook.spans.values())))
+    assert again.commits == 0
+    assert notebook.statuses == {
+        "start": "completed",
+        "echo1": "completed",
+        "echo2": "skipped",
+        "echo3": "skipped",
+    }
+
+
+async def test_a_node_sees_its_data_the_trigger_other_nodes_and_the_execution() -> None:
+    wanted = {
+        "data": "{{ data.n }}",
+        "trigger": "{{ trigger.n }}",
+        "node": "{{ nodes.echo1.n }}",
+        "execution": "{{ execution.id }}",
+    }
+    graph = program(
+        "start > echo1 > show",
+        {"show": pure(lambda call: dict(call.config))},
+        {"show": {"config": cast("Json", wanted)}},
+    )
+    notebook = await finished(Worker(graph, {"n": 1}))
+    assert notebook.output("show") == {"data": 1, "trigger": 1, "node": 1, "execution": "exec_2"}
+
+
+# ── failures ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_node_that_fails_for_good_fails_the_run() -> None:
+    worker = Worker(program("start > fail > echo", {"fail": pure(fail)}))
+    error = error_of(await worker.work())
+    assert error == RunError("node-error", "exec_1:fail:0 is broken", "fail", 1)
+    assert worker.notebook.statuses == {"start": "completed", "fail": "failed"}
+
+
+async def test_a_failure_leaves_by_the_error_port_where_something_is_connected_to_it() -> None:
+    graph = program("start > fail > echo1; fail:error > echo2", {"fail": pure(fail)})
+    notebook = await finished(Worker(graph, {"order": 7}))
+    assert notebook.status("fail") is SpanStatus.FAILED
+    assert notebook.status("echo1") is SpanStatus.SKIPPED
+    message = "exec_1:fail:0 is broken"
+    assert notebook.output("echo2") == {
+        "error": {"code": "node-error", "message": message, "nodeId": "fail", "attempt": 1},
+        "data": {"order": 7},
+    }
+
+
+async def test_a_failure_whose_data_would_not_fit_into_the_output_leaves_without_it() -> None:
+    deep: Json = None
+    for _ in range(64):
+        deep = [deep]
+    graph = program("start > fail; fail:error > echo", {"fail": pure(fail)})
+    notebook = await finished(Worker(graph, deep))
+    output = notebook.output("echo")
+    assert isinstance(output, dict)
+    assert output["data"] is None
+
+
+async def test_a_failed_run_lets_writes_finish_breaks_off_the_rest_and_starts_nothing() -> None:
+    is_waiting = asyncio.Event()
+
+    async def pay(_call: Call) -> Json:
+        is_waiting.set()
+        await asyncio.sleep(0.02)
+        return "paid"
+
+    async def fail_late(call: Call) -> Json:
+        await soon(is_waiting)
+        return fail(call)
+
+    graph = program(
+        "start > pay > echo; start > ever; start > late",
+        {"pay": write(pay), "ever": read(for_ever), "late": read(fail_late)},
+    )
+    worker = Worker(graph)
+    assert error_of(await worker.work()).node_id == "late"
+    assert worker.notebook.statuses == {
+        "start": "completed",
+        "pay": "completed",
+        "ever": "cancelled",
+        "late": "failed",
+    }
+
+
+async def test_a_failed_node_is_tried_again_with_the_same_key_and_input() -> None:
+    calls: list[tuple[int, str, Json]] = []
+
+    async def try_hard(call: Call) -> Json:
+        calls.append((call.attempt, call.idempotency_key, dict(call.config)))
+        if call.attempt < 3:
+            raise NodeError("not yet", retryable=True)
+        return "done"
+
+    config: dict[str, Json] = {"config": {"n": "{{ data }}"}, **FAST_RETRY}
+    worker = Worker(program("start > write", {"write": write(try_hard)}, {"write": config}), 7)
+    notebook = await finished(worker)
+    assert calls == [(attempt, "exec_1:write:0", {"n": 7}) for attempt in (1, 2, 3)]
+    assert (notebook.spans["write"].attempt, notebook.output("write")) == (3, "done")
+    assert [line.message for line in notebook.lines] == [f"Attempt {n} failed: not yet" for n in (1, 2)]
+
+
+async def test_a_node_is_tried_no_more_often_than_it_says() -> None:
+    calls: Counter[str] = Counter()
+
+    def count(call: Call) -> Json:
+        calls[call.idempotency_key] += 1
+        raise NodeError("never", retryable="again" in call.idempotency_key)
+
+    graph = program(
+        "start > again; start > once; once:error > echo",
+        {"again": pure(count), "once": pure(count)},
+        {"again": FAST_RETRY, "once": FAST_RETRY},
+    )
+    assert error_of(await Worker(graph).work()).attempt == 3
+    assert calls == {"exec_1:again:0": 3, "exec_1:once:0": 1}
+
+
+async def test_a_node_that_takes_too_long_is_broken_off_and_tried_again() -> None:
+    async def slow_at_first(call: Call) -> Json:
+        if call.attempt == 1:
+            await for_ever(call)
+        return "in time"
+
+    options: dict[str, Json] = {"timeout": 0.02, **FAST_RETRY}
+    notebook = await finished(
+        Worker(program("start > slow", {"slow": read(slow_at_first)}, {"slow": options}))
+    )
+    assert notebook.output("slow") == "in time"
+    assert "longer than its 0.02 s" in notebook.lines[0].message
+
+
+async def test_a_timeout_of_a_node_names_itself_as_the_reason() -> None:
+    worker = Worker(program("start > ever", {"ever": read(for_ever)}, {"ever": {"timeout": 0.01}}))
+    assert error_of(await worker.work()).code == "timeout"
+
+
+async def test_a_timeout_inside_a_node_is_not_taken_for_the_node_s_own() -> None:
+    async def ask(_call: Call) -> Json:
+        raise TimeoutError("the other side said nothing")
+
+    worker = Worker(program("start > ask", {"ask": read(ask)}, {"ask": {"timeout": 30}}))
+    error = error_of(await worker.work())
+    assert (error.code, error.message) == ("timeout", "the other side said nothing")
+
+
+async def test_a_run_that_takes_too_long_fails_and_its_nodes_are_broken_off() -> None:
+    graph = program(
+        "start > ever; start > pay", {"ever": read(for_ever), "pay": write(for_ever)}, settings={"timeout": 9}
+    )
+    worker = Worker(graph, seconds=0.05)
+    assert error_of(await worker.work()) == RunError("timeout", "The run took longer than its 9 s")
+    assert worker.notebook.statuses == {"start": "completed", "ever": "cancelled", "pay": "cancelled"}
+
+
+async def test_a_run_that_is_late_before_it_begins_starts_nothing() -> None:
+    worker = Worker(program("start > echo"), seconds=-1)
+    assert error_of(await worker.work()).code == "timeout"
+    assert worker.notebook.spans == {}
+
+
+@pytest.mark.parametrize("kind", [pure, read, write])
+async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[Run], Kind]) -> None:
+    def divide(_call: Call) -> Json:
+        return 1 // 0
+
+    async def divide_later(call: Call) -> Json:
+        return divide(call)
+
+    worker = Worker(program("start > divide", {"divide": kind(divide if kind is pure else divide_later)}))
+    error = error_of(await worker.work())
+    assert error.message == "ZeroDivisionError: integer division or modulo by zero"
+
+
+async def test_a_node_that_cancels_itself_has_failed() -> None:
+    async def give_up(_call: Call) -> Json:
+        raise asyncio.CancelledError
+
+    error = error_of(await Worker(program("start > up > echo", {"up": read(give_up)})).work())
+    assert (error.node_id, error.code) == ("up", "node-error")
+
+
+@pytest.mark.parametrize("connected", ["fail:error > echo", "fail > echo"])
+async def test_a_message_that_could_not_be_stored_is_made_storable(connected: str) -> None:
+    def fail_oddly(call: Call) -> Json:
+        call.log("info", "NUL \0, half a pair \ud800")
+        raise NodeError("NUL \0, half a pair \udfff" + "x" * 100_000)
+
+    worker = Worker(program(f"start > fail; {connected}", {"fail": pure(fail_oddly)}))
+    await worker.work()
+    error = worker.notebook.spans["fail"].error
+    assert error is not None
+    for text in (error.message, worker.notebook.lines[0].message):
+        assert text.startswith("NUL \ufffd, half a pair \ufffd")
+        assert len(text) <= 8_192
+
+
+# ── what nodes give out ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("output", "code"),
+    [
+        (math.nan, "not-finite"),
+        ({"list": [math.inf]}, "not-finite"),
+        ("a\0b", "nul-character"),
+        ("\ud800", "lone-surrogate"),
+        ({1, 2}, "not-json"),
+        ({1: "number"}, "not-json"),
+        ("x" * 10_000_000, "output-too-large"),
+        (["x" * 1_000_000] * 60, "output-too-large"),
+    ],
+    ids=["NaN", "infinity", "NUL", "surrogate", "a set", "a key that is no text", "10 MB", "60 MB"],
+)
+async def test_an_output_that_could_not_be_kept_fails_its_node(output: Any, code: str) -> None:  # noqa: ANN401
+    worker = Worker(program("start > odd > echo", {"odd": pure(lambda _call: output)}))
+    error = error_of(await worker.work())
+    assert (error.code, error.node_id) == ("node-error", "odd")
+    span = worker.notebook.spans["odd"]
+    assert span.error is not None
+    assert span.error.code == code
+    assert span.output is None
+
+
+async def test_an_output_of_ten_megabytes_is_kept() -> None:
+    kinds = {"big": pure(lambda _call: "x" * 9_999_998)}
+    notebook = await finished(Worker(program("start > big", kinds)))
+    assert len(notebook.spans["big"].output or b"") == 10_000_000
+
+
+async def test_a_config_that_could_not_be_kept_once_it_is_rendered_fails_its_node() -> None:
+    deep: Json = None
+    for _ in range(63):
+        deep = [deep]
+    config: dict[str, Json] = {"config": {"body": {"inner": "{{ data }}"}}}
+    worker = Worker(program("start > pay", {"pay": write(pause)}, {"pay": config}), deep)
+    assert error_of(await worker.work()).node_id == "pay"
+    assert worker.notebook.spans["pay"].error is not None
+    assert worker.notebook.spans["pay"].error.code == "too-deep"
+
+
+UNRESOLVED: dict[str, dict[str, Json]] = {
+    "in a config": {"config": {"a": "{{ data.nothing }}"}},
+    "in a mapping": {"inputMappings": {"a": "data.nothing"}},
+    "in a mapped template": {"inputMappings": {"a": "= {{ data.nothing }}"}},
+    "passed through": {"passThroughValues": {"a": "nothing"}},
+    "found missing by the node itself": {"config": {"late": "{{ data.nothing }}"}},
+}
+
+
+def late(call: Call) -> Json:
+    for template in call.values.values():
+        template.render(dict(call.scope), call.unresolved)
+    return {"kept": call.data}
+
+
+@pytest.mark.parametrize("options", UNRESOLVED.values(), ids=UNRESOLVED)
+async def test_a_path_that_finds_nothing_is_listed_or_fails_the_node_of_a_strict_graph(
+    options: dict[str, Json],
+) -> None:
+    kinds = {"late": pure(late, compiled={"late": Compile.VALUE})}
+    notebook = await finished(Worker(program("start > late", kinds, {"late": options}), {"some": 1}))
+    (path,) = notebook.spans["late"].unresolved
+    assert path.removeprefix("data.") == "nothing"
+
+    strict = program("start > late", kinds, {"late": options}, settings={"strictMappings": True})
+    worker = Worker(strict, {"some": 1})
+    assert error_of(await worker.work()).node_id == "late"
+    error = worker.notebook.spans["late"].error
+    assert error is not None
+    assert error.code == "unresolved-mapping"
+    assert "nothing" in error.message
+
+
+async def test_values_passed_through_stand_in_the_output_under_their_new_keys() -> None:
+    options: dict[str, Json] = {
+        "inputMappings": {"id": "trigger.order"},
+        "passThroughValues": {"orderId": "id"},
+    }
+    kinds = {"make": pure(lambda _call: {"made": True})}
+    notebook = await finished(Worker(program("start > make", kinds, {"make": options}), {"order": 7}))
+    assert notebook.output("make") == {"made": True, "orderId": 7}
+
+
+async def test_a_log_has_a_bounded_number_of_lines_and_says_when_it_is_cut() -> None:
+    def chatter(call: Call) -> Json:
+        for number in range(10_010):
+            call.log("info", str(number))
+        return None
+
+    notebook = await finished(Worker(program("start > chatter", {"chatter": pure(chatter)})))
+    assert len(notebook.lines) == 10_001
+    assert notebook.lines[-1].message.startswith("More than 10,000 log lines")
+    sequences = [line.sequence for line in notebook.lines]
+    assert sequences == sorted(set(sequences))
+
+
+# ── waits ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def woken(notebook: Notebook) -> list[Span]:
+    """Return what was recorded, as it reads when every wait is over."""
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.spans.values()]
+
+
+def wait_of(seconds: float) -> Run:
+    def wait(call: Call) -> Wait:
+        return Wait(call.now + timedelta(seconds=seconds), output=call.data)
+
+    return wait
+
+
+async def test_a_short_wait_keeps_the_worker() -> None:
+    began = datetime.now(UTC)
+    notebook = await finished(Worker(program("start > wait > echo", {"wait": pure(wait_of(0.05))}), 7))
+    assert datetime.now(UTC) - began >= timedelta(seconds=0.05)
+    assert notebook.output("echo") == 7
+
+
+async def test_a_long_wait_frees_the_worker_when_nothing_else_is_left_to_do() -> None:
+    graph = program(
+        "start > wait1 > echo; start > wait2 > echo; start > look > echo1",
+        {"wait": pure(wait_of(3600)), "look": read(pause)},
+    )
+    worker = Worker(graph, 7)
+    ended = await worker.work()
+    assert ended.status is RunStatus.WAITING
+    wakes = [worker.notebook.spans[node_id].wake_at for node_id in ("wait1", "wait2")]
+    assert ended.due_at == min(wake for wake in wakes if wake)
+    assert worker.notebook.status("echo1") is SpanStatus.COMPLETED
+    assert worker.notebook.status("echo") is None
+
+
+async def test_a_wait_goes_on_where_another_worker_left_it() -> None:
+    calls = 0
+
+    def wait(call: Call) -> Wait:
+        nonlocal calls
+        calls += 1
+        return Wait(call.now + timedelta(hours=1), output=call.data)
+
+    graph = program(
+        "start > wait > echo", {"wait": pure(wait)}, {"wait": {"config": {"note": "{{ data.nothing }}"}}}
+    )
+    first = Worker(graph, {"n": 7})
+    due_at = (await first.work()).due_at
+    spans = list(first.notebook.spans.values())
+    assert await Worker(graph, {"n": 7}, recorded=spans).work() == Ended(RunStatus.WAITING, due_at=due_at)
+
+    notebook = await finished(Worker(graph, {"n": 7}, recorded=woken(first.notebook)))
+    assert calls == 1
+    assert notebook.output("echo") == {"n": 7}
+    waiting, done = first.notebook.spans["wait"], notebook.spans["wait"]
+    assert (done.attempt, done.hashes, done.unresolved) == (1, waiting.hashes, ("data.nothing",))
+    assert done.hashes is not None
+
+
+async def test_a_pause_before_the_next_attempt_frees_the_worker_too() -> None:
+    options: dict[str, Json] = {"retry": {"maxAttempts": 2, "backoff": 600, "jitter": 0}}
+    graph = program("start > fail", {"fail": pure(fail)}, {"fail": options})
+    first = Worker(graph)
+    assert (await first.work()).status is RunStatus.WAITING
+    assert first.notebook.status("fail") is SpanStatus.RETRYING
+    assert error_of(await Worker(graph, recorded=woken(first.notebook)).work()).attempt == 2
+
+
+# ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Outside:
+    """One call that reached the outside world."""
+
+    key: str
+    body: Json
+
+
+class Ledger:
+    """The outside world: it keeps every effect, and, at each moment of a run, what was durable then."""
+
+    def __init__(self) -> None:
+        self.effects: list[Outside] = []
+        self.moments: list[tuple[list[Span], list[Outside]]] = []
+        self.notebook = Notebook()
+
+    async def write(self, call: Call) -> Json:
+        self.look()
+        body: Json = {"config": dict(call.config), "data": call.data}
+        self.effects.append(Outside(call.idempotency_key, body))
+        self.look()
+        await asyncio.sleep(0)
+        self.look()
+        return {"n": len(call.idempotency_key), "seen": call.data}
+
+    def look(self) -> None:
+        self.moments.append((list(self.notebook.spans.values()), list(self.effects)))
+
+
+class WatchedNotebook(Notebook):
+    """A notebook whose every step is a moment at which the worker might die."""
+
+    def __init__(self, ledger: Ledger, recorded: Sequence[Span]) -> None:
+        super().__init__(recorded)
+        self._ledger = ledger
+        ledger.notebook = self
+
+    def record(self, span: Span) -> None:
+        super().record(span)
+        self._ledger.look()
+
+    async def commit(self) -> None:
+        await super().commit()
+        self._ledger.look()
+
+
+async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with_the_same_key_and_body() -> (
+    None
+):
+    ledger = Ledger()
+    attempts: Counter[str] = Counter()
+
+    async def flaky(call: Call) -> Json:
+        outcome = await ledger.write(call)
+        attempts[call.idempotency_key] += 1
+        if attempts[call.idempotency_key] == 1:
+            raise NodeError("once more", retryable=True)
+        return outcome
+
+    def random(_call: Call) -> Json:
+        # Another value on every attempt: what a write was given must be what it is given again.
+        return {"value": len(ledger.moments)}
+
+    graph = program(
+        "start > random > write1 > echo1 > write2; start > look > write3; write2 > flaky; write3 > flaky",
+        {
+            "random": pure(random),
+            "look": read(pause),
+            "write": write(ledger.write),
+            "flaky": write(flaky),
+        },
+        {
+            "write1": {"config": {"of": "{{ data.value }}"}},
+            "write3": {"inputMappings": {"seen": "nodes.random.value", "n": "data.n"}},
+            "flaky": FAST_RETRY,
+        },
+    )
+
+    async def work(recorded: Sequence[Span]) -> Notebook:
+        worker = Worker(graph, {"n": 1}, recorded=recorded)
+        worker.notebook = WatchedNotebook(ledger, recorded)
+        return await finished(worker)
+
+    whole = await work([])
+    moments = ledger.moments
+    assert len(moments) > 30
+    for durable, before in moments:
+        ledger.effects, ledger.moments = [], []
+        attempts.clear()
+        attempts.update(effect.key for effect in before)
+        after = await work(durable)
+        assert after.statuses == whole.statuses
+
+        states = {f"exec_1:{span.node_id}:0": span.status for span in durable}
+        repeated = {effect.key for effect in before} & {effect.key for effect in ledger.effects}
+        assert repeated <= {key for key, status in states.items() if status not in SETTLED}
+        assert not {effect.key for effect in ledger.effects} & {k for k, s in states.items() if s in SETTLED}
+        assert {effect.key for effect in before + ledger.effects} == {
+            f"exec_1:{node_id}:0" for node_id in ("write1", "write2", "write3", "flaky")
+        }
+        for key in repeated:
+            bodies = [effect.body for effect in before + ledger.effects if effect.key == key]
+            assert all(body == bodies[0] for body in bodies)
+
+
+async def test_a_write_that_is_tried_again_elsewhere_gets_the_recorded_input_and_config() -> None:
+    calls: list[tuple[int, Json, Json]] = []
+
+    async def pay(call: Call) -> Json:
+        calls.append((call.attempt, call.data, dict(call.config)))
+        return None
+
+    async def look_up(_call: Call) -> Json:
+        await asyncio.sleep(0)
+        return {"value": 2}
+
+    options: dict[str, Json] = {
+        "inputMappings": {"rate": "nodes.rate.value"},
+        "config": {"note": "rate {{ nodes.rate.value }}"},
+    }
+    # Nothing leads from `rate` to `pay`: whether it has settled by then is a matter of luck.
+    graph = program("start > rate; start > pay", {"pay": write(pay), "rate": read(look_up)}, {"pay": options})
+    first = Worker(graph, {"amount": 1})
+    await first.work()
+    span = msgspec.structs.replace(
+        first.notebook.spans["pay"], status=SpanStatus.RUNNING, output=None, ended_at=None
+    )
+    rate = first.notebook.spans["rate"]
+    later = Worker(graph, {"amount": 1}, recorded=[first.notebook.spans["start"], span, rate])
+    notebook = await finished(later)
+    assert [attempt for attempt, _, _ in calls] == [1, 2]
+    assert calls[0][1:] == calls[1][1:] == ({"amount": 1, "rate": None}, {"note": "rate "})
+    assert notebook.spans["pay"].hashes == span.hashes
+    assert notebook.spans["pay"].started_at == span.started_at
+
+
+@pytest.mark.parametrize(("raised", "code"), [(NodeError("no"), "node-error"), (TimeoutError(), "timeout")])
+async def test_a_failure_that_was_recorded_before_the_worker_died_ends_the_run_in_the_same_way(
+    raised: Exception, code: str
+) -> None:
+    async def fail_so(_call: Call) -> Json:
+        raise raised
+
+    graph = program("start > fail", {"fail": read(fail_so)})
+    first = Worker(graph)
+    ended = await first.work()
+    assert error_of(ended).code == code
+    assert await Worker(graph, recorded=list(first.notebook.spans.values())).work() == ended
+
+
+async def test_a_failure_with_an_exact_reason_ends_the_run_in_the_same_way_after_a_crash() -> None:
+    graph = program("start > odd", {"odd": pure(lambda _call: math.nan)})
+    first = Worker(graph)
+    ended = await first.work()
+    assert await Worker(graph, recorded=list(first.notebook.spans.values())).work() == ended
+
+
+async def test_sequence_numbers_go_on_where_they_were() -> None:
+    graph = program("start > echo1 > wait > echo2", {"wait": pure(wait_of(3600))})
+    first = Worker(graph)
+    await first.work()
+    spans = woken(first.notebook)
+    notebook = await finished(Worker(graph, recorded=spans))
+    highest = max(span.sequence for span in spans)
+    assert notebook.spans["wait"].sequence > highest
+    assert notebook.spans["echo1"].sequence < highest
+
+
+# ── what others ask of a run ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Held:
+    """A graph with one node in flight, a branch not begun behind it, and a wait."""
+
+    kind: Callable[[Run], Kind] = write
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: int = 0
+
+    async def node(self, _call: Call) -> Json:
+        self.begun.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return "done"
+
+    def worker(self) -> Worker:
+        return Worker(program("start > held > echo", {"held": self.kind(self.node)}))
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "held_span"),
+    [
+        (Request.HAND_OVER, RunStatus.RELEASED, "completed"),
+        (Request.STOP, RunStatus.STOPPED, "completed"),
+        (Request.HAND_OVER_NOW, RunStatus.RELEASED, "running"),
+        (Request.CANCEL, RunStatus.CANCELLED, "cancelled"),
+    ],
+)
+@pytest.mark.parametrize("kind", [read, write])
+async def test_a_request_ends_a_run_as_it_says(
+    request_: Request, status: RunStatus, held_span: str, kind: Callable[[Run], Kind]
+) -> None:
+    held = Held(kind)
+    worker = held.worker()
+    work = worker.begin()
+    await soon(held.begun)
+    worker.control.ask(request_)
+    if request_ in {Request.HAND_OVER, Request.STOP}:
+        await asyncio.sleep(0)
+        assert not work.done()
+        held.go_on.set()
+    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == Ended(status)
+    assert worker.notebook.status("echo") is None
+    expected = None if held_span == "running" and kind is read else held_span
+    assert worker.notebook.statuses.get("held") == expected
+    assert held.cancelled == (held_span in {"running", "cancelled"})
+
+
+async def test_a_run_whose_lease_is_lost_is_broken_off_and_writes_nothing() -> None:
+    held = Held()
+    worker = held.worker()
+    work = worker.begin()
+    await soon(held.begun)
+    before = dict(worker.notebook.statuses)
+    worker.control.ask(Request.ABANDON)
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(work, PATIENCE_SECONDS)
+    assert held.cancelled == 1
+    assert worker.notebook.statuses == before
+
+
+async def test_a_run_looks_at_its_lease_by_the_clock_while_a_node_is_in_flight() -> None:
+    held = Held()
+    worker = held.worker()
+    work = worker.begin()
+    await soon(held.begun)
+    worker.notebook.is_held = False
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(work, PATIENCE_SECONDS)
+
+
+async def test_a_stronger_request_replaces_a_weaker_one_and_never_the_other_way_round() -> None:
+    control = Control()
+    asked: list[Request | None] = []
+    for request in (
+        Request.STOP,
+        Request.HAND_OVER,
+        Request.CANCEL,
+        Request.HAND_OVER_NOW,
+        Request.ABANDON,
+    ):
+        control.ask(request)
+        asked.append(control.request)
+    assert asked == [Request.STOP, Request.STOP, Request.CANCEL, Request.CANCEL, Request.ABANDON]
+
+
+@pytest.mark.parametrize("request_", [Request.STOP, Request.HAND_OVER])
+async def test_a_wait_in_progress_does_not_hold_up_a_request(request_: Request) -> None:
+    worker = Worker(program("start > wait > echo", {"wait": pure(wait_of(0.9))}))
+    work = worker.begin()
+    await asyncio.sleep(0)
+    worker.control.ask(request_)
+    ended = await asyncio.wait_for(work, 0.5)
+    assert ended.status is (RunStatus.STOPPED if request_ is Request.STOP else RunStatus.RELEASED)
+
+
+@pytest.mark.parametrize(
+    ("request_", "span"),
+    [
+        (Request.STOP, "cancelled"),
+        (Request.CANCEL, "cancelled"),
+        (Request.HAND_OVER, "running"),
+        (Request.HAND_OVER_NOW, "running"),
+    ],
+)
+async def test_a_write_is_not_begun_when_something_was_asked_during_the_commit_before_it(
+    request_: Request, span: str
+) -> None:
+    held = Held()
+    worker = held.worker()
+    worker.notebook.may_commit.clear()
+    work = worker.begin()
+    await soon(worker.notebook.is_committing)
+    worker.control.ask(request_)
+    worker.notebook.may_commit.set()
+    await asyncio.wait_for(work, PATIENCE_SECONDS)
+    assert not held.begun.is_set()
+    assert worker.notebook.statuses["held"] == span
+
+
+async def test_a_write_is_not_begun_when_the_lease_ran_out_during_the_commit_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_run, "TURN_SECONDS", 0)
+    held = Held()
+    worker = held.worker()
+    work = worker.begin()
+
+    async def commit_at_the_last_moment() -> None:
+        worker.notebook.is_held = False
+
+    worker.notebook.commit = commit_at_the_last_moment  # type: ignore[method-assign]
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(work, PATIENCE_SECONDS)
+    assert not held.begun.is_set()
+
+
+async def test_a_write_is_not_begun_when_another_branch_failed_during_the_commit_before_it() -> None:
+    is_paid = asyncio.Event()
+    may_fail = asyncio.Event()
+
+    async def fail_late(call: Call) -> Json:
+        await soon(may_fail)
+        return fail(call)
+
+    async def pay(_call: Call) -> Json:
+        is_paid.set()
+        return None
+
+    graph = program("start > late; start > pay", {"late": read(fail_late), "pay": write(pay)})
+    worker = Worker(graph)
+    worker.notebook.may_commit.clear()
+    work = worker.begin()
+    await soon(worker.notebook.is_committing)
+    may_fail.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    worker.notebook.may_commit.set()
+    assert error_of(await asyncio.wait_for(work, PATIENCE_SECONDS)).node_id == "late"
+    assert not is_paid.is_set()
+    assert worker.notebook.statuses["pay"] == "cancelled"
+
+
+async def test_a_node_that_ends_well_while_it_is_broken_off_has_ended_well() -> None:
+    begun = asyncio.Event()
+
+    async def pay(_call: Call) -> Json:
+        begun.set()
+        try:
+            await for_ever(_call)
+        except asyncio.CancelledError:
+            return "paid at the last moment"
+        return None
+
+    worker = Worker(program("start > pay > echo", {"pay": write(pay)}))
+    work = worker.begin()
+    await soon(begun)
+    worker.control.ask(Request.CANCEL)
+    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == Ended(RunStatus.CANCELLED)
+    assert worker.notebook.output("pay") == "paid at the last moment"
+    assert worker.notebook.statuses == {"start": "completed", "pay": "completed"}
+
+
+async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_run, "CANCEL_SECONDS", 0.05)
+    begun, end = asyncio.Event(), asyncio.Event()
+    ignored: list[asyncio.Task[Any] | None] = []
+
+    async def ignore(_call: Call) -> Json:
+        begun.set()
+        ignored.append(asyncio.current_task())
+        while not end.is_set():
+            try:
+                await end.wait()
+            except asyncio.CancelledError:
+                continue
+        return None
+
+    worker = Worker(program("start > stubborn", {"stubborn": read(ignore)}))
+    work = worker.begin()
+    await soon(begun)
+    worker.control.ask(Request.CANCEL)
+    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == Ended(RunStatus.CANCELLED)
+    assert worker.notebook.statuses["stubborn"] == "cancelled"
+    end.set()
+    (task,) = ignored
+    assert task is not None
+    await task
+
+
+# ── size ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chain(length: int) -> str:
+    return "start > " + " > ".join(f"echo{number}" for number in range(length))
+
+
+def diamonds(depth: int) -> str:
+    """Two parallel nodes a level, both of which lead to both of the next level."""
+    first = "start > const0; start > const1; "
+    levels = (
+        f"const{2 * level + left} > const{2 * level + 2 + right}"
+        for level in range(depth - 1)
+        for left in (0, 1)
+        for right in (0, 1)
+    )
+    return first + "; ".join(levels)
+
+
+CONST = {"const": pure(lambda _call: 1)}
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter[str]]:
+    """Count the calls of Python functions: work by the same measure on any machine."""
+    calls: Counter[str] = Counter()
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        calls[event] += 1
+
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("drawn", [chain, diamonds])
+async def test_work_grows_with_the_size_of_the_graph_and_no_faster(drawn: Callable[[int], str]) -> None:
+    async def cost(size: int) -> int:
+        graph = program(drawn(size), CONST)
+        with counted_calls() as calls:
+            await finished(Worker(graph))
+        return calls.total()
+
+    assert await cost(800) < 2.2 * await cost(400)
+
+
+@pytest.mark.parametrize(
+    ("drawing", "nodes"), [(chain(10_000), 10_001), (diamonds(5_000), 10_001)], ids=["deep", "deep and wide"]
+)
+async def test_ten_thousand_nodes_neither_recurse_nor_explode(drawing: str, nodes: int) -> None:
+    notebook = await finished(Worker(program(drawing, CONST)))
+    assert Counter(notebook.statuses.values()) == {"completed": nodes}
+    again = await finished(Worker(program(drawing, CONST), recorded=list(notebook.spans.values())))
+    assert again.commits == 0
+
+
+async def test_ten_thousand_skipped_nodes_neither_recurse_nor_explode() -> None:
+    notebook = await finished(Worker(program(f"start > echo; {chain(10_000).removeprefix('start > ')}")))
+    assert Counter(notebook.statuses.values()) == {"completed": 2, "skipped": 10_000}
+
+
+# ── hashes ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+PARTS = ("type and version", "config", "mappings", "input")
+
+
+async def parts_of(
+    *,
+    trigger: Json = 1,
+    version: str = "1.0.0",
+    config: Json = None,
+    mappings: Json = None,
+    kind: Callable[..., Kind] = pure,
+) -> dict[str, bytes]:
+    kinds = {"node": with_changes(kind(pause if kind is write else echo), version=version)}
+    options: dict[str, Json] = {"config": config or {"a": 1}, "inputMappings": mappings or {}}
+    notebook = await finished(Worker(program("start > node", kinds, {"node": options}), trigger))
+    hashes = notebook.spans["node"].hashes
+    assert hashes is not None
+    assert len(hashes) == 128
+    return {part: hashes[32 * place : 32 * place + 32] for place, part in enumerate(PARTS)}
+
+
+@pytest.mark.parametrize("kind", [pure, write])
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({}, set()),
+        ({"version": "2.0.0"}, {"type and version"}),
+        ({"config": {"a": 2}}, {"config"}),
+        ({"mappings": {"m": "trigger"}}, {"mappings", "input"}),
+        ({"trigger": 2}, {"input"}),
+    ],
+    ids=["nothing", "version", "config", "mappings", "input"],
+)
+async def test_a_change_shows_in_the_hash_of_its_part(
+    kind: Callable[..., Kind], change: dict[str, Any], changed: set[str]
+) -> None:
+    before, after = await parts_of(kind=kind), await parts_of(kind=kind, **change)
+    # What a write is given includes its config, rendered: the two can't change apart.
+    expected = changed | ({"input"} if kind is write and "config" in changed else set())
+    assert {part for part in PARTS if before[part] != after[part]} == expected
+
+
+async def test_a_hash_does_not_depend_on_the_order_of_keys_or_on_where_it_is_taken() -> None:
+    one = await parts_of(config={"a": 1, "b": {"c": 2, "d": 3}})
+    assert one == await parts_of(config={"b": {"d": 3, "c": 2}, "a": 1})
+    assert one["config"] == sha256(b'{"a":1,"b":{"c":2,"d":3}}').digest()
