@@ -1,0 +1,89 @@
+"""The storm of the system tests, minute after minute: `python -m benchmarks.soak --minutes 60 [--one-process]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import services
+from tests.system import harness, ledger, storm
+from tests.system.harness import Client, Deployment
+from tests.system.storm import Storm
+
+STORM_SECONDS = 60
+STRIKES_EVERY_SECONDS = 30
+"""Within this time each kind of fault strikes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    minutes: int
+    runs_per_second: int
+    seed: int
+    is_one_process: bool
+
+
+def main() -> None:
+    asyncio.run(_soak(_request()))
+
+
+async def _soak(request: Request) -> None:
+    """Let one storm follow another on the same deployment; ends at the first broken promise."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotflame-soak-")))
+        deployment = await _deployment(request, folder, stack)
+        for minute in range(request.minutes):
+            seed = request.seed + minute
+            report = await _storm(request, seed, deployment)
+            print(
+                f"minute {minute + 1}, seed {seed}: {report.ended.total()} runs ended once each",
+                ", ".join(f"{count} {status}" for status, count in report.ended.most_common()),
+                f"{report.repeated_effects} of {report.calls} calls repeated, all for a reason",
+                f"longest {report.longest_seconds:.1f} s",
+                sep="; ",
+                flush=True,
+            )
+
+
+async def _deployment(request: Request, folder: Path, stack: AsyncExitStack) -> Deployment:
+    if request.is_one_process:
+        return await stack.enter_async_context(harness.one_process(folder))
+    postgres = stack.enter_context(services.running_postgres())
+    redis = stack.enter_context(services.running_redis())
+    return await stack.enter_async_context(harness.many_processes(folder, postgres, redis))
+
+
+async def _storm(request: Request, seed: int, deployment: Deployment) -> storm.Report:
+    one = Storm(
+        runs=request.runs_per_second * STORM_SECONDS,
+        seconds=STORM_SECONDS,
+        seed=seed,
+        rounds=STORM_SECONDS // STRIKES_EVERY_SECONDS,
+    )
+    client = Client(deployment.url)
+    try:
+        # A ledger for each, so that memory doesn't grow with the minutes.
+        async with ledger.running() as effects:
+            return await storm.blow(one, deployment, client, effects)
+    finally:
+        await client.close()
+
+
+def _request() -> Request:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--minutes", type=int, default=10)
+    parser.add_argument("--runs-per-second", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=1, help="of the first minute; each later one adds 1")
+    parser.add_argument("--one-process", action="store_true", help="`pilotflame dev`, on SQLite")
+    given = parser.parse_args()
+    return Request(given.minutes, given.runs_per_second, given.seed, given.one_process)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Both ways to run Pilotflame, each started once and mended after every test; a client and a ledger for each test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Generator
+
+import pytest
+
+from tests.system import flows, harness
+from tests.system import ledger as ledgers
+from tests.system.harness import Client, Deployment
+from tests.system.ledger import Ledger
+
+LIVELY_SECONDS = 5.0
+"""Within this time a fresh run has ended, however bad the time before it was."""
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+async def shared_deployment(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Deployment]:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "sqlite":
+        async with harness.one_process(folder) as deployment:
+            yield deployment
+        return
+    servers = (request.getfixturevalue("postgres"), request.getfixturevalue("redis_server"))
+    async with harness.many_processes(folder, *servers) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+async def ledger() -> AsyncIterator[Ledger]:
+    async with ledgers.running() as ledger:
+        yield ledger
+
+
+@pytest.fixture
+async def client(shared_deployment: Deployment) -> AsyncIterator[Client]:
+    client = Client(shared_deployment.url)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def deployment(shared_deployment: Deployment, client: Client) -> AsyncIterator[Deployment]:
+    """Everything up before a test, and found well after it."""
+    await shared_deployment.revive()
+    yield shared_deployment
+    await shared_deployment.revive()
+    complaints = [line for process in shared_deployment.processes for line in process.complaints()]
+    execution_id = await client.execute(await client.create(flows.chain(flows.sets("done"))))
+    ended = await client.end(execution_id, within=LIVELY_SECONDS)
+    assert ended.status == "completed"
+    assert not complaints
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    deployment = getattr(item, "funcargs", {}).get("shared_deployment")
+    if report.failed and isinstance(deployment, Deployment):
+        report.sections += [(f"Log of {process.name}", process.log()) for process in deployment.processes]
+    return report

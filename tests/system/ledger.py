@@ -1,0 +1,203 @@
+"""An outside ledger: an HTTP server in the test's process that writes down every effect that runs have on it.
+
+What it answers is new each time, a number that it never gave before, so that whoever does something twice is found out
+by what follows: the second answer is another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+PATIENCE_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request that reached the ledger."""
+
+    execution_id: str
+    node_id: str
+    method: str
+    key: str | None
+    """Its `Idempotency-Key`."""
+    body: bytes
+    receipt: int
+    """The number that its answer holds."""
+    port: int
+    """Where it came from: the sender's end of the connection."""
+    arrived_at: float
+    """Unix time."""
+
+    @property
+    def is_effect(self) -> bool:
+        """Whether it changed something here."""
+        return self.method != "GET"
+
+    @property
+    def carried(self) -> Mapping[str, Json]:
+        """What the node knew when it wrote: the outputs of the nodes before it."""
+        carried: Mapping[str, Json] = json.loads(self.body)["nodes"]
+        return carried
+
+
+@dataclass(slots=True)
+class Held:
+    """Requests of one node that arrived and wait for their answer."""
+
+    node_id: str
+    calls: asyncio.Queue[Call] = field(default_factory=asyncio.Queue)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def arrived(self) -> Call:
+        """Wait for the next request of the node."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return await self.calls.get()
+
+    def release(self) -> None:
+        """Answer what waits, and whatever comes from now on at once."""
+        self.released.set()
+
+
+class Ledger:
+    """What happened, in the order in which it happened; and the ways to be slow, to hold back and to refuse."""
+
+    def __init__(self, url: str) -> None:
+        self.calls: list[Call] = []
+        self.delay_seconds = 0.0
+        self._url = url
+        self._receipts = itertools.count(1)
+        self._held: dict[str, Held] = {}
+        self._refused: dict[str, int] = {}
+        self._on_arrival: dict[str, Callable[[Call], None]] = {}
+        self._awaited: dict[int, asyncio.Future[Call]] = {}
+
+    # ── nodes that call it ────────────────────────────────────────────────────────────────────────
+
+    def reads(self, node_id: str) -> dict[str, Json]:
+        """Return a node that asks for a number, and may ask again: the next answer is another one."""
+        return {"id": node_id, "nodeId": "http-request", "config": {"url": self._url_of(node_id)}}
+
+    def writes(self, node_id: str, **more: Json) -> dict[str, Json]:
+        """Return a node that has an effect here, and tells all that came before it."""
+        config: dict[str, Json] = {
+            "url": self._url_of(node_id),
+            "method": "POST",
+            "body": {"nodes": "{{ nodes }}"},
+        }
+        return {"id": node_id, "nodeId": "http-request", "config": config, **more}
+
+    def _url_of(self, node_id: str) -> str:
+        return f"{self._url}/{{{{ execution.id }}}}/{node_id}"
+
+    # ── what happened ─────────────────────────────────────────────────────────────────────────────
+
+    def effects(self) -> dict[tuple[str, str], list[Call]]:
+        """Return the effects by execution and node, each node's in the order of their arrival."""
+        effects: dict[tuple[str, str], list[Call]] = defaultdict(list)
+        for call in self.calls:
+            if call.is_effect:
+                effects[call.execution_id, call.node_id].append(call)
+        return effects
+
+    def of(self, node_id: str) -> list[Call]:
+        """Return what one node did."""
+        return [call for call in self.calls if call.node_id == node_id]
+
+    async def call(self, number: int) -> Call:
+        """Wait for the call that is the `number`-th of all, from 1."""
+        if len(self.calls) >= number:
+            return self.calls[number - 1]
+        awaited = self._awaited.setdefault(number, asyncio.get_running_loop().create_future())
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return await asyncio.shield(awaited)
+
+    # ── how it behaves ────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def holding(self, node_id: str) -> Iterator[Held]:
+        """Keep requests of a node without an answer, until released or until the block ends."""
+        held = self._held[node_id] = Held(node_id)
+        try:
+            yield held
+        finally:
+            held.release()
+            del self._held[node_id]
+
+    @contextmanager
+    def refusing(self, node_id: str, status: int = 400) -> Iterator[None]:
+        """Answer requests of a node with an error."""
+        self._refused[node_id] = status
+        try:
+            yield
+        finally:
+            del self._refused[node_id]
+
+    @contextmanager
+    def on_arrival(self, node_id: str, action: Callable[[Call], None]) -> Iterator[None]:
+        """Do something as soon as a request of a node arrives, before it is answered."""
+        self._on_arrival[node_id] = action
+        try:
+            yield
+        finally:
+            del self._on_arrival[node_id]
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Write down a request, then answer it."""
+        call = await self._noted(request)
+        if action := self._on_arrival.get(call.node_id):
+            action(call)
+        if held := self._held.get(call.node_id):
+            held.calls.put_nowait(call)
+            await held.released.wait()
+        elif self.delay_seconds:
+            await asyncio.sleep(self.delay_seconds)
+        status = self._refused.get(call.node_id, 200)
+        return web.json_response({"receipt": call.receipt}, status=status)
+
+    async def _noted(self, request: web.Request) -> Call:
+        arrived_at = time.time()
+        assert request.transport is not None
+        call = Call(
+            execution_id=request.match_info["execution_id"],
+            node_id=request.match_info["node_id"],
+            method=request.method,
+            key=request.headers.get("Idempotency-Key"),
+            body=await request.read(),
+            receipt=next(self._receipts),
+            port=request.transport.get_extra_info("peername")[1],
+            arrived_at=arrived_at,
+        )
+        self.calls.append(call)
+        if awaited := self._awaited.pop(len(self.calls), None):
+            awaited.set_result(call)
+        return call
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Ledger]:
+    """Run a ledger on a port of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ledger = Ledger(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        app = web.Application()
+        app.router.add_route("*", "/{execution_id}/{node_id}", ledger.handle)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, listening).start()
+            yield ledger
+        finally:
+            await runner.cleanup()

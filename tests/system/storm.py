@@ -1,0 +1,237 @@
+"""A great many runs and every fault there is, at once; what happens when is drawn from one seed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+
+from redis.asyncio import Redis
+
+from tests.system import flows, promises
+from tests.system.harness import LEASE_SECONDS, ManyProcesses, OneProcess, after, wait_until
+
+if TYPE_CHECKING:
+    from tests.system.harness import Client, Deployment, Process
+    from tests.system.ledger import Ledger
+    from tests.system.proxy import Proxy
+
+Strike = Callable[[], Awaitable[None]]
+
+PATIENCE_SECONDS = 60.0
+SLEEP_SECONDS = 1.5 * LEASE_SECONDS
+"""How long a worker stands still: longer than its lease."""
+OUTAGE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Storm:
+    """How much happens, and in what time."""
+
+    runs: int
+    seconds: float
+    """Runs are asked for and faults strike within this time, each at a moment drawn at random."""
+    seed: int
+    rounds: int = 1
+    """How often each kind of fault strikes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One of the workflows of a storm."""
+
+    workflow_id: str
+    expected: str
+    weight: int
+    is_cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of it."""
+
+    ended: Counter[str]
+    repeated_effects: int
+    calls: int
+    longest_seconds: float
+    """From a request to the end of its run, as its client saw it."""
+    calm_seconds: float
+    """From when everything was up again, after the last fault, to the end of the last run."""
+
+
+async def blow(storm: Storm, deployment: Deployment, client: Client, ledger: Ledger) -> Report:
+    """Let it blow over a deployment; fails unless every promise was kept to every client."""
+    chance = Random(storm.seed)
+    ledger.delay_seconds = 0.1
+    client.patience_seconds = PATIENCE_SECONDS
+    kinds = await _kinds(client, ledger)
+    drawn = chance.choices(kinds, [kind.weight for kind in kinds], k=storm.runs)
+    strikes = _strikes(deployment, chance) * storm.rounds
+    chance.shuffle(strikes)
+    with ledger.refusing("decline"):
+        async with deployment.supervised():
+            async with asyncio.TaskGroup() as group:
+                runs = [group.create_task(_live(kind, storm, chance, client)) for kind in drawn]
+                await _strike_all(strikes, storm, chance)
+                await deployment.revive()
+                calm_since = time.monotonic()
+            lives = [run.result() for run in runs]
+            expected = {life.execution_id: life.expected for life in lives}
+            calm_seconds = time.monotonic() - calm_since
+            await promises.assert_kept(deployment, client, ledger, expected, within=PATIENCE_SECONDS)
+    assert len(expected) == storm.runs
+    return Report(
+        ended=Counter(expected.values()),
+        repeated_effects=promises.repeated(ledger.effects()).total(),
+        calls=len(ledger.calls),
+        longest_seconds=max(life.seconds for life in lives),
+        calm_seconds=calm_seconds,
+    )
+
+
+# ── runs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One run, from the request to its end."""
+
+    execution_id: str
+    expected: str
+    seconds: float
+
+
+async def _kinds(client: Client, ledger: Ledger) -> Sequence[Kind]:
+    order = flows.chain(
+        ledger.reads("look"), flows.sets("pack"), ledger.writes("charge"), ledger.writes("ship")
+    )
+    patient = flows.chain(ledger.writes("before"), flows.waits("wait", 1.5), ledger.writes("after"))
+    unlucky = flows.chain(ledger.writes("charge"), ledger.writes("decline"))
+    return [
+        Kind(await client.create(order), "completed", weight=14),
+        Kind(await client.create(flows.journey(ledger)), "completed", weight=2),
+        Kind(await client.create(patient), "completed", weight=2),
+        Kind(await client.create(unlucky), "failed", weight=1),
+        Kind(await client.create(patient), "cancelled", weight=1, is_cancelled=True),
+    ]
+
+
+async def _live(kind: Kind, storm: Storm, chance: Random, client: Client) -> Life:
+    key = f"{chance.getrandbits(128):032x}"
+    await asyncio.sleep(chance.uniform(0, storm.seconds))
+    asked_at = time.monotonic()
+    execution_id = await client.execute(kind.workflow_id, key=key)
+    expected = kind.expected
+    if kind.is_cancelled:
+        await asyncio.sleep(chance.uniform(0, 1))
+        await client.ask(execution_id, "cancel")
+    ended = await client.end(execution_id, PATIENCE_SECONDS)
+    if kind.is_cancelled and ended.status == "completed":
+        expected = "completed"  # the cancel came too late
+    return Life(execution_id, expected, time.monotonic() - asked_at)
+
+
+# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _strike_all(strikes: Sequence[Strike], storm: Storm, chance: Random) -> None:
+    async def strike_at(moment: float, strike: Strike) -> None:
+        await asyncio.sleep(moment)
+        await strike()
+
+    async with asyncio.TaskGroup() as group:
+        for number, strike in enumerate(strikes):
+            # One after another, but each within its own stretch of time at random: some meet, and some are alone.
+            moment = storm.seconds * (number + chance.random()) / len(strikes)
+            group.create_task(strike_at(moment, strike))
+
+
+def _strikes(deployment: Deployment, chance: Random) -> list[Strike]:
+    if isinstance(deployment, ManyProcesses):
+        return _strikes_on_many(deployment, chance)
+    assert isinstance(deployment, OneProcess)
+    return _strikes_on_one(deployment, chance)
+
+
+def _strikes_on_one(deployment: OneProcess, chance: Random) -> list[Strike]:
+    dev = deployment.gateway
+    # A process that stands still may hold the lock, and would never let it go.
+    lock_is_free = asyncio.Lock()
+
+    async def lock_database() -> None:
+        async with lock_is_free:
+            with deployment.database_locked():
+                await asyncio.sleep(chance.uniform(0, SLEEP_SECONDS))
+
+    async def pause() -> None:
+        async with lock_is_free:
+            await _pause(dev)
+
+    return [*[lambda: _kill(dev)] * 3, lambda: _terminate(dev), pause, lock_database]
+
+
+def _strikes_on_many(deployment: ManyProcesses, chance: Random) -> list[Strike]:
+    # A server that is down can't be brought down.
+    database_is_up, redis_is_up = asyncio.Lock(), asyncio.Lock()
+
+    def a_worker() -> Process:
+        return chance.choice(deployment.workers)
+
+    async def crash_database() -> None:
+        async with database_is_up, deployment.database_down():
+            await asyncio.sleep(chance.uniform(0, OUTAGE_SECONDS))
+
+    async def crash_redis() -> None:
+        async with redis_is_up, deployment.redis_down():
+            await asyncio.sleep(chance.uniform(0, OUTAGE_SECONDS))
+
+    async def pause_redis() -> None:
+        async with redis_is_up:
+            with deployment.redis_paused():
+                await asyncio.sleep(chance.uniform(0, SLEEP_SECONDS))
+
+    async def flush_redis() -> None:
+        async with redis_is_up, Redis.from_url(deployment.redis.url) as server:
+            await server.flushall()
+
+    async def lose_answers(way: Proxy) -> None:
+        way.keep_answers(b"")
+        await after(chance.uniform(0, OUTAGE_SECONDS), way.cut)
+
+    ways = deployment.ways
+    return [
+        *[lambda: _kill(a_worker())] * 4,
+        *[lambda: _pause(a_worker())] * 3,
+        *[lambda: _terminate(a_worker())] * 2,
+        *[lambda: _kill(deployment.gateway)] * 2,
+        lambda: _kill(deployment.scheduler),
+        *[crash_database, crash_redis, pause_redis],
+        *[flush_redis] * 2,
+        *[lambda: lose_answers(ways.gateway_to_database)] * 2,
+        *[lambda: lose_answers(ways.worker_to_database)] * 2,
+        lambda: lose_answers(ways.gateway_to_redis),
+    ]
+
+
+async def _kill(process: Process) -> None:
+    await _until_at_work(process)
+    process.kill()
+
+
+async def _terminate(process: Process) -> None:
+    await _until_at_work(process)
+    process.terminate()
+
+
+async def _pause(process: Process) -> None:
+    await _until_at_work(process)
+    with process.paused():
+        await asyncio.sleep(SLEEP_SECONDS)
+
+
+async def _until_at_work(process: Process) -> None:
+    await wait_until(lambda: process.is_at_work, PATIENCE_SECONDS)

@@ -1,0 +1,95 @@
+import asyncio
+
+from redis.asyncio import Redis
+
+from tests.system import flows, promises
+from tests.system.harness import (
+    RECOVERY_SECONDS,
+    Client,
+    ManyProcesses,
+    on_many_processes,
+    wait_until,
+)
+from tests.system.ledger import Ledger
+
+pytestmark = on_many_processes
+
+RUNS = 10
+PROMPT_SECONDS = 0.5
+"""Sooner than a sweep: the run was woken."""
+
+
+async def test_runs_finish_though_redis_forgets_everything(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    ledger.delay_seconds = 0.02
+    workflow = await client.create(flows.journey(ledger))
+    runs = [await client.execute(workflow) for _ in range(RUNS)]
+    await ledger.call(5 * RUNS)
+    async with Redis.from_url(deployment.redis.url) as server:
+        await server.flushall()
+    runs += [await client.execute(workflow) for _ in range(RUNS)]
+    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    assert not promises.repeated(ledger.effects())
+
+
+async def test_runs_are_accepted_and_finish_while_redis_is_down(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.reads("look"), ledger.writes("charge")))
+    async with deployment.redis_down():
+        requests = [client.execute_once(workflow) for _ in range(RUNS)]
+        answers = await asyncio.gather(*requests)
+        assert {answer.status_code for answer in answers} == {201}
+        runs = [answer.json()["executionId"] for answer in answers]
+        await promises.assert_kept(
+            deployment, client, ledger, dict.fromkeys(runs, "completed"), within=RECOVERY_SECONDS
+        )
+
+
+async def test_runs_go_on_over_a_restart_of_redis_and_are_woken_again_after_it(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    ledger.delay_seconds = 0.02
+    workflow = await client.create(flows.journey(ledger))
+    runs = [await client.execute(workflow) for _ in range(RUNS)]
+    await ledger.call(3 * RUNS)
+    async with deployment.redis_down():
+        await ledger.call(6 * RUNS)
+    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    assert not promises.repeated(ledger.effects())
+    await wait_until(lambda: _is_prompt(client))
+
+
+async def test_a_redis_that_answers_nothing_holds_nobody_up_for_long(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.reads("look"), ledger.writes("charge")))
+    with deployment.redis_paused():
+        runs = [await asyncio.wait_for(client.execute(workflow), 1) for _ in range(RUNS)]
+        await promises.assert_kept(
+            deployment, client, ledger, dict.fromkeys(runs, "completed"), within=RECOVERY_SECONDS
+        )
+    await wait_until(lambda: _is_prompt(client))
+
+
+async def test_a_wake_up_that_arrived_though_its_answer_was_lost_changes_nothing(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    way = deployment.ways.gateway_to_redis
+    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    way.keep_answers(b"EVALSHA")
+    run = await asyncio.wait_for(client.execute(workflow), 1)
+    await way.kept_one()
+    way.cut()
+    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    assert len(ledger.of("charge")) == 1
+
+
+async def _is_prompt(client: Client) -> bool:
+    """Tell whether a fresh run was done before any sweep would have found it."""
+    run = await client.execute(await client.create(flows.chain(flows.sets("done"))))
+    try:
+        return (await client.end(run, within=PROMPT_SECONDS)).status == "completed"
+    except TimeoutError:
+        return False

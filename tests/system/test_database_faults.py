@@ -1,0 +1,104 @@
+import time
+
+from tests.system import flows, promises
+from tests.system.harness import (
+    LEASE_SECONDS,
+    RECOVERY_SECONDS,
+    SWEEP_SECONDS,
+    Client,
+    Deployment,
+    ManyProcesses,
+    OneProcess,
+    on_many_processes,
+    on_one_process,
+    wait_until,
+)
+from tests.system.ledger import Ledger
+
+RUNS = 10
+
+
+@on_many_processes
+async def test_runs_go_on_over_a_crash_of_postgresql_and_clients_are_told_to_come_again(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    ledger.delay_seconds = 0.02
+    workflow = await client.create(flows.journey(ledger))
+    runs = [await client.execute(workflow) for _ in range(RUNS)]
+    await ledger.call(4 * RUNS)
+    async with deployment.database_down():
+        refused = await client.execute_once(workflow)
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+    runs += [await client.execute(workflow) for _ in range(RUNS)]
+    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"), within=30)
+
+
+@on_many_processes
+async def test_clients_are_told_to_come_again_while_postgresql_starts(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    with deployment.ways.gateway_to_database.starting_up():
+        for refused in (
+            await client.execute_once(workflow),
+            await client.send("GET", f"/workflows/{workflow}"),
+        ):
+            assert refused.status_code == 503
+            assert int(refused.headers["Retry-After"]) > 0
+    await promises.assert_kept(deployment, client, ledger, {await client.execute(workflow): "completed"})
+
+
+@on_many_processes
+async def test_a_claim_whose_answer_was_lost_is_taken_back_and_made_again(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    way = deployment.ways.worker_to_database
+    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    with deployment.workers[1].paused():
+        way.keep_answers(b"shared")  # whose runs it asks for
+        run = await client.execute(workflow)
+        await wait_until(lambda: _is_running(deployment, run))
+        await way.kept_one()
+        way.cut()
+        await promises.assert_kept(deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS)
+    assert len(ledger.of("charge")) == 1
+
+
+@on_many_processes
+async def test_a_commit_of_a_worker_whose_answer_was_lost_is_made_again_and_changes_nothing(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    way = deployment.ways.worker_to_database
+    workflow = await client.create(
+        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+    )
+    with deployment.workers[1].paused(), ledger.holding("charge") as held:
+        run = await client.execute(workflow)
+        receipt = (await held.arrived()).receipt
+        way.keep_answers(f'"receipt":{receipt}'.encode())
+        held.release()
+        await way.kept_one()
+        way.cut()
+        await promises.assert_kept(deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS)
+    assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (1, 1)
+
+
+@on_one_process
+async def test_runs_go_on_behind_a_lock_on_sqlite_that_outlasts_their_leases(
+    deployment: OneProcess, client: Client, ledger: Ledger
+) -> None:
+    ledger.delay_seconds = 0.02
+    workflow = await client.create(flows.journey(ledger))
+    runs = [await client.execute(workflow) for _ in range(RUNS)]
+    await ledger.call(4 * RUNS)
+    with deployment.database_locked():
+        locked_at = time.monotonic()
+        await wait_until(lambda: time.monotonic() > locked_at + LEASE_SECONDS + SWEEP_SECONDS)
+    await promises.assert_kept(
+        deployment, client, ledger, dict.fromkeys(runs, "completed"), within=RECOVERY_SECONDS
+    )
+
+
+async def _is_running(deployment: Deployment, run: str) -> bool:
+    return await deployment.records.status(run) == "running"

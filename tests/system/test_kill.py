@@ -1,0 +1,76 @@
+import asyncio
+import random
+from functools import partial
+
+from engine.values import Json
+from tests.system import flows, promises
+from tests.system.harness import RECOVERY_SECONDS, Client, Deployment, after, wait_until
+from tests.system.ledger import Call, Ledger
+
+RUNS = 8
+CALLS = 11 * RUNS
+KILLS = 3
+
+
+async def test_runs_finish_though_their_worker_is_killed_at_random_points(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    chance = random.Random(7)
+    ledger.delay_seconds = 0.02
+    workflow = await client.create(flows.journey(ledger))
+    async with deployment.supervised():
+        starting = asyncio.gather(*(client.execute(workflow) for _ in range(RUNS)))
+        for kill in range(KILLS):
+            await ledger.call((CALLS * kill + chance.randint(1, CALLS)) // KILLS)
+            # Within the promised time of the kill before, somebody is at work again.
+            victim = await wait_until(
+                lambda: deployment.worker_behind(ledger.calls[-1].port), RECOVERY_SECONDS
+            )
+            # Before the ledger's answer, while that is on its way, or after it has been committed.
+            await after(chance.uniform(0, 2 * ledger.delay_seconds), victim.kill)
+        runs = await starting
+        await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+
+
+async def test_a_run_that_kills_its_worker_three_times_fails_as_crashed(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    poison = await client.create(flows.chain(ledger.reads("look"), ledger.writes("poison")))
+    harmless = await client.create(
+        flows.chain(ledger.writes("before"), flows.waits("wait", 2), ledger.writes("after"))
+    )
+
+    def kill(call: Call) -> None:
+        deployment.sender(call).kill()
+
+    with ledger.on_arrival("poison", kill):
+        async with deployment.supervised():
+            beside = await client.execute(harmless)
+            run = await client.execute(poison)
+            ended = await client.end(run, within=4 * RECOVERY_SECONDS)
+            await promises.assert_kept(deployment, client, ledger, {run: "failed", beside: "completed"})
+    assert ended.error_code == "crashed"
+    assert len(ledger.of("poison")) == 3
+
+
+async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    waiting = await client.create(
+        flows.chain(ledger.writes("before"), flows.waits("wait", 2), ledger.writes("after"))
+    )
+    retry: Json = {"maxAttempts": 2, "backoff": 2, "jitter": 0}
+    retrying = await client.create(flows.chain(ledger.writes("charge", retry=retry)))
+    with ledger.refusing("charge", status=503):
+        runs = [await client.execute(workflow) for workflow in (waiting, retrying)]
+        for run in runs:
+            await wait_until(partial(client.has_status, run, "waiting"))
+    for process in deployment.processes:
+        process.kill()
+    await deployment.revive()
+    await promises.assert_kept(
+        deployment, client, ledger, dict.fromkeys(runs, "completed"), within=2 + RECOVERY_SECONDS
+    )
+    (before,), (after,) = ledger.of("before"), ledger.of("after")
+    assert after.arrived_at - before.arrived_at >= 2
+    assert len(ledger.of("charge")) == 2

@@ -1,0 +1,94 @@
+"""What the README tells a newcomer to type does what it says there."""
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.harness import COMMAND
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def _section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def _blocks(section: str, kind: str = "sh") -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A first start, as `make run` ends in one; yields the environment of the second terminal."""
+    log = (tmp_path / "dev.log").open("w+")
+    environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(tmp_path / "data")}
+    process = subprocess.Popen(
+        [COMMAND, "dev", "--port", "0"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        printed = ""
+        while "progress" not in printed:
+            assert process.poll() is None, printed
+            printed = Path(log.name).read_text()
+        address = re.search(r"http://127\.0\.0\.1:\d+", printed)
+        key = re.search(r"sk-\w+", printed)
+        assert address
+        assert key
+        yield {**os.environ, "PRINTED_ADDRESS": address[0], "PRINTED_KEY": key[0], "PRINTED": printed}
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+        log.close()
+
+
+def _run(script: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_example_gives_the_report_that_the_readme_shows(dev: dict[str, str]) -> None:
+    exports, curls, command_line = [*_blocks(_section("Start"))[1:], *_blocks(_section("Try it"))]
+    exports = re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), exports)
+    exports = exports.replace("http://127.0.0.1:8000", dev["PRINTED_ADDRESS"])
+    # What the reader copies from one answer into the next command.
+    create, execute, poll = re.split(r"\n# \{.*\}\nexport \w+=\w+\.\.\.\n", curls)
+    script = (
+        f"{exports}\nexport WORKFLOW=$({create} | cut -d'\"' -f4)\n"
+        f"export EXECUTION=$({execute.strip()} | cut -d'\"' -f4)\n{poll}"
+    )
+    assert _run(script, dev) == _blocks(_section("Try it"), kind="text")[0]
+
+    shown = _run(
+        f"{exports}\nexport PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
+        + command_line.replace(".venv/bin/pilotflame", str(COMMAND)),
+        dev,
+    )
+    assert "Chinstrap on Dream: 68 penguins" in shown
+
+
+def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str, str]) -> None:
+    lines = dev["PRINTED"].partition("wait for its result:\n")[2]
+    assert "Hello, world!" in _run(lines, dev)
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
+    for command in sorted(set(re.findall(r"pilotflame (\w+)", README)) - {"dev"}):
+        assert (
+            subprocess.run([COMMAND, command, "--help"], capture_output=True, check=False).returncode == 0
+        ), command

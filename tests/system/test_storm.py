@@ -1,0 +1,26 @@
+import pytest
+
+from tests.system import storm
+from tests.system.harness import RECOVERY_SECONDS, Client, Deployment, on_many_processes, on_one_process
+from tests.system.ledger import Ledger
+from tests.system.storm import Storm
+
+LONGEST_RUN_SECONDS = 2.0
+"""What a run of the storm takes in fair weather, its wait included."""
+
+
+@on_many_processes
+@pytest.mark.timeout(180)
+async def test_a_thousand_runs_end_once_each_though_every_part_fails_meanwhile(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    report = await storm.blow(Storm(runs=1_000, seconds=30, seed=7), deployment, client, ledger)
+    assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
+
+
+@on_one_process
+async def test_two_hundred_runs_end_once_each_though_their_only_process_fails_again_and_again(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    report = await storm.blow(Storm(runs=200, seconds=10, seed=11), deployment, client, ledger)
+    assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report

@@ -1,0 +1,139 @@
+import time
+
+from tests.system import flows, promises
+from tests.system.harness import (
+    LEASE_SECONDS,
+    RECOVERY_SECONDS,
+    Client,
+    Deployment,
+    ManyProcesses,
+    on_many_processes,
+    wait_until,
+)
+from tests.system.ledger import Ledger
+
+
+@on_many_processes
+async def test_two_workers_that_race_for_the_same_rows_share_them(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    one, other = deployment.workers
+    with one.paused(), other.paused():
+        runs = [await client.execute(workflow) for _ in range(100)]
+    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    assert not promises.repeated(ledger.effects())
+
+
+@on_many_processes
+async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(
+        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+    )
+    with ledger.holding("charge") as held:
+        run = await client.execute(workflow)
+        sleeper = deployment.sender(await held.arrived())
+        with sleeper.paused():
+            again = await held.arrived()
+            assert deployment.sender(again) is deployment.other_worker(sleeper)
+            held.release()
+            assert (await client.end(run)).status == "completed"
+        await wait_until(lambda: sleeper.has_logged("run abandoned", run))
+    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
+
+
+async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_hand(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(
+        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+    )
+    with ledger.holding("charge") as held:
+        run = await client.execute(workflow)
+        sleeper = deployment.sender(await held.arrived())
+        slept_at = time.monotonic()
+        with sleeper.paused():
+            await wait_until(lambda: time.monotonic() > slept_at + LEASE_SECONDS)
+        await held.arrived()
+    await promises.assert_kept(deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS)
+
+
+@on_many_processes
+async def test_a_worker_that_fell_asleep_in_a_commit_begins_no_node_after_it(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(
+        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+    )
+    with ledger.holding("look") as held:
+        run = await client.execute(workflow)
+        sleeper = deployment.sender(await held.arrived())
+        # Nobody can write the run: the worker is still in the commit before `charge` when it falls asleep.
+        async with deployment.records.row_locked(run) as lock:
+            held.release()
+            await wait_until(lambda: _is_waited_for(deployment, lock))
+            sleeper.pause()
+    await wait_until(lambda: ledger.of("charge"), RECOVERY_SECONDS)
+    assert (await client.end(run)).status == "completed"
+    sleeper.resume()
+    await wait_until(lambda: sleeper.has_logged("run abandoned", run))
+    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    assert len(ledger.of("charge")) == 1
+
+
+@on_many_processes
+async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_nothing(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    one, other = deployment.workers
+    with ledger.holding("charge") as charged, ledger.holding("ship") as shipped:
+        with other.paused():
+            run = await client.execute(workflow)
+            late = await charged.arrived()
+        async with deployment.late_requests(f'"receipt":{late.receipt}'.encode()):
+            charged.release()
+            # The other worker has taken over, and is in the middle of the next node, when the result arrives.
+            assert deployment.sender(await shipped.arrived()) is other
+        await wait_until(lambda: one.has_logged("run abandoned", run))
+    ended = await client.end(run)
+    assert ended.outputs["charge"]["body"] != {"receipt": late.receipt}
+    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
+
+
+@on_many_processes
+async def test_sigterm_hands_runs_over_between_two_nodes(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    ledger.delay_seconds = 0.1
+    workflow = await client.create(flows.journey(ledger))
+    runs = [await client.execute(workflow) for _ in range(8)]
+    leaving = deployment.sender(await ledger.call(2 * len(runs)))
+    leaving.terminate()
+    assert await leaving.exit_code() == 0
+    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    assert not promises.repeated(ledger.effects())
+
+
+async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile(
+    deployment: Deployment, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship"), timeout=4))
+    with ledger.holding("charge") as held:
+        run = await client.execute(workflow)
+        deployment.sender(await held.arrived()).kill()
+        await deployment.revive()
+        await held.arrived()
+        ended = await client.end(run, within=4 + RECOVERY_SECONDS)
+        assert ended.error_code == "timeout"
+        await promises.assert_kept(deployment, client, ledger, {run: "failed"})
+    assert not ledger.of("ship")
+
+
+async def _is_waited_for(deployment: Deployment, owner: int) -> bool:
+    waiting = f"SELECT 1 FROM pg_stat_activity WHERE {owner} = ANY (pg_blocking_pids(pid)) AND query LIKE '%WITH held%'"
+    return bool(await deployment.records.fetch(waiting))
