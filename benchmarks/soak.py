@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests import services
 from tests.system import harness, ledger, storm
-from tests.system.harness import Client, Deployment
+from tests.system.client import Client
+from tests.system.harness import Deployment
 from tests.system.storm import Storm
 
 STORM_SECONDS = 60

@@ -8,7 +8,8 @@ import pytest
 
 from tests.system import flows, harness
 from tests.system import ledger as ledgers
-from tests.system.harness import Client, Deployment
+from tests.system.client import Client
+from tests.system.harness import Deployment
 from tests.system.ledger import Ledger
 
 LIVELY_SECONDS = 5.0

@@ -14,8 +14,10 @@ from tests.system.witness import Kind
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from tests.system.harness import Client, Deployment, Fault
+    from tests.system.client import Client
+    from tests.system.harness import Deployment
     from tests.system.ledger import Call, Ledger
+    from tests.system.processes import Fault
     from tests.system.witness import Note, Result
 
 CLOCK_SECONDS = 0.002
@@ -106,14 +108,15 @@ class Account:
         )
 
     def _unseen(self, results: Mapping[str, Result]) -> Iterator[str]:
-        """Tell of results that hold a receipt which the ledger never gave for that node."""
+        """Tell of results of writes that the ledger does not know."""
         for result in results.values():
-            calls = self.effects.get((result.execution_id, result.node_id))
-            if calls is None or result.status != SpanStatus.COMPLETED:
+            if result.resolved_config is None or result.status != SpanStatus.COMPLETED:
                 continue
             receipt = json.loads(result.output or "null")["body"]["receipt"]
-            if receipt not in {call.receipt for call in calls}:
-                yield f"{result.execution_id}: {result.node_id} has a receipt of nobody's: {receipt}"
+            if receipt not in {
+                call.receipt for call in self.effects.get((result.execution_id, result.node_id), ())
+            }:
+                yield f"{result.execution_id}: {result.node_id} has a receipt that it was not given: {receipt}"
 
 
 def _differences(one: Mapping[str, Json], other: Mapping[str, Json]) -> list[str]:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 from redis.asyncio import Redis
 
 from tests.system import flows, promises
-from tests.system.harness import LEASE_SECONDS, ManyProcesses, OneProcess, after, wait_until
+from tests.system.harness import LEASE_SECONDS, ManyProcesses, OneProcess
+from tests.system.moments import after, wait_until
 
 if TYPE_CHECKING:
-    from tests.system.harness import Client, Deployment, Process
+    from tests.system.client import Client
+    from tests.system.harness import Deployment
     from tests.system.ledger import Ledger
+    from tests.system.processes import Process
     from tests.system.proxy import Proxy
 
 Strike = Callable[[], Awaitable[None]]

@@ -3,14 +3,10 @@ import asyncio
 from redis.asyncio import Redis
 
 from tests.system import flows, promises
-from tests.system.harness import (
-    RECOVERY_SECONDS,
-    Client,
-    ManyProcesses,
-    on_many_processes,
-    wait_until,
-)
+from tests.system.client import Client
+from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, on_many_processes
 from tests.system.ledger import Ledger
+from tests.system.moments import wait_until
 
 pytestmark = on_many_processes
 

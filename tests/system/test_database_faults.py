@@ -1,19 +1,19 @@
 import time
 
 from tests.system import flows, promises
+from tests.system.client import Client
 from tests.system.harness import (
     LEASE_SECONDS,
     RECOVERY_SECONDS,
     SWEEP_SECONDS,
-    Client,
     Deployment,
     ManyProcesses,
     OneProcess,
     on_many_processes,
     on_one_process,
-    wait_until,
 )
 from tests.system.ledger import Ledger
+from tests.system.moments import wait_until
 
 RUNS = 10
 

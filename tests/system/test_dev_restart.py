@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.system import flows, harness, promises
-from tests.system.harness import Client, Deployment
+from tests.system.client import Client
+from tests.system.harness import Deployment
 from tests.system.ledger import Ledger
 
 LONG_LEASE_SECONDS = 600

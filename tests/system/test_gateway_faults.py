@@ -5,15 +5,10 @@ import httpx2
 import pytest
 
 from tests.system import flows, promises, proxy
-from tests.system.harness import (
-    RECOVERY_SECONDS,
-    Client,
-    Deployment,
-    ManyProcesses,
-    on_many_processes,
-    wait_until,
-)
+from tests.system.client import Client
+from tests.system.harness import RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
 from tests.system.ledger import Ledger
+from tests.system.moments import wait_until
 
 
 async def test_a_burst_of_requests_acts_once_though_the_gateway_is_killed_in_its_middle(

@@ -4,8 +4,10 @@ from functools import partial
 
 from engine.values import Json
 from tests.system import flows, promises
-from tests.system.harness import RECOVERY_SECONDS, Client, Deployment, after, wait_until
+from tests.system.client import Client
+from tests.system.harness import RECOVERY_SECONDS, Deployment
 from tests.system.ledger import Call, Ledger
+from tests.system.moments import after, wait_until
 
 RUNS = 8
 CALLS = 11 * RUNS
@@ -71,6 +73,6 @@ async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
     await promises.assert_kept(
         deployment, client, ledger, dict.fromkeys(runs, "completed"), within=2 + RECOVERY_SECONDS
     )
-    (before,), (after,) = ledger.of("before"), ledger.of("after")
-    assert after.arrived_at - before.arrived_at >= 2
+    (first,), (second,) = ledger.of("before"), ledger.of("after")
+    assert second.arrived_at - first.arrived_at >= 2
     assert len(ledger.of("charge")) == 2

@@ -1,7 +1,8 @@
 import pytest
 
 from tests.system import storm
-from tests.system.harness import RECOVERY_SECONDS, Client, Deployment, on_many_processes, on_one_process
+from tests.system.client import Client
+from tests.system.harness import RECOVERY_SECONDS, Deployment, on_many_processes, on_one_process
 from tests.system.ledger import Ledger
 from tests.system.storm import Storm
 

@@ -1,16 +1,10 @@
 import time
 
 from tests.system import flows, promises
-from tests.system.harness import (
-    LEASE_SECONDS,
-    RECOVERY_SECONDS,
-    Client,
-    Deployment,
-    ManyProcesses,
-    on_many_processes,
-    wait_until,
-)
+from tests.system.client import Client
+from tests.system.harness import LEASE_SECONDS, RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
 from tests.system.ledger import Ledger
+from tests.system.moments import wait_until
 
 
 @on_many_processes

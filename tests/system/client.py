@@ -1,0 +1,120 @@
+"""The client that the tests serve."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
+
+import httpx2
+
+from models.execution import TERMINAL
+from tests.system.moments import PATIENCE_SECONDS, POLL_SECONDS
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+API_KEY = "sk-system-tests-0123456789"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an execution ended, as its client was told."""
+
+    status: str
+    error_code: str | None
+    outputs: Mapping[str, Any]
+
+
+class Client:
+    """One as the documentation asks for: what got no answer, or 503, is sent again under the same Idempotency-Key."""
+
+    def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.patience_seconds = patience_seconds
+        self.ended: dict[str, Ended] = {}
+        """What was seen to have ended, as it was seen first."""
+        self._http = httpx2.AsyncClient(
+            base_url=f"{url}/api/v1",
+            headers={"X-API-Key": API_KEY},
+            timeout=httpx2.Timeout(20.0, connect=2.0),
+            limits=httpx2.Limits(max_connections=200),
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def send(
+        self, method: str, path: str, body: Json = None, *, key: str | None = None
+    ) -> httpx2.Response:
+        """Send a request once; raises `httpx2.TransportError` where no answer comes."""
+        headers = {"Idempotency-Key": key} if key else {}
+        return await self._http.request(method, path, json=body, headers=headers)
+
+    async def answer(
+        self, method: str, path: str, body: Json = None, *, key: str | None = None
+    ) -> httpx2.Response:
+        """Send a request until it is answered by anything but 503, or patience is at an end."""
+        deadline = time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                response = await self.send(method, path, body, key=key)
+            except httpx2.TransportError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if response.status_code != httpx2.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                    return response
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def create(self, workflow: Mapping[str, Json]) -> str:
+        """Create a workflow and return its id."""
+        response = await self.answer("POST", "/workflows", dict(workflow), key=str(uuid4()))
+        assert response.status_code == httpx2.codes.CREATED, response.text
+        return str(response.json()["workflowId"])
+
+    async def execute_once(
+        self, workflow_id: str, inputs: Mapping[str, Json] | None = None, *, key: str | None = None
+    ) -> httpx2.Response:
+        """Ask for a run, and return whatever the answer is; raises `httpx2.TransportError` where there is none."""
+        return await self.send(
+            "POST", f"/workflows/{workflow_id}/execute", {"triggerInputs": dict(inputs or {})}, key=key
+        )
+
+    async def execute(
+        self, workflow_id: str, inputs: Mapping[str, Json] | None = None, *, key: str | None = None
+    ) -> str:
+        """Have a workflow run, and return the execution's id."""
+        path = f"/workflows/{workflow_id}/execute"
+        response = await self.answer(
+            "POST", path, {"triggerInputs": dict(inputs or {})}, key=key or str(uuid4())
+        )
+        assert response.status_code == httpx2.codes.CREATED, response.text
+        return str(response.json()["executionId"])
+
+    async def progress(self, execution_id: str, *, wait_seconds: float = 0) -> dict[str, Any]:
+        """Return where an execution is, or where it was when the wait ended."""
+        response = await self.answer("GET", f"/executions/{execution_id}/progress?wait={wait_seconds:g}")
+        assert response.status_code == httpx2.codes.OK, response.text
+        return cast("dict[str, Any]", response.json())
+
+    async def end(self, execution_id: str, within: float = PATIENCE_SECONDS) -> Ended:
+        """Follow an execution to its end; raises TimeoutError."""
+        async with asyncio.timeout(within):
+            progress: dict[str, Any] = {"status": "pending"}
+            while progress["status"] not in TERMINAL:
+                progress = await self.progress(execution_id, wait_seconds=5)
+        error = progress.get("error") or {}
+        ended = Ended(progress["status"], error.get("code"), progress["outputs"])
+        return self.ended.setdefault(execution_id, ended)
+
+    async def has_status(self, execution_id: str, status: str) -> bool:
+        """Tell whether an execution is in a state right now."""
+        return bool((await self.progress(execution_id))["status"] == status)
+
+    async def ask(self, execution_id: str, request: str) -> httpx2.Response:
+        """Ask for `stop`, `cancel` or `resume`."""
+        return await self.answer("POST", f"/executions/{execution_id}/{request}")

@@ -1,0 +1,180 @@
+"""Processes of ours, and what can happen to a process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.commands import COMMAND
+from tests.system.moments import wait_until
+
+SHUTDOWN_SECONDS = 20.0
+"""Within this time of SIGTERM a process has ended."""
+UNREAD_SECONDS = 0.5
+"""For so long what a process sent may lie about before the test reads it, though the process is gone."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """What a test did to whoever had nodes in hand, or to the database, and for how long; a kill is over at once."""
+
+    what: str
+    began_at: float
+    """Unix time."""
+    ended_at: float
+
+    def lies_between(self, earlier: float, later: float) -> bool:
+        """Tell whether it may have to do with what happened first `earlier` and again `later`."""
+        return self.began_at <= later and earlier <= self.ended_at + UNREAD_SECONDS
+
+
+class Process:
+    """One process of a deployment, under the name that it has in the Procfile."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        faults: list[Fault],
+    ) -> None:
+        self.name = name
+        self.environment = dict(environment)
+        self._arguments = arguments
+        self._folder = folder
+        self._log = folder / f"{name}.log"
+        self._log.touch()
+        self._log_start = 0
+        self._heard_to = 0
+        self._faults = faults
+        self._has_runs = arguments[0] in {"worker", "dev"}
+        self._has_http = arguments[0] in {"gateway", "dev"}
+        self._pause: Fault | None = None
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process_id(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has been started and has not ended; a paused one has not."""
+        return self._popen is not None and self._popen.poll() is None
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it does what it is there for: it has got through its start, and it isn't paused."""
+        if not self.is_alive or self._pause is not None:
+            return False
+        if self._has_http:
+            return self.has_port(int(self.environment["PILOTFLAME_PORT"]))
+        return "ready" in self.log()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        assert not self.is_alive
+        self._log_start = self._log.stat().st_size
+        with self._log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", COMMAND, *self._arguments],
+                cwd=self._folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C ends the tests, and they end the processes
+            )
+
+    def kill(self) -> None:
+        """End it as a crash would: SIGKILL."""
+        now = time.time()
+        self._note(Fault(f"{self.name} killed", now, now))
+        self._end_pause()
+        self._signal(signal.SIGKILL)
+        assert self._popen is not None
+        self._popen.wait()
+
+    def pause(self) -> None:
+        """Let it stand still, though it doesn't know: SIGSTOP. Returns when it does."""
+        self._pause = Fault(f"{self.name} paused", time.time(), float("inf"))
+        self._note(self._pause)
+        self._signal(signal.SIGSTOP)
+        process = psutil.Process(self.process_id)
+        while process.status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}:
+            pass  # it takes microseconds, and nothing may happen in between
+
+    def resume(self) -> None:
+        """Let it go on after a pause: SIGCONT."""
+        self._signal(signal.SIGCONT)
+        self._end_pause()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep it paused for the time of a block."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def terminate(self) -> None:
+        """Ask it to end, as whoever deploys a new version does: SIGTERM."""
+        self._signal(signal.SIGTERM)
+
+    async def exit_code(self, within: float = SHUTDOWN_SECONDS) -> int:
+        """Wait until it has ended; raises TimeoutError."""
+        popen = self._popen
+        assert popen is not None
+        await wait_until(lambda: popen.poll() is not None, within, what=f"{self.name} ends")
+        return popen.returncode
+
+    def twin(self) -> Process:
+        """Return another one of the same kind, in the same environment, that is still to be started."""
+        return Process(f"{self.name}-twin", self._arguments, self.environment, self._folder, self._faults)
+
+    def log(self) -> str:
+        """Return what it has logged since its start."""
+        with self._log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def has_logged(self, event: str, execution_id: str) -> bool:
+        """Tell whether it has said something of an execution since its start."""
+        return any(event in line and execution_id in line for line in self.log().splitlines())
+
+    def complaints(self) -> list[str]:
+        """Return the errors that it has logged since it was asked for them last."""
+        with self._log.open("rb") as log:
+            log.seek(self._heard_to)
+            lines = log.readlines()
+            self._heard_to = log.tell()
+        return [line.decode() for line in lines if b'"level":"error"' in line or b"Traceback" in line]
+
+    def has_port(self, port: int) -> bool:
+        """Tell whether a connection with this local port is its."""
+        if not self.is_alive:
+            return False
+        connections = psutil.Process(self.process_id).net_connections(kind="tcp")
+        return any(connection.laddr and connection.laddr.port == port for connection in connections)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._popen is not None
+        self._popen.send_signal(number)
+
+    def _note(self, fault: Fault) -> None:
+        if self._has_runs:
+            self._faults.append(fault)
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.ended_at = time.time()
+            self._pause = None
