@@ -332,6 +332,9 @@ class Runner:
         if visit.is_write or not program.config.is_static:
             rendered = visit.resolved_config or values.encode(visit.config)
             visit.resolved_config = rendered if visit.is_write else None
+            if visit.is_write and not program.config.is_static:
+                # What is sent is what is recorded: `nodes` may grow while that is being committed.
+                visit.config = cast("Mapping[str, Json]", values.decode(rendered))
             dynamic = sha256(dynamic + rendered).digest()
         visit.hashes = program.static_hashes + dynamic
         node_id = visit.node_id

@@ -24,8 +24,10 @@ RETRIES = 5
 SQLITE_BUSY_SECONDS = 30.0
 POOL_SIZE = 5
 CONNECT_SECONDS = 10.0
-RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})
-"""Serialization failure and deadlock: the same transaction may succeed when it is run again."""
+RETRYABLE_SQLSTATES = frozenset(
+    {"40001", "40P01", "53300", "57P01", "57P02", "57P03", "08000", "08001", "08003", "08006"}
+)
+"""Serialization failure and deadlock; a server without a free connection, on its way down or up; a lost connection."""
 
 
 class DatabaseUnavailable(Exception):
