@@ -43,6 +43,8 @@ _SETTLED: Final = or_(
     and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port).is_not(None)),
 )
 """Nodes that won't run again, among them one that failed and left by its error port."""
+_IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
+"""Writes that nobody knows the end of: they are asked for again, with the key and the body that were recorded."""
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
     *("request", "error", "started_at", "ended_at"),
@@ -55,9 +57,12 @@ async def resume(connection: AsyncConnection, failed: ExecutionKey, new_id: str,
     await _require_failed(connection, failed, caller)
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
         return  # an earlier try was committed, though its answer was lost
-    settled = select(col(SpanRow.node_id), col(SpanRow.iteration)).where(_spans_of(failed), _SETTLED)
-    spans = (await connection.execute(settled)).all()
-    await connection.execute(_new_execution(connection, failed, new_id, caller, settled_nodes=len(spans)))
+    kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
+        _spans_of(failed), or_(_SETTLED, _IN_FLIGHT)
+    )
+    spans = (await connection.execute(kept)).all()
+    settled_nodes = sum(bool(row.is_settled) for row in spans)
+    await connection.execute(_new_execution(connection, failed, new_id, caller, settled_nodes=settled_nodes))
     await connection.execute(_new_data(failed, new_id))
     if spans:
         copies = [

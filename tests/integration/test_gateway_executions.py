@@ -1114,6 +1114,7 @@ async def failed(world: World, person: Person, workflow_id: str) -> str:
         run.span("handled", SpanStatus.FAILED, port="error", output={"error": {}}, error=error),
         run.span("step", SpanStatus.FAILED, error=error),
         run.span("cut", SpanStatus.CANCELLED),
+        run.span("sent", SpanStatus.RUNNING, resolved_config=b'{"body":1}'),
         run.line("info", "stays behind"),
         end=RunStatus.FAILED,
         error=error,
@@ -1166,7 +1167,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
         assert getattr(after, name) == getattr(before, name)
     assert after.created_at > before.created_at
     old, new = await rows_of_spans(world, failed_id), await rows_of_spans(world, resumed_id)
-    assert set(new) == {"start", "away", "handled"}
+    assert set(new) == {"start", "away", "handled", "sent"}
     assert after.completed_nodes == 3
     for node_id, span in new.items():
         assert span["id"] != old[node_id]["id"]
