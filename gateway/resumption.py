@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
-    BigInteger,
     Text,
     and_,
     bindparam,
     insert,
     literal,
-    literal_column,
     null,
     or_,
     select,
     true,
-    type_coerce,
 )
 from sqlmodel import SQLModel, col
 
@@ -26,7 +22,7 @@ from engine.events import SpanStatus
 from gateway import acceptance, errors
 from gateway.execution_access import visible_to
 from models import ids
-from models.columns import Instant
+from models.database_time import DatabaseTime
 from models.execution import SHARED, Execution, ExecutionData, ExecutionStatus, SpanRow
 from models.workflow import Workflow, WorkflowStatus
 
@@ -62,7 +58,7 @@ async def resume(connection: AsyncConnection, failed: ExecutionKey, new_id: str,
     )
     spans = (await connection.execute(kept)).all()
     settled_nodes = sum(bool(row.is_settled) for row in spans)
-    await connection.execute(_new_execution(connection, failed, new_id, caller, settled_nodes=settled_nodes))
+    await connection.execute(_new_execution(failed, new_id, caller, settled_nodes=settled_nodes))
     await connection.execute(_new_data(failed, new_id))
     if spans:
         copies = [
@@ -90,16 +86,14 @@ async def _require_failed(connection: AsyncConnection, failed: ExecutionKey, cal
     acceptance.require_open(WorkflowStatus(workflow_status))
 
 
-def _new_execution(
-    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller, *, settled_nodes: int
-) -> Insert:
-    now = _now(connection)
+def _new_execution(failed: ExecutionKey, new_id: str, caller: Caller, *, settled_nodes: int) -> Insert:
+    now = DatabaseTime()
     changes: dict[str, SQLColumnExpression[Any]] = {
         "id": literal(new_id),
         "user_id": literal(caller.user_id),
         "status": literal(ExecutionStatus.PENDING.value),
         "target": literal(SHARED),
-        "rank": type_coerce(now, BigInteger),
+        "rank": now,
         "is_fresh": true(),
         "token": literal(0),
         "attempt": literal(0),
@@ -143,10 +137,3 @@ def _copy(
     columns = SQLModel.metadata.tables[table].columns
     selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
     return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)
-
-
-def _now(connection: AsyncConnection) -> ColumnElement[datetime]:
-    """Return the database's time; SQLite's is this host's."""
-    if connection.dialect.name == "postgresql":
-        return literal_column("(extract(epoch FROM now()) * 1000000)::bigint", Instant())
-    return literal(datetime.now(UTC), Instant())

@@ -11,8 +11,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from models import ids
+from models.database_time import DatabaseTime
 from models.execution import Leadership
-from scheduler.database_time import DatabaseTime
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import delete, select, tuple_
 from sqlmodel import col
 
+from models.database_time import DatabaseTime
 from models.execution import Idempotency
-from scheduler.database_time import DatabaseTime
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
