@@ -24,10 +24,10 @@ RETRIES = 5
 SQLITE_BUSY_SECONDS = 30.0
 POOL_SIZE = 5
 CONNECT_SECONDS = 10.0
-RETRYABLE_SQLSTATES = frozenset(
-    {"40001", "40P01", "53300", "57P01", "57P02", "57P03", "08000", "08001", "08003", "08006"}
-)
-"""Serialization failure and deadlock; a server without a free connection, on its way down or up; a lost connection."""
+RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})
+"""Serialization failure and deadlock: the transaction was undone, and may succeed when it is run again."""
+UNAVAILABLE_SQLSTATES = frozenset({"53300", "57P01", "57P02", "57P03", "08000", "08001", "08003", "08006"})
+"""A server without a free connection, on its way down or up; a lost connection: what became of a statement is unknown."""
 
 
 class DatabaseUnavailable(Exception):
@@ -112,7 +112,7 @@ def _may_succeed_later(error: Exception) -> bool:
         return True
     if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
         return True
-    return getattr(error.orig, "sqlstate", None) in RETRYABLE_SQLSTATES
+    return getattr(error.orig, "sqlstate", None) in RETRYABLE_SQLSTATES | UNAVAILABLE_SQLSTATES
 
 
 def _engine(url: URL) -> AsyncEngine:
