@@ -27,7 +27,7 @@ CONNECT_SECONDS = 10.0
 RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})
 """Serialization failure and deadlock: the transaction was undone, and may succeed when it is run again."""
 UNAVAILABLE_SQLSTATES = frozenset({"53300", "57P01", "57P02", "57P03", "08000", "08001", "08003", "08006"})
-"""A server without a free connection, going down or coming up; a lost connection: what became of a statement is unknown."""
+"""No free connection, a server going down or coming up, a lost connection: the fate of a statement is unknown."""
 
 
 class DatabaseUnavailable(Exception):
