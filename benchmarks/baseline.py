@@ -37,7 +37,7 @@ class _Backlog:
     """Chains that wait or run: each has one message, which Redis drops when an actor has ended."""
 
     def __init__(self, redis_url: str) -> None:
-        self._broker = RedisBroker(url=redis_url)  # type: ignore[no-untyped-call]
+        self._broker = RedisBroker(url=redis_url)  # type: ignore[no-untyped-call]  # Dramatiq's
         self._broker.declare_queue(QUEUE)
         self._sent = 0
 

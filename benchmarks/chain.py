@@ -10,7 +10,7 @@ import os
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 
-dramatiq.set_broker(RedisBroker(url=os.environ["CHAIN_REDIS_URL"]))  # type: ignore[no-untyped-call]
+dramatiq.set_broker(RedisBroker(url=os.environ["CHAIN_REDIS_URL"]))  # type: ignore[no-untyped-call]  # Dramatiq's
 
 
 @dramatiq.actor

@@ -89,7 +89,7 @@ def _contains(left: Json, right: Json) -> bool | None:
 
 
 def _is_divisible(left: Json, right: Json) -> bool | None:
-    return left % right == 0 if _is_number(left) and _is_number(right) and right else None  # type: ignore[operator]
+    return left % right == 0 if _is_number(left) and _is_number(right) and right else None  # type: ignore[operator]  # both are numbers
 
 
 def _swapped(answer: _Answer) -> _Answer:

@@ -270,7 +270,7 @@ def identity(value: Json) -> Hashable:
         return ("list", *map(identity, value))
     if type(value) is dict:
         return ("object", frozenset((key, identity(item)) for key, item in value.items()))
-    return (bool, value) if type(value) is bool else value  # type: ignore[return-value]
+    return (bool, value) if type(value) is bool else value  # type: ignore[return-value]  # a scalar
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ REQUEST_SECONDS: Final = 60.0
 class BoundedProtocol(HttpToolsProtocol):
     """One connection; it is closed when it takes too long, or too many words, to say what it wants."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as Uvicorn has it
         super().connection_made(transport)
         self._is_head = False
         self._is_complete = False

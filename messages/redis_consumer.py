@@ -65,7 +65,7 @@ class HintQueues(RedisBroker):
         self.url = url
         self.interrupted = threading.Event()
         self._own_bell = f"bell.{uuid4()}"
-        super().__init__(  # type: ignore[no-untyped-call]
+        super().__init__(  # type: ignore[no-untyped-call]  # Dramatiq's
             client=_connected_to(url, socket_timeout_seconds=REDIS_TIMEOUT_SECONDS),
             namespace=NAMESPACE,
             # No retries, delays, time limits, results or pipelines: the rows hold all of that.
@@ -151,7 +151,7 @@ class BlockingConsumer(Consumer):
             self._broker.do_requeue(self._queue_name, *identities)
             self._broker.ring(self._queue_name, len(identities))
         except redis.RedisError as error:
-            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]
+            raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]  # Dramatiq's
 
     def close(self) -> None:
         try:
@@ -167,7 +167,7 @@ class BlockingConsumer(Consumer):
             if not self._room.wait_for(self._has_room, self._timeout_seconds):
                 return
         if self._is_drained:
-            self._bell.blpop(self._broker.bells(self._queue_name), random.uniform(*BELL_SECONDS))  # noqa: S311
+            self._bell.blpop(self._broker.bells(self._queue_name), random.uniform(*BELL_SECONDS))  # noqa: S311 - no secret
         if not self._broker.interrupted.is_set():
             self._fetch(self._prefetch - len(self._unacknowledged))
 
