@@ -10,6 +10,7 @@ from typing import TypeAlias
 from gateway.acceptance import Acceptances
 from gateway.auth import Authenticator
 from gateway.bootstrap import bootstrap
+from gateway.editing import Turns
 from gateway.execution_access import ExecutionAccess
 from gateway.live_events import LiveEvents
 from gateway.settings import GatewaySettings
@@ -37,6 +38,7 @@ class State:
     catalog: Catalog
     authenticator: Authenticator
     workflows: WorkflowCache
+    turns: Turns
     acceptances: Acceptances
     waiting: Waiting
     access: ExecutionAccess
@@ -85,6 +87,7 @@ async def assembled(
             catalog=catalog,
             authenticator=authenticator,
             workflows=workflows,
+            turns=Turns(),
             acceptances=acceptances,
             waiting=waiting,
             access=access,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import delete, func, insert, select, update
 from sqlmodel import col
@@ -50,7 +51,24 @@ class Stored:
     workflow: Workflow
     nodes: Sequence[StoredNode]
     connections: Sequence[StoredConnection]
-    shared_with: Sequence[str]
+    shared_with: Mapping[str, datetime]
+    """Whom it is shared with, by user id, and since when; in that order."""
+
+    def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
+        """Return the workflow with other values in its own row."""
+        return replace(self, workflow=Workflow(**{**self.workflow.model_dump(), **changes}))
+
+
+async def lock(connection: AsyncConnection, workflow_id: str, caller: Caller) -> None:
+    """Wait until nobody else is changing a workflow, and keep them waiting until the transaction ends.
+
+    A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. SQLite's transactions
+    take turns anyway.
+    """
+    row = select(col(Workflow.id)).where(
+        col(Workflow.id) == workflow_id, col(Workflow.organization_id) == caller.organization_id
+    )
+    await connection.execute(row.with_for_update())
 
 
 async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) -> Stored | None:
@@ -69,11 +87,11 @@ async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) ->
     if row is None:
         return None
     shares = (
-        select(col(WorkflowShare.user_id))
+        select(col(WorkflowShare.user_id), col(WorkflowShare.shared_at))
         .where(col(WorkflowShare.workflow_id) == workflow_id)
         .order_by(col(WorkflowShare.shared_at), col(WorkflowShare.user_id))
     )
-    shared_with = list(await connection.scalars(shares))
+    shared_with = {share.user_id: share.shared_at for share in await connection.execute(shares)}
     fields = dict(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
     return Stored(Workflow(**fields), nodes, connections, shared_with)
@@ -155,7 +173,7 @@ async def add(connection: AsyncConnection, stored: Stored) -> None:
         lane=workflow.lane,
         version_tag=FIRST_VERSION_TAG,
         description=FIRST_VERSION_DESCRIPTION,
-        snapshot=_snapshot(stored),
+        snapshot=snapshot(stored),
         created_by=workflow.owner_id,
         created_at=workflow.created_at,
     )
@@ -194,7 +212,24 @@ async def save(connection: AsyncConnection, before: Stored, after: Stored, calle
         )
         if workflow.deleted_at is None:
             await _add_tags(connection, workflow)
+    await _save_shares(connection, before, after)
     return True
+
+
+async def _save_shares(connection: AsyncConnection, before: Stored, after: Stored) -> None:
+    workflow_id = after.workflow.id
+    if gone := before.shared_with.keys() - after.shared_with.keys():
+        await connection.execute(
+            delete(WorkflowShare).where(
+                col(WorkflowShare.workflow_id) == workflow_id, col(WorkflowShare.user_id).in_(gone)
+            )
+        )
+    if added := after.shared_with.keys() - before.shared_with.keys():
+        shares = [
+            {"workflow_id": workflow_id, "user_id": user_id, "shared_at": after.shared_with[user_id]}
+            for user_id in added
+        ]
+        await connection.execute(insert(WorkflowShare), shares)
 
 
 async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
@@ -216,7 +251,8 @@ async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
         await connection.execute(insert(WorkflowTag), tags)
 
 
-def _snapshot(stored: Stored) -> dict[str, object]:
+def snapshot(stored: Stored) -> dict[str, object]:
+    """Return what a version keeps of a workflow."""
     workflow = stored.workflow
     return {
         "name": workflow.name,

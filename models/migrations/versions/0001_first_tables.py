@@ -297,6 +297,29 @@ def upgrade() -> None:
         sa.UniqueConstraint("workflow_id", "version_tag", name="uq_workflow_version_tag"),
     )
 
+    op.create_table(
+        "audit_entry",
+        sa.Column("id", IDENTIFIER, nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("user_id", IDENTIFIER, nullable=False),
+        sa.Column("key_id", IDENTIFIER, nullable=False),
+        sa.Column("action", sa.String(), nullable=False),
+        sa.Column("object_id", IDENTIFIER, nullable=False),
+        sa.Column("before_hash", sa.String(), nullable=True),
+        sa.Column("after_hash", sa.String(), nullable=True),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["organization_id"],
+            ["organization.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_audit_entry_organization", "audit_entry", ["organization_id", "id"], unique=False)
+    op.create_index(
+        "ix_audit_entry_object", "audit_entry", ["organization_id", "object_id", "id"], unique=False
+    )
+
     if op.get_bind().dialect.name == "postgresql":
         _tune_postgresql()
 

@@ -1,0 +1,169 @@
+"""One workflow, read and changed: who may, in what order when several do at once, and what trace a change leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from engine.values import fingerprint
+from gateway import audit, errors, graph_shapes, idempotency, workflow_rows
+from gateway.errors import ApiError
+from gateway.responses import JsonResponse
+from gateway.workflow_rows import Stored
+from models.audit import Action
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.request import Request
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A workflow before and after one change; the same object twice where nothing was to change."""
+
+    before: Stored
+    after: Stored
+
+
+Change: TypeAlias = Callable[[Stored], Stored]
+"""Returns what a workflow becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
+Addition: TypeAlias = Callable[[AsyncConnection, Edited], Awaitable[None]]
+"""Writes what belongs to a change besides the workflow's own rows, in the same transaction."""
+
+
+class Turns:
+    """Lets those who change one workflow take turns within this process, so that they don't hold connections while they
+    wait for each other in the database.
+    """
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, workflow_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(workflow_id, asyncio.Lock())
+
+
+async def readable(connection: AsyncConnection, request: Request) -> Stored:
+    """Return the workflow of the path; raises 404 for one that the caller may not read."""
+    stored = await workflow_rows.find(connection, request.path_params["id"], request.caller)
+    if stored is None:
+        raise errors.not_found("workflow")
+    return stored
+
+
+def require_writer(request: Request, workflow: Workflow) -> None:
+    """Raise 403 for a workflow that the caller may read, but not change, share or delete."""
+    if workflow.owner_id != request.caller.user_id and not request.caller.is_admin:
+        raise ApiError(
+            403, "not-owner", "Only the workflow's owner and admins of the organisation may do this"
+        )
+
+
+async def edit(request: Request, action: Action, change: Change, *, also: Addition | None = None) -> Edited:
+    """Apply `change` to the workflow of the path, as it stands when everybody before has finished.
+
+    Raises 404, 403, 412 where `If-Match` names another state, 422 where an active workflow would become invalid, and
+    whatever `change` and `also` raise; then nothing is written.
+    """
+
+    async def work(connection: AsyncConnection) -> Edited:
+        await workflow_rows.lock(connection, request.path_params["id"], request.caller)
+        before = await readable(connection, request)
+        require_writer(request, before.workflow)
+        _require_match(request, before)
+        after = change(before)
+        if after == before:
+            return Edited(before, before)
+        _require_runnable(request, before, after)
+        after = after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
+        if not await workflow_rows.save(connection, before, after, request.caller):
+            raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
+        edited = Edited(before, after)
+        if also is not None:
+            await also(connection, edited)
+        await audit.record(
+            connection,
+            request.caller,
+            action,
+            before.workflow.id,
+            before=content_hash(before),
+            after=None if after.workflow.deleted_at else content_hash(after),
+        )
+        return edited
+
+    async with request.gateway.turns.of(request.path_params["id"]):
+        edited = await request.gateway.database.transaction(work)
+    if edited.after is not edited.before:
+        log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
+    return edited
+
+
+async def create(request: Request, body: Json, made: Stored, action: Action) -> JsonResponse:
+    """Write a new workflow once for each Idempotency-Key, and answer 201 with its id."""
+    promise = idempotency.requested(request, body)
+    workflow = made.workflow
+
+    async def insert(connection: AsyncConnection) -> str:
+        if promise is not None:
+            bound = await idempotency.reserve(
+                connection, promise, lane=workflow.lane, resource_id=workflow.id, now=workflow.created_at
+            )
+            if bound != workflow.id:
+                return bound
+        # An earlier try may have been committed though its answer was lost.
+        if not await workflow_rows.exists(connection, workflow.id):
+            await workflow_rows.add(connection, made)
+            after = content_hash(made)
+            await audit.record(connection, request.caller, action, workflow.id, before=None, after=after)
+        return workflow.id
+
+    workflow_id = await request.gateway.database.transaction(insert)
+    if workflow_id != workflow.id:
+        return JsonResponse({"workflowId": workflow_id}, status=201, headers=idempotency.REPLAYED)
+    log.info(action, workflow_id=workflow_id, organization_id=workflow.organization_id)
+    return JsonResponse({"workflowId": workflow_id}, status=201, headers=entity_tag(made))
+
+
+def entity_tag(stored: Stored) -> dict[str, str]:
+    """Return the header that names the state of a workflow, for a later `If-Match`."""
+    return {"ETag": f'"{stored.workflow.revision}"'}
+
+
+def content_hash(stored: Stored) -> str:
+    """Return the SHA-256 of everything that a change can change, in hexadecimal; alike for alike content."""
+    row = stored.workflow.model_dump(exclude={"id", "revision", "created_at", "updated_at", "deleted_at"})
+    return fingerprint(
+        [msgspec.to_builtins(row), stored.nodes, stored.connections, sorted(stored.shared_with)]
+    )
+
+
+def _require_match(request: Request, stored: Stored) -> None:
+    """Raise 412 unless the state that the client saw is the one that there is (RFC 9110, 13.1.1)."""
+    given = request.headers.get("if-match")
+    if given is None or given.strip() == "*":
+        return
+    current = entity_tag(stored)["ETag"]
+    if current not in (tag.strip() for tag in given.split(",")):
+        message = "The workflow has changed since you read it: read it again, and apply your change to that"
+        raise ApiError(412, "precondition-failed", message, headers={"ETag": current})
+
+
+def _require_runnable(request: Request, before: Stored, after: Stored) -> None:
+    """Raise 422 where an active workflow, or one that becomes it, has errors in its graph."""
+    if after.workflow.status != WorkflowStatus.ACTIVE:
+        return
+    is_same_graph = (after.nodes, after.connections) == (before.nodes, before.connections)
+    if is_same_graph and before.workflow.status == WorkflowStatus.ACTIVE:
+        return
+    graph_shapes.require_valid(graph_shapes.check(after.nodes, after.connections, request.gateway.catalog))

@@ -1,0 +1,187 @@
+"""Workflows on their way in and out: checked fields become a row, and a row becomes the Workflow object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta
+
+from engine.values import encode
+from gateway import graph_shapes, limits, text
+from gateway.errors import ApiError
+from gateway.graph_shapes import Connections, Nodes
+from gateway.text import Problems
+from gateway.wire import Wire, convert, instant
+from gateway.workflow_rows import Stored
+from models import ids
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from models.access import Caller
+    from nodes.catalog import Catalog
+
+
+class CreateWorkflow(Wire):
+    """A workflow that somebody wants."""
+
+    name: str
+    description: str | None = None
+    status: WorkflowStatus | None = None
+    nodes: Nodes | None = None
+    connections: Connections | None = None
+    tags: list[str] | None = None
+    settings: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+
+
+class UpdateWorkflow(Wire):
+    """What is to change; the rest stays."""
+
+    name: str | None = None
+    description: str | None = None
+    nodes: Nodes | None = None
+    connections: Connections | None = None
+    tags: list[str] | None = None
+    settings: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+
+
+class KnownSettings(Wire):
+    """The settings that a run obeys."""
+
+    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
+    retry_on_failure: bool = False
+    max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
+    strict_mappings: bool = False
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def made(caller: Caller, body: CreateWorkflow, catalog: Catalog) -> Stored:
+    """Return a new workflow of the caller; raises 422."""
+    now = datetime.now(UTC)
+    problems = Problems()
+    workflow = Workflow(
+        id=ids.new("wf"),
+        organization_id=caller.organization_id,
+        lane=caller.lane,
+        owner_id=caller.user_id,
+        name=_name(body.name, problems),
+        description=_description(body.description or "", problems),
+        status=body.status or WorkflowStatus.DRAFT,
+        tags=_tags(body.tags or [], problems),
+        settings=_settings({}, body.settings or {}, problems),
+        config=_merged({}, body.config or {}, "config", problems),
+        scopes=[],
+        created_at=now,
+        updated_at=now,
+    )
+    nodes = graph_shapes.stored_nodes(body.nodes or [], catalog, problems)
+    connections = graph_shapes.stored_connections(body.connections or [], problems)
+    problems.raise_any()
+    if workflow.status == WorkflowStatus.ACTIVE:
+        graph_shapes.require_valid(graph_shapes.check(nodes, connections, catalog))
+    return Stored(workflow, nodes, connections, shared_with={})
+
+
+def changed(before: Stored, body: UpdateWorkflow, catalog: Catalog) -> Stored:
+    """Return a workflow with what the body gives in the place of what was; raises 422."""
+    workflow = before.workflow
+    problems = Problems()
+    changes: dict[str, object] = {}
+    nodes, connections = before.nodes, before.connections
+    if body.name is not None:
+        changes["name"] = _name(body.name, problems)
+    if body.description is not None:
+        changes["description"] = _description(body.description, problems)
+    if body.tags is not None:
+        changes["tags"] = _tags(body.tags, problems)
+    if body.settings is not None:
+        changes["settings"] = _settings(workflow.settings, body.settings, problems)
+    if body.config is not None:
+        changes["config"] = _merged(workflow.config, body.config, "config", problems)
+    if body.nodes is not None:
+        nodes = graph_shapes.stored_nodes(body.nodes, catalog, problems)
+    if body.connections is not None:
+        connections = graph_shapes.stored_connections(body.connections, problems)
+    problems.raise_any()
+    return replace(before.with_columns(**changes), nodes=nodes, connections=connections)
+
+
+def _name(given: str, problems: Problems) -> str:
+    return text.line(given, "name", problems, max_length=limits.WORKFLOW_NAME_LENGTH)
+
+
+def _description(given: str, problems: Problems) -> str:
+    return text.paragraphs(given, "description", problems, max_length=limits.DESCRIPTION_LENGTH)
+
+
+def _tags(given: Sequence[str], problems: Problems) -> list[str]:
+    """Return the tags in the order in which they were given, each once."""
+    if len(given) > limits.TAGS:
+        problems.add("tags", "too-many", f"A workflow may have at most {limits.TAGS} tags")
+        return []
+    return list(
+        dict.fromkeys(
+            text.line(tag, f"tags.{position}", problems, max_length=limits.TAG_LENGTH)
+            for position, tag in enumerate(given)
+        )
+    )
+
+
+def _settings(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
+    """Return settings with the given ones merged in, complete; keys that mean nothing here are kept as they are."""
+    try:
+        convert({key: value for key, value in given.items() if value is not None}, KnownSettings, "settings")
+    except ApiError as error:
+        problems.found.extend(error.details)
+    return graph_shapes.effective(_merged(before, given, "settings", problems))
+
+
+def _merged(
+    before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: Problems
+) -> dict[str, Json]:
+    """Return `before` with the given keys set; null takes a key away."""
+    merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
+    if len(encode(merged)) > limits.SETTINGS_BYTES:
+        problems.add(path, "too-large", f"{path} may take at most {limits.SETTINGS_BYTES:,} bytes")
+    return merged
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summary(workflow: Workflow) -> dict[str, Json]:
+    return {
+        "id": workflow.id,
+        "name": workflow.name,
+        "description": workflow.description,
+        "status": workflow.status,
+        "version": workflow.version,
+        "tags": list(workflow.tags),
+        "organizationId": workflow.organization_id,
+        "ownerId": workflow.owner_id,
+        "isPublic": workflow.is_public,
+        "isTemplate": workflow.is_template,
+        "createdAt": instant(workflow.created_at),
+        "updatedAt": instant(workflow.updated_at),
+    }
+
+
+def shown(stored: Stored) -> dict[str, Json]:
+    """Return the Workflow object."""
+    workflow = stored.workflow
+    return {
+        **summary(workflow),
+        "nodes": [graph_shapes.shown_node(node) for node in stored.nodes],
+        "connections": [graph_shapes.shown_connection(edge) for edge in stored.connections],
+        "config": workflow.config,
+        "settings": graph_shapes.effective(workflow.settings),
+        "scopes": list(workflow.scopes),
+        "sharedWith": list(stored.shared_with),
+    }

@@ -1,0 +1,65 @@
+"""The audit trail: who changed what, and when; rows that are only ever added."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from sqlalchemy import Column, Index, SmallInteger
+from sqlmodel import Field, SQLModel
+
+from models.columns import Instant
+
+
+class Action(StrEnum):
+    """What was done."""
+
+    WORKFLOW_CREATED = "workflow.created"
+    WORKFLOW_UPDATED = "workflow.updated"
+    WORKFLOW_STATUS_SET = "workflow.status-set"
+    WORKFLOW_DELETED = "workflow.deleted"
+    WORKFLOW_DUPLICATED = "workflow.duplicated"
+    WORKFLOW_BUILT = "workflow.built"
+    WORKFLOW_IMPORTED = "workflow.imported"
+    WORKFLOW_VISIBILITY_SET = "workflow.visibility-set"
+    WORKFLOW_LAID_OUT = "workflow.laid-out"
+    WORKFLOW_SCOPES_COMPUTED = "workflow.scopes-computed"
+    NODE_ADDED = "node.added"
+    NODE_CONFIGURED = "node.configured"
+    NODE_REMOVED = "node.removed"
+    CONNECTION_ADDED = "connection.added"
+    CONNECTION_REMOVED = "connection.removed"
+    VERSION_CREATED = "version.created"
+    VERSION_RESTORED = "version.restored"
+    SHARE_ADDED = "share.added"
+    SHARE_REMOVED = "share.removed"
+    TEMPLATE_SAVED = "template.saved"
+    TEMPLATE_USED = "template.used"
+    KEY_CREATED = "key.created"
+    KEY_REVOKED = "key.revoked"
+    USER_CREATED = "user.created"
+
+
+class AuditEntry(SQLModel, table=True):
+    """One change."""
+
+    __tablename__ = "audit_entry"
+    __table_args__ = (
+        Index("ix_audit_entry_organization", "organization_id", "id"),
+        Index("ix_audit_entry_object", "organization_id", "object_id", "id"),
+    )
+
+    id: str = Field(primary_key=True)
+    """Ordered by time."""
+    organization_id: str = Field(foreign_key="organization.id")
+    lane: int = Field(sa_type=SmallInteger)
+    user_id: str
+    key_id: str
+    action: str
+    object_id: str
+    """The workflow, key or user that was changed."""
+    before_hash: str | None = None
+    """SHA-256 of what the object was, in hexadecimal; null where there was none."""
+    after_hash: str | None = None
+    """SHA-256 of what it became; null where it is gone."""
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
