@@ -17,17 +17,31 @@ from models.access import KeyScope
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table."""
+    """One line of the table: what is served, and what the document of the API is made from."""
 
     method: str
     path: str
     access: KeyScope | Access
     handler: Handler
+    body: type | None = None
+    """The wire type of the request's body; None: it takes none."""
+    answer: object = None
+    """The type of the answer's body; None: it has none."""
+    status: int = 200
 
 
-def route(method: str, path: str, access: KeyScope | Access, handler: Handler) -> Line:
+def route(  # noqa: PLR0913 - a line has so many columns
+    method: str,
+    path: str,
+    access: KeyScope | Access,
+    handler: Handler,
+    *,
+    body: type | None = None,
+    answer: object = None,
+    status: int = 200,
+) -> Line:
     """Return one line of the table; who may use it has no default."""
-    return Line(method, path, access, handler)
+    return Line(method, path, access, handler, body, answer, status)
 
 
 READ = KeyScope.WORKFLOWS_READ
