@@ -30,7 +30,7 @@ class Line:
     status: int = 200
 
 
-def route(  # noqa: PLR0913 - a line has so many columns
+def route(
     method: str,
     path: str,
     access: KeyScope | Access,
