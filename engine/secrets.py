@@ -1,0 +1,224 @@
+"""What looks like a credential in a config: by the name that it stands under, or by its own shape.
+
+A guess, made to be right about nearly everything that it names: templates, paths and references to the environment are
+none. It takes time in proportion to the size of the value, whatever is in it.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+from engine.expressions import ROOTS
+from engine.values import Json
+
+MAX_PATHS: Final = 1_000
+"""Credentials of one value whose places are told; those after them are left out all the same."""
+MAX_NAME_LENGTH: Final = 100
+"""A longer name is none that anybody gives a credential, and is cut where it is a step of a path."""
+SHORTEST_SHAPE: Final = 6
+"""Characters of the shortest text that any shape fits: `://:p@`."""
+
+
+class _Gone(Enum):
+    """The type of `_GONE`: what becomes of a credential."""
+
+    GONE = "gone"
+
+
+_GONE: Final = _Gone.GONE
+_Steps: TypeAlias = "list[str]"
+
+
+def find(value: Json) -> list[str]:
+    """Return where the credentials of a value stand, such as `headers.authorization` or `args.0`."""
+    return without(value)[1]
+
+
+def without(value: Json) -> tuple[Json, list[str]]:
+    """Return a value with its credentials left out, and where they stood.
+
+    A field goes with its name. In a list an empty text takes its place, so that the other items keep theirs. Of a text
+    of several lines (a program, a letter) only the credential goes, unless the name says that all of it is one.
+    """
+    found: list[str] = []
+    kept = _kept(value, "", [], found)
+    return "" if kept is _GONE else kept, found
+
+
+def _kept(value: Json, name: str, steps: _Steps, found: list[str]) -> Json | _Gone:
+    """Return what stays of a value that is called `name` and stands at the end of `steps`."""
+    if isinstance(value, str):
+        rest = _rest(value, name)
+        if rest == value:
+            return value
+        if len(found) < MAX_PATHS:
+            found.append(".".join(steps))
+        return rest or _GONE
+    if isinstance(value, list):
+        items = [_below(item, name, str(index), steps, found) for index, item in enumerate(value)]
+        return ["" if item is _GONE else item for item in items]
+    if isinstance(value, dict):
+        fields = [
+            (key, _below(item, _name(key, value, name), key, steps, found)) for key, item in value.items()
+        ]
+        return {key: item for key, item in fields if item is not _GONE}
+    return value
+
+
+def _below(value: Json, name: str, step: str, steps: _Steps, found: list[str]) -> Json | _Gone:
+    steps.append(step[:MAX_NAME_LENGTH])
+    kept = _kept(value, name, steps, found)
+    steps.pop()
+    return kept
+
+
+def _name(key: str, siblings: dict[str, Json], above: str) -> str:
+    """Return what a field is called, which isn't always its key.
+
+    Known are `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and what is computed from
+    literals: `{"token": {"$op": "concat", "args": ["…", "…"]}}`.
+    """
+    if key not in {"value", "values", "args"}:
+        return key
+    named = siblings.get("name") or siblings.get("key")
+    return named if isinstance(named, str) else above
+
+
+def _rest(text: str, name: str) -> str:
+    """Return what stays of a text: all of it where it holds no credential, nothing where it is one."""
+    if _is_secret_name(name[: MAX_NAME_LENGTH + 1]) and _is_literal(text):
+        return ""
+    rest = _cut(text)
+    if rest == text:
+        return text
+    # What is left of one line is seldom of use, and two halves may make a whole.
+    return rest if "\n" in text and rest.strip() and _cut(rest) == rest else ""
+
+
+# ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+_NAMES: Final = frozenset({
+    "adminpass", "dbpass", "dbpwd", "dsn", "ftppass", "pass", "pwd", "rootpass", "smtppass", "userpass",
+})  # fmt: skip
+_ENDINGS: Final = (
+    "accesskey", "accesstokens", "apikey", "apikeys", "authkey", "authorization", "clientkey", "connectionstring",
+    "cookie", "encryptionkey", "masterkey", "passphrase", "passwd", "password", "passwords", "privatekey", "secret",
+    "secretkey", "secrets", "sharedkey", "signingkey", "subscriptionkey", "token",
+)  # fmt: skip
+_OTHER_TOKENS: Final = (
+    "bostoken", "continuationtoken", "cursortoken", "endtoken", "eostoken", "masktoken", "maxtoken", "nexttoken",
+    "padtoken", "pagetoken", "septoken", "starttoken", "stoptoken", "synctoken", "unktoken",
+)  # fmt: skip
+"""Places in a list that is read page by page, and words of a language model."""
+_SPELLING: Final = re.compile(r"[^a-z0-9]++")
+
+
+@lru_cache(maxsize=4_096)
+def _is_secret_name(name: str) -> bool:
+    """Tell whether a name is that of a credential, in any spelling: `apiKey`, `X-API-KEY`, `db_password2`."""
+    if len(name) > MAX_NAME_LENGTH:
+        return False
+    plain = _SPELLING.sub("", name.lower()).rstrip("0123456789")
+    return plain in _NAMES or (plain.endswith(_ENDINGS) and not plain.endswith(_OTHER_TOKENS))
+
+
+_NO_LITERAL: Final = re.compile(
+    rf"""
+      (?: \$\. )?+ (?: {"|".join(ROOTS)} ) (?: \. [\w-]++ | \[ [^\[\]]*+ \] )*+
+    | \$ \{{ [^{{}}]*+ \}} | \$ [A-Z_] [A-Z0-9_]*+ | % [A-Z_] [A-Z0-9_]*+ %
+    | < [^<>]*+ > | [*•]++
+    | (?i: none | null | true | false | basic | bearer | digest | oauth2? | api[_-]?key | header | query | body )
+    """,
+    re.VERBOSE,
+)
+"""A path, a reference to the environment, what stands for a hidden value, and a kind of authorisation."""
+
+
+def _is_literal(text: str) -> bool:
+    """Tell whether a text may be a credential itself, and not where one comes from."""
+    stripped = text.strip()
+    has_template = "{{" in stripped and "}}" in stripped
+    return stripped != "" and not has_template and _NO_LITERAL.fullmatch(stripped) is None
+
+
+# ── by shape ────────────────────────────────────────────────────────────────────────────────────────────────
+
+# A text is searched for the patterns whose marker it holds. None of them runs over the same characters again and again:
+# they begin at a boundary, repeat without going back, or repeat a limited number of times. Their first group stays.
+_BOUNDARY: Final = r"((?<![A-Za-z0-9_-]))"
+_UP_TO_ITS_END: Final = r"(?:[^-]++|-(?!----END ))*+(?:-----END [A-Z0-9 ]{0,50}-----)?"
+_SHAPES: Final = [
+    (marker, re.compile(pattern))
+    for marker, pattern in (
+        ("sk-", _BOUNDARY + r"sk-[\w-]{16,}+"),
+        ("k_live_", _BOUNDARY + r"[sr]k_live_\w{10,}+"),
+        ("k_test_", _BOUNDARY + r"[sr]k_test_\w{10,}+"),
+        ("whsec_", _BOUNDARY + r"whsec_[\w+/=-]{16,}+"),
+        ("akia", _BOUNDARY + r"AKIA[0-9A-Z]{16,}+"),
+        ("asia", _BOUNDARY + r"ASIA[0-9A-Z]{16,}+"),
+        ("gh", _BOUNDARY + r"gh[opsur]_[A-Za-z0-9]{20,}+"),
+        ("github_pat_", _BOUNDARY + r"github_pat_\w{20,}+"),
+        ("glpat-", _BOUNDARY + r"glpat-[\w-]{16,}+"),
+        ("xox", _BOUNDARY + r"xox[abeoprs]-[\w-]{10,}+"),
+        ("xapp-", _BOUNDARY + r"xapp-[\w-]{10,}+"),
+        ("aiza", _BOUNDARY + r"AIza[\w-]{30,}+"),
+        ("ya29.", _BOUNDARY + r"ya29\.[\w-]{20,}+"),
+        ("sg.", _BOUNDARY + r"SG\.[\w-]{16,}+\.[\w-]{16,}+"),
+        ("npm_", _BOUNDARY + r"npm_[A-Za-z0-9]{30,}+"),
+        ("pypi-", _BOUNDARY + r"pypi-[\w-]{40,}+"),
+        ("hf_", _BOUNDARY + r"hf_[A-Za-z0-9]{30,}+"),
+        ("eyj", _BOUNDARY + r"eyJ[\w-]{5,}+\.eyJ[\w-]{5,}+\.[\w-]*+"),
+        (
+            "private key",
+            r"()-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----" + _UP_TO_ITS_END,
+        ),
+        (
+            "bearer",
+            _BOUNDARY + r"(?i:bearer)[ \t]++"
+            r"(?:(?=[A-Za-z._~+/=-]{0,200}[0-9])[\w.~+/=-]{8,}+|[\w.~+/=-]{24,}+)",
+        ),
+        (
+            "basic",
+            _BOUNDARY + r"(?i:basic)[ \t]++"
+            r"(?=[A-Za-z0-9+/]{0,200}(?:[a-z][A-Z]|[0-9=]))[A-Za-z0-9+/]{8,}+={0,2}+",
+        ),
+        ("@", r"(://)(?!\{)[^\s/?#:@\"']*+:(?!\{|\$\{|<|\*)(?:[^\s/?#@\"']++@)++"),
+        ("hooks.slack.com", r"(hooks\.slack\.com/[a-z]{1,20}/)[\w/-]{10,}+"),
+        ("/api/webhooks/", r"(discord(?:app)?\.com/api/webhooks/)[\w/-]{10,}+"),
+        ("webhook.office.com", r"(\.webhook\.office\.com/)[\w/@-]{10,}+"),
+        ("accountkey", r"((?i:accountkey)[ ]?=[ ]?)[\w+/=-]{16,}+"),
+    )
+]
+_NAMED: Final = [
+    (marker, re.compile(pattern))
+    for marker, pattern in (
+        # password = "…", in a program or in JSON
+        ('"', r'((?<![\w-])([\w-]{2,100}+)["\']?+[ \t]*+(?::|=>?)[ \t]*+")([^"\n]{4,400}+)(?=")'),
+        ("'", r"((?<![\w-])([\w-]{2,100}+)[\"']?+[ \t]*+(?::|=>?)[ \t]*+')([^'\n]{4,400}+)(?=')"),
+        # ?token=… in an address, ;Password=… in a connection string
+        ("=", r"([?&;][ ]?([\w-]{2,100}+)=)([^\s&;#\"'<>{}$()]{4,}+)(?![<>{}$(])"),
+    )
+]
+"""What is named inside a text: what stays, the name, the value."""
+
+
+def _cut(text: str) -> str:
+    """Return a text without what has the shape of a credential."""
+    if len(text) < SHORTEST_SHAPE:
+        return text
+    rest, lowered = text, text.lower()
+    for marker, pattern in _SHAPES:
+        if marker in lowered:
+            rest = pattern.sub(r"\1", rest)
+    for marker, pattern in _NAMED:
+        if marker in rest:
+            rest = pattern.sub(_cut_named, rest)
+    return rest
+
+
+def _cut_named(match: re.Match[str]) -> str:
+    before, name, value = match.groups()
+    return before if _is_secret_name(name) and _is_literal(value) else match[0]
