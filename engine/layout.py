@@ -1,0 +1,600 @@
+"""Where nodes are put on a canvas: columns from left to right, few crossings, straight lines, and little moved.
+
+The steps are those of Sugiyama, Tagawa and Toda (1981): break the cycles, give each node a column, order the nodes in
+the columns, give each a height. What was arranged stays as it is when arranged again, since the orders and heights that
+are there are kept unless others are clearly better.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import inf, isqrt
+from operator import itemgetter
+from typing import Final, TypeAlias
+
+Place: TypeAlias = "tuple[float, float]"
+"""The upper left corner of a node's card: `x` to the right, `y` down, in pixels."""
+Edge: TypeAlias = "tuple[str, str]"
+"""The ids of two nodes: from the first to the second."""
+Neighbours: TypeAlias = "list[list[int]]"
+"""For each node those at the other ends of its edges, on one side."""
+Order: TypeAlias = "list[list[int]]"
+"""For each column what is in it, from top to bottom."""
+
+CARD_WIDTH: Final = 200
+CARD_HEIGHT: Final = 80
+COLUMN: Final = 250
+"""From one column of cards to the next."""
+ROW: Final = 120
+"""From one card to the next below it."""
+LANE: Final = 40
+"""What is kept free between cards for an edge that passes their column."""
+ORIGIN: Final = (100, 200)
+"""Where the first card is put."""
+CANVAS: Final = 10_000_000
+"""How far from the middle places are given; cards further out were put there by somebody, and nothing goes to them."""
+SINGLES_IN_A_ROW: Final = 4
+"""Nodes without an edge stand in rows of so many, or of more."""
+BESIDE_NEIGHBOURS: Final = 50
+"""More nodes than this that come at once to those that are there are put below them, as a whole."""
+WORTH_REFINING: Final = 0.95
+"""What share of the crossings an order made from the present one may have to be taken instead of it."""
+WORTH_STARTING_ANEW: Final = 0.5
+"""The same for an order that has nothing to do with the present one, in a graph that was arranged before."""
+WORTH_KEEPING: Final = 1.15
+"""How much more disorder than new heights the present ones may have to be kept."""
+HIDDEN_EDGE: Final = 4 * ROW
+"""The disorder of an edge that runs behind a card."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """How much is tried for a graph of up to so many nodes."""
+
+    nodes: float
+    starts: int
+    """Orders to begin with, besides the present one."""
+    sweeps: int
+    """Over all columns, at each attempt to find a better order."""
+    longest_routed: int
+    """Edges over more columns have no lane, and don't count as crossing others."""
+
+
+_EFFORTS: Final = (
+    _Effort(50, starts=8, sweeps=16, longest_routed=20),
+    _Effort(200, starts=3, sweeps=8, longest_routed=20),
+    _Effort(1_000, starts=1, sweeps=4, longest_routed=10),
+    _Effort(3_000, starts=1, sweeps=3, longest_routed=6),
+    _Effort(inf, starts=1, sweeps=1, longest_routed=3),
+)
+_HASTE: Final = (*_EFFORTS[:2], _Effort(inf, starts=0, sweeps=0, longest_routed=3))
+"""For whoever has to wait: in 10,000 nodes no crossings are looked for."""
+
+
+# ── places for what has none ────────────────────────────────────────────────────────────────────────────────
+
+
+def free_place(placed: Iterable[Place]) -> Place:
+    """Return a place for one more card: right of what there is, in the row of the rightmost, and free."""
+    cards = list(placed)
+    near = [card for card in cards if _is_near(card)]
+    if not near:
+        return _free_from(ORIGIN, cards)
+    x, y = max(near, key=lambda card: (card[0], -card[1]))
+    return _free_from((x + COLUMN, y), cards)
+
+
+def completed(node_ids: Sequence[str], edges: Sequence[Edge], current: Sequence[Place | None]) -> list[Place]:
+    """Return a place for each node, in the order of `node_ids`: those that have one keep it, the others get a free one.
+
+    That is beside their neighbours; what has no neighbours that are placed, or comes in large numbers, is arranged by
+    itself, below all others.
+    """
+    missing = [number for number, place in enumerate(current) if place is None]
+    if len(missing) == len(node_ids):
+        return _arranged(_graph(node_ids, edges), current, _HASTE)
+    places = {number: place for number, place in enumerate(current) if place is not None}
+    if not missing:
+        return [*places.values()]
+    if len(missing) <= BESIDE_NEIGHBOURS:
+        _put_beside_neighbours(_graph(node_ids, edges), missing, places)
+    rest = [number for number in missing if number not in places]
+    block = _arranged(_graph([node_ids[number] for number in rest], edges), [None] * len(rest), _HASTE)
+    places |= zip(rest, _below(places.values(), block), strict=True)
+    return [places[number] for number in range(len(node_ids))]
+
+
+def _put_beside_neighbours(graph: _Graph, missing: Sequence[int], places: dict[int, Place]) -> None:
+    """Add places right of parents, or left of children, for nodes that are joined to others through any of these."""
+    to_the_right = sorted(missing, key=graph.columns.__getitem__)
+    sides = ((to_the_right, graph.parents, max, COLUMN), (to_the_right[::-1], graph.children, min, -COLUMN))
+    count = -1
+    while count < len(places):
+        count = len(places)
+        for nodes, neighbours, outermost, step in sides:
+            for node in nodes:
+                found = [places[other] for other in neighbours[node] if other in places]
+                near = sorted((card for card in found if _is_near(card)), key=itemgetter(1))
+                if near and node not in places:
+                    wanted = outermost(x for x, _ in near) + step, near[(len(near) - 1) // 2][1]
+                    places[node] = _free_from(wanted, places.values())
+
+
+def _below(cards: Iterable[Place], block: Sequence[Place]) -> list[Place]:
+    """Return the places of a block, which begins at the origin, below the cards."""
+    cards = list(cards)
+    near = [card for card in cards if _is_near(card)]
+    wanted = (min(x for x, _ in near), max(y for _, y in near) + ROW) if near else ORIGIN
+    right, bottom = (max((place[axis] - ORIGIN[axis] for place in block), default=0) for axis in (0, 1))
+    x, y = _free_from(wanted, cards, width=right + CARD_WIDTH, height=bottom + CARD_HEIGHT)
+    return [(x + place[0] - ORIGIN[0], y + place[1] - ORIGIN[1]) for place in block]
+
+
+def _is_near(card: Place) -> bool:
+    return max(map(abs, card)) <= CANVAS
+
+
+def _free_from(
+    wanted: Place, cards: Iterable[Place], *, width: float = CARD_WIDTH, height: float = CARD_HEIGHT
+) -> Place:
+    """Return the first place at or below `wanted` where something of that size lies on no card."""
+    x, y = wanted
+    for other in sorted(card[1] for card in cards if x - CARD_WIDTH < card[0] < x + width):
+        if y - CARD_HEIGHT < other < y + height:
+            y = other + ROW
+    return x, y
+
+
+# ── all of them ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arrange(node_ids: Sequence[str], edges: Iterable[Edge], current: Sequence[Place | None]) -> list[Place]:
+    """Return a place for each node, in the order of `node_ids`; `current` says where they are now.
+
+    Their order from top to bottom is kept where another hasn't clearly fewer crossings, and as many as possible stay
+    exactly where they are. Edges that lead nowhere or to their own start are passed over; of several nodes with one id
+    the first has its edges.
+    """
+    return _arranged(_graph(node_ids, edges), current, _EFFORTS)
+
+
+def _arranged(graph: _Graph, current: Sequence[Place | None], efforts: Iterable[_Effort]) -> list[Place]:
+    """Return the places of connected parts below one another, then of what has no edges, in rows."""
+    effort = next(effort for effort in efforts if len(current) <= effort.nodes)
+    parts = sorted(_parts(graph), key=lambda part: _corner(part, current))
+    places: list[tuple[int, int]] = [(0, 0)] * len(current)
+    top, columns = 0, SINGLES_IN_A_ROW
+    for part in (part for part in parts if len(part) > 1):
+        drawn = _Part(graph, part, effort.longest_routed)
+        heights = _heights(drawn, [current[node] for node in part], effort)
+        highest = min(heights)
+        for node, height in zip(part, heights, strict=True):
+            places[node] = (graph.columns[node] * COLUMN, top + height - highest)
+        top += max(heights) - highest + ROW
+        columns = max(columns, 1 + max(graph.columns[node] for node in part))
+    singles = [part[0] for part in parts if len(part) == 1]
+    columns = max(columns, isqrt(len(singles)))
+    for index, node in enumerate(singles):
+        places[node] = (index % columns * COLUMN, top + index // columns * ROW)
+    return _anchored(places, current)
+
+
+def _corner(part: Sequence[int], current: Sequence[Place | None]) -> tuple[float, float, int]:
+    """Return by what unconnected parts are put below one another: where they are, or else how they came."""
+    placed = [place for node in part if (place := current[node])]
+    return min((y for _, y in placed), default=0), min((x for x, _ in placed), default=0), min(part)
+
+
+def _anchored(places: Sequence[tuple[int, int]], current: Sequence[Place | None]) -> list[Place]:
+    """Return the places shifted so that most nodes stay where they are, or else to the origin."""
+    shifts = Counter(
+        (round(now[0] - x), round(now[1] - y))
+        for (x, y), now in zip(places, current, strict=True)
+        if now and _is_near(now)
+    )
+    ((shift, count),) = shifts.most_common(1) or [(ORIGIN, 0)]
+    if 2 * count <= len(places):
+        shift = ORIGIN
+    return [(x + shift[0], y + shift[1]) for x, y in places]
+
+
+# ── columns ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """Nodes as numbers, and edges that all lead to the right."""
+
+    met: list[int]
+    """The nodes in depth-first order."""
+    parents: Neighbours
+    children: Neighbours
+    columns: list[int]
+
+
+def _graph(node_ids: Sequence[str], edges: Iterable[Edge]) -> _Graph:
+    numbers: dict[str, int] = {}
+    for number, node_id in enumerate(node_ids):
+        numbers.setdefault(node_id, number)
+    known = {
+        (numbers[source], numbers[target]): None
+        for source, target in edges
+        if source in numbers and target in numbers and source != target
+    }
+    met, left, back = _depth_first(*_neighbours(len(node_ids), known))
+    turned = {
+        (target, source) if (source, target) in back else (source, target): None for source, target in known
+    }
+    parents, children = _neighbours(len(node_ids), turned)
+    return _Graph(met, parents, children, _columns(left, parents, children))
+
+
+def _neighbours(count: int, edges: Iterable[tuple[int, int]]) -> tuple[Neighbours, Neighbours]:
+    """Return the parents and the children of each node."""
+    parents: Neighbours = [[] for _ in range(count)]
+    children: Neighbours = [[] for _ in range(count)]
+    for source, target in edges:
+        parents[target].append(source)
+        children[source].append(target)
+    return parents, children
+
+
+def _depth_first(
+    parents: Neighbours, children: Neighbours
+) -> tuple[list[int], list[int], set[tuple[int, int]]]:
+    """Return the nodes as they are met, as they are left, and the edges that close a cycle."""
+    met: list[int] = []
+    left: list[int] = []
+    back: set[tuple[int, int]] = set()
+    is_met, is_open = [False] * len(children), [False] * len(children)
+    for root in sorted(range(len(children)), key=lambda node: len(parents[node]) > 0):
+        path = [] if is_met[root] else [(root, iter(children[root]))]
+        while path:
+            node, rest = path[-1]
+            if not is_met[node]:
+                met.append(node)
+                is_met[node] = is_open[node] = True
+            for child in rest:
+                if not is_met[child]:
+                    path.append((child, iter(children[child])))
+                    break
+                if is_open[child]:
+                    back.add((node, child))
+            else:
+                path.pop()
+                is_open[node] = False
+                left.append(node)
+    return met, left, back
+
+
+def _columns(left: Sequence[int], parents: Neighbours, children: Neighbours) -> list[int]:
+    """Return the column of each node: right of all its parents; what only leads to a join stands just before it."""
+    columns = [0] * len(left)
+    is_tributary = [True] * len(left)
+    for node in reversed(left):
+        for parent in parents[node]:
+            columns[node] = max(columns[node], columns[parent] + 1)
+            is_tributary[node] &= is_tributary[parent] and len(children[parent]) == 1
+    for node in left:
+        if is_tributary[node] and children[node]:
+            columns[node] = min(columns[child] for child in children[node]) - 1
+    return columns
+
+
+def _parts(graph: _Graph) -> list[list[int]]:
+    """Return the connected parts, each node in depth-first order."""
+    part_of = [-1] * len(graph.met)
+    count = 0
+    for root in graph.met:
+        if part_of[root] >= 0:
+            continue
+        part_of[root] = count
+        reached = [root]
+        for node in reached:
+            for other in (*graph.parents[node], *graph.children[node]):
+                if part_of[other] < 0:
+                    part_of[other] = count
+                    reached.append(other)
+        count += 1
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for node in graph.met:
+        parts[part_of[node]].append(node)
+    return parts
+
+
+# ── order ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Part:
+    """A connected part: its nodes by numbers of their own, then the bends of edges in the columns that these pass."""
+
+    def __init__(self, graph: _Graph, members: Sequence[int], longest_routed: int) -> None:
+        number_of = {node: number for number, node in enumerate(members)}
+        self.nodes = len(members)
+        self.columns = [graph.columns[node] for node in members]
+        self.parents = [[number_of[parent] for parent in graph.parents[node]] for node in members]
+        self.children = [[number_of[child] for child in graph.children[node]] for node in members]
+        self.before: Neighbours = [[] for _ in members]
+        """For each node and bend what it is joined with in the column before."""
+        self.after: Neighbours = [[] for _ in members]
+        self.bends: list[tuple[int, int, float]] = []
+        """The ends of the edge, and how much of its way lies before the bend."""
+        for source, children in enumerate(self.children):
+            for target in children:
+                if self.columns[target] - self.columns[source] <= longest_routed:
+                    self._route(source, target)
+
+    def _route(self, source: int, target: int) -> None:
+        first, last = self.columns[source], self.columns[target]
+        stops = [source]
+        for column in range(first + 1, last):
+            stops.append(len(self.columns))
+            self.columns.append(column)
+            self.bends.append((source, target, (column - first) / (last - first)))
+            self.before.append([])
+            self.after.append([])
+        for one, other in pairwise((*stops, target)):
+            self.after[one].append(other)
+            self.before[other].append(one)
+
+    def order(self, heights: Sequence[float]) -> Order:
+        """Return the columns sorted by the heights of nodes, or of nodes and bends."""
+        order: Order = [[] for _ in range(1 + max(self.columns))]
+        for number in sorted(range(len(heights)), key=heights.__getitem__):
+            order[self.columns[number]].append(number)
+        return order
+
+    def routed(self, order: Order) -> Order:
+        """Return the order that the nodes have in `order`, with bends where edges that run straight have them."""
+        nodes = [[number for number in column if number < self.nodes] for column in order]
+        heights: list[float] = [*_settled(nodes, self.parents, self.children, self.nodes)]
+        heights += [
+            heights[source] + (heights[target] - heights[source]) * way for source, target, way in self.bends
+        ]
+        order = self.order(heights)
+        if self.bends:
+            position = _positions(order, len(self.columns))
+            for column in (*order, *reversed(order)):
+                _exchange(column, self, position, fixed=self.nodes)
+        return order
+
+    def disorder(self, heights: Sequence[int]) -> int:
+        """Return a measure of how much height nodes and edges take, and of how many edges run behind cards."""
+        rows: list[list[int]] = [[] for _ in range(1 + max(self.columns))]
+        for number in sorted(range(self.nodes), key=heights.__getitem__):
+            rows[self.columns[number]].append(heights[number])
+        hidden = 0
+        for bend, (source, target, way) in enumerate(self.bends, start=self.nodes):
+            height = heights[source] + (heights[target] - heights[source]) * way
+            row = rows[self.columns[bend]]
+            below = bisect_right(row, height - CARD_HEIGHT / 2)
+            hidden += below < len(row) and row[below] < height + CARD_HEIGHT / 2
+        slopes = sum(
+            abs(heights[source] - heights[target])
+            for source, children in enumerate(self.children)
+            for target in children
+        )
+        return max(heights) - min(heights) + slopes + hidden * HIDDEN_EDGE
+
+    def crossings(self, order: Order) -> int:
+        """Return how often edges cross between neighbouring columns."""
+        crossings = 0
+        position = _positions(order, len(self.columns))
+        for column in order:
+            ends: list[int] = []
+            for number in column:
+                for end in sorted([position[other] for other in self.after[number]]):
+                    at = bisect_right(ends, end)
+                    crossings += len(ends) - at
+                    ends.insert(at, end)
+        return crossings
+
+
+def _heights(part: _Part, present: Sequence[Place | None], effort: _Effort) -> list[int]:
+    """Return how far down each node of a part is put."""
+    standing = _standing(part, present)
+    order = part.routed(part.order([place[1] if place else 0 for place in present]))
+    if effort.sweeps:
+        order = _best(part, order, effort, WORTH_STARTING_ANEW if standing else WORTH_REFINING)
+    heights = _settled(order, part.before, part.after, part.nodes)[: part.nodes]
+    if not standing:
+        return heights
+    kept = _kept(part, order, standing)
+    return kept if part.disorder(kept) <= part.disorder(heights) * WORTH_KEEPING else heights
+
+
+def _standing(part: _Part, present: Sequence[Place | None]) -> dict[int, int]:
+    """Return the heights of the nodes that stand in one grid of columns; none where most nodes don't."""
+    grids: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
+    for number, place in enumerate(present):
+        if place and _is_near(place):
+            x, y = round(place[0]), round(place[1])
+            grids[x - part.columns[number] * COLUMN, y % LANE][number] = y // LANE * LANE
+    largest = max(grids.values(), key=len, default={})
+    return largest if 2 * len(largest) > part.nodes else {}
+
+
+def _kept(part: _Part, order: Order, standing: Mapping[int, int]) -> list[int]:
+    """Return heights for which nodes that stand move as little as the order allows; others go to their neighbours."""
+    heights = [standing.get(number, 0) for number in range(part.nodes)]
+    for column in order:
+        nodes = [number for number in column if number < part.nodes]
+        wanted = [
+            standing[number]
+            if number in standing
+            else _upper_middle(heights, number, part.parents[number] or part.children[number])
+            for number in nodes
+        ]
+        _settle(nodes, _offsets(nodes, part.nodes), wanted, heights)
+    return heights
+
+
+def _best(part: _Part, order: Order, effort: _Effort, worth_starting_anew: float) -> Order:
+    """Return the order with the fewest crossings that is found, if that is worth the upheaval."""
+    order = _tidied(part, order, effort.sweeps)
+    fewest = part.crossings(order)
+    for start in range(effort.starts):
+        if not fewest:
+            break
+        # The first is depth-first order, the others are scrambled: Knuth's multiplicative hashing.
+        scrambled = [number * (1 + start * 2_654_435_761) % (1 << 32) for number in range(part.nodes)]
+        found = _tidied(part, part.routed(part.order(scrambled)), effort.sweeps)
+        crossings = part.crossings(found)
+        if crossings <= fewest * worth_starting_anew:
+            order, fewest = found, crossings
+    return order
+
+
+def _tidied(part: _Part, order: Order, sweeps: int) -> Order:
+    """Return an order that can't be bettered any more in the ways that are tried."""
+    fewest = part.crossings(order)
+    while fewest:
+        found = part.routed(_untangled(part, order, sweeps))
+        crossings = part.crossings(found)
+        if crossings > fewest * WORTH_REFINING:
+            break
+        order, fewest = found, crossings
+    return order
+
+
+def _untangled(part: _Part, order: Order, sweeps: int) -> Order:
+    """Return the order with the fewest crossings that some sweeps over the columns meet."""
+    best, fewest = order, part.crossings(order)
+    order = [[*column] for column in order]
+    position = _positions(order, len(part.columns))
+    for sweep in range(sweeps + 1):
+        if not fewest:
+            break
+        columns, neighbours = (order, part.before) if sweep % 2 else (order[::-1], part.after)
+        for column in columns:
+            if sweep:
+                _sort(column, neighbours, position, turn=sweep % 4 in {3, 0})
+            _exchange(column, part, position)
+        crossings = part.crossings(order)
+        if crossings < fewest:
+            best, fewest = [[*column] for column in order], crossings
+    return best
+
+
+def _positions(order: Order, count: int) -> list[int]:
+    position = [0] * count
+    for column in order:
+        for index, number in enumerate(column):
+            position[number] = index
+    return position
+
+
+def _sort(column: list[int], neighbours: Neighbours, position: list[int], *, turn: bool) -> None:
+    """Sort a column by the mean position of the neighbours; what has none stays where it is."""
+    mean = {
+        number: sum([position[other] for other in neighbours[number]]) / len(neighbours[number])
+        for number in column
+        if neighbours[number]
+    }
+    moved = iter(sorted(reversed(mean) if turn else mean, key=mean.__getitem__))
+    for index, number in enumerate(column):
+        column[index] = next(moved) if number in mean else number
+    for index, number in enumerate(column):
+        position[number] = index
+
+
+def _exchange(column: list[int], part: _Part, position: list[int], *, fixed: int = 0) -> None:
+    """Let neighbours in a column change places where that saves crossings; numbers below `fixed` keep their order."""
+    before = {number: sorted([position[other] for other in part.before[number]]) for number in column}
+    after = {number: sorted([position[other] for other in part.after[number]]) for number in column}
+    for index in range(len(column) - 1):
+        upper, lower = column[index], column[index + 1]
+        if upper < fixed and lower < fixed:
+            continue
+        if _saved(before[upper], before[lower]) + _saved(after[upper], after[lower]) > 0:
+            column[index], column[index + 1] = lower, upper
+    for index, number in enumerate(column):
+        position[number] = index
+
+
+def _saved(upper: Sequence[int], lower: Sequence[int]) -> int:
+    """Return how many crossings fewer there are when two neighbours, whose edges end there, change places."""
+    if not upper or not lower:
+        return 0
+    if upper[-1] < lower[0]:
+        return -len(upper) * len(lower)
+    if upper[0] > lower[-1]:
+        return len(upper) * len(lower)
+    if len(lower) > len(upper):
+        return -_saved(lower, upper)
+    return sum([len(upper) - bisect_left(upper, end) - bisect_right(upper, end) for end in lower])
+
+
+# ── heights ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _settled(order: Order, before: Neighbours, after: Neighbours, nodes: int) -> list[int]:
+    """Return heights that keep an order and its distances, with edges as straight as can be.
+
+    Numbers from `nodes` on are bends, which take less room. They count twice, so that a long edge is straight rather
+    than hidden behind cards.
+    """
+    before, after = (
+        [[*others, *(other for other in others if other >= nodes)] for others in neighbours]
+        for neighbours in (before, after)
+    )
+    heights = [0] * len(before)
+    columns = [(column, _offsets(column, nodes)) for column in order]
+    for column, offsets in columns:
+        for number, offset in zip(column, offsets, strict=True):
+            heights[number] = offset
+    for sweep, neighbours in ((columns, before), (columns[::-1], after)):
+        for column, offsets in sweep:
+            wanted = [_upper_middle(heights, number, neighbours[number]) for number in column]
+            _settle(column, offsets, wanted, heights)
+    for sweep in (columns, columns[::-1]):
+        for column, offsets in sweep:
+            wanted = [_nearest_middle(heights, number, before[number] + after[number]) for number in column]
+            _settle(column, offsets, wanted, heights)
+    return heights
+
+
+def _offsets(column: Sequence[int], nodes: int) -> list[int]:
+    """Return how far below the first of a column each of it is, at the least."""
+    sizes = [ROW if number < nodes else LANE for number in column]
+    return [0, *accumulate((one + other) // 2 for one, other in pairwise(sizes))]
+
+
+def _upper_middle(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
+    """Return the height of the middle one of a node's neighbours, of two in the middle the upper."""
+    if not others:
+        return heights[number]
+    return sorted([heights[other] for other in others])[(len(others) - 1) // 2]
+
+
+def _nearest_middle(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
+    """Return the height nearest to a node's own that has as many neighbours above as below."""
+    if not others:
+        return heights[number]
+    ends = sorted([heights[other] for other in others])
+    return min(max(heights[number], ends[(len(ends) - 1) // 2]), ends[len(ends) // 2])
+
+
+def _settle(column: Sequence[int], offsets: Sequence[int], wanted: Sequence[int], heights: list[int]) -> None:
+    """Put a column as near to the wanted heights as its distances allow: an isotonic regression, by medians."""
+    blocks: list[list[int]] = []
+    for height, offset in zip(wanted, offsets, strict=True):
+        block = [height - offset]
+        while blocks and blocks[-1][len(blocks[-1]) // 2] > block[len(block) // 2]:
+            block = _merged(blocks.pop(), block)
+        blocks.append(block)
+    tops = [block[len(block) // 2] for block in blocks for _ in block]
+    for number, offset, top in zip(column, offsets, tops, strict=True):
+        heights[number] = top + offset
+
+
+def _merged(one: list[int], other: list[int]) -> list[int]:
+    """Return two sorted lists as one."""
+    shorter, longer = sorted((one, other), key=len)
+    for value in shorter:
+        insort(longer, value)
+    return longer
