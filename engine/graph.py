@@ -67,7 +67,7 @@ class Node:
             config=_object(stored, "config"),
             input_mappings=_object(stored, "inputMappings"),
             pass_through_values=_object(stored, "passThroughValues"),
-            retry=Retry.of(_object(stored, "retry")),
+            retry=Retry.of(_object(stored, "retry")) if "retry" in stored else Retry(),
             timeout_seconds=float(timeout) if isinstance(timeout, int | float) else None,
         )
 

@@ -7,7 +7,7 @@ was given: inputs and static parts of the config are shared.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -59,6 +59,23 @@ class Compile(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What is known of a node's output before it runs."""
+
+    description: str = ""
+    schema: Mapping[str, Json] = field(default_factory=dict)
+    """A JSON Schema: `additionalProperties = false` says that there are no other fields, `true` that there may be any;
+    where it says nothing, past runs may tell. Empty: it has no shape of its own.
+    """
+    keeps_input: bool = False
+    """The fields that arrive are in it too."""
+    dropped_by: tuple[str, Json] | None = None
+    """The field and value of the config under which they are not."""
+    fields_of: str | None = None
+    """The field of the config whose keys are fields of the output."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeType:
     """One entry of the catalogue, as its `.toml` says."""
 
@@ -76,17 +93,33 @@ class NodeType:
     compiled: Mapping[str, Compile] = field(default_factory=dict)
     """Config fields that the node evaluates itself."""
     input_description: str = ""
-    output_description: str = ""
+    output: Output = field(default_factory=Output)
     runnable: bool = True
     """False: it may be drawn and connected, but has no implementation to run."""
     resources: Mapping[str, Json] = field(default_factory=dict)
+    """What a pod that runs it asks for: `cpu` and `memory`, as Kubernetes writes quantities."""
     s3_location: str = ""
+    """The address of the package that holds this version: `s3://bucket/type/version`. What is shipped with the server
+    is loaded from the server's own files.
+    """
     examples: tuple[Mapping[str, Json], ...] = ()
     """Each: `config`, `input`, `output`, and `port` where it isn't `output`."""
 
     @property
     def is_trigger(self) -> bool:
         return self.trigger_kind is not None
+
+
+class UnknownNodeType(LookupError):
+    """The catalogue has no such type, or not in that version."""
+
+    def __init__(self, message: str, *, nearest: Sequence[str] = (), version: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.nearest = tuple(nearest)
+        """Types that it has, with names like the one that was asked for."""
+        self.version = version
+        """The version that it has of the type, where that is what doesn't fit."""
 
 
 @dataclass(frozen=True, slots=True)

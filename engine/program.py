@@ -25,13 +25,19 @@ class ConfigProblem(Protocol):
     @property
     def path(self) -> str: ...
     @property
+    def steps(self) -> tuple[str | int, ...]: ...
+    @property
+    def meant(self) -> Json:
+        """The name of a field, or the value, that is certain to be meant; None: none is."""
+
+    @property
     def message(self) -> str: ...
     @property
     def keyword(self) -> str: ...
 
 
 class Catalog(Protocol):
-    """Where node types are looked up; raises `LookupError`, with a helpful text, for one that isn't there."""
+    """Where node types are looked up; raises `UnknownNodeType` for one that isn't there."""
 
     def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...

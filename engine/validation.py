@@ -2,173 +2,325 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
-from engine.expressions import ExpressionError
-from engine.node import ERROR, NodeType
-from engine.program import compile_node
+from engine import mapping_checks, names, secrets
+from engine.dataflow import Samples
+from engine.findings import Finding, Findings, FindingType, Fix, FixAction, Validation
+from engine.mapping_checks import Drawn
+from engine.node import ERROR, UnknownNodeType
+from engine.places import Reader, Reading
 
 if TYPE_CHECKING:
-    from engine.graph import Graph, Node
-    from engine.program import Catalog
-    from engine.values import Json
+    from engine.expressions import ExpressionError
+    from engine.graph import Edge, Graph, Node
+    from engine.node import NodeType
+    from engine.program import Catalog, ConfigProblem
+
+__all__ = ["Finding", "Fix", "Samples", "Validation", "find_errors", "validate"]
+
+NO_SAMPLES: Final[Samples] = MappingProxyType({})
+SHOWN_OF_A_CYCLE: Final = 6
+SHOWN_PLACES: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing to mend."""
-
-    type: str
-    message: str
-    suggestion: str
-    node_id: str | None = None
-    connection_id: str | None = None
-
-    def as_json(self) -> dict[str, Json]:
-        found: dict[str, Json] = {"type": self.type, "message": self.message, "suggestion": self.suggestion}
-        if self.node_id is not None:
-            found["nodeId"] = self.node_id
-        if self.connection_id is not None:
-            found["connectionId"] = self.connection_id
-        return found
+def validate(
+    graph: Graph, catalog: Catalog, *, is_draft: bool = False, samples: Samples = NO_SAMPLES
+) -> Validation:
+    """Check a graph against the catalogue, and its paths against `samples` too: what nodes gave out in past runs."""
+    findings = Findings(is_draft=is_draft)
+    drawn = _inspected(graph, catalog, findings)
+    if drawn is not None:
+        for finding in (*mapping_checks.check(drawn, samples), *_inline_secrets(graph)):
+            findings.add(finding)
+    return findings.result()
 
 
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """The findings: a graph with warnings alone is valid."""
+def find_errors(graph: Graph, catalog: Catalog, *, passed: Collection[str] = ()) -> Validation:
+    """Check only whether a graph can run: in a fraction of the time, and without most of the warnings.
 
-    errors: tuple[Finding, ...] = ()
-    warnings: tuple[Finding, ...] = ()
-
-    @property
-    def is_valid(self) -> bool:
-        return not self.errors
+    The configs of the nodes with the ids in `passed`, which were found good before, aren't read again.
+    """
+    findings = Findings(is_draft=False)
+    _inspected(graph, catalog, findings, passed)
+    return findings.result()
 
 
-def validate(graph: Graph, catalog: Catalog) -> Validation:
-    """Check a graph against the catalogue; `not-runnable` is an error here and may be taken as a warning in drafts."""
+def _inspected(
+    graph: Graph, catalog: Catalog, findings: Findings, passed: Collection[str] = ()
+) -> Drawn | None:
+    """Look for everything but doubtful paths and secrets; returns None where it was broken off."""
     if not graph.nodes:
-        return Validation(errors=(_finding_of_empty(),))
-    known, type_errors = _look_up(graph, catalog)
+        findings.add(_empty())
+        return None
+    known = _look_up(graph, catalog, findings)
     types = {node.id: node_type for node, node_type in known}
-    errors = [*_duplicates(graph), *type_errors, *_triggers(graph, types), *_connections(graph, types)]
-    if cycle := _cycle(graph):
-        errors.append(cycle)
-    warnings = [*_disconnected(graph, types)]
+    order = _order(graph)
+    for finding in (
+        *_duplicates(graph),
+        *_triggers(graph, types),
+        *_connections(graph, types),
+        *_cycle(graph, order),
+        *_disconnected(graph, types),
+    ):
+        findings.add(finding)
+    reader = Reader()
+    readings: dict[str, Reading] = {}
     for node, node_type in known:
-        for finding in _config(node, node_type, catalog):
-            (warnings if finding.type == "missing-config" else errors).append(finding)
-    return Validation(errors=tuple(errors), warnings=tuple(warnings))
+        if not findings.has_room:
+            findings.break_off()
+            return None
+        if node.id in passed:
+            continue
+        readings[node.id] = reader.read(node, node_type)
+        problems = catalog.config_problems(node_type, node.config)
+        for finding in _of_config(node, problems, readings[node.id]):
+            findings.add(finding)
+    return Drawn(graph, order, types, readings)
 
 
-def _finding_of_empty() -> Finding:
+def _empty() -> Finding:
     return Finding(
-        "empty-workflow", "The workflow has no nodes", "Add a trigger node and a node that it leads to."
+        FindingType.EMPTY_WORKFLOW,
+        "The workflow has no nodes",
+        "Add a trigger node and a node that it leads to.",
     )
 
 
-def _look_up(graph: Graph, catalog: Catalog) -> tuple[list[tuple[Node, NodeType]], list[Finding]]:
+# ── nodes and their types ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _look_up(graph: Graph, catalog: Catalog, findings: Findings) -> list[tuple[Node, NodeType]]:
     """Return the nodes whose types there are, each with its own: two of them may have one id."""
+    asked: dict[tuple[str, str | None], NodeType | UnknownNodeType] = {}
     known: list[tuple[Node, NodeType]] = []
-    errors: list[Finding] = []
     for node in graph.nodes:
-        try:
-            known.append((node, catalog.get(node.type, node.version)))
-        except LookupError as error:
-            suggestion = "Choose a type and version from the catalogue."
-            errors.append(Finding("unknown-node-type", str(error), suggestion, node.id))
-    errors.extend(
-        Finding(
-            "not-runnable", f"Node {node.label!r} ({node.type}) can't run", "Remove or replace it.", node.id
-        )
-        for node, node_type in known
-        if not node_type.runnable
-    )
-    return known, errors
+        key = (node.type, node.version)
+        if key not in asked:
+            asked[key] = _found(catalog, *key)
+        found = asked[key]
+        if isinstance(found, UnknownNodeType):
+            findings.add(_unknown_type(node, found))
+            continue
+        known.append((node, found))
+        if not found.runnable:
+            findings.add(_not_runnable(node))
+    return known
+
+
+def _found(catalog: Catalog, node_type: str, version: str | None) -> NodeType | UnknownNodeType:
+    try:
+        return catalog.get(node_type, version)
+    except UnknownNodeType as error:
+        return error
+
+
+def _unknown_type(node: Node, error: UnknownNodeType) -> Finding:
+    suggestion = "Choose a type and version from the catalogue."
+    fix = None
+    if error.version is not None:
+        suggestion = f"Use version {error.version}."
+        fix = Fix(FixAction.SET_VERSION, node.id, value=error.version)
+    elif len(meant := names.meant(node.type, error.nearest)) == 1:
+        suggestion = f"Use the type {meant[0]}."
+        fix = Fix(FixAction.SET_NODE_TYPE, node.id, value=meant[0])
+    return Finding(FindingType.UNKNOWN_NODE_TYPE, error.message, suggestion, node.id, fix=fix)
+
+
+def _not_runnable(node: Node) -> Finding:
+    message = f'Node "{node.label}" ({node.type}) can be drawn and connected, but this server can\'t run it'
+    suggestion = "Replace it by a type that the catalogue shows as runnable before you run the workflow."
+    return Finding(FindingType.NOT_RUNNABLE, message, suggestion, node.id)
 
 
 def _duplicates(graph: Graph) -> Iterator[Finding]:
     for node_id, count in Counter(node.id for node in graph.nodes).items():
         if count > 1:
             message = f"{count} nodes have the id {node_id!r}"
-            yield Finding("duplicate-node-id", message, "Give each node an id of its own.", node_id)
+            suggestion = "Give each node an id of its own."
+            yield Finding(FindingType.DUPLICATE_NODE_ID, message, suggestion, node_id)
     for edge_id, count in Counter(edge.id for edge in graph.edges).items():
         if count > 1:
             message = f"{count} connections have the id {edge_id!r}"
-            yield Finding("broken-connection", message, "Give each an id of its own.", connection_id=edge_id)
+            suggestion = "Give each an id of its own."
+            yield Finding(FindingType.BROKEN_CONNECTION, message, suggestion, connection_id=edge_id)
 
 
-def _triggers(graph: Graph, types: dict[str, NodeType]) -> Iterator[Finding]:
+def _triggers(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
     triggers = [node for node in graph.nodes if node.id in types and types[node.id].is_trigger]
     if not triggers and len(types) == len(graph.by_id):
         suggestion = "Add a trigger: manual, rest-api or webhook."
-        yield Finding("missing-trigger", "The workflow has no trigger node", suggestion)
+        yield Finding(FindingType.MISSING_TRIGGER, "The workflow has no trigger node", suggestion)
     for extra in triggers[1:]:
-        message = f"Node {extra.label!r} ({extra.type}) is a second trigger beside {triggers[0].label!r}"
-        yield Finding("multiple-triggers", message, "Keep one trigger.", extra.id)
+        message = f'Node "{extra.label}" ({extra.type}) is a second trigger beside "{triggers[0].label}"'
+        yield Finding(FindingType.MULTIPLE_TRIGGERS, message, "Keep one trigger.", extra.id)
 
 
-def _connections(graph: Graph, types: dict[str, NodeType]) -> Iterator[Finding]:
+# ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _connections(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
+    by_id = graph.by_id
     for edge in graph.edges:
-        missing = [node_id for node_id in (edge.source, edge.target) if node_id not in graph.by_id]
-        if missing:
-            message = (
-                f"Connection {edge.id!r} names {' and '.join(map(repr, missing))}, which the workflow lacks"
-            )
-            yield Finding("broken-connection", message, "Remove it or add the node.", connection_id=edge.id)
+        if edge.source not in by_id or edge.target not in by_id:
+            yield _broken(edge, [end for end in (edge.source, edge.target) if end not in by_id])
             continue
         source, target = types.get(edge.source), types.get(edge.target)
-        if source and edge.source_port not in (*source.outputs, ERROR):
-            yield _invalid_port(edge.id, edge.source, "output", edge.source_port, (*source.outputs, ERROR))
+        if source and edge.source_port != ERROR and edge.source_port not in source.outputs:
+            yield _no_output(edge, by_id[edge.source], source)
         if target and edge.target_port not in target.inputs:
-            yield _invalid_port(edge.id, edge.target, "input", edge.target_port, target.inputs)
+            yield _no_input(edge, by_id[edge.target], target)
 
 
-def _invalid_port(edge_id: str, node_id: str, kind: str, port: str, known: tuple[str, ...]) -> Finding:
-    suggestion = (
-        f"Use one of: {', '.join(known)}."
-        if known
-        else "Nothing can lead into this node: remove the connection."
-    )
+def _broken(edge: Edge, missing: Sequence[str]) -> Finding:
+    message = f"Connection {edge.id!r} names {' and '.join(map(repr, missing))}, which the workflow lacks"
     return Finding(
-        "invalid-port", f"Node {node_id!r} has no {kind} port {port!r}", suggestion, node_id, edge_id
+        FindingType.BROKEN_CONNECTION,
+        message,
+        "Remove the connection, or add the node.",
+        connection_id=edge.id,
+        fix=_removal(edge),
     )
 
 
-def _cycle(graph: Graph) -> Finding | None:
-    parents = {node_id: [edge.source for edge in edges] for node_id, edges in graph.inbound.items()}
+def _no_output(edge: Edge, node: Node, node_type: NodeType) -> Finding:
+    message = f'Node "{node.label}" ({node.type}) has no output port {edge.source_port!r}'
+    ports = node_type.outputs
+    suggestion = f"Use one of: {', '.join((*ports, ERROR))}."
+    fix = _port_fix(edge, "sourcePort", edge.source_port, ports)
+    return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)
+
+
+def _no_input(edge: Edge, node: Node, node_type: NodeType) -> Finding:
+    message = f'Node "{node.label}" ({node.type}) has no input port {edge.target_port!r}'
+    if not node_type.inputs:
+        suggestion = "Nothing can lead into this node: remove the connection."
+        return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, _removal(edge))
+    suggestion = f"Use one of: {', '.join(node_type.inputs)}."
+    fix = _port_fix(edge, "targetPort", edge.target_port, node_type.inputs)
+    return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)
+
+
+def _port_fix(edge: Edge, field: str, port: str, ports: Sequence[str]) -> Fix | None:
+    """Return the one port that can be meant, if there is just one."""
+    meant = ports if len(ports) == 1 else names.meant(port, ports)
+    if len(meant) != 1:
+        return None
+    return Fix(FixAction.SET_PORT, connection_id=edge.id, path=(field,), value=meant[0])
+
+
+def _removal(edge: Edge) -> Fix:
+    return Fix(FixAction.REMOVE_CONNECTION, connection_id=edge.id)
+
+
+def _order(graph: Graph) -> list[str]:
+    """Return the nodes, each after those that lead to it; those on a cycle, or behind one, are left out."""
+    waiting = {node_id: len(edges) for node_id, edges in graph.inbound.items()}
+    ready = deque(node_id for node_id, count in waiting.items() if count == 0)
+    order: list[str] = []
+    while ready:
+        node_id = ready.popleft()
+        order.append(node_id)
+        for edge in graph.outbound[node_id]:
+            waiting[edge.target] -= 1
+            if waiting[edge.target] == 0:
+                ready.append(edge.target)
+    return order
+
+
+def _cycle(graph: Graph, order: Sequence[str]) -> Iterator[Finding]:
+    if len(order) == len(graph.by_id):
+        return
+    placed = set(order)
+    parents = {
+        node_id: [edge.source for edge in edges]
+        for node_id, edges in graph.inbound.items()
+        if node_id not in placed
+    }
     try:
         TopologicalSorter(parents).prepare()
     except CycleError as error:
         around: list[str] = error.args[1]
-        shown = " → ".join([*around[:6], "…"] if len(around) > 7 else around)  # noqa: PLR2004 - what a line holds
-        return Finding("cycle", f"The connections form a cycle: {shown}", "Remove one of them.", around[0])
-    return None
+        edges = [
+            next(edge for edge in graph.outbound[source] if edge.target == target)
+            for source, target in pairwise(around)
+        ]
+        message = f"The connections form a cycle: {' → '.join(_some(around, SHOWN_OF_A_CYCLE + 1))}"
+        shown = ", ".join(_some([edge.id for edge in edges], SHOWN_OF_A_CYCLE))
+        fix = _removal(edges[0]) if len(edges) == 1 else None
+        yield Finding(
+            FindingType.CYCLE, message, f"Remove one of these connections: {shown}.", around[0], fix=fix
+        )
 
 
-def _disconnected(graph: Graph, types: dict[str, NodeType]) -> Iterator[Finding]:
+def _disconnected(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
     for node in graph.nodes:
-        is_trigger = node.id in types and types[node.id].is_trigger
-        if is_trigger or graph.inbound[node.id]:
+        node_type = types.get(node.id)
+        if graph.inbound[node.id] or (node_type and node_type.is_trigger):
             continue
-        message = f"Nothing leads to node {node.label!r}: it will be skipped"
-        yield Finding("disconnected-node", message, "Connect it, or remove it.", node.id)
+        if node_type and not node_type.inputs:
+            if not graph.outbound[node.id]:
+                message = f'Node "{node.label}" ({node.type}) leads to no node: nobody uses it'
+                yield Finding(FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id)
+            continue
+        message = f'Nothing leads to node "{node.label}" ({node.type}): it will be skipped'
+        yield Finding(FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id)
 
 
-def _config(node: Node, node_type: NodeType, catalog: Catalog) -> Iterator[Finding]:
-    for problem in catalog.config_problems(node_type, node.config):
-        if problem.keyword == "required":
-            message = f'Node "{node.label}" ({node.type}) needs configuration: {problem.message}'
-            yield Finding("missing-config", message, f"Set {problem.path} in its config.", node.id)
-        else:
-            message = f'Node "{node.label}" ({node.type}): {problem.path}: {problem.message}'
-            yield Finding("invalid-config", message, "See the schema of the node type.", node.id)
-    try:
-        compile_node(node, catalog)
-    except ExpressionError as error:
-        message = f'Node "{node.label}" ({node.type}): {error}'
-        yield Finding("invalid-config", message, "Mend the expression.", node.id)
+# ── configs ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _of_config(node: Node, problems: Sequence[ConfigProblem], reading: Reading) -> Iterator[Finding]:
+    missing = [problem for problem in problems if problem.keyword == "required"]
+    if missing:
+        yield _missing_config(node, missing)
+    for problem in problems:
+        if problem.keyword != "required":
+            yield _invalid_config(node, problem)
+    for name, error in reading.errors:
+        yield _invalid_expression(node, name, error)
+
+
+def _missing_config(node: Node, missing: Sequence[ConfigProblem]) -> Finding:
+    needed = "; ".join(problem.message for problem in missing)
+    message = f'Node "{node.label}" ({node.type}) needs configuration: {needed}'
+    fields = " and ".join(problem.path for problem in missing)
+    return Finding(FindingType.MISSING_CONFIG, message, f"Set {fields} in its config.", node.id)
+
+
+def _invalid_config(node: Node, problem: ConfigProblem) -> Finding:
+    message = f'Node "{node.label}" ({node.type}): {problem.path}: {problem.message}'
+    suggestion = "See the schema of the node type."
+    fix = None
+    if problem.meant is not None:
+        is_unknown_field = problem.keyword == "additionalProperties"
+        action = FixAction.RENAME_CONFIG if is_unknown_field else FixAction.SET_CONFIG
+        suggestion = f"Call it {problem.meant}." if is_unknown_field else f"Write {problem.meant}."
+        fix = Fix(action, node.id, path=problem.steps, value=problem.meant)
+    return Finding(FindingType.INVALID_CONFIG, message, suggestion, node.id, fix=fix)
+
+
+def _invalid_expression(node: Node, name: str, error: ExpressionError) -> Finding:
+    message = f'Node "{node.label}" ({node.type}): {name}: {error}'
+    return Finding(FindingType.INVALID_CONFIG, message, "Mend the expression.", node.id)
+
+
+def _inline_secrets(graph: Graph) -> Iterator[Finding]:
+    for node in graph.nodes:
+        found = secrets.find(dict(node.config))
+        if found:
+            shown = ", ".join(_some(found, SHOWN_PLACES))
+            message = f'Node "{node.label}" ({node.type}) seems to hold a credential in its config: {shown}'
+            suggestion = (
+                "Hand it in with the run's data instead: whoever may read the workflow can read it here."
+            )
+            yield Finding(FindingType.INLINE_SECRET, message, suggestion, node.id)
+
+
+def _some(texts: Sequence[str], most: int) -> Sequence[str]:
+    return [*texts[:most], "…"] if len(texts) > most else texts

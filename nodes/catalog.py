@@ -11,8 +11,8 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
                                     # { default = "write", field = "method", cases = { GET = "read" } }
     trigger = "webhook"             # only on a node that starts a graph: what kind of event it takes
     runnable = true                 # false: it may be drawn, but there is no `.py`
-    s3_location = "…"               # where a node that isn't shipped here comes from
-    resources = { memory = "…" }    # what its pod asks for, where it runs in one
+    resources = { cpu = "500m", memory = "256Mi" }  # what a pod that runs it asks for; default: 100m and 128Mi
+    s3_location = "s3://…"          # the address of its package; default: by type and version
 
     [ports]                         # default: one `input`, one `output`; every node has `error` besides
     inputs = ["input"]
@@ -26,9 +26,16 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     description = "…"
     [output]
     description = "…"
+    schema = {…}                    # JSON Schema, if it has a shape of its own
+    keeps_input = true              # the fields that arrive are in it too …
+    dropped_by = { mode = "replace" }  # … unless the config says so
+    fields_of = "values"            # the config field whose keys are fields of the output
 
     [config]                        # JSON Schema, draft 2020-12, with defaults; a condition's is filled in
     type = "object"
+    [config.properties.dataSource]
+    type = "string"
+    x-resource = "datasources:read" # what its value is the id of, and what the node does with that
 
     [[examples]]                    # run by the tests
     config = {…}
@@ -53,7 +60,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from engine.conditions import CONDITION_SCHEMA
-from engine.node import INPUT, OUTPUT, Compile, Effect, EffectRule, NodeType, Run
+from engine.node import INPUT, OUTPUT, Compile, Effect, EffectRule, NodeType, Output, Run, UnknownNodeType
 from nodes import problems
 from nodes.problems import Problem
 
@@ -62,18 +69,13 @@ if TYPE_CHECKING:
 
     from engine.values import Json
 
+__all__ = ["Catalog", "InvalidEntry", "UnknownNodeType", "load", "read"]
+
 LIBRARY = Path(__file__).parent / "library"
+PACKAGES = "s3://pilotflame-nodes"
+RESOURCES: Mapping[str, Json] = {"cpu": "100m", "memory": "128Mi"}
 SHOWN_CHARACTERS = 100
 """As much of a name that isn't ours as is compared and repeated."""
-
-
-class UnknownNodeType(LookupError):
-    """The catalogue has no such type, or not in that version; `nearest` holds names that it has."""
-
-    def __init__(self, message: str, *, nearest: Sequence[str]) -> None:
-        super().__init__(message)
-        self.message = message
-        self.nearest = tuple(nearest)
 
 
 class InvalidEntry(ValueError):
@@ -99,7 +101,9 @@ class Catalog:
             raise UnknownNodeType(f"There is no node type {name!r}: {known}", nearest=nearest)
         if version not in (None, node_type.version):
             wanted = f"{type} has no version {version[:SHOWN_CHARACTERS]!r}"
-            raise UnknownNodeType(f"{wanted}: the catalogue has {node_type.version}", nearest=[type])
+            raise UnknownNodeType(
+                f"{wanted}: the catalogue has {node_type.version}", nearest=[type], version=node_type.version
+            )
         return node_type
 
     def types(self) -> Sequence[str]:
@@ -156,6 +160,14 @@ class _Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     description: str = ""
 
 
+class _Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    description: str = ""
+    schema: dict[str, Any] = {}
+    keeps_input: bool = False
+    dropped_by: dict[str, Any] = {}
+    fields_of: str | None = None
+
+
 class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Any
     input: Any = None
@@ -180,7 +192,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ports: _Ports = _Ports()
     compiled: dict[str, Compile] = {}
     input: _Described = _Described()
-    output: _Described = _Described()
+    output: _Output = _Output()
     examples: list[_Example] = []
 
 
@@ -206,10 +218,10 @@ def _read_entry(path: Path) -> NodeType:
         trigger_kind=entry.trigger,
         compiled=entry.compiled,
         input_description=entry.input.description,
-        output_description=entry.output.description,
+        output=_output(entry.output),
         runnable=entry.runnable,
-        resources=entry.resources,
-        s3_location=entry.s3_location,
+        resources={**RESOURCES, **entry.resources},
+        s3_location=entry.s3_location or f"{PACKAGES}/{entry.type}/{entry.version}",
         examples=tuple(msgspec.to_builtins(example) for example in entry.examples),
     )
 
@@ -218,6 +230,16 @@ def _effect_rule(effect: Effect | _EffectTable) -> EffectRule:
     if isinstance(effect, Effect):
         return EffectRule(effect)
     return EffectRule(effect.default, effect.field, effect.cases)
+
+
+def _output(written: _Output) -> Output:
+    return Output(
+        description=written.description,
+        schema=written.schema,
+        keeps_input=written.keeps_input,
+        dropped_by=next(iter(written.dropped_by.items()), None),
+        fields_of=written.fields_of,
+    )
 
 
 def _with_conditions(schema: Mapping[str, Json], compiled: Mapping[str, Compile]) -> Mapping[str, Json]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from engine import names
 from engine.node import Compile
 from engine.values import encode
 from nodes import fields
@@ -58,6 +58,10 @@ class Problem:
     path: str
     message: str
     keyword: str
+    steps: tuple[str | int, ...] = ()
+    """The way from the config to the value, or to where a field is missing."""
+    meant: Json = None
+    """The name of a field, or the value, that is certain to be meant; None: none is."""
 
 
 # ── schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -133,9 +137,12 @@ def _problems(error: ValidationError, schema: Schema) -> Iterator[Problem]:
         case "additionalProperties":
             known = _names_at(schema, path)
             for name in facts["unexpected"][:MAXIMUM_PROBLEMS]:
-                yield Problem(_dotted([*path, name]), _unknown(name, known), keyword)
+                yield _unknown([*path, name], known, cast("dict[str, Json]", error.instance))
+        case "enum":
+            meant = _option_meant(cast("Json", error.instance), facts["options"])
+            yield Problem(_dotted(path), _message(error, facts), keyword, tuple(path), meant)
         case _:
-            yield Problem(_dotted(path), _message(error, facts), keyword)
+            yield Problem(_dotted(path), _message(error, facts), keyword, tuple(path))
 
 
 def _only_misses(form: Sequence[ValidationError]) -> bool:
@@ -144,14 +151,29 @@ def _only_misses(form: Sequence[ValidationError]) -> bool:
 
 def _missing(alternatives: Sequence[Path]) -> Problem:
     names = [_dotted(path) for path in alternatives]
-    return Problem(names[0], f"{' or '.join(names)} is required", "required")
+    message = f"{' or '.join(names)} is required"
+    return Problem(names[0], message, "required", tuple(alternatives[0]))
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    nearest = get_close_matches(name[:SHOWN_CHARACTERS], known, n=1)
-    if nearest:
-        return f"there is no such field: did you mean {nearest[0]}?"
-    return f"there is no such field: there is {', '.join(known)}" if known else "there is no such field"
+def _unknown(path: Path, known: Sequence[str], beside: Mapping[str, Json]) -> Problem:
+    meant = names.meant(str(path[-1]), known)
+    message = "there is no such field"
+    if meant:
+        message += f": did you mean {' or '.join(meant)}?"
+    elif known:
+        message += f": there is {', '.join(known)}"
+    is_certain = len(meant) == 1 and meant[0] not in beside
+    return Problem(
+        _dotted(path), message, "additionalProperties", tuple(path), meant[0] if is_certain else None
+    )
+
+
+def _option_meant(given: Json, options: Sequence[Json]) -> Json:
+    """Return the one option that a text comes near to; None where none does, or two."""
+    if not isinstance(given, str):
+        return None
+    meant = names.meant(given, [option for option in options if isinstance(option, str)])
+    return meant[0] if len(meant) == 1 else None
 
 
 def _message(error: ValidationError, facts: Mapping[str, Any]) -> str:

@@ -17,6 +17,9 @@ pytestmark = pytest.mark.anyio
 
 CATALOG = catalog.load()
 EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
+DRAWN_ONLY = {"agent", "llm", "mysql-source", "tool"}
+LENT = {"llm", "tool"}
+"""Types that are connected to an agent, which asks them: nothing leads into them."""
 
 SHOUT = """
 type = "shout-it"
@@ -49,10 +52,12 @@ def run(call):
 def test_an_entry_tells_what_its_reader_needs(node_type: NodeType) -> None:
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", node_type.type)
     assert re.fullmatch(r"\d+\.\d+\.\d+", node_type.version)
-    assert node_type.category in {"triggers", "transform", "control", "io"}
-    assert all((node_type.name, node_type.description, node_type.output_description))
-    assert node_type.input_description or node_type.is_trigger
+    assert node_type.category in {"triggers", "sources", "transform", "control", "io", "ai"}
+    assert all((node_type.name, node_type.description, node_type.output.description))
+    assert bool(node_type.input_description) == bool(node_type.inputs)
     assert 1 <= len(node_type.examples) <= 3
+    assert re.fullmatch(r"s3://[a-z-]+/[a-z-]+/[0-9.]+", node_type.s3_location)
+    assert {*node_type.resources} == {"cpu", "memory"}
 
 
 @EVERY_TYPE
@@ -65,6 +70,7 @@ def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
     for name, of_field in properties.items():
         assert isinstance(of_field, dict)
         assert "description" in of_field, name
+        assert re.fullmatch(r"[a-z]+:(read|write|invoke)", str(of_field.get("x-resource", "models:invoke")))
     assert set(node_type.compiled) <= set(properties)
 
 
@@ -77,13 +83,34 @@ def test_the_defaults_and_the_examples_satisfy_the_schema(node_type: NodeType) -
 
 
 @EVERY_TYPE
-def test_every_type_has_an_implementation(node_type: NodeType) -> None:
-    assert callable(CATALOG.implementation(node_type.type))
+def test_the_output_of_every_example_fits_the_schema_of_the_output(node_type: NodeType) -> None:
+    output = node_type.output
+    jsonschema_rs.meta.validate(dict(output.schema))
+    for example in node_type.examples:
+        assert jsonschema_rs.is_valid(dict(output.schema), example["output"])
+    for name in [output.fields_of, *([output.dropped_by[0]] if output.dropped_by else [])]:
+        assert name is None or name in str(node_type.config_schema["properties"])
+    assert bool(output.schema) != output.keeps_input, "what it gives is its own, or it is what arrived"
 
 
 @EVERY_TYPE
-def test_only_triggers_have_no_input(node_type: NodeType) -> None:
-    assert node_type.inputs == (() if node_type.is_trigger else ("input",))
+def test_every_type_that_runs_has_an_implementation(node_type: NodeType) -> None:
+    assert node_type.runnable == (node_type.type not in DRAWN_ONLY)
+    if node_type.runnable:
+        assert callable(CATALOG.implementation(node_type.type))
+
+
+@EVERY_TYPE
+def test_every_node_takes_an_input_unless_it_starts_a_graph_or_is_lent_to_an_agent(
+    node_type: NodeType,
+) -> None:
+    has_none = node_type.is_trigger or node_type.type in LENT
+    assert node_type.inputs[:1] == (() if has_none else ("input",))
+
+
+def test_a_language_model_and_tools_lead_to_ports_of_the_agent() -> None:
+    assert CATALOG.get("agent").inputs == ("input", "ai", "tools")
+    assert CATALOG.get("llm").outputs == CATALOG.get("tool").outputs == ("output",)
 
 
 def test_the_library_is_read_once() -> None:
@@ -124,19 +151,20 @@ def test_an_entry_that_says_what_nobody_reads_is_refused(wrong: str, said: str, 
 def test_an_unknown_type_is_answered_with_the_nearest_ones() -> None:
     with pytest.raises(UnknownNodeType, match=r"did you mean http-request\?") as raised:
         CATALOG.get("htp-request")
-    assert raised.value.nearest == ("http-request",)
+    assert (raised.value.nearest, raised.value.version) == (("http-request",), None)
 
 
 def test_a_type_like_no_other_is_answered_with_all_of_them() -> None:
-    with pytest.raises(UnknownNodeType, match="there is aggregate, conditional, ") as raised:
+    with pytest.raises(UnknownNodeType, match="there is agent, aggregate, conditional, ") as raised:
         CATALOG.get("quux")
     assert raised.value.nearest == ()
 
 
 def test_a_version_that_the_catalogue_lacks_is_answered_with_the_one_it_has() -> None:
     assert CATALOG.get("set", "1.0.0") is CATALOG.get("set")
-    with pytest.raises(UnknownNodeType, match=r"no version '9.0.0': the catalogue has 1.0.0"):
+    with pytest.raises(UnknownNodeType, match=r"no version '9.0.0': the catalogue has 1.0.0") as raised:
         CATALOG.get("set", "9.0.0")
+    assert raised.value.version == "1.0.0"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +255,31 @@ def test_a_problem_says_where_and_what(
     (problem,) = CATALOG.config_problems(CATALOG.get(node_type), config)
     assert (problem.path, problem.keyword) == (path, keyword)
     assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    ("node_type", "config", "steps", "meant"),
+    [
+        ("http-request", {"url": "u", "metod": "GET"}, ("metod",), "method"),
+        ("http-request", {"url": "u", "metod": "GET", "method": "GET"}, ("metod",), None),
+        ("http-request", {"url": "u", "colour": "red"}, ("colour",), None),
+        ("http-request", {"url": "u", "method": "post"}, ("method",), "POST"),
+        ("http-request", {"url": "u", "method": "FETCH"}, ("method",), None),
+        ("log", {"message": "m", "level": "warn"}, ("level",), "warning"),
+        (
+            "aggregate",
+            {"aggregations": [{**SUM, "function": "cuont"}]},
+            ("aggregations", 0, "function"),
+            "count",
+        ),
+        ("http-request", {"url": "u", "timeoutSeconds": 301}, ("timeoutSeconds",), None),
+    ],
+)
+def test_a_problem_says_what_was_meant_where_that_is_certain(
+    node_type: str, config: dict[str, Json], steps: tuple[str | int, ...], meant: str | None
+) -> None:
+    (problem,) = CATALOG.config_problems(CATALOG.get(node_type), config)
+    assert (problem.steps, problem.meant) == (steps, meant)
 
 
 LARGE: list[dict[str, Json]] = [

@@ -1,0 +1,153 @@
+"""What validation finds in a graph: what is wrong, where, what to do about it, and the edit that is certain to help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.values import Json
+
+MAX_FINDINGS: Final = 1_000
+"""Errors that are listed, and warnings; a graph with more errors than this isn't looked at any further."""
+
+
+class FindingType(StrEnum):
+    """Everything that can be found."""
+
+    EMPTY_WORKFLOW = "empty-workflow"
+    MISSING_TRIGGER = "missing-trigger"
+    MULTIPLE_TRIGGERS = "multiple-triggers"
+    BROKEN_CONNECTION = "broken-connection"
+    DUPLICATE_NODE_ID = "duplicate-node-id"
+    CYCLE = "cycle"
+    UNKNOWN_NODE_TYPE = "unknown-node-type"
+    INVALID_PORT = "invalid-port"
+    INVALID_CONFIG = "invalid-config"
+    NOT_RUNNABLE = "not-runnable"
+    """A warning in drafts, which aren't finished."""
+    DISCONNECTED_NODE = "disconnected-node"
+    MISSING_CONFIG = "missing-config"
+    UNRESOLVED_MAPPING = "unresolved-mapping"
+    INLINE_SECRET = "inline-secret"  # noqa: S105 - the name of a finding
+
+
+WARNINGS: Final = frozenset({
+    FindingType.DISCONNECTED_NODE,
+    FindingType.MISSING_CONFIG,
+    FindingType.UNRESOLVED_MAPPING,
+    FindingType.INLINE_SECRET,
+})  # fmt: skip
+"""What doesn't keep a graph from being valid."""
+
+
+class FixAction(StrEnum):
+    """One edit of a graph."""
+
+    REMOVE_CONNECTION = "remove-connection"
+    SET_PORT = "set-port"
+    """Of the connection; `path` names the field: `sourcePort` or `targetPort`."""
+    SET_NODE_TYPE = "set-node-type"
+    SET_VERSION = "set-version"
+    SET_CONFIG = "set-config"
+    """`path` leads from the config to the value, which may stand in objects and lists."""
+    RENAME_CONFIG = "rename-config"
+    """`path` leads from the config to the field, and `value` is its new name; what it holds stays."""
+    SET_INPUT_MAPPING = "set-input-mapping"
+    """`path` leads from the mappings to the value, mostly in one step: the name of the mapped field."""
+    SET_PASS_THROUGH_VALUE = "set-pass-through-value"  # noqa: S105 - the name of an edit
+    """`path` is the key of the output, and `value` the key of the input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """An edit that mends a finding: of a node or a connection, where in it, and what is to stand there."""
+
+    action: FixAction
+    node_id: str | None = None
+    connection_id: str | None = None
+    path: Sequence[str | int] = ()
+    value: Json = None
+    """Null for what is removed."""
+
+    def as_json(self) -> dict[str, Json]:
+        said: dict[str, Json] = {"action": self.action, **_ids(self.node_id, self.connection_id)}
+        if self.path:
+            said["path"] = list(self.path)
+        if self.value is not None:
+            said["value"] = self.value
+        return said
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to mend."""
+
+    type: FindingType
+    message: str
+    suggestion: str
+    node_id: str | None = None
+    connection_id: str | None = None
+    fix: Fix | None = None
+
+    def as_json(self) -> dict[str, Json]:
+        found: dict[str, Json] = {"type": self.type, "message": self.message, "suggestion": self.suggestion}
+        found |= _ids(self.node_id, self.connection_id)
+        if self.fix is not None:
+            found["fix"] = self.fix.as_json()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The findings: a graph with warnings alone is valid."""
+
+    errors: tuple[Finding, ...] = ()
+    warnings: tuple[Finding, ...] = ()
+    is_truncated: bool = False
+    """There is, or may be, more than is listed."""
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.errors
+
+
+class Findings:
+    """Collects findings on their way to a `Validation`."""
+
+    def __init__(self, *, is_draft: bool) -> None:
+        self._warning_types = WARNINGS | {FindingType.NOT_RUNNABLE} if is_draft else WARNINGS
+        self._errors: list[Finding] = []
+        self._warnings: list[Finding] = []
+        self._is_truncated = False
+
+    def add(self, finding: Finding) -> None:
+        kept = self._warnings if finding.type in self._warning_types else self._errors
+        if len(kept) < MAX_FINDINGS:
+            kept.append(finding)
+        else:
+            self._is_truncated = True
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether one more error would be listed."""
+        return len(self._errors) < MAX_FINDINGS
+
+    def break_off(self) -> None:
+        """Note that the rest of the graph was left alone."""
+        self._is_truncated = True
+
+    def result(self) -> Validation:
+        return Validation(tuple(self._errors), tuple(self._warnings), self._is_truncated)
+
+
+def _ids(node_id: str | None, connection_id: str | None) -> dict[str, Json]:
+    ids: dict[str, Json] = {}
+    if node_id is not None:
+        ids["nodeId"] = node_id
+    if connection_id is not None:
+        ids["connectionId"] = connection_id
+    return ids

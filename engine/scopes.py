@@ -1,0 +1,92 @@
+"""What a graph uses that isn't in it: data sources, models and whatever else a config names by its id.
+
+The schema of a type marks such a field: `x-resource = "datasources:read"`. Where a template stands in it, the id is
+known to a run alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+from engine.node import UnknownNodeType
+
+if TYPE_CHECKING:
+    from engine.graph import Graph
+    from engine.node import NodeType
+    from engine.program import Catalog
+    from engine.values import Json
+
+KEYWORD: Final = "x-resource"
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+_Schema: TypeAlias = "Mapping[str, Json]"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One place in a config that names something."""
+
+    kind: str
+    """`datasources`, `models`, …"""
+    id: str
+    node_id: str
+    path: str
+    """The place in the node's config, with dots: `dataSource`."""
+    action: str
+    """What the node does with it: `read`, `write`, `invoke`."""
+
+    @property
+    def scope(self) -> str:
+        return f"{self.kind}:{self.action}:{self.id}"
+
+
+def scopes(graph: Graph, catalog: Catalog) -> list[str]:
+    """Return what a graph needs to be allowed: sorted, each once, such as `datasources:read:ds_001`."""
+    return sorted({reference.scope for reference in references(graph, catalog)})
+
+
+def references(graph: Graph, catalog: Catalog) -> list[Reference]:
+    """Return every place of a graph that names something, in order; types that the catalogue lacks name nothing."""
+    found: list[Reference] = []
+    types: dict[tuple[str, str | None], NodeType | None] = {}
+    for node in graph.nodes:
+        key = (node.type, node.version)
+        if key not in types:
+            types[key] = _known_type(catalog, *key)
+        node_type = types[key]
+        if node_type is not None:
+            for path, resource, value in _named("", dict(node_type.config_schema), dict(node.config)):
+                kind, _, action = resource.partition(":")
+                found.append(Reference(kind, value, node.id, path, action))
+    return found
+
+
+def _known_type(catalog: Catalog, node_type: str, version: str | None) -> NodeType | None:
+    try:
+        return catalog.get(node_type, version)
+    except UnknownNodeType:
+        return None
+
+
+def _named(path: str, schema: Json, value: Json) -> Iterator[tuple[str, str, str]]:
+    """Return the ids in a value, each with its path, and with what its schema says it is the id of."""
+    if not isinstance(schema, dict):
+        return
+    resource = schema.get(KEYWORD)
+    if isinstance(value, str):
+        if isinstance(resource, str) and _ID.fullmatch(value):
+            yield path, resource, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _named(_below(path, str(index)), schema.get("items"), item)
+    elif isinstance(value, dict):
+        properties = cast("_Schema", schema.get("properties", {}))
+        for name, inner in value.items():
+            yield from _named(_below(path, name), properties.get(name), inner)
+
+
+def _below(path: str, step: str) -> str:
+    return f"{path}.{step}" if path else step

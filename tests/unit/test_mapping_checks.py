@@ -1,0 +1,483 @@
+"""Paths that find nothing, told before they are followed: by what the catalogue says, and by what past runs gave."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.control import Control
+from engine.events import LogLine, Span, SpanStatus
+from engine.graph import Graph
+from engine.mapping_checks import MAX_EXPLAINED
+from engine.node import Services
+from engine.program import Program
+from engine.run import Start, run
+from engine.validation import Finding, validate
+from engine.values import Json, decode
+from nodes import catalog
+from tests.calls import NoNetwork
+
+CATALOG = catalog.load()
+Nodes = Sequence[dict[str, Json]]
+
+
+def node(name: str, node_type: str, **fields: Json) -> dict[str, Json]:
+    return {"id": name, "type": node_type, "label": name.title(), **fields}
+
+
+START = node("start", "rest-api")
+PARSE = node("parse", "csv-parse", config={"text": "{{ trigger.body.csv }}"})
+CALL = node("call", "http-request", config={"url": "https://a.b"})
+WRITE = node("write", "template", config={"text": "hello"})
+CHOOSE = node("choose", "conditional", config={"condition": {"left": 1, "operator": "equals", "right": 1}})
+
+
+def reading(*paths: str, node_type: str = "template") -> dict[str, Json]:
+    """Return a node that reads some paths."""
+    field = {"template": "text", "log": "message"}[node_type]
+    return node("read", node_type, config={field: " ".join(f"{{{{ {path} }}}}" for path in paths)})
+
+
+def chain(*nodes: dict[str, Json]) -> tuple[Nodes, list[str]]:
+    names = [str(each["id"]) for each in nodes]
+    return nodes, [f"{source} > {target}" for source, target in pairwise(names)]
+
+
+def found(
+    nodes: Nodes, edges: Sequence[str], samples: Mapping[str, Sequence[Json]] | None = None
+) -> list[Finding]:
+    """Return what is found of paths in a graph; an edge is `source:port > target`."""
+    connections = []
+    for edge in edges:
+        source, target = edge.split(" > ")
+        source_id, _, port = source.partition(":")
+        connections.append({"id": edge, "source": source_id, "sourcePort": port, "target": target})
+    drawn = Graph.of({"nodes": cast("Json", list(nodes)), "connections": cast("Json", connections)})
+    validation = validate(drawn, CATALOG, samples=samples or {})
+    return [warning for warning in validation.warnings if warning.type == "unresolved-mapping"]
+
+
+def only(findings: list[Finding]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+# ── what each node is given ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("parents", "path", "lost"),
+    [
+        ([], "data", 0),
+        ([], "data.body.anything", 0),
+        ([], "data.name", 1),
+        ([], "data.headers.anything", 0),
+        ([], "$.data.query.q", 0),
+        ([], "trigger.body.x", 0),
+        ([], "trigger.x", 1),
+        ([], "execution.startedAt", 0),
+        ([], "execution.started", 1),
+        ([], "item.x", 0),
+        ([PARSE], "data.rows[0].anything", 0),
+        ([PARSE], "data.rows.first", 1),
+        ([PARSE], "data.body.x", 1),
+        ([PARSE], "data.count.x", 1),
+        ([PARSE, CALL], "data.rows", 1),
+        ([PARSE, CALL], "nodes.parse.rows", 0),
+        ([PARSE, CALL], "nodes.parse.row", 1),
+        ([PARSE, CALL], "data.body.x.y", 0),
+        ([CHOOSE], "data.body.x", 0),
+        ([CHOOSE], "data.rows", 1),
+        ([PARSE, CHOOSE], "data.rows", 0),
+        ([node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})], "data.a.b", 0),
+        ([node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})], "data.a.x", 1),
+        ([node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})], "data.c.x", 0),
+        ([node("put", "set", config={"values": {"a": 1}})], "data.body.x", 0),
+        ([node("put", "set", config={"values": {"a": 1}, "mode": "replace"})], "data.body.x", 1),
+        ([node("put", "set", config={"values": {"a": 1}, "mode": "{{ data.body.m }}"})], "data.x", 0),
+        ([node("put", "set", config={"values": {"a": {"$op": "now", "args": []}}})], "data.a.x", 0),
+    ],
+)
+def test_a_path_is_checked_against_what_the_nodes_before_give(
+    parents: list[dict[str, Json]], path: str, lost: int
+) -> None:
+    findings = found(*chain(START, *parents, reading(path)))
+    assert [finding.node_id for finding in findings] == ["read"] * lost
+
+
+def test_mapped_fields_are_laid_over_what_arrives_for_the_config_alone() -> None:
+    mapped = node(
+        "read",
+        "template",
+        config={"text": "{{ data.id }} {{ data.rows }} {{ data.first.anything }} {{ data.body.x }}"},
+        inputMappings={"id": 7, "first": "data.rows[0]", "again": "data.id"},
+    )
+    findings = found(*chain(START, PARSE, mapped))
+    assert [finding.message.split(": ")[1:] for finding in findings] == [
+        ["inputMappings.again", "data.id finds nothing"],
+        ["config.text", "data.body.x finds nothing"],
+    ]
+
+
+def test_a_value_is_passed_through_under_its_new_name() -> None:
+    writing = WRITE | {"passThroughValues": {"lines": "rows", "place": "citty"}}
+    mapped = writing | {"inputMappings": {"city": "trigger.body.city"}}
+    findings = found(*chain(START, PARSE, mapped, reading("data.lines[0].x", "data.text", "data.rows")))
+    assert [(finding.node_id, finding.message.split(": ")[1:]) for finding in findings] == [
+        ("write", ["passThroughValues.place", "citty finds nothing"]),
+        ("read", ["config.text", "data.rows finds nothing"]),
+    ]
+    assert findings[0].as_json()["fix"] == {
+        "action": "set-pass-through-value",
+        "nodeId": "write",
+        "path": ["place"],
+        "value": "city",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "lost"),
+    [
+        ("data.rows", 0),
+        ("data.text", 0),
+        ("data.parse.rows", 0),
+        ("data.write.text", 0),
+        ("data.write.rows", 1),
+        ("data.parse", 0),
+        ("data.status", 1),
+    ],
+)
+def test_several_parents_give_their_fields_together_and_each_under_its_id(path: str, lost: int) -> None:
+    nodes = [START, PARSE, WRITE, reading(path)]
+    edges = ["start > parse", "start > write", "parse > read", "write > read"]
+    assert len(found(nodes, edges)) == lost
+
+
+def test_what_one_parent_may_have_is_not_told_by_how_another_has_it() -> None:
+    nodes = [START, node("put", "set", config={"values": {"body": 1}}), CHOOSE, reading("data.body.x")]
+    edges = ["start > put", "start > choose", "put > read", "choose:true > read"]
+    assert found(nodes, edges) == []
+
+
+def test_by_its_error_port_a_node_gives_the_error_and_its_data() -> None:
+    paths = ["data.error.message", "data.data.body", "data.error.massage", "data.status", "data.data.rows"]
+    nodes, edges = [START, CALL, reading(*paths)], ["start > call", "call:error > read"]
+    assert [finding.message.split(": ")[2] for finding in found(nodes, edges)] == [
+        "data.error.massage finds nothing",
+        "data.status finds nothing",
+        "data.data.rows finds nothing",
+    ]
+    both = [*edges, "call > read"]
+    assert [finding.message.split(": ")[2] for finding in found(nodes, both)] == [
+        "data.error.massage finds nothing",
+        "data.data.rows finds nothing",
+    ]
+
+
+def test_of_what_nobody_describes_nothing_is_said() -> None:
+    unknown = node("odd", "no-such-type")
+    tangled = [PARSE, reading("data.x", "nodes.parse.x")]
+    assert found(*chain(START, unknown, reading("data.x.y"))) == []
+    assert found(tangled, ["parse > read", "read > parse"]) == []
+    assert found([START, *tangled, PARSE], ["start > parse", "parse > read"]) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"condition": {"left": "{{ data.x }}", "operator": "exists"}},
+        {"condition": {"any": [{"left": "{{ data.x }}", "operator": "not-exists"}]}},
+        {
+            "condition": {
+                "left": {"$op": "default", "args": ["{{ data.x }}", 1]},
+                "operator": "==",
+                "right": 1,
+            }
+        },
+    ],
+)
+def test_a_path_that_may_well_find_nothing_is_no_finding(config: dict[str, Json]) -> None:
+    assert found(*chain(START, CHOOSE | {"config": config})) == []
+
+
+def test_the_last_resort_of_a_default_must_be_there() -> None:
+    values: Json = {"a": {"$op": "coalesce", "args": ["{{ data.x }}", "{{ data.y }}"]}}
+    finding = only(found(*chain(START, node("put", "set", config={"values": values}))))
+    assert "config.values.a.args.1: data.y" in finding.message
+
+
+# ── nodes named by their ids ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_node_that_is_named_must_run_before() -> None:
+    nodes = [START, PARSE, WRITE, reading("nodes.parse.rows", "nodes.write.text", "nodes.read.text")]
+    findings = found(nodes, ["start > parse", "start > write", "parse > read"])
+    assert [finding.message.split(": ")[2] for finding in findings] == [
+        "nodes.write.text does not run before this one",
+        "nodes.read.text is this node itself",
+    ]
+    assert "no connection leads here from 'Write'" in findings[0].message
+    assert found([*nodes[:3], reading("nodes.start.body", "nodes")], ["start > parse", "parse > read"]) == []
+
+
+@pytest.mark.parametrize("name", ["pars", 'nodes["Parse"]', "PARSE"])
+def test_a_node_that_is_not_there_is_answered_with_the_nearest(name: str) -> None:
+    path = name if name.startswith("nodes") else f"nodes.{name}"
+    finding = only(found(*chain(START, PARSE, WRITE, reading(f"{path}.rows[0]"))))
+    assert "names no node of the workflow" in finding.message
+    assert finding.suggestion == "Did you mean nodes.parse.rows[0]?"
+    assert finding.as_json()["fix"] == {
+        "action": "set-config",
+        "nodeId": "read",
+        "path": ["text"],
+        "value": "{{ nodes.parse.rows[0] }}",
+    }
+
+
+def test_a_node_like_no_other_is_answered_with_those_that_run_before() -> None:
+    finding = only(found(*chain(START, PARSE, reading("nodes.quux.rows"))))
+    assert finding.suggestion == "Before this node run parse, start."
+    assert finding.fix is None
+
+
+# ── what was meant ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("data.row", "data.rows"),
+        ("data.Rows[0].x", "data.rows[0].x"),
+        ("$.data.colums", "data.columns"),
+        ("data.output.rows[0]", "data.rows[0]"),
+        ("nodes.start.boddy.x", "nodes.start.body.x"),
+        ("trigger.bodi", "trigger.body"),
+        ("execution.workflowid", "execution.workflowId"),
+    ],
+)
+def test_the_nearest_path_is_named_and_put_in_place(path: str, meant: str) -> None:
+    finding = only(found(*chain(START, PARSE, reading("trigger.body", path))))
+    assert finding.suggestion == f"Did you mean {meant}?"
+    assert finding.as_json()["fix"] == {
+        "action": "set-config",
+        "nodeId": "read",
+        "path": ["text"],
+        "value": f"{{{{ trigger.body }}}} {{{{ {meant} }}}}",
+    }
+
+
+def test_a_mapping_is_put_right_where_it_stands() -> None:
+    mappings: Json = {
+        "first": "data.row[0]",
+        "title": "the {{ data.cuont }} rows",
+        "deep": [{"x": "{{ data.row }}"}],
+    }
+    findings = found(*chain(START, PARSE, WRITE | {"inputMappings": mappings}))
+    assert [finding.as_json()["fix"] for finding in findings] == [
+        {"action": "set-input-mapping", "nodeId": "write", "path": path, "value": value}
+        for path, value in [
+            (["first"], "data.rows[0]"),
+            (["title"], "the {{ data.count }} rows"),
+            (["deep", 0, "x"], "{{ data.rows }}"),
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parents", "path", "suggestion"),
+    [
+        ([], "data.name", "data has body, headers, query: is it data.body.name?"),
+        ([CALL], "data.items[0]", "data has status, headers, body, url: is it data.body.items[0]?"),
+        ([PARSE], "data.quux", "data has rows, columns, count."),
+        ([PARSE], "data.rows.x", "data.rows is a list: data.rows[0] is its first item."),
+        ([PARSE], "data.count.x", "data.count has no fields."),
+    ],
+)
+def test_where_nothing_certain_was_meant_what_there_is_is_told(
+    parents: list[dict[str, Json]], path: str, suggestion: str
+) -> None:
+    finding = only(found(*chain(START, *parents, reading(path))))
+    assert (finding.suggestion, finding.fix) == (suggestion, None)
+
+
+def test_an_odd_name_is_written_so_that_it_can_be_read_back() -> None:
+    put = node("put", "set", config={"values": {'an "odd" key': {"x": 1}}, "mode": "replace"})
+    finding = only(found(*chain(START, put, reading("data.x"))))
+    assert finding.suggestion == r'Did you mean data["an \"odd\" key"].x?'
+    assert found(*chain(START, put, reading(r'data["an \"odd\" key"].x'))) == []
+
+
+def test_of_many_paths_only_the_first_are_explained() -> None:
+    paths = [f"data.row[{number}]" for number in range(MAX_EXPLAINED + 5)]
+    findings = found(*chain(START, PARSE, reading(*paths)))
+    assert len(findings) == len(paths)
+    assert [finding.fix is None for finding in findings] == [False] * MAX_EXPLAINED + [True] * 5
+    assert all(finding.suggestion for finding in findings)
+
+
+# ── what past runs gave ─────────────────────────────────────────────────────────────────────────────────────
+
+ANSWER: Json = {
+    "status": 200,
+    "headers": {},
+    "url": "u",
+    "body": {"order": {"id": 7}, "lines": [{"sku": "x"}, {"n": 1}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "lost"),
+    [
+        ("data.body.order.id", 0),
+        ("data.body.order", 0),
+        ("data.body.order.total", 1),
+        ("data.body.lines[3].sku", 0),
+        ("data.body.lines[0].n", 0),
+        ("data.body.lines[0].price", 1),
+        ("data.body.customer", 1),
+        ("data.headers.anything", 0),
+        ("data.body.order.id.x", 1),
+    ],
+)
+def test_past_outputs_tell_what_no_schema_says(path: str, lost: int) -> None:
+    findings = found(*chain(START, CALL, reading(path)), samples={"call": [ANSWER]})
+    assert len(findings) == lost
+    assert all("found nothing in past runs" in finding.message for finding in findings)
+
+
+def test_a_path_that_any_past_run_found_is_no_finding() -> None:
+    other: Json = {"status": 200, "headers": {}, "url": "u", "body": {"customer": {"name": "Ada"}}}
+    graph = chain(START, CALL, reading("data.body.customer.name", "data.body.order.id"))
+    assert found(*graph, samples={"call": [ANSWER, other]}) == []
+
+
+def test_past_outputs_name_the_path_that_was_meant() -> None:
+    finding = only(found(*chain(START, CALL, reading("data.order.id")), samples={"call": [ANSWER]}))
+    assert finding.suggestion == "Did you mean data.body.order.id?"
+    finding = only(found(*chain(START, reading("data.name")), samples={"start": [{"body": {"name": "Ada"}}]}))
+    assert finding.suggestion == "Did you mean data.body.name?"
+
+
+@pytest.mark.parametrize("body", [None, {}, [], {"x": None}])
+def test_an_empty_past_output_tells_nothing(body: Json) -> None:
+    output: Json = {"status": 204, "headers": {}, "body": body, "url": "u"}
+    assert found(*chain(START, CALL, reading("data.body.x.y")), samples={"call": [output]}) == []
+
+
+def test_past_outputs_of_a_node_that_hands_its_input_on_are_not_asked() -> None:
+    put = node("put", "set", config={"values": {"new": 1}})
+    samples: dict[str, list[Json]] = {"put": [{"old": 1}]}
+    assert found(*chain(START, put, reading("data.new")), samples=samples) == []
+
+
+def test_a_past_output_has_more_than_the_schema_says() -> None:
+    samples: dict[str, list[Json]] = {"start": [{"body": 1, "headers": {}, "query": {}, "extra": {"x": 1}}]}
+    assert found(*chain(START, reading("data.extra.x")), samples=samples) == []
+
+
+# ── the same graphs, run ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Kept:
+    """A journal that keeps the spans of one run."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, Span] = {}
+
+    def record(self, span: Span) -> None:
+        self.spans[span.node_id] = span
+
+    def log(self, line: LogLine) -> None: ...
+
+    async def commit(self) -> None: ...
+
+    def holds_lease(self) -> bool:
+        return True
+
+
+async def spans_of(graph: Graph, trigger: Json) -> dict[str, Span]:
+    now = datetime.now(UTC)
+    journal = Kept()
+    program = Program.of(graph, CATALOG, CATALOG.implementation)
+    start = Start("exec", "wf", "exec", trigger, deadline=now + timedelta(seconds=20), started_at=now)
+    await run(program, start, journal, Control(), Services(NoNetwork()))
+    return journal.spans
+
+
+PATHS = st.sampled_from([
+    "data", "data.a", "data.a.b", "data.b", "data.body.a", "data.body.a.b", "data.rows[0].a", "data.rows.a", "data[0]",
+    "data.text", "data.error.code", "data.data.a", "data.n0.a", "data.n1.rows", "data.n2.text", "data.items",
+    "trigger.body.a", "trigger.a", "nodes.start.body.a", "nodes.start.a", "nodes.n0.a", "nodes.n1.rows[0].a",
+    "nodes.zzz.a", "execution.id", "execution.a",
+])  # fmt: skip
+TEMPLATES = PATHS.map(lambda path: f"{{{{ {path} }}}}")
+CONSTANTS: list[Json] = [1, "x", None, [], {}, {"a": 1}, {"b": {"a": 2}}]
+VALUES = st.sampled_from(CONSTANTS) | TEMPLATES
+OBJECTS = st.dictionaries(st.sampled_from(["a", "b", "rows"]), VALUES, max_size=2)
+CONDITIONS = st.fixed_dictionaries({"left": VALUES, "operator": st.just("equals"), "right": VALUES})
+CONFIGS = st.one_of(
+    st.tuples(
+        st.just("set"), st.fixed_dictionaries({"values": OBJECTS}, optional={"mode": st.just("replace")})
+    ),
+    st.tuples(st.just("log"), st.fixed_dictionaries({"message": VALUES})),
+    st.tuples(st.just("template"), st.fixed_dictionaries({"text": TEMPLATES.map("got {}".format)})),
+    st.tuples(
+        st.just("csv-parse"),
+        st.fixed_dictionaries({"text": st.sampled_from(["a,b\n1,2\n", "a\n1,2\n", "a\n"])}),
+    ),
+    st.tuples(
+        st.just("filter"), st.fixed_dictionaries({"items": st.just([{"a": 1}]), "condition": CONDITIONS})
+    ),
+    st.tuples(st.just("conditional"), st.fixed_dictionaries({"condition": CONDITIONS})),
+)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[Nodes, list[dict[str, Json]]]:
+    """Return some nodes behind a trigger, each led to by one, two or three of those before it."""
+    nodes: list[dict[str, Json]] = [START]
+    edges: list[dict[str, Json]] = []
+    for name in ("n0", "n1", "n2", "n3", "n4"):
+        node_type, config = draw(CONFIGS)
+        mappings = draw(
+            st.dictionaries(
+                st.sampled_from(["a", "c"]), PATHS | TEMPLATES | st.just(CONSTANTS[-2]), max_size=1
+            )
+        )
+        passed = draw(
+            st.dictionaries(st.sampled_from(["a", "d"]), st.sampled_from(["a", "b", "rows"]), max_size=1)
+        )
+        for source in draw(st.lists(st.sampled_from(nodes), min_size=1, max_size=3)):
+            ports = ["true", "false"] if source["type"] == "conditional" else ["output"]
+            port = draw(st.sampled_from([*ports, "error"]) if source is not START else st.just("output"))
+            edges.append({"id": f"e{len(edges)}", "source": source["id"], "sourcePort": port, "target": name})
+        nodes.append(
+            node(name, node_type, config=config, inputMappings=mappings, passThroughValues=dict(passed))
+        )
+    return nodes, edges
+
+
+@given(drawn=graphs(), body=st.sampled_from([{}, {"a": 1}, {"a": {"b": [1]}}, "text", [{"a": 1}]]))
+@settings(max_examples=50, deadline=None)
+def test_what_is_said_to_find_nothing_finds_nothing_when_it_is_run(
+    drawn: tuple[Nodes, list[dict[str, Json]]], body: Json
+) -> None:
+    nodes, edges = drawn
+    graph = Graph.of({"nodes": cast("Json", list(nodes)), "connections": cast("Json", edges)})
+    spans = asyncio.run(spans_of(graph, {"body": body, "headers": {}, "query": {}}))
+    done = {name: span for name, span in spans.items() if span.status is SpanStatus.COMPLETED}
+    past = {name: [decode(span.output)] for name, span in done.items() if span.output is not None}
+    for samples in ({}, past):
+        for finding in validate(graph, CATALOG, samples=samples).warnings:
+            if (
+                finding.type == "unresolved-mapping"
+                and finding.node_id in done
+                and "run before" not in finding.message
+            ):
+                path = finding.message.split(": ")[2].split()[0]
+                assert path in done[finding.node_id].unresolved, finding
