@@ -1,4 +1,4 @@
-"""Measure what is asked for, or everything: `python -m benchmarks [baseline] [dev] [production] [claims]`."""
+"""Measure what is asked for, or everything: `python -m benchmarks [part ...]`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks import baseline, claims, machine, postgres_counters, processes, report, scenario, targets
+from benchmarks import (
+    authoring,
+    baseline,
+    claims,
+    machine,
+    postgres_counters,
+    processes,
+    report,
+    scenario,
+    targets,
+)
 from benchmarks.profiles import Profiler
 from benchmarks.scenario import Options, Servers
 from tests import services
 
 DISK = Path("/var/tmp")  # noqa: S108 - each run makes a folder of its own in it
-PARTS = ("baseline", "dev", "production", "claims")
+PARTS = ("baseline", "dev", "production", "claims", "authoring")
 PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
 
@@ -62,6 +72,11 @@ async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
             print("claims ...", flush=True)
             with services.running_postgres() as postgres:
                 figures["claims"].append(await claims.measure(postgres, Path(root)))
+        if "authoring" in figures:
+            print("authoring ...", flush=True)
+            with services.running_postgres() as postgres, services.running_redis() as redis:
+                await postgres_counters.require_durable(postgres.url)
+                figures["authoring"].append(await authoring.measure(postgres, redis, Path(root)))
     return figures
 
 

@@ -54,14 +54,18 @@ class Api:
     key: str
 
     def get(self, path: str) -> bytes:
-        return f"GET {path} HTTP/1.1\r\n{self._headers}\r\n".encode()
+        return self.request("GET", path)
 
     def post(self, path: str, body: bytes) -> bytes:
-        head = (
-            f"POST {path} HTTP/1.1\r\n{self._headers}"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode() + body
+        return self.request("POST", path, body)
+
+    def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """Return a request with a body of JSON, or without any."""
+        head = f"{method} {path} HTTP/1.1\r\n{self._headers}"
+        if body is None:
+            return f"{head}\r\n".encode()
+        kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        return f"{head}{kind}".encode() + body
 
     @property
     def _headers(self) -> str:

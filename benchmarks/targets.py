@@ -76,6 +76,10 @@ TARGETS = (
     Target("claims", "sqlite_of_1000_ratio", Bound.BELOW, 1.5),
     Target("claims", "postgresql_of_1_ratio", Bound.BELOW, 1.5),
     Target("claims", "postgresql_of_1000_ratio", Bound.BELOW, 1.5),
+    Target("authoring", "sqlite_slowest_query_p95_ms", Bound.BELOW, 50),
+    Target("authoring", "postgresql_slowest_query_p95_ms", Bound.BELOW, 50),
+    Target("authoring", "sqlite_slowest_edit_p95_ms", Bound.BELOW, 50),
+    Target("authoring", "postgresql_slowest_edit_p95_ms", Bound.BELOW, 50),
 )
 
 

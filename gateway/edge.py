@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import count
 from time import perf_counter
 
@@ -15,18 +16,21 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
 _PROCESS = ids.new("req")[:-8]
 """Request ids of this process begin with it, and count on: they need to be unique, not secret."""
 _numbers = count(1)
-_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+_HEADERS = [(b"x-content-type-options", b"nosniff")]
+_NOT_KEPT = (b"cache-control", b"no-store")
+"""Stands on every answer that doesn't itself say how it may be kept."""
 
 
 class Edge:
-    """Pure ASGI, since this is on the path of every run."""
+    """Pure ASGI, since this is on the path of every run; what isn't HTTP goes to `others`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, others: ASGIApp) -> None:
         self.app = app
+        self.others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self.others(scope, receive, send)
             return
         started = perf_counter()
         status = 500
@@ -38,7 +42,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *headers]
+                own = message["headers"]
+                message["headers"] = [*own, *headers] if _may_be_kept(own) else [*own, *headers, _NOT_KEPT]
             await send(message)
 
         try:
@@ -47,6 +52,10 @@ class Edge:
             route = scope.get("route")
             path = route.path if route is not None else "none"
             metrics.answered(scope["method"], path, status, perf_counter() - started)
+
+
+def _may_be_kept(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"cache-control" for name, _ in headers)
 
 
 def _request_id(scope: Scope) -> str:

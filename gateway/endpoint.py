@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import errors
 from gateway.errors import ApiError
+from gateway.parameters import Parameter
 from gateway.request import Request
 from messages.broker import BrokerUnavailable
 from models import ids
@@ -45,6 +46,8 @@ class Operation:
 
     access: KeyScope | Access
     handler: Handler
+    query: Collection[Parameter[Any]] = ()
+    """The parameters that the handler may read."""
 
 
 class Endpoint:
@@ -81,7 +84,7 @@ class Endpoint:
             _check_scope(caller, operation.access)
         if not all(map(ids.is_id, scope["path_params"].values())):
             raise errors.not_found("object")
-        return await operation.handler(Request(scope, receive, gateway, caller))
+        return await operation.handler(Request(scope, receive, gateway, caller, operation.query))
 
 
 def _check_scope(caller: Caller, access: KeyScope | Access) -> None:

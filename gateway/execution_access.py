@@ -59,3 +59,7 @@ class ExecutionAccess:
     def allow(self, execution_id: str, caller: Caller) -> None:
         """Remember that the caller may see an execution: it has just started it."""
         self._visible.put((execution_id, caller.user_id, caller.role), value=True)
+
+    def forget(self) -> None:
+        """Ask about everything again: somebody may see less than before."""
+        self._visible = Recent(VISIBLE_SECONDS, MAX_VISIBLE)

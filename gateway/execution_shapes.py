@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 
-from gateway.wire import Wire, instant, optional_instant
+from engine.events import SpanStatus
+from gateway.wire import Instant, Wire, instant, optional_instant
 from models.execution import ExecutionStatus
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from journal.store import Progress
     from models.execution import Execution
 
+Status: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": [*ExecutionStatus]})]
 _MILLISECOND = timedelta(milliseconds=1)
 _DIGEST_BYTES = 32
 _HASHED_PARTS = ("type", "config", "mappings", "input")
@@ -33,7 +35,7 @@ class ExecutionShape(Wire):
 
     id: str
     workflow_id: str
-    status: str
+    status: Status
     trigger: TriggerShape
     trigger_type: str
     user_id: str
@@ -44,10 +46,10 @@ class ExecutionShape(Wire):
     completed_nodes: int
     total_nodes: int
     resumed_from: str | None
-    created_at: str
-    started_at: str | None
-    ended_at: str | None
-    updated_at: str
+    created_at: Instant
+    started_at: Instant | None
+    ended_at: Instant | None
+    updated_at: Instant
     duration_ms: int | None
     config: Raw | UnsetType = UNSET
     outputs: Mapping[str, Raw] | UnsetType = UNSET
@@ -57,7 +59,7 @@ class ProgressShape(Wire):
     """Where a run is; `outputs` are there when it has ended."""
 
     execution_id: str
-    status: str
+    status: Status
     progress: int
     completed_nodes: int
     total_nodes: int
@@ -69,7 +71,7 @@ class HeadShape(Wire):
     """What a stream tells of the run itself."""
 
     execution_id: str
-    status: str
+    status: Status
     progress: int
     completed_nodes: int
     total_nodes: int
@@ -84,14 +86,14 @@ class SpanShape(Wire):
     node_id: str
     node_label: str
     node_type: str
-    status: str
+    status: Annotated[str, Meta(extra_json_schema={"enum": [*SpanStatus]})]
     sequence: int
     iteration: int
     attempt: int
     port: str | None
-    started_at: str | None
-    ended_at: str | None
-    wake_at: str | None
+    started_at: Instant | None
+    ended_at: Instant | None
+    wake_at: Instant | None
     duration_ms: int | None
     input_data: Raw | None
     output_data: Raw | None
@@ -110,7 +112,7 @@ class LogShape(Wire):
     message: str
     node_id: str | None
     sequence: int
-    created_at: str
+    created_at: Instant
 
 
 def listed(execution: Execution) -> ExecutionShape:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, cast
 
 from msgspec import Meta
 
+from engine import layout
 from engine.graph import Graph
 from engine.node import INPUT, OUTPUT
-from engine.validation import Validation, validate
+from engine.validation import Validation, find_errors
 from gateway import limits, text
 from gateway.errors import ApiError
 from gateway.text import Problems
@@ -20,17 +21,17 @@ from models.workflow import DEFAULT_SETTINGS
 from nodes.catalog import UnknownNodeType
 
 if TYPE_CHECKING:
+    from engine.layout import Edge, Place
     from engine.validation import Finding
     from engine.values import Json
     from nodes.catalog import Catalog
 
 StoredNode: TypeAlias = "dict[str, Json]"
-"""`id, type, label, position, config, inputMappings, passThroughValues`; where given `version, retry, timeout`."""
+"""`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout`; and `position`,
+which a graph that is kept has for every node.
+"""
 StoredConnection: TypeAlias = "dict[str, Json]"
 """`id, source, sourcePort, target, targetPort`."""
-
-GRID_X, GRID_Y, GRID_STEP = 100, 200, 250
-"""Where nodes without a position are put: in a row, in the order in which they came."""
 
 
 class Position(Wire):
@@ -87,9 +88,9 @@ Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits
 
 
 def stored_nodes(nodes: Sequence[NodeInput], catalog: Catalog, problems: Problems) -> list[StoredNode]:
-    """Return nodes in the stored form; what is wrong with them goes to `problems`."""
+    """Return nodes in the stored form, those without a position as they are; what is wrong goes to `problems`."""
     return [
-        _stored_node(node, index, catalog, problems)
+        stored_node(node, f"nodes.{index}.", None, catalog, problems)
         for index, node in enumerate(nodes)
         if not problems.is_full
     ]
@@ -98,69 +99,73 @@ def stored_nodes(nodes: Sequence[NodeInput], catalog: Catalog, problems: Problem
 def stored_connections(connections: Sequence[ConnectionInput], problems: Problems) -> list[StoredConnection]:
     """Return edges in the stored form; what is wrong with them goes to `problems`."""
     return [
-        _stored_connection(edge, index, problems)
+        stored_connection(edge, f"connections.{index}.", problems)
         for index, edge in enumerate(connections)
         if not problems.is_full
     ]
 
 
-def _stored_node(node: NodeInput, index: int, catalog: Catalog, problems: Problems) -> StoredNode:
-    path = f"nodes.{index}"
+def stored_node(
+    node: NodeInput, path: str, place: Position | None, catalog: Catalog, problems: Problems
+) -> StoredNode:
+    """Return one node in the stored form, at `place` unless it has its own; `path`: what the paths of its fields begin
+    with.
+    """
     type_name = node.node_id or node.type or node.node_type or ""
     version = node.version or node.node_version
     default_label = ""
     if not type_name:
-        problems.add(f"{path}.nodeId", "required", f"{path}.nodeId is required: the node's type")
+        problems.add(f"{path}nodeId", "required", f"{path}nodeId is required: the node's type")
     elif len(type_name) > limits.NODE_TYPE_LENGTH or len(version or "") > limits.NODE_TYPE_LENGTH:
-        problems.add(f"{path}.nodeId", "unknown-node-type", f"{path}.nodeId names no node type")
+        problems.add(f"{path}nodeId", "unknown-node-type", f"{path}nodeId names no node type")
     else:
         try:
             default_label = catalog.get(type_name, version).name
         except UnknownNodeType as error:
-            problems.add(f"{path}.nodeId", "unknown-node-type", error.message)
-    place = node.position or Position(x=GRID_X + GRID_STEP * index, y=GRID_Y)
+            problems.add(f"{path}nodeId", "unknown-node-type", error.message)
     stored: StoredNode = {
         "id": _id(node.id, "node", path, problems),
         "type": type_name,
-        "label": _label(node.label or default_label, f"{path}.label", problems),
-        "position": {"x": place.x, "y": place.y},
+        "label": _label(node.label or default_label, f"{path}label", problems),
         "config": node.config or {},
         "inputMappings": node.input_mappings or {},
         "passThroughValues": dict(node.pass_through_values or {}),
     }
+    if place := node.position or place:
+        stored["position"] = {"x": place.x, "y": place.y}
     if version is not None:
         stored["version"] = version
     if node.retry is not None:
-        stored["retry"] = _given(node.retry)
+        stored["retry"] = stored_retry(node.retry)
     if node.timeout is not None:
         stored["timeout"] = node.timeout
     return stored
 
 
-def _stored_connection(edge: ConnectionInput, index: int, problems: Problems) -> StoredConnection:
-    path = f"connections.{index}"
+def stored_connection(edge: ConnectionInput, path: str, problems: Problems) -> StoredConnection:
+    """Return one edge in the stored form; `path`: what the paths of its fields begin with."""
     return {
         "id": _id(edge.id, "conn", path, problems),
-        "source": _end(edge.source_node_id or edge.source, f"{path}.sourceNodeId", problems),
-        "sourcePort": _port(edge.source_port, OUTPUT, f"{path}.sourcePort", problems),
-        "target": _end(edge.target_node_id or edge.target, f"{path}.targetNodeId", problems),
-        "targetPort": _port(edge.target_port, INPUT, f"{path}.targetPort", problems),
+        "source": _end(edge.source_node_id or edge.source, f"{path}sourceNodeId", problems),
+        "sourcePort": _port(edge.source_port, OUTPUT, f"{path}sourcePort", problems),
+        "target": _end(edge.target_node_id or edge.target, f"{path}targetNodeId", problems),
+        "targetPort": _port(edge.target_port, INPUT, f"{path}targetPort", problems),
     }
 
 
 def _id(given: str | None, prefix: str, path: str, problems: Problems) -> str:
     if not given:
-        return f"{prefix}-{_short_id()}"
+        return new_id(prefix)
     if not ids.is_id(given):
         problems.add(
-            f"{path}.id", "invalid-id", f"{path}.id must have 1 to 64 of the characters A-Z a-z 0-9 _ -"
+            f"{path}id", "invalid-id", f"{path}id must have 1 to 64 of the characters A-Z a-z 0-9 _ -"
         )
     return given
 
 
-def _short_id() -> str:
-    """Return twelve random characters: unlikely to meet again in one graph, short enough to read."""
-    return "".join(ids.ALPHABET[byte & 31] for byte in os.urandom(12))
+def new_id(prefix: str) -> str:
+    """Return a fresh id with twelve random characters: unlikely to meet again in one graph, short enough to read."""
+    return f"{prefix}-{''.join(ids.ALPHABET[byte & 31] for byte in os.urandom(12))}"
 
 
 def _end(given: str | None, path: str, problems: Problems) -> str:
@@ -180,7 +185,8 @@ def _port(given: str | None, default: str, path: str, problems: Problems) -> str
     return text.line(given or default, path, problems, max_length=limits.LABEL_LENGTH)
 
 
-def _given(retry: RetryShape) -> dict[str, Json]:
+def stored_retry(retry: RetryShape) -> dict[str, Json]:
+    """Return what was given of a retry."""
     shown: dict[str, Json] = {
         "maxAttempts": retry.max_attempts,
         "backoff": retry.backoff,
@@ -188,6 +194,54 @@ def _given(retry: RetryShape) -> dict[str, Json]:
         "jitter": retry.jitter,
     }
     return {key: value for key, value in shown.items() if value is not None}
+
+
+# ── placed ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Drawing(NamedTuple):
+    """What a layout depends on: `layout.arrange(*drawing)`."""
+
+    node_ids: list[str]
+    edges: list[Edge]
+    places: list[Place | None]
+    """Where each node is, if anywhere."""
+
+
+def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> Drawing:
+    """Return a graph as it is drawn."""
+    edges = [(str(edge["source"]), str(edge["target"])) for edge in connections]
+    return Drawing([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
+
+
+def moved(nodes: Sequence[StoredNode], places: Sequence[Place]) -> list[StoredNode]:
+    """Return nodes with each at its place."""
+    return [
+        {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
+        for node, (x, y) in zip(nodes, places, strict=True)
+    ]
+
+
+def placed(
+    nodes: Sequence[StoredNode],
+    connections: Sequence[StoredConnection],
+    before: Sequence[StoredNode] = (),
+) -> list[StoredNode]:
+    """Return nodes that all have a position: their own, or that which the node had `before`, or else a free one."""
+    known = {str(node["id"]): node["position"] for node in before}
+    kept: list[StoredNode] = []
+    for node in nodes:
+        position = node.get("position") or known.pop(str(node["id"]), None)
+        kept.append(node if position is None else {**node, "position": position})
+    return moved(kept, layout.completed(*drawing(kept, connections)))
+
+
+def _place(node: StoredNode) -> Place | None:
+    position = node.get("position")
+    if position is None:
+        return None
+    where = cast("Mapping[str, float]", position)
+    return where["x"], where["y"]
 
 
 # ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,10 +260,14 @@ def definition(
 
 
 def check(
-    nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: Catalog
+    nodes: Sequence[StoredNode],
+    connections: Sequence[StoredConnection],
+    catalog: Catalog,
+    *,
+    passed: Collection[str] = (),
 ) -> Validation:
-    """Return what validation finds in a stored graph."""
-    return validate(Graph.of(definition(nodes, connections, {})), catalog)
+    """Return the errors of a stored graph: what keeps it from running; configs of nodes in `passed` were found good."""
+    return find_errors(Graph.of(definition(nodes, connections, {})), catalog, passed=passed)
 
 
 def trigger_kind(nodes: Sequence[StoredNode], catalog: Catalog) -> str | None:

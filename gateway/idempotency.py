@@ -32,16 +32,23 @@ def requested(request: Request, body: Json, *, workflow_id: str = "") -> Idempot
 
     Two requests are one when they come from one user to one route and workflow with one key; `body` is then compared.
     """
-    given = request.headers.getlist("idempotency-key")
-    if not given:
+    key = given(request)
+    if key is None:
         return None
-    key = given[0]
-    if len(given) > 1 or not is_key(key):
-        text = f"Idempotency-Key must have 1 to {limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters"
-        raise ApiError(400, "invalid-idempotency-key", text)
     route = f"{request.method} {request.scope['route'].path}"
     scope = sha256(f"{request.caller.user_id}\n{route}\n{workflow_id}".encode()).hexdigest()
     return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
+
+
+def given(request: Request) -> str | None:
+    """Return the key that a request carries, or None; raises 400 for one that is none."""
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1 or not is_key(keys[0]):
+        text = f"Idempotency-Key must have 1 to {limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters"
+        raise ApiError(400, "invalid-idempotency-key", text)
+    return keys[0]
 
 
 def is_key(text: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from engine.findings import MAX_FINDINGS
+
 PAGE_DEFAULT: Final = 20
 """Items of a list, where `limit` says nothing."""
 PAGE_MAX: Final = 100
@@ -19,6 +21,14 @@ WORKFLOW_NAME_LENGTH: Final = 200
 """Characters of a workflow's name."""
 DESCRIPTION_LENGTH: Final = 5_000
 """Characters of a description."""
+VERSIONS: Final = 10_000
+"""Versions of a workflow."""
+VERSIONS_LISTED: Final = 1_000
+"""Versions of a list at once, and where `limit` says nothing."""
+VERSION_TAG_LENGTH: Final = 64
+"""Characters of a version's tag."""
+SHARES: Final = 1_000
+"""Users that a workflow is shared with."""
 TAGS: Final = 50
 """Tags of a workflow."""
 TAG_LENGTH: Final = 64
@@ -27,12 +37,18 @@ NODES: Final = 10_000
 """Nodes of a graph."""
 CONNECTIONS: Final = 20_000
 """Connections of a graph."""
+REMOVED_SECRETS: Final = 1_000
+"""Credentials that an answer names of those that were left out of a copy."""
+GRAPH_BYTES: Final = 10_000_000
+"""Bytes of a graph's nodes as JSON, up to which it grows piece by piece."""
 NODE_TYPE_LENGTH: Final = 64
 """Characters of a node's type, and of its version."""
 LABEL_LENGTH: Final = 200
 """Characters of a node's label, and of a port's name."""
 FINDINGS: Final = 100
-"""Wrong fields, or findings of a validation, that an answer lists."""
+"""Wrong fields, or findings of a validation, that a refusal lists."""
+VALIDATION_FINDINGS: Final = MAX_FINDINGS
+"""Errors, and warnings, that the answer of a validation lists."""
 SETTINGS_BYTES: Final = 20_000
 """Bytes of a workflow's settings as JSON."""
 TIMEOUT_SECONDS: Final = 604_800

@@ -17,6 +17,7 @@ from gateway import routes, state
 from gateway.edge import Edge
 from gateway.endpoint import unrouted
 from gateway.protocol import BoundedProtocol
+from gateway.router import Router
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
 
@@ -25,10 +26,11 @@ KEEP_ALIVE_SECONDS = 75
 
 
 class Application(Starlette):
-    """Starlette without its two layers that catch errors: an `Endpoint` answers for whatever happens in it."""
+    """Starlette with our table for its routes, and without the layers that catch errors: an `Endpoint` does that."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Edge(self.router)
+        router = Router(routes.endpoints(routes.TABLE), default=unrouted)
+        return Edge(router, others=self.router)
 
 
 def create_app(open_state: StateFactory) -> Starlette:
@@ -39,10 +41,7 @@ def create_app(open_state: StateFactory) -> Starlette:
         async with open_state() as app.state.gateway:
             yield
 
-    app = Application(routes=routes.build(routes.TABLE), lifespan=lifespan)
-    app.router.default = unrouted
-    app.router.redirect_slashes = False
-    return app
+    return Application(lifespan=lifespan)
 
 
 def serve(settings: GatewaySettings) -> None:

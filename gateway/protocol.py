@@ -1,9 +1,11 @@
-"""Uvicorn's HTTP/1.1 with what it lacks: bounds on a request's head, and our shape for what isn't HTTP at all."""
+"""Uvicorn's HTTP/1.1 with what it lacks: bounds on a request's head, answers in one packet, our shape for what isn't
+HTTP at all.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -20,11 +22,46 @@ REQUEST_SECONDS: Final = 60.0
 """How long a client may take to say what it wants: from connecting, or its first byte, to the end of the body."""
 
 
+MAX_GATHERED_BYTES: Final = 64 * 1024
+
+
+class Gathering:
+    """A transport that sends together what is written in one turn of the loop: an answer's head with its body.
+
+    Each packet costs both sides a system call, and those are most of what an answer costs.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._gathered: list[bytes] = []
+        self.get_extra_info = transport.get_extra_info
+        self.is_closing = transport.is_closing
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+
+    def write(self, data: bytes) -> None:
+        if not self._gathered:
+            self._loop.call_soon(self._send)
+        self._gathered.append(data)
+        if len(data) > MAX_GATHERED_BYTES:
+            self._send()
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._gathered:
+            self._transport.write(b"".join(self._gathered))
+            self._gathered.clear()
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection; it is closed when it takes too long, or too many words, to say what it wants."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as Uvicorn has it
-        super().connection_made(transport)
+        super().connection_made(cast("asyncio.Transport", Gathering(transport, self.loop)))
         self._is_head = False
         self._is_complete = False
         self._unread_bytes = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
@@ -13,6 +14,7 @@ from gateway.query import Query
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
+    from gateway.parameters import Parameter
     from gateway.state import State
     from models.access import Caller
 
@@ -23,10 +25,18 @@ MAX_LENGTH_DIGITS = 15
 class Request(StarletteRequest):
     """What a handler is given."""
 
-    def __init__(self, scope: Scope, receive: Receive, gateway: State, caller: Caller | None) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        gateway: State,
+        caller: Caller | None,
+        parameters: Collection[Parameter[Any]],
+    ) -> None:
         super().__init__(scope, receive)
         self.gateway = gateway
         self._caller = caller
+        self._parameters = parameters
 
     @property
     def caller(self) -> Caller:
@@ -42,8 +52,8 @@ class Request(StarletteRequest):
 
     @property
     def query(self) -> Query:
-        """The query string, to be read field by field."""
-        return Query(self.scope["query_string"])
+        """The query string, to be read parameter by parameter."""
+        return Query(self.scope["query_string"], self._parameters)
 
     async def body(self) -> bytes:
         """Return the whole body; raises 413 as soon as it is too large."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from itertools import islice
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -26,6 +26,9 @@ class Wire(msgspec.Struct, rename="camel", kw_only=True):
 
 
 Body = TypeVar("Body", bound=Wire)
+
+Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+"""A time in an answer, as `instant` writes it."""
 
 _QUOTED = re.compile(r"`([^`]*)`")
 _JSON_WORDS = {

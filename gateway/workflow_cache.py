@@ -45,6 +45,7 @@ class LoadedWorkflow:
     owner_id: str
     readers: frozenset[str]
     is_public: bool
+    is_template: bool
     name: str
     status: WorkflowStatus
     revision: int
@@ -67,6 +68,7 @@ class LoadedWorkflow:
         return self.organization_id == caller.organization_id and (
             caller.is_admin
             or self.is_public
+            or self.is_template
             or self.owner_id == caller.user_id
             or caller.user_id in self.readers
         )
@@ -94,7 +96,9 @@ class WorkflowCache:
         """Return a workflow that the caller may read and execute; raises 404."""
         key = (caller.organization_id, workflow_id)
         kept = self._kept.get(key)
-        workflow = kept.workflow if kept and kept.fresh_until > monotonic() else await self._load_once(key)
+        if kept and kept.fresh_until > monotonic() and kept.workflow.is_readable_by(caller):
+            return kept.workflow
+        workflow = await self._load_once(key)
         if workflow is None or not workflow.is_readable_by(caller):
             raise errors.not_found("workflow")
         return workflow
@@ -165,6 +169,7 @@ class WorkflowCache:
             owner_id=row.owner_id,
             readers=readers,
             is_public=row.is_public,
+            is_template=row.is_template,
             name=row.name,
             status=WorkflowStatus(row.status),
             revision=row.revision,

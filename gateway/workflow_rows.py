@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select, update
+from sqlalchemy.sql import operators
 from sqlmodel import col
 
 from journal.store import ExecutionKey
+from models import ids
 from models.execution import TERMINAL, Execution
 from models.workflow import (
     Workflow,
@@ -19,6 +22,7 @@ from models.workflow import (
     WorkflowStatus,
     WorkflowTag,
     WorkflowVersion,
+    listed_for,
     readable_by,
     writable_by,
 )
@@ -42,6 +46,23 @@ SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
     "status": col(Workflow.status),
     "version": col(Workflow.version),
 }
+LISTED: Sequence[SQLColumnExpression[Any]] = (
+    col(Workflow.id),
+    col(Workflow.name),
+    col(Workflow.description),
+    col(Workflow.status),
+    col(Workflow.version),
+    col(Workflow.tags),
+    col(Workflow.organization_id),
+    col(Workflow.owner_id),
+    col(Workflow.is_public),
+    col(Workflow.is_template),
+    col(Workflow.created_at),
+    col(Workflow.updated_at),
+)
+"""What a list shows of a workflow."""
+Listed: TypeAlias = Row[*tuple[Any, ...]]
+"""A workflow with those columns alone, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,11 @@ async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) ->
         .order_by(col(WorkflowShare.shared_at), col(WorkflowShare.user_id))
     )
     shared_with = {share.user_id: share.shared_at for share in await connection.execute(shares)}
+    return _stored(row, shared_with)
+
+
+def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> Stored:
+    """Return a workflow from its row, joined with that of its graph."""
     fields = dict(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
     return Stored(Workflow(**fields), nodes, connections, shared_with)
@@ -108,18 +134,43 @@ class Filter:
 
 async def page(
     connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
-) -> tuple[int, list[Workflow]]:
+) -> tuple[int, Sequence[Listed]]:
     """Return how many workflows the caller may read and a page of them; templates are left out."""
-    conditions = [readable_by(caller), col(Workflow.is_template).is_(False), *_conditions(caller, wanted)]
-    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
-    rows = await connection.execute(
-        select(Workflow)
+    conditions = [listed_for(caller), *_conditions(caller, wanted)]
+    sorting = (order, _tie(order))
+    # Only ids are sorted and passed over: PostgreSQL would sort whole rows, on the disk where there are many.
+    shown = (
+        select(col(Workflow.id), _counted_on_the_way(wanted).label("total"))
         .where(*conditions)
-        .order_by(order, col(Workflow.id).desc())
+        .order_by(*sorting)
         .limit(part.limit)
         .offset(part.offset)
+        .subquery()
     )
-    return count or 0, [Workflow(**row) for row in rows.mappings()]
+    found = await connection.execute(
+        select(*LISTED, shown.c.total).join(shown, shown.c.id == col(Workflow.id)).order_by(*sorting)
+    )
+    rows = found.all()
+    if rows and rows[0].total is not None:
+        return rows[0].total, rows
+    if len(rows) < part.limit and (rows or part.offset == 0):
+        return part.offset + len(rows), rows
+    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
+    return count or 0, rows
+
+
+def _counted_on_the_way(wanted: Filter) -> ColumnElement[Any]:
+    """Return how many there are, for a search: it looks at every row, and should do so once.
+
+    Anything else is counted in an index, apart: the page then needs no more of it than its own rows.
+    """
+    return null() if wanted.search is None else func.count().over()
+
+
+def _tie(order: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the order of those that are equal: by id and the same way round, so that an index can give it all."""
+    is_descending = isinstance(order, UnaryExpression) and order.modifier is operators.desc_op
+    return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
 
 
 def _conditions(caller: Caller, wanted: Filter) -> Iterable[ColumnElement[bool]]:
@@ -131,10 +182,17 @@ def _conditions(caller: Caller, wanted: Filter) -> Iterable[ColumnElement[bool]]
         )
         yield col(Workflow.id).in_(tagged)
     if wanted.search is not None:
-        name, description = col(Workflow.name), col(Workflow.description)
-        yield name.icontains(wanted.search, autoescape=True) | description.icontains(
-            wanted.search, autoescape=True
-        )
+        yield col(Workflow.search_text).contains(_folded(wanted.search), autoescape=True)
+
+
+def searched_in(name: str, description: str) -> str:
+    """Return what a search looks through."""
+    return _folded(f"{name}\n{description}")
+
+
+def _folded(text: str) -> str:
+    """Return a text without the difference between capitals and small letters; databases know only that of ASCII."""
+    return unicodedata.normalize("NFC", text.casefold())
 
 
 async def count_by_status(connection: AsyncConnection, organization_id: str) -> dict[str, int]:
@@ -149,6 +207,25 @@ async def count_by_status(connection: AsyncConnection, organization_id: str) -> 
         .group_by(col(Workflow.status))
     )
     return {row.status: row.total for row in rows}
+
+
+async def templates(connection: AsyncConnection, caller: Caller, part: Page) -> tuple[int, list[Stored]]:
+    """Return how many templates the caller's organisation has, and a page of them, the newest first."""
+    conditions = (
+        col(Workflow.organization_id) == caller.organization_id,
+        col(Workflow.deleted_at).is_(None),
+        col(Workflow.is_template).is_(True),
+    )
+    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
+    rows = await connection.execute(
+        select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
+        .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+        .where(*conditions)
+        .order_by(col(Workflow.created_at).desc(), col(Workflow.id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [_stored(row, shared_with={}) for row in rows.mappings()]
 
 
 async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
@@ -177,10 +254,21 @@ async def add(connection: AsyncConnection, stored: Stored) -> None:
         created_by=workflow.owner_id,
         created_at=workflow.created_at,
     )
-    await connection.execute(insert(Workflow).values(workflow.model_dump()))
+    await connection.execute(insert(Workflow).values(_columns(workflow)))
     await connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
     await connection.execute(insert(WorkflowVersion).values(version.model_dump()))
     await _add_tags(connection, workflow)
+
+
+def _columns(workflow: Workflow) -> dict[str, object]:
+    """Return a workflow's row as it is written, with what stands in other columns too and is searched by."""
+    app_id = workflow.config.get("appId")
+    is_known = isinstance(app_id, str) and ids.is_id(app_id)
+    return {
+        **workflow.model_dump(),
+        "search_text": searched_in(workflow.name, workflow.description),
+        "app_id": app_id if is_known else None,
+    }
 
 
 async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: Caller) -> bool:
@@ -193,20 +281,24 @@ async def save(connection: AsyncConnection, before: Stored, after: Stored, calle
             col(Workflow.revision) == before.workflow.revision,
             writable_by(caller),
         )
-        .values(workflow.model_dump())
+        .values(_columns(workflow))
     )
     if result.rowcount != 1:
         return False
-    if (after.nodes, after.connections) != (before.nodes, before.connections):
+    changed: dict[str, object] = {}
+    if after.nodes is not before.nodes:
+        changed["nodes"] = list(after.nodes)
+    if after.connections is not before.connections:
+        changed["connections"] = list(after.connections)
+    if changed:
         await connection.execute(
-            update(WorkflowGraph)
-            .where(col(WorkflowGraph.workflow_id) == workflow.id)
-            .values(nodes=list(after.nodes), connections=list(after.connections))
+            update(WorkflowGraph).where(col(WorkflowGraph.workflow_id) == workflow.id).values(changed)
         )
     if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
         await connection.execute(
             delete(WorkflowTag).where(
                 col(WorkflowTag.organization_id) == workflow.organization_id,
+                col(WorkflowTag.tag).in_(before.workflow.tags),
                 col(WorkflowTag.workflow_id) == workflow.id,
             )
         )

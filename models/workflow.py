@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -14,9 +15,10 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     and_,
-    false,
+    column,
     or_,
     select,
+    true,
 )
 from sqlmodel import Field, SQLModel, col
 
@@ -36,13 +38,39 @@ class WorkflowStatus(StrEnum):
 DEFAULT_SETTINGS: dict[str, Any] = {"timeout": 3600, "retryOnFailure": False, "maxRetries": 3}
 
 
+def _listed_by(field: str) -> Index:
+    """Return the index of lists that are sorted by a field: it leaves out what they do, templates and deleted ones.
+
+    It holds what decides who may read a workflow, so that workflows are sorted, passed over and counted without a look
+    at their rows. SQLite uses it only where a query states that condition in the same words.
+    """
+    condition = and_(column("deleted_at").is_(None), column("is_template").is_(False))
+    return Index(
+        f"ix_workflow_listed_by_{field}",
+        *("organization_id", field, "id", "owner_id", "is_public"),
+        postgresql_where=condition,
+        sqlite_where=condition,
+    )
+
+
 class Workflow(SQLModel, table=True):
     """What lists and checks need of a workflow; its graph stands apart."""
 
     __table_args__ = (
-        Index("ix_workflow_organization_created", "organization_id", "created_at"),
-        Index("ix_workflow_organization_name", "organization_id", "name"),
-        Index("ix_workflow_organization_updated", "organization_id", "updated_at"),
+        *map(_listed_by, ("created_at", "updated_at", "name", "status", "version")),
+        Index(
+            "ix_workflow_template",
+            *("organization_id", "created_at", "id"),
+            postgresql_where=and_(column("deleted_at").is_(None), column("is_template").is_(True)),
+            sqlite_where=and_(column("deleted_at").is_(None), column("is_template").is_(True)),
+        ),
+        Index(
+            "ix_workflow_app",
+            "organization_id",
+            "app_id",
+            postgresql_where=column("app_id").is_not(None),
+            sqlite_where=column("app_id").is_not(None),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -58,6 +86,10 @@ class Workflow(SQLModel, table=True):
     tags: list[str] = Field(sa_column=Column(JsonText, nullable=False))
     settings: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
     config: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
+    app_id: str | None = None
+    """`config.appId` once more, so that it can be searched by; written along with the row, whoever changes it."""
+    search_text: str = Field(default="", sa_type=Text)
+    """Name and description once more, alike in capitals and small letters; written along with the row too."""
     scopes: list[str] = Field(sa_column=Column(JsonText, nullable=False))
     is_public: bool = False
     is_template: bool = False
@@ -126,28 +158,31 @@ class Definition(SQLModel, table=True):
 
 def readable_by(caller: Caller) -> ColumnElement[bool]:
     """Return the condition under which a caller may read and execute a workflow."""
-    own_organization = and_(
-        col(Workflow.organization_id) == caller.organization_id, col(Workflow.deleted_at).is_(None)
-    )
+    return and_(*_present(caller), or_(col(Workflow.is_template), _open_to(caller)))
+
+
+def listed_for(caller: Caller) -> ColumnElement[bool]:
+    """Return the condition under which a list shows a workflow to a caller: of what is readable, all but templates.
+
+    Without the `or` of the two, indexes that leave templates out will do.
+    """
+    return and_(*_present(caller), col(Workflow.is_template).is_(False), _open_to(caller))
+
+
+def _present(caller: Caller) -> Iterable[ColumnElement[bool]]:
+    yield col(Workflow.organization_id) == caller.organization_id
+    yield col(Workflow.deleted_at).is_(None)
+
+
+def _open_to(caller: Caller) -> ColumnElement[bool]:
     if caller.is_admin:
-        return own_organization
+        return true()
     shared = select(col(WorkflowShare.workflow_id)).where(col(WorkflowShare.user_id) == caller.user_id)
-    return and_(
-        own_organization,
-        or_(
-            col(Workflow.owner_id) == caller.user_id,
-            col(Workflow.is_public),
-            col(Workflow.id).in_(shared),
-        ),
+    return or_(
+        col(Workflow.owner_id) == caller.user_id, col(Workflow.is_public), col(Workflow.id).in_(shared)
     )
 
 
 def writable_by(caller: Caller) -> ColumnElement[bool]:
     """Return the condition under which a caller may change, share and delete a workflow."""
-    return and_(
-        readable_by(caller), or_(col(Workflow.owner_id) == caller.user_id, _always(when=caller.is_admin))
-    )
-
-
-def _always(*, when: bool) -> ColumnElement[bool]:
-    return ~false() if when else false()
+    return and_(*_present(caller), true() if caller.is_admin else col(Workflow.owner_id) == caller.user_id)

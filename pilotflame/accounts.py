@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import or_, select
 from sqlmodel import col
 
+from gateway import audit
+from gateway.audit import Operator
 from models import access_store, migrating
 from models.access import ApiKey, KeyScope, Organization, Role, User
 from models.access_store import EmailTaken
+from models.audit import Action
 from models.database import Database, parse_url
 from pilotflame.refusal import Refusal
 
@@ -39,14 +42,13 @@ async def create_user(settings: Settings, organization: str, email: str, name: s
     """Make a user, and return its id; raises `Refusal`."""
 
     async def create(connection: AsyncConnection) -> str:
+        found = await _organization(connection, organization)
         made = await access_store.create_user(
-            connection,
-            organization=await _organization(connection, organization),
-            email=email,
-            name=name,
-            role=role,
-            now=datetime.now(UTC),
+            connection, organization=found, email=email, name=name, role=role, now=datetime.now(UTC)
         )
+        author = Operator(found.id, found.lane)
+        after = audit.content_hash(made)
+        await audit.record(connection, author, Action.USER_CREATED, made.id, before=None, after=after)
         return made.id
 
     async with _database(settings) as database:
@@ -79,6 +81,9 @@ async def create_key(
             now=now,
             expires_at=now + lifetime if lifetime else None,
         )
+        author = Operator(owner.organization_id, owner.lane)
+        after = audit.content_hash(made.row)
+        await audit.record(connection, author, Action.KEY_CREATED, made.row.id, before=None, after=after)
         return made.key
 
     async with _database(settings) as database:
@@ -96,14 +101,23 @@ async def list_keys(settings: Settings, organization: str | None) -> Sequence[Ap
 async def revoke_key(settings: Settings, organization: str | None, key_id: str) -> None:
     """Revoke a key, by its id; raises `Refusal`."""
 
-    async def revoke(connection: AsyncConnection) -> bool:
+    async def revoke(connection: AsyncConnection) -> None:
         found = await _organization(connection, organization)
         now = datetime.now(UTC)
-        return await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
+        revoked = await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
+        if revoked is None:
+            raise Refusal(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
+        await audit.record(
+            connection,
+            Operator(found.id, found.lane),
+            Action.KEY_REVOKED,
+            key_id,
+            before=audit.content_hash(revoked.before),
+            after=audit.content_hash(revoked.after),
+        )
 
     async with _database(settings) as database:
-        if not await database.transaction(revoke):
-            raise Refusal(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
+        await database.transaction(revoke)
 
 
 @asynccontextmanager

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from msgspec import UNSET, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import errors, limits, text
+from gateway import audit, errors, limits, text
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent
 from gateway.text import Problems
-from gateway.wire import Wire, decode_body, instant, optional_instant
+from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
 from models import access_store
 from models.access import ApiKey, Caller, KeyScope, Role, User
+from models.audit import Action
 
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
 
@@ -44,12 +45,12 @@ class KeyShape(Wire):
     id: str
     name: str
     prefix: str
-    scopes: Sequence[str]
+    scopes: Sequence[KeyScope]
     user_id: str
-    created_at: str
-    expires_at: str | None
-    revoked_at: str | None
-    last_used_at: str | None
+    created_at: Instant
+    expires_at: Instant | None
+    revoked_at: Instant | None
+    last_used_at: Instant | None
     key: str | UnsetType = UNSET
     """Only in the answer that made it."""
 
@@ -60,12 +61,44 @@ class UserShape(Wire):
     id: str
     email: str
     name: str
-    role: str
+    role: Role
     organization_id: str
-    created_at: str
+    created_at: Instant
+
+
+class WhoAmI(Wire):
+    """Whoever a key stands for."""
+
+    user_id: str
+    email: str
+    name: str
+    role: Role
+    organization_id: str
+    organization_name: str
+    key_id: str
+    scopes: Sequence[KeyScope]
+
+
+class KeyList(Wire):
+    """A part of a list of keys; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    keys: Sequence[KeyShape]
+
+
+class UserList(Wire):
+    """A part of a list of users; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    users: Sequence[UserShape]
 
 
 async def whoami(request: Request) -> JsonResponse:
+    """Show whom the key stands for, and what it allows."""
     caller = request.caller
     async with request.gateway.database.read() as connection:
         user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
@@ -73,16 +106,16 @@ async def whoami(request: Request) -> JsonResponse:
     if user is None or organization is None:
         raise errors.unauthorized()
     return JsonResponse(
-        {
-            "userId": user.id,
-            "email": user.email,
-            "name": user.name,
-            "role": user.role,
-            "organizationId": organization.id,
-            "organizationName": organization.name,
-            "keyId": caller.key_id,
-            "scopes": sorted(caller.scopes),
-        }
+        WhoAmI(
+            user_id=user.id,
+            email=user.email,
+            name=user.name,
+            role=Role(user.role),
+            organization_id=organization.id,
+            organization_name=organization.name,
+            key_id=caller.key_id,
+            scopes=_scopes(caller.scopes),
+        )
     )
 
 
@@ -90,7 +123,7 @@ async def whoami(request: Request) -> JsonResponse:
 
 
 async def list_keys(request: Request) -> JsonResponse:
-    """Show the caller's own keys; to an admin, those of the organisation."""
+    """List the caller's own keys; to an admin, those of the organisation."""
     caller = request.caller
     page = request.query.page()
     async with request.gateway.database.read() as connection:
@@ -98,7 +131,7 @@ async def list_keys(request: Request) -> JsonResponse:
             connection, caller.organization_id, user_id=_own(caller), limit=page.limit, offset=page.offset
         )
     shown = [_key_shape(key) for key in keys]
-    return JsonResponse({"count": count, "limit": page.limit, "offset": page.offset, "keys": shown})
+    return JsonResponse(KeyList(count=count, limit=page.limit, offset=page.offset, keys=shown))
 
 
 async def create_key(request: Request) -> JsonResponse:
@@ -121,7 +154,7 @@ async def create_key(request: Request) -> JsonResponse:
         user = await access_store.find_user(connection, caller.organization_id, user_id)
         if user is None:
             raise errors.not_found("user")
-        return await access_store.create_key(
+        made = await access_store.create_key(
             connection,
             user=user,
             name=name,
@@ -130,26 +163,40 @@ async def create_key(request: Request) -> JsonResponse:
             now=now,
             expires_at=expires_at,
         )
+        after = audit.content_hash(made.row)
+        await audit.record(connection, caller, Action.KEY_CREATED, made.row.id, before=None, after=after)
+        return made
 
     made = await request.gateway.database.transaction(make)
     return JsonResponse(_key_shape(made.row, made.key), status=201)
 
 
 async def revoke_key(request: Request) -> NoContent:
-    caller = request.caller
+    """Revoke a key; it stops to work at once."""
+    caller, key_id = request.caller, request.path_params["id"]
 
-    async def revoke(connection: AsyncConnection) -> bool:
-        return await access_store.revoke_key(
+    async def revoke(connection: AsyncConnection) -> None:
+        now, user_id = datetime.now(UTC), _own(caller)
+        revoked = await access_store.revoke_key(
+            connection, caller.organization_id, key_id, user_id=user_id, now=now
+        )
+        if revoked is None:
+            raise errors.not_found("key")
+        await audit.record(
             connection,
-            caller.organization_id,
-            request.path_params["id"],
-            user_id=_own(caller),
-            now=datetime.now(UTC),
+            caller,
+            Action.KEY_REVOKED,
+            key_id,
+            before=audit.content_hash(revoked.before),
+            after=audit.content_hash(revoked.after),
         )
 
-    if not await request.gateway.database.transaction(revoke):
-        raise errors.not_found("key")
+    await request.gateway.database.transaction(revoke)
     return NoContent()
+
+
+def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
+    return sorted(map(KeyScope, scopes))
 
 
 def _own(caller: Caller) -> str | None:
@@ -174,7 +221,7 @@ def _expiry(body: CreateKey, now: datetime, problems: Problems) -> datetime | No
     if not now < moment <= latest:
         problems.add("expiresAt", "out-of-range", f"expiresAt must lie between now and {instant(latest)}")
         return None
-    return moment
+    return moment.astimezone(UTC)
 
 
 def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
@@ -183,7 +230,7 @@ def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
         id=key.id,
         name=key.name,
         prefix=key.prefix,
-        scopes=key.scopes,
+        scopes=_scopes(key.scopes),
         user_id=key.user_id,
         created_at=instant(key.created_at),
         expires_at=optional_instant(key.expires_at),
@@ -196,16 +243,18 @@ def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
 
 
 async def list_users(request: Request) -> JsonResponse:
+    """List the users of the organisation."""
     page = request.query.page()
     async with request.gateway.database.read() as connection:
         count, users = await access_store.list_users(
             connection, request.caller.organization_id, limit=page.limit, offset=page.offset
         )
     shown = [_user_shape(user) for user in users]
-    return JsonResponse({"count": count, "limit": page.limit, "offset": page.offset, "users": shown})
+    return JsonResponse(UserList(count=count, limit=page.limit, offset=page.offset, users=shown))
 
 
 async def create_user(request: Request) -> JsonResponse:
+    """Make a user of the organisation; what it may do is told by the keys that are made for it."""
     body = await decode_body(request, CreateUser)
     problems = Problems()
     email = text.line(body.email, "email", problems, max_length=limits.EMAIL_LENGTH)
@@ -218,7 +267,7 @@ async def create_user(request: Request) -> JsonResponse:
         organization = await access_store.find_organization(connection, request.caller.organization_id)
         if organization is None:
             raise errors.unauthorized()
-        return await access_store.create_user(
+        user = await access_store.create_user(
             connection,
             organization=organization,
             email=email,
@@ -226,6 +275,9 @@ async def create_user(request: Request) -> JsonResponse:
             role=body.role,
             now=datetime.now(UTC),
         )
+        after = audit.content_hash(user)
+        await audit.record(connection, request.caller, Action.USER_CREATED, user.id, before=None, after=after)
+        return user
 
     try:
         user = await request.gateway.database.transaction(make)
@@ -239,7 +291,7 @@ def _user_shape(user: User) -> UserShape:
         id=user.id,
         email=user.email,
         name=user.name,
-        role=user.role,
+        role=Role(user.role),
         organization_id=user.organization_id,
         created_at=instant(user.created_at),
     )

@@ -29,7 +29,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Override(Wire):
-    """A graph to run in the place of the workflow's own, this once."""
+    """A graph to run in the place of the workflow's own, this once; an empty one replaces nothing."""
 
     nodes: Nodes | None = None
     connections: Connections | None = None
@@ -49,6 +49,10 @@ class Started(Wire):
 
 
 async def start(request: Request) -> JsonResponse:
+    """Run a workflow; the answer comes as soon as the run is taken in, for good.
+
+    A `definition` is run in the place of the workflow's own graph, and needs the scope `workflows:write` too.
+    """
     value = await read_json(request)
     body = convert(value, Execute)
     workflow_id = request.path_params["id"]
@@ -72,9 +76,12 @@ async def start(request: Request) -> JsonResponse:
 async def _accepted(request: Request, body: Execute, promise: IdempotencyKey | None) -> Accepted:
     """Try to take the run in, by the workflow as it was loaded last; raises 404, 409 and 422."""
     caller = request.caller
+    override = body.definition
+    if override is not None and not override.nodes and not override.connections:
+        override = None
     workflow = await request.gateway.workflows.load(request.path_params["id"], caller)
     try:
-        runnable = _runnable(request, workflow, body.definition)
+        runnable = await _runnable_now(request, workflow, override)
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
         if promise is None:
@@ -104,6 +111,22 @@ async def _accepted(request: Request, body: Execute, promise: IdempotencyKey | N
             idempotency=promise,
         )
     )
+
+
+async def _runnable_now(
+    request: Request, workflow: LoadedWorkflow, override: Override | None
+) -> LoadedWorkflow:
+    """Return what is to be run, by the workflow as it was loaded last; raises 403, 404, 409 and 422."""
+    try:
+        return _runnable(request, workflow, override)
+    except ApiError:
+        # It may have been mended or opened since: nothing is refused from memory.
+        workflows = request.gateway.workflows
+        workflows.forget(workflow.organization_id, workflow.id)
+        current = await workflows.load(workflow.id, request.caller)
+        if current is workflow:
+            raise
+        return _runnable(request, current, override)
 
 
 def _runnable(request: Request, workflow: LoadedWorkflow, override: Override | None) -> LoadedWorkflow:

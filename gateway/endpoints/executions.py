@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Literal
 
 import structlog
+from msgspec import UNSET, UnsetType
 
 from engine.events import SpanStatus
 from gateway import errors, execution_rows, execution_shapes, limits, live_events, resumption
 from gateway.ending import ask_to_end
-from gateway.errors import ApiError, invalid_query
+from gateway.errors import ApiError
 from gateway.execution_rows import Filter
-from gateway.query import Page, Query
+from gateway.execution_shapes import ExecutionShape, LogShape, SpanShape
+from gateway.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeNumber, sorted_by
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent, location
+from gateway.wire import Wire
 from models import ids
 from models.execution import ExecutionStatus
 
@@ -23,8 +27,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from journal.store import ExecutionKey
-
-Choice = TypeVar("Choice", bound=StrEnum)
 
 log = structlog.get_logger()
 
@@ -42,26 +44,103 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+WORKFLOW_ID = Text("workflow_id", "Only executions of this workflow.")
+STATUS = Choices("status", "Only executions in one of these states.", ExecutionStatus)
+TRIGGER_TYPE = Text("trigger_type", "Only executions that this kind of event set off.")
+SINCE = Moment("since", "Only executions that were accepted at this time or later.")
+UNTIL = Moment("until", "Only executions that were accepted before this time.")
+SORT = sorted_by(execution_rows.SORTABLE)
+LISTED = (WORKFLOW_ID, STATUS, TRIGGER_TYPE, SINCE, UNTIL, LIMIT, OFFSET, SORT)
+WAIT = WholeNumber(
+    "wait",
+    "Seconds that the answer waits for the execution to end.",
+    limits.WAIT_DEFAULT_SECONDS,
+    minimum=0,
+    maximum=limits.WAIT_SECONDS,
+)
+RECORDS = WholeNumber(
+    "limit", LIMIT.description, limits.RECORDS_DEFAULT, minimum=1, maximum=limits.RECORDS_MAX
+)
+NODE_ID = Text("node_id", "Only spans of this node.")
+SPAN_STATUS = Choices("status", "Only spans in one of these states.", SpanStatus)
+LEVEL = Choices("level", "Only lines of one of these levels.", LogLevel)
+SPANS = (NODE_ID, SPAN_STATUS, RECORDS, OFFSET)
+LOGS = (LEVEL, RECORDS, OFFSET)
+
+
+class ExecutionList(Wire):
+    """A part of a list of executions; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    executions: Sequence[ExecutionShape]
+
+
+class SpanList(Wire):
+    """A part of a list of spans; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    spans: Sequence[SpanShape]
+
+
+class LogList(Wire):
+    """A part of a run's log; `count` tells how many lines it has in all."""
+
+    count: int
+    limit: int
+    offset: int
+    logs: Sequence[LogShape]
+
+
+class StreamedEvent(Wire):
+    """One server-sent event."""
+
+    event: Literal["execution", "span", "log"]
+    data: str
+    """JSON: a `Span`, a `Log`, or where the execution is, as its progress has it but without outputs."""
+    id: str | UnsetType = UNSET
+    """For `Last-Event-ID`; only what is committed has one, and the end of the execution is called `end`."""
+
+
+class AskedToEnd(Wire):
+    """An execution that was asked to end, and the state that it is in now."""
+
+    execution_id: str
+    status: ExecutionStatus
+
+
+class Resumed(Wire):
+    """A new execution, and the failed one that it goes on from."""
+
+    execution_id: str
+    resumed_from: str
+
+
 # ── looked at ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def index(request: Request) -> JsonResponse:
+    """List the executions of the workflows that the caller may read."""
     query = request.query
-    part = query.page()
-    order = query.order(execution_rows.SORTABLE)
+    part, order = query.page(), query[SORT]
     wanted = Filter(
-        workflow_id=query.text("workflow_id"),
-        statuses=_choices(request, "status", ExecutionStatus),
-        trigger_type=query.text("trigger_type"),
-        since=query.moment("since"),
-        until=query.moment("until"),
+        workflow_id=query[WORKFLOW_ID],
+        statuses=query[STATUS],
+        trigger_type=query[TRIGGER_TYPE],
+        since=query[SINCE],
+        until=query[UNTIL],
     )
     async with request.gateway.database.read() as connection:
         count, found = await execution_rows.page(connection, request.caller, wanted, part, order)
-    return _list("executions", count, part, [execution_shapes.listed(one) for one in found])
+    shown = [execution_shapes.listed(one) for one in found]
+    return JsonResponse(ExecutionList(count=count, limit=part.limit, offset=part.offset, executions=shown))
 
 
 async def show(request: Request) -> JsonResponse:
+    """Show an execution, with what set it off and what its nodes have given out."""
     async with request.gateway.database.read() as connection:
         found = await execution_rows.find(connection, request.path_params["id"], request.caller)
     if found is None:
@@ -70,10 +149,8 @@ async def show(request: Request) -> JsonResponse:
 
 
 async def progress(request: Request) -> JsonResponse:
-    """Answer when the run has ended, or after `wait` seconds with where it is then."""
-    wait_seconds = request.query.whole_number(
-        "wait", default=limits.WAIT_DEFAULT_SECONDS, minimum=0, maximum=limits.WAIT_SECONDS
-    )
+    """Tell where an execution is: as soon as it has ended, or after `wait` seconds."""
+    wait_seconds = request.query[WAIT]
     key = await _visible(request)
     found = await request.gateway.waiting.progress(key, wait_seconds)
     if found is None:
@@ -82,26 +159,34 @@ async def progress(request: Request) -> JsonResponse:
 
 
 async def spans(request: Request) -> JsonResponse:
+    """List what each node of an execution was given, did and gave out."""
     query = request.query
-    part = _long_page(query)
-    node_id, statuses = query.text("node_id"), _choices(request, "status", SpanStatus)
+    part = query.page(RECORDS)
+    node_id, statuses = query[NODE_ID], query[SPAN_STATUS]
     key = await _visible(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.spans(connection, key, part, node_id=node_id, statuses=statuses)
-    return _list("spans", count, part, [execution_shapes.span(row) for row in rows])
+    shown = [execution_shapes.span(row) for row in rows]
+    return JsonResponse(SpanList(count=count, limit=part.limit, offset=part.offset, spans=shown))
 
 
 async def logs(request: Request) -> JsonResponse:
-    part = _long_page(request.query)
-    levels = _choices(request, "level", LogLevel)
+    """List the lines that an execution's nodes have written to its log, the oldest first."""
+    query = request.query
+    part, levels = query.page(RECORDS), query[LEVEL]
     key = await _visible(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.logs(connection, key, part, levels=levels)
-    return _list("logs", count, part, [execution_shapes.log(row) for row in rows])
+    shown = [execution_shapes.log(row) for row in rows]
+    return JsonResponse(LogList(count=count, limit=part.limit, offset=part.offset, logs=shown))
 
 
 async def events(request: Request) -> ASGIApp:
-    """Stream what is committed from behind `Last-Event-ID` on; 204 tells a client that has seen the end to stop."""
+    """Stream what is committed of an execution, as server-sent events.
+
+    Each span and log line has an id: send the last one that you saw as `Last-Event-ID`, and the stream goes on from
+    there. A client that has seen the end is told by 204 to stop asking.
+    """
     last_seen = request.headers.get("last-event-id", "0")
     key = await _visible(request)
     if last_seen == live_events.END:
@@ -131,7 +216,7 @@ async def _end(request: Request, wish: str) -> JsonResponse:
     if requested is None:
         raise errors.not_found("execution")
     log.info("execution asked to end", execution_id=key.execution_id, request=wish, status=requested.status)
-    return JsonResponse({"executionId": key.execution_id, "status": requested.status})
+    return JsonResponse(AskedToEnd(execution_id=key.execution_id, status=ExecutionStatus(requested.status)))
 
 
 async def resume(request: Request) -> JsonResponse:
@@ -148,9 +233,8 @@ async def resume(request: Request) -> JsonResponse:
     gateway.acceptances.hint()
     log.info("execution resumed", execution_id=new_id, resumed_from=failed.execution_id)
     headers = location(gateway.settings, new_id)
-    return JsonResponse(
-        {"executionId": new_id, "resumedFrom": failed.execution_id}, status=201, headers=headers
-    )
+    resumed = Resumed(execution_id=new_id, resumed_from=failed.execution_id)
+    return JsonResponse(resumed, status=201, headers=headers)
 
 
 # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────
@@ -159,25 +243,3 @@ async def resume(request: Request) -> JsonResponse:
 async def _visible(request: Request) -> ExecutionKey:
     """Return where the rows of the execution of the path are; raises 404 unless the caller may see it."""
     return await request.gateway.access.key(request.path_params["id"], request.caller)
-
-
-def _choices(request: Request, name: str, kind: type[Choice]) -> list[Choice]:
-    """Return what `name=a,b` or `name=a&name=b` asks for; nothing where it isn't given."""
-    given = [one for value in request.query_params.getlist(name) for one in value.split(",") if one]
-    try:
-        return [kind(one) for one in dict.fromkeys(given)]
-    except ValueError as error:
-        raise invalid_query(
-            name, "invalid-value", f"{name} must be one or more of {', '.join(kind)}"
-        ) from error
-
-
-def _long_page(query: Query) -> Page:
-    """Return `limit` and `offset` of a list that belongs to one execution."""
-    limit = query.whole_number("limit", default=limits.RECORDS_DEFAULT, minimum=1, maximum=limits.RECORDS_MAX)
-    offset = query.whole_number("offset", default=0, minimum=0, maximum=limits.OFFSET_MAX)
-    return Page(limit, offset)
-
-
-def _list(name: str, count: int, part: Page, items: list[object]) -> JsonResponse:
-    return JsonResponse({"count": count, "limit": part.limit, "offset": part.offset, name: items})

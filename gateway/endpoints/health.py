@@ -7,19 +7,29 @@ import asyncio
 from gateway import errors
 from gateway.request import Request
 from gateway.responses import JsonResponse
+from gateway.wire import Wire
 from messages.broker import BrokerUnavailable
 from models.database import DatabaseUnavailable
 
 CHECK_SECONDS = 3.0
 
 
+class Health(Wire):
+    """`ok` or `ready`; whatever is wrong has another status."""
+
+    status: str
+
+
 async def alive(request: Request) -> JsonResponse:  # noqa: ARG001 - a handler's signature
-    """Answer as long as the event loop turns; nothing else is looked at."""
-    return JsonResponse({"status": "ok"})
+    """Tell that the server is alive: its event loop turns, and nothing else is looked at."""
+    return JsonResponse(Health(status="ok"))
 
 
 async def ready(request: Request) -> JsonResponse:
-    """Answer 503 `not-ready`, with one detail for each part that is missing, unless all of them answer."""
+    """Tell whether the server can do its work.
+
+    Where it can't, the refusal has one detail for each part that doesn't answer.
+    """
     gateway = request.gateway
     checks = {"database": gateway.database.ping(), "broker": gateway.broker.ping()}
     outcomes = await asyncio.gather(
@@ -33,4 +43,4 @@ async def ready(request: Request) -> JsonResponse:
             raise outcome
     if missing:
         raise errors.not_ready("A part that every request needs does not answer", details=missing)
-    return JsonResponse({"status": "ready"})
+    return JsonResponse(Health(status="ready"))

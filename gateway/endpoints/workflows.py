@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -10,16 +11,25 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway import editing, errors, workflow_rows, workflow_shapes
 from gateway.editing import Edited
 from gateway.ending import ask_to_end
+from gateway.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent
 from gateway.wire import Wire, convert, decode_body, read_json
 from gateway.workflow_rows import Filter, Stored
-from gateway.workflow_shapes import CreateWorkflow, UpdateWorkflow
+from gateway.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
 from journal.store import ExecutionKey
 from models.audit import Action
 from models.workflow import WorkflowStatus
 
 CANCELS_AT_ONCE = 20
+
+
+STATUS = Choice("status", "Only workflows of this status.", WorkflowStatus)
+TAG = Text("tag", "Only workflows with this tag.")
+SEARCH = Text("search", "Only workflows with this text in their name or description.")
+SORT = sorted_by(workflow_rows.SORTABLE)
+LISTED = (STATUS, TAG, SEARCH, LIMIT, OFFSET, SORT)
+FORCE = Flag("force", "Cancel the executions that have not ended, instead of refusing.")
 
 
 class SetStatus(Wire):
@@ -28,14 +38,33 @@ class SetStatus(Wire):
     status: WorkflowStatus
 
 
+class WorkflowList(Wire):
+    """A part of a list of workflows; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    workflows: Sequence[WorkflowSummary]
+
+
+class Stats(Wire):
+    """How many workflows there are, in all and by status."""
+
+    total: int
+    draft: int
+    active: int
+    paused: int
+    archived: int
+
+
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def index(request: Request) -> JsonResponse:
+    """List the workflows that the caller may read."""
     query = request.query
-    part = query.page()
-    order = query.order(workflow_rows.SORTABLE)
-    wanted = Filter(query.choice("status", WorkflowStatus), query.text("tag"), query.text("search"))
+    part, order = query.page(), query[SORT]
+    wanted = Filter(query[STATUS], query[TAG], query[SEARCH])
     async with request.gateway.database.read() as connection:
         count, workflows = await workflow_rows.page(connection, request.caller, wanted, part, order)
     shown = [workflow_shapes.summary(workflow) for workflow in workflows]
@@ -43,12 +72,14 @@ async def index(request: Request) -> JsonResponse:
 
 
 async def show(request: Request) -> JsonResponse:
+    """Show a workflow with its graph."""
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
     return JsonResponse(workflow_shapes.shown(stored), headers=editing.entity_tag(stored))
 
 
 async def stats(request: Request) -> JsonResponse:
+    """Count the organisation's workflows by status."""
     async with request.gateway.database.read() as connection:
         counts = await workflow_rows.count_by_status(connection, request.caller.organization_id)
     shown = {status.value: counts.get(status, 0) for status in WorkflowStatus}
@@ -59,12 +90,17 @@ async def stats(request: Request) -> JsonResponse:
 
 
 async def create(request: Request) -> JsonResponse:
+    """Create a workflow."""
     value = await read_json(request)
     made = workflow_shapes.made(request.caller, convert(value, CreateWorkflow), request.gateway.catalog)
     return await editing.create(request, value, made, Action.WORKFLOW_CREATED)
 
 
 async def update(request: Request) -> JsonResponse:
+    """Change a workflow: what the body doesn't name stays.
+
+    Nodes, connections and tags are replaced whole; `settings` and `config` are merged, and null takes a key away.
+    """
     body = await decode_body(request, UpdateWorkflow)
     catalog = request.gateway.catalog
     edited = await editing.edit(
@@ -76,6 +112,7 @@ async def update(request: Request) -> JsonResponse:
 
 
 async def set_status(request: Request) -> JsonResponse:
+    """Set a workflow's status; it becomes active only with a graph that can run."""
     wanted = (await decode_body(request, SetStatus)).status
     edited = await editing.edit(
         request, Action.WORKFLOW_STATUS_SET, lambda before: before.with_columns(status=wanted)
@@ -84,8 +121,8 @@ async def set_status(request: Request) -> JsonResponse:
 
 
 async def delete(request: Request) -> NoContent:
-    """Delete a workflow; `force=true` cancels what runs, without it that is a conflict."""
-    is_forced = request.query.flag("force")
+    """Delete a workflow; its executions keep their history."""
+    is_forced = request.query[FORCE]
     live: list[ExecutionKey] = []
 
     async def look_for_runs(connection: AsyncConnection, edited: Edited) -> None:

@@ -323,7 +323,7 @@ async def test_a_definition_needs_the_scope_to_write(world: World) -> None:
 @pytest.mark.parametrize(
     ("definition", "code", "path"),
     [
-        ({}, "empty-workflow", "nodes"),
+        ({"connections": [EDGE]}, "empty-workflow", "nodes"),
         ({"nodes": [STEP]}, "missing-trigger", "nodes"),
         ({"nodes": [{"id": "x", "nodeId": "sett"}]}, "unknown-node-type", "definition.nodes.0.nodeId"),
         ({"nodes": [TRIGGER | {"id": "a b"}]}, "invalid-id", "definition.nodes.0.id"),
@@ -340,6 +340,32 @@ async def test_a_definition_is_checked_like_any_graph(
     assert (code, path) in [
         (detail["code"], detail["path"]) for detail in response.json()["error"]["details"]
     ]
+
+
+@pytest.mark.parametrize("definition", [{}, {"nodes": [], "connections": []}])
+async def test_a_definition_without_a_graph_replaces_nothing(
+    world: World, people: People, definition: dict[str, Any]
+) -> None:
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH), definition=definition)
+    assert (await row(world, execution_id)).total_nodes == len(GRAPH["nodes"])
+
+
+async def test_nothing_is_refused_from_memory(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(nodes=[STEP])
+
+    async def told(person: Person = people.owner) -> int:
+        return (await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json={})).status_code
+
+    assert await told() == 422
+    assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=GRAPH)).status_code == 200
+    assert await told() == 201
+    await changed(world, workflow_id, status="paused")
+    assert await told() == 409
+    await changed(world, workflow_id, status="draft")
+    assert await told() == 201
+    assert await told(people.colleague) == 404
+    await share(world, workflow_id, people.colleague)
+    assert await told(people.colleague) == 201
 
 
 async def test_a_definition_s_text_is_stored_once_however_often_it_runs(world: World, people: People) -> None:

@@ -1,12 +1,13 @@
 """The table of contents: nobody gets anywhere without a key, and every path leads where it says."""
 
 import pytest
-from starlette.routing import Match
 
 from gateway import routes
-from gateway.endpoint import Access
+from gateway.endpoint import Access, unrouted
+from gateway.router import Router
 from models.access import KeyScope
 
+ROUTER = Router(routes.endpoints(routes.TABLE), default=unrouted)
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
 
 
@@ -15,17 +16,20 @@ def test_every_route_says_who_may_use_it(line: routes.Line) -> None:
     assert isinstance(line.access, KeyScope | Access)
 
 
-def test_nothing_but_the_health_checks_is_public() -> None:
+def test_nothing_but_the_health_checks_and_the_document_is_public() -> None:
+    # Whoever looks after the server has no key, and the document is the same for all and tells nothing of anybody.
     public = {line.path for line in routes.TABLE if line.access is Access.PUBLIC}
-    assert public == {"/healthz", "/readyz"}
+    assert public == {"/healthz", "/readyz", "/openapi.json", "/docs"}
 
 
 def test_what_changes_something_needs_more_than_any_key() -> None:
-    assert [
-        line
+    # The contract asks whether a workflow is valid by POST, which changes nothing.
+    asks = {"/api/v1/workflows/{id}/validate"}
+    assert {
+        line.path
         for line in routes.TABLE
         if line.method != "GET" and line.access in {Access.ANY_KEY, Access.PUBLIC, KeyScope.WORKFLOWS_READ}
-    ] == []
+    } == asks
 
 
 def test_no_line_stands_there_twice() -> None:
@@ -35,6 +39,25 @@ def test_no_line_stands_there_twice() -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_no_path_is_hidden_by_one_above_it(line: routes.Line) -> None:
-    scope = {"type": "http", "method": line.method, "path": line.path, "root_path": ""}
-    taken = next(route for route in routes.build(routes.TABLE) if route.matches(scope)[0] is Match.FULL)
-    assert taken.path == line.path
+    taken = ROUTER.match(line.path)
+    assert taken is not None
+    assert taken.route.path == line.path
+    assert all(value == f"{{{name}}}" for name, value in taken.path_params.items())
+
+
+def test_a_segment_of_the_path_stands_for_a_name() -> None:
+    taken = ROUTER.match("/api/v1/workflows/wf_1/execute")
+    assert taken is not None
+    assert (taken.route.path, taken.path_params) == ("/api/v1/workflows/{id}/execute", {"id": "wf_1"})
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "/api/v1/workflows/", "/api/v1/workflows//execute", "/api/v1/nothing", "/healthz/more"]
+)
+def test_other_paths_lead_nowhere(path: str) -> None:
+    assert ROUTER.match(path) is None
+
+
+def test_one_place_has_one_name() -> None:
+    with pytest.raises(ValueError, match="another path calls"):
+        Router({"/a/{id}": unrouted, "/a/{name}/b": unrouted}, default=unrouted)

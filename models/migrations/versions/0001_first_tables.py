@@ -217,6 +217,8 @@ def upgrade() -> None:
         sa.Column("tags", sa.Text(), nullable=False),
         sa.Column("settings", sa.Text(), nullable=False),
         sa.Column("config", sa.Text(), nullable=False),
+        sa.Column("app_id", IDENTIFIER, nullable=True),
+        sa.Column("search_text", sa.Text(), nullable=False),
         sa.Column("scopes", sa.Text(), nullable=False),
         sa.Column("is_public", sa.Boolean(), nullable=False),
         sa.Column("is_template", sa.Boolean(), nullable=False),
@@ -233,12 +235,30 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("id"),
     )
+    for field in ("created_at", "updated_at", "name", "status", "version"):
+        op.create_index(
+            f"ix_workflow_listed_by_{field}",
+            "workflow",
+            ["organization_id", field, "id", "owner_id", "is_public"],
+            unique=False,
+            postgresql_where=sa.text("deleted_at IS NULL AND is_template IS false"),
+            sqlite_where=sa.text("deleted_at IS NULL AND is_template IS 0"),
+        )
     op.create_index(
-        "ix_workflow_organization_created", "workflow", ["organization_id", "created_at"], unique=False
+        "ix_workflow_template",
+        "workflow",
+        ["organization_id", "created_at", "id"],
+        unique=False,
+        postgresql_where=sa.text("deleted_at IS NULL AND is_template IS true"),
+        sqlite_where=sa.text("deleted_at IS NULL AND is_template IS 1"),
     )
-    op.create_index("ix_workflow_organization_name", "workflow", ["organization_id", "name"], unique=False)
     op.create_index(
-        "ix_workflow_organization_updated", "workflow", ["organization_id", "updated_at"], unique=False
+        "ix_workflow_app",
+        "workflow",
+        ["organization_id", "app_id"],
+        unique=False,
+        postgresql_where=sa.text("app_id IS NOT NULL"),
+        sqlite_where=sa.text("app_id IS NOT NULL"),
     )
     op.create_table(
         "workflow_graph",
@@ -315,9 +335,11 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("id"),
     )
-    op.create_index("ix_audit_entry_organization", "audit_entry", ["organization_id", "id"], unique=False)
     op.create_index(
-        "ix_audit_entry_object", "audit_entry", ["organization_id", "object_id", "id"], unique=False
+        "ix_audit_entry_organization", "audit_entry", ["organization_id", "created_at"], unique=False
+    )
+    op.create_index(
+        "ix_audit_entry_object", "audit_entry", ["organization_id", "object_id", "created_at"], unique=False
     )
 
     if op.get_bind().dialect.name == "postgresql":

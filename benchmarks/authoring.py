@@ -1,0 +1,277 @@
+"""What an author waits for: lists of an organisation with 10,000 workflows, and edits of a graph of 1,000 nodes.
+
+One client asks over HTTP, one request after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import msgspec
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from benchmarks import machine, processes
+from benchmarks.http1 import Answer, Api, Connection
+from benchmarks.load import Sample, WrongAnswer
+from benchmarks.processes import Pilotflame
+from models import access_store
+from models.access import Organization, Role, User
+from models.database import Database, is_sqlite, parse_url
+from tests import many_workflows
+from tests.many_workflows import ABSENT_WORD, COMMON_TAG, COMMON_WORD, RARE_TAG, RARE_WORD, Crowd
+from tests.services import PostgreSQL, Redis
+
+WORKFLOWS = 10_000
+"""Of each of two organisations: of the one that is asked about, and of another."""
+NODES = many_workflows.nodes(1_000)
+CONNECTIONS = many_workflows.connections(NODES)
+WARM_UP = 3
+REQUESTS = 20
+PERCENTS = (50, 95)
+
+PATH = "/api/v1/workflows"
+LISTS: Mapping[str, str] = {
+    "list": "",
+    "list_of_100": "?limit=100",
+    "by_created_upwards": "?sort=createdAt:asc",
+    "by_updated": "?sort=updatedAt:desc",
+    "by_name": "?sort=name:asc",
+    "by_status": "?sort=status:desc",
+    "by_version": "?sort=version:desc",
+    "from_9000_on": "?offset=9000",
+    "by_name_from_1000_on": "?sort=name:asc&offset=1000",
+    "with_a_common_status": "?status=draft",
+    "with_a_rare_status": "?status=paused",
+    "with_a_common_tag": f"?tag={COMMON_TAG}",
+    "with_a_rare_tag": f"?tag={RARE_TAG}",
+    "search_for_a_common_word": f"?search={COMMON_WORD}",
+    "search_for_a_rare_word": f"?search={RARE_WORD[4:]}",
+    "search_for_an_absent_word": f"?search={ABSENT_WORD}",
+    "search_for_a_name": "?search=sync%20orders",
+    "status_tag_and_search": f"?status=active&tag={COMMON_TAG}&search={COMMON_WORD}&sort=name:asc",
+    "statistics": "/stats",
+}
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request."""
+
+    method: str
+    path: str
+    body: Body | None = None
+
+
+async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+    """Return how long each kind of request takes on either database."""
+    on_sqlite = folder / "sqlite"
+    on_postgres = folder / "postgresql"
+    on_sqlite.mkdir()
+    on_postgres.mkdir()
+    async with processes.dev(on_sqlite) as pilotflame:
+        figures = await _measured("sqlite", pilotflame, f"sqlite:///{on_sqlite}/data/pilotflame.db")
+    database_url = await postgres.create_database("authoring")
+    async with processes.production(on_postgres, database_url, redis.url) as pilotflame:
+        return figures | await _measured("postgresql", pilotflame, database_url)
+
+
+async def _measured(name: str, pilotflame: Pilotflame, database_url: str) -> dict[str, float]:
+    callers = await _prepared(pilotflame, database_url)
+    calibration_ms = machine.calibration_ms()
+    queries = await _queries(callers)
+    workflow = await _large_workflow(pilotflame.api)
+    edits = await _edits(pilotflame.api, workflow)
+    whole = await _whole(pilotflame.api, workflow)
+    figures = {f"{name}_calibration_ms": (calibration_ms + machine.calibration_ms()) / 2}
+    figures |= {
+        f"{name}_{what}_p{percent}_ms": sample.milliseconds(percent)
+        for what, sample in {**queries, **edits, **whole}.items()
+        for percent in PERCENTS
+    }
+    slowest = {
+        f"{name}_slowest_{kind}_p95_ms": max(sample.milliseconds(95) for sample in samples.values())
+        for kind, samples in (("query", queries), ("edit", edits))
+    }
+    return figures | slowest
+
+
+# ── lists ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _queries(callers: Sequence[Api]) -> dict[str, Sample]:
+    """Return, of each list, the sample of that caller who waited longest."""
+    samples: dict[str, Sample] = {}
+    for name, query in LISTS.items():
+        asked = [Asked("GET", PATH + query)] * (WARM_UP + REQUESTS)
+        several = [await _sampled(api, asked) for api in callers]
+        samples[name] = max(several, key=lambda sample: sample.milliseconds(95))
+    return samples
+
+
+async def _prepared(pilotflame: Pilotflame, database_url: str) -> Sequence[Api]:
+    """Fill the database, and return those who ask: an admin, an owner of many, a member who owns few."""
+    async with _client(pilotflame.api) as client:
+        whoami = await client.expect(Asked("GET", "/api/v1/auth/whoami"))
+    database = Database(parse_url(database_url))
+    try:
+        crowd = await database.transaction(lambda connection: _fill(connection, whoami["organizationId"]))
+        if not is_sqlite(database.url):
+            await _vacuum(database)
+    finally:
+        await database.close()
+    keys = [await _key(pilotflame.api, user) for user in (crowd.owner, crowd.member)]
+    return [pilotflame.api, *(Api(pilotflame.api.port, key) for key in keys)]
+
+
+async def _fill(connection: AsyncConnection, organization_id: str) -> Crowd:
+    here = await access_store.find_organization(connection, organization_id)
+    assert here is not None
+    elsewhere = await access_store.create_organization(connection, name="Elsewhere", now=datetime.now(UTC))
+    crowds = [await _crowd(connection, organization) for organization in (here, elsewhere)]
+    for crowd in crowds:
+        await many_workflows.fill(connection, crowd, WORKFLOWS)
+    return crowds[0]
+
+
+async def _crowd(connection: AsyncConnection, organization: Organization) -> Crowd:
+    users = [
+        await access_store.create_user(
+            connection,
+            organization=organization,
+            email=f"{name}@example.com",
+            name=name,
+            role=Role.MEMBER,
+            now=datetime.now(UTC),
+        )
+        for name in ("owner", "other", "member")
+    ]
+    return Crowd(organization, *users)
+
+
+async def _vacuum(database: Database) -> None:
+    """Do what autovacuum would have done while so many came in."""
+    async with database.engine.connect() as connection:
+        alone = await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await alone.execute(text("VACUUM (ANALYZE)"))
+
+
+async def _key(api: Api, user: User) -> str:
+    async with _client(api) as client:
+        body = {"name": "benchmark", "userId": user.id}
+        made = await client.expect(Asked("POST", "/api/v1/auth/keys", body))
+    key: str = made["key"]
+    return key
+
+
+# ── edits ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _large_workflow(api: Api) -> str:
+    """Make an active workflow, whose graph has to be valid after each edit, and return its path."""
+    async with _client(api) as client:
+        body = {"name": "Large", "status": "active", "nodes": NODES, "connections": CONNECTIONS}
+        made = await client.expect(Asked("POST", PATH, body))
+    return f"{PATH}/{made['workflowId']}"
+
+
+async def _edits(api: Api, workflow: str) -> dict[str, Sample]:
+    kinds: Mapping[str, Callable[[int], Asked]] = {
+        "rename": lambda number: Asked("PUT", workflow, {"name": f"Large {number}"}),
+        "replace_the_graph": lambda number: Asked(
+            "PUT",
+            workflow,
+            {"nodes": [*NODES[:-1], {**NODES[-1], "label": f"{number}"}], "connections": CONNECTIONS},
+        ),
+        "add_a_node": lambda number: Asked(
+            "POST", f"{workflow}/nodes", {"id": f"added-{number}", "nodeId": "set", "config": {"values": {}}}
+        ),
+        "configure_a_node": lambda number: Asked(
+            "PUT", f"{workflow}/nodes/node-1", {"config": {"values": {"total": number}}}
+        ),
+        "set_mappings": lambda number: Asked(
+            "PUT", f"{workflow}/nodes/node-1/input-mappings", {"mappings": {"total": number}}
+        ),
+        "set_pass_through": lambda number: Asked(
+            "PUT", f"{workflow}/nodes/node-1/passthrough-values", {"values": {"total": f"total{number}"}}
+        ),
+        "connect": lambda number: Asked(
+            "POST",
+            f"{workflow}/connections",
+            {"id": f"added-{number}", "source": "node-3", "target": f"added-{number}"},
+        ),
+        "disconnect": lambda number: Asked("DELETE", f"{workflow}/connections/added-{number}"),
+        "remove_a_node": lambda number: Asked("DELETE", f"{workflow}/nodes/added-{number}"),
+    }
+    numbers = range(WARM_UP + REQUESTS)
+    return {name: await _sampled(api, [ask(number) for number in numbers]) for name, ask in kinds.items()}
+
+
+async def _whole(api: Api, workflow: str) -> dict[str, Sample]:
+    """Have every node looked at; the first layout moves them, and the others leave them where they are."""
+    asked = {
+        "validate": Asked("POST", f"{workflow}/validate"),
+        "lay_out": Asked("POST", f"{workflow}/layout"),
+    }
+    return {name: await _sampled(api, [one] * (WARM_UP + REQUESTS)) for name, one in asked.items()}
+
+
+# ── one client ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _sampled(api: Api, several: Sequence[Asked]) -> Sample:
+    """Send one request after the other; the first ones don't count."""
+    async with _client(api) as client:
+        for asked in several[:WARM_UP]:
+            await client.expect(asked)
+        begun_at = perf_counter()
+        latencies = sorted([await client.seconds(asked) for asked in several[WARM_UP:]])
+        return Sample(perf_counter() - begun_at, len(latencies), latencies)
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    api: Api
+    connection: Connection
+
+    async def expect(self, asked: Asked) -> dict[str, Any]:
+        """Send a request and return its answer; raises `WrongAnswer` for a refusal."""
+        answer = await self.connection.send(self._encoded(asked))
+        _require_success(asked, answer)
+        body: dict[str, Any] = msgspec.json.decode(answer.body)
+        return body
+
+    async def seconds(self, asked: Asked) -> float:
+        """Return how long a request takes; raises `WrongAnswer`."""
+        request = self._encoded(asked)
+        started_at = perf_counter()
+        answer = await self.connection.send(request)
+        seconds = perf_counter() - started_at
+        _require_success(asked, answer)
+        return seconds
+
+    def _encoded(self, asked: Asked) -> bytes:
+        body = None if asked.body is None else msgspec.json.encode(asked.body)
+        return self.api.request(asked.method, asked.path, body)
+
+
+def _require_success(asked: Asked, answer: Answer) -> None:
+    if answer.status not in {200, 201}:
+        raise WrongAnswer(f"{asked.method} {asked.path}: {answer.status}: {answer.body.decode()[:1000]}")
+
+
+@asynccontextmanager
+async def _client(api: Api) -> AsyncIterator[_Client]:
+    connection = await Connection.open(api.port)
+    try:
+        yield _Client(api, connection)
+    finally:
+        connection.close()

@@ -1,0 +1,30 @@
+"""Examples of what is sent and answered: the contract's own, with the fields that we add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import msgspec
+
+
+class Example(msgspec.Struct, frozen=True):
+    """A request of one operation, and the answer that it gets."""
+
+    query: dict[str, str] = {}
+    bodies: dict[str, Any] = {}
+    """By their names."""
+    answer: Any = None
+
+
+def of(method: str, path: str) -> Example:
+    """Return the example of an operation."""
+    return _examples().get(f"{method} {path}", Example())
+
+
+@cache
+def _examples() -> Mapping[str, Example]:
+    text = resources.files(__package__).joinpath("examples.json").read_bytes()
+    return msgspec.json.decode(text, type=dict[str, Example])

@@ -1,0 +1,251 @@
+"""The document itself: each line of the table becomes an operation."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from importlib import metadata, resources
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+
+from gateway.document import examples, schemas
+from gateway.document.notes import ETAG, NOTES, PLACES, Header, Note
+from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
+from gateway.endpoint import Access
+from models.access import KeyScope
+
+if TYPE_CHECKING:
+    from gateway.document.examples import Example
+    from gateway.parameters import Parameter
+    from gateway.routes import Line
+
+Part: TypeAlias = dict[str, Any]
+"""A part of the document: JSON of many shapes."""
+
+JSON: Final = "application/json"
+KEY: Final = "X-API-Key"
+REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
+RETRY_AFTER: Final = Header(
+    "Retry-After", "Seconds after which to try again.", {"type": "integer", "minimum": 1}
+)
+AUTHENTICATE: Final = Header("WWW-Authenticate", "What is missing.", {"type": "string", "const": "ApiKey"})
+_SENT_WITH: Final[Mapping[int, Header]] = {401: AUTHENTICATE, 412: ETAG, 429: RETRY_AFTER, 503: RETRY_AFTER}
+"""What refusals carry besides, by their status."""
+_NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
+
+
+def document(table: Sequence[Line]) -> Part:
+    """Return the document of the API that a table makes."""
+    found, named = schemas.of(
+        [kind for line in table for kind in _types(line) if kind is not None] + [Refused]
+    )
+    in_turn = iter(found)
+    paths: dict[str, Part] = {}
+    for line in table:
+        shapes = [None if kind is None else next(in_turn) for kind in _types(line)]
+        paths.setdefault(line.path, {})[line.method.lower()] = _operation(line, *shapes)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Pilotflame",
+            "version": metadata.version("pilotflame"),
+            "description": resources.files(__package__).joinpath("introduction.md").read_text(),
+        },
+        "servers": [{"url": "/"}],
+        "tags": _tags(table),
+        "paths": paths,
+        "components": {
+            "securitySchemes": {
+                KEY: {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": KEY,
+                    "description": "A key of a user: `sk-...`.",
+                }
+            },
+            "schemas": named,
+            "responses": {
+                _name_of(of_status): _refused(status, of_status)
+                for line in table
+                for status, of_status in _by_status(codes(line)).items()
+            },
+            "headers": {REQUEST_ID.name: _header(REQUEST_ID)},
+            "examples": {
+                code: {"summary": refusal.meaning, "value": msgspec.to_builtins(example(code))}
+                for code, refusal in REFUSALS.items()
+            },
+        },
+        "x-refusals": msgspec.to_builtins(REFUSALS),
+    }
+
+
+def _types(line: Line) -> list[object]:
+    """Return the types of an operation's body, of its answer, and of its other answers."""
+    return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
+
+
+def _note(line: Line) -> Note:
+    return NOTES.get(line.handler, Note())
+
+
+def _tags(table: Iterable[Line]) -> list[Part]:
+    """Return a tag for each module of handlers, in the order of the table; what isn't the API proper comes last."""
+    in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
+    modules = dict.fromkeys(line.handler.__module__ for line in in_order)
+    return [{"name": _tag(name), "description": inspect.getdoc(sys.modules[name])} for name in modules]
+
+
+def _tag(module_name: str) -> str:
+    return module_name.rpartition(".")[2].capitalize()
+
+
+# ── an operation ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _operation(line: Line, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
+    note, shown = _note(line), examples.of(line.method, line.path)
+    summary, _, description = (inspect.getdoc(line.handler) or "").partition("\n\n")
+    operation: Part = {
+        "operationId": operation_id(line),
+        "tags": [_tag(line.handler.__module__)],
+        "summary": " ".join(summary.split()).removesuffix("."),
+        "description": "\n\n".join([*filter(None, [description]), _allowed_to(line.access)]),
+        **_security(line.access),
+        "parameters": [*_in_path(line), *_in_query(line.query, shown), *map(_in_header, note.takes)],
+        "responses": {
+            str(line.status): _success(HTTPStatus(line.status).phrase, note, answer, shown.answer),
+            **{
+                str(status): _success(also.meaning, note, other, None)
+                for (status, also), other in zip(note.also.items(), others, strict=True)
+            },
+            **{
+                str(status): {"$ref": f"#/components/responses/{_name_of(of_status)}"}
+                for status, of_status in _by_status(codes(line)).items()
+            },
+        },
+    }
+    if body is not None and line.body is not None:
+        operation["requestBody"] = {
+            "required": any(field.required for field in msgspec.structs.fields(line.body)),
+            "content": {JSON: {"schema": body, "examples": _named_examples(shown.bodies)}},
+        }
+    return operation
+
+
+def operation_id(line: Line) -> str:
+    """Return the name of an operation: that of its handler, after that of the handler's module."""
+    module, function = line.handler.__module__.rpartition(".")[2], line.handler.__name__
+    return module + "".join(word.capitalize() for word in function.split("_"))
+
+
+def codes(line: Line) -> list[str]:
+    """Return what an operation may refuse with, in the order of the status."""
+    found = set(_note(line).refusals)
+    if line.access is not Access.PUBLIC:
+        found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
+    if line.access not in {Access.PUBLIC, Access.ANY_KEY}:
+        found |= {"scope-required"}
+    if line.access is Access.ADMIN:
+        found |= {"admin-required"}
+    if "{" in line.path:
+        found |= {"not-found"}
+    if line.query:
+        found |= {"invalid-query"}
+    if line.body is not None:
+        found |= {*BODY_CODES}
+    return [code for code in REFUSALS if code in found]
+
+
+def _allowed_to(access: KeyScope | Access) -> str:
+    match access:
+        case Access.PUBLIC:
+            return "Needs no key."
+        case Access.ANY_KEY:
+            return "Needs a key, whatever its scopes."
+        case Access.ADMIN:
+            return f"Needs a key of an admin with the scope `{KeyScope.USERS_WRITE}`."
+        case _:
+            return f"Needs a key with the scope `{access}`."
+
+
+def _security(access: KeyScope | Access) -> Part:
+    if access is Access.PUBLIC:
+        return {"security": []}
+    security: Part = {"security": [{KEY: []}]}
+    if access is not Access.ANY_KEY:
+        security["x-required-scope"] = str(KeyScope.USERS_WRITE if access is Access.ADMIN else access)
+    return security
+
+
+# ── what goes in ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _in_path(line: Line) -> Iterator[Part]:
+    for place, name in _NAMED.findall(line.path):
+        yield {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": PLACES[place].description,
+            "schema": PLACES[place].schema,
+            "example": PLACES[place].example,
+        }
+
+
+def _in_query(parameters: Iterable[Parameter[Any]], shown: Example) -> Iterator[Part]:
+    for one in parameters:
+        parameter = {"name": one.name, "in": "query", "description": one.description, "schema": one.schema}
+        example = {"example": shown.query[one.name]} if one.name in shown.query else {}
+        yield parameter | {"allowEmptyValue": True} | example
+
+
+def _in_header(header: Header) -> Part:
+    return {"name": header.name, "in": "header", "description": header.description, "schema": header.schema}
+
+
+# ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _success(meaning: str, note: Note, answer: Part | None, shown: object) -> Part:
+    response = _response(meaning, note.sends)
+    if answer is not None:
+        content = {"schema": answer} | ({} if shown is None else {"example": shown})
+        response["content"] = {note.media_type: content}
+    return response
+
+
+def _by_status(found: Iterable[str]) -> dict[int, list[str]]:
+    by_status: dict[int, list[str]] = {}
+    for code in found:
+        by_status.setdefault(REFUSALS[code].status, []).append(code)
+    return by_status
+
+
+def _name_of(of_status: Iterable[str]) -> str:
+    """Return the name under which operations share a refusal: its codes, of those about JSON the first."""
+    return "-".join(dict.fromkeys(JSON_CODES[0] if code in JSON_CODES else code for code in of_status))
+
+
+def _refused(status: int, of_status: Iterable[str]) -> Part:
+    meanings = "\n".join(f"- `{code}`: {REFUSALS[code].meaning}" for code in of_status)
+    response = _response(meanings, [_SENT_WITH[status]] if status in _SENT_WITH else [])
+    shown = {code: {"$ref": f"#/components/examples/{code}"} for code in of_status}
+    response["content"] = {JSON: {"schema": {"$ref": f"{schemas.REF}{Refused.__name__}"}, "examples": shown}}
+    return response
+
+
+def _response(description: str, sent: Iterable[Header]) -> Part:
+    headers = {REQUEST_ID.name: {"$ref": f"#/components/headers/{REQUEST_ID.name}"}}
+    return {"description": description, "headers": headers | {one.name: _header(one) for one in sent}}
+
+
+def _header(header: Header) -> Part:
+    return {"description": header.description, "required": header.is_always_sent, "schema": header.schema}
+
+
+def _named_examples(values: Mapping[str, object]) -> Part:
+    return {name: {"value": value} for name, value in values.items()}

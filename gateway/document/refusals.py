@@ -1,0 +1,126 @@
+"""Every code that a refusal can carry: its status, and what it means to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from gateway import limits
+from gateway.errors import NOT_READY_RETRY_SECONDS
+from gateway.wire import Wire
+
+
+class Detail(Wire):
+    """One thing that is wrong; findings of a validation have more fields."""
+
+    path: str
+    """The field, or what else it is about: `tags.0`, `nodes.start`, or a name of the query."""
+    code: str
+    message: str
+
+
+class Reason(Wire):
+    """Why a request was refused: `code` is for programs and stays, `message` is for people and may change."""
+
+    code: str
+    message: str
+    details: Sequence[Detail]
+
+
+class Refused(Wire):
+    """What every refusal looks like, whatever refused it."""
+
+    success: Literal[False]
+    error: Reason
+    request_id: str
+    """The id under which the server's log has it; also in the header `X-Request-Id`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One code."""
+
+    status: int
+    meaning: str
+    retry_after_seconds: int | None = None
+    """What `Retry-After` says at most, where it is sent."""
+
+
+JSON_CODES: Final = (
+    "malformed-json",
+    "duplicate-key",
+    "not-finite",
+    "number-too-long",
+    "lone-surrogate",
+    "nul-character",
+    "too-deep",
+)
+BODY_CODES: Final = (*JSON_CODES, "payload-too-large", "unsupported-media-type", "validation-failed")
+"""What any operation with a body can answer."""
+
+GENERAL: Final = frozenset(
+    {*BODY_CODES, "unauthorized", "scope-required", "rate-limited", "internal-error", "not-ready"}
+) - {"validation-failed"}
+"""What most operations can answer, none of them in a way of its own."""
+
+REFUSALS: Final[Mapping[str, Refusal]] = {
+    "malformed-request": Refusal(400, "What was sent is not HTTP/1.1."),
+    "disconnected": Refusal(400, "The client was gone before its request was whole; only the log has it."),
+    "malformed-json": Refusal(400, "The body is not JSON in UTF-8."),
+    "duplicate-key": Refusal(400, "The body gives a key twice in one object."),
+    "not-finite": Refusal(400, "The body holds NaN, Infinity or a number too large for a double."),
+    "number-too-long": Refusal(400, "The body holds a whole number of more than 308 digits."),
+    "lone-surrogate": Refusal(400, "The body holds half of a surrogate pair."),
+    "nul-character": Refusal(400, "The body holds the character NUL."),
+    "too-deep": Refusal(400, "The body's objects and lists stand more than 64 deep inside one another."),
+    "invalid-query": Refusal(400, "A parameter of the query has a value that it doesn't allow."),
+    "invalid-idempotency-key": Refusal(
+        400,
+        "`Idempotency-Key` is given twice, or isn't 1 to "
+        f"{limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters.",
+    ),
+    "invalid-last-event-id": Refusal(400, "`Last-Event-ID` is not the id of an event of this stream."),
+    "unauthorized": Refusal(401, "There is no valid key in the header `X-API-Key`."),
+    "scope-required": Refusal(403, "The key lacks the scope that `details` names."),
+    "admin-required": Refusal(403, "Only an admin of the organisation may do this."),
+    "not-owner": Refusal(403, "Only the workflow's owner and admins of the organisation may do this."),
+    "not-found": Refusal(404, "There is no such object, or it is none that the caller may see."),
+    "method-not-allowed": Refusal(405, "The path takes other methods: see the header `Allow`."),
+    "edit-conflict": Refusal(409, "Somebody else changed the workflow at the same moment: try again."),
+    "duplicate-connection": Refusal(409, "The workflow has such a connection, or one with this id, already."),
+    "duplicate-node-id": Refusal(409, "Another node of the workflow has this id."),
+    "email-taken": Refusal(409, "The organisation has a user with this address."),
+    "execution-not-failed": Refusal(409, "Only an execution that has failed can be resumed."),
+    "too-many-shares": Refusal(409, f"A workflow may be shared with at most {limits.SHARES:,} users."),
+    "too-many-versions": Refusal(409, f"A workflow may have at most {limits.VERSIONS:,} versions."),
+    "version-tag-taken": Refusal(409, "Another version of the workflow has this tag."),
+    "workflow-archived": Refusal(409, "The workflow is archived: set it to draft or active to run it."),
+    "workflow-changed": Refusal(409, "The workflow is being changed: try again."),
+    "workflow-deleted": Refusal(409, "The execution's workflow is deleted."),
+    "workflow-paused": Refusal(409, "The workflow is paused: set it to active to run it."),
+    "workflow-running": Refusal(
+        409, "Executions have not ended: wait for them, or cancel them by `force=true`."
+    ),
+    "precondition-failed": Refusal(
+        412, "The workflow is in another state than the one that `If-Match` names."
+    ),
+    "payload-too-large": Refusal(413, "The body is larger than the server accepts."),
+    "unsupported-media-type": Refusal(415, "The body is not declared as `application/json`."),
+    "validation-failed": Refusal(422, "A field is wrong, or the graph is: `details` has an entry for each."),
+    "idempotency-mismatch": Refusal(422, "The `Idempotency-Key` was used before, with another body."),
+    "rate-limited": Refusal(429, "Too many requests from this address had no valid key.", 60),
+    "internal-error": Refusal(
+        500, "Something went wrong in the server; its log has it under the request's id."
+    ),
+    "not-ready": Refusal(
+        503, "A part that the server needs doesn't answer, or it is full: try again.", NOT_READY_RETRY_SECONDS
+    ),
+}
+"""In the order of their status."""
+
+
+def example(code: str) -> Refused:
+    """Return a refusal with this code."""
+    reason = Reason(code=code, message=REFUSALS[code].meaning, details=[])
+    return Refused(success=False, error=reason, request_id="req_01jx7v2m9e5t8w3q6r4y0z1abc")

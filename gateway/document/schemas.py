@@ -1,0 +1,106 @@
+"""JSON Schemas of the wire types, with what the code says about their fields."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import msgspec
+
+from gateway.wire import Wire
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+REF: Final = "#/components/schemas/"
+_SUFFIX: Final = "Shape"
+"""What the code adds to a name that means something else in it; clients see that only where both are shown to them."""
+_NO_DEFAULT: Final = ("default", None)
+"""A field that may be left out says so by not being required."""
+
+
+def of(types: Iterable[object]) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
+    """Return the schema of each type, and those that they refer to by name."""
+    types = list(types)
+    schemas, named = msgspec.json.schema_components(types, ref_template=REF + "{name}")
+    for struct in _structs(types):
+        _describe(struct, named[struct.__name__])
+    known_as = {name: name.removesuffix(_SUFFIX) for name in named}
+    known_as |= {name: name for name, known in known_as.items() if known != name and known in named}
+    tidied = {known_as[name]: _tidied(schema, known_as) for name, schema in named.items()}
+    return _tidied(list(schemas), known_as), dict(sorted(tidied.items()))
+
+
+def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return a schema with the names that clients see, and without what only repeats what it says already."""
+    if isinstance(value, list):
+        return [_tidied(item, known_as) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tidied = {
+        key: _tidied(item, known_as)
+        for key, item in value.items()
+        if key != "title" and (key, item) != _NO_DEFAULT
+    }
+    match tidied:
+        case {"$ref": str(ref)}:
+            tidied["$ref"] = REF + known_as[ref.removeprefix(REF)]
+        case {"anyOf": [{"type": str(kind), **rest}, {"type": "null"}], **others}:
+            return {
+                "type": [kind, "null"],
+                **rest,
+                **{key: one for key, one in others.items() if key != "anyOf"},
+            }
+        case {"required": []}:
+            del tidied["required"]
+    return tidied
+
+
+def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
+    """Return every struct that the types are made of, once."""
+    seen: set[object] = set()
+    waiting = list(types)
+    while waiting:
+        kind = waiting.pop()
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            if kind in seen:
+                continue
+            seen.add(kind)
+            yield kind
+            waiting.extend(field.type for field in msgspec.structs.fields(kind))
+        waiting.extend(get_args(kind))
+
+
+def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
+    """Add what stands below a field in the code to the field's schema."""
+    said: dict[str, str] = {}
+    for kind in reversed(struct.__mro__):
+        if issubclass(kind, Wire):
+            said |= _said_in(kind.__module__).get(kind.__name__, {})
+    for field in msgspec.structs.fields(struct):
+        if field.name in said:
+            schema["properties"][field.encode_name].setdefault("description", said[field.name])
+
+
+@cache
+def _said_in(module_name: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the sentences that stand below the fields of a module's classes."""
+    source = inspect.getsource(sys.modules[module_name])
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {one.name: dict(_said_below(one.body)) for one in classes}
+
+
+def _said_below(body: Iterable[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for field, below in pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            yield field.target.id, " ".join(str(below.value.value).split())

@@ -1,0 +1,223 @@
+"""Workflows made out of others: duplicates, templates, exports and imports."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
+
+from gateway import copying, editing, errors, idempotency, workflow_rows, workflow_shapes
+from gateway.copying import Bare, Reference, RemovedSecret
+from gateway.endpoints.validation import FindingShape
+from gateway.errors import ApiError
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.wire import Instant, Wire, convert, read_json
+from gateway.workflow_shapes import ShownConnection, ShownNode, UpdateWorkflow
+from models.audit import Action
+
+if TYPE_CHECKING:
+    from engine.findings import Finding
+    from engine.values import Json
+    from gateway.copying import ImportWorkflow
+    from gateway.workflow_rows import Stored
+    from models.access import Caller
+    from nodes.catalog import Catalog
+
+
+class UseTemplate(Wire):
+    """A template to begin with."""
+
+    template_id: str
+    name: str | None = None
+    """Instead of the template's own."""
+
+
+class SaveAsTemplate(Wire):
+    """How a template is to be described; what is absent stays as it is in the workflow."""
+
+    name: str | None = None
+    description: str | None = None
+    tags: list[str] | None = None
+
+
+class Copied(Wire):
+    """The id of a workflow that was made out of another, and what it lacks."""
+
+    workflow_id: str
+    removed_secrets: Sequence[RemovedSecret]
+    """What looked like a credential, and was left out."""
+
+
+class Template(Wire):
+    """A workflow to begin with."""
+
+    id: str
+    name: str
+    description: str
+    tags: Sequence[str]
+    nodes: Sequence[ShownNode]
+    connections: Sequence[ShownConnection]
+    created_at: Instant
+
+
+_TEMPLATE_FIELDS = [field.encode_name for field in msgspec.structs.fields(Template)]
+
+
+class TemplateList(Wire):
+    """A part of a list of templates; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    templates: Sequence[Template]
+
+
+class ImportFindings(Wire):
+    """What is to mend in a draft that is imported."""
+
+    errors: Sequence[FindingShape]
+    warnings: Sequence[FindingShape]
+
+
+class ImportAnswer(Wire):
+    """What an import has created, or would create."""
+
+    created: bool
+    name: str
+    node_count: int
+    connection_count: int
+    references: Sequence[Reference]
+    """What the nodes name in the place that the document comes from: each needs an id here, or null."""
+    findings: ImportFindings
+    workflow_id: str | UnsetType = UNSET
+    """The id of the workflow that was created."""
+
+
+# ── copies and templates ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def duplicate(request: Request) -> JsonResponse:
+    """Copy a workflow into a new draft of the caller's, without credentials and without shares."""
+    source = await _readable(request)
+    named = source.with_columns(name=copying.name_of_copy(source.workflow.name))
+    # In a thread, here and below: others are served while a large graph is gone through.
+    copy = await asyncio.to_thread(copying.copied, named, request.caller)
+    return await _create(request, {}, copy, Action.WORKFLOW_DUPLICATED)
+
+
+async def save_as_template(request: Request) -> JsonResponse:
+    """Copy a workflow into a template that everybody in the organisation can read and use; for admins.
+
+    Other than that, a template is a draft like any: whoever reads it may execute it, its owner and admins change it.
+    """
+    value = await read_json(request)
+    body = convert(value, SaveAsTemplate)
+    source = await _readable(request)
+    if not request.caller.is_admin:
+        raise ApiError(403, "admin-required", "Only an admin of the organisation may do this")
+    described = UpdateWorkflow(name=body.name, description=body.description, tags=body.tags)
+    changed = workflow_shapes.changed(source, described, request.gateway.catalog)
+    copy = await asyncio.to_thread(copying.copied, changed, request.caller, is_template=True)
+    return await _create(request, value, copy, Action.TEMPLATE_SAVED)
+
+
+async def templates(request: Request) -> JsonResponse:
+    """List the templates of the caller's organisation, the newest first, without credentials."""
+    part = request.query.page()
+    async with request.gateway.database.read() as connection:
+        count, found = await workflow_rows.templates(connection, request.caller, part)
+    shown = await asyncio.to_thread(lambda: [_template(copying.bare(stored).stored) for stored in found])
+    return JsonResponse({"count": count, "limit": part.limit, "offset": part.offset, "templates": shown})
+
+
+async def use_template(request: Request) -> JsonResponse:
+    """Create a draft out of a template."""
+    value = await read_json(request)
+    body = convert(value, UseTemplate)
+    async with request.gateway.database.read() as connection:
+        template = await workflow_rows.find(connection, body.template_id, request.caller)
+    if template is None or not template.workflow.is_template:
+        raise errors.not_found("template")
+    named = workflow_shapes.changed(template, UpdateWorkflow(name=body.name), request.gateway.catalog)
+    copy = await asyncio.to_thread(copying.copied, named, request.caller)
+    return await _create(request, value, copy, Action.TEMPLATE_USED)
+
+
+async def _readable(request: Request) -> Stored:
+    async with request.gateway.database.read() as connection:
+        return await editing.readable(connection, request)
+
+
+async def _create(request: Request, body: Json, copy: Bare, action: Action) -> JsonResponse:
+    def answer(workflow_id: str) -> Copied:
+        return Copied(workflow_id=workflow_id, removed_secrets=copy.removed)
+
+    return await editing.create(request, body, copy.stored, action, answer=answer)
+
+
+def _template(stored: Stored) -> dict[str, Json]:
+    whole = workflow_shapes.shown(stored)
+    return {field: whole[field] for field in _TEMPLATE_FIELDS}
+
+
+# ── documents ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def export_workflow(request: Request) -> JsonResponse:
+    """Give a workflow as a document to keep or to import elsewhere, without credentials."""
+    stored = await _readable(request)
+    document = await asyncio.to_thread(copying.document, stored, request.gateway.catalog)
+    readable = msgspec.json.format(msgspec.json.encode(document), indent=2)
+    disposition = f'attachment; filename="{copying.file_name(stored.workflow)}"'
+    headers = {"Content-Disposition": disposition, **editing.entity_tag(stored)}
+    return JsonResponse(msgspec.Raw(readable), headers=headers)
+
+
+async def import_workflow(request: Request) -> JsonResponse:
+    """Create a workflow out of a document; without `references`, only tell which there are to resolve.
+
+    Nothing is created then, and the status is 200. Each id in `references` stands for a data source or model of the
+    place that the document comes from; its value is the id to put there instead, or null to leave the field empty.
+    Credentials that the document holds are kept, and warned of.
+    """
+    value = await read_json(request)
+    body = copying.read(value)
+    stored, answer = await asyncio.to_thread(_imported, body, request.caller, request.gateway.catalog)
+    if not answer.created:
+        idempotency.given(request)  # what is no key is refused, though nothing is created
+        return JsonResponse(answer)
+    return await editing.create(
+        request,
+        value,
+        stored,
+        Action.WORKFLOW_IMPORTED,
+        answer=lambda workflow_id: replace(answer, workflow_id=workflow_id),
+    )
+
+
+def _imported(body: ImportWorkflow, caller: Caller, catalog: Catalog) -> tuple[Stored, ImportAnswer]:
+    """Return the workflow that would be created, and what there is to say about it; raises 422."""
+    stored = copying.imported(caller, body, catalog)
+    named = copying.references(stored, catalog)
+    if body.references is not None:
+        stored = copying.resolved(stored, named, body.references)
+    found = copying.findings(stored, catalog)
+    return stored, ImportAnswer(
+        created=body.references is not None,
+        name=stored.workflow.name,
+        node_count=len(stored.nodes),
+        connection_count=len(stored.connections),
+        references=named,
+        findings=ImportFindings(
+            errors=[*map(_finding, found.errors)], warnings=[*map(_finding, found.warnings)]
+        ),
+    )
+
+
+def _finding(finding: Finding) -> FindingShape:
+    return msgspec.convert(finding.as_json(), FindingShape)

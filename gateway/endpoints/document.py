@@ -1,0 +1,82 @@
+"""The document of this API: OpenAPI 3.1 for programs, and a page for people."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from gateway.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A text that is the same as long as this process lives; a client that has it already is told so by 304."""
+
+    body: bytes
+    entity_tag: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        kept = [(b"etag", self.entity_tag), (b"cache-control", b"no-cache")]
+        has_it = any(
+            name == b"if-none-match" and self.entity_tag in value for name, value in scope["headers"]
+        )
+        body = b"" if has_it else self.body
+        headers = kept if has_it else [*kept, *self.headers, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 304 if has_it else 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Both forms of the document."""
+
+    openapi: Kept
+    page: Kept
+
+
+async def openapi(request: Request) -> Kept:  # noqa: ARG001 - a handler's signature
+    """Show this document as JSON: OpenAPI 3.1."""
+    return (await _documents()).openapi
+
+
+async def page(request: Request) -> Kept:  # noqa: ARG001 - a handler's signature
+    """Show this document as a page to read."""
+    return (await _documents()).page
+
+
+async def _documents() -> Documents:
+    # In a thread: the first request alone takes some tenths of a second, and others are served meanwhile.
+    return await asyncio.to_thread(_made)
+
+
+@cache
+def _made() -> Documents:
+    # Whoever never asks for the document doesn't load what makes it; and the table names these handlers.
+    from gateway.document import openapi, page  # noqa: PLC0415
+    from gateway.routes import TABLE  # noqa: PLC0415
+
+    document = openapi.document(TABLE)
+    return Documents(
+        openapi=_kept(msgspec.json.encode(document), ((b"content-type", b"application/json"),)),
+        page=_kept(
+            page.page(document).encode(),
+            (
+                (b"content-type", b"text/html; charset=utf-8"),
+                (b"content-security-policy", page.POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
+            ),
+        ),
+    )
+
+
+def _kept(body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> Kept:
+    return Kept(body, b'"%s"' % sha256(body).hexdigest()[:32].encode(), headers)

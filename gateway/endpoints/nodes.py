@@ -1,0 +1,315 @@
+"""A workflow's graph edited piece by piece: nodes, their config and mappings, and the connections between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from gateway import editing, graph_shapes, node_edits
+from gateway.editing import Edited
+from gateway.graph_shapes import ConnectionInput, NodeInput, Position, RetryShape
+from gateway.node_edits import NodeChanges
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.wire import Wire, convert, decode_body, read_json
+from models.audit import Action
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.graph_shapes import StoredNode
+    from nodes.catalog import Catalog
+
+UNKNOWN_CATEGORY = "unknown"
+
+
+class SetMappings(Wire):
+    """Where each field of a node's input comes from: a path, a text with expressions in it, or a constant."""
+
+    mappings: dict[str, Any]
+
+
+class SetPassThrough(Wire):
+    """What a node passes on unchanged: keys of its output, each with the key of its input."""
+
+    values: dict[str, str]
+
+
+class NodeSummary(Wire):
+    """A node of a list, and how many connections lead to it and from it."""
+
+    id: str
+    type: str
+    label: str
+    category: str
+    position: Position
+    has_config: bool
+    inbound_connections: int
+    outbound_connections: int
+    node_version: str | UnsetType = UNSET
+
+
+class NodeList(Wire):
+    """All nodes of a workflow."""
+
+    workflow_id: str
+    count: int
+    nodes: list[NodeSummary]
+
+
+class ResolvedNode(Wire):
+    """A node, and what the catalogue says of its type."""
+
+    id: str
+    type: str
+    category: str
+    label: str
+    position: Position
+    config: dict[str, Any]
+    input_mappings: dict[str, Any]
+    pass_through_values: dict[str, str]
+    s3_location: str
+    resources: dict[str, Any]
+    data: dict[str, Any]
+    """Empty: all that a node is told stands in its config."""
+    node_version: str | UnsetType = UNSET
+    retry: RetryShape | UnsetType = UNSET
+    timeout: int | float | UnsetType = UNSET
+
+
+class NodeAnswer(Wire):
+    """A node that was added or configured."""
+
+    node_id: str
+    workflow_id: str
+    node: ResolvedNode
+
+
+class NodeRemoved(Wire):
+    """A node that is gone, and how many connections went with it."""
+
+    removed: bool
+    node_id: str
+    removed_connections: int
+    workflow_id: str
+
+
+class MappingsAnswer(Wire):
+    """The mappings of a node."""
+
+    node_id: str
+    workflow_id: str
+    input_mappings: dict[str, Any]
+
+
+class PassThroughAnswer(Wire):
+    """What a node passes on unchanged."""
+
+    node_id: str
+    workflow_id: str
+    pass_through_values: dict[str, str]
+
+
+class NodeConnection(Wire):
+    """A connection, from a port of a node to a port of another."""
+
+    id: str
+    source: str
+    target: str
+    source_port: str
+    target_port: str
+
+
+class ConnectionAnswer(Wire):
+    """A connection that was made."""
+
+    connection_id: str
+    workflow_id: str
+    connection: NodeConnection
+
+
+class ConnectionRemoved(Wire):
+    """A connection that is gone."""
+
+    removed: bool
+    connection_id: str
+    workflow_id: str
+
+
+# ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: Request) -> JsonResponse:
+    """List the nodes of a workflow."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+    inbound = Counter(edge["target"] for edge in stored.connections)
+    outbound = Counter(edge["source"] for edge in stored.connections)
+    catalog = request.gateway.catalog
+    nodes = [_summary(node, catalog, inbound[node["id"]], outbound[node["id"]]) for node in stored.nodes]
+    answer = NodeList(workflow_id=stored.workflow.id, count=len(nodes), nodes=nodes)
+    return JsonResponse(answer, headers=editing.entity_tag(stored))
+
+
+async def add(request: Request) -> JsonResponse:
+    """Add a node to a workflow; without a position it is put beside the others."""
+    body = await decode_body(request, NodeInput)
+    node_id = body.id or graph_shapes.new_id("node")
+    named = msgspec.structs.replace(body, id=node_id)
+    catalog = request.gateway.catalog
+    edited = await editing.edit(
+        request,
+        Action.NODE_ADDED,
+        lambda before: node_edits.with_node(before, named, catalog),
+    )
+    return _node_answer(request, edited, node_id, status=201)
+
+
+async def configure(request: Request) -> JsonResponse:
+    """Merge values into a node's config; null takes a key away.
+
+    A body with `config`, or with `label` alone, may change the label too; with `config`, also the position, version,
+    retry and timeout. Any other body is taken as the config itself.
+    """
+    body = await read_json(request)
+    changes = convert(_wrapped(body), NodeChanges)
+    node_id = request.path_params["sub"]
+    catalog = request.gateway.catalog
+    edited = await editing.edit(
+        request,
+        Action.NODE_CONFIGURED,
+        lambda before: node_edits.with_changes(before, node_id, changes, catalog),
+    )
+    return _node_answer(request, edited, node_id)
+
+
+async def remove(request: Request) -> JsonResponse:
+    """Remove a node, and the connections that lead to it and from it."""
+    node_id = request.path_params["sub"]
+    edited = await editing.edit(
+        request, Action.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
+    )
+    removed = len(edited.before.connections) - len(edited.after.connections)
+    return _answer(
+        edited,
+        NodeRemoved(
+            removed=True, node_id=node_id, removed_connections=removed, workflow_id=edited.after.workflow.id
+        ),
+    )
+
+
+async def set_mappings(request: Request) -> JsonResponse:
+    """Set where the fields of a node's input come from, in place of what was set before."""
+    mappings = (await decode_body(request, SetMappings)).mappings
+    node_edits.require_readable(mappings)
+    node_id = request.path_params["sub"]
+    edited = await editing.edit(
+        request,
+        Action.NODE_CONFIGURED,
+        lambda before: node_edits.with_mappings(before, node_id, mappings),
+    )
+    return _answer(
+        edited,
+        MappingsAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, input_mappings=mappings),
+    )
+
+
+async def set_pass_through(request: Request) -> JsonResponse:
+    """Set what a node passes from its input to its output, in place of what was set before."""
+    values = (await decode_body(request, SetPassThrough)).values
+    node_id = request.path_params["sub"]
+    edited = await editing.edit(
+        request,
+        Action.NODE_CONFIGURED,
+        lambda before: node_edits.with_pass_through(before, node_id, values),
+    )
+    return _answer(
+        edited,
+        PassThroughAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, pass_through_values=values),
+    )
+
+
+# ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def connect(request: Request) -> JsonResponse:
+    """Connect a port of a node with a port of another."""
+    body = await decode_body(request, ConnectionInput)
+    connection_id = body.id or graph_shapes.new_id("conn")
+    named = msgspec.structs.replace(body, id=connection_id)
+    catalog = request.gateway.catalog
+    edited = await editing.edit(
+        request, Action.CONNECTION_ADDED, lambda before: node_edits.with_connection(before, named, catalog)
+    )
+    made = convert(edited.after.connections[-1], NodeConnection)
+    return _answer(
+        edited,
+        ConnectionAnswer(connection_id=connection_id, workflow_id=edited.after.workflow.id, connection=made),
+        status=201,
+    )
+
+
+async def disconnect(request: Request) -> JsonResponse:
+    """Remove a connection."""
+    connection_id = request.path_params["sub"]
+    edited = await editing.edit(
+        request,
+        Action.CONNECTION_REMOVED,
+        lambda before: node_edits.without_connection(before, connection_id),
+    )
+    return _answer(
+        edited,
+        ConnectionRemoved(removed=True, connection_id=connection_id, workflow_id=edited.after.workflow.id),
+    )
+
+
+# ── shown ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _answer(edited: Edited, value: Wire, *, status: int = 200) -> JsonResponse:
+    return JsonResponse(value, status=status, headers=editing.entity_tag(edited.after))
+
+
+def _node_answer(request: Request, edited: Edited, node_id: str, *, status: int = 200) -> JsonResponse:
+    node = _shown(node_edits.node_of(edited.after, node_id), request.gateway.catalog)
+    answer = NodeAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, node=node)
+    return _answer(edited, answer, status=status)
+
+
+def _summary(node: StoredNode, catalog: Catalog, inbound: int, outbound: int) -> NodeSummary:
+    fields = _resolved(node, catalog) | {
+        "hasConfig": bool(node["config"]),
+        "inboundConnections": inbound,
+        "outboundConnections": outbound,
+    }
+    return convert(fields, NodeSummary)
+
+
+def _shown(node: StoredNode, catalog: Catalog) -> ResolvedNode:
+    return convert(_resolved(node, catalog) | {"data": {}}, ResolvedNode)
+
+
+def _resolved(node: StoredNode, catalog: Catalog) -> dict[str, Json]:
+    """Return a node with what the catalogue says of its type, which it may have lost since the node was stored."""
+    node_type = catalog.node_types.get(str(node["type"]))
+    if node_type is None:
+        resolved: dict[str, Json] = {"category": UNKNOWN_CATEGORY, "s3Location": "", "resources": {}}
+    else:
+        resolved = {
+            "category": node_type.category,
+            "nodeVersion": node_type.version,
+            "s3Location": node_type.s3_location,
+            "resources": dict(node_type.resources),
+        }
+    if "version" in node:
+        resolved["nodeVersion"] = node["version"]
+    return node | resolved
+
+
+def _wrapped(body: Json) -> Json:
+    """Return the body of a change with the config in its place, where the body itself is the config."""
+    if not isinstance(body, dict) or "config" in body or body.keys() == {"label"}:
+        return body
+    return {"config": body}

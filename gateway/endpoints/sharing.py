@@ -1,0 +1,147 @@
+"""Who besides its owner may see a workflow: the users that it is shared with, or everybody in the organisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from gateway import editing, errors, limits, workflow_shapes
+from gateway.errors import ApiError
+from gateway.request import Request
+from gateway.responses import JsonResponse, NoContent
+from gateway.wire import Instant, Wire, decode_body, instant
+from models import access_store
+from models.audit import Action
+
+if TYPE_CHECKING:
+    from gateway.editing import Edited
+    from gateway.workflow_rows import Stored
+    from models.access import Caller
+
+
+class ShareWith(Wire):
+    """The user who is to see a workflow."""
+
+    user_id: str
+
+
+class Shared(Wire):
+    """A share that is there."""
+
+    message: str
+    workflow_id: str
+    user_id: str
+
+
+class Share(Wire):
+    """A user that a workflow is shared with, and since when."""
+
+    user_id: str
+    shared_at: Instant
+
+
+class ShareList(Wire):
+    """The users that a workflow is shared with, the first ones first."""
+
+    workflow_id: str
+    shared_with: Sequence[Share]
+
+
+class SetVisibility(Wire):
+    """Who else may see a workflow; what isn't given stays."""
+
+    is_public: bool | None = None
+    """Whether everybody in the organisation may read and execute it."""
+    is_template: bool | None = None
+    """Whether it is a template, for admins to decide."""
+
+
+async def index(request: Request) -> JsonResponse:
+    """List the users that a workflow is shared with."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+    shares = [Share(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()]
+    return JsonResponse(ShareList(workflow_id=stored.workflow.id, shared_with=shares))
+
+
+async def add(request: Request) -> JsonResponse:
+    """Share a workflow with a user of the organisation, who may then read and execute it."""
+    body = await decode_body(request, ShareWith)
+    await _require_user(request, body.user_id)
+    now = datetime.now(UTC)
+    edited = await editing.edit(
+        request, Action.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+    )
+    shared = Shared(
+        message="Workflow shared successfully", workflow_id=edited.after.workflow.id, user_id=body.user_id
+    )
+    return JsonResponse(shared, headers=editing.entity_tag(edited.after))
+
+
+async def remove(request: Request) -> NoContent:
+    """End a share: the user loses sight of the workflow and of its executions."""
+    user_id = request.path_params["subId"]
+    edited = await editing.edit(request, Action.SHARE_REMOVED, lambda before: _unshared(before, user_id))
+    _forget_who_may_read(request, edited)
+    return NoContent()
+
+
+async def set_visibility(request: Request) -> JsonResponse:
+    """Let everybody in the organisation see a workflow, or no longer; admins make templates too."""
+    body = await decode_body(request, SetVisibility)
+    edited = await editing.edit(
+        request, Action.WORKFLOW_VISIBILITY_SET, lambda before: _visible(before, body, request.caller)
+    )
+    _forget_who_may_read(request, edited)
+    return JsonResponse(workflow_shapes.shown(edited.after), headers=editing.entity_tag(edited.after))
+
+
+async def _require_user(request: Request, user_id: str) -> None:
+    """Raise 404 for a user that is none of the organisation's, to those who may share the workflow."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        user = await access_store.find_user(connection, request.caller.organization_id, user_id)
+    if user is None:
+        raise errors.not_found("user")
+
+
+def _shared(before: Stored, user_id: str, caller: Caller, now: datetime) -> Stored:
+    """Return a workflow that is shared with one user more; raises 409 and 422."""
+    if user_id in {before.workflow.owner_id, caller.user_id}:
+        message = "userId names somebody who sees the workflow anyway: its owner, or yourself"
+        raise errors.invalid([errors.problem("userId", "own-user", message)])
+    if user_id in before.shared_with:
+        return before
+    if len(before.shared_with) >= limits.SHARES:
+        message = f"A workflow may be shared with at most {limits.SHARES:,} users: make it public instead"
+        raise errors.conflict("too-many-shares", message)
+    return replace(before, shared_with={**before.shared_with, user_id: now})
+
+
+def _unshared(before: Stored, user_id: str) -> Stored:
+    """Return a workflow that a user sees no longer; raises 404."""
+    if user_id not in before.shared_with:
+        raise errors.not_found("share")
+    shared_with = {user: since for user, since in before.shared_with.items() if user != user_id}
+    return replace(before, shared_with=shared_with)
+
+
+def _visible(before: Stored, body: SetVisibility, caller: Caller) -> Stored:
+    """Return a workflow as visible as it is to be; raises 403."""
+    workflow = before.workflow
+    is_public = workflow.is_public if body.is_public is None else body.is_public
+    is_template = workflow.is_template if body.is_template is None else body.is_template
+    if is_template != workflow.is_template and not caller.is_admin:
+        message = "Only an admin of the organisation makes templates, or takes them back"
+        raise ApiError(403, "admin-required", message)
+    return before.with_columns(is_public=is_public, is_template=is_template)
+
+
+def _forget_who_may_read(request: Request, edited: Edited) -> None:
+    """Let nobody in by what this process remembers; others forget it within seconds, by themselves."""
+    workflow = edited.after.workflow
+    request.gateway.workflows.forget(workflow.organization_id, workflow.id)
+    request.gateway.access.forget()

@@ -1,0 +1,116 @@
+"""What a workflow's graph is checked for: what is wrong with it, and what it needs to be allowed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from engine import scopes
+from engine.findings import FindingType, FixAction
+from engine.graph import Graph
+from engine.validation import Finding, Validation, validate
+from gateway import editing, graph_shapes, past_outputs
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.wire import Wire
+from models.audit import Action
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from gateway.past_outputs import PastOutput
+    from gateway.workflow_rows import Stored
+    from nodes.catalog import Catalog
+
+
+class FixShape(Wire):
+    """An edit that is certain to mend a finding: where in the node or connection, and what is to stand there."""
+
+    action: FixAction
+    node_id: str | UnsetType = UNSET
+    connection_id: str | UnsetType = UNSET
+    path: Sequence[str | int] | UnsetType = UNSET
+    value: Any = UNSET
+
+
+class FindingShape(Wire):
+    """One thing to mend, and how."""
+
+    type: FindingType
+    message: str
+    suggestion: str
+    node_id: str | UnsetType = UNSET
+    connection_id: str | UnsetType = UNSET
+    fix: FixShape | UnsetType = UNSET
+
+
+class ValidationShape(Wire):
+    """The findings about a graph; with warnings alone it is valid."""
+
+    workflow_id: str
+    valid: bool
+    errors: Sequence[FindingShape]
+    warnings: Sequence[FindingShape]
+    node_count: int
+    connection_count: int
+    truncated: bool
+    """There is more than is listed."""
+
+
+class ScopesShape(Wire):
+    """What a workflow needs to be allowed, each as `resource:action:id`."""
+
+    workflow_id: str
+    scopes: Sequence[str]
+
+
+async def check(request: Request) -> JsonResponse:
+    """Check a workflow's graph: everything that is wrong with it, and what to do about it."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        past = await past_outputs.recent(connection, stored.workflow)
+    # In a thread: others are served while a large graph is gone through.
+    validation = await asyncio.to_thread(_checked, stored, past, request.gateway.catalog)
+    return JsonResponse(_answer(stored, validation), headers=editing.entity_tag(stored))
+
+
+async def compute_scopes(request: Request) -> JsonResponse:
+    """Work out what a workflow needs to be allowed, from the configs of its nodes, and keep it with the workflow."""
+    catalog = request.gateway.catalog
+
+    def with_scopes(before: Stored) -> Stored:
+        return before.with_columns(scopes=scopes.scopes(_graph(before), catalog))
+
+    edited = await editing.edit(request, Action.WORKFLOW_SCOPES_COMPUTED, with_scopes)
+    workflow = edited.after.workflow
+    answer = ScopesShape(workflow_id=workflow.id, scopes=workflow.scopes)
+    return JsonResponse(answer, headers=editing.entity_tag(edited.after))
+
+
+def _checked(stored: Stored, past: Sequence[PastOutput], catalog: Catalog) -> Validation:
+    graph = _graph(stored)
+    is_draft = stored.workflow.status == WorkflowStatus.DRAFT
+    return validate(graph, catalog, is_draft=is_draft, samples=past_outputs.samples(past, graph, catalog))
+
+
+def _graph(stored: Stored) -> Graph:
+    return Graph.of(graph_shapes.definition(stored.nodes, stored.connections, {}))
+
+
+def _answer(stored: Stored, validation: Validation) -> ValidationShape:
+    return ValidationShape(
+        workflow_id=stored.workflow.id,
+        valid=validation.is_valid,
+        errors=[*map(shown, validation.errors)],
+        warnings=[*map(shown, validation.warnings)],
+        node_count=len(stored.nodes),
+        connection_count=len(stored.connections),
+        truncated=validation.is_truncated,
+    )
+
+
+def shown(finding: Finding) -> FindingShape:
+    return msgspec.convert(finding.as_json(), FindingShape)

@@ -1,0 +1,270 @@
+"""Versions: a workflow's snapshots, taken, looked at, compared and put back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import msgspec
+
+from gateway import (
+    editing,
+    errors,
+    graph_difference,
+    graph_shapes,
+    limits,
+    text,
+    version_rows,
+    workflow_rows,
+    workflow_shapes,
+)
+from gateway.graph_difference import Change, ItemsDifference
+from gateway.parameters import OFFSET, WholeNumber
+from gateway.query import Page
+from gateway.responses import JsonResponse
+from gateway.text import Problems
+from gateway.wire import Instant, Wire, decode_body, instant
+from gateway.workflow_shapes import ShownConnection, ShownNode
+from models.audit import Action
+from models.workflow import WorkflowVersion
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.editing import Edited
+    from gateway.request import Request
+    from gateway.version_rows import Head
+    from gateway.workflow_rows import Stored
+
+CURRENT: Final = "current"
+"""What stands in the place of a number for the workflow as it is now."""
+LIMIT: Final = WholeNumber(
+    "limit", "How many versions are shown.", limits.VERSIONS_LISTED, minimum=1, maximum=limits.VERSIONS_LISTED
+)
+LISTED: Final = (LIMIT, OFFSET)
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}\Z")
+
+State: TypeAlias = int | Literal["current"]
+"""A version's number, or the workflow as it is now."""
+
+
+class CreateVersion(Wire):
+    """A version that somebody wants."""
+
+    version_tag: str
+    description: str | None = None
+
+
+class CreatedVersion(Wire):
+    """A version that was created."""
+
+    workflow_id: str
+    version: int
+    version_tag: str
+
+
+class VersionHead(Wire):
+    """A version without what it holds."""
+
+    version: int
+    version_tag: str
+    description: str
+    created_by: str
+    created_at: Instant
+
+
+class VersionList(Wire):
+    """A workflow's versions, the first ones first."""
+
+    workflow_id: str
+    current_version: int
+    versions: Sequence[VersionHead]
+
+
+class Snapshot(Wire):
+    """A workflow as it was."""
+
+    name: str
+    description: str
+    nodes: Sequence[ShownNode]
+    connections: Sequence[ShownConnection]
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+class Version(VersionHead):
+    """A version with what it holds."""
+
+    workflow_id: str
+    snapshot: Snapshot
+
+
+class VersionDifference(Wire):
+    """What differs between two versions, or between one and the workflow as it is now."""
+
+    workflow_id: str
+    from_: State = msgspec.field(name="from")
+    to: State
+    nodes: ItemsDifference
+    connections: ItemsDifference
+    settings: dict[str, Change]
+    config: dict[str, Change]
+    fields: dict[str, Change]
+    """The workflow's name and description."""
+
+
+# ── looked at ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: Request) -> JsonResponse:
+    """List a workflow's versions, the first ones first."""
+    query = request.query
+    part = Page(query[LIMIT], query[OFFSET])
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        heads = await version_rows.page(connection, stored.workflow.id, part)
+    listed = VersionList(
+        workflow_id=stored.workflow.id,
+        current_version=stored.workflow.version,
+        versions=[_head(head) for head in heads],
+    )
+    return JsonResponse(listed)
+
+
+async def show(request: Request) -> JsonResponse:
+    """Show a version with the workflow that it holds."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        version = await _find(connection, stored, request.path_params["version"])
+    head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
+    return JsonResponse({**head, "snapshot": _shown(version.snapshot)})
+
+
+async def compare(request: Request) -> JsonResponse:
+    """Show what differs between two versions; `current` stands for the workflow as it is now.
+
+    Nodes and connections are compared by their ids. Where a node was only moved, `changes` is empty.
+    """
+    names = request.path_params
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        from_, before = await _state(connection, stored, names["version"])
+        to, after = await _state(connection, stored, names["other"])
+    fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]
+    difference = VersionDifference(
+        workflow_id=stored.workflow.id,
+        from_=from_,
+        to=to,
+        nodes=graph_difference.of_items(before["nodes"], after["nodes"]),
+        connections=graph_difference.of_items(before["connections"], after["connections"]),
+        settings=graph_difference.of_fields(before["settings"], after["settings"]),
+        config=graph_difference.of_fields(before["config"], after["config"]),
+        fields=graph_difference.of_fields(*fields),
+    )
+    return JsonResponse(difference)
+
+
+async def _state(connection: AsyncConnection, stored: Stored, name: str) -> tuple[State, Mapping[str, Any]]:
+    if name == CURRENT:
+        return CURRENT, _shown(workflow_rows.snapshot(stored))
+    version = await _find(connection, stored, name)
+    return version.version, _shown(version.snapshot)
+
+
+async def _find(connection: AsyncConnection, stored: Stored, number: str) -> WorkflowVersion:
+    """Return the version that a path names; raises 404."""
+    version = None
+    if _NUMBER.match(number):
+        version = await version_rows.find(connection, stored.workflow.id, int(number))
+    if version is None:
+        raise errors.not_found("version")
+    return version
+
+
+def _head(version: Head | WorkflowVersion) -> VersionHead:
+    return VersionHead(
+        version=version.version,
+        version_tag=version.version_tag,
+        description=version.description,
+        created_by=version.created_by,
+        created_at=instant(version.created_at),
+    )
+
+
+def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a snapshot in the form of the Workflow object."""
+    return {
+        **snapshot,
+        "nodes": [graph_shapes.shown_node(node) for node in snapshot["nodes"]],
+        "connections": [graph_shapes.shown_connection(edge) for edge in snapshot["connections"]],
+        "settings": graph_shapes.effective(snapshot["settings"]),
+    }
+
+
+# ── taken and put back ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: Request) -> JsonResponse:
+    """Create a version: a snapshot of the workflow as it stands, which never changes."""
+    body = await decode_body(request, CreateVersion)
+    problems = Problems()
+    tag = text.line(body.version_tag, "versionTag", problems, max_length=limits.VERSION_TAG_LENGTH)
+    description = text.paragraphs(
+        body.description or "", "description", problems, max_length=limits.DESCRIPTION_LENGTH
+    )
+    problems.raise_any()
+    now = datetime.now(UTC)
+
+    async def keep(connection: AsyncConnection, edited: Edited) -> None:
+        workflow = edited.after.workflow
+        taken = await version_rows.tagged(connection, workflow.id, tag)
+        if taken is not None:
+            raise errors.conflict("version-tag-taken", f"Version {taken.version} has the tag {tag} already")
+        version = WorkflowVersion(
+            workflow_id=workflow.id,
+            version=workflow.version,
+            lane=workflow.lane,
+            version_tag=tag,
+            description=description,
+            snapshot=workflow_rows.snapshot(edited.after),
+            created_by=request.caller.user_id,
+            created_at=now,
+        )
+        await version_rows.add(connection, version)
+
+    edited = await editing.edit(request, Action.VERSION_CREATED, _counted, also=keep)
+    workflow = edited.after.workflow
+    created = CreatedVersion(workflow_id=workflow.id, version=workflow.version, version_tag=tag)
+    return JsonResponse(created, status=201, headers=editing.entity_tag(edited.after))
+
+
+async def restore(request: Request) -> JsonResponse:
+    """Put a version's graph, settings, config, name and description back; the workflow's version stays what it is."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        version = await _find(connection, stored, request.path_params["version"])
+    edited = await editing.edit(
+        request, Action.VERSION_RESTORED, lambda before: _restored(before, version.snapshot)
+    )
+    return JsonResponse(workflow_shapes.shown(edited.after), headers=editing.entity_tag(edited.after))
+
+
+def _counted(before: Stored) -> Stored:
+    """Return a workflow with one version more; raises 409."""
+    if before.workflow.version >= limits.VERSIONS:
+        raise errors.conflict(
+            "too-many-versions", f"A workflow may have at most {limits.VERSIONS:,} versions"
+        )
+    return before.with_columns(version=before.workflow.version + 1)
+
+
+def _restored(before: Stored, snapshot: Mapping[str, Any]) -> Stored:
+    """Return a workflow as a snapshot has it."""
+    columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
+    return replace(
+        before.with_columns(**columns), nodes=snapshot["nodes"], connections=snapshot["connections"]
+    )

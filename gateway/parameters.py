@@ -1,0 +1,207 @@
+"""Parameters of a query: each says in one place what it means, what it allows, and how it is read.
+
+Reading answers 400 `invalid-query` for what a parameter doesn't allow; an empty value counts as none.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+
+from sqlalchemy import ColumnElement
+from sqlalchemy.sql.expression import SQLColumnExpression
+
+from gateway import limits
+from gateway.errors import invalid_query
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+Value = TypeVar("Value")
+Kind = TypeVar("Kind", bound=StrEnum)
+
+_WHOLE_NUMBER: Final = re.compile(r"[0-9]{1,10}\Z")
+_FLAGS: Final = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parameter(ABC, Generic[Value]):
+    """One name that may stand in a query; of a repeated one the last counts, unless it is a `Choices`."""
+
+    name: str
+    description: str
+
+    @property
+    @abstractmethod
+    def schema(self) -> dict[str, Json]:
+        """What it allows, as a JSON Schema."""
+
+    @abstractmethod
+    def read(self, given: Sequence[str]) -> Value:
+        """Return what was given for it, each value a text that isn't empty; raises 400."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text(Parameter[str | None]):
+    """A text as it was given; None for an absent one."""
+
+    max_length: int = limits.SEARCH_LENGTH
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "string", "maxLength": self.max_length}
+
+    def read(self, given: Sequence[str]) -> str | None:
+        if not given:
+            return None
+        value = given[-1]
+        if len(value) > self.max_length:
+            text = f"{self.name} may have at most {self.max_length} characters"
+            raise invalid_query(self.name, "too-long", text)
+        if "\0" in value:
+            raise invalid_query(self.name, "nul-character", f"{self.name} holds the character NUL")
+        return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice(Parameter[Kind | None]):
+    """One of a few words; None for an absent one."""
+
+    kind: type[Kind]
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "string", "enum": [*self.kind]}
+
+    def read(self, given: Sequence[str]) -> Kind | None:
+        if not given:
+            return None
+        try:
+            return self.kind(given[-1])
+        except ValueError as error:
+            text = f"{self.name} must be one of {', '.join(self.kind)}"
+            raise invalid_query(self.name, "invalid-value", text) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choices(Parameter[Sequence[Kind]]):
+    """Any of a few words, as `name=a,b` or `name=a&name=b`; empty where there is none."""
+
+    kind: type[Kind]
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "array", "items": {"type": "string", "enum": [*self.kind]}}
+
+    def read(self, given: Sequence[str]) -> Sequence[Kind]:
+        words = [word for value in given for word in value.split(",") if word]
+        try:
+            return [self.kind(word) for word in dict.fromkeys(words)]
+        except ValueError as error:
+            text = f"{self.name} must be one or more of {', '.join(self.kind)}"
+            raise invalid_query(self.name, "invalid-value", text) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WholeNumber(Parameter[int]):
+    """A whole number between two others."""
+
+    default: int
+    minimum: int
+    maximum: int
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        bounds: dict[str, Json] = {"minimum": self.minimum, "maximum": self.maximum}
+        return {"type": "integer", **bounds, "default": self.default}
+
+    def read(self, given: Sequence[str]) -> int:
+        if not given:
+            return self.default
+        value = given[-1]
+        if not _WHOLE_NUMBER.match(value) or not self.minimum <= int(value) <= self.maximum:
+            text = f"{self.name} must be a whole number from {self.minimum:,} to {self.maximum:,}"
+            raise invalid_query(self.name, "out-of-range", text)
+        return int(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flag(Parameter[bool]):
+    """True or false; false for an absent one."""
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "boolean", "default": False}
+
+    def read(self, given: Sequence[str]) -> bool:
+        if not given:
+            return False
+        if given[-1] not in _FLAGS:
+            raise invalid_query(self.name, "invalid-value", f"{self.name} must be true or false")
+        return _FLAGS[given[-1]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moment(Parameter[datetime | None]):
+    """An ISO 8601 time, in UTC where it names no zone; None for an absent one."""
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "string", "format": "date-time"}
+
+    def read(self, given: Sequence[str]) -> datetime | None:
+        if not given:
+            return None
+        value = given[-1]
+        try:
+            # A plus sign that wasn't escaped has become a space.
+            moment = datetime.fromisoformat(value[:11] + value[11:].replace(" ", "+"))
+            aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return aware.astimezone(UTC)
+        except (ValueError, OverflowError) as error:
+            text = f"{self.name} must be a time such as 2025-01-15T10:30:00Z"
+            raise invalid_query(self.name, "invalid-time", text) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order(Parameter[ColumnElement[Any]]):
+    """By which column a list is sorted, and in which direction; upwards where it names none."""
+
+    columns: Mapping[str, SQLColumnExpression[Any]]
+
+    DEFAULT: ClassVar[str] = "createdAt:desc"
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "string", "enum": [*self._orders()], "default": self.DEFAULT}
+
+    def read(self, given: Sequence[str]) -> ColumnElement[Any]:
+        order = self._orders().get(given[-1] if given else self.DEFAULT)
+        if order is None:
+            text = f"{self.name} must be one of {', '.join(self.columns)}, then :asc or :desc"
+            raise invalid_query(self.name, "invalid-value", text)
+        return order
+
+    def _orders(self) -> dict[str, ColumnElement[Any]]:
+        orders: dict[str, ColumnElement[Any]] = {}
+        for name, column in self.columns.items():
+            orders |= {name: column.asc(), f"{name}:asc": column.asc(), f"{name}:desc": column.desc()}
+        return orders
+
+
+def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> Order:
+    """Return the parameter `sort` of a list that may be sorted by these."""
+    return Order("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
+
+
+LIMIT: Final = WholeNumber(
+    "limit", "How many items of the list are shown.", limits.PAGE_DEFAULT, minimum=1, maximum=limits.PAGE_MAX
+)
+OFFSET: Final = WholeNumber(
+    "offset", "How many items of the list are passed over.", 0, minimum=0, maximum=limits.OFFSET_MAX
+)

@@ -1,0 +1,509 @@
+"""Who may do what: every operation of the table of routes, asked for by everybody.
+
+A refusal changes nothing in the database, and what belongs to others is answered like what doesn't exist.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import httpx2
+import pytest
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel, col
+
+from gateway import routes
+from gateway.endpoint import Access
+from models import access_store
+from models.access import ALL_SCOPES, KeyScope, Role, User
+from models.execution import Execution, ExecutionStatus
+from models.workflow import Workflow, WorkflowShare
+from tests.integration.gateway_world import EDGE, GRAPH, SECRET, Person, World, open_world
+from tests.services import PostgreSQL
+
+
+class Caller(StrEnum):
+    """Everybody there is; whoever has a valid key has one of the needed scope and no other."""
+
+    NO_KEY = "nobody"
+    UNKNOWN_KEY = "a key that was never made"
+    REVOKED_KEY = "a revoked key of the owner"
+    EXPIRED_KEY = "an expired key of the owner"
+    WRONG_SCOPE = "an admin, with every scope but the needed one"
+    STRANGER = "an admin of another organisation"
+    COLLEAGUE = "a member of the organisation"
+    GUEST = "a member with whom it is shared"
+    OWNER = "its owner, who is a member"
+    ADMIN = "an admin of the organisation"
+    COLLEAGUE_OF_PUBLIC = "a member of the organisation, where it is public"
+
+
+# ── what everybody is answered ──────────────────────────────────────────────────────────────────────────────
+
+Expected: TypeAlias = Mapping[Caller, str]
+"""What each caller is answered: `ok`, or the status and code of a refusal."""
+
+OK = "ok"
+NO_VALID_KEY = "401 unauthorized"
+WRONG_SCOPE = "403 scope-required"
+NOT_OWNER = "403 not-owner"
+NOT_ADMIN = "403 admin-required"
+NOT_FOUND = "404 not-found"
+
+
+def expected(
+    *, stranger: str, colleague: str, guest: str, owner: str, colleague_of_public: str | None = None
+) -> Expected:
+    """Return an expectation about what takes a scope; in their organisation, admins may do everything."""
+    answers = {
+        Caller.NO_KEY: NO_VALID_KEY,
+        Caller.UNKNOWN_KEY: NO_VALID_KEY,
+        Caller.REVOKED_KEY: NO_VALID_KEY,
+        Caller.EXPIRED_KEY: NO_VALID_KEY,
+        Caller.WRONG_SCOPE: WRONG_SCOPE,
+        Caller.STRANGER: stranger,
+        Caller.COLLEAGUE: colleague,
+        Caller.GUEST: guest,
+        Caller.OWNER: owner,
+        Caller.ADMIN: OK,
+    }
+    if colleague_of_public is not None:
+        answers[Caller.COLLEAGUE_OF_PUBLIC] = colleague_of_public
+    return answers
+
+
+OWN = expected(stranger=OK, colleague=OK, guest=OK, owner=OK)
+"""For what is about no object of others: all list and make what is their own."""
+READERS = expected(
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=OK, owner=OK, colleague_of_public=OK
+)  # fmt: skip
+WRITERS = expected(
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=OK, colleague_of_public=NOT_OWNER
+)
+"""Whoever may read a workflow is told that only its owner and admins may do this."""
+TEMPLATE_MAKERS = expected(
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=NOT_ADMIN, colleague_of_public=NOT_OWNER
+)
+"""For what shows a workflow to the whole organisation, to begin with: that takes an admin."""
+COPYING_ADMINS = expected(
+    stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_ADMIN, owner=NOT_ADMIN, colleague_of_public=NOT_ADMIN
+)
+"""The same, of a copy: nothing happens to the workflow itself."""
+TEMPLATE_READERS = expected(stranger=NOT_FOUND, colleague=OK, guest=OK, owner=OK)
+TEMPLATE_WRITERS = expected(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
+KEY_HOLDERS = expected(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
+ADMINS = expected(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
+"""For what admins do in their own organisation."""
+TWO_SCOPES: Expected = {caller: WRONG_SCOPE if answer == OK else answer for caller, answer in READERS.items()}
+"""For what takes a scope more than those have who may read it."""
+ANY_KEY: Expected = {**OWN, Caller.WRONG_SCOPE: OK}
+EVERYBODY: Expected = dict.fromkeys(OWN, OK)
+
+
+# ── what there is to ask for ────────────────────────────────────────────────────────────────────────────────
+
+READ, WRITE, EXECUTE = KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE, KeyScope.WORKFLOWS_EXECUTE
+KEYS, USERS = KeyScope.KEYS_WRITE, KeyScope.USERS_WRITE
+SCOPES = {Access.ADMIN: USERS, Access.ANY_KEY: None, Access.PUBLIC: None}
+"""The scope that a key must have for what no scope alone opens."""
+
+Make: TypeAlias = Callable[["Cast", bool], Awaitable[str]]
+"""Makes something of the owner's, public or not, and returns its id."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operation, or one use of it, and what everybody is answered."""
+
+    method: str
+    path: str
+    scope: KeyScope | None
+    expected: Expected
+    make: Make | None = None
+    """What it is about; None: about nothing that others have."""
+    body: Mapping[str, Any] | None = None
+    status: int = 200
+    query: str = ""
+    use: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.path} {self.use}".rstrip()
+
+
+@dataclass
+class Cast:
+    """Everybody, with a key for every occasion."""
+
+    world: World
+    owner: Person
+    users: Mapping[Caller, User]
+    keys: Mapping[tuple[Caller, KeyScope | None], str]
+    kept: dict[tuple[Make, bool], str] = field(default_factory=dict)
+    """What calls are about that change nothing, or are refused."""
+
+    async def target(self, row: Row, caller: Caller) -> str:
+        """Return the id of what a call is about: of something new, where the call may change it."""
+        if row.make is None:
+            return "wf_absent"
+        is_public = caller is Caller.COLLEAGUE_OF_PUBLIC
+        if row.expected[caller] == OK and row.method != "GET":
+            return await row.make(self, is_public)
+        return self.kept[row.make, is_public]
+
+    async def call(
+        self, client: httpx2.AsyncClient, row: Row, caller: Caller, target: str
+    ) -> httpx2.Response:
+        words = {
+            "id": target,
+            "guest": self.users[Caller.GUEST].id,
+            "colleague": self.users[Caller.COLLEAGUE].id,
+            "address": f"{uuid4().hex}@example.com",
+        }
+        steps = {"sub": "step", "subId": words["guest"], "version": "1", "other": "current", "type": "set"}
+        key = self.keys.get((caller, row.scope))
+        return await client.request(
+            row.method,
+            row.path.format(id=target, **steps) + row.query,
+            json=None if row.body is None else filled(row.body, words),
+            headers={} if key is None else {"X-API-Key": key},
+        )
+
+    def hidden(self, caller: Caller) -> list[str]:
+        """Return the ids of what a caller may not see: a colleague what isn't public, a stranger nothing."""
+        return [
+            kept
+            for (make, is_public), kept in self.kept.items()
+            if caller is Caller.STRANGER or not (is_public or make is template)
+        ]
+
+
+def filled(body: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
+    """Return a body with words in the place of `<their names>`."""
+    return {
+        key: words.get(value.strip("<>"), value) if isinstance(value, str) else value
+        for key, value in body.items()
+    }
+
+
+async def workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make one that isn't laid out, nor as it was in its first version; a node and a connection are called `step`."""
+    nodes = [{**node, "position": {"x": 7, "y": 7}} for node in GRAPH["nodes"]]
+    workflow_id = await cast.owner.create(nodes=nodes, connections=[{**EDGE, "id": "step"}])
+    share = {
+        "workflow_id": workflow_id,
+        "user_id": cast.users[Caller.GUEST].id,
+        "shared_at": datetime.now(UTC),
+    }
+
+    async def open_up(connection: AsyncConnection) -> None:
+        await connection.execute(insert(WorkflowShare).values(share))
+        await connection.execute(
+            update(Workflow)
+            .where(col(Workflow.id) == workflow_id)
+            .values(is_public=is_public, description="Changed since")
+        )
+
+    await cast.world.gateway.database.transaction(open_up)
+    return workflow_id
+
+
+async def template(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await workflow(cast, is_public)
+
+    async def make_template(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(Workflow).where(col(Workflow.id) == workflow_id).values(is_template=True)
+        )
+
+    await cast.world.gateway.database.transaction(make_template)
+    return workflow_id
+
+
+async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await workflow(cast, is_public)
+    response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
+    execution_id: str = response.json()["executionId"]
+
+    async def fail(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(Execution).where(col(Execution.id) == execution_id).values(status=ExecutionStatus.FAILED)
+        )
+
+    await cast.world.gateway.database.transaction(fail)
+    return execution_id
+
+
+async def key(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    response = await cast.owner.api.post("/api/v1/auth/keys", json={"name": "A key"})
+    key_id: str = response.json()["id"]
+    return key_id
+
+
+WORKFLOW = "/api/v1/workflows/{id}"
+EXECUTION = "/api/v1/executions/{id}"
+
+
+def reads(method: str, path: str, *, scope: KeyScope = READ, status: int = 200) -> Row:
+    """Return a row for what whoever may read a workflow may do with it."""
+    return Row(method, WORKFLOW + path, scope, READERS, workflow, status=status)
+
+
+def writes(method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200) -> Row:
+    """Return a row for what changes a workflow."""
+    return Row(method, WORKFLOW + path, WRITE, WRITERS, workflow, body, status)
+
+
+def runs(method: str, path: str, *, scope: KeyScope = READ, status: int = 200, query: str = "") -> Row:
+    """Return a row for what whoever may read a workflow may do with its executions."""
+    return Row(method, EXECUTION + path, scope, READERS, failed_execution, status=status, query=query)
+
+
+NEW = {"name": "Mine", **GRAPH}
+DOCUMENT = {"document": {"format": "pilotflame/workflow", "formatVersion": 1, **NEW}, "references": {}}
+
+ROWS = [
+    Row("GET", "/healthz", None, EVERYBODY),
+    Row("GET", "/readyz", None, EVERYBODY),
+    Row("GET", "/openapi.json", None, EVERYBODY),
+    Row("GET", "/docs", None, EVERYBODY),
+    Row("GET", "/api/v1/auth/whoami", None, ANY_KEY),
+    Row("GET", "/api/v1/auth/keys", KEYS, OWN),
+    Row("POST", "/api/v1/auth/keys", KEYS, OWN, body={"name": "Mine"}, status=201),
+    Row("DELETE", "/api/v1/auth/keys/{id}", KEYS, KEY_HOLDERS, key, status=204),
+    Row("GET", "/api/v1/auth/users", USERS, ADMINS),
+    Row("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
+    Row("GET", "/api/v1/audit", USERS, ADMINS),
+    Row("GET", "/api/v1/workflow-nodes", READ, OWN),
+    Row("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
+    Row("GET", "/api/v1/workflows", READ, OWN),
+    Row("GET", "/api/v1/workflows/stats", READ, OWN),
+    Row("GET", "/api/v1/workflows/templates", READ, OWN),
+    Row("POST", "/api/v1/workflows", WRITE, OWN, body=NEW, status=201),
+    Row("POST", "/api/v1/workflows/build", WRITE, OWN, body=NEW, status=201),
+    Row("POST", "/api/v1/workflows/import", WRITE, OWN, body=DOCUMENT, status=201),
+    Row(
+        "POST",
+        "/api/v1/workflows/from-template",
+        WRITE,
+        TEMPLATE_READERS,
+        template,
+        {"templateId": "<id>"},
+        201,
+    ),
+    Row("GET", WORKFLOW, READ, TEMPLATE_READERS, template, use="of a template"),
+    Row("PUT", WORKFLOW, WRITE, TEMPLATE_WRITERS, template, {"name": "Other"}, use="of a template"),
+    reads("GET", ""),
+    writes("PUT", "", {"name": "Other"}),
+    writes("DELETE", "", status=204),
+    writes("PUT", "/status", {"status": "active"}),
+    writes("PUT", "/visibility", {"isPublic": True}),
+    Row(
+        "PUT",
+        f"{WORKFLOW}/visibility",
+        WRITE,
+        TEMPLATE_MAKERS,
+        workflow,
+        {"isTemplate": True},
+        use="as a template",
+    ),
+    Row("POST", f"{WORKFLOW}/save-as-template", WRITE, COPYING_ADMINS, workflow, status=201),
+    reads("POST", "/duplicate", scope=WRITE, status=201),
+    reads("GET", "/export"),
+    reads("POST", "/execute", scope=EXECUTE, status=201),
+    Row(
+        "POST",
+        f"{WORKFLOW}/execute",
+        EXECUTE,
+        TWO_SCOPES,
+        workflow,
+        {"definition": GRAPH},
+        use="with a definition",
+    ),
+    reads("POST", "/validate"),
+    writes("POST", "/layout"),
+    writes("POST", "/compute-scopes"),
+    reads("GET", "/nodes"),
+    writes("POST", "/nodes", {"nodeId": "set"}, status=201),
+    writes("PUT", "/nodes/{sub}", {"label": "Other"}),
+    writes("DELETE", "/nodes/{sub}"),
+    writes("PUT", "/nodes/{sub}/input-mappings", {"mappings": {"a": "data"}}),
+    writes("PUT", "/nodes/{sub}/passthrough-values", {"values": {"a": "a"}}),
+    writes("POST", "/connections", {**EDGE, "sourcePort": "error"}, status=201),
+    writes("DELETE", "/connections/{sub}"),
+    reads("GET", "/versions"),
+    writes("POST", "/versions", {"versionTag": "v2.0.0"}, status=201),
+    reads("GET", "/versions/{version}"),
+    writes("POST", "/versions/{version}/restore"),
+    reads("GET", "/versions/{version}/diff/{other}"),
+    reads("GET", "/share"),
+    writes("POST", "/share", {"userId": "<colleague>"}),
+    writes("DELETE", "/share/{subId}", status=204),
+    Row("GET", "/api/v1/executions", READ, OWN),
+    runs("GET", ""),
+    runs("GET", "/progress", query="?wait=0"),
+    runs("GET", "/spans"),
+    runs("GET", "/logs"),
+    runs("GET", "/events"),
+    runs("POST", "/stop", scope=EXECUTE),
+    runs("POST", "/cancel", scope=EXECUTE),
+    runs("POST", "/resume", scope=EXECUTE, status=201),
+]
+
+NAMED = [pytest.param(number, id=row.name) for number, row in enumerate(ROWS)]
+SAMPLE = [NAMED[number] for number in {id(row.expected): number for number, row in enumerate(ROWS)}.values()]
+"""A row for each expectation."""
+
+
+# ── the world ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+async def on_sqlite(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cast]:
+    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("access")) as world:
+        yield await cast_in(world)
+
+
+@pytest.fixture(scope="module")
+async def on_postgres(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cast]:
+    async with open_world("postgresql", postgres, tmp_path_factory.mktemp("access")) as world:
+        yield await cast_in(world)
+
+
+async def cast_in(world: World) -> Cast:
+    here, elsewhere = await world.organization(), await world.organization()
+    owner = await world.person(here)
+    users = {
+        Caller.OWNER: owner.user,
+        Caller.GUEST: (await world.person(here)).user,
+        Caller.COLLEAGUE: (await world.person(here)).user,
+        Caller.ADMIN: (await world.person(here, Role.ADMIN)).user,
+        Caller.STRANGER: (await world.person(elsewhere, Role.ADMIN)).user,
+    }
+    cast = Cast(world, owner, users, await keys_for(world, users))
+    for make in (workflow, template, failed_execution, key):
+        for is_public in (False, True):
+            cast.kept[make, is_public] = await make(cast, is_public)
+    return cast
+
+
+async def keys_for(world: World, users: Mapping[Caller, User]) -> dict[tuple[Caller, KeyScope | None], str]:
+    """Make a key for each caller and scope, and one without any; also those that aren't valid."""
+    now = datetime.now(UTC)
+    holders = {
+        **users,
+        Caller.COLLEAGUE_OF_PUBLIC: users[Caller.COLLEAGUE],
+        Caller.WRONG_SCOPE: users[Caller.ADMIN],
+        Caller.EXPIRED_KEY: users[Caller.OWNER],
+        Caller.REVOKED_KEY: users[Caller.OWNER],
+    }
+    keys = {(Caller.UNKNOWN_KEY, scope): "sk-00" + "0" * 52 for scope in (*KeyScope, None)}
+
+    async def make(connection: AsyncConnection) -> None:
+        for caller, scope in [(caller, scope) for caller in holders for scope in (*KeyScope, None)]:
+            user = holders[caller]
+            made = await access_store.create_key(
+                connection,
+                user=user,
+                name="A key",
+                scopes=ALL_SCOPES - {scope} if caller is Caller.WRONG_SCOPE else {scope} - {None},
+                secret=SECRET.encode(),
+                now=now - timedelta(days=2),
+                expires_at=now - timedelta(seconds=1) if caller is Caller.EXPIRED_KEY else None,
+            )
+            keys[caller, scope] = made.key
+            if caller is Caller.REVOKED_KEY:
+                await access_store.revoke_key(
+                    connection, user.organization_id, made.row.id, user_id=None, now=now
+                )
+
+    await world.gateway.database.transaction(make)
+    return keys
+
+
+async def everything(world: World) -> dict[str, list[str]]:
+    """Return all rows of all tables, but for the time when a key was last used."""
+    rows = {}
+    async with world.gateway.database.read() as connection:
+        for table in SQLModel.metadata.sorted_tables:
+            columns = (column for column in table.columns if column.name != "last_used_at")
+            rows[table.name] = sorted(map(str, await connection.execute(select(*columns))))
+    return rows
+
+
+# ── the tests ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_table_here_is_the_table_of_routes() -> None:
+    assert {(row.method, row.path, row.scope) for row in ROWS} == {
+        (
+            line.method,
+            line.path,
+            SCOPES[line.access] if isinstance(line.access, Access) else line.access,
+        )
+        for line in routes.TABLE
+    }
+
+
+@pytest.mark.parametrize("number", NAMED)
+async def test_everybody_is_answered_as_the_table_says_and_a_refusal_changes_nothing(
+    on_sqlite: Cast, number: int
+) -> None:
+    await ask(on_sqlite, number)
+
+
+@pytest.mark.parametrize("number", SAMPLE)
+async def test_it_is_the_same_on_postgresql(on_postgres: Cast, number: int) -> None:
+    await ask(on_postgres, number)
+
+
+async def ask(cast: Cast, number: int) -> None:
+    """Have everybody ask, those who are refused first."""
+    row = ROWS[number]
+    # An address of its own, since one that keeps trying with keys that aren't valid is slowed down.
+    client = await cast.world.client(address=f"10.1.1.{number}")
+    targets = {caller: await cast.target(row, caller) for caller in row.expected}
+    refused = [caller for caller, answer in row.expected.items() if answer != OK]
+    allowed = [caller for caller, answer in row.expected.items() if answer == OK]
+
+    before = await everything(cast.world)
+    answers = {caller: await cast.call(client, row, caller, targets[caller]) for caller in refused}
+    assert await everything(cast.world) == before
+    answers |= {caller: await cast.call(client, row, caller, targets[caller]) for caller in allowed}
+    assert {caller: told(answer) for caller, answer in answers.items()} == {
+        caller: f"{row.status}" if answer == OK else answer for caller, answer in row.expected.items()
+    }
+    if row.scope is not None:
+        assert row.scope in answers[Caller.WRONG_SCOPE].json()["error"]["message"]
+    if row.expected[Caller.STRANGER] == NOT_FOUND:
+        absent = await cast.call(client, row, Caller.STRANGER, "wf_absent")
+        assert absent.json()["error"] == answers[Caller.STRANGER].json()["error"]
+    for caller in (Caller.STRANGER, Caller.COLLEAGUE):
+        assert not [hidden for hidden in cast.hidden(caller) if hidden in answers[caller].text]
+
+
+async def test_what_others_have_is_not_counted(on_sqlite: Cast) -> None:
+    world = on_sqlite.world
+    newcomer = await world.person(await world.organization(), Role.ADMIN)
+    counts = {
+        "/api/v1/auth/keys": 1,
+        "/api/v1/auth/users": 1,
+        "/api/v1/audit": 0,
+        "/api/v1/workflows": 0,
+        "/api/v1/workflows/stats": 0,
+        "/api/v1/workflows/templates": 0,
+        "/api/v1/executions": 0,
+    }
+    answers = {path: (await newcomer.api.get(path)).json() for path in counts}
+    assert {path: answer.get("count", answer.get("total")) for path, answer in answers.items()} == counts
+
+
+def told(answer: httpx2.Response) -> str:
+    """Return the status of an answer, and the code of a refusal."""
+    if answer.is_success:
+        return f"{answer.status_code}"
+    return f"{answer.status_code} {answer.json()['error']['code']}"

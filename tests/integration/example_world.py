@@ -1,0 +1,69 @@
+"""What the examples of the API's document are about: for each of their ids, something that stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from sqlalchemy import update
+from sqlmodel import col
+
+from models.execution import Execution, ExecutionStatus
+from tests.integration.gateway_world import People, World
+
+Json = TypeVar("Json")
+
+STEP = {"nodeId": "set", "config": {"values": {"a": 1}}}
+NODES = [
+    {"id": "start", "nodeId": "manual"},
+    *({"id": node_id, **STEP} for node_id in ("node_1", "node_2", "node-xyz123")),
+]
+CONNECTIONS = [
+    {"source": "start", "target": "node_1"},
+    {"id": "conn-abc123", "source": "node_1", "target": "node-xyz123"},
+]
+
+
+async def cast(world: World, people: People) -> dict[str, str]:
+    """Make what the examples name, for the admin to use; return what stands for each id."""
+    admin = people.admin
+    workflow_id = await admin.create(nodes=NODES, connections=CONNECTIONS)
+    template_id = await admin.create(name="A template")
+    await _sent(people, "PUT", f"workflows/{template_id}/visibility", {"isTemplate": True})
+    await _sent(people, "POST", f"workflows/{workflow_id}/share", {"userId": people.owner.user.id})
+    key = await _sent(people, "POST", "auth/keys", {"name": "a key to revoke"})
+    started = await _sent(people, "POST", f"workflows/{workflow_id}/execute", {})
+    failed = update(Execution).where(col(Execution.id) == started["executionId"])
+    error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
+    )
+    return {
+        "wf_abc123": workflow_id,
+        "wf_tmpl_001": template_id,
+        "exec_xyz789": started["executionId"],
+        "key_abc123": key["id"],
+        "user_456": admin.user.id,
+        "user_789": people.owner.user.id,
+    }
+
+
+async def _sent(people: People, method: str, path: str, body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    response = await people.admin.api.request(method, f"/api/v1/{path}", json=body)
+    assert response.is_success, f"{method} {path}: {response.text}"
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def in_place(value: Json, ids: Mapping[str, str]) -> Json:
+    """Return JSON with the ids that stand for those of the examples."""
+    placed: Any = value
+    match value:
+        case dict():
+            placed = {key: in_place(item, ids) for key, item in value.items()}
+        case list():
+            placed = [in_place(item, ids) for item in value]
+        case str():
+            placed = ids.get(value, value)
+    found: Json = placed
+    return found

@@ -1,0 +1,29 @@
+"""A second gateway beside that of a `World`, as behind a load balancer: another process in all that it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx2
+
+from gateway import state
+from gateway.main import create_app
+from tests.integration.gateway_world import Person, World
+
+
+@asynccontextmanager
+async def second_gateway(world: World) -> AsyncIterator[Callable[[Person], httpx2.AsyncClient]]:
+    """Run it on the same database; yields what returns a client of it with a person's key."""
+    app = create_app(lambda: state.opened(world.gateway.settings))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(app.router.lifespan_context(app))
+
+        def client(person: Person) -> httpx2.AsyncClient:
+            return httpx2.AsyncClient(
+                transport=httpx2.ASGITransport(app),
+                base_url="http://gateway",
+                headers={"X-API-Key": person.key},
+            )
+
+        yield client

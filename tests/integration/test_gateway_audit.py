@@ -1,0 +1,280 @@
+"""The audit trail: every change leaves one entry, what isn't one leaves none, and nobody rewrites it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway import errors
+from gateway.bootstrap import bootstrap
+from models.access import KeyScope, Organization, Role
+from models.audit import AuditEntry
+from models.database import Database, parse_url
+from models.migrating import migrate
+from pilotflame import accounts
+from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, open_world, refused
+from tests.integration.second_gateway import second_gateway
+from tests.services import PostgreSQL
+
+AUDIT = "/api/v1/audit"
+KEYS = "/api/v1/auth/keys"
+USERS = "/api/v1/auth/users"
+WORKFLOWS = "/api/v1/workflows"
+FIELDS = {"id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHash", "createdAt"}
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("audit")
+    async with open_world(request.param, postgres, folder) as world:
+        yield world
+
+
+@pytest.fixture
+async def people(world: World) -> People:
+    return await world.people()
+
+
+async def trail(person: Person, **query: str) -> list[dict[str, Any]]:
+    """Return the entries that a query finds, the first ones first."""
+    response = await person.api.get(AUDIT, params={"sort": "createdAt:asc", "limit": "100", **query})
+    assert response.status_code == 200, response.text
+    entries: list[dict[str, Any]] = response.json()["entries"]
+    return entries
+
+
+def actions(entries: list[dict[str, Any]]) -> list[str]:
+    return [entry["action"] for entry in entries]
+
+
+def is_chain(entries: list[dict[str, Any]]) -> bool:
+    """Tell whether each change begins with what the one before it left, and changes that."""
+    links = [(before["afterHash"], after["beforeHash"]) for before, after in pairwise(entries)]
+    steps = [(entry["beforeHash"], entry["afterHash"]) for entry in entries]
+    return all(left == right for left, right in links) and all(left != right for left, right in steps)
+
+
+async def key_id(person: Person) -> str:
+    shown: str = (await person.api.get("/api/v1/auth/whoami")).json()["keyId"]
+    return shown
+
+
+async def everything(person: Person, workflow_id: str, user_id: str) -> None:
+    """Do to a workflow whatever changes it, and delete it."""
+    path = f"{WORKFLOWS}/{workflow_id}"
+    for method, below, body in (
+        ("PUT", "", {"name": "New", "nodes": [TRIGGER, STEP], "config": {"appId": "app_1"}}),
+        ("PUT", "/status", {"status": "paused"}),
+        ("POST", "/share", {"userId": user_id}),
+        ("DELETE", f"/share/{user_id}", None),
+        ("PUT", "/visibility", {"isPublic": True}),
+        ("POST", "/versions", {"versionTag": "v2"}),
+        ("POST", "/versions/1/restore", None),
+        ("PUT", "", {"settings": {"timeout": 1.5, "mine": [1.0, True, None, "ü"]}}),
+        ("DELETE", "", None),
+    ):
+        response = await person.api.request(method, path + below, json=body)
+        assert response.status_code in {200, 201, 204}, response.text
+
+
+# ── what leaves a trace ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last_one_ended(
+    people: People,
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await everything(people.owner, workflow_id, people.colleague.user.id)
+    entries = await trail(people.admin, objectId=workflow_id)
+    assert actions(entries) == [
+        "workflow.created",
+        "workflow.updated",
+        "workflow.status-set",
+        "share.added",
+        "share.removed",
+        "workflow.visibility-set",
+        "version.created",
+        "version.restored",
+        "workflow.updated",
+        "workflow.deleted",
+    ]
+    assert is_chain(entries)
+    assert (entries[0]["beforeHash"], entries[-1]["afterHash"]) == (None, None)
+    owner = (people.owner.user.id, await key_id(people.owner))
+    assert {(entry["userId"], entry["keyId"]) for entry in entries} == {owner}
+    assert all(set(entry) == FIELDS for entry in entries)
+    assert all(len(entry["afterHash"]) == 64 for entry in entries[:-1])
+
+
+async def test_what_is_refused_or_changes_nothing_leaves_no_trace(people: People) -> None:
+    workflow_id, guest = await people.owner.create(**GRAPH), people.colleague.user.id
+    path = f"{WORKFLOWS}/{workflow_id}"
+    await people.owner.api.post(f"{path}/share", json={"userId": guest})
+    for person, method, below, body, status in (
+        (people.owner, "POST", "/share", {"userId": guest}, 200),
+        (people.owner, "PUT", "", {"name": "A workflow"}, 200),
+        (people.owner, "PUT", "/visibility", {"isPublic": False}, 200),
+        (people.owner, "POST", "/versions/1/restore", None, 200),
+        (people.owner, "POST", "/versions", {"versionTag": "v1.0.0"}, 409),
+        (people.owner, "DELETE", "/share/user_nobody", None, 404),
+        (people.owner, "PUT", "/status", {"status": "on"}, 422),
+        (people.colleague, "PUT", "", {"name": "Taken over"}, 403),
+        (people.stranger, "DELETE", "", None, 404),
+    ):
+        response = await person.api.request(method, path + below, json=body)
+        assert response.status_code == status, response.text
+    refused(
+        await people.owner.api.put(path, json={}, headers={"If-Match": '"9"'}), 412, "precondition-failed"
+    )
+    assert actions(await trail(people.admin, objectId=workflow_id)) == ["workflow.created", "share.added"]
+
+
+async def test_changes_at_the_same_time_form_one_chain(world: World, people: People) -> None:
+    workflow_id = await people.owner.create()
+    async with second_gateway(world) as client, client(people.admin) as other:
+        await asyncio.gather(
+            *(
+                api.put(f"{WORKFLOWS}/{workflow_id}", json={"settings": {f"key{n}": n}})
+                for n, api in enumerate([people.owner.api, other] * 5)
+            )
+        )
+    entries = await trail(people.admin, objectId=workflow_id)
+    assert len(entries) == 11
+    assert is_chain(entries)
+
+
+async def test_a_change_whose_trace_can_t_be_written_is_not_made(
+    people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await people.owner.create()
+
+    async def fails(*_: object, **__: object) -> None:
+        raise errors.not_ready("There is no place for a trace")
+
+    monkeypatch.setattr("gateway.audit.record", fails)
+    for method, path, body in (
+        ("PUT", f"{WORKFLOWS}/{workflow_id}", {"name": "New"}),
+        ("POST", f"{WORKFLOWS}/{workflow_id}/versions", {"versionTag": "v2"}),
+        ("POST", KEYS, {"name": "untraced"}),
+        ("DELETE", f"{KEYS}/{await key_id(people.owner)}", None),
+        ("POST", USERS, {"email": "untraced@example.com"}),
+    ):
+        refused(await people.admin.api.request(method, path, json=body), 503, "not-ready")
+    shown = await people.owner.workflow(workflow_id)
+    assert (shown["name"], shown["version"]) == ("A workflow", 1)
+    keys = (await people.admin.api.get(KEYS)).json()["keys"]
+    assert [(key["name"], key["revokedAt"]) for key in keys] == [("test", None)] * 3
+    assert (await people.admin.api.get(USERS)).json()["count"] == 3
+
+
+# ── keys and users ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_key_leaves_a_trace_when_it_is_made_and_when_it_is_revoked(
+    world: World, people: People
+) -> None:
+    later = datetime.now(timezone(timedelta(hours=2))) + timedelta(days=1)
+    body = {"name": "laptop", "expiresAt": later.isoformat()}
+    made = (await people.owner.api.post(KEYS, json=body)).json()
+    assert (await (await world.client(made["key"])).get(WORKFLOWS)).status_code == 200
+    for person in (people.stranger, people.admin, people.owner):
+        await person.api.delete(f"{KEYS}/{made['id']}")
+    entries = await trail(people.admin, objectId=made["id"])
+    assert actions(entries) == ["key.created", "key.revoked"]
+    assert [entry["userId"] for entry in entries] == [people.owner.user.id, people.admin.user.id]
+    assert is_chain(entries)
+    assert made["key"] not in str(entries)
+
+
+async def test_a_user_leaves_a_trace_when_it_is_added(people: People) -> None:
+    made = (await people.admin.api.post(USERS, json={"email": "ada@example.com"})).json()
+    refused(await people.admin.api.post(USERS, json={"email": "ada@example.com"}), 409, "email-taken")
+    (entry,) = await trail(people.admin, action="user.created")
+    assert (entry["objectId"], entry["userId"]) == (made["id"], people.admin.user.id)
+    assert entry["beforeHash"] is None
+
+
+async def test_what_is_done_at_the_command_line_is_traced_as_the_operator_s(
+    world: World, people: People
+) -> None:
+    settings, organization = world.gateway.settings, people.admin.user.organization_id
+    user = await accounts.create_user(settings, organization, "ci@example.com", "CI", Role.MEMBER)
+    await accounts.create_key(settings, organization, user, "ci", [KeyScope.WORKFLOWS_READ], None)
+    (key,) = [key for key in await accounts.list_keys(settings, organization) if key.name == "ci"]
+    for _ in range(2):
+        await accounts.revoke_key(settings, organization, key.id)
+    entries = await trail(people.admin, userId="operator")
+    assert actions(entries) == ["user.created", "key.created", "key.revoked"]
+    assert [entry["objectId"] for entry in entries] == [user, key.id, key.id]
+    assert {entry["keyId"] for entry in entries} == {"operator"}
+    assert is_chain(entries[1:])
+
+
+async def test_the_first_user_and_key_are_traced_as_the_operator_s(tmp_path: Path) -> None:
+    database = Database(parse_url(f"sqlite:///{tmp_path}/empty.db"))
+    await migrate(database.url)
+    await bootstrap(database, "sk-of-the-settings-0123", b"a secret of more than thirty-two characters")
+    columns = select(col(AuditEntry.action), col(AuditEntry.key_id)).order_by(col(AuditEntry.id))
+    async with database.read() as connection:
+        found = [tuple(row) for row in await connection.execute(columns)]
+    await database.close()
+    assert found == [("user.created", "operator"), ("key.created", "operator")]
+
+
+# ── read ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_trail_is_filtered_sorted_and_paged(people: People) -> None:
+    first = await people.owner.create()
+    second = await people.admin.create()
+    await people.admin.api.put(f"{WORKFLOWS}/{first}", json={"name": "New"})
+    all_of_them = await trail(people.admin)
+    assert [entry["objectId"] for entry in all_of_them] == [first, second, first]
+    newest = (await people.admin.api.get(f"{AUDIT}?limit=2&offset=1")).json()
+    assert (newest["count"], newest["limit"], newest["offset"]) == (3, 2, 1)
+    assert newest["entries"] == [all_of_them[1], all_of_them[0]]
+    assert await trail(people.admin, userId=people.owner.user.id) == all_of_them[:1]
+    assert await trail(people.admin, action="workflow.updated") == all_of_them[2:]
+    assert await trail(people.admin, objectId=first, action="workflow.created") == all_of_them[:1]
+    assert await trail(people.admin, objectId="wf_nobody") == []
+    future = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    assert await trail(people.admin, since=all_of_them[0]["createdAt"], until=future) == all_of_them
+    assert await trail(people.admin, since=future) == await trail(people.admin, until="2001-01-01") == []
+    for query in ("action=everything", "since=yesterday", "limit=101", "offset=-1", "sort=action"):
+        refused(await people.admin.api.get(f"{AUDIT}?{query}"), 400, "invalid-query")
+
+
+async def test_the_trail_is_for_admins_of_the_organisation_alone(world: World, people: People) -> None:
+    workflow_id = await people.owner.create()
+    user = people.admin.user
+    organization = Organization(
+        id=user.organization_id, lane=user.lane, name="An organisation", created_at=user.created_at
+    )
+    limited = await world.person(organization, Role.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
+    for person in (people.owner, people.colleague):
+        refused(await person.api.get(AUDIT), 403, "admin-required")
+    refused(await limited.api.get(AUDIT), 403, "scope-required")
+    refused(await (await world.client()).get(AUDIT), 401, "unauthorized")
+    assert await trail(people.stranger) == await trail(people.stranger, objectId=workflow_id) == []
+    assert actions(await trail(people.admin, objectId=workflow_id)) == ["workflow.created"]
+
+
+async def test_nobody_rewrites_the_trail(people: People) -> None:
+    await people.owner.create()
+    (entry,) = before = await trail(people.admin)
+    answers: list[httpx2.Response] = []
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        refused(await people.admin.api.request(method, AUDIT, json=entry), 405, "method-not-allowed")
+        answers.append(await people.admin.api.request(method, f"{AUDIT}/{entry['id']}", json=entry))
+    for answer in answers:
+        refused(answer, 404, "not-found")
+    assert await trail(people.admin) == before

@@ -1,0 +1,239 @@
+"""Lists of organisations with many workflows: right in every order and under every filter, and read by indexes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from sqlalchemy import event, text
+
+from models.access import Role
+from models.database import is_sqlite
+from tests import many_workflows
+from tests.integration.gateway_world import Person, World, open_world, refused
+from tests.many_workflows import (
+    ABSENT_TAG,
+    ABSENT_WORD,
+    COMMON_TAG,
+    COMMON_WORD,
+    RARE_TAG,
+    RARE_WORD,
+    Crowd,
+    Rows,
+)
+from tests.services import PostgreSQL
+
+WORKFLOWS = "/api/v1/workflows"
+NUMBER = 1_500
+"""Of each of two organisations: enough for PostgreSQL to take an index where there is one."""
+COLUMNS = {
+    "createdAt": "created_at",
+    "updatedAt": "updated_at",
+    "name": "name",
+    "status": "status",
+    "version": "version",
+}
+
+Condition: TypeAlias = Callable[[dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Office:
+    """An organisation of many workflows, and those who ask for them."""
+
+    world: World
+    rows: Rows
+    admin: Person
+    owner: Person
+    member: Person
+
+    @property
+    def is_on_sqlite(self) -> bool:
+        return is_sqlite(self.world.gateway.database.url)
+
+    @property
+    def people(self) -> tuple[Person, ...]:
+        return self.admin, self.owner, self.member
+
+    def listed_to(self, person: Person, condition: Condition) -> Rows:
+        """Return what a list shows to somebody, the oldest first."""
+        shared = {row["id"] for row in self.rows[:: many_workflows.SHARED] if person is self.member}
+        return [
+            row
+            for row in self.rows
+            if row["deleted_at"] is None
+            and not row["is_template"]
+            and (
+                person is self.admin
+                or row["owner_id"] == person.user.id
+                or row["is_public"]
+                or row["id"] in shared
+            )
+            and condition(row)
+        ]
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def office(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Office]:
+    folder: Path = tmp_path_factory.mktemp("scale")
+    async with open_world(request.param, postgres, folder) as world:
+        await _opened(world)
+        office = await _opened(world)
+        async with world.gateway.database.engine.connect() as connection:
+            alone = await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await alone.execute(text("ANALYZE" if request.param == "sqlite" else "VACUUM (ANALYZE)"))
+        yield office
+
+
+async def _opened(world: World) -> Office:
+    organization = await world.organization()
+    admin = await world.person(organization, Role.ADMIN)
+    owner, other, member = [await world.person(organization) for _ in range(3)]
+    crowd = Crowd(organization, owner.user, other.user, member.user)
+    rows = await world.gateway.database.transaction(
+        lambda connection: many_workflows.fill(connection, crowd, NUMBER)
+    )
+    return Office(world, rows, admin, owner, member)
+
+
+# ── what they answer ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_any(_: dict[str, Any]) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    ("query", "sort", "condition"),
+    [
+        ("", "createdAt:desc", _is_any),
+        ("", "createdAt:asc", _is_any),
+        ("", "name:desc", _is_any),
+        ("status=paused", "version:desc", lambda row: row["status"] == "paused"),
+        (f"tag={COMMON_TAG}", "status:desc", lambda row: COMMON_TAG in row["tags"]),
+        (f"tag={RARE_TAG}", "updatedAt:desc", lambda row: RARE_TAG in row["tags"]),
+        (f"tag={ABSENT_TAG}", "name:asc", lambda _: False),
+        (f"search={COMMON_WORD}", "updatedAt:asc", _is_any),
+        (f"search={RARE_WORD}", "version:asc", lambda row: RARE_WORD.upper() in row["description"]),
+        (f"search={ABSENT_WORD}", "createdAt:desc", lambda _: False),
+        ("search=cLEAN%20Ord", "status:asc", lambda row: row["name"].startswith("Clean orders")),
+        (
+            f"status=active&tag={COMMON_TAG}&search=notify",
+            "name:asc",
+            lambda row: row["status"] == "active" and row["name"].startswith("Notify"),
+        ),
+    ],
+)
+async def test_a_list_shows_what_it_should_in_its_order_and_counts_all_of_it(
+    office: Office, query: str, sort: str, condition: Condition
+) -> None:
+    field, _, direction = sort.partition(":")
+    for person in office.people:
+        wanted = sorted(
+            office.listed_to(person, condition),
+            key=lambda row: (row[COLUMNS[field]], row["id"]),
+            reverse=direction == "desc",
+        )
+        for offset in {0, 7, max(len(wanted) - 3, 0), len(wanted) + 1}:
+            answer = await person.api.get(f"{WORKFLOWS}?{query}&sort={sort}&limit=10&offset={offset}")
+            listed = answer.json()
+            assert listed["count"] == len(wanted)
+            shown = [workflow["id"] for workflow in listed["workflows"]]
+            assert shown == [row["id"] for row in wanted[offset : offset + 10]]
+
+
+async def test_statistics_count_the_organisation_s_workflows_by_status(office: Office) -> None:
+    everything = office.listed_to(office.admin, _is_any)
+    for person in office.people:
+        stats = (await person.api.get(f"{WORKFLOWS}/stats")).json()
+        assert stats.pop("total") == len(everything)
+        for status, count in stats.items():
+            assert count == sum(row["status"] == status for row in everything), status
+
+
+# ── how they are read ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _statements(office: Office) -> Iterator[list[tuple[str, Any]]]:
+    """Collect what is asked of workflows meanwhile, with its parameters."""
+    sent: list[tuple[str, Any]] = []
+
+    def collect(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:  # noqa: ANN401 - the driver's own
+        if "FROM workflow" in statement:  # other statements are those of keys
+            sent.append((statement, parameters))
+
+    engine = office.world.gateway.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", collect)
+    try:
+        yield sent
+    finally:
+        event.remove(engine, "before_cursor_execute", collect)
+
+
+async def _plans(office: Office, person: Person, path: str) -> list[str]:
+    """Return how the database carries out each statement that a request sends."""
+    with _statements(office) as sent:
+        answer = await person.api.get(path)
+    assert answer.status_code == 200
+    explain = "EXPLAIN QUERY PLAN" if office.is_on_sqlite else "EXPLAIN"
+    async with office.world.gateway.database.read() as connection:
+        plans = [await connection.exec_driver_sql(f"{explain} {one}", values) for one, values in sent]
+    return ["\n".join(str(row[-1]) for row in plan) for plan in plans]
+
+
+@pytest.mark.parametrize(("field", "column"), COLUMNS.items())
+@pytest.mark.parametrize("direction", ["asc", "desc"])
+async def test_a_list_is_sorted_by_an_index_and_counted_in_one(
+    office: Office, field: str, column: str, direction: str
+) -> None:
+    for person in office.people:
+        page, count = await _plans(office, person, f"{WORKFLOWS}?sort={field}:{direction}")
+        assert f"ix_workflow_listed_by_{column}" in page
+        assert "ix_workflow_listed_by_" in count
+        assert "workflow_graph" not in page + count
+
+
+async def test_a_status_is_counted_in_the_index_of_statuses(office: Office) -> None:
+    for person in office.people:
+        _, count = await _plans(office, person, f"{WORKFLOWS}?status=paused&limit=1")
+        assert "ix_workflow_listed_by_status" in count
+
+
+async def test_a_tag_is_looked_up_in_the_index_of_tags(office: Office) -> None:
+    index_of_tags = "sqlite_autoindex_workflow_tag_1" if office.is_on_sqlite else "workflow_tag_pkey"
+    for person in office.people:
+        for tag in (COMMON_TAG, RARE_TAG, ABSENT_TAG):
+            for plan in await _plans(office, person, f"{WORKFLOWS}?tag={tag}&limit=1"):
+                assert index_of_tags in plan
+
+
+async def test_statistics_are_counted_in_the_index_of_statuses(office: Office) -> None:
+    [plan] = await _plans(office, office.member, f"{WORKFLOWS}/stats")
+    assert "ix_workflow_listed_by_status" in plan
+
+
+# ── large graphs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("config", [{"seconds": True}, {"seconds": -1}])
+async def test_one_wrong_node_among_many_that_stay_as_they_are_is_found(
+    office: Office, config: dict[str, Any]
+) -> None:
+    nodes = many_workflows.nodes(30)
+    nodes.append({**nodes[-1], "id": "pause", "type": "wait", "config": {"seconds": 1}})
+    connections = many_workflows.connections(nodes)
+    workflow_id = await office.owner.create(nodes=nodes, connections=connections, status="active")
+    wrong = [*nodes[:-1], {**nodes[-1], "config": config}]
+    answer = await office.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": wrong})
+    refused(answer, 422, "validation-failed")
+    assert [problem["path"] for problem in answer.json()["error"]["details"]] == ["nodes.pause"]
+    right = [{**node, "label": "Other"} for node in nodes]
+    answer = await office.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": right})
+    assert answer.status_code == 200, answer.text

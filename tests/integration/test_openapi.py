@@ -1,0 +1,317 @@
+"""The document of the API against a running gateway: its examples are accepted, and every answer is as it says."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import httpx2
+import jsonschema_rs
+import pytest
+import schemathesis
+import uvloop
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import events, from_schema
+
+from gateway import auth, main, routes
+from gateway.document import openapi
+from gateway.routes import Line
+from tests.integration.example_world import cast, in_place
+from tests.integration.gateway_world import People, World, open_world, refused
+from tests.services import PostgreSQL
+
+LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
+FOR_SOFTWARE = {
+    "cache-control",
+    "content-length",
+    "content-security-policy",
+    "content-type",
+    "referrer-policy",
+    "x-accel-buffering",
+    "x-content-type-options",
+    "x-request-id",
+}
+"""Headers for browsers, proxies and libraries, which nobody has to be told of."""
+UNDOING = {"workflowsUpdate", "versionsRestore"}
+"""Operations that replace the graph that others are about."""
+TELLS_WHAT_IS_WRONG = {
+    "include-path": "/api/v1/workflows/build",
+    "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
+}
+"""A dry run is answered, whatever is wrong with its body: that is what it is for."""
+ENOUGH = 0.7
+"""The share of operations that schemathesis has to see succeed."""
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("openapi")
+    async with open_world(request.param, postgres, folder) as world:
+        yield world
+
+
+Scene: TypeAlias = tuple[People, Mapping[str, str]]
+
+
+@pytest.fixture(scope="module")
+async def scene(world: World) -> Scene:
+    """Return what the examples are about, for those who change nothing."""
+    return await _scene(world)
+
+
+async def _scene(world: World) -> Scene:
+    people = await world.people()
+    return people, await cast(world, people)
+
+
+# ── the document is served ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("path", "media_type"), [("/openapi.json", "application/json"), ("/docs", "text/html; charset=utf-8")]
+)
+async def test_the_document_needs_no_key_and_is_kept(world: World, path: str, media_type: str) -> None:
+    anybody = await world.client()
+    first = await anybody.get(path)
+    assert (first.status_code, first.headers["Content-Type"]) == (200, media_type)
+    assert first.headers.get_list("Cache-Control") == ["no-cache"]
+    again = await anybody.get(path, headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", first.headers["ETag"])
+    outdated = await anybody.get(path, headers={"If-None-Match": '"another"'})
+    assert (outdated.status_code, outdated.content) == (200, first.content)
+    refused(await anybody.post(path), 405, "method-not-allowed")
+
+
+async def test_the_document_is_that_of_the_table_and_holds_no_key(world: World) -> None:
+    people = await world.people()
+    served = (await people.admin.api.get("/openapi.json")).text
+    assert json.loads(served) == DOCUMENT
+    shown = (await people.admin.api.get("/docs")).text
+    for person in (people.admin, people.owner):
+        assert person.key not in served + shown
+
+
+async def test_the_page_may_load_and_run_nothing(world: World) -> None:
+    policy = (await (await world.client()).get("/docs")).headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+# ── what it shows is accepted ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("line", LINES)
+async def test_documented_examples_are_accepted_and_answered_as_documented(
+    world: World, scene: Scene, line: Line
+) -> None:
+    said = DOCUMENT["paths"][line.path][line.method.lower()]
+    bodies = said.get("requestBody", {}).get("content", {}).get("application/json", {}).get("examples", {})
+    for body in [example["value"] for example in bodies.values()] or [None]:
+        people, ids = scene if line.method == "GET" else await _scene(world)
+        response = await people.admin.api.request(
+            line.method,
+            line.path.format(**in_place(_examples(said, "path"), ids)),
+            params=in_place(_examples(said, "query"), ids),
+            json=in_place(body, ids),
+        )
+        assert response.status_code // 100 == 2, response.text
+        _check_answer(said["responses"][str(response.status_code)], response)
+
+
+def _examples(operation: dict[str, Any], place: str) -> dict[str, Any]:
+    return {
+        parameter["name"]: parameter["example"]
+        for parameter in operation["parameters"]
+        if parameter["in"] == place and "example" in parameter
+    }
+
+
+def _check_answer(said: dict[str, Any], response: httpx2.Response) -> None:
+    """Check an answer to have what is documented, and nothing more."""
+    always = {name.lower() for name, header in said["headers"].items() if header.get("required")}
+    sent = set(response.headers)
+    assert always <= sent <= {name.lower() for name in said["headers"]} | FOR_SOFTWARE
+    if "content" not in said:
+        assert response.content == b""
+        return
+    ((media_type, content),) = said["content"].items()
+    assert response.headers["Content-Type"].partition(";")[0] == media_type
+    if media_type == "application/json":
+        schema = {**content["schema"], "components": _closed(DOCUMENT["components"])}
+        jsonschema_rs.Draft202012Validator(schema, validate_formats=True).validate(response.json())
+
+
+def _closed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return schemas that allow no field which they don't name."""
+    if isinstance(value, list):
+        return [_closed(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    closed = {key: _closed(item) for key, item in value.items()}
+    return closed | ({"additionalProperties": False} if isinstance(value.get("properties"), dict) else {})
+
+
+# ── whatever is sent ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Served:
+    """A gateway that listens, and its document with examples that are there."""
+
+    url: str
+    key: str
+    document: dict[str, Any]
+
+
+@dataclass
+class Report:
+    """What schemathesis has seen."""
+
+    failures: list[str] = field(default_factory=list)
+    statuses: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    @property
+    def share_of_success(self) -> float:
+        succeeded = [
+            found for found in self.statuses.values() if any(200 <= status < 300 for status in found)
+        ]
+        return len(succeeded) / len(routes.TABLE)
+
+
+@pytest.fixture
+def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one address try any number of wrong keys."""
+    monkeypatch.setattr(auth, "MAX_FAILURES", 1_000_000)
+
+
+@pytest.mark.usefixtures("unlimited")
+def test_whatever_is_sent_is_answered_as_documented_on_sqlite(postgres: PostgreSQL, tmp_path: Path) -> None:
+    with serving("sqlite", postgres, tmp_path) as served:
+        report = tried(served, examples_of_an_operation=3)
+    assert report.failures == []
+    assert report.share_of_success >= ENOUGH
+
+
+@pytest.mark.usefixtures("unlimited")
+def test_whatever_is_sent_is_answered_as_documented_on_postgresql(
+    postgres: PostgreSQL, tmp_path: Path
+) -> None:
+    with serving("postgresql", postgres, tmp_path) as served:
+        report = tried(served, examples_of_an_operation=1, coverage=False)
+    assert report.failures == []
+    assert report.share_of_success >= ENOUGH
+
+
+@contextmanager
+def serving(kind: str, postgres: PostgreSQL, folder: Path) -> Iterator[Served]:
+    """Run a gateway in a thread, while schemathesis waits for its answers in this one."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    servers: list[main.Server] = []
+    served: list[Served] = []
+
+    async def serve() -> None:
+        async with open_world(kind, postgres, folder) as world:
+            people = await world.people()
+            host, port = listener.getsockname()
+            ids = await cast(world, people)
+            document = await placed(world, people, ids)
+            served.append(Served(f"http://{host}:{port}", people.admin.key, document))
+            app = main.create_app(lambda: nullcontext(world.gateway))
+            servers.append(main.server(app, world.gateway.settings))
+            await servers[0].serve(sockets=[listener])
+
+    with ThreadPoolExecutor(1) as threads:
+        serving = threads.submit(lambda: uvloop.run(serve()))
+        while not (servers and servers[0].started):
+            if serving.done():
+                serving.result()
+            time.sleep(0.01)  # the server has no event for it
+        try:
+            yield served[0]
+        finally:
+            servers[0].should_exit = True
+            serving.result()
+    gc.unfreeze()
+
+
+async def placed(world: World, people: People, ids: Mapping[str, str]) -> dict[str, Any]:
+    """Return the document with examples that are there; what an example destroys is there for it alone."""
+    document = in_place(DOCUMENT, ids)
+    for path, methods in DOCUMENT["paths"].items():
+        for method, operation in methods.items():
+            if method == "delete" or operation["operationId"] in UNDOING:
+                document["paths"][path][method] = in_place(operation, await cast(world, people))
+    return document
+
+
+def mostly_there(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings by which most paths lead to something that is there."""
+    dictionaries: dict[str, Any] = {}
+    operations = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            there = _examples(operation, "path")
+            names = {name: f"{operation['operationId']}-{name}" for name in there}
+            dictionaries |= {names[name]: {"values": [value]} for name, value in there.items()}
+            bound = {f"path.{name}": {"dictionary": one, "probability": 0.8} for name, one in names.items()}
+            operations.append({"include-path": path, "include-method": method.upper(), "parameters": bound})
+    return {"dictionaries": dictionaries, "operations": [*operations, TELLS_WHAT_IS_WRONG]}
+
+
+def tried(served: Served, *, examples_of_an_operation: int, coverage: bool = True) -> Report:
+    """Let schemathesis send what it thinks of, the same each time."""
+    config = SchemathesisConfig.from_dict(
+        {
+            "base-url": served.url,
+            "headers": {"X-API-Key": served.key},
+            "seed": 1,
+            "generation": {
+                "max-examples": examples_of_an_operation,
+                "deterministic": True,
+                "database": "none",
+            },
+            "phases": {
+                "examples": {"extra-data-sources": {"responses": False}},
+                "coverage": {
+                    "enabled": coverage,
+                    "extra-data-sources": {"responses": False},
+                    "unexpected-methods": ["patch"],
+                },
+                "fuzzing": {"extra-data-sources": {"responses": False}},
+                "stateful": {"enabled": False},
+            },
+            # Bodies must obey rules that no schema can tell: the examples show that valid ones are accepted.
+            "checks": {"positive_data_acceptance": {"enabled": False}},
+            **mostly_there(served.document),
+        }
+    )
+    report = Report()
+    for event in from_schema(schemathesis.openapi.from_dict(served.document, config=config)).execute():
+        match event:
+            case events.ScenarioFinished(recorder=recorder):
+                for interaction in recorder.interactions.values():
+                    if interaction.response is not None:
+                        report.statuses[recorder.label].add(interaction.response.status_code)
+                report.failures += [
+                    f"{recorder.label}: {check.failure_info.failure}\n{check.failure_info.code_sample}"
+                    for checks in recorder.checks.values()
+                    for check in checks
+                    if check.failure_info is not None
+                ]
+            case events.NonFatalError(label=label, value=error):
+                report.failures.append(f"{label}: {error!r}")
+            case events.FatalError(exception=error):
+                raise error
+    return report

@@ -1,0 +1,191 @@
+"""Organisations with as many workflows as one likes, of every kind that lists tell apart, written in bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import cycle, pairwise
+from typing import Any, TypeAlias
+
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.workflow_rows import searched_in
+from models import ids
+from models.access import Organization, User
+from models.workflow import Workflow, WorkflowGraph, WorkflowShare, WorkflowStatus, WorkflowTag
+
+Rows: TypeAlias = list[dict[str, Any]]
+
+BEGINNING = datetime(2025, 1, 1, tzinfo=UTC)
+NODES = 10
+ROWS_AT_ONCE = 5_000
+SHARED = 50
+"""One of so many is shared with the member."""
+
+ACTIONS = ("Sync", "Import", "Clean", "Enrich", "Report", "Archive", "Notify")
+SUBJECTS = ("orders", "customers", "invoices", "stock", "tickets", "leads", "payments", "sensors", "pages")
+COMMON_WORD, RARE_WORD, ABSENT_WORD = "DATABASE", "réconciliation", "xylophone"
+"""In the description of every workflow, in that of one of five hundred, in none; stored in other letters."""
+COMMON_TAG, RARE_TAG, ABSENT_TAG = "production", "audited", "nowhere"
+"""On a half, on one of five hundred, on none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """Those among whom the workflows of an organisation are divided."""
+
+    organization: Organization
+    owner: User
+    """Owns two thirds."""
+    other: User
+    """Owns the rest."""
+    member: User
+    """Owns one of five hundred."""
+
+
+async def fill(connection: AsyncConnection, crowd: Crowd, number: int) -> Rows:
+    """Give an organisation `number` workflows: one of twenty is deleted, one of fifty a template, one of ten public.
+
+    Returns their rows.
+    """
+    workflows = [_workflow(crowd, index) for index in range(number)]
+    graph = nodes(NODES)
+    edges = connections(graph)
+    for start in range(0, number, ROWS_AT_ONCE):
+        part = workflows[start : start + ROWS_AT_ONCE]
+        graphs = [
+            {"workflow_id": row["id"], "lane": row["lane"], "nodes": graph, "connections": edges}
+            for row in part
+        ]
+        await connection.execute(insert(Workflow), part)
+        await connection.execute(insert(WorkflowGraph), graphs)
+        await connection.execute(insert(WorkflowTag), [*_tags(part)])
+    shares = [
+        {"workflow_id": row["id"], "user_id": crowd.member.id, "shared_at": row["created_at"]}
+        for row in workflows[::SHARED]
+    ]
+    await connection.execute(insert(WorkflowShare), shares)
+    return workflows
+
+
+def _workflow(crowd: Crowd, index: int) -> dict[str, Any]:
+    # The digits have no order in them, and are as many in each name: languages agree on how these are sorted.
+    name = f"{ACTIONS[index % 7]} {SUBJECTS[index % 9]} {index * 7919 % 100_000:05}"
+    description = _description(index)
+    created_at = BEGINNING + timedelta(seconds=index // 3)
+    return Workflow(
+        id=ids.new("wf"),
+        organization_id=crowd.organization.id,
+        lane=crowd.organization.lane,
+        owner_id=_owner(crowd, index).id,
+        name=name,
+        description=description,
+        search_text=searched_in(name, description),
+        status=_status(index),
+        version=1 + index % 11,
+        tags=[*_tag_names(index)],
+        settings={"timeout": 3600, "retryOnFailure": False, "maxRetries": 3},
+        config={"appId": f"app-{index % 100}"},
+        app_id=f"app-{index % 100}",
+        scopes=["datasources:read:ds_orders", "models:invoke:mdl_summary"],
+        is_public=index % 10 == 3,
+        is_template=index % 50 == 4,
+        created_at=created_at,
+        updated_at=created_at + timedelta(seconds=index * 7919 % 86_400),
+        deleted_at=created_at if index % 20 == 5 else None,
+    ).model_dump()
+
+
+def _owner(crowd: Crowd, index: int) -> User:
+    if index % 500 == 1:
+        return crowd.member
+    return crowd.other if index % 3 == 0 else crowd.owner
+
+
+def _description(index: int) -> str:
+    rare = f" {RARE_WORD.upper()} of accounts included." if index % 500 == 9 else ""
+    return (
+        f"Reads the {SUBJECTS[index % 9]} of region {index % 40} from the database every hour, checks them against"
+        f" what was there before, and tells team {index % 25} on the usual channel.{rare}"
+    )
+
+
+def _status(index: int) -> WorkflowStatus:
+    """Return draft for a half, active for most others, paused and archived for one of twenty each."""
+    if index % 2:
+        return WorkflowStatus.DRAFT
+    others = {0: WorkflowStatus.PAUSED, 2: WorkflowStatus.ARCHIVED}
+    return others.get(index % 20, WorkflowStatus.ACTIVE)
+
+
+def _tag_names(index: int) -> Iterable[str]:
+    yield f"team-{index % 25}"
+    if index % 2 == 0:
+        yield COMMON_TAG
+    if index % 500 == 8:
+        yield RARE_TAG
+
+
+def _tags(workflows: Rows) -> Iterable[dict[str, str]]:
+    for row in workflows:
+        if row["deleted_at"] is None:
+            for tag in row["tags"]:
+                yield {"organization_id": row["organization_id"], "tag": tag, "workflow_id": row["id"]}
+
+
+# ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def nodes(number: int) -> Rows:
+    """Return a trigger and what it leads to, in the stored form, which clients may send too."""
+    kinds = cycle((_set, _conditional, _request))
+    return [
+        _node("start", "manual", 0, {}),
+        *(kind(index) for index, kind in zip(range(1, number), kinds, strict=False)),
+    ]
+
+
+def connections(nodes: Sequence[dict[str, Any]]) -> Rows:
+    """Lead from each node to the next."""
+    return [
+        {
+            "id": f"conn-{source['id']}",
+            "source": source["id"],
+            "sourcePort": "true" if source["type"] == "conditional" else "output",
+            "target": target["id"],
+            "targetPort": "input",
+        }
+        for source, target in pairwise(nodes)
+    ]
+
+
+def _set(index: int) -> dict[str, Any]:
+    total = {"$op": "add", "args": ["{{ data.body.total }}", 1]}
+    return _node(
+        f"node-{index}", "set", index, {"values": {"total": total, "state": "{{ data.body.state }}"}}
+    )
+
+
+def _conditional(index: int) -> dict[str, Any]:
+    condition = {"left": "{{ data.total }}", "operator": "greater-than", "right": index}
+    return _node(f"node-{index}", "conditional", index, {"condition": condition})
+
+
+def _request(index: int) -> dict[str, Any]:
+    url = f"https://api.example.com/orders/{index}"
+    body = {"total": "{{ data.total }}", "note": "Checked by the workflow"}
+    return _node(f"node-{index}", "http-request", index, {"method": "POST", "url": url, "body": body})
+
+
+def _node(node_id: str, node_type: str, index: int, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": node_id,
+        "type": node_type,
+        "label": f"Step {index}",
+        "position": {"x": 100 + 250 * (index % 40), "y": 200 + 150 * (index // 40)},
+        "config": config,
+        "inputMappings": {},
+        "passThroughValues": {},
+    }

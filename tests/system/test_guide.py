@@ -1,0 +1,83 @@
+"""What the guide tells its reader to send works as it stands, and is answered as it shows."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.system import harness
+from tests.system.client import API_KEY
+
+GUIDE = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+REQUESTS = re.compile(r"```sh\n(.*?)```\n```json\n(.*?)```", re.DOTALL)
+"""Commands, and what is shown of the answer to the last of them."""
+COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")
+"""How the guide shows an id or a key, which its reader copies from an answer into the commands after it."""
+
+
+async def test_every_request_of_the_guide_is_answered_as_it_shows(tmp_path: Path) -> None:
+    async with harness.one_process(tmp_path) as deployment:
+        environment = {**os.environ, "KEY": API_KEY, "API": f"{deployment.url}/api/v1"}
+        copied: dict[str, str] = {}
+        for commands, shown in REQUESTS.findall(GUIDE):
+            script = COPIED.sub(partial(value_of, copied), commands)
+            printed, environment = await asyncio.to_thread(ran, script, environment, tmp_path)
+            *others, last = answers(printed)
+            copied = {}
+            wrong = [other for other in others if "error" in other]
+            wrong += differences(last, json.loads(shown), copied)
+            assert not wrong, f"{script}\n{printed}\n\n{shown}"
+
+
+def value_of(copied: dict[str, str], placeholder: re.Match[str]) -> str:
+    return copied[placeholder[0]]
+
+
+def ran(script: str, environment: dict[str, str], folder: Path) -> tuple[str, dict[str, str]]:
+    """Run a block of commands in a shell; return what it prints, and the variables that there are then."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{script}\nenv -0 >variables"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, script + done.stdout + done.stderr
+    variables = (folder / "variables").read_text().split("\0")
+    return done.stdout, dict(variable.split("=", 1) for variable in variables if variable)
+
+
+def answers(printed: str) -> list[Any]:
+    """Return the JSON documents that stand one behind the other."""
+    found, start = [], 0
+    while start < len(printed):
+        answer, start = json.JSONDecoder().raw_decode(printed, start)
+        found.append(answer)
+    return found
+
+
+def differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -> Iterator[str]:  # noqa: ANN401
+    """Say where an answer isn't what is shown of it, which may lack fields; what is to be copied goes to `copied`."""
+    if isinstance(shown, dict) and isinstance(actual, dict):
+        for key, value in shown.items():
+            yield from differences(actual.get(key), value, copied, f"{at}.{key}")
+    elif isinstance(shown, list) and isinstance(actual, list) and len(shown) == len(actual):
+        for index, value in enumerate(shown):
+            yield from differences(actual[index], value, copied, f"{at}.{index}")
+    elif isinstance(shown, str) and COPIED.fullmatch(shown):
+        copied[shown] = str(actual)
+        if not copied[shown].startswith(shown.removesuffix("...")):
+            yield at
+    elif actual != shown:
+        yield at
+
+
+def test_every_command_of_the_guide_has_an_answer_and_all_of_it_can_be_read_in_one_sitting() -> None:
+    assert len(REQUESTS.findall(GUIDE)) == GUIDE.count("```sh\n")
+    assert len(GUIDE.splitlines()) < 250

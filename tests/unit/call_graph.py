@@ -1,0 +1,230 @@
+"""Reads what the gateway's functions call from their source, and with it which refusals each can lead to.
+
+It follows names, annotations and what a variable was made of; what it can't follow, such as a function that is handed
+over by a value, it doesn't see.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeAlias
+
+import gateway
+
+Function: TypeAlias = "ast.FunctionDef | ast.AsyncFunctionDef"
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A function, a class or a module, by where it is defined."""
+
+    module: str
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.path}".rstrip(".")
+
+
+@dataclass
+class Module:
+    """One file: what it defines, and what its names mean."""
+
+    name: str
+    functions: dict[str, Function] = field(default_factory=dict)
+    """Methods as `Class.name`."""
+    classes: dict[str, ast.ClassDef] = field(default_factory=dict)
+    names: dict[str, Thing] = field(default_factory=dict)
+
+
+class CallGraph:
+    """All of the gateway's source."""
+
+    def __init__(self) -> None:
+        names = [one.name for one in pkgutil.walk_packages(gateway.__path__, "gateway.")]
+        self.modules = {name: _read(name) for name in names}
+
+    def reached(self, start: Thing) -> set[Thing]:
+        """Return the functions that may be called when `start` is, itself among them."""
+        seen: set[Thing] = set()
+        waiting = [start]
+        while waiting:
+            thing = waiting.pop()
+            if thing not in seen:
+                seen.add(thing)
+                waiting.extend(self._mentioned(thing))
+        return seen
+
+    def codes(self, start: Thing) -> set[str]:
+        """Return the codes of the refusals that a call of `start` may lead to."""
+        return {code for thing in self.reached(start) for code in self.codes_of(thing)}
+
+    def codes_of(self, thing: Thing) -> Iterator[str]:
+        """Return the codes that a function itself names; `module.function` for one that it computes."""
+        for node in ast.walk(self.modules[thing.module].functions[thing.path]):
+            if not isinstance(node, ast.Call):
+                continue
+            position = _CODE_AT.get(str(self._meant(node.func, thing, {})))
+            if position is not None and str(thing) not in _MAKERS:
+                code = node.args[position]
+                yield str(code.value) if isinstance(code, ast.Constant) else str(thing)
+
+    def everything(self) -> Iterator[Thing]:
+        """Return every function there is."""
+        for module in self.modules.values():
+            yield from (Thing(module.name, path) for path in module.functions)
+
+    # ── what an expression means ────────────────────────────────────────────────────────────────────────────
+
+    def _mentioned(self, thing: Thing) -> Iterator[Thing]:
+        function = self.modules[thing.module].functions[thing.path]
+        types = self._types(function, thing)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name | ast.Attribute):
+                meant = self._meant(node, thing, types)
+            elif isinstance(node, ast.Subscript):
+                meant = self._method(self._type(node.value, thing, types), "__getitem__")
+            else:
+                continue
+            if meant and self._is_class(meant):
+                meant = self._method(meant, "__init__")
+            if meant and self._is_function(meant):
+                yield meant
+
+    def _types(self, function: Function, thing: Thing) -> dict[str, Thing]:
+        """Return the classes of a function's variables, where its source tells them."""
+        types: dict[str, Thing] = {}
+        for node in ast.walk(function):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                kind = self._annotated(node.annotation, thing)
+                if kind:
+                    types[node.arg] = kind
+        if "." in thing.path:
+            types["self"] = Thing(thing.module, thing.path.partition(".")[0])
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                kind = self._type(node.value, thing, types)
+                if kind:
+                    types[node.targets[0].id] = kind
+        return types
+
+    def _type(self, node: ast.expr, thing: Thing, types: Mapping[str, Thing]) -> Thing | None:
+        """Return the class of what an expression gives."""
+        match node:
+            case ast.Await(value=value):
+                return self._type(value, thing, types)
+            case ast.Name(id=name):
+                return types.get(name)
+            case ast.Attribute(value=value, attr=name):
+                return self._attribute(self._type(value, thing, types), name)
+            case ast.Call(func=func):
+                meant = self._meant(func, thing, types)
+                if meant and self._is_class(meant):
+                    return meant
+                return self._returned(meant)
+        return None
+
+    def _meant(self, node: ast.expr, thing: Thing, types: Mapping[str, Thing]) -> Thing | None:
+        """Return the function, class or module that an expression names."""
+        match node:
+            case ast.Name(id=name):
+                return self.modules[thing.module].names.get(name)
+            case ast.Attribute(value=value, attr=name):
+                kind = self._type(value, thing, types)
+                if kind:
+                    return self._method(kind, name)
+                outer = self._meant(value, thing, types)
+                if outer and outer.path == "" and outer.module in self.modules:
+                    return self.modules[outer.module].names.get(name)
+        return None
+
+    def _attribute(self, kind: Thing | None, name: str) -> Thing | None:
+        """Return the class of an attribute, from the class's body or from what its `__init__` is given."""
+        if kind is None or not self._is_class(kind):
+            return None
+        for statement in self.modules[kind.module].classes[kind.path].body:
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=found), annotation=annotation) if found == name:
+                    return self._annotated(annotation, kind)
+        method = self._method(kind, name)
+        if method:
+            return self._returned(method)
+        made = self._method(kind, "__init__")
+        if made is None:
+            return None
+        function = self.modules[made.module].functions[made.path]
+        types = self._types(function, made)
+        for node in ast.walk(function):
+            match node:
+                case ast.Assign(targets=[ast.Attribute(attr=attribute)], value=value) if attribute == name:
+                    return self._type(value, made, types)
+        return None
+
+    def _method(self, kind: Thing | None, name: str) -> Thing | None:
+        if kind is None:
+            return None
+        method = Thing(kind.module, f"{kind.path}.{name}")
+        return method if self._is_function(method) else None
+
+    def _returned(self, function: Thing | None) -> Thing | None:
+        if function is None or not self._is_function(function):
+            return None
+        returns = self.modules[function.module].functions[function.path].returns
+        return None if returns is None else self._annotated(returns, function)
+
+    def _annotated(self, annotation: ast.expr, thing: Thing) -> Thing | None:
+        """Return the class that an annotation names; of a union, the first."""
+        match annotation:
+            case ast.Name(id=name):
+                return self.modules[thing.module].names.get(name)
+            case ast.BinOp(left=left):
+                return self._annotated(left, thing)
+        return None
+
+    def _is_function(self, thing: Thing) -> bool:
+        return thing.module in self.modules and thing.path in self.modules[thing.module].functions
+
+    def _is_class(self, thing: Thing) -> bool:
+        return thing.module in self.modules and thing.path in self.modules[thing.module].classes
+
+
+_CODE_AT = {"gateway.errors.ApiError": 1, "gateway.errors.conflict": 0}
+"""Which argument is the code of a refusal."""
+_MAKERS = {"gateway.errors.conflict"}
+"""What is handed the code, so that whoever calls it names it."""
+
+
+def _read(name: str) -> Module:
+    module = Module(name)
+    path = importlib.import_module(name).__file__
+    assert path is not None
+    tree = ast.parse(Path(path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                module.names[alias.asname or alias.name] = _imported(node.module, alias.name)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            module.functions[node.name] = node
+            module.names[node.name] = Thing(name, node.name)
+        elif isinstance(node, ast.ClassDef):
+            module.classes[node.name] = node
+            module.names[node.name] = Thing(name, node.name)
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                    module.functions[f"{node.name}.{inner.name}"] = inner
+    return module
+
+
+def _imported(module: str, name: str) -> Thing:
+    """Return what `from module import name` brings: another module, or something that the module defines."""
+    try:
+        is_module = find_spec(f"{module}.{name}") is not None
+    except ModuleNotFoundError:
+        is_module = False
+    return Thing(f"{module}.{name}") if is_module else Thing(module, name)

@@ -1,0 +1,237 @@
+"""The document of the API says of each operation all that the operation does, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import schemathesis
+
+from gateway import parameters, routes
+from gateway.document import examples, openapi, page
+from gateway.document.notes import IDEMPOTENCY_KEY, IF_MATCH, NOTES, Note
+from gateway.document.refusals import JSON_CODES, REFUSALS
+from gateway.endpoint import Access
+from gateway.endpoints import nodes
+from gateway.routes import Line
+from tests.unit.call_graph import CallGraph, Thing
+
+LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
+PAGE = page.page(DOCUMENT)
+GRAPH = CallGraph()
+CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
+
+COMPUTED = {
+    "gateway.wire.read_json": {*JSON_CODES},
+    "gateway.acceptance.require_open": {"workflow-paused", "workflow-archived"},
+}
+"""What functions refuse with that don't name the code themselves."""
+OF_THE_ENDPOINT = {
+    "unauthorized",
+    "rate-limited",
+    "scope-required",
+    "admin-required",
+    "internal-error",
+    "not-ready",
+}
+"""What an `Endpoint` answers with, before or after it calls a handler."""
+NEVER = {(nodes.index, "validation-failed")}
+"""Handlers that turn what is stored into an answer by the function that reads bodies."""
+
+
+def operation(line: Line) -> dict[str, Any]:
+    found: dict[str, Any] = DOCUMENT["paths"][line.path][line.method.lower()]
+    return found
+
+
+def handler(line: Line) -> Thing:
+    return Thing(line.handler.__module__, line.handler.__name__)
+
+
+def refused(line: Line) -> set[str]:
+    """Return the codes that the source of a handler can lead to."""
+    found = {code for name in GRAPH.codes(handler(line)) for code in COMPUTED.get(name, {name})}
+    return {code for code in found if (line.handler, code) not in NEVER}
+
+
+def reaches(line: Line, function: str) -> bool:
+    return function in map(str, GRAPH.reached(handler(line)))
+
+
+# ── every operation ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_operation_says_what_it_does_and_who_may_use_it(line: Line) -> None:
+    said = operation(line)
+    assert said["summary"]
+    assert said["tags"]
+    assert said["description"]
+    assert (said["security"] == []) is (line.access is Access.PUBLIC)
+    assert all(parameter["description"] for parameter in said["parameters"])
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_operation_has_examples_of_its_own(line: Line) -> None:
+    shown = examples.of(line.method, line.path)
+    assert bool(shown.bodies) is (line.body is not None)
+    assert (shown.answer is not None) is (line.answer is not None)
+    assert set(shown.query) <= {parameter.name for parameter in line.query}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(line: Line) -> None:
+    documented, found = set(openapi.codes(line)), refused(line)
+    assert found - documented == set(), "not in the document: add it to NOTES"
+    assert documented - found - OF_THE_ENDPOINT - {"not-found"} == set(), (
+        "nothing raises it: take it out of NOTES"
+    )
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Line) -> None:
+    taken = NOTES.get(line.handler, Note()).takes
+    assert (IF_MATCH in taken) is reaches(line, "gateway.editing.edit")
+    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.idempotency.requested")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_body_is_read_where_one_is_documented(line: Line) -> None:
+    assert (line.body is not None) is reaches(line, "gateway.wire.read_json")
+
+
+@pytest.mark.parametrize("line", [one for one in LINES if one.values[0].query])  # type: ignore[union-attr]
+def test_every_parameter_of_a_query_is_read(line: Line) -> None:
+    known = vars(parameters) | vars(sys.modules[line.handler.__module__])
+    read = {
+        known.get(node.id)
+        for thing in GRAPH.reached(handler(line))
+        for node in ast.walk(GRAPH.modules[thing.module].functions[thing.path])
+        if isinstance(node, ast.Name) and isinstance(known.get(node.id), parameters.Parameter)
+    }
+    assert set(line.query) <= read
+
+
+def test_a_note_is_about_a_handler_of_the_table() -> None:
+    assert set(NOTES) <= {line.handler for line in routes.TABLE}
+
+
+def test_names_are_given_once() -> None:
+    names = [openapi.operation_id(line) for line in routes.TABLE]
+    assert len(names) == len(set(names))
+    assert [name for name in DOCUMENT["components"]["schemas"] if "." in name or "_" in name] == []
+
+
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_code_that_the_gateway_refuses_with_has_a_meaning() -> None:
+    named = {code for thing in GRAPH.everything() for code in GRAPH.codes_of(thing)}
+    assert {code for name in named for code in COMPUTED.get(name, {name})} == set(REFUSALS)
+
+
+# ── the document ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_document_is_openapi_3_1() -> None:
+    schemathesis.openapi.from_dict(DOCUMENT).validate()
+    for schema in DOCUMENT["components"]["schemas"].values():
+        jsonschema_rs.meta.validate({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
+
+
+def test_every_reference_leads_somewhere() -> None:
+    def references(value: Any) -> Iterator[str]:  # noqa: ANN401 - any JSON value
+        if isinstance(value, dict) and isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from references(item)
+
+    for reference in references(DOCUMENT):
+        place: Any = DOCUMENT
+        for key in reference.removeprefix("#/").split("/"):
+            place = place[key]
+
+
+def validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
+    """Return a validator that knows the document's schemas."""
+    return jsonschema_rs.Draft202012Validator(
+        {**schema, "components": DOCUMENT["components"]}, validate_formats=True
+    )
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_examples_are_what_they_are_examples_of(line: Line) -> None:
+    said = operation(line)
+    for content in said.get("requestBody", {}).get("content", {}).values():
+        for example in content["examples"].values():
+            validator(content["schema"]).validate(example["value"])
+    for content in said["responses"][str(line.status)].get("content", {}).values():
+        validator(content["schema"]).validate(content["example"])
+
+
+def test_the_contract_is_among_the_examples() -> None:
+    shown = {re.sub(r"{\w+}", "{}", f"{line.method} {line.path}"): line for line in routes.TABLE}
+    compared = 0
+    for endpoint in CONTRACT["endpoints"]:
+        line = shown.get(re.sub(r":\w+", "{}", f"{endpoint['method']} {endpoint['path']}"))
+        if line is None:
+            continue
+        example = examples.of(line.method, line.path)
+        if endpoint["body"] is not None:
+            assert endpoint["body"]["example"] in example.bodies.values()
+        if endpoint["response"] is not None:
+            assert holds(example.answer, endpoint["response"]), f"{line.method} {line.path}"
+        compared += 1
+    assert compared > 20
+
+
+def holds(value: Any, less: Any) -> bool:  # noqa: ANN401 - any JSON value
+    """Tell whether a value has every field of another, with the same values."""
+    if isinstance(less, dict):
+        return isinstance(value, dict) and all(key in value and holds(value[key], less[key]) for key in less)
+    if isinstance(less, list):
+        return isinstance(value, list) and len(value) >= len(less) and all(map(holds, value, less))
+    return type(value) is type(less) and bool(value == less)
+
+
+# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_loads_nothing_and_runs_nothing() -> None:
+    assert re.findall(r"<(script|link|img|iframe|object|embed|base|form)\b", PAGE) == []
+    assert re.findall(r"<[^>]*\s(?:on\w+|style|src)\s*=", PAGE) == []
+    assert re.findall(r"url\(|@import", page.STYLE) == []
+
+
+def test_every_link_of_the_page_leads_somewhere() -> None:
+    targets = set(re.findall(r'\bid="?([\w.-]+)', PAGE))
+    links = set(re.findall(r'<a href="?#([\w.-]+)', PAGE))
+    assert links
+    assert links <= targets
+
+
+def test_the_page_shows_texts_as_they_are() -> None:
+    document = json.loads(json.dumps(DOCUMENT))
+    document["paths"]["/healthz"]["get"]["summary"] = "<b>`a` & 'b'"
+    document["components"]["schemas"]["Refused"]["description"] = "</style><script>"
+    text = page.page(document)
+    assert "&lt;b&gt;<code>a</code> &amp; 'b'" in text
+    assert "<script>" not in text
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_operation_stands_on_the_page_with_a_request_to_copy(line: Line) -> None:
+    command = page.curl(line.path, line.method.lower(), operation(line))
+    assert command.startswith("curl -sS ")
+    assert "{" not in command.partition("-d '")[0]
+    assert ("X-API-Key: $KEY" in command) is (line.access is not Access.PUBLIC)
+    assert escape(command, quote=False) in PAGE
