@@ -76,8 +76,8 @@ class Acceptances:
         await self._hints.drain()
 
     async def _commit(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
-        # Asked for along with the commit, the watch is there before anybody can know of the runs, and delays nobody.
-        self._waiting.watch([one.execution_id for one in batch])
+        # Before the commit, so that whatever comes after it counts.
+        self._waiting.expect([one.execution_id for one in batch])
         answers = await self._store.accept(batch)
         accepted = [
             one for one, answer in zip(batch, answers, strict=True) if answer.verdict is Verdict.ACCEPTED

@@ -20,7 +20,7 @@ async def ask_to_end(gateway: State, key: ExecutionKey, wish: str) -> Requested 
     # With the broker away, the worker hears of it when it renews its lease, and who waits looks every second.
     with suppress(BrokerUnavailable):
         if requested.lease_owner is None:
-            await gateway.broker.announce([key.execution_id])
+            await gateway.broker.announce({key.execution_id: requested.inbox})
         else:
             await gateway.broker.send(
                 requested.lease_owner, {"execution_id": key.execution_id, "request": wish}

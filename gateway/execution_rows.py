@@ -35,7 +35,7 @@ def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
 
 
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
-    "createdAt": col(Execution.created_at),
+    "createdAt": col(ExecutionData.created_at),
     "startedAt": _or_never(col(Execution.started_at)),
     "endedAt": _or_never(col(Execution.ended_at)),
 }
@@ -68,12 +68,23 @@ async def page(
     connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
 ) -> tuple[int, list[Execution]]:
     """Return how many executions the caller may see, and a page of them."""
-    conditions = [visible_to(caller), *_conditions(wanted)]
-    count = await connection.scalar(select(func.count()).select_from(Execution).where(*conditions))
+    conditions = [
+        visible_to(caller),
+        col(ExecutionData.organization_id) == caller.organization_id,
+        *_conditions(wanted),
+    ]
+    same_run = and_(
+        col(ExecutionData.execution_id) == col(Execution.id),
+        col(ExecutionData.lane) == col(Execution.lane),
+    )
+    count = await connection.scalar(
+        select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*conditions)
+    )
     rows = await connection.execute(
         select(Execution)
+        .join(ExecutionData, same_run)
         .where(*conditions)
-        .order_by(order, col(Execution.id).desc())
+        .order_by(order, col(ExecutionData.execution_id).desc())
         .limit(part.limit)
         .offset(part.offset)
     )
@@ -82,15 +93,15 @@ async def page(
 
 def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
     if wanted.workflow_id is not None:
-        yield col(Execution.workflow_id) == wanted.workflow_id
+        yield col(ExecutionData.workflow_id) == wanted.workflow_id
     if wanted.statuses:
         yield col(Execution.status).in_(wanted.statuses)
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
     if wanted.since is not None:
-        yield col(Execution.created_at) >= wanted.since
+        yield col(ExecutionData.created_at) >= wanted.since
     if wanted.until is not None:
-        yield col(Execution.created_at) < wanted.until
+        yield col(ExecutionData.created_at) < wanted.until
 
 
 async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -> Whole | None:

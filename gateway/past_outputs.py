@@ -14,7 +14,7 @@ from engine.expressions import ExpressionError
 from engine.node import UnknownNodeType
 from engine.program import compile_node
 from engine.values import InvalidJson
-from models.execution import Execution, SpanRow
+from models.execution import ExecutionData, SpanRow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,13 +37,17 @@ MAX_OUTPUTS: Final = 2_000
 async def recent(connection: AsyncConnection, workflow: Workflow) -> Sequence[PastOutput]:
     """Return outputs of a workflow's newest runs, the newest run first."""
     runs = (
-        select(col(Execution.id), col(Execution.lane), col(Execution.created_at))
-        .where(
-            col(Execution.organization_id) == workflow.organization_id,
-            col(Execution.workflow_id) == workflow.id,
-            col(Execution.lane) == workflow.lane,
+        select(
+            col(ExecutionData.execution_id).label("id"),
+            col(ExecutionData.lane),
+            col(ExecutionData.created_at),
         )
-        .order_by(col(Execution.created_at).desc())
+        .where(
+            col(ExecutionData.organization_id) == workflow.organization_id,
+            col(ExecutionData.workflow_id) == workflow.id,
+            col(ExecutionData.lane) == workflow.lane,
+        )
+        .order_by(col(ExecutionData.created_at).desc())
         .limit(RUNS)
         .subquery()
     )

@@ -100,6 +100,7 @@ def _new_execution(failed: ExecutionKey, new_id: str, caller: Caller, *, settled
         "completed_nodes": literal(settled_nodes),
         "resumed_from": col(Execution.id),
         "has_journal": true(),
+        "inbox": literal(""),
         "created_at": now,
         "updated_at": now,
         **{name: null() for name in _NOT_YET},
@@ -112,7 +113,7 @@ def _new_data(failed: ExecutionKey, new_id: str) -> Insert:
     condition = and_(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
     )
-    return _copy("execution_data", {"execution_id": literal(new_id)}, condition)
+    return _copy("execution_data", {"execution_id": literal(new_id), "created_at": DatabaseTime()}, condition)
 
 
 def _new_span(failed: ExecutionKey, new_id: str) -> Insert:

@@ -63,6 +63,7 @@ class Waiting:
         self._reads: GroupCommit[ExecutionKey, Progress | None] = GroupCommit(self._read)
         self._watches: GroupCommit[Watch, bool] = GroupCommit(self._watch)
         self._watched: Recent[str, Watch] = Recent(WATCH_SECONDS / 2, MAX_WATCHED)
+        self._expected: Recent[str, bool] = Recent(WATCH_SECONDS / 2, MAX_WATCHED)
         self._waiters: dict[str, set[Waiter]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._is_released = False
@@ -105,12 +106,12 @@ class Waiting:
                 self.polls -= 1
 
     async def _ended(self, key: ExecutionKey, waiter: Waiter) -> Progress | None:
-        if self.is_watched(key.execution_id):
+        if self._will_hear_of(key.execution_id):
             # Accepted here, or read before, and not heard of since: there is nothing new to read.
             await waiter.changed.wait()
         while True:
             waiter.changed.clear()
-            was_watched = self.is_watched(key.execution_id)
+            was_watched = self._will_hear_of(key.execution_id)
             progress = await self._reads.submit(key)
             if progress is None or progress.status in TERMINAL or waiter.is_over:
                 return progress
@@ -131,6 +132,15 @@ class Waiting:
             waiters.discard(waiter)
             if not waiters:
                 self._waiters.pop(execution_id, None)
+
+    def _will_hear_of(self, execution_id: str) -> bool:
+        """Tell whether the end will be heard of, and nothing has been since that was so."""
+        return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
+
+    def expect(self, execution_ids: Sequence[str]) -> None:
+        """Count on being told of the end of each: they are being accepted here, and their rows say so."""
+        for execution_id in execution_ids:
+            self._expected.put(execution_id, value=True)
 
     def is_watched(self, execution_id: str) -> bool:
         """Tell whether the next change will be heard of, and none has been since that was so."""
@@ -157,6 +167,7 @@ class Waiting:
     def heard_of(self, execution_id: str) -> None:
         """Have everybody look at an execution that has changed; whoever goes on waiting watches it anew."""
         self._watched.drop(execution_id)
+        self._expected.drop(execution_id)
         for waiter in self._waiters.get(execution_id, ()):
             waiter.changed.set()
 

@@ -14,7 +14,7 @@ from sqlmodel import col
 
 from journal.store import ExecutionKey
 from models import ids
-from models.execution import TERMINAL, Execution
+from models.execution import TERMINAL, Execution, ExecutionData
 from models.workflow import (
     Workflow,
     WorkflowGraph,
@@ -326,10 +326,14 @@ async def _save_shares(connection: AsyncConnection, before: Stored, after: Store
 
 async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
     """Return a workflow's runs that have not ended."""
-    running = select(col(Execution.id), col(Execution.lane)).where(
-        col(Execution.organization_id) == workflow.organization_id,
-        col(Execution.workflow_id) == workflow.id,
-        col(Execution.status).not_in(TERMINAL),
+    running = (
+        select(col(Execution.id), col(Execution.lane))
+        .join(ExecutionData, col(ExecutionData.execution_id) == col(Execution.id))
+        .where(
+            col(ExecutionData.workflow_id) == workflow.id,
+            col(Execution.organization_id) == workflow.organization_id,
+            col(Execution.status).not_in(TERMINAL),
+        )
     )
     return [ExecutionKey(row.id, row.lane) for row in await connection.execute(running)]
 

@@ -121,7 +121,7 @@ class PostgreSQLStore:
         return [answers[item.execution_id] for item in batch]
 
     async def _accept(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
-        rows = await self._fetch(_ACCEPT, *_columns(map(_acceptance_row, batch), 18), *_definitions_of(batch))
+        rows = await self._fetch(_ACCEPT, *_columns(map(_acceptance_row, batch), 19), *_definitions_of(batch))
         accepted = {row[0] for row in rows}
         answers = {execution_id: Accepted(Verdict.ACCEPTED, execution_id) for execution_id in accepted}
         refused = [item for item in batch if item.execution_id not in accepted]
@@ -214,7 +214,7 @@ class PostgreSQLStore:
         due = await self.promote_due()
         rows = await self._fetch(_SWEEP, limit, MAX_LOST_ATTEMPTS, CRASHED)
         pending = await self._fetch(_HAS_PENDING)
-        ended = [row[0] for row in rows if row[1] in TERMINAL]
+        ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
         return Swept(len(rows) - len(ended), ended, due, bool(pending))
 
     async def take_back(self, owner_prefix: str) -> int:
@@ -230,8 +230,8 @@ class PostgreSQLStore:
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
         if not rows:
-            rows = await self._fetch("SELECT status, NULL FROM execution WHERE id = $1 AND lane = $2", *key)
-        return Requested(ExecutionStatus(rows[0][0]), rows[0][1]) if rows else None
+            rows = await self._fetch("SELECT status, NULL, inbox FROM execution WHERE id = $1 AND lane = $2", *key)
+        return Requested(ExecutionStatus(rows[0][0]), rows[0][1], rows[0][2]) if rows else None
 
     async def for_thread(self) -> PostgreSQLStore:
         """Return a store with one connection of its own, on the running loop."""
@@ -291,16 +291,16 @@ def _unnest(first: int, types: Sequence[str]) -> str:
 
 _ACCEPTANCE_TYPES = (
     *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
-    *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint"),
+    *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
 )
 _ACCEPT = f"""
 WITH item AS (
     SELECT * FROM unnest({_unnest(1, _ACCEPTANCE_TYPES)}) AS item (
         id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
-        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime)
+        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox)
 ), new_definition AS (
     INSERT INTO definition (organization_id, hash, lane, body, created_at)
-    SELECT d.*, {_NOW} FROM unnest({_unnest(19, ("text", "text", "smallint", "text"))}) AS d
+    SELECT d.*, {_NOW} FROM unnest({_unnest(20, ("text", "text", "smallint", "text"))}) AS d
     ON CONFLICT DO NOTHING
 ), current AS (
     SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
@@ -317,14 +317,14 @@ WITH item AS (
 ), winner AS (
     SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
 ), data AS (
-    INSERT INTO execution_data (execution_id, lane, trigger, config)
-    SELECT id, lane, trigger, config FROM winner ON CONFLICT DO NOTHING
+    INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)
+    SELECT id, lane, trigger, config, organization_id, workflow_id, {_NOW} FROM winner ON CONFLICT DO NOTHING
 )
 INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
     definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id,
-    has_journal, created_at, updated_at)
+    has_journal, inbox, created_at, updated_at)
 SELECT id, lane, organization_id, workflow_id, user_id, 'pending', '{SHARED}', trigger_type, definition_hash,
-    {_NOW} - advance, turn, true, 0, 0, timeout, 0, total_nodes, id, false, {_NOW}, {_NOW}
+    {_NOW} - advance, turn, true, 0, 0, timeout, 0, total_nodes, id, false, inbox, {_NOW}, {_NOW}
 FROM winner ON CONFLICT DO NOTHING
 RETURNING id
 """
@@ -359,6 +359,7 @@ def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
         key.key if key else None,
         key.fingerprint if key else None,
         key.lifetime_seconds * 1_000_000 if key else None,
+        item.inbox,
     )
 
 
@@ -449,8 +450,8 @@ WITH RECURSIVE circle (id, first, place) AS (
     FROM chosen WHERE execution.id = chosen.id AND execution.status || '' = 'pending'
     RETURNING execution.*, chosen.place, is_share_used_up
 )
-SELECT taken.id, taken.lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
-    execution_data.trigger, started_at, deadline_at, request, is_share_used_up
+SELECT taken.id, taken.lane, taken.organization_id, taken.workflow_id, definition_hash, token, attempt, key_id, has_journal,
+    execution_data.trigger, started_at, deadline_at, request, inbox, is_share_used_up
 FROM taken JOIN execution_data ON execution_data.execution_id = taken.id AND execution_data.lane = taken.lane
 ORDER BY place
 """
@@ -574,7 +575,7 @@ _SWEEP = f"""
 {_TAKE_BACK.format(most="$2", crashed="$3")}
 WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < {_NOW}
     LIMIT $1::integer FOR UPDATE SKIP LOCKED)
-RETURNING id, status
+RETURNING id, status, inbox
 """
 _OF_THE_DEAD = f"""
 {_TAKE_BACK.format(most="$2", crashed="$3")}
@@ -602,5 +603,5 @@ UPDATE execution SET updated_at = {_NOW},
     lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
     status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
 WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')
-RETURNING status, lease_owner
+RETURNING status, lease_owner, inbox
 """

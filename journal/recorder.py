@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import LeaseLost
 from engine.events import SETTLED, Ended, LogLine, Span
 from journal.grouping import GroupCommit
+from journal.rows import STATUS_AFTER
 from journal.store import RunWrite
 from models.database import DatabaseUnavailable
+from models.execution import TERMINAL
 
 if TYPE_CHECKING:
     from journal.leases import Lease
@@ -23,7 +25,9 @@ RETRY_SECONDS = 0.25
 class Recorder:
     """Groups the writes of all runs of a process."""
 
-    def __init__(self, store: Store, on_committed: Callable[[Sequence[str]], None]) -> None:
+    def __init__(self, store: Store, on_committed: Callable[[Mapping[str, str]], None]
+    ) -> None:
+        """`on_committed` is called with the ids of runs that have changed, and the inbox of each that has ended."""
         self._store = store
         self._on_committed = on_committed
         self._group: GroupCommit[RunWrite, bool] = GroupCommit(self._commit)
@@ -39,16 +43,22 @@ class Recorder:
     async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool]:
         held = await self._store.record(batch)
         if held:
-            self._on_committed(list(held))
+            self._on_committed(
+                {write.execution_id: write.inbox for write in batch if write.execution_id in held}
+            )
         return [write.execution_id in held for write in batch]
 
 
 class RunJournal:
     """One run's side of the recorder: what it has told and not yet committed."""
 
-    def __init__(self, recorder: Recorder, lease: Lease, settled: Sequence[str] = ()) -> None:
+    def __init__(
+        self, recorder: Recorder, lease: Lease, settled: Sequence[str] = (), *, inbox: str = ""
+    ) -> None:
+        """`inbox` is told when the run has ended."""
         self._recorder = recorder
         self._lease = lease
+        self._inbox = inbox
         self._settled = set(settled)
         self._write = self._empty()
         self._in_turn = asyncio.Lock()
@@ -85,6 +95,8 @@ class RunJournal:
         async with self._in_turn:
             write = self._taken()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
+            if STATUS_AFTER[ended.status] in TERMINAL:
+                write.inbox = self._inbox
             await self._submit(write)
 
     def _taken(self) -> RunWrite:

@@ -147,7 +147,7 @@ def span_of(row: Sequence[Any]) -> Span:
 def claimed_of(row: Sequence[Any]) -> Claimed:
     """Return the claim that a row holds: the fields of `Claimed` in their order."""
     execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
-    has_journal, trigger, started_at, deadline_at, request, may_have_more = rest
+    has_journal, trigger, started_at, deadline_at, request, inbox, may_have_more = rest
     return Claimed(
         execution_id=execution_id,
         lane=lane,
@@ -162,6 +162,7 @@ def claimed_of(row: Sequence[Any]) -> Claimed:
         started_at=from_microseconds(started_at),
         deadline_at=from_microseconds(deadline_at),
         request=request,
+        inbox=inbox,
         may_have_more=bool(may_have_more),
     )
 

@@ -315,8 +315,8 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
     connection.executemany(
         "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
         " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
-        " key_id, has_journal, created_at, updated_at)"
-        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?) ON CONFLICT DO NOTHING",
+        " key_id, has_journal, inbox, created_at, updated_at)"
+        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?) ON CONFLICT DO NOTHING",
         [
             (
                 item.execution_id,
@@ -332,6 +332,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
                 int(item.timeout_seconds * 1_000_000),
                 item.total_nodes,
                 item.execution_id,
+                item.inbox,
                 now,
                 now,
             )
@@ -339,8 +340,20 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
         ],
     )
     connection.executemany(
-        "INSERT INTO execution_data (execution_id, lane, trigger, config) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        [(item.execution_id, item.lane, item.trigger, item.config) for item in batch],
+        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        [
+            (
+                item.execution_id,
+                item.lane,
+                item.trigger,
+                item.config,
+                item.organization_id,
+                item.workflow_id,
+                now,
+            )
+            for item in batch
+        ],
     )
 
 
@@ -426,7 +439,8 @@ def _taken(
         " deadline_at = coalesce(deadline_at, ?3 + timeout_microseconds)"
         " WHERE id = ?4 AND status = 'pending'"
         " RETURNING id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
-        " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request",
+        " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request,"
+        " inbox",
         (claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
     ).fetchone()
     return claimed_of((*row, may_have_more))
@@ -580,11 +594,11 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
     rows = connection.execute(
         _TAKE_BACK
         + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
-        " RETURNING id, status",
+        " RETURNING id, status, inbox",
         {"now": now, "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED, "limit": limit},
     ).fetchall()
     has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
-    ended = [row[0] for row in rows if row[1] in TERMINAL]
+    ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
     return Swept(len(rows) - len(ended), ended, due, has_pending is not None)
 
 
@@ -615,7 +629,7 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
         " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status"
         " WHEN request = 'cancel' THEN 'cancelled' ELSE :status END"
         " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting')"
-        " RETURNING status, lease_owner",
+        " RETURNING status, lease_owner, inbox",
         {
             "now": now,
             "request": request,
@@ -626,6 +640,6 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
     ).fetchone()
     if row is None:
         row = connection.execute(
-            "SELECT status, NULL FROM execution WHERE id = ? AND lane = ?", key
+            "SELECT status, NULL, inbox FROM execution WHERE id = ? AND lane = ?", key
         ).fetchone()
-    return None if row is None else Requested(ExecutionStatus(row[0]), row[1])
+    return None if row is None else Requested(ExecutionStatus(row[0]), row[1], row[2])

@@ -70,6 +70,8 @@ class Acceptance:
     """The definition's text where it may not be stored yet; None where it is known to be."""
     timeout_seconds: float
     total_nodes: int
+    inbox: str = ""
+    """Whom to tell of its end."""
     priority: int = 0
     idempotency: IdempotencyKey | None = None
 
@@ -124,6 +126,8 @@ class Claimed(msgspec.Struct, frozen=True):
     started_at: datetime
     deadline_at: datetime
     request: str | None
+    inbox: str
+    """Whom to tell of its end."""
     may_have_more: bool
     """Its workflow's share of the claim was used up: more may wait behind it."""
 
@@ -152,6 +156,8 @@ class RunWrite(msgspec.Struct):
     """A node was settled: attempts lost before this don't count against the run any more."""
     end: RunStatus | None = None
     """None: it goes on."""
+    inbox: str = ""
+    """Whom to tell besides those that watch the run."""
     error: RunError | None = None
     due_at: datetime | None = None
 
@@ -184,8 +190,8 @@ class Swept:
 
     requeued: int
     """Leases that had ended: back in the queue."""
-    ended: Sequence[str]
-    """Executions that the sweep itself brought to an end: crashed, stopped or cancelled."""
+    ended: Mapping[str, str]
+    """Executions that the sweep itself brought to an end, crashed, stopped or cancelled, and the inbox of each."""
     due: int
     """Waits that are over: back in the queue."""
     has_pending: bool
@@ -199,6 +205,8 @@ class Requested:
     status: ExecutionStatus
     lease_owner: str | None
     """Whom to tell, where a worker holds the run."""
+    inbox: str = ""
+    """Whom to tell, where it has ended by this."""
 
 
 class Store(Protocol):

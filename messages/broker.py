@@ -58,8 +58,11 @@ class Broker(Protocol):
         on waiting after a notice watches again before reading again.
         """
 
-    async def announce(self, execution_ids: Sequence[str]) -> None:
-        """Tell the processes that watch any of these, each with one notice, and end their watch."""
+    async def announce(self, inboxes: Mapping[str, str]) -> None:
+        """Tell of changed executions, each process with one notice, and end the watch of those that watch them.
+
+        Each comes with the inbox that is told without having watched it, or an empty text for nobody.
+        """
 
     async def send(self, inbox: str, message: Mapping[str, str]) -> None:
         """Put a letter into another process's inbox; lost without a word when nobody listens there."""

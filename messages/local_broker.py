@@ -50,11 +50,15 @@ class LocalBroker:
             self._watched_until[execution_id] = now + WATCH_SECONDS
         self._forget_watches_before(now)
 
-    async def announce(self, execution_ids: Sequence[str]) -> None:
+    async def announce(self, inboxes: Mapping[str, str]) -> None:
         self._forget_watches_before(asyncio.get_running_loop().time())
-        watched = tuple(key for key in execution_ids if self._watched_until.pop(key, None) is not None)
-        if watched:
-            self._deliver(ExecutionsChanged(watched))
+        told = tuple(
+            execution_id
+            for execution_id, inbox in inboxes.items()
+            if self._watched_until.pop(execution_id, None) is not None or inbox == self.inbox
+        )
+        if told:
+            self._deliver(ExecutionsChanged(told))
 
     async def send(self, inbox: str, message: Mapping[str, str]) -> None:
         if inbox == self.inbox:

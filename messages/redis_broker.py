@@ -1,9 +1,10 @@
 """The broker that runs over Redis: hints in Dramatiq's own layout, notices by publish and subscribe."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from typing import Final
 from uuid import uuid4
 
@@ -64,13 +65,23 @@ for _, watchers in ipairs(KEYS) do
 end
 """
 
-# KEYS: the watchers of each execution. ARGV: the prefix of channels, then the executions in the same order.
+# KEYS: the watchers of each execution. ARGV: the prefix of channels, then, in the same order, each execution and the
+# inbox that is told in any case, or nothing.
 ANNOUNCE: Final = """
 local changed = {}
+local function tell(inbox, execution_id)
+    changed[inbox] = changed[inbox] or {}
+    table.insert(changed[inbox], execution_id)
+end
 for index, watchers in ipairs(KEYS) do
+    local execution_id, own = ARGV[2 * index], ARGV[2 * index + 1]
+    if own ~= "" then
+        tell(own, execution_id)
+    end
     for _, inbox in ipairs(redis.call("SPOP", watchers, 1000)) do
-        changed[inbox] = changed[inbox] or {}
-        table.insert(changed[inbox], ARGV[index + 1])
+        if inbox ~= own then
+            tell(inbox, execution_id)
+        end
     end
 end
 for inbox, execution_ids in pairs(changed) do
@@ -172,11 +183,12 @@ class RedisBroker:
         async with _answered():
             await self._watch(keys=_watchers(execution_ids), args=[self.inbox, WATCH_SECONDS])
 
-    async def announce(self, execution_ids: Sequence[str]) -> None:
-        if not execution_ids:
+    async def announce(self, inboxes: Mapping[str, str]) -> None:
+        if not inboxes:
             return
+        pairs = chain.from_iterable(inboxes.items())
         async with _answered():
-            await self._announce(keys=_watchers(execution_ids), args=[CHANNELS, *execution_ids])
+            await self._announce(keys=_watchers(inboxes), args=[CHANNELS, *pairs])
 
     async def send(self, inbox: str, message: Mapping[str, str]) -> None:
         async with _answered():
@@ -252,5 +264,5 @@ def _mark(lane: int) -> str:
     return f"{NAMESPACE}:{executions.QUEUE}.hinted.{lane}"
 
 
-def _watchers(execution_ids: Sequence[str]) -> list[str]:
+def _watchers(execution_ids: Iterable[str]) -> list[str]:
     return [f"{NAMESPACE}:watchers:{execution_id}" for execution_id in execution_ids]

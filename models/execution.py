@@ -70,8 +70,6 @@ class Execution(SQLModel, table=True):
             postgresql_where=text("status = 'waiting'"),
             sqlite_where=text("status = 'waiting'"),
         ),
-        Index("ix_execution_organization_created", "organization_id", "created_at"),
-        Index("ix_execution_workflow_created", "workflow_id", "created_at"),
     )
 
     id: str = Field(primary_key=True)
@@ -106,6 +104,8 @@ class Execution(SQLModel, table=True):
     key_id: str
     """The execution whose id stands in idempotency keys: its own, or that of the first it was resumed from."""
     resumed_from: str | None = None
+    inbox: str
+    """Of the gateway that accepted it, which is told of its end without asking."""
     has_journal: bool = False
     """Spans of an earlier attempt, or of the run it resumes, are to be read before it goes on."""
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
@@ -115,9 +115,16 @@ class Execution(SQLModel, table=True):
 
 
 class ExecutionData(SQLModel, table=True):
-    """The heavy part of a run, written once."""
+    """The part of a run that is written once: what it works on, and what lists go by.
+
+    The indexes of lists stand here, since every change of a row touches all of its table's indexes.
+    """
 
     __tablename__ = "execution_data"
+    __table_args__ = (
+        Index("ix_execution_data_organization", "organization_id", "created_at"),
+        Index("ix_execution_data_workflow", "workflow_id", "created_at"),
+    )
 
     execution_id: str = Field(primary_key=True)
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
@@ -125,6 +132,9 @@ class ExecutionData(SQLModel, table=True):
     """JSON: what the trigger node gives out."""
     config: str = Field(sa_column=Column(Text, nullable=False))
     """JSON: the settings that the run was accepted under."""
+    organization_id: str
+    workflow_id: str
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
 
 
 class SpanRow(SQLModel, table=True):

@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -214,7 +214,7 @@ class Executor:
         for one, lease in zip(claimed, leases, strict=True):
             past = pasts.get(one.execution_id, Past())
             settled = [span.node_id for span in past.spans if span.status in SETTLED]
-            journal = RunJournal(self._recorder, lease, settled)
+            journal = RunJournal(self._recorder, lease, settled, inbox=one.inbox)
             control = Control()
             program = programs[key_of(one)]
             task = asyncio.create_task(self._run(one, program, past, journal, control, lease))
@@ -331,8 +331,8 @@ class Executor:
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None
 
-    def _announce(self, execution_ids: Sequence[str]) -> None:
-        self._in_background(lambda: self._broker.announce(execution_ids))
+    def _announce(self, inboxes: Mapping[str, str]) -> None:
+        self._in_background(lambda: self._broker.announce(inboxes))
 
     async def _wake_others(self) -> None:
         try:

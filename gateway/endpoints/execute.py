@@ -108,6 +108,7 @@ async def _accepted(request: Request, body: Execute, promise: IdempotencyKey | N
             definition=None if acceptances.is_stored(definition) else runnable.definition,
             timeout_seconds=runnable.timeout_seconds,
             total_nodes=runnable.total_nodes,
+            inbox=request.gateway.broker.inbox,
             idempotency=promise,
         )
     )

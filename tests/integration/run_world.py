@@ -54,6 +54,7 @@ class Place:
             "definition": definition,
             "timeout_seconds": 3600.0,
             "total_nodes": 3,
+            "inbox": "gateway",
         }
         return Acceptance(**fields | changes)
 

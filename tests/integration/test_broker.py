@@ -112,22 +112,32 @@ async def test_one_notice_tells_all_watched_executions_of_a_batch(
 ) -> None:
     await gateway.watch(["a", "b", "c"])
     await gateway.watch(["a"])
-    await worker.announce(["a", "unwatched", "b"])
+    await worker.announce(dict.fromkeys(["a", "unwatched", "b"], ""))
     assert await _next(notices) == ExecutionsChanged(("a", "b"))
 
 
 async def test_a_watch_is_told_once(gateway: Broker, worker: Broker, notices: Queue[Notice]) -> None:
     await gateway.watch(["a"])
-    await worker.announce(["a"])
-    await worker.announce(["a"])
+    await worker.announce({"a": ""})
+    await worker.announce({"a": ""})
     await worker.send(gateway.inbox, END)
     assert await _next(notices) == ExecutionsChanged(("a",))
     assert await _next(notices) == Letter(END)
 
 
+async def test_the_inbox_that_comes_with_an_execution_is_told_once_though_it_watches_nothing(
+    gateway: Broker, worker: Broker, notices: Queue[Notice]
+) -> None:
+    await gateway.watch(["b"])
+    await worker.announce({"a": gateway.inbox, "b": gateway.inbox, "c": "somebody-else", "d": ""})
+    await worker.send(gateway.inbox, END)
+    assert await _next(notices) == ExecutionsChanged(("a", "b"))
+    assert await _next(notices) == Letter(END)
+
+
 async def test_nobody_is_told_of_nothing(gateway: Broker, worker: Broker, notices: Queue[Notice]) -> None:
     await gateway.watch([])
-    await worker.announce([])
+    await worker.announce({})
     await worker.send(gateway.inbox, END)
     assert await _next(notices) == Letter(END)
 
@@ -168,7 +178,7 @@ async def test_each_watching_process_is_told_of_its_own_executions(redis_url: st
         await one.watch(["a", "b"])
         await other.watch(["b", "c"])
 
-        await recorder.announce(["a", "b", "c"])
+        await recorder.announce(dict.fromkeys(["a", "b", "c"], ""))
         assert await _next(heard_by_one) == ExecutionsChanged(("a", "b"))
         assert await _next(heard_by_other) == ExecutionsChanged(("b", "c"))
 
@@ -257,7 +267,7 @@ async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: st
         with pytest.raises(BrokerUnavailable):
             await broker.watch(["a"])
         with pytest.raises(BrokerUnavailable):
-            await broker.announce(["a"])
+            await broker.announce({"a": ""})
         with pytest.raises(BrokerUnavailable):
             await broker.send("nobody", END)
         with pytest.raises(BrokerUnavailable):

@@ -96,7 +96,7 @@ class Run:
         )
         assert await self.gateway.store.record([write]) == {claimed.execution_id}
         if is_told:
-            await self.broker.announce([claimed.execution_id])
+            await self.broker.announce({claimed.execution_id: claimed.inbox})
 
     async def complete(self, *, is_told: bool = True) -> None:
         await self.write(
@@ -849,7 +849,7 @@ async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
         polls = [asyncio.create_task(got(person, f"/{execution_id}/progress")) for person in persons]
         run = await taken(world, execution_id, broker=worker)
         await until(lambda: other.gateway.waiting.is_watched(execution_id))
-        await until(lambda: one.gateway.waiting.is_watched(execution_id))
+        await until(lambda: one.gateway.waiting.polls > 0)
         began = time.monotonic()
         await run.complete()
         assert [body["status"] for body in await asyncio.gather(*polls)] == ["completed"] * 2

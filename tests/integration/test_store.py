@@ -545,9 +545,9 @@ async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
 
 async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(world: World) -> None:
     one = await world.claimed()
-    assert await world.store.sweep(10) == Swept(requeued=0, ended=[], due=0, has_pending=False)
+    assert await world.store.sweep(10) == Swept(requeued=0, ended={}, due=0, has_pending=False)
     await world.expire(one)
-    assert await world.store.sweep(10) == Swept(requeued=1, ended=[], due=0, has_pending=True)
+    assert await world.store.sweep(10) == Swept(requeued=1, ended={}, due=0, has_pending=True)
     row = await world.row(one.execution_id)
     assert (row["status"], row["attempt"], bool(row["is_fresh"])) == ("pending", 1, False)
     (again,) = await world.claim()
@@ -562,7 +562,7 @@ async def test_a_run_on_which_three_workers_died_has_crashed(world: World) -> No
         swept = await world.store.sweep(10)
         if attempt < 3:
             (one,) = await world.claim()
-    assert swept == Swept(requeued=0, ended=[one.execution_id], due=0, has_pending=False)
+    assert swept == Swept(requeued=0, ended={one.execution_id: "gateway"}, due=0, has_pending=False)
     row = await world.row(one.execution_id)
     assert row["status"] == "failed"
     assert row["ended_at"] is not None
@@ -577,7 +577,7 @@ async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
     one = await world.claimed()
     await world.store.request_end(key_of(one), request_)
     await world.expire(one)
-    assert (await world.store.sweep(10)).ended == [one.execution_id]
+    assert (await world.store.sweep(10)).ended == {one.execution_id: "gateway"}
     row = await world.row(one.execution_id)
     assert (row["status"], row["error"]) == (status, None)
     assert row["ended_at"] is not None
@@ -612,7 +612,7 @@ async def test_a_wait_that_is_over_goes_back_to_the_queue(world: World, place: P
             write(not_over, end=RunStatus.WAITING, due_at=now + timedelta(seconds=60)),
         ]
     )
-    assert await world.store.sweep(10) == Swept(requeued=0, ended=[], due=1, has_pending=True)
+    assert await world.store.sweep(10) == Swept(requeued=0, ended={}, due=1, has_pending=True)
     (again,) = await world.claim()
     assert (again.execution_id, again.attempt) == (over.execution_id, 1)
     assert (await world.row(not_over.execution_id))["status"] == "waiting"
@@ -677,20 +677,20 @@ async def test_a_run_that_nobody_holds_ends_at_once(
     else:
         end = RunStatus.RELEASED if state == "pending" else RunStatus.WAITING
         await world.store.record([write(one, end=end, due_at=datetime.now(UTC))])
-    expected = Requested(ExecutionStatus(status), None)
+    expected = Requested(ExecutionStatus(status), None, "gateway")
     assert await world.store.request_end(key_of(one), request_) == expected
     assert await world.store.request_end(key_of(one), "cancel") == expected
     row = await world.row(one.execution_id)
     assert row["ended_at"] is not None
     assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
-    assert await world.store.sweep(10) == Swept(requeued=0, ended=[], due=0, has_pending=False)
+    assert await world.store.sweep(10) == Swept(requeued=0, ended={}, due=0, has_pending=False)
     assert await world.claim() == []
 
 
 async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(world: World) -> None:
     one = await world.claimed()
     asked = [await world.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")]
-    assert set(asked) == {Requested(ExecutionStatus.RUNNING, "worker")}
+    assert set(asked) == {Requested(ExecutionStatus.RUNNING, "worker", "gateway")}
     (renewed,) = await world.store.renew([held(one)], 30.0)
     assert renewed.request == "cancel"  # the stronger request stays
     assert await world.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
@@ -701,13 +701,13 @@ async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world
     await world.store.request_end(key_of(one), "cancel")
     await world.expire(one)
     requested = await world.store.request_end(key_of(one), "stop")
-    assert requested == Requested(ExecutionStatus.CANCELLED, None)
+    assert requested == Requested(ExecutionStatus.CANCELLED, None, "gateway")
 
 
 async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(world: World) -> None:
     one = await world.claimed()
     await world.store.record([write(one, end=RunStatus.COMPLETED)])
-    expected = Requested(ExecutionStatus.COMPLETED, None)
+    expected = Requested(ExecutionStatus.COMPLETED, None, "gateway")
     assert await world.store.request_end(key_of(one), "cancel") == expected
     assert await world.store.request_end(ExecutionKey("exec_unknown", one.lane), "cancel") is None
 
@@ -860,7 +860,7 @@ async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing:
 async def test_an_end_that_was_asked_for_in_doubt_has_come(losing: Losing) -> None:
     key = await losing.world.accept(await losing.world.workflow())
     requested = await losing.answer_of(losing.store.request_end(key, "stop"), key.execution_id)
-    assert requested == Requested(ExecutionStatus.STOPPED, None)
+    assert requested == Requested(ExecutionStatus.STOPPED, None, "gateway")
 
 
 async def insist(work: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -1034,12 +1034,12 @@ async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world
 
 COLUMNS = (
     "id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, turn,"
-    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, created_at,"
-    " updated_at"
+    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, inbox,"
+    " created_at, updated_at"
 )
 PENDING = (
     "'exec_' || n, 1, 'org_' || n % :organizations, 'wf_' || n, 'user_1', 'pending', 'shared', 'api', 'hash',"
-    " n, n % 1024, {true}, 0, 0, 1, 0, 0, 'exec_' || n, {false}, 1, 1"
+    " n, n % 1024, {true}, 0, 0, 1, 0, 0, 'exec_' || n, {false}, '', 1, 1"
 )
 
 
@@ -1059,8 +1059,9 @@ async def fill(world: World, first: int, last: int, organizations: int) -> None:
         **which,
     )
     await world.query(
-        "INSERT INTO execution_data (execution_id, lane, trigger, config)"
-        f" SELECT 'exec_' || n, 1, '{{}}', '{{}}' FROM {numbers}",
+        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+        f" SELECT 'exec_' || n, 1, '{{}}', '{{}}', 'org_' || n % :organizations, 'wf_' || n, 1 FROM {numbers}",
+        organizations=organizations,
         **which,
     )
 

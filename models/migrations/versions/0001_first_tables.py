@@ -54,15 +54,13 @@ def upgrade() -> None:
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("key_id", IDENTIFIER, nullable=False),
         sa.Column("resumed_from", IDENTIFIER, nullable=True),
+        sa.Column("inbox", IDENTIFIER, nullable=False),
         sa.Column("has_journal", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("started_at", sa.BigInteger(), nullable=True),
         sa.Column("ended_at", sa.BigInteger(), nullable=True),
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
-    )
-    op.create_index(
-        "ix_execution_organization_created", "execution", ["organization_id", "created_at"], unique=False
     )
     op.create_index(
         "ix_execution_pending",
@@ -88,15 +86,21 @@ def upgrade() -> None:
         postgresql_where=sa.text("status = 'waiting'"),
         sqlite_where=sa.text("status = 'waiting'"),
     )
-    op.create_index("ix_execution_workflow_created", "execution", ["workflow_id", "created_at"], unique=False)
     op.create_table(
         "execution_data",
         sa.Column("execution_id", IDENTIFIER, nullable=False),
         sa.Column("lane", sa.SmallInteger(), nullable=False),
         sa.Column("trigger", sa.Text(), nullable=False),
         sa.Column("config", sa.Text(), nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("workflow_id", IDENTIFIER, nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("execution_id"),
     )
+    op.create_index(
+        "ix_execution_data_organization", "execution_data", ["organization_id", "created_at"], unique=False
+    )
+    op.create_index("ix_execution_data_workflow", "execution_data", ["workflow_id", "created_at"], unique=False)
     op.create_table(
         "idempotency",
         sa.Column("lane", sa.SmallInteger(), nullable=False),
