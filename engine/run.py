@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 MAX_OUTPUT_BYTES = 10_000_000
+MAX_KEPT_TEXT_BYTES = 16_384
 MAX_TASKS = 16
 MAX_LOG_LINES = 10_000
 MAX_MESSAGE_LENGTH = 8_192
@@ -125,6 +126,8 @@ class Runner:
         self._sleeping: dict[str, Sleeping] = {}
         self._outputs: dict[str, Json] = {}
         self._digests: dict[str, bytes] = {}
+        self._texts: dict[str, bytes] = {}
+        """Small outputs as JSON, for the nodes that hand on what they were given."""
         self._failure: RunError | None = None
         self._broken_off: list[Visit] = []
         self._sequence = start.sequence
@@ -364,7 +367,7 @@ class Runner:
         try:
             output = self._pass_through(visit, output)
             self._check_resolved(visit)
-            encoded = _encoded(output)
+            encoded = self._given(visit, output) or _encoded(output)
         except (InvalidJson, NodeError) as error:
             self._failed(visit, _as_node_error(error))
             return
@@ -373,6 +376,13 @@ class Runner:
             return
         port = outcome.port if isinstance(outcome, Result) else OUTPUT
         self._settle(visit, SpanStatus.COMPLETED, port, output, encoded)
+
+    def _given(self, visit: Visit, output: Json) -> bytes | None:
+        """Return the text of an output that is the node's input, as it was written before."""
+        if output is not visit.data:
+            return None
+        text = visit.input if visit.input_node is None else self._texts.get(visit.input_node)
+        return text if text is not None and len(text) <= MAX_KEPT_TEXT_BYTES else None
 
     def _pass_through(self, visit: Visit, output: Json) -> Json:
         if not visit.program.pass_through or not isinstance(output, dict):
@@ -411,6 +421,8 @@ class Runner:
         node_id = visit.node_id
         self._outputs[node_id] = output
         self._digests[node_id] = sha256(encoded).digest()
+        if len(encoded) <= MAX_KEPT_TEXT_BYTES:
+            self._texts[node_id] = encoded
         self._record(
             self._span(visit, status, port=port, output=encoded, ended_at=datetime.now(UTC), error=error)
         )

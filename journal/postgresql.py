@@ -230,7 +230,9 @@ class PostgreSQLStore:
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
         if not rows:
-            rows = await self._fetch("SELECT status, NULL, inbox FROM execution WHERE id = $1 AND lane = $2", *key)
+            rows = await self._fetch(
+                "SELECT status, NULL, inbox FROM execution WHERE id = $1 AND lane = $2", *key
+            )
         return Requested(ExecutionStatus(rows[0][0]), rows[0][1], rows[0][2]) if rows else None
 
     async def for_thread(self) -> PostgreSQLStore:
@@ -450,8 +452,8 @@ WITH RECURSIVE circle (id, first, place) AS (
     FROM chosen WHERE execution.id = chosen.id AND execution.status || '' = 'pending'
     RETURNING execution.*, chosen.place, is_share_used_up
 )
-SELECT taken.id, taken.lane, taken.organization_id, taken.workflow_id, definition_hash, token, attempt, key_id, has_journal,
-    execution_data.trigger, started_at, deadline_at, request, inbox, is_share_used_up
+SELECT taken.id, taken.lane, taken.organization_id, taken.workflow_id, definition_hash, token, attempt, key_id,
+    has_journal, execution_data.trigger, started_at, deadline_at, request, inbox, is_share_used_up
 FROM taken JOIN execution_data ON execution_data.execution_id = taken.id AND execution_data.lane = taken.lane
 ORDER BY place
 """

@@ -25,8 +25,7 @@ RETRY_SECONDS = 0.25
 class Recorder:
     """Groups the writes of all runs of a process."""
 
-    def __init__(self, store: Store, on_committed: Callable[[Mapping[str, str]], None]
-    ) -> None:
+    def __init__(self, store: Store, on_committed: Callable[[Mapping[str, str]], None]) -> None:
         """`on_committed` is called with the ids of runs that have changed, and the inbox of each that has ended."""
         self._store = store
         self._on_committed = on_committed
@@ -123,6 +122,8 @@ class RunJournal:
             try:
                 is_held = await self._answer_to(write)
             except DatabaseUnavailable:
+                if not self._lease.is_held():
+                    raise LeaseLost from None
                 # The same write may be repeated: it names the token, and its rows replace themselves.
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
@@ -133,10 +134,20 @@ class RunJournal:
     async def _answer_to(self, write: RunWrite) -> bool:
         """Tell whether the write was made; a run that has waited for that to the end of its lease is lost."""
         future = self._recorder.submit(write)
-        while True:
-            try:
-                async with asyncio.timeout(self._lease.until - time.monotonic()):
-                    return await asyncio.shield(future)
-            except TimeoutError:
-                if not self._lease.is_held():
-                    raise LeaseLost from None
+        self._break_off_without_lease(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise LeaseLost from None
+        finally:
+            self._overdue.cancel()
+
+    def _break_off_without_lease(self, future: asyncio.Future[bool]) -> None:
+        """Cancel the wait for an answer when the lease has ended, which a renewal puts off."""
+        seconds = self._lease.until - time.monotonic()
+        self._overdue = asyncio.get_running_loop().call_later(
+            seconds, self._break_off_without_lease if seconds > 0 else asyncio.Future.cancel, future
+        )
