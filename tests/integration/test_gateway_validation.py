@@ -21,7 +21,7 @@ from gateway.endpoints import validation
 from gateway.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
 from models import ids
 from models.access import KeyScope
-from models.execution import Execution, SpanRow
+from models.execution import Execution, ExecutionData, SpanRow
 from models.workflow import Workflow
 from tests.integration.gateway_world import (
     EDGE,
@@ -179,8 +179,18 @@ async def has_run(
         turn=0,
         timeout_microseconds=0,
         key_id="",
+        inbox="",
         created_at=created_at,
         updated_at=created_at,
+    )
+    data = ExecutionData(
+        execution_id=execution.id,
+        lane=execution.lane,
+        trigger="{}",
+        config="{}",
+        organization_id=execution.organization_id,
+        workflow_id=workflow_id,
+        created_at=created_at,
     )
     spans = [
         SpanRow(
@@ -200,6 +210,7 @@ async def has_run(
 
     async def write(connection: AsyncConnection) -> None:
         await connection.execute(insert(Execution).values(execution.model_dump()))
+        await connection.execute(insert(ExecutionData).values(data.model_dump()))
         await connection.execute(insert(SpanRow), spans)
 
     await world.gateway.database.transaction(write)

@@ -100,7 +100,9 @@ def upgrade() -> None:
     op.create_index(
         "ix_execution_data_organization", "execution_data", ["organization_id", "created_at"], unique=False
     )
-    op.create_index("ix_execution_data_workflow", "execution_data", ["workflow_id", "created_at"], unique=False)
+    op.create_index(
+        "ix_execution_data_workflow", "execution_data", ["workflow_id", "created_at"], unique=False
+    )
     op.create_table(
         "idempotency",
         sa.Column("lane", sa.SmallInteger(), nullable=False),
