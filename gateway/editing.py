@@ -14,7 +14,7 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import audit, errors, graph_shapes, idempotency, workflow_rows
+from gateway import audit, copying, errors, graph_shapes, idempotency, workflow_rows
 from gateway.errors import ApiError
 from gateway.responses import JsonResponse
 from gateway.workflow_rows import Stored
@@ -78,9 +78,14 @@ async def edit(request: Request, action: Action, change: Change, *, also: Additi
     Raises 404, 403, 412 where `If-Match` names another state, 422 where an active workflow would become invalid, and
     whatever `change` and `also` raise; then nothing is written.
     """
+    done: Edited | None = None
 
     async def work(connection: AsyncConnection) -> Edited:
+        nonlocal done
         await workflow_rows.lock(connection, request.path_params["id"], request.caller)
+        if done is not None and await workflow_rows.is_stored(connection, done.after.workflow):
+            # Called once more because the answer to the commit was lost: the change is there.
+            return done
         before = await readable(connection, request)
         require_writer(request, before.workflow)
         _require_match(request, before)
@@ -90,6 +95,7 @@ async def edit(request: Request, action: Action, change: Change, *, also: Additi
         if hash_after == hash_before and after.workflow.deleted_at is None:
             return Edited(before, before)
         _require_runnable(request, before, after)
+        _require_bare(after)
         after = after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
         if not await workflow_rows.save(connection, before, after, request.caller):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
@@ -104,6 +110,7 @@ async def edit(request: Request, action: Action, change: Change, *, also: Additi
             before=hash_before,
             after=None if after.workflow.deleted_at else hash_after,
         )
+        done = edited
         return edited
 
     async with request.gateway.turns.of(request.path_params["id"]):
@@ -170,6 +177,22 @@ def _require_match(request: Request, stored: Stored) -> None:
     if current not in (tag.strip() for tag in given.split(",")):
         message = "The workflow has changed since you read it: read it again, and apply your change to that"
         raise ApiError(412, "precondition-failed", message, headers={"ETag": current})
+
+
+def _require_bare(stored: Stored) -> None:
+    """Raise 422 for credentials in a template, which everybody in the organisation sees."""
+    if not stored.workflow.is_template:
+        return
+    found = [
+        errors.problem(
+            removed.path if removed.node_id is None else f"nodes.{removed.node_id}.{removed.path}",
+            "inline-secret",
+            "A template is seen by everybody in the organisation: take this credential out, or use save-as-template",
+        )
+        for removed in copying.bare(stored).removed
+    ]
+    if found:
+        raise errors.invalid(found)
 
 
 def _require_runnable(request: Request, before: Stored, after: Stored) -> None:

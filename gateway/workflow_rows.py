@@ -228,6 +228,16 @@ async def templates(connection: AsyncConnection, caller: Caller, part: Page) -> 
     return count or 0, [_stored(row, shared_with={}) for row in rows.mappings()]
 
 
+async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
+    """Tell whether a workflow is in the very state that was to be written."""
+    statement = select(col(Workflow.id)).where(
+        col(Workflow.id) == workflow.id,
+        col(Workflow.revision) == workflow.revision,
+        col(Workflow.updated_at) == workflow.updated_at,
+    )
+    return await connection.scalar(statement) is not None
+
+
 async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
     """Tell whether a workflow was made, whoever may see it."""
     return (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import msgspec
 
 from gateway import (
+    copying,
     editing,
     errors,
     graph_difference,
@@ -141,7 +142,7 @@ async def show(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         version = await _find(connection, stored, request.path_params["version"])
     head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
-    return JsonResponse({**head, "snapshot": _shown(version.snapshot)})
+    return JsonResponse({**head, "snapshot": _shown(_open_to_all(stored, version.snapshot))})
 
 
 async def compare(request: Request) -> JsonResponse:
@@ -172,7 +173,7 @@ async def _state(connection: AsyncConnection, stored: Stored, name: str) -> tupl
     if name == CURRENT:
         return CURRENT, _shown(workflow_rows.snapshot(stored))
     version = await _find(connection, stored, name)
-    return version.version, _shown(version.snapshot)
+    return version.version, _shown(_open_to_all(stored, version.snapshot))
 
 
 async def _find(connection: AsyncConnection, stored: Stored, number: str) -> WorkflowVersion:
@@ -193,6 +194,13 @@ def _head(version: Head | WorkflowVersion) -> VersionHead:
         created_by=version.created_by,
         created_at=instant(version.created_at),
     )
+
+
+def _open_to_all(stored: Stored, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a snapshot as readers may see it: of a template, which anybody reads, without credentials."""
+    if not stored.workflow.is_template:
+        return snapshot
+    return workflow_rows.snapshot(copying.bare(_restored(stored, snapshot)).stored)
 
 
 def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:

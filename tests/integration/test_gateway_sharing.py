@@ -242,6 +242,25 @@ async def test_only_admins_make_templates_and_take_them_back(people: People) -> 
         refused(await show_to(people.admin, workflow_id, **flags), 422, "validation-failed")
 
 
+async def test_a_template_holds_no_credentials_and_shows_none_of_its_past(people: People) -> None:
+    config = {"url": "https://a.b", "headers": {"authorization": "Bearer sk-canary-0123456789abcdef"}}
+    node = {"id": "call", "nodeId": "http-request", "config": config}
+    workflow_id = await people.owner.create(nodes=[node])
+    path = f"{WORKFLOWS}/{workflow_id}"
+    response = await show_to(people.admin, workflow_id, isTemplate=True)
+    refused(response, 422, "validation-failed")
+    (problem,) = response.json()["error"]["details"]
+    assert (problem["path"], problem["code"]) == ("nodes.call.config.headers.authorization", "inline-secret")
+    await people.owner.api.put(path, json={"nodes": []})
+    assert (await show_to(people.admin, workflow_id, isTemplate=True)).status_code == 200
+    for below in ("", "/versions/1", "/versions/1/diff/current", "/export"):
+        seen = await people.colleague.api.get(f"{path}{below}")
+        assert seen.status_code == 200
+        assert "canary" not in seen.text
+    refused(await people.owner.api.put(path, json={"nodes": [node]}), 422, "validation-failed")
+    refused(await people.owner.api.post(f"{path}/versions/1/restore"), 422, "validation-failed")
+
+
 async def test_a_stale_state_is_neither_shared_nor_shown(people: People) -> None:
     workflow_id, colleague = await people.owner.create(nodes=[TRIGGER]), people.colleague.user.id
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": [TRIGGER, STEP]})

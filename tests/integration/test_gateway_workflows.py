@@ -5,7 +5,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import pytest
@@ -15,6 +15,7 @@ from sqlmodel import col
 
 from journal.store import Acceptance, Verdict
 from models import ids
+from models.database import Database
 from models.execution import Execution, ExecutionStatus
 from models.workflow import Workflow, WorkflowShare, WorkflowTag, WorkflowVersion
 from tests.integration.gateway_world import (
@@ -30,6 +31,7 @@ from tests.integration.gateway_world import (
 )
 from tests.services import PostgreSQL
 
+T = TypeVar("T")
 WORKFLOWS = "/api/v1/workflows"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z")
 SUMMARY = {
@@ -622,3 +624,24 @@ async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(world: W
     for person in (people.colleague, people.stranger):
         with pytest.raises(Exception, match="no such workflow"):
             await world.gateway.workflows.load(workflow_id, await caller(world, person))
+
+
+@pytest.mark.parametrize("verb", ["PUT", "DELETE"])
+async def test_a_change_whose_commit_got_no_answer_is_made_once(
+    people: People, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await people.owner.create()
+    transaction = Database.transaction
+
+    async def committed_twice(database: Database, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        await transaction(database, work)
+        return await transaction(database, work)
+
+    monkeypatch.setattr(Database, "transaction", committed_twice)
+    path = f"/api/v1/workflows/{workflow_id}"
+    tag = (await people.owner.api.get(path)).headers["ETag"]
+    body = {"name": "Another"} if verb == "PUT" else None
+    response = await people.owner.api.request(verb, path, headers={"If-Match": tag}, json=body)
+    assert response.status_code == (200 if verb == "PUT" else 204), response.text
+    if verb == "PUT":
+        assert (response.headers["ETag"], response.json()["name"]) == ('"2"', "Another")
