@@ -18,7 +18,7 @@ from gateway.errors import ApiError
 from gateway.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
 from gateway.text import Problems
 from gateway.wire import Body, Wire, convert
-from gateway.workflow_shapes import CreateWorkflow, UpdateWorkflow
+from gateway.workflow_shapes import CreateWorkflow, Description, Name, Tags, UpdateWorkflow
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class FirstStatus(StrEnum):
 class BuildWorkflow(Wire):
     """A workflow that somebody wants as a whole; connections name the nodes by the ids that these have here."""
 
-    name: str
+    name: Name
     nodes: Nodes
     connections: Connections | None = None
-    description: str | None = None
+    description: Description | None = None
     status: FirstStatus | None = None
-    tags: list[str] | None = None
+    tags: Tags | None = None
     settings: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
 

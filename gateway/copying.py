@@ -21,7 +21,15 @@ from gateway.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
 from gateway.text import Problems
 from gateway.wire import Wire, convert
 from gateway.workflow_rows import Stored
-from gateway.workflow_shapes import CreateWorkflow, ShownConnection, ShownNode, UpdateWorkflow
+from gateway.workflow_shapes import (
+    CreateWorkflow,
+    Description,
+    Name,
+    ShownConnection,
+    ShownNode,
+    Tags,
+    UpdateWorkflow,
+)
 from models import ids
 from models.workflow import Workflow
 
@@ -82,9 +90,9 @@ class GivenDocument(Wire):
 
     format: str
     format_version: int
-    name: str
-    description: str | None = None
-    tags: list[str] | None = None
+    name: Name
+    description: Description | None = None
+    tags: Tags | None = None
     settings: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
     nodes: Nodes | None = None

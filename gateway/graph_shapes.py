@@ -41,6 +41,11 @@ class Position(Wire):
     y: int | float
 
 
+GraphId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": "^[A-Za-z0-9_-]{0,64}$"})]
+NodeTypeName: TypeAlias = Annotated[str, text.allowed(limits.NODE_TYPE_LENGTH)]
+Label: TypeAlias = Annotated[str, text.allowed(limits.LABEL_LENGTH)]
+
+
 class RetryShape(Wire, omit_defaults=True):
     """How often a node is tried; delays in seconds."""
 
@@ -53,31 +58,50 @@ class RetryShape(Wire, omit_defaults=True):
 class NodeInput(Wire):
     """A node as clients write it; its type is `nodeId`, `type` or `nodeType`."""
 
-    id: str | None = None
-    node_id: str | None = None
-    type: str | None = None
-    node_type: str | None = None
-    version: str | None = None
-    node_version: str | None = None
-    label: str | None = None
+    id: GraphId | None = None
+    """What connections call the node; made up where it is absent."""
+    node_id: NodeTypeName | None = None
+    """The node's type, as the catalogue has it."""
+    type: NodeTypeName | None = None
+    """The same as `nodeId`."""
+    node_type: NodeTypeName | None = None
+    """The same as `nodeId`."""
+    version: NodeTypeName | None = None
+    """The version of the type to stay with."""
+    node_version: NodeTypeName | None = None
+    """The same as `version`."""
+    label: Label | None = None
+    """The name of the type, where it is absent."""
     position: Position | None = None
+    """Worked out where it is absent."""
     config: dict[str, Any] | None = None
+    """What the type's schema says; texts may hold `{{ expressions }}`."""
     input_mappings: dict[str, Any] | None = None
+    """Where each field of the input comes from: a path such as `data.user.id`, a text with expressions, a constant."""
     pass_through_values: dict[str, str] | None = None
+    """What is copied to the output: each key of it, with the key of the input."""
     retry: RetryShape | None = None
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | None = None
+    """Seconds that the node may take."""
 
 
 class ConnectionInput(Wire):
     """An edge as clients write it; its ends are `source` or `sourceNodeId`, `target` or `targetNodeId`."""
 
-    id: str | None = None
-    source: str | None = None
-    source_node_id: str | None = None
-    source_port: str | None = None
-    target: str | None = None
-    target_node_id: str | None = None
-    target_port: str | None = None
+    id: GraphId | None = None
+    """Made up where it is absent."""
+    source: GraphId | None = None
+    """The same as `sourceNodeId`."""
+    source_node_id: GraphId | None = None
+    """The node that it comes from."""
+    source_port: Label | None = None
+    """`output`, where it is absent."""
+    target: GraphId | None = None
+    """The same as `targetNodeId`."""
+    target_node_id: GraphId | None = None
+    """The node that it leads to."""
+    target_port: Label | None = None
+    """`input`, where it is absent."""
 
 
 Nodes: TypeAlias = Annotated[list[NodeInput], Meta(max_length=limits.NODES)]

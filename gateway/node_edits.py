@@ -20,7 +20,7 @@ from engine.program import compile_mapping
 from engine.values import InvalidJson, encode
 from gateway import errors, graph_shapes, limits, text
 from gateway.errors import ApiError
-from gateway.graph_shapes import ConnectionInput, NodeInput, Position, RetryShape
+from gateway.graph_shapes import ConnectionInput, Label, NodeInput, Position, RetryShape
 from gateway.text import Problems
 from gateway.wire import Wire
 from nodes.catalog import UnknownNodeType
@@ -42,7 +42,7 @@ class NodeChanges(Wire):
     """What is to change of a node; the rest stays. `config` merges, and null takes a key of it away."""
 
     config: dict[str, Any] | None = None
-    label: str | None = None
+    label: Label | None = None
     position: Position | None = None
     version: str | UnsetType | None = UNSET
     """Null: no longer pinned."""

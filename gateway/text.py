@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
+from msgspec import Meta
+
 from gateway import errors, limits
 
 if TYPE_CHECKING:
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 _LINES = frozenset("\n\r\t")
+
+
+def allowed(max_length: int, *, min_length: int = 0) -> Meta:
+    """Say in the document of the API what is checked below, where the check can say better what is wrong."""
+    return Meta(extra_json_schema={"minLength": min_length, "maxLength": max_length})
 
 
 class Problems:

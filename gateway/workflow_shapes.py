@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -26,27 +26,36 @@ if TYPE_CHECKING:
     from nodes.catalog import Catalog
 
 
+Name: TypeAlias = Annotated[str, text.allowed(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
+Description: TypeAlias = Annotated[str, text.allowed(limits.DESCRIPTION_LENGTH)]
+Tag: TypeAlias = Annotated[str, text.allowed(limits.TAG_LENGTH, min_length=1)]
+Tags: TypeAlias = Annotated[list[Tag], Meta(extra_json_schema={"maxItems": limits.TAGS})]
+
+
 class CreateWorkflow(Wire):
     """A workflow that somebody wants."""
 
-    name: str
-    description: str | None = None
+    name: Name
+    description: Description | None = None
     status: WorkflowStatus | None = None
+    """`draft`, where it is absent."""
     nodes: Nodes | None = None
     connections: Connections | None = None
-    tags: list[str] | None = None
+    tags: Tags | None = None
     settings: dict[str, Any] | None = None
+    """`KnownSettings`, and keys of your own."""
     config: dict[str, Any] | None = None
+    """Whatever is to be kept with the workflow."""
 
 
 class UpdateWorkflow(Wire):
     """What is to change; the rest stays."""
 
-    name: str | None = None
-    description: str | None = None
+    name: Name | None = None
+    description: Description | None = None
     nodes: Nodes | None = None
     connections: Connections | None = None
-    tags: list[str] | None = None
+    tags: Tags | None = None
     settings: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
 
@@ -117,9 +126,12 @@ class KnownSettings(Wire):
     """The settings that a run obeys."""
 
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
+    """Seconds that a run may take."""
     retry_on_failure: bool = False
+    """Whether a failed run is begun again from the node that failed."""
     max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
     strict_mappings: bool = False
+    """Whether a node fails where a path finds nothing."""
 
 
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -110,8 +110,7 @@ REPLAYED: Final = Header(
     {"type": "string", "const": "true"},
     is_always_sent=False,
 )
-LOCATION: Final = Header("Location", "Where the execution is to be found.", {"type": "string"})
-
+LOCATION: Final = Header("Location", "Where the execution is to be found.")
 DISPOSITION: Final = Header("Content-Disposition", "A name for the file.")
 
 KEPT: Final = Note(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from gateway.document import examples, schemas
-from gateway.document.notes import ETAG, NOTES, PLACES, Header, Note
+from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
 from gateway.endpoint import Access
 from models.access import KeyScope
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 Part: TypeAlias = dict[str, Any]
 """A part of the document: JSON of many shapes."""
 
-JSON: Final = "application/json"
 KEY: Final = "X-API-Key"
 REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
 RETRY_AFTER: Final = Header(
-    "Retry-After", "Seconds after which to try again.", {"type": "integer", "minimum": 1}
+    "Retry-After", "Seconds to wait before trying again.", {"type": "integer", "minimum": 1}
 )
 AUTHENTICATE: Final = Header("WWW-Authenticate", "What is missing.", {"type": "string", "const": "ApiKey"})
 _SENT_WITH: Final[Mapping[int, Header]] = {401: AUTHENTICATE, 412: ETAG, 429: RETRY_AFTER, 503: RETRY_AFTER}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway import audit, errors, limits, text
@@ -18,24 +19,28 @@ from models import access_store
 from models.access import ApiKey, Caller, KeyScope, Role, User
 from models.audit import Action
 
+LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
 
 
 class CreateKey(Wire):
     """A key that somebody wants."""
 
-    name: str
+    name: Annotated[str, text.allowed(limits.KEY_NAME_LENGTH, min_length=1)]
     scopes: list[KeyScope] | None = None
+    """At most those of the key that asks; where it is absent, just those."""
     expires_at: datetime | None = None
-    expires_in_seconds: int | None = None
+    expires_in_seconds: Annotated[int, Meta(extra_json_schema=LIFETIME)] | None = None
+    """Instead of `expiresAt`; with neither, the key doesn't expire."""
     user_id: str | None = None
+    """The user that it is made for, by an admin."""
 
 
 class CreateUser(Wire):
     """A user that an admin wants."""
 
-    email: str
-    name: str = ""
+    email: Annotated[str, text.allowed(limits.EMAIL_LENGTH, min_length=3)]
+    name: Annotated[str, text.allowed(limits.USER_NAME_LENGTH)] = ""
     role: Role = Role.MEMBER
 
 
@@ -172,7 +177,7 @@ async def create_key(request: Request) -> JsonResponse:
 
 
 async def revoke_key(request: Request) -> NoContent:
-    """Revoke a key; it stops to work at once."""
+    """Revoke a key; it stops working at once."""
     caller, key_id = request.caller, request.path_params["id"]
 
     async def revoke(connection: AsyncConnection) -> None:

@@ -17,7 +17,7 @@ from gateway.errors import ApiError
 from gateway.request import Request
 from gateway.responses import JsonResponse
 from gateway.wire import Instant, Wire, convert, read_json
-from gateway.workflow_shapes import ShownConnection, ShownNode, UpdateWorkflow
+from gateway.workflow_shapes import Description, Name, ShownConnection, ShownNode, Tags, UpdateWorkflow
 from models.audit import Action
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ class UseTemplate(Wire):
     """A template to begin with."""
 
     template_id: str
-    name: str | None = None
+    name: Name | None = None
     """Instead of the template's own."""
 
 
 class SaveAsTemplate(Wire):
     """How a template is to be described; what is absent stays as it is in the workflow."""
 
-    name: str | None = None
-    description: str | None = None
-    tags: list[str] | None = None
+    name: Name | None = None
+    description: Description | None = None
+    tags: Tags | None = None
 
 
 class Copied(Wire):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -56,8 +56,8 @@ State: TypeAlias = int | Literal["current"]
 class CreateVersion(Wire):
     """A version that somebody wants."""
 
-    version_tag: str
-    description: str | None = None
+    version_tag: Annotated[str, text.allowed(limits.VERSION_TAG_LENGTH, min_length=1)]
+    description: Annotated[str, text.allowed(limits.DESCRIPTION_LENGTH)] | None = None
 
 
 class CreatedVersion(Wire):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +48,7 @@ class CallGraph:
     def __init__(self) -> None:
         names = [one.name for one in pkgutil.walk_packages(gateway.__path__, "gateway.")]
         self.modules = {name: _read(name) for name in names}
+        self._called: dict[Thing, Sequence[Thing]] = {}
 
     def reached(self, start: Thing) -> set[Thing]:
         """Return the functions that may be called when `start` is, itself among them."""
@@ -57,7 +58,9 @@ class CallGraph:
             thing = waiting.pop()
             if thing not in seen:
                 seen.add(thing)
-                waiting.extend(self._mentioned(thing))
+                if thing not in self._called:
+                    self._called[thing] = list(self._mentioned(thing))
+                waiting.extend(self._called[thing])
         return seen
 
     def codes(self, start: Thing) -> set[str]:

@@ -1,0 +1,77 @@
+"""Parameters of a query: what each says that it allows is what it takes."""
+
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from gateway import routes
+from gateway.errors import ApiError
+from gateway.parameters import LIMIT, OFFSET, Parameter, Text
+from gateway.query import Query
+
+PARAMETERS = [
+    pytest.param(parameter, id=f"{line.path} {parameter.name}")
+    for line in routes.TABLE
+    for parameter in line.query
+]
+
+
+def read(parameter: Parameter[Any], *values: str) -> object:
+    raw = "&".join(f"{parameter.name}={quote(value)}" for value in values)
+    return Query(raw.encode(), [parameter])[parameter]
+
+
+def allowed(parameter: Parameter[Any]) -> list[str]:
+    """Return what the schema of a parameter just allows."""
+    match parameter.schema:
+        case {"enum": [*words]} | {"items": {"enum": [*words]}}:
+            return [str(word) for word in words]
+        case {"minimum": int(least), "maximum": int(most)}:
+            return [str(least), str(most)]
+        case {"maxLength": int(length)}:
+            return ["x", "x" * length]
+        case {"type": "boolean"}:
+            return ["true", "false"]
+        case {"format": "date-time"}:
+            return ["2025-01-15T10:30:00Z", "2025-01-15T10:30:00.123+02:00"]
+    raise AssertionError(parameter.schema)
+
+
+def refused(parameter: Parameter[Any]) -> list[str]:
+    """Return what the schema of a parameter just doesn't allow."""
+    match parameter.schema:
+        case {"minimum": int(least), "maximum": int(most)}:
+            return [str(least - 1), str(most + 1), "1.5", "one"]
+        case {"maxLength": int(length)}:
+            return ["x" * (length + 1)]
+    return ["nothing of the kind"]
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_a_parameter_takes_what_its_schema_allows_and_nothing_else(parameter: Parameter[Any]) -> None:
+    for value in allowed(parameter):
+        read(parameter, value)
+    for value in refused(parameter):
+        with pytest.raises(ApiError) as error:
+            read(parameter, value)
+        assert (error.value.status, error.value.code) == (400, "invalid-query")
+        assert error.value.details[0]["path"] == parameter.name
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_an_empty_parameter_is_an_absent_one(parameter: Parameter[Any]) -> None:
+    absent = read(parameter)
+    assert str(read(parameter, "")) == str(absent)
+    default = parameter.schema.get("default")
+    if default is not None:
+        assert str(read(parameter, "false" if default is False else str(default))) == str(absent)
+
+
+def test_of_a_repeated_parameter_the_last_counts() -> None:
+    assert read(LIMIT, "0", "7") == 7
+
+
+def test_a_parameter_that_the_route_says_nothing_of_is_not_read() -> None:
+    with pytest.raises(LookupError, match="says nothing of the parameter tag"):
+        Query(b"tag=a", [LIMIT, OFFSET])[Text("tag", "A tag.")]
