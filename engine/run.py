@@ -49,8 +49,7 @@ TURN_SECONDS = 0.005
 """After this long without a pause, the other runs on the loop get a turn."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Where a stretch of work begins."""
 
     execution_id: str

@@ -49,8 +49,7 @@ class IdempotencyKey:
     lifetime_seconds: int = 86_400
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
+class Acceptance(msgspec.Struct, frozen=True):
     """A run to be accepted: one row, and what comes with it."""
 
     execution_id: str
@@ -88,8 +87,7 @@ class Verdict(StrEnum):
     """The workflow has changed, or is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """The answer to an acceptance."""
 
     verdict: Verdict
@@ -170,8 +168,7 @@ class Renewed:
     request: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """What a poll shows."""
 
     execution_id: str

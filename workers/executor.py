@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 
 from engine.control import Control, Request
@@ -55,8 +56,7 @@ REQUESTS = {"stop": Request.STOP, "cancel": Request.CANCEL}
 """What clients may ask of a run, by the word for it in rows and letters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Active:
+class Active(msgspec.Struct, frozen=True):
     """A run that this process holds."""
 
     lease: Lease
