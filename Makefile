@@ -30,7 +30,7 @@ check: .venv/installed-for-tests
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
 
-# The tables of settings and limits, from the code.
+# The tables of settings and limits and the reference of the nodes, from the code.
 docs: .venv/installed
 	$(bin)/python -m docs.tables
 

@@ -1,4 +1,4 @@
-"""Writes the tables of the documentation that say what the code says: `make docs` keeps them true."""
+"""Writes the parts of the documentation that say what the code says: `make docs` keeps them true."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from docs import node_reference
 from gateway import limits
 from gateway.settings import GatewaySettings
 from models.settings import Settings
@@ -67,11 +68,12 @@ def with_table(text: str, name: str, table: str) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """Return each document that holds a table, as it should read."""
+    """Return each document that is written, or holds a table, from the code, as it should read."""
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
     return {
         readme: with_table(readme.read_text(), "settings", settings_table()),
         operations: with_table(operations.read_text(), "limits", limits_table()),
+        ROOT / "docs/nodes.md": node_reference.reference(),
     }
 
 

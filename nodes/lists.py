@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 MAXIMUM_ITEMS = 100_000
 
 
-def items(config: Mapping[str, Json]) -> list[Json]:
-    """Return the list in the field `items`; raises `NodeError` for anything else, or for too long a one."""
-    value = config.get("items")
+def items(config: Mapping[str, Json], name: str = "items") -> list[Json]:
+    """Return the list in a field; raises `NodeError` for anything else, or for too long a one."""
+    value = config.get(name)
     if isinstance(value, dict):
         lists = [key for key, inner in value.items() if isinstance(inner, list)]
         hint = f"; its {' and '.join(map(repr, lists))} would be one" if lists else ""
-        raise NodeError(f"{fields.unfit('items', 'a list', value)}{hint}", code="invalid-config")
-    found = fields.sequence(config, "items")
+        raise NodeError(f"{fields.unfit(name, 'a list', value)}{hint}", code="invalid-config")
+    found = fields.sequence(config, name)
     if len(found) > MAXIMUM_ITEMS:
-        message = f"`items` has {len(found):,} items; at most {MAXIMUM_ITEMS:,} go through"
+        message = f"`{name}` has {len(found):,} items; at most {MAXIMUM_ITEMS:,} go through"
         raise NodeError(message, code="too-many-items")
     return found

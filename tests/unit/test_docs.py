@@ -6,7 +6,7 @@ from pathlib import Path
 from docs.tables import ROOT, documents
 
 
-def test_the_tables_of_settings_and_limits_are_complete() -> None:
+def test_the_tables_and_the_reference_of_the_nodes_are_up_to_date() -> None:
     outdated = [str(path) for path, text in documents().items() if path.read_text() != text]
     assert not outdated, "run `make docs`"
 

@@ -1,0 +1,105 @@
+"""Keys of items: the values by which a list is sorted, joined with another, or rid of what occurs twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from engine.errors import NodeError
+from engine.expressions import Template, compile_value
+from nodes import fields
+from nodes.sizes import Size
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_KEYS = 20
+ITEM_ROOTS = ("item", "index")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One value of each item: its field of a name, or what an expression makes of the item."""
+
+    call: Call
+    source: str | Template
+    """The name of a field, or what is rendered of each item."""
+    missing: set[str] = field(default_factory=set)
+    size: Size = field(default_factory=lambda: Size("The keys of the items"))
+
+    @classmethod
+    def written(cls, name: str, call: Call, source: Json) -> Self:
+        """Return the key that stands in the config; what names no item is the same for all: the name of a field."""
+        template = compile_value(source)
+        if any(path.root in ITEM_ROOTS for path in template.paths):
+            return cls(call, template)
+        return cls.named(name, call, template.render(call.scope, call.unresolved))
+
+    @classmethod
+    def named(cls, name: str, call: Call, value: Json) -> Self:
+        if not isinstance(value, str) or not value:
+            raise fields.unfit(name, "names of fields, or templates of `item`", value)
+        return cls(call, value)
+
+    def of(self, item: Json, index: int) -> Json:
+        """Return the key of an item; null where the item lacks the field, which is reported."""
+        if isinstance(self.source, str):
+            return self._field(self.source, item, index)
+        value = self.source.render(self.call.scope_of(item, index), self.call.unresolved)
+        self.size.add(value)
+        return value
+
+    def _field(self, name: str, item: Json, index: int) -> Json:
+        found, is_found = at(name, item, index)
+        if not is_found and name not in self.missing:
+            self.missing.add(name)
+            self.call.unresolved.append(f"item.{name}")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one config field, together."""
+
+    parts: list[Key]
+
+    @classmethod
+    def of_config(cls, call: Call, name: str) -> Self:
+        """Return the keys that the compiled field `name` lists."""
+        template = call.values[name]
+        if isinstance(template.source, list):
+            parts = [Key.written(name, call, entry) for entry in template.source]
+        else:
+            names = fields.sequence({name: template.render(call.scope, call.unresolved)}, name)
+            parts = [Key.named(name, call, entry) for entry in names]
+        check_count(name, len(parts))
+        return cls(parts)
+
+    def of(self, item: Json, index: int) -> list[Json]:
+        return [part.of(item, index) for part in self.parts]
+
+
+def check_count(name: str, count: int) -> None:
+    if not 1 <= count <= MAXIMUM_KEYS:
+        raise NodeError(f"`{name}` must have 1 to {MAXIMUM_KEYS} keys, not {count:,}", code="invalid-config")
+
+
+def at(name: str, item: Json, index: int) -> tuple[Json, bool]:
+    """Return the field of just this name, else what the dotted path leads to, else null; and whether it is there."""
+    own = fields_of(item, index, f"it has no field `{name}`")
+    if name in own:
+        return own[name], True
+    found: Json = own
+    for step in name.split("."):
+        if not isinstance(found, dict) or step not in found:
+            return None, False
+        found = found[step]
+    return found, True
+
+
+def fields_of(item: Json, index: int, consequence: str) -> dict[str, Json]:
+    """Return an item that must be an object; raises `NodeError` with what follows from its not being one."""
+    if isinstance(item, dict):
+        return item
+    raise NodeError(f"Item {index} is {fields.kind_of(item)}: {consequence}", code="not-an-object")

@@ -1,0 +1,82 @@
+"""Two lists are compared by key: what is new, what is gone, what has changed and what has not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping
+from typing import TYPE_CHECKING
+
+from engine.errors import NodeError
+from engine.values import equal, identity
+from nodes import fields, lists
+from nodes.keys import Keys
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json:
+    ignored = {fields.text({"ignore": name}, "ignore") for name in fields.sequence(call.config, "ignore")}
+    keys = Keys.of_config(call, "by")
+    turn = Turn()
+    before = await _by_key(call.config, "before", keys, turn)
+    after = await _by_key(call.config, "after", keys, turn)
+    added: list[Json] = []
+    changed: list[Json] = []
+    unchanged: list[Json] = []
+    for key, item in after.items():
+        await turn.share()
+        if key not in before:
+            added.append(item)
+        elif (names := _changes(before[key], item, ignored)) is None:
+            unchanged.append(item)
+        else:
+            changed.append({"before": before[key], "after": item, "fields": names})
+    removed = [item for key, item in before.items() if key not in after]
+    return {
+        "added": added,
+        "removed": removed,
+        "changed": changed,
+        "unchanged": unchanged,
+        "counts": {
+            "added": len(added),
+            "removed": len(removed),
+            "changed": len(changed),
+            "unchanged": len(unchanged),
+        },
+        "hasChanges": bool(added or removed or changed),
+    }
+
+
+async def _by_key(config: Mapping[str, Json], name: str, keys: Keys, turn: Turn) -> dict[Hashable, Json]:
+    """Return the items of a list by their keys, in order; null is a list without items."""
+    items = [] if config.get(name) is None else lists.items(config, name)
+    found: dict[Hashable, Json] = {}
+    places: dict[Hashable, int] = {}
+    for index, item in enumerate(items):
+        await turn.share()
+        key = identity(keys.of(item, index))
+        if key in found:
+            message = (
+                f"Items {places[key]} and {index} of `{name}` have the same key: dedupe leaves one of them"
+            )
+            raise NodeError(message, code="duplicate-key")
+        found[key], places[key] = item, index
+    return found
+
+
+def _changes(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
+    """Return the names of the fields that differ, none where the items have no fields; None: nothing differs."""
+    if equal(before, after):
+        return None
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    names: list[Json] = [
+        name for name in before | after if name not in ignored and not _same_field(before, after, name)
+    ]
+    return names or None
+
+
+def _same_field(before: Mapping[str, Json], after: Mapping[str, Json], name: str) -> bool:
+    return name in before and name in after and equal(before[name], after[name])

@@ -1,0 +1,142 @@
+"""Rows become a CSV text, as csv-parse reads one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self
+
+from engine.errors import NodeError
+from engine.values import as_text
+from nodes import fields, keys, lists
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_CHARACTERS = 10_000_000
+MAXIMUM_COLUMNS = 10_000
+MAXIMUM_VALUES = 2_000_000
+"""In all rows and columns, the empty ones too."""
+
+FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""How a field begins that a spreadsheet may take for a formula, also in full-width characters."""
+SIGNED_NUMBER = re.compile(r"[+-][0-9]+(\.[0-9]+)?")
+
+
+class LineEnd(StrEnum):
+    LF = "lf"
+    CRLF = "crlf"
+
+
+class Formulas(StrEnum):
+    KEEP = "keep"
+    QUOTE = "quote"
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How fields and lines are written."""
+
+    delimiter: str
+    line_end: str
+    guards: bool
+    """Whether what may be a formula gets an apostrophe in front."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Json]) -> Self:
+        delimiter = fields.text(config, "delimiter")
+        if len(delimiter) != 1 or delimiter in '\r\n"':
+            raise fields.unfit("delimiter", "one character, no quote and no line end", delimiter)
+        return cls(
+            delimiter=delimiter,
+            line_end="\r\n" if fields.choice(config, "lineEnd", LineEnd) is LineEnd.CRLF else "\n",
+            guards=fields.choice(config, "formulas", Formulas) is Formulas.QUOTE,
+        )
+
+    def line(self, values: Iterable[Json]) -> str:
+        written = self.delimiter.join(map(self._field, values))
+        # A blank line would be passed over by whoever reads the CSV.
+        return (written or '""') + self.line_end
+
+    def _field(self, value: Json) -> str:
+        text = as_text(value)
+        if self.guards and isinstance(value, str) and _may_be_formula(text):
+            text = f"'{text}"
+        if any(special in text for special in (self.delimiter, '"', "\r", "\n")):
+            doubled = text.replace('"', '""')
+            return f'"{doubled}"'
+        return text
+
+
+async def run(call: Call) -> Json:
+    items = lists.items(call.config)
+    dialect = Dialect.of(call.config)
+    turn = Turn()
+    given = [fields.text({"columns": name}, "columns") for name in fields.sequence(call.config, "columns")]
+    columns = _distinct(given) or await _columns(items, turn)
+    _check_size(len(items), len(columns))
+    if not columns:
+        return {"text": "", "columns": [], "count": len(items)}
+    missing: set[str] = set()
+    lines: list[str] = []
+    if fields.flag(call.config, "hasHeader"):
+        lines.append(dialect.line(columns))
+    characters = 0
+    for index, item in enumerate(items):
+        await turn.share()
+        line = dialect.line(_values(columns, item, index, missing))
+        lines.append(line)
+        characters += len(line)
+        if characters > MAXIMUM_CHARACTERS:
+            message = f"The CSV has more than {MAXIMUM_CHARACTERS:,} characters after {index + 1:,} rows"
+            raise NodeError(message, code="output-too-large")
+    if given:
+        call.unresolved.extend(f"item.{name}" for name in given if name in missing)
+    return {"text": "".join(lines), "columns": list(columns), "count": len(items)}
+
+
+def _distinct(columns: Sequence[str]) -> Sequence[str]:
+    for name, count in Counter(columns).most_common(1):
+        if count > 1:
+            message = f"`columns` names {name[:100]!r} {count} times: a column stands in a CSV once"
+            raise NodeError(message, code="duplicate-column")
+    return columns
+
+
+async def _columns(items: Sequence[Json], turn: Turn) -> list[str]:
+    """Return the names of all fields, in order of first appearance."""
+    names: dict[str, None] = {}
+    for index, item in enumerate(items):
+        await turn.share()
+        names.update(dict.fromkeys(keys.fields_of(item, index, "it has no fields for columns")))
+        _check_size(index + 1, len(names))
+    return list(names)
+
+
+def _values(columns: Sequence[str], item: Json, index: int, missing: set[str]) -> list[Json]:
+    values: list[Json] = []
+    for name in columns:
+        value, is_found = keys.at(name, item, index)
+        if not is_found:
+            missing.add(name)
+        values.append(value)
+    return values
+
+
+def _check_size(rows: int, columns: int) -> None:
+    if columns > MAXIMUM_COLUMNS:
+        message = f"The items have more than {MAXIMUM_COLUMNS:,} fields: choose some of them by `columns`"
+        raise NodeError(message, code="too-many-columns")
+    if rows * columns > MAXIMUM_VALUES:
+        message = f"{rows:,} rows of {columns:,} columns are more than {MAXIMUM_VALUES:,} values: cut them up"
+        raise NodeError(message, code="too-many-values")
+
+
+def _may_be_formula(text: str) -> bool:
+    """Tell whether a spreadsheet may compute a text; a mere number with a sign is harmless."""
+    return FORMULA.match(text) is not None and SIGNED_NUMBER.fullmatch(text) is None

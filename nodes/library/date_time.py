@@ -1,0 +1,212 @@
+"""Dates are read, written, moved and compared. What a day is, the calendar of a time zone decides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from functools import cache
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, available_timezones
+
+from engine.errors import NodeError
+from engine.operations import dates
+from engine.operations.operation import Operation as Computation
+from engine.operations.operation import OperationError
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_FORM_CHARACTERS = 100
+MAXIMUM_AMOUNT = 10**12
+SHOWN_CHARACTERS = 40
+INPUT_CODES = frozenset("YymdjHIMSpaAbBz%")
+MICROSECOND = timedelta(microseconds=1)
+
+
+class Operation(StrEnum):
+    PARSE = "parse"
+    FORMAT = "format"
+    ADD = "add"
+    SUBTRACT = "subtract"
+    DIFFERENCE = "difference"
+    START_OF = "start-of"
+    END_OF = "end-of"
+    CONVERT = "convert"
+
+
+class Unit(StrEnum):
+    SECONDS = "seconds"
+    MINUTES = "minutes"
+    HOURS = "hours"
+    DAYS = "days"
+    WEEKS = "weeks"
+    MONTHS = "months"
+    YEARS = "years"
+
+
+LENGTHS: Mapping[Unit, timedelta] = {Unit.DAYS: timedelta(days=1), Unit.WEEKS: timedelta(weeks=1)}
+MONTHS: Mapping[Unit, int] = {Unit.MONTHS: 1, Unit.YEARS: 12}
+
+
+def run(call: Call) -> Json:
+    config = call.config
+    zone = _zone(config, "zone")
+    unit = fields.choice(config, "unit", Unit)
+    date = _date(call, "date", zone)
+    try:
+        match fields.choice(config, "operation", Operation):
+            case Operation.PARSE:
+                return _shown(date, zone)
+            case Operation.FORMAT:
+                return {**_shown(date, zone), "text": _formatted(date, fields.text(config, "form"), zone)}
+            case Operation.ADD:
+                return _shown(_moved(date, _amount(config), unit, zone), zone)
+            case Operation.SUBTRACT:
+                return _shown(_moved(date, -_amount(config), unit, zone), zone)
+            case Operation.DIFFERENCE:
+                until = _date(call, "until", zone)
+                return {"difference": _difference(date, until, unit, zone), "unit": unit.value}
+            case Operation.START_OF:
+                return _shown(_start(date, unit, zone), zone)
+            case Operation.END_OF:
+                return _shown(_end(date, unit, zone), zone)
+            case Operation.CONVERT:
+                return _shown(date, _zone(config, "toZone"))
+    except OverflowError as error:
+        raise NodeError("The result is no date from year 1 to 9999", code="out-of-range") from error
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _date(call: Call, name: str, zone: ZoneInfo) -> datetime:
+    """Return the moment in a field, in UTC."""
+    if name not in call.config:
+        return call.now.astimezone(UTC)
+    given = call.config[name]
+    form = fields.text(call.config, "inputForm")
+    if form and isinstance(given, str):
+        return _read(name, given, form, zone)
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise fields.unfit(name, "an ISO 8601 date or the seconds since 1970", given)
+    return datetime.fromisoformat(str(_computed(name, dates.parse_date, given, zone.key)))
+
+
+def _read(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
+    unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - INPUT_CODES
+    if unknown or len(form) > MAXIMUM_FORM_CHARACTERS:
+        known = " ".join(f"%{code}" for code in sorted(INPUT_CODES))
+        wanted = f"at most {MAXIMUM_FORM_CHARACTERS} characters with {known}"
+        raise NodeError(f"`inputForm` takes {wanted}", code="invalid-config")
+    try:
+        moment = datetime.strptime(written[: 2 * MAXIMUM_FORM_CHARACTERS], form)  # noqa: DTZ007 - the zone comes now
+        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+    except (ValueError, OverflowError, re.error) as error:
+        message = f"`{name}` is {written[:SHOWN_CHARACTERS]!r}, which isn't written as {form}"
+        raise NodeError(message, code="invalid-date") from error
+
+
+def _zone(config: Mapping[str, Json], name: str) -> ZoneInfo:
+    key = fields.text(config, name)
+    # A name is looked up in a list first: it would lead to a file.
+    if key not in _zones():
+        shown = key[:SHOWN_CHARACTERS]
+        message = f"`{name}` must be an IANA time zone such as Europe/Berlin, not {shown!r}"
+        raise NodeError(message, code="unknown-zone")
+    return ZoneInfo(key)
+
+
+@cache
+def _zones() -> frozenset[str]:
+    return frozenset(available_timezones())
+
+
+def _amount(config: Mapping[str, Json]) -> int:
+    amount = fields.number(config, "amount", minimum=-MAXIMUM_AMOUNT, maximum=MAXIMUM_AMOUNT)
+    if amount != int(amount):
+        raise NodeError(f"`amount` must be a whole number, not {amount}", code="invalid-config")
+    return int(amount)
+
+
+# ── reckoned ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _moved(date: datetime, amount: int, unit: Unit, zone: ZoneInfo) -> datetime:
+    written = _computed("date", dates.add_time, date.isoformat(), amount, unit.value, zone.key)
+    return datetime.fromisoformat(str(written))
+
+
+def _difference(date: datetime, until: datetime, unit: Unit, zone: ZoneInfo) -> Json:
+    """Return the units from one moment to another: days and longer ones by the clock on the wall of the zone."""
+    start, end = date.astimezone(zone), until.astimezone(zone)
+    if unit in MONTHS:
+        return _whole_months(start.replace(tzinfo=None), end.replace(tzinfo=None), MONTHS[unit])
+    if unit in LENGTHS:
+        difference = (end.replace(tzinfo=None) - start.replace(tzinfo=None)) / LENGTHS[unit]
+        return int(difference) if difference.is_integer() else difference
+    return _computed("date", dates.date_diff, date.isoformat(), until.isoformat(), unit.value)
+
+
+def _whole_months(start: datetime, end: datetime, each: int) -> int:
+    """Return how many whole steps of so many months fit between two times on the wall."""
+    if end < start:
+        return -_whole_months(end, start, each)
+    months = (end.year - start.year) * 12 + end.month - start.month
+    is_incomplete = (end.day, end.time()) < (start.day, start.time())
+    return (months - is_incomplete) // each
+
+
+def _start(date: datetime, unit: Unit, zone: ZoneInfo) -> datetime:
+    local = date.astimezone(zone).replace(microsecond=0)
+    match unit:
+        case Unit.SECONDS:
+            return local
+        case Unit.MINUTES:
+            return local.replace(second=0)
+        case Unit.HOURS:
+            return local.replace(minute=0, second=0)
+    # Of a midnight that comes twice, the day begins with the first.
+    midnight = local.replace(hour=0, minute=0, second=0, fold=0)
+    match unit:
+        case Unit.DAYS:
+            return midnight
+        case Unit.WEEKS:
+            return midnight - timedelta(days=midnight.weekday())
+        case Unit.MONTHS:
+            return midnight.replace(day=1)
+        case Unit.YEARS:
+            return midnight.replace(month=1, day=1)
+
+
+def _end(date: datetime, unit: Unit, zone: ZoneInfo) -> datetime:
+    """Return the last microsecond before the next unit starts."""
+    start = _start(date, unit, zone).astimezone(UTC)
+    return _start(_moved(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _shown(date: datetime, zone: ZoneInfo) -> dict[str, Json]:
+    moment = date.astimezone(UTC)
+    seconds = moment.timestamp()
+    return {
+        "date": moment.isoformat().replace("+00:00", "Z"),
+        "local": moment.astimezone(zone).isoformat(),
+        "unixSeconds": int(seconds) if seconds.is_integer() else seconds,
+    }
+
+
+def _formatted(date: datetime, form: str, zone: ZoneInfo) -> Json:
+    return _computed("form", dates.format_date, date.isoformat(), form, zone.key)
+
+
+def _computed(name: str, computation: Computation, *arguments: Json) -> Json:
+    try:
+        return computation.apply(arguments)
+    except OperationError as error:
+        raise NodeError(f"`{name}`: {computation.name} {error}", code="invalid-date") from error

@@ -1,0 +1,109 @@
+"""A value gets its hash, or the signature that a key gives it."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import hmac
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from engine.errors import NodeError
+from engine.values import InvalidJson, canonical, encode
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_BYTES = 10_000_000
+"""The slowest hash takes a twentieth of a second for as many."""
+KEYED = "hmac-"
+
+
+class Algorithm(StrEnum):
+    SHA256 = "sha256"
+    SHA512 = "sha512"
+    SHA1 = "sha1"
+    MD5 = "md5"
+    BLAKE2B = "blake2b"
+    HMAC_SHA256 = "hmac-sha256"
+    HMAC_SHA512 = "hmac-sha512"
+    HMAC_SHA1 = "hmac-sha1"
+    HMAC_MD5 = "hmac-md5"
+
+
+class Encoding(StrEnum):
+    TEXT = "text"
+    HEX = "hex"
+    BASE64 = "base64"
+
+
+class Written(StrEnum):
+    HEX = "hex"
+    BASE64 = "base64"
+
+
+def run(call: Call) -> Json:
+    config = call.config
+    algorithm = fields.choice(config, "algorithm", Algorithm)
+    value = _value(config)
+    digest = _digest(algorithm, value, config)
+    is_hex = fields.choice(config, "encoding", Written) is Written.HEX
+    written = digest.hex() if is_hex else b64encode(digest).decode()
+    return {"hash": written, "algorithm": algorithm.value, "bytes": len(value)}
+
+
+def _digest(algorithm: Algorithm, value: bytes, config: Mapping[str, Json]) -> bytes:
+    if not algorithm.startswith(KEYED):
+        return hashlib.new(algorithm, value, usedforsecurity=False).digest()
+    key = _bytes("key", fields.text(config, "key"), fields.choice(config, "keyEncoding", Encoding))
+    if not key:
+        raise NodeError(f"`key` is empty: {algorithm} needs one", code="invalid-config")
+    return hmac.digest(key, value, algorithm.removeprefix(KEYED))
+
+
+def _value(config: Mapping[str, Json]) -> bytes:
+    given = config["value"]
+    encoding = fields.choice(config, "valueEncoding", Encoding)
+    if isinstance(given, str):
+        _check_size(len(given) if encoding is Encoding.TEXT else len(given) // 2)
+        value = _bytes("value", given, encoding)
+    elif encoding is Encoding.TEXT:
+        value = _canonical(given)
+    else:
+        raise fields.unfit("value", f"a text in {encoding}", given)
+    _check_size(len(value))
+    return value
+
+
+def _canonical(value: Json) -> bytes:
+    try:
+        # This one stops where it becomes too long.
+        encode(value, max_bytes=MAXIMUM_BYTES)
+        return canonical(value)
+    except InvalidJson as error:
+        code = "input-too-large" if error.code == "too-large" else "invalid-value"
+        raise NodeError(f"`value` can't be hashed: {error.message}", code=code) from error
+
+
+def _bytes(name: str, text: str, encoding: Encoding) -> bytes:
+    try:
+        match encoding:
+            case Encoding.TEXT:
+                return text.encode()
+            case Encoding.HEX:
+                return bytes.fromhex(text)
+            case Encoding.BASE64:
+                return b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        # What is wrong with a key must not show the key.
+        raise NodeError(f"`{name}` is not {encoding}", code="invalid-encoding") from error
+
+
+def _check_size(size: int) -> None:
+    if size > MAXIMUM_BYTES:
+        message = f"`value` has {size:,} bytes; at most {MAXIMUM_BYTES:,} are hashed"
+        raise NodeError(message, code="input-too-large")

@@ -1,0 +1,129 @@
+"""Each item is given what a table holds under its key: a join of two lists."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+from engine.errors import NodeError
+from engine.values import identity
+from nodes import fields, keys, lists
+from nodes.keys import Keys
+from nodes.sizes import Size
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+Table: TypeAlias = "Mapping[Hashable, list[Json]]"
+"""The rows of each key, in order."""
+
+
+class Matches(StrEnum):
+    FIRST = "first"
+    EACH = "each"
+    LIST = "list"
+
+
+class OnMissing(StrEnum):
+    KEEP = "keep"
+    DROP = "drop"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """How an item and the rows under its key become items."""
+
+    matches: Matches
+    on_missing: OnMissing
+    name: str | None
+    """The field for what is found; None: the rows' fields stand beside the item's own."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Json]) -> Self:
+        matches = fields.choice(config, "matches", Matches)
+        needs_name = matches is Matches.LIST or config.get("as") is not None
+        return cls(
+            matches,
+            fields.choice(config, "onMissing", OnMissing),
+            fields.text(config, "as") if needs_name else None,
+        )
+
+    def joined(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
+        """Return what becomes of an item, one by one: of a single item may come more than there is room for."""
+        if not rows:
+            yield from self._missed(item, index)
+        elif self.matches is Matches.LIST:
+            yield self._with(item, index, rows)
+        else:
+            found = rows if self.matches is Matches.EACH else rows[:1]
+            yield from (self._with(item, index, row) for row in found)
+
+    def _missed(self, item: Json, index: int) -> list[Json]:
+        if self.on_missing is OnMissing.ERROR:
+            message = f"The table has no row for item {index}; `onMissing` can keep or drop such items"
+            raise NodeError(message, code="no-match")
+        if self.on_missing is OnMissing.DROP:
+            return []
+        nothing: Json = [] if self.matches is Matches.LIST else None
+        return [item if self.name is None else self._with(item, index, nothing)]
+
+    def _with(self, item: Json, index: int, found: Json) -> Json:
+        own = keys.fields_of(item, index, "nothing can be laid beside its fields")
+        if self.name is not None:
+            return {**own, self.name: found}
+        if not isinstance(found, dict):
+            kind = fields.kind_of(found)
+            message = (
+                f"A row of the table is {kind}, which has no fields to lay beside an item's: give `as` a name"
+            )
+            raise NodeError(message, code="not-an-object")
+        return own | {name: value for name, value in found.items() if name not in own}
+
+
+async def run(call: Call) -> Json:
+    items = lists.items(call.config)
+    join = Join.of(call.config)
+    turn = Turn()
+    by = Keys.of_config(call, "by")
+    table = await _table(call, by, turn)
+    joined: list[Json] = []
+    unmatched = 0
+    size = Size("The joined items")
+    for index, item in enumerate(items):
+        await turn.share()
+        rows = table.get(_identity(by.of(item, index)), [])
+        unmatched += not rows
+        for made in join.joined(item, index, rows):
+            await turn.share()
+            size.add(made)
+            joined.append(made)
+            if len(joined) > lists.MAXIMUM_ITEMS:
+                message = (
+                    f"More than {lists.MAXIMUM_ITEMS:,} items come of it: `matches: list` makes one of each"
+                )
+                raise NodeError(message, code="too-many-items")
+    return {"items": joined, "count": len(joined), "unmatched": unmatched}
+
+
+async def _table(call: Call, by: Keys, turn: Turn) -> Table:
+    table_by = Keys.of_config(call, "tableBy" if "tableBy" in call.values else "by")
+    if len(table_by.parts) != len(by.parts):
+        message = f"`tableBy` has {len(table_by.parts)} parts, but `by` has {len(by.parts)}"
+        raise NodeError(message, code="invalid-config")
+    table: dict[Hashable, list[Json]] = {}
+    for index, row in enumerate(lists.items(call.config, "table")):
+        await turn.share()
+        key = _identity(table_by.of(row, index))
+        if key is not None:
+            table.setdefault(key, []).append(row)
+    return table
+
+
+def _identity(key: list[Json]) -> Hashable:
+    """Return what equal keys share; None for one with a null in it, which equals nothing, as in SQL."""
+    return None if None in key else identity(key)

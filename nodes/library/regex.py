@@ -1,0 +1,226 @@
+"""A text is searched by a user's expression, in an engine whose time grows with the text and not beyond it.
+
+One search is bounded by the size of the expression times that of the text. Many searches of one text are not, since
+each may read on to its end: they have a deadline. All of it runs in a thread, and a search lets go of the interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol, cast
+
+import re2
+
+from engine.errors import NodeError
+from nodes import fields, sizes
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_CHARACTERS = 1_000_000
+MAXIMUM_PATTERN_CHARACTERS = 2_000
+MAXIMUM_MATCHES = 100_000
+MAXIMUM_GROUPS = 100
+MAXIMUM_STEPS = 300_000_000
+"""Steps of the compiled expression times characters of the text: at worst, some two seconds of one core."""
+MAXIMUM_SECONDS = 5.0
+PROGRAM_MEMORY_BYTES = 2 << 20
+"""What an expression may take when it is compiled and while it searches."""
+
+REFERENCE = re.compile(r"\$(?:(\$)|(\d{1,2})|\{([A-Za-z0-9_]{1,100})\})")
+
+
+class Operation(StrEnum):
+    MATCH = "match"
+    FIND_ALL = "find-all"
+    REPLACE = "replace"
+    SPLIT = "split"
+
+
+class Match(Protocol):
+    """One match, as RE2 gives it."""
+
+    def start(self, group: int = 0) -> int: ...
+    def end(self, group: int = 0) -> int: ...
+    def group(self) -> str: ...
+    def groups(self) -> tuple[str | None, ...]: ...
+    def groupdict(self) -> dict[str, str | None]: ...
+    def __getitem__(self, group: int | str) -> str | None: ...
+
+
+class Pattern(Protocol):
+    """A compiled expression, as RE2 gives it."""
+
+    groups: int
+    groupindex: Mapping[str, int]
+    programsize: int
+
+    def finditer(self, text: str) -> Iterator[Match]: ...
+
+
+async def run(call: Call) -> Json:
+    return await asyncio.to_thread(_run, call.config)
+
+
+def _run(config: Mapping[str, Json]) -> Json:
+    text = fields.text(config, "text")
+    pattern = _compiled(config)
+    _check_size(text, pattern)
+    maximum = int(fields.number(config, "maxMatches", minimum=1, maximum=MAXIMUM_MATCHES))
+    match fields.choice(config, "operation", Operation):
+        case Operation.MATCH:
+            return _found(pattern, islice(_matches(pattern, text, MAXIMUM_MATCHES), 1))
+        case Operation.FIND_ALL:
+            return _found(pattern, _matches(pattern, text, maximum))
+        case Operation.REPLACE:
+            return _replaced(pattern, text, maximum, fields.text(config, "replacement"))
+        case Operation.SPLIT:
+            return _split(pattern, text, maximum)
+
+
+def _compiled(config: Mapping[str, Json]) -> Pattern:
+    written = fields.text(config, "pattern")
+    if not 1 <= len(written) <= MAXIMUM_PATTERN_CHARACTERS:
+        message = f"`pattern` must have 1 to {MAXIMUM_PATTERN_CHARACTERS:,} characters, not {len(written):,}"
+        raise NodeError(message, code="invalid-config")
+    flags = [("ignoreCase", "i"), ("multiline", "m"), ("dotAll", "s")]
+    set_flags = "".join(flag for name, flag in flags if fields.flag(config, name))
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = PROGRAM_MEMORY_BYTES
+    try:
+        pattern = cast("Pattern", re2.compile(f"(?{set_flags}){written}" if set_flags else written, options))
+    except re2.error as error:
+        reason = bytes(error.args[0]).decode(errors="replace")
+        raise NodeError(f"`pattern` is no expression: {reason}", code="invalid-pattern") from error
+    finally:
+        # It would keep the last 128, with what each took while it searched.
+        re2.purge()
+    if pattern.groups > MAXIMUM_GROUPS:
+        message = f"`pattern` has {pattern.groups:,} groups; at most {MAXIMUM_GROUPS} are told"
+        raise NodeError(message, code="invalid-pattern")
+    return pattern
+
+
+def _check_size(text: str, pattern: Pattern) -> None:
+    if len(text) > MAXIMUM_CHARACTERS:
+        message = f"`text` has {len(text):,} characters; at most {MAXIMUM_CHARACTERS:,} are searched"
+        raise NodeError(message, code="input-too-large")
+    most = MAXIMUM_STEPS // pattern.programsize
+    if len(text) > most:
+        message = (
+            f"`text` has {len(text):,} characters; this `pattern` repeats so much that {most:,} are searched"
+        )
+        raise NodeError(message, code="input-too-large")
+
+
+def _matches(pattern: Pattern, text: str, maximum: int) -> Iterator[Match]:
+    """Yield every match; raises `NodeError` when there are more than `maximum`, or when it takes too long."""
+    deadline = time.monotonic() + MAXIMUM_SECONDS
+    for count, match in enumerate(pattern.finditer(text), start=1):
+        if count > maximum:
+            message = (
+                f"There are more than {maximum:,} matches; `maxMatches` may be up to {MAXIMUM_MATCHES:,}"
+            )
+            raise NodeError(message, code="too-many-matches")
+        if time.monotonic() > deadline:
+            message = (
+                f"After {MAXIMUM_SECONDS:g} seconds there were {count:,} matches and no end: search less text"
+            )
+            raise NodeError(message, code="took-too-long")
+        yield match
+
+
+def _found(pattern: Pattern, matches: Iterator[Match]) -> Json:
+    size = sizes.Size("The matches")
+    found: list[Json] = []
+    for match in matches:
+        # Each group is a copy of its part of the text, and a hundred may stand inside one another.
+        _check_groups(match, pattern)
+        shown = _shown(match)
+        size.add(shown)
+        found.append(shown)
+    return {"found": bool(found), "count": len(found), "matches": found}
+
+
+def _check_groups(match: Match, pattern: Pattern) -> None:
+    characters = sum(match.end(group) - match.start(group) for group in range(pattern.groups + 1))
+    if characters > sizes.MAXIMUM_BYTES:
+        message = f"The groups of one match have more than {sizes.MAXIMUM_BYTES:,} characters"
+        raise NodeError(message, code="output-too-large")
+
+
+def _shown(match: Match) -> Json:
+    return {
+        "text": match.group(),
+        "start": match.start(),
+        "end": match.end(),
+        "groups": list(match.groups()),
+        "named": cast("dict[str, Json]", match.groupdict()),
+    }
+
+
+def _replaced(pattern: Pattern, text: str, maximum: int, replacement: str) -> Json:
+    fill = _filler(pattern, replacement)
+    size = sizes.Size("The replacements")
+    pieces: list[str] = []
+    end = 0
+    for match in _matches(pattern, text, maximum):
+        filled = fill(match)
+        size.add(filled)
+        pieces += [text[end : match.start()], filled]
+        end = match.end()
+    count = len(pieces) // 2
+    return {"found": count > 0, "count": count, "text": "".join([*pieces, text[end:]])}
+
+
+def _filler(pattern: Pattern, replacement: str) -> Callable[[Match], str]:
+    """Return what writes the replacement of a match."""
+    parts: list[str] = []
+    groups: list[int | str] = []
+    end = 0
+    for reference in REFERENCE.finditer(replacement):
+        dollar, number, name = reference.groups()
+        before = replacement[end : reference.start()]
+        end = reference.end()
+        if dollar:
+            parts.append(before + "$")
+            groups.append("")
+            continue
+        parts.append(before)
+        groups.append(_group(pattern, number or name))
+    rest = replacement[end:]
+
+    def fill(match: Match) -> str:
+        filled = [
+            part + ((match[group] or "") if group != "" else "")
+            for part, group in zip(parts, groups, strict=True)
+        ]
+        return "".join([*filled, rest])
+
+    return fill
+
+
+def _group(pattern: Pattern, reference: str) -> int | str:
+    if reference.isdecimal() and int(reference) <= pattern.groups:
+        return int(reference)
+    if reference in pattern.groupindex:
+        return reference
+    known = ", ".join(["0", *map(str, range(1, min(pattern.groups, 9) + 1)), *pattern.groupindex])
+    message = f"`replacement` names the group {reference}: `pattern` has {known[:200]}"
+    raise NodeError(message, code="unknown-group")
+
+
+def _split(pattern: Pattern, text: str, maximum: int) -> Json:
+    parts: list[Json] = []
+    end = 0
+    for match in _matches(pattern, text, maximum):
+        parts.append(text[end : match.start()])
+        end = match.end()
+    return {"found": bool(parts), "count": len(parts), "parts": [*parts, text[end:]]}
