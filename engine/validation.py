@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from engine.node import NodeType
     from engine.program import Catalog, ConfigProblem
 
-__all__ = ["Finding", "Fix", "Samples", "Validation", "find_errors", "validate"]
-
 NO_SAMPLES: Final[Samples] = MappingProxyType({})
 SHOWN_OF_A_CYCLE: Final = 6
 SHOWN_PLACES: Final = 5

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from engine.findings import FindingType
-from engine.graph import Graph
 from engine.validation import validate
 from gateway import graph_shapes, limits, workflow_shapes
 from gateway.errors import ApiError
@@ -22,7 +21,7 @@ from gateway.workflow_shapes import CreateWorkflow, Description, Name, Tags, Upd
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
-    from engine.validation import Finding
+    from engine.findings import Finding
     from engine.values import Json
     from gateway.workflow_rows import Stored
     from models.access import Caller
@@ -83,8 +82,8 @@ def plan(caller: Caller, value: Json, catalog: Catalog) -> Plan:
     errors = [*wrong.problems, *filter(wrong.is_news, problems.found[len(wrong.problems) :])]
     if problems.is_full or wrong.paths & {"nodes", "connections"}:
         return Plan(stored, errors, [])
-    graph = Graph.of(graph_shapes.definition(stored.nodes, stored.connections, {}))
-    validation = validate(graph, catalog, is_draft=stored.workflow.status == WorkflowStatus.DRAFT)
+    is_draft = stored.workflow.status == WorkflowStatus.DRAFT
+    validation = validate(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
     # Validation says the same of these, and what to do about it.
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
     errors = [*errors, *_told(validation.errors, stored, wrong, errors)]

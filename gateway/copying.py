@@ -13,9 +13,8 @@ from msgspec import Meta
 
 from engine import scopes, secrets
 from engine.findings import Finding, FindingType, Validation
-from engine.graph import Graph
 from engine.validation import validate
-from gateway import errors, graph_shapes, limits, workflow_shapes
+from gateway import errors, graph_shapes, limits, text, workflow_shapes
 from gateway.errors import ApiError
 from gateway.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
 from gateway.text import Problems
@@ -42,6 +41,8 @@ FORMAT: Final = "pilotflame/workflow"
 FORMAT_VERSION: Final = 1
 COPY: Final = " (copy)"
 FILE_NAME_LENGTH: Final = 60
+_NODE_PARTS: Final = ("label", "config", "inputMappings")
+"""What a node holds that is anybody's to fill in."""
 _NODE_FIELDS: Final = [field.encode_name for field in msgspec.structs.fields(ShownNode)]
 
 
@@ -49,7 +50,7 @@ class RemovedSecret(Wire):
     """Something that looked like a credential, and was left out."""
 
     node_id: str | None
-    """Null: it stood in the settings or the config of the workflow."""
+    """Null: it stood in the description, settings or config of the workflow."""
     path: str
 
 
@@ -130,13 +131,13 @@ def bare(stored: Stored) -> Bare:
     def kept(value: Json, part: str, node_id: str | None) -> Json:
         left, paths = secrets.without(value)
         room = limits.REMOVED_SECRETS - len(removed)
-        removed.extend(RemovedSecret(node_id=node_id, path=f"{part}.{path}") for path in paths[:room])
+        removed.extend(RemovedSecret(node_id=node_id, path=_at(part, path)) for path in paths[:room])
         return left
 
     workflow = stored.workflow
     columns = {part: kept(value, part, None) for part, value in _parts(workflow)}
     nodes = [
-        {**node, **{part: kept(node[part], part, str(node["id"])) for part in ("config", "inputMappings")}}
+        {**node, **{part: kept(node[part], part, str(node["id"])) for part in _NODE_PARTS}}
         for node in stored.nodes
     ]
     return Bare(replace(stored.with_columns(**columns), nodes=nodes), removed)
@@ -144,8 +145,14 @@ def bare(stored: Stored) -> Bare:
 
 def _parts(workflow: Workflow) -> Iterator[tuple[str, Json]]:
     """Return what a workflow holds besides its graph that is anybody's to fill in."""
+    yield "description", workflow.description
     yield "settings", workflow.settings
     yield "config", workflow.config
+
+
+def _at(part: str, path: str) -> str:
+    """Return a place within a part; without a path it is the part itself, a text."""
+    return f"{part}.{path}" if path else part
 
 
 # ── copies ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -214,9 +221,8 @@ def file_name(workflow: Workflow) -> str:
 
 def references(stored: Stored, catalog: Catalog) -> list[Reference]:
     """Return what the nodes name, sorted, each once."""
-    graph = Graph.of(graph_shapes.definition(stored.nodes, stored.connections, {}))
     uses: dict[tuple[str, str], list[Use]] = {}
-    for found in scopes.references(graph, catalog):
+    for found in scopes.references(graph_shapes.graph_of(stored), catalog):
         uses.setdefault((found.kind, found.id), []).append(Use(node_id=found.node_id, path=found.path))
     return [
         Reference(kind=kind, id=resource_id, used_by=used)
@@ -322,8 +328,8 @@ def resolved(stored: Stored, named: Sequence[Reference], given: Mapping[str, str
         path = f"references.{resource_id[:64]}"
         if resource_id not in known:
             problems.add(path, "unknown-reference", f"{path} stands for nothing that the document names")
-        elif replacement is not None and not ids.is_id(replacement):
-            problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
+        elif replacement is not None:
+            text.identifier(replacement, path, problems)
     problems.raise_any()
     replacements: dict[str, dict[str, str | None]] = {}
     for reference in named:
@@ -357,12 +363,11 @@ def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -
 
 def findings(stored: Stored, catalog: Catalog) -> Validation:
     """Return what validation finds in a draft, and the credentials that stand outside of its nodes."""
-    graph = Graph.of(graph_shapes.definition(stored.nodes, stored.connections, {}))
-    validation = validate(graph, catalog, is_draft=True)
+    validation = validate(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [
         Finding(
             FindingType.INLINE_SECRET,
-            f"{part}.{path} looks like a credential: everybody who may read the workflow can see it",
+            f"{_at(part, path)} looks like a credential: everybody who may read the workflow can see it",
             "Keep it in a data source, and name that.",
         )
         for part, value in _parts(stored.workflow)

@@ -24,6 +24,7 @@ from models.workflow import Workflow, WorkflowStatus
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.request import Request
+    from nodes.catalog import Catalog
 
 log = structlog.get_logger()
 
@@ -36,6 +37,15 @@ class Edited:
 
     before: Stored
     after: Stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """What a change makes of a workflow, and the hashes of both."""
+
+    after: Stored
+    hash_before: str
+    hash_after: str
 
 
 Change: TypeAlias = Callable[[Stored], Stored]
@@ -64,6 +74,12 @@ async def readable(connection: AsyncConnection, request: Request) -> Stored:
     return stored
 
 
+async def read(request: Request) -> Stored:
+    """Return the workflow of the path, for whoever needs nothing else from the database; raises 404."""
+    async with request.gateway.database.read() as connection:
+        return await readable(connection, request)
+
+
 def require_writer(request: Request, workflow: Workflow) -> None:
     """Raise 403 for a workflow that the caller may read, but not change, share or delete."""
     if workflow.owner_id != request.caller.user_id and not request.caller.is_admin:
@@ -89,14 +105,11 @@ async def edit(request: Request, action: Action, change: Change, *, also: Additi
         before = await readable(connection, request)
         require_writer(request, before.workflow)
         _require_match(request, before)
-        after = change(before)
-        # Python takes 1 and true for the same: the hashes are of texts that tell them apart.
-        hash_before, hash_after = content_hash(before), content_hash(after)
-        if hash_after == hash_before and after.workflow.deleted_at is None:
+        # In a thread: others are served while a large graph is gone through.
+        wanted = await asyncio.to_thread(_applied, change, before, request.gateway.catalog)
+        if wanted is None:
             return Edited(before, before)
-        _require_runnable(request, before, after)
-        _require_bare(after)
-        after = after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
+        after = wanted.after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
         if not await workflow_rows.save(connection, before, after, request.caller):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
         edited = Edited(before, after)
@@ -107,8 +120,8 @@ async def edit(request: Request, action: Action, change: Change, *, also: Additi
             request.caller,
             action,
             before.workflow.id,
-            before=hash_before,
-            after=None if after.workflow.deleted_at else hash_after,
+            before=wanted.hash_before,
+            after=None if after.workflow.deleted_at else wanted.hash_after,
         )
         done = edited
         return edited
@@ -126,9 +139,9 @@ async def create(
     made: Stored,
     action: Action,
     *,
-    answer: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
+    shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:
-    """Write a new workflow once for each Idempotency-Key, and answer 201 with what `answer` makes of its id."""
+    """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
     promise = idempotency.requested(request, body, workflow_id=request.path_params.get("id", ""))
     workflow = made.workflow
 
@@ -148,9 +161,14 @@ async def create(
 
     workflow_id = await request.gateway.database.transaction(insert)
     if workflow_id != workflow.id:
-        return JsonResponse(answer(workflow_id), status=201, headers=idempotency.REPLAYED)
+        return JsonResponse(shown(workflow_id), status=201, headers=idempotency.REPLAYED)
     log.info(action, workflow_id=workflow_id, organization_id=workflow.organization_id)
-    return JsonResponse(answer(workflow_id), status=201, headers=entity_tag(made))
+    return answer(made, shown(workflow_id), status=201)
+
+
+def answer(stored: Stored, value: object, *, status: int = 200) -> JsonResponse:
+    """Return an answer that shows something of a workflow, with the tag of its state."""
+    return JsonResponse(value, status=status, headers=entity_tag(stored))
 
 
 def entity_tag(stored: Stored) -> dict[str, str]:
@@ -166,6 +184,18 @@ def content_hash(stored: Stored) -> str:
     content = [msgspec.to_builtins(row), stored.nodes, stored.connections, sorted(stored.shared_with)]
     # All of it was screened when it came in: to walk through it again would take longer than the rest of an edit.
     return sha256(_encode_sorted(content)).hexdigest()
+
+
+def _applied(change: Change, before: Stored, catalog: Catalog) -> _Applied | None:
+    """Return what a workflow becomes, or None where nothing is to change; raises 422, and whatever `change` raises."""
+    after = change(before)
+    # Python takes 1 and true for the same: the hashes are of texts that tell them apart.
+    applied = _Applied(after, content_hash(before), content_hash(after))
+    if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
+        return None
+    _require_runnable(before, after, catalog)
+    _require_bare(after)
+    return applied
 
 
 def _require_match(request: Request, stored: Stored) -> None:
@@ -195,7 +225,7 @@ def _require_bare(stored: Stored) -> None:
         raise errors.invalid(found)
 
 
-def _require_runnable(request: Request, before: Stored, after: Stored) -> None:
+def _require_runnable(before: Stored, after: Stored, catalog: Catalog) -> None:
     """Raise 422 where an active workflow, or one that becomes it, has errors in its graph."""
     if after.workflow.status != WorkflowStatus.ACTIVE:
         return
@@ -204,7 +234,7 @@ def _require_runnable(request: Request, before: Stored, after: Stored) -> None:
     if is_same_graph and was_active:
         return
     passed = _unchanged(before, after) if was_active else ()
-    found = graph_shapes.check(after.nodes, after.connections, request.gateway.catalog, passed=passed)
+    found = graph_shapes.check(after.nodes, after.connections, catalog, passed=passed)
     graph_shapes.require_valid(found)
 
 

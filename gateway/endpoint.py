@@ -92,7 +92,7 @@ def _check_scope(caller: Caller, access: KeyScope | Access) -> None:
         return
     if access is Access.ADMIN:
         if not caller.is_admin:
-            raise ApiError(403, "admin-required", "Only an admin of the organisation may do this")
+            raise errors.admin_required()
         access = KeyScope.USERS_WRITE
     if not isinstance(access, KeyScope) or not caller.may(access):
         raise errors.scope_required(str(access))

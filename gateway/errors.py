@@ -66,6 +66,10 @@ def scope_required(scope: str) -> ApiError:
     return ApiError(403, "scope-required", message, details=[problem("X-API-Key", "scope-required", scope)])
 
 
+def admin_required() -> ApiError:
+    return ApiError(403, "admin-required", "Only an admin of the organisation may do this")
+
+
 def not_found(what: str = "route") -> ApiError:
     """Return the answer for what is absent, and for what is somebody else's: nobody can tell which."""
     return ApiError(404, "not-found", f"There is no such {what}")

@@ -10,20 +10,20 @@ from msgspec import Meta
 
 from engine import layout
 from engine.graph import Graph
-from engine.node import INPUT, OUTPUT
-from engine.validation import Validation, find_errors
+from engine.node import INPUT, OUTPUT, UnknownNodeType
+from engine.validation import find_errors
 from gateway import limits, text
 from gateway.errors import ApiError
 from gateway.text import Problems
 from gateway.wire import Wire
 from models import ids
 from models.workflow import DEFAULT_SETTINGS
-from nodes.catalog import UnknownNodeType
 
 if TYPE_CHECKING:
+    from engine.findings import Finding, Validation
     from engine.layout import Edge, Place
-    from engine.validation import Finding
     from engine.values import Json
+    from gateway.workflow_rows import Stored
     from nodes.catalog import Catalog
 
 StoredNode: TypeAlias = "dict[str, Json]"
@@ -180,11 +180,7 @@ def stored_connection(edge: ConnectionInput, path: str, problems: Problems) -> S
 def _id(given: str | None, prefix: str, path: str, problems: Problems) -> str:
     if not given:
         return new_id(prefix)
-    if not ids.is_id(given):
-        problems.add(
-            f"{path}id", "invalid-id", f"{path}id must have 1 to 64 of the characters A-Z a-z 0-9 _ -"
-        )
-    return given
+    return text.identifier(given, f"{path}id", problems)
 
 
 def new_id(prefix: str) -> str:
@@ -196,9 +192,7 @@ def _end(given: str | None, path: str, problems: Problems) -> str:
     if not given:
         problems.add(path, "required", f"{path} is required")
         return ""
-    if not ids.is_id(given):
-        problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
-    return given
+    return text.identifier(given, path, problems)
 
 
 def _label(given: str, path: str, problems: Problems) -> str:
@@ -281,6 +275,11 @@ def definition(
 ) -> dict[str, Json]:
     """Return what a run pins."""
     return {"nodes": list(nodes), "connections": list(connections), "settings": effective(settings)}
+
+
+def graph_of(stored: Stored) -> Graph:
+    """Return the graph of a workflow as the engine sees it."""
+    return Graph.of(definition(stored.nodes, stored.connections, {}))
 
 
 def check(

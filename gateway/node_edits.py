@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from engine import names
 from engine.expressions import ExpressionError
 from engine.layout import free_place
-from engine.node import ERROR
+from engine.node import ERROR, UnknownNodeType
 from engine.program import compile_mapping
 from engine.values import InvalidJson, encode
 from gateway import errors, graph_shapes, limits, text
@@ -23,7 +23,6 @@ from gateway.errors import ApiError
 from gateway.graph_shapes import ConnectionInput, Label, NodeInput, Position, RetryShape
 from gateway.text import Problems
 from gateway.wire import Wire
-from nodes.catalog import UnknownNodeType
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -127,7 +126,7 @@ def without_node(before: Stored, node_id: str) -> Stored:
     return replace(before, nodes=nodes, connections=connections)
 
 
-def require_readable(mappings: Mapping[str, Json]) -> None:
+def require_valid_mappings(mappings: Mapping[str, Json]) -> None:
     """Raise 422 with one entry for every mapping that could not be computed in a run."""
     problems = Problems()
     _check_mappings(mappings, "mappings", problems)
@@ -224,10 +223,10 @@ def _require_ends(edge: StoredConnection, nodes: Collection[str]) -> None:
 
 
 def _absent(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
-    near = get_close_matches(node_id, islice(nodes, COMPARED_IDS))
+    meant = names.meant(node_id, [*islice(nodes, COMPARED_IDS)])
     suggestion = (
-        f"Did you mean {' or '.join(near)}?"
-        if near
+        f"Did you mean {' or '.join(meant)}?"
+        if meant
         else "GET the workflow's nodes for their ids, or add one."
     )
     return _flaw(path, "broken-connection", f"The workflow has no node with the id {node_id}", suggestion)

@@ -31,8 +31,13 @@ class JsonResponse:
 class NoContent:
     """204: it was done, and there is nothing to say about it."""
 
+    __slots__ = ("headers",)
+
+    def __init__(self, headers: Mapping[str, str] | None = None) -> None:
+        self.headers = _encoded(headers)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
-        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.start", "status": 204, "headers": self.headers})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -1,4 +1,4 @@
-"""Names, labels and descriptions as they are kept: composed (NFC), trimmed, without control characters."""
+"""What clients call things, as it is kept: texts composed (NFC) and without control characters, ids as they are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from msgspec import Meta
 
 from gateway import errors, limits
+from models import ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +54,13 @@ def line(value: str, path: str, problems: Problems, *, max_length: int, may_be_e
     if not kept.isprintable() and any(unicodedata.category(one) in {"Cc", "Zl", "Zp"} for one in kept):
         problems.add(path, "control-character", f"{path} must not hold control characters")
     return kept
+
+
+def identifier(value: str, path: str, problems: Problems) -> str:
+    """Return an id that a client has chosen."""
+    if not ids.is_id(value):
+        problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
+    return value
 
 
 def paragraphs(value: str, path: str, problems: Problems, *, max_length: int) -> str:

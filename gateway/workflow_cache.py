@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 from sqlmodel import col
@@ -22,9 +22,10 @@ from gateway import errors, graph_shapes
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare, WorkflowStatus
 
 if TYPE_CHECKING:
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.validation import Validation
+    from engine.findings import Validation
     from engine.values import Json
     from models.access import Caller
     from models.database import Database
@@ -159,29 +160,8 @@ class WorkflowCache:
             return None
         shares = select(col(WorkflowShare.user_id)).where(col(WorkflowShare.workflow_id) == workflow_id)
         readers = frozenset(await connection.scalars(shares))
-        definition = graph_shapes.definition(row.nodes, row.connections, row.settings)
-        text = canonical(definition)
-        settings = graph_shapes.effective(row.settings)
-        return LoadedWorkflow(
-            id=row.id,
-            organization_id=row.organization_id,
-            lane=row.lane,
-            owner_id=row.owner_id,
-            readers=readers,
-            is_public=row.is_public,
-            is_template=row.is_template,
-            name=row.name,
-            status=WorkflowStatus(row.status),
-            revision=row.revision,
-            settings=settings,
-            config=encode(settings).decode(),
-            timeout_seconds=Settings.of(settings).timeout_seconds,
-            definition=text.decode(),
-            definition_hash=sha256(text).hexdigest(),
-            validation=graph_shapes.check(row.nodes, row.connections, self._catalog),
-            trigger_kind=graph_shapes.trigger_kind(row.nodes, self._catalog),
-            total_nodes=len(row.nodes),
-        )
+        # In a thread: others are served while a large graph is gone through.
+        return await asyncio.to_thread(_runnable, row, readers, self._catalog)
 
     def _keep(self, key: tuple[str, str], kept: Kept) -> None:
         self._kept[key] = kept
@@ -193,3 +173,30 @@ class WorkflowCache:
         dropped = self._kept.pop(key, None)
         if dropped is not None:
             self._characters -= len(dropped.workflow.definition)
+
+
+def _runnable(row: Row[Any], readers: frozenset[str], catalog: Catalog) -> LoadedWorkflow:
+    """Return what it takes to run a workflow, from its row joined with that of its graph."""
+    definition = graph_shapes.definition(row.nodes, row.connections, row.settings)
+    text = canonical(definition)
+    settings = graph_shapes.effective(row.settings)
+    return LoadedWorkflow(
+        id=row.id,
+        organization_id=row.organization_id,
+        lane=row.lane,
+        owner_id=row.owner_id,
+        readers=readers,
+        is_public=row.is_public,
+        is_template=row.is_template,
+        name=row.name,
+        status=WorkflowStatus(row.status),
+        revision=row.revision,
+        settings=settings,
+        config=encode(settings).decode(),
+        timeout_seconds=Settings.of(settings).timeout_seconds,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        validation=graph_shapes.check(row.nodes, row.connections, catalog),
+        trigger_kind=graph_shapes.trigger_kind(row.nodes, catalog),
+        total_nodes=len(row.nodes),
+    )

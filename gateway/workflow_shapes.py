@@ -229,9 +229,8 @@ def _settings(before: Mapping[str, Json], given: Mapping[str, Json], problems: P
 def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
     """Return a config with the given one merged in; of its keys, only `appId` means something here."""
     app_id = given.get("appId")
-    if app_id is not None and not (isinstance(app_id, str) and ids.is_id(app_id)):
-        message = "config.appId must have 1 to 64 of the characters A-Z a-z 0-9 _ -"
-        problems.add("config.appId", "invalid-id", message)
+    if app_id is not None:
+        text.identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
     return _merged(before, given, "config", problems)
 
 
@@ -249,6 +248,7 @@ def _merged(
 
 
 def summary(workflow: Workflow | Listed) -> dict[str, Json]:
+    """Return the Workflow object without its graph."""
     return {
         "id": workflow.id,
         "name": workflow.name,

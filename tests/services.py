@@ -121,12 +121,12 @@ class PostgreSQL(Server):
             return False
         return status[:1] == [str(self.process_id)] and "ready" in "".join(status[7:8])
 
-    async def create_database(self, name: str) -> str:
-        """Make an empty database, in the place of one that has the name, and return its URL."""
+    async def create_database(self, name: str, *, template: str = "template1") -> str:
+        """Make a database like another one, in the place of one that has the name, and return its URL."""
         connection = await asyncpg.connect(self.url.replace("+asyncpg", "", 1))
         try:
             await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-            await connection.execute(f'CREATE DATABASE "{name}"')
+            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         finally:
             await connection.close()
         return make_url(self.url).set(database=name).render_as_string(hide_password=False)

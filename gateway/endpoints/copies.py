@@ -10,10 +10,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from gateway import copying, editing, errors, idempotency, workflow_rows, workflow_shapes
+from gateway import copying, editing, errors, finding_shapes, idempotency, workflow_rows, workflow_shapes
 from gateway.copying import Bare, Reference, RemovedSecret
-from gateway.endpoints.validation import FindingShape
-from gateway.errors import ApiError
+from gateway.finding_shapes import FindingShape
 from gateway.request import Request
 from gateway.responses import JsonResponse
 from gateway.wire import Instant, Wire, convert, read_json
@@ -21,7 +20,6 @@ from gateway.workflow_shapes import Description, Name, ShownConnection, ShownNod
 from models.audit import Action
 
 if TYPE_CHECKING:
-    from engine.findings import Finding
     from engine.values import Json
     from gateway.copying import ImportWorkflow
     from gateway.workflow_rows import Stored
@@ -103,7 +101,7 @@ class ImportAnswer(Wire):
 
 async def duplicate(request: Request) -> JsonResponse:
     """Copy a workflow into a new draft of the caller's, without credentials and without shares."""
-    source = await _readable(request)
+    source = await editing.read(request)
     named = source.with_columns(name=copying.name_of_copy(source.workflow.name))
     # In a thread, here and below: others are served while a large graph is gone through.
     copy = await asyncio.to_thread(copying.copied, named, request.caller)
@@ -117,9 +115,9 @@ async def save_as_template(request: Request) -> JsonResponse:
     """
     value = await read_json(request)
     body = convert(value, SaveAsTemplate)
-    source = await _readable(request)
+    source = await editing.read(request)
     if not request.caller.is_admin:
-        raise ApiError(403, "admin-required", "Only an admin of the organisation may do this")
+        raise errors.admin_required()
     described = UpdateWorkflow(name=body.name, description=body.description, tags=body.tags)
     changed = workflow_shapes.changed(source, described, request.gateway.catalog)
     copy = await asyncio.to_thread(copying.copied, changed, request.caller, is_template=True)
@@ -148,16 +146,11 @@ async def use_template(request: Request) -> JsonResponse:
     return await _create(request, value, copy, Action.TEMPLATE_USED)
 
 
-async def _readable(request: Request) -> Stored:
-    async with request.gateway.database.read() as connection:
-        return await editing.readable(connection, request)
-
-
 async def _create(request: Request, body: Json, copy: Bare, action: Action) -> JsonResponse:
-    def answer(workflow_id: str) -> Copied:
+    def copied(workflow_id: str) -> Copied:
         return Copied(workflow_id=workflow_id, removed_secrets=copy.removed)
 
-    return await editing.create(request, body, copy.stored, action, answer=answer)
+    return await editing.create(request, body, copy.stored, action, shown=copied)
 
 
 def _template(stored: Stored) -> dict[str, Json]:
@@ -170,7 +163,7 @@ def _template(stored: Stored) -> dict[str, Json]:
 
 async def export_workflow(request: Request) -> JsonResponse:
     """Give a workflow as a document to keep or to import elsewhere, without credentials."""
-    stored = await _readable(request)
+    stored = await editing.read(request)
     document = await asyncio.to_thread(copying.document, stored, request.gateway.catalog)
     readable = msgspec.json.format(msgspec.json.encode(document), indent=2)
     disposition = f'attachment; filename="{copying.file_name(stored.workflow)}"'
@@ -196,7 +189,7 @@ async def import_workflow(request: Request) -> JsonResponse:
         value,
         stored,
         Action.WORKFLOW_IMPORTED,
-        answer=lambda workflow_id: replace(answer, workflow_id=workflow_id),
+        shown=lambda workflow_id: replace(answer, workflow_id=workflow_id),
     )
 
 
@@ -214,10 +207,6 @@ def _imported(body: ImportWorkflow, caller: Caller, catalog: Catalog) -> tuple[S
         connection_count=len(stored.connections),
         references=named,
         findings=ImportFindings(
-            errors=[*map(_finding, found.errors)], warnings=[*map(_finding, found.warnings)]
+            errors=finding_shapes.shown(found.errors), warnings=finding_shapes.shown(found.warnings)
         ),
     )
-
-
-def _finding(finding: Finding) -> FindingShape:
-    return msgspec.convert(finding.as_json(), FindingShape)

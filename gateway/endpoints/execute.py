@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ async def _runnable_now(
 ) -> LoadedWorkflow:
     """Return what is to be run, by the workflow as it was loaded last; raises 403, 404, 409 and 422."""
     try:
-        return _runnable(request, workflow, override)
+        return await _runnable(request, workflow, override)
     except ApiError:
         # It may have been mended or opened since: nothing is refused from memory.
         workflows = request.gateway.workflows
@@ -127,15 +128,18 @@ async def _runnable_now(
         current = await workflows.load(workflow.id, request.caller)
         if current is workflow:
             raise
-        return _runnable(request, current, override)
+        return await _runnable(request, current, override)
 
 
-def _runnable(request: Request, workflow: LoadedWorkflow, override: Override | None) -> LoadedWorkflow:
+async def _runnable(request: Request, workflow: LoadedWorkflow, override: Override | None) -> LoadedWorkflow:
     """Return what is to be run; raises 403, 409 and 422."""
     if override is not None and not request.caller.may(KeyScope.WORKFLOWS_WRITE):
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
     acceptance.require_open(workflow.status)
-    runnable = workflow if override is None else _overridden(workflow, override, request.gateway.catalog)
+    runnable = workflow
+    if override is not None:
+        # In a thread: others are served while a large graph is gone through.
+        runnable = await asyncio.to_thread(_overridden, workflow, override, request.gateway.catalog)
     graph_shapes.require_valid(runnable.validation)
     return runnable
 

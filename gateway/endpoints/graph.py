@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from engine import layout as layouts
 from engine.findings import FindingType
 from gateway import building, editing, graph_shapes, idempotency, limits
-from gateway.endpoints.validation import FixShape
+from gateway.finding_shapes import FixShape
 from gateway.parameters import Flag
 from gateway.request import Request
 from gateway.responses import JsonResponse
@@ -73,8 +73,7 @@ class BuildFindings(Wire):
 
 async def layout(request: Request) -> JsonResponse:
     """Arrange the nodes of a workflow from left to right; what is arranged already stays as it is."""
-    async with request.gateway.database.read() as connection:
-        stored = await editing.readable(connection, request)
+    stored = await editing.read(request)
     editing.require_writer(request, stored.workflow)
     seen = graph_shapes.drawing(stored.nodes, stored.connections)
     # In a thread, here and below: others are served while a large graph is gone through.
@@ -88,8 +87,8 @@ async def layout(request: Request) -> JsonResponse:
     edited = await editing.edit(request, Action.WORKFLOW_LAID_OUT, arranged)
     nodes = zip(edited.before.nodes, edited.after.nodes, strict=True)
     count = sum(node["position"] != was["position"] for was, node in nodes)
-    answer = LaidOut(workflow_id=stored.workflow.id, changed=count > 0, nodes_repositioned=count)
-    return JsonResponse(answer, headers=editing.entity_tag(edited.after))
+    laid_out = LaidOut(workflow_id=stored.workflow.id, changed=count > 0, nodes_repositioned=count)
+    return editing.answer(edited.after, laid_out)
 
 
 async def build(request: Request) -> JsonResponse:
@@ -110,7 +109,7 @@ async def build(request: Request) -> JsonResponse:
         raise building.refusal(plan.errors)
     nodes, connections = plan.stored.nodes, plan.stored.connections
 
-    def answer(workflow_id: str) -> Json:
+    def built(workflow_id: str) -> Json:
         return {
             "workflowId": workflow_id,
             "status": plan.stored.workflow.status,
@@ -122,4 +121,4 @@ async def build(request: Request) -> JsonResponse:
             "connectionCount": len(connections),
         }
 
-    return await editing.create(request, value, plan.stored, Action.WORKFLOW_BUILT, answer=answer)
+    return await editing.create(request, value, plan.stored, Action.WORKFLOW_BUILT, shown=built)

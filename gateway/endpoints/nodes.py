@@ -143,14 +143,13 @@ class ConnectionRemoved(Wire):
 
 async def index(request: Request) -> JsonResponse:
     """List the nodes of a workflow."""
-    async with request.gateway.database.read() as connection:
-        stored = await editing.readable(connection, request)
+    stored = await editing.read(request)
     inbound = Counter(edge["target"] for edge in stored.connections)
     outbound = Counter(edge["source"] for edge in stored.connections)
     catalog = request.gateway.catalog
     nodes = [_summary(node, catalog, inbound[node["id"]], outbound[node["id"]]) for node in stored.nodes]
-    answer = NodeList(workflow_id=stored.workflow.id, count=len(nodes), nodes=nodes)
-    return JsonResponse(answer, headers=editing.entity_tag(stored))
+    listed = NodeList(workflow_id=stored.workflow.id, count=len(nodes), nodes=nodes)
+    return editing.answer(stored, listed)
 
 
 async def add(request: Request) -> JsonResponse:
@@ -192,8 +191,8 @@ async def remove(request: Request) -> JsonResponse:
         request, Action.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
     )
     removed = len(edited.before.connections) - len(edited.after.connections)
-    return _answer(
-        edited,
+    return editing.answer(
+        edited.after,
         NodeRemoved(
             removed=True, node_id=node_id, removed_connections=removed, workflow_id=edited.after.workflow.id
         ),
@@ -203,15 +202,15 @@ async def remove(request: Request) -> JsonResponse:
 async def set_mappings(request: Request) -> JsonResponse:
     """Set where the fields of a node's input come from, in place of what was set before."""
     mappings = (await decode_body(request, SetMappings)).mappings
-    node_edits.require_readable(mappings)
+    node_edits.require_valid_mappings(mappings)
     node_id = request.path_params["sub"]
     edited = await editing.edit(
         request,
         Action.NODE_CONFIGURED,
         lambda before: node_edits.with_mappings(before, node_id, mappings),
     )
-    return _answer(
-        edited,
+    return editing.answer(
+        edited.after,
         MappingsAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, input_mappings=mappings),
     )
 
@@ -225,8 +224,8 @@ async def set_pass_through(request: Request) -> JsonResponse:
         Action.NODE_CONFIGURED,
         lambda before: node_edits.with_pass_through(before, node_id, values),
     )
-    return _answer(
-        edited,
+    return editing.answer(
+        edited.after,
         PassThroughAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, pass_through_values=values),
     )
 
@@ -244,8 +243,8 @@ async def connect(request: Request) -> JsonResponse:
         request, Action.CONNECTION_ADDED, lambda before: node_edits.with_connection(before, named, catalog)
     )
     made = convert(edited.after.connections[-1], NodeConnection)
-    return _answer(
-        edited,
+    return editing.answer(
+        edited.after,
         ConnectionAnswer(connection_id=connection_id, workflow_id=edited.after.workflow.id, connection=made),
         status=201,
     )
@@ -259,8 +258,8 @@ async def disconnect(request: Request) -> JsonResponse:
         Action.CONNECTION_REMOVED,
         lambda before: node_edits.without_connection(before, connection_id),
     )
-    return _answer(
-        edited,
+    return editing.answer(
+        edited.after,
         ConnectionRemoved(removed=True, connection_id=connection_id, workflow_id=edited.after.workflow.id),
     )
 
@@ -268,14 +267,10 @@ async def disconnect(request: Request) -> JsonResponse:
 # ── shown ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _answer(edited: Edited, value: Wire, *, status: int = 200) -> JsonResponse:
-    return JsonResponse(value, status=status, headers=editing.entity_tag(edited.after))
-
-
 def _node_answer(request: Request, edited: Edited, node_id: str, *, status: int = 200) -> JsonResponse:
     node = _shown(node_edits.node_of(edited.after, node_id), request.gateway.catalog)
     answer = NodeAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, node=node)
-    return _answer(edited, answer, status=status)
+    return editing.answer(edited.after, answer, status=status)
 
 
 def _summary(node: StoredNode, catalog: Catalog, inbound: int, outbound: int) -> NodeSummary:

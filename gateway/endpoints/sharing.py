@@ -60,10 +60,9 @@ class SetVisibility(Wire):
 
 async def index(request: Request) -> JsonResponse:
     """List the users that a workflow is shared with."""
-    async with request.gateway.database.read() as connection:
-        stored = await editing.readable(connection, request)
+    stored = await editing.read(request)
     shares = [Share(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()]
-    return JsonResponse(ShareList(workflow_id=stored.workflow.id, shared_with=shares))
+    return editing.answer(stored, ShareList(workflow_id=stored.workflow.id, shared_with=shares))
 
 
 async def add(request: Request) -> JsonResponse:
@@ -77,7 +76,7 @@ async def add(request: Request) -> JsonResponse:
     shared = Shared(
         message="Workflow shared successfully", workflow_id=edited.after.workflow.id, user_id=body.user_id
     )
-    return JsonResponse(shared, headers=editing.entity_tag(edited.after))
+    return editing.answer(edited.after, shared)
 
 
 async def remove(request: Request) -> NoContent:
@@ -85,7 +84,7 @@ async def remove(request: Request) -> NoContent:
     user_id = request.path_params["subId"]
     edited = await editing.edit(request, Action.SHARE_REMOVED, lambda before: _unshared(before, user_id))
     _forget_who_may_read(request, edited)
-    return NoContent()
+    return NoContent(editing.entity_tag(edited.after))
 
 
 async def set_visibility(request: Request) -> JsonResponse:
@@ -95,7 +94,7 @@ async def set_visibility(request: Request) -> JsonResponse:
         request, Action.WORKFLOW_VISIBILITY_SET, lambda before: _visible(before, body, request.caller)
     )
     _forget_who_may_read(request, edited)
-    return JsonResponse(workflow_shapes.shown(edited.after), headers=editing.entity_tag(edited.after))
+    return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 
 
 async def _require_user(request: Request, user_id: str) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import msgspec
-from msgspec import UNSET, UnsetType
+from typing import TYPE_CHECKING
 
 from engine import scopes
-from engine.findings import FindingType, FixAction
-from engine.graph import Graph
-from engine.validation import Finding, Validation, validate
-from gateway import editing, graph_shapes, past_outputs
+from engine.findings import Validation
+from engine.validation import validate
+from gateway import editing, finding_shapes, graph_shapes, past_outputs
+from gateway.finding_shapes import FindingShape
 from gateway.request import Request
 from gateway.responses import JsonResponse
 from gateway.wire import Wire
@@ -24,27 +21,6 @@ if TYPE_CHECKING:
     from gateway.past_outputs import PastOutput
     from gateway.workflow_rows import Stored
     from nodes.catalog import Catalog
-
-
-class FixShape(Wire):
-    """An edit that is certain to mend a finding: where in the node or connection, and what is to stand there."""
-
-    action: FixAction
-    node_id: str | UnsetType = UNSET
-    connection_id: str | UnsetType = UNSET
-    path: Sequence[str | int] | UnsetType = UNSET
-    value: Any = UNSET
-
-
-class FindingShape(Wire):
-    """One thing to mend, and how."""
-
-    type: FindingType
-    message: str
-    suggestion: str
-    node_id: str | UnsetType = UNSET
-    connection_id: str | UnsetType = UNSET
-    fix: FixShape | UnsetType = UNSET
 
 
 class ValidationShape(Wire):
@@ -74,7 +50,7 @@ async def check(request: Request) -> JsonResponse:
         past = await past_outputs.recent(connection, stored.workflow)
     # In a thread: others are served while a large graph is gone through.
     validation = await asyncio.to_thread(_checked, stored, past, request.gateway.catalog)
-    return JsonResponse(_answer(stored, validation), headers=editing.entity_tag(stored))
+    return editing.answer(stored, _shown(stored, validation))
 
 
 async def compute_scopes(request: Request) -> JsonResponse:
@@ -82,35 +58,26 @@ async def compute_scopes(request: Request) -> JsonResponse:
     catalog = request.gateway.catalog
 
     def with_scopes(before: Stored) -> Stored:
-        return before.with_columns(scopes=scopes.scopes(_graph(before), catalog))
+        return before.with_columns(scopes=scopes.scopes(graph_shapes.graph_of(before), catalog))
 
     edited = await editing.edit(request, Action.WORKFLOW_SCOPES_COMPUTED, with_scopes)
     workflow = edited.after.workflow
-    answer = ScopesShape(workflow_id=workflow.id, scopes=workflow.scopes)
-    return JsonResponse(answer, headers=editing.entity_tag(edited.after))
+    return editing.answer(edited.after, ScopesShape(workflow_id=workflow.id, scopes=workflow.scopes))
 
 
 def _checked(stored: Stored, past: Sequence[PastOutput], catalog: Catalog) -> Validation:
-    graph = _graph(stored)
+    graph = graph_shapes.graph_of(stored)
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
     return validate(graph, catalog, is_draft=is_draft, samples=past_outputs.samples(past, graph, catalog))
 
 
-def _graph(stored: Stored) -> Graph:
-    return Graph.of(graph_shapes.definition(stored.nodes, stored.connections, {}))
-
-
-def _answer(stored: Stored, validation: Validation) -> ValidationShape:
+def _shown(stored: Stored, validation: Validation) -> ValidationShape:
     return ValidationShape(
         workflow_id=stored.workflow.id,
         valid=validation.is_valid,
-        errors=[*map(shown, validation.errors)],
-        warnings=[*map(shown, validation.warnings)],
+        errors=finding_shapes.shown(validation.errors),
+        warnings=finding_shapes.shown(validation.warnings),
         node_count=len(stored.nodes),
         connection_count=len(stored.connections),
         truncated=validation.is_truncated,
     )
-
-
-def shown(finding: Finding) -> FindingShape:
-    return msgspec.convert(finding.as_json(), FindingShape)

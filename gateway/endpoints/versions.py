@@ -24,7 +24,6 @@ from gateway import (
 )
 from gateway.graph_difference import Change, ItemsDifference
 from gateway.parameters import OFFSET, WholeNumber
-from gateway.query import Page
 from gateway.responses import JsonResponse
 from gateway.text import Problems
 from gateway.wire import Instant, Wire, decode_body, instant
@@ -123,8 +122,7 @@ class VersionDifference(Wire):
 
 async def index(request: Request) -> JsonResponse:
     """List a workflow's versions, the first ones first."""
-    query = request.query
-    part = Page(query[LIMIT], query[OFFSET])
+    part = request.query.page(LIMIT)
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
         heads = await version_rows.page(connection, stored.workflow.id, part)
@@ -133,7 +131,7 @@ async def index(request: Request) -> JsonResponse:
         current_version=stored.workflow.version,
         versions=[_head(head) for head in heads],
     )
-    return JsonResponse(listed)
+    return editing.answer(stored, listed)
 
 
 async def show(request: Request) -> JsonResponse:
@@ -142,7 +140,8 @@ async def show(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         version = await _find(connection, stored, request.path_params["version"])
     head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
-    return JsonResponse({**head, "snapshot": _shown(_open_to_all(stored, version.snapshot))})
+    snapshot = _shown(_open_to_all(stored, version.snapshot))
+    return editing.answer(stored, {**head, "snapshot": snapshot})
 
 
 async def compare(request: Request) -> JsonResponse:
@@ -166,7 +165,7 @@ async def compare(request: Request) -> JsonResponse:
         config=graph_difference.of_fields(before["config"], after["config"]),
         fields=graph_difference.of_fields(*fields),
     )
-    return JsonResponse(difference)
+    return editing.answer(stored, difference)
 
 
 async def _state(connection: AsyncConnection, stored: Stored, name: str) -> tuple[State, Mapping[str, Any]]:
@@ -247,7 +246,7 @@ async def create(request: Request) -> JsonResponse:
     edited = await editing.edit(request, Action.VERSION_CREATED, _counted, also=keep)
     workflow = edited.after.workflow
     created = CreatedVersion(workflow_id=workflow.id, version=workflow.version, version_tag=tag)
-    return JsonResponse(created, status=201, headers=editing.entity_tag(edited.after))
+    return editing.answer(edited.after, created, status=201)
 
 
 async def restore(request: Request) -> JsonResponse:
@@ -258,7 +257,7 @@ async def restore(request: Request) -> JsonResponse:
     edited = await editing.edit(
         request, Action.VERSION_RESTORED, lambda before: _restored(before, version.snapshot)
     )
-    return JsonResponse(workflow_shapes.shown(edited.after), headers=editing.entity_tag(edited.after))
+    return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 
 
 def _counted(before: Stored) -> Stored:

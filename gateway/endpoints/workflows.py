@@ -15,7 +15,7 @@ from gateway.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent
 from gateway.wire import Wire, convert, decode_body, read_json
-from gateway.workflow_rows import Filter, Stored
+from gateway.workflow_rows import Filter
 from gateway.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
 from journal.store import ExecutionKey
 from models.audit import Action
@@ -73,9 +73,8 @@ async def index(request: Request) -> JsonResponse:
 
 async def show(request: Request) -> JsonResponse:
     """Show a workflow with its graph."""
-    async with request.gateway.database.read() as connection:
-        stored = await editing.readable(connection, request)
-    return JsonResponse(workflow_shapes.shown(stored), headers=editing.entity_tag(stored))
+    stored = await editing.read(request)
+    return editing.answer(stored, workflow_shapes.shown(stored))
 
 
 async def stats(request: Request) -> JsonResponse:
@@ -92,7 +91,9 @@ async def stats(request: Request) -> JsonResponse:
 async def create(request: Request) -> JsonResponse:
     """Create a workflow."""
     value = await read_json(request)
-    made = workflow_shapes.made(request.caller, convert(value, CreateWorkflow), request.gateway.catalog)
+    body = convert(value, CreateWorkflow)
+    # In a thread: others are served while a large graph is gone through.
+    made = await asyncio.to_thread(workflow_shapes.made, request.caller, body, request.gateway.catalog)
     return await editing.create(request, value, made, Action.WORKFLOW_CREATED)
 
 
@@ -108,7 +109,7 @@ async def update(request: Request) -> JsonResponse:
         Action.WORKFLOW_UPDATED,
         lambda before: workflow_shapes.changed(before, body, catalog),
     )
-    return _answer(edited.after)
+    return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 
 
 async def set_status(request: Request) -> JsonResponse:
@@ -117,7 +118,7 @@ async def set_status(request: Request) -> JsonResponse:
     edited = await editing.edit(
         request, Action.WORKFLOW_STATUS_SET, lambda before: before.with_columns(status=wanted)
     )
-    return _answer(edited.after)
+    return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 
 
 async def delete(request: Request) -> NoContent:
@@ -142,8 +143,3 @@ async def delete(request: Request) -> NoContent:
         cancelled = live[start : start + CANCELS_AT_ONCE]
         await asyncio.gather(*(ask_to_end(request.gateway, one, "cancel") for one in cancelled))
     return NoContent()
-
-
-def _answer(stored: Stored) -> JsonResponse:
-    """Answer with the whole workflow, and the tag of its state."""
-    return JsonResponse(workflow_shapes.shown(stored), headers=editing.entity_tag(stored))

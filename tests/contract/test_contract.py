@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from gateway import routes
+from tests.integration.example_world import in_place
 from tests.integration.gateway_world import GRAPH, People, Person, World, open_world, refused
 from tests.services import PostgreSQL
 
@@ -286,18 +287,6 @@ async def people(world: World) -> People:
 # ── asked and compared ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_scene(example: Any, ids: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return an example request with the ids that stand for its own."""
-    match example:
-        case dict():
-            return {key: in_scene(value, ids) for key, value in example.items()}
-        case list():
-            return [in_scene(value, ids) for value in example]
-        case str():
-            return ids.get(example, example)
-    return example
-
-
 async def asked(endpoint: Endpoint, scene: Scene, people: People, body: Any) -> httpx2.Response:  # noqa: ANN401
     path = endpoint.path.replace(":id", scene.ids.get("wf_abc123", ""))
     path = re.sub(r":sub(Id)?", scene.sub, path)
@@ -362,7 +351,7 @@ async def test_the_example_gives_its_status_and_every_field_of_its_body(
     people: People, endpoint: Endpoint
 ) -> None:
     scene = await SCENES[endpoint.name](people)
-    response = await asked(endpoint, scene, people, in_scene(endpoint.request, scene.ids))
+    response = await asked(endpoint, scene, people, in_place(endpoint.request, scene.ids))
     assert response.status_code == endpoint.status, response.text
     if endpoint.answer is None:
         assert response.content == b""
@@ -379,7 +368,7 @@ async def test_a_field_may_be_left_out_unless_it_is_required_and_has_its_type(
 ) -> None:
     name = part["name"]
     scene = await SCENES[endpoint.name](people)
-    example = in_scene(endpoint.request, scene.ids)
+    example = in_place(endpoint.request, scene.ids)
     wrong = await asked(
         endpoint, scene, people, {**example, name: [7] if part["type"] != "array" else {"a": 7}}
     )

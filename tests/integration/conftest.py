@@ -1,12 +1,29 @@
 import asyncio
+from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
 
 from models import migrating
 from models.database import parse_url
+from tests import databases
+from tests.integration.gateway_world import People, World, open_world
 from tests.integration.run_world import Where
 from tests.services import PgBouncer, PostgreSQL
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    """Yield a gateway on each kind of database, that of one file of tests."""
+    async with open_world(request.param, postgres, tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
+@pytest.fixture
+async def people(world: World) -> People:
+    return await world.people()
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +35,7 @@ def on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Where:
 
 @pytest.fixture(scope="session")
 def on_postgres(postgres: PostgreSQL) -> Where:
-    return Where(asyncio.run(_migrated(postgres, "runs")))
+    return Where(asyncio.run(databases.migrated(postgres, "runs")))
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +45,7 @@ def behind_pgbouncer(on_postgres: Where, pgbouncer: PgBouncer) -> Where:
 
 @pytest.fixture(scope="session")
 def on_serializable_postgres(postgres: PostgreSQL) -> Where:
-    return Where(asyncio.run(_serializable(asyncio.run(_migrated(postgres, "runs_serializable")))))
-
-
-async def _migrated(postgres: PostgreSQL, name: str) -> str:
-    url = await postgres.create_database(name)
-    await migrating.migrate(parse_url(url))
-    return url
+    return Where(asyncio.run(_serializable(asyncio.run(databases.migrated(postgres, "runs_serializable")))))
 
 
 async def _serializable(url: str) -> str:

@@ -21,6 +21,7 @@ from gateway.state import State
 from models import access_store, migrating
 from models.access import ALL_SCOPES, KeyScope, Organization, Role, User
 from models.database import parse_url
+from tests import databases
 from tests.services import PostgreSQL
 
 SECRET = "a secret of more than thirty-two characters"
@@ -138,10 +139,11 @@ def refused(response: httpx2.Response, status: int, code: str) -> None:
 @asynccontextmanager
 async def open_world(kind: str, postgres: PostgreSQL, folder: Path) -> AsyncIterator[World]:
     """Run a gateway on an empty database of a kind: `sqlite` or `postgresql`."""
-    url = f"sqlite:///{folder}/test.db"
     if kind == "postgresql":
-        url = await postgres.create_database(f"gateway_{uuid4().hex}")
-    await migrating.migrate(parse_url(url))
+        url = await databases.migrated(postgres, f"gateway_{uuid4().hex}")
+    else:
+        url = f"sqlite:///{folder}/test.db"
+        await migrating.migrate(parse_url(url))
     settings = GatewaySettings(
         data_dir=folder, database_url=url, secret_key=SecretStr(SECRET), max_body_bytes=1_000_000
     )

@@ -16,21 +16,12 @@ from models.access import ApiKey, KeyScope, Role
 from models.database import Database, parse_url
 from models.migrating import migrate
 from models.settings import InvalidSettings
-from tests.integration.gateway_world import SECRET, World, open_world, refused
+from tests.integration.gateway_world import SECRET, World, refused
 from tests.services import PostgreSQL
 
 KEYS = "/api/v1/auth/keys"
 USERS = "/api/v1/auth/users"
 WHOAMI = "/api/v1/auth/whoami"
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("access")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
 
 
 async def comes_true(condition: AsyncIterator[bool], *, within_seconds: float) -> float:

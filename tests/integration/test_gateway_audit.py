@@ -1,7 +1,6 @@
 """The audit trail: every change leaves one entry, what isn't one leaves none, and nobody rewrites it."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -19,29 +18,14 @@ from models.audit import AuditEntry
 from models.database import Database, parse_url
 from models.migrating import migrate
 from pilotflame import accounts
-from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, open_world, refused
+from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
-from tests.services import PostgreSQL
 
 AUDIT = "/api/v1/audit"
 KEYS = "/api/v1/auth/keys"
 USERS = "/api/v1/auth/users"
 WORKFLOWS = "/api/v1/workflows"
 FIELDS = {"id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHash", "createdAt"}
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("audit")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 async def trail(person: Person, **query: str) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
 """Duplicates, templates, exports and imports: what comes along, what never does, and who may."""
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx2
@@ -21,10 +20,8 @@ from tests.integration.gateway_world import (
     People,
     Person,
     World,
-    open_world,
     refused,
 )
-from tests.services import PostgreSQL
 
 WORKFLOWS = "/api/v1/workflows"
 CANARY = "canary-5f2b9c"
@@ -53,7 +50,7 @@ MODEL = {"id": "model", "nodeId": "llm", "config": {"model": "model_001"}}
 CALL = {
     "id": "call",
     "nodeId": "http-request",
-    "label": "Call",
+    "label": f"Call with Bearer {CANARY}-0123456789",
     "config": {
         "url": f"https://user:{CANARY}@example.com/",
         "headers": {"Authorization": f"Bearer {CANARY}", "accept": "text/html", "x-user": "{{ data.token }}"},
@@ -64,12 +61,15 @@ CALL = {
 SECRETIVE: dict[str, Any] = {
     "nodes": [TRIGGER, CALL],
     "connections": [{"id": "edge", "sourceNodeId": "start", "targetNodeId": "call"}],
+    "description": f"Calls a shop\nwith sk-{CANARY}-0123456789",
     "config": {"appId": "app_1", "clientSecret": CANARY},
     "settings": {"webhookToken": CANARY, "timeout": 60},
 }
 REMOVED = [
+    {"nodeId": None, "path": "description"},
     {"nodeId": None, "path": "settings.webhookToken"},
     {"nodeId": None, "path": "config.clientSecret"},
+    {"nodeId": "call", "path": "label"},
     {"nodeId": "call", "path": "config.url"},
     {"nodeId": "call", "path": "config.headers.Authorization"},
     {"nodeId": "call", "path": "config.body.items.0.password"},
@@ -89,20 +89,6 @@ WHOLE: dict[str, Any] = {
 }
 
 EMPTY: dict[str, Any] = {"format": "pilotflame/workflow", "formatVersion": 1, "name": "Given"}
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("copies")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +212,7 @@ async def test_credentials_never_come_along(world: World, people: People) -> Non
         version, action = await version_and_action(world, answer["workflowId"])
         assert action == way
         assert CANARY not in json.dumps([copy, version.snapshot]), way
+        assert (copy["description"], copy["nodes"][1]["label"]) == ("Calls a shop\nwith ", "")
         assert copy["config"] == {"appId": "app_1"}
         assert copy["nodes"][1]["config"] == {
             "headers": {"accept": "text/html", "x-user": "{{ data.token }}"},
@@ -464,10 +451,11 @@ async def test_every_reference_has_to_be_resolved(residents: People) -> None:
 
 
 async def test_credentials_in_a_document_are_kept_and_warned_of(residents: People) -> None:
-    document = {**EMPTY, **SECRETIVE}
+    # A finding calls a node by its label.
+    document = {**EMPTY, **SECRETIVE, "nodes": [TRIGGER, {**CALL, "label": "Call"}]}
     answer = await made(residents.owner, "/import", {"document": document, "references": {}})
     warned = [one for one in answer["findings"]["warnings"] if one["type"] == "inline-secret"]
-    assert [one.get("nodeId") for one in warned] == ["call", None, None]
+    assert [one.get("nodeId") for one in warned] == ["call", None, None, None]
     assert CANARY not in json.dumps(answer)
     whole = await residents.owner.workflow(answer["workflowId"])
     assert whole["config"]["clientSecret"] == CANARY

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -28,8 +27,8 @@ from messages.broker import Broker, Letter, Notice
 from models.access import KeyScope
 from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, Person, World, open_world
-from tests.services import PostgreSQL, Redis
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, Person, World
+from tests.services import Redis
 from workers.main import working
 from workers.settings import WorkerSettings
 
@@ -47,20 +46,6 @@ SPAN = {
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PROMPT_SECONDS = 0.5
 """Sooner than the look that is taken once a second."""
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("executions")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Graphs as wholes: where nodes are put when nobody says it, arranging them, and building one in a single call."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
+from threading import Thread, current_thread
 from typing import Any
 
 import httpx2
@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine.layout import CARD_HEIGHT, CARD_WIDTH
+from gateway import graph_shapes
 from models.audit import AuditEntry
 from tests.integration.gateway_world import (
     EDGE,
@@ -21,10 +22,8 @@ from tests.integration.gateway_world import (
     People,
     Person,
     World,
-    open_world,
     refused,
 )
-from tests.services import PostgreSQL
 
 WORKFLOWS = "/api/v1/workflows"
 BUILD = f"{WORKFLOWS}/build"
@@ -33,20 +32,6 @@ ENDS = ("start b", "start c", "b end", "c d", "d end")
 EDGES = [dict(zip(("source", "target"), ends.split(), strict=True)) for ends in ENDS]
 BRANCHES: dict[str, Any] = {"nodes": [TRIGGER, *STEPS], "connections": EDGES}
 """Two branches that meet again, one longer than the other."""
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("graphs")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 def places(workflow: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -409,3 +394,35 @@ async def test_bodies_that_are_no_workflow_are_refused(people: People, body: obj
     assert all({"path", "code", "message"} <= set(detail) for detail in details)
     paths = [(detail["path"], detail["code"]) for detail in details]
     assert len(paths) == len(set(paths))
+
+
+# ── beside others ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("operation", ["create", "update", "activate", "execute"])
+async def test_others_are_served_while_a_graph_is_gone_through(
+    people: People, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    api = people.owner.api
+    busy: set[Thread] = set()
+
+    def seen(step: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever the step takes and returns
+            busy.add(current_thread())
+            return step(*args, **options)
+
+        return watched
+
+    for step in ("stored_nodes", "placed", "check"):
+        monkeypatch.setattr(graph_shapes, step, seen(getattr(graph_shapes, step)))
+    response = await {
+        "create": lambda: api.post(WORKFLOWS, json={"name": "Large", "status": "active", **GRAPH}),
+        "update": lambda: api.put(path, json=GRAPH),
+        "activate": lambda: api.put(f"{path}/status", json={"status": "active"}),
+        "execute": lambda: api.post(f"{path}/execute", json={"definition": GRAPH}),
+    }[operation]()
+    assert response.is_success, response.text
+    assert busy
+    assert current_thread() not in busy

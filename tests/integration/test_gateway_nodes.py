@@ -5,7 +5,6 @@ import random
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -16,9 +15,8 @@ from sqlmodel import col
 
 from models.audit import AuditEntry
 from models.workflow import WorkflowGraph, WorkflowShare
-from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, open_world, refused
+from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
-from tests.services import PostgreSQL
 
 WORKFLOWS = "/api/v1/workflows"
 CHOOSE = {"id": "choose", "nodeId": "conditional"}
@@ -30,15 +28,6 @@ LINE: dict[str, Any] = {
     ],
 }
 """Three nodes in a row."""
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("nodes")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
 """Sharing and visibility over HTTP: who gets to see a workflow, what they may do with it, and how that ends."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from pathlib import Path
+from collections.abc import Awaitable
 from time import monotonic
 from typing import Any
 
@@ -10,26 +9,11 @@ import httpx2
 import pytest
 
 from models.access import Organization
-from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, open_world, refused
+from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
-from tests.services import PostgreSQL
 
 WORKFLOWS = "/api/v1/workflows"
 EXECUTIONS = "/api/v1/executions"
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("sharing")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 async def share(person: Person, workflow_id: str, user_id: object) -> httpx2.Response:

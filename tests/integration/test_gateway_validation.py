@@ -1,9 +1,8 @@
 """Graphs checked over HTTP, the scopes that they need, and the catalogue that they are drawn from."""
 
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -13,9 +12,10 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from engine.findings import Validation
 from engine.graph import Node
 from engine.program import compile_node
-from engine.validation import Validation, validate
+from engine.validation import validate
 from gateway import past_outputs
 from gateway.endpoints import validation
 from gateway.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
@@ -31,10 +31,8 @@ from tests.integration.gateway_world import (
     People,
     Person,
     World,
-    open_world,
     refused,
 )
-from tests.services import PostgreSQL
 
 CATALOGUE = "/api/v1/workflow-nodes"
 SOURCE = {
@@ -53,15 +51,6 @@ CALLING = {
         {"sourceNodeId": "call", "targetNodeId": "read"},
     ],
 }
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("validation")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +330,7 @@ async def test_a_node_type_is_listed_with_what_it_is(world: World, people: Peopl
 @pytest.mark.parametrize(
     ("query", "types"),
     [
-        ("search=csv", ["csv-parse"]),
+        ("search=csv", ["csv-format", "csv-parse"]),
         ("search=LANGUAGE+MODEL", ["agent", "llm"]),
         ("category=triggers", ["manual", "rest-api", "webhook"]),
         ("category=ai&search=http", ["tool"]),

@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,29 +19,13 @@ from tests.integration.gateway_world import (
     People,
     Person,
     World,
-    open_world,
     refused,
 )
 from tests.integration.second_gateway import second_gateway
-from tests.services import PostgreSQL
 
 WORKFLOWS = "/api/v1/workflows"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 NO_NUMBERS = ["0", "3", "-1", "01", "1_0", "v1", "current2", "999999999", "9" * 64]
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("versions")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 async def take(person: Person, workflow_id: str, tag: str, **fields: str) -> httpx2.Response:

@@ -1,25 +1,15 @@
 """Whatever is sent gets a clear answer in one shape, and never a 500."""
 
+import gzip
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from tests.integration.gateway_world import GRAPH, People, World, open_world, refused
-from tests.services import PostgreSQL
+from tests.integration.gateway_world import GRAPH, People, World, refused
 
 WORKFLOWS = "/api/v1/workflows"
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("wire")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +128,18 @@ async def test_a_body_must_be_sent_as_json(people: People, content_type: str | N
         assert response.status_code == 201
     else:
         refused(response, 415, "unsupported-media-type")
+
+
+async def test_a_body_must_be_sent_as_it_is(people: People) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = await people.owner.api.post(
+        WORKFLOWS, content=gzip.compress(b'{"name": "x"}'), headers=headers
+    )
+    refused(response, 415, "unsupported-media-type")
+    assert response.headers["Accept-Encoding"] == "identity"
+    headers["Content-Encoding"] = "identity"
+    response = await people.owner.api.post(WORKFLOWS, content=b'{"name": "x"}', headers=headers)
+    assert response.status_code == 201
 
 
 @pytest.mark.parametrize(

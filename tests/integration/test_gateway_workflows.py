@@ -2,9 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
@@ -26,10 +25,8 @@ from tests.integration.gateway_world import (
     People,
     Person,
     World,
-    open_world,
     refused,
 )
-from tests.services import PostgreSQL
 
 T = TypeVar("T")
 WORKFLOWS = "/api/v1/workflows"
@@ -39,20 +36,6 @@ SUMMARY = {
     "createdAt", "updatedAt",
 }  # fmt: skip
 OBJECT = SUMMARY | {"nodes", "connections", "config", "settings", "sharedWith"}
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
-    folder: Path = tmp_path_factory.mktemp("workflows")
-    async with open_world(request.param, postgres, folder) as world:
-        yield world
-
-
-@pytest.fixture
-async def people(world: World) -> People:
-    return await world.people()
 
 
 async def listed(person: Person, query: str = "") -> list[str]:

@@ -18,7 +18,9 @@ from uuid import uuid4
 
 import pytest
 
-from tests import commands, services
+from models import migrating
+from models.database import parse_url
+from tests import commands, databases, services
 from tests.system import proxy
 from tests.system.client import API_KEY
 from tests.system.moments import wait_until
@@ -200,7 +202,7 @@ def _is_at_work(process: Process) -> bool:
 @asynccontextmanager
 async def one_process(folder: Path, **settings: str) -> AsyncIterator[OneProcess]:
     url, environment = _environment(folder, settings)
-    commands.output("migrate", given=environment)
+    await migrating.migrate(parse_url(f"sqlite:///{folder}/pilotflame.db"))
     records = SQLiteRecords(folder / "pilotflame.db")
     await records.install()
     faults: list[Fault] = []
@@ -214,10 +216,9 @@ async def one_process(folder: Path, **settings: str) -> AsyncIterator[OneProcess
 async def many_processes(
     folder: Path, postgres: services.PostgreSQL, redis: services.Redis, **settings: str
 ) -> AsyncIterator[ManyProcesses]:
-    database_url = await postgres.create_database(f"system_{uuid4().hex}")
+    database_url = await databases.migrated(postgres, f"system_{uuid4().hex}")
     servers = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
     url, environment = _environment(folder, {**servers, **settings})
-    commands.output("migrate", given=environment)
     records = PostgreSQLRecords(database_url)
     await records.install()
     faults: list[Fault] = []

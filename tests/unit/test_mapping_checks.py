@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from engine.control import Control
 from engine.events import LogLine, Span, SpanStatus
+from engine.findings import Finding
 from engine.graph import Graph
 from engine.mapping_checks import MAX_EXPLAINED
 from engine.node import Services
 from engine.program import Program
 from engine.run import Start, run
-from engine.validation import Finding, validate
+from engine.validation import validate
 from engine.values import Json, decode
 from nodes import catalog
 from tests.calls import NoNetwork

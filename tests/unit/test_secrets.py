@@ -56,7 +56,7 @@ def test_what_says_where_a_credential_comes_from_is_none(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        new_key(), "sk-proj-abcdefghijklmnop123456", "sk_live_4eC39HqLyjWDarjtT1zdp7dc", "AKIAIOSFODNN7EXAMPLE",
+        "sk-proj-abcdefghijklmnop123456", "sk_live_4eC39HqLyjWDarjtT1zdp7dc", "AKIAIOSFODNN7EXAMPLE",
         "ghp_abcdefghijklmnopqrstuvwxyz0123456789", "github_pat_11ABCDEFG0abcdefghijkl", "glpat-abcdefghij0123456789",
         "xoxb-123456789012-abcdefghijkl", "xoxp-123456789012-abcdefghijkl", "AIzaSyA1234567890abcdefghijklmnopqrstuv",
         "SG.abcdefghijklmnop1234.abcdefghijklmnop1234", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", JWT, PRIVATE_KEY,
@@ -70,6 +70,10 @@ def test_what_says_where_a_credential_comes_from_is_none(text: str) -> None:
 )  # fmt: skip
 def test_the_shape_of_a_credential_tells_it_under_any_name(text: str) -> None:
     assert secrets.without({"note": text, "other": [1, text]}) == ({"other": [1, ""]}, ["note", "other.1"])
+
+
+def test_a_key_of_our_own_is_told_by_its_shape() -> None:
+    assert secrets.find({"note": new_key()}) == ["note"]
 
 
 @pytest.mark.parametrize(

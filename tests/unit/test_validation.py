@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from docs.tables import ROOT
-from engine.findings import MAX_FINDINGS, FindingType, FixAction
+from engine.findings import MAX_FINDINGS, Finding, FindingType, FixAction, Validation
 from engine.graph import Graph
-from engine.validation import Finding, Validation, find_errors, validate
+from engine.validation import find_errors, validate
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog

@@ -207,7 +207,7 @@ def test_a_small_value_that_is_large_as_json_is_refused_before_it_is_written() -
     for _ in range(40):
         value = [value, value]
     with pytest.raises(InvalidJson) as caught:
-        encode(value)
+        encode(value, max_bytes=1_000_000)
     assert caught.value.code == "too-large"
 
 
