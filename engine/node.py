@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OUTPUT = "output"
 INPUT = "input"
 ERROR = "error"
+OF_EACH = "[]."
+"""Stands in `cases[].port` between a list in a config and a field of each of its items."""
 
 
 class Effect(StrEnum):
@@ -90,8 +92,10 @@ class NodeType:
     outputs: tuple[str, ...] = (OUTPUT,)
     trigger_kind: str | None = None
     """`webhook`, `rest-api`, `manual`, …: the node starts a graph. None: it doesn't."""
+    outputs_from: str | None = None
+    """Where in the config the names of further outputs stand: `cases[].port`."""
     compiled: Mapping[str, Compile] = field(default_factory=dict)
-    """Config fields that the node evaluates itself."""
+    """Config fields that the node evaluates itself: `condition`, or `cases[].condition` for each item of a list."""
     input_description: str = ""
     output: Output = field(default_factory=Output)
     runnable: bool = True
@@ -108,6 +112,16 @@ class NodeType:
     @property
     def is_trigger(self) -> bool:
         return self.trigger_kind is not None
+
+    def outputs_of(self, config: Mapping[str, Json]) -> tuple[str, ...]:
+        """Return the outputs that a node with this config has, besides `error`."""
+        if self.outputs_from is None:
+            return self.outputs
+        field_name, _, name = self.outputs_from.partition(OF_EACH)
+        given = config.get(field_name)
+        items = given if isinstance(given, list) else []
+        found = [item.get(name) for item in items if isinstance(item, dict)]
+        return tuple(dict.fromkeys([*(port for port in found if isinstance(port, str)), *self.outputs]))
 
 
 class UnknownNodeType(LookupError):
@@ -186,6 +200,7 @@ class Call(msgspec.Struct, frozen=True):
     scope: Mapping[str, Json]
     """The roots of expressions: `data`, `trigger`, `nodes`, `execution`."""
     conditions: Mapping[str, Condition]
+    """By the field that holds one, or by the place: `cases.0.condition`."""
     values: Mapping[str, Template]
     unresolved: list[str]
     """Paths that found nothing; handed to whatever is evaluated late."""

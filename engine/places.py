@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from engine.conditions import compile_condition
 from engine.expressions import ExpressionError, Path, compile_path, compile_template, compile_value
-from engine.node import Compile
+from engine.node import OF_EACH, Compile
 from engine.operations import OPERATIONS
 from engine.values import MAX_DEPTH
 
@@ -72,24 +72,23 @@ class Reader:
             if isinstance(source, str) and "{{" not in source:
                 self._read_path(name, source, reading)
             else:
-                self._read_templates(Part.INPUT_MAPPINGS, name, source, reading)
-        for name, value in node.config.items():
-            kind = node_type.compiled.get(name)
+                self._read_templates(Part.INPUT_MAPPINGS, (name,), source, reading)
+        for steps, value, kind in _fields(node.config, node_type.compiled):
             if kind is None:
-                self._read_templates(Part.CONFIG, name, value, reading)
+                self._read_templates(Part.CONFIG, steps, value, reading)
             elif kind is Compile.CONDITION or not _is_static(value):
-                self._read_compiled(name, value, kind, reading)
+                self._read_compiled(steps, value, kind, reading)
         return reading
 
-    def _read_templates(self, part: Part, name: str, value: Json, reading: Reading) -> None:
+    def _read_templates(self, part: Part, place: Steps, value: Json, reading: Reading) -> None:
         """Take a value in whose texts paths stand between braces."""
         if _is_static(value):
             return
         try:
-            for steps, text in _leaves((name,), value):
+            for steps, text in _leaves(place, value):
                 self._read_text(part, steps, text, reading)
         except ExpressionError as error:
-            reading.errors.append((named(part, (name,)), error))
+            reading.errors.append((named(part, place), error))
 
     def _read_text(self, part: Part, steps: Steps, text: str, reading: Reading) -> None:
         paths = self._read.get(text)
@@ -102,7 +101,7 @@ class Reader:
             places = reading.config if part is Part.CONFIG else reading.mappings
             places.append(Place(part, steps, text, paths))
 
-    def _read_compiled(self, name: str, value: Json, kind: Compile, reading: Reading) -> None:
+    def _read_compiled(self, place: Steps, value: Json, kind: Compile, reading: Reading) -> None:
         """Take a condition or a value that may be computed: it can be wrong as a whole, not only in its texts."""
         try:
             if kind is Compile.CONDITION:
@@ -110,9 +109,9 @@ class Reader:
             else:
                 compile_value(value)
         except ExpressionError as error:
-            reading.errors.append((named(Part.CONFIG, (name,)), error))
+            reading.errors.append((named(Part.CONFIG, place), error))
             return
-        for steps, text in _leaves((name,), value, needed_only=True):
+        for steps, text in _leaves(place, value, needed_only=True):
             self._read_text(Part.CONFIG, steps, text, reading)
 
     def _read_path(self, name: str, source: str, reading: Reading) -> None:
@@ -130,6 +129,27 @@ class Reader:
 def named(part: Part, steps: Steps) -> str:
     """Return how a place is called: `config.values.total`."""
     return ".".join([part, *map(str, steps)])
+
+
+def _fields(
+    config: Mapping[str, Json], compiled: Mapping[str, Compile]
+) -> Iterator[tuple[Steps, Json, Compile | None]]:
+    """Return the fields of a config, one by one also in the items of a list where some of these are compiled."""
+    of_items: dict[str, dict[str, Compile]] = {}
+    for place, kind in compiled.items():
+        field, of_each, name = place.partition(OF_EACH)
+        if of_each:
+            of_items.setdefault(field, {})[name] = kind
+    for name, value in config.items():
+        if name not in of_items or not isinstance(value, list):
+            yield (name,), value, compiled.get(name)
+            continue
+        for index, item in enumerate(value):
+            if not isinstance(item, dict):
+                yield (name, index), item, None
+                continue
+            for inner, each in item.items():
+                yield (name, index, inner), each, of_items[name].get(inner)
 
 
 def _is_static(value: Json) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from engine.conditions import Condition, compile_condition
 from engine.errors import InvalidDefinition
 from engine.expressions import ExpressionError, Path, Template, compile_path, compile_template, compile_value
-from engine.node import Compile, Effect, NodeType, Run
+from engine.node import OF_EACH, Compile, Effect, NodeType, Run
 from engine.values import canonical
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
     """Compile one node; raises `LookupError` for an unknown type, `ExpressionError` for a bad expression."""
     node_type = catalog.get(node.type, node.version)
     config = catalog.with_defaults(node_type, node.config)
-    late = {key: kind for key, kind in node_type.compiled.items() if key in config}
+    early, late = _divided(config, node_type.compiled)
     problems = catalog.config_problems(node_type, node.config)
     mappings = {key: compile_mapping(value) for key, value in node.input_mappings.items()}
     parts: tuple[Json, ...] = (
@@ -103,14 +103,45 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
         node=node,
         node_type=node_type,
         effect=node_type.effect.of(config),
-        config=compile_template({key: value for key, value in config.items() if key not in late}),
-        conditions={k: compile_condition(config[k]) for k, kind in late.items() if kind is Compile.CONDITION},
-        values={k: compile_value(config[k]) for k, kind in late.items() if kind is Compile.VALUE},
+        config=compile_template(early),
+        conditions={
+            place: compile_condition(value)
+            for place, (kind, value) in late.items()
+            if kind is Compile.CONDITION
+        },
+        values={
+            place: compile_value(value) for place, (kind, value) in late.items() if kind is Compile.VALUE
+        },
         mappings=mappings,
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
         static_hashes=b"".join(sha256(canonical(part)).digest() for part in parts),
     )
+
+
+def _divided(
+    config: Mapping[str, Json], compiled: Mapping[str, Compile]
+) -> tuple[dict[str, Json], dict[str, tuple[Compile, Json]]]:
+    """Return what is rendered before the call, and what the node evaluates itself, by its place in the config."""
+    early = dict(config)
+    late: dict[str, tuple[Compile, Json]] = {}
+    for place, kind in compiled.items():
+        field, of_each, name = place.partition(OF_EACH)
+        if field not in early:
+            continue
+        value = early[field]
+        if not of_each:
+            late[field] = kind, early.pop(field)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, dict) and name in item:
+                    late[f"{field}.{index}.{name}"] = kind, item[name]
+            early[field] = [_without(item, name) for item in value]
+    return early, late
+
+
+def _without(item: Json, name: str) -> Json:
+    return {key: value for key, value in item.items() if key != name} if isinstance(item, dict) else item
 
 
 def compile_mapping(source: Json) -> Template | Path:

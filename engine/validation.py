@@ -164,13 +164,17 @@ def _triggers(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
 
 def _connections(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
     by_id = graph.by_id
+    outputs: dict[str, Sequence[str]] = {}
     for edge in graph.edges:
         if edge.source not in by_id or edge.target not in by_id:
             yield _broken(edge, [end for end in (edge.source, edge.target) if end not in by_id])
             continue
         source, target = types.get(edge.source), types.get(edge.target)
-        if source and edge.source_port != ERROR and edge.source_port not in source.outputs:
-            yield _no_output(edge, by_id[edge.source], source)
+        if source and edge.source_port != ERROR:
+            if edge.source not in outputs:
+                outputs[edge.source] = source.outputs_of(by_id[edge.source].config)
+            if edge.source_port not in outputs[edge.source]:
+                yield _no_output(edge, by_id[edge.source], outputs[edge.source])
         if target and edge.target_port not in target.inputs:
             yield _no_input(edge, by_id[edge.target], target)
 
@@ -186,9 +190,8 @@ def _broken(edge: Edge, missing: Sequence[str]) -> Finding:
     )
 
 
-def _no_output(edge: Edge, node: Node, node_type: NodeType) -> Finding:
+def _no_output(edge: Edge, node: Node, ports: Sequence[str]) -> Finding:
     message = f'Node "{node.label}" ({node.type}) has no output port {edge.source_port!r}'
-    ports = node_type.outputs
     suggestion = f"Use one of: {', '.join((*ports, ERROR))}."
     fix = _port_fix(edge, "sourcePort", edge.source_port, ports)
     return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)

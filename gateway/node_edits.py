@@ -234,16 +234,22 @@ def _absent(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
 
 def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], catalog: Catalog) -> None:
     flaws = []
-    source = catalog.node_types.get(str(nodes[str(edge["source"])]["type"]))
+    outputs = _outputs(nodes[str(edge["source"])], catalog)
     target = catalog.node_types.get(str(nodes[str(edge["target"])]["type"]))
-    if source and edge["sourcePort"] not in (*source.outputs, ERROR):
-        flaws.append(
-            _no_port("sourcePort", str(edge["source"]), edge["sourcePort"], (*source.outputs, ERROR))
-        )
+    if outputs and edge["sourcePort"] not in outputs:
+        flaws.append(_no_port("sourcePort", str(edge["source"]), edge["sourcePort"], outputs))
     if target and edge["targetPort"] not in target.inputs:
         flaws.append(_no_port("targetPort", str(edge["target"]), edge["targetPort"], target.inputs))
     if flaws:
         raise errors.invalid(flaws)
+
+
+def _outputs(node: StoredNode, catalog: Catalog) -> Sequence[str]:
+    """Return the outputs of a node; empty where its type isn't known."""
+    node_type = catalog.node_types.get(str(node["type"]))
+    if node_type is None:
+        return ()
+    return (*node_type.outputs_of(cast("Mapping[str, Json]", node["config"])), ERROR)
 
 
 def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[str, Json]:

@@ -17,9 +17,11 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     [ports]                         # default: one `input`, one `output`; every node has `error` besides
     inputs = ["input"]
     outputs = ["true", "false"]
+    outputs_from = "cases[].port"   # where in the config the names of further outputs stand
 
     [compiled]                      # config fields that the node evaluates itself
     condition = "condition"         # a condition, tested by the node
+    "cases[].condition" = "condition"  # one in each item of a list
     each = "value"                  # a template or `{"$op": …}`, rendered by the node
 
     [input]                         # what it takes and gives, in a sentence
@@ -36,6 +38,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     [config.properties.dataSource]
     type = "string"
     x-resource = "datasources:read" # what its value is the id of, and what the node does with that
+    x-constant = true               # no expression: it must be known before the run
 
     [[examples]]                    # run by the tests
     config = {…}
@@ -43,11 +46,13 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     output = {…}
     port = "true"                   # default: output
 
-A text with `{{` in it is accepted wherever the schema wants something else: only the run will know its value.
+A text with `{{` in it is accepted wherever the schema wants something else and doesn't say `x-constant`: only the run
+will know its value.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,12 +60,23 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 
 from engine.conditions import CONDITION_SCHEMA
-from engine.node import INPUT, OUTPUT, Compile, Effect, EffectRule, NodeType, Output, Run, UnknownNodeType
+from engine.node import (
+    INPUT,
+    OF_EACH,
+    OUTPUT,
+    Compile,
+    Effect,
+    EffectRule,
+    NodeType,
+    Output,
+    Run,
+    UnknownNodeType,
+)
 from nodes import problems
 from nodes.problems import Problem
 
@@ -154,6 +170,7 @@ class _EffectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Ports(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[str, ...] = (INPUT,)
     outputs: tuple[str, ...] = (OUTPUT,)
+    outputs_from: Annotated[str, msgspec.Meta(pattern=rf"^\w+{re.escape(OF_EACH)}\w+$")] | None = None
 
 
 class _Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,7 +207,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     s3_location: str = ""
     resources: dict[str, Any] = {}
     ports: _Ports = _Ports()
-    compiled: dict[str, Compile] = {}
+    compiled: dict[Annotated[str, msgspec.Meta(pattern=rf"^\w+({re.escape(OF_EACH)}\w+)?$")], Compile] = {}
     input: _Described = _Described()
     output: _Output = _Output()
     examples: list[_Example] = []
@@ -215,6 +232,7 @@ def _read_entry(path: Path) -> NodeType:
         config_schema=_with_conditions(entry.config, entry.compiled),
         inputs=entry.ports.inputs,
         outputs=entry.ports.outputs,
+        outputs_from=entry.ports.outputs_from,
         trigger_kind=entry.trigger,
         compiled=entry.compiled,
         input_description=entry.input.description,
@@ -244,11 +262,11 @@ def _output(written: _Output) -> Output:
 
 def _with_conditions(schema: Mapping[str, Json], compiled: Mapping[str, Compile]) -> Mapping[str, Json]:
     """Put the schema of a condition beside what the file says about each field that holds one."""
-    properties = _properties(schema)
-    for name, kind in compiled.items():
+    schema = {"properties": {}, **schema}
+    for place, kind in compiled.items():
         if kind is Compile.CONDITION:
-            properties[name] = {**CONDITION_SCHEMA, **properties.get(name, {})}
-    return {**schema, "properties": cast("Json", properties)}
+            schema = problems.changed_at(schema, place, lambda said: {**CONDITION_SCHEMA, **said})
+    return schema
 
 
 def _filled(schema: Mapping[str, Json], config: Mapping[str, Json]) -> dict[str, Json]:

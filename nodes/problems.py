@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from engine import names
-from engine.node import Compile
+from engine.node import OF_EACH, Compile
 from engine.values import encode
 from nodes import fields
 
@@ -71,16 +71,28 @@ def validator(node_type: NodeType) -> Draft202012Validator:
     """Return what checks the configs of a type; of a condition it asks only that it be an object."""
     from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
 
-    properties = cast("dict[str, Json]", node_type.config_schema.get("properties", {}))
-    conditions: dict[str, Json] = {
-        name: {"type": "object"} for name, kind in node_type.compiled.items() if kind is Compile.CONDITION
-    }
-    loosened: dict[str, Json] = {**node_type.config_schema, "properties": {**properties, **conditions}}
-    return Draft202012Validator(accepting_templates(loosened))
+    schema = node_type.config_schema
+    for place, kind in node_type.compiled.items():
+        if kind is Compile.CONDITION:
+            schema = changed_at(schema, place, lambda _said: {"type": "object"})
+    return Draft202012Validator(accepting_templates(schema))
+
+
+def changed_at(schema: Schema, place: str, change: Callable[[Schema], Schema]) -> Schema:
+    """Return `schema` with what it says of one field changed: of `condition`, or of `cases[].condition`."""
+    field, of_each, name = place.partition(OF_EACH)
+    properties = dict(cast("Mapping[str, Json]", schema.get("properties", {})))
+    said = cast("Schema", properties.get(field, {}))
+    if of_each:
+        of_items = changed_at(cast("Schema", said.get("items", {})), name, change)
+        properties[field] = {**said, "items": dict(of_items)}
+    else:
+        properties[field] = dict(change(said))
+    return {**schema, "properties": properties}
 
 
 def accepting_templates(schema: Schema) -> dict[str, Json]:
-    """Return `schema` with a text that holds `{{` accepted in place of any property and of any item.
+    """Return `schema` with a text that holds `{{` accepted in place of any property and item that isn't `x-constant`.
 
     What is asked of them moves into an `else`, whose errors are reported as if it stood alone.
     """
@@ -96,6 +108,8 @@ def accepting_templates(schema: Schema) -> dict[str, Json]:
 def _or_template(schema: Json) -> Json:
     if not isinstance(schema, dict):
         return schema
+    if schema.get("x-constant") is True:
+        return accepting_templates(schema)
     return {"if": dict(TEMPLATE), "else": accepting_templates(schema)}
 
 

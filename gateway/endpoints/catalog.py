@@ -38,6 +38,8 @@ class PortsShape(Wire):
 
     inputs: Sequence[str]
     outputs: Sequence[str]
+    outputs_from: str | UnsetType = UNSET
+    """Where in the config the names of further outputs stand: `cases[].port`."""
 
 
 class NodeTypeShape(Wire):
@@ -89,7 +91,7 @@ class NodeTypeSchema(NodeTypeShape):
     defaults: Mapping[str, Any]
     """The config that a node has where it is given none."""
     evaluated: Mapping[str, str]
-    """Fields of the config in which conditions, or computed values, may stand."""
+    """Fields of the config in which conditions, or computed values, may stand; `[]` is for each item of a list."""
     input_description: str
     output: OutputShape
     examples: Sequence[Mapping[str, Any]]
@@ -148,12 +150,18 @@ def _fields(node_type: NodeType) -> dict[str, Any]:
         "category": node_type.category,
         "description": node_type.description,
         "effect": _effect(node_type.effect),
-        "ports": PortsShape(inputs=node_type.inputs, outputs=node_type.outputs),
+        "ports": _ports(node_type),
         "resources": node_type.resources,
         "s3_location": node_type.s3_location,
         "runnable": node_type.runnable,
         "is_trigger": node_type.is_trigger,
     }
+
+
+def _ports(node_type: NodeType) -> PortsShape:
+    return PortsShape(
+        inputs=node_type.inputs, outputs=node_type.outputs, outputs_from=node_type.outputs_from or UNSET
+    )
 
 
 def _effect(rule: EffectRule) -> EffectShape:

@@ -390,6 +390,18 @@ async def test_a_connection_that_leads_nowhere_is_refused(
     assert len((await people.owner.workflow(workflow_id))["connections"]) == 2
 
 
+async def test_a_switch_is_connected_by_the_ports_of_its_cases(people: People) -> None:
+    cases = [{"port": "gold", "equals": 1}]
+    switch = {"id": "choose", "type": "switch", "config": {"cases": cases}}
+    workflow_id = await people.owner.create(nodes=[switch, {"id": "end", "type": "log"}])
+    path = f"{WORKFLOWS}/{workflow_id}/connections"
+    body = {"source": "choose", "target": "end"}
+    flaw = detail(await people.owner.api.post(path, json=body | {"sourcePort": "silver"}))
+    assert (flaw["code"], flaw["suggestion"]) == ("invalid-port", "Use one of: gold, default, error.")
+    for port in ("gold", "default"):
+        assert (await people.owner.api.post(path, json=body | {"sourcePort": port})).status_code == 201
+
+
 async def test_the_same_connection_is_made_once(people: People) -> None:
     workflow_id = await people.owner.create(**LINE)
     path = f"{WORKFLOWS}/{workflow_id}/connections"

@@ -366,6 +366,7 @@ async def test_the_schema_of_a_type_is_whole(people: People) -> None:
     assert shown["output"]["schema"]["required"] == ["rows", "columns", "count"]
     shown = (await people.owner.api.get(f"{CATALOGUE}/set/schema")).json()
     assert shown["evaluated"] == {"values": "value"}
+    assert shown["ports"] == {"inputs": ["input"], "outputs": ["output"]}
     assert shown["output"] == {
         "description": shown["output"]["description"],
         "schema": {},
@@ -379,6 +380,12 @@ async def test_the_schema_of_a_type_is_whole(people: People) -> None:
         "method",
         "read",
     )
+
+
+async def test_a_router_shows_where_its_ports_are_named(people: People) -> None:
+    shown = (await people.owner.api.get(f"{CATALOGUE}/switch/schema")).json()
+    assert shown["ports"] == {"inputs": ["input"], "outputs": ["default"], "outputsFrom": "cases[].port"}
+    assert shown["evaluated"] == {"cases[].condition": "condition"}
 
 
 async def test_a_type_that_is_not_there_is_answered_with_the_nearest(people: People) -> None:

@@ -7,7 +7,7 @@ import jsonschema_rs
 import pytest
 
 import nodes.library
-from engine.node import Compile, Effect, NodeType
+from engine.node import OF_EACH, Compile, Effect, NodeType
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog, InvalidEntry, UnknownNodeType
@@ -71,7 +71,7 @@ def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
         assert isinstance(of_field, dict)
         assert "description" in of_field, name
         assert re.fullmatch(r"[a-z]+:(read|write|invoke)", str(of_field.get("x-resource", "models:invoke")))
-    assert set(node_type.compiled) <= set(properties)
+    assert {place.partition(OF_EACH)[0] for place in node_type.compiled} <= set(properties)
 
 
 @EVERY_TYPE
@@ -137,6 +137,8 @@ async def test_a_node_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (SHOUT.replace('"pure"', '"harmless"'), "harmless"),
         (SHOUT + '[ports]\nouputs = ["a"]', "ouputs"),
         (SHOUT + '[compiled]\ntext = "code"', "code"),
+        (SHOUT + '[compiled]\n"text[0]" = "value"', "compiled"),
+        (SHOUT + '[ports]\noutputs_from = "text"', "outputs_from"),
         (SHOUT.replace("shout-it", "shout"), "must be shout.toml"),
         ("type = ?", "line 1"),
     ],
@@ -247,6 +249,19 @@ SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
         ("template", {"text": "", "items": []}, "each", "each is required", "required"),
         ("csv-parse", {"text": "", "delimiter": ";;"}, "delimiter", "must match", "pattern"),
         ("filter", {"condition": 1}, "condition", "must be an object, not a number", "type"),
+        ("switch", {"cases": [{"equals": 1}]}, "cases.0.port", "is required", "required"),
+        ("switch", {"cases": [{"port": "a"}]}, "cases.0.equals", "cases.0.condition is required", "required"),
+        ("switch", {"cases": [{"port": "error", "equals": 1}]}, "cases.0.port", "must match", "pattern"),
+        ("switch", {"cases": [{"port": "{{ data }}", "equals": 1}]}, "cases.0.port", "must match", "pattern"),
+        ("switch", {"cases": ["{{ data.case }}"]}, "cases.0", "must be an object, not a text", "type"),
+        ("switch", {"cases": "{{ data.cases }}"}, "cases", "must be a list, not a text", "type"),
+        (
+            "switch",
+            {"cases": [{"port": "a", "condition": 1}]},
+            "cases.0.condition",
+            "must be an object",
+            "type",
+        ),
     ],
 )
 def test_a_problem_says_where_and_what(
@@ -316,6 +331,10 @@ def test_a_problem_never_shows_a_value() -> None:
         ("http-request", {"url": "u", "headers": {"x": "a {{ data.x }}"}, "query": {"q": "{{ data.q }}"}}),
         ("aggregate", {"groupBy": ["{{ data.by }}"], "aggregations": [{**SUM, "function": "{{ data.f }}"}]}),
         ("aggregate", {"aggregations": "{{ data.aggregations }}"}),
+        (
+            "switch",
+            {"cases": [{"port": "a", "equals": "{{ data.a }}"}, {"port": "b", "condition": CONDITION}]},
+        ),
     ],
 )
 def test_a_template_may_stand_for_a_value_of_any_type(node_type: str, config: dict[str, Json]) -> None:
@@ -331,3 +350,12 @@ def test_a_condition_has_its_schema_and_its_description() -> None:
     assert isinstance(condition, dict)
     assert "as `item`" in str(condition["description"])
     assert condition["anyOf"]
+
+
+def test_the_outputs_of_a_switch_are_those_of_its_cases_and_one_for_the_rest() -> None:
+    switch = CATALOG.get("switch")
+    config: dict[str, Json] = {"cases": [{"port": "b"}, {"port": "a"}, {"port": "b"}]}
+    assert switch.outputs_of(config) == ("b", "a", "default")
+    broken: list[dict[str, Json]] = [{}, {"cases": {}}, {"cases": [1, {}, {"port": 1}]}]
+    assert [switch.outputs_of(config) for config in broken] == [("default",)] * 3
+    assert CATALOG.get("set").outputs_of(config) == ("output",)

@@ -45,7 +45,8 @@ ROWS: Json = [
 ]
 
 
-ALWAYS: Json = {"condition": {"left": 1, "operator": "equals", "right": 1}}
+HOLDS: Json = {"left": 1, "operator": "equals", "right": 1}
+ALWAYS: Json = {"condition": HOLDS}
 
 
 def taken(function: str, field: str = "t") -> list[Json]:
@@ -140,6 +141,22 @@ def taken(function: str, field: str = "t") -> list[Json]:
 )
 async def test_a_node_gives(node_type: str, config: dict[str, Json], data: Json, output: Json) -> None:
     assert (await call(node_type, config, data)).output == output
+
+
+@pytest.mark.parametrize(
+    ("cases", "port"),
+    [
+        ([{"port": "a", "equals": "1"}, {"port": "b", "equals": 1.0}], "b"),
+        ([{"port": "a", "equals": True}, {"port": "b", "equals": "{{ data }}"}], "b"),
+        ([{"port": "a", "equals": 2}, {"port": "b", "condition": HOLDS}, {"port": "c", "equals": 1}], "b"),
+        ([{"port": "a", "equals": 1}, {"port": "b", "equals": 1}], "a"),
+        ([{"port": "a", "equals": None}], "default"),
+    ],
+)
+async def test_the_first_case_of_a_switch_that_fits_counts(cases: Json, port: str) -> None:
+    for value in ({}, {"value": "{{ data }}"}):
+        called = await call("switch", {"cases": cases, **value}, 1)
+        assert (called.output, called.port) == (1, port)
 
 
 async def test_whole_numbers_stay_whole_when_they_are_added() -> None:

@@ -161,6 +161,20 @@ def test_a_connection_to_a_port_that_is_not_there_is_an_error(
     assert fix_of(error) == wanted
 
 
+def test_the_outputs_of_a_switch_are_read_from_its_config() -> None:
+    cases: Json = [{"port": "gold", "equals": 1}, {"port": "silver", "equals": 2}]
+    switch: dict[str, Json] = {"id": "choose", "type": "switch", "config": {"cases": cases}}
+    found = check(
+        [START, switch, SET],
+        [edge("start", "choose"), *(edge(f"choose:{port}", "set") for port in ("gold", "default", "error"))],
+    )
+    assert found == Validation()
+    error = only_error(check([START, switch, SET], [edge("start", "choose"), edge("choose:sliver", "set")]))
+    assert (error.type, error.suggestion) == ("invalid-port", "Use one of: gold, silver, default, error.")
+    fix = {"action": "set-port", "connectionId": "choose:sliver > set"}
+    assert fix_of(error) == {**fix, "path": ["sourcePort"], "value": "silver"}
+
+
 def test_a_connection_into_a_trigger_is_to_be_removed() -> None:
     errors = check([START, CHOOSE, SET], [edge("choose:true", "start")]).errors
     error = next(error for error in errors if error.type == "invalid-port")
@@ -234,6 +248,21 @@ def test_every_expression_that_cannot_be_read_is_told_with_its_place() -> None:
     node: dict[str, Json] = {"id": "call", "type": "http-request", "config": config}
     errors = check([START, node], [edge("start", "call")]).errors
     assert [error.message.split(": ")[1] for error in errors] == ["config.url", "config.headers.b"]
+
+
+def test_an_expression_in_a_case_of_a_switch_is_told_with_its_place() -> None:
+    cases: Json = [
+        {"port": "a", "equals": "{{ nonsense }}"},
+        {"port": "b", "condition": {"left": "{{ data.a }}", "operator": "near", "right": 1}},
+        {"port": "c", "condition": {"left": "{{ nodes.gone.a }}", "operator": "equals", "right": 1}},
+    ]
+    node: dict[str, Json] = {"id": "choose", "type": "switch", "config": {"cases": cases}}
+    found = check([START, node], [edge("start", "choose")])
+    assert [error.message.split(": ")[1] for error in found.errors] == [
+        "config.cases.0.equals",
+        "config.cases.1.condition",
+    ]
+    assert ["config.cases.2.condition.left" in warning.message for warning in found.warnings] == [True]
 
 
 def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
