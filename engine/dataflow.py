@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from engine import shapes
+from engine.expressions import ExpressionError
+from engine.joins import Combine, Join, Mode
 from engine.node import ERROR, INPUT
 from engine.shapes import SCALAR, UNKNOWN, Lost, Rest, Shape
 
@@ -41,14 +43,32 @@ class Flow:
             return self.trigger
         if not edges or any(edge.target_port != INPUT for edge in edges):
             return UNKNOWN
+        if node_type and node_type.joins:
+            return self._joined(node, edges)
         if len(edges) == 1:
             return self._leaving(edges[0])
+        alone = self._alone(edges)
+        together = [Shape(alone)] if len(alone) > 1 else []
+        return shapes.either([*alone.values(), *together])
+
+    def _joined(self, node: Node, edges: Sequence[Edge]) -> Shape:
+        alone = self._alone(edges)
+        try:
+            join = Join.of(node.config)
+        except ExpressionError:
+            return UNKNOWN
+        if join.mode is Mode.ANY or join.combine is Combine.MERGED:
+            return shapes.either([*alone.values()])
+        return (
+            Shape(alone) if join.combine is Combine.BY_NODE else Shape(items=shapes.either([*alone.values()]))
+        )
+
+    def _alone(self, edges: Sequence[Edge]) -> dict[str, Shape]:
+        """Return what comes from each of several nodes."""
         by_source: dict[str, list[Shape]] = {}
         for edge in edges:
             by_source.setdefault(edge.source, []).append(self._leaving(edge))
-        alone = {source: shapes.either(leaving) for source, leaving in by_source.items()}
-        together = [Shape(alone)] if len(alone) > 1 else []
-        return shapes.either([*alone.values(), *together])
+        return {source: shapes.either(leaving) for source, leaving in by_source.items()}
 
     def leave(self, node: Node, given: Shape) -> None:
         """Note what a node works on, after its mappings, and what it makes of that."""

@@ -96,6 +96,8 @@ class NodeType:
     """Where in the config the names of further outputs stand: `cases[].port`."""
     compiled: Mapping[str, Compile] = field(default_factory=dict)
     """Config fields that the node evaluates itself: `condition`, or `cases[].condition` for each item of a list."""
+    joins: bool = False
+    """Branches meet in it as its config says; see `Join`."""
     input_description: str = ""
     output: Output = field(default_factory=Output)
     runnable: bool = True

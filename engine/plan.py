@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,16 +23,20 @@ class Plan:
     """Follows one run through its graph.
 
     A node is ready when every edge into it is decided and at least one was taken; when none was, it is skipped, and so
-    are the edges out of it. The decision is derived from what has settled, in whatever order that happened.
+    are the edges out of it. The decision is derived from what has settled, in whatever order that happened. Only an
+    eager node is ready as soon as one edge into it was taken, and what is decided later changes nothing for it.
     """
 
-    def __init__(self, graph: Graph, triggers: Iterable[str]) -> None:
+    def __init__(self, graph: Graph, triggers: Iterable[str], eager: Collection[str] = ()) -> None:
         self._inbound = graph.inbound
         self._outbound = graph.outbound
         self._undecided = {node_id: len(edges) for node_id, edges in graph.inbound.items()}
         self._reached: set[str] = set()
         self._ports: dict[str, str] = {}
         self._triggers = frozenset(triggers)
+        self._eager = eager
+        self._first: dict[str, Edge] = {}
+        """By which edge each eager node was reached."""
 
     def start(self) -> Step:
         """Return the triggers as ready; whatever else nothing leads to is skipped."""
@@ -49,23 +53,32 @@ class Plan:
         self._ports[node_id] = port
         for edge in self._outbound[node_id]:
             if edge.source_port == port:
-                self._reached.add(edge.target)
+                self._reach(edge, step)
             self._decide(edge.target, step, unreachable)
         self._skip(unreachable, step)
         return step
 
     def parents(self, node_id: str) -> Sequence[Edge]:
-        """Return the taken edges into a node, in the order in which they were drawn."""
+        """Return the taken edges into a node, in the order in which they were drawn; into an eager one, the first."""
+        if node_id in self._first:
+            return [self._first[node_id]]
         return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]
+
+    def _reach(self, edge: Edge, step: Step) -> None:
+        target = edge.target
+        if target in self._eager and target not in self._reached:
+            self._first[target] = edge
+            step.ready.append(target)
+        self._reached.add(target)
 
     def _decide(self, target: str, step: Step, unreachable: list[str]) -> None:
         self._undecided[target] -= 1
         if self._undecided[target] > 0:
             return
-        if target in self._reached:
-            step.ready.append(target)
-        else:
+        if target not in self._reached:
             unreachable.append(target)
+        elif target not in self._eager:
+            step.ready.append(target)
 
     def _skip(self, node_ids: Iterable[str], step: Step) -> None:
         queue = deque(node_ids)

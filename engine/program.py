@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from engine.conditions import Condition, compile_condition
 from engine.errors import InvalidDefinition
 from engine.expressions import ExpressionError, Path, Template, compile_path, compile_template, compile_value
+from engine.joins import Join, Mode
 from engine.node import OF_EACH, Compile, Effect, NodeType, Run
 from engine.values import canonical
 
@@ -60,6 +61,7 @@ class NodeProgram:
     """What the config still lacks: the node fails with this when it is reached."""
     static_hashes: bytes
     """Digests of type and version, of the config after defaults, and of the mappings."""
+    join: Join | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Program:
     graph: Graph
     nodes: Mapping[str, NodeProgram]
     triggers: Sequence[str]
+    eager: frozenset[str]
+    """Nodes that go on with the first branch that arrives."""
     runs: Mapping[str, Run]
     """The implementation of each node type in the graph."""
     inline: frozenset[str]
@@ -83,8 +87,11 @@ class Program:
         except (LookupError, ExpressionError) as error:
             raise InvalidDefinition(str(error)) from error
         triggers = [node_id for node_id, program in nodes.items() if program.node_type.is_trigger]
+        eager = frozenset(
+            node_id for node_id, program in nodes.items() if program.join and program.join.mode is Mode.ANY
+        )
         inline = frozenset(kind for kind, run in runs.items() if not iscoroutinefunction(run))
-        return cls(graph=graph, nodes=nodes, triggers=triggers, runs=runs, inline=inline)
+        return cls(graph=graph, nodes=nodes, triggers=triggers, eager=eager, runs=runs, inline=inline)
 
 
 def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
@@ -116,6 +123,7 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
         static_hashes=b"".join(sha256(canonical(part)).digest() for part in parts),
+        join=Join.of(config) if node_type.joins else None,
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -26,6 +27,7 @@ from engine.control import Control, Request
 from engine.errors import LeaseLost, NodeError
 from engine.events import SETTLED, Ended, Journal, LogLine, RunError, RunStatus, Span, SpanStatus
 from engine.expressions import MISSING, ExpressionError, Path
+from engine.joins import Mode
 from engine.node import ERROR, OUTPUT, Call, Effect, Outcome, Result, Services, Wait
 from engine.plan import Plan, Step
 from engine.values import InvalidJson
@@ -118,8 +120,10 @@ class Runner:
         self._journal = journal
         self._control = control
         self._services = services
-        self._plan = Plan(program.graph, program.triggers)
+        self._plan = Plan(program.graph, program.triggers, program.eager)
         self._recorded = {span.node_id: span for span in start.recorded}
+        self._settled_before: list[tuple[int, str]] = []
+        """Nodes that are ready and have settled in an earlier attempt, by when: a heap."""
         self._ready: deque[str] = deque()
         self._tasks: dict[asyncio.Task[None], Visit] = {}
         self._sleeping: dict[str, Sleeping] = {}
@@ -144,13 +148,17 @@ class Runner:
         turn_ends = time.monotonic() + TURN_SECONDS
         try:
             while (ended := self._ended()) is None:
-                if self._ready and self._may_start():
+                if self._settled_before:
+                    _, node_id = heappop(self._settled_before)
+                    self._restore(self._recorded[node_id])
+                elif self._ready and self._may_start():
                     await self._enter(self._ready.popleft())
-                    if time.monotonic() > turn_ends:
-                        await asyncio.sleep(0)
-                        turn_ends = time.monotonic() + TURN_SECONDS
                 else:
                     await self._wait_for_change()
+                    continue
+                if time.monotonic() > turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.monotonic() + TURN_SECONDS
         finally:
             await self._break_off()
         self._record_broken_off(ended)
@@ -170,11 +178,12 @@ class Runner:
             return self._timed_out()
         if request is Request.STOP:
             return Ended(RunStatus.STOPPED)
-        if not self._ready and not self._sleeping:
+        is_idle = not self._ready and not self._settled_before
+        if is_idle and not self._sleeping:
             return Ended(RunStatus.COMPLETED)
         if request is Request.HAND_OVER:
             return Ended(RunStatus.RELEASED)
-        if not self._ready:
+        if is_idle:
             due_at = min(sleeping.wake_at for sleeping in self._sleeping.values())
             if (due_at - datetime.now(UTC)).total_seconds() > SHORT_WAIT_SECONDS:
                 return Ended(RunStatus.WAITING, due_at=due_at)
@@ -195,12 +204,9 @@ class Runner:
 
     async def _enter(self, node_id: str) -> None:
         recorded = self._recorded.get(node_id)
-        if recorded is not None and recorded.status in SETTLED:
-            self._restore(recorded)
-            return
         try:
             visit = self._visit(node_id, recorded)
-        except (ExpressionError, InvalidJson) as error:
+        except (ExpressionError, InvalidJson, NodeError) as error:
             self._failed(
                 Visit(self._program.nodes[node_id], None, None, None, b"", datetime.now(UTC)),
                 _as_node_error(error),
@@ -271,7 +277,7 @@ class Runner:
 
     def _visit(self, node_id: str, recorded: Span | None) -> Visit:
         program = self._program.nodes[node_id]
-        data, input_node = self._gather(node_id)
+        data, input_node = self._gather(program)
         unresolved: list[str] = []
         if program.mappings:
             data, input_node = self._mapped(program, data, unresolved), None
@@ -282,11 +288,13 @@ class Runner:
             _take_up(visit, recorded)
         return visit
 
-    def _gather(self, node_id: str) -> tuple[Json, str | None]:
+    def _gather(self, program: NodeProgram) -> tuple[Json, str | None]:
         """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
-        parents = list(dict.fromkeys(edge.source for edge in self._plan.parents(node_id)))
+        parents = list(dict.fromkeys(edge.source for edge in self._plan.parents(program.node.id)))
         if not parents:
             return self._start.trigger, None
+        if program.join is not None and program.join.mode is Mode.ALL:
+            return program.join.data({parent: self._outputs[parent] for parent in parents}), None
         if len(parents) == 1:
             return self._outputs[parents[0]], parents[0]
         merged: dict[str, Json] = {}
@@ -442,7 +450,10 @@ class Runner:
         self._sleeping[visit.node_id] = Sleeping(wake_at, visit, output)
 
     def _restore(self, span: Span) -> None:
-        """Take a settled node from the journal instead of running it."""
+        """Take a settled node from the journal instead of running it.
+
+        They come in the order in which they settled, so that an eager node is reached by the branch that was first.
+        """
         self._outputs[span.node_id] = values.decode(span.output) if span.output is not None else None
         self._digests[span.node_id] = sha256(span.output or b"").digest()
         if span.port is None:
@@ -451,7 +462,10 @@ class Runner:
         self._follow(self._plan.settle(span.node_id, span.port))
 
     def _follow(self, step: Step) -> None:
-        self._ready.extend(step.ready)
+        if self._recorded:
+            self._follow_recorded(step.ready)
+        else:
+            self._ready.extend(step.ready)
         for node_id in step.skipped:
             if node_id not in self._recorded:
                 node = self._program.nodes[node_id].node
@@ -459,6 +473,14 @@ class Runner:
                 self._journal.record(
                     Span(node_id, node.label, node.type, SpanStatus.SKIPPED, self._sequence, started_at=None)
                 )
+
+    def _follow_recorded(self, ready: Sequence[str]) -> None:
+        for node_id in ready:
+            recorded = self._recorded.get(node_id)
+            if recorded is not None and recorded.status in SETTLED:
+                heappush(self._settled_before, (recorded.sequence, node_id))
+            else:
+                self._ready.append(node_id)
 
     # ── time ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -10,6 +10,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     effect = "pure"                 # pure, read or write, or decided by a field of the config:
                                     # { default = "write", field = "method", cases = { GET = "read" } }
     trigger = "webhook"             # only on a node that starts a graph: what kind of event it takes
+    joins = true                    # branches meet in it as its config's `mode` and `combine` say; see engine/joins.py
     runnable = true                 # false: it may be drawn, but there is no `.py`
     resources = { cpu = "500m", memory = "256Mi" }  # what a pod that runs it asks for; default: 100m and 128Mi
     s3_location = "s3://…"          # the address of its package; default: by type and version
@@ -203,6 +204,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     effect: Effect | _EffectTable
     config: dict[str, Any]
     trigger: str | None = None
+    joins: bool = False
     runnable: bool = True
     s3_location: str = ""
     resources: dict[str, Any] = {}
@@ -235,6 +237,7 @@ def _read_entry(path: Path) -> NodeType:
         outputs_from=entry.ports.outputs_from,
         trigger_kind=entry.trigger,
         compiled=entry.compiled,
+        joins=entry.joins,
         input_description=entry.input.description,
         output=_output(entry.output),
         runnable=entry.runnable,

@@ -249,6 +249,7 @@ SUM: dict[str, Json] = {"function": "sum", "field": "x", "as": "total"}
         ("template", {"text": "", "items": []}, "each", "each is required", "required"),
         ("csv-parse", {"text": "", "delimiter": ";;"}, "delimiter", "must match", "pattern"),
         ("filter", {"condition": 1}, "condition", "must be an object, not a number", "type"),
+        ("merge", {"mode": "{{ data.mode }}"}, "mode", 'must be one of "all", "any"', "enum"),
         ("switch", {"cases": [{"equals": 1}]}, "cases.0.port", "is required", "required"),
         ("switch", {"cases": [{"port": "a"}]}, "cases.0.equals", "cases.0.condition is required", "required"),
         ("switch", {"cases": [{"port": "error", "equals": 1}]}, "cases.0.port", "must match", "pattern"),

@@ -159,6 +159,27 @@ def test_several_parents_give_their_fields_together_and_each_under_its_id(path: 
     assert len(found(nodes, edges)) == lost
 
 
+@pytest.mark.parametrize(
+    ("config", "path", "lost"),
+    [
+        ({}, "data.parse.rows", 0),
+        ({}, "data.rows", 1),
+        ({"combine": "merged"}, "data.rows", 0),
+        ({"combine": "merged"}, "data.parse.rows", 1),
+        ({"combine": "list"}, "data[1].text", 0),
+        ({"combine": "list"}, "data.text", 1),
+        ({"combine": "list"}, "data[0].status", 1),
+        ({"mode": "any"}, "data.text", 0),
+        ({"mode": "any"}, "data.write.text", 1),
+        ({"mode": "most"}, "data.anything", 0),
+    ],
+)
+def test_a_merge_gives_what_it_lays_together(config: dict[str, Json], path: str, lost: int) -> None:
+    nodes = [START, PARSE, WRITE, node("merge", "merge", config=config), reading(path)]
+    edges = ["start > parse", "start > write", "parse > merge", "write > merge", "merge > read"]
+    assert len(found(nodes, edges)) == lost
+
+
 def test_what_one_parent_may_have_is_not_told_by_how_another_has_it() -> None:
     nodes = [START, node("put", "set", config={"values": {"body": 1}}), CHOOSE, reading("data.body.x")]
     edges = ["start > put", "start > choose", "put > read", "choose:true > read"]

@@ -19,6 +19,7 @@ class Walk:
 
     graph: Graph
     ports: Mapping[str, str]
+    eager: frozenset[str]
 
     def reached(self) -> set[str]:
         """Say it the plain way: a node is reached when a reached parent left by the port of an edge to it."""
@@ -42,15 +43,16 @@ def walks(draw: st.DrawFn) -> Walk:
         for number, ((source, target), port) in enumerate(drawn)
     ]
     ports = {node_id: draw(st.sampled_from(PORTS)) for node_id in ids}
-    return Walk(Graph([Node(node_id, "any") for node_id in ids], edges), ports)
+    eager = draw(st.frozensets(st.sampled_from(ids)))
+    return Walk(Graph([Node(node_id, "any") for node_id in ids], edges), ports, eager)
 
 
 @given(walks(), st.randoms(use_true_random=False))
 def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
     walk: Walk, random: st.DataObject
 ) -> None:
-    plan = Plan(walk.graph, ["n0"])
-    settled: set[str] = set()
+    plan = Plan(walk.graph, ["n0"], walk.eager)
+    settled: dict[str, None] = {}
     told: Counter[str] = Counter()
     skipped: set[str] = set()
 
@@ -59,21 +61,37 @@ def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
         skipped.update(step.skipped)
         waiting.extend(step.ready)
         for node_id in step.ready:
-            parents = {edge.source for edge in walk.graph.inbound[node_id]}
-            assert parents <= settled | skipped
-            taken = [edge.source for edge in plan.parents(node_id)]
-            assert all(walk.ports[source] in PORTS and source in settled for source in taken)
+            edges = walk.graph.inbound[node_id]
+            taken = [edge for edge in edges if walk.ports[edge.source] == edge.source_port]
+            arrived = [edge for edge in taken if edge.source in settled]
+            if node_id in walk.eager and node_id != "n0":
+                first_of[node_id] = list(plan.parents(node_id))
+                assert arrived[:1] == first_of[node_id]
+            else:
+                assert {edge.source for edge in edges} <= settled.keys() | skipped
+                assert list(plan.parents(node_id)) == arrived
 
     waiting: list[str] = []
+    first_of: dict[str, list[Edge]] = {}
     follow(plan.start())
     while waiting:
         node_id = waiting.pop(random.randrange(len(waiting)))  # type: ignore[attr-defined]
-        settled.add(node_id)
+        settled[node_id] = None
         follow(plan.settle(node_id, walk.ports[node_id]))
 
-    assert settled == walk.reached()
-    assert settled | skipped == {node.id for node in walk.graph.nodes}
+    assert settled.keys() == walk.reached()
+    assert all(list(plan.parents(node_id)) == first for node_id, first in first_of.items())
+    assert settled.keys() | skipped == {node.id for node in walk.graph.nodes}
     assert set(told.values()) == {1}
+
+
+def test_an_eager_node_is_ready_by_the_first_branch_and_the_others_change_nothing() -> None:
+    nodes = [Node(node_id, "any") for node_id in ("a", "b", "c", "end")]
+    edges = [Edge("1", "a", "end"), Edge("2", "b", "end"), Edge("3", "c", "end", source_port="other")]
+    plan = Plan(Graph(nodes, edges), ["a", "b", "c"], {"end"})
+    plan.start()
+    assert [plan.settle(node_id, "output").ready for node_id in ("c", "b", "a")] == [[], ["end"], []]
+    assert plan.parents("end") == [edges[1]]
 
 
 def test_parents_come_in_the_order_in_which_their_edges_were_drawn() -> None:

@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import msgspec.structs
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine import run as engine_run
 from engine.control import Control, Request
@@ -42,6 +44,7 @@ class Kind:
     run: Run
     compiled: Mapping[str, Compile] = field(default_factory=dict)
     version: str = "1.0.0"
+    joins: bool = False
 
 
 def pure(run: Run, **more: Any) -> Kind:  # noqa: ANN401 - the other fields of Kind
@@ -74,6 +77,7 @@ class Kinds:
             config_schema={},
             trigger_kind="manual" if type == "start" else None,
             compiled=kind.compiled,
+            joins=kind.joins,
         )
 
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
@@ -948,6 +952,215 @@ async def test_sequence_numbers_go_on_where_they_were() -> None:
     highest = max(span.sequence for span in spans)
     assert notebook.spans["wait"].sequence > highest
     assert notebook.spans["echo1"].sequence < highest
+
+
+# ── merges ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("combine", "merged"),
+    [
+        ({}, {"one": {"a": 1, "both": 1}, "two": {"b": 2, "both": 2}}),
+        ({"combine": "merged"}, {"a": 1, "b": 2, "both": 2}),
+        ({"combine": "list"}, [{"a": 1, "both": 1}, {"b": 2, "both": 2}]),
+    ],
+    ids=["by node", "merged", "as a list"],
+)
+async def test_a_merge_lays_together_what_was_not_skipped(combine: dict[str, Json], merged: Json) -> None:
+    graph = program(
+        "start > one > merge; start > slow > two > merge; start > choose; choose:left > echo > merge",
+        {
+            "one": pure(lambda _: {"a": 1, "both": 1}),
+            "two": pure(lambda _: {"b": 2, "both": 2}),
+            "slow": read(pause),
+            "choose": pure(lambda call: Result(call.data, port="right")),
+            "merge": pure(echo, joins=True),
+        },
+        {"merge": {"config": combine}},
+    )
+    notebook = await finished(Worker(graph))
+    assert notebook.output("merge") == merged
+    assert notebook.status("echo") is SpanStatus.SKIPPED
+
+
+async def test_what_is_no_object_can_not_be_merged() -> None:
+    graph = program(
+        "start > list > merge",
+        {"list": pure(lambda _: [1]), "merge": pure(echo, joins=True)},
+        {"merge": {"config": {"combine": "merged"}}},
+    )
+    error = error_of(await Worker(graph).work())
+    assert (error.node_id, error.message) == (
+        "merge",
+        "Only objects can be merged, and node list gave list: combine by-node or list",
+    )
+
+
+async def test_a_merge_of_any_goes_on_with_the_first_and_the_others_run_on_and_change_nothing() -> None:
+    may_end, follows = asyncio.Event(), Counter[str]()
+
+    async def hold(call: Call) -> Json:
+        await soon(may_end)
+        return call.data
+
+    def follow(call: Call) -> Json:
+        follows[str(call.data)] += 1
+        may_end.set()
+        return None
+
+    graph = program(
+        "start > held > merge > follow; start > fast > merge; start > choose; choose:left > merge",
+        {
+            "held": read(hold),
+            "fast": pure(lambda _: "fast"),
+            "choose": pure(lambda call: Result(call.data, port="right")),
+            "merge": pure(echo, joins=True),
+            "follow": pure(follow),
+        },
+        {"merge": {"config": {"mode": "any"}}},
+    )
+    notebook = await finished(Worker(graph))
+    assert follows == {"fast": 1}
+    assert notebook.spans["merge"].input_node == "fast"
+    assert set(notebook.statuses.values()) == {"completed"}
+
+
+async def test_a_merge_of_any_is_skipped_when_no_branch_arrives() -> None:
+    graph = program(
+        "start > choose; choose:left > merge; choose:other > merge > echo",
+        {
+            "choose": pure(lambda call: Result(call.data, port="right")),
+            "merge": pure(echo, joins=True),
+        },
+        {"merge": {"config": {"mode": "any"}}},
+    )
+    notebook = await finished(Worker(graph))
+    assert (notebook.statuses["merge"], notebook.statuses["echo"]) == ("skipped", "skipped")
+
+
+async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earlier_attempt_too() -> None:
+    has_arrived = asyncio.Event()
+
+    async def arrive(call: Call) -> Json:
+        if call.config:
+            await soon(has_arrived)
+        has_arrived.set()
+        return None
+
+    options: dict[str, dict[str, Json]] = {
+        "read1": {"config": {"is_late": True}},
+        "merge": {"config": {"mode": "any"}},
+    }
+    kinds = {"read": read(arrive), "merge": pure(echo, joins=True)}
+    graph = program("start > read1 > merge; start > read2 > merge", kinds, options)
+    whole = await finished(Worker(graph))
+    assert whole.spans["merge"].input_node == "read2"
+    before = [span for span in whole.spans.values() if span.node_id != "merge"]
+    again = await finished(Worker(graph, recorded=before))
+    assert again.spans["merge"].input_node == "read2"
+
+
+class Stream(Notebook):
+    """A notebook that keeps every span in the order in which it was recorded."""
+
+    def __init__(self, recorded: Sequence[Span] = ()) -> None:
+        super().__init__(recorded)
+        self.stream: list[Span] = []
+
+    def record(self, span: Span) -> None:
+        super().record(span)
+        self.stream.append(span)
+
+    async def commit(self) -> None:
+        # Long enough for several branches to arrive meanwhile.
+        for _ in range(4):
+            await asyncio.sleep(0)
+        await super().commit()
+
+
+@st.composite
+def races(draw: st.DrawFn) -> tuple[Program, Counter[str]]:
+    """Draw a graph in which branches of different lengths meet in merges of both modes, and what counts its calls."""
+    calls: Counter[str] = Counter()
+
+    async def step(call: Call) -> Outcome:
+        node_id = call.idempotency_key.split(":")[1]
+        calls[node_id] += 1
+        for _ in range(cast("int", call.config["turns"])):
+            await asyncio.sleep(0)
+        return Result(node_id, port=str(call.config["port"]))
+
+    ids = ["start"]
+    paths: list[str] = []
+    options: dict[str, Mapping[str, Json]] = {}
+    for number in range(draw(st.integers(4, 8))):
+        is_branch = number < 3
+        kind = draw(
+            st.sampled_from(["read", "write"] if is_branch else ["any", "any", "all", "read", "write"])
+        )
+        fewest = 1 if is_branch or kind in {"read", "write"} else 2
+        node_id = f"{kind}{9 - number}"
+        sources = draw(
+            st.lists(
+                st.sampled_from(ids[:1] if is_branch else ids[1:]), min_size=fewest, max_size=3, unique=True
+            )
+        )
+        ports = [draw(st.sampled_from(["output", "output", "other"])) for _ in sources]
+        paths += [
+            f"{source}:{port} > {node_id}"
+            for source, port in zip(sources, ports, strict=True)
+            if port == "output" or source[:4] in {"read", "writ"}
+        ] or [f"start > {node_id}"]
+        turns, port = draw(st.integers(0, 4)), draw(st.sampled_from(["output", "output", "other"]))
+        mode = {"mode": "any"} if kind == "any" else {}
+        options[node_id] = {"config": {"turns": turns, "port": port, **mode}}
+        ids.append(node_id)
+    kinds = {
+        "read": read(step),
+        "write": write(step),
+        "any": pure(echo, joins=True),
+        "all": pure(echo, joins=True),
+    }
+    return program("; ".join(paths), kinds, options), calls
+
+
+@given(races())
+@settings(max_examples=50)
+def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
+    race: tuple[Program, Counter[str]],
+) -> None:
+    graph, calls = race
+    edges = graph.graph.inbound
+
+    def work(recorded: Sequence[Span]) -> Stream:
+        worker = Worker(graph, recorded=recorded)
+        worker.notebook = stream = Stream(recorded)
+        assert asyncio.run(worker.work()) == Ended(RunStatus.COMPLETED)
+        return stream
+
+    whole = work([])
+    for length in range(len(whole.stream)):
+        durable = {span.node_id: span for span in whole.stream[:length]}
+        settled = {node_id: span.port for node_id, span in durable.items() if span.status in SETTLED}
+        calls.clear()
+        after = work(list(durable.values()))
+        assert after.statuses == whole.statuses
+        assert not calls.keys() & settled.keys()
+        assert set(calls.values()) <= {1}
+        # Where no branch had arrived yet, another one may be first the next time.
+        open_races = {
+            node_id
+            for node_id in graph.eager
+            if not any(settled.get(edge.source) == edge.source_port for edge in edges[node_id])
+        }
+        for node_id in graph.nodes:
+            if not _lies_behind(node_id, open_races, graph):
+                assert after.spans[node_id].output == whole.spans[node_id].output
+
+
+def _lies_behind(node_id: str, others: set[str], graph: Program) -> bool:
+    sources = {edge.source for edge in graph.graph.inbound[node_id]}
+    return node_id in others or any(_lies_behind(source, others, graph) for source in sources)
 
 
 # ── what others ask of a run ──────────────────────────────────────────────────────────────────────────────
