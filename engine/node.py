@@ -109,7 +109,7 @@ class NodeType:
     is loaded from the server's own files.
     """
     examples: tuple[Mapping[str, Json], ...] = ()
-    """Each: `config`, `input`, `output`, and `port` where it isn't `output`."""
+    """Each: `config`, `input`, `port`, and `output`, or the message of its `error`."""
 
     @property
     def is_trigger(self) -> bool:

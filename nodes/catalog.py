@@ -46,6 +46,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     input = {…}
     output = {…}
     port = "true"                   # default: output
+    error = "…"                     # in the place of an output: the message with which the node fails
 
 A text with `{{` in it is accepted wherever the schema wants something else and doesn't say `x-constant`: only the run
 will know its value.
@@ -64,6 +65,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from engine.conditions import CONDITION_SCHEMA
 from engine.node import (
@@ -187,10 +189,15 @@ class _Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    output: Any
+    output: Any = UNSET
+    error: str | UnsetType = UNSET
     input: Any = None
     config: dict[str, Any] = {}
     port: str = OUTPUT
+
+    def __post_init__(self) -> None:
+        if (self.output is UNSET) == (self.error is UNSET):
+            raise ValueError("an example has either an output or an error")
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

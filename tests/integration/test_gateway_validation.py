@@ -355,7 +355,7 @@ async def test_every_type_shows_how_it_is_configured(people: People) -> None:
         assert shown["defaults"].keys() <= shown["config"].get("properties", {}).keys()
         assert shown["examples"]
         for example in shown["examples"]:
-            assert output.is_valid(example["output"])
+            assert "error" in example or output.is_valid(example["output"])
             assert config.is_valid(example["config"]) or "{{" in str(example["config"])
 
 

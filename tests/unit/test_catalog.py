@@ -87,7 +87,7 @@ def test_the_output_of_every_example_fits_the_schema_of_the_output(node_type: No
     output = node_type.output
     jsonschema_rs.meta.validate(dict(output.schema))
     for example in node_type.examples:
-        assert jsonschema_rs.is_valid(dict(output.schema), example["output"])
+        assert "error" in example or jsonschema_rs.is_valid(dict(output.schema), example["output"])
     for name in [output.fields_of, *([output.dropped_by[0]] if output.dropped_by else [])]:
         assert name is None or name in str(node_type.config_schema["properties"])
     assert bool(output.schema) != output.keeps_input, "what it gives is its own, or it is what arrived"
@@ -139,6 +139,7 @@ async def test_a_node_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (SHOUT + '[compiled]\ntext = "code"', "code"),
         (SHOUT + '[compiled]\n"text[0]" = "value"', "compiled"),
         (SHOUT + '[ports]\noutputs_from = "text"', "outputs_from"),
+        (SHOUT + "[[examples]]\ninput = 1", "either an output or an error"),
         (SHOUT.replace("shout-it", "shout"), "must be shout.toml"),
         ("type = ?", "line 1"),
     ],

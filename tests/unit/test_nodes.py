@@ -33,6 +33,11 @@ async def test_every_example_of_the_catalogue_comes_true(
 ) -> None:
     data = example["input"]
     before = copy.deepcopy(data)
+    if "error" in example:
+        with pytest.raises(NodeError) as raised:
+            await call(node_type.type, example["config"], data)
+        assert raised.value.message == example["error"]
+        return
     called = await call(node_type.type, example["config"], data)
     assert (called.output, called.port) == (example["output"], example["port"])
     assert data == before, "a node never changes what it was given"
@@ -359,6 +364,8 @@ def test_every_table_of_texts_survives_being_written_as_csv(rows: list[list[str]
             "invalid-config",
             "one of debug, info, warning, error",
         ),
+        ("stop-with-error", {"message": "{{ data }}"}, {"a": 1}, "node-error", '{"a":1}'),
+        ("stop-with-error", {"message": "{{ data }}"}, None, "node-error", "its message is empty"),
         ("wait", {"seconds": "{{ data }}"}, "soon", "invalid-config", "`seconds` must be a number"),
         ("wait", {"seconds": "{{ data }}"}, -1, "invalid-config", "from 0 to 31,536,000"),
         ("wait", {"seconds": "{{ data }}"}, True, "invalid-config", "`seconds` must be a number"),
