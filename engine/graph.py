@@ -99,12 +99,15 @@ class Settings:
 
     timeout_seconds: float = 3600.0
     strict_mappings: bool = False
+    parallelism: int = 16
+    """Nodes that wait for something outside at once."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Json]) -> Self:
         return cls(
             timeout_seconds=_number(stored, "timeout", 3600.0),
             strict_mappings=stored.get("strictMappings") is True,
+            parallelism=int(_number(stored, "parallelism", 16)),
         )
 
 

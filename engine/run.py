@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 MAX_OUTPUT_BYTES = 10_000_000
 MAX_KEPT_TEXT_BYTES = 16_384
-MAX_TASKS = 16
 MAX_LOG_LINES = 10_000
 MAX_MESSAGE_LENGTH = 8_192
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -116,6 +115,7 @@ class Runner:
         self, program: Program, start: Start, journal: Journal, control: Control, services: Services
     ) -> None:
         self._program = program
+        self._parallelism = program.graph.settings.parallelism
         self._start = start
         self._journal = journal
         self._control = control
@@ -198,7 +198,9 @@ class Runner:
         )
 
     def _may_start(self) -> bool:
-        return self._failure is None and self._control.request is None and len(self._tasks) < MAX_TASKS
+        return (
+            self._failure is None and self._control.request is None and len(self._tasks) < self._parallelism
+        )
 
     # ── one node ──────────────────────────────────────────────────────────────────────────────────
 

@@ -53,6 +53,8 @@ SETTINGS_BYTES: Final = 20_000
 """Bytes of a workflow's settings as JSON."""
 TIMEOUT_SECONDS: Final = 604_800
 """Seconds that a run, or one of its nodes, may be given: a week."""
+PARALLELISM: Final = 64
+"""Nodes of one run that wait for something outside at once, where its settings allow the most."""
 RETRIES: Final = 10
 """Repetitions of a failed run, and attempts at a failed node."""
 RETRY_DELAY_SECONDS: Final = 86_400

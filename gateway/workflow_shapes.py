@@ -132,6 +132,8 @@ class KnownSettings(Wire):
     max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
     strict_mappings: bool = False
     """Whether a node fails where a path finds nothing."""
+    parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
+    """How many nodes of a run may wait for something outside at once."""
 
 
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -35,7 +35,12 @@ class WorkflowStatus(StrEnum):
     ARCHIVED = "archived"
 
 
-DEFAULT_SETTINGS: dict[str, Any] = {"timeout": 3600, "retryOnFailure": False, "maxRetries": 3}
+DEFAULT_SETTINGS: dict[str, Any] = {
+    "timeout": 3600,
+    "retryOnFailure": False,
+    "maxRetries": 3,
+    "parallelism": 16,
+}
 
 
 def _listed_by(field: str) -> Index:

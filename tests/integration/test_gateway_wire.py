@@ -75,6 +75,8 @@ async def test_a_body_that_is_no_strict_json_is_refused(people: People, body: by
         ('{"name": "", "settings": {"maxRetries": 1.5}}', ["name", "settings.maxRetries"]),
         ('{"name": "", "settings": {"timeout": 1e300}}', ["name", "settings.timeout"]),
         ('{"name": "x", "settings": {"retryOnFailure": 1}}', ["settings.retryOnFailure"]),
+        ('{"name": "x", "settings": {"parallelism": 0}}', ["settings.parallelism"]),
+        ('{"name": "x", "settings": {"parallelism": 65}}', ["settings.parallelism"]),
         ('{"name": "x", "settings": {"mine": "%s"}}' % ("x" * 20_000), ["settings"]),
         ('{"name": "x", "config": {"mine": "%s"}}' % ("x" * 20_000), ["config"]),
     ],

@@ -85,7 +85,7 @@ async def test_the_contract_s_workflow_is_created_and_shown_as_it_says(people: P
     assert set(shown) >= OBJECT
     assert shown["id"] == workflow_id
     assert (shown["status"], shown["version"], shown["tags"]) == ("draft", 1, ["etl"])
-    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": True, "maxRetries": 3}
+    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": True, "maxRetries": 3, "parallelism": 16}
     assert (shown["config"], shown["sharedWith"], shown["isPublic"], shown["isTemplate"]) == (
         {},
         [],
@@ -113,7 +113,7 @@ async def test_the_least_that_makes_a_workflow_is_a_name(people: People) -> None
     shown = await people.owner.workflow(await people.owner.create(name="  Bare   "))
     assert (shown["name"], shown["description"], shown["status"]) == ("Bare", "", "draft")
     assert (shown["nodes"], shown["connections"], shown["tags"]) == ([], [], [])
-    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": False, "maxRetries": 3}
+    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": False, "maxRetries": 3, "parallelism": 16}
 
 
 async def test_optional_fields_may_be_null(people: People) -> None:
@@ -197,7 +197,7 @@ async def test_an_update_changes_what_it_names_and_nothing_else(people: People) 
     after = response.json()
     assert after == await people.owner.workflow(workflow_id)
     assert (after["name"], after["tags"]) == ("Updated ETL Pipeline", ["etl", "v2"])
-    assert after["settings"] == {"timeout": 7200, "retryOnFailure": False, "maxRetries": 3}
+    assert after["settings"] == {"timeout": 7200, "retryOnFailure": False, "maxRetries": 3, "parallelism": 16}
     assert after["updatedAt"] > before["updatedAt"]
     assert {key for key in after if after[key] != before[key]} == {"name", "tags", "settings", "updatedAt"}
 
@@ -207,7 +207,7 @@ async def test_settings_merge_and_null_takes_a_key_away(people: People) -> None:
     path = f"{WORKFLOWS}/{workflow_id}"
     merged = (await people.owner.api.put(path, json={"settings": {"timeout": None, "yours": 2}})).json()
     assert merged["settings"] == {
-        "timeout": 3600, "retryOnFailure": False, "maxRetries": 1, "mine": {"a": 1}, "yours": 2,
+        "timeout": 3600, "retryOnFailure": False, "maxRetries": 1, "parallelism": 16, "mine": {"a": 1}, "yours": 2,
     }  # fmt: skip
     refused(await people.owner.api.put(path, json={"settings": {"timeout": -1}}), 422, "validation-failed")
 

@@ -22,7 +22,7 @@ def test_a_stored_definition_is_read_as_it_says() -> None:
             "connections": [
                 {"id": "e", "source": "a", "sourcePort": "true", "target": "pay", "targetPort": "tools"}
             ],
-            "settings": {"timeout": 60, "strictMappings": True, "maxRetries": 3},
+            "settings": {"timeout": 60, "strictMappings": True, "parallelism": 4, "maxRetries": 3},
         }
     )
     (node,) = graph.nodes
@@ -38,7 +38,7 @@ def test_a_stored_definition_is_read_as_it_says() -> None:
         timeout_seconds=30.0,
     )
     assert graph.edges == (Edge("e", "a", "pay", source_port="true", target_port="tools"),)
-    assert graph.settings == Settings(timeout_seconds=60.0, strict_mappings=True)
+    assert graph.settings == Settings(timeout_seconds=60.0, strict_mappings=True, parallelism=4)
 
 
 def test_what_is_not_said_has_its_default() -> None:
@@ -46,7 +46,7 @@ def test_what_is_not_said_has_its_default() -> None:
         {"nodes": [{"id": "a", "type": "log", "config": None, "retry": None}], "connections": None}
     )
     assert graph.nodes == (Node("a", "log", label="a"),)
-    assert graph.settings == Settings(timeout_seconds=3600.0, strict_mappings=False)
+    assert graph.settings == Settings(timeout_seconds=3600.0, strict_mappings=False, parallelism=16)
     assert graph.nodes[0].retry.max_attempts == 1
     assert Edge.of({"id": "e", "source": "a", "target": "b"}) == Edge(
         "e", "a", "b", source_port="output", target_port="input"

@@ -324,8 +324,13 @@ async def test_branches_run_at_once() -> None:
     await finished(Worker(program(branches, {"meet": read(meet), "write": write(meet)})))
 
 
+@pytest.mark.parametrize(
+    ("settings", "most"), [({}, 16), ({"parallelism": 1}, 1), ({"parallelism": 40}, 40)], ids=str
+)
 @pytest.mark.parametrize("retry", [{}, FAST_RETRY], ids=["at first", "when they are tried again"])
-async def test_no_more_than_sixteen_nodes_run_at_once(retry: dict[str, Json]) -> None:
+async def test_no_more_nodes_run_at_once_than_the_settings_allow(
+    retry: dict[str, Json], settings: dict[str, Json], most: int
+) -> None:
     now_running = most_running = 0
 
     async def count(call: Call) -> Json:
@@ -343,9 +348,10 @@ async def test_no_more_than_sixteen_nodes_run_at_once(retry: dict[str, Json]) ->
         "; ".join(f"start > {node_id}" for node_id in ids),
         {"count": read(count)},
         dict.fromkeys(ids, retry),
+        settings,
     )
     await finished(Worker(graph))
-    assert most_running == 16
+    assert most_running == most
 
 
 async def test_other_work_gets_a_turn_during_a_long_chain(monkeypatch: pytest.MonkeyPatch) -> None:
