@@ -70,7 +70,8 @@ def _ports(node_type: NodeType) -> str:
     inputs, outputs = (
         ", ".join(f"`{port}`" for port in ports) or "none" for ports in (node_type.inputs, node_type.outputs)
     )
-    return f"ports in: {inputs}; out: {outputs}"
+    named = f", and those that `{node_type.outputs_from}` names" if node_type.outputs_from else ""
+    return f"ports in: {inputs}; out: {outputs}{named}"
 
 
 def _rows(node_type: NodeType) -> Iterator[str]:
@@ -81,17 +82,20 @@ def _rows(node_type: NodeType) -> Iterator[str]:
             kind += ", computed"
         yield _row(name, schema, kind, is_required=name in _required(node_type.config_schema))
         if compiled is not Compile.CONDITION:
-            yield from _inner_rows(name, schema)
+            yield from _inner_rows(name, schema, node_type.compiled)
 
 
-def _inner_rows(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+def _inner_rows(name: str, schema: Mapping[str, Any], compiled: Mapping[str, Compile]) -> Iterator[str]:
     """Return the rows of the fields of an object, and of the objects in a list."""
     items = schema.get("items")
     for prefix, inner in ((name, schema), (f"{name}[]", items if isinstance(items, dict) else {})):
         for field, of_field in _properties(inner).items():
             path = f"{prefix}.{field}"
-            yield _row(path, of_field, _kind(of_field), is_required=field in _required(inner))
-            yield from _inner_rows(path, of_field)
+            is_condition = compiled.get(path) is Compile.CONDITION
+            kind = "condition" if is_condition else _kind(of_field)
+            yield _row(path, of_field, kind, is_required=field in _required(inner))
+            if not is_condition:
+                yield from _inner_rows(path, of_field, compiled)
 
 
 def _row(name: str, schema: Mapping[str, Any], kind: str, *, is_required: bool) -> str:
@@ -122,7 +126,7 @@ def _written(value: Json) -> str:
 
 def _example(example: Mapping[str, Json]) -> str:
     """Return an example with one line for each part; a port only where it isn't the usual one."""
-    parts = {name: example[name] for name in ("config", "input", "output")}
+    parts = {name: example[name] for name in ("config", "input", "output", "error") if name in example}
     if example["port"] != "output":
         parts["port"] = example["port"]
     lines = [f"  {_written(name)}: {_written(value)}" for name, value in parts.items()]
