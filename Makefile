@@ -17,8 +17,9 @@ run: install
 
 install: .venv/installed
 
+# Two at once: most of the time they wait for processes that were killed. A file's tests share what they start.
 test: .venv/installed-for-tests
-	exec $(bin)/python -m pytest $(ARGUMENTS)
+	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGUMENTS)
 
 check: .venv/installed-for-tests
 	$(bin)/ruff check --quiet
