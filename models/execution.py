@@ -28,14 +28,6 @@ TERMINAL = frozenset(
     {ExecutionStatus.COMPLETED, ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED}
 )
 
-MOVES: dict[ExecutionStatus, frozenset[ExecutionStatus]] = {
-    ExecutionStatus.PENDING: frozenset({ExecutionStatus.RUNNING, *TERMINAL} - {ExecutionStatus.COMPLETED}),
-    ExecutionStatus.RUNNING: frozenset({ExecutionStatus.PENDING, ExecutionStatus.WAITING, *TERMINAL}),
-    ExecutionStatus.WAITING: frozenset({ExecutionStatus.PENDING, *TERMINAL} - {ExecutionStatus.COMPLETED}),
-    **dict.fromkeys(TERMINAL, frozenset()),
-}
-"""From each state, the states that may follow. Every change is one guarded UPDATE that names the state it leaves."""
-
 SHARED = "shared"
 """The target of what any worker may run."""
 PRIORITY_MICROSECONDS = 60_000_000
