@@ -24,6 +24,7 @@ MAXIMUM_FORM_CHARACTERS = 100
 MAXIMUM_AMOUNT = 10**12
 SHOWN_CHARACTERS = 40
 INPUT_CODES = frozenset("YymdjHIMSpaAbBz%")
+YEAR_CODES = frozenset("Yy")
 MICROSECOND = timedelta(microseconds=1)
 
 
@@ -97,7 +98,11 @@ def _date(call: Call, name: str, zone: ZoneInfo) -> datetime:
 
 
 def _read(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
-    unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - INPUT_CODES
+    codes = set(re.findall(r"%(.?)", form, re.DOTALL))
+    unknown = codes - INPUT_CODES
+    if "d" in codes and not codes & YEAR_CODES:
+        # In some years that day isn't there.
+        raise NodeError("`inputForm` has a day of the month, so it needs a year: %Y", code="invalid-config")
     if unknown or len(form) > MAXIMUM_FORM_CHARACTERS:
         known = " ".join(f"%{code}" for code in sorted(INPUT_CODES))
         wanted = f"at most {MAXIMUM_FORM_CHARACTERS} characters with {known}"
