@@ -24,15 +24,15 @@ class OutdatedDatabase(Exception):
 
 
 async def migrate(url: URL) -> None:
-    """Run every migration that the database lacks; safe to repeat, and to run from several processes at once."""
+    """Run every migration that the database lacks; safe to repeat, and to run from several processes at once.
+
+    Raises `DatabaseUnavailable`.
+    """
     database = Database(url)
     try:
-        async with (
-            _alone(database),
-            database.engine.connect() as connection,
-            connection.begin(),
-        ):
-            await connection.run_sync(_upgrade)
+        async with _alone(database):
+            # Repeated where it must be: SQLite refuses at once whoever makes a new file's journal when another does.
+            await database.transaction(lambda connection: connection.run_sync(_upgrade))
     finally:
         await database.close()
 
