@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 from engine.operations import OPERATIONS, Operation, OperationError
@@ -26,6 +27,7 @@ READING_DISCOUNT: Final = 4
 KEY_SIZE: Final = 8
 """A key of an object takes about as much memory as this many elements of a list."""
 MAX_EXCERPT_LENGTH: Final = 80
+MAX_REMEMBERED_LENGTH: Final = 200
 
 
 class Missing(Enum):
@@ -270,8 +272,12 @@ _EXPRESSION = re.compile(
 )
 
 
-def _split(text: str) -> list[str | Path]:
-    """Return the paths and the texts between them, none of them empty."""
+def _split(text: str) -> Sequence[str | Path]:
+    """Return the paths and the texts between them, none of them empty; short texts recur in many nodes."""
+    return _remembered_parts(text) if len(text) <= MAX_REMEMBERED_LENGTH else _parts(text)
+
+
+def _parts(text: str) -> Sequence[str | Path]:
     parts: list[str | Path] = []
     at = 0
     while (opening := text.find("{{", at)) >= 0:
@@ -284,7 +290,10 @@ def _split(text: str) -> list[str | Path]:
         at = match.end()
     if at < len(text):
         parts.append(text[at:])
-    return parts
+    return tuple(parts)
+
+
+_remembered_parts = lru_cache(maxsize=4_096)(_parts)
 
 
 def _constant(value: Json) -> _Render:
@@ -302,7 +311,7 @@ def _reading(path: Path) -> _Render:
     return read
 
 
-def _joining(parts: list[str | Path], source: str) -> _Render:
+def _joining(parts: Sequence[str | Path], source: str) -> _Render:
     def join(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
         texts = []
         for part in parts:
