@@ -35,7 +35,7 @@ from models.access import KeyScope
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: what is served, and what the document of the API is made from."""
+    """One line of the table, from which the document of the API is made too; who may use it has no default."""
 
     method: str
     path: str
@@ -50,34 +50,19 @@ class Line:
     """The parameters of the query: the handler can read these, and no others."""
 
 
-def route(
-    method: str,
-    path: str,
-    access: KeyScope | Access,
-    handler: Handler,
-    *,
-    body: type | None = None,
-    answer: object = None,
-    status: int = 200,
-    query: Collection[Parameter[Any]] = (),
-) -> Line:
-    """Return one line of the table; who may use it has no default."""
-    return Line(method, path, access, handler, body, answer, status, query)
-
-
 READ = KeyScope.WORKFLOWS_READ
 WRITE = KeyScope.WORKFLOWS_WRITE
 EXECUTE = KeyScope.WORKFLOWS_EXECUTE
 KEYS = KeyScope.KEYS_WRITE
 
 TABLE: Sequence[Line] = (
-    route("GET", "/healthz", Access.PUBLIC, health.alive, answer=health.Health),
-    route("GET", "/readyz", Access.PUBLIC, health.ready, answer=health.Health),
-    route("GET", "/openapi.json", Access.PUBLIC, document.openapi, answer=dict[str, Any]),
-    route("GET", "/docs", Access.PUBLIC, document.page, answer=str),
-    route("GET", "/api/v1/auth/whoami", Access.ANY_KEY, access.whoami, answer=access.WhoAmI),
-    route("GET", "/api/v1/auth/keys", KEYS, access.list_keys, query=(LIMIT, OFFSET), answer=access.KeyList),
-    route(
+    Line("GET", "/healthz", Access.PUBLIC, health.alive, answer=health.Health),
+    Line("GET", "/readyz", Access.PUBLIC, health.ready, answer=health.Health),
+    Line("GET", "/openapi.json", Access.PUBLIC, document.openapi, answer=dict[str, Any]),
+    Line("GET", "/docs", Access.PUBLIC, document.page, answer=str),
+    Line("GET", "/api/v1/auth/whoami", Access.ANY_KEY, access.whoami, answer=access.WhoAmI),
+    Line("GET", "/api/v1/auth/keys", KEYS, access.list_keys, query=(LIMIT, OFFSET), answer=access.KeyList),
+    Line(
         "POST",
         "/api/v1/auth/keys",
         KEYS,
@@ -86,8 +71,8 @@ TABLE: Sequence[Line] = (
         answer=access.KeyShape,
         status=201,
     ),
-    route("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
-    route(
+    Line("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
+    Line(
         "GET",
         "/api/v1/auth/users",
         Access.ADMIN,
@@ -95,7 +80,7 @@ TABLE: Sequence[Line] = (
         query=(LIMIT, OFFSET),
         answer=access.UserList,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/auth/users",
         Access.ADMIN,
@@ -104,7 +89,7 @@ TABLE: Sequence[Line] = (
         answer=access.UserShape,
         status=201,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/workflows",
         READ,
@@ -112,7 +97,7 @@ TABLE: Sequence[Line] = (
         query=workflows.LISTED,
         answer=workflows.WorkflowList,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows",
         WRITE,
@@ -121,8 +106,8 @@ TABLE: Sequence[Line] = (
         answer=NewWorkflow,
         status=201,
     ),
-    route("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.Stats),
-    route(
+    Line("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.Stats),
+    Line(
         "POST",
         "/api/v1/workflows/build",
         WRITE,
@@ -132,7 +117,7 @@ TABLE: Sequence[Line] = (
         status=201,
         query=(graph.DRY_RUN,),
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/workflows/templates",
         READ,
@@ -140,7 +125,7 @@ TABLE: Sequence[Line] = (
         query=(LIMIT, OFFSET),
         answer=copies.TemplateList,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/from-template",
         WRITE,
@@ -149,7 +134,7 @@ TABLE: Sequence[Line] = (
         answer=copies.Copied,
         status=201,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/import",
         WRITE,
@@ -158,7 +143,7 @@ TABLE: Sequence[Line] = (
         answer=copies.ImportAnswer,
         status=201,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/{id}/duplicate",
         WRITE,
@@ -166,7 +151,7 @@ TABLE: Sequence[Line] = (
         answer=copies.Copied,
         status=201,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/{id}/save-as-template",
         WRITE,
@@ -175,13 +160,11 @@ TABLE: Sequence[Line] = (
         answer=copies.Copied,
         status=201,
     ),
-    route("GET", "/api/v1/workflows/{id}/export", READ, copies.export_workflow, answer=Document),
-    route("GET", "/api/v1/workflows/{id}", READ, workflows.show, answer=WorkflowShape),
-    route(
-        "PUT", "/api/v1/workflows/{id}", WRITE, workflows.update, body=UpdateWorkflow, answer=WorkflowShape
-    ),
-    route("DELETE", "/api/v1/workflows/{id}", WRITE, workflows.delete, query=(workflows.FORCE,), status=204),
-    route(
+    Line("GET", "/api/v1/workflows/{id}/export", READ, copies.export_workflow, answer=Document),
+    Line("GET", "/api/v1/workflows/{id}", READ, workflows.show, answer=WorkflowShape),
+    Line("PUT", "/api/v1/workflows/{id}", WRITE, workflows.update, body=UpdateWorkflow, answer=WorkflowShape),
+    Line("DELETE", "/api/v1/workflows/{id}", WRITE, workflows.delete, query=(workflows.FORCE,), status=204),
+    Line(
         "PUT",
         "/api/v1/workflows/{id}/status",
         WRITE,
@@ -189,22 +172,22 @@ TABLE: Sequence[Line] = (
         body=workflows.SetStatus,
         answer=WorkflowShape,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/{id}/validate",
         READ,
         validation.check,
         answer=validation.ValidationShape,
     ),
-    route("POST", "/api/v1/workflows/{id}/layout", WRITE, graph.layout, answer=graph.LaidOut),
-    route(
+    Line("POST", "/api/v1/workflows/{id}/layout", WRITE, graph.layout, answer=graph.LaidOut),
+    Line(
         "POST",
         "/api/v1/workflows/{id}/compute-scopes",
         WRITE,
         validation.compute_scopes,
         answer=validation.ScopesShape,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/workflow-nodes",
         READ,
@@ -212,15 +195,15 @@ TABLE: Sequence[Line] = (
         query=catalog.LISTED,
         answer=catalog.NodeTypeList,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/workflow-nodes/{type}/schema",
         READ,
         catalog.schema,
         answer=catalog.NodeTypeSchema,
     ),
-    route("GET", "/api/v1/workflows/{id}/nodes", READ, nodes.index, answer=nodes.NodeList),
-    route(
+    Line("GET", "/api/v1/workflows/{id}/nodes", READ, nodes.index, answer=nodes.NodeList),
+    Line(
         "POST",
         "/api/v1/workflows/{id}/nodes",
         WRITE,
@@ -229,7 +212,7 @@ TABLE: Sequence[Line] = (
         answer=nodes.NodeAnswer,
         status=201,
     ),
-    route(
+    Line(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}",
         WRITE,
@@ -237,8 +220,8 @@ TABLE: Sequence[Line] = (
         body=NodeChanges,
         answer=nodes.NodeAnswer,
     ),
-    route("DELETE", "/api/v1/workflows/{id}/nodes/{sub}", WRITE, nodes.remove, answer=nodes.NodeRemoved),
-    route(
+    Line("DELETE", "/api/v1/workflows/{id}/nodes/{sub}", WRITE, nodes.remove, answer=nodes.NodeRemoved),
+    Line(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}/input-mappings",
         WRITE,
@@ -246,7 +229,7 @@ TABLE: Sequence[Line] = (
         body=nodes.SetMappings,
         answer=nodes.MappingsAnswer,
     ),
-    route(
+    Line(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}/passthrough-values",
         WRITE,
@@ -254,7 +237,7 @@ TABLE: Sequence[Line] = (
         body=nodes.SetPassThrough,
         answer=nodes.PassThroughAnswer,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/{id}/connections",
         WRITE,
@@ -263,14 +246,14 @@ TABLE: Sequence[Line] = (
         answer=nodes.ConnectionAnswer,
         status=201,
     ),
-    route(
+    Line(
         "DELETE",
         "/api/v1/workflows/{id}/connections/{sub}",
         WRITE,
         nodes.disconnect,
         answer=nodes.ConnectionRemoved,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/workflows/{id}/versions",
         READ,
@@ -278,7 +261,7 @@ TABLE: Sequence[Line] = (
         query=versions.LISTED,
         answer=versions.VersionList,
     ),
-    route(
+    Line(
         "POST",
         "/api/v1/workflows/{id}/versions",
         WRITE,
@@ -287,23 +270,23 @@ TABLE: Sequence[Line] = (
         answer=versions.CreatedVersion,
         status=201,
     ),
-    route("GET", "/api/v1/workflows/{id}/versions/{version}", READ, versions.show, answer=versions.Version),
-    route(
+    Line("GET", "/api/v1/workflows/{id}/versions/{version}", READ, versions.show, answer=versions.Version),
+    Line(
         "POST",
         "/api/v1/workflows/{id}/versions/{version}/restore",
         WRITE,
         versions.restore,
         answer=WorkflowShape,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/workflows/{id}/versions/{version}/diff/{other}",
         READ,
         versions.compare,
         answer=versions.VersionDifference,
     ),
-    route("GET", "/api/v1/workflows/{id}/share", READ, sharing.index, answer=sharing.ShareList),
-    route(
+    Line("GET", "/api/v1/workflows/{id}/share", READ, sharing.index, answer=sharing.ShareList),
+    Line(
         "POST",
         "/api/v1/workflows/{id}/share",
         WRITE,
@@ -311,8 +294,8 @@ TABLE: Sequence[Line] = (
         body=sharing.ShareWith,
         answer=sharing.Shared,
     ),
-    route("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204),
-    route(
+    Line("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204),
+    Line(
         "PUT",
         "/api/v1/workflows/{id}/visibility",
         WRITE,
@@ -320,8 +303,8 @@ TABLE: Sequence[Line] = (
         body=sharing.SetVisibility,
         answer=WorkflowShape,
     ),
-    route("GET", "/api/v1/audit", Access.ADMIN, audit.index, query=audit.LISTED, answer=audit.EntryList),
-    route(
+    Line("GET", "/api/v1/audit", Access.ADMIN, audit.index, query=audit.LISTED, answer=audit.EntryList),
+    Line(
         "POST",
         "/api/v1/workflows/{id}/execute",
         EXECUTE,
@@ -330,7 +313,7 @@ TABLE: Sequence[Line] = (
         answer=execute.Started,
         status=201,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/executions",
         READ,
@@ -338,8 +321,8 @@ TABLE: Sequence[Line] = (
         query=executions.LISTED,
         answer=executions.ExecutionList,
     ),
-    route("GET", "/api/v1/executions/{id}", READ, executions.show, answer=ExecutionShape),
-    route(
+    Line("GET", "/api/v1/executions/{id}", READ, executions.show, answer=ExecutionShape),
+    Line(
         "GET",
         "/api/v1/executions/{id}/progress",
         READ,
@@ -347,7 +330,7 @@ TABLE: Sequence[Line] = (
         query=(executions.WAIT,),
         answer=ProgressShape,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/executions/{id}/spans",
         READ,
@@ -355,7 +338,7 @@ TABLE: Sequence[Line] = (
         query=executions.SPANS,
         answer=executions.SpanList,
     ),
-    route(
+    Line(
         "GET",
         "/api/v1/executions/{id}/logs",
         READ,
@@ -363,10 +346,10 @@ TABLE: Sequence[Line] = (
         query=executions.LOGS,
         answer=executions.LogList,
     ),
-    route("GET", "/api/v1/executions/{id}/events", READ, executions.events, answer=executions.StreamedEvent),
-    route("POST", "/api/v1/executions/{id}/stop", EXECUTE, executions.stop, answer=executions.AskedToEnd),
-    route("POST", "/api/v1/executions/{id}/cancel", EXECUTE, executions.cancel, answer=executions.AskedToEnd),
-    route(
+    Line("GET", "/api/v1/executions/{id}/events", READ, executions.events, answer=executions.StreamedEvent),
+    Line("POST", "/api/v1/executions/{id}/stop", EXECUTE, executions.stop, answer=executions.AskedToEnd),
+    Line("POST", "/api/v1/executions/{id}/cancel", EXECUTE, executions.cancel, answer=executions.AskedToEnd),
+    Line(
         "POST",
         "/api/v1/executions/{id}/resume",
         EXECUTE,

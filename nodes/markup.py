@@ -40,7 +40,7 @@ async def read(raw: bytes, reader: Reader, turn: Turn, *, encoding: str | None =
             parser.Parse(raw[begin : begin + CHUNK_BYTES], False)  # noqa: FBT003 - expat takes it by position
             _check_token(begin - parser.CurrentByteIndex)
             await turn.share()
-        parser.Parse(b"", True)  # noqa: FBT003
+        parser.Parse(b"", True)  # noqa: FBT003 - expat takes it by position
     except expat.ExpatError as error:
         reason = expat.errors.messages.get(error.code, "it is malformed")
         message = f"Line {error.lineno}, column {error.offset + 1} is no XML: {reason}"

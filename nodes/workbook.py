@@ -440,4 +440,4 @@ def _first_day(serial: float, *, counts_from_1904: bool) -> datetime:
     if counts_from_1904:
         return datetime(1904, 1, 1)  # noqa: DTZ001 - dates in a sheet have no zone
     # Excel counts a 29th of February 1900: the days before it are one less away.
-    return datetime(1899, 12, 31 if serial < DAYS_TO_LEAP_DAY else 30)  # noqa: DTZ001
+    return datetime(1899, 12, 31 if serial < DAYS_TO_LEAP_DAY else 30)  # noqa: DTZ001 - dates in a sheet have no zone

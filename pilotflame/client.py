@@ -180,8 +180,8 @@ class Client:
         if body is not None:
             data = json.dumps(body).encode()
             sent["Content-Type"] = "application/json"
-        # The scheme was checked: no files can be opened here.
-        request = urllib.request.Request(f"{self._url}/api/v1{path}", data, sent, method=method)  # noqa: S310
+        url = f"{self._url}/api/v1{path}"
+        request = urllib.request.Request(url, data, sent, method=method)  # noqa: S310 - its scheme was checked
         try:
             response: http.client.HTTPResponse = self._opener.open(request, timeout=ANSWER_SECONDS)
             self._has_answered = True

@@ -61,8 +61,8 @@ async def _documents() -> Documents:
 @cache
 def _made() -> Documents:
     # Whoever never asks for the document doesn't load what makes it; and the table names these handlers.
-    from gateway.document import openapi, page  # noqa: PLC0415
-    from gateway.routes import TABLE  # noqa: PLC0415
+    from gateway.document import openapi, page  # noqa: PLC0415 - see above
+    from gateway.routes import TABLE  # noqa: PLC0415 - see above
 
     document = openapi.document(TABLE)
     return Documents(

@@ -287,13 +287,13 @@ async def people(world: World) -> People:
 # ── asked and compared ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def asked(endpoint: Endpoint, scene: Scene, people: People, body: Any) -> httpx2.Response:  # noqa: ANN401
+async def asked(endpoint: Endpoint, scene: Scene, people: People, body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
     path = endpoint.path.replace(":id", scene.ids.get("wf_abc123", ""))
     path = re.sub(r":sub(Id)?", scene.sub, path)
     return await people.owner.api.request(endpoint.method, path, json=body)
 
 
-def differences(actual: Any, example: Any, scene: Scene, at: str = "") -> Iterator[str]:  # noqa: ANN401
+def differences(actual: Any, example: Any, scene: Scene, at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
     """Say where an answer lacks a field of the example, or has another type or value in it; more fields are welcome."""
     if isinstance(example, dict) and isinstance(actual, dict):
         for key, value in example.items():

@@ -86,7 +86,7 @@ class World:
 
     # ── what is there ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def query(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    async def query(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - any JSON value
         """Run a statement of the test's own."""
 
         async def work(connection: AsyncConnection) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ class World:
     ) -> Sequence[Claimed]:
         return await self.store.claim(Claim(owner, lease_seconds, limit))
 
-    async def claimed(self, place: Place | None = None, **changes: Any) -> Claimed:  # noqa: ANN401
+    async def claimed(self, place: Place | None = None, **changes: Any) -> Claimed:  # noqa: ANN401 - any JSON value
         """Accept a run and claim it."""
         key = await self.accept(place or await self.workflow(), **changes)
         (one,) = await self.claim()

@@ -226,7 +226,7 @@ async def test_wake_ups_and_notices_return_with_redis(
         while notices.empty():
             await broker.send(broker.inbox, END)
         told_after = time.monotonic() - started_at
-        print(f"\nafter the {end}: hint in {hinted_after:.2f} s, notice in {told_after:.2f} s")  # noqa: T201
+        print(f"\nafter the {end}: hint in {hinted_after:.2f} s, notice in {told_after:.2f} s")  # noqa: T201 - a figure to read
         assert max(hinted_after, told_after) < 3
 
 

@@ -238,11 +238,11 @@ async def workers(world: World) -> AsyncIterator[Workers]:
 class Instead:
     """A store of which one method is another's."""
 
-    def __init__(self, store: Store, **methods: Any) -> None:  # noqa: ANN401
+    def __init__(self, store: Store, **methods: Any) -> None:  # noqa: ANN401 - any JSON value
         self._store = store
         self.__dict__.update(methods)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any JSON value
         return getattr(self._store, name)
 
 
@@ -290,6 +290,27 @@ async def test_a_run_goes_from_its_row_to_its_outputs(world: World, place: Place
     assert "no" not in outputs
     (line,) = await world.query("SELECT message, node_id FROM log_line")
     assert tuple(line.values()) == ("42 is large", "yes")
+    assert notices == [ExecutionsChanged((run.execution_id,))]
+
+
+@ON_ONE
+async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
+    world: World, place: Place, workers: Workers
+) -> None:
+    worker = await workers.start()
+    notices: list[Notice] = []
+    await worker.broker.listen(notices.append)
+    run = place.run(
+        definition=json.dumps({"nodes": [{"id": "start", "type": "manual"}], "connections": []}),
+        total_nodes=1,
+        inbox=worker.broker.inbox,
+    )
+    await world.store.accept([run])
+    await worker.broker.wake()
+    await until(lambda: workers.are_all("completed"))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not notices:  # noqa: ASYNC110 - a list tells nobody
+            await asyncio.sleep(0.005)
     assert notices == [ExecutionsChanged((run.execution_id,))]
 
 
@@ -593,7 +614,7 @@ async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_u
     store = await world.another_store()
     failures = 0
 
-    async def fail_often(keys: Sequence[DefinitionKey]) -> Any:  # noqa: ANN401
+    async def fail_often(keys: Sequence[DefinitionKey]) -> Any:  # noqa: ANN401 - any JSON value
         nonlocal failures
         if failures < 5:
             failures += 1

@@ -91,7 +91,7 @@ class Run:
             is_told=is_told,
         )
 
-    def span(self, node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> Span:  # noqa: ANN401
+    def span(self, node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> Span:  # noqa: ANN401 - any JSON value
         """Return a node's next record; `output` and `input` are given as values."""
         self.sequence += 1
         for name in ("input", "output"):

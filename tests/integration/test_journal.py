@@ -344,7 +344,7 @@ async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exceptio
     failures = 0
 
     class FailsAtFirst:
-        async def for_thread(self) -> Any:  # noqa: ANN401
+        async def for_thread(self) -> Any:  # noqa: ANN401 - any JSON value
             return self
 
         async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:

@@ -76,7 +76,7 @@ async def test_an_idle_worker_takes_a_hint_within_milliseconds(broker: Broker, h
         assert await _next(hints) == lane
         seconds.append(time.perf_counter() - sent_at)
     median_ms = statistics.median(seconds) * 1000
-    print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201
+    print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201 - a figure to read
     assert median_ms < 5
 
 
@@ -102,7 +102,7 @@ async def test_one_hint_among_many_idle_consumers_costs_few_commands(
     spent = {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)}
     for asked in ("info", "hlen", "client|list"):  # by this test
         del spent[asked]
-    print(f"\none hint, {IDLE_CONSUMERS} idle consumers: {sum(spent.values())} commands {spent}")  # noqa: T201
+    print(f"\none hint, {IDLE_CONSUMERS} idle consumers: {sum(spent.values())} commands {spent}")  # noqa: T201 - a figure to read
     assert sum(spent.values()) < 20
 
 

@@ -91,7 +91,7 @@ async def place(world: World) -> Place:
     return await world.workflow()
 
 
-def same(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401
+def same(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return what makes runs equal."""
     return {"idempotency": IdempotencyKey("caller and route", key, body, **fields)}
 
@@ -748,7 +748,7 @@ async def test_a_key_with_the_wrong_lane_finds_nothing(world: World) -> None:
     assert await world.store.record([replace_lane(one)]) == frozenset()
 
 
-def replace_lane(one: Claimed) -> Any:  # noqa: ANN401
+def replace_lane(one: Claimed) -> Any:  # noqa: ANN401 - any JSON value
     changed = write(one, spans=[span()])
     changed.lane += 1
     return changed
@@ -1082,7 +1082,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     fetch = asyncpg.Pool.fetch
     connect = sqlite._connect  # noqa: SLF001 - nothing else sees the connection
 
-    async def fetch_and_tell(pool: Any, statement: str, *arguments: Any) -> Any:  # noqa: ANN401
+    async def fetch_and_tell(pool: Any, statement: str, *arguments: Any) -> Any:  # noqa: ANN401 - any JSON value
         spy.statements.append((statement, arguments))
         try:
             return await fetch(pool, statement, *arguments)

@@ -62,7 +62,7 @@ def answers(printed: str) -> list[Any]:
     return found
 
 
-def differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -> Iterator[str]:  # noqa: ANN401
+def differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
     """Say where an answer isn't what is shown of it, which may lack fields; what is to be copied goes to `copied`."""
     if isinstance(shown, dict) and isinstance(actual, dict):
         for key, value in shown.items():

@@ -80,10 +80,10 @@ class Kinds:
             joins=kind.joins,
         )
 
-    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002 - the protocol's signature
         return dict(config)
 
-    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
         return []
 
 
@@ -636,7 +636,7 @@ async def test_a_message_that_could_not_be_stored_is_made_storable(connected: st
     ],
     ids=["NaN", "infinity", "NUL", "surrogate", "a set", "a key that is no text", "10 MB", "60 MB"],
 )
-async def test_an_output_that_could_not_be_kept_fails_its_node(output: Any, code: str) -> None:  # noqa: ANN401
+async def test_an_output_that_could_not_be_kept_fails_its_node(output: Any, code: str) -> None:  # noqa: ANN401 - any JSON value
     worker = Worker(program("start > odd > echo", {"odd": pure(lambda _call: output)}))
     error = error_of(await worker.work())
     assert (error.code, error.node_id) == ("node-error", "odd")

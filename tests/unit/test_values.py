@@ -47,7 +47,7 @@ def test_what_is_encoded_decodes_to_the_same_value(value: Json) -> None:
 
 
 @given(json_values, st.booleans(), st.sampled_from([None, 2]))
-def test_any_other_writer_of_json_is_understood(value: Json, ascii_only: bool, indent: int | None) -> None:  # noqa: FBT001
+def test_any_other_writer_of_json_is_understood(value: Json, ascii_only: bool, indent: int | None) -> None:  # noqa: FBT001 - drawn by hypothesis
     raw = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()
     assert same(decode(raw), value)
 
@@ -233,7 +233,7 @@ def test_a_fingerprint_never_changes() -> None:
 def test_numbers_are_equal_by_value_and_never_to_booleans() -> None:
     assert equal(1, 1.0)
     assert equal({"a": [1, {"b": 2.0}]}, {"a": [1.0, {"b": 2}]})
-    assert not equal(1, True)  # noqa: FBT003
+    assert not equal(1, True)  # noqa: FBT003 - the value is the subject
     assert not equal([{"a": 0}], [{"a": False}])
     assert not equal({"a": 1}, [["a", 1]])
 

@@ -1,0 +1,57 @@
+"""What a connection sends: head and body of an answer in one packet, not later than in the next turn of the loop."""
+
+import asyncio
+from typing import cast
+
+from gateway.protocol import MAX_GATHERED_BYTES, Gathering
+
+
+class Wire(asyncio.Transport):
+    """Remembers each packet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packets: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.is_closed
+        self.packets.append(bytes(data))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def gathering() -> tuple[Gathering, Wire]:
+    wire = Wire()
+    return Gathering(cast("asyncio.Transport", wire), asyncio.get_running_loop()), wire
+
+
+async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:
+    connection, wire = gathering()
+    connection.write(b"head ")
+    connection.write(b"body")
+    assert wire.packets == []
+    await asyncio.sleep(0)
+    assert wire.packets == [b"head body"]
+    connection.write(b"more")
+    await asyncio.sleep(0)
+    assert wire.packets == [b"head body", b"more"]
+
+
+async def test_a_large_piece_is_sent_at_once_behind_what_was_written_before() -> None:
+    connection, wire = gathering()
+    large = b"x" * (MAX_GATHERED_BYTES + 1)
+    connection.write(b"head ")
+    connection.write(large)
+    assert wire.packets == [b"head " + large]
+    await asyncio.sleep(0)
+    assert len(wire.packets) == 1
+
+
+async def test_a_connection_is_closed_behind_what_was_written() -> None:
+    connection, wire = gathering()
+    connection.write(b"last words")
+    connection.close()
+    assert (wire.packets, wire.is_closed) == ([b"last words"], True)
+    await asyncio.sleep(0)
