@@ -17,9 +17,10 @@ run: install
 
 install: .venv/installed
 
-# Two at once: most of the time they wait for processes that were killed. A file's tests share what they start.
+# Two at once: most of the time they wait for processes that were killed. A file's tests share what they start, and
+# files come in their own order: those with the fewest tests take the longest, and would leave one process idle in the end.
 test: .venv/installed-for-tests
-	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGUMENTS)
+	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
 check: .venv/installed-for-tests
 	$(bin)/ruff check --quiet
@@ -62,6 +63,6 @@ lock:
 	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
 	compile="$$tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-annotate --no-config $(LOCK) --group build" && \
+		--no-header --no-annotate --no-config $(LOCK) --group build --extra s3" && \
 	$$compile --output-file requirements.lock pyproject.toml && \
 	$$compile --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml

@@ -15,19 +15,22 @@ from benchmarks import (
     authoring,
     baseline,
     claims,
+    deployed,
+    engine,
     machine,
     postgres_counters,
     processes,
     report,
     scenario,
     targets,
+    transfer,
 )
 from benchmarks.profiles import Profiler
 from benchmarks.scenario import Options, Servers
 from tests import services
 
 DISK = Path("/var/tmp")  # noqa: S108 - each run makes a folder of its own in it
-PARTS = ("baseline", "dev", "production", "claims", "authoring")
+PARTS = ("baseline", "dev", "production", "claims", "authoring", "engine", "transfer", "deployed")
 PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
 
@@ -68,6 +71,17 @@ async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
                     print(f"{part}, repetition {number + 1} of {request.repeat} ...", flush=True)
                     figures[part].append(await run(folder, request.options))
                     _compare(figures, part)
+        if "engine" in figures:
+            print("engine ...", flush=True)
+            figures["engine"].append(await engine.measure())
+        if "transfer" in figures:
+            print("transfer ...", flush=True)
+            with services.running_postgres() as postgres:
+                figures["transfer"].append(await transfer.measure(postgres, Path(root)))
+        if "deployed" in figures:
+            print("deployed ...", flush=True)
+            folder = Path(tempfile.mkdtemp(dir=root))
+            figures["deployed"].append(await deployed.measure(folder, request.options.seconds))
         if "claims" in figures:
             print("claims ...", flush=True)
             with services.running_postgres() as postgres:

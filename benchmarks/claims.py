@@ -34,10 +34,10 @@ LEASE_SECONDS = 600.0
 _EXECUTIONS = """
 INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash,
     rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal,
-    inbox, created_at, updated_at)
+    inbox, depth, signals, created_at, updated_at)
 SELECT 'exec_' || (10000000 + number), 0, 'org_' || number % {organizations}, 'wf_' || number / {organizations} % 4,
     'user', 'pending', 'shared', 'api', 'hash', 1700000000000000 + number, number / {organizations} % 4, true, 0, 0,
-    3600000000, 0, 4, 'exec_' || (10000000 + number), false, '', 1700000000000000 + number,
+    3600000000, 0, 4, 'exec_' || (10000000 + number), false, '', 0, 0, 1700000000000000 + number,
     1700000000000000 + number
 FROM {numbers}
 """

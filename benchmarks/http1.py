@@ -31,6 +31,8 @@ class Answer(NamedTuple):
 
     status: int
     body: bytes
+    head: bytes
+    """Status line and headers."""
 
 
 def split(received: bytes) -> tuple[Message, bytes] | None:
@@ -109,7 +111,7 @@ class Connection(asyncio.Protocol):
             return
         message, self._received = found
         if not self._answer.done():
-            self._answer.set_result(Answer(int(message.head[STATUS]), message.body))
+            self._answer.set_result(Answer(int(message.head[STATUS]), message.body, message.head))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answer is not None and not self._answer.done():

@@ -44,12 +44,13 @@ class Pilotflame:
 
 
 @asynccontextmanager
-async def dev(folder: Path) -> AsyncIterator[Pilotflame]:
-    """Run `pilotflame dev` on SQLite in `folder`."""
+async def dev(folder: Path, **settings: str) -> AsyncIterator[Pilotflame]:
+    """Run `pilotflame dev` on SQLite in `folder`; settings are named without `PILOTFLAME_`."""
     port = free_port()
     api = Api(port, f"sk-{secrets.token_urlsafe(32)}")
     commands = {"dev": ["pilotflame", "dev", "--port", str(port)]}
-    async with _answering(api, commands, environment(api, folder), folder) as pilotflame:
+    variables = environment(api, folder) | {f"PILOTFLAME_{name}": value for name, value in settings.items()}
+    async with _answering(api, commands, variables, folder) as pilotflame:
         yield pilotflame
 
 

@@ -55,6 +55,11 @@ _BOTH_MODES = (
     ("forty_nodes_ms", Bound.BELOW, 15),
     ("write_chains_per_second", Bound.AT_LEAST, 1_000),
 )
+_LOADS_ON_SLEEPERS = (
+    (load, figure, limit)
+    for load in ("stopped", "bursts")
+    for figure, limit in (("lost", 1), ("failed", 1), ("wake_p99_ms", 3_000))
+)
 TARGETS = (
     Target("production", "executions_per_second", Bound.AT_LEAST, 2_000, Judged.EVERY),
     Target("production", "executions_per_second", Bound.AT_LEAST, 3_000),
@@ -76,6 +81,16 @@ TARGETS = (
     Target("claims", "sqlite_of_1000_ratio", Bound.BELOW, 1.5),
     Target("claims", "postgresql_of_1_ratio", Bound.BELOW, 1.5),
     Target("claims", "postgresql_of_1000_ratio", Bound.BELOW, 1.5),
+    # Rows through source, map and destination, against the same copy written by hand.
+    Target("transfer", "times_by_hand", Bound.BELOW, 3),
+    Target("deployed", "warm_above_engine_p50_ms", Bound.BELOW, 10),
+    Target("deployed", "cold_p50_ms", Bound.BELOW, 1_500),
+    Target("deployed", "starts_for_200_callers", Bound.BELOW, 2),
+    *(
+        Target("deployed", f"{load}_{figure}", Bound.BELOW, limit)
+        for load, figure, limit in _LOADS_ON_SLEEPERS
+    ),
+    Target("deployed", "bursts_wakes", Bound.AT_LEAST, 8),
     Target("authoring", "sqlite_slowest_query_p95_ms", Bound.BELOW, 50),
     Target("authoring", "postgresql_slowest_query_p95_ms", Bound.BELOW, 50),
     Target("authoring", "sqlite_slowest_edit_p95_ms", Bound.BELOW, 50),

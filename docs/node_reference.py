@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.node import Compile, NodeType
+from engine.node import CONTINUE, DONE, OUTPUT, Compile, NodeType
 from nodes import catalog
 
 if TYPE_CHECKING:
@@ -20,10 +20,20 @@ wherever a config takes a value, and a field marked *computed* takes `{"$op": â€
 `error` too, which is taken when it fails for good. *Effect* is what running a node does to the world: after a crash,
 `pure` and `read` nodes may simply run again, while what a `write` node is about to do, and what it did, is recorded
 around it.
+
+Each example is a body for `POST /api/v1/workflows/{id}/execute`, with any workflow of yours that is a draft or active:
+its `definition` is run in the place of that workflow's graph, and what is `pinned` arrives at the node. Below it stands
+what the node `step` gives out, in the execution's `outputs`. `ds_001` is the id of a data source of yours. Of a node
+that can only be drawn, there is its config, and what it would be given.
 """
+STEP = "step"
+BLOB = "$blob"
+LINES_DOWN_TO = 3
+SHORT = 80
 CATEGORIES: Mapping[str, str] = {
     "triggers": "Triggers",
     "sources": "Sources",
+    "destinations": "Destinations",
     "transform": "Transform",
     "control": "Control",
     "io": "In and out",
@@ -54,7 +64,7 @@ def _described(node_type: NodeType) -> str:
     rows = list(_rows(node_type))
     if rows:
         lines += ["| config | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""]
-    lines += ["```json", _example(node_type.examples[0]), "```\n"]
+    lines += _example(node_type)
     return "\n".join(lines)
 
 
@@ -124,13 +134,63 @@ def _written(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _example(example: Mapping[str, Json]) -> str:
-    """Return an example with one line for each part; a port only where it isn't the usual one."""
-    parts = {name: example[name] for name in ("config", "input", "output", "error") if name in example}
-    if example["port"] != "output":
-        parts["port"] = example["port"]
-    lines = [f"  {_written(name)}: {_written(value)}" for name, value in parts.items()]
-    return "{\n" + ",\n".join(lines) + "\n}"
+def example_run(node_type: NodeType) -> dict[str, Any]:
+    """Return the body of an execute that runs a node of a type as its first example says."""
+    example: dict[str, Any] = dict(node_type.examples[0])
+    step = {"id": STEP, "nodeId": node_type.type, "config": example["config"]}
+    if node_type.is_trigger:
+        return {"definition": {"nodes": [step]}, "triggerInputs": example["input"]}
+    if isinstance(example["input"], dict) and "blob" in example["input"]:
+        return _run_with_file(step, example["input"]["blob"][BLOB]["name"])
+    pinned = example["input"] if node_type.joins else {"start": example["input"]}
+    nodes = [{"id": parent, "nodeId": "set" if node_type.joins else "manual"} for parent in pinned]
+    connections = [{"source": parent, "target": STEP} for parent in pinned]
+    nodes.append(step)
+    if node_type.loops:
+        nodes.append({"id": "each", "nodeId": "log", "config": {"message": "{{ item }}"}})
+        connections.append({"source": STEP, "sourcePort": CONTINUE, "target": "each"})
+    return {"definition": {"nodes": nodes, "connections": connections}, "pinned": pinned}
+
+
+def _run_with_file(step: Mapping[str, Json], name: str) -> dict[str, Any]:
+    """Return the body of an execute in which another node fetches the file: a reference is good in one run alone."""
+    fetch = {"id": "fetch", "nodeId": "file-source", "config": {"key": name, "as": "blob"}}
+    nodes = [{"id": "start", "nodeId": "manual"}, fetch, step]
+    connections = [{"source": "start", "target": "fetch"}, {"source": "fetch", "target": STEP}]
+    return {"definition": {"nodes": nodes, "connections": connections}}
+
+
+def port_of(node_type: NodeType) -> Json:
+    """Return the port by which the output of the first example leaves."""
+    return DONE if node_type.loops else node_type.examples[0]["port"]
+
+
+def _example(node_type: NodeType) -> Iterator[str]:
+    example = node_type.examples[0]
+    if node_type.runnable:
+        yield from ("```json", _laid_out(example_run(node_type)), "```")
+    else:
+        yield from ("```json", _laid_out({"config": example["config"], "input": example["input"]}), "```")
+    if "error" in example:
+        yield f"It fails: {example['error']}\n"
+        return
+    if port_of(node_type) != OUTPUT:
+        yield f"By the port `{port_of(node_type)}`:"
+    yield from ("```json", _written(example["output"]), "```\n")
+
+
+def _laid_out(value: Json, level: int = 0) -> str:
+    """Return JSON with a line for each part, down to a node, and what is short in one."""
+    in_one = _written(value)
+    if not isinstance(value, dict | list) or (level > 0 and (level == LINES_DOWN_TO or len(in_one) <= SHORT)):
+        return in_one
+    indent, below = "  " * level, "  " * (level + 1)
+    if isinstance(value, list):
+        parts = [_laid_out(item, level + 1) for item in value]
+    else:
+        parts = [f"{_written(key)}: {_laid_out(item, level + 1)}" for key, item in value.items()]
+    opening, closing = ("[", "]") if isinstance(value, list) else ("{", "}")
+    return f"{opening}\n{below}{f',{chr(10)}{below}'.join(parts)}\n{indent}{closing}"
 
 
 def _properties(schema: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

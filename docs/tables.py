@@ -10,19 +10,23 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
 
 from docs import node_reference
 from gateway import limits
 from gateway.settings import GatewaySettings
-from models.settings import Settings
+from runner.settings import RunnerSettings
 from scheduler.settings import SchedulerSettings
+from workers.deployer.settings import DeployerSettings
 from workers.settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
-PROCESSES: dict[str, type[Settings]] = {
+PROCESSES: dict[str, type[BaseSettings]] = {
     "gateway": GatewaySettings,
     "worker": WorkerSettings,
     "scheduler": SchedulerSettings,
+    "deployer": DeployerSettings,
+    "runner": RunnerSettings,
 }
 
 
@@ -82,7 +86,10 @@ def _row(*cells: str | None) -> str:
 
 
 def _readers(processes: list[str]) -> str:
-    return "all" if len(processes) == len(PROCESSES) else ", ".join(processes)
+    absent = PROCESSES.keys() - set(processes)
+    if absent <= {"runner"}:
+        return "all but runner" if absent else "all"
+    return ", ".join(processes)
 
 
 def _default(name: str, field: FieldInfo) -> str:

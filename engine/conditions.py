@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Final, TypeAlias
 
-from engine.expressions import ExpressionError, Path, Scope, Template, compile_value
+from engine.expressions import Allowance, ExpressionError, Path, Scope, Template, compile_value, read
 from engine.values import Json, equal, kind
 
 MAX_NESTING: Final = 16
 MAX_COMPARISONS: Final = 1_000
+SEARCHING_DISCOUNT: Final = 100
+"""So many characters are searched in the time that one element takes to be produced."""
 
-_Test: TypeAlias = Callable[[Scope, list[str]], bool]
+_Test: TypeAlias = Callable[[Scope, list[str], Allowance], bool]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +33,7 @@ class Condition:
         `exists` and `not-exists` add nothing: that was their question. What follows a false part of `all`, or
         a true one of `any`, is not looked at. Raises `ExpressionError` for types that can't be compared.
         """
-        return self._test(scope, unresolved)
+        return self._test(scope, unresolved, Allowance())
 
 
 def compile_condition(value: Json) -> Condition:
@@ -194,35 +196,44 @@ def _operator(value: dict[str, Json]) -> str:
 
 
 def _inverse(test: _Test) -> _Test:
-    return lambda scope, unresolved: not test(scope, unresolved)
+    return lambda scope, unresolved, allowance: not test(scope, unresolved, allowance)
 
 
 def _every(tests: list[_Test]) -> _Test:
-    return lambda scope, unresolved: all(test(scope, unresolved) for test in tests)
+    return lambda scope, unresolved, allowance: all(test(scope, unresolved, allowance) for test in tests)
 
 
 def _some(tests: list[_Test]) -> _Test:
-    return lambda scope, unresolved: any(test(scope, unresolved) for test in tests)
+    return lambda scope, unresolved, allowance: any(test(scope, unresolved, allowance) for test in tests)
 
 
 def _asking(name: str, left: Template) -> _Test:
     answer = _OF_ONE[name]
     if name in _OF_WHAT_MAY_BE_MISSING:
-        return lambda scope, _unresolved: answer(left.render(scope, []))
-    return lambda scope, unresolved: answer(left.render(scope, unresolved))
+        return lambda scope, _unresolved, allowance: answer(left.render(scope, [], allowance))
+    return lambda scope, unresolved, allowance: answer(left.render(scope, unresolved, allowance))
 
 
 def _comparing(name: str, left: Template, right: Template) -> _Test:
     answer, needed = _OF_TWO[name]
 
-    def compare(scope: Scope, unresolved: list[str]) -> bool:
-        left_value, right_value = left.render(scope, unresolved), right.render(scope, unresolved)
+    def compare(scope: Scope, unresolved: list[str], allowance: Allowance) -> bool:
+        left_value = left.render(scope, unresolved, allowance)
+        right_value = right.render(scope, unresolved, allowance)
+        allowance.spend(_cost(left_value, allowance) + _cost(right_value, allowance), name)
         result = answer(left_value, right_value)
         if result is None:
             raise ExpressionError(name, f"it needs {needed}, not {kind(left_value)} and {kind(right_value)}")
         return result
 
     return compare
+
+
+def _cost(value: Json, allowance: Allowance) -> int:
+    """Return what it costs to compare a value, or to search it."""
+    if type(value) is list or type(value) is dict:
+        return read(value, allowance)
+    return len(value) // SEARCHING_DISCOUNT if type(value) is str else 0
 
 
 # ── as a schema ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from engine import shapes
 from engine.expressions import ExpressionError
 from engine.joins import Combine, Join, Mode
-from engine.node import ERROR, INPUT
+from engine.node import CONTINUE, ERROR, INPUT
 from engine.shapes import SCALAR, UNKNOWN, Lost, Rest, Shape
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ class Flow:
         return self._own_output(triggers[0]) if len(triggers) == 1 else UNKNOWN
 
     def _leaving(self, edge: Edge) -> Shape:
+        source_type = self._types.get(edge.source)
+        if source_type and source_type.loops and edge.source_port == CONTINUE:
+            return UNKNOWN
         return self._failed(edge.source) if edge.source_port == ERROR else self._outputs[edge.source]
 
     def _failed(self, node_id: str) -> Shape:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from engine.node import CONTINUE
+
 if TYPE_CHECKING:
     from engine.values import Json
 
@@ -52,7 +54,11 @@ class Span(msgspec.Struct, frozen=True):
     """Counts a run's spans and log lines up, over all its attempts."""
     started_at: datetime | None
     ended_at: datetime | None = None
-    iteration: int = 0
+    iteration: str = ""
+    """Which turn of the loops around it: empty outside of any, `3`, or `3.0` in a loop in a loop.
+
+    Each turn has a span of its own, under the id of its loop.
+    """
     port: str | None = None
     attempt: int = 1
     input_node: str | None = None
@@ -62,10 +68,23 @@ class Span(msgspec.Struct, frozen=True):
     error: RunError | None = None
     unresolved: tuple[str, ...] = ()
     wake_at: datetime | None = None
+    awaits: bytes | None = None
+    """JSON: whose answer it waits for, and what it gives when none comes: `{kind, request, expired: {output, port}}`.
+
+    Where `expired` is null, it fails then.
+    """
     resolved_config: bytes | None = None
     """A write node's config as it was rendered for its first attempt: the second attempt uses it again."""
     hashes: bytes | None = None
     """Four SHA-256 digests: type and version; config after defaults; mappings; resolved input."""
+    input_blob: bytes | None = None
+    """JSON: where the journal keeps an input that is too large for a row; `input` is None in the row then."""
+    output_blob: bytes | None = None
+
+    @property
+    def is_turn(self) -> bool:
+        """Whether it tells of one turn of a loop, and not of a node, which has hashes before it leaves by any port."""
+        return self.port == CONTINUE and self.hashes is None
 
 
 class LogLine(msgspec.Struct, frozen=True):
@@ -88,6 +107,10 @@ class RunStatus(StrEnum):
     WAITING = "waiting"
     RELEASED = "released"
     """Handed over to whoever claims it next."""
+
+
+UNFINISHED = frozenset({RunStatus.WAITING, RunStatus.RELEASED})
+"""After these the run goes on, sooner or later."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from enum import Enum
 from functools import lru_cache
 from typing import Final, TypeAlias
 
+from engine import patience
 from engine.operations import OPERATIONS, Operation, OperationError
-from engine.values import MAX_DEPTH, InvalidJson, Json, as_text
+from engine.values import MAX_DEPTH, InvalidJson, Json, as_text, extent
 
 Scope: TypeAlias = Mapping[str, Json]
 """What a path may begin with, each if there is one; see `ROOTS`."""
@@ -22,8 +23,12 @@ MAX_PATH_STEPS: Final = 50
 MAX_OPERATIONS: Final = 1_000
 MAX_WRITTEN: Final = 10_000_000
 """Characters of text, and elements of lists, that one rendering may produce."""
+BRIEF_WRITTEN: Final = 200_000
+"""Of those, what is produced while others wait: some milliseconds' work."""
 READING_DISCOUNT: Final = 4
 """An operation is charged for what it produces and, at a fraction of that, for what it reads."""
+READING_ALL: Final = 4
+"""A value inside others takes as long to be looked at as so many elements to be produced."""
 KEY_SIZE: Final = 8
 """A key of an object takes about as much memory as this many elements of a list."""
 MAX_EXCERPT_LENGTH: Final = 80
@@ -126,21 +131,23 @@ def _step(match: re.Match[str]) -> Step:
 # ── templates ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Allowance:
-    """What one rendering may still produce."""
+class Allowance:
+    """What one rendering, or one answer to a condition, may still produce."""
 
     __slots__ = ("left",)
 
     def __init__(self) -> None:
-        self.left = MAX_WRITTEN
+        self.left = patience.allowed(MAX_WRITTEN, BRIEF_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
+        """Take some of it; raises `ExpressionError` where that is too much."""
         self.left -= amount
         if self.left < 0:
+            patience.require()
             raise ExpressionError(expression, f"more than {MAX_WRITTEN:,} characters or elements come of it")
 
 
-_Render: TypeAlias = Callable[[Scope, list[str], _Allowance], Json]
+_Render: TypeAlias = Callable[[Scope, list[str], Allowance], Json]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,14 +163,14 @@ class Template:
     def is_static(self) -> bool:
         return self._render is None
 
-    def render(self, scope: Scope, unresolved: list[str]) -> Json:
+    def render(self, scope: Scope, unresolved: list[str], allowance: Allowance | None = None) -> Json:
         """Return the value; a path that finds nothing is null, and its text is added to `unresolved`.
 
         Parts without expressions are shared by all results: change none. Raises `ExpressionError`.
         """
         if self._render is None:
             return self.source
-        return self._render(scope, unresolved, _Allowance())
+        return self._render(scope, unresolved, allowance or Allowance())
 
 
 def compile_template(value: Json) -> Template:
@@ -177,6 +184,11 @@ def compile_template(value: Json) -> Template:
 def compile_value(value: Json) -> Template:
     """Compile like `compile_template`, and `{"$op": name, "args": [...]}` too, wherever it stands."""
     return _Compiler(operations=OPERATIONS).template(value)
+
+
+def literal(value: Json) -> Template:
+    """Return a value as it is, with whatever braces it has."""
+    return Template(value, (), None)
 
 
 class _Compiler:
@@ -211,7 +223,7 @@ class _Compiler:
             return None
         static = value.copy()
 
-        def render_list(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+        def render_list(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
             result = static.copy()
             for index, render in dynamic:
                 result[index] = render(scope, unresolved, allowance)
@@ -226,7 +238,7 @@ class _Compiler:
             return None
         static = value.copy()
 
-        def render_object(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+        def render_object(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
             result = static.copy()
             for key, render in dynamic:
                 result[key] = render(scope, unresolved, allowance)
@@ -301,7 +313,7 @@ def _constant(value: Json) -> _Render:
 
 
 def _reading(path: Path) -> _Render:
-    def read(scope: Scope, unresolved: list[str], _allowance: _Allowance) -> Json:
+    def read(scope: Scope, unresolved: list[str], _allowance: Allowance) -> Json:
         found = path.resolve(scope)
         if found is MISSING:
             unresolved.append(path.text)
@@ -312,7 +324,7 @@ def _reading(path: Path) -> _Render:
 
 
 def _joining(parts: Sequence[str | Path], source: str) -> _Render:
-    def join(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+    def join(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
         texts = []
         for part in parts:
             text = part if isinstance(part, str) else _found_text(part, scope, unresolved)
@@ -337,7 +349,7 @@ def _found_text(path: Path, scope: Scope, unresolved: list[str]) -> str:
 def _first_found(renders: list[_Render]) -> _Render:
     *attempts, last = renders
 
-    def find(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+    def find(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
         for render in attempts:
             value = render(scope, [], allowance)  # what is missing here has its answer in what follows
             if value is not None:
@@ -350,16 +362,27 @@ def _first_found(renders: list[_Render]) -> _Render:
 def _computing(operation: Operation, renders: list[_Render]) -> _Render:
     expression = f"$op {operation.name}"
 
-    def compute(scope: Scope, unresolved: list[str], allowance: _Allowance) -> Json:
+    def compute(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
         arguments = [render(scope, unresolved, allowance) for render in renders]
+        if operation.reads_all:
+            allowance.spend(sum(read(argument, allowance) for argument in arguments), expression)
+        else:
+            allowance.spend(sum(map(_size, arguments)) // READING_DISCOUNT, expression)
         try:
             result = operation.apply(arguments)
         except OperationError as error:
             raise ExpressionError(expression, str(error)) from error
-        allowance.spend(_size(result) + sum(map(_size, arguments)) // READING_DISCOUNT, expression)
+        allowance.spend(_size(result), expression)
         return result
 
     return compute
+
+
+def read(value: Json, allowance: Allowance) -> int:
+    """Return what it costs to look at all of a value, whatever it holds."""
+    return (
+        len(value) if type(value) is str else READING_ALL * extent(value, allowance.left // READING_ALL + 1)
+    )
 
 
 def _size(value: Json) -> int:

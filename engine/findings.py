@@ -27,6 +27,8 @@ class FindingType(StrEnum):
     UNKNOWN_NODE_TYPE = "unknown-node-type"
     INVALID_PORT = "invalid-port"
     INVALID_CONFIG = "invalid-config"
+    LOOP_BODY_ENTERED = "loop-body-entered"
+    LOOPS_TOO_DEEP = "loops-too-deep"
     NOT_RUNNABLE = "not-runnable"
     """A warning in drafts, which aren't finished."""
     DISCONNECTED_NODE = "disconnected-node"

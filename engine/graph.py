@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,11 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 Definition: TypeAlias = "Mapping[str, Json]"
-"""`{"nodes": [...], "connections": [...], "settings": {...}}` in the stored form; see `Node.of` and `Edge.of`."""
+"""`{"nodes": [...], "connections": [...], "settings": {...}}` in the stored form; see `Node.of` and `Edge.of`.
+
+That of a trial may hold `upTo`, the node that it ends with, and `pinned`, outputs by the ids of nodes that give them
+without being run.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class Node:
     pass_through_values: Mapping[str, Json] = field(default_factory=dict)
     retry: Retry = field(default_factory=Retry)
     timeout_seconds: float | None = None
+    at_most_once: bool = False
+    """Where it writes, an attempt of which nobody knows what came fails it instead of being made again."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Json]) -> Self:
@@ -69,6 +76,7 @@ class Node:
             pass_through_values=_object(stored, "passThroughValues"),
             retry=Retry.of(_object(stored, "retry")) if "retry" in stored else Retry(),
             timeout_seconds=float(timeout) if isinstance(timeout, int | float) else None,
+            at_most_once=stored.get("atMostOnce") is True,
         )
 
 
@@ -101,6 +109,9 @@ class Settings:
     strict_mappings: bool = False
     parallelism: int = 16
     """Nodes that wait for something outside at once."""
+    retry_on_failure: bool = False
+    max_retries: int = 3
+    """With `retry_on_failure`, how often a node that has failed for good, and the run with it, is taken up again."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Json]) -> Self:
@@ -108,6 +119,8 @@ class Settings:
             timeout_seconds=_number(stored, "timeout", 3600.0),
             strict_mappings=stored.get("strictMappings") is True,
             parallelism=int(_number(stored, "parallelism", 16)),
+            retry_on_failure=stored.get("retryOnFailure") is True,
+            max_retries=int(_number(stored, "maxRetries", 3)),
         )
 
 
@@ -118,6 +131,10 @@ class Graph:
     nodes: Sequence[Node]
     edges: Sequence[Edge]
     settings: Settings = field(default_factory=Settings)
+    up_to: str | None = None
+    """The node that a trial ends with."""
+    pinned: Mapping[str, Json] = field(default_factory=dict)
+    """Outputs of nodes that aren't run, by their ids."""
 
     @classmethod
     def of(cls, definition: Definition) -> Self:
@@ -127,6 +144,8 @@ class Graph:
             nodes=tuple(map(Node.of, nodes)),
             edges=tuple(map(Edge.of, edges)),
             settings=Settings.of(_object(definition, "settings")),
+            up_to=str(definition["upTo"]) if definition.get("upTo") is not None else None,
+            pinned=_object(definition, "pinned"),
         )
 
     @cached_property
@@ -141,11 +160,30 @@ class Graph:
         return edges
 
     @cached_property
+    def inbound_counts(self) -> Mapping[str, int]:
+        return {node_id: len(edges) for node_id, edges in self.inbound.items()}
+
+    @cached_property
     def outbound(self) -> Mapping[str, Sequence[Edge]]:
         edges: dict[str, list[Edge]] = {node.id: [] for node in self.nodes}
         for edge in self._whole_edges:
             edges[edge.source].append(edge)
         return edges
+
+    @cached_property
+    def order(self) -> Sequence[str]:
+        """The nodes, each after those that lead to it; those on a cycle, or behind one, are left out."""
+        waiting = dict(self.inbound_counts)
+        ready = deque(node_id for node_id, count in waiting.items() if count == 0)
+        order: list[str] = []
+        while ready:
+            node_id = ready.popleft()
+            order.append(node_id)
+            for edge in self.outbound[node_id]:
+                waiting[edge.target] -= 1
+                if waiting[edge.target] == 0:
+                    ready.append(edge.target)
+        return order
 
     @cached_property
     def _whole_edges(self) -> Sequence[Edge]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from engine import names, shapes
 from engine.dataflow import Flow, Samples
 from engine.findings import Finding, FindingType, Fix, FixAction
+from engine.node import CONTINUE
 from engine.places import Part, Place, Reading
 from engine.shapes import SCALAR, UNKNOWN, Lost, Rest, Shape
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from engine.expressions import Path, Step
     from engine.graph import Graph, Node
     from engine.node import NodeType
+    from engine.sections import Bodies
     from engine.shapes import Steps
 
 MAX_EXPLAINED: Final = 50
@@ -29,6 +31,8 @@ SHOWN_NAMES: Final = 8
 SHOWN_CHARACTERS: Final = 100
 
 _EXECUTION: Final = Shape({"id": SCALAR, "workflowId": SCALAR, "startedAt": SCALAR})
+_TURN: Final = Shape({"item": UNKNOWN, "index": SCALAR})
+"""What is seen of a loop from inside its body."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _ACTIONS: Final = {
     Part.CONFIG: FixAction.SET_CONFIG,
@@ -42,8 +46,8 @@ class Drawn:
     """A graph, and what has been read of it."""
 
     graph: Graph
-    order: Sequence[str]
-    """The nodes, each after those that lead to it; those on a cycle, or behind one, are left out."""
+    bodies: Bodies
+    """Of its loops."""
     types: Mapping[str, NodeType]
     """By node; those that the catalogue lacks are left out."""
     readings: Mapping[str, Reading]
@@ -53,16 +57,16 @@ class Drawn:
 def check(drawn: Drawn, samples: Samples) -> Iterator[Finding]:
     """Return a finding for each path that is certain to find nothing.
 
-    Of `item` and `index` nothing is said: what they hold is known to the node that walks over a list. And nothing of a
-    graph with a cycle, or with two nodes of one id: what comes before what isn't decided there.
+    Of what `item` holds nothing is said, which is known to the run alone. And nothing of a graph with a cycle, or with
+    two nodes of one id: what comes before what isn't decided there.
     """
-    if len(drawn.order) < len(drawn.graph.nodes):
+    if len(drawn.graph.order) < len(drawn.graph.nodes):
         return
     reads = any(reading.mappings or reading.config for reading in drawn.readings.values())
     if not reads and not any(node.pass_through_values for node in drawn.graph.nodes):
         return
     checker = _Checker(drawn, Flow(drawn.graph, drawn.types, samples))
-    for node_id in drawn.order:
+    for node_id in drawn.graph.order:
         yield from checker.findings(drawn.graph.by_id[node_id])
 
 
@@ -81,6 +85,7 @@ class _Checker:
 
     def __init__(self, drawn: Drawn, flow: Flow) -> None:
         self._graph = drawn.graph
+        self._bodies = drawn.bodies
         self._readings = drawn.readings
         self._flow = flow
         self._bits = {node_id: 1 << place for place, node_id in enumerate(_named_nodes(drawn))}
@@ -113,7 +118,7 @@ class _Checker:
 
     def _in_place(self, node: Node, place: Place, data: Shape) -> Iterator[Finding]:
         for path in {path.text: path for path in place.paths}.values():
-            unfound = self._unfound(node, path, data)
+            unfound = self._unfound(node, place, path, data)
             if unfound is not None:
                 yield _finding(node, place, unfound)
 
@@ -130,7 +135,7 @@ class _Checker:
                     node, place, _Unfound(name, _reason(lost), _what_there_is("the input", lost.shape), meant)
                 )
 
-    def _unfound(self, node: Node, path: Path, data: Shape) -> _Unfound | None:
+    def _unfound(self, node: Node, place: Place, path: Path, data: Shape) -> _Unfound | None:
         match path.root:
             case "data":
                 shape = data
@@ -140,8 +145,9 @@ class _Checker:
                 shape = _EXECUTION
             case "nodes":
                 return self._unfound_node(node, path)
-            case _:
-                return None
+            case root:
+                is_known = place.is_late or self._bodies.holders.get(node.id) is not None
+                return None if is_known else self._outside_of_loops(path, root)
         lost = shapes.follow(shape, path.steps)
         return self._lost(path, lost) if isinstance(lost, Lost) else None
 
@@ -157,8 +163,14 @@ class _Checker:
             label = self._graph.by_id[node_id].label
             reason = f"does not run before this one: no connection leads here from {label!r}"
             return _Unfound(path.text, reason, "Connect it to this node, directly or through others.")
-        lost = shapes.follow(Shape({node_id: self._flow.result(node_id)}), path.steps)
+        is_around = node_id in self._bodies.around(node.id)
+        shape = _TURN if is_around else self._flow.result(node_id)
+        lost = shapes.follow(Shape({node_id: shape}), path.steps)
         return self._lost(path, lost) if isinstance(lost, Lost) else None
+
+    def _outside_of_loops(self, path: Path, root: str) -> _Unfound:
+        hint = f"Put the node behind the port {CONTINUE} of a loop, or read from data."
+        return _Unfound(path.text, f"finds nothing: {root} is there in the body of a loop alone", hint)
 
     def _unknown_node(self, node: Node, path: Path) -> _Unfound:
         reason = "names no node of the workflow"

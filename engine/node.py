@@ -1,8 +1,8 @@
 """What a node type is, and what one call of a node is given and gives back.
 
 A node's implementation is a module with one function, `run(call)`, plain or `async`. It returns its output
-(any JSON value), a `Result` where it chooses ports, or a `Wait`; it raises `NodeError`. It never changes what it
-was given: inputs and static parts of the config are shared.
+(any JSON value), a `Result` where it chooses ports, a `Wait`, an `Await` or an `Each`; it raises `NodeError`. It never
+changes what it was given: inputs and static parts of the config are shared.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
 if TYPE_CHECKING:
     from engine.conditions import Condition
     from engine.expressions import Template
+    from engine.services import Caller, Services
     from engine.values import Json
 
 OUTPUT = "output"
 INPUT = "input"
 ERROR = "error"
+CONTINUE = "continue"
+"""Of a loop: the body is behind it, and each item leaves by it."""
+DONE = "done"
+"""Of a loop: what has come of all items leaves by it."""
 OF_EACH = "[]."
 """Stands in `cases[].port` between a list in a config and a field of each of its items."""
 
@@ -58,6 +63,20 @@ class Compile(StrEnum):
     """A `Condition`, to be tested by the node itself, once an item if it likes."""
     VALUE = "value"
     """A `Template` in which `{"$op": …}` is computed, to be rendered by the node itself."""
+    LITERAL = "literal"
+    """A `Template` of what is written, whatever that looks like: braces are no expression in it."""
+
+
+class Cpu(StrEnum):
+    """Which calls of a node take so long to compute that a process with other runs must not do them itself.
+
+    Such a node has no `compiled` fields, and of its call it uses `config`, `unresolved` and `log` alone. What its
+    coroutine awaits is its turn, and nothing else.
+    """
+
+    ALWAYS = "always"
+    LARGE = "large"
+    """Those with a large config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +117,11 @@ class NodeType:
     """Config fields that the node evaluates itself: `condition`, or `cases[].condition` for each item of a list."""
     joins: bool = False
     """Branches meet in it as its config says; see `Join`."""
+    loops: bool = False
+    """The nodes behind its port `continue` are run once for each item; see `Each`."""
     input_description: str = ""
     output: Output = field(default_factory=Output)
+    cpu: Cpu | None = None
     runnable: bool = True
     """False: it may be drawn and connected, but has no implementation to run."""
     resources: Mapping[str, Json] = field(default_factory=dict)
@@ -138,8 +160,14 @@ class UnknownNodeType(LookupError):
         """The version that it has of the type, where that is what doesn't fit."""
 
 
+class Directive:
+    """What a node returns that is more than its output."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(Directive):
     """An output and the port it leaves by."""
 
     output: Json
@@ -147,49 +175,46 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(Directive):
     """The node is done when `until` (aware, UTC) has passed; the worker is free meanwhile."""
 
     until: datetime
     output: Json
 
 
-Outcome: TypeAlias = "Json | Result | Wait"
+class Awaited(StrEnum):
+    """Whose answer a node waits for."""
 
-
-class HttpResponse(Protocol):
-    """An answer from outside."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-    @property
-    def body(self) -> bytes: ...
-    @property
-    def url(self) -> str: ...
-
-
-class HttpClient(Protocol):
-    """The guarded way out: refuses private networks unless the operator allowed them."""
-
-    async def request(
-        self,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        timeout_seconds: float,
-        follow_redirects: bool = True,
-    ) -> HttpResponse: ...
+    INPUT = "input"
+    """A person's."""
+    RUN = "run"
+    """That of a run that the node has started."""
 
 
 @dataclass(frozen=True, slots=True)
-class Services:
-    """What the process lends to the nodes it runs."""
+class Await(Directive):
+    """The node is done when somebody has answered; the worker is free meanwhile."""
 
-    http: HttpClient
+    kind: Awaited
+    request: Json
+    """What is asked: shown to those who may answer."""
+    expires_at: datetime | None = None
+    expired: Result | None = None
+    """What the node gives when nobody has answered by then; None: it fails, with the code `expired`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Each(Directive):
+    """The node, a loop, is done when what is behind its port `continue` has been run for each item."""
+
+    items: Sequence[Json]
+    concurrency: int = 1
+    """Turns at once."""
+    goes_on: bool = False
+    """An item whose turn fails is listed with its error; False: the loop fails with it."""
+
+
+Outcome: TypeAlias = "Json | Result | Wait | Await | Each"
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -200,7 +225,7 @@ class Call(msgspec.Struct, frozen=True):
     data: Json
     """What arrived from the parents, with the mapped fields laid over it."""
     scope: Mapping[str, Json]
-    """The roots of expressions: `data`, `trigger`, `nodes`, `execution`."""
+    """The roots of expressions: `data`, `trigger`, `nodes`, `execution`; in a loop `item` and `index` too."""
     conditions: Mapping[str, Condition]
     """By the field that holds one, or by the place: `cases.0.condition`."""
     values: Mapping[str, Template]
@@ -208,6 +233,10 @@ class Call(msgspec.Struct, frozen=True):
     """Paths that found nothing; handed to whatever is evaluated late."""
     log: Callable[[str, str], None]
     """`log(level, message)`: a line in the execution's log."""
+    caller: Caller
+    node_id: str
+    iteration: str
+    """Which turn of the loops around it this is: empty outside of any, `3`, or `3.0` in a loop in a loop."""
     idempotency_key: str
     """The same on every attempt of this node in this execution: `execution:node:iteration`."""
     attempt: int

@@ -44,6 +44,8 @@ class Place:
     """The way from the part to the text."""
     text: str
     paths: Sequence[Path]
+    is_late: bool = False
+    """The node renders it itself, once an item if it likes."""
 
     @property
     def name(self) -> str:
@@ -74,6 +76,8 @@ class Reader:
             else:
                 self._read_templates(Part.INPUT_MAPPINGS, (name,), source, reading)
         for steps, value, kind in _fields(node.config, node_type.compiled):
+            if kind is Compile.LITERAL:
+                continue
             if kind is None:
                 self._read_templates(Part.CONFIG, steps, value, reading)
             elif kind is Compile.CONDITION or not _is_static(value):
@@ -90,7 +94,9 @@ class Reader:
         except ExpressionError as error:
             reading.errors.append((named(part, place), error))
 
-    def _read_text(self, part: Part, steps: Steps, text: str, reading: Reading) -> None:
+    def _read_text(
+        self, part: Part, steps: Steps, text: str, reading: Reading, *, is_late: bool = False
+    ) -> None:
         paths = self._read.get(text)
         try:
             if paths is None:
@@ -99,7 +105,7 @@ class Reader:
             reading.errors.append((named(part, steps), error))
         else:
             places = reading.config if part is Part.CONFIG else reading.mappings
-            places.append(Place(part, steps, text, paths))
+            places.append(Place(part, steps, text, paths, is_late))
 
     def _read_compiled(self, place: Steps, value: Json, kind: Compile, reading: Reading) -> None:
         """Take a condition or a value that may be computed: it can be wrong as a whole, not only in its texts."""
@@ -112,7 +118,7 @@ class Reader:
             reading.errors.append((named(Part.CONFIG, place), error))
             return
         for steps, text in _leaves(place, value, needed_only=True):
-            self._read_text(Part.CONFIG, steps, text, reading)
+            self._read_text(Part.CONFIG, steps, text, reading, is_late=True)
 
     def _read_path(self, name: str, source: str, reading: Reading) -> None:
         """Take a mapping that is a path and nothing else."""

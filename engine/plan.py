@@ -30,7 +30,7 @@ class Plan:
     def __init__(self, graph: Graph, triggers: Iterable[str], eager: Collection[str] = ()) -> None:
         self._inbound = graph.inbound
         self._outbound = graph.outbound
-        self._undecided = {node_id: len(edges) for node_id, edges in graph.inbound.items()}
+        self._undecided = dict(graph.inbound_counts)
         self._reached: set[str] = set()
         self._ports: dict[str, str] = {}
         self._triggers = frozenset(triggers)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Protocol, Self
 
 from engine.conditions import Condition, compile_condition
 from engine.errors import InvalidDefinition
-from engine.expressions import ExpressionError, Path, Template, compile_path, compile_template, compile_value
+from engine.expressions import (
+    ExpressionError,
+    Path,
+    Template,
+    compile_path,
+    compile_template,
+    compile_value,
+    literal,
+)
 from engine.joins import Join, Mode
-from engine.node import OF_EACH, Compile, Effect, NodeType, Run
+from engine.node import CONTINUE, OF_EACH, OUTPUT, Compile, Effect, NodeType, Result, Run
+from engine.pruning import pruned
+from engine.sections import Section, divide
 from engine.values import canonical
 
 if TYPE_CHECKING:
@@ -51,7 +61,8 @@ class NodeProgram:
 
     node: Node
     node_type: NodeType
-    effect: Effect
+    is_write: bool
+    """It changes something outside."""
     config: Template
     conditions: Mapping[str, Condition]
     values: Mapping[str, Template]
@@ -62,6 +73,9 @@ class NodeProgram:
     static_hashes: bytes
     """Digests of type and version, of the config after defaults, and of the mappings."""
     join: Join | None = None
+    is_given_again: bool = False
+    """What it is given the first time is recorded, and given to it whenever it is taken up again."""
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,29 +83,74 @@ class Program:
     """A whole graph, compiled; shared by all runs of the same definition."""
 
     graph: Graph
+    """What is run of the definition."""
+    root: Section
+    """What lies outside of all loops, and in it their bodies."""
     nodes: Mapping[str, NodeProgram]
-    triggers: Sequence[str]
-    eager: frozenset[str]
-    """Nodes that go on with the first branch that arrives."""
     runs: Mapping[str, Run]
-    """The implementation of each node type in the graph."""
+    """The implementation of each node."""
     inline: frozenset[str]
-    """Types whose implementation returns at once: it is called without a task of its own."""
+    """Nodes whose implementation returns at once: it is called without a task of its own."""
+    repeatable: frozenset[str]
+    """Of the others, those that have no effect, and may be done over elsewhere where they take long."""
 
     @classmethod
     def of(cls, graph: Graph, catalog: Catalog, implementation: Callable[[str], Run]) -> Self:
         """Compile `graph`; raises `InvalidDefinition` for what validation would have refused."""
         try:
-            nodes = {node.id: compile_node(node, catalog) for node in graph.nodes}
-            runs = {kind: implementation(kind) for kind in {node.type for node in graph.nodes}}
+            graph = pruned(graph, catalog)
+            nodes = {node.id: _compiled(node, graph, catalog) for node in graph.nodes}
+            run = {node.type for node in graph.nodes if node.id not in graph.pinned}
+            kinds = {kind: implementation(kind) for kind in run}
         except (LookupError, ExpressionError) as error:
             raise InvalidDefinition(str(error)) from error
-        triggers = [node_id for node_id, program in nodes.items() if program.node_type.is_trigger]
-        eager = frozenset(
-            node_id for node_id, program in nodes.items() if program.join and program.join.mode is Mode.ANY
+        pinned = {node_id: _giving(nodes[node_id], graph) for node_id in graph.pinned if node_id in nodes}
+        runs = {node_id: pinned.get(node_id) or kinds[each.node.type] for node_id, each in nodes.items()}
+        return cls(
+            graph=graph,
+            root=divide(
+                graph,
+                loops=[key for key, each in nodes.items() if each.node_type.loops and not each.is_pinned],
+                first=[key for key, each in nodes.items() if each.node_type.is_trigger or each.is_pinned],
+                eager=[key for key, each in nodes.items() if each.join and each.join.mode is Mode.ANY],
+            ),
+            nodes=nodes,
+            runs=runs,
+            inline=frozenset(node_id for node_id, run in runs.items() if not iscoroutinefunction(run)),
+            repeatable=frozenset(
+                node_id
+                for node_id, run in runs.items()
+                if iscoroutinefunction(run) and nodes[node_id].node_type.effect.of({}) is Effect.PURE
+            ),
         )
-        inline = frozenset(kind for kind, run in runs.items() if not iscoroutinefunction(run))
-        return cls(graph=graph, nodes=nodes, triggers=triggers, eager=eager, runs=runs, inline=inline)
+
+
+def _compiled(node: Node, graph: Graph, catalog: Catalog) -> NodeProgram:
+    """Compile a node; what is pinned has nothing left to render, to wait for or to fail by, whatever its config is."""
+    if node.id not in graph.pinned:
+        return compile_node(node, catalog)
+    bare = replace(node, config={}, input_mappings={}, pass_through_values={})
+    return replace(
+        compile_node(bare, catalog),
+        is_write=False,
+        config=compile_template({}),
+        conditions={},
+        values={},
+        missing=None,
+        join=None,
+        is_given_again=False,
+        is_pinned=True,
+    )
+
+
+def _giving(program: NodeProgram, graph: Graph) -> Run:
+    """Return what stands for a pinned node: its output leaves as usual, or by the first port that leads on."""
+    node_id = program.node.id
+    ports = program.node_type.outputs_of(graph.by_id[node_id].config)
+    connected = {edge.source_port for edge in graph.outbound[node_id]} - {CONTINUE}
+    port = OUTPUT if OUTPUT in ports else next((port for port in ports if port in connected), OUTPUT)
+    result = Result(graph.pinned[node_id], port)
+    return lambda _call: result
 
 
 def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
@@ -100,6 +159,7 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
     config = catalog.with_defaults(node_type, node.config)
     early, late = _divided(config, node_type.compiled)
     problems = catalog.config_problems(node_type, node.config)
+    effect = node_type.effect.of(config)
     mappings = {key: compile_mapping(value) for key, value in node.input_mappings.items()}
     parts: tuple[Json, ...] = (
         [node_type.type, node_type.version],
@@ -109,7 +169,7 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
     return NodeProgram(
         node=node,
         node_type=node_type,
-        effect=node_type.effect.of(config),
+        is_write=effect is Effect.WRITE,
         config=compile_template(early),
         conditions={
             place: compile_condition(value)
@@ -117,13 +177,16 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
             if kind is Compile.CONDITION
         },
         values={
-            place: compile_value(value) for place, (kind, value) in late.items() if kind is Compile.VALUE
+            place: literal(value) if kind is Compile.LITERAL else compile_value(value)
+            for place, (kind, value) in late.items()
+            if kind is not Compile.CONDITION
         },
         mappings=mappings,
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
         static_hashes=b"".join(sha256(canonical(part)).digest() for part in parts),
         join=Join.of(config) if node_type.joins else None,
+        is_given_again=effect is Effect.WRITE or node_type.loops,
     )
 
 

@@ -2,61 +2,62 @@
 
 Nodes that return at once are called in place, one after another; those that wait for something outside get a task, so
 that independent branches run at once. The journal is told of everything and asked to commit only where the order of
-effects demands it: before a write node starts, and before anything follows one.
+effects demands it, before a write node starts and before anything follows one, or where much has piled up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import re
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from hashlib import sha256
-from heapq import heappop, heappush
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from heapq import heappop
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from engine import values
+from engine import outcomes, patience
+from engine.agenda import Agenda
 from engine.control import Control, Request
 from engine.errors import LeaseLost, NodeError
-from engine.events import SETTLED, Ended, Journal, LogLine, RunError, RunStatus, Span, SpanStatus
-from engine.expressions import MISSING, ExpressionError, Path
-from engine.joins import Mode
-from engine.node import ERROR, OUTPUT, Call, Effect, Outcome, Result, Services, Wait
-from engine.plan import Plan, Step
+from engine.events import Ended, Journal, RunError, RunStatus, Span, SpanStatus
+from engine.expressions import ExpressionError
+from engine.frames import Frame, Then, Visit
+from engine.limits import Limits
+from engine.node import Call, Outcome
+from engine.outcomes import LOST_ATTEMPT, TIMEOUT, as_node_error
+from engine.patience import TakesLong
+from engine.scribe import Scribe
+from engine.settlement import Settlement, Signals
 from engine.values import InvalidJson
+from engine.visits import Visits
 
 if TYPE_CHECKING:
     from engine.graph import Node
-    from engine.program import NodeProgram, Program
+    from engine.program import Program
+    from engine.services import Caller, Services
     from engine.values import Json
 
-MAX_OUTPUT_BYTES = 10_000_000
-MAX_KEPT_TEXT_BYTES = 16_384
-MAX_LOG_LINES = 10_000
-MAX_MESSAGE_LENGTH = 8_192
-_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+T = TypeVar("T")
+
 SHORT_WAIT_SECONDS = 1.0
 """Waits up to this long keep the worker: giving the run back and claiming it again would cost more."""
+HEAR_SECONDS = 2.0
+"""How long an answer may go unheard by a run that is at work elsewhere."""
 CANCEL_SECONDS = 10.0
 """How long a node may take to notice that it was cancelled, before it is left behind."""
 TURN_SECONDS = 0.005
 """After this long without a pause, the other runs on the loop get a turn."""
+DEFAULT_LIMITS = Limits()
 
 
 class Start(msgspec.Struct, frozen=True):
     """Where a stretch of work begins."""
 
-    execution_id: str
-    workflow_id: str
-    key_id: str
-    """The execution whose id stands in idempotency keys: the first of a line of resumed ones."""
+    caller: Caller
+    """For whom it runs, and under which ids."""
     trigger: Json
     deadline: datetime
     started_at: datetime
@@ -65,434 +66,324 @@ class Start(msgspec.Struct, frozen=True):
     """Spans of earlier attempts; settled ones are not run again."""
     sequence: int = 0
     """The highest sequence number that the journal holds."""
-
-
-class Visit(msgspec.Struct):
-    """One node on its way through one run."""
-
-    program: NodeProgram
-    data: Json
-    input_node: str | None
-    input: bytes | None
-    input_digest: bytes
-    started_at: datetime
-    attempt: int = 1
-    config: Mapping[str, Json] = {}
-    resolved_config: bytes | None = None
-    hashes: bytes | None = None
-    unresolved: list[str] = []
-
-    @property
-    def node_id(self) -> str:
-        return self.program.node.id
-
-    @property
-    def is_write(self) -> bool:
-        return self.program.effect is Effect.WRITE
-
-
-@dataclass(frozen=True, slots=True)
-class Sleeping:
-    """A node that goes on at a set time: to end its wait, or to be tried again."""
-
-    wake_at: datetime
-    visit: Visit
-    output: bytes | None
-    """What a wait ends with; None for a retry."""
+    signals: Signals = {}
+    listen: Callable[[], Awaitable[Signals | None]] | None = None
+    """Returns the answers of now, or None where it can't: some come while the run is at work elsewhere."""
 
 
 async def run(
-    program: Program, start: Start, journal: Journal, control: Control, services: Services
+    program: Program,
+    start: Start,
+    journal: Journal,
+    control: Control,
+    services: Services,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Ended:
     """Run until something ends this stretch of work; raises `LeaseLost` when it is no longer ours to end."""
-    return await Runner(program, start, journal, control, services).run()
+    return await Runner(program, start, journal, control, services, limits).run()
 
 
 class Runner:
-    """The state of one stretch of work on one run."""
+    """One stretch of work on one run."""
 
     def __init__(
-        self, program: Program, start: Start, journal: Journal, control: Control, services: Services
+        self,
+        program: Program,
+        start: Start,
+        journal: Journal,
+        control: Control,
+        services: Services,
+        limits: Limits,
     ) -> None:
         self._program = program
         self._parallelism = program.graph.settings.parallelism
-        self._start = start
-        self._journal = journal
+        self._deadline = start.deadline
+        self._listen = start.listen
+        self._heard_at = time.monotonic()
         self._control = control
-        self._services = services
-        self._plan = Plan(program.graph, program.triggers, program.eager)
-        self._recorded = {span.node_id: span for span in start.recorded}
-        self._settled_before: list[tuple[int, str]] = []
-        """Nodes that are ready and have settled in an earlier attempt, by when: a heap."""
-        self._ready: deque[str] = deque()
-        self._tasks: dict[asyncio.Task[None], Visit] = {}
-        self._sleeping: dict[str, Sleeping] = {}
-        self._outputs: dict[str, Json] = {}
-        self._digests: dict[str, bytes] = {}
-        self._texts: dict[str, bytes] = {}
-        """Small outputs as JSON, for the nodes that hand on what they were given."""
-        self._failure: RunError | None = None
         self._broken_off: list[Visit] = []
-        self._sequence = start.sequence
-        self._log_lines = 0
-        self._has_uncommitted_write = False
-        self._execution_root: Json = {
-            "id": start.execution_id,
-            "workflowId": start.workflow_id,
-            "startedAt": start.started_at.isoformat().replace("+00:00", "Z"),
-        }
+        self._scribe = scribe = Scribe(journal, start.sequence, limits)
+        self._agenda = agenda = Agenda()
+        self._visits = visits = Visits(program, start.caller, services, scribe)
+        recorded = _by_iteration(start.recorded)
+        self._root = Frame(program.root, start.trigger, _roots(start), recorded.get("", {}), start.started_at)
+        self._settlement = Settlement(program, recorded, start.signals, visits, scribe, agenda, limits)
 
     async def run(self) -> Ended:
         """Run to the end of this stretch of work."""
-        self._follow(self._plan.start())
+        agenda, scribe = self._agenda, self._scribe
+        self._settlement.follow(self._root, self._root.start())
         turn_ends = time.monotonic() + TURN_SECONDS
         try:
             while (ended := self._ended()) is None:
-                if self._settled_before:
-                    _, node_id = heappop(self._settled_before)
-                    self._restore(self._recorded[node_id])
-                elif self._ready and self._may_start():
-                    await self._enter(self._ready.popleft())
+                if agenda.settled_before:
+                    _, node_id, frame = heappop(agenda.settled_before)
+                    self._settlement.restore(frame, frame.recorded[node_id])
+                elif agenda.ready and self._may_start():
+                    await self._enter(*agenda.ready.popleft())
                 else:
                     await self._wait_for_change()
                     continue
                 if time.monotonic() > turn_ends:
-                    await asyncio.sleep(0)
+                    if scribe.has_much:
+                        await scribe.commit()
+                    await patience.rest()
                     turn_ends = time.monotonic() + TURN_SECONDS
         finally:
             await self._break_off()
-        self._record_broken_off(ended)
+        self._tell_of_what_was_broken_off(ended)
         return ended
 
+    # ── the end ───────────────────────────────────────────────────────────────────────────────────
+
     def _ended(self) -> Ended | None:  # noqa: C901 - one guard for each way to end, in order of precedence
-        request = self._control.request
-        if request is Request.ABANDON or not self._journal.holds_lease():
+        request, agenda = self._control.request, self._agenda
+        if request is Request.ABANDON or not self._scribe.holds_lease():
             raise LeaseLost
         if request is Request.CANCEL:
             return Ended(RunStatus.CANCELLED)
         if request is Request.HAND_OVER_NOW:
             return Ended(RunStatus.RELEASED)
-        if self._failure is not None and not any(visit.is_write for visit in self._tasks.values()):
-            return Ended(RunStatus.FAILED, error=self._failure)
-        if self._tasks:
+        if self._settlement.failure is not None and not agenda.has_write_at_work:
+            return Ended(RunStatus.FAILED, error=self._settlement.failure)
+        if agenda.tasks:
             return self._timed_out()
         if request is Request.STOP:
             return Ended(RunStatus.STOPPED)
-        is_idle = not self._ready and not self._settled_before
-        if is_idle and not self._sleeping:
+        is_idle = not agenda.ready and not agenda.settled_before
+        if is_idle and not agenda.sleeping:
             return Ended(RunStatus.COMPLETED)
         if request is Request.HAND_OVER:
             return Ended(RunStatus.RELEASED)
         if is_idle:
-            due_at = min(sleeping.wake_at for sleeping in self._sleeping.values())
-            if (due_at - datetime.now(UTC)).total_seconds() > SHORT_WAIT_SECONDS:
+            due_at = agenda.next_wake
+            if due_at is None or (due_at - datetime.now(UTC)).total_seconds() > SHORT_WAIT_SECONDS:
                 return Ended(RunStatus.WAITING, due_at=due_at)
         return self._timed_out()
 
     def _timed_out(self) -> Ended | None:
-        if datetime.now(UTC) < self._start.deadline:
+        if datetime.now(UTC) < self._deadline:
             return None
         seconds = self._program.graph.settings.timeout_seconds
-        return Ended(
-            RunStatus.FAILED, error=RunError("timeout", f"The run took longer than its {seconds:g} s")
-        )
+        message = f"The run took longer than its {seconds:g} s"
+        return Ended(RunStatus.FAILED, error=RunError(TIMEOUT, message))
 
-    def _may_start(self) -> bool:
-        return (
-            self._failure is None and self._control.request is None and len(self._tasks) < self._parallelism
-        )
+    async def _break_off(self) -> None:
+        """Cancel whatever still runs; what doesn't notice within ten seconds is left behind."""
+        if not self._agenda.tasks:
+            return
+        tasks = dict(self._agenda.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+        # A node that ended all the same has said itself how.
+        self._broken_off += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
+
+    def _tell_of_what_was_broken_off(self, ended: Ended) -> None:
+        """Say of what was cut short that it was; a run that goes on elsewhere leaves it as it stands."""
+        if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
+            return
+        loops = [loop.visit for frame in self._root.whole() for loop in frame.loops]
+        for visit in (*self._broken_off, *loops):
+            self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=datetime.now(UTC))
 
     # ── one node ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _enter(self, node_id: str) -> None:
-        recorded = self._recorded.get(node_id)
+    def _may_start(self) -> bool:
+        return (
+            self._settlement.failure is None
+            and self._control.request is None
+            and len(self._agenda.tasks) < self._parallelism
+        )
+
+    async def _enter(self, frame: Frame, node_id: str) -> None:
+        """Reach a node, and begin it unless it sleeps on or has failed."""
+        visit: Visit | None
         try:
-            visit = self._visit(node_id, recorded)
+            visit = patience.quick(self._visits.begin, frame, node_id)
+        except TakesLong:
+            begin = partial(self._visits.begin, frame, node_id, frame.roots_of_now())
+            visit = await self._prepared(frame, node_id, begin)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._failed(
-                Visit(self._program.nodes[node_id], None, None, None, b"", datetime.now(UTC)),
-                _as_node_error(error),
-            )
+            self._settlement.failed(self._visits.unreached(frame, node_id), as_node_error(error))
             return
-        if recorded is not None and recorded.wake_at is not None:
-            output = recorded.output if recorded.status is SpanStatus.WAITING else None
-            self._sleeping[node_id] = Sleeping(recorded.wake_at, visit, output)
-            return
-        await self._begin(visit)
+        if visit is not None and not self._is_taken_up(visit):
+            await self._begin(visit)
+
+    def _is_taken_up(self, visit: Visit) -> bool:
+        """Go on with a node where an earlier attempt has left it, unless it is to be begun."""
+        frame = visit.frame
+        if not frame.recorded or (recorded := frame.recorded.get(visit.node_id)) is None:
+            return False
+        if recorded.status in {SpanStatus.WAITING, SpanStatus.RETRYING}:
+            self._settlement.sleep_on(visit, recorded)
+            return True
+        if recorded.status is SpanStatus.RUNNING and visit.is_at_most_once:
+            visit.attempt = recorded.attempt
+            message = f"Nobody knows what came of attempt {visit.attempt}, and the node runs at most once"
+            self._settlement.failed(visit, NodeError(message, code=LOST_ATTEMPT), is_final=True)
+            return True
+        return False
 
     async def _begin(self, visit: Visit) -> None:
         try:
-            call = self._call(visit)
+            call = patience.quick(self._visits.call, visit)
+        except TakesLong:
+            prepare = partial(self._visits.call, visit, visit.frame.roots_of_now())
+            prepared = await self._prepared(visit.frame, visit.node_id, prepare, visit)
+            if prepared is None:
+                return
+            call = prepared
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._failed(visit, _as_node_error(error))
+            self._settlement.failed(visit, as_node_error(error))
             return
-        if visit.is_write:
-            self._journal.record(self._span(visit, SpanStatus.RUNNING))
-            self._has_uncommitted_write = True
-        if self._has_uncommitted_write:
-            await self._commit()
+        is_write = visit.program.is_write
+        if is_write:
+            self._scribe.tell(visit, SpanStatus.RUNNING)
+            self._scribe.has_uncommitted_write = True
+        if self._scribe.has_uncommitted_write:
+            await self._scribe.commit()
             if not self._may_go_on_with(visit):
                 return
-        if visit.is_write or visit.program.node.type not in self._program.inline:
-            task = asyncio.create_task(self._perform(visit, call))
-            self._tasks[task] = visit
+        if is_write or visit.node_id not in self._program.inline:
+            self._start(visit, self._called(visit, call))
+            return
+        self._call_in_place(visit, call)
+
+    async def _prepared(
+        self, frame: Frame, node_id: str, prepare: Callable[[], T], visit: Visit | None = None
+    ) -> T | None:
+        """Prepare a node in a thread; None: nothing comes of it now."""
+        try:
+            prepared = await patience.elsewhere(prepare)
+        except (ExpressionError, InvalidJson, NodeError) as error:
+            self._settlement.failed(visit or self._visits.unreached(frame, node_id), as_node_error(error))
+            return None
+        if not self._scribe.holds_lease():
+            raise LeaseLost
+        if frame.is_broken_off:
+            self._settlement.cancelled(visit or self._visits.unreached(frame, node_id))
+            return None
+        if not self._may_start():
+            self._agenda.ready.appendleft((frame, node_id))
+            return None
+        return prepared
+
+    def _call_in_place(self, visit: Visit, call: Call) -> None:
+        run = cast("Callable[[Call], Outcome]", self._program.runs[visit.node_id])
+        try:
+            outcome = patience.quick(run, call)
+        except TakesLong:
+            self._start(visit, self._called_elsewhere(visit, run, call))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
+            self._settlement.failed(visit, as_node_error(error))
             return
         try:
-            outcome = self._program.runs[visit.program.node.type](call)
-        except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
-            self._failed(visit, _as_node_error(error))
-            return
-        self._returned(visit, cast("Outcome", outcome))
+            patience.quick(self._settlement.write, visit, outcome)
+        except TakesLong:
+            self._start(visit, _given(outcome))
+        except (InvalidJson, NodeError) as error:
+            self._settlement.failed(visit, as_node_error(error))
+        else:
+            self._settlement.returned(visit, outcome)
 
     def _may_go_on_with(self, visit: Visit) -> bool:
         """Look again after a commit: the lease may have run out, something may have failed or been asked."""
-        if not self._journal.holds_lease():
+        if not self._scribe.holds_lease():
             raise LeaseLost
+        if visit.frame.is_broken_off:
+            self._settlement.cancelled(visit)
+            return False
         if self._may_start():
             return True
-        self._ready.appendleft(visit.node_id)
+        self._agenda.ready.appendleft((visit.frame, visit.node_id))
+        if visit.is_at_most_once:
+            # It was announced and not begun: whoever goes on may still begin it.
+            visit.attempt -= 1
+            self._scribe.tell(visit, SpanStatus.RETRYING, wake_at=datetime.now(UTC))
         if visit.is_write:
             self._broken_off.append(visit)
         return False
 
-    async def _perform(self, visit: Visit, call: Call) -> None:
-        """Run a node in a task of its own."""
-        node = visit.program.node
+    def _start(self, visit: Visit, coming: Coroutine[Any, Any, Outcome]) -> None:
+        task = asyncio.create_task(self._perform(visit, coming))
+        self._agenda.tasks[task] = visit
+        task.add_done_callback(partial(self._see_that_it_left, visit, coming))
+
+    def _see_that_it_left(
+        self, visit: Visit, coming: Coroutine[Any, Any, Outcome], task: asyncio.Task[None]
+    ) -> None:
+        """Take leave of a node for a task that was cancelled before it had begun, and so can't do it itself."""
+        coming.close()
+        if task in self._agenda.tasks:
+            self._leave(task)
+            if visit.frame.is_broken_off:
+                self._settlement.cancelled(visit)
+
+    async def _perform(self, visit: Visit, coming: Coroutine[Any, Any, Outcome]) -> None:
+        """See a node through in a task of its own."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
+        try:
+            outcome = await self._in_time(visit.program.node, coming, task)
+            await patience.patiently(self._settlement.write, visit, outcome)
+        except asyncio.CancelledError:
+            self._leave(task)
+            if visit.frame.is_broken_off:
+                self._settlement.cancelled(visit)
+            raise
+        except (InvalidJson, NodeError) as error:
+            self._leave(task)
+            self._settlement.failed(visit, as_node_error(error))
+        else:
+            self._leave(task)
+            self._settlement.returned(visit, outcome)
+
+    async def _in_time(
+        self, node: Node, coming: Coroutine[Any, Any, Outcome], task: asyncio.Task[None]
+    ) -> Outcome:
         limit = asyncio.timeout(node.timeout_seconds)
         try:
             async with limit:
-                outcome = self._program.runs[node.type](call)
-                if asyncio.iscoroutine(outcome):
-                    outcome = await outcome
+                return await coming
         except asyncio.CancelledError:
             if task.cancelling():
                 raise
-            self._failed(visit, NodeError("The node cancelled itself"))
-        except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
-            self._failed(visit, _too_slow(node) if limit.expired() else _as_node_error(error))
-        else:
-            self._returned(visit, cast("Outcome", outcome))
-        finally:
-            self._tasks.pop(task, None)
-            self._control.changed.set()
+            raise NodeError("The node cancelled itself") from None
+        except Exception as error:
+            raise (outcomes.too_slow(node) if limit.expired() else as_node_error(error)) from error
 
-    def _visit(self, node_id: str, recorded: Span | None) -> Visit:
-        program = self._program.nodes[node_id]
-        data, input_node = self._gather(program)
-        unresolved: list[str] = []
-        if program.mappings:
-            data, input_node = self._mapped(program, data, unresolved), None
-        encoded = None if input_node is not None else values.encode(data)
-        digest = self._digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
-        visit = Visit(program, data, input_node, encoded, digest, datetime.now(UTC), unresolved=unresolved)
-        if recorded is not None:
-            _take_up(visit, recorded)
-        return visit
+    async def _called(self, visit: Visit, call: Call) -> Outcome:
+        run = self._program.runs[visit.node_id]
+        if visit.node_id in self._program.repeatable:
+            return await patience.whole(lambda: cast("Coroutine[Any, Any, Outcome]", run(call)))
+        outcome = run(call)
+        return await outcome if asyncio.iscoroutine(outcome) else cast("Outcome", outcome)
 
-    def _gather(self, program: NodeProgram) -> tuple[Json, str | None]:
-        """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
-        parents = list(dict.fromkeys(edge.source for edge in self._plan.parents(program.node.id)))
-        if not parents:
-            return self._start.trigger, None
-        if program.join is not None and program.join.mode is Mode.ALL:
-            return program.join.data({parent: self._outputs[parent] for parent in parents}), None
-        if len(parents) == 1:
-            return self._outputs[parents[0]], parents[0]
-        merged: dict[str, Json] = {}
-        for parent in parents:
-            output = self._outputs[parent]
-            if isinstance(output, dict):
-                merged.update(output)
-        merged.update({parent: self._outputs[parent] for parent in parents})
-        return merged, None
+    async def _called_elsewhere(self, visit: Visit, run: Callable[[Call], Outcome], call: Call) -> Outcome:
+        """Call a node in a thread; what it logs is told afterwards, where everything is numbered."""
+        lines: list[tuple[str, str]] = []
+        call = msgspec.structs.replace(call, log=lambda level, message: lines.append((level, message)))
+        outcome = await patience.elsewhere(run, call)
+        for level, message in lines:
+            self._scribe.log(level, message, visit.node_id)
+        return outcome
 
-    def _mapped(self, program: NodeProgram, data: Json, unresolved: list[str]) -> Json:
-        scope = self._scope(data)
-        mapped: dict[str, Json] = {}
-        for name, source in program.mappings.items():
-            if not isinstance(source, Path):
-                mapped[name] = source.render(scope, unresolved)
-                continue
-            value = source.resolve(scope)
-            if value is MISSING:
-                unresolved.append(source.text)
-                value = None
-            mapped[name] = value
-        return {**data, **mapped} if isinstance(data, dict) else mapped
-
-    def _scope(self, data: Json) -> dict[str, Json]:
-        return {
-            "data": data,
-            "trigger": self._start.trigger,
-            "nodes": self._outputs,
-            "execution": self._execution_root,
-        }
-
-    def _call(self, visit: Visit) -> Call:
-        """Render the config; raises `ExpressionError`, `InvalidJson`, and `NodeError` for what is missing."""
-        program = visit.program
-        if program.missing is not None:
-            raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
-        scope = self._scope(visit.data)
-        if visit.resolved_config is not None:
-            visit.config = cast("Mapping[str, Json]", values.decode(visit.resolved_config))
-        else:
-            visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
-        self._check_resolved(visit)
-        dynamic = visit.input_digest
-        if visit.is_write or not program.config.is_static:
-            rendered = visit.resolved_config or values.encode(visit.config)
-            visit.resolved_config = rendered if visit.is_write else None
-            if visit.is_write and not program.config.is_static:
-                # What is sent is what is recorded: `nodes` may grow while that is being committed.
-                visit.config = cast("Mapping[str, Json]", values.decode(rendered))
-            dynamic = sha256(dynamic + rendered).digest()
-        visit.hashes = program.static_hashes + dynamic
-        node_id = visit.node_id
-        return Call(
-            config=visit.config,
-            data=visit.data,
-            scope=scope,
-            conditions=program.conditions,
-            values=program.values,
-            unresolved=visit.unresolved,
-            log=lambda level, message: self._log(level, message, node_id),
-            idempotency_key=f"{self._start.key_id}:{node_id}:0",
-            attempt=visit.attempt,
-            now=datetime.now(UTC),
-            services=self._services,
-        )
-
-    def _check_resolved(self, visit: Visit) -> None:
-        if visit.unresolved and self._program.graph.settings.strict_mappings:
-            names = ", ".join(dict.fromkeys(visit.unresolved))
-            raise NodeError(f"Nothing was found at {names}", code="unresolved-mapping")
-
-    # ── what came of it ───────────────────────────────────────────────────────────────────────────
-
-    def _returned(self, visit: Visit, outcome: Outcome) -> None:
-        output = outcome.output if isinstance(outcome, Result | Wait) else outcome
-        try:
-            output = self._pass_through(visit, output)
-            self._check_resolved(visit)
-            encoded = self._given(visit, output) or _encoded(output)
-        except (InvalidJson, NodeError) as error:
-            self._failed(visit, _as_node_error(error))
-            return
-        if isinstance(outcome, Wait):
-            self._sleep(visit, outcome.until, SpanStatus.WAITING, encoded)
-            return
-        port = outcome.port if isinstance(outcome, Result) else OUTPUT
-        self._settle(visit, SpanStatus.COMPLETED, port, output, encoded)
-
-    def _given(self, visit: Visit, output: Json) -> bytes | None:
-        """Return the text of an output that is the node's input, as it was written before."""
-        if output is not visit.data:
-            return None
-        text = visit.input if visit.input_node is None else self._texts.get(visit.input_node)
-        return text if text is not None and len(text) <= MAX_KEPT_TEXT_BYTES else None
-
-    def _pass_through(self, visit: Visit, output: Json) -> Json:
-        if not visit.program.pass_through or not isinstance(output, dict):
-            return output
-        given = visit.data if isinstance(visit.data, dict) else {}
-        passed = {key: given.get(source) for key, source in visit.program.pass_through.items()}
-        visit.unresolved.extend(
-            source for source in visit.program.pass_through.values() if source not in given
-        )
-        return {**output, **passed}
-
-    def _failed(self, visit: Visit, error: NodeError) -> None:
-        node = visit.program.node
-        if error.retryable and visit.attempt < node.retry.max_attempts:
-            delay = timedelta(seconds=node.retry.delay_seconds(visit.attempt, random.random()))  # noqa: S311 - jitter
-            self._log("warning", f"Attempt {visit.attempt} failed: {error.message}", node.id)
-            self._sleep(visit, datetime.now(UTC) + delay, SpanStatus.RETRYING, None, _run_error(visit, error))
-            return
-        reason = _run_error(visit, error)
-        if any(edge.source_port == ERROR for edge in self._program.graph.outbound[node.id]):
-            self._settle(visit, SpanStatus.FAILED, ERROR, *_error_output(reason, visit.data), reason)
-            return
-        self._record(self._span(visit, SpanStatus.FAILED, ended_at=datetime.now(UTC), error=reason))
-        self._has_uncommitted_write = self._has_uncommitted_write or visit.is_write
-        self._failure = self._failure or _end_of_run(reason)
-
-    def _settle(
-        self,
-        visit: Visit,
-        status: SpanStatus,
-        port: str,
-        output: Json,
-        encoded: bytes,
-        error: RunError | None = None,
-    ) -> None:
-        node_id = visit.node_id
-        self._outputs[node_id] = output
-        self._digests[node_id] = sha256(encoded).digest()
-        if len(encoded) <= MAX_KEPT_TEXT_BYTES:
-            self._texts[node_id] = encoded
-        self._record(
-            self._span(visit, status, port=port, output=encoded, ended_at=datetime.now(UTC), error=error)
-        )
-        self._has_uncommitted_write = self._has_uncommitted_write or visit.is_write
-        self._follow(self._plan.settle(node_id, port))
-
-    def _sleep(
-        self,
-        visit: Visit,
-        wake_at: datetime,
-        status: SpanStatus,
-        output: bytes | None,
-        error: RunError | None = None,
-    ) -> None:
-        self._record(self._span(visit, status, output=output, wake_at=wake_at, error=error))
-        if status is SpanStatus.RETRYING:
-            visit.attempt += 1
-        self._sleeping[visit.node_id] = Sleeping(wake_at, visit, output)
-
-    def _restore(self, span: Span) -> None:
-        """Take a settled node from the journal instead of running it.
-
-        They come in the order in which they settled, so that an eager node is reached by the branch that was first.
-        """
-        self._outputs[span.node_id] = values.decode(span.output) if span.output is not None else None
-        self._digests[span.node_id] = sha256(span.output or b"").digest()
-        if span.port is None:
-            self._failure = self._failure or (span.error and _end_of_run(span.error))
-            return
-        self._follow(self._plan.settle(span.node_id, span.port))
-
-    def _follow(self, step: Step) -> None:
-        if self._recorded:
-            self._follow_recorded(step.ready)
-        else:
-            self._ready.extend(step.ready)
-        for node_id in step.skipped:
-            if node_id not in self._recorded:
-                node = self._program.nodes[node_id].node
-                self._sequence += 1
-                self._journal.record(
-                    Span(node_id, node.label, node.type, SpanStatus.SKIPPED, self._sequence, started_at=None)
-                )
-
-    def _follow_recorded(self, ready: Sequence[str]) -> None:
-        for node_id in ready:
-            recorded = self._recorded.get(node_id)
-            if recorded is not None and recorded.status in SETTLED:
-                heappush(self._settled_before, (recorded.sequence, node_id))
-            else:
-                self._ready.append(node_id)
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        # First: what follows may break off whatever is still at work.
+        del self._agenda.tasks[task]
+        self._control.changed.set()
 
     # ── time ──────────────────────────────────────────────────────────────────────────────────────
 
     async def _wait_for_change(self) -> None:
         # Cleared before anything is awaited: what changes from here on must end the wait below.
         self._control.changed.clear()
-        if self._has_uncommitted_write:
-            await self._commit()
-        wakes = [sleeping.wake_at for sleeping in self._sleeping.values()] if self._may_start() else []
-        until = min([self._start.deadline, *wakes])
+        if self._scribe.has_uncommitted_write:
+            await self._scribe.commit()
+        until = self._deadline
+        if self._may_start():
+            until = min(until, self._agenda.next_wake or until)
         # At most a second: the lease is looked at by the clock, and no event tells that it is about to end.
         seconds = min(max((until - datetime.now(UTC)).total_seconds(), 0.0), 1.0)
         with contextlib.suppress(TimeoutError):
@@ -502,151 +393,56 @@ class Runner:
             await self._wake()
 
     async def _wake(self) -> None:
-        now = datetime.now(UTC)
-        due = [node_id for node_id, sleeping in self._sleeping.items() if sleeping.wake_at <= now]
-        for node_id in due:
+        now, sleeping = datetime.now(UTC), self._agenda.sleeping
+        due = [one for one in sleeping.values() if one.wake_at is not None and one.wake_at <= now]
+        if not await self._hear(is_due=any(one.then is Then.EXPIRED for one in due)):
+            due = [one for one in due if one.then is not Then.EXPIRED]
+        for one in due:
             if not self._may_start():
                 return
-            sleeping = self._sleeping.pop(node_id)
-            if sleeping.output is None:
-                await self._begin(sleeping.visit)
+            # What came of one of them may have broken off another.
+            if sleeping.pop(one.visit, None) is None:
+                continue
+            if one.then is Then.TRIED_AGAIN:
+                await self._begin(one.visit)
             else:
-                output = values.decode(sleeping.output)
-                self._settle(sleeping.visit, SpanStatus.COMPLETED, OUTPUT, output, sleeping.output)
+                self._settlement.woken(one)
 
-    async def _commit(self) -> None:
-        self._has_uncommitted_write = False
-        await self._journal.commit()
+    async def _hear(self, *, is_due: bool) -> bool:
+        """Take answers that came since the run was taken up, now and then, and before any wait for one has expired.
 
-    async def _break_off(self) -> None:
-        """Cancel whatever still runs; what doesn't notice within ten seconds is left behind."""
-        if not self._tasks:
-            return
-        tasks = dict(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
-        # A node that ended all the same has said itself how.
-        self._broken_off += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
-
-    # ── records ───────────────────────────────────────────────────────────────────────────────────
-
-    def _record_broken_off(self, ended: Ended) -> None:
-        """Say of each node that was cut short that it was; a run that is handed over leaves them as they stand."""
-        if ended.status is RunStatus.RELEASED:
-            return
-        for visit in self._broken_off:
-            self._record(self._span(visit, SpanStatus.CANCELLED, ended_at=datetime.now(UTC)))
-
-    def _span(
-        self,
-        visit: Visit,
-        status: SpanStatus,
-        *,
-        port: str | None = None,
-        output: bytes | None = None,
-        ended_at: datetime | None = None,
-        wake_at: datetime | None = None,
-        error: RunError | None = None,
-    ) -> Span:
-        self._sequence += 1
-        node = visit.program.node
-        return Span(
-            node_id=node.id,
-            label=node.label,
-            type=node.type,
-            status=status,
-            sequence=self._sequence,
-            started_at=visit.started_at,
-            ended_at=ended_at,
-            port=port,
-            attempt=visit.attempt,
-            input_node=visit.input_node,
-            input=visit.input,
-            output=output,
-            error=error,
-            unresolved=tuple(dict.fromkeys(visit.unresolved)),
-            wake_at=wake_at,
-            resolved_config=visit.resolved_config,
-            hashes=visit.hashes,
-        )
-
-    def _record(self, span: Span) -> None:
-        self._journal.record(span)
-
-    def _log(self, level: str, message: str, node_id: str) -> None:
-        if self._log_lines > MAX_LOG_LINES:
-            return
-        self._log_lines += 1
-        if self._log_lines > MAX_LOG_LINES:
-            level, message = "warning", f"More than {MAX_LOG_LINES:,} log lines: the rest is left out"
-        self._sequence += 1
-        self._journal.log(LogLine(level, _storable(message), node_id, self._sequence, datetime.now(UTC)))
+        Returns False where nobody can tell whether there are any.
+        """
+        awaits = any(one.then is Then.EXPIRED for one in self._agenda.sleeping.values())
+        is_time = is_due or time.monotonic() > self._heard_at + HEAR_SECONDS
+        if self._listen is None or not awaits or not is_time:
+            return True
+        self._heard_at = time.monotonic()
+        signals = await self._listen()
+        if signals is None:
+            return False
+        self._settlement.hear(signals)
+        return True
 
 
-def _take_up(visit: Visit, recorded: Span) -> None:
-    """Go on with a node where an earlier attempt left it: a write is given what it was given before."""
-    visit.started_at = recorded.started_at or visit.started_at
-    if recorded.status is SpanStatus.WAITING:
-        visit.attempt, visit.hashes = recorded.attempt, recorded.hashes
-        visit.unresolved = list(recorded.unresolved)
-        return
-    visit.attempt = recorded.attempt + 1
-    if recorded.resolved_config is None:
-        return
-    visit.resolved_config = recorded.resolved_config
-    if recorded.input is not None:
-        visit.input, visit.data = recorded.input, values.decode(recorded.input)
-        visit.input_digest = sha256(recorded.input).digest()
+async def _given(outcome: Outcome) -> Outcome:
+    return outcome
 
 
-def _encoded(output: Json) -> bytes:
-    try:
-        return values.encode(output, max_bytes=MAX_OUTPUT_BYTES)
-    except InvalidJson as error:
-        if error.code != "too-large":
-            raise
-        message = f"The output takes more than the {MAX_OUTPUT_BYTES:,} bytes that can be kept"
-        raise NodeError(message, code="output-too-large") from error
+def _by_iteration(recorded: Sequence[Span]) -> Mapping[str, Mapping[str, Span]]:
+    found: dict[str, dict[str, Span]] = {}
+    for span in recorded:
+        found.setdefault(span.iteration, {})[span.node_id] = span
+    return found
 
 
-def _error_output(reason: RunError, data: Json) -> tuple[Json, bytes]:
-    """Return what leaves by the error port; data that would not fit beside the error is left out."""
-    output: Json = {"error": reason.as_json(), "data": data}
-    try:
-        return output, _encoded(output)
-    except (InvalidJson, NodeError):
-        output = {"error": reason.as_json(), "data": None}
-        return output, _encoded(output)
-
-
-def _run_error(visit: Visit, error: NodeError) -> RunError:
-    return RunError(error.code, _storable(error.message), visit.node_id, visit.attempt)
-
-
-def _too_slow(node: Node) -> NodeError:
-    message = f"The node took longer than its {node.timeout_seconds:g} s"
-    return NodeError(message, code="timeout", retryable=True)
-
-
-def _end_of_run(reason: RunError) -> RunError:
-    """Return what a node's failure is to its run, which has fewer codes."""
-    return replace(reason, code="timeout" if reason.code == "timeout" else "node-error")
-
-
-def _storable(text: str) -> str:
-    """Return a text of anybody's making as every database takes it."""
-    return _UNSTORABLE.sub("\ufffd", text[:MAX_MESSAGE_LENGTH])
-
-
-def _as_node_error(error: Exception) -> NodeError:
-    """Translate what a node raised: its own words where it chose them, else the kind of surprise."""
-    if isinstance(error, NodeError):
-        return error
-    if isinstance(error, ExpressionError):
-        return NodeError(str(error), code="expression-error")
-    if isinstance(error, InvalidJson):
-        return NodeError(str(error), code=error.code)
-    if isinstance(error, TimeoutError):
-        return NodeError(str(error) or "Timed out", code="timeout", retryable=True)
-    return NodeError(f"{type(error).__name__}: {error}")
+def _roots(start: Start) -> dict[str, Json]:
+    """Return the roots of expressions that are the same for all nodes."""
+    return {
+        "trigger": start.trigger,
+        "execution": {
+            "id": start.caller.execution_id,
+            "workflowId": start.caller.workflow_id,
+            "startedAt": start.started_at.isoformat().replace("+00:00", "Z"),
+        },
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -13,14 +13,17 @@ from engine import mapping_checks, names, secrets
 from engine.dataflow import Samples
 from engine.findings import Finding, Findings, FindingType, Fix, FixAction, Validation
 from engine.mapping_checks import Drawn
-from engine.node import ERROR, UnknownNodeType
+from engine.node import CONTINUE, DONE, ERROR, UnknownNodeType
 from engine.places import Reader, Reading
+from engine.scripts import Scripts
+from engine.sections import MAX_LOOP_DEPTH, find_bodies
 
 if TYPE_CHECKING:
     from engine.expressions import ExpressionError
     from engine.graph import Edge, Graph, Node
     from engine.node import NodeType
     from engine.program import Catalog, ConfigProblem
+    from engine.sections import Bodies
 
 NO_SAMPLES: Final[Samples] = MappingProxyType({})
 SHOWN_OF_A_CYCLE: Final = 6
@@ -58,16 +61,18 @@ def _inspected(
         return None
     known = _look_up(graph, catalog, findings)
     types = {node.id: node_type for node, node_type in known}
-    order = _order(graph)
+    loops = {node_id for node_id, node_type in types.items() if node_type.loops}
+    bodies = find_bodies(graph, loops)
     for finding in (
         *_duplicates(graph),
         *_triggers(graph, types),
         *_connections(graph, types),
-        *_cycle(graph, order),
+        *_cycle(graph, loops),
+        *_overlaps(graph, bodies),
         *_disconnected(graph, types),
     ):
         findings.add(finding)
-    reader = Reader()
+    reader, scripts = Reader(), Scripts()
     readings: dict[str, Reading] = {}
     for node, node_type in known:
         if not findings.has_room:
@@ -79,7 +84,9 @@ def _inspected(
         problems = catalog.config_problems(node_type, node.config)
         for finding in _of_config(node, problems, readings[node.id]):
             findings.add(finding)
-    return Drawn(graph, order, types, readings)
+        for finding in scripts.findings(node, node_type):
+            findings.add(finding)
+    return Drawn(graph, bodies, types, readings)
 
 
 def _empty() -> Finding:
@@ -219,25 +226,10 @@ def _removal(edge: Edge) -> Fix:
     return Fix(FixAction.REMOVE_CONNECTION, connection_id=edge.id)
 
 
-def _order(graph: Graph) -> list[str]:
-    """Return the nodes, each after those that lead to it; those on a cycle, or behind one, are left out."""
-    waiting = {node_id: len(edges) for node_id, edges in graph.inbound.items()}
-    ready = deque(node_id for node_id, count in waiting.items() if count == 0)
-    order: list[str] = []
-    while ready:
-        node_id = ready.popleft()
-        order.append(node_id)
-        for edge in graph.outbound[node_id]:
-            waiting[edge.target] -= 1
-            if waiting[edge.target] == 0:
-                ready.append(edge.target)
-    return order
-
-
-def _cycle(graph: Graph, order: Sequence[str]) -> Iterator[Finding]:
-    if len(order) == len(graph.by_id):
+def _cycle(graph: Graph, loops: Collection[str]) -> Iterator[Finding]:
+    if len(graph.order) == len(graph.by_id):
         return
-    placed = set(order)
+    placed = set(graph.order)
     parents = {
         node_id: [edge.source for edge in edges]
         for node_id, edges in graph.inbound.items()
@@ -252,11 +244,50 @@ def _cycle(graph: Graph, order: Sequence[str]) -> Iterator[Finding]:
             for source, target in pairwise(around)
         ]
         message = f"The connections form a cycle: {' → '.join(_some(around, SHOWN_OF_A_CYCLE + 1))}"
+        back = _back_to_its_loop(edges, loops)
+        if back is not None:
+            suggestion = (
+                f"Remove connection {back.id}: the body of a loop ends by itself, and what has come of all items"
+                f" leaves by the loop's port {DONE}."
+            )
+            yield Finding(FindingType.CYCLE, message, suggestion, back.target, fix=_removal(back))
+            return
         shown = ", ".join(_some([edge.id for edge in edges], SHOWN_OF_A_CYCLE))
         fix = _removal(edges[0]) if len(edges) == 1 else None
         yield Finding(
             FindingType.CYCLE, message, f"Remove one of these connections: {shown}.", around[0], fix=fix
         )
+
+
+def _back_to_its_loop(around: Sequence[Edge], loops: Collection[str]) -> Edge | None:
+    """Return the edge of a cycle that leads back from a loop's body to the loop."""
+    entered = {edge.source for edge in around if edge.source_port == CONTINUE and edge.source in loops}
+    return next((edge for edge in around if edge.target in entered), None)
+
+
+def _overlaps(graph: Graph, bodies: Bodies) -> Iterator[Finding]:
+    """Return what keeps the bodies of loops from being parts of their own."""
+    by_id = graph.by_id
+    for edge in bodies.crossing:
+        target = by_id[edge.target]
+        loop = by_id[bodies.holders[edge.target] or ""]
+        message = (
+            f'Connection {edge.id!r} leads from outside into the body of loop "{loop.label}": node "{target.label}"'
+            f" is reached from its port {CONTINUE}"
+        )
+        suggestion = (
+            f"Remove it, or the connections by which the body leads to this node: what has come of a loop leaves it"
+            f" by its port {DONE}."
+        )
+        yield Finding(FindingType.LOOP_BODY_ENTERED, message, suggestion, target.id, edge.id)
+    for node_id in {holder for holder in bodies.holders.values() if holder is not None}:
+        if bodies.depths[node_id] == MAX_LOOP_DEPTH:
+            message = (
+                f'Loop "{by_id[node_id].label}" stands in {MAX_LOOP_DEPTH} others:'
+                f" at most {MAX_LOOP_DEPTH} loops stand in one another"
+            )
+            suggestion = "Run its body in a workflow of its own, by a sub-workflow node."
+            yield Finding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
 
 
 def _disconnected(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:

@@ -12,6 +12,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
+from engine import patience
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 Code: TypeAlias = Literal[
@@ -30,6 +32,8 @@ MAX_DEPTH: Final = 64
 """Objects and lists inside one another: `[]` has a depth of 1."""
 MAX_ENCODED_BYTES: Final = 50_000_000
 """More than any body that is accepted: a larger value was multiplied on its way through a workflow."""
+BRIEF_BYTES: Final = 131_072
+"""What is written while others wait: some milliseconds' work."""
 MAX_NUMBER: Final = sys.float_info.max
 """Integers stay exact up to here; larger ones, from 309 digits on, are infinite to whoever reads floats."""
 
@@ -74,6 +78,8 @@ def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -
     outside strings.
     """
     raw = bytes(raw)
+    if len(raw) > BRIEF_BYTES:
+        patience.require()
     try:
         value: Json = _decode(raw)
     except RecursionError as error:
@@ -83,6 +89,12 @@ def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -
     keys = _count_keys(value, max_depth)
     if raw.count(b":") != keys or _ESCAPED_NUL in raw:
         _screen(raw, keys)
+    return value
+
+
+def restored(raw: bytes) -> Json:
+    """Return the value of a text that `encode` has written."""
+    value: Json = _decode(raw)
     return value
 
 
@@ -210,6 +222,7 @@ def _check(value: object, max_bytes: int) -> None:
     it can take is added up on the way.
     """
     least_bytes = depth = 0
+    most_bytes = patience.allowed(max_bytes, BRIEF_BYTES)
     level: list[Any] = [(value,)]
     while level:
         if depth > MAX_DEPTH:
@@ -218,6 +231,9 @@ def _check(value: object, max_bytes: int) -> None:
         below: list[Any] = []
         for container in level:
             least_bytes += 2 * len(container)
+            if least_bytes > most_bytes:
+                patience.require()
+                raise _too_large(max_bytes)
             items = container
             if type(container) is dict:
                 least_bytes += _keys_length(container)
@@ -230,7 +246,8 @@ def _check(value: object, max_bytes: int) -> None:
                     below.append(item)
                 else:
                     _check_scalar(item)
-            if least_bytes > max_bytes:
+            if least_bytes > most_bytes:
+                patience.require()
                 raise _too_large(max_bytes)
         level = below
 
@@ -248,6 +265,22 @@ def _keys_length(keys: Iterable[str]) -> int:
         return len("".join(keys))
     except TypeError as error:
         raise InvalidJson("not-json", "A key of an object is not a text") from error
+
+
+def extent(value: Json, most: int) -> int:
+    """Return how many values there are in a value, itself included; from `most` on nobody counts."""
+    count = 1
+    level = [value]
+    while level and count < most:
+        below: list[Json] = []
+        for container in level:
+            if type(container) is dict or type(container) is list:
+                count += len(container)
+                if count >= most:
+                    break
+                below.extend(container.values() if type(container) is dict else container)
+        level = below
+    return count
 
 
 # ── compared ────────────────────────────────────────────────────────────────────────────────────────────────

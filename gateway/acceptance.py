@@ -6,26 +6,24 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-import structlog
 from sqlalchemy import select
 from sqlmodel import col
 
 from gateway import errors, limits
 from gateway.recent import Recent
+from journal import admission
 from journal.grouping import GroupCommit
 from journal.store import Accepted, DefinitionKey, Verdict
-from messages.broker import BrokerUnavailable
+from messages import hints
 from models.execution import Idempotency
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
-    from engine.values import Json
+    from gateway.internal.desk import Desk
     from gateway.waiting import Waiting
     from journal.store import Acceptance, IdempotencyKey, Store
     from messages.broker import Broker
     from models.database import Database
-
-log = structlog.get_logger()
 
 STORED_SECONDS: Final = 3600.0
 """How long a definition counts as stored after it was."""
@@ -36,35 +34,44 @@ _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
     WorkflowStatus.ARCHIVED: "The workflow is archived: set it to draft or active to run it",
 }
 """Statuses in which no run is taken in, and what to do about it."""
-_HTTP_KEYS: Final = ("body", "headers", "query")
-_KEYS: Final[Mapping[str, Sequence[str]]] = {
-    "webhook": _HTTP_KEYS,
-    "rest-api": _HTTP_KEYS,
-    "manual": ("body",),
-}
-"""What a trigger node gives out, by the kind of event that it takes."""
 
 
 class Acceptances:
     """The way in of one gateway."""
 
-    def __init__(self, store: Store, broker: Broker, waiting: Waiting) -> None:
+    def __init__(
+        self, database: Database, store: Store, broker: Broker, waiting: Waiting, desk: Desk
+    ) -> None:
+        self._database = database
         self._store = store
         self._broker = broker
         self._waiting = waiting
+        self._desk = desk
         self._group: GroupCommit[Acceptance, Accepted] = GroupCommit(self._commit)
+        # Apart, for each of these takes a transaction of its own, and others needn't wait for them.
+        self._impatient: GroupCommit[Acceptance, Accepted] = GroupCommit(self._commit)
+        self._admissions: GroupCommit[str, None] = GroupCommit(self._admit)
         self._hints: GroupCommit[None, None] = GroupCommit(self._wake)
+        self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
         self._stored: Recent[DefinitionKey, bool] = Recent(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: Acceptance) -> Accepted:
         """Return what became of a run once that is committed; raises 503 where too many wait."""
-        if self._group.depth >= limits.ACCEPTANCES_WAITING:
+        group = self._group if acceptance.may_wait else self._impatient
+        if group.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
-        return await self._group.submit(acceptance)
+        return await group.submit(acceptance)
 
     def is_stored(self, definition: DefinitionKey) -> bool:
         """Tell whether a definition is known to be in the database, so that its text need not be sent again."""
         return self._stored.get(definition) is not None
+
+    def follow(self, concurrency_key: str | None) -> None:
+        """See to it that a run that is pending by now is taken up: by way of a place, where it waits for one."""
+        if concurrency_key is None:
+            self.hint()
+        else:
+            self._admissions.submit(concurrency_key)
 
     def hint(self) -> None:
         """Tell the workers that there is work, after the commit; hints that wait for one another become one."""
@@ -73,7 +80,10 @@ class Acceptances:
     async def drain(self) -> None:
         """Finish what was begun."""
         await self._group.drain()
+        await self._impatient.drain()
+        await self._admissions.drain()
         await self._hints.drain()
+        await self._arrivals.drain()
 
     async def _commit(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
         # Before the commit, so that whatever comes after it counts.
@@ -82,20 +92,34 @@ class Acceptances:
         accepted = [
             one for one, answer in zip(batch, answers, strict=True) if answer.verdict is Verdict.ACCEPTED
         ]
-        if accepted:
+        if any(one.concurrency_key is None and one.home is None for one in accepted):
             self.hint()
         for one in accepted:
+            if one.concurrency_key is None and one.home is not None:
+                self._arrivals.submit(one.home)
+            if one.concurrency_key is not None:
+                self._admissions.submit(one.concurrency_key)
             if one.definition is not None:
                 self._stored.put(
                     DefinitionKey(one.organization_id, one.definition_hash, one.lane), value=True
                 )
         return answers
 
+    async def _admit(self, batch: Sequence[str]) -> Sequence[None]:
+        """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
+        admitted = [await admission.admit(self._database, key) for key in dict.fromkeys(batch)]
+        if any(admitted):
+            self.hint()
+            # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
+            await self._desk.arrived({key.partition(":")[0] for key in batch})
+        return [None] * len(batch)
+
+    async def _tell_pods(self, batch: Sequence[str]) -> Sequence[None]:
+        await self._desk.arrived(set(batch))
+        return [None] * len(batch)
+
     async def _wake(self, batch: Sequence[None]) -> Sequence[None]:
-        try:
-            await self._broker.wake()
-        except BrokerUnavailable as error:
-            log.debug("workers not woken", reason=str(error))  # the rows are committed: a sweep finds them
+        await hints.wake(self._broker)
         return batch
 
 
@@ -119,16 +143,3 @@ async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepte
         return None
     verdict = Verdict.REPEATED if row.fingerprint == key.fingerprint else Verdict.MISMATCH
     return Accepted(verdict, row.resource_id)
-
-
-def trigger_output(kind: str, inputs: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what the trigger node gives out: the inputs as its `body`, unless they are laid out as its output already.
-
-    They are where they have a `body`, or `headers` or `query` that are objects: an input that is merely called `query`
-    is part of the body.
-    """
-    keys = _KEYS.get(kind, _KEYS["manual"])
-    empty: dict[str, Json] = {key: {} for key in keys}
-    if any(key in inputs and (key == "body" or isinstance(inputs[key], dict)) for key in keys):
-        return {**empty, **inputs}
-    return {**empty, "body": dict(inputs)}

@@ -67,7 +67,7 @@ async def record(
 
 def content_hash(row: ApiKey | User) -> str:
     """Return the SHA-256 of a row, in hexadecimal, without what is secret in it and without what moves by itself."""
-    return fingerprint(msgspec.to_builtins(row.model_dump(exclude={"hash", "last_used_at"})))
+    return fingerprint(msgspec.to_builtins(row.model_dump(exclude={"hash", "secret_id", "last_used_at"})))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from gateway.errors import ApiError
 from gateway.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
 from gateway.text import Problems
 from gateway.wire import Body, Wire, convert
-from gateway.workflow_shapes import CreateWorkflow, Description, Name, Tags, UpdateWorkflow
+from gateway.workflow_shapes import CreateWorkflow, Description, Name, Settings, Tags, UpdateWorkflow
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class BuildWorkflow(Wire):
     description: Description | None = None
     status: FirstStatus | None = None
     tags: Tags | None = None
-    settings: dict[str, Any] | None = None
+    settings: Settings | None = None
     config: dict[str, Any] | None = None
 
 

@@ -29,6 +29,7 @@ from gateway.workflow_shapes import (
     Tags,
     UpdateWorkflow,
 )
+from journal import pinning
 from models import ids
 from models.workflow import Workflow
 
@@ -199,7 +200,7 @@ def document(stored: Stored, catalog: Catalog) -> dict[str, object]:
         "name": workflow.name,
         "description": workflow.description,
         "tags": list(workflow.tags),
-        "settings": graph_shapes.effective(workflow.settings),
+        "settings": pinning.effective(workflow.settings),
         "config": workflow.config,
         "nodes": [_in_order(graph_shapes.shown_node(node)) for node in found.stored.nodes],
         "connections": [graph_shapes.shown_connection(edge) for edge in found.stored.connections],

@@ -14,10 +14,10 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import audit, copying, errors, graph_shapes, idempotency, workflow_rows
-from gateway.errors import ApiError
+from gateway import audit, copying, errors, graph_shapes, idempotency, preconditions, workflow_rows
 from gateway.responses import JsonResponse
 from gateway.workflow_rows import Stored
+from journal import pinning
 from models.audit import Action
 from models.workflow import Workflow, WorkflowStatus
 
@@ -82,17 +82,22 @@ async def read(request: Request) -> Stored:
 
 def require_writer(request: Request, workflow: Workflow) -> None:
     """Raise 403 for a workflow that the caller may read, but not change, share or delete."""
-    if workflow.owner_id != request.caller.user_id and not request.caller.is_admin:
-        raise ApiError(
-            403, "not-owner", "Only the workflow's owner and admins of the organisation may do this"
-        )
+    preconditions.require_owner(request, workflow.owner_id, what="workflow")
 
 
-async def edit(request: Request, action: Action, change: Change, *, also: Addition | None = None) -> Edited:
+async def edit(
+    request: Request,
+    action: Action,
+    change: Change,
+    *,
+    also: Addition | None = None,
+    anyway: Addition | None = None,
+) -> Edited:
     """Apply `change` to the workflow of the path, as it stands when everybody before has finished.
 
-    Raises 404, 403, 412 where `If-Match` names another state, 422 where an active workflow would become invalid, and
-    whatever `change` and `also` raise; then nothing is written.
+    `anyway` is done even where nothing is to change. Raises 404, 403, 412 where `If-Match` names another state, 422
+    where an active workflow would become invalid, and whatever `change`, `also` and `anyway` raise; then nothing is
+    written.
     """
     done: Edited | None = None
 
@@ -104,17 +109,21 @@ async def edit(request: Request, action: Action, change: Change, *, also: Additi
             return done
         before = await readable(connection, request)
         require_writer(request, before.workflow)
-        _require_match(request, before)
+        preconditions.require_match(request, entity_tag(before)["ETag"], what="workflow")
         # In a thread: others are served while a large graph is gone through.
         wanted = await asyncio.to_thread(_applied, change, before, request.gateway.catalog)
         if wanted is None:
-            return Edited(before, before)
+            same = Edited(before, before)
+            if anyway is not None:
+                await anyway(connection, same)
+            return same
         after = wanted.after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
         if not await workflow_rows.save(connection, before, after, request.caller):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
         edited = Edited(before, after)
-        if also is not None:
-            await also(connection, edited)
+        for addition in (also, anyway):
+            if addition is not None:
+                await addition(connection, edited)
         await audit.record(
             connection,
             request.caller,
@@ -198,17 +207,6 @@ def _applied(change: Change, before: Stored, catalog: Catalog) -> _Applied | Non
     return applied
 
 
-def _require_match(request: Request, stored: Stored) -> None:
-    """Raise 412 unless the state that the client saw is the one that there is (RFC 9110, 13.1.1)."""
-    given = request.headers.get("if-match")
-    if given is None or given.strip() == "*":
-        return
-    current = entity_tag(stored)["ETag"]
-    if current not in (tag.strip() for tag in given.split(",")):
-        message = "The workflow has changed since you read it: read it again, and apply your change to that"
-        raise ApiError(412, "precondition-failed", message, headers={"ETag": current})
-
-
 def _require_bare(stored: Stored) -> None:
     """Raise 422 for credentials in a template, which everybody in the organisation sees."""
     if not stored.workflow.is_template:
@@ -234,7 +232,7 @@ def _require_runnable(before: Stored, after: Stored, catalog: Catalog) -> None:
     if is_same_graph and was_active:
         return
     passed = _unchanged(before, after) if was_active else ()
-    found = graph_shapes.check(after.nodes, after.connections, catalog, passed=passed)
+    found = pinning.check(after.nodes, after.connections, catalog, passed=passed)
     graph_shapes.require_valid(found)
 
 

@@ -9,6 +9,9 @@ from gateway import limits
 from gateway.responses import JsonResponse
 
 NOT_READY_RETRY_SECONDS = 1
+CONCURRENCY_RETRY_SECONDS = 5
+START_RETRY_SECONDS = 60
+"""As long as until a start that has failed is tried again anyway."""
 
 
 class ApiError(Exception):
@@ -90,6 +93,37 @@ def too_large(limit_bytes: int) -> ApiError:
 
 def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
     return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
+
+
+def concurrency_limit(running: int) -> ApiError:
+    """Return the refusal of a run for which its workflow's settings leave no place."""
+    message = f"{running:,} runs go on already, as many as settings.concurrency allows at once: try again"
+    return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
+
+
+def not_deployed() -> ApiError:
+    return conflict("not-deployed", "The workflow is not deployed: deploy it first")
+
+
+def outside_window(opens_at: str | None) -> ApiError:
+    """Return the refusal of a run while a schedule is closed."""
+    message = "The workflow's schedule is closed: try again when it opens, or start it"
+    details = [{**problem("", "outside-window", f"It opens at {opens_at}"), "opensAt": opens_at}]
+    return ApiError(409, "outside-window", message, details=details if opens_at else ())
+
+
+def stopped_manually() -> ApiError:
+    return conflict(
+        "stopped-manually", "Somebody has stopped the workflow, which is always on: start it first"
+    )
+
+
+def start_failed(reason: str, execution_id: str) -> ApiError:
+    """Return the answer about a run that was accepted, and has no pod."""
+    message = (
+        f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
+    )
+    return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
 
 
 def internal() -> ApiError:

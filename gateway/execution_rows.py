@@ -12,6 +12,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.execution_access import visible_to
+from journal.blobs.backend import Owner
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
     "endedAt": _or_never(col(Execution.ended_at)),
 }
 
+_source = aliased(SpanRow)
+_SHOWN: Final = func.coalesce(col(SpanRow.output), col(SpanRow.output_blob))
+"""An output, or the reference to one that is too large for a row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Filter:
@@ -49,6 +54,7 @@ class Filter:
     statuses: Sequence[ExecutionStatus]
     """Any, where there are none."""
     trigger_type: str | None
+    parent_id: str | None
     since: datetime | None
     until: datetime | None
     """Accepted from `since` on, and before `until`."""
@@ -98,6 +104,12 @@ def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
         yield col(Execution.status).in_(wanted.statuses)
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
+    if wanted.parent_id is not None:
+        yield col(Execution.parent_id) == wanted.parent_id
+        # The same said once more: it is by the first of a tree of runs that all of them are found.
+        parent = aliased(Execution)
+        root = select(col(parent.root_id)).where(col(parent.id) == wanted.parent_id).scalar_subquery()
+        yield col(Execution.root_id) == func.coalesce(root, wanted.parent_id)
     if wanted.since is not None:
         yield col(ExecutionData.created_at) >= wanted.since
     if wanted.until is not None:
@@ -113,13 +125,16 @@ async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -
     heavy = select(ExecutionData).where(
         col(ExecutionData.execution_id) == execution_id, col(ExecutionData.lane) == caller.lane
     )
-    data = (await connection.execute(heavy)).mappings().one()
+    data = (await connection.execute(heavy)).mappings().first()
+    if data is None:
+        return None  # it is being deleted, after all its days
     outputs = (
-        select(col(SpanRow.node_id), col(SpanRow.output))
+        select(col(SpanRow.node_id), _SHOWN.label("output"))
         .where(
             col(SpanRow.execution_id) == execution_id,
             col(SpanRow.lane) == caller.lane,
-            col(SpanRow.output).is_not(None),
+            col(SpanRow.iteration) == "",
+            _SHOWN.is_not(None),
             col(SpanRow.ended_at).is_not(None),
         )
         .order_by(col(SpanRow.sequence))
@@ -128,9 +143,17 @@ async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -
     return Whole(Execution(**execution), ExecutionData(**data), found)
 
 
+async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> Owner | None:
+    """Return under whose name the contents of a run are kept."""
+    statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
+        col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+    )
+    row = (await connection.execute(statement)).first()
+    return None if row is None else Owner(*row)
+
+
 # ── spans and log lines ─────────────────────────────────────────────────────────────────────────────────────
 
-_source = aliased(SpanRow)
 _SPANS: Final = select(
     col(SpanRow.id),
     col(SpanRow.execution_id),
@@ -146,8 +169,10 @@ _SPANS: Final = select(
     col(SpanRow.ended_at),
     col(SpanRow.wake_at),
     # An input that is another node's output, unchanged, is kept as that node's name.
-    func.coalesce(col(SpanRow.input), col(_source.output)).label("input"),
-    col(SpanRow.output),
+    func.coalesce(
+        col(SpanRow.input), col(SpanRow.input_blob), col(_source.output), col(_source.output_blob)
+    ).label("input"),
+    _SHOWN.label("output"),
     col(SpanRow.error),
     col(SpanRow.unresolved),
     col(SpanRow.hashes),

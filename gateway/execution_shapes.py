@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from msgspec import UNSET, Meta, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
 from engine.events import SpanStatus
 from gateway.wire import Instant, Wire, instant, optional_instant
+from journal.follow_ups import FollowUp, Outcome
 from models.execution import ExecutionStatus
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ class TriggerShape(Wire):
     data: Raw | UnsetType = UNSET
 
 
+class FollowUpShape(Wire):
+    """How it goes with telling somebody of the end of a run, or with running a workflow about its failure."""
+
+    pending: bool
+    """There is something left to do, when the run has ended or after a pause."""
+    attempts: int
+    last_error: str | None
+    """Why the last attempt failed; with nothing pending, it was given up."""
+
+
 class ExecutionShape(Wire):
     """An execution; `config` and `outputs` are only in the answer about this one."""
 
@@ -46,6 +57,10 @@ class ExecutionShape(Wire):
     completed_nodes: int
     total_nodes: int
     resumed_from: str | None
+    parent_id: str | None
+    """The execution that has started it, by one of its nodes."""
+    root_id: str | None
+    """The first of the executions that have started one another."""
     created_at: Instant
     started_at: Instant | None
     ended_at: Instant | None
@@ -53,6 +68,8 @@ class ExecutionShape(Wire):
     duration_ms: int | None
     config: Raw | UnsetType = UNSET
     outputs: Mapping[str, Raw] | UnsetType = UNSET
+    follow_up: FollowUpShape | UnsetType | None = UNSET
+    """Null where nobody is to be told of its end."""
 
 
 class ProgressShape(Wire):
@@ -88,7 +105,7 @@ class SpanShape(Wire):
     node_type: str
     status: Annotated[str, Meta(extra_json_schema={"enum": [*SpanStatus]})]
     sequence: int
-    iteration: int
+    iteration: str
     attempt: int
     port: str | None
     started_at: Instant | None
@@ -130,6 +147,8 @@ def listed(execution: Execution) -> ExecutionShape:
         completed_nodes=execution.completed_nodes,
         total_nodes=execution.total_nodes,
         resumed_from=execution.resumed_from,
+        parent_id=execution.parent_id,
+        root_id=execution.root_id,
         created_at=instant(execution.created_at),
         started_at=optional_instant(execution.started_at),
         ended_at=optional_instant(execution.ended_at),
@@ -144,6 +163,7 @@ def whole(found: Whole) -> ExecutionShape:
     shape.trigger = TriggerShape(type=found.execution.trigger_type, data=Raw(found.data.trigger))
     shape.config = Raw(found.data.config)
     shape.outputs = _outputs(found.outputs)
+    shape.follow_up = _follow_up(found.execution)
     return shape
 
 
@@ -226,6 +246,14 @@ def _hashes(digests: bytes | None) -> dict[str, str] | None:
         return None
     parts = [digests[start : start + _DIGEST_BYTES].hex() for start in range(0, len(digests), _DIGEST_BYTES)]
     return dict(zip(_HASHED_PARTS, parts, strict=True))
+
+
+def _follow_up(execution: Execution) -> FollowUpShape | None:
+    left = convert(execution.follow_up or {}, FollowUp)
+    if not left.tells_somebody and execution.follow_up_outcome is None:
+        return None
+    outcome = convert(execution.follow_up_outcome or {}, Outcome)
+    return FollowUpShape(pending=left.tells_somebody, attempts=outcome.attempts, last_error=outcome.error)
 
 
 def _milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:

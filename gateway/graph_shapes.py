@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, cast
 
 from msgspec import Meta
@@ -11,13 +11,12 @@ from msgspec import Meta
 from engine import layout
 from engine.graph import Graph
 from engine.node import INPUT, OUTPUT, UnknownNodeType
-from engine.validation import find_errors
 from gateway import limits, text
 from gateway.errors import ApiError
 from gateway.text import Problems
 from gateway.wire import Wire
+from journal import pinning
 from models import ids
-from models.workflow import DEFAULT_SETTINGS
 
 if TYPE_CHECKING:
     from engine.findings import Finding, Validation
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from nodes.catalog import Catalog
 
 StoredNode: TypeAlias = "dict[str, Json]"
-"""`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout`; and `position`,
-which a graph that is kept has for every node.
+"""`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout, atMostOnce`; and
+`position`, which a graph that is kept has for every node.
 """
 StoredConnection: TypeAlias = "dict[str, Json]"
 """`id, source, sourcePort, target, targetPort`."""
@@ -83,6 +82,8 @@ class NodeInput(Wire):
     retry: RetryShape | None = None
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | None = None
     """Seconds that the node may take."""
+    at_most_once: bool | None = None
+    """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
 
 
 class ConnectionInput(Wire):
@@ -163,6 +164,8 @@ def stored_node(
         stored["retry"] = stored_retry(node.retry)
     if node.timeout is not None:
         stored["timeout"] = node.timeout
+    if node.at_most_once:
+        stored["atMostOnce"] = True
     return stored
 
 
@@ -265,38 +268,9 @@ def _place(node: StoredNode) -> Place | None:
 # ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def effective(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings that a run obeys: what was set, over the defaults."""
-    return {**DEFAULT_SETTINGS, **settings}
-
-
-def definition(
-    nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], settings: Mapping[str, Json]
-) -> dict[str, Json]:
-    """Return what a run pins."""
-    return {"nodes": list(nodes), "connections": list(connections), "settings": effective(settings)}
-
-
 def graph_of(stored: Stored) -> Graph:
     """Return the graph of a workflow as the engine sees it."""
-    return Graph.of(definition(stored.nodes, stored.connections, {}))
-
-
-def check(
-    nodes: Sequence[StoredNode],
-    connections: Sequence[StoredConnection],
-    catalog: Catalog,
-    *,
-    passed: Collection[str] = (),
-) -> Validation:
-    """Return the errors of a stored graph: what keeps it from running; configs of nodes in `passed` were found good."""
-    return find_errors(Graph.of(definition(nodes, connections, {})), catalog, passed=passed)
-
-
-def trigger_kind(nodes: Sequence[StoredNode], catalog: Catalog) -> str | None:
-    """Return what kind of event the first trigger of a graph takes."""
-    known = (catalog.node_types.get(str(node["type"])) for node in nodes)
-    return next((node_type.trigger_kind for node_type in known if node_type and node_type.is_trigger), None)
+    return Graph.of(pinning.definition(stored.nodes, stored.connections, {}))
 
 
 def require_valid(validation: Validation) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from engine.findings import MAX_FINDINGS
+from journal import admission
+from models import data_source_types
 
 PAGE_DEFAULT: Final = 20
 """Items of a list, where `limit` says nothing."""
@@ -17,6 +19,8 @@ QUERY_FIELDS: Final = 50
 SEARCH_LENGTH: Final = 200
 """Characters of a search, or of any other text in a query."""
 
+DISCOVERED: Final = 1_000
+"""Workflows of an application that are listed."""
 WORKFLOW_NAME_LENGTH: Final = 200
 """Characters of a workflow's name."""
 DESCRIPTION_LENGTH: Final = 5_000
@@ -28,7 +32,7 @@ VERSIONS_LISTED: Final = 1_000
 VERSION_TAG_LENGTH: Final = 64
 """Characters of a version's tag."""
 SHARES: Final = 1_000
-"""Users that a workflow is shared with."""
+"""Users that a workflow, or a data source, is shared with."""
 TAGS: Final = 50
 """Tags of a workflow."""
 TAG_LENGTH: Final = 64
@@ -60,6 +64,39 @@ RETRIES: Final = 10
 RETRY_DELAY_SECONDS: Final = 86_400
 """Seconds between two attempts at a node."""
 
+WINDOWS: Final = 50
+"""Windows of a lifecycle policy's schedule."""
+TIMEZONE_LENGTH: Final = 64
+"""Characters of the name of a schedule's zone."""
+POD_MILLICORES: Final = 8_000
+"""Thousandths of a processor that a workflow may ask for in each of its pods."""
+POD_MEBIBYTES: Final = 16_384
+"""MiB of memory that a workflow may ask for in each of its pods."""
+POD_LOG_LINES: Final = 1_000
+"""Lines of its pods' own log that are shown of a workflow at once."""
+PREVIEW_RUNS: Final = 10_000
+"""Past runs, the last ones, that the preview of a lifecycle policy is made for."""
+
+DATA_SOURCES: Final = 1_000
+"""Data sources of an organisation."""
+DATA_SOURCE_NAME_LENGTH: Final = 200
+"""Characters of a data source's name."""
+DATA_SOURCE_HOSTS: Final = data_source_types.MAX_HOSTS
+"""Hosts that the secrets of a data source are meant for, where it names them."""
+SECRET_LENGTH: Final = data_source_types.MAX_SECRET_LENGTH
+"""Characters of a secret of a data source."""
+DATA_SOURCE_TEST_SECONDS: Final = 10
+"""Seconds that the test of a data source may take."""
+DATA_SOURCE_TESTS: Final = 30
+"""Tests of data sources that an organisation may make within a minute at one gateway; more get 429."""
+
+CALLBACK_URL_LENGTH: Final = 2_000
+"""Characters of an address that is told of the end of a run."""
+CONCURRENT_RUNS: Final = admission.MAX_LIMIT
+"""Runs at once, where the settings of a workflow limit them."""
+CONCURRENCY_KEY_LENGTH: Final = 500
+"""Characters of the expression for whose values such a limit counts apart."""
+
 KEY_NAME_LENGTH: Final = 100
 """Characters of a key's name."""
 KEY_LIFETIME_SECONDS: Final = 315_360_000
@@ -75,10 +112,24 @@ IDEMPOTENCY_SECONDS: Final = 86_400
 
 ACCEPTANCES_WAITING: Final = 2_000
 """Executions that wait at one gateway to be committed; more get 503."""
+TRIGGER_SYNC_SECONDS: Final = 300
+"""Seconds that a synchronous trigger waits for the end of its run, the start of a pod included."""
+TRIGGER_ASYNC_SECONDS: Final = 30
+"""Seconds that an asynchronous trigger waits for a pod to take its run, its start included."""
+WAKES_WAITING: Final = 1_000
+"""Triggers that wait at one gateway for one deployment to start; more get 503."""
+TRIGGER_OUTPUT_CHARACTERS: Final = 20_000_000
+"""Characters of the outputs that a synchronous trigger answers with, as JSON; the execution has larger ones."""
+TRIGGER_TYPE_LENGTH: Final = 64
+"""Characters of the label that says what has triggered a run."""
 WAIT_SECONDS: Final = 30
 """Seconds that a poll may wait for the end of an execution."""
 WAIT_DEFAULT_SECONDS: Final = 9
 """Seconds that a poll waits for the end of an execution, where `wait` says nothing."""
+PINNED_BYTES: Final = 1_000_000
+"""Bytes, as JSON, of the outputs that are given to a run for nodes that it doesn't run."""
+TEST_WAIT_DEFAULT_SECONDS: Final = 10
+"""Seconds that the test of a node waits for its end, where `wait` says nothing."""
 POLLS_WAITING: Final = 10_000
 """Polls that wait at one gateway; more get 503."""
 EVENT_STREAMS: Final = 500

@@ -16,10 +16,13 @@ from starlette.types import ASGIApp
 from gateway import routes, state
 from gateway.edge import Edge
 from gateway.endpoint import unrouted
+from gateway.hosts import Hosts
+from gateway.internal import routes as internal_routes
 from gateway.protocol import BoundedProtocol
-from gateway.router import Router
+from gateway.router import Route, Router
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
+from models import heartbeat
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
@@ -29,8 +32,13 @@ class Application(Starlette):
     """Starlette with our table for its routes, and without the layers that catch errors: an `Endpoint` does that."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        router = Router(routes.endpoints(routes.TABLE), default=unrouted)
-        return Edge(router, others=self.router)
+        served: dict[str, ASGIApp] = {
+            **routes.endpoints(routes.TABLE),
+            **internal_routes.endpoints(internal_routes.TABLE),
+        }
+        router = Router(served, default=unrouted)
+        trigger = Route(routes.TRIGGER, served[routes.TRIGGER])
+        return Edge(Hosts(router, trigger=trigger, default=unrouted), others=self.router)
 
 
 def create_app(open_state: StateFactory) -> Starlette:
@@ -54,7 +62,7 @@ def serve(settings: GatewaySettings) -> None:
 
 async def _serve(settings: GatewaySettings) -> None:
     # Opened here, not by the application's lifespan: Uvicorn would wrap what refuses to open in a traceback.
-    async with state.opened(settings) as opened:
+    async with heartbeat.beating(settings.heartbeat_file), state.opened(settings) as opened:
         await server(create_app(lambda: nullcontext(opened)), settings).serve()
 
 
@@ -71,6 +79,8 @@ class Server(uvicorn.Server):
         app = self.config.app
         if isinstance(app, Application) and hasattr(app.state, "gateway"):
             app.state.gateway.waiting.release()
+            app.state.gateway.activation.release()
+            app.state.gateway.runners.desk.release()
         await super().shutdown(sockets)
 
 

@@ -49,6 +49,8 @@ class NodeChanges(Wire):
     """Null: tried once."""
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | UnsetType | None = UNSET
     """Seconds; null: as long as the run may take."""
+    at_most_once: bool | UnsetType | None = UNSET
+    """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
 
 
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -56,7 +58,12 @@ class NodeChanges(Wire):
 
 def node_of(stored: Stored, node_id: str) -> StoredNode:
     """Return a node by its id; raises 404, and 409 where two share the id."""
-    found = [node for node in stored.nodes if node["id"] == node_id]
+    return named(stored.nodes, node_id)
+
+
+def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
+    """Return the node with an id; raises 404, and 409 where two share the id."""
+    found = [node for node in nodes if node["id"] == node_id]
     if not found:
         raise errors.not_found("node")
     if len(found) > 1:
@@ -101,6 +108,8 @@ def with_changes(before: Stored, node_id: str, changes: NodeChanges, catalog: Ca
         _set_or_remove(after, "retry", retry)
     if changes.timeout is not UNSET:
         _set_or_remove(after, "timeout", changes.timeout)
+    if changes.at_most_once is not UNSET:
+        _set_or_remove(after, "atMostOnce", changes.at_most_once or None)
     problems.raise_any()
     return _with_replaced(before, node, after)
 

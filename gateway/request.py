@@ -57,7 +57,10 @@ class Request(StarletteRequest):
 
     async def body(self) -> bytes:
         """Return the whole body; raises 413 as soon as it is too large."""
-        limit_bytes = self.gateway.settings.max_body_bytes
+        return await self.body_up_to(self.gateway.settings.max_body_bytes)
+
+    async def body_up_to(self, limit_bytes: int) -> bytes:
+        """Return the whole body; raises 413 as soon as it has more bytes."""
         declared = self.headers.get("content-length", "0")
         if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit_bytes):
             raise errors.too_large(limit_bytes)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
+    func,
     insert,
     literal,
     null,
@@ -19,15 +22,17 @@ from sqlalchemy import (
 from sqlmodel import SQLModel, col
 
 from engine.events import SpanStatus
+from engine.node import ERROR
 from gateway import acceptance, errors
 from gateway.execution_access import visible_to
+from journal import follow_ups
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import SHARED, Execution, ExecutionData, ExecutionStatus, SpanRow
+from models.execution import LIMITED, SHARED, Execution, ExecutionData, ExecutionStatus, SpanRow
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
-    from sqlalchemy import Insert
+    from sqlalchemy import Insert, Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import ColumnElement, SQLColumnExpression
 
@@ -36,29 +41,39 @@ if TYPE_CHECKING:
 
 _SETTLED: Final = or_(
     col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
-    and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port).is_not(None)),
+    and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
 )
-"""Nodes that won't run again, among them one that failed and left by its error port."""
+"""Nodes that won't run again, among them one that failed and left by its error port, but no failed turn of a loop."""
 _IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
 """Writes that nobody knows the end of: they are asked for again, with the key and the body that were recorded."""
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
-    *("request", "error", "started_at", "ended_at"),
+    *("request", "error", "started_at", "ended_at", "follow_up_at", "follow_up_outcome"),
 )
 """Columns of an execution that are empty until somebody takes it up."""
 
 
-async def resume(connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller) -> None:
-    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume."""
-    await _require_failed(connection, failed, caller)
+async def resume(
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller
+) -> str | None:
+    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume.
+
+    Returns its concurrency key, if it waits for a place.
+    """
+    earlier = await _required_failed(connection, failed, caller)
+    concurrency_key: str | None = earlier.concurrency_key
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
-        return  # an earlier try was committed, though its answer was lost
+        return concurrency_key  # an earlier try was committed, though its answer was lost
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), or_(_SETTLED, _IN_FLIGHT)
     )
     spans = (await connection.execute(kept)).all()
-    settled_nodes = sum(bool(row.is_settled) for row in spans)
-    await connection.execute(_new_execution(failed, new_id, caller, settled_nodes=settled_nodes))
+    settled_nodes = sum(bool(row.is_settled) and not row.iteration for row in spans)
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "completed_nodes": literal(settled_nodes),
+        "follow_up": literal(await _follow_up(connection, failed, earlier.trigger_type), Text()),
+    }
+    await connection.execute(_new_execution(failed, new_id, caller, changes))
     await connection.execute(_new_data(failed, new_id))
     if spans:
         copies = [
@@ -66,44 +81,69 @@ async def resume(connection: AsyncConnection, failed: ExecutionKey, new_id: str,
             for row in spans
         ]
         await connection.execute(_new_span(failed, new_id), copies)
+    return concurrency_key
 
 
-async def _require_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> None:
-    statement = (
-        select(col(Execution.status), col(Workflow.status), col(Workflow.deleted_at))
+async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> Row[Any]:
+    """Return what is known of the failed execution, which is not deleted before the transaction ends."""
+    statement: Select[*tuple[Any, ...]] = (
+        select(
+            *(col(Execution.status), col(Execution.trigger_type), col(Execution.concurrency_key)),
+            *(col(Workflow.status).label("workflow_status"), col(Workflow.deleted_at)),
+        )
         .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
         .where(col(Execution.id) == failed.execution_id, visible_to(caller))
+        .with_for_update(read=True, of=Execution)
     )
-    found = (await connection.execute(statement)).first()
+    found: Row[Any] | None = (await connection.execute(statement)).first()
     if found is None:
         raise errors.not_found("execution")
-    status, workflow_status, deleted_at = found
-    if status != ExecutionStatus.FAILED:
-        message = f"Only a failed execution can be resumed: this one is {status}"
+    if found.status != ExecutionStatus.FAILED:
+        message = f"Only a failed execution can be resumed: this one is {found.status}"
         raise errors.conflict("execution-not-failed", message)
-    if deleted_at is not None:
+    if found.deleted_at is not None:
         raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
-    acceptance.require_open(WorkflowStatus(workflow_status))
+    acceptance.require_open(WorkflowStatus(found.workflow_status))
+    return found
 
 
-def _new_execution(failed: ExecutionKey, new_id: str, caller: Caller, *, settled_nodes: int) -> Insert:
+async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_type: str) -> str | None:
+    """Return what is to be done about the end of the new one: what the settings say that the failed one obeyed.
+
+    Whoever else waited for the failed one has been told.
+    """
+    if trigger_type == follow_ups.ABOUT_FAILURE:
+        return None
+    config = select(col(ExecutionData.config)).where(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+    )
+    return follow_ups.asked(msgspec.json.decode(await connection.scalar(config) or "{}"))
+
+
+def _new_execution(
+    failed: ExecutionKey, new_id: str, caller: Caller, also: Mapping[str, SQLColumnExpression[Any]]
+) -> Insert:
     now = DatabaseTime()
     changes: dict[str, SQLColumnExpression[Any]] = {
         "id": literal(new_id),
         "user_id": literal(caller.user_id),
         "status": literal(ExecutionStatus.PENDING.value),
-        "target": literal(SHARED),
+        "target": case(
+            (col(Execution.concurrency_key).is_(None), func.coalesce(col(Execution.home), SHARED)),
+            else_=LIMITED,
+        ),
         "rank": now,
         "is_fresh": true(),
         "token": literal(0),
         "attempt": literal(0),
-        "completed_nodes": literal(settled_nodes),
+        "signals": literal(0),
         "resumed_from": col(Execution.id),
         "has_journal": true(),
         "inbox": literal(""),
         "created_at": now,
         "updated_at": now,
         **{name: null() for name in _NOT_YET},
+        **also,
     }
     condition = and_(col(Execution.id) == failed.execution_id, col(Execution.lane) == failed.lane)
     return _copy("execution", changes, condition)

@@ -8,25 +8,35 @@ from typing import Any
 
 from gateway.building import BuildWorkflow
 from gateway.copying import Document, ImportWorkflow
+from gateway.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
 from gateway.endpoint import Access, Endpoint, Handler, Operation
 from gateway.endpoints import (
     access,
     audit,
     catalog,
     copies,
+    data_sources,
+    deployments,
+    discover,
     document,
     execute,
     executions,
     graph,
     health,
+    inputs,
+    lifecycle,
     nodes,
     sharing,
+    signing,
+    trigger,
+    trying,
     validation,
     versions,
     workflows,
 )
 from gateway.execution_shapes import ExecutionShape, ProgressShape
 from gateway.graph_shapes import ConnectionInput, NodeInput
+from gateway.lifecycle_shapes import LifecyclePolicy
 from gateway.node_edits import NodeChanges
 from gateway.parameters import LIMIT, OFFSET, Parameter
 from gateway.workflow_shapes import CreateWorkflow, NewWorkflow, UpdateWorkflow, WorkflowShape
@@ -54,6 +64,10 @@ READ = KeyScope.WORKFLOWS_READ
 WRITE = KeyScope.WORKFLOWS_WRITE
 EXECUTE = KeyScope.WORKFLOWS_EXECUTE
 KEYS = KeyScope.KEYS_WRITE
+READ_SOURCES = KeyScope.DATASOURCES_READ
+WRITE_SOURCES = KeyScope.DATASOURCES_WRITE
+
+TRIGGER = "/api/v1/workflows/{id}/trigger"
 
 TABLE: Sequence[Line] = (
     Line("GET", "/healthz", Access.PUBLIC, health.alive, answer=health.Health),
@@ -72,6 +86,8 @@ TABLE: Sequence[Line] = (
         status=201,
     ),
     Line("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
+    Line("GET", "/api/v1/auth/signing-secret", KEYS, signing.show, answer=signing.ShownSecret),
+    Line("POST", "/api/v1/auth/signing-secret", KEYS, signing.replace, answer=signing.NewSecret, status=201),
     Line(
         "GET",
         "/api/v1/auth/users",
@@ -116,6 +132,14 @@ TABLE: Sequence[Line] = (
         answer=graph.BuiltWorkflow,
         status=201,
         query=(graph.DRY_RUN,),
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/discover",
+        READ,
+        discover.index,
+        answer=list[discover.Discovered],
+        query=(discover.APP_ID,),
     ),
     Line(
         "GET",
@@ -222,6 +246,14 @@ TABLE: Sequence[Line] = (
     ),
     Line("DELETE", "/api/v1/workflows/{id}/nodes/{sub}", WRITE, nodes.remove, answer=nodes.NodeRemoved),
     Line(
+        "POST",
+        "/api/v1/workflows/{id}/nodes/{sub}/test",
+        EXECUTE,
+        trying.run_node,
+        body=trying.TryNode,
+        answer=trying.TriedNode,
+    ),
+    Line(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}/input-mappings",
         WRITE,
@@ -303,6 +335,138 @@ TABLE: Sequence[Line] = (
         body=sharing.SetVisibility,
         answer=WorkflowShape,
     ),
+    Line("POST", "/api/v1/workflows/{id}/deploy", WRITE, deployments.deploy, answer=deployments.Deployed),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/deploy-version",
+        WRITE,
+        deployments.deploy_version,
+        body=deployments.DeployVersion,
+        answer=deployments.Deployed,
+    ),
+    Line(
+        "POST", "/api/v1/workflows/{id}/undeploy", WRITE, deployments.undeploy, answer=deployments.Undeployed
+    ),
+    Line("POST", "/api/v1/workflows/{id}/stop", WRITE, deployments.stop, answer=deployments.Stopped),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/start",
+        WRITE,
+        deployments.start,
+        body=deployments.StartDeployment,
+        answer=deployments.Running,
+    ),
+    Line("GET", "/api/v1/workflows/{id}/status", READ, deployments.show, answer=deployments.DeploymentShape),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/logs",
+        READ,
+        deployments.logs,
+        query=(deployments.LINES,),
+        answer=deployments.PodLog,
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/lifecycle",
+        READ,
+        lifecycle.show,
+        answer=lifecycle.LifecycleShape,
+    ),
+    Line(
+        "PUT",
+        "/api/v1/workflows/{id}/lifecycle",
+        WRITE,
+        lifecycle.update,
+        body=LifecyclePolicy,
+        answer=lifecycle.PolicySet,
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/lifecycle/history",
+        READ,
+        lifecycle.history,
+        query=lifecycle.LISTED,
+        answer=lifecycle.DecisionList,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/lifecycle/preview",
+        READ,
+        lifecycle.preview,
+        body=LifecyclePolicy,
+        answer=lifecycle.Preview,
+    ),
+    Line(
+        "GET",
+        "/api/v1/datasources",
+        READ_SOURCES,
+        data_sources.index,
+        query=data_sources.LISTED,
+        answer=data_sources.DataSourceList,
+    ),
+    Line(
+        "POST",
+        "/api/v1/datasources",
+        WRITE_SOURCES,
+        data_sources.create,
+        body=CreateDataSource,
+        answer=data_sources.NewDataSource,
+        status=201,
+    ),
+    Line("GET", "/api/v1/datasources/{id}", READ_SOURCES, data_sources.show, answer=DataSourceShape),
+    Line(
+        "PUT",
+        "/api/v1/datasources/{id}",
+        WRITE_SOURCES,
+        data_sources.update,
+        body=UpdateDataSource,
+        answer=DataSourceShape,
+    ),
+    Line(
+        "DELETE",
+        "/api/v1/datasources/{id}",
+        WRITE_SOURCES,
+        data_sources.delete,
+        query=(data_sources.FORCE,),
+        status=204,
+    ),
+    Line(
+        "POST",
+        "/api/v1/datasources/{id}/test",
+        READ_SOURCES,
+        data_sources.test,
+        answer=data_sources.DataSourceTest,
+    ),
+    Line(
+        "GET",
+        "/api/v1/datasources/{id}/share",
+        READ_SOURCES,
+        data_sources.list_shares,
+        answer=data_sources.DataSourceGuests,
+    ),
+    Line(
+        "POST",
+        "/api/v1/datasources/{id}/share",
+        WRITE_SOURCES,
+        data_sources.share,
+        body=data_sources.ShareDataSource,
+        answer=data_sources.SharedDataSource,
+    ),
+    Line(
+        "DELETE",
+        "/api/v1/datasources/{id}/share/{subId}",
+        WRITE_SOURCES,
+        data_sources.unshare,
+        status=204,
+    ),
+    Line(
+        "PUT",
+        "/api/v1/datasources/{id}/visibility",
+        WRITE_SOURCES,
+        data_sources.set_visibility,
+        body=data_sources.SetDataSourceVisibility,
+        answer=DataSourceShape,
+    ),
     Line("GET", "/api/v1/audit", Access.ADMIN, audit.index, query=audit.LISTED, answer=audit.EntryList),
     Line(
         "POST",
@@ -313,6 +477,7 @@ TABLE: Sequence[Line] = (
         answer=execute.Started,
         status=201,
     ),
+    Line("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.Trigger, answer=trigger.Triggered),
     Line(
         "GET",
         "/api/v1/executions",
@@ -346,7 +511,23 @@ TABLE: Sequence[Line] = (
         query=executions.LOGS,
         answer=executions.LogList,
     ),
+    Line("GET", "/api/v1/executions/{id}/blobs/{sha256}", READ, executions.blob, answer=str),
     Line("GET", "/api/v1/executions/{id}/events", READ, executions.events, answer=executions.StreamedEvent),
+    Line(
+        "GET",
+        "/api/v1/executions/{id}/pending-inputs",
+        READ,
+        inputs.index,
+        answer=inputs.PendingInputs,
+    ),
+    Line(
+        "POST",
+        "/api/v1/executions/{id}/input",
+        EXECUTE,
+        inputs.answer,
+        body=inputs.Answer,
+        answer=inputs.AnswerTaken,
+    ),
     Line("POST", "/api/v1/executions/{id}/stop", EXECUTE, executions.stop, answer=executions.AskedToEnd),
     Line("POST", "/api/v1/executions/{id}/cancel", EXECUTE, executions.cancel, answer=executions.AskedToEnd),
     Line(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, SecretStr
 
 from models.settings import Settings
@@ -32,6 +34,19 @@ class GatewaySettings(Settings):
         ge=1,
         le=100,
         description="Connections to PostgreSQL that accept and follow runs; the rest of the API has up to 10 more.",
+    )
+    settle_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        le=300,
+        description="How long an answer about a deployment waits for the cluster, before it says what is passing.",
+    )
+    cluster: Literal["kubernetes", "local"] = Field(
+        default="kubernetes",
+        description="Where pods of deployed workflows run, and so by what address applications there trigger them.",
+    )
+    kubernetes_namespace: str = Field(
+        default="user-workflows", description="Where the pods of workflows are on Kubernetes."
     )
     metrics_port: int | None = Field(
         default=None, ge=0, le=65_535, description="Port of Prometheus metrics on 127.0.0.1; none unless set."

@@ -8,14 +8,23 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from gateway.acceptance import Acceptances
+from gateway.activation import Activation
 from gateway.auth import Authenticator
 from gateway.bootstrap import bootstrap
+from gateway.data_source_probes import Probes
+from gateway.deployed_definitions import DeployedDefinitions
 from gateway.editing import Turns
 from gateway.execution_access import ExecutionAccess
+from gateway.internal import runners
+from gateway.internal.desk import Desk
+from gateway.internal.runners import Runners
 from gateway.live_events import LiveEvents
+from gateway.pod_logs import PodLogs
 from gateway.settings import GatewaySettings
 from gateway.waiting import Waiting
 from gateway.workflow_cache import WorkflowCache
+from journal.blobs.blob_store import BlobStore
+from journal.blobs.opening import open_blobs
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
@@ -23,8 +32,10 @@ from messages.broker import Broker
 from models import database as databases
 from models import migrating
 from models.database import Database
+from models.vault import Vault
 from nodes import catalog as catalogs
 from nodes.catalog import Catalog
+from nodes.forms import Forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +45,23 @@ class State:
     settings: GatewaySettings
     database: Database
     store: Store
+    blobs: BlobStore
     broker: Broker
     catalog: Catalog
     authenticator: Authenticator
     workflows: WorkflowCache
     turns: Turns
     acceptances: Acceptances
+    activation: Activation
+    deployed: DeployedDefinitions
     waiting: Waiting
     access: ExecutionAccess
     live_events: LiveEvents
+    vault: Vault
+    probes: Probes
+    forms: Forms
+    runners: Runners
+    pod_logs: PodLogs
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[State]]
@@ -71,31 +90,51 @@ async def assembled(
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
     catalog = catalogs.load()
-    authenticator = Authenticator(database, settings.secret)
+    blobs = open_blobs(settings)
+    authenticator = Authenticator(database, settings.secret, settings.previous_secrets)
+    vault = Vault(settings.secret, settings.previous_secrets)
     waiting = Waiting(store, broker)
-    acceptances = Acceptances(store, broker, waiting)
+    desk = Desk(database, broker)
+    acceptances = Acceptances(database, store, broker, waiting, desk)
+    activation = Activation(database, broker, waiting)
     access = ExecutionAccess(database)
     workflows = WorkflowCache(database, catalog)
     live_events = LiveEvents(database, waiting, authenticator, access)
+    forms = Forms()
+    pod_logs = PodLogs(broker)
     await waiting.start()
+    await pod_logs.start()
+    await activation.start()
     try:
-        yield State(
-            settings=settings,
-            database=database,
-            store=store,
-            broker=broker,
-            catalog=catalog,
-            authenticator=authenticator,
-            workflows=workflows,
-            turns=Turns(),
-            acceptances=acceptances,
-            waiting=waiting,
-            access=access,
-            live_events=live_events,
-        )
+        async with runners.opened(settings, database, store, broker, catalog, vault, desk) as for_pods:
+            yield State(
+                settings=settings,
+                database=database,
+                store=store,
+                blobs=blobs,
+                broker=broker,
+                catalog=catalog,
+                authenticator=authenticator,
+                workflows=workflows,
+                turns=Turns(),
+                acceptances=acceptances,
+                activation=activation,
+                deployed=DeployedDefinitions(database, catalog),
+                waiting=waiting,
+                access=access,
+                live_events=live_events,
+                vault=vault,
+                probes=Probes(vault, settings),
+                forms=forms,
+                runners=for_pods,
+                pod_logs=pod_logs,
+            )
     finally:
         await acceptances.drain()
+        await activation.close()
         await waiting.close()
         await live_events.close()
+        await blobs.close()
+        await forms.close()
         await workflows.close()
         await authenticator.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import Enum
 from itertools import islice
 from types import UnionType
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeGuard, TypeVar,
 
 import msgspec
 
-from engine import values
+from engine import patience, values
 from engine.values import InvalidJson, Json
 from gateway import errors, limits
 from gateway.errors import ApiError
+from models import moments
 
 if TYPE_CHECKING:
     from gateway.request import Request
@@ -26,6 +27,7 @@ class Wire(msgspec.Struct, rename="camel", kw_only=True):
 
 
 Body = TypeVar("Body", bound=Wire)
+Shape = TypeVar("Shape", bound=msgspec.Struct)
 
 Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 """A time in an answer, as `instant` writes it."""
@@ -59,12 +61,12 @@ async def read_json(request: Request) -> Json:
         message = "Send the body as it is, without a Content-Encoding"
         raise ApiError(415, "unsupported-media-type", message, headers={"Accept-Encoding": "identity"})
     try:
-        return values.decode(raw)
+        return await patience.patiently(values.decode, raw)
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
 
 
-def convert(value: Json, kind: type[Body], path: str = "") -> Body:
+def convert(value: Json, kind: type[Shape], path: str = "") -> Shape:
     """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field."""
     try:
         return msgspec.convert(value, kind)
@@ -73,13 +75,13 @@ def convert(value: Json, kind: type[Body], path: str = "") -> Body:
 
 
 def instant(moment: datetime) -> str:
-    """Return a time as clients see it: UTC, ISO 8601, milliseconds, ending in `Z`."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """Return a time as clients see it."""
+    return moments.written(moment)
 
 
 def optional_instant(moment: datetime | None) -> str | None:
     """Return a time as clients see it, or null."""
-    return None if moment is None else instant(moment)
+    return moments.optional(moment)
 
 
 # ── what is wrong with a body ───────────────────────────────────────────────────────────────────────────────
@@ -140,7 +142,18 @@ def _problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN
     enums = [part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Enum)]
     if enums and code == "invalid-value":
         text = f"Expected one of {', '.join(choice.value for choice in enums[0])}"
+    if wanted := next(_wanted(kind), None) if " matching regex " in text else None:
+        text = f"Expected {wanted}"
     return errors.problem(path, code, f"{path or 'the body'}: {_QUOTED.sub(_in_json_words, text)}")
+
+
+def _wanted(kind: Any) -> Iterator[str]:  # noqa: ANN401 - any type annotation
+    """Return what an annotation says of its texts in words, where it has a pattern for them."""
+    if get_origin(kind) is Annotated:
+        yield from (one.description for one in get_args(kind)[1:] if one.description and one.pattern)
+    elif get_origin(kind) in {Union, UnionType}:
+        for part in get_args(kind):
+            yield from _wanted(part)
 
 
 def _in_json_words(quoted: re.Match[str]) -> str:

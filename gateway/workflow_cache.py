@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.graph import Settings
-from engine.values import canonical, encode
-from gateway import errors, graph_shapes
-from models.workflow import Workflow, WorkflowGraph, WorkflowShare, WorkflowStatus
+from gateway import errors
+from journal import pinning
+from models.workflow import Workflow, WorkflowGraph, WorkflowShare
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.findings import Validation
-    from engine.values import Json
+    from journal.pinning import LoadedWorkflow
     from models.access import Caller
     from models.database import Database
     from nodes.catalog import Catalog
@@ -34,45 +29,6 @@ if TYPE_CHECKING:
 CACHE_SECONDS = 5.0
 MAX_WORKFLOWS = 2_000
 MAX_DEFINITION_CHARACTERS = 64_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedWorkflow:
-    """One revision of a workflow."""
-
-    id: str
-    organization_id: str
-    lane: int
-    owner_id: str
-    readers: frozenset[str]
-    is_public: bool
-    is_template: bool
-    name: str
-    status: WorkflowStatus
-    revision: int
-    settings: Mapping[str, Json]
-    """With the defaults filled in."""
-    config: str
-    """The settings as JSON text: what an execution shows as its config."""
-    timeout_seconds: float
-    definition: str
-    """The one JSON text of nodes, connections and settings."""
-    definition_hash: str
-    """The SHA-256 of that text, in hexadecimal."""
-    validation: Validation
-    trigger_kind: str | None
-    """What kind of event the trigger node takes; None where there is no trigger."""
-    total_nodes: int
-
-    def is_readable_by(self, caller: Caller) -> bool:
-        """Tell what `models.workflow.readable_by` says of the row."""
-        return self.organization_id == caller.organization_id and (
-            caller.is_admin
-            or self.is_public
-            or self.is_template
-            or self.owner_id == caller.user_id
-            or caller.user_id in self.readers
-        )
 
 
 @dataclass(slots=True)
@@ -161,7 +117,7 @@ class WorkflowCache:
         shares = select(col(WorkflowShare.user_id)).where(col(WorkflowShare.workflow_id) == workflow_id)
         readers = frozenset(await connection.scalars(shares))
         # In a thread: others are served while a large graph is gone through.
-        return await asyncio.to_thread(_runnable, row, readers, self._catalog)
+        return await asyncio.to_thread(pinning.loaded, row, readers, self._catalog)
 
     def _keep(self, key: tuple[str, str], kept: Kept) -> None:
         self._kept[key] = kept
@@ -173,30 +129,3 @@ class WorkflowCache:
         dropped = self._kept.pop(key, None)
         if dropped is not None:
             self._characters -= len(dropped.workflow.definition)
-
-
-def _runnable(row: Row[Any], readers: frozenset[str], catalog: Catalog) -> LoadedWorkflow:
-    """Return what it takes to run a workflow, from its row joined with that of its graph."""
-    definition = graph_shapes.definition(row.nodes, row.connections, row.settings)
-    text = canonical(definition)
-    settings = graph_shapes.effective(row.settings)
-    return LoadedWorkflow(
-        id=row.id,
-        organization_id=row.organization_id,
-        lane=row.lane,
-        owner_id=row.owner_id,
-        readers=readers,
-        is_public=row.is_public,
-        is_template=row.is_template,
-        name=row.name,
-        status=WorkflowStatus(row.status),
-        revision=row.revision,
-        settings=settings,
-        config=encode(settings).decode(),
-        timeout_seconds=Settings.of(settings).timeout_seconds,
-        definition=text.decode(),
-        definition_hash=sha256(text).hexdigest(),
-        validation=graph_shapes.check(row.nodes, row.connections, catalog),
-        trigger_kind=graph_shapes.trigger_kind(row.nodes, catalog),
-        total_nodes=len(row.nodes),
-    )

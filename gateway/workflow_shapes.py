@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, UnsetType
 
 from engine.values import encode
-from gateway import graph_shapes, limits, text
+from gateway import graph_shapes, limits, run_settings, text
 from gateway.errors import ApiError
 from gateway.graph_shapes import Connections, Nodes, Position, RetryShape
+from gateway.run_settings import ConcurrencySettings, FailureSettings, ResourceSettings
 from gateway.text import Problems
 from gateway.wire import Instant, Wire, convert, instant
 from gateway.workflow_rows import Stored
+from journal import pinning
 from models import ids
 from models.workflow import Workflow, WorkflowStatus
 
@@ -30,6 +32,9 @@ Name: TypeAlias = Annotated[str, text.allowed(limits.WORKFLOW_NAME_LENGTH, min_l
 Description: TypeAlias = Annotated[str, text.allowed(limits.DESCRIPTION_LENGTH)]
 Tag: TypeAlias = Annotated[str, text.allowed(limits.TAG_LENGTH, min_length=1)]
 Tags: TypeAlias = Annotated[list[Tag], Meta(extra_json_schema={"maxItems": limits.TAGS})]
+Settings: TypeAlias = Annotated[
+    dict[str, Any], Meta(extra_json_schema={"$ref": "#/components/schemas/KnownSettings"})
+]
 
 
 class CreateWorkflow(Wire):
@@ -42,8 +47,8 @@ class CreateWorkflow(Wire):
     nodes: Nodes | None = None
     connections: Connections | None = None
     tags: Tags | None = None
-    settings: dict[str, Any] | None = None
-    """`KnownSettings`, and keys of your own."""
+    settings: Settings | None = None
+    """What runs obey, and keys of your own."""
     config: dict[str, Any] | None = None
     """Whatever is to be kept with the workflow."""
 
@@ -57,6 +62,7 @@ class UpdateWorkflow(Wire):
     connections: Connections | None = None
     tags: Tags | None = None
     settings: dict[str, Any] | None = None
+    """Merged: of `KnownSettings` and keys of your own, null takes one away."""
     config: dict[str, Any] | None = None
 
 
@@ -74,6 +80,7 @@ class ShownNode(Wire):
     version: str | UnsetType = UNSET
     retry: RetryShape | UnsetType = UNSET
     timeout: float | UnsetType = UNSET
+    at_most_once: bool | UnsetType = UNSET
 
 
 class ShownConnection(Wire):
@@ -134,6 +141,12 @@ class KnownSettings(Wire):
     """Whether a node fails where a path finds nothing."""
     parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
     """How many nodes of a run may wait for something outside at once."""
+    concurrency: ConcurrencySettings | None = None
+    """How many runs go on at once; any number, where it is absent."""
+    on_failure: FailureSettings | None = None
+    """What is done when a run has failed."""
+    resources: ResourceSettings | None = None
+    """What each pod is granted, once the workflow is deployed; half a processor and 256 MiB, where it is absent."""
 
 
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,15 +158,16 @@ def made(caller: Caller, body: CreateWorkflow, catalog: Catalog) -> Stored:
     stored = drafted(caller, body, catalog, problems)
     problems.raise_any()
     if stored.workflow.status == WorkflowStatus.ACTIVE:
-        graph_shapes.require_valid(graph_shapes.check(stored.nodes, stored.connections, catalog))
+        graph_shapes.require_valid(pinning.check(stored.nodes, stored.connections, catalog))
     return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
 
 
 def drafted(caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Problems) -> Stored:
     """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
     now = datetime.now(UTC)
+    workflow_id = ids.new("wf")
     workflow = Workflow(
-        id=ids.new("wf"),
+        id=workflow_id,
         organization_id=caller.organization_id,
         lane=caller.lane,
         owner_id=caller.user_id,
@@ -161,7 +175,7 @@ def drafted(caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Pr
         description=_description(body.description or "", problems),
         status=body.status or WorkflowStatus.DRAFT,
         tags=_tags(body.tags or [], problems),
-        settings=_settings({}, body.settings or {}, problems),
+        settings=_settings(workflow_id, {}, body.settings or {}, problems),
         config=_config({}, body.config or {}, problems),
         scopes=[],
         created_at=now,
@@ -185,7 +199,7 @@ def changed(before: Stored, body: UpdateWorkflow, catalog: Catalog) -> Stored:
     if body.tags is not None:
         changes["tags"] = _tags(body.tags, problems)
     if body.settings is not None:
-        changes["settings"] = _settings(workflow.settings, body.settings, problems)
+        changes["settings"] = _settings(workflow.id, workflow.settings, body.settings, problems)
     if body.config is not None:
         changes["config"] = _config(workflow.config, body.config, problems)
     if body.nodes is not None:
@@ -219,13 +233,18 @@ def _tags(given: Sequence[str], problems: Problems) -> list[str]:
     )
 
 
-def _settings(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
+def _settings(
+    workflow_id: str, before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems
+) -> dict[str, Json]:
     """Return settings with the given ones merged in, complete; keys that mean nothing here are kept as they are."""
+    fields: dict[str, Json] = {key: value for key, value in given.items() if value is not None}
     try:
-        convert({key: value for key, value in given.items() if value is not None}, KnownSettings, "settings")
+        known = convert(fields, KnownSettings, "settings")
     except ApiError as error:
         problems.found.extend(error.details)
-    return graph_shapes.effective(_merged(before, given, "settings", problems))
+    else:
+        run_settings.check(known.concurrency, known.on_failure, workflow_id, problems)
+    return pinning.effective(_merged(before, given, "settings", problems))
 
 
 def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
@@ -275,7 +294,7 @@ def shown(stored: Stored) -> dict[str, Json]:
         "nodes": [graph_shapes.shown_node(node) for node in stored.nodes],
         "connections": [graph_shapes.shown_connection(edge) for edge in stored.connections],
         "config": workflow.config,
-        "settings": graph_shapes.effective(workflow.settings),
+        "settings": pinning.effective(workflow.settings),
         "scopes": list(workflow.scopes),
         "sharedWith": list(stored.shared_with),
     }

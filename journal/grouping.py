@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from models.database import DatabaseUnavailable
+from models.outage import DatabaseUnavailable
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -24,10 +24,18 @@ class GroupCommit(Generic[Item, Answer]):
     """
 
     def __init__(
-        self, commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]], *, max_batch: int = 200
+        self,
+        commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]],
+        *,
+        max_batch: int = 200,
+        weigh: Callable[[Item], int] = lambda _: 0,
+        max_weight: int = 0,
     ) -> None:
+        """What waits longest goes first, however heavy; with it go those that `max_weight` leaves room for."""
         self._commit = commit
         self._max_batch = max_batch
+        self._weigh = weigh
+        self._max_weight = max_weight
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -52,10 +60,23 @@ class GroupCommit(Generic[Item, Answer]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
-                await self._settle(batch)
+                await self._settle(self._next_batch())
         finally:
             self._task = None
+
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
+        left: list[tuple[Item, asyncio.Future[Answer]]] = []
+        weight = 0
+        for one in self._waiting:
+            heavier = weight + self._weigh(one[0])
+            if len(batch) < self._max_batch and (not batch or heavier <= self._max_weight):
+                batch.append(one)
+                weight = heavier
+            else:
+                left.append(one)
+        self._waiting = left
+        return batch
 
     async def _settle(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
         try:

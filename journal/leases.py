@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from journal.store import Held
-from models.database import DatabaseUnavailable
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from journal.store import ExecutionKey, Store
+    from journal.store import ExecutionKey, RunStore
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        store: Store,
+        store: RunStore,
         lease_seconds: float,
         *,
         on_lost: Callable[[Lease], None],
@@ -104,7 +104,7 @@ class LeaseKeeper:
         if store is not self._store:
             await store.close()
 
-    async def _renew(self, store: Store, leases: list[Lease]) -> None:
+    async def _renew(self, store: RunStore, leases: list[Lease]) -> None:
         since = time.monotonic()
         answers = await store.renew([lease.held for lease in leases], self._lease_seconds)
         renewed = {answer.execution_id: answer for answer in answers}

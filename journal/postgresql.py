@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 import msgspec
 
 from engine.events import RunStatus, Span
+from journal.admission import lock_number
 from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
@@ -22,6 +23,7 @@ from journal.rows import (
     SPAN_KEPT,
     SPAN_KEY,
     STATUS_AFTER,
+    TOUCHED_MICROSECONDS,
     claimed_of,
     error_text,
     log_rows,
@@ -45,11 +47,20 @@ from journal.store import (
 )
 from models.columns import to_microseconds
 from models.database import CONNECT_SECONDS, RETRIES, RETRYABLE_SQLSTATES, DatabaseUnavailable
-from models.execution import MAX_LOST_ATTEMPTS, PRIORITY_MICROSECONDS, SHARED, TERMINAL, ExecutionStatus
+from models.execution import (
+    LIMITED,
+    MAX_LOST_ATTEMPTS,
+    PRIORITY_MICROSECONDS,
+    SHARED,
+    TERMINAL,
+    ExecutionStatus,
+)
 from models.ids import turn_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
+
+T = TypeVar("T")
 
 STATEMENT_SECONDS = 30.0
 SESSION = {
@@ -111,7 +122,10 @@ class PostgreSQLStore:
     async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
         """Insert runs; see `Store.accept`."""
         answers: dict[str, Accepted] = {}
-        waiting = list(batch)
+        for item in batch:
+            if not item.may_wait:
+                answers |= await self._accept_where_free(item)
+        waiting = [item for item in batch if item.may_wait]
         while waiting:
             # A key can win once in a statement: its other bearers go into the next one, and find it taken.
             first = {_conflict_order(item): item for item in reversed(waiting)}
@@ -120,8 +134,30 @@ class PostgreSQLStore:
             answers |= await self._accept(chosen)
         return [answers[item.execution_id] for item in batch]
 
+    async def _accept_where_free(self, item: Acceptance) -> dict[str, Accepted]:
+        """Insert a run if fewer of its key than its limit go on, or wait for that."""
+
+        async def insert() -> list[Any] | None:
+            async with self._pool.acquire() as connection, connection.transaction():
+                # In a statement of its own, so that the next one sees what whoever had the lock has committed.
+                await connection.execute(
+                    "SELECT pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or "")
+                )
+                if await connection.fetchval(_LIVE, item.concurrency_key) >= (item.concurrency_limit or 0):
+                    return None
+                rows: list[Any] = await connection.fetch(_ACCEPT, *_acceptance_columns([item]))
+                return rows
+
+        rows = await self._repeated(insert)
+        if rows:
+            return {item.execution_id: Accepted(Verdict.ACCEPTED, item.execution_id)}
+        answers = await self._refusals([item])
+        if rows is None and answers[item.execution_id].verdict is Verdict.STALE:
+            return {item.execution_id: Accepted(Verdict.FULL, item.execution_id)}
+        return answers
+
     async def _accept(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
-        rows = await self._fetch(_ACCEPT, *_columns(map(_acceptance_row, batch), 19), *_definitions_of(batch))
+        rows = await self._fetch(_ACCEPT, *_acceptance_columns(batch))
         accepted = {row[0] for row in rows}
         answers = {execution_id: Accepted(Verdict.ACCEPTED, execution_id) for execution_id in accepted}
         refused = [item for item in batch if item.execution_id not in accepted]
@@ -150,28 +186,32 @@ class PostgreSQLStore:
             claim.limit,
             claim.owner,
             int(claim.lease_seconds * 1_000_000),
+            list(claim.others_than),
             # Claimed once more, it would take other runs, and nobody would know of the first ones.
             may_repeat=_was_refused,
         )
         return [claimed_of(row) for row in rows]
 
-    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
         batch = sorted(batch, key=lambda write: write.execution_id)
         spans = [row for write in batch for row in span_rows(write)]
         logs = [row for write in batch for row in log_rows(write)]
         rows = await self._fetch(
             _RECORD,
-            *_columns(map(_write_row, batch), 9),
+            *_columns(map(_write_row, batch), len(_WRITE_TYPES)),
             *_columns(spans, len(SPAN_COLUMNS)),
             *_columns(logs, len(LOG_COLUMNS)),
+            owner,
         )
         return frozenset(row[0] for row in rows)
 
-    async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+    async def renew(
+        self, held: Sequence[Held], lease_seconds: float, *, owner: str = ""
+    ) -> Sequence[Renewed]:
         """Extend leases; see `Store.renew`."""
         leases = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
-        rows = await self._fetch(_RENEW, *_columns(leases, 3), int(lease_seconds * 1_000_000))
+        rows = await self._fetch(_RENEW, *_columns(leases, 3), int(lease_seconds * 1_000_000), owner)
         return [Renewed(row[0], row[1]) for row in rows]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
@@ -253,9 +293,19 @@ class PostgreSQLStore:
         may_repeat: Callable[[Exception], bool] = lambda _error: True,
     ) -> list[Any]:
         """Run one statement, again where that may help; raises `DatabaseUnavailable`."""
+
+        async def fetch() -> list[Any]:
+            rows: list[Any] = await self._pool.fetch(statement, *arguments)
+            return rows
+
+        return await self._repeated(fetch, may_repeat)
+
+    async def _repeated(
+        self, work: Callable[[], Awaitable[T]], may_repeat: Callable[[Exception], bool] = lambda _error: True
+    ) -> T:
         for attempt in range(1, RETRIES + 1):
             try:
-                return await self._pool.fetch(statement, *arguments)
+                return await work()
             except (asyncpg.PostgresError, *_LOST) as error:
                 if not _may_succeed_later(error):
                     raise
@@ -294,16 +344,20 @@ def _unnest(first: int, types: Sequence[str]) -> str:
 _ACCEPTANCE_TYPES = (
     *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
     *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
+    *("text", "text", "integer", "text", "integer", "text", "text"),
 )
 _ACCEPT = f"""
 WITH item AS (
     SELECT * FROM unnest({_unnest(1, _ACCEPTANCE_TYPES)}) AS item (
         id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
-        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox)
+        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox, parent_id, root_id, depth,
+        concurrency_key, concurrency_limit, follow_up, home)
 ), new_definition AS (
     INSERT INTO definition (organization_id, hash, lane, body, created_at)
-    SELECT d.*, {_NOW} FROM unnest({_unnest(20, ("text", "text", "smallint", "text"))}) AS d
-    ON CONFLICT DO NOTHING
+    SELECT d.*, {_NOW} FROM unnest({_unnest(len(_ACCEPTANCE_TYPES) + 1, ("text", "text", "smallint", "text"))}) AS d
+    -- Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+    ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at
+    WHERE definition.created_at < excluded.created_at - {TOUCHED_MICROSECONDS}
 ), current AS (
     SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
         AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
@@ -324,11 +378,18 @@ WITH item AS (
 )
 INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
     definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id,
-    has_journal, inbox, created_at, updated_at)
-SELECT id, lane, organization_id, workflow_id, user_id, 'pending', '{SHARED}', trigger_type, definition_hash,
-    {_NOW} - advance, turn, true, 0, 0, timeout, 0, total_nodes, id, false, inbox, {_NOW}, {_NOW}
+    has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key, concurrency_limit,
+    follow_up, home)
+SELECT id, lane, organization_id, workflow_id, user_id, 'pending',
+    CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED}') ELSE '{LIMITED}' END, trigger_type,
+    definition_hash, {_NOW} - advance, turn, true, 0, 0, timeout, 0, total_nodes, id, false, inbox, {_NOW}, {_NOW},
+    parent_id, root_id, coalesce(depth, 0), 0, concurrency_key, concurrency_limit, follow_up, home
 FROM winner ON CONFLICT DO NOTHING
 RETURNING id
+"""
+_LIVE = f"""
+SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED}' AND ended_at IS NULL)
+    + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED}' AND status = 'pending')
 """
 _EARLIER = f"""
 SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
@@ -362,7 +423,19 @@ def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
         key.fingerprint if key else None,
         key.lifetime_seconds * 1_000_000 if key else None,
         item.inbox,
+        item.parent_id,
+        item.root_id,
+        item.depth or None,
+        item.concurrency_key,
+        item.concurrency_limit,
+        item.follow_up,
+        item.home,
     )
+
+
+def _acceptance_columns(batch: Sequence[Acceptance]) -> list[list[Any]]:
+    rows = map(_acceptance_row, batch)
+    return [*_columns(rows, len(_ACCEPTANCE_TYPES)), *_definitions_of(batch)]
 
 
 def _definitions_of(batch: Sequence[Acceptance]) -> list[list[Any]]:
@@ -422,9 +495,10 @@ WITH RECURSIVE circle (id, first, place) AS (
     UNION ALL
     SELECT next.id, circle.first, circle.place + 1
     FROM circle, LATERAL ({_next_organization("circle.id")}) AS next (id)
-    WHERE next.id <> circle.first AND circle.place < $4::integer
+    WHERE next.id <> circle.first AND circle.place < $4::integer + cardinality($7::text[])
 ), organization AS MATERIALIZED (
     SELECT id, place, ceil($4::numeric / count(*) OVER ())::integer AS share FROM circle
+    WHERE id <> ALL ($7::text[])
 ), chosen AS MATERIALIZED (
     SELECT best.id, row_number() OVER (ORDER BY organization.place, workflow.place) AS place,
         count(*) OVER (PARTITION BY organization.place, workflow.place) = workflow.share AS is_share_used_up
@@ -448,33 +522,63 @@ WITH RECURSIVE circle (id, first, place) AS (
     UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
         lease_owner = $5, lease_until = {_NOW} + $6::bigint, started_at = coalesce(started_at, {_NOW}),
         updated_at = {_NOW}, deadline_at = coalesce(deadline_at, {_NOW} + timeout_microseconds)
-    -- No bare column: with stale statistics, all that is pending would look like a way to the chosen few.
-    FROM chosen WHERE execution.id = chosen.id AND execution.status || '' = 'pending'
-    RETURNING execution.*, chosen.place, is_share_used_up
+    -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
+    -- like the way to the chosen few.
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
+    RETURNING *
 )
-SELECT taken.id, taken.lane, taken.organization_id, taken.workflow_id, definition_hash, token, attempt, key_id,
-    has_journal, execution_data.trigger, started_at, deadline_at, request, inbox, is_share_used_up
-FROM taken JOIN execution_data ON execution_data.execution_id = taken.id AND execution_data.lane = taken.lane
-ORDER BY place
+SELECT taken.id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
+    (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.lane = taken.lane),
+    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up
+FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
 """
 
 
 # ── record and renew ──────────────────────────────────────────────────────────────────────────────
 
-_WRITE_TYPES = ("text", "smallint", "bigint", "text", "text", "integer", "boolean", "text", "bigint")
+_WRITE_TYPES = (
+    "text",
+    "smallint",
+    "bigint",
+    "text",
+    "text",
+    "integer",
+    "boolean",
+    "text",
+    "bigint",
+    "integer",
+)
 _SPAN_TYPES = (
-    *("text", "text", "integer", "smallint", "text", "integer", "text", "text", "text", "text", "integer"),
-    *("bigint", "bigint", "bigint", "text", "text", "text", "text", "text", "text", "bytea"),
+    *("text", "text", "text", "smallint", "text", "integer", "text", "text", "text", "text", "integer"),
+    *(
+        "bigint",
+        "bigint",
+        "bigint",
+        "text",
+        "text",
+        "text",
+        "text",
+        "text",
+        "text",
+        "text",
+        "bytea",
+        "text",
+        "text",
+    ),
 )
 _LOG_TYPES = ("text", "integer", "smallint", "text", "text", "text", "text", "bigint")
 _FIRST_SPAN = len(_WRITE_TYPES) + 1
 _FIRST_LOG = _FIRST_SPAN + len(_SPAN_TYPES)
+_OWNER = _FIRST_LOG + len(_LOG_TYPES)
+# A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer.
+_WAITS = "(write.status = 'waiting' AND execution.signals <= write.signals)"
 _RECORD = f"""
 WITH held AS (
     UPDATE execution SET
         status = CASE WHEN write.move = 'goes-on' THEN execution.status
-            WHEN write.move = 'ends' OR request IS NULL THEN write.status
-            WHEN request = 'stop' THEN 'stopped' ELSE 'cancelled' END,
+            WHEN write.move = 'ends' THEN write.status
+            WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
+            WHEN {_WAITS} THEN 'waiting' ELSE 'pending' END,
         ended_at = CASE WHEN write.move = 'ends' OR (write.move = 'gives-back' AND request IS NOT NULL)
             THEN {_NOW} END,
         error = write.error,
@@ -482,17 +586,18 @@ WITH held AS (
         has_journal = true,
         -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
         attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
-        due_at = write.due_at,
+        due_at = CASE WHEN {_WAITS} THEN write.due_at END,
         -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
-        deadline_at = CASE WHEN write.status = 'waiting' THEN deadline_at - {_NOW} ELSE deadline_at END,
+        deadline_at = CASE WHEN {_WAITS} THEN deadline_at - {_NOW} ELSE deadline_at END,
+        target = CASE WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED}' ELSE target END,
         token = CASE WHEN write.move = 'gives-back' THEN execution.token + 1 ELSE execution.token END,
         lease_owner = CASE WHEN write.move = 'goes-on' THEN lease_owner END,
         lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
         updated_at = {_NOW}
     FROM unnest({_unnest(1, _WRITE_TYPES)}) AS write (
-        id, lane, token, move, status, completed_nodes, has_new_result, error, due_at)
+        id, lane, token, move, status, completed_nodes, has_new_result, error, due_at, signals)
     WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
-        AND execution.status = 'running'
+        AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
     RETURNING execution.id
 ), new_span AS (
     INSERT INTO span ({", ".join(SPAN_COLUMNS)})
@@ -512,6 +617,7 @@ _RENEW = f"""
 UPDATE execution SET lease_until = {_NOW} + $4::bigint
 FROM unnest({_unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
 WHERE execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token AND status = 'running'
+    AND ($5::text = '' OR lease_owner = $5)
 RETURNING execution.id, request
 """
 
@@ -532,6 +638,7 @@ def _write_row(write: RunWrite) -> tuple[Any, ...]:
         write.has_new_result,
         error_text(write.error),
         to_microseconds(write.due_at) if write.due_at else None,
+        write.signals if move == "gives-back" else None,
     )
 
 
@@ -553,10 +660,12 @@ JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (exe
 GROUP BY execution_id
 """
 _PROGRESS = """
-SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id, span.output
+SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id,
+    coalesce(span.output, span.output_blob)
 FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
 LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lane
-    AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.output IS NOT NULL
+    AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.iteration = ''
+    AND coalesce(span.output, span.output_blob) IS NOT NULL
 """
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────

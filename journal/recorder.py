@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import structlog
+
+from engine.control import Control, Request
 from engine.errors import LeaseLost
-from engine.events import SETTLED, Ended, LogLine, Span
+from engine.events import SETTLED, UNFINISHED, Ended, LogLine, Span
+from journal.blobs.backend import BlobsUnavailable
 from journal.grouping import GroupCommit
-from journal.rows import STATUS_AFTER
 from journal.store import RunWrite
-from models.database import DatabaseUnavailable
-from models.execution import TERMINAL
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
+    from journal.large_values import LargeValues
     from journal.leases import Lease
-    from journal.store import Store
+    from journal.store import RunStore
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
 
 RETRY_SECONDS = 0.25
+MAX_ROWS = 2_000
+"""Of one commit, but for a single run's: the others wait for no more than that."""
 
 
 class Recorder:
     """Groups the writes of all runs of a process."""
 
-    def __init__(self, store: Store, on_committed: Callable[[Mapping[str, str]], None]) -> None:
+    def __init__(self, store: RunStore, on_committed: Callable[[Mapping[str, str]], None]) -> None:
         """`on_committed` is called with the ids of runs that have changed, and the inbox of each that has ended."""
         self._store = store
         self._on_committed = on_committed
-        self._group: GroupCommit[RunWrite, bool] = GroupCommit(self._commit)
+        self._group: GroupCommit[RunWrite, bool] = GroupCommit(self._commit, weigh=_rows, max_weight=MAX_ROWS)
 
     def submit(self, write: RunWrite) -> asyncio.Future[bool]:
         """Queue a write; the future tells whether the run still held its token."""
@@ -48,16 +58,37 @@ class Recorder:
         return [write.execution_id in held for write in batch]
 
 
+def _rows(write: RunWrite) -> int:
+    return 1 + len(write.spans) + len(write.logs)
+
+
 class RunJournal:
     """One run's side of the recorder: what it has told and not yet committed."""
 
     def __init__(
-        self, recorder: Recorder, lease: Lease, settled: Sequence[str] = (), *, inbox: str = ""
+        self,
+        recorder: Recorder,
+        lease: Lease,
+        settled: Sequence[str] = (),
+        *,
+        inbox: str = "",
+        signals: int = 0,
+        large: LargeValues | None = None,
+        control: Control | None = None,
     ) -> None:
-        """`inbox` is told when the run has ended."""
+        """`inbox` is told when the run has ended; `signals` are the answers that the run was given so far.
+
+        Without `large`, rows take everything. What `control` is asked breaks off the wait for a blob storage that is
+        away: the lease goes on meanwhile, since the database is there to renew it.
+        """
         self._recorder = recorder
         self._lease = lease
         self._inbox = inbox
+        self._signals = signals
+        self._large = large
+        self._max_row_bytes = sys.maxsize if large is None else large.max_row_bytes
+        self._has_large = False
+        self._control = control or Control()
         self._settled = set(settled)
         self._write = self._empty()
         self._in_turn = asyncio.Lock()
@@ -66,22 +97,44 @@ class RunJournal:
     def record(self, span: Span) -> None:
         """Keep a span for the next commit."""
         self._write.spans.append(span)
+        if (span.output is not None and len(span.output) > self._max_row_bytes) or (
+            span.input is not None and len(span.input) > self._max_row_bytes
+        ):
+            self._has_large = True
         if span.status in SETTLED:
-            self._settled.add(span.node_id)
             self._write.has_new_result = True
+            # A node in a loop counts once, with the first turn in which it settles; the loop, when all are through.
+            if not span.is_turn:
+                self._settled.add(span.node_id)
 
     def log(self, line: LogLine) -> None:
         """Keep a log line for the next commit."""
         self._write.logs.append(line)
 
+    def saw(self, signals: int) -> None:
+        """Count answers that the run has seen since it was claimed."""
+        self._signals = signals
+
     def holds_lease(self) -> bool:
         """Tell whether the lease is certain to last a moment longer."""
         return not self._is_broken and self._lease.is_held()
+
+    async def restored(self, spans: Sequence[Span]) -> Sequence[Span]:
+        """Return spans with what their rows leave out; raises `ValueLost` and `LeaseLost`."""
+        if self._large is None or not any(span.output_blob or span.input_blob for span in spans):
+            return spans
+        large = self._large
+        return await self._insist(lambda: asyncio.create_task(large.restored(spans)))
 
     @property
     def is_dirty(self) -> bool:
         """Whether something waits for the next commit."""
         return bool(self._write.spans or self._write.logs)
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether a commit is under way: another would only wait for it."""
+        return self._in_turn.locked()
 
     async def commit(self) -> None:
         """Make everything recorded so far durable; raises `LeaseLost`."""
@@ -94,7 +147,8 @@ class RunJournal:
         async with self._in_turn:
             write = self._taken()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
-            if STATUS_AFTER[ended.status] in TERMINAL:
+            write.signals = self._signals
+            if ended.status not in UNFINISHED:
                 write.inbox = self._inbox
             await self._submit(write)
 
@@ -111,29 +165,45 @@ class RunJournal:
         if self._is_broken:
             raise LeaseLost
         try:
-            await self._insist(write)
+            await self._make_durable(write)
         except BaseException:
             # What this write held is gone, so nothing may follow it, even if the lease should hold again.
             self._is_broken = True
             raise
 
-    async def _insist(self, write: RunWrite) -> None:
+    async def _make_durable(self, write: RunWrite) -> None:
+        if self._has_large and self._large is not None:
+            self._has_large = False
+            large, spans = self._large, write.spans
+            write.spans = await self._insist(lambda: asyncio.create_task(large.kept(spans)))
+        # The same write may be repeated: it names the token, and its rows replace themselves.
+        if not await self._insist(lambda: self._recorder.submit(write)):
+            raise LeaseLost
+
+    async def _insist(self, begin: Callable[[], asyncio.Future[T]]) -> T:
+        """Do what may be repeated until it is done; a run that has waited for that to the end of its lease is lost."""
+        is_logged = False
         while True:
             try:
-                is_held = await self._answer_to(write)
+                return await self._within_lease(begin())
             except DatabaseUnavailable:
-                if not self._lease.is_held():
-                    raise LeaseLost from None
-                # The same write may be repeated: it names the token, and its rows replace themselves.
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            if not is_held:
+                is_hopeless = not self._lease.is_held()
+            except BlobsUnavailable as error:
+                if not is_logged:
+                    log.warning(
+                        "blobs not reached", error=str(error), execution_id=self._lease.key.execution_id
+                    )
+                is_logged = True
+                is_hopeless = not self._lease.is_held() or self._is_broken_off()
+            if is_hopeless:
                 raise LeaseLost
-            return
+            await asyncio.sleep(RETRY_SECONDS)
 
-    async def _answer_to(self, write: RunWrite) -> bool:
-        """Tell whether the write was made; a run that has waited for that to the end of its lease is lost."""
-        future = self._recorder.submit(write)
+    def _is_broken_off(self) -> bool:
+        request = self._control.request
+        return request is not None and request >= Request.HAND_OVER_NOW
+
+    async def _within_lease(self, future: asyncio.Future[T]) -> T:
         self._break_off_without_lease(future)
         try:
             return await future
@@ -145,9 +215,11 @@ class RunJournal:
         finally:
             self._overdue.cancel()
 
-    def _break_off_without_lease(self, future: asyncio.Future[bool]) -> None:
+    def _break_off_without_lease(self, future: asyncio.Future[T]) -> None:
         """Cancel the wait for an answer when the lease has ended, which a renewal puts off."""
         seconds = self._lease.until - time.monotonic()
-        self._overdue = asyncio.get_running_loop().call_later(
-            seconds, self._break_off_without_lease if seconds > 0 else asyncio.Future.cancel, future
-        )
+        loop = asyncio.get_running_loop()
+        if seconds > 0:
+            self._overdue = loop.call_later(seconds, self._break_off_without_lease, future)
+        else:
+            self._overdue = loop.call_later(0, future.cancel)

@@ -38,13 +38,19 @@ SPAN_COLUMNS = (
     "output",
     "error",
     "unresolved",
+    "awaits",
     "resolved_config",
     "hashes",
+    "input_blob",
+    "output_blob",
 )
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_KEPT = (*SPAN_KEY, "lane", "id")
 """What a newer row of the same node leaves as it was."""
 LOG_COLUMNS = ("execution_id", "sequence", "lane", "id", "level", "message", "node_id", "created_at")
+
+TOUCHED_MICROSECONDS = 3_600_000_000
+"""A definition's age is counted anew when it is sent and older than this."""
 
 STATUS_AFTER = {
     RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
@@ -92,8 +98,11 @@ def span_rows(write: RunWrite) -> list[Row]:
             _text(span.output),
             error_text(span.error),
             msgspec.json.encode(span.unresolved).decode() if span.unresolved else None,
+            _text(span.awaits),
             _text(span.resolved_config),
             span.hashes,
+            _text(span.input_blob),
+            _text(span.output_blob),
         )
         for span, span_id in zip(newest.values(), ids.several("span", len(newest)), strict=True)
     ]
@@ -119,9 +128,8 @@ def log_rows(write: RunWrite) -> list[Row]:
 def span_of(row: Sequence[Any]) -> Span:
     """Return the span that a row of `SPAN_COLUMNS` holds."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
-    (started_at, ended_at, wake_at, input_node, data, output, error, unresolved, resolved_config, hashes) = (
-        rest
-    )
+    started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
+    awaits, resolved_config, hashes, input_blob, output_blob = rest
     return Span(
         node_id=node_id,
         label=label,
@@ -139,15 +147,19 @@ def span_of(row: Sequence[Any]) -> Span:
         error=error_of(error),
         unresolved=tuple(msgspec.json.decode(unresolved)) if unresolved else (),
         wake_at=_moment(wake_at),
+        awaits=_bytes(awaits),
         resolved_config=_bytes(resolved_config),
         hashes=hashes,
+        input_blob=_bytes(input_blob),
+        output_blob=_bytes(output_blob),
     )
 
 
 def claimed_of(row: Sequence[Any]) -> Claimed:
     """Return the claim that a row holds: the fields of `Claimed` in their order."""
     execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
-    has_journal, trigger, started_at, deadline_at, request, inbox, may_have_more = rest
+    has_journal, trigger, started_at, deadline_at, request, inbox, user_id, signals, *rest = rest
+    concurrency_key, follow_up, may_have_more = rest
     return Claimed(
         execution_id=execution_id,
         lane=lane,
@@ -163,6 +175,10 @@ def claimed_of(row: Sequence[Any]) -> Claimed:
         deadline_at=from_microseconds(deadline_at),
         request=request,
         inbox=inbox,
+        user_id=user_id,
+        signals=signals,
+        concurrency_key=concurrency_key,
+        follow_up=follow_up,
         may_have_more=bool(may_have_more),
     )
 

@@ -23,6 +23,7 @@ from journal.rows import (
     SPAN_KEPT,
     SPAN_KEY,
     STATUS_AFTER,
+    TOUCHED_MICROSECONDS,
     claimed_of,
     error_text,
     log_rows,
@@ -47,7 +48,14 @@ from journal.store import (
 )
 from models.columns import to_microseconds
 from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
-from models.execution import MAX_LOST_ATTEMPTS, PRIORITY_MICROSECONDS, SHARED, TERMINAL, ExecutionStatus
+from models.execution import (
+    LIMITED,
+    MAX_LOST_ATTEMPTS,
+    PRIORITY_MICROSECONDS,
+    SHARED,
+    TERMINAL,
+    ExecutionStatus,
+)
 from models.ids import turn_of
 
 T = TypeVar("T")
@@ -71,13 +79,15 @@ class SQLiteStore:
         """Take pending runs; see `Store.claim`."""
         return await self._writer.run(lambda connection: _claim(connection, claim))
 
-    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
-        return await self._writer.run(lambda connection: _record(connection, batch))
+        return await self._writer.run(lambda connection: _record(connection, batch, owner))
 
-    async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+    async def renew(
+        self, held: Sequence[Held], lease_seconds: float, *, owner: str = ""
+    ) -> Sequence[Renewed]:
         """Extend leases; see `Store.renew`."""
-        return await self._writer.run(lambda connection: _renew(connection, held, lease_seconds))
+        return await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions; see `Store.definitions`."""
@@ -242,11 +252,12 @@ def _accept(connection: sqlite3.Connection, batch: Sequence[Acceptance]) -> list
     inserted: list[Acceptance] = []
     for item in batch:
         key = item.idempotency
-        is_accepted = is_current[item.workflow_id, item.workflow_revision]
+        has_place = item.may_wait or _has_place(connection, item, inserted)
+        is_accepted = is_current[item.workflow_id, item.workflow_revision] and has_place
         if key is not None and (earlier := _earlier(connection, item, key, now, is_new=is_accepted)):
             answers.append(earlier)
         elif not is_accepted and not _is_stored(connection, item):
-            answers.append(Accepted(Verdict.STALE, item.execution_id))
+            answers.append(Accepted(Verdict.STALE if has_place else Verdict.FULL, item.execution_id))
         else:
             answers.append(Accepted(Verdict.ACCEPTED, item.execution_id))
             inserted.append(item)
@@ -296,6 +307,18 @@ def _earlier(
     return None
 
 
+def _has_place(connection: sqlite3.Connection, item: Acceptance, inserted: Sequence[Acceptance]) -> bool:
+    """Tell whether fewer runs of its key than its limit go on, or wait for that, with those of the same batch."""
+    live: int = connection.execute(
+        "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
+        f" AND target <> '{LIMITED}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
+        f" WHERE concurrency_key = ?1 AND target = '{LIMITED}' AND status = 'pending')",
+        (item.concurrency_key,),
+    ).fetchone()[0]
+    live += sum(one.concurrency_key == item.concurrency_key for one in inserted)
+    return item.concurrency_limit is None or live < item.concurrency_limit
+
+
 def _is_stored(connection: sqlite3.Connection, item: Acceptance) -> bool:
     """Tell whether this very run was accepted before, by a call whose answer was lost."""
     statement = "SELECT 1 FROM execution WHERE id = ? AND lane = ?"
@@ -309,14 +332,19 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
         if item.definition is not None
     }
     connection.executemany(
-        "INSERT OR IGNORE INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)"
+        # Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+        " ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at"
+        f" WHERE created_at < excluded.created_at - {TOUCHED_MICROSECONDS}",
         definitions,
     )
     connection.executemany(
         "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
         " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
-        " key_id, has_journal, inbox, created_at, updated_at)"
-        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?) ON CONFLICT DO NOTHING",
+        " key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,"
+        " concurrency_limit, follow_up, home)"
+        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)"
+        " ON CONFLICT DO NOTHING",
         [
             (
                 item.execution_id,
@@ -324,7 +352,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
                 item.organization_id,
                 item.workflow_id,
                 item.user_id,
-                SHARED,
+                item.home or SHARED if item.concurrency_key is None else LIMITED,
                 item.trigger_type,
                 item.definition_hash,
                 now - item.priority * PRIORITY_MICROSECONDS,
@@ -335,6 +363,13 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
                 item.inbox,
                 now,
                 now,
+                item.parent_id,
+                item.root_id,
+                item.depth,
+                item.concurrency_key,
+                item.concurrency_limit,
+                item.follow_up,
+                item.home,
             )
             for item in batch
         ],
@@ -385,11 +420,12 @@ def _organizations(connection: sqlite3.Connection, claim: Claim) -> list[str]:
         return found
 
     organizations: list[str] = []
-    current = following(claim.after_organization) or following("")
+    first = current = following(claim.after_organization) or following("")
     while current is not None and len(organizations) < claim.limit:
-        organizations.append(current)
+        if current not in claim.others_than:
+            organizations.append(current)
         current = following(current) or following("")
-        if current == organizations[0]:
+        if current == first:
             break
     return organizations
 
@@ -440,7 +476,7 @@ def _taken(
         " WHERE id = ?4 AND status = 'pending'"
         " RETURNING id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
         " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request,"
-        " inbox",
+        " inbox, user_id, signals, concurrency_key, follow_up",
         (claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
     ).fetchone()
     return claimed_of((*row, may_have_more))
@@ -456,7 +492,10 @@ _UPSERT_SPANS = (
 _INSERT_LOGS = (
     f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
 )
-_GUARD = " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
+_GUARD = (
+    " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
+    " AND (:owner = '' OR lease_owner = :owner)"
+)
 _GOES_ON = (
     "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
     # Attempts lost before a new result are forgiven; the one in hand goes on counting.
@@ -466,29 +505,35 @@ _ENDS = (
     "UPDATE execution SET status = :status, completed_nodes = :completed, error = :error, ended_at = :now,"
     " updated_at = :now, lease_owner = NULL, lease_until = NULL" + _GUARD
 )
+_WAITS = "(:status = 'waiting' AND signals <= :signals)"
+"""A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer."""
 _GIVES_BACK = (
-    "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now, due_at = :due_at,"
-    " status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE :status END,"
+    "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
+    f" due_at = CASE WHEN {_WAITS} THEN :due_at END,"
+    " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
+    f" WHEN {_WAITS} THEN 'waiting' ELSE 'pending' END,"
     " ended_at = CASE WHEN request IS NULL THEN NULL ELSE :now END,"
     # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
-    " deadline_at = CASE WHEN :status = 'waiting' THEN deadline_at - :now ELSE deadline_at END,"
+    f" deadline_at = CASE WHEN {_WAITS} THEN deadline_at - :now ELSE deadline_at END,"
+    f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED}' END,"
     " token = token + 1, attempt = 0, lease_owner = NULL, lease_until = NULL" + _GUARD
 )
 
 
-def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite]) -> frozenset[str]:
+def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
     now = _now()
-    held = [write for write in batch if connection.execute(*_update(write, now)).rowcount == 1]
+    held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
     connection.executemany(_UPSERT_SPANS, [row for write in held for row in span_rows(write)])
     connection.executemany(_INSERT_LOGS, [row for write in held for row in log_rows(write)])
     return frozenset(write.execution_id for write in held)
 
 
-def _update(write: RunWrite, now: int) -> tuple[str, dict[str, Any]]:
+def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
     values: dict[str, Any] = {
         "id": write.execution_id,
         "lane": write.lane,
         "token": write.token,
+        "owner": owner,
         "completed": write.completed_nodes,
         "now": now,
     }
@@ -496,18 +541,26 @@ def _update(write: RunWrite, now: int) -> tuple[str, dict[str, Any]]:
         return _GOES_ON, values | {"has_new_result": write.has_new_result}
     values["status"] = STATUS_AFTER[write.end].value
     if write.end in {RunStatus.WAITING, RunStatus.RELEASED}:
-        return _GIVES_BACK, values | {"due_at": to_microseconds(write.due_at) if write.due_at else None}
+        due_at = to_microseconds(write.due_at) if write.due_at else None
+        return _GIVES_BACK, values | {"due_at": due_at, "signals": write.signals}
     return _ENDS, values | {"error": error_text(write.error)}
 
 
-def _renew(connection: sqlite3.Connection, held: Sequence[Held], lease_seconds: float) -> list[Renewed]:
+def _renew(
+    connection: sqlite3.Connection, held: Sequence[Held], lease_seconds: float, owner: str
+) -> list[Renewed]:
     until = _now() + int(lease_seconds * 1_000_000)
     renewed: list[Renewed] = []
     for lease in held:
         row = connection.execute(
-            "UPDATE execution SET lease_until = ? WHERE id = ? AND lane = ? AND token = ? AND status = 'running'"
-            " RETURNING request",
-            (until, lease.execution_id, lease.lane, lease.token),
+            f"UPDATE execution SET lease_until = :until{_GUARD} RETURNING request",
+            {
+                "until": until,
+                "id": lease.execution_id,
+                "lane": lease.lane,
+                "token": lease.token,
+                "owner": owner,
+            },
         ).fetchone()
         if row is not None:
             renewed.append(Renewed(lease.execution_id, row[0]))
@@ -553,8 +606,8 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
 
 
 _OUTPUTS = (
-    "SELECT node_id, output FROM span"
-    " WHERE execution_id = ? AND lane = ? AND output IS NOT NULL AND ended_at IS NOT NULL"
+    "SELECT node_id, coalesce(output, output_blob) AS shown FROM span"
+    " WHERE execution_id = ? AND lane = ? AND iteration = '' AND shown IS NOT NULL AND ended_at IS NOT NULL"
 )
 
 

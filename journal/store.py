@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from engine.events import LogLine, RunStatus, Span
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-    from engine.events import RunError
-    from models.execution import ExecutionStatus
+from engine.events import LogLine, RunError, RunStatus, Span
+from models.execution_status import ExecutionStatus
 
 
 class ExecutionKey(NamedTuple):
@@ -73,6 +69,19 @@ class Acceptance(msgspec.Struct, frozen=True):
     """Whom to tell of its end."""
     priority: int = 0
     idempotency: IdempotencyKey | None = None
+    parent_id: str | None = None
+    """The execution that starts it, the first of those that started one another, and how many they are."""
+    root_id: str | None = None
+    depth: int = 0
+    concurrency_key: str | None = None
+    """Where it has one, it waits for a place among the `concurrency_limit` of its key."""
+    concurrency_limit: int | None = None
+    may_wait: bool = True
+    """Where it may not, it is refused unless a place is free."""
+    follow_up: str | None = None
+    """JSON text: what is to be done about its end."""
+    home: str | None = None
+    """The deployment whose pods are to run it; None: any worker."""
 
 
 class Verdict(StrEnum):
@@ -85,6 +94,8 @@ class Verdict(StrEnum):
     """The key was used before, with another body."""
     STALE = "stale"
     """The workflow has changed, or is gone."""
+    FULL = "full"
+    """As many runs of its key as may go on at once do, and it may not wait."""
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -106,6 +117,8 @@ class Claim:
     turns: Mapping[str, int] = field(default_factory=dict)
     """Within an organisation, workflows are served in turn: where to begin in each, which is 0 where it isn't said."""
     target: str = "shared"
+    others_than: Sequence[str] = ()
+    """Organisations that are to be passed over."""
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -126,6 +139,14 @@ class Claimed(msgspec.Struct, frozen=True):
     request: str | None
     inbox: str
     """Whom to tell of its end."""
+    user_id: str
+    """For whom it runs."""
+    signals: int
+    """Answers that its waiting nodes have been given so far."""
+    concurrency_key: str | None
+    """Where it has one, its place is another's when it leaves."""
+    follow_up: str | None
+    """JSON text: what is to be done about its end."""
     may_have_more: bool
     """Its workflow's share of the claim was used up: more may wait behind it."""
 
@@ -158,6 +179,8 @@ class RunWrite(msgspec.Struct):
     """Whom to tell besides those that watch the run."""
     error: RunError | None = None
     due_at: datetime | None = None
+    signals: int = 0
+    """Answers that it has seen: a run that waits, and was given more, goes on at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,20 +229,25 @@ class Requested:
     """Whom to tell, where it has ended by this."""
 
 
-class Store(Protocol):
-    """The run path's view of one database. Every method raises `DatabaseUnavailable` when it can't be reached."""
+class RunStore(Protocol):
+    """What whoever runs executions asks for: of a database, or of a gateway where none is at hand.
 
-    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
-        """Insert runs, in one transaction; answers in the order of the batch."""
+    Every method raises `DatabaseUnavailable` when it can't be reached.
+    """
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take the best pending runs, counting the attempt; answers in the order of the turns."""
 
-    async def record(self, batch: Sequence[RunWrite]) -> frozenset[str]:
-        """Write what runs have done, at most one write a run; returns the ids of those that still held their token."""
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
+        """Write what runs have done, at most one write a run; returns the ids of those that still held their token.
 
-    async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
-        """Extend leases; a lease that is not among the answers is lost."""
+        With an `owner`, nothing is written of runs that are leased by another.
+        """
+
+    async def renew(
+        self, held: Sequence[Held], lease_seconds: float, *, owner: str = ""
+    ) -> Sequence[Renewed]:
+        """Extend leases, of one `owner` alone where one is named; a lease that is not among the answers is lost."""
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return the texts of definitions."""
@@ -230,26 +258,33 @@ class Store(Protocol):
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return the highest sequence number of each run's log, by execution id; those without a log are left out."""
 
-    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
-        """Return where runs are; outputs of those only that have ended."""
-
     async def promote_due(self) -> int:
         """Put waits that are over back in the queue; returns how many."""
 
     async def sweep(self, limit: int) -> Swept:
         """Take back what dead workers held, promote what is due, and look whether work lies about."""
 
-    async def take_back(self, owner_prefix: str) -> int:
-        """Take back, at once, the leases of owners that are known to be dead; returns how many."""
-
     async def give_back(self, owner: str, held: Sequence[str]) -> int:
         """Give back, uncounted, what its living owner never began: all but the `held` runs; returns how many."""
 
-    async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
-        """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""
-
-    async def for_thread(self) -> Store:
+    async def for_thread(self) -> RunStore:
         """Return a store on the same database for the event loop of another thread."""
 
     async def close(self) -> None:
         """Let go of connections and threads, after what is under way."""
+
+
+class Store(RunStore, Protocol):
+    """The run path's view of one database."""
+
+    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+        """Insert runs, in one transaction; answers in the order of the batch."""
+
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
+        """Return where runs are; outputs of those only that have ended."""
+
+    async def take_back(self, owner_prefix: str) -> int:
+        """Take back, at once, the leases of owners that are known to be dead; returns how many."""
+
+    async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
+        """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
 
+from messages.deployments import DeployerMessage
 from messages.executions import ALL_LANES
 
 WATCH_SECONDS: Final = 15 * 60
@@ -41,8 +42,11 @@ class Letter:
 Notice: TypeAlias = ExecutionsChanged | Letter
 
 
-class Broker(Protocol):
-    """Every method that waits may raise `BrokerUnavailable`, except those that start, stop and close."""
+class RunBroker(Protocol):
+    """What whoever runs executions hears and tells others.
+
+    Every method that waits may raise `BrokerUnavailable`, except those that start, stop and close.
+    """
 
     @property
     def inbox(self) -> str:
@@ -51,21 +55,11 @@ class Broker(Protocol):
     async def wake(self, lane: int = ALL_LANES) -> None:
         """Say "there is work", after the commit; nothing is sent while an earlier hint lies there untaken."""
 
-    async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Have this process told once when each of these changes, within 15 minutes.
-
-        Watch, then read the row, then wait: a change between reading and watching would go unheard. Who goes
-        on waiting after a notice watches again before reading again.
-        """
-
     async def announce(self, inboxes: Mapping[str, str]) -> None:
         """Tell of changed executions, each process with one notice, and end the watch of those that watch them.
 
         Each comes with the inbox that is told without having watched it, or an empty text for nobody.
         """
-
-    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
-        """Put a letter into another process's inbox; lost without a word when nobody listens there."""
 
     async def listen(self, on_notice: Callable[[Notice], None]) -> None:
         """Call `on_notice` on the running event loop for whatever reaches the inbox, until `close`.
@@ -80,9 +74,32 @@ class Broker(Protocol):
     async def stop_worker(self) -> None:
         """Take no more hints; what was taken and not handed over goes back for other workers."""
 
-    async def ping(self) -> None: ...
-
     async def close(self) -> None: ...
+
+
+class Broker(RunBroker, Protocol):
+    """The broker whole."""
+
+    async def watch(self, execution_ids: Sequence[str]) -> None:
+        """Have this process told once when each of these changes, within 15 minutes.
+
+        Watch, then read the row, then wait: a change between reading and watching would go unheard. Who goes
+        on waiting after a notice watches again before reading again.
+        """
+
+    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
+        """Put a letter into another process's inbox; lost without a word when nobody listens there."""
+
+    async def tell_deployer(self, message: DeployerMessage) -> None:
+        """Tell one of the deployers something, after the commit; nothing is sent while the same lies there untaken."""
+
+    def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
+        """Take what deployers are told; `on_message` is called on the running event loop."""
+
+    async def stop_deployer(self) -> None:
+        """Take no more of that."""
+
+    async def ping(self) -> None: ...
 
 
 async def connect(url: str | None, *, inbox: str | None = None) -> Broker:

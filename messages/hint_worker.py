@@ -1,25 +1,46 @@
-"""A Dramatiq worker inside this process, whose one actor hands each hint to the process's own event loop."""
+"""A Dramatiq worker inside this process, whose one actor hands each message to the process's own event loop."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import dramatiq
 
-from messages import executions
+from messages import deployments, executions
+from messages.deployments import DeployerMessage
 
-# The actor returns at once: the second thread hands over a hint while the first acknowledges another.
+# The actor returns at once: the second thread hands over a message while the first acknowledges another.
 THREADS: Final = 2
 THREAD_POLL_MILLISECONDS: Final = 250
 STOP_MILLISECONDS: Final = 1_000
 
 
 def start(broker: dramatiq.Broker, on_hint: Callable[[int], None]) -> dramatiq.Worker:
+    """Take hints that there are executions."""
+    return _start(
+        broker, executions.QUEUE, executions.ACTOR, lambda payload: on_hint(executions.read(payload).lane)
+    )
+
+
+def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:
+    """Take messages about deployments."""
+
+    def take(payload: Mapping[str, object]) -> None:
+        message = deployments.read(payload)
+        if message is not None:
+            on_message(message)
+
+    return _start(broker, deployments.QUEUE, deployments.ACTOR, take)
+
+
+def _start(
+    broker: dramatiq.Broker, queue: str, actor: str, take: Callable[[Mapping[str, object]], None]
+) -> dramatiq.Worker:
     loop = asyncio.get_running_loop()
 
-    @dramatiq.actor(broker=broker, actor_name=executions.ACTOR, queue_name=executions.QUEUE)
+    @dramatiq.actor(broker=broker, actor_name=actor, queue_name=queue)
     def forward(**payload: object) -> None:
-        loop.call_soon_threadsafe(on_hint, executions.read(payload).lane)
+        loop.call_soon_threadsafe(take, payload)
 
     worker = dramatiq.Worker(broker, worker_timeout=THREAD_POLL_MILLISECONDS, worker_threads=THREADS)
     # What is being handed over counts as fetched, so this is the fewest that keeps every thread busy.

@@ -10,6 +10,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from messages import executions, hint_worker
 from messages.broker import WATCH_SECONDS, ExecutionsChanged, Letter, Notice
+from messages.deployments import DeployerMessage
 from messages.executions import ALL_LANES, RunExecutions
 
 
@@ -33,6 +34,7 @@ class LocalBroker:
         self._queues = LocalQueues()
         self._worker: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notice], None]] = []
+        self._deployer: Callable[[DeployerMessage], None] | None = None
         self._hinted: set[int] = set()
         self._watched_until: dict[str, float] = {}
 
@@ -78,6 +80,17 @@ class LocalBroker:
         worker, self._worker = self._worker, None
         if worker is not None:
             await asyncio.to_thread(hint_worker.stop, worker)
+
+    async def tell_deployer(self, message: DeployerMessage) -> None:
+        """Without a queue: the one deployer that there can be is right here, or there is none."""
+        if self._deployer is not None:
+            asyncio.get_running_loop().call_soon(self._deployer, message)
+
+    def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
+        self._deployer = on_message
+
+    async def stop_deployer(self) -> None:
+        self._deployer = None
 
     async def ping(self) -> None:
         """Always there."""

@@ -16,7 +16,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from messages import executions, hint_worker
+from messages import deployments, executions, hint_worker
 from messages.broker import (
     WATCH_SECONDS,
     BrokerUnavailable,
@@ -25,6 +25,7 @@ from messages.broker import (
     Letter,
     Notice,
 )
+from messages.deployments import DeployerMessage
 from messages.executions import ALL_LANES, RunExecutions
 from messages.redis_consumer import (
     HINTS_KEPT,
@@ -160,20 +161,27 @@ class RedisBroker:
         self._watch = self.client.register_script(WATCH)
         self._announce = self.client.register_script(ANNOUNCE)
         self._worker: dramatiq.Worker | None = None
+        self._deployer: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notice], None]] = []
         self._listening: asyncio.Task[None] | None = None
         self._is_inbox_open = asyncio.Event()
 
     async def wake(self, lane: int = ALL_LANES) -> None:
+        await self._put(executions.QUEUE, executions.ACTOR, str(lane), asdict(RunExecutions(lane=lane)))
+
+    async def tell_deployer(self, message: DeployerMessage) -> None:
+        await self._put(deployments.QUEUE, deployments.ACTOR, message.key, deployments.payload(message))
+
+    async def _put(self, name: str, actor: str, key: str, payload: dict[str, object]) -> None:
+        """Put a message into a queue unless the latest with the same key lies there still."""
         identity = str(uuid4())
-        hint = asdict(RunExecutions(lane=lane))
         message: dramatiq.Message[None] = dramatiq.Message(
-            executions.QUEUE, executions.ACTOR, (), hint, {MESSAGE_ID: identity}, identity
+            name, actor, (), payload, {MESSAGE_ID: identity}, identity
         )
-        queue = f"{NAMESPACE}:{executions.QUEUE}"
+        queue = f"{NAMESPACE}:{name}"
         async with _answered():
             await self._wake(
-                keys=[_mark(lane), queue, f"{queue}.msgs", f"{queue}.bell"],
+                keys=[f"{queue}.hinted.{key}", queue, f"{queue}.msgs", f"{queue}.bell"],
                 args=[MARK_MILLISECONDS, identity, message.encode(), HINTS_KEPT],
             )
 
@@ -210,12 +218,21 @@ class RedisBroker:
         if worker is not None:
             await asyncio.to_thread(hint_worker.stop, worker)
 
+    def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
+        self._deployer = hint_worker.start_deployer(HintQueues(self._url), on_message)
+
+    async def stop_deployer(self) -> None:
+        deployer, self._deployer = self._deployer, None
+        if deployer is not None:
+            await asyncio.to_thread(hint_worker.stop, deployer)
+
     async def ping(self) -> None:
         async with _answered():
             await self.client.ping()
 
     async def close(self) -> None:
         await self.stop_worker()
+        await self.stop_deployer()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
@@ -257,11 +274,6 @@ class RedisBroker:
 def _read(body: bytes) -> Notice:
     published = msgspec.json.decode(body, type=_Published)
     return Letter(published.letter) if published.letter else ExecutionsChanged(published.execution_ids)
-
-
-def _mark(lane: int) -> str:
-    """The key that names the latest hint for the lane."""
-    return f"{NAMESPACE}:{executions.QUEUE}.hinted.{lane}"
 
 
 def _watchers(execution_ids: Iterable[str]) -> list[str]:

@@ -29,6 +29,8 @@ class KeyScope(StrEnum):
     WORKFLOWS_READ = "workflows:read"
     WORKFLOWS_WRITE = "workflows:write"
     WORKFLOWS_EXECUTE = "workflows:execute"
+    DATASOURCES_READ = "datasources:read"
+    DATASOURCES_WRITE = "datasources:write"
     KEYS_WRITE = "keys:write"
     USERS_WRITE = "users:write"
 
@@ -67,6 +69,7 @@ class ApiKey(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("hash", name="uq_api_key_hash"),
         Index("ix_api_key_user", "user_id"),
+        Index("ix_api_key_secret", "secret_id"),
     )
 
     id: str = Field(primary_key=True)
@@ -76,6 +79,8 @@ class ApiKey(SQLModel, table=True):
     name: str
     prefix: str
     hash: str
+    secret_id: str
+    """Of the server's secret that it is hashed with."""
     scopes: list[str] = Field(sa_column=Column(JsonText, nullable=False))
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
     expires_at: datetime | None = Field(default=None, sa_column=Column(Instant))

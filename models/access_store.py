@@ -17,6 +17,7 @@ from sqlmodel import col
 from models import ids
 from models.access import ApiKey, Caller, Organization, Role, User, key_hash, new_key, shown_prefix
 from models.database import Database
+from models.vault import secret_id
 
 
 class EmailTaken(ValueError):
@@ -28,6 +29,7 @@ class FoundKey:
     """A key that exists, valid or not."""
 
     caller: Caller
+    hash: str
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
@@ -52,12 +54,13 @@ class RevokedKey:
     after: ApiKey
 
 
-async def find_key(database: Database, hashed: str) -> FoundKey | None:
-    """Return the key with this hash and whom it stands for."""
+async def find_key(database: Database, hashed: str, *earlier: str) -> FoundKey | None:
+    """Return the key with this hash, or else with one of its `earlier` ones, and whom it stands for."""
     statement = (
         select(ApiKey, col(User.role))
         .join(User, col(User.id) == col(ApiKey.user_id))
-        .where(col(ApiKey.hash) == hashed)
+        .where(col(ApiKey.hash).in_((hashed, *earlier)))
+        .order_by(col(ApiKey.hash) != hashed)
     )
     async with database.read() as connection:
         row = (await connection.execute(statement)).first()
@@ -71,7 +74,7 @@ async def find_key(database: Database, hashed: str) -> FoundKey | None:
         role=Role(row.role),
         scopes=frozenset(row.scopes),
     )
-    return FoundKey(caller, row.expires_at, row.revoked_at, row.last_used_at)
+    return FoundKey(caller, row.hash, row.expires_at, row.revoked_at, row.last_used_at)
 
 
 async def record_use(database: Database, key_id: str, *, now: datetime, every: timedelta) -> None:
@@ -83,6 +86,20 @@ async def record_use(database: Database, key_id: str, *, now: datetime, every: t
         await connection.execute(statement)
 
     await database.transaction(record)
+
+
+async def rehash_key(database: Database, key: str, *, earlier: str, secret: bytes) -> None:
+    """Keep the hash of a key under the server's secret of now, in the place of an earlier one."""
+    statement = (
+        update(ApiKey)
+        .where(col(ApiKey.hash) == earlier)
+        .values(hash=key_hash(key, secret), secret_id=secret_id(secret))
+    )
+
+    async def rehash(connection: AsyncConnection) -> None:
+        await connection.execute(statement)
+
+    await database.transaction(rehash)
 
 
 # ── organisations and users ───────────────────────────────────────────────────────────────────────
@@ -180,6 +197,7 @@ async def create_key(
         name=name,
         prefix=shown_prefix(text),
         hash=key_hash(text, secret),
+        secret_id=secret_id(secret),
         scopes=sorted(scopes),
         created_at=now,
         expires_at=expires_at,

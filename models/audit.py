@@ -17,6 +17,11 @@ class Action(StrEnum):
     WORKFLOW_CREATED = "workflow.created"
     WORKFLOW_UPDATED = "workflow.updated"
     WORKFLOW_STATUS_SET = "workflow.status-set"
+    WORKFLOW_LIFECYCLE_SET = "workflow.lifecycle-set"
+    WORKFLOW_DEPLOYED = "workflow.deployed"
+    WORKFLOW_UNDEPLOYED = "workflow.undeployed"
+    WORKFLOW_STOPPED = "workflow.stopped"
+    WORKFLOW_STARTED = "workflow.started"
     WORKFLOW_DELETED = "workflow.deleted"
     WORKFLOW_DUPLICATED = "workflow.duplicated"
     WORKFLOW_BUILT = "workflow.built"
@@ -38,6 +43,11 @@ class Action(StrEnum):
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     USER_CREATED = "user.created"
+    SIGNING_SECRET_SET = "signing-secret.set"  # noqa: S105 - the name of an action
+    DATA_SOURCE_CREATED = "data-source.created"
+    DATA_SOURCE_UPDATED = "data-source.updated"
+    DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"
+    DATA_SOURCE_DELETED = "data-source.deleted"
 
 
 class AuditEntry(SQLModel, table=True):
@@ -57,7 +67,7 @@ class AuditEntry(SQLModel, table=True):
     """Whose key did it, and which; of whoever runs the server, `operator` both times."""
     action: str
     object_id: str
-    """The workflow, key or user that was changed."""
+    """The workflow, data source, key or user that was changed."""
     before_hash: str | None = None
     """SHA-256 of what the object was, in hexadecimal; null where there was none."""
     after_hash: str | None = None

@@ -18,6 +18,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
+
 T = TypeVar("T")
 
 RETRIES = 5
@@ -28,10 +30,6 @@ RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})
 """Serialization failure and deadlock: the transaction was undone, and may succeed when it is run again."""
 UNAVAILABLE_SQLSTATES = frozenset({"53300", "57P01", "57P02", "57P03", "08000", "08001", "08003", "08006"})
 """No free connection, a server going down or coming up, a lost connection: the fate of a statement is unknown."""
-
-
-class DatabaseUnavailable(Exception):
-    """The database did not answer, or would not take the transaction; the same call may succeed later."""
 
 
 class InvalidDatabaseUrl(ValueError):

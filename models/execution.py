@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, SmallInteger, Text, text
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, SmallInteger, Text, text
 from sqlmodel import Field, SQLModel
 
 from models.columns import Instant, JsonText
-
-
-class ExecutionStatus(StrEnum):
-    """Where a run is."""
-
-    PENDING = "pending"
-    RUNNING = "running"
-    WAITING = "waiting"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    CANCELLED = "cancelled"
-
-
-TERMINAL = frozenset(
-    {ExecutionStatus.COMPLETED, ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED}
-)
+from models.execution_status import TERMINAL as TERMINAL  # noqa: PLC0414 - most know it by this module
+from models.execution_status import ExecutionStatus as ExecutionStatus  # noqa: PLC0414 - most know it by this module
 
 SHARED = "shared"
 """The target of what any worker may run."""
+LIMITED = "limited"
+"""The target of what waits for a place among the runs that its workflow allows at once."""
 PRIORITY_MICROSECONDS = 60_000_000
 """How much earlier one step of priority makes a run count as accepted."""
 MAX_LOST_ATTEMPTS = 3
@@ -62,6 +48,58 @@ class Execution(SQLModel, table=True):
             postgresql_where=text("status = 'waiting'"),
             sqlite_where=text("status = 'waiting'"),
         ),
+        Index(
+            "ix_execution_deferred",
+            "target",
+            postgresql_where=text("status = 'waiting' AND started_at IS NULL"),
+            sqlite_where=text("status = 'waiting' AND started_at IS NULL"),
+        ),
+        Index(
+            "ix_execution_children",
+            "parent_id",
+            postgresql_where=text("parent_id IS NOT NULL AND ended_at IS NULL"),
+            sqlite_where=text("parent_id IS NOT NULL AND ended_at IS NULL"),
+        ),
+        Index(
+            "ix_execution_root",
+            "root_id",
+            postgresql_where=text("root_id IS NOT NULL"),
+            sqlite_where=text("root_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_execution_resumed",
+            "key_id",
+            postgresql_where=text("resumed_from IS NOT NULL"),
+            sqlite_where=text("resumed_from IS NOT NULL"),
+        ),
+        Index(
+            "ix_execution_limited",
+            "concurrency_key",
+            "is_fresh",
+            "rank",
+            postgresql_where=text("target = 'limited' AND status = 'pending'"),
+            sqlite_where=text("target = 'limited' AND status = 'pending'"),
+        ),
+        Index(
+            "ix_execution_admitted",
+            "concurrency_key",
+            postgresql_where=text("concurrency_key IS NOT NULL AND target <> 'limited' AND ended_at IS NULL"),
+            sqlite_where=text("concurrency_key IS NOT NULL AND target <> 'limited' AND ended_at IS NULL"),
+        ),
+        Index(
+            "ix_execution_follow_up",
+            "follow_up_at",
+            "ended_at",
+            postgresql_where=text("follow_up IS NOT NULL AND ended_at IS NOT NULL"),
+            sqlite_where=text("follow_up IS NOT NULL AND ended_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_execution_deployed",
+            "target",
+            "ended_at",
+            postgresql_where=text("target <> 'shared' AND target <> 'limited' AND ended_at IS NOT NULL"),
+            sqlite_where=text("target <> 'shared' AND target <> 'limited' AND ended_at IS NOT NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -71,6 +109,9 @@ class Execution(SQLModel, table=True):
     user_id: str
     status: str = ExecutionStatus.PENDING
     target: str = SHARED
+    """Who may take it: any worker, the pods of the workflow whose id it is, or nobody while it waits for a place."""
+    home: str | None = None
+    """The target that it has otherwise, if that isn't `shared`."""
     trigger_type: str
     definition_hash: str
     rank: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -98,6 +139,23 @@ class Execution(SQLModel, table=True):
     resumed_from: str | None = None
     inbox: str
     """Of the gateway that accepted it, which is told of its end without asking."""
+    parent_id: str | None = None
+    """The execution that started it, by one of its nodes."""
+    root_id: str | None = None
+    """The first of the executions that started one another; None for one that nobody started so."""
+    depth: int = 0
+    """How many executions are above it."""
+    signals: int = Field(default=0, sa_column=Column(Integer, nullable=False))
+    """Answers that its waiting nodes were given, ever: one that has seen fewer may not go to sleep."""
+    concurrency_key: str | None = None
+    """Runs with the same key share `concurrency_limit` places."""
+    concurrency_limit: int | None = None
+    follow_up: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    """What is still to be done about its end; None: nothing, as for most."""
+    follow_up_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    """Not before then, since somebody is at it, or it was tried and failed."""
+    follow_up_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    """How its messages to the outside went so far, for whoever looks; None while there was none."""
     has_journal: bool = False
     """Spans of an earlier attempt, or of the run it resumes, are to be read before it goes on."""
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
@@ -136,7 +194,7 @@ class SpanRow(SQLModel, table=True):
 
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)
-    iteration: int = Field(primary_key=True, default=0)
+    iteration: str = Field(primary_key=True, default="")
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
     id: str
     sequence: int
@@ -153,8 +211,37 @@ class SpanRow(SQLModel, table=True):
     output: str | None = Field(default=None, sa_column=Column(Text))
     error: str | None = Field(default=None, sa_column=Column(Text))
     unresolved: str | None = Field(default=None, sa_column=Column(Text))
+    awaits: str | None = Field(default=None, sa_column=Column(Text))
     resolved_config: str | None = Field(default=None, sa_column=Column(Text))
     hashes: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
+    input_blob: str | None = Field(default=None, sa_column=Column(Text))
+    """JSON: `{"$blob": {sha256, size, type, name}}`, in the place of an input that is too large for a row."""
+    output_blob: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class Signal(SQLModel, table=True):
+    """An answer to a node that waits for one; the first counts, and there is no second."""
+
+    execution_id: str = Field(primary_key=True)
+    node_id: str = Field(primary_key=True)
+    iteration: str = Field(primary_key=True, default="")
+    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    payload: str = Field(sa_column=Column(Text, nullable=False))
+    """JSON: `{"output": …, "port": "output"}` or `{"error": {code, message}}`."""
+    user_id: str | None = None
+    """Who has answered, if that was a person."""
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+
+
+class PaceRow(SQLModel, table=True):
+    """From when on the next of something that happens at a limited rate may pass."""
+
+    __tablename__ = "pace"
+
+    organization_id: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    next_at: datetime = Field(sa_column=Column(Instant, nullable=False, index=True))
 
 
 class LogRow(SQLModel, table=True):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIN_SECRET_LENGTH = 32
 
@@ -39,15 +41,79 @@ class Settings(BaseSettings):
     )
     secret_key: SecretStr | None = Field(
         default=None,
-        description="At least 32 random characters, the same in every process: API keys are hashed with it.",
+        description=(
+            "At least 32 random characters, the same in every process: API keys are hashed with it, and the secrets"
+            " of data sources encrypted."
+        ),
+    )
+    previous_secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Earlier values of `SECRET_KEY`, separated by commas (or a JSON list, where one holds a comma): what they"
+            " hashed and encrypted still works."
+        ),
+    )
+    outbound_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Private networks that nodes and data sources may reach, separated by commas:"
+            " `10.1.0.0/16,127.0.0.1/32`."
+        ),
+    )
+    blob_url: str = Field(
+        default="",
+        description=(
+            "Where outputs too large for a row and files go: `s3://bucket/prefix`, or unless set a folder `blobs` in"
+            " the data folder, which all processes must share then."
+        ),
+    )
+    blob_s3_endpoint: str = Field(
+        default="", description="Address of an S3 other than Amazon's: `https://minio.example.com:9000`."
+    )
+    blob_s3_region: str = Field(default="us-east-1", description="Region of the bucket in `BLOB_URL`.")
+    blob_s3_access_key_id: str = Field(
+        default="",
+        description="Key for that bucket; unless set, that of the environment or the machine's role.",
+    )
+    blob_s3_secret_access_key: SecretStr | None = Field(
+        default=None, description="Secret of `BLOB_S3_ACCESS_KEY_ID`."
+    )
+    max_run_depth: int = Field(
+        default=10,
+        ge=0,
+        le=100,
+        description="How many runs may stand above one that a node of another has started.",
+    )
+    max_sub_runs: int = Field(
+        default=1_000,
+        ge=0,
+        description="Runs that one run may start by its nodes, together with those that they start in turn.",
+    )
+    heartbeat_file: Path | None = Field(
+        default=None,
+        description="File that a process touches every 5 s while its event loop turns: a sign of life for supervisors.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least that is logged: `debug`, `info`, `warning` or `error`."
     )
 
+    @field_validator("previous_secret_keys", "outbound_allowed_networks", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @property
+    def files_dir(self) -> Path:
+        """The folder that holds one for each organisation, of the files that its workflows may use."""
+        return self.data_dir / "files"
+
     @property
     def secret(self) -> bytes:
-        """The secret that keys are hashed with; raises `InvalidSettings` where there is none, or hardly one."""
+        """The secret of now; raises `InvalidSettings` where there is none, or hardly one."""
         text = self.secret_key.get_secret_value() if self.secret_key else ""
         if len(text) < MIN_SECRET_LENGTH:
             raise InvalidSettings(
@@ -56,8 +122,19 @@ class Settings(BaseSettings):
             )
         return text.encode()
 
+    @property
+    def previous_secrets(self) -> tuple[bytes, ...]:
+        """The secrets before; raises `InvalidSettings` for one that can't have been one."""
+        texts = [one.get_secret_value() for one in self.previous_secret_keys]
+        if any(len(text) < MIN_SECRET_LENGTH for text in texts):
+            raise InvalidSettings(
+                f"PILOTFLAME_PREVIOUS_SECRET_KEYS must hold secrets of at least {MIN_SECRET_LENGTH} characters each,"
+                " separated by commas"
+            )
+        return tuple(text.encode() for text in texts)
+
     def check_for_production(self) -> None:
         """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
-        _ = self.secret
+        _ = self.secret, self.previous_secrets
         if self.redis_url is None:
             raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

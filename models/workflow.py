@@ -96,6 +96,8 @@ class Workflow(SQLModel, table=True):
     search_text: str = Field(default="", sa_type=Text)
     """Name and description once more, alike in capitals and small letters; written along with the row too."""
     scopes: list[str] = Field(sa_column=Column(JsonText, nullable=False))
+    lifecycle: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    """When it has compute of its own, once it is deployed; None: as most."""
     is_public: bool = False
     is_template: bool = False
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))

@@ -11,6 +11,8 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
                                     # { default = "write", field = "method", cases = { GET = "read" } }
     trigger = "webhook"             # only on a node that starts a graph: what kind of event it takes
     joins = true                    # branches meet in it as its config's `mode` and `combine` say; see engine/joins.py
+    loops = true                    # what is behind its port `continue` runs once for each item; see engine/sections.py
+    cpu = "large"                   # it computes for long, when its config is large or `always`; see engine.node.Cpu
     runnable = true                 # false: it may be drawn, but there is no `.py`
     resources = { cpu = "500m", memory = "256Mi" }  # what a pod that runs it asks for; default: 100m and 128Mi
     s3_location = "s3://…"          # the address of its package; default: by type and version
@@ -24,6 +26,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     condition = "condition"         # a condition, tested by the node
     "cases[].condition" = "condition"  # one in each item of a list
     each = "value"                  # a template or `{"$op": …}`, rendered by the node
+    source = "literal"              # what is written, never rendered
 
     [input]                         # what it takes and gives, in a sentence
     description = "…"
@@ -40,6 +43,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     type = "string"
     x-resource = "datasources:read" # what its value is the id of, and what the node does with that
     x-constant = true               # no expression: it must be known before the run
+    x-language = "python"           # a script, `literal` in [compiled]: validation parses it
 
     [[examples]]                    # run by the tests
     config = {…}
@@ -73,6 +77,7 @@ from engine.node import (
     OF_EACH,
     OUTPUT,
     Compile,
+    Cpu,
     Effect,
     EffectRule,
     NodeType,
@@ -212,6 +217,8 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: dict[str, Any]
     trigger: str | None = None
     joins: bool = False
+    loops: bool = False
+    cpu: Cpu | None = None
     runnable: bool = True
     s3_location: str = ""
     resources: dict[str, Any] = {}
@@ -245,8 +252,10 @@ def _read_entry(path: Path) -> NodeType:
         trigger_kind=entry.trigger,
         compiled=entry.compiled,
         joins=entry.joins,
+        loops=entry.loops,
         input_description=entry.input.description,
         output=_output(entry.output),
+        cpu=entry.cpu,
         runnable=entry.runnable,
         resources={**RESOURCES, **entry.resources},
         s3_location=entry.s3_location or f"{PACKAGES}/{entry.type}/{entry.version}",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
+SHORTEST_TIMEOUT_SECONDS = 0.1
+LONGEST_TIMEOUT_SECONDS = 300
 SHOWN_KEYS = 8
 SHOWN_CHARACTERS = 40
 
@@ -36,6 +38,11 @@ def number(config: Mapping[str, Json], name: str, *, minimum: float, maximum: fl
         message = f"`{name}` must be from {minimum:,} to {maximum:,}, not {value}"
         raise NodeError(message, code="invalid-config")
     return value
+
+
+def timeout_seconds(config: Mapping[str, Json]) -> float:
+    """Return how long a node waits for another system."""
+    return number(config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS)
 
 
 def flag(config: Mapping[str, Json], name: str) -> bool:

@@ -32,6 +32,7 @@ CONNECT_SECONDS = 5
 KEEP_ALIVE_SECONDS = 4  # many servers close an idle connection after 5, and a request must not meet that
 MAX_CONNECTIONS = 256
 FIRST_UNPRIVILEGED_PORT = 1024
+SMALL_PIECE_BYTES = 16
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
@@ -62,6 +63,8 @@ class OutboundPolicy:
     max_header_bytes: int = 32_768
     max_response_bytes: int = 10_000_000
     """Counted after decompression."""
+    max_pieces: int = 10_000
+    """Of a body, while they are small: each takes more time than its bytes."""
     timeout_seconds: float = 30
     """For a request that brings no timeout of its own."""
 
@@ -337,8 +340,15 @@ class Outbound:
 
     async def _read_body(self, response: ClientResponse) -> bytes:
         body = bytearray()
-        async for chunk in response.content.iter_any():
+        pieces = 0
+        async for chunk, _ in response.content.iter_chunks():
+            if not chunk and response.content.at_eof():
+                break  # the stream of all answers without a body is one, and says for ever that it has ended
             body += chunk
+            pieces += 1
+            if pieces > self._policy.max_pieces and len(body) < pieces * SMALL_PIECE_BYTES:
+                message = f"the response comes in more than {self._policy.max_pieces} pieces of a few bytes"
+                raise OutboundRefused(Refusal.INVALID_RESPONSE, message)
             if len(body) > self._policy.max_response_bytes:
                 message = f"the response has more than {self._policy.max_response_bytes} bytes"
                 raise OutboundRefused(Refusal.RESPONSE_TOO_LARGE, message)

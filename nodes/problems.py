@@ -10,6 +10,7 @@ from engine import names
 from engine.node import OF_EACH, Compile
 from engine.values import encode
 from nodes import fields
+from nodes.formats import FORMATS
 
 if TYPE_CHECKING:
     from jsonschema_rs import Draft202012Validator, ValidationError
@@ -75,7 +76,8 @@ def validator(node_type: NodeType) -> Draft202012Validator:
     for place, kind in node_type.compiled.items():
         if kind is Compile.CONDITION:
             schema = changed_at(schema, place, lambda _said: {"type": "object"})
-    return Draft202012Validator(accepting_templates(schema))
+    fits = {name: form.fits for name, form in FORMATS.items()}
+    return Draft202012Validator(accepting_templates(schema), validate_formats=True, formats=fits)
 
 
 def changed_at(schema: Schema, place: str, change: Callable[[Schema], Schema]) -> Schema:
@@ -108,6 +110,8 @@ def accepting_templates(schema: Schema) -> dict[str, Json]:
 def _or_template(schema: Json) -> Json:
     if not isinstance(schema, dict):
         return schema
+    if "x-language" in schema:  # a script is never rendered, whatever braces it has
+        return accepting_templates(schema)
     if schema.get("x-constant") is True:
         return accepting_templates(schema)
     return {"if": dict(TEMPLATE), "else": accepting_templates(schema)}
@@ -197,6 +201,12 @@ def _message(error: ValidationError, facts: Mapping[str, Any]) -> str:
             return f"must be {wanted}, not {fields.kind_of(cast('Json', error.instance))}"
         case "enum":
             return f"must be one of {', '.join(encode(option).decode() for option in facts['options'])}"
+        case "format" if facts["format"] in FORMATS:
+            return f"must be {FORMATS[facts['format']].wanted}"
+        case "not" if facts["schema"] == {"pattern": TEMPLATE["pattern"]}:
+            return "can't hold an expression (`{{`): it must be known before the run"
+        case "pattern" if "pattern" not in facts:
+            return "takes too long to be matched by the pattern"
         case keyword if keyword in LIMITS:
             return LIMITS[keyword].format_map(facts)
         case keyword:

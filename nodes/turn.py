@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+
+from engine import patience
 
 TURN_SECONDS = 0.005
 
@@ -17,5 +18,5 @@ class Turn:
     async def share(self) -> None:
         """Let other work run, when this turn has lasted long enough; a cancellation arrives here too."""
         if time.monotonic() >= self._ends_at:
-            await asyncio.sleep(0)
+            await patience.rest()
             self._ends_at = time.monotonic() + TURN_SECONDS

@@ -34,7 +34,7 @@ async def create_organization(settings: Settings, name: str) -> str:
         made = await access_store.create_organization(connection, name=name, now=datetime.now(UTC))
         return made.id
 
-    async with _database(settings) as database:
+    async with opened(settings) as database:
         return await database.transaction(create)
 
 
@@ -51,7 +51,7 @@ async def create_user(settings: Settings, organization: str, email: str, name: s
         await audit.record(connection, author, Action.USER_CREATED, made.id, before=None, after=after)
         return made.id
 
-    async with _database(settings) as database:
+    async with opened(settings) as database:
         try:
             return await database.transaction(create)
         except EmailTaken as error:
@@ -86,13 +86,13 @@ async def create_key(
         await audit.record(connection, author, Action.KEY_CREATED, made.row.id, before=None, after=after)
         return made.key
 
-    async with _database(settings) as database:
+    async with opened(settings) as database:
         return await database.transaction(create)
 
 
 async def list_keys(settings: Settings, organization: str | None) -> Sequence[ApiKey]:
     """Return an organisation's keys, the newest first; raises `Refusal`."""
-    async with _database(settings) as database, database.read() as connection:
+    async with opened(settings) as database, database.read() as connection:
         found = await _organization(connection, organization)
         _, keys = await access_store.list_keys(connection, found.id, user_id=None, limit=MAX_LISTED, offset=0)
         return keys
@@ -116,12 +116,13 @@ async def revoke_key(settings: Settings, organization: str | None, key_id: str) 
             after=audit.content_hash(revoked.after),
         )
 
-    async with _database(settings) as database:
+    async with opened(settings) as database:
         await database.transaction(revoke)
 
 
 @asynccontextmanager
-async def _database(settings: Settings) -> AsyncIterator[Database]:
+async def opened(settings: Settings) -> AsyncIterator[Database]:
+    """Lend the database to a command; raises `OutdatedDatabase`."""
     database = Database(parse_url(settings.database_url))
     try:
         await migrating.require_current(database)

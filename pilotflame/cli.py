@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pilotflame.log_lines import Lines, Render
 
 REFUSED: Final = 2
+SHOWN_IDS: Final = 20
 REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What a terminal may act on, and what turns a line around."""
@@ -125,6 +126,30 @@ def scheduler() -> None:
 
 
 @app.command()
+def deployer() -> None:
+    """Bring the cluster to what is wanted of deployed workflows; of several, one works at each."""
+    from workers.deployer.settings import DeployerSettings
+
+    settings = DeployerSettings()
+    _begin(settings)
+    from workers.deployer import main
+
+    main.serve(settings)
+
+
+@app.command()
+def runner() -> None:
+    """Run the executions of one deployed workflow, in a pod of its own."""
+    from runner.settings import RunnerSettings
+
+    settings = RunnerSettings()  # type: ignore[call-arg]  # they stand in the environment
+    _begin_log(settings.log_level)
+    from runner import main
+
+    main.serve(settings)
+
+
+@app.command()
 def migrate() -> None:
     """Bring the database's tables up to date; safe to repeat."""
     from models import migrating
@@ -136,12 +161,17 @@ def migrate() -> None:
 
 
 def _begin(settings: Settings, render: Render | None = None) -> Lines:
-    """Set up what a process needs before its own modules are loaded: its log, and a good end."""
-    from pilotflame import log_lines
-
+    """Set up what a process needs before its own modules are loaded."""
     if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
         raise Refusal("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
-    lines = log_lines.begin(settings.log_level, render or log_lines.as_json)
+    return _begin_log(settings.log_level, render)
+
+
+def _begin_log(level: str, render: Render | None = None) -> Lines:
+    """Set up a process's log, and a good end."""
+    from pilotflame import log_lines
+
+    lines = log_lines.begin(level, render or log_lines.as_json)
     for number in (signal.SIGTERM, signal.SIGINT):
         # At once while it starts; and when Uvicorn, having stopped, repeats the signal that stopped it.
         signal.signal(number, lambda *_: sys.exit(0))
@@ -222,6 +252,28 @@ def revoke_key(key_id: str, org: AnyOrganization = None) -> None:
     from pilotflame import accounts
 
     asyncio.run(accounts.revoke_key(_settings(), org, key_id))
+
+
+@keys.command("rotate-secret")
+def rotate_secret() -> None:
+    """Encrypt everything anew by PILOTFLAME_SECRET_KEY that one of PILOTFLAME_PREVIOUS_SECRET_KEYS has encrypted.
+
+    Safe to repeat, and while the server runs: what is interrupted goes on where it was.
+    """
+    from pilotflame import rotation
+
+    done = asyncio.run(rotation.rotate(_settings()))
+    typer.echo(f"{done.sealed} encrypted anew")
+    if done.waiting_keys:
+        typer.echo(
+            f"API keys that go by an earlier secret until they are used: {done.waiting_keys}. "
+            "Those that are not used before it is taken away stop working"
+        )
+    if done.unreadable:
+        raise Refusal(
+            f"{len(done.unreadable)} can't be read by any of the secrets that are set, and stay as they are: "
+            f"{', '.join(done.unreadable[:SHOWN_IDS])}"
+        )
 
 
 def _settings() -> Settings:

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -22,7 +23,7 @@ from gateway.bootstrap import bootstrap
 from gateway.settings import GatewaySettings
 from journal.opening import open_store
 from messages import broker as brokers
-from models import access, migrating
+from models import access, ids, migrating
 from models import database as databases
 from models.database import Database
 from models.migrating import OutdatedDatabase
@@ -32,11 +33,16 @@ from pilotflame.log_lines import Lines
 from pilotflame.refusal import Refusal
 from scheduler.main import duties, ticking
 from scheduler.settings import SchedulerSettings
+from workers.deployer import main as deployers
+from workers.deployer.deployer import deploying
+from workers.deployer.settings import DeployerSettings
 from workers.main import working
 from workers.settings import WorkerSettings
 
 log = structlog.get_logger()
 
+OWNER: Final = "dev"
+"""What the names begin with by which such a process holds runs."""
 EXAMPLE: Final = (
     '{"name": "Hello", "nodes": [{"id": "start", "type": "manual"},'
     ' {"id": "greet", "type": "template", "config": {"text": "Hello, {{ data.body.name }}!"}}],'
@@ -63,12 +69,18 @@ class Roles:
     gateway: GatewaySettings
     worker: WorkerSettings
     scheduler: SchedulerSettings
+    deployer: DeployerSettings
 
     @classmethod
     def told(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> Roles:
         """Read the environment for what isn't given."""
+        # Nothing isolates local pods from one another: in one process for one user, they are all that user's own.
+        local: dict[str, Any] = {**shared, "cluster": "local"}
         return cls(
-            GatewaySettings(**shared, **gateway), WorkerSettings(**shared), SchedulerSettings(**shared)
+            GatewaySettings(**local, **gateway),
+            WorkerSettings(**shared),
+            SchedulerSettings(**shared),
+            DeployerSettings(**local, allow_local_pods=True),
         )
 
 
@@ -89,15 +101,27 @@ async def _run(
         await _bring_up_to_date(database, migration)
         store = await open_store(url)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect(None)
+        broker = await brokers.connect(None, inbox=ids.new(OWNER))
         stack.push_async_callback(broker.close)
-        # Nobody else has the folder: what is held in its database was held by a process that is gone.
-        if data_dir.holds_database(roles.gateway) and (count := await store.take_back("")):
+        # Nobody else has the folder: what such a process holds in its database was held by one that is gone. Its pods
+        # may have outlived it, and go on with what they hold.
+        if data_dir.holds_database(roles.gateway) and (count := await store.take_back(f"{OWNER}_")):
             log.info("executions taken back", count=count)
         key = await _first_key(database, roles.gateway)
         gateway = await stack.enter_async_context(state.assembled(roles.gateway, database, store, broker))
-        await stack.enter_async_context(working(roles.worker, store, broker))
+        await stack.enter_async_context(working(roles.worker, store, broker, database))
         await stack.enter_async_context(ticking(duties(roles.scheduler, database, store, broker)))
+        deployer = _reached_at(_address(listener), roles.deployer)
+        await stack.enter_async_context(
+            deploying(
+                deployer,
+                database,
+                broker,
+                partial(deployers.open_driver, deployer),
+                command=deployers.command(deployer),
+                close_driver=deployers.end_pods,
+            )
+        )
         app = gateways.create_app(lambda: nullcontext(gateway))
         # By way of the log, so that it stands behind what was logged before.
         lines.put(_greeting(_address(listener), key).encode())
@@ -122,6 +146,14 @@ async def _first_key(database: Database, settings: GatewaySettings) -> str | Non
         return None
     key = access.new_key()
     return key if await bootstrap(database, key, settings.secret) else None
+
+
+def _reached_at(address: str, settings: DeployerSettings) -> DeployerSettings:
+    """Return the deployer's settings with the gateway of this process, as its pods reach it."""
+    url = settings.runner_gateway_url or address.replace("//0.0.0.0:", "//127.0.0.1:").replace(
+        "[::]", "[::1]"
+    )
+    return settings.model_copy(update={"runner_gateway_url": url})
 
 
 def _address(listener: socket.socket) -> str:

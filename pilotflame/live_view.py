@@ -28,7 +28,7 @@ COLOURS: Final = {
 
 
 class LiveView:
-    """What is known of a run: a heading, and a row for each node."""
+    """What is known of a run: a heading, and a row for each node, in a loop for each of its turns."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -49,7 +49,7 @@ class LiveView:
             table.add_column(heading, justify="right" if heading == "time" else "left", overflow="ellipsis")
         for span in list(self._spans.values())[-MAX_ROWS:]:
             table.add_row(
-                Text(span["nodeLabel"] or span["nodeId"]),
+                Text(_name(span)),
                 Text(span["nodeType"]),
                 _status(span["status"]),
                 _duration(span["durationMs"]),
@@ -70,6 +70,11 @@ def show(name: str, events: Iterable[Event]) -> None:
         for event in events:
             view.take(event)
         live.refresh()
+
+
+def _name(span: dict[str, Any]) -> str:
+    name: str = span["nodeLabel"] or span["nodeId"]
+    return f"{name} [{span['iteration']}]" if span["iteration"] else name
 
 
 def _status(status: str) -> Text:

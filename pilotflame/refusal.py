@@ -18,10 +18,13 @@ def explained(error: Exception) -> str | None:
 
     if isinstance(error, ValidationError):
         return "; ".join(_wrong_setting(one["loc"], one["msg"]) for one in error.errors(include_input=False))
-    from messages.broker import BrokerError
-    from models.database import DatabaseUnavailable, InvalidDatabaseUrl
-    from models.migrating import OutdatedDatabase
-    from models.settings import InvalidSettings
+    try:
+        from messages.broker import BrokerError
+        from models.database import DatabaseUnavailable, InvalidDatabaseUrl
+        from models.migrating import OutdatedDatabase
+        from models.settings import InvalidSettings
+    except ImportError:
+        return None  # a pod has no client of a database, and none of their errors
 
     told = (BrokerError, DatabaseUnavailable, InvalidDatabaseUrl, InvalidSettings, OutdatedDatabase)
     return str(error) if isinstance(error, told) else None

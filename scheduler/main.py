@@ -17,14 +17,22 @@ import uvloop
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
+from execution import abandoned, due_runs
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import migrating
+from models import heartbeat, migrating
 from models.database import Database, DatabaseUnavailable
-from scheduler import recovery, retention
+from scheduler import (
+    lifecycle,
+    old_executions,
+    orphaned_blobs,
+    recovery,
+    retention,
+    unused_definitions,
+)
 from scheduler.leadership import RENEWALS_PER_LEASE, Leader
 from scheduler.settings import SchedulerSettings
 
@@ -47,7 +55,32 @@ def duties(settings: SchedulerSettings, database: Database, store: Store, broker
     """Return what is to be done, and how often."""
     return (
         Duty("recover executions", settings.sweep_seconds, partial(recovery.recover, store, broker)),
+        Duty(
+            "end abandoned executions",
+            settings.sweep_seconds,
+            partial(abandoned.end, database, store, broker),
+        ),
         Duty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
+        Duty("forget past paces", 60, partial(retention.forget_past_paces, database)),
+        Duty("delete old executions", 600, partial(old_executions.delete_old, settings, database)),
+        Duty("delete unused definitions", 86_400, partial(unused_definitions.delete_unused, database)),
+        Duty(
+            "admit waiting executions",
+            settings.sweep_seconds,
+            partial(recovery.admit_waiting, database, broker),
+        ),
+        Duty(
+            "keep lifecycle policies",
+            settings.lifecycle_seconds,
+            partial(lifecycle.keep_policies, database, broker),
+        ),
+        Duty(
+            "see to waiting executions",
+            settings.sweep_seconds,
+            partial(due_runs.see_to, database, broker),
+        ),
+        Duty("forget lifecycle decisions", 3_600, partial(lifecycle.forget_decisions, database)),
+        Duty("sweep blobs", 3_600, partial(orphaned_blobs.sweep, settings, database)),
     )
 
 
@@ -62,6 +95,7 @@ async def _serve(settings: SchedulerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)

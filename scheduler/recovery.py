@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from journal import admission
+from messages import hints
 from messages.broker import BrokerUnavailable
 
 if TYPE_CHECKING:
     from journal.store import Store
     from messages.broker import Broker
+    from models.database import Database
 
 log = structlog.get_logger()
 
@@ -32,3 +35,13 @@ async def recover(store: Store, broker: Broker) -> None:
         except BrokerUnavailable as error:
             # Every worker sweeps too, and who polls an execution looks at its row.
             log.debug("broker not reached", reason=str(error))
+
+
+async def admit_waiting(database: Database, broker: Broker) -> None:
+    """Let runs go on for which a place is free that nobody has given; raises `DatabaseUnavailable`."""
+    admitted, after = await admission.admit_waiting(database)
+    while after:
+        more, after = await admission.admit_waiting(database, after)
+        admitted += more
+    if admitted:
+        await hints.wake(broker)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, select, tuple_
-from sqlmodel import col
+from sqlmodel import SQLModel, col
 
 from models.database_time import DatabaseTime
-from models.execution import Idempotency
+from models.execution import Idempotency, PaceRow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
 
     from models.database import Database
 
@@ -20,19 +23,42 @@ BATCH_ROWS: Final = 1_000
 
 async def forget_expired_keys(database: Database) -> None:
     """Delete the idempotency keys whose day is over; raises `DatabaseUnavailable`."""
-    while await database.transaction(_forget_batch) == BATCH_ROWS:
+    identity = (col(Idempotency.lane), col(Idempotency.scope), col(Idempotency.key))
+    await _forget(database, Idempotency, identity, col(Idempotency.expires_at))
+
+
+async def forget_past_paces(database: Database) -> None:
+    """Delete the rates at which nothing has happened lately: their rows say no more than that anything may pass.
+
+    Raises `DatabaseUnavailable`.
+    """
+    identity = (col(PaceRow.organization_id), col(PaceRow.key))
+    await _forget(database, PaceRow, identity, col(PaceRow.next_at))
+
+
+async def _forget(
+    database: Database,
+    table: type[SQLModel],
+    identity: Sequence[SQLColumnExpression[Any]],
+    ends_at: SQLColumnExpression[Any],
+) -> None:
+    while await database.transaction(partial(_forget_batch, table, identity, ends_at)) == BATCH_ROWS:
         pass
 
 
-async def _forget_batch(connection: AsyncConnection) -> int:
-    identity = (col(Idempotency.lane), col(Idempotency.scope), col(Idempotency.key))
-    expired = (
+async def _forget_batch(
+    table: type[SQLModel],
+    identity: Sequence[SQLColumnExpression[Any]],
+    ends_at: SQLColumnExpression[Any],
+    connection: AsyncConnection,
+) -> int:
+    over = (
         select(*identity)
-        .where(col(Idempotency.expires_at) < DatabaseTime())
-        .order_by(col(Idempotency.expires_at))
+        .where(ends_at < DatabaseTime())
+        .order_by(ends_at)
         .limit(BATCH_ROWS)
         # What a request is just renewing is left alone: two that lock several rows in different orders would deadlock.
         .with_for_update(skip_locked=True)
     )
-    result = await connection.execute(delete(Idempotency).where(tuple_(*identity).in_(expired)))
+    result = await connection.execute(delete(table).where(tuple_(*identity).in_(over)))
     return result.rowcount

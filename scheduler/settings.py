@@ -15,6 +15,19 @@ class SchedulerSettings(Settings):
         gt=0,
         description="How often the scheduler looks for runs that nobody holds, as each worker does.",
     )
+    lifecycle_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="How often deployments are started and stopped as their lifecycle policies say.",
+    )
+    retention_days: int = Field(
+        default=14, ge=1, le=36_500, description="Executions are kept for so many days after their end."
+    )
+    retention_runs: int = Field(
+        default=10_000,
+        ge=1,
+        description="Executions of one workflow that are kept: beyond them, the oldest go after a day.",
+    )
     leadership_seconds: float = Field(
         default=10.0,
         gt=0,

@@ -2,17 +2,20 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
 
 from engine.graph import Node
-from engine.node import Call, HttpClient, HttpResponse, Outcome, Result, Services, Wait
+from engine.node import Await, Call, Each, Outcome, Result, Wait
 from engine.program import compile_node
+from engine.services import Blobs, Caller, Code, DataSources, Files, HttpClient, HttpResponse, Pace, Services
 from engine.values import Json
 from nodes import catalog
+from nodes.catalog import Catalog
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CALLER = Caller("org_1", "user_1", "wf_1", "exec", "exec")
 
 
 class NoNetwork:
@@ -33,6 +36,20 @@ class NoNetwork:
         )
 
 
+class EmptyRoad:
+    """Lets everything pass at once, and remembers who asked for what."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int, float, float]] = []
+
+    async def reserve(
+        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+    ) -> datetime:
+        assert caller is CALLER
+        self.asked.append((key, limit, per_seconds, max_wait_seconds))
+        return NOW
+
+
 @dataclass
 class Called:
     """What came of a call, and what it left behind."""
@@ -43,6 +60,7 @@ class Called:
 
     @property
     def output(self) -> Json:
+        assert not isinstance(self.outcome, Await | Each)
         return self.outcome.output if isinstance(self.outcome, Result | Wait) else self.outcome
 
     @property
@@ -50,15 +68,30 @@ class Called:
         return self.outcome.port if isinstance(self.outcome, Result) else "output"
 
 
-async def call(
-    node_type: str, config: Mapping[str, Json], data: Json = None, *, http: HttpClient | None = None
+async def call(  # noqa: PLR0913 - whichever services a node asks for
+    node_type: str,
+    config: Mapping[str, Json],
+    data: Json = None,
+    *,
+    http: HttpClient | None = None,
+    pace: Pace | None = None,
+    data_sources: DataSources | None = None,
+    code: Code | None = None,
+    blobs: Blobs | None = None,
+    files: Files | None = None,
+    library: Catalog | None = None,
 ) -> Called:
     """Run one node on `data`; raises what it raises."""
     called = Called()
-    program = compile_node(Node(id="node", type=node_type, config=config), catalog.load())
+    library = library or catalog.load()
+    services = Services(http=http or NoNetwork(), pace=pace or EmptyRoad())
+    services = services if code is None else replace(services, code=code)
+    services = services if blobs is None else replace(services, blobs=blobs)
+    services = services if files is None else replace(services, files=files)
+    program = compile_node(Node(id="node", type=node_type, config=config), library)
     assert program.missing is None, program.missing
     scope: dict[str, Json] = {"data": data, "trigger": data, "nodes": {}, "execution": {"id": "exec"}}
-    outcome = catalog.load().implementation(node_type)(
+    outcome = library.implementation(node_type)(
         Call(
             config=cast("Mapping[str, Json]", program.config.render(scope, called.unresolved)),
             data=data,
@@ -67,10 +100,13 @@ async def call(
             values=program.values,
             unresolved=called.unresolved,
             log=lambda level, message: called.lines.append((level, message)),
+            caller=CALLER,
+            node_id="node",
+            iteration="",
             idempotency_key="exec:node:0",
             attempt=1,
             now=NOW,
-            services=Services(http=http or NoNetwork()),
+            services=services if data_sources is None else replace(services, data_sources=data_sources),
         )
     )
     called.outcome = await outcome if inspect.isawaitable(outcome) else outcome

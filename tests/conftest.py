@@ -17,6 +17,14 @@ def postgres() -> Iterator[services.PostgreSQL]:
 
 
 @pytest.fixture(scope="session")
+def mysql() -> Iterator[services.MySQL]:
+    with services.running_mysql() as server:
+        if server is None:
+            pytest.skip("MariaDB is not installed, and TEST_MYSQL_URL names no server")
+        yield server
+
+
+@pytest.fixture(scope="session")
 def redis_server() -> Iterator[services.Redis]:
     with services.running_redis() as server:
         yield server

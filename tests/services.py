@@ -1,6 +1,6 @@
 """Real servers for tests, each on its own port and in its own folder, and gone when the test process is.
 
-A server that TEST_DATABASE_URL or TEST_REDIS_URL names is used as it is. Otherwise the distribution's
+A server that TEST_DATABASE_URL, TEST_REDIS_URL or TEST_MYSQL_URL names is used as it is. Otherwise the distribution's
 programs are started, or those of the PyPI packages where it has none.
 """
 
@@ -144,6 +144,19 @@ class Redis(Server):
             return False
 
 
+class MySQL(Server):
+    """MariaDB, as distributions have it; another server where the environment names one."""
+
+    STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
+
+    def is_ready(self) -> bool:
+        try:
+            with socket.create_connection(self._address, timeout=1) as connection:
+                return len(connection.recv(64)) > 0
+        except OSError:
+            return False
+
+
 class PgBouncer(Server):
     """Pools by transaction: two statements of one connection may meet two sessions of the server."""
 
@@ -195,6 +208,27 @@ def running_redis() -> Iterator[Redis]:
         options = ["--bind", "127.0.0.1", "--port", str(url.port), "--dir", str(folder)]
         durability = ["--appendonly", "yes", "--save", ""]
         with _running(Redis(url, folder, [_redis_program(folder), *options, *durability])) as server:
+            yield server
+
+
+@contextmanager
+def running_mysql() -> Iterator[MySQL | None]:
+    """Start a MariaDB with a database `test`; None where the program isn't on PATH."""
+    if named := os.environ.get("TEST_MYSQL_URL"):
+        yield MySQL(make_url(named))
+        return
+    program, setup = _on_path("mariadbd"), _on_path("mariadb-install-db")
+    if program is None or setup is None:
+        yield None
+        return
+    with _folder("mysql") as folder:
+        url = URL.create("mysql", "root", None, "127.0.0.1", _free_port(), "test")
+        where = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={folder}"]
+        prepared = [setup, *where, "--auth-root-authentication-method=normal"]
+        subprocess.run(["setpriv", *_as_nobody(), *prepared], check=True, stdout=subprocess.DEVNULL)
+        network = [f"--port={url.port}", "--bind-address=127.0.0.1", f"--socket={folder / 'socket'}"]
+        haste = ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
+        with _running(MySQL(url, folder, [program, *where, *network, *haste])) as server:
             yield server
 
 

@@ -7,23 +7,40 @@ import gc
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import structlog
 import uvloop
 from prometheus_client import start_http_server
 
-from engine.node import Services
+from engine.services import Services
+from execution import abandoned, due_runs
+from execution.child_runs import ChildRuns
+from execution.data_sources import StoredSources
+from execution.executor import Around, Executor
+from execution.node_blobs import NodeBlobs
+from execution.pace import SharedPace
+from execution.user_code import open_code
+from journal import signals
+from journal.blobs.opening import open_blobs
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import migrating
+from models import heartbeat, migrating
 from models.database import Database
+from models.vault import Vault
 from nodes import catalog as catalogs
+from nodes.connections.connections import Connections
+from nodes.connections.folders import Folders
+from nodes.connections.policy import ConnectionPolicy, OwnDatabase
 from nodes.outbound import Outbound, OutboundPolicy
-from workers.executor import Executor
+from nodes.pooled import PooledCatalog
+from nodes.processes import Kind, Processes
+from workers.follow_up import AfterRuns
 from workers.settings import WorkerSettings
+from workers.webhooks import Webhooks
 
 log = structlog.get_logger()
 
@@ -41,15 +58,16 @@ async def _serve(settings: WorkerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
         url = databases.parse_url(settings.database_url)
         database = Database(url)
+        stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        await database.close()
         store = await open_store(url)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
-        await stack.enter_async_context(working(settings, store, broker))
+        await stack.enter_async_context(working(settings, store, broker, database))
         gc.collect()
         gc.freeze()
         log.info("worker ready", inbox=broker.inbox)
@@ -58,13 +76,69 @@ async def _serve(settings: WorkerSettings) -> None:
 
 
 @asynccontextmanager
-async def working(settings: WorkerSettings, store: Store, broker: Broker) -> AsyncIterator[Executor]:
-    """Work as long as the context lasts; on leaving it, hand over what still runs."""
+async def working(
+    settings: WorkerSettings, store: Store, broker: Broker, database: Database
+) -> AsyncIterator[Executor]:
+    """Work as long as the context lasts; on leaving it, hand over what still runs.
+
+    The store is the way of the runs; what comes up now and then goes by the database.
+    """
     outbound = Outbound(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
-    executor = Executor(store, broker, catalogs.load(), Services(http=outbound), settings)
+    blobs = open_blobs(settings)
+    files = Folders(settings.files_dir)
+    processes = Processes(Kind.LIBRARY, limit=settings.cpu_processes)
+    catalog = PooledCatalog(catalogs.load().node_types, processes)
+    code = open_code(settings)
+    vault = Vault(settings.secret, settings.previous_secrets)
+    connections = Connections(
+        StoredSources(database, vault),
+        ConnectionPolicy(
+            allowed_networks=settings.outbound_allowed_networks,
+            own_databases=(OwnDatabase.of_url(settings.database_url),),
+            files=settings.files_dir,
+        ),
+    )
+    runs = ChildRuns(database, store, broker, catalog, settings)
+    services = Services(
+        http=outbound,
+        data_sources=connections,
+        files=files,
+        blobs=NodeBlobs(blobs),
+        code=code,
+        runs=runs,
+        pace=SharedPace(database),
+    )
+    webhooks = Webhooks(database, vault, outbound)
+    after = AfterRuns(database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds)
+    executor = Executor(
+        store,
+        broker,
+        catalog,
+        services,
+        settings,
+        blobs=blobs,
+        around=Around(
+            answers=partial(signals.of, database),
+            on_left=after.left,
+            on_swept=partial(_see_to_others, database, store, broker),
+        ),
+    )
     try:
         await executor.start()
+        after.start()
         yield executor
     finally:
         await executor.drain()
+        await after.close()
+        await code.close()
+        await processes.close()
+        await connections.close()
+        files.close()
+        await blobs.close()
         await outbound.close()
+
+
+async def _see_to_others(database: Database, store: Store, broker: Broker) -> None:
+    """See to runs that nobody else does, should there be no scheduler just now; raises `DatabaseUnavailable`."""
+    await abandoned.end(database, store, broker)
+    await due_runs.see_to(database, broker)

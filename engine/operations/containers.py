@@ -57,7 +57,7 @@ def flatten(values: list[Json]) -> Json:
     return joined_lists([value if type(value) is list else [value] for value in values])
 
 
-@operation("unique")
+@operation("unique", reads_all=True)
 def unique(values: list[Json]) -> Json:
     """Keep the first of elements that are equal."""
     found: dict[Hashable, Json] = {}

@@ -49,7 +49,7 @@ def to_boolean(value: Json) -> bool:
     raise OperationError(f"finds neither true nor false in a value of the type {kind(value)}")
 
 
-@operation("from-json")
+@operation("from-json", reads_all=True)
 def from_json(value: str) -> Json:
     """Read the value that a JSON text holds."""
     return decode(value.encode())

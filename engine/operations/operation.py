@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Final, TypeAlias
 
+from engine import patience
 from engine.values import MAX_NUMBER, InvalidJson, Json, kind
 
 Number: TypeAlias = int | float
 Converter: TypeAlias = Callable[[Json], Json]
 
 MAX_ARGUMENTS: Final = 100
+BRIEF_LENGTH: Final = 200_000
+"""Of a text or list that is made while others wait."""
 MAX_LIST_LENGTH: Final = 1_000_000
 MAX_TEXT_LENGTH: Final = 10_000_000
 
@@ -31,6 +34,8 @@ class Operation:
     max_arguments: int
     takes_first_found: bool
     """Arguments are rendered one by one until one isn't null; what is missing before that is no finding."""
+    reads_all: bool
+    """It looks at whatever its arguments hold, however deep."""
     _function: Callable[..., Json]
     _converters: tuple[Converter, ...]
 
@@ -59,7 +64,9 @@ class Operation:
         return result
 
 
-def operation(name: str, *, takes_first_found: bool = False) -> Callable[[Callable[..., Json]], Operation]:
+def operation(
+    name: str, *, takes_first_found: bool = False, reads_all: bool = False
+) -> Callable[[Callable[..., Json]], Operation]:
     """Make an operation of a function: its parameters say what it takes, its docstring what it is for."""
 
     def make(function: Callable[..., Json]) -> Operation:
@@ -70,6 +77,7 @@ def operation(name: str, *, takes_first_found: bool = False) -> Callable[[Callab
             min_arguments=sum(_is_required(parameter) for parameter in parameters),
             max_arguments=min(sum(map(_most, parameters)), MAX_ARGUMENTS),
             takes_first_found=takes_first_found,
+            reads_all=reads_all,
             _function=function,
             _converters=tuple(_converters(parameters)),
         )
@@ -162,10 +170,14 @@ def _check_size(result: Json) -> None:
 
 
 def check_text_length(length: int) -> None:
+    if length > BRIEF_LENGTH:
+        patience.require()
     if length > MAX_TEXT_LENGTH:
         raise OperationError(f"gives a text of more than {MAX_TEXT_LENGTH:,} characters")
 
 
 def check_list_length(length: int) -> None:
+    if length > BRIEF_LENGTH:
+        patience.require()
     if length > MAX_LIST_LENGTH:
         raise OperationError(f"gives more than {MAX_LIST_LENGTH:,} elements")

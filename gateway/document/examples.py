@@ -13,6 +13,8 @@ import msgspec
 class Example(msgspec.Struct, frozen=True):
     """A request of one operation, and the answer that it gets."""
 
+    path: dict[str, str] = {}
+    """Ids in the path that are others than usual."""
     query: dict[str, str] = {}
     bodies: dict[str, Any] = {}
     """By their names."""

@@ -13,13 +13,20 @@ from gateway import limits
 from gateway.endpoints import (
     access,
     copies,
+    data_sources,
+    deployments,
     document,
     execute,
     executions,
     graph,
     health,
+    inputs,
+    lifecycle,
     nodes,
     sharing,
+    signing,
+    trigger,
+    trying,
     validation,
     versions,
     workflows,
@@ -87,8 +94,14 @@ PLACES: Final[Mapping[str, Place]] = {
     "versions": Place("Number of the version, from 1 on; where two are compared, or `current`.", "1"),
     "diff": Place("Number of the version to compare it with, or `current`.", "current"),
     "share": Place("Id of the user.", "user_789"),
+    "datasources": Place("Id of the data source.", "ds_001"),
     "workflow-nodes": Place("Name of the node type.", "http-request"),
     "executions": Place("Id of the execution.", "exec_xyz789"),
+    "blobs": Place(
+        "What stands as `sha256` in the reference to the content.",
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    ),
 }
 
 IDEMPOTENCY_KEY: Final = Header(
@@ -103,12 +116,21 @@ IF_NONE_MATCH: Final = Header("If-None-Match", "The `ETag` of what the client ha
 LAST_EVENT_ID: Final = Header(
     "Last-Event-ID", "The id of the last event that was seen, or `end`: the stream goes on behind it."
 )
-ETAG: Final = Header("ETag", "Names the workflow's state, for a later `If-Match`.")
+ETAG: Final = Header("ETag", "Names the object's state, for a later `If-Match`.")
 REPLAYED: Final = Header(
     "Idempotent-Replayed",
     "`true` where the answer is that of an earlier request with the same `Idempotency-Key`.",
     {"type": "string", "const": "true"},
     is_always_sent=False,
+)
+SERVER_TIMING: Final = Header(
+    "Server-Timing",
+    "What the answer's time went into: `accept`, the run; `wake`, until a pod took it; `run`, until this answer.",
+)
+COLD_START: Final = Header(
+    "X-Cold-Start",
+    "Whether the workflow's pods had to be started.",
+    {"type": "string", "enum": ["true", "false"]},
 )
 LOCATION: Final = Header("Location", "Where the execution is to be found.")
 DISPOSITION: Final = Header("Content-Disposition", "A name for the file.")
@@ -129,6 +151,17 @@ CREATES: Final = Note(
     sends=(replace(ETAG, is_always_sent=False), REPLAYED),
     refusals=("invalid-idempotency-key", "idempotency-mismatch"),
 )
+TAKES_IN: Final = Note(
+    takes=(IDEMPOTENCY_KEY,),
+    sends=(LOCATION, REPLAYED),
+    refusals=(
+        "invalid-idempotency-key",
+        "idempotency-mismatch",
+        "workflow-paused",
+        "workflow-archived",
+        "workflow-changed",
+    ),
+)
 
 NOTES: Final[Mapping[Handler, Note]] = {
     health.ready: Note(refusals=("not-ready",)),
@@ -136,22 +169,17 @@ NOTES: Final[Mapping[Handler, Note]] = {
     document.page: replace(KEPT, media_type="text/html"),
     access.create_key: Note(refusals=("not-found",)),
     access.create_user: Note(refusals=("email-taken",)),
+    signing.show: Note(refusals=("admin-required", "not-found")),
+    signing.replace: Note(refusals=("admin-required",)),
     workflows.create: CREATES,
     workflows.show: TAGGED,
     workflows.update: EDITS,
     workflows.set_status: EDITS,
-    workflows.delete: replace(EDITS, sends=()).refusing("workflow-running"),
-    execute.start: Note(
-        takes=(IDEMPOTENCY_KEY,),
-        sends=(LOCATION, REPLAYED),
-        refusals=(
-            "invalid-idempotency-key",
-            "idempotency-mismatch",
-            "workflow-paused",
-            "workflow-archived",
-            "workflow-changed",
-        ),
-    ),
+    workflows.delete: replace(EDITS, sends=()).refusing("workflow-deployed", "workflow-running"),
+    execute.start: TAKES_IN.refusing("concurrency-limit", "no-signing-secret"),
+    trying.run_node: replace(
+        TAKES_IN, also={202: Also("The wait ended first: the execution goes on.", trying.TryGoesOn)}
+    ).refusing("duplicate-node-id"),
     copies.duplicate: CREATES,
     copies.use_template: CREATES.refusing("not-found"),
     copies.save_as_template: CREATES.refusing("admin-required"),
@@ -180,11 +208,61 @@ NOTES: Final[Mapping[Handler, Note]] = {
     sharing.add: EDITS.refusing("too-many-shares"),
     sharing.remove: EDITS,
     sharing.set_visibility: EDITS.refusing("admin-required"),
+    deployments.deploy: replace(
+        EDITS, also={202: Also("Its pods are not there yet, or can't start.", deployments.Deployed)}
+    ),
+    deployments.deploy_version: replace(
+        EDITS, also={202: Also("Its pods are not there yet, or can't start.", deployments.Deployed)}
+    ),
+    deployments.undeploy: replace(
+        EDITS, also={202: Also("Its pods are not gone yet.", deployments.Undeployed)}
+    ),
+    deployments.stop: Note(
+        refusals=("not-owner", "not-deployed"),
+        also={202: Also("Its pods are not gone yet.", deployments.Stopped)},
+    ),
+    deployments.start: Note(
+        refusals=("not-owner", "not-deployed"),
+        also={202: Also("Its pods are not there yet, or can't start.", deployments.Running)},
+    ),
+    deployments.show: TAGGED,
+    trigger.start: replace(TAKES_IN, sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START)).refusing(
+        "concurrency-limit", "not-deployed", "outside-window", "stopped-manually", "start-failed"
+    ),
+    deployments.logs: Note(refusals=("not-deployed",)),
+    lifecycle.show: TAGGED,
+    lifecycle.update: EDITS,
+    lifecycle.preview: TAGGED,
+    data_sources.create: CREATES.refusing("data-source-name-taken", "too-many-data-sources"),
+    data_sources.show: TAGGED,
+    data_sources.update: EDITS.refusing("data-source-name-taken"),
+    data_sources.delete: Note(
+        takes=(IF_MATCH,), refusals=("not-owner", "precondition-failed", "data-source-in-use")
+    ),
+    data_sources.list_shares: TAGGED,
+    data_sources.share: EDITS.refusing("too-many-shares"),
+    data_sources.unshare: replace(EDITS, refusals=("not-owner", "precondition-failed", "edit-conflict")),
+    data_sources.set_visibility: EDITS,
+    executions.blob: Note(
+        sends=(replace(ETAG, description="The content's SHA-256."), DISPOSITION),
+        media_type="application/octet-stream",
+    ),
     executions.events: Note(
         takes=(LAST_EVENT_ID,),
         media_type="text/event-stream",
         also={204: Also("The client has seen the end of this stream.")},
         refusals=("invalid-last-event-id",),
+    ),
+    inputs.answer: Note(
+        takes=(IDEMPOTENCY_KEY,),
+        sends=(REPLAYED,),
+        refusals=(
+            "invalid-idempotency-key",
+            "idempotency-mismatch",
+            "already-answered",
+            "input-expired",
+            "no-input-pending",
+        ),
     ),
     executions.resume: Note(
         sends=(LOCATION,),

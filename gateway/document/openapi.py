@@ -16,6 +16,7 @@ from gateway.document import examples, schemas
 from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
 from gateway.endpoint import Access
+from gateway.workflow_shapes import KnownSettings
 from models.access import KeyScope
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
 def document(table: Sequence[Line]) -> Part:
     """Return the document of the API that a table makes."""
     found, named = schemas.of(
-        [kind for line in table for kind in _types(line) if kind is not None] + [Refused]
+        [kind for line in table for kind in _types(line) if kind is not None] + [Refused, KnownSettings]
     )
     in_turn = iter(found)
     paths: dict[str, Part] = {}
@@ -114,7 +115,7 @@ def _operation(line: Line, body: Part | None, answer: Part | None, *others: Part
         "summary": " ".join(summary.split()).removesuffix("."),
         "description": "\n\n".join([*filter(None, [description]), _allowed_to(line.access)]),
         **_security(line.access),
-        "parameters": [*_in_path(line), *_in_query(line.query, shown), *map(_in_header, note.takes)],
+        "parameters": [*_in_path(line, shown), *_in_query(line.query, shown), *map(_in_header, note.takes)],
         "responses": {
             str(line.status): _success(HTTPStatus(line.status).phrase, note, answer, shown.answer),
             **{
@@ -183,7 +184,7 @@ def _security(access: KeyScope | Access) -> Part:
 # ── what goes in ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _in_path(line: Line) -> Iterator[Part]:
+def _in_path(line: Line, shown: Example) -> Iterator[Part]:
     for place, name in _NAMED.findall(line.path):
         yield {
             "name": name,
@@ -191,7 +192,7 @@ def _in_path(line: Line) -> Iterator[Part]:
             "required": True,
             "description": PLACES[place].description,
             "schema": PLACES[place].schema,
-            "example": PLACES[place].example,
+            "example": shown.path.get(name, PLACES[place].example),
         }
 
 

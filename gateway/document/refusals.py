@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gateway import limits
-from gateway.errors import NOT_READY_RETRY_SECONDS
+from gateway.errors import CONCURRENCY_RETRY_SECONDS, NOT_READY_RETRY_SECONDS, START_RETRY_SECONDS
 from gateway.wire import Wire
 
 
@@ -84,34 +84,68 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     "unauthorized": Refusal(401, "There is no valid key in the header `X-API-Key`."),
     "scope-required": Refusal(403, "The key lacks the scope that `details` names."),
     "admin-required": Refusal(403, "Only an admin of the organisation may do this."),
-    "not-owner": Refusal(403, "Only the workflow's owner and admins of the organisation may do this."),
+    "not-owner": Refusal(403, "Only the object's owner and admins of the organisation may do this."),
     "not-found": Refusal(404, "There is no such object, or it is none that the caller may see."),
     "method-not-allowed": Refusal(405, "The path takes other methods: see the header `Allow`."),
-    "edit-conflict": Refusal(409, "Somebody else changed the workflow at the same moment: try again."),
+    "edit-conflict": Refusal(409, "Somebody else changed the object at the same moment: try again."),
+    "data-source-in-use": Refusal(
+        409,
+        "Workflows name the data source: `details` has those that the caller may see. Or use `force=true`.",
+    ),
+    "data-source-name-taken": Refusal(409, "The owner has another data source of this name."),
     "duplicate-connection": Refusal(409, "The workflow has such a connection, or one with this id, already."),
     "duplicate-node-id": Refusal(409, "Another node of the workflow has this id."),
     "email-taken": Refusal(409, "The organisation has a user with this address."),
+    "already-answered": Refusal(409, "Somebody has given the node its answer already."),
+    "input-expired": Refusal(409, "The node has waited for input as long as it was to, and goes on without."),
+    "no-input-pending": Refusal(409, "No node of this id waits for input."),
+    "not-deployed": Refusal(409, "The workflow is not deployed: deploy it first."),
+    "outside-window": Refusal(
+        409, "The schedule of the workflow is closed: `details` says by `opensAt` when it opens."
+    ),
+    "stopped-manually": Refusal(
+        409, "Somebody has stopped the workflow, which is always on: start it first."
+    ),
     "execution-not-failed": Refusal(409, "Only an execution that has failed can be resumed."),
-    "too-many-shares": Refusal(409, f"A workflow may be shared with at most {limits.SHARES:,} users."),
+    "too-many-data-sources": Refusal(
+        409, f"An organisation may have at most {limits.DATA_SOURCES:,} data sources."
+    ),
+    "too-many-shares": Refusal(409, f"An object may be shared with at most {limits.SHARES:,} users."),
     "too-many-versions": Refusal(409, f"A workflow may have at most {limits.VERSIONS:,} versions."),
     "version-tag-taken": Refusal(409, "Another version of the workflow has this tag."),
     "workflow-archived": Refusal(409, "The workflow is archived: set it to draft or active to run it."),
     "workflow-changed": Refusal(409, "The workflow is being changed: try again."),
     "workflow-deleted": Refusal(409, "The execution's workflow is deleted."),
+    "workflow-deployed": Refusal(409, "The workflow is deployed: undeploy it first, or use `force=true`."),
     "workflow-paused": Refusal(409, "The workflow is paused: set it to active to run it."),
     "workflow-running": Refusal(
         409, "Executions have not ended: wait for them, or cancel them by `force=true`."
     ),
-    "precondition-failed": Refusal(
-        412, "The workflow is in another state than the one that `If-Match` names."
-    ),
+    "precondition-failed": Refusal(412, "The object is in another state than the one that `If-Match` names."),
     "payload-too-large": Refusal(413, "The body is larger than the server accepts."),
     "unsupported-media-type": Refusal(415, "The body is not declared as `application/json`."),
     "validation-failed": Refusal(422, "A field is wrong, or the graph is: `details` has an entry for each."),
     "idempotency-mismatch": Refusal(422, "The `Idempotency-Key` was used before, with another body."),
-    "rate-limited": Refusal(429, "Too many requests from this address had no valid key.", 60),
+    "no-signing-secret": Refusal(
+        422,
+        "The organisation has no secret to sign messages with: `POST /api/v1/auth/signing-secret` makes it.",
+    ),
+    "concurrency-limit": Refusal(
+        429,
+        "As many runs of the workflow go on as its settings allow, and further ones are to be refused.",
+        CONCURRENCY_RETRY_SECONDS,
+    ),
+    "rate-limited": Refusal(
+        429, "Too many requests from this address had no valid key, or too many tests of data sources.", 60
+    ),
     "internal-error": Refusal(
         500, "Something went wrong in the server; its log has it under the request's id."
+    ),
+    "start-failed": Refusal(
+        503,
+        "The pods of the workflow can't start, for the reason that the message tells. The execution was accepted, and"
+        " runs when they can: the same `Idempotency-Key` waits on it.",
+        START_RETRY_SECONDS,
     ),
     "not-ready": Refusal(
         503, "A part that the server needs doesn't answer, or it is full: try again.", NOT_READY_RETRY_SECONDS

@@ -45,12 +45,13 @@ def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - a
     tidied = {
         key: _tidied(item, known_as)
         for key, item in value.items()
-        if key != "title" and (key, item) != _NO_DEFAULT
+        # What is called a title is a text; a field of that name has a schema.
+        if not (key == "title" and isinstance(item, str)) and (key, item) != _NO_DEFAULT
     }
     match tidied:
         case {"$ref": str(ref)}:
             tidied["$ref"] = REF + known_as[ref.removeprefix(REF)]
-        case {"anyOf": [{"type": str(kind), **rest}, {"type": "null"}], **others}:
+        case {"anyOf": [{"type": str(kind), **rest}, {"type": "null"}], **others} if "$ref" not in rest:
             return {
                 "type": [kind, "null"],
                 **rest,

@@ -16,7 +16,7 @@ from models.audit import Action
 if TYPE_CHECKING:
     from models.audit import AuditEntry
 
-OBJECT: Final = Text("objectId", "Only changes of this workflow, key or user.")
+OBJECT: Final = Text("objectId", "Only changes of this workflow, data source, key or user.")
 ACTION: Final = Choice("action", "Only changes of this kind.", Action)
 USER: Final = Text("userId", "Only changes by this user.")
 SINCE: Final = Moment("since", "Only changes from this moment on.")
@@ -31,7 +31,7 @@ class Entry(Wire):
     id: str
     action: Action
     object_id: str
-    """The workflow, key or user that was changed."""
+    """The workflow, data source, key or user that was changed."""
     user_id: str
     key_id: str
     """Whose key did it, and which; of whoever runs the server, `operator` both times."""
@@ -52,7 +52,7 @@ class EntryList(Wire):
 
 
 async def index(request: Request) -> JsonResponse:
-    """List who changed which workflow, key or user of the organisation, and when."""
+    """List who changed which workflow, data source, key or user of the organisation, and when."""
     query = request.query
     part, order = query.page(), query[SORT]
     wanted = Filter(query[OBJECT], query[ACTION], query[USER], query[SINCE], query[UNTIL])

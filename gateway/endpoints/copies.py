@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
-from gateway import copying, editing, errors, finding_shapes, idempotency, workflow_rows, workflow_shapes
+from gateway import (
+    copying,
+    editing,
+    errors,
+    finding_shapes,
+    idempotency,
+    limits,
+    shipped,
+    workflow_rows,
+    workflow_shapes,
+)
 from gateway.copying import Bare, Reference, RemovedSecret
 from gateway.finding_shapes import FindingShape
 from gateway.request import Request
@@ -33,6 +43,11 @@ class UseTemplate(Wire):
     template_id: str
     name: Name | None = None
     """Instead of the template's own."""
+    references: Annotated[dict[str, str | None], Meta(max_length=limits.NODES)] | None = None
+    """For each data source or model that the template names, the id to put in its place; null leaves the field empty.
+
+    Without it, what an own template names stays, and what a shipped one names is left empty.
+    """
 
 
 class SaveAsTemplate(Wire):
@@ -125,25 +140,55 @@ async def save_as_template(request: Request) -> JsonResponse:
 
 
 async def templates(request: Request) -> JsonResponse:
-    """List the templates of the caller's organisation, the newest first, without credentials."""
+    """List the templates of the caller's organisation, the newest first, then those that ship with the server.
+
+    None has credentials in it.
+    """
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        count, found = await workflow_rows.templates(connection, request.caller, part)
-    shown = await asyncio.to_thread(lambda: [_template(copying.bare(stored).stored) for stored in found])
-    return JsonResponse({"count": count, "limit": part.limit, "offset": part.offset, "templates": shown})
+        own, found = await workflow_rows.templates(connection, request.caller, part)
+    common = list(shipped.load().values())
+    first = max(part.offset - own, 0)
+    here = common[first : first + part.limit - len(found)]
+
+    def shown() -> list[dict[str, Json]]:
+        catalog = request.gateway.catalog
+        return [_template(copying.bare(stored).stored) for stored in found] + [
+            _template(one.shown(request.caller, catalog)) for one in here
+        ]
+
+    body = {"count": own + len(common), "limit": part.limit, "offset": part.offset}
+    return JsonResponse({**body, "templates": await asyncio.to_thread(shown)})
 
 
 async def use_template(request: Request) -> JsonResponse:
     """Create a draft out of a template."""
     value = await read_json(request)
     body = convert(value, UseTemplate)
+    catalog = request.gateway.catalog
+    template, references = await _to_use(request, body)
+
+    def copied() -> Bare:
+        named = workflow_shapes.changed(template, UpdateWorkflow(name=body.name), catalog)
+        if references is not None:
+            named = copying.resolved(named, copying.references(named, catalog), references)
+        return copying.copied(named, request.caller)
+
+    return await _create(request, value, await asyncio.to_thread(copied), Action.TEMPLATE_USED)
+
+
+async def _to_use(request: Request, body: UseTemplate) -> tuple[Stored, Mapping[str, str | None] | None]:
+    """Return the template, and what is to take the place of what it names; raises 404."""
+    common = shipped.load().get(body.template_id)
+    if common is not None:
+        stored = common.stored(request.caller, request.gateway.catalog)
+        named = copying.references(stored, request.gateway.catalog)
+        return stored, {one.id: None for one in named} | (body.references or {})
     async with request.gateway.database.read() as connection:
         template = await workflow_rows.find(connection, body.template_id, request.caller)
     if template is None or not template.workflow.is_template:
         raise errors.not_found("template")
-    named = workflow_shapes.changed(template, UpdateWorkflow(name=body.name), request.gateway.catalog)
-    copy = await asyncio.to_thread(copying.copied, named, request.caller)
-    return await _create(request, value, copy, Action.TEMPLATE_USED)
+    return template, body.references
 
 
 async def _create(request: Request, body: Json, copy: Bare, action: Action) -> JsonResponse:

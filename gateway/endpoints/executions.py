@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.events import SpanStatus
 from gateway import errors, execution_rows, execution_shapes, limits, live_events, resumption
+from gateway.downloads import Download
 from gateway.ending import ask_to_end
 from gateway.errors import ApiError
 from gateway.execution_rows import Filter
@@ -19,6 +20,7 @@ from gateway.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeNumber
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent, location
 from gateway.wire import Wire
+from journal.blobs.backend import BlobLost, BlobsUnavailable
 from models import ids
 from models.execution import ExecutionStatus
 
@@ -47,10 +49,11 @@ class LogLevel(StrEnum):
 WORKFLOW_ID = Text("workflow_id", "Only executions of this workflow.")
 STATUS = Choices("status", "Only executions in one of these states.", ExecutionStatus)
 TRIGGER_TYPE = Text("trigger_type", "Only executions that this kind of event set off.")
+PARENT_ID = Text("parent_id", "Only executions that were started by nodes of this one.")
 SINCE = Moment("since", "Only executions that were accepted at this time or later.")
 UNTIL = Moment("until", "Only executions that were accepted before this time.")
 SORT = sorted_by(execution_rows.SORTABLE)
-LISTED = (WORKFLOW_ID, STATUS, TRIGGER_TYPE, SINCE, UNTIL, LIMIT, OFFSET, SORT)
+LISTED = (WORKFLOW_ID, STATUS, TRIGGER_TYPE, PARENT_ID, SINCE, UNTIL, LIMIT, OFFSET, SORT)
 WAIT = WholeNumber(
     "wait",
     "Seconds that the answer waits for the execution to end.",
@@ -130,6 +133,7 @@ async def index(request: Request) -> JsonResponse:
         workflow_id=query[WORKFLOW_ID],
         statuses=query[STATUS],
         trigger_type=query[TRIGGER_TYPE],
+        parent_id=query[PARENT_ID],
         since=query[SINCE],
         until=query[UNTIL],
     )
@@ -197,6 +201,24 @@ async def events(request: Request) -> ASGIApp:
     return request.gateway.live_events.stream(key, min(int(last_seen), MAX_SEQUENCE))
 
 
+async def blob(request: Request) -> Download:
+    """Give out a content that is kept for an execution: what the value `{"$blob": …}` stands for.
+
+    The kind of content is that of the value; browsers are told to save it and not to show it.
+    """
+    key = await _visible(request)
+    async with request.gateway.database.read() as connection:
+        owner = await execution_rows.blob_owner(connection, key)
+    if owner is None:
+        raise errors.not_found("execution")
+    try:
+        return await Download.of(request.gateway.blobs, owner, request.path_params["sha256"])
+    except BlobLost as error:
+        raise errors.not_found("blob") from error
+    except BlobsUnavailable as error:
+        raise errors.not_ready("The blob storage does not answer: try again") from error
+
+
 # ── ended and resumed ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -225,12 +247,12 @@ async def resume(request: Request) -> JsonResponse:
     failed = await _visible(request)
     new_id = ids.new("exec")
 
-    async def insert(connection: AsyncConnection) -> None:
-        await resumption.resume(connection, failed, new_id, caller)
+    async def insert(connection: AsyncConnection) -> str | None:
+        return await resumption.resume(connection, failed, new_id, caller)
 
-    await gateway.database.transaction(insert)
+    concurrency_key = await gateway.database.transaction(insert)
     gateway.access.allow(new_id, caller)
-    gateway.acceptances.hint()
+    gateway.acceptances.follow(concurrency_key)
     log.info("execution resumed", execution_id=new_id, resumed_from=failed.execution_id)
     headers = location(gateway.settings, new_id)
     resumed = Resumed(execution_id=new_id, resumed_from=failed.execution_id)

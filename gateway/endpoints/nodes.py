@@ -77,6 +77,7 @@ class ResolvedNode(Wire):
     node_version: str | UnsetType = UNSET
     retry: RetryShape | UnsetType = UNSET
     timeout: int | float | UnsetType = UNSET
+    at_most_once: bool | UnsetType = UNSET
 
 
 class NodeAnswer(Wire):
@@ -170,7 +171,7 @@ async def configure(request: Request) -> JsonResponse:
     """Merge values into a node's config; null takes a key away.
 
     A body with `config`, or with `label` alone, may change the label too; with `config`, also the position, version,
-    retry and timeout. Any other body is taken as the config itself.
+    retry, timeout and whether it runs at most once. Any other body is taken as the config itself.
     """
     body = await read_json(request)
     changes = convert(_wrapped(body), NodeChanges)

@@ -7,12 +7,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from gateway import editing, errors, limits, workflow_shapes
+from gateway import editing, shares, workflow_shapes
 from gateway.errors import ApiError
 from gateway.request import Request
 from gateway.responses import JsonResponse, NoContent
 from gateway.wire import Instant, Wire, decode_body, instant
-from models import access_store
 from models.audit import Action
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ class SetVisibility(Wire):
 async def index(request: Request) -> JsonResponse:
     """List the users that a workflow is shared with."""
     stored = await editing.read(request)
-    shares = [Share(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()]
-    return editing.answer(stored, ShareList(workflow_id=stored.workflow.id, shared_with=shares))
+    guests = [Share(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()]
+    return editing.answer(stored, ShareList(workflow_id=stored.workflow.id, shared_with=guests))
 
 
 async def add(request: Request) -> JsonResponse:
@@ -102,30 +101,20 @@ async def _require_user(request: Request, user_id: str) -> None:
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
         editing.require_writer(request, stored.workflow)
-        user = await access_store.find_user(connection, request.caller.organization_id, user_id)
-    if user is None:
-        raise errors.not_found("user")
+        await shares.require_user(connection, user_id, request.caller)
 
 
 def _shared(before: Stored, user_id: str, caller: Caller, now: datetime) -> Stored:
     """Return a workflow that is shared with one user more; raises 409 and 422."""
-    if user_id in {before.workflow.owner_id, caller.user_id}:
-        message = "userId names somebody who sees the workflow anyway: its owner, or yourself"
-        raise errors.invalid([errors.problem("userId", "own-user", message)])
-    if user_id in before.shared_with:
-        return before
-    if len(before.shared_with) >= limits.SHARES:
-        message = f"A workflow may be shared with at most {limits.SHARES:,} users: make it public instead"
-        raise errors.conflict("too-many-shares", message)
-    return replace(before, shared_with={**before.shared_with, user_id: now})
+    shared_with = shares.added(
+        before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
+    )
+    return replace(before, shared_with=shared_with)
 
 
 def _unshared(before: Stored, user_id: str) -> Stored:
     """Return a workflow that a user sees no longer; raises 404."""
-    if user_id not in before.shared_with:
-        raise errors.not_found("share")
-    shared_with = {user: since for user, since in before.shared_with.items() if user != user_id}
-    return replace(before, shared_with=shared_with)
+    return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
 def _visible(before: Stored, body: SetVisibility, caller: Caller) -> Stored:

@@ -28,6 +28,7 @@ from gateway.responses import JsonResponse
 from gateway.text import Problems
 from gateway.wire import Instant, Wire, decode_body, instant
 from gateway.workflow_shapes import ShownConnection, ShownNode
+from journal import pinning
 from models.audit import Action
 from models.workflow import WorkflowVersion
 
@@ -208,7 +209,7 @@ def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
         **snapshot,
         "nodes": [graph_shapes.shown_node(node) for node in snapshot["nodes"]],
         "connections": [graph_shapes.shown_connection(edge) for edge in snapshot["connections"]],
-        "settings": graph_shapes.effective(snapshot["settings"]),
+        "settings": pinning.effective(snapshot["settings"]),
     }
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import editing, errors, workflow_rows, workflow_shapes
+from gateway import deploying, editing, errors, workflow_rows, workflow_shapes
 from gateway.editing import Edited
 from gateway.ending import ask_to_end
 from gateway.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
@@ -17,8 +17,10 @@ from gateway.responses import JsonResponse, NoContent
 from gateway.wire import Wire, convert, decode_body, read_json
 from gateway.workflow_rows import Filter
 from gateway.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
+from journal import deployments
 from journal.store import ExecutionKey
 from models.audit import Action
+from models.lifecycle import StoppedReason
 from models.workflow import WorkflowStatus
 
 CANCELS_AT_ONCE = 20
@@ -29,7 +31,9 @@ TAG = Text("tag", "Only workflows with this tag.")
 SEARCH = Text("search", "Only workflows with this text in their name or description.")
 SORT = sorted_by(workflow_rows.SORTABLE)
 LISTED = (STATUS, TAG, SEARCH, LIMIT, OFFSET, SORT)
-FORCE = Flag("force", "Cancel the executions that have not ended, instead of refusing.")
+FORCE = Flag(
+    "force", "Undeploy the workflow, and cancel the executions that have not ended, instead of refusing."
+)
 
 
 class SetStatus(Wire):
@@ -113,11 +117,22 @@ async def update(request: Request) -> JsonResponse:
 
 
 async def set_status(request: Request) -> JsonResponse:
-    """Set a workflow's status; it becomes active only with a graph that can run."""
+    """Set a workflow's status: it becomes active only with a graph that can run, and archived without its pods."""
     wanted = (await decode_body(request, SetStatus)).status
+
+    async def undeploy_archived(connection: AsyncConnection, edited: Edited) -> None:
+        if wanted is WorkflowStatus.ARCHIVED:
+            workflow_id = edited.after.workflow.id
+            await deploying.undeploy(connection, request, workflow_id, reason=StoppedReason.ARCHIVED)
+
     edited = await editing.edit(
-        request, Action.WORKFLOW_STATUS_SET, lambda before: before.with_columns(status=wanted)
+        request,
+        Action.WORKFLOW_STATUS_SET,
+        lambda before: before.with_columns(status=wanted),
+        anyway=undeploy_archived,
     )
+    if wanted is WorkflowStatus.ARCHIVED:
+        await deploying.told(request.gateway, edited.after.workflow.id)
     return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 
 
@@ -127,18 +142,25 @@ async def delete(request: Request) -> NoContent:
     live: list[ExecutionKey] = []
 
     async def look_for_runs(connection: AsyncConnection, edited: Edited) -> None:
+        workflow_id = edited.before.workflow.id
+        deployment = await deployments.find(connection, workflow_id)
+        if deployment is not None and deployment.is_deployed and not is_forced:
+            message = "The workflow is deployed: undeploy it first, or do both with ?force=true"
+            raise errors.conflict("workflow-deployed", message)
+        await deploying.undeploy(connection, request, workflow_id)
         # The workflow is gone by now: from here on no run is accepted, so those that are found are all there are.
         live[:] = await workflow_rows.live_executions(connection, edited.before.workflow)
         if live and not is_forced:
             message = f"{len(live)} executions have not ended: wait for them, or cancel them with ?force=true"
             raise errors.conflict("workflow-running", message)
 
-    await editing.edit(
+    edited = await editing.edit(
         request,
         Action.WORKFLOW_DELETED,
         lambda before: before.with_columns(deleted_at=datetime.now(UTC)),
         also=look_for_runs,
     )
+    await deploying.told(request.gateway, edited.after.workflow.id)
     for start in range(0, len(live), CANCELS_AT_ONCE):
         cancelled = live[start : start + CANCELS_AT_ONCE]
         await asyncio.gather(*(ask_to_end(request.gateway, one, "cancel") for one in cancelled))

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
-from base64 import b64encode
-from collections.abc import Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from http.client import responses as reasons
 from typing import TYPE_CHECKING
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
+from engine import patience
 from engine.errors import NodeError
 from engine.values import InvalidJson, as_text, decode, encode
 from nodes import fields
-from nodes.outbound import OutboundRefused, OutboundUnavailable
+from nodes.outbound import OutboundRefused, OutboundResponse, OutboundUnavailable
 
 if TYPE_CHECKING:
-    from engine.node import Call, HttpResponse
+    from engine.node import Call
+    from engine.services import HttpResponse
     from engine.values import Json
 
-SHORTEST_TIMEOUT_SECONDS = 0.1
-LONGEST_TIMEOUT_SECONDS = 300
 FIRST_ERROR_STATUS = 400
 RETRYABLE_BELOW_500 = frozenset({408, 425, 429})
 FIRST_SERVER_ERROR = 500
 SHOWN_BYTES = 200
+SHORTEST_SECRET = 4
+"""Characters; to hide a shorter one would show where it stands."""
+HIDDEN = "[hidden]"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_TYPE = re.compile(r"[\w.+-]+/(?:[\w.+-]+\+)?json\b", re.IGNORECASE)
@@ -62,21 +65,23 @@ READS = frozenset({Method.GET, Method.HEAD, Method.OPTIONS})
 async def run(call: Call) -> Json:
     response_type = fields.choice(call.config, "responseType", ResponseType)
     fails_on_error = fields.flag(call.config, "failOnError")
-    response = await _send(call)
+    url = _url(call.config)
+    secrets = await _secret_headers(call, url)
+    response = _without_secrets(await _send(call, url, secrets), secrets)
     if fails_on_error and response.status >= FIRST_ERROR_STATUS:
         raise _refusal(response)
     return {
         "status": response.status,
         "headers": dict(response.headers),
-        "body": _body(response, response_type),
+        "body": await patience.patiently(_body, response, response_type),
         "url": response.url,
     }
 
 
-async def _send(call: Call) -> HttpResponse:
+async def _send(call: Call, url: str, secrets: Mapping[str, str]) -> HttpResponse:
     config = call.config
     method = fields.choice(config, "method", Method)
-    body, content_type = _request_body(config)
+    body, content_type = await patience.patiently(_request_body, config)
     headers = _headers(config)
     if content_type is not None:
         _set_unless_given(headers, "Content-Type", content_type)
@@ -85,12 +90,10 @@ async def _send(call: Call) -> HttpResponse:
     try:
         return await call.services.http.request(
             method,
-            _url(config),
-            headers=headers,
+            url,
+            headers=_replacing(headers, secrets),
             body=body,
-            timeout_seconds=fields.number(
-                config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS
-            ),
+            timeout_seconds=fields.timeout_seconds(config),
             follow_redirects=fields.flag(config, "followRedirects"),
         )
     except OutboundRefused as error:
@@ -120,6 +123,19 @@ def _headers(config: Mapping[str, Json]) -> dict[str, str]:
     return {name: as_text(value) for name, value in given.items() if value is not None}
 
 
+async def _secret_headers(call: Call, url: str) -> Mapping[str, str]:
+    """Return what the data source adds to a request to `url`: never part of what is recorded."""
+    if call.config.get("dataSource") is None:
+        return {}
+    return await call.services.data_sources.headers(call.caller, fields.text(call.config, "dataSource"), url)
+
+
+def _replacing(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Return headers with others added, which take the place of those of the same names."""
+    names = {name.lower() for name in others}
+    return {**{name: value for name, value in headers.items() if name.lower() not in names}, **others}
+
+
 def _request_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
     """Return what to send and its content type."""
     body = config.get("body")
@@ -136,6 +152,30 @@ def _set_unless_given(headers: dict[str, str], name: str, value: str) -> None:
 
 
 # ── the answer ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _without_secrets(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
+    """Return an answer without the secrets that it repeats: it is read by more people than may know them."""
+    forms = sorted({form for value in secrets.values() for form in _forms(value)}, key=len, reverse=True)
+    if not forms:
+        return response
+    body, headers = response.body, dict(response.headers)
+    for form in forms:
+        body = body.replace(form.encode(), HIDDEN.encode())
+        headers = {name: value.replace(form, HIDDEN) for name, value in headers.items()}
+    return OutboundResponse(response.status, headers, body, response.url)
+
+
+def _forms(value: str) -> Iterator[str]:
+    """Return the texts by which a header's value would be known: as it is, its credentials alone, and both escaped."""
+    scheme, _, credentials = value.partition(" ")
+    said = {value, credentials}
+    if scheme == "Basic":
+        login = b64decode(credentials).decode()
+        said |= {login, login.partition(":")[2]}
+    for text in said:
+        if len(text) >= SHORTEST_SECRET:
+            yield from (text, encode(text).decode()[1:-1], quote(text, safe=""))
 
 
 def _refusal(response: HttpResponse) -> NodeError:

@@ -1,12 +1,11 @@
 """A text is searched by a user's expression, in an engine whose time grows with the text and not beyond it.
 
 One search is bounded by the size of the expression times that of the text. Many searches of one text are not, since
-each may read on to its end: they have a deadline. All of it runs in a thread, and a search lets go of the interpreter.
+each may read on to its end: they have a deadline.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,11 +63,8 @@ class Pattern(Protocol):
     def finditer(self, text: str) -> Iterator[Match]: ...
 
 
-async def run(call: Call) -> Json:
-    return await asyncio.to_thread(_run, call.config)
-
-
-def _run(config: Mapping[str, Json]) -> Json:
+def run(call: Call) -> Json:
+    config = call.config
     text = fields.text(config, "text")
     pattern = _compiled(config)
     _check_size(text, pattern)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from hashlib import sha256
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -16,12 +17,16 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from gateway import routes
+from gateway import routes, shipped
 from gateway.endpoint import Access
+from journal.blobs.backend import Owner
 from models import access_store
 from models.access import ALL_SCOPES, KeyScope, Role, User
+from models.data_source import DataSource, DataSourceShare
 from models.execution import Execution, ExecutionStatus
 from models.workflow import Workflow, WorkflowShare
+from tests.integration import asking
+from tests.integration.deployed import answer_for_pods, come_up, taking
 from tests.integration.gateway_world import EDGE, GRAPH, SECRET, Person, World, open_world
 from tests.services import PostgreSQL
 
@@ -108,6 +113,7 @@ EVERYBODY: Expected = dict.fromkeys(OWN, OK)
 
 READ, WRITE, EXECUTE = KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE, KeyScope.WORKFLOWS_EXECUTE
 KEYS, USERS = KeyScope.KEYS_WRITE, KeyScope.USERS_WRITE
+READ_SOURCES, WRITE_SOURCES = KeyScope.DATASOURCES_READ, KeyScope.DATASOURCES_WRITE
 SCOPES = {Access.ADMIN: USERS, Access.ANY_KEY: None, Access.PUBLIC: None}
 """The scope that a key must have for what no scope alone opens."""
 
@@ -165,6 +171,7 @@ class Cast:
             "address": f"{uuid4().hex}@example.com",
         }
         steps = {"sub": "step", "subId": words["guest"], "version": "1", "other": "current", "type": "set"}
+        steps["sha256"] = NOTHING
         key = self.keys.get((caller, row.scope))
         return await client.request(
             row.method,
@@ -224,6 +231,13 @@ async def template(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every 
     return workflow_id
 
 
+async def deployed_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await workflow(cast, is_public)
+    await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/deploy")
+    await come_up(cast.world, workflow_id)
+    return workflow_id
+
+
 async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     workflow_id = await workflow(cast, is_public)
     response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
@@ -235,6 +249,16 @@ async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 
         )
 
     await cast.world.gateway.database.transaction(fail)
+    owner = Owner(cast.owner.user.organization_id, execution_id)
+    await cast.world.gateway.blobs.put(owner, b"", media_type="text/plain")
+    return execution_id
+
+
+async def asking_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await workflow(cast, is_public)
+    response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
+    execution_id: str = response.json()["executionId"]
+    await asking.ask(cast.world.gateway.database, execution_id)
     return execution_id
 
 
@@ -244,8 +268,31 @@ async def key(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - eve
     return key_id
 
 
+async def data_source(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    body = {**TOKEN, "name": uuid4().hex}
+    response = await cast.owner.api.post("/api/v1/datasources", json=body)
+    source_id: str = response.json()["dataSourceId"]
+    share = {
+        "data_source_id": source_id,
+        "user_id": cast.users[Caller.GUEST].id,
+        "shared_at": datetime.now(UTC),
+    }
+
+    async def open_up(connection: AsyncConnection) -> None:
+        await connection.execute(insert(DataSourceShare).values(share))
+        await connection.execute(
+            update(DataSource).where(col(DataSource.id) == source_id).values(is_public=is_public)
+        )
+
+    await cast.world.gateway.database.transaction(open_up)
+    return source_id
+
+
 WORKFLOW = "/api/v1/workflows/{id}"
 EXECUTION = "/api/v1/executions/{id}"
+NOTHING = sha256(b"").hexdigest()
+SOURCE = "/api/v1/datasources/{id}"
+TOKEN = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
 
 
 def reads(method: str, path: str, *, scope: KeyScope = READ, status: int = 200) -> Row:
@@ -263,7 +310,18 @@ def runs(method: str, path: str, *, scope: KeyScope = READ, status: int = 200, q
     return Row(method, EXECUTION + path, scope, READERS, failed_execution, status=status, query=query)
 
 
+def uses(method: str, path: str) -> Row:
+    """Return a row for what whoever may read a data source may do with it."""
+    return Row(method, SOURCE + path, READ_SOURCES, READERS, data_source)
+
+
+def turns(method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200) -> Row:
+    """Return a row for what changes a data source."""
+    return Row(method, SOURCE + path, WRITE_SOURCES, WRITERS, data_source, body, status)
+
+
 NEW = {"name": "Mine", **GRAPH}
+ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
 DOCUMENT = {"document": {"format": "pilotflame/workflow", "formatVersion": 1, **NEW}, "references": {}}
 
 ROWS = [
@@ -275,9 +333,21 @@ ROWS = [
     Row("GET", "/api/v1/auth/keys", KEYS, OWN),
     Row("POST", "/api/v1/auth/keys", KEYS, OWN, body={"name": "Mine"}, status=201),
     Row("DELETE", "/api/v1/auth/keys/{id}", KEYS, KEY_HOLDERS, key, status=204),
+    Row("GET", "/api/v1/auth/signing-secret", KEYS, ADMINS),
+    Row("POST", "/api/v1/auth/signing-secret", KEYS, ADMINS, status=201),
     Row("GET", "/api/v1/auth/users", USERS, ADMINS),
     Row("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
     Row("GET", "/api/v1/audit", USERS, ADMINS),
+    Row("GET", "/api/v1/datasources", READ_SOURCES, OWN),
+    Row("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),
+    uses("GET", ""),
+    turns("PUT", "", {"name": "<address>"}),
+    turns("DELETE", "", status=204),
+    uses("POST", "/test"),
+    uses("GET", "/share"),
+    turns("POST", "/share", {"userId": "<colleague>"}),
+    turns("DELETE", "/share/{subId}", status=204),
+    turns("PUT", "/visibility", {"isPublic": True}),
     Row("GET", "/api/v1/workflow-nodes", READ, OWN),
     Row("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
     Row("GET", "/api/v1/workflows", READ, OWN),
@@ -333,6 +403,16 @@ ROWS = [
     writes("DELETE", "/nodes/{sub}"),
     writes("PUT", "/nodes/{sub}/input-mappings", {"mappings": {"a": "data"}}),
     writes("PUT", "/nodes/{sub}/passthrough-values", {"values": {"a": "a"}}),
+    Row("POST", f"{WORKFLOW}/nodes/{{sub}}/test", EXECUTE, READERS, workflow, {"wait": 0}, status=202),
+    Row(
+        "POST",
+        f"{WORKFLOW}/nodes/{{sub}}/test",
+        EXECUTE,
+        TWO_SCOPES,
+        workflow,
+        {"wait": 0, "config": {"values": {"a": 2}}},
+        use="with a config",
+    ),
     writes("POST", "/connections", {**EDGE, "sourcePort": "error"}, status=201),
     writes("DELETE", "/connections/{sub}"),
     reads("GET", "/versions"),
@@ -343,12 +423,28 @@ ROWS = [
     reads("GET", "/share"),
     writes("POST", "/share", {"userId": "<colleague>"}),
     writes("DELETE", "/share/{subId}", status=204),
+    writes("POST", "/deploy", status=202),
+    writes("POST", "/deploy-version", {"version": 1}, status=202),
+    writes("POST", "/undeploy"),
+    Row("POST", f"{WORKFLOW}/stop", WRITE, WRITERS, deployed_workflow, status=202),
+    Row("POST", f"{WORKFLOW}/start", WRITE, WRITERS, deployed_workflow, {"replicas": 2}, status=202),
+    reads("GET", "/status"),
+    Row("GET", f"{WORKFLOW}/logs", READ, READERS, deployed_workflow),
+    Row("POST", f"{WORKFLOW}/trigger", EXECUTE, READERS, deployed_workflow),
+    Row("GET", "/api/v1/workflows/discover", READ, OWN, query="?appId=app_001"),
+    reads("GET", "/lifecycle"),
+    writes("PUT", "/lifecycle", {"type": "always-on"}),
+    reads("GET", "/lifecycle/history"),
+    Row("POST", f"{WORKFLOW}/lifecycle/preview", READ, READERS, workflow, {"type": "always-on"}),
     Row("GET", "/api/v1/executions", READ, OWN),
     runs("GET", ""),
     runs("GET", "/progress", query="?wait=0"),
     runs("GET", "/spans"),
     runs("GET", "/logs"),
+    runs("GET", "/blobs/{sha256}"),
     runs("GET", "/events"),
+    Row("GET", f"{EXECUTION}/pending-inputs", READ, READERS, asking_execution),
+    Row("POST", f"{EXECUTION}/input", EXECUTE, READERS, asking_execution, ANSWER),
     runs("POST", "/stop", scope=EXECUTE),
     runs("POST", "/cancel", scope=EXECUTE),
     runs("POST", "/resume", scope=EXECUTE, status=201),
@@ -364,13 +460,15 @@ SAMPLE = [NAMED[number] for number in {id(row.expected): number for number, row 
 
 @pytest.fixture(scope="module")
 async def on_sqlite(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cast]:
-    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("access")) as world:
+    folder = tmp_path_factory.mktemp("access")
+    async with open_world("sqlite", postgres, folder) as world, taking(world):
         yield await cast_in(world)
 
 
 @pytest.fixture(scope="module")
 async def on_postgres(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cast]:
-    async with open_world("postgresql", postgres, tmp_path_factory.mktemp("access")) as world:
+    folder = tmp_path_factory.mktemp("access")
+    async with open_world("postgresql", postgres, folder) as world, taking(world):
         yield await cast_in(world)
 
 
@@ -385,9 +483,13 @@ async def cast_in(world: World) -> Cast:
         Caller.STRANGER: (await world.person(elsewhere, Role.ADMIN)).user,
     }
     cast = Cast(world, owner, users, await keys_for(world, users))
-    for make in (workflow, template, failed_execution, key):
+    answer_for_pods(world)
+    for make in (workflow, deployed_workflow, template, failed_execution, asking_execution, key, data_source):
         for is_public in (False, True):
             cast.kept[make, is_public] = await make(cast, is_public)
+    for admin in (Caller.ADMIN, Caller.STRANGER):
+        client = await world.client(cast.keys[admin, KEYS])
+        await client.post("/api/v1/auth/signing-secret")
     return cast
 
 
@@ -493,9 +595,10 @@ async def test_what_others_have_is_not_counted(on_sqlite: Cast) -> None:
         "/api/v1/auth/keys": 1,
         "/api/v1/auth/users": 1,
         "/api/v1/audit": 0,
+        "/api/v1/datasources": 0,
         "/api/v1/workflows": 0,
         "/api/v1/workflows/stats": 0,
-        "/api/v1/workflows/templates": 0,
+        "/api/v1/workflows/templates": len(shipped.load()),
         "/api/v1/executions": 0,
     }
     answers = {path: (await newcomer.api.get(path)).json() for path in counts}

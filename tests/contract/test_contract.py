@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import httpx2
 import pytest
 
 from gateway import routes
+from tests.integration.deployed import taking
+from tests.integration.deployers import on_this_machine
 from tests.integration.example_world import in_place
 from tests.integration.gateway_world import GRAPH, People, Person, World, open_world, refused
 from tests.services import PostgreSQL
@@ -22,17 +24,9 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 ID = re.compile(r"(wf|exec|user|org|node|conn)[_-]\w+")
 
 NOT_SERVED_YET = {
-    f"POST {WORKFLOWS}/:id/trigger",
     f"POST {WORKFLOWS}/:id/enqueue",
     f"POST {WORKFLOWS}/:id/email-trigger",
     f"POST {WORKFLOWS}/events",
-    f"POST {WORKFLOWS}/:id/deploy",
-    f"POST {WORKFLOWS}/:id/undeploy",
-    f"POST {WORKFLOWS}/:id/stop",
-    f"POST {WORKFLOWS}/:id/start",
-    f"GET {WORKFLOWS}/:id/lifecycle",
-    f"PUT {WORKFLOWS}/:id/lifecycle",
-    f"GET {WORKFLOWS}/discover",
 }
 
 
@@ -70,6 +64,8 @@ class Endpoint:
 
 ENDPOINTS = [Endpoint(**endpoint) for endpoint in CONTRACT["endpoints"]]
 SERVED = [endpoint for endpoint in ENDPOINTS if endpoint.name not in NOT_SERVED_YET]
+REQUIRED_BY_THE_EXAMPLE = {(f"PUT {WORKFLOWS}/:id/lifecycle", "schedule")}
+"""Fields that can't be left out, since what else stands in the example needs them."""
 FIELDS = [(endpoint, one) for endpoint in SERVED if endpoint.body for one in endpoint.body["fields"]]
 
 
@@ -86,6 +82,7 @@ class Scene:
     """Fields whose values can't be the example's; their types must be."""
     sub: str = ""
     """What the second id of the path is."""
+    query: dict[str, str] = field(default_factory=dict)
 
 
 Setting = Callable[[People], Awaitable[Scene]]
@@ -216,6 +213,34 @@ async def with_a_data_source_and_a_model(people: People) -> Scene:
     return await scene(people, nodes=[SOURCE, STEP, model])
 
 
+async def not_deployed(people: People) -> Scene:
+    return await scene(people, "deploymentStatus")
+
+
+async def deployed(people: People) -> Scene:
+    made = await runnable(people)
+    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/deploy")
+    return made
+
+
+async def of_an_application(people: People) -> Scene:
+    described = {key: WORKFLOW[key] for key in ("name", "description")}
+    start = {"id": "start", "nodeId": "webhook"}
+    free = ("endpoints.proxy_url", "deployment.pod_name")
+    graph = {**GRAPH, "nodes": [start, *GRAPH["nodes"][1:]], "config": {"appId": "app_001"}}
+    made = await scene(people, *free, **graph, **described)
+    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/deploy")
+    made.query["appId"] = "app_001"
+    made.ids["user-workflows"] = "user-workflows"  # looks like the id of a user
+    return made
+
+
+async def stopped(people: People) -> Scene:
+    made = await deployed(people)
+    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/stop")
+    return made
+
+
 async def shared(people: People) -> Scene:
     made = await scene(people, sub=people.colleague.user.id)
     await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/share", {"userId": people.colleague.user.id})
@@ -265,6 +290,14 @@ SCENES: Mapping[str, Setting] = {
     f"PUT {WORKFLOWS}/:id/nodes/:sub/passthrough-values": with_a_node_to_configure,
     f"POST {WORKFLOWS}/:id/connections": unconnected,
     f"DELETE {WORKFLOWS}/:id/connections/:sub": with_a_connection_to_remove,
+    f"POST {WORKFLOWS}/:id/deploy": runnable,
+    f"POST {WORKFLOWS}/:id/undeploy": deployed,
+    f"POST {WORKFLOWS}/:id/stop": deployed,
+    f"POST {WORKFLOWS}/:id/start": stopped,
+    f"POST {WORKFLOWS}/:id/trigger": deployed,
+    f"GET {WORKFLOWS}/discover": of_an_application,
+    f"GET {WORKFLOWS}/:id/lifecycle": not_deployed,
+    f"PUT {WORKFLOWS}/:id/lifecycle": two_nodes,
     f"GET {WORKFLOWS}/templates": with_a_template,
     f"GET {WORKFLOWS}/stats": some_workflows,
 }
@@ -275,7 +308,11 @@ async def world(
     request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
     folder: Path = tmp_path_factory.mktemp("contract")
-    async with open_world(request.param, postgres, folder) as world:
+    async with (
+        open_world(request.param, postgres, folder, settle_seconds=30) as world,
+        on_this_machine(world, folder / "pods"),
+        taking(world),
+    ):
         yield world
 
 
@@ -290,7 +327,7 @@ async def people(world: World) -> People:
 async def asked(endpoint: Endpoint, scene: Scene, people: People, body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
     path = endpoint.path.replace(":id", scene.ids.get("wf_abc123", ""))
     path = re.sub(r":sub(Id)?", scene.sub, path)
-    return await people.owner.api.request(endpoint.method, path, json=body)
+    return await people.owner.api.request(endpoint.method, path, json=body, params=scene.query)
 
 
 def differences(actual: Any, example: Any, scene: Scene, at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
@@ -376,7 +413,7 @@ async def test_a_field_may_be_left_out_unless_it_is_required_and_has_its_type(
     assert [detail["path"] for detail in wrong.json()["error"]["details"]] == [name]
     without = {key: value for key, value in example.items() if key != name}
     response = await asked(endpoint, scene, people, without)
-    if part["required"]:
+    if part["required"] or (endpoint.name, name) in REQUIRED_BY_THE_EXAMPLE:
         refused(response, 422, "validation-failed")
         assert [detail["path"] for detail in response.json()["error"]["details"]] == [name]
     else:

@@ -8,7 +8,10 @@ from typing import Any, TypeVar
 from sqlalchemy import update
 from sqlmodel import col
 
+from journal.blobs.backend import Owner
 from models.execution import Execution, ExecutionStatus
+from tests.integration import asking
+from tests.integration.deployed import answer_for_pods, come_up
 from tests.integration.gateway_world import People, World
 
 Json = TypeVar("Json")
@@ -18,6 +21,10 @@ NODES = [
     {"id": "start", "nodeId": "manual"},
     *({"id": node_id, **STEP} for node_id in ("node_1", "node_2", "node-xyz123")),
 ]
+DATABASE = {
+    "settings": {"host": "127.0.0.1", "database": "shop", "user": "reader"},
+    "secrets": {"password": "a-password"},
+}
 CONNECTIONS = [
     {"source": "start", "target": "node_1"},
     {"id": "conn-abc123", "source": "node_1", "target": "node-xyz123"},
@@ -32,16 +39,32 @@ async def cast(world: World, people: People) -> dict[str, str]:
     await _sent(people, "PUT", f"workflows/{template_id}/visibility", {"isTemplate": True})
     await _sent(people, "POST", f"workflows/{workflow_id}/share", {"userId": people.owner.user.id})
     key = await _sent(people, "POST", "auth/keys", {"name": "a key to revoke"})
+    body = {"name": f"For {workflow_id}", "type": "postgresql", **DATABASE}
+    source = await _sent(people, "POST", "datasources", body)
+    await _sent(
+        people, "POST", f"datasources/{source['dataSourceId']}/share", {"userId": people.owner.user.id}
+    )
+    await _sent(people, "POST", "auth/signing-secret", None)
+    await _sent(people, "POST", f"workflows/{workflow_id}/deploy", None)
+    await come_up(world, workflow_id)
+    await _sent(people, "PUT", f"workflows/{workflow_id}/status", {"status": "draft"})
+    answer_for_pods(world)
     started = await _sent(people, "POST", f"workflows/{workflow_id}/execute", {})
     failed = update(Execution).where(col(Execution.id) == started["executionId"])
     error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
     await world.gateway.database.transaction(
         lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
     )
+    owner = Owner(admin.user.organization_id, started["executionId"])
+    await world.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
+    waiting = await _sent(people, "POST", f"workflows/{workflow_id}/execute", {})
+    await asking.ask(world.gateway.database, waiting["executionId"])
     return {
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
+        "ds_001": source["dataSourceId"],
         "exec_xyz789": started["executionId"],
+        "exec_asking": waiting["executionId"],
         "key_abc123": key["id"],
         "user_456": admin.user.id,
         "user_789": people.owner.user.id,
@@ -60,7 +83,7 @@ def in_place(value: Json, ids: Mapping[str, str]) -> Json:
     placed: Any = value
     match value:
         case dict():
-            placed = {key: in_place(item, ids) for key, item in value.items()}
+            placed = {ids.get(key, key): in_place(item, ids) for key, item in value.items()}
         case list():
             placed = [in_place(item, ids) for item in value]
         case str():

@@ -137,7 +137,13 @@ def refused(response: httpx2.Response, status: int, code: str) -> None:
 
 
 @asynccontextmanager
-async def open_world(kind: str, postgres: PostgreSQL, folder: Path) -> AsyncIterator[World]:
+async def open_world(
+    kind: str,
+    postgres: PostgreSQL,
+    folder: Path,
+    *,
+    settle_seconds: float = 0,  # mostly there is no deployer to wait for
+) -> AsyncIterator[World]:
     """Run a gateway on an empty database of a kind: `sqlite` or `postgresql`."""
     if kind == "postgresql":
         url = await databases.migrated(postgres, f"gateway_{uuid4().hex}")
@@ -145,7 +151,11 @@ async def open_world(kind: str, postgres: PostgreSQL, folder: Path) -> AsyncIter
         url = f"sqlite:///{folder}/test.db"
         await migrating.migrate(parse_url(url))
     settings = GatewaySettings(
-        data_dir=folder, database_url=url, secret_key=SecretStr(SECRET), max_body_bytes=1_000_000
+        data_dir=folder,
+        database_url=url,
+        secret_key=SecretStr(SECRET),
+        max_body_bytes=1_000_000,
+        settle_seconds=settle_seconds,
     )
     app = create_app(lambda: state.opened(settings))
     async with AsyncExitStack() as stack:

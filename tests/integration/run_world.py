@@ -21,9 +21,10 @@ from models.database import Database, parse_url
 from models.workflow import Workflow
 
 TABLES = (
-    *("execution", "execution_data", "span", "log_line", "idempotency", "definition"),
+    *("execution", "execution_data", "span", "log_line", "signal", "pace", "idempotency", "definition"),
+    *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source"),
     *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),
-    *("api_key", "user_account", "organization"),
+    *("api_key", "signing_secret", "user_account", "organization"),
 )
 DEFINITION = '{"nodes":[],"connections":[]}'
 LEASE_SECONDS = 30.0
@@ -65,7 +66,7 @@ class World:
     def __init__(self, url: URL, database: Database, store: Store) -> None:
         self.url = url
         self.store = store
-        self._database = database
+        self.database = database
         self._others = AsyncExitStack()
 
     async def another_store(self) -> Store:
@@ -82,7 +83,7 @@ class World:
             for table in TABLES:
                 await connection.execute(text(f"DELETE FROM {table}"))
 
-        await self._database.transaction(work)
+        await self.database.transaction(work)
 
     # ── what is there ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -93,7 +94,7 @@ class World:
             result = await connection.execute(text(statement), parameters)
             return [dict(row) for row in result.mappings()] if result.returns_rows else []
 
-        return await self._database.transaction(work)
+        return await self.database.transaction(work)
 
     async def row(self, execution_id: str) -> dict[str, Any]:
         """Return the row of a run."""
@@ -110,7 +111,7 @@ class World:
 
     async def organization(self) -> Organization:
         now = datetime.now(UTC)
-        return await self._database.transaction(
+        return await self.database.transaction(
             lambda connection: access_store.create_organization(connection, name="An organisation", now=now)
         )
 
@@ -147,7 +148,7 @@ class World:
             await connection.execute(insert(Workflow).values(**workflow.model_dump()))
             return Place(owner, workflow_id, user.id)
 
-        return await self._database.transaction(make)
+        return await self.database.transaction(make)
 
     async def accept(self, place: Place, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
         """Accept a run, which must be new."""

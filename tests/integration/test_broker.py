@@ -21,6 +21,7 @@ from messages.broker import (
     Notice,
     connect,
 )
+from messages.deployments import DeployerMessage, LookAtDeployment, ReadPodLogs
 from messages.executions import ALL_LANES
 from tests import services
 
@@ -105,6 +106,35 @@ async def test_a_hint_waits_for_a_worker_that_starts_later(gateway: Broker, work
     hints: Queue[int] = Queue()
     worker.start_worker(hints.put_nowait)
     assert await _next(hints) == 5
+
+
+async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_a_worker(
+    gateway: Broker, worker: Broker, hints: Queue[int]
+) -> None:
+    messages: Queue[DeployerMessage] = Queue()
+    asked = ReadPodLogs("wf_a", limit=5, inbox="gateway", asked="logs_1")
+    worker.start_deployer(messages.put_nowait)
+    await gateway.tell_deployer(LookAtDeployment("wf_a"))
+    assert await _next(messages) == LookAtDeployment("wf_a")
+    await gateway.tell_deployer(asked)
+    await gateway.wake(3)
+    assert (await _next(messages), await _next(hints)) == (asked, 3)
+    await worker.stop_deployer()
+    await gateway.wake(4)
+    assert await _next(hints) == 4
+
+
+async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_redis(redis_url: str) -> None:
+    async with _connected(redis_url) as gateway, _connected(redis_url) as later:
+        for workflow_id in ("wf_a", "wf_b", "wf_a"):
+            await gateway.tell_deployer(LookAtDeployment(workflow_id))
+        messages: Queue[DeployerMessage] = Queue()
+        later.start_deployer(messages.put_nowait)
+        assert [await _next(messages), await _next(messages)] == [
+            LookAtDeployment("wf_a"),
+            LookAtDeployment("wf_b"),
+        ]
+        assert messages.empty()
 
 
 async def test_one_notice_tells_all_watched_executions_of_a_batch(

@@ -97,6 +97,23 @@ def test_watch_shows_each_node_beside_the_outputs(shell: Shell) -> None:
     ]
 
 
+def test_watch_tells_the_turns_of_a_loop_apart(shell: Shell) -> None:
+    nodes = [
+        {"id": "start", "type": "manual"},
+        {"id": "each", "type": "loop", "config": {"items": [1, 2]}},
+        {"id": "note", "type": "log", "config": {"message": "{{ item }}"}},
+    ]
+    edges = [
+        {"source": "start", "target": "each"},
+        {"source": "each", "sourcePort": "continue", "target": "note"},
+    ]
+    looping = {"name": "Looping", "nodes": nodes, "connections": edges}
+    shell.output("apply", shell.file("loop.json", json.dumps(looping)))
+    done = commands.run("run", "Looping", "--watch", given=shell.given)
+    rows = [line.split("  ")[0] for line in done.stderr.splitlines()[-6:]]
+    assert rows == ["Manual", "Log [0]", "Loop [0]", "Log [1]", "Loop [1]", "Loop"]
+
+
 def test_a_run_that_fails_ends_with_1_and_says_why(shell: Shell) -> None:
     nodes = [
         {"id": "start", "type": "manual"},

@@ -1,5 +1,6 @@
 """`pilotflame dev`, in real processes."""
 
+import asyncio
 import json
 import re
 import signal
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
+import pytest
 
 from tests import commands
 from tests.commands import Started, environment
@@ -93,6 +96,88 @@ def test_a_run_outlives_a_killed_server_goes_on_at_once_and_whoever_waits_for_it
                         repeated.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nreceived")
                     assert run.ends() == 0, run.log()
                     assert "received" in run.log()
+
+
+def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) -> None:
+    given = environment(
+        tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32"
+    )
+    with closing(socket.create_server(("127.0.0.1", 0))) as target:
+        target.settimeout(commands.PATIENCE_SECONDS)
+        url = f"http://127.0.0.1:{target.getsockname()[1]}/"
+        config = {"method": "POST", "url": url, "body": {"amount": 7}}
+        file = workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
+        with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+            address = first.says(ADDRESS)[1]
+            client = {**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": OUR_KEY}
+            workflow_id = re.search(r"wf_\w+", commands.output("apply", file, given=client))
+            assert workflow_id
+            path = f"{address}/api/v1/workflows/{workflow_id[0]}"
+            assert asked("POST", f"{path}/deploy")["deploymentStatus"] == "running"
+            execution_id = asked("POST", f"{path}/trigger")["execution_id"]
+            call = target.accept()[0]
+            received(call)
+            first.kill()
+        port = address.rpartition(":")[2]
+        with commands.started("dev", "--port", port, given=given, log=tmp_path / "next.log") as following:
+            following.says(ADDRESS)
+            with closing(call):
+                call.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nreceived")
+            progress = asked("GET", f"{address}/api/v1/executions/{execution_id}/progress?wait=20")
+            assert (progress["status"], progress["outputs"]["post"]["body"]) == ("completed", "received")
+            target.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                target.accept()
+            assert following.stop() == 0
+    assert not [one for one in psutil.process_iter(["environ"]) if is_of(one, workflow_id[0])]
+
+
+async def test_a_new_version_is_deployed_under_traffic_and_no_trigger_fails(tmp_path: Path) -> None:
+    given = environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
+        address = dev.says(ADDRESS)[1]
+        headers = {"X-API-Key": OUR_KEY}
+        async with httpx2.AsyncClient(base_url=address, headers=headers, trust_env=False, timeout=40) as api:
+            first, second = (
+                {"type": "set", "id": "tell", "config": {"values": {"is": one}}} for one in (1, 2)
+            )
+            graph = {"nodes": [START, first], "connections": [{"source": "start", "target": "tell"}]}
+            made = await api.post("/api/v1/workflows", json={"name": "Work", **graph})
+            path = f"/api/v1/workflows/{made.json()['workflowId']}"
+            assert (await api.post(f"{path}/deploy")).status_code == 200
+            told: list[object] = []
+            is_replaced = asyncio.Event()
+
+            async def trigger() -> None:
+                answer = await api.post(f"{path}/trigger", json={"sync": True})
+                assert answer.json()["status"] == "completed", answer.text
+                told.append(answer.json()["output"]["tell"]["is"])
+
+            async def go_on() -> None:
+                while not is_replaced.is_set():
+                    await trigger()
+
+            await trigger()
+            callers = [asyncio.create_task(go_on()) for _ in range(3)]
+            assert (await api.put(path, json={**graph, "nodes": [START, second]})).is_success
+            assert (await api.post(f"{path}/deploy")).status_code == 200
+            is_replaced.set()
+            await asyncio.gather(*callers)
+            assert set(told) == {1, 2}
+            assert (await api.post(f"{path}/undeploy")).status_code == 200
+
+
+def asked(method: str, url: str) -> dict[str, Any]:
+    """Return what the API answers."""
+    response = httpx2.request(method, url, headers={"X-API-Key": OUR_KEY}, trust_env=False, timeout=40)
+    assert response.is_success, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def is_of(process: psutil.Process, workflow_id: str) -> bool:
+    """Tell whether a process is a pod of a workflow."""
+    return (process.info["environ"] or {}).get("PILOTFLAME_RUNNER_WORKFLOW_ID") == workflow_id
 
 
 def received(connection: socket.socket) -> tuple[bytes, bytes]:

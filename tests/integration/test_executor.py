@@ -18,8 +18,11 @@ from engine import run as engine_run
 from engine.control import Request
 from engine.errors import NodeError
 from engine.events import RunStatus
-from engine.node import Call, Effect, EffectRule, NodeType, Run, Services
+from engine.node import Call, Effect, EffectRule, NodeType, Run
+from engine.services import Services
 from engine.values import Json
+from execution import executor as executors
+from execution.executor import Executor
 from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Store
 from messages import broker as brokers
 from messages.broker import Broker, ExecutionsChanged, Notice
@@ -30,8 +33,6 @@ from nodes.catalog import Catalog
 from tests.calls import NoNetwork
 from tests.integration.run_world import Place, Where, World, opened, write
 from tests.services import PostgreSQL
-from workers import executor as executors
-from workers.executor import Executor
 from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 10.0
@@ -293,6 +294,38 @@ async def test_a_run_goes_from_its_row_to_its_outputs(world: World, place: Place
     assert notices == [ExecutionsChanged((run.execution_id,))]
 
 
+@pytest.mark.parametrize("where", EVERY, indirect=True)
+async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
+    world: World, place: Place, workers: Workers
+) -> None:
+    definition = {
+        "nodes": [
+            {"id": "start", "type": "rest-api"},
+            {"id": "loop", "type": "loop", "config": {"items": [1, 2, 3], "concurrency": 2}},
+            {"id": "step", "type": "log", "config": {"message": "{{ item }}"}},
+            {"id": "last", "type": "log", "config": {"message": "done"}},
+        ],
+        "connections": [
+            {"id": "1", "source": "start", "target": "loop"},
+            {"id": "2", "source": "loop", "sourcePort": "continue", "target": "step"},
+            {"id": "3", "source": "loop", "sourcePort": "done", "target": "last"},
+        ],
+    }
+    run = place.run(definition=json.dumps(definition), total_nodes=4)
+    await world.store.accept([run])
+    await workers.start()
+    await until(lambda: workers.are_all("completed"))
+    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.lane)])
+    assert progress.completed_nodes == 4
+    assert {node_id for node_id, _ in progress.outputs} == {"start", "loop", "last"}
+    spans = await world.query(
+        "SELECT node_id, iteration, output FROM span WHERE iteration <> '' ORDER BY 1, 2"
+    )
+    assert [tuple(span.values()) for span in spans] == [
+        (node_id, str(turn), str(turn + 1)) for node_id in ("loop", "step") for turn in range(3)
+    ]
+
+
 @ON_ONE
 async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
     world: World, place: Place, workers: Workers
@@ -438,7 +471,7 @@ async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
     await world.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
     await world.query(
         "INSERT INTO span (execution_id, node_id, iteration, lane, id, sequence, label, type, status, attempt)"
-        " VALUES (:id, 'note1', 0, :lane, 'span_1', 1, 'note', 'note', 'of a newer version', 1)",
+        " VALUES (:id, 'note1', '', :lane, 'span_1', 1, 'note', 'note', 'of a newer version', 1)",
         id=poison.execution_id,
         lane=poison.lane,
     )

@@ -276,9 +276,9 @@ async def test_many_requests_with_one_key_ask_the_database_once(world: World) ->
     asked = []
     find_key = access_store.find_key
 
-    async def counted(database: Database, hashed: str) -> access_store.FoundKey | None:
+    async def counted(database: Database, hashed: str, *earlier: str) -> access_store.FoundKey | None:
         asked.append(hashed)
-        return await find_key(database, hashed)
+        return await find_key(database, hashed, *earlier)
 
     access_store.find_key = counted
     try:

@@ -38,6 +38,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 EXECUTION = {
     "id", "workflowId", "status", "startedAt", "endedAt", "durationMs", "trigger", "triggerType", "userId",
     "organizationId", "error", "progress", "completedNodes", "totalNodes", "resumedFrom", "createdAt", "updatedAt",
+    "parentId", "rootId",
 }  # fmt: skip
 SPAN = {
     "id", "executionId", "nodeId", "nodeLabel", "nodeType", "status", "startedAt", "endedAt", "durationMs", "inputData",
@@ -1219,8 +1220,12 @@ async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(world: World
 @asynccontextmanager
 async def worker(world: World) -> AsyncIterator[None]:
     gateway = world.gateway
-    settings = WorkerSettings(database_url=gateway.settings.database_url, lease_seconds=5, sweep_seconds=60)
-    async with working(settings, gateway.store, gateway.broker):
+    settings = WorkerSettings(
+        **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
+        lease_seconds=5,
+        sweep_seconds=60,
+    )
+    async with working(settings, gateway.store, gateway.broker, gateway.database):
         yield
 
 

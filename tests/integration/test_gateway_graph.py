@@ -13,6 +13,7 @@ from sqlmodel import col
 
 from engine.layout import CARD_HEIGHT, CARD_WIDTH
 from gateway import graph_shapes
+from journal import pinning
 from models.audit import AuditEntry
 from tests.integration.gateway_world import (
     EDGE,
@@ -324,8 +325,8 @@ async def test_what_a_draft_may_lack_otherwise_is_an_error_here(
 async def test_what_cannot_run_yet_is_a_warning_in_a_draft_and_an_error_in_an_active_workflow(
     people: People,
 ) -> None:
-    source = {"id": "step", "nodeId": "mysql-source", "config": {"dataSource": "ds_1", "query": "SELECT 1"}}
-    body = {"name": "x", "nodes": [TRIGGER, source], "connections": [EDGE]}
+    agent = {"id": "step", "nodeId": "agent", "config": {"prompt": "Be brief."}}
+    body = {"name": "x", "nodes": [TRIGGER, agent], "connections": [EDGE]}
     draft = await build(people.owner, body)
     assert draft.status_code == 201, draft.text
     assert [(found["path"], found["code"]) for found in draft.json()["warnings"]] == [
@@ -415,8 +416,8 @@ async def test_others_are_served_while_a_graph_is_gone_through(
 
         return watched
 
-    for step in ("stored_nodes", "placed", "check"):
-        monkeypatch.setattr(graph_shapes, step, seen(getattr(graph_shapes, step)))
+    for module, step in ((graph_shapes, "stored_nodes"), (graph_shapes, "placed"), (pinning, "check")):
+        monkeypatch.setattr(module, step, seen(getattr(module, step)))
     response = await {
         "create": lambda: api.post(WORKFLOWS, json={"name": "Large", "status": "active", **GRAPH}),
         "update": lambda: api.put(path, json=GRAPH),

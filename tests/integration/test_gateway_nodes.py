@@ -81,6 +81,7 @@ async def test_a_node_is_added_as_the_catalogue_resolves_it(world: World, people
         "config": {"dataSource": "ds_001", "query": "SELECT * FROM orders"},
         "retry": {"maxAttempts": 3},
         "timeout": 30,
+        "atMostOnce": True,
     }
     response = await people.owner.api.post(
         f"{WORKFLOWS}/{workflow_id}/nodes", json={"nodeId": "mysql-source", "version": "1.2.0", **given}
@@ -235,7 +236,12 @@ async def test_a_body_is_wrapped_or_is_the_config_itself(
 async def test_what_stands_beside_the_config_is_set_and_taken_away_again(people: People) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
-    beside: dict[str, Any] = {"retry": {"maxAttempts": 2}, "timeout": 5, "version": "1.0.0"}
+    beside: dict[str, Any] = {
+        "retry": {"maxAttempts": 2},
+        "timeout": 5,
+        "version": "1.0.0",
+        "atMostOnce": True,
+    }
     place = {"position": {"x": -7, "y": 8.5}}
     await people.owner.api.put(path, json={"config": {}, **beside, **place})
     stored = await node(people.owner, workflow_id, "step")

@@ -1,5 +1,7 @@
 import json
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Any
 
@@ -8,10 +10,11 @@ import pytest
 from aiohttp import web
 
 from engine.errors import NodeError
+from engine.services import Bucket, Caller, DataSources, SqlDatabase
 from engine.values import Json
 from nodes import catalog
 from nodes.outbound import Outbound, OutboundPolicy
-from tests.calls import call
+from tests.calls import CALLER, call
 
 pytestmark = pytest.mark.anyio
 
@@ -29,8 +32,11 @@ class Server:
         self.ends = anyio.Event()
         self.outbound = Outbound(OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),)))
 
-    async def output(self, config: dict[str, Json], data: Json = None) -> dict[str, Any]:
-        output = (await call("http-request", config, data, http=self.outbound)).output
+    async def output(
+        self, config: dict[str, Json], data: Json = None, *, data_sources: DataSources | None = None
+    ) -> dict[str, Any]:
+        called = await call("http-request", config, data, http=self.outbound, data_sources=data_sources)
+        output = called.output
         assert isinstance(output, dict)
         return output
 
@@ -63,6 +69,17 @@ async def raw(request: web.Request) -> web.Response:
     return web.Response(body=bytes.fromhex(request.query.get("hex", "")), headers=headers)
 
 
+async def echo(request: web.Request) -> web.Response:
+    said = dict(request.headers)
+    status = int(request.query.get("status", "200"))
+    login = said.get("Authorization", "").removeprefix("Basic ")
+    try:
+        decoded = b64decode(login, validate=True).decode()
+    except ValueError:
+        decoded = ""
+    return web.json_response({**said, "decoded": decoded}, status=status, headers={"X-Said": login})
+
+
 async def moved(_request: web.Request) -> web.Response:
     raise web.HTTPFound("/raw?hex=6869")
 
@@ -73,6 +90,7 @@ ANSWERS: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
     "/status": status,
     "/raw": raw,
     "/moved": moved,
+    "/echo": echo,
     "/slow": raw,
 }
 
@@ -269,3 +287,68 @@ async def test_what_is_refused_is_never_tried_again(
         await server.output(config, "TRACE")
     assert (raised.value.code, raised.value.retryable) == (code, False)
     assert server.requests == []
+
+
+# ── with a data source ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Headers:
+    """Stands for the data sources of somebody: each id gives the headers that it is named for."""
+
+    added: dict[str, str]
+    asked: list[tuple[str, str]] = field(default_factory=list)
+
+    async def headers(self, caller: Caller, source_id: str, url: str) -> dict[str, str]:
+        assert caller is CALLER
+        self.asked.append((source_id, url))
+        return self.added
+
+    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the protocol's own word
+        raise AssertionError((caller, source_id, type))
+
+    async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+        raise AssertionError((caller, source_id))
+
+
+async def test_a_data_source_adds_its_header_in_the_place_of_one_of_the_same_name(server: Server) -> None:
+    sources = Headers({"Authorization": "Bearer of-the-source"})
+    config: dict[str, Json] = {
+        "url": f"{server.url}/echo",
+        "query": {"a": 1},
+        "dataSource": "ds_1",
+        "headers": {"authorization": "Bearer mine", "X-Other": "mine"},
+    }
+    output = await server.output(config, data_sources=sources)
+    (request,) = server.requests
+    assert request.headers.getall("Authorization") == ["Bearer of-the-source"]
+    assert request.headers["X-Other"] == "mine"
+    assert sources.asked == [("ds_1", f"{server.url}/echo?a=1")]
+    assert output["body"]["X-Other"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("value", "secrets"),
+    [
+        ("Bearer t0p-s3cret", ["t0p-s3cret"]),
+        ("a key with 'spaces'", ["a key with 'spaces'"]),
+        ('quoted"\\key', ['quoted"\\key', 'quoted\\"\\\\key']),
+        (
+            f"Basic {b64encode(b'ada:p4ss w0rd').decode()}",
+            ["p4ss w0rd", b64encode(b"ada:p4ss w0rd").decode()],
+        ),
+    ],
+)
+async def test_an_answer_that_repeats_a_secret_is_given_without_it(
+    server: Server, value: str, secrets: list[str]
+) -> None:
+    sources = Headers({"Authorization": value})
+    config: dict[str, Json] = {"url": f"{server.url}/echo", "dataSource": "ds_1"}
+    output = await server.output(config, data_sources=sources)
+    shown = json.dumps(output)
+    assert "[hidden]" in output["body"]["Authorization"]
+    assert "[hidden]" in output["headers"]["x-said"]
+    with pytest.raises(NodeError) as raised:
+        await server.output({**config, "query": {"status": 401}}, data_sources=sources)
+    assert "[hidden]" in raised.value.message
+    assert [secret for secret in secrets if secret in shown + raised.value.message] == []

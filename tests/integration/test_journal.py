@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from engine.errors import LeaseLost
@@ -183,6 +184,25 @@ async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
     assert book.committed == [book.run.execution_id]
     await book.journal.commit()
     assert book.committed == [book.run.execution_id]
+
+
+async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(world: World, book: Book) -> None:
+    async def settled(*spans: Span) -> int:
+        for one in spans:
+            book.journal.record(one)
+        await book.journal.commit()
+        completed: int = (await world.row(book.run.execution_id))["completed_nodes"]
+        return completed - 1
+
+    def turn(number: int) -> Span:
+        return replace(span("loop", number), iteration=str(number), port="continue")
+
+    def step(number: int) -> Span:
+        return replace(span("a", number), iteration=str(number), port="output", hashes=b"hashes")
+
+    assert await settled(span("loop", 1, SpanStatus.RUNNING), turn(2), step(3)) == 1
+    assert await settled(turn(4), step(5)) == 1
+    assert await settled(span("loop", 6)) == 2
 
 
 async def test_the_end_takes_what_is_not_committed_yet_with_it(world: World, book: Book) -> None:

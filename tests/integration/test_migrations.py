@@ -13,7 +13,17 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 from sqlmodel import SQLModel
 
-from models import access, audit, execution, migrating, workflow  # noqa: F401 - their tables must be known to the metadata
+from models import (  # noqa: F401 - their tables must be known to the metadata
+    access,
+    audit,
+    data_source,
+    deployment,
+    deployment_token,
+    execution,
+    migrating,
+    signing,
+    workflow,
+)
 from models.database import Database, parse_url
 from models.migrating import OutdatedDatabase
 from tests.services import PostgreSQL

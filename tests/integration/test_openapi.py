@@ -22,9 +22,11 @@ import uvloop
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 
-from gateway import auth, main, routes
+from gateway import failed_attempts, limits, main, routes
 from gateway.document import openapi
 from gateway.routes import Line
+from gateway.waiting import Waiting
+from journal.store import ExecutionKey, Progress
 from tests.integration.example_world import cast, in_place
 from tests.integration.gateway_world import People, World, open_world, refused
 from tests.services import PostgreSQL
@@ -49,6 +51,7 @@ TELLS_WHAT_IS_WRONG = {
     "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
 }
 """A dry run is answered, whatever is wrong with its body: that is what it is for."""
+PROGRESS = Waiting.progress
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
 
@@ -105,6 +108,7 @@ async def test_the_page_may_load_and_run_nothing(world: World) -> None:
 # ── what it shows is accepted ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", LINES)
 async def test_documented_examples_are_accepted_and_answered_as_documented(
     world: World, people: People, ids: Mapping[str, str], line: Line
@@ -185,8 +189,15 @@ class Report:
 
 @pytest.fixture
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one address try any number of wrong keys."""
-    monkeypatch.setattr(auth, "MAX_FAILURES", 1_000_000)
+    """Let one address try any number of wrong keys, and nobody wait for runs that nobody takes up."""
+    monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000_000)
+    monkeypatch.setattr(Waiting, "progress", at_once)
+    monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0)
+    monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0)
+
+
+async def at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> Progress | None:  # noqa: ARG001 - the method's signature
+    return await PROGRESS(waiting, key, 0)
 
 
 @pytest.mark.usefixtures("unlimited")

@@ -32,13 +32,13 @@ class Ended:
 class Client:
     """One as the documentation asks for: what got no answer, or 503, is sent again under the same Idempotency-Key."""
 
-    def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS, key: str = API_KEY) -> None:
         self.patience_seconds = patience_seconds
         self.ended: dict[str, Ended] = {}
         """What was seen to have ended, as it was seen first."""
         self._http = httpx2.AsyncClient(
             base_url=f"{url}/api/v1",
-            headers={"X-API-Key": API_KEY},
+            headers={"X-API-Key": key},
             timeout=httpx2.Timeout(20.0, connect=2.0),
             limits=httpx2.Limits(max_connections=200),
             trust_env=False,

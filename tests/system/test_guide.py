@@ -1,4 +1,4 @@
-"""What the guide tells its reader to send works as it stands, and is answered as it shows."""
+"""What the guides tell their reader to send works as it stands, and is answered as they show."""
 
 import asyncio
 import json
@@ -10,22 +10,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.system import harness
+import pytest
+
+from tests.system import harness, past
 from tests.system.client import API_KEY
 
-GUIDE = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+PROJECT = Path(__file__).parents[2]
+GUIDES = {name: (PROJECT / f"docs/{name}.md").read_text() for name in ("guide", "sleeping", "trying", "work")}
 REQUESTS = re.compile(r"```sh\n(.*?)```\n```json\n(.*?)```", re.DOTALL)
 """Commands, and what is shown of the answer to the last of them."""
 COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")
-"""How the guide shows an id or a key, which its reader copies from an answer into the commands after it."""
+"""How a guide shows an id or a key, which its reader copies from an answer into the commands after it."""
+EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 
 
-async def test_every_request_of_the_guide_is_answered_as_it_shows(tmp_path: Path) -> None:
-    async with harness.one_process(tmp_path) as deployment:
+@EACH
+async def test_every_request_of_a_guide_is_answered_as_it_shows(tmp_path: Path, guide: str) -> None:
+    async with harness.one_process(tmp_path, LIFECYCLE_SECONDS="0.5") as deployment:
+        # What a reader has below the project's folder.
+        (tmp_path / "docs").symlink_to(PROJECT / "docs")
+        (tmp_path / ".pilotflame").symlink_to(tmp_path)
         environment = {**os.environ, "KEY": API_KEY, "API": f"{deployment.url}/api/v1"}
         copied: dict[str, str] = {}
-        for commands, shown in REQUESTS.findall(GUIDE):
+        for commands, shown in REQUESTS.findall(guide):
             script = COPIED.sub(partial(value_of, copied), commands)
+            if past.UNTIL_IT_SLEEPS.search(script):
+                past.let_a_minute_pass(tmp_path / "pilotflame.db")
             printed, environment = await asyncio.to_thread(ran, script, environment, tmp_path)
             *others, last = answers(printed)
             copied = {}
@@ -78,6 +88,7 @@ def differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -
         yield at
 
 
-def test_every_command_of_the_guide_has_an_answer_and_all_of_it_can_be_read_in_one_sitting() -> None:
-    assert len(REQUESTS.findall(GUIDE)) == GUIDE.count("```sh\n")
-    assert len(GUIDE.splitlines()) < 250
+@EACH
+def test_every_command_of_a_guide_has_an_answer_and_all_of_it_can_be_read_in_one_sitting(guide: str) -> None:
+    assert len(REQUESTS.findall(guide)) == guide.count("```sh\n")
+    assert len(guide.splitlines()) < 250

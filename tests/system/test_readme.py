@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system import past
 from tests.system.harness import COMMAND
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,7 @@ def dev(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A first start, as `make run` ends in one; yields the environment of the second terminal."""
     log = (tmp_path / "dev.log").open("w+")
     environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(tmp_path / "data")}
+    environment["PILOTFLAME_LIFECYCLE_SECONDS"] = "0.5"
     process = subprocess.Popen(
         [COMMAND, "dev", "--port", "0"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
     )
@@ -60,12 +62,21 @@ def _run(script: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_the_example_gives_the_report_that_the_readme_shows(dev: dict[str, str]) -> None:
-    exports, curls, command_line = [*_blocks(_section("Start"))[1:], *_blocks(_section("Try it"))]
+def _exports(dev: dict[str, str]) -> str:
+    (exports,) = _blocks(_section("Start"))[1:]
     exports = re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), exports)
-    exports = exports.replace("http://127.0.0.1:8000", dev["PRINTED_ADDRESS"])
-    # What the reader copies from one answer into the next command.
-    create, execute, poll = re.split(r"\n# \{.*\}\nexport \w+=\w+\.\.\.\n", curls)
+    return exports.replace("http://127.0.0.1:8000", dev["PRINTED_ADDRESS"])
+
+
+def _copied_between(commands: str) -> list[str]:
+    """Cut commands where the reader copies something from an answer into the next one."""
+    return re.split(r"\n# \{.*\}\nexport \w+=\w+\.\.\.\n", commands)
+
+
+def test_the_example_gives_the_report_that_the_readme_shows(dev: dict[str, str]) -> None:
+    exports = _exports(dev)
+    curls, command_line = _blocks(_section("Try it"))
+    create, execute, poll = _copied_between(curls)
     script = (
         f"{exports}\nexport WORKFLOW=$({create} | cut -d'\"' -f4)\n"
         f"export EXECUTION=$({execute.strip()} | cut -d'\"' -f4)\n{poll}"
@@ -78,6 +89,21 @@ def test_the_example_gives_the_report_that_the_readme_shows(dev: dict[str, str])
         dev,
     )
     assert "Chinstrap on Dream: 68 penguins" in shown
+
+
+def test_a_deployed_workflow_sleeps_and_wakes_as_the_readme_says(dev: dict[str, str], tmp_path: Path) -> None:
+    create, *_ = _copied_between(_blocks(_section("Try it"))[0])
+    workflow = f"{_exports(dev)}\nexport WORKFLOW=$({create} | cut -d'\"' -f4)\necho $WORKFLOW"
+    (example,) = _blocks(_section("Deploy it"))
+    waiting = past.UNTIL_IT_SLEEPS.search(example)
+    assert waiting
+    before, after = example[: waiting.start()], example[waiting.start() :]
+    head = f"{_exports(dev)}\nexport WORKFLOW={_run(workflow, dev)}"
+    functions = "".join(line for line in example.splitlines(keepends=True) if "() {" in line)
+    printed = _run(f"{head}\n{before}", dev)
+    past.let_a_minute_pass(tmp_path / "data/pilotflame.db")
+    printed += _run(f"{head}\n{functions}{after}", dev)
+    assert re.findall("x-cold-start: .*", printed) == re.findall("x-cold-start: .*", example)
 
 
 def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str, str]) -> None:

@@ -131,11 +131,13 @@ class SQLiteRecords(Records):
         note_end = f"INSERT INTO witness VALUES ('ended', NEW.id, NULL, NEW.status, {now})"
         note_node = f"INSERT INTO witness VALUES ('{{}}', NEW.execution_id, NEW.node_id, NEW.status, {now})"
         has_changed = "(OLD.sequence <> NEW.sequence OR OLD.output IS NOT NEW.output)"
+        # What is done about an end is written into the same row.
+        is_new_end = "(OLD.status <> NEW.status OR OLD.ended_at IS NOT NEW.ended_at)"
         connection = sqlite3.connect(self._path)
         connection.executescript(
             f"""
             {_TABLE};
-            CREATE TRIGGER end_is_noted AFTER UPDATE ON execution WHEN {_ENDS}
+            CREATE TRIGGER end_is_noted AFTER UPDATE ON execution WHEN {_ENDS} AND {is_new_end}
                 BEGIN {note_end}; END;
             CREATE TRIGGER new_result_is_noted AFTER INSERT ON span WHEN {_SETTLES}
                 BEGIN {note_node.format("settled")}; END;
@@ -174,6 +176,7 @@ class PostgreSQLRecords(Records):
             "INSERT INTO witness VALUES (TG_ARGV[0], {}, NEW.status, extract(epoch FROM clock_timestamp()))"
         )
         has_changed = "(OLD.sequence <> NEW.sequence OR OLD.output IS DISTINCT FROM NEW.output)"
+        is_new_end = "(OLD.status <> NEW.status OR OLD.ended_at IS DISTINCT FROM NEW.ended_at)"
         await self._execute(
             f"""
             {_TABLE};
@@ -181,7 +184,7 @@ class PostgreSQLRecords(Records):
                 $$ BEGIN {note.format("NEW.id, NULL")}; RETURN NULL; END $$;
             CREATE FUNCTION note_node() RETURNS trigger LANGUAGE plpgsql AS
                 $$ BEGIN {note.format("NEW.execution_id, NEW.node_id")}; RETURN NULL; END $$;
-            CREATE TRIGGER end_is_noted AFTER UPDATE ON execution FOR EACH ROW WHEN ({_ENDS})
+            CREATE TRIGGER end_is_noted AFTER UPDATE ON execution FOR EACH ROW WHEN ({_ENDS} AND {is_new_end})
                 EXECUTE FUNCTION note_execution('ended');
             CREATE TRIGGER new_result_is_noted AFTER INSERT ON span FOR EACH ROW WHEN ({_SETTLES})
                 EXECUTE FUNCTION note_node('settled');

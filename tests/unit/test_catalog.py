@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 CATALOG = catalog.load()
 EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
-DRAWN_ONLY = {"agent", "llm", "mysql-source", "tool"}
+DRAWN_ONLY = {"agent", "llm", "tool"}
 LENT = {"llm", "tool"}
 """Types that are connected to an agent, which asks them: nothing leads into them."""
 
@@ -50,13 +50,13 @@ def run(call):
 
 @EVERY_TYPE
 def test_an_entry_tells_what_its_reader_needs(node_type: NodeType) -> None:
-    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", node_type.type)
+    assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", node_type.type)
     assert re.fullmatch(r"\d+\.\d+\.\d+", node_type.version)
     assert node_type.category in {"triggers", "sources", "transform", "control", "io", "ai"}
     assert all((node_type.name, node_type.description, node_type.output.description))
     assert bool(node_type.input_description) == bool(node_type.inputs)
     assert 1 <= len(node_type.examples) <= 3
-    assert re.fullmatch(r"s3://[a-z-]+/[a-z-]+/[0-9.]+", node_type.s3_location)
+    assert re.fullmatch(r"s3://[a-z-]+/[a-z0-9-]+/[0-9.]+", node_type.s3_location)
     assert {*node_type.resources} == {"cpu", "memory"}
 
 
@@ -70,7 +70,8 @@ def test_a_config_is_described_by_a_strict_schema(node_type: NodeType) -> None:
     for name, of_field in properties.items():
         assert isinstance(of_field, dict)
         assert "description" in of_field, name
-        assert re.fullmatch(r"[a-z]+:(read|write|invoke)", str(of_field.get("x-resource", "models:invoke")))
+        resource = str(of_field.get("x-resource", "models:invoke"))
+        assert re.fullmatch(r"[a-z]+:(read|write|invoke|execute)", resource)
     assert {place.partition(OF_EACH)[0] for place in node_type.compiled} <= set(properties)
 
 

@@ -36,6 +36,24 @@ def test_an_id_is_a_prefix_and_a_uuid_of_version_seven() -> None:
     assert (number >> 76 & 0xF, number >> 62 & 0b11) == (7, 0b10)
 
 
+@given(st.text(), st.text())
+def test_an_id_that_is_derived_from_another_is_the_same_each_time_and_lands_near_it(
+    one: str, other: str
+) -> None:
+    origin = ids.new("exec")
+    derived = ids.derived("exec", origin, one, other)
+    assert derived == ids.derived("exec", origin, one, other)
+    assert (derived == ids.derived("exec", origin, other, one)) == (one == other)
+    assert derived not in {
+        ids.derived("exec", origin, one + other),
+        ids.derived("exec", "exec_1", one, other),
+    }
+    assert derived[:14] == origin[:14]
+    number = number_of(derived)
+    assert number >> 80 == number_of(origin) >> 80
+    assert (number >> 76 & 0xF, number >> 62 & 0b11) == (7, 0b10)
+
+
 def test_ids_grow_one_by_one_also_faster_than_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 2_000_000_000_000_000_000)
     made = [ids.new("span") for _ in range(10_000)]

@@ -15,13 +15,13 @@ from engine.events import LogLine, Span, SpanStatus
 from engine.findings import Finding
 from engine.graph import Graph
 from engine.mapping_checks import MAX_EXPLAINED
-from engine.node import Services
 from engine.program import Program
 from engine.run import Start, run
+from engine.services import Services
 from engine.validation import validate
 from engine.values import Json, decode
 from nodes import catalog
-from tests.calls import NoNetwork
+from tests.calls import CALLER, NoNetwork
 
 CATALOG = catalog.load()
 Nodes = Sequence[dict[str, Json]]
@@ -83,7 +83,7 @@ def only(findings: list[Finding]) -> Finding:
         ([], "trigger.x", 1),
         ([], "execution.startedAt", 0),
         ([], "execution.started", 1),
-        ([], "item.x", 0),
+        ([], "item.x", 1),
         ([PARSE], "data.rows[0].anything", 0),
         ([PARSE], "data.rows.first", 1),
         ([PARSE], "data.body.x", 1),
@@ -426,7 +426,7 @@ async def spans_of(graph: Graph, trigger: Json) -> dict[str, Span]:
     now = datetime.now(UTC)
     journal = Kept()
     program = Program.of(graph, CATALOG, CATALOG.implementation)
-    start = Start("exec", "wf", "exec", trigger, deadline=now + timedelta(seconds=20), started_at=now)
+    start = Start(CALLER, trigger, deadline=now + timedelta(seconds=20), started_at=now)
     await run(program, start, journal, Control(), Services(NoNetwork()))
     return journal.spans
 

@@ -17,6 +17,7 @@ from gateway.errors import ApiError
 from gateway.graph_shapes import ConnectionInput, NodeInput
 from gateway.node_edits import NodeChanges
 from gateway.workflow_rows import Stored
+from journal import pinning
 from models.workflow import Workflow
 from nodes import catalog
 
@@ -128,7 +129,7 @@ def refusal(edit: Edit, before: Stored) -> ApiError:
 
 
 def holds_together(stored: Stored) -> None:
-    validation = graph_shapes.check(stored.nodes, stored.connections, CATALOG)
+    validation = pinning.check(stored.nodes, stored.connections, CATALOG)
     assert not NEVER_LEFT_BEHIND & {finding.type for finding in validation.errors}
     assert len({edge["id"] for edge in stored.connections}) == len(stored.connections)
     places = [msgspec.convert(node["position"], graph_shapes.Position) for node in stored.nodes]

@@ -2,8 +2,9 @@ import asyncio
 import copy
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,30 +16,43 @@ from engine.node import NodeType, Wait
 from engine.values import Json
 from nodes import catalog
 from tests.calls import NOW, call
+from tests.sample_data import SampleDataSources
 
 pytestmark = pytest.mark.anyio
 
+FILE_NODES = {"s3-source", "s3-destination", "file-source", "file-destination", "file-parse"}
 EXAMPLES = [
     pytest.param(node_type, example, id=f"{node_type.type}-{number}")
     for node_type in catalog.load().node_types.values()
     for number, example in enumerate(node_type.examples)
-    # Those of http-request are run against a server, in the integration tests.
-    if node_type.runnable and node_type.type != "http-request"
+    # Those of http-request and of files are run against servers, and those of code by each backend, in the
+    # integration tests.
+    if node_type.runnable
+    and node_type.type not in {"http-request", "code", *FILE_NODES}
+    # Those of nodes that the engine completes are run by the engine.
+    and node_type.type not in {"loop", "human-input", "sub-workflow"}
 ]
+
+
+@pytest.fixture
+async def data_sources(tmp_path: Path) -> AsyncIterator[SampleDataSources]:
+    sample = SampleDataSources(tmp_path)
+    yield sample
+    await sample.connections.close()
 
 
 @pytest.mark.parametrize(("node_type", "example"), EXAMPLES)
 async def test_every_example_of_the_catalogue_comes_true(
-    node_type: NodeType, example: dict[str, Any]
+    node_type: NodeType, example: dict[str, Any], data_sources: SampleDataSources
 ) -> None:
     data = example["input"]
     before = copy.deepcopy(data)
     if "error" in example:
         with pytest.raises(NodeError) as raised:
-            await call(node_type.type, example["config"], data)
+            await call(node_type.type, example["config"], data, data_sources=data_sources)
         assert raised.value.message == example["error"]
         return
-    called = await call(node_type.type, example["config"], data)
+    called = await call(node_type.type, example["config"], data, data_sources=data_sources)
     assert (called.output, called.port) == (example["output"], example["port"])
     assert data == before, "a node never changes what it was given"
 

@@ -20,7 +20,7 @@ from gateway.document import examples, openapi, page
 from gateway.document.notes import IDEMPOTENCY_KEY, IF_MATCH, NOTES, Note
 from gateway.document.refusals import JSON_CODES, REFUSALS
 from gateway.endpoint import Access
-from gateway.endpoints import nodes
+from gateway.endpoints import nodes, trying
 from gateway.routes import Line
 from tests.unit.call_graph import CallGraph, Thing
 
@@ -44,8 +44,10 @@ OF_THE_ENDPOINT = {
     "not-ready",
 }
 """What an `Endpoint` answers with, before or after it calls a handler."""
-NEVER = {(nodes.index, "validation-failed")}
-"""Handlers that turn what is stored into an answer by the function that reads bodies."""
+MATCHING = "gateway.preconditions.require_match"
+"""What compares `If-Match` with the state that there is."""
+NEVER = {(nodes.index, "validation-failed"), (trying.run_node, "concurrency-limit")}
+"""Handlers that turn what is stored into an answer by the function that reads bodies, or leave out what is limited."""
 
 
 def operation(line: Line) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(l
 @pytest.mark.parametrize("line", LINES)
 def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Line) -> None:
     taken = NOTES.get(line.handler, Note()).takes
-    assert (IF_MATCH in taken) is reaches(line, "gateway.editing.edit")
+    assert (IF_MATCH in taken) is reaches(line, MATCHING)
     assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.idempotency.requested")
 
 
@@ -135,7 +137,9 @@ def test_names_are_given_once() -> None:
 
 
 def test_every_code_that_the_gateway_refuses_with_has_a_meaning() -> None:
-    named = {code for thing in GRAPH.everything() for code in GRAPH.codes_of(thing)}
+    # What pods are answered stands in no document.
+    public = (thing for thing in GRAPH.everything() if not thing.module.startswith("gateway.internal."))
+    named = {code for thing in public for code in GRAPH.codes_of(thing)}
     assert {code for name in named for code in COMPUTED.get(name, {name})} == set(REFUSALS)
 
 
@@ -176,6 +180,12 @@ def test_examples_are_what_they_are_examples_of(line: Line) -> None:
             validator(content["schema"]).validate(example["value"])
     for content in said["responses"][str(line.status)].get("content", {}).values():
         validator(content["schema"]).validate(content["example"])
+
+
+def test_the_settings_that_runs_obey_are_described() -> None:
+    described = DOCUMENT["components"]["schemas"]
+    referred = described["CreateWorkflow"]["properties"]["settings"]["anyOf"][0]["$ref"].rpartition("/")[2]
+    assert {"timeout", "concurrency", "onFailure"} <= described[referred]["properties"].keys()
 
 
 def test_the_contract_is_among_the_examples() -> None:

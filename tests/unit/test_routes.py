@@ -23,8 +23,8 @@ def test_nothing_but_the_health_checks_and_the_document_is_public() -> None:
 
 
 def test_what_changes_something_needs_more_than_any_key() -> None:
-    # The contract asks whether a workflow is valid by POST, which changes nothing.
-    asks = {"/api/v1/workflows/{id}/validate"}
+    # Some questions are asked by POST, which then changes nothing.
+    asks = {"/api/v1/workflows/{id}/validate", "/api/v1/workflows/{id}/lifecycle/preview"}
     assert {
         line.path
         for line in routes.TABLE

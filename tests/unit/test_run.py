@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from itertools import pairwise
 from types import FrameType
 from typing import Any, cast
 
@@ -24,214 +23,33 @@ from hypothesis import strategies as st
 from engine import run as engine_run
 from engine.control import Control, Request
 from engine.errors import LeaseLost, NodeError
-from engine.events import SETTLED, Ended, LogLine, RunError, RunStatus, Span, SpanStatus
-from engine.graph import Definition, Graph
-from engine.node import Call, Compile, Effect, EffectRule, NodeType, Outcome, Result, Run, Services, Wait
+from engine.events import SETTLED, Ended, RunError, RunStatus, Span, SpanStatus
+from engine.node import Call, Compile, Outcome, Result, Run, Wait
 from engine.program import Program
-from engine.run import Start, run
 from engine.values import Json, decode
-from tests.calls import NoNetwork
-
-PATIENCE_SECONDS = 5.0
-FAST_RETRY: dict[str, Json] = {"retry": {"maxAttempts": 3, "backoff": 0.01}}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A node type made up for a test."""
-
-    effect: Effect
-    run: Run
-    compiled: Mapping[str, Compile] = field(default_factory=dict)
-    version: str = "1.0.0"
-    joins: bool = False
-
-
-def pure(run: Run, **more: Any) -> Kind:  # noqa: ANN401 - the other fields of Kind
-    return Kind(Effect.PURE, run, **more)
-
-
-def read(run: Run) -> Kind:
-    return Kind(Effect.READ, run)
-
-
-def write(run: Run) -> Kind:
-    return Kind(Effect.WRITE, run)
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """The catalogue of them: every config is right."""
-
-    kinds: Mapping[str, Kind]
-
-    def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002, ARG002 - the protocol's words
-        kind = self.kinds[type]
-        return NodeType(
-            type=type,
-            name=type,
-            version=kind.version,
-            category="test",
-            description="",
-            effect=EffectRule(kind.effect),
-            config_schema={},
-            trigger_kind="manual" if type == "start" else None,
-            compiled=kind.compiled,
-            joins=kind.joins,
-        )
-
-    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002 - the protocol's signature
-        return dict(config)
-
-    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
-        return []
-
-
-def program(
-    drawing: str,
-    kinds: Mapping[str, Kind] | None = None,
-    nodes: Mapping[str, Mapping[str, Json]] | None = None,
-    settings: Mapping[str, Json] | None = None,
-) -> Program:
-    """Compile a graph drawn as `start > look > pay1; look:error > pay2`: a node's type is its id without digits."""
-    paths = [[step.strip() for step in path.split(">")] for path in drawing.split(";")]
-    edges = [edge for path in paths for edge in pairwise(path)]
-    ids = dict.fromkeys(step.partition(":")[0] for path in paths for step in path)
-    options = nodes or {}
-    stored: Definition = {
-        "nodes": [
-            {"id": node_id, "type": node_id.rstrip("0123456789"), **options.get(node_id, {})}
-            for node_id in ids
-        ],
-        "connections": [
-            {
-                "id": f"{source} {target}",
-                "source": source.partition(":")[0],
-                "sourcePort": source.partition(":")[2],
-                "target": target.partition(":")[0],
-            }
-            for source, target in edges
-        ],
-        "settings": cast("Json", settings or {}),
-    }
-    known: dict[str, Kind] = {"start": pure(echo), "echo": pure(echo), **(kinds or {})}
-    return Program.of(Graph.of(stored), Kinds(known), lambda kind: known[kind].run)
-
-
-def echo(call: Call) -> Json:
-    return call.data
-
-
-async def pause(call: Call) -> Json:
-    await asyncio.sleep(0)
-    return call.data
-
-
-async def for_ever(_call: Call) -> Json:
-    return await asyncio.Event().wait()
-
-
-def fail(call: Call) -> Json:
-    raise NodeError(f"{call.idempotency_key} is broken", retryable=True)
-
-
-class Notebook:
-    """The journal: `spans` and `lines` are durable, the rest would be lost with the worker."""
-
-    def __init__(self, recorded: Sequence[Span] = ()) -> None:
-        self.spans = {span.node_id: span for span in recorded}
-        self.lines: list[LogLine] = []
-        self.commits = 0
-        self.is_held = True
-        self.may_commit = asyncio.Event()
-        self.may_commit.set()
-        self.is_committing = asyncio.Event()
-        self._told: list[Span | LogLine] = []
-
-    def record(self, span: Span) -> None:
-        self._told.append(span)
-
-    def log(self, line: LogLine) -> None:
-        self._told.append(line)
-
-    def holds_lease(self) -> bool:
-        return self.is_held
-
-    async def commit(self) -> None:
-        taken, self._told = self._told, []
-        if not taken:
-            return
-        self.is_committing.set()
-        await asyncio.sleep(0)
-        await self.may_commit.wait()
-        self.is_committing.clear()
-        if not self.is_held:
-            raise LeaseLost
-        self.commits += 1
-        for one in taken:
-            if isinstance(one, Span):
-                self.spans[one.node_id] = one
-            else:
-                self.lines.append(one)
-
-    def status(self, node_id: str) -> SpanStatus | None:
-        span = self.spans.get(node_id)
-        return None if span is None else span.status
-
-    def output(self, node_id: str) -> Json:
-        output = self.spans[node_id].output
-        return None if output is None else decode(output)
-
-    @property
-    def statuses(self) -> dict[str, str]:
-        return {node_id: span.status.value for node_id, span in self.spans.items()}
-
-
-class Worker:
-    """One worker's stretch of work on a run, as the executor does it."""
-
-    def __init__(
-        self, program: Program, trigger: Json = None, *, recorded: Sequence[Span] = (), seconds: float = 60.0
-    ) -> None:
-        self.program = program
-        self.notebook = Notebook(recorded)
-        self.control = Control()
-        now = datetime.now(UTC)
-        self.start = Start(
-            execution_id="exec_2",
-            workflow_id="wf_1",
-            key_id="exec_1",
-            trigger=trigger,
-            deadline=now + timedelta(seconds=seconds),
-            started_at=now,
-            recorded=recorded,
-            sequence=max((span.sequence for span in recorded), default=0),
-        )
-
-    async def work(self) -> Ended:
-        ended = await run(self.program, self.start, self.notebook, self.control, Services(http=NoNetwork()))
-        await self.notebook.commit()
-        return ended
-
-    def begin(self) -> asyncio.Task[Ended]:
-        return asyncio.create_task(self.work())
-
-
-async def finished(worker: Worker) -> Notebook:
-    """Work to the end, which must be a good one."""
-    assert await worker.work() == Ended(RunStatus.COMPLETED)
-    return worker.notebook
-
-
-async def soon(event: asyncio.Event) -> None:
-    await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
-
-
-def error_of(ended: Ended) -> RunError:
-    assert ended.status is RunStatus.FAILED
-    assert ended.error is not None
-    return ended.error
-
+from tests.unit.running import (
+    FAST_RETRY,
+    PATIENCE_SECONDS,
+    Kind,
+    Ledger,
+    Notebook,
+    Stream,
+    WatchedNotebook,
+    Worker,
+    echo,
+    error_of,
+    fail,
+    finished,
+    for_ever,
+    pause,
+    program,
+    pure,
+    read,
+    soon,
+    wait_of,
+    woken,
+    write,
+)
 
 # ── the order of effects ──────────────────────────────────────────────────────────────────────────────────
 
@@ -339,7 +157,7 @@ async def test_no_more_nodes_run_at_once_than_the_settings_allow(
             raise NodeError("not yet", retryable=True)
         now_running += 1
         most_running = max(most_running, now_running)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.0005 * most)
         now_running -= 1
         return None
 
@@ -722,19 +540,6 @@ async def test_a_log_has_a_bounded_number_of_lines_and_says_when_it_is_cut() -> 
 # ── waits ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def woken(notebook: Notebook) -> list[Span]:
-    """Return what was recorded, as it reads when every wait is over."""
-    past = datetime.now(UTC) - timedelta(seconds=1)
-    return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.spans.values()]
-
-
-def wait_of(seconds: float) -> Run:
-    def wait(call: Call) -> Wait:
-        return Wait(call.now + timedelta(seconds=seconds), output=call.data)
-
-    return wait
-
-
 async def test_a_short_wait_keeps_the_worker() -> None:
     began = datetime.now(UTC)
     notebook = await finished(Worker(program("start > wait > echo", {"wait": pure(wait_of(0.05))}), 7))
@@ -790,52 +595,6 @@ async def test_a_pause_before_the_next_attempt_frees_the_worker_too() -> None:
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Outside:
-    """One call that reached the outside world."""
-
-    key: str
-    body: Json
-
-
-class Ledger:
-    """The outside world: it keeps every effect, and, at each moment of a run, what was durable then."""
-
-    def __init__(self) -> None:
-        self.effects: list[Outside] = []
-        self.moments: list[tuple[list[Span], list[Outside]]] = []
-        self.notebook = Notebook()
-
-    async def write(self, call: Call) -> Json:
-        self.look()
-        body: Json = {"config": dict(call.config), "data": call.data}
-        self.effects.append(Outside(call.idempotency_key, body))
-        self.look()
-        await asyncio.sleep(0)
-        self.look()
-        return {"n": len(call.idempotency_key), "seen": call.data}
-
-    def look(self) -> None:
-        self.moments.append((list(self.notebook.spans.values()), list(self.effects)))
-
-
-class WatchedNotebook(Notebook):
-    """A notebook whose every step is a moment at which the worker might die."""
-
-    def __init__(self, ledger: Ledger, recorded: Sequence[Span]) -> None:
-        super().__init__(recorded)
-        self._ledger = ledger
-        ledger.notebook = self
-
-    def record(self, span: Span) -> None:
-        super().record(span)
-        self._ledger.look()
-
-    async def commit(self) -> None:
-        await super().commit()
-        self._ledger.look()
 
 
 async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with_the_same_key_and_body() -> (
@@ -1066,24 +825,6 @@ async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earl
     assert again.spans["merge"].input_node == "read2"
 
 
-class Stream(Notebook):
-    """A notebook that keeps every span in the order in which it was recorded."""
-
-    def __init__(self, recorded: Sequence[Span] = ()) -> None:
-        super().__init__(recorded)
-        self.stream: list[Span] = []
-
-    def record(self, span: Span) -> None:
-        super().record(span)
-        self.stream.append(span)
-
-    async def commit(self) -> None:
-        # Long enough for several branches to arrive meanwhile.
-        for _ in range(4):
-            await asyncio.sleep(0)
-        await super().commit()
-
-
 @st.composite
 def races(draw: st.DrawFn) -> tuple[Program, Counter[str]]:
     """Draw a graph in which branches of different lengths meet in merges of both modes, and what counts its calls."""
@@ -1156,7 +897,7 @@ def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
         # Where no branch had arrived yet, another one may be first the next time.
         open_races = {
             node_id
-            for node_id in graph.eager
+            for node_id in graph.root.eager
             if not any(settled.get(edge.source) == edge.source_port for edge in edges[node_id])
         }
         for node_id in graph.nodes:

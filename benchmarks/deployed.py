@@ -1,0 +1,284 @@
+"""Workflows in pods of their own, by `pilotflame dev`: stopped under load, asleep between bursts, cold, and warm."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import msgspec
+
+from benchmarks import engine, load, machine, processes, workflows
+from benchmarks.http1 import Connection
+from benchmarks.load import Installed, Sample, WrongAnswer
+
+CALLS_PER_SECOND = 20
+STOP_EVERY_SECONDS = 5
+STEADY_PER_SECOND_ASKED = 4
+"""The steady load lasts so many times as long as others."""
+BURSTS = 9
+BURST_SECONDS = 2
+SILENCE_SECONDS = 5
+IDLE_SECONDS = 2
+"""Shorter than clients may choose: it is put into the row."""
+LIFECYCLE_SECONDS = "0.5"
+COLD_STARTS = 15
+WARM_UP_CALLS = 50
+WARM_CALLS = 500
+CROWD = 200
+STUCK_SECONDS = 60
+DECISIONS = 100
+IS_COLD = re.compile(rb"\r\nx-cold-start: *true", re.IGNORECASE)
+_numbers = count(1)
+
+
+class Triggered(msgspec.Struct):
+    """What a trigger that waits for the end of its run is answered with."""
+
+    status: str
+    output: dict[str, Any] = {}
+
+
+_triggered = msgspec.json.Decoder(Triggered)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A trigger, and what came of it."""
+
+    seconds: float
+    is_cold: bool
+    """The workflow was found asleep, or about to be."""
+    trouble: str
+    """What it was answered with instead of what its run owes; empty where it was not."""
+
+
+class Callers:
+    """Triggers of one deployed workflow, each on a connection that is free, or on a new one."""
+
+    def __init__(self, installed: Installed) -> None:
+        self.calls: list[Call] = []
+        self._installed = installed
+        self._idle: list[Connection] = []
+
+    async def call(self) -> None:
+        """Trigger a run, and wait for its end."""
+        connection = self._idle.pop() if self._idle else await Connection.open(self._installed.api.port)
+        x = next(_numbers)
+        path = f"/api/v1/workflows/{self._installed.workflow_id}/trigger"
+        request = self._installed.api.post(path, b'{"sync":true,"inputs":{"x":%d}}' % x)
+        sent_at = perf_counter()
+        answer = await connection.send(request)
+        seconds = perf_counter() - sent_at
+        self._idle.append(connection)
+        is_right = answer.status == 200 and self._is_right(x, _triggered.decode(answer.body))
+        trouble = "" if is_right else f"{answer.status} {answer.body.decode()}"
+        self.calls.append(Call(seconds, IS_COLD.search(answer.head) is not None, trouble))
+
+    async def call_steadily(self, seconds: float) -> None:
+        """Trigger at even intervals, however long the answers take."""
+        begun_at = perf_counter()
+        async with asyncio.timeout(seconds + STUCK_SECONDS), asyncio.TaskGroup() as tasks:
+            for number in range(round(CALLS_PER_SECOND * seconds)):
+                await asyncio.sleep(begun_at + number / CALLS_PER_SECOND - perf_counter())
+                tasks.create_task(self.call())
+
+    async def call_at_once(self, callers: int) -> None:
+        """Trigger by so many at once."""
+        async with asyncio.timeout(STUCK_SECONDS), asyncio.TaskGroup() as tasks:
+            for _ in range(callers):
+                tasks.create_task(self.call())
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+
+    def _is_right(self, x: int, triggered: Triggered) -> bool:
+        return triggered.status == "completed" and self._installed.workflow.is_right(x, triggered.output)
+
+
+async def measure(folder: Path, seconds: float) -> dict[str, float]:
+    """Return milliseconds of cold and warm triggers, and what was lost of those that came while pods were stopped."""
+    async with processes.dev(folder, LIFECYCLE_SECONDS=LIFECYCLE_SECONDS) as pilotflame:
+        installed = await load.create(pilotflame.api, workflows.pure())
+        since = perf_counter()
+        await _sent(installed, "POST", "deploy")
+        figures = {"calibration_ms": machine.calibration_ms(), "deploy_ms": 1000 * (perf_counter() - since)}
+        figures |= await _warm(installed)
+        figures |= await _cold(installed)
+        figures |= await _crowd(installed)
+        figures |= await _stopped_under_load(installed, STEADY_PER_SECOND_ASKED * seconds)
+        figures |= await _asleep_between_bursts(installed, pilotflame.folder / "data")
+    return figures
+
+
+# ── one at a time ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _warm(installed: Installed) -> dict[str, float]:
+    callers = Callers(installed)
+    for _ in range(WARM_UP_CALLS):
+        await callers.call()
+    callers.calls.clear()
+    for _ in range(WARM_CALLS):
+        await callers.call()
+    callers.close()
+    warm = _sample(_right(callers.calls))
+    by_engine_ms = await engine.one_run_ms(installed.workflow)
+    return {
+        "warm_p50_ms": warm.milliseconds(50),
+        "warm_p99_ms": warm.milliseconds(99),
+        "engine_p50_ms": by_engine_ms,
+        "warm_above_engine_p50_ms": warm.milliseconds(50) - by_engine_ms,
+    }
+
+
+async def _cold(installed: Installed) -> dict[str, float]:
+    callers = Callers(installed)
+    for _ in range(COLD_STARTS):
+        await _put_to_sleep(installed)
+        await callers.call()
+    callers.close()
+    calls = _right(callers.calls)
+    if not all(call.is_cold for call in calls):
+        raise WrongAnswer("A workflow that was stopped was found running")
+    return {
+        "cold_p50_ms": median(1000 * call.seconds for call in calls),
+        "cold_longest_ms": _sample(calls).milliseconds(100),
+    }
+
+
+# ── many ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _crowd(installed: Installed) -> dict[str, float]:
+    """Have many call a sleeping workflow at once."""
+    await _put_to_sleep(installed)
+    before = await _wakes(installed)
+    callers = Callers(installed)
+    await callers.call_at_once(CROWD)
+    callers.close()
+    return {
+        f"starts_for_{CROWD}_callers": await _wakes(installed) - before,
+        f"longest_of_{CROWD}_callers_ms": _sample(_right(callers.calls)).milliseconds(100),
+    }
+
+
+async def _stopped_under_load(installed: Installed, seconds: float) -> dict[str, float]:
+    """Stop a workflow again and again while it is called."""
+    before, completed_before = await _wakes(installed), await _completed(installed)
+    callers = Callers(installed)
+    async with asyncio.TaskGroup() as tasks:
+        calling = tasks.create_task(callers.call_steadily(seconds))
+        stops: list[asyncio.Task[Any]] = []
+        while not (await asyncio.wait({calling}, timeout=STOP_EVERY_SECONDS))[0]:
+            # Its answer waits for pods that are gone, which calls may not let happen for long.
+            stops.append(tasks.create_task(_sent(installed, "POST", "stop")))
+        for stop in stops:
+            await stop
+    callers.close()
+    figures = _load_figures("stopped", callers.calls, await _completed(installed) - completed_before)
+    return {
+        **figures,
+        "stopped_stops": float(len(stops)),
+        "stopped_wakes": await _wakes(installed) - before,
+    }
+
+
+async def _asleep_between_bursts(installed: Installed, data: Path) -> dict[str, float]:
+    """Leave a workflow alone for longer than it stays up, between bursts of calls."""
+    await _put_to_sleep(installed)
+    _set_idle_seconds(data / "pilotflame.db", installed.workflow_id)
+    before, completed_before = await _wakes(installed), await _completed(installed)
+    callers = Callers(installed)
+    for _ in range(BURSTS):
+        await callers.call_steadily(BURST_SECONDS)
+        await asyncio.sleep(SILENCE_SECONDS)
+    callers.close()
+    figures = _load_figures("bursts", callers.calls, await _completed(installed) - completed_before)
+    return {**figures, "bursts_wakes": await _wakes(installed) - before}
+
+
+def _load_figures(load_name: str, calls: Sequence[Call], completed: int) -> dict[str, float]:
+    failed = [call.trouble for call in calls if call.trouble]
+    if failed:
+        print(f"{load_name}: {failed[0]}", flush=True)
+    everything, waking = _sample(calls), _sample([call for call in calls if call.is_cold])
+    return {
+        f"{load_name}_calls": float(len(calls)),
+        f"{load_name}_lost": float(len(calls) - completed),
+        f"{load_name}_failed": float(len(failed)),
+        f"{load_name}_calls_that_woke": float(waking.count),
+        f"{load_name}_wake_p50_ms": waking.milliseconds(50),
+        f"{load_name}_wake_p99_ms": waking.milliseconds(99),
+        f"{load_name}_p50_ms": everything.milliseconds(50),
+        f"{load_name}_longest_ms": everything.milliseconds(100),
+    }
+
+
+def _right(calls: Sequence[Call]) -> Sequence[Call]:
+    for call in calls:
+        if call.trouble:
+            raise WrongAnswer(call.trouble)
+    return calls
+
+
+def _sample(calls: Sequence[Call]) -> Sample:
+    seconds = sorted(call.seconds for call in calls)
+    return Sample(sum(seconds), len(seconds), seconds)
+
+
+# ── the deployment ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _put_to_sleep(installed: Installed) -> None:
+    stopped = await _sent(installed, "POST", "stop")
+    if stopped["deploymentStatus"] != "stopped":
+        raise WrongAnswer(stopped)
+
+
+async def _wakes(installed: Installed) -> int:
+    """Return how often it was woken, lately."""
+    history = await _sent(installed, "GET", f"lifecycle/history?limit={DECISIONS}")
+    return sum(decision["action"] == "wake" for decision in history["decisions"])
+
+
+async def _completed(installed: Installed) -> int:
+    path = f"/api/v1/executions?workflowId={installed.workflow_id}&status=completed&limit=1"
+    listed = await _answered(installed, installed.api.get(path))
+    return int(listed["count"])
+
+
+async def _sent(installed: Installed, method: str, what: str) -> dict[str, Any]:
+    path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
+    return await _answered(installed, installed.api.request(method, path))
+
+
+async def _answered(installed: Installed, request: bytes) -> dict[str, Any]:
+    connection = await Connection.open(installed.api.port)
+    try:
+        answer = await connection.send(request)
+    finally:
+        connection.close()
+    if answer.status not in {200, 202}:
+        raise WrongAnswer(f"{answer.status}: {answer.body.decode()}")
+    body: dict[str, Any] = msgspec.json.decode(answer.body)
+    return body
+
+
+def _set_idle_seconds(database: Path, workflow_id: str) -> None:
+    policy = {"type": "idle-shutdown", "idleTimeoutMinutes": IDLE_SECONDS / 60}
+    connection = sqlite3.connect(database, timeout=10)
+    with connection:
+        connection.execute(
+            "UPDATE workflow SET lifecycle = ? WHERE id = ?",
+            (msgspec.json.encode(policy).decode(), workflow_id),
+        )
+    connection.close()

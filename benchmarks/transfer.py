@@ -1,0 +1,161 @@
+"""Rows from one table to another: through a workflow of three nodes, and by hand with the same driver.
+
+The workflow reads with `postgresql-source`, changes each row with `map`, and writes with `postgresql-destination`, run
+by `pilotflame dev` with everything that it keeps of a run. By hand, one connection fetches, a comprehension changes,
+and `executemany` inserts, as the destination does, in one transaction; or COPY writes, which takes no upsert.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import asyncpg
+import msgspec
+from sqlalchemy.engine import make_url
+
+from benchmarks import processes
+from benchmarks.http1 import Api, Connection
+from benchmarks.load import WrongAnswer
+from benchmarks.postgres_counters import dsn
+from tests import services
+from tests.services import PostgreSQL
+
+ROWS = 30_000
+ROUNDS = 5
+COUNTRIES = 50
+WAIT_SECONDS = 30
+SELECT = "SELECT id, customer, country, total FROM source ORDER BY id"
+_TABLES = f"""
+CREATE TABLE source (id integer PRIMARY KEY, customer text NOT NULL, country text NOT NULL, total double precision);
+CREATE TABLE target (id integer PRIMARY KEY, customer text NOT NULL, gross double precision);
+INSERT INTO source SELECT number, 'customer ' || number, 'country ' || number % {COUNTRIES}, number / 4.0
+FROM generate_series(1, {ROWS}) AS number;
+"""  # noqa: S608 - of constants
+_GROSS = {"$op": "multiply", "args": ["{{ item.total }}", 1.25]}
+
+
+Rows: TypeAlias = Sequence[tuple[int, str, float]]
+
+
+async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
+    """Return rows per second of either way, and how many times longer the workflow takes."""
+    address = dsn(await postgres.create_database("transfer"))
+    connection = await asyncpg.connect(address)
+    await connection.execute(_TABLES)
+    async with processes.dev(folder) as pilotflame:
+        client = await Connection.open(pilotflame.api.port)
+        workflow_id = await _installed(pilotflame.api, client, address)
+        times: dict[str, list[float]] = {"by_hand": [], "by_copy": [], "by_workflow": []}
+        for _ in range(ROUNDS):
+            times["by_hand"].append(await _seconds_by_hand(address, _insert))
+            await _emptied(connection)
+            times["by_copy"].append(await _seconds_by_hand(address, _copy))
+            await _emptied(connection)
+            times["by_workflow"].append(await _seconds_by_workflow(pilotflame.api, client, workflow_id))
+            await _emptied(connection)
+        client.close()
+    await connection.close()
+    middle = {way: median(seconds) for way, seconds in times.items()}
+    return {
+        **{f"{way}_rows_per_second": ROWS / seconds for way, seconds in middle.items()},
+        "times_by_hand": middle["by_workflow"] / middle["by_hand"],
+        "times_by_copy": middle["by_workflow"] / middle["by_copy"],
+    }
+
+
+async def _seconds_by_hand(address: str, write: Callable[[Any, Rows], Awaitable[object]]) -> float:
+    since = perf_counter()
+    connection = await asyncpg.connect(address)
+    async with connection.transaction():
+        rows = await connection.fetch(SELECT)
+        await write(connection, [(row["id"], row["customer"], row["total"] * 1.25) for row in rows])
+    await connection.close()
+    return perf_counter() - since
+
+
+async def _insert(connection: Any, rows: Rows) -> None:  # noqa: ANN401 - the driver's own type needs a record type
+    await connection.executemany("INSERT INTO target (id, customer, gross) VALUES ($1, $2, $3)", rows)
+
+
+async def _copy(connection: Any, rows: Rows) -> None:  # noqa: ANN401 - as above
+    await connection.copy_records_to_table("target", records=rows, columns=["id", "customer", "gross"])
+
+
+async def _seconds_by_workflow(api: Api, client: Connection, workflow_id: str) -> float:
+    since = perf_counter()
+    started = await _sent(client, api.post(f"/api/v1/workflows/{workflow_id}/execute", b"{}"), 201)
+    path = f"/api/v1/executions/{started['executionId']}/progress?wait={WAIT_SECONDS}"
+    progress = await _sent(client, api.get(path), 200)
+    if progress["status"] != "completed" or progress["outputs"]["write"] != {"written": ROWS}:
+        raise WrongAnswer(progress)
+    return perf_counter() - since
+
+
+async def _emptied(connection: Any) -> None:  # noqa: ANN401 - the driver's own type needs a record type
+    """Check that all rows have come, and take them away."""
+    count, gross = await connection.fetchrow("SELECT count(*), sum(gross) FROM target")
+    assert (count, gross) == (ROWS, sum(number / 4 * 1.25 for number in range(1, ROWS + 1)))
+    await connection.execute("TRUNCATE target")
+
+
+async def _installed(api: Api, client: Connection, address: str) -> str:
+    url = make_url(address)
+    settings = {"host": url.host, "port": url.port, "database": url.database, "user": url.username}
+    secrets = {"password": url.password or "none"}
+    body = {"name": "Shop", "type": "postgresql", "settings": settings, "secrets": secrets}
+    source = await _sent(client, api.post("/api/v1/datasources", msgspec.json.encode(body)), 201)
+    source_id = source["dataSourceId"]
+    config = {
+        "items": "{{ data.rows }}",
+        "value": {"id": "{{ item.id }}", "customer": "{{ item.customer }}", "gross": _GROSS},
+    }
+    nodes: list[dict[str, Any]] = [
+        {"id": "start", "type": "manual"},
+        {
+            "id": "read",
+            "type": "postgresql-source",
+            "config": {"dataSource": source_id, "query": SELECT, "maxRows": ROWS},
+        },
+        {"id": "change", "type": "map", "config": config},
+        {
+            "id": "write",
+            "type": "postgresql-destination",
+            "config": {
+                "dataSource": source_id,
+                "table": "target",
+                "rows": "{{ data.items }}",
+                "batchSize": 10_000,
+            },
+        },
+    ]
+    order = ["start", "read", "change", "write"]
+    connections = [{"source": one, "target": other} for one, other in pairwise(order)]
+    workflow = {"name": "Transfer", "nodes": nodes, "connections": connections}
+    created = await _sent(client, api.post("/api/v1/workflows", msgspec.json.encode(workflow)), 201)
+    workflow_id: str = created["workflowId"]
+    return workflow_id
+
+
+async def _sent(client: Connection, request: bytes, status: int) -> dict[str, Any]:
+    answer = await client.send(request)
+    if answer.status != status:
+        raise WrongAnswer(answer)
+    body: dict[str, Any] = msgspec.json.decode(answer.body)
+    return body
+
+
+async def _main() -> None:
+    with services.running_postgres() as postgres, tempfile.TemporaryDirectory() as folder:
+        for figure, measured in (await measure(postgres, Path(folder))).items():
+            print(f"{figure:32} {measured:12,.1f}")
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

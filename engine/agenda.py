@@ -1,0 +1,69 @@
+"""What a run has still to do: nodes to be restored, to be begun, at work and asleep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappush
+from typing import TYPE_CHECKING
+
+from engine.events import SETTLED
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.frames import Frame, Sleeping, Visit
+
+
+@dataclass(slots=True)
+class Agenda:
+    """All of it, whatever loop it is in."""
+
+    settled_before: list[tuple[int, str, Frame]] = field(default_factory=list)
+    """Nodes that are ready and have settled in an earlier attempt, by when: a heap."""
+    ready: deque[tuple[Frame, str]] = field(default_factory=deque)
+    tasks: dict[asyncio.Task[None], Visit] = field(default_factory=dict)
+    sleeping: dict[Visit, Sleeping] = field(default_factory=dict)
+
+    def add(self, frame: Frame, node_ids: Sequence[str]) -> None:
+        """Note nodes that are ready."""
+        frame.open += len(node_ids)
+        if not frame.recorded:
+            for node_id in node_ids:
+                self.ready.append((frame, node_id))
+            return
+        for node_id in node_ids:
+            recorded = frame.recorded.get(node_id)
+            if recorded is not None and recorded.status in SETTLED:
+                heappush(self.settled_before, (recorded.sequence, node_id, frame))
+            else:
+                self.ready.append((frame, node_id))
+
+    def drop(self, frames: Collection[Frame]) -> list[Visit]:
+        """Forget what hasn't begun in some frames and cancel what only looks there; returns what was asleep."""
+        dropped = [frame for frame, _ in self.ready if frame in frames]
+        dropped += [frame for _, _, frame in self.settled_before if frame in frames]
+        if dropped:
+            self.ready = deque(entry for entry in self.ready if entry[0] not in frames)
+            self.settled_before = [entry for entry in self.settled_before if entry[2] not in frames]
+            heapify(self.settled_before)
+        asleep = [visit for visit in self.sleeping if visit.frame in frames]
+        for visit in asleep:
+            del self.sleeping[visit]
+        for frame in (*dropped, *(visit.frame for visit in asleep)):
+            frame.open -= 1
+        for task, visit in self.tasks.items():
+            if visit.frame in frames and not visit.is_write:
+                task.cancel()
+        return asleep
+
+    @property
+    def has_write_at_work(self) -> bool:
+        return any(visit.is_write for visit in self.tasks.values())
+
+    @property
+    def next_wake(self) -> datetime | None:
+        """When the first of those that sleep goes on by itself."""
+        return min((one.wake_at for one in self.sleeping.values() if one.wake_at is not None), default=None)

@@ -1,0 +1,204 @@
+"""Where a run is: walks through sections of its graph, nodes on their way, loops in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.node import CONTINUE, ERROR, Result
+from engine.plan import Plan, Step
+
+if TYPE_CHECKING:
+    from engine.events import RunError, Span
+    from engine.program import NodeProgram
+    from engine.sections import Section
+    from engine.values import Json
+
+
+class Frame:
+    """One walk through a section: the run's own, or one turn of a loop."""
+
+    iteration = ""
+    loop: Loop | None = None
+    index = 0
+    """The place of the item, in a turn."""
+    open = 0
+    """Nodes that are ready, at work or asleep."""
+    failure: RunError | None = None
+    """Of the first of its nodes that has failed for good."""
+    is_broken_off = False
+    """Nothing in it is begun any more, and its end is awaited."""
+
+    def __init__(
+        self,
+        section: Section,
+        given: Json,
+        roots: Mapping[str, Json],
+        recorded: Mapping[str, Span],
+        started_at: datetime,
+    ) -> None:
+        self.section = section
+        self.plan = Plan(section.graph, section.first, section.eager)
+        self.given = given
+        """What its first nodes are given: the trigger's data, or an item."""
+        self.recorded = recorded
+        """The newest span of each node in it, of earlier attempts."""
+        self.started_at = started_at
+        self.outputs: dict[str, Json] = {}
+        """Of its own nodes."""
+        self.nodes = self.outputs
+        """What expressions see as `nodes`: in a turn, what had settled outside of it too when it began."""
+        self.roots = {**roots, "nodes": self.nodes}
+        """The roots of expressions, but for `data`."""
+        self.digests: dict[str, bytes] = {}
+        self.texts: dict[str, bytes] = {}
+        """Small outputs as JSON, for the nodes that hand on what they were given."""
+        self.loops: set[Loop] = set()
+        """Those of its loops that are in progress."""
+
+    @classmethod
+    def of_turn(cls, loop: Loop, index: int, recorded: Mapping[str, Span], started_at: datetime) -> Frame:
+        """Return a turn of a loop, from its beginning."""
+        outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
+        frame = cls(loop.body, item, outer.roots, recorded, started_at)
+        frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
+        frame.nodes = {**outer.nodes, loop_id: {"item": item, "index": index}}
+        frame.roots |= {"nodes": frame.nodes, "item": item, "index": index}
+        return frame
+
+    def roots_of_now(self) -> Mapping[str, Json]:
+        """Return the roots as they are, whatever comes."""
+        return {**self.roots, "nodes": self.nodes.copy()}
+
+    def start(self) -> Step:
+        """Return what is ready at first."""
+        return self.plan.start() if self.loop is None else self.plan.settle(self.loop.visit.node_id, CONTINUE)
+
+    def result(self) -> Json:
+        """Return what has come of a turn: the output of the last node reached, of several each under its node's id."""
+        found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
+        return next(iter(found.values()), None) if len(found) <= 1 else found
+
+    def whole(self) -> Iterator[Frame]:
+        """Return this and every turn in progress inside it."""
+        yield self
+        for loop in self.loops:
+            for turn in loop.turns.values():
+                yield from turn.whole()
+
+    def fails_the_run(self) -> bool:
+        """Tell whether no loop around it takes up a failure that is left to it."""
+        frame = self
+        while frame.loop is not None:
+            if frame.loop.goes_on or frame.loop.visit.has_error_edge:
+                return False
+            frame = frame.loop.visit.frame
+        return True
+
+
+class Visit(msgspec.Struct, eq=False):
+    """One node on its way through a frame."""
+
+    frame: Frame
+    program: NodeProgram
+    data: Json
+    input_node: str | None
+    input: bytes | None
+    input_digest: bytes
+    started_at: datetime
+    attempt: int = 1
+    config: Mapping[str, Json] = {}
+    resolved_config: bytes | None = None
+    hashes: bytes | None = None
+    unresolved: list[str] = []
+    written: tuple[Json, bytes, bytes] | None = None
+    """Its output, as others see it and as it is kept, and the digest of that."""
+
+    @property
+    def node_id(self) -> str:
+        return self.program.node.id
+
+    @property
+    def is_write(self) -> bool:
+        return self.program.is_write
+
+    @property
+    def is_at_most_once(self) -> bool:
+        return self.program.node.at_most_once and self.is_write
+
+    @property
+    def has_error_edge(self) -> bool:
+        """Whether something is connected that takes up its failure."""
+        edges = self.frame.section.graph.outbound[self.program.node.id]
+        return any(edge.source_port == ERROR for edge in edges)
+
+
+class Then(Enum):
+    """What becomes of a node when it wakes by the clock."""
+
+    DONE = "done"
+    TRIED_AGAIN = "tried again"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Sleeping:
+    """A node that goes on at a set time, or when it is answered."""
+
+    visit: Visit
+    wake_at: datetime | None
+    """None: only an answer wakes it."""
+    then: Then
+    output: bytes | None = None
+    """What a wait ends with."""
+    expired: Result | None = None
+    """What the node gives when nobody has answered; None: it fails."""
+
+
+@dataclass(slots=True, eq=False)
+class Loop:
+    """A loop in progress."""
+
+    visit: Visit
+    body: Section
+    items: Sequence[Json]
+    concurrency: int
+    goes_on: bool
+    """Whether an item whose turn fails is listed with its error, and the loop goes on."""
+    turns: dict[int, Frame] = field(default_factory=dict)
+    """Those in progress."""
+    next_index: int = 0
+    results: list[Json] = field(default_factory=list)
+    errors: dict[int, RunError] = field(default_factory=dict)
+    result_bytes: int = 0
+    failure: RunError | None = None
+    is_broken_off: bool = False
+
+    def __post_init__(self) -> None:
+        self.results = [None] * len(self.items)
+
+    @property
+    def wants_a_turn(self) -> bool:
+        return (
+            self.failure is None
+            and not self.is_broken_off
+            and self.next_index < len(self.items)
+            and len(self.turns) < self.concurrency
+        )
+
+    def iteration(self, index: int) -> str:
+        """Return what a turn is called: its number, behind those of the loops around it."""
+        outer = self.visit.frame.iteration
+        return f"{outer}.{index}" if outer else str(index)
+
+    def output(self) -> Json:
+        """Return what leaves by `done`."""
+        errors: list[Json] = [
+            {"index": index, "error": error.as_json()} for index, error in sorted(self.errors.items())
+        ]
+        return {"results": self.results, "count": len(self.items), "errors": errors}

@@ -1,0 +1,85 @@
+"""What comes of nodes in the form in which it is kept: outputs as JSON, failures as errors of a node and of a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from engine import limits, values
+from engine.errors import NodeError
+from engine.events import RunError
+from engine.expressions import ExpressionError
+from engine.values import InvalidJson
+
+if TYPE_CHECKING:
+    from engine.graph import Node
+    from engine.values import Json
+
+MAX_MESSAGE_LENGTH: Final = 8_192
+TIMEOUT: Final = "timeout"
+EXPIRED: Final = "expired"
+LOST_ATTEMPT: Final = "lost-attempt"
+UNKNOWN_OUTCOMES: Final = frozenset({TIMEOUT, "timed-out", "interrupted"})
+"""Codes of errors after which nobody knows whether a write was made."""
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def encoded(output: Json, max_bytes: int) -> bytes:
+    """Return an output as JSON; raises `InvalidJson`, and `NodeError` where it is too large to be kept."""
+    try:
+        return values.encode(output, max_bytes=max_bytes)
+    except InvalidJson as error:
+        if error.code != "too-large":
+            raise
+        raise too_large(max_bytes) from error
+
+
+def too_large(max_bytes: int) -> NodeError:
+    """Return the error of an output that takes more than the limit."""
+    name = limits.setting("max_output_bytes")
+    return NodeError(
+        f"The output takes more than the {max_bytes:,} bytes that can be kept ({name})",
+        code="output-too-large",
+    )
+
+
+def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, bytes]:
+    """Return what leaves by the error port; data that would not fit beside the error is left out."""
+    output: Json = {"error": reason.as_json(), "data": data}
+    try:
+        return output, encoded(output, max_bytes)
+    except (InvalidJson, NodeError):
+        output = {"error": reason.as_json(), "data": None}
+        return output, values.encode(output)
+
+
+def too_slow(node: Node) -> NodeError:
+    """Return the error of a node that has used up its time."""
+    return NodeError(
+        f"The node took longer than its {node.timeout_seconds:g} s", code=TIMEOUT, retryable=True
+    )
+
+
+def end_of_run(reason: RunError) -> RunError:
+    """Return what a node's failure is to its run, which has fewer codes."""
+    return replace(reason, code=TIMEOUT if reason.code == TIMEOUT else "node-error")
+
+
+def storable(text: str) -> str:
+    """Return a text of anybody's making as every database takes it."""
+    return _UNSTORABLE.sub("\ufffd", text[:MAX_MESSAGE_LENGTH])
+
+
+def as_node_error(error: Exception) -> NodeError:
+    """Translate what a node raised: its own words where it chose them, else the kind of surprise."""
+    if isinstance(error, NodeError):
+        return error
+    if isinstance(error, ExpressionError):
+        return NodeError(str(error), code="expression-error")
+    if isinstance(error, InvalidJson):
+        return NodeError(str(error), code=error.code)
+    if isinstance(error, TimeoutError):
+        return NodeError(str(error) or "Timed out", code=TIMEOUT, retryable=True)
+    return NodeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,153 @@
+"""What is left of a graph for a trial: what leads to the node that it ends with, and nothing before a pinned one.
+
+A pinned node gives the output that was set for it and isn't run. What only leads to pinned nodes isn't run either,
+unless an expression of a node that is run names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from engine.errors import InvalidDefinition
+from engine.expressions import ExpressionError, compile_path, compile_template
+from engine.graph import Edge, Graph
+from engine.node import CONTINUE, UnknownNodeType
+from engine.sections import find_bodies
+
+if TYPE_CHECKING:
+    from engine.graph import Node
+    from engine.program import Catalog
+    from engine.sections import Bodies
+    from engine.values import Json
+
+
+def pruned(graph: Graph, catalog: Catalog) -> Graph:
+    """Return the part of a graph that is run: all of it, where it neither ends with a node nor has pinned ones.
+
+    Raises `InvalidDefinition` for a node that isn't there.
+    """
+    if graph.up_to is None and not graph.pinned:
+        return graph
+    for node_id in (*graph.pinned, *([] if graph.up_to is None else [graph.up_to])):
+        if node_id not in graph.by_id:
+            raise InvalidDefinition(f"There is no node {node_id!r} to be pinned, or to end with")
+    bodies = find_bodies(graph, [node.id for node in graph.nodes if _loops(node, catalog)])
+    needed = _Needed(graph, bodies).all()
+    return Graph(
+        nodes=[node for node in graph.nodes if node.id in needed],
+        edges=[
+            *(
+                edge
+                for edge in graph.edges
+                if edge.source in needed and edge.target in needed and edge.target not in graph.pinned
+            ),
+            *_into_bodies(graph.pinned, bodies),
+        ],
+        settings=graph.settings,
+        up_to=graph.up_to,
+        pinned=graph.pinned,
+    )
+
+
+def _into_bodies(pinned: Collection[str], bodies: Bodies) -> Iterator[Edge]:
+    """Return what keeps pinned nodes in the bodies in which they are: they give their output at once in each turn."""
+    for node_id in pinned:
+        loop_id = bodies.holders.get(node_id)
+        if loop_id is not None:
+            yield Edge(f"pinned {node_id}", loop_id, node_id, source_port=CONTINUE)
+
+
+class _Needed:
+    """Goes back from what is wanted to all that it takes."""
+
+    def __init__(self, graph: Graph, bodies: Bodies) -> None:
+        self._graph = graph
+        self._bodies = bodies
+        self._loops = bodies.loops - graph.pinned.keys()
+        self._last_of_bodies = self._last_nodes()
+        self._found: set[str] = set()
+        self._whole: set[str] = set()
+        """Loops whose whole body is needed, and not only the way to a node in it."""
+        self._left: list[str] = []
+
+    def all(self) -> set[str]:
+        if self._graph.up_to is not None:
+            self._need(self._graph.up_to)
+        else:
+            for node_id in self._last_of_bodies[None]:
+                self._need(node_id)
+        while self._left:
+            self._go_back_from(self._graph.by_id[self._left.pop()])
+        return self._found
+
+    def _last_nodes(self) -> Mapping[str | None, list[str]]:
+        """Return the nodes that lead nowhere, or into a body alone, by the loop whose body they are in."""
+        last: dict[str | None, list[str]] = {None: []}
+        for node in self._graph.nodes:
+            leading = [
+                edge
+                for edge in self._graph.outbound[node.id]
+                if not self._enters_body(edge.source_port, node)
+            ]
+            if not leading:
+                last.setdefault(self._bodies.holders.get(node.id), []).append(node.id)
+        return last
+
+    def _enters_body(self, port: str, node: Node) -> bool:
+        return port == CONTINUE and node.id in self._loops
+
+    def _need(self, node_id: str, *, whole: bool = True) -> None:
+        if node_id not in self._found:
+            self._found.add(node_id)
+            self._left.append(node_id)
+        if whole and node_id in self._loops and node_id not in self._whole:
+            self._whole.add(node_id)
+            for last in self._last_of_bodies.get(node_id, ()):
+                self._need(last)
+
+    def _go_back_from(self, node: Node) -> None:
+        for loop_id in self._bodies.around(node.id):
+            self._need(loop_id, whole=False)
+        if node.id in self._graph.pinned:
+            return
+        for edge in self._graph.inbound[node.id]:
+            is_from_around = self._enters_body(edge.source_port, self._graph.by_id[edge.source])
+            self._need(edge.source, whole=not is_from_around)
+        for named in _named_nodes(node):
+            if named in self._graph.by_id:
+                self._need(named, whole=named not in self._bodies.around(node.id))
+
+
+def _named_nodes(node: Node) -> Iterator[str]:
+    """Return the nodes that the expressions of a node name: `nodes.<id>`."""
+    texts = [*_texts(dict(node.config)), *_texts(dict(node.input_mappings))]
+    for text in texts:
+        if "nodes" not in text:
+            continue
+        try:
+            paths = compile_template(text).paths if "{{" in text else (compile_path(text),)
+        except ExpressionError:
+            continue
+        for path in paths:
+            if path.root == "nodes" and path.steps and path.steps[0][0] is not None:
+                yield path.steps[0][0]
+
+
+def _texts(value: Json) -> Iterator[str]:
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, dict):
+            left.extend(inner.values())
+        elif isinstance(inner, list):
+            left.extend(inner)
+
+
+def _loops(node: Node, catalog: Catalog) -> bool:
+    try:
+        return catalog.get(node.type, node.version).loops
+    except UnknownNodeType:
+        return False

@@ -1,0 +1,143 @@
+"""Tells the journal what a run does, and numbers all of it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from engine import limits as engine_limits
+from engine.events import LogLine, Span, SpanStatus
+from engine.outcomes import storable
+
+if TYPE_CHECKING:
+    from engine.events import Journal, RunError
+    from engine.frames import Frame, Visit
+    from engine.graph import Node
+    from engine.limits import Limits
+
+MAX_PENDING = 1_000
+"""Spans and log lines, in round numbers, that wait for a commit."""
+MAX_PENDING_BYTES = 10_000_000
+
+
+class Scribe:
+    """One run's own."""
+
+    def __init__(self, journal: Journal, sequence: int, limits: Limits) -> None:
+        self.holds_lease = journal.holds_lease
+        self.has_uncommitted_write = False
+        """Nothing may follow before the next commit."""
+        self._journal = journal
+        self._sequence = self._committed = sequence
+        self._pending_bytes = 0
+        self._max_log_lines = limits.max_log_lines
+        self._log_lines = 0
+
+    @property
+    def has_much(self) -> bool:
+        """Whether what waits for a commit had better not grow any further."""
+        return self._sequence - self._committed > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES
+
+    async def commit(self) -> None:
+        """Make everything that was told durable; raises `LeaseLost`."""
+        self.has_uncommitted_write = False
+        self._committed, self._pending_bytes = self._sequence, 0
+        await self._journal.commit()
+
+    def tell(
+        self,
+        visit: Visit,
+        status: SpanStatus,
+        *,
+        port: str | None = None,
+        output: bytes | None = None,
+        ended_at: datetime | None = None,
+        wake_at: datetime | None = None,
+        error: RunError | None = None,
+        awaits: bytes | None = None,
+    ) -> None:
+        """Record where a node is."""
+        self._sequence += 1
+        node = visit.program.node
+        if output is not None:
+            self._pending_bytes += len(output)
+        if visit.input is not None:
+            self._pending_bytes += len(visit.input)
+        self._journal.record(
+            Span(
+                node_id=node.id,
+                label=node.label,
+                type=node.type,
+                status=status,
+                sequence=self._sequence,
+                started_at=visit.started_at,
+                ended_at=ended_at,
+                iteration=visit.frame.iteration,
+                port=port,
+                attempt=visit.attempt,
+                input_node=visit.input_node,
+                input=visit.input,
+                output=output,
+                error=error,
+                unresolved=tuple(dict.fromkeys(visit.unresolved)) if visit.unresolved else (),
+                wake_at=wake_at,
+                awaits=awaits,
+                resolved_config=visit.resolved_config,
+                hashes=visit.hashes,
+            )
+        )
+
+    def tell_turn(
+        self,
+        turn: Frame,
+        node: Node,
+        status: SpanStatus,
+        port: str,
+        output: bytes | None,
+        error: RunError | None,
+    ) -> None:
+        """Record the end of a turn, under the id of its loop."""
+        self._sequence += 1
+        self._pending_bytes += len(output or b"")
+        self._journal.record(
+            Span(
+                node_id=node.id,
+                label=node.label,
+                type=node.type,
+                status=status,
+                sequence=self._sequence,
+                started_at=turn.started_at,
+                ended_at=datetime.now(UTC),
+                iteration=turn.iteration,
+                port=port,
+                output=output,
+                error=error,
+            )
+        )
+
+    def tell_skipped(self, node: Node, iteration: str) -> None:
+        """Record that a node is not run."""
+        self._sequence += 1
+        self._journal.record(
+            Span(
+                node.id,
+                node.label,
+                node.type,
+                SpanStatus.SKIPPED,
+                self._sequence,
+                started_at=None,
+                iteration=iteration,
+            )
+        )
+
+    def log(self, level: str, message: str, node_id: str) -> None:
+        """Write a line into the run's log."""
+        if self._log_lines > self._max_log_lines:
+            return
+        self._log_lines += 1
+        if self._log_lines > self._max_log_lines:
+            name = engine_limits.setting("max_log_lines")
+            level = "warning"
+            message = f"More than {self._max_log_lines:,} log lines ({name}): the rest is left out"
+        self._sequence += 1
+        self._journal.log(LogLine(level, storable(message), node_id, self._sequence, datetime.now(UTC)))

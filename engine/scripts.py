@@ -1,0 +1,59 @@
+"""Scripts in the configs of nodes: before a run they are parsed, and nothing more is done with them."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from engine.findings import Finding, FindingType
+
+if TYPE_CHECKING:
+    from engine.graph import Node
+    from engine.node import NodeType
+
+MAX_SCRIPT_CHARACTERS: Final = 65_536
+MAX_CHARACTERS: Final = 262_144
+"""Of all scripts of one graph that are parsed, which takes a microsecond each: the rest is left to the run."""
+
+
+class Scripts:
+    """Parses the scripts of one graph, as far as its share of time goes."""
+
+    def __init__(self) -> None:
+        self._characters = 0
+        self._read: dict[str, str | None] = {}
+
+    def findings(self, node: Node, node_type: NodeType) -> Iterator[Finding]:
+        """Return a finding for each field that should hold Python and doesn't."""
+        properties = node_type.config_schema.get("properties")
+        for name, schema in properties.items() if isinstance(properties, dict) else ():
+            source = node.config.get(name)
+            if not isinstance(schema, dict) or schema.get("x-language") != "python":
+                continue
+            if isinstance(source, str) and (wrong := self._wrong(source)) is not None:
+                message = f'Node "{node.label}" ({node.type}): config.{name}: {wrong}'
+                yield Finding(FindingType.INVALID_CONFIG, message, "Mend the script.", node.id)
+
+    def _wrong(self, source: str) -> str | None:
+        if source not in self._read:
+            self._characters += len(source)
+            if len(source) > MAX_SCRIPT_CHARACTERS or self._characters > MAX_CHARACTERS:
+                return None
+            self._read[source] = _syntax_error(source)
+        return self._read[source]
+
+
+def _syntax_error(source: str) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(source)
+    except SyntaxError as error:
+        return f"line {error.lineno}: {error.msg}"
+    except (RecursionError, MemoryError):
+        return "it has too much inside one another"
+    except ValueError as error:
+        return str(error)
+    return None

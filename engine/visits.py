@@ -1,0 +1,168 @@
+"""How a node is reached: what arrives at it, what its mappings make of that, and the call that it is given."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, cast
+
+from engine import values
+from engine.errors import NodeError
+from engine.events import SpanStatus
+from engine.expressions import MISSING, Path
+from engine.frames import Visit
+from engine.joins import Mode
+from engine.node import Call
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.events import Span
+    from engine.frames import Frame
+    from engine.program import NodeProgram, Program
+    from engine.scribe import Scribe
+    from engine.services import Caller, Services
+    from engine.values import Json
+
+
+class Visits:
+    """Prepares the nodes of one run."""
+
+    def __init__(self, program: Program, caller: Caller, services: Services, scribe: Scribe) -> None:
+        self._program = program
+        self._nodes = program.nodes
+        self._is_strict = program.graph.settings.strict_mappings
+        self._caller = caller
+        self._services = services
+        self._scribe = scribe
+
+    def begin(self, frame: Frame, node_id: str, roots: Mapping[str, Json] | None = None) -> Visit:
+        """Return a node as it is reached; raises `ExpressionError`, `InvalidJson`, `NodeError` and `TakesLong`.
+
+        In a thread `roots` are those of the frame as they are when it begins: others go on meanwhile.
+        """
+        program = self._nodes[node_id]
+        data, input_node = self._gather(frame, program)
+        unresolved: list[str] = []
+        if program.mappings:
+            data, input_node = _mapped(roots or frame.roots, program, data, unresolved), None
+        encoded = None if input_node is not None else values.encode(data)
+        digest = frame.digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
+        visit = Visit(
+            frame, program, data, input_node, encoded, digest, datetime.now(UTC), unresolved=unresolved
+        )
+        recorded = frame.recorded.get(node_id)
+        if recorded is not None:
+            _take_up(visit, recorded)
+        return visit
+
+    def unreached(self, frame: Frame, node_id: str) -> Visit:
+        """Return a node that could not even be reached."""
+        return Visit(frame, self._nodes[node_id], None, None, None, b"", datetime.now(UTC))
+
+    def _gather(self, frame: Frame, program: NodeProgram) -> tuple[Json, str | None]:
+        """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
+        edges = frame.plan.parents(program.node.id)
+        if not edges:
+            return (None if program.is_pinned else frame.given), None
+        if program.join is None and len(edges) == 1:
+            return _of_one(frame, edges[0].source)
+        parents = list(dict.fromkeys(edge.source for edge in edges))
+        if program.join is not None and program.join.mode is Mode.ALL:
+            return program.join.data({parent: _of_one(frame, parent)[0] for parent in parents}), None
+        if len(parents) == 1:
+            return _of_one(frame, parents[0])
+        merged: dict[str, Json] = {}
+        for parent in parents:
+            output, _ = _of_one(frame, parent)
+            if isinstance(output, dict):
+                merged.update(output)
+        merged.update({parent: _of_one(frame, parent)[0] for parent in parents})
+        return merged, None
+
+    def call(self, visit: Visit, roots: Mapping[str, Json] | None = None) -> Call:
+        """Render the config; raises `ExpressionError`, `InvalidJson`, `TakesLong`, and `NodeError` for what is missing.
+
+        For `roots` see `begin`.
+        """
+        program, frame = visit.program, visit.frame
+        if program.missing is not None:
+            raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
+        scope = {"data": visit.data, **(roots or frame.roots)}
+        if visit.resolved_config is not None:
+            visit.config = cast("Mapping[str, Json]", values.restored(visit.resolved_config))
+        else:
+            visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
+        if visit.unresolved:
+            self.check_resolved(visit)
+        dynamic = visit.input_digest
+        if program.is_given_again or not program.config.is_static:
+            rendered = visit.resolved_config or values.encode(visit.config)
+            visit.resolved_config = rendered if program.is_given_again else None
+            if program.is_given_again and not program.config.is_static:
+                # What is sent is what is recorded: `nodes` may grow while that is being committed.
+                visit.config = cast("Mapping[str, Json]", values.restored(rendered))
+            dynamic = sha256(dynamic + rendered).digest()
+        visit.hashes = program.static_hashes + dynamic
+        node_id, log = program.node.id, self._scribe.log
+        return Call(
+            config=visit.config,
+            data=visit.data,
+            scope=scope,
+            conditions=program.conditions,
+            values=program.values,
+            unresolved=visit.unresolved,
+            log=lambda level, message: log(level, message, node_id),
+            caller=self._caller,
+            node_id=node_id,
+            iteration=frame.iteration,
+            idempotency_key=f"{self._caller.key_id}:{node_id}:{frame.iteration or 0}",
+            attempt=visit.attempt,
+            now=datetime.now(UTC),
+            services=self._services,
+        )
+
+    def check_resolved(self, visit: Visit) -> None:
+        """Raise `NodeError` where a path has found nothing, and the graph's settings make that an error."""
+        if visit.unresolved and self._is_strict:
+            names = ", ".join(dict.fromkeys(visit.unresolved))
+            raise NodeError(f"Nothing was found at {names}", code="unresolved-mapping")
+
+
+def _of_one(frame: Frame, parent: str) -> tuple[Json, str | None]:
+    """Return what comes from a parent, and its id: from the loop around it comes the item, which no node gave out."""
+    if frame.loop is not None and parent == frame.section.loop_id:
+        return frame.given, None
+    return frame.outputs[parent], parent
+
+
+def _mapped(roots: Mapping[str, Json], program: NodeProgram, data: Json, unresolved: list[str]) -> Json:
+    scope = {"data": data, **roots}
+    mapped: dict[str, Json] = {}
+    for name, source in program.mappings.items():
+        if not isinstance(source, Path):
+            mapped[name] = source.render(scope, unresolved)
+            continue
+        value = source.resolve(scope)
+        if value is MISSING:
+            unresolved.append(source.text)
+            value = None
+        mapped[name] = value
+    return {**data, **mapped} if isinstance(data, dict) else mapped
+
+
+def _take_up(visit: Visit, recorded: Span) -> None:
+    """Go on with a node where an earlier attempt left it: what must not change is given as it was given before."""
+    visit.started_at = recorded.started_at or visit.started_at
+    if recorded.status is SpanStatus.WAITING:
+        visit.attempt, visit.hashes = recorded.attempt, recorded.hashes
+        visit.unresolved = list(recorded.unresolved)
+        return
+    # A loop that is taken up goes on with its items: that is no other attempt.
+    visit.attempt = recorded.attempt if visit.program.node_type.loops else recorded.attempt + 1
+    if recorded.resolved_config is None:
+        return
+    visit.resolved_config = recorded.resolved_config
+    if recorded.input is not None:
+        visit.input, visit.data = recorded.input, values.restored(recorded.input)
+        visit.input_digest = sha256(recorded.input).digest()

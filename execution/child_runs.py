@@ -1,0 +1,289 @@
+"""Runs that nodes of other runs start: accepted like any other, linked to what starts them, and never doubled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+from weakref import WeakValueDictionary
+
+import msgspec
+from sqlalchemy import func, select
+from sqlmodel import col
+
+from engine.errors import NodeError
+from engine.triggers import trigger_output
+from execution.insistence import insist
+from journal import admission, children, follow_ups, pinning
+from journal.admission import OnLimit
+from journal.follow_ups import ABOUT_FAILURE
+from journal.store import Acceptance, Verdict
+from messages import hints
+from models import access, ids
+from models.access import Role, User
+from models.execution import Execution
+from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, readable_by
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.services import Caller
+    from engine.values import Json
+    from journal.pinning import Catalog, LoadedWorkflow
+    from journal.store import Store
+    from messages.broker import Broker
+    from models.database import Database
+    from models.settings import Settings
+
+TRIGGER_TYPE: Final = "sub-workflow"
+ATTEMPTS: Final = 3
+"""How often a workflow is loaded anew when it has changed before its run was accepted."""
+MAX_KEPT_CHARACTERS: Final = 16_000_000
+"""Workflows are kept until their definitions are this long, all together."""
+SHOWN_FINDINGS: Final = 3
+ROOM_SECONDS: Final = 0.02
+_OPEN: Final = frozenset({WorkflowStatus.DRAFT, WorkflowStatus.ACTIVE})
+_encode = msgspec.json.Encoder().encode
+
+
+class Parent(NamedTuple):
+    """The run whose node starts another."""
+
+    lane: int
+    root_id: str
+    """The first of the runs that have started one another."""
+    depth: int
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Family:
+    """Runs below one root that this process starts: how many it has begun to, and with how many it is through."""
+
+    begun: int = 0
+    done: int = 0
+
+
+class ChildRuns:
+    """The way in for runs that come from runs; keeps the promises of `engine.services.Runs`."""
+
+    def __init__(
+        self, database: Database, store: Store, broker: Broker, catalog: Catalog, settings: Settings
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._broker = broker
+        self._catalog = catalog
+        self._max_depth = settings.max_run_depth
+        self._max_sub_runs = settings.max_sub_runs
+        self._kept: OrderedDict[tuple[str, str], LoadedWorkflow] = OrderedDict()
+        self._kept_characters = 0
+        self._families: WeakValueDictionary[str, Family] = WeakValueDictionary()
+
+    async def start(
+        self,
+        caller: Caller,
+        workflow_id: str,
+        trigger_inputs: Json,
+        *,
+        node_id: str,
+        iteration: str,
+        awaited: bool,
+    ) -> str:
+        """Start a run of another workflow, or find the one that was started before; returns its execution id.
+
+        One that is awaited answers this very run, so a run that resumes another starts it anew; any other belongs to
+        the whole line of resumed runs. Raises `NodeError`.
+        """
+        origin = caller.execution_id if awaited else caller.key_id
+        child_id = ids.derived("exec", origin, node_id, iteration)
+        answering = children.answering(caller.execution_id, node_id, iteration) if awaited else None
+        start = partial(self._started, caller, workflow_id, trigger_inputs, child_id, answering)
+        for _ in range(ATTEMPTS):
+            if await insist(start):
+                return child_id
+        raise _changing(workflow_id)
+
+    async def start_about_failure(self, caller: Caller, workflow_id: str, inputs: Json) -> None:
+        """Start the one run of a workflow that is to be run because the caller's has failed.
+
+        Nothing is run about its own failure, and it counts among the runs that have started one another: two workflows
+        that each are run when the other fails don't go on for ever. Raises `NodeError` and `DatabaseUnavailable`.
+        """
+        run_id = ids.derived("exec", caller.execution_id, ABOUT_FAILURE)
+        for _ in range(ATTEMPTS):
+            if await self._started(caller, workflow_id, inputs, run_id, None, ABOUT_FAILURE):
+                return
+        raise _changing(workflow_id)
+
+    async def _started(
+        self,
+        caller: Caller,
+        workflow_id: str,
+        inputs: Json,
+        child_id: str,
+        answering: dict[str, dict[str, str]] | None,
+        trigger_type: str = TRIGGER_TYPE,
+    ) -> bool:
+        """Tell whether the run is accepted, by this call or an earlier one; it isn't where the workflow has changed."""
+        async with self._database.read() as connection:
+            if await _exists(connection, caller, child_id):
+                return True
+            parent = await _parent(connection, caller)
+            _require_depth(parent, self._max_depth)
+            workflow = await self._load(connection, caller, parent.lane, workflow_id)
+        kind = workflow.trigger_kind or "manual"
+        given = inputs if isinstance(inputs, dict) else {"body": inputs}
+        trigger = trigger_output(kind, given, datetime.now(UTC))
+        limit = admission.limit_of(workflow.settings, workflow.id, trigger)
+        is_last = trigger_type == ABOUT_FAILURE
+        child = Acceptance(
+            execution_id=child_id,
+            lane=workflow.lane,
+            organization_id=workflow.organization_id,
+            workflow_id=workflow.id,
+            workflow_revision=workflow.revision,
+            user_id=caller.user_id,
+            trigger_type=trigger_type,
+            trigger=_encode(trigger).decode(),
+            config=workflow.config,
+            definition_hash=workflow.definition_hash,
+            definition=workflow.definition,
+            timeout_seconds=workflow.timeout_seconds,
+            total_nodes=workflow.total_nodes,
+            parent_id=caller.execution_id,
+            root_id=parent.root_id,
+            depth=parent.depth + 1,
+            concurrency_key=limit.key if limit else None,
+            concurrency_limit=limit.runs if limit else None,
+            may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
+            follow_up=follow_ups.asked({} if is_last else workflow.settings, answering=answering),
+        )
+        async with self._room(parent.root_id):
+            (accepted,) = await self._store.accept([child])
+        if accepted.verdict is Verdict.FULL:
+            message = f"As many runs of the workflow {workflow_id} go on as its settings allow"
+            raise NodeError(message, code="concurrency-limit", retryable=True)
+        if accepted.verdict is not Verdict.ACCEPTED:
+            return False
+        if limit is not None:
+            await admission.admit(self._database, limit.key)
+        await hints.wake(self._broker)
+        return True
+
+    @asynccontextmanager
+    async def _room(self, root_id: str) -> AsyncIterator[None]:
+        """Hold room for one more run below a root; raises `NodeError`.
+
+        What is being started may be in the database or not yet: where that makes the difference, it is waited for.
+        """
+        family = self._families.setdefault(root_id, Family())
+        while True:
+            done = family.done
+            started = await self._count(root_id)
+            if started >= self._max_sub_runs:
+                raise _too_many(self._max_sub_runs)
+            if started + family.begun - done < self._max_sub_runs:
+                break
+            await asyncio.sleep(ROOM_SECONDS)
+        family.begun += 1
+        try:
+            yield
+        finally:
+            family.done += 1
+
+    async def _count(self, root_id: str) -> int:
+        of_root = select(col(Execution.id)).where(col(Execution.root_id) == root_id)
+        counted = select(func.count()).select_from(of_root.limit(self._max_sub_runs).subquery())
+        async with self._database.read() as connection:
+            return await connection.scalar(counted) or 0
+
+    async def _load(
+        self, connection: AsyncConnection, caller: Caller, lane: int, workflow_id: str
+    ) -> LoadedWorkflow:
+        """Return a workflow that may be run for whom the node works; raises `NodeError`."""
+        readable = (
+            col(Workflow.id) == workflow_id,
+            readable_by(await _reader(connection, caller, lane)),
+        )
+        revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
+        kept = self._kept.get((caller.organization_id, workflow_id))
+        if kept is None or kept.revision != revision:
+            row = (
+                await connection.execute(
+                    select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
+                    .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+                    .where(*readable)
+                )
+            ).first()
+            if row is None:
+                raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
+            # In a thread: others run on while a large graph is gone through.
+            kept = await asyncio.to_thread(pinning.loaded, row, frozenset(), self._catalog)
+        self._keep(kept)
+        _require_runnable(kept)
+        return kept
+
+    def _keep(self, workflow: LoadedWorkflow) -> None:
+        key = (workflow.organization_id, workflow.id)
+        earlier = self._kept.pop(key, None)
+        self._kept_characters -= len(earlier.definition) if earlier else 0
+        self._kept[key] = workflow
+        self._kept_characters += len(workflow.definition)
+        while self._kept_characters > MAX_KEPT_CHARACTERS and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_characters -= len(oldest.definition)
+
+
+def _require_depth(parent: Parent, most: int) -> None:
+    if parent.depth >= most:
+        message = (
+            f"Runs may start one another up to {most} deep (PILOTFLAME_MAX_RUN_DEPTH): this one is that deep"
+        )
+        raise NodeError(message, code="run-too-deep")
+
+
+def _too_many(most: int) -> NodeError:
+    message = f"A run may start up to {most:,} others, with those that they start (PILOTFLAME_MAX_SUB_RUNS)"
+    return NodeError(message, code="too-many-sub-runs")
+
+
+async def _exists(connection: AsyncConnection, caller: Caller, child_id: str) -> bool:
+    statement = select(col(Execution.id)).where(
+        col(Execution.id) == child_id, col(Execution.organization_id) == caller.organization_id
+    )
+    return await connection.scalar(statement) is not None
+
+
+async def _parent(connection: AsyncConnection, caller: Caller) -> Parent:
+    statement = select(col(Execution.lane), col(Execution.root_id), col(Execution.depth)).where(
+        col(Execution.id) == caller.execution_id
+    )
+    lane, root_id, depth = (await connection.execute(statement)).one()
+    return Parent(lane, root_id or caller.execution_id, depth)
+
+
+async def _reader(connection: AsyncConnection, caller: Caller, lane: int) -> access.Caller:
+    """Return for whom the node works as whoever asks for workflows: what is readable goes by the user's role."""
+    statement = select(col(User.role)).where(
+        col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id
+    )
+    role = Role(await connection.scalar(statement) or Role.MEMBER)
+    return access.Caller("", caller.user_id, caller.organization_id, lane, role, frozenset())
+
+
+def _changing(workflow_id: str) -> NodeError:
+    return NodeError(f"The workflow {workflow_id} is being changed", code="workflow-changed", retryable=True)
+
+
+def _require_runnable(workflow: LoadedWorkflow) -> None:
+    if workflow.status not in _OPEN:
+        message = f"The workflow {workflow.id} is {workflow.status}: set it to active to run it"
+        raise NodeError(message, code=f"workflow-{workflow.status}")
+    if not workflow.validation.is_valid:
+        found = "; ".join(finding.message for finding in workflow.validation.errors[:SHOWN_FINDINGS])
+        raise NodeError(f"The workflow {workflow.id} can't run: {found}", code="invalid-definition")

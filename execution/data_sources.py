@@ -1,0 +1,86 @@
+"""Data sources for runs: looked up in the name of whom a workflow runs for, each time that it matters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.errors import NodeError
+from models.data_source import DataSource, opened, usable_by
+from models.database import DatabaseUnavailable
+from models.vault import VaultError
+from nodes.connections.source import Source
+
+if TYPE_CHECKING:
+    from engine.services import Caller
+    from models.database import Database
+    from models.vault import Vault
+
+log = structlog.get_logger()
+
+REMEMBERED_SECONDS: Final = 2.0
+"""How long a change of a data source, or of who may use it, may go unseen by nodes that start."""
+MAX_REMEMBERED: Final = 1_000
+
+
+class StoredSources:
+    """Finds data sources in the database, and remembers them for a moment: a loop asks for the same one every time."""
+
+    def __init__(self, database: Database, vault: Vault) -> None:
+        self._database = database
+        self._vault = vault
+        self._remembered: OrderedDict[tuple[str, str, str], tuple[float, Source]] = OrderedDict()
+
+    async def find(self, caller: Caller, source_id: str) -> Source:
+        """Return a data source; raises `NodeError`."""
+        key = (caller.organization_id, caller.user_id, source_id)
+        known = self._remembered.get(key)
+        if known is not None and known[0] > monotonic():
+            return known[1]
+        until = monotonic() + REMEMBERED_SECONDS
+        source = self._opened(await self._look_up(caller, source_id))
+        self._remembered[key] = (until, source)
+        self._remembered.move_to_end(key)
+        while len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return source
+
+    def forget(self) -> None:
+        """Look every one up anew."""
+        self._remembered.clear()
+
+    async def _look_up(self, caller: Caller, source_id: str) -> DataSource:
+        is_usable = usable_by(caller.organization_id, caller.user_id)
+        statement = select(DataSource).where(col(DataSource.id) == source_id, is_usable)
+        try:
+            async with self._database.read() as connection:
+                row = (await connection.execute(statement)).mappings().first()
+        except DatabaseUnavailable as error:
+            message = "The data source could not be looked up just now"
+            raise NodeError(message, code="data-source-unavailable", retryable=True) from error
+        if row is None:
+            # The same for what is absent and for what isn't theirs: an id tells nothing to whoever guesses it.
+            message = f"There is no data source {source_id!r} that this run may use"
+            raise NodeError(message, code="data-source-not-found")
+        return DataSource(**row)
+
+    def _opened(self, row: DataSource) -> Source:
+        try:
+            secrets = opened(self._vault, row)
+        except VaultError as error:
+            log.error("data source can't be opened", data_source_id=row.id, reason=str(error))  # noqa: TRY400 - a trace tells no more
+            message = f"The secrets of the data source {row.id!r} can't be read: they must be given again"
+            raise NodeError(message, code="data-source-unreadable") from error
+        return Source(
+            id=row.id,
+            organization_id=row.organization_id,
+            type=row.type,
+            revision=row.revision,
+            settings=row.settings,
+            secrets=secrets,
+        )

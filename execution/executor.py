@@ -1,0 +1,495 @@
+"""Claims pending executions and runs them on this process's event loop, as many at once as it may."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from engine import patience
+from engine.control import Control, Request
+from engine.errors import InvalidDefinition, LeaseLost
+from engine.events import SETTLED, Ended, RunError, RunStatus, Span
+from engine.run import Start, run
+from engine.services import Caller
+from engine.values import InvalidJson, decode
+from execution import metrics
+from execution.programs import Programs, key_of
+from journal.blobs.backend import Owner
+from journal.large_values import LargeValues, ValueLost
+from journal.leases import Lease, LeaseKeeper
+from journal.recorder import Recorder, RunJournal
+from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey
+from messages import hints
+from messages.broker import BrokerUnavailable, Letter, Notice
+from models.ids import turn_of
+from models.outage import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from engine.program import Program
+    from engine.services import Services
+    from execution.settings import ExecutionSettings
+    from journal.blobs.blob_store import RunBlobs
+    from journal.store import RunStore
+    from messages.broker import RunBroker
+    from nodes.catalog import Catalog
+
+log = structlog.get_logger()
+
+MAX_CLAIM = 50
+MAX_CLAIM_BEYOND = 5
+"""At once, for organisations that have no run here while all places are taken."""
+SWEEP_ROWS = 100
+MAX_TIMER_SECONDS = 3600.0
+"""Waits that end later than this are left to the sweep."""
+TIMER_MARGIN_SECONDS = 0.01
+"""A timer may fire a moment early, and the clock that decides is the database's."""
+MAX_REMEMBERED_TURNS = 1_000
+"""One for each organisation, the last ones served."""
+CLAIM_SECONDS = 2.0
+HAND_OVER_SECONDS = 10.0
+BREAK_OFF_SECONDS = 5.0
+RECORD_SECONDS = 2.0
+PAUSE_SECONDS = 0.5
+Answers = Callable[[Sequence[ExecutionKey]], Awaitable[dict[str, dict[tuple[str, str], bytes]]]]
+"""Returns what nodes of runs were answered, by execution id, then by node id and iteration."""
+
+REQUESTS = {"stop": Request.STOP, "cancel": Request.CANCEL}
+"""What clients may ask of a run, by the word for it in rows and letters."""
+
+
+class Active(msgspec.Struct, frozen=True):
+    """A run that this process holds."""
+
+    organization_id: str
+    lease: Lease
+    control: Control
+    journal: RunJournal
+    task: asyncio.Task[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What earlier attempts at a run have recorded."""
+
+    spans: Sequence[Span] = ()
+    last_sequence: int = 0
+    """Of spans and log lines, which are counted together."""
+    signals: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
+    """What nodes were answered, by node id and iteration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a process does around its runs, as far as it does."""
+
+    answers: Answers | None = None
+    """Reads what nodes were answered; without it, nobody answers any."""
+    on_left: Callable[[Claimed, Ended], None] | None = None
+    """Told of runs that have left, if their end is to be followed up or their place is another's."""
+    on_swept: Callable[[], Awaitable[None]] | None = None
+    """Called after each sweep."""
+
+
+class Executor:
+    """One process's share of the work."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        broker: RunBroker,
+        catalog: Catalog,
+        services: Services,
+        settings: ExecutionSettings,
+        *,
+        blobs: RunBlobs | None = None,
+        around: Around | None = None,
+    ) -> None:
+        """Without `blobs`, rows take inputs and outputs of any size."""
+        self._store = store
+        self._around = around or Around()
+        self._blobs = blobs
+        self._broker = broker
+        self._services = services
+        self._settings = settings
+        self._limits = settings.limits
+        self._programs = Programs(store, catalog)
+        self._recorder = Recorder(store, self._announce)
+        self._leases = LeaseKeeper(
+            store, settings.lease_seconds, on_lost=self._lost, on_request=self._requested
+        )
+        self._active: dict[str, Active] = {}
+        self._side_tasks: set[asyncio.Task[None]] = set()
+        self._wanted = asyncio.Event()
+        self._owes_claim = False
+        self._is_draining = False
+        self._after_organization = ""
+        self._turns: OrderedDict[str, int] = OrderedDict()
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def prepare(self, key: DefinitionKey, definition: str) -> None:
+        """Make a definition ready to run before there is a run of it."""
+        await self._programs.prepare(key, definition)
+
+    async def start(self) -> None:
+        """Begin to claim, to sweep and to take hints."""
+        self._leases.start()
+        await self._broker.listen(self._noticed)
+        self._broker.start_worker(self.hint)
+        self._loops = [
+            asyncio.create_task(self._until_draining(self._claim, "claim")),
+            asyncio.create_task(self._until_draining(self._sweep, "sweep")),
+            asyncio.create_task(self._forever(self._commit_dirty, "commit")),
+        ]
+        self.hint()
+
+    def hint(self, _lane: int = 0) -> None:
+        """There is work."""
+        self._owes_claim = True
+        self._wanted.set()
+
+    async def drain(self, *, patience_seconds: float = 0) -> None:
+        """Take nothing more and hand over what still runs after a while, at a node's boundary if that comes in time."""
+        self._is_draining = True
+        self._wanted.set()
+        await self._broker.stop_worker()
+        # A claim under way is waited for: cancelled, it might leave runs with a lease and nobody to run them.
+        await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
+        await self._wait_for_runs(patience_seconds)
+        await self._hand_over(Request.HAND_OVER, HAND_OVER_SECONDS)
+        await self._hand_over(Request.HAND_OVER_NOW, BREAK_OFF_SECONDS)
+        for loop in self._loops:
+            loop.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECORD_SECONDS):
+                await self._recorder.drain()
+        self._leases.stop()
+        await hints.wake(self._broker)
+
+    async def _hand_over(self, request: Request, seconds: float) -> None:
+        for active in self._active.values():
+            active.control.ask(request)
+        await self._wait_for_runs(seconds)
+
+    async def _wait_for_runs(self, seconds: float) -> None:
+        if seconds and (tasks := [active.task for active in self._active.values()]):
+            await asyncio.wait(tasks, timeout=seconds)
+
+    # ── claiming ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _claim(self) -> None:
+        await self._wanted.wait()
+        self._wanted.clear()
+        if self._is_draining:
+            return
+        limit, others_than = self._places()
+        if limit <= 0:
+            return  # the end of a run says again that a claim is owed
+        self._owes_claim = bool(others_than)
+        since = time.monotonic()
+        claim = Claim(
+            self._broker.inbox,
+            self._settings.lease_seconds,
+            limit,
+            self._after_organization,
+            self._turns,
+            others_than=others_than,
+        )
+        try:
+            claimed = await self._store.claim(claim)
+        except DatabaseUnavailable:
+            await self._give_back_unheld()
+            raise
+        if not claimed:
+            return
+        if self._is_draining:
+            await self._give_back_unheld()
+            return
+        self._remember_turns(claimed)
+        leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
+        if any(one.may_have_more for one in claimed):
+            self.hint()
+            await hints.wake(self._broker)
+        try:
+            await self._begin(claimed, leases)
+        except DatabaseUnavailable:
+            for lease in leases:
+                self._leases.let_go(lease)
+            await self._give_back_unheld()
+            raise
+        except Exception:
+            log.exception("runs not begun together", runs=len(claimed))
+            await self._begin_each_alone(claimed, leases)
+
+    def _places(self) -> tuple[int, Sequence[str]]:
+        """Return how many runs may be taken, and whose may not.
+
+        Where all places are taken, organisations that have none still get some: they would wait for others alone, and
+        those may hold theirs for as long as they like.
+        """
+        left = self._settings.concurrency - len(self._active)
+        if left > 0:
+            return min(left, MAX_CLAIM), ()
+        served = {active.organization_id for active in self._active.values()}
+        return min(left + self._settings.concurrency, MAX_CLAIM_BEYOND), sorted(served)
+
+    async def _begin_each_alone(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
+        for one, lease in zip(claimed, leases, strict=True):
+            try:
+                await self._begin([one], [lease])
+            except Exception:
+                # As with a run that breaks: its lease runs out by itself, and the attempt is counted.
+                log.exception("run not begun", execution_id=one.execution_id)
+                self._leases.let_go(lease)
+
+    def _remember_turns(self, claimed: Sequence[Claimed]) -> None:
+        """Let the next claim go on behind what this one took."""
+        self._after_organization = claimed[-1].organization_id
+        for one in claimed:
+            self._turns[one.organization_id] = turn_of(one.workflow_id) + 1
+            self._turns.move_to_end(one.organization_id)
+        while len(self._turns) > MAX_REMEMBERED_TURNS:
+            self._turns.popitem(last=False)
+
+    async def _give_back_unheld(self) -> None:
+        """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
+        self.hint()
+        await self._store.give_back(self._broker.inbox, self._leases.held())
+
+    async def _begin(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
+        programs = await self._programs.load(claimed)
+        pasts = await self._pasts([run for run in claimed if run.has_journal])
+        for one, lease in zip(claimed, leases, strict=True):
+            past = pasts.get(one.execution_id, Past())
+            settled = [span.node_id for span in past.spans if span.status in SETTLED and not span.is_turn]
+            control = Control()
+            journal = RunJournal(
+                self._recorder,
+                lease,
+                settled,
+                inbox=one.inbox,
+                signals=one.signals,
+                large=self._large(one),
+                control=control,
+            )
+            program = programs[key_of(one)]
+            task = asyncio.create_task(self._run(one, program, past, journal, control, lease))
+            self._active[one.execution_id] = Active(one.organization_id, lease, control, journal, task)
+            if one.request is not None:
+                self._requested(lease, one.request)
+        metrics.ACTIVE.set(len(self._active))
+
+    def _large(self, one: Claimed) -> LargeValues | None:
+        if self._blobs is None:
+            return None
+        owner = Owner(one.organization_id, one.key_id)
+        return LargeValues(self._blobs, owner, self._settings.max_row_output_bytes)
+
+    async def _pasts(self, begun: Sequence[Claimed]) -> dict[str, Past]:
+        if not begun:
+            return {}
+        keys = [ExecutionKey(run.execution_id, run.lane) for run in begun]
+        spans = await self._store.spans(keys)
+        last_lines = await self._store.last_log_lines(keys)
+        answers = await self._answers([key for key, run in zip(keys, begun, strict=True) if run.signals])
+        return {
+            execution_id: Past(
+                spans[execution_id],
+                max([last_lines.get(execution_id, 0), *(span.sequence for span in spans[execution_id])]),
+                answers.get(execution_id, {}),
+            )
+            for execution_id, _ in keys
+        }
+
+    async def _listen(self, one: Claimed, journal: RunJournal) -> Mapping[tuple[str, str], bytes] | None:
+        """Return what nodes of a run were answered by now; None where the database doesn't say."""
+        try:
+            answers = await self._answers([ExecutionKey(one.execution_id, one.lane)])
+        except DatabaseUnavailable:
+            await asyncio.sleep(PAUSE_SECONDS)
+            return None
+        found = answers.get(one.execution_id, {})
+        journal.saw(len(found))
+        return found
+
+    async def _answers(self, answered: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
+        if not answered or self._around.answers is None:
+            return {}
+        return await self._around.answers(answered)
+
+    # ── running ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _run(
+        self,
+        one: Claimed,
+        program: Program | InvalidDefinition,
+        past: Past,
+        journal: RunJournal,
+        control: Control,
+        lease: Lease,
+    ) -> None:
+        try:
+            ended = await self._ended(one, program, past, journal, control)
+            await journal.end(ended)
+        except LeaseLost:
+            log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
+        except Exception:
+            # The lease runs out by itself; the attempt is counted, so a run that always breaks ends as crashed.
+            log.exception("run broke", execution_id=one.execution_id)
+        else:
+            self._ended_well(one, ended)
+        finally:
+            self._leases.let_go(lease)
+            if self._holder_of(lease) is not None:
+                del self._active[one.execution_id]
+            metrics.ACTIVE.set(len(self._active))
+            if self._owes_claim:
+                self._wanted.set()
+
+    async def _ended(
+        self,
+        one: Claimed,
+        program: Program | InvalidDefinition,
+        past: Past,
+        journal: RunJournal,
+        control: Control,
+    ) -> Ended:
+        if isinstance(program, InvalidDefinition):
+            return Ended(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
+        try:
+            trigger = await patience.patiently(decode, one.trigger.encode())
+        except InvalidJson as error:
+            return Ended(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
+        try:
+            recorded = await journal.restored(past.spans)
+        except ValueLost as error:
+            return Ended(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
+        start = Start(
+            caller=Caller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id),
+            trigger=trigger,
+            deadline=one.deadline_at,
+            started_at=one.started_at,
+            attempt=one.attempt,
+            recorded=recorded,
+            sequence=past.last_sequence,
+            signals=past.signals,
+            listen=partial(self._listen, one, journal),
+        )
+        return await run(program, start, journal, control, self._services, self._limits)
+
+    def _ended_well(self, one: Claimed, ended: Ended) -> None:
+        metrics.ENDED[ended.status].inc()
+        on_left = self._around.on_left
+        if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
+            on_left(one, ended)
+        if ended.status is RunStatus.WAITING and ended.due_at is not None:
+            seconds = (ended.due_at - datetime.now(UTC)).total_seconds()
+            if seconds < MAX_TIMER_SECONDS:
+                delay = max(seconds, 0) + TIMER_MARGIN_SECONDS
+                asyncio.get_running_loop().call_later(delay, self._in_background, self._promote_due)
+        log.info(
+            "execution left",
+            status=ended.status.value,
+            execution_id=one.execution_id,
+            workflow_id=one.workflow_id,
+            error=ended.error.code if ended.error else None,
+        )
+
+    # ── what others say ───────────────────────────────────────────────────────────────────────────
+
+    def _noticed(self, notice: Notice) -> None:
+        if not isinstance(notice, Letter):
+            return
+        active = self._active.get(notice.message.get("execution_id", ""))
+        if active is not None:
+            self._requested(active.lease, notice.message.get("request", ""))
+
+    def _requested(self, lease: Lease, request: str) -> None:
+        active = self._holder_of(lease)
+        if active is not None and request in REQUESTS:
+            active.control.ask(REQUESTS[request])
+
+    def _lost(self, lease: Lease) -> None:
+        active = self._holder_of(lease)
+        if active is not None:
+            active.control.ask(Request.ABANDON)
+
+    def _holder_of(self, lease: Lease) -> Active | None:
+        """Return the run under this very lease: an execution that was lost may be back here under another."""
+        active = self._active.get(lease.key.execution_id)
+        return active if active is not None and active.lease is lease else None
+
+    def _announce(self, inboxes: Mapping[str, str]) -> None:
+        self._in_background(lambda: self._broker.announce(inboxes))
+
+    # ── duties ────────────────────────────────────────────────────────────────────────────────────
+
+    async def _promote_due(self) -> None:
+        if self._is_draining:
+            return
+        if await self._store.promote_due():
+            self.hint()
+
+    async def _sweep(self) -> None:
+        # Spread out, so that workers that were started together don't all look at once.
+        await asyncio.sleep(self._settings.seconds_between_sweeps * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+        while True:
+            swept = await self._store.sweep(SWEEP_ROWS)
+            if swept.ended:
+                self._announce(swept.ended)
+            if swept.has_pending:
+                self.hint()
+            if swept.requeued + len(swept.ended) < SWEEP_ROWS:
+                break
+        if self._around.on_swept is not None:
+            await self._around.on_swept()
+
+    async def _commit_dirty(self) -> None:
+        """Commit what has waited for a commit of its own run, so that at most a moment's reads are repeated."""
+        await asyncio.sleep(self._settings.commit_seconds)
+        for active in list(self._active.values()):
+            if active.journal.is_dirty and not active.journal.is_committing:
+                self._in_background(active.journal.commit)
+
+    async def _until_draining(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
+        while not self._is_draining:
+            await self._attempt(duty, name)
+
+    async def _forever(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
+        while True:
+            await self._attempt(duty, name)
+
+    async def _attempt(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
+        """Do a duty and survive whatever happens: this is the outermost loop of the process's work."""
+        try:
+            await duty()
+        except DatabaseUnavailable as error:
+            log.warning("database not reached", duty=name, error=str(error))
+            await asyncio.sleep(PAUSE_SECONDS)
+        except Exception:
+            log.exception("duty failed", duty=name)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(self._quietly(work))
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
+
+    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what may fail without harm: the sweep, or the run itself, sees to it again."""
+        try:
+            await work()
+        except (BrokerUnavailable, DatabaseUnavailable, LeaseLost) as error:
+            log.debug("not done", error=str(error))
+        except Exception:
+            log.exception("not done")

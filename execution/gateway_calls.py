@@ -1,0 +1,226 @@
+"""What a pod asks of the gateway in the place of a database, and what it is answered: bodies of `/internal/v1/…`.
+
+Every call carries `Authorization: Bearer` with the token of its deployment, and in `X-Runner` the name of the pod: the
+two together hold the leases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Final
+
+import msgspec
+
+from engine.events import Span
+from journal.store import Claimed, RunWrite
+
+PREFIX: Final = "/internal/v1"
+RUNNER_HEADER: Final = "X-Runner"
+NODE_ERROR_HEADER: Final = "X-Node-Error"
+"""Stands on refusals that are the node's own to see: `final`, or `retryable`."""
+RETRYABLE: Final = "retryable"
+FINAL: Final = "final"
+
+MAX_CLAIM: Final = 50
+MAX_WRITES: Final = 200
+MAX_RUNS: Final = 10_000
+"""Runs that one pod holds at once."""
+MAX_LEASE_SECONDS: Final = 600.0
+MAX_WAIT_SECONDS: Final = 25.0
+MAX_RECORD_BYTES: Final = 80_000_000
+"""A run commits once it has 10 MB to tell, or a single output of up to 50 MB; Base64 adds a third."""
+SPANS_PER_PAGE: Final = 200
+
+LeaseSeconds = Annotated[float, msgspec.Meta(gt=0, le=MAX_LEASE_SECONDS)]
+Ids = Annotated[list[str], msgspec.Meta(max_length=MAX_RUNS)]
+
+
+class OwnDatabase(msgspec.Struct, frozen=True):
+    """Where the server keeps its own data: no data source leads there."""
+
+    host: str
+    port: int
+    database: str
+
+
+class Contact(msgspec.Struct, frozen=True):
+    """What a pod is told first."""
+
+    organization_id: str
+    lane: int
+    definition_hash: str
+    definition: str
+    own_database: OwnDatabase | None
+    """None where it is a file, which no address leads to."""
+    is_stopped: bool = False
+    """Its pods are to end, and their runs have had their time to."""
+
+
+class WaitCall(msgspec.Struct, frozen=True):
+    """Wait until there is work, where the pod can take some, or somebody asks something of a run that it holds."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_SECONDS)]
+    wants_work: bool
+    heard: Mapping[str, str] = {}
+    """What was asked of its runs, as far as it knows: `stop` or `cancel`, by execution id."""
+    arrivals: Mapping[str, int] = {}
+    """How many arrivals it has been told of, by gateway: of one more it is told at once, even if it wants no work."""
+
+
+class News(msgspec.Struct, frozen=True):
+    """What the wait was for; neither where it was in vain."""
+
+    has_work: bool = False
+    requests: Mapping[str, str] = {}
+    gateway: str = ""
+    arrivals: int = 0
+    """How many runs, or batches of them, have arrived there for this deployment."""
+
+
+class ClaimCall(msgspec.Struct, frozen=True):
+    """Take the best pending runs."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLAIM)]
+    lease_seconds: LeaseSeconds
+
+
+class Claims(msgspec.Struct, frozen=True):
+    """Runs that are now the pod's."""
+
+    runs: Sequence[Claimed]
+
+
+class RecordCall(msgspec.Struct, frozen=True):
+    """Write what runs have done; a repetition changes nothing."""
+
+    writes: Annotated[list[RunWrite], msgspec.Meta(max_length=MAX_WRITES)]
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """The runs that still held their tokens."""
+
+    held: Sequence[str]
+
+
+class HeldLease(msgspec.Struct, frozen=True):
+    """A lease to be renewed."""
+
+    execution_id: str
+    lane: int
+    token: int
+
+
+class RenewCall(msgspec.Struct, frozen=True):
+    """Extend leases."""
+
+    leases: Annotated[list[HeldLease], msgspec.Meta(max_length=MAX_RUNS)]
+    lease_seconds: LeaseSeconds
+
+
+class RenewedLeases(msgspec.Struct, frozen=True):
+    """Those that were extended, with what was asked of each run meanwhile."""
+
+    requests: Mapping[str, str | None]
+
+
+class GiveBackCall(msgspec.Struct, frozen=True):
+    """Give back what this pod holds by the rows, and never began."""
+
+    held: Ids
+
+
+class Count(msgspec.Struct, frozen=True):
+    """How many rows a call has changed."""
+
+    count: int
+
+
+class DefinitionsCall(msgspec.Struct, frozen=True):
+    """Read definitions that runs of this pod were accepted with."""
+
+    hashes: Annotated[list[str], msgspec.Meta(max_length=MAX_CLAIM)]
+
+
+class Definitions(msgspec.Struct, frozen=True):
+    """Texts by their hashes."""
+
+    texts: Mapping[str, str]
+
+
+class RunsCall(msgspec.Struct, frozen=True):
+    """Read something of runs that this pod holds."""
+
+    execution_ids: Ids
+
+
+class SpansCall(msgspec.Struct, frozen=True):
+    """Read a page of what was recorded of one run."""
+
+    execution_id: str
+    after: int = 0
+    """The sequence number of the last span of the page before."""
+
+
+class Spans(msgspec.Struct, frozen=True):
+    """A page; a full one may have another behind it."""
+
+    spans: Sequence[Span]
+
+
+class LogEnds(msgspec.Struct, frozen=True):
+    """The highest sequence number of each run's log."""
+
+    last_lines: Mapping[str, int]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a node was answered."""
+
+    execution_id: str
+    node_id: str
+    iteration: str
+    payload: bytes
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """All of several runs."""
+
+    answers: Sequence[Answer]
+
+
+class DataSourceCall(msgspec.Struct, frozen=True):
+    """Open a data source for a run that this pod holds."""
+
+    source_id: Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class StartRunCall(msgspec.Struct, frozen=True):
+    """Start a run for a node of one that this pod holds; once, however often that is asked."""
+
+    workflow_id: str
+    inputs: msgspec.Raw
+    node_id: str
+    iteration: str
+    awaited: bool
+
+
+class StartedRun(msgspec.Struct, frozen=True):
+    """The run."""
+
+    execution_id: str
+
+
+class ReserveCall(msgspec.Struct, frozen=True):
+    """Take the next place of something that happens at a limited rate."""
+
+    key: Annotated[str, msgspec.Meta(max_length=500)]
+    limit: Annotated[int, msgspec.Meta(ge=1)]
+    per_seconds: Annotated[float, msgspec.Meta(gt=0)]
+    max_wait_seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Reserved(msgspec.Struct, frozen=True):
+    """When that place is."""
+
+    at: datetime

@@ -1,0 +1,70 @@
+"""What happens at a limited rate over all runs of an organisation: each takes the next place in one row."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy import BigInteger, case, type_coerce
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from engine.errors import NodeError
+from execution.insistence import insist
+from models import ids
+from models.database_time import DatabaseTime
+from models.execution import PaceRow
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.services import Caller
+    from models.database import Database
+
+
+class SharedPace:
+    """Spreads what happens evenly, by the database's clock; keeps the promises of `engine.services.Pace`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def reserve(
+        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+    ) -> datetime:
+        """Return when one more may pass, and take that place; raises `NodeError` where it is too far away.
+
+        A place that was taken and not used, since its worker died, stays empty.
+        """
+        apart = timedelta(seconds=per_seconds / limit)
+        reach = timedelta(seconds=max_wait_seconds)
+        take = partial(_take, caller.organization_id, key, apart, reach)
+        place = await insist(lambda: self._database.transaction(take))
+        if place is None:
+            message = (
+                f"More than {limit} in {per_seconds:g} s: the next place is over {max_wait_seconds:g} s away"
+            )
+            raise NodeError(message, code="throttled", retryable=True)
+        return place
+
+
+async def _take(
+    organization_id: str, key: str, apart: timedelta, reach: timedelta, connection: AsyncConnection
+) -> datetime | None:
+    """Take the first place that is free; None where that is further away than `reach`."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    now, step = DatabaseTime(), apart // timedelta(microseconds=1)
+    next_at = type_coerce(col(PaceRow.next_at), BigInteger)
+    first = {"organization_id": organization_id, "key": key, "lane": ids.lane_of(organization_id)}
+    statement = (
+        insert(PaceRow)
+        .values(**first, next_at=now + step)
+        .on_conflict_do_update(
+            index_elements=["organization_id", "key"],
+            set_={"next_at": case((next_at > now, next_at), else_=now) + step},
+            where=next_at <= now + reach // timedelta(microseconds=1),
+        )
+        .returning(col(PaceRow.next_at))
+    )
+    free_from: datetime | None = await connection.scalar(statement)
+    return None if free_from is None else free_from - apart

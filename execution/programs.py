@@ -1,0 +1,98 @@
+"""Definitions made ready to run, kept while they are used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import structlog
+
+from engine.errors import InvalidDefinition
+from engine.graph import Graph
+from engine.program import Program
+from journal.store import Claimed, DefinitionKey
+
+if TYPE_CHECKING:
+    from journal.store import RunStore
+    from nodes.catalog import Catalog
+
+log = structlog.get_logger()
+
+MAX_KEPT_NODES = 100_000
+"""Programs are kept until their nodes are this many, all together."""
+LONG_CHARACTERS = 50_000
+"""A definition of so many takes some ten milliseconds to compile."""
+CHARACTERS_OF_A_NODE = 1_000
+"""Of a definition, so many count as a node: it may be long by what is pinned, or stands in configs."""
+
+
+class Kept(NamedTuple):
+    """A program, and as how many nodes it counts."""
+
+    program: Program | InvalidDefinition
+    nodes: int
+
+
+class Programs:
+    """Compiled definitions by organisation and content hash; the least recently used go first."""
+
+    def __init__(self, store: RunStore, catalog: Catalog) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._kept: OrderedDict[DefinitionKey, Kept] = OrderedDict()
+        self._kept_nodes = 0
+
+    async def load(self, runs: Sequence[Claimed]) -> dict[DefinitionKey, Program | InvalidDefinition]:
+        """Return the program of each run's definition, or why it can't run."""
+        wanted = {key_of(run) for run in runs}
+        missing = [key for key in wanted if key not in self._kept]
+        texts = await self._store.definitions(missing) if missing else {}
+        for key, text in texts.items():
+            await self.prepare(key, text)
+        found: dict[DefinitionKey, Program | InvalidDefinition] = {}
+        for key in wanted:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+            found[key] = kept.program if kept else InvalidDefinition("The definition is gone")
+        self._forget_oldest()
+        return found
+
+    async def prepare(self, key: DefinitionKey, text: str) -> None:
+        """Keep the program of a definition that somebody else has read."""
+        # In a thread where it takes long: the runs that are held already go on meanwhile.
+        is_long = len(text) > LONG_CHARACTERS
+        program = await asyncio.to_thread(self._compile, text) if is_long else self._compile(text)
+        self._keep(key, program, len(text))
+
+    def _compile(self, text: str) -> Program | InvalidDefinition:
+        try:
+            return Program.of(
+                Graph.of(msgspec.json.decode(text)), self._catalog, self._catalog.implementation
+            )
+        except InvalidDefinition as error:
+            return error
+        except Exception as error:
+            # Whatever is wrong with one definition must not keep a worker from its other runs.
+            log.exception("definition not compiled")
+            return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
+
+    def _keep(self, key: DefinitionKey, program: Program | InvalidDefinition, characters: int) -> None:
+        if key in self._kept:
+            self._kept_nodes -= self._kept[key].nodes
+        nodes = 1 if isinstance(program, InvalidDefinition) else len(program.nodes)
+        self._kept[key] = Kept(program, max(nodes, characters // CHARACTERS_OF_A_NODE))
+        self._kept_nodes += self._kept[key].nodes
+
+    def _forget_oldest(self) -> None:
+        while self._kept_nodes > MAX_KEPT_NODES and len(self._kept) > 1:
+            _, kept = self._kept.popitem(last=False)
+            self._kept_nodes -= kept.nodes
+
+
+def key_of(run: Claimed) -> DefinitionKey:
+    """Return where a run's definition is."""
+    return DefinitionKey(run.organization_id, run.definition_hash, run.lane)

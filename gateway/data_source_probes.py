@@ -1,0 +1,152 @@
+"""Whether data sources work: each is connected to for real, as a run would do it, within a few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from math import ceil
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from engine.errors import NodeError
+from engine.services import Caller
+from gateway import errors, limits
+from models.data_source import opened
+from models.data_source_types import DataSourceType
+from models.vault import VaultError
+from nodes.connections.policy import ConnectionPolicy, OwnDatabase
+from nodes.connections.source import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.services import Bucket
+    from models.data_source import DataSource
+    from models.settings import Settings
+    from models.vault import Vault
+
+log = structlog.get_logger()
+
+WINDOW_SECONDS: Final = 60.0
+MAX_REMEMBERED_ORGANIZATIONS: Final = 10_000
+HIDDEN: Final = "[hidden]"
+_ADDRESS: Final = re.compile(
+    r"(?<![\w.])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?![\w.]*\w)"
+)
+_DATABASES: Final = frozenset({DataSourceType.POSTGRESQL, DataSourceType.MYSQL, DataSourceType.SQLITE})
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What came of one attempt."""
+
+    is_ok: bool
+    message: str
+    duration_milliseconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Only:
+    """Finds one data source, whoever asks: that they may was decided before."""
+
+    source: Source
+
+    async def find(self, caller: Caller, source_id: str) -> Source:  # noqa: ARG002 - the protocol's signature
+        return self.source
+
+
+class Probes:
+    """Connects to data sources for whoever wants to know whether that works."""
+
+    def __init__(self, vault: Vault, settings: Settings) -> None:
+        self._vault = vault
+        self._settings = settings
+        self._begun: OrderedDict[str, deque[float]] = OrderedDict()
+
+    async def probe(self, source: DataSource) -> Probed:
+        """Connect to a data source that the caller may use; raises 429 where an organisation does it too often."""
+        self._count(source.organization_id)
+        began = monotonic()
+        is_ok, message = await self._attempt(source)
+        milliseconds = round((monotonic() - began) * 1000)
+        log.info(
+            "data source tested", data_source_id=source.id, is_ok=is_ok, duration_milliseconds=milliseconds
+        )
+        return Probed(is_ok, message, milliseconds)
+
+    async def _attempt(self, source: DataSource) -> tuple[bool, str]:
+        try:
+            secrets = opened(self._vault, source)
+        except VaultError as error:
+            return False, f"{error}: give its secrets again"
+        try:
+            async with asyncio.timeout(limits.DATA_SOURCE_TEST_SECONDS):
+                return True, await self._connect(source, secrets)
+        except TimeoutError:
+            return False, f"There was no answer within {limits.DATA_SOURCE_TEST_SECONDS} s"
+        except NodeError as error:
+            return False, _told(error.message, source.settings, secrets)
+
+    async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
+        """Return what was found; raises `NodeError`."""
+        # Only here: drivers take memory that a gateway without tests never needs.
+        from nodes.connections.connections import Connections  # noqa: PLC0415
+
+        caller = Caller(source.organization_id, source.owner_id, "", "", "")
+        policy = ConnectionPolicy(
+            allowed_networks=self._settings.outbound_allowed_networks,
+            own_databases=(OwnDatabase.of_url(self._settings.database_url),),
+            files=self._settings.files_dir,
+        )
+        found = Source(
+            source.id, source.organization_id, source.type, source.revision, source.settings, secrets
+        )
+        connections = Connections(_Only(found), policy)
+        try:
+            if source.type in _DATABASES:
+                database = await connections.database(caller, source.id, source.type)
+                seconds = float(limits.DATA_SOURCE_TEST_SECONDS)
+                await database.query("SELECT 1", [], max_rows=1, max_bytes=1_000, timeout_seconds=seconds)
+                return "The database answers"
+            if source.type == DataSourceType.S3:
+                await _list_one(await connections.bucket(caller, source.id))
+                return "The bucket can be listed"
+        finally:
+            await connections.close()
+        return "Its secrets can be read; they are tried when a workflow uses them"
+
+    def _count(self, organization_id: str) -> None:
+        """Raise 429 for one test too many: they could be used to try out passwords, or to look for servers."""
+        now = monotonic()
+        begun = self._begun.setdefault(organization_id, deque())
+        self._begun.move_to_end(organization_id)
+        while begun and begun[0] <= now - WINDOW_SECONDS:
+            begun.popleft()
+        if len(begun) >= limits.DATA_SOURCE_TESTS:
+            seconds = ceil(begun[0] + WINDOW_SECONDS - now)
+            message = f"An organisation may test data sources {limits.DATA_SOURCE_TESTS} times a minute"
+            raise errors.ApiError(429, "rate-limited", message, retry_after_seconds=seconds)
+        begun.append(now)
+        if len(self._begun) > MAX_REMEMBERED_ORGANIZATIONS:
+            self._begun.popitem(last=False)
+
+
+async def _list_one(bucket: Bucket) -> None:
+    try:
+        await bucket.list("", max_objects=1, timeout_seconds=float(limits.DATA_SOURCE_TEST_SECONDS))
+    except NodeError as error:
+        if error.code != "too-many-objects":
+            raise
+
+
+def _told(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
+    """Return a driver's message without secrets, and without addresses that only our network knows."""
+    for secret in sorted(secrets.values(), key=len, reverse=True):
+        message = message.replace(secret, HIDDEN)
+    return _ADDRESS.sub(
+        lambda found: found[0] if found[0] == settings.get("host") else "its address", message
+    )

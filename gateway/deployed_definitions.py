@@ -1,0 +1,103 @@
+"""What is deployed, as runs need it: a workflow's own graph may have been edited since, and these are kept by hash."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.findings import Validation
+from engine.graph import Settings
+from engine.values import encode
+from gateway.recent import Recent
+from journal import pinning
+from journal.store import DefinitionKey
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.values import Json
+    from journal.pinning import LoadedWorkflow
+    from models.database import Database
+    from models.deployment import Deployment
+    from nodes.catalog import Catalog
+
+KEPT_SECONDS: Final = 3_600.0
+MAX_KEPT: Final = 200
+MAX_KEPT_CHARACTERS: Final = 500_000
+"""Longer ones are read again each time."""
+
+
+class DefinitionLost(Exception):
+    """What is deployed has no text any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """One definition."""
+
+    text: str
+    settings: Mapping[str, Json]
+    trigger_kind: str | None
+    total_nodes: int
+
+
+class DeployedDefinitions:
+    """Those that this process has used of late."""
+
+    def __init__(self, database: Database, catalog: Catalog) -> None:
+        self._database = database
+        self._catalog = catalog
+        self._kept: Recent[DefinitionKey, Deployed] = Recent(KEPT_SECONDS, MAX_KEPT)
+
+    async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
+        """Return a workflow with what is deployed in the place of its own definition; raises `DefinitionLost`."""
+        deployed = await self._load(
+            DefinitionKey(deployment.organization_id, deployment.definition_hash, deployment.lane)
+        )
+        return replace(
+            workflow,
+            settings=deployed.settings,
+            config=encode(deployed.settings).decode(),
+            timeout_seconds=Settings.of(deployed.settings).timeout_seconds,
+            definition=deployed.text,
+            definition_hash=deployment.definition_hash,
+            # It was valid when it was deployed.
+            validation=Validation(),
+            trigger_kind=deployed.trigger_kind,
+            total_nodes=deployed.total_nodes,
+        )
+
+    async def trigger_kind(self, key: DefinitionKey) -> str:
+        """Return what kind of event the trigger node of a deployed definition takes; raises `DefinitionLost`."""
+        return (await self._load(key)).trigger_kind or "manual"
+
+    async def _load(self, key: DefinitionKey) -> Deployed:
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        text = select(col(Definition.body)).where(
+            col(Definition.organization_id) == key.organization_id,
+            col(Definition.hash) == key.hash,
+            col(Definition.lane) == key.lane,
+        )
+        async with self._database.read() as connection:
+            found = await connection.scalar(text)
+        if found is None:
+            raise DefinitionLost(f"The definition {key.hash} is deployed, and not stored")
+        # In a thread: others are served while a large graph is gone through.
+        deployed = await asyncio.to_thread(_deployed, found, self._catalog)
+        if len(found) <= MAX_KEPT_CHARACTERS:
+            self._kept.put(key, deployed)
+        return deployed
+
+
+def _deployed(text: str, catalog: Catalog) -> Deployed:
+    definition: dict[str, Any] = msgspec.json.decode(text)
+    nodes = definition["nodes"]
+    return Deployed(text, definition["settings"], pinning.trigger_kind(nodes, catalog), len(nodes))

@@ -1,0 +1,54 @@
+"""A content as an ASGI answer, sent piece by piece and never taken for a page of ours."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from journal.blobs.blob_store import RAW
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from journal.blobs.backend import Opened, Owner
+    from journal.blobs.blob_store import BlobStore
+
+SANDBOXED: Final = (b"content-security-policy", b"sandbox; default-src 'none'")
+"""Anybody may have written it: whoever opens it in a browser after all lets it do nothing."""
+
+
+class Download:
+    """One content, which is closed when it was sent."""
+
+    def __init__(self, opened: Opened, sha256: str, closing: AsyncExitStack) -> None:
+        self._opened = opened
+        self._sha256 = sha256
+        self._closing = closing
+
+    @classmethod
+    async def of(cls, blobs: BlobStore, owner: Owner, sha256: str) -> Download:
+        """Open a content to be sent; raises `BlobLost` and `BlobsUnavailable`."""
+        async with AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(blobs.open(owner, sha256))
+            return cls(opened, sha256, stack.pop_all())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        async with self._closing:
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
+            if scope["method"] != "HEAD":
+                # Should the last piece be wrong, the answer stays shorter than it was declared.
+                async for chunk in self._opened.chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        label = self._opened.label
+        name = f"; filename*=UTF-8''{quote(label.name, safe='')}" if label.name else ""
+        return [
+            (b"content-type", (label.type or RAW).encode()),
+            (b"content-length", b"%d" % self._opened.size),
+            (b"content-disposition", f"attachment{name}".encode()),
+            (b"etag", f'"{self._sha256}"'.encode()),
+            SANDBOXED,
+        ]

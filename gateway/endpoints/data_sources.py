@@ -1,0 +1,209 @@
+"""Data sources: ways to databases, buckets and other servers, whose secrets go in and never come out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from gateway import data_source_editing as editing
+from gateway import data_source_rows, data_source_shapes, shares
+from gateway.data_source_rows import NameTaken
+from gateway.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
+from gateway.parameters import LIMIT, OFFSET, Choice, Flag, sorted_by
+from gateway.request import Request
+from gateway.responses import JsonResponse, NoContent
+from gateway.wire import Instant, Wire, convert, decode_body, instant, read_json
+from models.audit import Action
+from models.data_source_types import DataSourceType
+
+if TYPE_CHECKING:
+    from gateway.data_source_rows import Stored
+    from models.access import Caller
+
+TYPE = Choice("type", "Only data sources of this type.", DataSourceType)
+SORT = sorted_by(data_source_rows.SORTABLE)
+LISTED = (TYPE, LIMIT, OFFSET, SORT)
+FORCE = Flag("force", "Delete it though workflows name it: their runs will fail there.")
+
+
+class DataSourceList(Wire):
+    """A part of a list of data sources; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    data_sources: Sequence[DataSourceShape]
+
+
+class NewDataSource(Wire):
+    """The id of a data source that was created."""
+
+    data_source_id: str
+
+
+class DataSourceTest(Wire):
+    """Whether a data source can be reached, and is opened by what it holds."""
+
+    ok: bool
+    message: str
+    duration_ms: int
+
+
+class ShareDataSource(Wire):
+    """The user who is to use a data source."""
+
+    user_id: str
+
+
+class SharedDataSource(Wire):
+    """A share that is there."""
+
+    message: str
+    data_source_id: str
+    user_id: str
+
+
+class DataSourceGuest(Wire):
+    """A user that a data source is shared with, and since when."""
+
+    user_id: str
+    shared_at: Instant
+
+
+class DataSourceGuests(Wire):
+    """The users that a data source is shared with, the first ones first."""
+
+    data_source_id: str
+    shared_with: Sequence[DataSourceGuest]
+
+
+class SetDataSourceVisibility(Wire):
+    """Who else may use a data source."""
+
+    is_public: bool
+    """Whether everybody in the organisation may see it, test it and run workflows with it."""
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: Request) -> JsonResponse:
+    """List the data sources that the caller may use."""
+    query = request.query
+    part, kind, order = query.page(), query[TYPE], query[SORT]
+    async with request.gateway.database.read() as connection:
+        count, found = await data_source_rows.page(connection, request.caller, kind, part, order)
+    shown = [data_source_shapes.shown(one) for one in found]
+    return JsonResponse(DataSourceList(count=count, limit=part.limit, offset=part.offset, data_sources=shown))
+
+
+async def show(request: Request) -> JsonResponse:
+    """Show a data source, without its secrets."""
+    stored = await editing.read(request)
+    return editing.answer(stored, data_source_shapes.shown(stored))
+
+
+async def test(request: Request) -> JsonResponse:
+    """Connect to what a data source is a way to, as a workflow would, and tell whether that works."""
+    stored = await editing.read(request)
+    found = await request.gateway.probes.probe(stored.source)
+    return JsonResponse(
+        DataSourceTest(ok=found.is_ok, message=found.message, duration_ms=found.duration_milliseconds)
+    )
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: Request) -> JsonResponse:
+    """Create a data source."""
+    value = await read_json(request)
+    body = convert(value, CreateDataSource)
+    source = data_source_shapes.made(request.caller, body, request.gateway.vault)
+    return await editing.create(request, value, source)
+
+
+async def update(request: Request) -> JsonResponse:
+    """Change a data source: what the body doesn't name stays, its secrets too."""
+    body = await decode_body(request, UpdateDataSource)
+    vault = request.gateway.vault
+    try:
+        after = await editing.edit(
+            request,
+            Action.DATA_SOURCE_UPDATED,
+            lambda before: data_source_shapes.changed(before, body, vault),
+        )
+    except NameTaken as error:
+        raise editing.name_taken(error) from error
+    return editing.answer(after, data_source_shapes.shown(after))
+
+
+async def delete(request: Request) -> NoContent:
+    """Delete a data source with its secrets, unless a workflow names it."""
+    await editing.delete(request, is_forced=request.query[FORCE])
+    return NoContent()
+
+
+# ── who else may use it ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def list_shares(request: Request) -> JsonResponse:
+    """List the users that a data source is shared with."""
+    stored = await editing.read(request)
+    guests = [
+        DataSourceGuest(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()
+    ]
+    return editing.answer(stored, DataSourceGuests(data_source_id=stored.source.id, shared_with=guests))
+
+
+async def share(request: Request) -> JsonResponse:
+    """Share a data source with a user of the organisation, who may then see, test and use it."""
+    body = await decode_body(request, ShareDataSource)
+    await _require_user(request, body.user_id)
+    now = datetime.now(UTC)
+    after = await editing.edit(
+        request, Action.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+    )
+    shared = SharedDataSource(
+        message="Data source shared successfully", data_source_id=after.source.id, user_id=body.user_id
+    )
+    return editing.answer(after, shared)
+
+
+async def unshare(request: Request) -> NoContent:
+    """End a share: the user loses sight of the data source, and workflows that run for them lose its use."""
+    user_id = request.path_params["subId"]
+    after = await editing.edit(request, Action.SHARE_REMOVED, lambda before: _unshared(before, user_id))
+    return NoContent(editing.entity_tag(after))
+
+
+async def set_visibility(request: Request) -> JsonResponse:
+    """Let everybody in the organisation use a data source, or no longer."""
+    is_public = (await decode_body(request, SetDataSourceVisibility)).is_public
+    after = await editing.edit(
+        request, Action.DATA_SOURCE_VISIBILITY_SET, lambda before: before.with_columns(is_public=is_public)
+    )
+    return editing.answer(after, data_source_shapes.shown(after))
+
+
+async def _require_user(request: Request, user_id: str) -> None:
+    """Raise 404 for a user that is none of the organisation's, to those who may share the data source."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        editing.require_writer(request, stored.source)
+        await shares.require_user(connection, user_id, request.caller)
+
+
+def _shared(before: Stored, user_id: str, caller: Caller, now: datetime) -> Stored:
+    """Return a data source that is shared with one user more; raises 409 and 422."""
+    shared_with = shares.added(
+        before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller
+    )
+    return replace(before, shared_with=shared_with)
+
+
+def _unshared(before: Stored, user_id: str) -> Stored:
+    """Return a data source that a user may use no longer; raises 404."""
+    return replace(before, shared_with=shares.removed(before.shared_with, user_id))

@@ -1,0 +1,313 @@
+"""When a deployed workflow has compute of its own: its policy, what was decided by it, and what another would do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+from gateway import editing, lifecycle_rows, lifecycle_shapes, limits
+from gateway.lifecycle_rows import DAY_SECONDS
+from gateway.lifecycle_shapes import LifecyclePolicy, ShownPolicy
+from gateway.parameters import LIMIT, OFFSET
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from journal import activity
+from models import forecast, lifecycle
+from models.audit import Action
+from models.deployment import DeploymentStatus, status_of, stopped_reason_of
+from models.forecast import AHEAD, COLD_START, Replay
+from models.lifecycle import (
+    LifecycleAction,
+    LifecycleReason,
+    Policy,
+    ScheduledWindow,
+    StoppedReason,
+    TransitionKind,
+)
+
+if TYPE_CHECKING:
+    from gateway.lifecycle_rows import Usage
+    from journal.activity import Seen
+    from models.deployment import LifecycleDecision
+    from models.forecast import PastRun
+    from models.windows import Change, ClockChange
+    from models.workflow import Workflow
+
+HOUR_SECONDS = 3_600
+LISTED = (LIMIT, OFFSET)
+
+
+class UsageShape(Wire):
+    """What the pods of a workflow came to lately, next to what they would if they never slept."""
+
+    since: Instant
+    until: Instant
+    pod_seconds_per_day: float
+    always_on_pod_seconds_per_day: float
+
+
+class LifecycleShape(Wire):
+    """The lifecycle policy of a workflow, and where its deployment is."""
+
+    workflow_id: str
+    lifecycle_policy: ShownPolicy
+    deployment_status: DeploymentStatus
+    stopped_reason: StoppedReason | None
+    """Why it is down; null while it is up, and where it isn't deployed."""
+    last_activity_at: Instant | None
+    """The last delivery, end of a run, or start."""
+    next_transition: TransitionKind | None
+    """What will happen next if nothing comes; null: nothing will."""
+    next_transition_at: Instant | None
+    usage: UsageShape | None
+    """Null for what never was deployed."""
+
+
+class PolicySet(Wire):
+    """The lifecycle policy that a workflow has now."""
+
+    workflow_id: str
+    lifecycle_policy: ShownPolicy
+
+
+class DecisionShape(Wire):
+    """Something that was done about a deployment, and why."""
+
+    id: str
+    at: Instant
+    action: LifecycleAction
+    reason: LifecycleReason
+    stopped_reason: StoppedReason | None
+    replicas: int
+    """Pods that were wanted from then on."""
+    user_id: str | None
+    """Who did it; null where it followed from the policy."""
+    inputs: Mapping[str, Any]
+    """What it was decided by."""
+
+
+class DecisionList(Wire):
+    """A part of what was decided about a deployment, the newest first; `count` tells how much there is in all."""
+
+    count: int
+    limit: int
+    offset: int
+    decisions: Sequence[DecisionShape]
+
+
+class TransitionShape(Wire):
+    """A start or a stop that a schedule brings."""
+
+    at: Instant
+    action: TransitionKind
+    local_time: str
+    """The same moment by the clocks of the schedule's zone, with their offset."""
+    is_clock_change: bool
+    """The clocks change at this moment, and that brings it about."""
+
+
+class ClockChangeShape(Wire):
+    """A moment at which the clocks of the schedule's zone change."""
+
+    at: Instant
+    local_time_before: str
+    local_time_after: str
+
+
+class ReplayShape(Wire):
+    """What past runs would have taken under a policy."""
+
+    pod_hours: float
+    cold_starts: int
+    """Runs that would have waited for a pod to start."""
+    waits: int
+    """Runs that would have waited for a start, or for a window to open."""
+    total_wait_seconds: float
+    longest_wait_seconds: float
+
+
+class Comparison(Wire):
+    """A policy and today's, each applied to the same past runs, as if every one had gone to a pod."""
+
+    since: Instant
+    until: Instant
+    runs: int
+    cold_start_seconds: float
+    """What a run is assumed to wait for pods that sleep."""
+    current: ReplayShape
+    candidate: ReplayShape
+
+
+class Preview(Wire):
+    """What a policy would do."""
+
+    workflow_id: str
+    lifecycle_policy: ShownPolicy
+    until: Instant
+    """How far transitions and clock changes are looked for."""
+    transitions: Sequence[TransitionShape]
+    """Those that the clock alone brings: of schedules, none of other policies."""
+    clock_changes: Sequence[ClockChangeShape]
+    replay: Comparison
+
+
+# ── the policy ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def show(request: Request) -> JsonResponse:
+    """Show a workflow's lifecycle policy, and where its deployment is."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        seen = await activity.look(connection, stored.workflow.id)
+        now = datetime.now(UTC) if seen is None else seen.now
+        used = await lifecycle_rows.usage(connection, stored.workflow.id, now)
+    return editing.answer(stored, _shape(stored.workflow, seen, used))
+
+
+async def update(request: Request) -> JsonResponse:
+    """Set a workflow's lifecycle policy: when its pods are kept, and when they sleep.
+
+    It counts from the next look at the deployment on, within half a minute. What doesn't belong to the policy's type is
+    checked, and not kept.
+    """
+    policy = lifecycle_shapes.stored(await decode_body(request, LifecyclePolicy))
+    edited = await editing.edit(
+        request, Action.WORKFLOW_LIFECYCLE_SET, lambda before: before.with_columns(lifecycle=policy)
+    )
+    shape = PolicySet(workflow_id=edited.after.workflow.id, lifecycle_policy=lifecycle_shapes.shown(policy))
+    return editing.answer(edited.after, shape)
+
+
+async def history(request: Request) -> JsonResponse:
+    """List what was decided about a workflow's deployment, by whom or by what, the newest first."""
+    part = request.query.page()
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        count, found = await lifecycle_rows.history(connection, stored.workflow.id, part)
+    shape = DecisionList(
+        count=count, limit=part.limit, offset=part.offset, decisions=[_decision(one) for one in found]
+    )
+    return JsonResponse(shape)
+
+
+async def preview(request: Request) -> JsonResponse:
+    """Tell what a lifecycle policy would do, without setting it.
+
+    When it would start and stop pods in the next two weeks, and what the runs of the last two would have taken: how
+    long pods would have been up, and what runs would have waited for them.
+    """
+    body = lifecycle_shapes.stored(await decode_body(request, LifecyclePolicy))
+    now = datetime.now(UTC)
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        workflow = stored.workflow
+        since = max(now - AHEAD, workflow.created_at)
+        runs = await lifecycle_rows.past_runs(connection, workflow.id, since, now)
+        seen = await activity.look(connection, workflow.id)
+    if len(runs) == limits.PREVIEW_RUNS:
+        since = runs[0].accepted_at
+    replicas = seen.deployment.last_replicas if seen else 1
+    current, candidate = (
+        lifecycle.policy_of(lifecycle.chosen(workflow.lifecycle)),
+        lifecycle.policy_of(body),
+    )
+    zone = ZoneInfo(candidate.schedule.timezone) if isinstance(candidate, ScheduledWindow) else UTC
+    # In a thread: others are served while thousands of runs are gone through.
+    before, after = await asyncio.to_thread(_replayed, (current, candidate), runs, since, now)
+    shape = Preview(
+        workflow_id=workflow.id,
+        lifecycle_policy=lifecycle_shapes.shown(body),
+        until=instant(now + AHEAD),
+        transitions=[_transition(one, zone) for one in forecast.changes(candidate, now)],
+        clock_changes=[_clock_change(one) for one in forecast.clock_changes(candidate, now)],
+        replay=Comparison(
+            since=instant(since),
+            until=instant(now),
+            runs=len(runs),
+            cold_start_seconds=COLD_START.total_seconds(),
+            current=_replay(before, replicas),
+            candidate=_replay(after, replicas),
+        ),
+    )
+    return editing.answer(stored, shape)
+
+
+# ── as clients see it ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _shape(workflow: Workflow, seen: Seen | None, used: Usage | None) -> LifecycleShape:
+    deployment = seen.deployment if seen else None
+    coming = lifecycle.next_transition(seen.policy, seen.situation, seen.now) if seen else None
+    return LifecycleShape(
+        workflow_id=workflow.id,
+        lifecycle_policy=lifecycle_shapes.shown(lifecycle.chosen(workflow.lifecycle)),
+        deployment_status=status_of(deployment),
+        stopped_reason=stopped_reason_of(deployment),
+        last_activity_at=optional_instant(seen.situation.last_activity_at if seen else None),
+        next_transition=coming.kind if coming else None,
+        next_transition_at=optional_instant(coming.at if coming else None),
+        usage=_usage(used, deployment.last_replicas) if used and deployment else None,
+    )
+
+
+def _usage(used: Usage, replicas: int) -> UsageShape:
+    return UsageShape(
+        since=instant(used.since),
+        until=instant(used.until),
+        pod_seconds_per_day=round(used.pod_seconds_per_day, 1),
+        always_on_pod_seconds_per_day=float(replicas * DAY_SECONDS),
+    )
+
+
+def _decision(row: LifecycleDecision) -> DecisionShape:
+    return DecisionShape(
+        id=row.id,
+        at=instant(row.at),
+        action=LifecycleAction(row.action),
+        reason=LifecycleReason(row.reason),
+        stopped_reason=None if row.stopped_reason is None else StoppedReason(row.stopped_reason),
+        replicas=row.replicas,
+        user_id=row.user_id,
+        inputs=row.inputs,
+    )
+
+
+def _replayed(
+    policies: Sequence[Policy], runs: Sequence[PastRun], since: datetime, until: datetime
+) -> list[Replay]:
+    return [forecast.replay(policy, runs, since, until) for policy in policies]
+
+
+def _replay(replay: Replay, replicas: int) -> ReplayShape:
+    return ReplayShape(
+        pod_hours=round(replay.pod_time.total_seconds() * replicas / HOUR_SECONDS, 3),
+        cold_starts=replay.cold_starts,
+        waits=len(replay.waits),
+        total_wait_seconds=sum(replay.waits, timedelta()).total_seconds(),
+        longest_wait_seconds=max(replay.waits, default=timedelta()).total_seconds(),
+    )
+
+
+def _transition(change: Change, zone: tzinfo) -> TransitionShape:
+    return TransitionShape(
+        at=instant(change.at),
+        action=TransitionKind.START if change.is_open else TransitionKind.STOP,
+        local_time=_local(change.at, zone),
+        is_clock_change=change.is_by_clock,
+    )
+
+
+def _clock_change(change: ClockChange) -> ClockChangeShape:
+    return ClockChangeShape(
+        at=instant(change.at),
+        local_time_before=_local(change.at, timezone(change.offset_before)),
+        local_time_after=_local(change.at, timezone(change.offset_after)),
+    )
+
+
+def _local(at: datetime, zone: tzinfo) -> str:
+    return at.astimezone(zone).isoformat(timespec="seconds")

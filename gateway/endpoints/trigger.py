@@ -1,0 +1,249 @@
+"""Trigger: a run for the pods of a deployed workflow, which is woken for it where it sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+from starlette.requests import ClientDisconnect
+
+from engine.triggers import trigger_output
+from engine.values import encode
+from gateway import acceptance, errors, idempotency, intake, limits, text
+from gateway.activation import NoPod, StartFailed
+from gateway.intake import Run
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.text import Problems
+from gateway.wire import Wire, convert, read_json
+from journal import results, wakes
+from journal.results import ResultTooLarge
+from journal.store import DefinitionKey, ExecutionKey, Verdict
+from models.execution import TERMINAL, Execution, ExecutionStatus
+
+if TYPE_CHECKING:
+    from journal.pinning import LoadedWorkflow
+    from journal.store import Accepted, Progress
+
+Answer = TypeVar("Answer")
+
+API: Final = "api"
+
+
+class Trigger(Wire):
+    """What a run is to work on, and whether its end is waited for."""
+
+    trigger_type: Annotated[str, text.allowed(limits.TRIGGER_TYPE_LENGTH, min_length=1)] = msgspec.field(
+        default=API, name="trigger_type"
+    )
+    """A label, by which executions can be found again."""
+    inputs: dict[str, Any] | None = None
+    sync: bool = False
+    """Wait for the end of the run, not just until a pod has taken it."""
+
+
+class TriggerStatus(StrEnum):
+    """Where a run is that was triggered."""
+
+    STARTED = "started"
+    """A pod has taken it."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    RUNNING = "running"
+    """The wait ended first: the run goes on."""
+    PENDING = "pending"
+    """The wait ended first: the run goes on as soon as a pod takes it."""
+
+
+class Triggered(Wire):
+    """A run of a deployed workflow."""
+
+    status: TriggerStatus
+    execution_id: str = msgspec.field(name="execution_id")
+    workflow_id: str = msgspec.field(name="workflow_id")
+    output: Mapping[str, msgspec.Raw] = {}
+    """Outputs of the nodes that nothing follows on, by node id; empty before the end."""
+    error: msgspec.Raw | None = None
+    """Why it has failed."""
+
+
+@dataclass(slots=True)
+class Times:
+    """What the answer's time went into, and how the deployment was found."""
+
+    began: float
+    accepted: float = 0.0
+    taken: float | None = None
+    """None: the run was not taken in time."""
+    is_cold: bool = False
+    definition_hash: str = ""
+    """Of what is deployed."""
+
+    def headers(self) -> dict[str, str]:
+        """Return what tells a client of it."""
+        now = perf_counter()
+        taken = now if self.taken is None else self.taken
+        parts = {"accept": self.accepted - self.began, "wake": taken - self.accepted, "run": now - taken}
+        shown = ", ".join(f"{name};dur={seconds * 1_000:.1f}" for name, seconds in parts.items())
+        return {"Server-Timing": shown, "X-Cold-Start": str(self.is_cold).lower()}
+
+
+async def start(request: Request) -> JsonResponse:
+    """Run a deployed workflow in its pods; they are started first where it sleeps and its policy allows it.
+
+    The answer comes when a pod has taken the run, for at most 30 seconds, or with `sync` when it has ended, for at most
+    5 minutes, the start of a pod included. The run goes on when that time is up, and when the client is gone.
+    """
+    times = Times(perf_counter())
+    workflow_id = request.path_params["id"]
+    value = await read_json(request)
+    body = _checked(convert(value, Trigger))
+    promise = idempotency.requested(request, value, workflow_id=workflow_id)
+
+    async def plan(workflow: LoadedWorkflow) -> Run:
+        return await _planned(request, workflow, body, times)
+
+    with request.gateway.activation.queue(workflow_id):
+        accepted = await intake.take_in(request, plan, promise)
+        times.accepted = perf_counter()
+        seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
+        until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
+        headers = intake.headers(request, accepted)
+        try:
+            await _unless_gone(request, _wait_for_pod(request, accepted, times, until))
+        except NoPod as error:
+            if isinstance(error.news, StartFailed):
+                failed = errors.start_failed(error.news.reason, accepted.execution_id)
+                failed.headers |= {**headers, **times.headers()}
+                raise failed from error
+            # Stopped since the run was accepted: it is kept until the workflow may start.
+            until = 0.0
+    progress = await _unless_gone(request, _followed(request, accepted, body, times, until))
+    shape = await _shape(request, accepted, body, times, progress)
+    return JsonResponse(shape, headers={**headers, **times.headers()})
+
+
+def _checked(body: Trigger) -> Trigger:
+    problems = Problems()
+    body.trigger_type = text.line(
+        body.trigger_type, "trigger_type", problems, max_length=limits.TRIGGER_TYPE_LENGTH
+    )
+    problems.raise_any()
+    return body
+
+
+async def _planned(request: Request, workflow: LoadedWorkflow, body: Trigger, times: Times) -> Run:
+    """Return what is to be run, of what is deployed; raises 409 and 503."""
+    acceptance.require_open(workflow.status)
+    deployment = await request.gateway.activation.ask(workflow.id)
+    times.is_cold = not wakes.is_ready(deployment)
+    times.definition_hash = deployment.definition_hash
+    deployed = await request.gateway.deployed.load(workflow, deployment)
+    inputs = trigger_output(deployed.trigger_kind or "manual", body.inputs or {}, datetime.now(UTC))
+    return Run(deployed, body.trigger_type, inputs, home=workflow.id)
+
+
+async def _wait_for_pod(request: Request, accepted: Accepted, times: Times, until: float) -> None:
+    """Return when the run is taken, or the time is up; raises `NoPod`."""
+    is_taken = await request.gateway.activation.taken(
+        _key(request, accepted),
+        request.path_params["id"],
+        is_new=accepted.verdict is Verdict.ACCEPTED,
+        is_ready=not times.is_cold,
+        seconds=_left(until),
+    )
+    times.taken = perf_counter() if is_taken else None
+
+
+async def _followed(
+    request: Request, accepted: Accepted, body: Trigger, times: Times, until: float
+) -> Progress | None:
+    """Return where the run is, at its end if that is waited for and comes in time; None: it was taken, just now."""
+    if times.taken is not None and not body.sync:
+        return None
+    return await request.gateway.waiting.progress(_key(request, accepted), _left(until) if body.sync else 0)
+
+
+async def _shape(
+    request: Request, accepted: Accepted, body: Trigger, times: Times, progress: Progress | None
+) -> Triggered:
+    shape = Triggered(
+        status=TriggerStatus.STARTED,
+        execution_id=accepted.execution_id,
+        workflow_id=request.path_params["id"],
+    )
+    if progress is None or (times.taken is not None and not body.sync):
+        return shape
+    if progress.status not in TERMINAL:
+        has_begun = times.taken is not None or progress.completed_nodes > 0
+        is_pending = not has_begun and progress.status is not ExecutionStatus.RUNNING
+        shape.status = TriggerStatus.PENDING if is_pending else TriggerStatus.RUNNING
+        return shape
+    has_completed = progress.status is ExecutionStatus.COMPLETED
+    shape.status = TriggerStatus.COMPLETED if has_completed else TriggerStatus.FAILED
+    if not has_completed:
+        shape.error = msgspec.Raw(progress.error) if progress.error else _ended_by_hand(progress.status)
+    try:
+        shape.output = await _output(request, accepted, times)
+    except ResultTooLarge as error:
+        message = f"{error}, more than an answer holds: they are to be read at the execution"
+        shape.error = msgspec.Raw(encode({"code": "output-too-large", "message": message}))
+    return shape
+
+
+async def _output(request: Request, accepted: Accepted, times: Times) -> dict[str, msgspec.Raw]:
+    caller, key = request.caller, _key(request, accepted)
+    async with request.gateway.database.read() as connection:
+        hashed = times.definition_hash
+        if accepted.verdict is not Verdict.ACCEPTED:
+            pinned = select(col(Execution.definition_hash)).where(
+                col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+            )
+            hashed = await connection.scalar(pinned) or ""
+        definition = DefinitionKey(caller.organization_id, hashed, caller.lane)
+        found = await results.leaves(
+            connection, key, definition, max_characters=limits.TRIGGER_OUTPUT_CHARACTERS
+        )
+    return {node_id: msgspec.Raw(leaf.text) for node_id, leaf in found.items()}
+
+
+def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
+    return msgspec.Raw(encode({"code": status.value, "message": f"Somebody has {status.value} the run"}))
+
+
+def _key(request: Request, accepted: Accepted) -> ExecutionKey:
+    return ExecutionKey(accepted.execution_id, request.caller.lane)
+
+
+def _left(until: float) -> float:
+    return max(until - asyncio.get_running_loop().time(), 0.0)
+
+
+async def _unless_gone(request: Request, work: Awaitable[Answer]) -> Answer:
+    """Return what work comes to; whoever is gone waits no longer, which changes nothing about the run."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,133 @@
+"""Single nodes tried out: run for real, on what a client gives them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta, Raw
+
+from gateway import (
+    acceptance,
+    errors,
+    execution_rows,
+    execution_shapes,
+    graph_shapes,
+    idempotency,
+    intake,
+    limits,
+    tries,
+)
+from gateway.execution_shapes import LogShape, Status
+from gateway.intake import Run
+from gateway.query import Page
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.tries import Given
+from gateway.wire import Wire, convert, read_json
+from journal.store import ExecutionKey
+from models.access import KeyScope
+from models.execution import TERMINAL
+
+if TYPE_CHECKING:
+    from journal.pinning import LoadedWorkflow
+    from journal.store import Progress
+
+
+class TryNode(Wire):
+    """What a node is tried on."""
+
+    input: Any = None
+    """What arrives at the node, as if one node led to it; of a trigger, the inputs that it is started with."""
+    trigger: dict[str, Any] | None = None
+    """The inputs of the workflow's trigger, for paths that begin with `trigger`."""
+    nodes: dict[str, Any] | None = None
+    """Outputs of other nodes by their ids, for paths that begin with `nodes`."""
+    config: dict[str, Any] | None = None
+    """A config in the place of the node's own, this once; needs the scope `workflows:write` too."""
+    wait: Annotated[float, Meta(ge=0, le=limits.WAIT_SECONDS)] = limits.TEST_WAIT_DEFAULT_SECONDS
+    """Seconds that the answer waits for the end."""
+
+
+class TriedNode(Wire):
+    """What came of a node that was tried; `status` is that of the execution."""
+
+    execution_id: str
+    status: Status
+    error: Raw | None
+    logs: Sequence[LogShape]
+    output: Raw | None = None
+    port: str | None = None
+    """The port that the output left by."""
+    unresolved: Raw | Sequence[str] = ()
+    """Paths that found nothing."""
+    duration_ms: int | None = None
+
+
+class TryGoesOn(Wire):
+    """A try whose end the answer didn't wait for: the execution tells it."""
+
+    execution_id: str
+    status: Status
+
+
+async def run_node(request: Request) -> JsonResponse:
+    """Run one node of a workflow on an input of your own, for real: what it writes is written.
+
+    It is an execution of its own, with the trigger type `test`, by the node's config, mappings and retries as they
+    are stored. A loop runs with its body. Nothing before the node is run: give it by `input`, and what else its paths
+    ask for by `trigger` and `nodes`.
+    """
+    value = await read_json(request)
+    body = convert(value, TryNode)
+    workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
+    promise = idempotency.requested(request, value, workflow_id=f"{workflow_id}/{node_id}")
+
+    async def plan(workflow: LoadedWorkflow) -> Run:
+        return await _planned(request, workflow, body)
+
+    accepted = await intake.take_in(request, plan, promise)
+    headers = intake.headers(request, accepted)
+    key = ExecutionKey(accepted.execution_id, request.caller.lane)
+    progress = await request.gateway.waiting.progress(key, body.wait)
+    if progress is None:
+        raise errors.not_found("execution")
+    if progress.status not in TERMINAL:
+        goes_on = TryGoesOn(execution_id=accepted.execution_id, status=progress.status)
+        return JsonResponse(goes_on, status=202, headers=headers)
+    return JsonResponse(await _tried(request, key, progress), headers=headers)
+
+
+async def _planned(request: Request, workflow: LoadedWorkflow, body: TryNode) -> Run:
+    """Return what is to be run; raises 403, 404, 409 and 422."""
+    caller, catalog = request.caller, request.gateway.catalog
+    if body.config is not None and not caller.may(KeyScope.WORKFLOWS_WRITE):
+        raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
+    acceptance.require_open(workflow.status)
+    given = Given(body.input, body.trigger or {}, body.nodes or {}, body.config)
+    # In a thread: others are served while a large graph is gone through.
+    run = await asyncio.to_thread(tries.run_of_node, workflow, request.path_params["sub"], given, catalog)
+    graph_shapes.require_valid(run.workflow.validation)
+    return run
+
+
+async def _tried(request: Request, key: ExecutionKey, progress: Progress) -> TriedNode:
+    whole = Page(limits.RECORDS_MAX, 0)
+    async with request.gateway.database.read() as connection:
+        _, spans = await execution_rows.spans(
+            connection, key, whole, node_id=request.path_params["sub"], statuses=()
+        )
+        _, lines = await execution_rows.logs(connection, key, whole, levels=())
+    tried = TriedNode(
+        execution_id=key.execution_id,
+        status=progress.status,
+        error=None if progress.error is None else Raw(progress.error),
+        logs=[execution_shapes.log(row) for row in lines],
+    )
+    for span in (execution_shapes.span(row) for row in spans if not row.iteration):
+        tried.output, tried.port = span.output_data, span.port
+        tried.error = span.error or tried.error
+        tried.unresolved = span.unresolved
+        tried.duration_ms = span.duration_ms
+    return tried

@@ -1,0 +1,69 @@
+"""What a pod may write into rows that others read: texts that are JSON, times with a zone, references that lead on.
+
+A pod runs its users' nodes: what it says is looked at like any other body from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine import values
+from engine.values import InvalidJson
+from gateway import errors
+from gateway.errors import ApiError
+from journal.blobs.reference import InvalidReference, Reference
+from models import ids
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.events import Span
+    from journal.store import RunWrite
+
+MAX_HASHES_BYTES = 1_024
+
+
+class _Awaits(msgspec.Struct):
+    kind: str
+    request: dict[str, object] | None = None
+
+
+def require_storable(write: RunWrite) -> None:
+    """Raise 422 for what a row could not be read back from."""
+    try:
+        for span in write.spans:
+            _check_span(span)
+    except (InvalidJson, InvalidReference, msgspec.DecodeError) as error:
+        raise _refused(f"A value is none that can be kept: {error}") from error
+    if any(moment.tzinfo is None for moment in _moments(write)):
+        raise _refused("A time has no zone")
+    if write.inbox and not ids.is_id(write.inbox):
+        raise _refused("The inbox is none")
+
+
+def _check_span(span: Span) -> None:
+    for text in (span.input, span.output, span.resolved_config):
+        if text is not None:
+            values.decode(text)
+    for reference in (span.input_blob, span.output_blob):
+        if reference is not None:
+            Reference.read(reference)
+    if span.awaits is not None:
+        values.decode(span.awaits)
+        msgspec.json.decode(span.awaits, type=_Awaits)
+    if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
+        raise _refused("The hashes are too long")
+
+
+def _moments(write: RunWrite) -> Iterator[datetime]:
+    moments = [write.due_at, *(line.created_at for line in write.logs)]
+    for span in write.spans:
+        moments += [span.started_at, span.ended_at, span.wake_at]
+    yield from (moment for moment in moments if moment is not None)
+
+
+def _refused(message: str) -> ApiError:
+    return errors.invalid([errors.problem("writes", "invalid-value", message)])

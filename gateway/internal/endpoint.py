@@ -1,0 +1,122 @@
+"""One path of the internal API: a pod proves which deployment it belongs to, and asks for what that may."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+
+import msgspec
+
+from engine import values
+from engine.values import InvalidJson
+from execution.gateway_calls import RUNNER_HEADER
+from gateway import errors
+from gateway.endpoint import Access, Endpoint, Operation
+from gateway.errors import ApiError
+from gateway.failed_attempts import FailedAttempts
+from gateway.internal.holding import Holder
+from gateway.request import Request
+from models import deployment_token, ids
+from models.deployment_token import Bearer
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from models.database import Database
+
+Call = TypeVar("Call")
+InternalHandler: TypeAlias = "Callable[[Request, Holder], Awaitable[ASGIApp]]"
+
+REMEMBERED_SECONDS: Final = 1.0
+"""A revocation works after at most this long, at every gateway."""
+MAX_REMEMBERED: Final = 10_000
+MAX_TOKEN_LENGTH: Final = 200
+MAX_CALL_BYTES: Final = 2_000_000
+LONG_BYTES: Final = 262_144
+"""A body of so many is taken apart in a thread: others are answered meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """Whom a token spoke for when it was last looked up."""
+
+    bearer: Bearer
+    until: float
+
+
+class RunnerAuthenticator:
+    """Turns tokens into deployments, for one process."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._remembered: OrderedDict[str, Remembered] = OrderedDict()
+        self._failures = FailedAttempts("Too many requests from this address had no valid token")
+
+    async def holder(self, request: Request) -> Holder:
+        """Return the pod that asks; raises 401 without a valid token, 429 after too many failures."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        pod = request.headers.get(RUNNER_HEADER, "")
+        if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or not ids.is_id(pod):
+            raise _unauthorized()
+        bearer = await self._bearer(token, request.client.host if request.client else "")
+        owner = deployment_token.lease_owner(bearer.workflow_id, pod)
+        return Holder(bearer.workflow_id, bearer.organization_id, bearer.lane, owner)
+
+    def forget(self) -> None:
+        """Look every token up anew."""
+        self._remembered.clear()
+
+    async def _bearer(self, token: str, address: str) -> Bearer:
+        remembered = self._remembered.get(token)
+        if remembered is not None and remembered.until > monotonic():
+            return remembered.bearer
+        if remembered is None:
+            self._failures.refuse_too_many(address)
+        until = monotonic() + REMEMBERED_SECONDS
+        bearer = await deployment_token.find(self._database, token)
+        if bearer is None:
+            self._remembered.pop(token, None)
+            self._failures.count(address)
+            raise _unauthorized()
+        self._remembered[token] = Remembered(bearer, until)
+        self._remembered.move_to_end(token)
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return bearer
+
+
+class InternalEndpoint(Endpoint):
+    """The ASGI application for one method of one path."""
+
+    def __init__(self, method: str, handler: InternalHandler) -> None:
+        async def handle(request: Request) -> ASGIApp:
+            return await handler(request, await request.gateway.runners.authenticator.holder(request))
+
+        super().__init__({method: Operation(Access.PUBLIC, handle)})
+
+
+async def decoded(request: Request, kind: type[Call], *, max_bytes: int = MAX_CALL_BYTES) -> Call:
+    """Return the body as `kind`; raises 400 for what is no strict JSON, 413, and 422 for wrong fields."""
+    raw = await request.body_up_to(max_bytes)
+    if len(raw) > LONG_BYTES:
+        return await asyncio.to_thread(_decoded, raw, kind)
+    return _decoded(raw, kind)
+
+
+def _decoded(raw: bytes, kind: type[Call]) -> Call:
+    try:
+        values.decode(raw)
+        return msgspec.json.decode(raw, type=kind)
+    except InvalidJson as error:
+        raise ApiError(400, error.code, error.message) from error
+    except msgspec.ValidationError as error:
+        raise errors.invalid([errors.problem("", "invalid-value", str(error))]) from error
+
+
+def _unauthorized() -> ApiError:
+    message = "Send the token of a deployment as Authorization: Bearer, and the pod's name as X-Runner"
+    return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})

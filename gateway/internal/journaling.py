@@ -1,0 +1,166 @@
+"""The handlers by which pods claim, journal and hear of runs."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from execution.gateway_calls import (
+    MAX_RECORD_BYTES,
+    Answers,
+    ClaimCall,
+    Claims,
+    Contact,
+    Count,
+    Definitions,
+    DefinitionsCall,
+    GiveBackCall,
+    LogEnds,
+    OwnDatabase,
+    RecordCall,
+    Recorded,
+    RenewCall,
+    RenewedLeases,
+    RunsCall,
+    Spans,
+    SpansCall,
+    WaitCall,
+)
+from gateway import errors
+from gateway.internal import checks, holding
+from gateway.internal.endpoint import decoded
+from gateway.responses import JsonResponse
+from journal.store import Claim, Held
+from messages import beginnings
+from messages.broker import BrokerUnavailable
+from models.database import is_sqlite
+from nodes.connections import policy
+
+if TYPE_CHECKING:
+    from gateway.internal.holding import Holder
+    from gateway.request import Request
+    from gateway.state import State
+
+MANY_WRITES = 20
+"""So many are looked through in a thread."""
+
+
+async def contact(request: Request, holder: Holder) -> JsonResponse:
+    """Say what is deployed, and where no data source may lead."""
+    gateway = request.gateway
+    found = await holding.deployed_definition(gateway.database, holder)
+    if found is None:
+        raise errors.conflict("not-deployed", "This workflow is not deployed")
+    return JsonResponse(
+        Contact(
+            holder.organization_id,
+            holder.lane,
+            *found,
+            own_database=_own_database(gateway),
+            is_stopped=await holding.is_stopped(gateway.database, holder),
+        )
+    )
+
+
+def _own_database(gateway: State) -> OwnDatabase | None:
+    if is_sqlite(gateway.database.url):
+        return None
+    own = policy.OwnDatabase.of_url(gateway.settings.database_url)
+    return OwnDatabase(own.host, own.port, own.database)
+
+
+async def wait(request: Request, holder: Holder) -> JsonResponse:
+    """Wait for work, and for what is asked of runs."""
+    call = await decoded(request, WaitCall)
+    return JsonResponse(await request.gateway.runners.desk.wait(holder, call))
+
+
+async def claim(request: Request, holder: Holder) -> JsonResponse:
+    """Take pending runs of this deployment."""
+    call = await decoded(request, ClaimCall)
+    if not await holding.takes_runs(request.gateway.database, holder):
+        return JsonResponse(Claims(()))
+    claimed = await request.gateway.store.claim(
+        Claim(holder.owner, call.lease_seconds, call.limit, target=holder.workflow_id)
+    )
+    await beginnings.tell(request.gateway.broker, claimed)
+    # What follows the end of a run is not the pod's business, and may name addresses that are nobody else's.
+    own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
+    return JsonResponse(Claims(own))
+
+
+async def record(request: Request, holder: Holder) -> JsonResponse:
+    """Write what runs have done."""
+    call = await decoded(request, RecordCall, max_bytes=MAX_RECORD_BYTES)
+    if len({write.execution_id for write in call.writes}) < len(call.writes):
+        message = "A run has more than one write"
+        raise errors.invalid([errors.problem("writes", "duplicate", message)])
+    if len(call.writes) > MANY_WRITES or len(call.writes and call.writes[0].spans) > MANY_WRITES:
+        await asyncio.to_thread(_require_storable, call)
+    else:
+        _require_storable(call)
+    held = await request.gateway.store.record(call.writes, owner=holder.owner)
+    if held:
+        await _announce(request.gateway, call, held)
+    return JsonResponse(Recorded(sorted(held)))
+
+
+def _require_storable(call: RecordCall) -> None:
+    for write in call.writes:
+        checks.require_storable(write)
+
+
+async def _announce(gateway: State, call: RecordCall, held: frozenset[str]) -> None:
+    inboxes = {write.execution_id: write.inbox for write in call.writes if write.execution_id in held}
+    with suppress(BrokerUnavailable):  # whoever waits looks once a second
+        await gateway.broker.announce(inboxes)
+
+
+async def renew(request: Request, holder: Holder) -> JsonResponse:
+    """Extend leases."""
+    call = await decoded(request, RenewCall)
+    held = [Held(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
+    renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
+    return JsonResponse(RenewedLeases({one.execution_id: one.request for one in renewed}))
+
+
+async def give_back(request: Request, holder: Holder) -> JsonResponse:
+    """Give back what was claimed and never begun."""
+    call = await decoded(request, GiveBackCall)
+    return JsonResponse(Count(await request.gateway.store.give_back(holder.owner, call.held)))
+
+
+async def promote(request: Request, holder: Holder) -> JsonResponse:
+    """Put waits that are over back in the queue."""
+    return JsonResponse(Count(await holding.promote_due(request.gateway.database, holder)))
+
+
+async def definitions(request: Request, holder: Holder) -> JsonResponse:
+    """Return definitions of runs."""
+    call = await decoded(request, DefinitionsCall)
+    found = await holding.definitions(request.gateway.database, holder, call.hashes)
+    return JsonResponse(Definitions(found))
+
+
+async def spans(request: Request, holder: Holder) -> JsonResponse:
+    """Return what was recorded of a run."""
+    call = await decoded(request, SpansCall)
+    found = await holding.spans(request.gateway.database, holder, call.execution_id, call.after)
+    return JsonResponse(Spans(found))
+
+
+async def log_ends(request: Request, holder: Holder) -> JsonResponse:
+    """Return where logs of runs end."""
+    call = await decoded(request, RunsCall)
+    found = await holding.log_ends(request.gateway.database, holder, call.execution_ids)
+    return JsonResponse(LogEnds(found))
+
+
+async def answers(request: Request, holder: Holder) -> JsonResponse:
+    """Return what nodes of runs were answered."""
+    call = await decoded(request, RunsCall)
+    found = await holding.answers(request.gateway.database, holder, call.execution_ids)
+    return JsonResponse(Answers(found))

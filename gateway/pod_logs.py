@@ -1,0 +1,71 @@
+"""What pods have written, asked of a deployer: nobody else has a way to the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from gateway import errors
+from messages.broker import Letter
+from messages.deployments import ReadPodLogs
+from models import ids
+
+if TYPE_CHECKING:
+    from messages.broker import Broker, Notice
+
+ANSWER_SECONDS: Final = 15.0
+"""Longer than a deployer waits for its cluster."""
+MAX_ASKED: Final = 100
+
+
+class Line(msgspec.Struct):
+    """What a pod has written; `at` is RFC 3339, or None where the cluster keeps no times."""
+
+    pod: str
+    at: str | None
+    text: str
+
+
+class PodLogs:
+    """All that was asked by this gateway and not answered yet."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._asked: dict[str, asyncio.Future[Sequence[Line]]] = {}
+
+    async def start(self) -> None:
+        """Hear the answers."""
+        await self._broker.listen(self._noticed)
+
+    async def read(self, workflow_id: str, limit: int) -> Sequence[Line]:
+        """Return the last lines of a workflow's pods; raises 503 where no deployer answers, or the cluster doesn't."""
+        if len(self._asked) >= MAX_ASKED:
+            raise errors.not_ready("Too many wait here for what pods have written: try again")
+        asked = ids.new("logs")
+        answer: asyncio.Future[Sequence[Line]] = asyncio.get_running_loop().create_future()
+        self._asked[asked] = answer
+        try:
+            await self._broker.tell_deployer(
+                ReadPodLogs(workflow_id, limit=limit, inbox=self._broker.inbox, asked=asked)
+            )
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await answer
+        except TimeoutError as error:
+            raise errors.not_ready("No deployer has answered in time: try again") from error
+        finally:
+            del self._asked[asked]
+
+    def _noticed(self, notice: Notice) -> None:
+        if not isinstance(notice, Letter):
+            return
+        answer = self._asked.get(notice.message.get("pod_logs", ""))
+        if answer is None or answer.done():
+            return
+        lines = notice.message.get("lines")
+        if lines is None:
+            answer.set_exception(errors.not_ready(f"The cluster did not tell: {notice.message.get('error')}"))
+        else:
+            answer.set_result(msgspec.json.decode(lines, type=list[Line]))

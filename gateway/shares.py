@@ -1,0 +1,49 @@
+"""Whom something is shared with, by user id and since when: one user more, or one fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from gateway import errors, limits
+from models import access_store
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.access import Caller
+
+
+async def require_user(connection: AsyncConnection, user_id: str, caller: Caller) -> None:
+    """Raise 404 for a user that is none of the organisation's."""
+    if await access_store.find_user(connection, caller.organization_id, user_id) is None:
+        raise errors.not_found("user")
+
+
+def added(
+    shared_with: Mapping[str, datetime],
+    user_id: str,
+    now: datetime,
+    *,
+    what: str,
+    owner_id: str,
+    caller: Caller,
+) -> Mapping[str, datetime]:
+    """Return whom `what` (`workflow`) is shared with once a user more is; raises 409 and 422."""
+    if user_id in {owner_id, caller.user_id}:
+        message = f"userId names somebody who may use the {what} anyway: its owner, or yourself"
+        raise errors.invalid([errors.problem("userId", "own-user", message)])
+    if user_id in shared_with:
+        return shared_with
+    if len(shared_with) >= limits.SHARES:
+        message = f"A {what} may be shared with at most {limits.SHARES:,} users: make it public instead"
+        raise errors.conflict("too-many-shares", message)
+    return {**shared_with, user_id: now}
+
+
+def removed(shared_with: Mapping[str, datetime], user_id: str) -> Mapping[str, datetime]:
+    """Return whom something is shared with once a user isn't any more; raises 404."""
+    if user_id not in shared_with:
+        raise errors.not_found("share")
+    return {user: since for user, since in shared_with.items() if user != user_id}

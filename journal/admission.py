@@ -1,0 +1,167 @@
+"""How many runs of one kind go on at once: a row takes a place unless its target is `limited`, and rows are counted.
+
+Whoever waits for a place has the target `limited`, which nobody claims. Places are given under a lock for each key, the
+database's one writer or an advisory lock, so that two that count at once can't both give the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from hashlib import blake2b
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from sqlalchemy import and_, func, literal, literal_column, select, update
+from sqlmodel import col
+
+from engine.expressions import ExpressionError, compile_template
+from engine.values import fingerprint
+from models.database_time import DatabaseTime
+from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from models.database import Database
+
+MAX_LIMIT: Final = 1_000
+BATCH_RUNS: Final = 100
+BATCH_KEYS: Final = 200
+KEY_CHARACTERS: Final = 32
+
+# Written out, not bound: SQLite uses the index of those that wait only for a condition that it can read.
+_WAITS: Final = and_(
+    col(Execution.target) == literal_column(f"'{LIMITED}'"),
+    col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"),
+)
+_HAS_PLACE: Final = and_(
+    col(Execution.concurrency_key).is_not(None),
+    col(Execution.target) != literal_column(f"'{LIMITED}'"),
+    col(Execution.ended_at).is_(None),
+)
+_ORDER: Final = (col(Execution.is_fresh), col(Execution.rank), col(Execution.id))
+"""What was begun goes first, then whoever has waited the longest: the order in which runs are claimed."""
+
+
+class OnLimit(StrEnum):
+    """What becomes of a run for which no place is free."""
+
+    QUEUE = "queue"
+    REJECT = "reject"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many runs that share a key go on at once."""
+
+    key: str
+    runs: int
+    on_limit: OnLimit
+
+
+def limit_of(settings: Mapping[str, Json], workflow_id: str, trigger: Json) -> Limit | None:
+    """Return what the settings of a workflow say about a run that is set off by `trigger`; None: nothing.
+
+    Runs of a workflow share their key unless the settings have an expression for it: then those for which it gives the
+    same value do.
+    """
+    concurrency = settings.get("concurrency")
+    if not isinstance(concurrency, dict):
+        return None
+    key = workflow_id
+    if (expression := concurrency.get("key")) is not None:
+        key = f"{workflow_id}:{_digest(expression, trigger)}"
+    runs = cast("float", concurrency["limit"])
+    return Limit(key, int(runs), OnLimit(str(concurrency.get("onLimit", OnLimit.QUEUE))))
+
+
+def _digest(expression: Json, trigger: Json) -> str:
+    try:
+        value = compile_template(expression).render({"trigger": trigger}, [])
+    except ExpressionError:
+        value = None  # as with a path that finds nothing
+    return fingerprint(value)[:KEY_CHARACTERS]
+
+
+async def admit(database: Database, key: str) -> int:
+    """Give the free places of a key to those that wait for one; returns how many were given."""
+    admitted = 0
+    while True:
+        count = await database.transaction(partial(_admit, key=key))
+        admitted += count
+        if count < BATCH_RUNS:
+            return admitted
+
+
+async def admit_waiting(database: Database, after: str = "") -> tuple[int, str]:
+    """Give the free places of many keys, those behind `after`, that nobody else has given.
+
+    Returns how many were given, and the key to go on behind: empty at the end of all keys.
+    """
+    async with database.read() as connection:
+        found = (await connection.execute(keys_waiting(after))).all()
+    # Between the two probes of a key, whoever was next may have been admitted by somebody else.
+    free = [row.key for row in found if row.runs is not None and row.live < row.runs]
+    admitted = sum([await admit(database, key) for key in free])
+    return admitted, found[-1].key if len(found) == BATCH_KEYS else ""
+
+
+def lock_number(key: str) -> int:
+    """Return the number of the advisory lock of a key: two keys may share one, and then wait for each other."""
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+async def _admit(connection: AsyncConnection, *, key: str) -> int:
+    if connection.dialect.name == "postgresql":
+        # In a statement of its own, so that the next one sees what whoever had the lock has committed.
+        await connection.execute(select(func.pg_advisory_xact_lock(lock_number(key))))
+    is_of_key = col(Execution.concurrency_key) == key
+    live = await connection.scalar(select(func.count()).select_from(Execution).where(is_of_key, _HAS_PLACE))
+    waiting = (
+        select(col(Execution.id), col(Execution.concurrency_limit))
+        .where(is_of_key, _WAITS)
+        .order_by(*_ORDER)
+        .limit(BATCH_RUNS)
+    )
+    rows = (await connection.execute(waiting)).all()
+    chosen = [row.id for row in rows[: _free(live or 0, [row.concurrency_limit for row in rows])]]
+    if not chosen:
+        return 0
+    result = await connection.execute(
+        update(Execution)
+        .where(col(Execution.id).in_(chosen), _WAITS)
+        .values(target=func.coalesce(col(Execution.home), SHARED), updated_at=DatabaseTime())
+    )
+    return result.rowcount
+
+
+def _free(live: int, limits: Sequence[int]) -> int:
+    """Return how many of those that wait get a place, by the limit of each: nobody overtakes."""
+    return sum(1 for _ in takewhile(lambda one: live + one[0] < one[1], enumerate(limits)))
+
+
+def keys_waiting(after: str) -> Select[Any]:
+    """Return the statement that finds the keys behind another for which somebody waits, by one index probe each.
+
+    Of each: how many places are taken, and how many there are in all for whoever is next.
+    """
+    key = col(Execution.concurrency_key)
+    first = select(func.min(key)).where(_WAITS, key > after).scalar_subquery()
+    found = select(first.label("key"), literal(1).label("place")).cte("found", recursive=True)
+    following = select(func.min(key)).where(_WAITS, key > found.c.key).scalar_subquery()
+    found = found.union_all(
+        select(following, found.c.place + 1).where(found.c.key.is_not(None), found.c.place < BATCH_KEYS)
+    )
+    is_of_key = key == found.c.key
+    live = select(func.count()).select_from(Execution).where(is_of_key, _HAS_PLACE).scalar_subquery()
+    next_limit = select(col(Execution.concurrency_limit)).where(is_of_key, _WAITS).order_by(*_ORDER).limit(1)
+    return select(found.c.key, live.label("live"), next_limit.scalar_subquery().label("runs")).where(
+        found.c.key.is_not(None)
+    )

@@ -1,0 +1,116 @@
+"""Contents as objects of an S3 bucket: `prefix/organisation/first run/sha256`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
+from itertools import groupby
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
+
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
+from models import ids
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from obstore.store import S3Config
+
+CONNECT_SECONDS = 5
+ANSWER_SECONDS = 30
+RETRY_SECONDS = 20
+CHUNK_BYTES = 1_048_576
+BATCH = 500
+NAME = "name"
+"""The piece of an object's own metadata that holds the name, in ASCII."""
+
+
+class Bucket:
+    """A `Backend` on a bucket, which S3 makes durable before it answers."""
+
+    def __init__(self, bucket: str, prefix: str, config: S3Config, *, allow_http: bool) -> None:
+        self._store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            config=config,
+            client_options={
+                "allow_http": allow_http,
+                "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+                "timeout": timedelta(seconds=ANSWER_SECONDS),
+            },
+            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
+        )
+
+    async def put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+        """Write an object; see `Backend.put`."""
+        attributes = {"Content-Type": label.type, **({NAME: quote(label.name)} if label.name else {})}
+        with _translated():
+            await obstore.put_async(
+                self._store, _path(owner, sha256), content, attributes=attributes, use_multipart=False
+            )
+
+    @asynccontextmanager
+    async def open(self, owner: Owner, sha256: str) -> AsyncIterator[Opened]:
+        """Open an object; see `Backend.open`."""
+        with _translated():
+            result = await obstore.get_async(self._store, _path(owner, sha256))
+        attributes = result.attributes
+        label = Label(attributes.get("Content-Type", ""), unquote(attributes.get(NAME, "")))
+        yield Opened(label, result.meta["size"], _chunks(result))
+
+    async def delete(self, owner: Owner) -> None:
+        """Delete a line's objects; see `Backend.delete`."""
+        with _translated():
+            async for listed in obstore.list(self._store, prefix=_path(owner, "")):
+                await obstore.delete_async(self._store, [entry["path"] for entry in listed])
+
+    async def idle_owners(self, since: datetime) -> AsyncIterator[Sequence[Owner]]:
+        """Find the lines whose objects are all older; see `Backend.idle_owners`."""
+        newest: dict[Owner, datetime] = {}
+        with _translated():
+            async for listed in obstore.list(self._store, chunk_size=BATCH):
+                for owner, entries in groupby(listed, key=lambda entry: _owner(entry["path"])):
+                    if owner is None:
+                        continue
+                    added = max(entry["last_modified"] for entry in entries)
+                    newest[owner] = max(added, newest.get(owner, added))
+                # Listings are in the order of the keys: only the last one may have more.
+                complete = list(newest)[:-1]
+                yield [owner for owner in complete if newest.pop(owner) < since]
+        yield [owner for owner, added in newest.items() if added < since]
+
+    async def close(self) -> None:
+        """Do nothing: connections that are idle close by themselves."""
+
+
+async def _chunks(result: obstore.GetResult) -> AsyncIterator[bytes]:
+    with _translated():
+        async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BlobLost("There is no such content") from error
+    except (BaseError, OSError, ValueError) as error:
+        raise BlobsUnavailable("The bucket of blobs did not answer, or would not") from error
+
+
+def _path(owner: Owner, sha256: str) -> str:
+    return f"{owner.organization_id}/{owner.key_id}/{sha256}"
+
+
+def _owner(path: str) -> Owner | None:
+    """Return whose an object is; None for one that isn't ours."""
+    match path.split("/"):
+        case [organization_id, key_id, _] if ids.is_id(organization_id) and ids.is_id(key_id):
+            return Owner(organization_id, key_id)
+    return None

@@ -1,0 +1,175 @@
+"""Contents as files of a folder that all processes share: `organisation/first run/sha256`.
+
+Each begins with a line that holds its label, so that label and content come to be in one rename.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from hashlib import sha256 as hash_of
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+import msgspec
+
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
+from models import ids
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+T = TypeVar("T")
+
+THREADS = 4
+CHUNK_BYTES = 1_048_576
+MAX_LABEL_BYTES = 4_096
+BATCH = 500
+
+
+class Folder:
+    """A `Backend` on a file system; files belong to the process's user alone."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        # A disk that hangs holds its threads, so these are nobody else's.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
+
+    async def put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+        """Write a file, and make it last; see `Backend.put`."""
+        await self._in_thread(lambda: self._put(owner, sha256, content, label))
+
+    @asynccontextmanager
+    async def open(self, owner: Owner, sha256: str) -> AsyncIterator[Opened]:
+        """Open a file; see `Backend.open`."""
+        file, label, size = await self._in_thread(lambda: _open(self._of(owner) / sha256))
+        try:
+            yield Opened(label, size, self._chunks(file))
+        finally:
+            file.close()
+
+    async def delete(self, owner: Owner) -> None:
+        """Remove a line's folder; see `Backend.delete`."""
+        await self._in_thread(lambda: _remove(self._of(owner)))
+
+    async def idle_owners(self, since: datetime) -> AsyncIterator[Sequence[Owner]]:
+        """Find the folders that have not changed; see `Backend.idle_owners`."""
+        found = self._idle(since.timestamp())
+        while batch := await self._in_thread(lambda: list(islice(found, BATCH))):
+            yield batch
+
+    async def close(self) -> None:
+        """Let the threads end, after what they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except OSError as error:
+            raise BlobsUnavailable(f"The folder of blobs can't be used: {error.strerror}") from error
+
+    async def _chunks(self, file: BinaryIO) -> AsyncIterator[bytes]:
+        while chunk := await self._in_thread(lambda: file.read(CHUNK_BYTES)):
+            yield chunk
+
+    # ── in a thread ───────────────────────────────────────────────────────────────────────────────
+
+    def _of(self, owner: Owner) -> Path:
+        return self._root / owner.organization_id / owner.key_id
+
+    def _put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+        folder = self._of(owner)
+        if not _is_whole(folder / sha256, sha256):
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write(folder / sha256, msgspec.json.encode(label) + b"\n", content)
+        # Whoever made any of them may not have come to this yet.
+        for changed in (folder, folder.parent, self._root):
+            _make_last(changed)
+
+    def _idle(self, since: float) -> Iterator[Owner]:
+        for organization in _entries(self._root):
+            for line in _entries(Path(organization.path)):
+                try:
+                    is_idle = line.stat(follow_symlinks=False).st_mtime < since
+                except FileNotFoundError:
+                    continue
+                if is_idle:
+                    yield Owner(organization.name, line.name)
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (
+                entry for entry in entries if ids.is_id(entry.name) and entry.is_dir(follow_symlinks=False)
+            )
+    except FileNotFoundError:
+        return
+
+
+def _write(path: Path, *parts: bytes) -> None:
+    """Write a file that is there whole, or not at all, whatever breaks off."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with _created(unfinished) as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _created(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb")
+
+
+def _make_last(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    try:
+        file, _, _ = _open(path)
+    except BlobLost:
+        return False
+    with file:
+        digest = hash_of()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == sha256
+
+
+def _open(path: Path) -> tuple[BinaryIO, Label, int]:
+    """Return a file that stands behind its label, the label, and how much follows."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    except FileNotFoundError as error:
+        raise BlobLost("There is no such content") from error
+    try:
+        label = msgspec.json.decode(file.readline(MAX_LABEL_BYTES), type=Label)
+        return file, label, os.fstat(file.fileno()).st_size - file.tell()
+    except msgspec.DecodeError as error:
+        file.close()
+        raise BlobLost("The content has lost its label") from error
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return

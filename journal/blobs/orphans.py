@@ -1,0 +1,57 @@
+"""Contents that belong to no run any more: what retention leaves, and what a process put there before it died."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from sqlalchemy import or_, select
+from sqlmodel import col
+
+from models.execution import Execution
+
+if TYPE_CHECKING:
+    from journal.blobs.backend import Owner
+    from journal.blobs.blob_store import BlobStore
+    from models.database import Database
+
+log = structlog.get_logger()
+
+KEPT_HOURS: Final = 24
+"""How long a content may be there without a row: whoever puts one has a row, or is only just losing it."""
+BATCH: Final = 500
+
+
+async def sweep(blobs: BlobStore, database: Database) -> None:
+    """Delete what has been lying about for a day; raises `BlobsUnavailable` and `DatabaseUnavailable`."""
+    since = datetime.now(UTC) - timedelta(hours=KEPT_HOURS)
+    deleted = 0
+    async for owners in blobs.backend.idle_owners(since):
+        deleted += await delete_unused(blobs, database, owners)
+    if deleted:
+        log.info("orphaned blobs deleted", runs=deleted)
+
+
+async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[Owner]) -> int:
+    """Delete the contents of those that no execution's row names any more; returns how many those are.
+
+    To be called when the rows are gone for good: a run that was resumed from a deleted one keeps what they share.
+    """
+    deleted = 0
+    for begin in range(0, len(owners), BATCH):
+        batch = owners[begin : begin + BATCH]
+        named = await _named(database, {owner.key_id for owner in batch})
+        unused = [owner for owner in batch if owner.key_id not in named]
+        await blobs.delete_runs(unused)
+        deleted += len(unused)
+    return deleted
+
+
+async def _named(database: Database, key_ids: Collection[str]) -> set[str]:
+    """Return those of the ids that rows name."""
+    resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
+    statement = select(col(Execution.key_id)).where(or_(col(Execution.id).in_(key_ids), resumed)).distinct()
+    async with database.read() as connection:
+        return set(await connection.scalars(statement))

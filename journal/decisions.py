@@ -1,0 +1,171 @@
+"""Decisions about deployments, carried out: what is wanted changes and the decision is kept, or neither happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from sqlalchemy import insert, update
+from sqlmodel import col
+
+from journal import activity
+from models import ids, lifecycle
+from models.deployment import Deployment, LifecycleDecision
+from models.lifecycle import DRAIN_TIME, Decision, LifecycleAction, LifecycleReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.activity import Seen
+    from models.database import Database
+
+log = structlog.get_logger()
+
+_UP: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+
+
+class DeploymentChanged(Exception):
+    """Somebody else has changed what is wanted of a deployment: look at it again, and decide again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A deployment, and what was decided about it: what is wanted has changed unless the action is `none`."""
+
+    deployment: Deployment
+    decision: Decision
+
+
+async def settle(
+    database: Database,
+    workflow_id: str,
+    decide: Callable[[Seen], Decision],
+    *,
+    replicas: int | None = None,
+    user_id: str | None = None,
+) -> Settled | None:
+    """Look at a deployment, decide, and carry that out, in one transaction; None for what never was deployed.
+
+    Whatever comes for it meanwhile is either seen, or finds what was decided here. `decide` may be called again, and
+    whatever it raises comes through. Raises `DatabaseUnavailable`.
+    """
+    work = partial(_settle, workflow_id=workflow_id, decide=decide, replicas=replicas, user_id=user_id)
+    settled = await database.transaction(work)
+    if settled is not None and settled.decision.action is not LifecycleAction.NONE:
+        log.info(
+            "deployment decided",
+            workflow_id=workflow_id,
+            action=settled.decision.action,
+            reason=settled.decision.reason,
+            generation=settled.deployment.generation,
+        )
+    return settled
+
+
+def by_policy(seen: Seen) -> Decision:
+    """Return what the policy of a deployment says, for `settle`."""
+    return lifecycle.decide(seen.policy, seen.situation, seen.now)
+
+
+async def carry_out(
+    connection: AsyncConnection,
+    seen: Seen,
+    decision: Decision,
+    *,
+    replicas: int | None = None,
+    user_id: str | None = None,
+) -> Deployment:
+    """Change what is wanted of a deployment, and keep the decision; raises `DeploymentChanged`.
+
+    `replicas` is for a start: without it, there will be as many pods as the last time.
+    """
+    before = seen.deployment
+    changes = {
+        **_wanted(seen, decision, replicas),
+        "generation": before.generation + 1,
+        "updated_at": seen.now,
+    }
+    is_as_seen = (
+        col(Deployment.workflow_id) == before.workflow_id,
+        col(Deployment.generation) == before.generation,
+    )
+    result = await connection.execute(update(Deployment).where(*is_as_seen).values(changes))
+    if result.rowcount != 1:
+        raise DeploymentChanged(f"What is wanted of {before.workflow_id} has changed since it was seen")
+    after = Deployment(**{**before.model_dump(), **changes})
+    await keep(connection, seen, decision, after, user_id=user_id)
+    return after
+
+
+async def keep(
+    connection: AsyncConnection,
+    seen: Seen,
+    decision: Decision,
+    after: Deployment,
+    *,
+    user_id: str | None = None,
+) -> None:
+    """Write down what was decided, by what, and how many pods are wanted from then on."""
+    kept = LifecycleDecision(
+        id=ids.new("decision"),
+        organization_id=after.organization_id,
+        lane=after.lane,
+        workflow_id=after.workflow_id,
+        at=seen.now,
+        action=decision.action,
+        reason=decision.reason,
+        stopped_reason=decision.stopped_reason,
+        replicas=after.replicas,
+        user_id=user_id,
+        inputs={"lifecyclePolicy": seen.stored_policy, **lifecycle.inputs(seen.situation, seen.now)},
+    )
+    await connection.execute(insert(LifecycleDecision).values(kept.model_dump()))
+
+
+async def _settle(
+    connection: AsyncConnection,
+    *,
+    workflow_id: str,
+    decide: Callable[[Seen], Decision],
+    replicas: int | None,
+    user_id: str | None,
+) -> Settled | None:
+    await activity.lock(connection, workflow_id)
+    seen = await activity.look(connection, workflow_id)
+    if seen is None:
+        return None
+    decision = decide(seen)
+    if decision.action is LifecycleAction.NONE:
+        return Settled(seen.deployment, decision)
+    after = await carry_out(connection, seen, decision, replicas=replicas, user_id=user_id)
+    return Settled(after, decision)
+
+
+def _wanted(seen: Seen, decision: Decision, replicas: int | None) -> dict[str, Any]:
+    """Return what is wanted of a deployment from a decision on."""
+    before, now = seen.deployment, seen.now
+    if decision.action in _UP:
+        pods = replicas or before.last_replicas
+        return {
+            "replicas": pods,
+            "last_replicas": pods,
+            "drain_until": None,
+            "stopped_reason": None,
+            "stopped_at": None,
+            "started_by_hand_at": now
+            if decision.reason in {LifecycleReason.BY_HAND, LifecycleReason.DEPLOYED}
+            else None,
+            "last_activity_at": now,
+        }
+    stopped: dict[str, Any] = {
+        "stopped_reason": decision.stopped_reason,
+        "stopped_at": before.stopped_at if decision.stopped_reason == before.stopped_reason else now,
+        "started_by_hand_at": None,
+    }
+    if decision.action is LifecycleAction.DRAIN:
+        return {**stopped, "drain_until": before.drain_until or now + DRAIN_TIME}
+    return {**stopped, "replicas": 0, "drain_until": None}

@@ -1,0 +1,175 @@
+"""Workflows deployed and undeployed: what is wanted changes with its reason, and with the runs that it concerns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import insert, literal_column, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from journal import activity, decisions, wakes
+from models import deployment_token
+from models.columns import from_microseconds
+from models.database_time import DatabaseTime
+from models.deployment import Deployment, DeploymentStatus, status_of
+from models.deployment_token import Bearer
+from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.activity import Seen
+
+UNFINISHED: Final = (ExecutionStatus.PENDING, ExecutionStatus.WAITING, ExecutionStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A definition that is to be deployed."""
+
+    workflow_id: str
+    organization_id: str
+    lane: int
+    user_id: str
+    version: int
+    definition: str
+    definition_hash: str
+    token_id: str
+    """A fresh one, for the token of its pods."""
+
+
+async def find(connection: AsyncConnection, workflow_id: str) -> Deployment | None:
+    """Return what is wanted of a deployment, and what was last seen of it."""
+    statement = select(Deployment).where(col(Deployment.workflow_id) == workflow_id)
+    row = (await connection.execute(statement)).mappings().first()
+    return None if row is None else Deployment(**row)
+
+
+async def deploy(connection: AsyncConnection, order: Order, *, secret: bytes) -> Deployment:
+    """Want pods for a definition; what is wanted and on its way already is left alone.
+
+    Pods get a token of their own. That of those that they replace is good until none of them is left.
+    """
+    await _keep_definition(connection, order)
+    await activity.lock(connection, order.workflow_id)
+    seen = await activity.look(connection, order.workflow_id)
+    if seen is None:
+        seen = await _begun(connection, order)
+    elif _is_wanted(seen.deployment, order):
+        return seen.deployment
+    before = seen.deployment
+    changes: dict[str, Any] = {
+        "is_deployed": True,
+        "definition_hash": order.definition_hash,
+        "version": order.version,
+        "deployed_generation": before.generation + 1,
+    }
+    replicas = before.last_replicas if before.is_deployed else 1
+    decision = Decision(LifecycleAction.START, LifecycleReason.DEPLOYED)
+    seen = await _changed(connection, seen, changes)
+    after = await decisions.carry_out(connection, seen, decision, replicas=replicas, user_id=order.user_id)
+    bearer = Bearer(order.workflow_id, order.organization_id, order.lane)
+    await deployment_token.issue(connection, bearer, secret=secret, token_id=order.token_id, now=seen.now)
+    return after
+
+
+async def undeploy(
+    connection: AsyncConnection, workflow_id: str, *, user_id: str, reason: StoppedReason | None = None
+) -> Deployment | None:
+    """Want nothing of a deployment any more, and leave its runs to the workers; None for what isn't deployed."""
+    await activity.lock(connection, workflow_id)
+    seen = await activity.look(connection, workflow_id)
+    if seen is None or not seen.deployment.is_deployed:
+        return None
+    decision = Decision(LifecycleAction.STOP, LifecycleReason.UNDEPLOYED, reason)
+    seen = await _changed(connection, seen, {"is_deployed": False})
+    after = await decisions.carry_out(connection, seen, decision, user_id=user_id)
+    await _leave_to_workers(connection, workflow_id)
+    return after
+
+
+def _is_wanted(deployment: Deployment, order: Order) -> bool:
+    return (
+        deployment.is_deployed
+        and deployment.definition_hash == order.definition_hash
+        and deployment.version == order.version
+        and wakes.is_wanted(deployment)
+        and status_of(deployment) is not DeploymentStatus.FAILED
+    )
+
+
+async def _keep_definition(connection: AsyncConnection, order: Order) -> None:
+    """Store a definition, or make it young again: one that is about to be named is not deleted."""
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(Definition).values(
+        organization_id=order.organization_id,
+        hash=order.definition_hash,
+        lane=order.lane,
+        body=order.definition,
+        created_at=DatabaseTime(),
+    )
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[col(Definition.organization_id), col(Definition.hash)],
+            set_={"created_at": statement.excluded.created_at},
+        )
+    )
+
+
+async def _begun(connection: AsyncConnection, order: Order) -> Seen:
+    """Return a deployment of which nothing is wanted yet."""
+    now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+    first = Deployment(
+        workflow_id=order.workflow_id,
+        organization_id=order.organization_id,
+        lane=order.lane,
+        is_deployed=False,
+        definition_hash=order.definition_hash,
+        version=order.version,
+        generation=0,
+        deployed_generation=0,
+        created_at=now,
+        updated_at=now,
+    )
+    await connection.execute(insert(Deployment).values(first.model_dump()))
+    seen = await activity.look(connection, order.workflow_id)
+    if seen is None:
+        raise LookupError(f"{order.workflow_id} is no workflow")
+    return seen
+
+
+async def _changed(connection: AsyncConnection, seen: Seen, changes: dict[str, Any]) -> Seen:
+    """Change columns of a deployment that is locked."""
+    deployment = seen.deployment
+    await connection.execute(
+        update(Deployment).where(col(Deployment.workflow_id) == deployment.workflow_id).values(changes)
+    )
+    return replace(seen, deployment=Deployment(**{**deployment.model_dump(), **changes}))
+
+
+async def _leave_to_workers(connection: AsyncConnection, workflow_id: str) -> None:
+    """Let any worker take the runs that pods were to take, now or when whoever holds or awaits them lets go."""
+    await wakes.release(connection, workflow_id)
+    for status in UNFINISHED:
+        # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+        of_status = col(Execution.status) == literal_column(f"'{status}'")
+        whose = (
+            (col(Execution.workflow_id) == workflow_id, col(Execution.target) == workflow_id)
+            if status is ExecutionStatus.RUNNING
+            else (col(Execution.target) == workflow_id,)
+        )
+        await connection.execute(
+            update(Execution)
+            .where(of_status, *whose)
+            .values(target=SHARED, home=None, updated_at=DatabaseTime())
+        )
+    waits_for_a_place = (
+        col(Execution.target) == literal_column(f"'{LIMITED}'"),
+        col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"),
+        col(Execution.home) == workflow_id,
+    )
+    await connection.execute(update(Execution).where(*waits_for_a_place).values(home=None))

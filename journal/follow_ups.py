@@ -1,0 +1,238 @@
+"""What is to be done about the ends of runs: the row of an ended run that has a follow-up is the queue of it.
+
+Whoever takes one puts its `follow_up_at` ahead, as a lease; what was done is taken out, and what failed is put off. A
+worker that dies in between is followed by another when that time has come, so everything here may happen twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import null, select, union_all, update
+from sqlmodel import col
+
+from journal.store import DefinitionKey, ExecutionKey
+from models.database_time import DatabaseTime
+from models.execution import Execution, ExecutionStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, CompoundSelect, Row, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from engine.values import Json
+    from models.database import Database
+
+
+class Parent(msgspec.Struct, frozen=True, rename="camel"):
+    """The node of another run that waits for the end of this one."""
+
+    execution_id: str
+    node_id: str
+    iteration: str
+
+
+class Callback(msgspec.Struct, frozen=True, rename="camel"):
+    """Where the end is told, whatever it is."""
+
+    url: str
+
+
+class OnFailure(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """What is done where the run has failed: a workflow is run, or an address told."""
+
+    workflow_id: str | None = None
+    url: str | None = None
+
+
+class FollowUp(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """What is still to be done; its text begins with the parent wherever there is one."""
+
+    parent: Parent | None = None
+    callback: Callback | None = None
+    on_failure: OnFailure | None = None
+
+    @classmethod
+    def of(cls, text: str | bytes) -> FollowUp:
+        return msgspec.json.decode(text, type=FollowUp)
+
+    @property
+    def text(self) -> str | None:
+        """JSON as it is stored; None where nothing is left to do."""
+        return msgspec.json.encode(self).decode() if self != NOTHING else None
+
+    @property
+    def tells_somebody(self) -> bool:
+        """Whether it is anything but the parent's, which is nobody's business outside."""
+        return self.callback is not None or self.on_failure is not None
+
+    def about(self, status: ExecutionStatus) -> FollowUp:
+        """Return what of it concerns a run that has ended so."""
+        return self if status is ExecutionStatus.FAILED else msgspec.structs.replace(self, on_failure=None)
+
+
+NOTHING: Final = FollowUp()
+ABOUT_FAILURE: Final = "on-failure"
+"""The trigger type of runs that are run because another has failed: about their own failure, nothing is run."""
+_IS_QUEUED: Final = (col(Execution.follow_up).is_not(None), col(Execution.ended_at).is_not(None))
+"""The condition of the index: follow-ups of runs that have ended."""
+_COLUMNS: Final = (
+    *(col(Execution.id), col(Execution.lane), col(Execution.organization_id), col(Execution.workflow_id)),
+    *(col(Execution.user_id), col(Execution.definition_hash), col(Execution.key_id), col(Execution.status)),
+    *(col(Execution.error), col(Execution.started_at), col(Execution.ended_at), col(Execution.follow_up)),
+    *(col(Execution.follow_up_at), col(Execution.follow_up_outcome)),
+)
+
+
+class Outcome(msgspec.Struct, frozen=True, rename="camel"):
+    """How it went so far."""
+
+    attempts: int = 0
+    error: str | None = None
+    """Why the last attempt failed, if it did; there is no further one once nothing is left to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """An ended run that somebody follows up, until their lease is over."""
+
+    key: ExecutionKey
+    organization_id: str
+    workflow_id: str
+    user_id: str
+    definition: DefinitionKey
+    key_id: str
+    status: ExecutionStatus
+    error: Mapping[str, Any] | None
+    started_at: datetime | None
+    ended_at: datetime
+    follow_up: FollowUp
+    outcome: Outcome
+    leased_until: datetime
+
+
+def asked(
+    settings: Mapping[str, Json],
+    *,
+    callback_url: str = "",
+    answering: Mapping[str, Mapping[str, str]] | None = None,
+) -> str | None:
+    """Return what is to be done about the end of a run under these settings, as it is stored; None for nothing.
+
+    `answering` says whose node waits for it, as `children.answering` does.
+    """
+    on_failure = settings.get("onFailure")
+    return FollowUp(
+        parent=msgspec.convert(answering, FollowUp).parent if answering else None,
+        callback=Callback(callback_url) if callback_url else None,
+        on_failure=msgspec.convert(on_failure, OnFailure) if on_failure else None,
+    ).text
+
+
+def due(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:
+    """Return the statement that finds runs that are to be followed up by now; none of some organisations."""
+    is_fresh = col(Execution.follow_up_at).is_(None)
+    is_due_again = col(Execution.follow_up_at) <= DatabaseTime()
+    return union_all(
+        _candidates(is_fresh, col(Execution.ended_at), limit, but_of),
+        _candidates(is_due_again, col(Execution.follow_up_at), limit, but_of),
+    )
+
+
+async def find_due(database: Database, limit: int, *, but_of: Collection[str] = ()) -> Sequence[ExecutionKey]:
+    """Return runs that are to be followed up by now: fresh ones, then those that wait the longest."""
+    async with database.read() as connection:
+        rows = await connection.execute(due(limit, but_of=but_of).limit(limit))
+        return [ExecutionKey(row.id, row.lane) for row in rows]
+
+
+async def claim(database: Database, keys: Collection[ExecutionKey], lease_seconds: float) -> list[Due]:
+    """Take those of the runs that are due and that nobody else has taken."""
+
+    async def take(connection: AsyncConnection) -> list[Due]:
+        statement = (
+            update(Execution)
+            .where(
+                col(Execution.id).in_(sorted(key.execution_id for key in keys)),
+                col(Execution.lane).in_({key.lane for key in keys}),
+                *_IS_QUEUED,
+                col(Execution.follow_up_at).is_(None) | (col(Execution.follow_up_at) <= DatabaseTime()),
+            )
+            .values(follow_up_at=DatabaseTime() + int(lease_seconds * 1_000_000))
+            .returning(*_COLUMNS)
+        )
+        return [_due(row) for row in await connection.execute(statement)]
+
+    return await database.transaction(take)
+
+
+async def settle(
+    connection: AsyncConnection,
+    due: Due,
+    left: FollowUp,
+    outcome: Outcome | None,
+    delay_seconds: float | None,
+) -> None:
+    """Write what is left to do, and not before when; None: the lease goes on.
+
+    Nothing is written where somebody else has taken the run meanwhile.
+    """
+    changes: dict[str, Any] = {"follow_up": msgspec.to_builtins(left) if left != NOTHING else null()}
+    if outcome is not None:
+        changes["follow_up_outcome"] = msgspec.to_builtins(outcome)
+    if left == NOTHING:
+        changes["follow_up_at"] = None
+    elif delay_seconds is not None:
+        changes["follow_up_at"] = DatabaseTime() + int(delay_seconds * 1_000_000)
+    await connection.execute(
+        update(Execution)
+        .where(*_is_run(due.key), col(Execution.follow_up_at) == due.leased_until)
+        .values(**changes)
+    )
+
+
+async def drop(database: Database, key: ExecutionKey) -> None:
+    """Clear the follow-up of an ended run that asks for nothing about such an end."""
+
+    async def clear(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(Execution).where(*_is_run(key), *_IS_QUEUED).values(follow_up=null(), follow_up_at=None)
+        )
+
+    await database.transaction(clear)
+
+
+def _candidates(
+    condition: ColumnElement[bool], order: SQLColumnExpression[Any], limit: int, but_of: Collection[str]
+) -> Select[Any]:
+    statement = select(col(Execution.id), col(Execution.lane)).where(*_IS_QUEUED, condition)
+    if but_of:
+        statement = statement.where(col(Execution.organization_id).not_in(but_of))
+    # As a subquery, since SQLite takes no order in a part of a union.
+    return select(statement.order_by(order).limit(limit).subquery())
+
+
+def _due(row: Row[Any]) -> Due:
+    return Due(
+        key=ExecutionKey(row.id, row.lane),
+        organization_id=row.organization_id,
+        workflow_id=row.workflow_id,
+        user_id=row.user_id,
+        definition=DefinitionKey(row.organization_id, row.definition_hash, row.lane),
+        key_id=row.key_id,
+        status=ExecutionStatus(row.status),
+        error=row.error,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        follow_up=msgspec.convert(row.follow_up, FollowUp),
+        outcome=msgspec.convert(row.follow_up_outcome or {}, Outcome),
+        leased_until=row.follow_up_at,
+    )
+
+
+def _is_run(key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
+    return col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane

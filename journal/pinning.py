@@ -1,0 +1,123 @@
+"""What a run pins of a workflow: graph and settings as one text, found again by its hash."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine import program
+from engine.graph import Graph, Settings
+from engine.validation import find_errors
+from engine.values import canonical, encode
+from models.workflow import DEFAULT_SETTINGS, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+    from engine.findings import Validation
+    from engine.node import NodeType
+    from engine.values import Json
+    from models.access import Caller
+
+
+class Catalog(program.Catalog, Protocol):
+    """Every node type."""
+
+    @property
+    def node_types(self) -> Mapping[str, NodeType]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWorkflow:
+    """One revision of a workflow, with all that it takes to accept a run of it."""
+
+    id: str
+    organization_id: str
+    lane: int
+    owner_id: str
+    readers: frozenset[str]
+    is_public: bool
+    is_template: bool
+    name: str
+    status: WorkflowStatus
+    revision: int
+    settings: Mapping[str, Json]
+    """With the defaults filled in."""
+    config: str
+    """The settings as JSON text: what an execution shows as its config."""
+    timeout_seconds: float
+    definition: str
+    """The one JSON text of nodes, connections and settings."""
+    definition_hash: str
+    """The SHA-256 of that text, in hexadecimal."""
+    validation: Validation
+    trigger_kind: str | None
+    """What kind of event the trigger node takes; None where there is no trigger."""
+    total_nodes: int
+
+    def is_readable_by(self, caller: Caller) -> bool:
+        """Tell what `models.workflow.readable_by` says of the row."""
+        return self.organization_id == caller.organization_id and (
+            caller.is_admin
+            or self.is_public
+            or self.is_template
+            or self.owner_id == caller.user_id
+            or caller.user_id in self.readers
+        )
+
+
+def loaded(row: Row[Any], readers: frozenset[str], catalog: Catalog) -> LoadedWorkflow:
+    """Return what it takes to run a workflow, from its row joined with that of its graph; a large one takes a while."""
+    text = canonical(definition(row.nodes, row.connections, row.settings))
+    settings = effective(row.settings)
+    return LoadedWorkflow(
+        id=row.id,
+        organization_id=row.organization_id,
+        lane=row.lane,
+        owner_id=row.owner_id,
+        readers=readers,
+        is_public=row.is_public,
+        is_template=row.is_template,
+        name=row.name,
+        status=WorkflowStatus(row.status),
+        revision=row.revision,
+        settings=settings,
+        config=encode(settings).decode(),
+        timeout_seconds=Settings.of(settings).timeout_seconds,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        validation=check(row.nodes, row.connections, catalog),
+        trigger_kind=trigger_kind(row.nodes, catalog),
+        total_nodes=len(row.nodes),
+    )
+
+
+def effective(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings that a run obeys: what was set, over the defaults."""
+    return {**DEFAULT_SETTINGS, **settings}
+
+
+def definition(
+    nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], settings: Mapping[str, Json]
+) -> dict[str, Json]:
+    """Return what a run pins."""
+    return {"nodes": list(nodes), "connections": list(connections), "settings": effective(settings)}
+
+
+def check(
+    nodes: Sequence[dict[str, Json]],
+    connections: Sequence[dict[str, Json]],
+    catalog: program.Catalog,
+    *,
+    passed: Collection[str] = (),
+) -> Validation:
+    """Return the errors of a stored graph: what keeps it from running; configs of nodes in `passed` were found good."""
+    return find_errors(Graph.of(definition(nodes, connections, {})), catalog, passed=passed)
+
+
+def trigger_kind(nodes: Sequence[Mapping[str, Json]], catalog: Catalog) -> str | None:
+    """Return what kind of event the first trigger of a graph takes."""
+    known = (catalog.node_types.get(str(node["type"])) for node in nodes)
+    return next((node_type.trigger_kind for node_type in known if node_type and node_type.is_trigger), None)

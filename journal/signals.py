@@ -1,0 +1,222 @@
+"""Answers to nodes that wait for one: given once, and read by whoever takes the run up again.
+
+An answer and the write by which its run goes to sleep both change the run's row, so that one of them is second: an
+answer wakes the run that sleeps, and a run that was answered while it worked doesn't go to sleep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import BigInteger, and_, insert, select, type_coerce, update
+from sqlmodel import col
+
+from engine.events import SpanStatus
+from engine.node import OUTPUT, Awaited
+from models.database_time import DatabaseTime
+from models.execution import TERMINAL, Execution, ExecutionStatus, Signal, SpanRow
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from journal.store import ExecutionKey
+    from models.database import Database
+
+BATCH_RUNS: Final = 100
+CLOCKS_APART_MICROSECONDS: Final = 500_000
+"""A person is heard until so shortly before a wait ends: the worker's clock, by which it does, may be that fast."""
+_encode = msgspec.json.Encoder().encode
+
+
+class Reception(StrEnum):
+    """What became of an answer."""
+
+    TAKEN = "taken"
+    LATE = "late"
+    """Another was first."""
+    EXPIRED = "expired"
+    """The node has waited long enough: it goes on without."""
+    UNAWAITED = "unawaited"
+    """No node waits for it, or its run has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An answer, and whether it woke the run: after the commit, workers are told that there is work."""
+
+    reception: Reception
+    is_woken: bool = False
+    concurrency_key: str | None = None
+    """A run that was woken and has one goes on when it is admitted to a place of this key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A node that waits for an answer."""
+
+    node_id: str
+    iteration: str
+    label: str
+    request: Mapping[str, Json]
+    """What the node asks."""
+    started_at: datetime | None
+    expires_at: datetime | None
+    """From then on the node goes on without; None: it waits for ever."""
+
+
+def output(value: Json, port: str = OUTPUT) -> bytes:
+    """Return the answer by which a node ends well."""
+    return _encode({"output": value, "port": port})
+
+
+def error(code: str, message: str) -> bytes:
+    """Return the answer by which a node fails."""
+    return _encode({"error": {"code": code, "message": message}})
+
+
+async def give(
+    connection: AsyncConnection,
+    key: ExecutionKey,
+    node_id: str,
+    iteration: str,
+    payload: bytes,
+    *,
+    kind: Awaited,
+    user_id: str | None = None,
+) -> Given:
+    """Give a node its answer, as a part of a transaction: the first counts.
+
+    A run may answer the node that has started it before that has gone to sleep; a person is asked only by one that has.
+    """
+    columns = (col(Execution.status), col(Execution.concurrency_key))
+    run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
+    if run is None:
+        return Given(Reception.UNAWAITED)
+    earlier = await connection.scalar(
+        select(col(Signal.payload)).where(
+            *_is_of(Signal, key), col(Signal.node_id) == node_id, col(Signal.iteration) == iteration
+        )
+    )
+    if earlier is not None:
+        # The very same was given by a transaction whose commit nobody heard of.
+        return Given(Reception.TAKEN if earlier == payload.decode() else Reception.LATE)
+    if run.status in TERMINAL:
+        return Given(Reception.UNAWAITED)
+    reception = await _reception(connection, key, node_id, iteration, kind)
+    if reception is not Reception.TAKEN:
+        return Given(reception)
+    await connection.execute(
+        insert(Signal).values(
+            execution_id=key.execution_id,
+            node_id=node_id,
+            iteration=iteration,
+            lane=key.lane,
+            payload=payload.decode(),
+            user_id=user_id,
+            created_at=DatabaseTime(),
+        )
+    )
+    changes: dict[str, Any] = {"signals": col(Execution.signals) + 1, "updated_at": DatabaseTime()}
+    is_woken = run.status == ExecutionStatus.WAITING
+    if is_woken:
+        # What was left of the run's timeout when it went to sleep is counted from now on.
+        changes |= {
+            "status": ExecutionStatus.PENDING.value,
+            "due_at": None,
+            "deadline_at": col(Execution.deadline_at) + DatabaseTime(),
+        }
+    await connection.execute(update(Execution).where(*_is_run(key)).values(changes))
+    return Given(Reception.TAKEN, is_woken, run.concurrency_key if is_woken else None)
+
+
+async def of(database: Database, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
+    """Return the answers that were given to runs, by execution id, then by node id and iteration."""
+    found: dict[str, dict[tuple[str, str], bytes]] = {}
+    columns = (col(Signal.execution_id), col(Signal.node_id), col(Signal.iteration), col(Signal.payload))
+    async with database.read() as connection:
+        for start in range(0, len(keys), BATCH_RUNS):
+            part = keys[start : start + BATCH_RUNS]
+            condition = and_(
+                col(Signal.execution_id).in_([key.execution_id for key in part]),
+                col(Signal.lane).in_({key.lane for key in part}),
+            )
+            for execution_id, *place, payload in await connection.execute(select(*columns).where(condition)):
+                node_id, iteration = place
+                found.setdefault(execution_id, {})[node_id, iteration] = payload.encode()
+    return found
+
+
+async def waiting_for_input(connection: AsyncConnection, key: ExecutionKey) -> list[Waiting]:
+    """Return the nodes of a run that wait for a person and have no answer yet, in the order of their asking."""
+    answered = select(col(Signal.node_id)).where(
+        col(Signal.execution_id) == col(SpanRow.execution_id),
+        col(Signal.node_id) == col(SpanRow.node_id),
+        col(Signal.iteration) == col(SpanRow.iteration),
+    )
+    statement = (
+        select(
+            *(col(SpanRow.node_id), col(SpanRow.iteration), col(SpanRow.label)),
+            *(col(SpanRow.awaits), col(SpanRow.started_at), col(SpanRow.wake_at)),
+        )
+        .join(Execution, and_(col(Execution.id) == col(SpanRow.execution_id), *_is_run(key)))
+        .where(
+            *_is_of(SpanRow, key),
+            col(SpanRow.status) == SpanStatus.WAITING.value,
+            col(SpanRow.awaits).is_not(None),
+            col(Execution.ended_at).is_(None),
+            ~answered.exists(),
+        )
+        .order_by(col(SpanRow.sequence))
+    )
+    found: list[Waiting] = []
+    for row in await connection.execute(statement):
+        awaits = msgspec.json.decode(row.awaits)
+        if awaits["kind"] == Awaited.INPUT:
+            place = (row.node_id, row.iteration, row.label)
+            found.append(Waiting(*place, awaits["request"], row.started_at, row.wake_at))
+    return found
+
+
+async def _reception(
+    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: Awaited
+) -> Reception:
+    """Tell what becomes of an answer that is the first one, by the span of the node."""
+    has_expired = type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + CLOCKS_APART_MICROSECONDS
+    statement = select(col(SpanRow.status), col(SpanRow.awaits), has_expired.label("has_expired")).where(
+        *_is_of(SpanRow, key), col(SpanRow.node_id) == node_id, col(SpanRow.iteration) == iteration
+    )
+    span = (await connection.execute(statement)).first()
+    if span is None:
+        return Reception.UNAWAITED
+    if kind is Awaited.RUN and span.status == SpanStatus.RUNNING:
+        return Reception.TAKEN
+    if span.status != SpanStatus.WAITING or not span.awaits:
+        return Reception.UNAWAITED
+    if msgspec.json.decode(span.awaits)["kind"] != kind:
+        return Reception.UNAWAITED
+    return Reception.EXPIRED if kind is Awaited.INPUT and span.has_expired else Reception.TAKEN
+
+
+async def is_answered(
+    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str | None
+) -> bool:
+    """Tell whether a node was given an answer: in one iteration, or in any where none is named."""
+    statement = select(col(Signal.node_id)).where(*_is_of(Signal, key), col(Signal.node_id) == node_id)
+    if iteration is not None:
+        statement = statement.where(col(Signal.iteration) == iteration)
+    return await connection.scalar(statement.limit(1)) is not None
+
+
+def _is_run(key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
+    return col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+
+
+def _is_of(table: type[Signal | SpanRow], key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
+    return col(table.execution_id) == key.execution_id, col(table.lane) == key.lane

@@ -1,0 +1,224 @@
+"""Runs that come for deployments: one that sleeps is woken for them, and where it may not start they are deferred.
+
+A deferred run is one that waits though nobody has begun it. Whether it may run is asked again and again, so it goes on
+whoever has started the deployment, changed its policy or opened its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from enum import Enum, auto
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+from zoneinfo import ZoneInfoNotFoundError
+
+import structlog
+from sqlalchemy import and_, bindparam, func, literal, literal_column, select, update
+from sqlmodel import col
+
+from journal import activity, decisions
+from models import lifecycle
+from models.database_time import DatabaseTime
+from models.deployment import Deployment, DeploymentStatus, Observed, status_of
+from models.execution import SHARED, Execution, ExecutionStatus
+from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.activity import Seen
+    from models.database import Database
+
+log = structlog.get_logger()
+
+BATCH_TARGETS: Final = 200
+UNTIL_STARTED: Final = datetime(9999, 1, 1, tzinfo=UTC)
+"""When a run is due that is to wait until somebody starts the deployment."""
+
+# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+PENDING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'")
+DEFERRED: Final = and_(
+    col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
+    col(Execution.started_at).is_(None),
+)
+_COUNT: Final = (
+    update(Deployment)
+    .where(col(Deployment.workflow_id) == bindparam("counted_id"), col(Deployment.is_deployed))
+    .values(last_activity_at=DatabaseTime())
+    .returning(*Deployment.__table__.columns)  # type: ignore[attr-defined]  # SQLModel adds it
+)
+_UP: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+
+
+class StartRefused(Exception):
+    """A deployment may not be started for a run now."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.code)
+        self.refusal = refusal
+
+
+class Done(Enum):
+    """What was done for the runs of a deployment."""
+
+    NOTHING = auto()
+    WOKEN = auto()
+    """It is to have pods."""
+    RELEASED = auto()
+    """Its deferred runs may be taken now."""
+    DEFERRED = auto()
+    """They wait until it may start."""
+    LEFT_TO_WORKERS = auto()
+    """It is deployed no more: they are any worker's."""
+
+
+def is_wanted(deployment: Deployment) -> bool:
+    """Tell whether a deployment is to have pods and to keep them."""
+    return deployment.replicas > 0 and deployment.drain_until is None
+
+
+def is_ready(deployment: Deployment) -> bool:
+    """Tell whether it is, as far as was seen, and has pods that take runs."""
+    return is_wanted(deployment) and deployment.observed == Observed.RUNNING
+
+
+def has_failed(deployment: Deployment) -> bool:
+    """Tell whether its pods can't start, as far as was seen since something was wanted of it last."""
+    return status_of(deployment) is DeploymentStatus.FAILED
+
+
+async def count(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
+    """Take down that something has come for each of these, and return those that are deployed, by workflow id."""
+    return await database.transaction(partial(_count, workflow_ids=sorted(set(workflow_ids))))
+
+
+def for_a_run(seen: Seen) -> Decision:
+    """Decide, for `decisions.settle`, what takes a run that has come; raises `StartRefused`.
+
+    Of a deployment whose pods can't start it wants that they try once more.
+    """
+    refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
+    if refusal is not None:
+        raise StartRefused(refusal)
+    if is_wanted(seen.deployment) and not has_failed(seen.deployment):
+        return Decision(LifecycleAction.NONE, LifecycleReason.IN_USE)
+    return Decision(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
+
+
+async def see_to_waiting(database: Database) -> dict[str, Done]:
+    """See to the runs of deployments that nobody takes or that are deferred; returns what was done, by workflow id.
+
+    Whoever was woken is to be told to the deployer. Raises `DatabaseUnavailable`.
+    """
+    done: dict[str, Done] = {}
+    for condition in (PENDING, DEFERRED):
+        after: str | None = SHARED
+        while after is not None:
+            async with database.read() as connection:
+                found = [str(one) for one in await connection.scalars(targets(condition, after))]
+            for workflow_id in found:
+                what = await _see_to(database, workflow_id, condition)
+                if what is not Done.NOTHING:
+                    done[workflow_id] = what
+            after = found[-1] if len(found) == BATCH_TARGETS else None
+    return done
+
+
+async def release(connection: AsyncConnection, workflow_id: str) -> int:
+    """Let the deferred runs of a deployment be taken; returns how many there were."""
+    return await _change(connection, workflow_id, DEFERRED, status=ExecutionStatus.PENDING.value, due_at=None)
+
+
+def targets(condition: ColumnElement[bool], after: str) -> Select[*tuple[Any, ...]]:
+    """Return the statement that finds the deployments behind another that such runs are for, by one index probe each.
+
+    Ids of workflows stand behind the words that other targets are.
+    """
+    target = col(Execution.target)
+    first = select(func.min(target)).where(condition, target > after).scalar_subquery()
+    found = select(first.label("target"), literal(1).label("place")).cte("found", recursive=True)
+    following = select(func.min(target)).where(condition, target > found.c.target).scalar_subquery()
+    found = found.union_all(
+        select(following, found.c.place + 1).where(found.c.target.is_not(None), found.c.place < BATCH_TARGETS)
+    )
+    return select(found.c.target).where(found.c.target.is_not(None)).order_by(found.c.target)
+
+
+async def _count(connection: AsyncConnection, *, workflow_ids: Sequence[str]) -> dict[str, Deployment]:
+    found: dict[str, Deployment] = {}
+    for workflow_id in workflow_ids:  # in order, so that rivals can't wait for one another
+        result = await connection.execute(_COUNT, {"counted_id": workflow_id})
+        for row in result.mappings():
+            found[workflow_id] = Deployment(**row)
+    return found
+
+
+async def _see_to(database: Database, workflow_id: str, condition: ColumnElement[bool]) -> Done:
+    async with database.read() as connection:
+        seen = await activity.look(connection, workflow_id)
+    try:
+        if seen is not None and _is_as_it_should_be(seen, condition):
+            return Done.NOTHING
+        done = await database.transaction(partial(_see_to_locked, workflow_id=workflow_id))
+    except ZoneInfoNotFoundError as error:
+        log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
+        return Done.NOTHING
+    if done is not Done.NOTHING:
+        log.info("deployment seen to for its runs", workflow_id=workflow_id, done=done.name.lower())
+    return done
+
+
+def _is_as_it_should_be(seen: Seen, condition: ColumnElement[bool]) -> bool:
+    """Tell, without a lock, what holds for most: pods take what is pending, and what is deferred may not run yet."""
+    if not seen.deployment.is_deployed:
+        return False
+    if condition is PENDING:
+        return is_wanted(seen.deployment)
+    return lifecycle.may_start(seen.policy, seen.situation, seen.now) is not None
+
+
+async def _see_to_locked(connection: AsyncConnection, *, workflow_id: str) -> Done:
+    await activity.lock(connection, workflow_id)
+    seen = await activity.look(connection, workflow_id)
+    if seen is None or not seen.deployment.is_deployed:
+        await release(connection, workflow_id)
+        moved = await _change(connection, workflow_id, PENDING, target=SHARED, home=None)
+        return Done.LEFT_TO_WORKERS if moved else Done.NOTHING
+    refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
+    if refusal is not None:
+        return await _defer(connection, workflow_id, refusal.opens_at or UNTIL_STARTED)
+    released = await release(connection, workflow_id)
+    if is_wanted(seen.deployment):
+        return Done.RELEASED if released else Done.NOTHING
+    situation = replace(seen.situation, has_due=seen.situation.has_due or released > 0)
+    decision = lifecycle.decide(seen.policy, situation, seen.now)
+    if decision.action not in _UP:
+        return Done.NOTHING
+    await decisions.carry_out(connection, replace(seen, situation=situation), decision)
+    return Done.WOKEN
+
+
+async def _defer(connection: AsyncConnection, workflow_id: str, due_at: datetime) -> Done:
+    """Keep what nobody has begun until then; what was begun stays where it is, and is the first to go on."""
+    is_new = and_(PENDING, col(Execution.started_at).is_(None))
+    deferred = await _change(
+        connection, workflow_id, is_new, status=ExecutionStatus.WAITING.value, due_at=due_at
+    )
+    return Done.DEFERRED if deferred else Done.NOTHING
+
+
+async def _change(
+    connection: AsyncConnection,
+    workflow_id: str,
+    condition: ColumnElement[bool],
+    **values: Any,  # noqa: ANN401 - columns of any type
+) -> int:
+    result = await connection.execute(
+        update(Execution)
+        .where(col(Execution.target) == workflow_id, condition)
+        .values(updated_at=DatabaseTime(), **values)
+    )
+    return result.rowcount

@@ -1,0 +1,31 @@
+"""Hints that there is something to do, for those who would otherwise find it by their next sweep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from messages.broker import BrokerUnavailable
+from messages.deployments import LookAtDeployment
+
+if TYPE_CHECKING:
+    from messages.broker import Broker, RunBroker
+
+log = structlog.get_logger()
+
+
+async def wake(broker: RunBroker) -> None:
+    """Say "there is work", after the commit; with the broker away, the rows say so themselves."""
+    try:
+        await broker.wake()
+    except BrokerUnavailable as error:
+        log.debug("workers not woken", reason=str(error))
+
+
+async def deployment_changed(broker: Broker, workflow_id: str) -> None:
+    """Say that something else is wanted of a deployment, after the commit; with the broker away, its row says so."""
+    try:
+        await broker.tell_deployer(LookAtDeployment(workflow_id))
+    except BrokerUnavailable as error:
+        log.debug("deployer not told", reason=str(error))

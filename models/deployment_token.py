@@ -1,0 +1,165 @@
+"""The tokens by which pods of a deployment speak for it: good for the executions of its workflow alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint, func, insert, select, update
+from sqlmodel import Field, SQLModel, col
+
+from models import ids, runner_tokens
+from models.columns import Instant
+
+if TYPE_CHECKING:
+    from sqlalchemy import Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+
+class DeploymentToken(SQLModel, table=True):
+    """A token, of which only a hash is stored."""
+
+    __tablename__ = "deployment_token"
+    __table_args__ = (
+        UniqueConstraint("hash", name="uq_deployment_token_hash"),
+        Index("ix_deployment_token_workflow", "workflow_id"),
+    )
+
+    id: str = Field(primary_key=True)
+    workflow_id: str = Field(foreign_key="workflow.id")
+    organization_id: str
+    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    hash: str
+    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    revoked_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+
+
+@dataclass(frozen=True, slots=True)
+class Bearer:
+    """The deployment that a valid token speaks for."""
+
+    workflow_id: str
+    organization_id: str
+    lane: int
+
+
+async def current(
+    connection: AsyncConnection, bearer: Bearer, *, secret: bytes, token_id: str, now: datetime
+) -> str:
+    """Return the token for a deployment's pods; makes one, under the fresh `token_id`, where none is valid."""
+    found = (await connection.execute(_valid(bearer.workflow_id).limit(1))).first()
+    if found is not None:
+        token = runner_tokens.token(found.id, secret)
+        # Under another secret of the server it would come out differently: then there is a new one.
+        if runner_tokens.token_hash(token) == found.hash:
+            return token
+    return await issue(connection, bearer, secret=secret, token_id=token_id, now=now)
+
+
+async def issue(
+    connection: AsyncConnection, bearer: Bearer, *, secret: bytes, token_id: str, now: datetime
+) -> str:
+    """Make a token that is the current one from now on; those before it stay valid until they are revoked."""
+    token = runner_tokens.token(token_id, secret)
+    await connection.execute(
+        insert(DeploymentToken).values(
+            id=token_id,
+            workflow_id=bearer.workflow_id,
+            organization_id=bearer.organization_id,
+            lane=bearer.lane,
+            hash=runner_tokens.token_hash(token),
+            created_at=now,
+        )
+    )
+    return token
+
+
+async def revoke(connection: AsyncConnection, workflow_id: str, *, now: datetime) -> int:
+    """Revoke the tokens of a deployment: within two seconds they open nothing any more; returns how many."""
+    statement = (
+        update(DeploymentToken)
+        .where(col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None))
+        .values(revoked_at=now)
+    )
+    return (await connection.execute(statement)).rowcount
+
+
+async def revoke_superseded(
+    connection: AsyncConnection, workflow_id: str, *, before: datetime, now: datetime
+) -> int:
+    """Revoke all tokens of a deployment but the current one, once that is older than `before`; returns how many."""
+    newest = (await connection.execute(_valid(workflow_id).limit(1))).first()
+    if newest is None:
+        return 0
+    made_before = select(col(DeploymentToken.id)).where(
+        col(DeploymentToken.id) == newest.id, col(DeploymentToken.created_at) < before
+    )
+    statement = (
+        update(DeploymentToken)
+        .where(
+            col(DeploymentToken.workflow_id) == workflow_id,
+            col(DeploymentToken.revoked_at).is_(None),
+            col(DeploymentToken.id) != newest.id,
+            made_before.exists(),
+        )
+        .values(revoked_at=now)
+    )
+    return (await connection.execute(statement)).rowcount
+
+
+async def superseded(connection: AsyncConnection) -> Sequence[str]:
+    """Return the workflows whose deployments have more than one valid token."""
+    workflow_id = col(DeploymentToken.workflow_id)
+    statement = (
+        select(workflow_id)
+        .where(col(DeploymentToken.revoked_at).is_(None))
+        .group_by(workflow_id)
+        .having(func.count() > 1)
+    )
+    return list(await connection.scalars(statement))
+
+
+async def find(database: Database, token: str) -> Bearer | None:
+    """Return whom a token speaks for; raises `DatabaseUnavailable`."""
+    statement = select(
+        col(DeploymentToken.workflow_id), col(DeploymentToken.organization_id), col(DeploymentToken.lane)
+    ).where(
+        col(DeploymentToken.hash) == runner_tokens.token_hash(token),
+        col(DeploymentToken.revoked_at).is_(None),
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    return None if row is None else Bearer(*row)
+
+
+async def hint_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
+    """Return what the pods of a deployment take hints by, that of the newest token first."""
+    rows = await connection.execute(_valid(workflow_id))
+    return [runner_tokens.hint_key(row.hash) for row in rows]
+
+
+def lease_owner(workflow_id: str, pod: str) -> str:
+    """Return by what name a pod leases runs: nobody but pods of its workflow has one that begins like it."""
+    return f"{lease_owners(workflow_id)}{pod}"
+
+
+def lease_owners(workflow_id: str) -> str:
+    """Return how the names of all pods of a workflow begin."""
+    return f"pod:{workflow_id}:"
+
+
+def new_id() -> str:
+    """Return an id for a token, to be made before the transaction that may be run again."""
+    return ids.new("token")
+
+
+def _valid(workflow_id: str) -> Select[str, str]:
+    return (
+        select(col(DeploymentToken.id), col(DeploymentToken.hash))
+        .where(col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None))
+        .order_by(col(DeploymentToken.created_at).desc(), col(DeploymentToken.id).desc())
+    )

@@ -1,0 +1,116 @@
+"""What a policy will do, and would have done: when its windows open, and what its pods and waits would have come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from models import windows
+from models.lifecycle import ON_DEMAND_TIME, AlwaysOn, IdleShutdown, OnDemand, Policy, ScheduledWindow
+from models.windows import Change, ClockChange, Schedule
+
+AHEAD: Final = timedelta(days=14)
+"""How far a preview looks ahead, and how far back."""
+COLD_START: Final = timedelta(seconds=10)
+"""What a run is assumed to wait for pods that sleep."""
+
+
+@dataclass(frozen=True, slots=True)
+class PastRun:
+    """A run as far as it matters for compute: a pod was busy with it between two moments."""
+
+    accepted_at: datetime
+    ended_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What past runs would have taken under a policy."""
+
+    pod_time: timedelta
+    """For which one pod would have been up."""
+    cold_starts: int
+    """Runs for which it would have been started."""
+    waits: Sequence[timedelta]
+    """How long runs would have waited until a pod was up, each that would have waited at all."""
+
+
+def changes(policy: Policy, now: datetime) -> Sequence[Change]:
+    """Return when a policy starts and stops pods by the clock alone, within the time that a preview looks ahead."""
+    match policy:
+        case ScheduledWindow(schedule):
+            return [*windows.changes(schedule, now, now + AHEAD)]
+        case _:
+            return []
+
+
+def clock_changes(policy: Policy, now: datetime) -> Sequence[ClockChange]:
+    """Return when the clocks of a policy's zone change, within the time that a preview looks ahead."""
+    match policy:
+        case ScheduledWindow(schedule):
+            return [*windows.clock_changes(schedule.timezone, now, now + AHEAD)]
+        case _:
+            return []
+
+
+def replay(policy: Policy, runs: Sequence[PastRun], since: datetime, until: datetime) -> Replay:
+    """Return what runs, in the order in which they were accepted, would have taken between two moments."""
+    match policy:
+        case AlwaysOn():
+            return Replay(until - since, 0, [])
+        case IdleShutdown(minutes):
+            return _woken(runs, timedelta(minutes=minutes), until)
+        case OnDemand():
+            return _woken(runs, ON_DEMAND_TIME, until)
+        case ScheduledWindow(schedule):
+            return _within(schedule, runs, since, until)
+
+
+def _woken(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> Replay:
+    """Return the outcome of pods that start for a run, and are kept for a while after the last one."""
+    pod_time, cold_starts = timedelta(), 0
+    up_since = up_until = None
+    for run in runs:
+        if up_since is None or up_until is None or run.accepted_at >= up_until:
+            if up_since is not None and up_until is not None:
+                pod_time += up_until - up_since
+            up_since = up_until = run.accepted_at
+            cold_starts += 1
+        up_until = max(up_until, run.ended_at + keep)
+    if up_since is not None and up_until is not None:
+        pod_time += max(min(up_until, until) - up_since, timedelta())
+    return Replay(pod_time, cold_starts, [COLD_START] * cold_starts)
+
+
+def _within(schedule: Schedule, runs: Sequence[PastRun], since: datetime, until: datetime) -> Replay:
+    """Return the outcome of pods that are up while a schedule is open: what comes before waits until it opens."""
+    spans = [*_open_spans(schedule, since, until)]
+    pod_time = sum(
+        (min(closes_at, until) - opens_at for opens_at, closes_at in spans if opens_at < until), timedelta()
+    )
+    waits: list[timedelta] = []
+    place = 0
+    for run in runs:
+        while place < len(spans) and spans[place][1] <= run.accepted_at:
+            place += 1
+        if place < len(spans) and run.accepted_at < spans[place][0]:
+            waits.append(spans[place][0] - run.accepted_at)
+    return Replay(pod_time, 0, waits)
+
+
+def _open_spans(schedule: Schedule, since: datetime, until: datetime) -> Iterator[tuple[datetime, datetime]]:
+    """Return from when to when a schedule is open after a moment, up to the first opening after another."""
+    end = until + windows.HORIZON
+    opens_at = since if windows.is_open(schedule, since) else None
+    for change in windows.changes(schedule, since, end):
+        if change.is_open:
+            opens_at = change.at
+        elif opens_at is not None:
+            yield opens_at, change.at
+            if opens_at > until:
+                return
+            opens_at = None
+    if opens_at is not None:
+        yield opens_at, end

@@ -1,0 +1,369 @@
+"""When a deployed workflow has compute of its own: rules that are given the time, and only decide.
+
+Each rule looks at what is, never at what has just happened: whoever asks late, twice, or after a restart is told what
+is right at that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+from models import moments, windows
+from models.windows import Schedule
+
+IDLE_MINUTES_MIN: Final = 5
+IDLE_MINUTES_MAX: Final = 1_440
+IDLE_MINUTES_DEFAULT: Final = 30
+ON_DEMAND_TIME: Final = timedelta(seconds=60)
+"""How long an on-demand deployment stays up after its last run."""
+DRAIN_TIME: Final = timedelta(seconds=60)
+"""How long runs that go on may take to end before a stop gives them back."""
+RETRY_TIME: Final = timedelta(seconds=60)
+"""How long a deployment that could not be started is left alone, unless somebody calls it."""
+
+
+class PolicyType(StrEnum):
+    """What clients call the policies."""
+
+    ALWAYS_ON = "always-on"
+    IDLE_SHUTDOWN = "idle-shutdown"
+    ON_DEMAND = "on-demand"
+    SCHEDULED_WINDOW = "scheduled-window"
+
+
+@dataclass(frozen=True, slots=True)
+class AlwaysOn:
+    """It is up, unless somebody stops it."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdleShutdown:
+    """It stops when nothing happened for a while, and starts for whatever comes."""
+
+    idle_timeout_minutes: float = IDLE_MINUTES_DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemand:
+    """It stops soon after its last run, and starts for whatever comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledWindow:
+    """It is up while a schedule is open."""
+
+    schedule: Schedule
+
+
+Policy: TypeAlias = AlwaysOn | IdleShutdown | OnDemand | ScheduledWindow
+
+DEFAULT_POLICY: Final[Mapping[str, Any]] = {
+    "type": PolicyType.IDLE_SHUTDOWN.value,
+    "idleTimeoutMinutes": IDLE_MINUTES_DEFAULT,
+}
+"""The policy of a workflow for which nobody has chosen another, as it is stored."""
+
+
+class StoppedReason(StrEnum):
+    """Why a deployment is down."""
+
+    MANUAL = "manual"
+    IDLE = "idle"
+    ON_DEMAND = "on-demand"
+    SCHEDULE = "schedule"
+    FAILED = "failed"
+    ARCHIVED = "archived"
+
+
+class LifecycleAction(StrEnum):
+    """What is to be done about a deployment."""
+
+    NONE = "none"
+    START = "start"
+    """The policy, or somebody, wants it up; where it drains, that ends."""
+    WAKE = "wake"
+    """The same, for a run that has come."""
+    DRAIN = "drain"
+    """It takes no further runs, and those that go on get a while to end."""
+    STOP = "stop"
+
+
+class LifecycleReason(StrEnum):
+    """Why that is to be done, or nothing is."""
+
+    ALWAYS_ON = "always-on"
+    WINDOW_OPEN = "window-open"
+    RUN_DUE = "run-due"
+    IDLE = "idle"
+    NO_MORE_RUNS = "no-more-runs"
+    WINDOW_CLOSED = "window-closed"
+    DRAINED = "drained"
+    DRAIN_TIME_OVER = "drain-time-over"
+    BY_HAND = "by-hand"
+    DEPLOYED = "deployed"
+    UNDEPLOYED = "undeployed"
+    NOT_DEPLOYED = "not-deployed"
+    IN_USE = "in-use"
+    NOT_IDLE_YET = "not-idle-yet"
+    STARTED_BY_HAND = "started-by-hand"
+    STOPPED_BY_HAND = "stopped-by-hand"
+    DRAINING = "draining"
+    ASLEEP = "asleep"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What there is to know of a deployment when something is decided about it."""
+
+    is_deployed: bool
+    is_up: bool
+    """It is wanted to have pods, whether or not they are there yet."""
+    drain_until: datetime | None = None
+    """It is about to stop: until then its runs may go on. It counts as up."""
+    stopped_reason: StoppedReason | None = None
+    stopped_at: datetime | None = None
+    """When it was stopped, or began to drain."""
+    started_by_hand_at: datetime | None = None
+    """When somebody started it; None where it was started by a rule."""
+    last_activity_at: datetime | None = None
+    """The last delivery, end of a run, or start."""
+    is_waking: bool = False
+    """It is wanted up, and isn't ready."""
+    has_due: bool = False
+    """Runs of it could be taken up now; those that wait or are deferred don't count."""
+    has_running: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do, and why."""
+
+    action: LifecycleAction
+    reason: LifecycleReason
+    stopped_reason: StoppedReason | None = None
+    """What a stop or a drain will be said to be for."""
+    check_at: datetime | None = None
+    """When time alone will make a difference; None: it takes something to happen."""
+
+
+class RefusalCode(StrEnum):
+    """Why a deployment may not be started for a run."""
+
+    NOT_DEPLOYED = "not-deployed"
+    OUTSIDE_WINDOW = "outside-window"
+    STOPPED_MANUALLY = "stopped-manually"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A run that comes now is refused, or deferred if nobody waits for it."""
+
+    code: RefusalCode
+    opens_at: datetime | None = None
+    """When it may run; None: when somebody starts or deploys the workflow."""
+
+
+class TransitionKind(StrEnum):
+    """Which way it will go."""
+
+    START = "start"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """What will happen next if nothing else does."""
+
+    kind: TransitionKind
+    at: datetime
+
+
+# ── what a policy is ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chosen(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the policy of a workflow as it is stored, or would be if somebody had chosen the default."""
+    return DEFAULT_POLICY if stored is None else stored
+
+
+def policy_of(stored: Mapping[str, Any]) -> Policy:
+    """Return a policy from what is stored of it: `type`, and `idleTimeoutMinutes` or `schedule` with
+    `timezone` and `windows` of `days`, `startTime` and `endTime`.
+    """
+    match PolicyType(stored["type"]):
+        case PolicyType.ALWAYS_ON:
+            return AlwaysOn()
+        case PolicyType.IDLE_SHUTDOWN:
+            return IdleShutdown(stored["idleTimeoutMinutes"])
+        case PolicyType.ON_DEMAND:
+            return OnDemand()
+        case PolicyType.SCHEDULED_WINDOW:
+            schedule = stored["schedule"]
+            found = (
+                windows.window(one["days"], one["startTime"], one["endTime"]) for one in schedule["windows"]
+            )
+            return ScheduledWindow(Schedule(schedule["timezone"], tuple(found)))
+
+
+# ── what is to be done ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def decide(policy: Policy, situation: Situation, now: datetime) -> Decision:
+    """Return what is to be done about a deployment now."""
+    if not situation.is_deployed:
+        return Decision(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
+    if situation.drain_until is not None:
+        return _while_draining(policy, situation, situation.drain_until, now)
+    if situation.is_up:
+        return _while_up(policy, situation, now)
+    return _while_down(policy, situation, now)
+
+
+def may_start(policy: Policy, situation: Situation, now: datetime) -> Refusal | None:
+    """Return why a run that comes now can't have the deployment; None: it is up, or is to be started for it."""
+    if not situation.is_deployed or situation.stopped_reason is StoppedReason.ARCHIVED:
+        return Refusal(RefusalCode.NOT_DEPLOYED)
+    if situation.is_up and situation.drain_until is None:
+        return None
+    match policy:
+        case AlwaysOn() if situation.stopped_reason is StoppedReason.MANUAL:
+            return Refusal(RefusalCode.STOPPED_MANUALLY)
+        case ScheduledWindow(schedule) if not windows.is_open(schedule, now):
+            return Refusal(RefusalCode.OUTSIDE_WINDOW, windows.next_opening(schedule, now))
+        case _:
+            return None
+
+
+def stop(situation: Situation, reason: LifecycleReason, stopped_reason: StoppedReason) -> Decision:
+    """Return how a deployment is stopped that may have runs going on."""
+    action = LifecycleAction.DRAIN if situation.is_up and situation.has_running else LifecycleAction.STOP
+    return Decision(action, reason, stopped_reason)
+
+
+def next_transition(policy: Policy, situation: Situation, now: datetime) -> Transition | None:
+    """Return when a deployment will start or stop next if nothing comes, by the clock alone."""
+    decision = decide(policy, situation, now)
+    match decision.action:
+        case LifecycleAction.START | LifecycleAction.WAKE:
+            return Transition(TransitionKind.START, now)
+        case LifecycleAction.DRAIN | LifecycleAction.STOP:
+            return Transition(TransitionKind.STOP, now)
+        case LifecycleAction.NONE if decision.check_at is not None:
+            kind = TransitionKind.STOP if situation.is_up else TransitionKind.START
+            return Transition(kind, decision.check_at)
+        case _:
+            return None
+
+
+def inputs(situation: Situation, now: datetime) -> dict[str, Any]:
+    """Return what was decided by, as JSON, to be kept with the decision."""
+    facts = {"now": now, **asdict(situation)}
+    return {
+        _camel(name): moments.written(value) if isinstance(value, datetime) else value
+        for name, value in facts.items()
+    }
+
+
+def _while_up(policy: Policy, situation: Situation, now: datetime) -> Decision:
+    match policy:
+        case AlwaysOn():
+            return Decision(LifecycleAction.NONE, LifecycleReason.ALWAYS_ON)
+        case IdleShutdown(minutes):
+            stop = Decision(LifecycleAction.STOP, LifecycleReason.IDLE, StoppedReason.IDLE)
+            return _unless_in_use(stop, situation, timedelta(minutes=minutes), now)
+        case OnDemand():
+            stop = Decision(LifecycleAction.STOP, LifecycleReason.NO_MORE_RUNS, StoppedReason.ON_DEMAND)
+            return _unless_in_use(stop, situation, ON_DEMAND_TIME, now)
+        case ScheduledWindow(schedule):
+            return _unless_open(schedule, situation, now)
+
+
+def _unless_in_use(stop: Decision, situation: Situation, timeout: timedelta, now: datetime) -> Decision:
+    """Return a stop once nothing has happened for a while."""
+    if situation.has_due or situation.has_running or situation.is_waking:
+        return Decision(LifecycleAction.NONE, LifecycleReason.IN_USE)
+    idle_at = (situation.last_activity_at or now) + timeout
+    return (
+        stop
+        if now >= idle_at
+        else Decision(LifecycleAction.NONE, LifecycleReason.NOT_IDLE_YET, check_at=idle_at)
+    )
+
+
+def _unless_open(schedule: Schedule, situation: Situation, now: datetime) -> Decision:
+    """Return a stop where the schedule is closed, but not before it closes for the first time after a start by hand."""
+    if windows.is_open(schedule, now):
+        closes_at = windows.next_closing(schedule, now)
+        return Decision(LifecycleAction.NONE, LifecycleReason.WINDOW_OPEN, check_at=closes_at)
+    started_at = situation.started_by_hand_at
+    if started_at is not None:
+        closes_at = windows.next_closing(schedule, started_at)
+        if closes_at is not None and closes_at > now:
+            return Decision(LifecycleAction.NONE, LifecycleReason.STARTED_BY_HAND, check_at=closes_at)
+    return stop(situation, LifecycleReason.WINDOW_CLOSED, StoppedReason.SCHEDULE)
+
+
+def _while_draining(policy: Policy, situation: Situation, until: datetime, now: datetime) -> Decision:
+    again = _while_down(policy, situation, now)
+    if again.action is not LifecycleAction.NONE:
+        return again
+    if not situation.has_running:
+        return Decision(LifecycleAction.STOP, LifecycleReason.DRAINED, situation.stopped_reason)
+    if now >= until:
+        return Decision(LifecycleAction.STOP, LifecycleReason.DRAIN_TIME_OVER, situation.stopped_reason)
+    return Decision(LifecycleAction.NONE, LifecycleReason.DRAINING, check_at=until)
+
+
+def _while_down(policy: Policy, situation: Situation, now: datetime) -> Decision:
+    if situation.stopped_reason is StoppedReason.ARCHIVED:
+        return Decision(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
+    if situation.stopped_reason is StoppedReason.FAILED:
+        retry_at = (situation.stopped_at or now) + RETRY_TIME
+        if now < retry_at:
+            is_wanted = situation.has_due or _wanted(policy, situation, now) is not None
+            return Decision(
+                LifecycleAction.NONE, LifecycleReason.FAILED, check_at=retry_at if is_wanted else None
+            )
+    if (reason := _wanted(policy, situation, now)) is not None:
+        return Decision(LifecycleAction.START, reason)
+    if situation.has_due and may_start(policy, situation, now) is None:
+        return Decision(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
+    opens_at = windows.next_opening(policy.schedule, now) if isinstance(policy, ScheduledWindow) else None
+    return Decision(LifecycleAction.NONE, _why_down(policy, situation, now), check_at=opens_at)
+
+
+def _wanted(policy: Policy, situation: Situation, now: datetime) -> LifecycleReason | None:
+    """Return why a policy wants a deployment up though nothing is to be run; None: it doesn't."""
+    is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
+    match policy:
+        case AlwaysOn() if not is_by_hand:
+            return LifecycleReason.ALWAYS_ON
+        case ScheduledWindow(schedule) if windows.is_open(schedule, now):
+            # A stop by hand holds until the next opening after it.
+            if is_by_hand and not _has_opened(schedule, situation.stopped_at or now, now):
+                return None
+            return LifecycleReason.WINDOW_OPEN
+        case _:
+            return None
+
+
+def _has_opened(schedule: Schedule, since: datetime, now: datetime) -> bool:
+    opened_at = windows.next_opening(schedule, since)
+    return opened_at is not None and opened_at <= now
+
+
+def _why_down(policy: Policy, situation: Situation, now: datetime) -> LifecycleReason:
+    if isinstance(policy, ScheduledWindow) and not windows.is_open(policy.schedule, now):
+        return LifecycleReason.WINDOW_CLOSED
+    is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
+    return LifecycleReason.STOPPED_BY_HAND if is_by_hand else LifecycleReason.ASLEEP
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(map(str.capitalize, rest))

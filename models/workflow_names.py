@@ -1,0 +1,54 @@
+"""Names of what belongs to a workflow, made from its id: valid as Deployment, Service and label value at once.
+
+A Service's name is the narrowest of these up to Kubernetes 1.35: RFC 1035, a letter first, 63 characters.
+"""
+
+from __future__ import annotations
+
+import re
+from hashlib import blake2b
+
+from models import ids
+
+MAX_LENGTH = 63
+PREFIX = "workflow-"
+PODS_SUFFIX = "-pods"
+_OWN_ID = re.compile(rf"wf_[{ids.ALPHABET}]{{26}}\Z")
+_OWN_PREFIX = PREFIX + "wf-"
+_NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
+_DIGEST_BYTES = 10
+_DIGEST_CHARACTERS = 16
+_MAX_NAME_LENGTH = MAX_LENGTH - len(PODS_SUFFIX)
+
+
+def name(workflow_id: str) -> str:
+    """Return the one name of a workflow: two ids never share one.
+
+    Ids of our own making keep their characters. Every other one, and `wf_A` and `wf-a` would meet otherwise, ends in a
+    digest, which is shorter than the last part of an own id and so is never taken for one.
+    """
+    if _OWN_ID.match(workflow_id):
+        return PREFIX + workflow_id.replace("_", "-")
+    digest = blake2b(workflow_id.encode(), digest_size=_DIGEST_BYTES).digest()
+    ending = "-" + _base32(digest)
+    readable = _NOT_IN_NAMES.sub("-", workflow_id.lower()).strip("-")
+    room = _MAX_NAME_LENGTH - len(PREFIX) - len(ending)
+    return (PREFIX + readable[:room]).rstrip("-") + ending
+
+
+def workflow_id(name: str) -> str | None:
+    """Return the id of our own making that a name was made from, or None."""
+    if not name.startswith(_OWN_PREFIX):
+        return None
+    found = "wf_" + name.removeprefix(_OWN_PREFIX)
+    return found if _OWN_ID.match(found) else None
+
+
+def pods_service(workflow_id: str) -> str:
+    """Return the name of the Service that leads to the pods themselves."""
+    return name(workflow_id) + PODS_SUFFIX
+
+
+def _base32(digest: bytes) -> str:
+    number = int.from_bytes(digest, "big")
+    return "".join(ids.ALPHABET[number >> 5 * place & 31] for place in reversed(range(_DIGEST_CHARACTERS)))

@@ -1,0 +1,144 @@
+"""A child process of a worker: it shuts itself in, and does one job after another until nobody wants it any more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
+
+import msgspec
+
+from engine import limits
+from engine.errors import NodeError
+from engine.node import OUTPUT, Result
+from engine.values import InvalidJson, encode
+from nodes.frames import HEADER, Failure, Tag, frame, header, value_frames
+from nodes.sizes import MAXIMUM_BYTES
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+STDIN: Final = 0
+STDOUT: Final = 1
+STDERR: Final = 2
+WORK: Final[Mapping[str, str]] = {
+    "library": "nodes.children.library",
+    "forms": "nodes.children.forms",
+    "monty": "nodes.code.monty",
+    "python": "nodes.code.subprocess",
+}
+MAX_MESSAGE_LENGTH: Final = 8_192
+
+
+class Speaker:
+    """What a job says on its way."""
+
+    def log(self, level: str, message: str) -> None:
+        _write(frame(Tag.LOG, msgspec.json.encode((level, _sayable(message)))))
+
+    def unresolved(self, paths: list[str]) -> None:
+        _write(frame(Tag.UNRESOLVED, msgspec.json.encode(paths)))
+
+
+Perform: TypeAlias = "Callable[[bytes, Speaker], Json | Result]"
+"""Does one job; raises `NodeError`."""
+
+
+class Work(Protocol):
+    """A module that does one kind of job."""
+
+    def load(self) -> Perform:
+        """Load all that jobs need: afterwards no file may be in reach any more."""
+
+    def confine(self, parent: int) -> None:
+        """Give up every right that jobs don't need; `parent` is the worker's process id."""
+
+
+def main(kind: str, parent: int) -> None:
+    """Work until the parent closes its end of the pipe."""
+    work = cast("Work", import_module(WORK[kind]))
+    perform = work.load()
+    _close_log()
+    work.confine(parent)
+    speaker = Speaker()
+    _write(frame(Tag.READY))
+    while (job := _read_job()) is not None:
+        _answer(perform, job, speaker)
+
+
+def _close_log() -> None:
+    """Write nothing into the worker's log any more: what failed by now is the operator's business, the rest is not."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    os.close(nowhere)
+
+
+def _answer(perform: Perform, job: bytes, speaker: Speaker) -> None:
+    try:
+        outcome = perform(job, speaker)
+        port = outcome.port if isinstance(outcome, Result) else OUTPUT
+        value = outcome.output if isinstance(outcome, Result) else outcome
+        _check(value)
+        for each in value_frames(value):
+            _write(each)
+    except NodeError as error:
+        _fail(error.code, error.message, retryable=error.retryable)
+    except InvalidJson as error:
+        _fail(error.code, error.message)
+    except MemoryError:
+        _fail("out-of-memory", "There was not enough memory for it")
+    except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the process
+        _fail("node-error", f"{type(error).__name__}: {error}")
+    else:
+        _write(frame(Tag.DONE, msgspec.json.encode(port)))
+
+
+def _check(value: Json) -> None:
+    """Refuse what is no JSON, or more of it than is kept."""
+    try:
+        encode(value, max_bytes=MAXIMUM_BYTES)
+    except InvalidJson as error:
+        if error.code != "too-large":
+            raise
+        name = limits.setting("max_output_bytes")
+        message = f"The output takes more than the {MAXIMUM_BYTES:,} bytes that can be kept ({name})"
+        raise NodeError(message, code="output-too-large") from error
+
+
+def _fail(code: str, message: str, *, retryable: bool = False) -> None:
+    _write(frame(Tag.FAILED, msgspec.json.encode(Failure(code, _sayable(message), retryable))))
+
+
+def _sayable(text: str) -> str:
+    """Return a text without what can't be written: halves of surrogate pairs."""
+    return text[:MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
+
+
+# ── pipes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_job() -> bytes | None:
+    head = _read(HEADER.size)
+    if head is None:
+        return None
+    length, _tag = header(head)
+    return _read(length)
+
+
+def _read(length: int) -> bytes | None:
+    """Return so many bytes; None where the pipe ends before."""
+    pieces: list[bytes] = []
+    while length:
+        piece = os.read(STDIN, length)
+        if not piece:
+            return None
+        pieces.append(piece)
+        length -= len(piece)
+    return b"".join(pieces)
+
+
+def _write(message: bytes) -> None:
+    left = memoryview(message)
+    while left:
+        left = left[os.write(STDOUT, left) :]

@@ -1,0 +1,59 @@
+"""Checks what people answer against the schemas of forms: a user's schema on a user's data, with no end in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from jsonschema_rs import Draft202012Validator, FancyRegexOptions
+
+from engine.errors import NodeError
+from nodes import problems
+from nodes.children import confinement, system_calls
+from nodes.frames import FormJob
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.children.child import Perform, Speaker
+
+MEMORY_BYTES: Final = 512 << 20
+OPEN_FILES: Final = 16
+BACKTRACKS: Final = 100_000
+"""Steps back that a pattern may take in one text."""
+DATA_ID: Final = "urn:pilotflame:data"
+
+_decode = msgspec.json.Decoder(FormJob).decode
+
+
+def load() -> Perform:
+    return _perform
+
+
+def confine(parent: int) -> None:
+    confinement.limit(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
+    confinement.limit_processes(0)
+    confinement.change_user()
+    confinement.give_up_rights()
+    confinement.die_with(parent)
+    system_calls.allow_only(system_calls.COMPUTING)
+
+
+def _perform(raw: bytes, _speaker: Speaker) -> Json:
+    """Return what is wrong with an answer, each thing with its path, keyword and message."""
+    job = _decode(raw)
+    return _wrong(msgspec.json.decode(job.schema), msgspec.json.decode(job.data))
+
+
+def _wrong(schema: Mapping[str, Json], data: Json) -> Json:
+    # Below a field of that name, so that paths begin with it; with an id of its own, its references stay within it.
+    whole: dict[str, Json] = {"properties": {"data": {"$id": DATA_ID, **schema}}}
+    try:
+        checker = Draft202012Validator(
+            whole, offline=True, pattern_options=FancyRegexOptions(backtrack_limit=BACKTRACKS)
+        )
+        found = problems.find(checker, {"data": data}, whole)
+    except ValueError as error:
+        # A schema that can't be read lets nothing through.
+        raise NodeError(str(error), code="invalid-schema") from error
+    return [{"path": each.path, "keyword": each.keyword, "message": each.message} for each in found]

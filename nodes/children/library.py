@@ -1,0 +1,91 @@
+"""Runs nodes of the library, one after another: each is our own code on a user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import import_module
+from inspect import iscoroutine
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgspec
+
+from engine.node import Call, Outcome, Result
+from engine.services import Caller
+from nodes import catalog
+from nodes.children import confinement, system_calls
+from nodes.frames import LibraryJob
+
+if TYPE_CHECKING:
+    from engine.services import Services
+    from engine.values import Json
+    from nodes.children.child import Perform, Speaker
+
+MEMORY_BYTES: Final = 2 << 30
+OPEN_FILES: Final = 16
+ENCODINGS: Final = (
+    *(f"iso8859_{number}" for number in (*range(1, 12), *range(13, 17))),
+    *(f"cp{number}" for number in (437, *range(1250, 1259))),
+    *("ascii", "idna", "koi8_r", "koi8_u", "latin_1", "mac_roman", "utf_16", "utf_32", "utf_8_sig"),
+)
+"""What archives and XML may name: they would be loaded when they are met, and then no file can be read any more."""
+NOBODY: Final = Caller("", "", "", "", "")
+
+_decode = msgspec.json.Decoder(LibraryJob).decode
+
+
+def load() -> Perform:
+    library = catalog.load()
+    runs = {kind: library.implementation(kind) for kind, each in library.node_types.items() if each.cpu}
+    for encoding in ENCODINGS:
+        import_module(f"encodings.{encoding}")
+
+    def perform(raw: bytes, speaker: Speaker) -> Json | Result:
+        job = _decode(raw)
+        call = _call(msgspec.json.decode(job.config), speaker)
+        outcome = _finished(runs[job.type](call))
+        if call.unresolved:
+            speaker.unresolved(call.unresolved)
+        return cast("Json | Result", outcome)
+
+    return perform
+
+
+def confine(parent: int) -> None:
+    confinement.limit(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
+    confinement.limit_processes(0)
+    confinement.change_user()
+    confinement.give_up_rights()
+    confinement.die_with(parent)
+    system_calls.allow_only(system_calls.COMPUTING)
+
+
+def _call(config: Mapping[str, Json], speaker: Speaker) -> Call:
+    """Return a call that has nothing but a config and a log: no other part of it is for nodes that run here."""
+    return Call(
+        config=config,
+        data=None,
+        scope={},
+        conditions={},
+        values={},
+        unresolved=[],
+        log=speaker.log,
+        caller=NOBODY,
+        node_id="",
+        iteration="",
+        idempotency_key="",
+        attempt=1,
+        now=datetime.now(UTC),
+        services=cast("Services", None),
+    )
+
+
+def _finished(outcome: Any) -> Outcome:  # noqa: ANN401 - what a node returns, or a coroutine of it
+    """Run a coroutine that waits for nothing but its next turn, of which there is always one here."""
+    if not iscoroutine(outcome):
+        return cast("Outcome", outcome)
+    while True:
+        try:
+            outcome.send(None)
+        except StopIteration as end:
+            return cast("Outcome", end.value)

@@ -1,0 +1,128 @@
+"""Runs user code in Monty, an interpreter of a part of Python, whose process is a child of this one and no freer.
+
+Nothing is handed to the code that would lead out of it: no files, no functions, no modules of ours.
+"""
+
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from pydantic_monty import (
+    Monty,
+    MontyCrashedError,
+    MontyError,
+    MontyRuntimeError,
+    MontySyntaxError,
+    ResourceLimits,
+)
+
+from engine.errors import NodeError
+from nodes.children import confinement, system_calls
+from nodes.code import script
+from nodes.code.script import Printed
+from nodes.frames import CodeJob
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.children.child import Perform, Speaker
+
+MEMORY_BYTES: Final = 2 << 30
+"""Of each of the two processes; more than any limit of the code."""
+OPEN_FILES: Final = 64
+PROCESSES: Final = 64
+"""Its threads count too."""
+MAX_RECURSION_DEPTH: Final = 500
+MAX_SUSPENSIONS: Final = 1_000
+OUT_OF_TIME: Final = ("feed time limit exceeded", "sleep limit exceeded")
+
+_decode = msgspec.json.Decoder(CodeJob).decode
+
+
+def load() -> Perform:
+    return Interpreter(_binary()).perform
+
+
+def confine(parent: int) -> None:
+    del (
+        parent
+    )  # the pipe tells of its end: the interpreter must end too, and would not by a signal to this process
+    confinement.limit(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
+    if _is_for_all(_binary()) and confinement.change_user():
+        confinement.limit_processes(PROCESSES)
+    confinement.give_up_rights()
+    system_calls.refuse(system_calls.REACHING_OUT)
+    confinement.die_together()
+
+
+def _binary() -> Path:
+    """Return the interpreter, which is installed where Python is; raises `FileNotFoundError`."""
+    return Path(sys.executable).with_name("monty").resolve(strict=True)
+
+
+def _is_for_all(program: Path) -> bool:
+    """Tell whether any user may run a program, or its folders are closed to others."""
+    return all(path.stat().st_mode & stat.S_IXOTH for path in (program, *program.parents))
+
+
+class Interpreter:
+    """A process of Monty that never serves two organisations: the next one has a new one."""
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+        self._organization_id = ""
+        self._pool: Monty | None = None
+
+    def perform(self, raw: bytes, speaker: Speaker) -> Json:
+        job = _decode(raw)
+        printed = Printed(speaker)
+        try:
+            return script.result(self._run(job, printed))
+        except MontyCrashedError as error:
+            self._stop()
+            if error.timed_out:
+                raise script.too_slow(job.timeout_seconds) from error
+            raise NodeError("The interpreter of the code ended unexpectedly", code="crashed") from error
+        except MontyError as error:
+            raise _translated(error, job) from error
+        finally:
+            printed.end()
+
+    def _run(self, job: CodeJob, printed: Printed) -> object:
+        limits = ResourceLimits(
+            max_feed_duration_secs=job.timeout_seconds,
+            max_memory=job.max_memory_bytes,
+            max_recursion_depth=MAX_RECURSION_DEPTH,
+            max_suspensions=MAX_SUSPENSIONS,
+            max_total_sleep_secs=job.timeout_seconds,
+        )
+        inputs = msgspec.json.decode(job.inputs)
+        with self._pool_of(job.organization_id).checkout(limits=limits) as session:
+            return session.feed_run(job.source, inputs=inputs, print_callback=printed.write)
+
+    def _pool_of(self, organization_id: str) -> Monty:
+        if self._pool is None or organization_id != self._organization_id:
+            self._stop()
+            self._pool = Monty(binary_path=self._binary, max_processes=1).__enter__()
+            self._organization_id = organization_id
+        return self._pool
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.__exit__(None, None, None)
+            self._pool = None
+
+
+def _translated(error: MontyError, job: CodeJob) -> NodeError:
+    """Return what an exception of the code, or of its reading, is to the node."""
+    raised = error.exception()
+    message = str(raised)
+    if isinstance(raised, TimeoutError) and message.startswith(OUT_OF_TIME):
+        return script.too_slow(job.timeout_seconds)
+    if isinstance(raised, MemoryError):
+        return script.out_of_memory(job.max_memory_bytes)
+    frames = error.traceback() if isinstance(error, MontyRuntimeError | MontySyntaxError) else []
+    return script.code_error(type(raised).__name__, message, frames[-1].line if frames else None)

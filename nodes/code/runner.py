@@ -1,0 +1,79 @@
+"""User code, run in child processes by one of two backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine import patience
+from engine.errors import NodeError
+from engine.values import encode
+from nodes.code.backend import Backend
+from nodes.frames import CodeJob
+from nodes.processes import Kind, Listener, Processes
+
+if TYPE_CHECKING:
+    from engine.services import Caller, PrintLine
+    from engine.values import Json
+
+
+KINDS: Mapping[Backend, Kind] = {Backend.MONTY: Kind.MONTY, Backend.SUBPROCESS: Kind.PYTHON}
+
+
+class RefusedCode:
+    """Stands in where no code is run."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    async def run(
+        self,
+        _caller: Caller,
+        _source: str,
+        _inputs: Mapping[str, Json],
+        /,
+        *,
+        timeout_seconds: float,
+        max_memory_bytes: int,
+        print_line: PrintLine,
+    ) -> Json:
+        del timeout_seconds, max_memory_bytes, print_line
+        raise NodeError(self._reason, code="not-available")
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+class CodeRunner:
+    """Keeps the promise of `engine.services.Code`."""
+
+    def __init__(self, backend: Backend, *, limit: int) -> None:
+        """Run up to `limit` scripts at once, or more for the sake of fairness: see `nodes.fairness`."""
+        self._processes = Processes(KINDS[backend], limit=limit)
+
+    async def run(
+        self,
+        caller: Caller,
+        source: str,
+        inputs: Mapping[str, Json],
+        /,
+        *,
+        timeout_seconds: float,
+        max_memory_bytes: int,
+        print_line: PrintLine,
+    ) -> Json:
+        written = msgspec.Raw(await patience.patiently(encode, inputs))
+        job = CodeJob(caller.organization_id, source, written, timeout_seconds, max_memory_bytes)
+        result = await self._processes.run(
+            msgspec.json.encode(job),
+            Listener(print_line, []),
+            organization_id=caller.organization_id,
+            seconds=timeout_seconds,
+        )
+        return result.output
+
+    async def close(self) -> None:
+        """End the processes; to be called when nothing runs any more."""
+        await self._processes.close()

@@ -1,0 +1,406 @@
+"""MySQL and MariaDB, through asyncmy."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from asyncmy import converters, errors
+from asyncmy.connection import Connection
+from asyncmy.constants import CR, ER, FIELD_TYPE
+from asyncmy.cursors import SSCursor
+
+from engine.errors import NodeError
+from engine.services import Rows, Upsert
+from nodes import sql_text
+from nodes.connections import session, sql_values
+from nodes.connections.endpoint import CONNECT_SECONDS, no_connection
+from nodes.connections.session import Gathering
+from nodes.connections.wire import BufferedWire
+from nodes.sizes import MAXIMUM_BYTES
+from nodes.sql_text import Dialect
+
+if TYPE_CHECKING:
+    import ssl
+
+    from engine.values import Json
+    from nodes.connections.endpoint import Endpoint
+    from nodes.sql_text import Statement
+
+    Convert = Callable[[Any], Json]
+
+FETCHED_ROWS = 500
+MAX_PLACES = 65_535
+WIRE_BYTES_PER_BYTE = 3
+"""A small number takes two bytes as JSON, with its comma, and six on the wire, but there it has no name."""
+RESET_CONNECTION = 0x1F
+BINARY = 63
+"""The character set of columns that hold bytes."""
+
+# Quotes mean the same on every server, what doesn't fit is an error instead of being cut off, and times are UTC.
+SESSION = (
+    "SET SESSION sql_mode = 'STRICT_ALL_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION', "
+    "time_zone = '+00:00', autocommit = 1"
+)
+UNIQUE_KEYS = (
+    "SELECT index_name, column_name FROM information_schema.statistics "
+    "WHERE non_unique = 0 AND table_schema = COALESCE(?, DATABASE()) AND table_name = ?"
+)
+
+DATES = frozenset({FIELD_TYPE.DATETIME, FIELD_TYPE.TIMESTAMP})
+TEXTS = frozenset({FIELD_TYPE.DATE, FIELD_TYPE.NEWDATE, FIELD_TYPE.TIME, *DATES})
+"""What the server writes of these is nearly ISO 8601 already, and may be what no `datetime` holds."""
+CONVERSIONS = {key: value for key, value in converters.conversions.items() if key not in TEXTS}
+
+RETRYABLE = frozenset({ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT})
+TIMED_OUT = frozenset({ER.QUERY_INTERRUPTED, 1969, 3024})
+"""The query was cut off by a limit: MariaDB's `max_statement_time`, MySQL's `max_execution_time`, or somebody."""
+UNAVAILABLE = frozenset(
+    {
+        ER.SERVER_SHUTDOWN, ER.CON_COUNT_ERROR, 1927, 4031,  # the connection was killed, or idle for too long
+        CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, CR.CR_CONN_HOST_ERROR, CR.CR_CONNECTION_ERROR,
+    }
+)  # fmt: skip
+REFUSED_LOGIN = frozenset(
+    {ER.ACCESS_DENIED_ERROR, ER.DBACCESS_DENIED_ERROR, ER.HOST_NOT_PRIVILEGED, 1698, 2059}
+)
+ACCOUNT = re.compile(r"'[^']*'@'[^']*'")
+DUPLICATES = re.compile(rb"Duplicates: (\d+)")
+
+
+async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext | None) -> MysqlSession:
+    """Connect and log in; raises `OSError` when nobody takes the connection, else `NodeError`."""
+    make: Any = Connection  # it has no types
+    connection = make(
+        host=address,
+        port=endpoint.port,
+        user=endpoint.user,
+        password=endpoint.password,
+        database=endpoint.database or None,
+        ssl=context,
+        charset="utf8mb4",
+        conv=CONVERSIONS,
+        connect_timeout=CONNECT_SECONDS,
+        autocommit=None,
+        local_infile=False,
+        program_name="pilotflame",
+    )
+    try:
+        await connection.connect()
+    except errors.MySQLError as error:
+        number = _number(error)
+        if number == ER.BAD_DB_ERROR:
+            raise no_connection("there is no such database", retryable=False) from error
+        if number in REFUSED_LOGIN:
+            raise no_connection("it refused the login", retryable=False) from error
+        raise (error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))) from error
+    except OSError:
+        raise  # of which an untrusted certificate is one, besides being a ValueError
+    except (LookupError, RuntimeError, TypeError, ValueError, struct.error) as error:
+        raise no_connection("what answered there is no such database", retryable=False) from error
+    opened = MysqlSession(connection)
+    try:
+        await opened.prepare()
+    except BaseException:
+        opened.abort()
+        raise
+    return opened
+
+
+class MysqlSession:
+    def __init__(self, connection: Any) -> None:  # noqa: ANN401 - a `Connection`, whose methods have no types
+        self._connection = connection
+        self._transport = connection._transport  # noqa: SLF001 - the driver lets go of it before it is closed
+        self._protocol = connection._proto  # noqa: SLF001
+        self._wire = BufferedWire(self._transport)
+        self._is_idle = True
+        self._is_mariadb = "MariaDB" in connection.get_server_info()
+
+    async def prepare(self) -> None:
+        """Set what the session goes by, after connecting and after each reset."""
+        with _translated():
+            await self._connection.query(SESSION)
+
+    async def query(
+        self,
+        statement: Statement,
+        parameters: Sequence[Json],
+        *,
+        max_rows: int,
+        max_bytes: int,
+        timeout_seconds: float,
+    ) -> Rows:
+        with self._at_work(timeout_seconds, max_bytes):
+            await self._limit_time(timeout_seconds)
+            await self._connection.query("START TRANSACTION READ ONLY")
+            rows = await self._read(statement, parameters, max_rows, max_bytes)
+            await self._connection.rollback()
+            return rows
+
+    async def _read(
+        self, statement: Statement, parameters: Sequence[Json], max_rows: int, max_bytes: int
+    ) -> Rows:
+        # The driver binds values on the server or streams rows, never both. So the text and the values are bound to
+        # variables, and the server prepares the statement, of which it takes one only, and runs it from there.
+        names = ["@query", *(f"@value{number}" for number in range(len(parameters)))]
+        await self._execute(
+            f"SET {', '.join(f'{name} = ?' for name in names)}", [_text(statement), *parameters]
+        )
+        await self._connection.query("PREPARE pilotflame FROM @query")
+        using = f" USING {', '.join(names[1:])}" if parameters else ""
+        cursor: Any = self._connection.cursor(SSCursor)
+        await cursor.execute(f"EXECUTE pilotflame{using}")
+        description = cursor.description or ()
+        gathering = Gathering(
+            [str(column[0]) for column in description], max_rows=max_rows, max_bytes=max_bytes
+        )
+        converted = [
+            (position, convert)
+            for position, column in enumerate(description)
+            if (convert := CONVERTERS.get(column[1])) is not None
+        ]
+        while description and (fetched := await cursor.fetchmany(FETCHED_ROWS)):
+            gathering.add(_rows_of(fetched, converted))
+        return gathering.rows()
+
+    async def write(
+        self,
+        table: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Json]],
+        *,
+        upsert: Upsert,
+        batch_rows: int,
+        timeout_seconds: float,
+    ) -> int:
+        name = sql_text.quoted_table(table, Dialect.MYSQL)
+        names = [sql_text.quoted(column, Dialect.MYSQL) for column in columns]
+        with self._at_work(timeout_seconds):
+            await self._limit_time(timeout_seconds)
+            await self._check_key(table, upsert)
+            bind = await self._binders(name, names)
+            written = 0
+            await self._connection.query("START TRANSACTION")
+            for batch in session.batches(rows, min(batch_rows, max(1, MAX_PLACES // len(columns)))):
+                places = ", ".join(f"({', '.join('?' * len(columns))})" for _ in batch)
+                insertion = f"INSERT INTO {name} ({', '.join(names)}) VALUES {places}"  # noqa: S608 - names are quoted, values are bound
+                values = [convert(value) for row in batch for convert, value in zip(bind, row, strict=True)]
+                result = await self._execute(insertion + _on_duplicate(columns, upsert), values)
+                written += _written(result)
+            await self._connection.commit()
+            return written
+
+    async def execute(
+        self, statement: Statement, parameters: Sequence[Json], *, timeout_seconds: float
+    ) -> int:
+        with self._at_work(timeout_seconds):
+            await self._limit_time(timeout_seconds)
+            result = await self._execute(_text(statement), parameters)
+            return int(result.affected_rows)
+
+    async def reset(self) -> bool:
+        try:
+            await self._connection._execute_command(RESET_CONNECTION, b"")  # noqa: SLF001 - the driver has no name for it
+            await self._connection._read_ok_packet()  # noqa: SLF001
+            await self.prepare()
+        except (errors.MySQLError, NodeError, OSError):
+            return False
+        return True
+
+    async def is_alive(self) -> bool:
+        try:
+            await self._connection.ping(reconnect=False)
+        except (errors.MySQLError, OSError):
+            return False
+        return True
+
+    async def close(self) -> None:
+        if self._is_idle and self._connection.connected:
+            await self._connection.ensure_closed()
+            return
+        # A server that is still at work takes no part in ending TLS, and the driver would keep all that it still sends.
+        self._transport.abort()
+        await self._protocol.wait_closed()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    @contextmanager
+    def _at_work(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
+        """Translate failures, of which being sent too much is one, and remember when nothing more is to come."""
+        self._is_idle = False
+        self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
+        try:
+            with _translated(timeout_seconds):
+                yield
+        except NodeError:
+            if self._wire.is_exceeded:
+                raise session.too_large(max_bytes) from None
+            raise
+        self._is_idle = True
+
+    async def _limit_time(self, timeout_seconds: float) -> None:
+        limit = (
+            f"max_statement_time = {timeout_seconds:.3f}"
+            if self._is_mariadb
+            else f"max_execution_time = {max(1, int(timeout_seconds * 1000))}"
+        )
+        await self._connection.query(
+            f"SET SESSION {limit}, innodb_lock_wait_timeout = {int(timeout_seconds) + 1}"
+        )
+
+    async def _execute(self, text: str, values: Sequence[Json]) -> Any:  # noqa: ANN401 - a result of the driver
+        """Run one statement, prepared by the server, with its values bound there."""
+        prepared = await self._connection.prepare(text)
+        result = await prepared.execute([_bound(value) for value in values])
+        await prepared.close()
+        return result
+
+    async def _check_key(self, table: str, upsert: Upsert) -> None:
+        """Refuse a key that the table doesn't hold unique: the server would add rows instead of changing them."""
+        if not upsert.key:
+            return
+        schema, _, name = table.rpartition(".")
+        found = await self._execute(UNIQUE_KEYS, [schema or None, name])
+        columns_of: dict[str, set[str]] = {}
+        for index, column in found.rows:
+            columns_of.setdefault(str(index), set()).add(str(column).lower())
+        if {column.lower() for column in upsert.key} not in columns_of.values():
+            key = ", ".join(upsert.key)
+            raise NodeError(
+                f"The table {table[:100]} has no unique key of just {key[:200]}", code="sql-error"
+            )
+
+    async def _binders(self, table: str, names: Sequence[str]) -> Sequence[Convert]:
+        """Return what makes a value of each column of it, by the columns' types."""
+        cursor: Any = self._connection.cursor()
+        await cursor.execute(f"SELECT {', '.join(names)} FROM {table} LIMIT 0")  # noqa: S608 - names are quoted
+        fields = cursor._result.fields  # noqa: SLF001 - where the driver says which columns hold bytes
+        return [_binder(field.type_code, field.charsetnr) for field in fields]
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _text(statement: Statement) -> str:
+    return statement.with_places("?" * statement.values)
+
+
+def _bound(value: Json | bytes) -> str | int | float | bytes | None:
+    if isinstance(value, bytes):
+        return value
+    plain = sql_values.to_plain(value)
+    return str(plain) if isinstance(plain, int) and plain.bit_length() >= 64 else plain  # noqa: PLR2004 - bits
+
+
+def _binder(type_code: int, charset: int) -> Convert:
+    if type_code in DATES:
+        return _to_date
+    if type_code == FIELD_TYPE.JSON:
+        return lambda value: None if value is None else sql_values.to_json_text(value)
+    if charset == BINARY and type_code in {FIELD_TYPE.BLOB, FIELD_TYPE.STRING, FIELD_TYPE.VAR_STRING}:
+        return sql_values.to_bytes  # type: ignore[return-value]  # bytes are bound, though no JSON
+    return lambda value: value
+
+
+def _to_date(value: Json) -> Json:
+    """Return a time in UTC where it names an offset, which not every server understands."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = datetime.fromisoformat(value)
+    except ValueError:
+        return value
+    return value if parsed.tzinfo is None else parsed.astimezone(UTC).replace(tzinfo=None).isoformat(" ")
+
+
+def _rows_of(fetched: Sequence[Sequence[Any]], converted: Sequence[tuple[int, Convert]]) -> list[list[Json]]:
+    rows = [list(row) for row in fetched]
+    for position, convert in converted:
+        for row in rows:
+            value = row[position]
+            if value is not None:
+                row[position] = convert(value)
+    return rows
+
+
+def _maybe_bytes(value: str | bytes) -> Json:
+    return sql_values.of_bytes(value) if isinstance(value, bytes) else value
+
+
+CONVERTERS: dict[int, Convert] = {
+    FIELD_TYPE.DECIMAL: sql_values.of_decimal,
+    FIELD_TYPE.NEWDECIMAL: sql_values.of_decimal,
+    FIELD_TYPE.FLOAT: sql_values.of_float,
+    FIELD_TYPE.DOUBLE: sql_values.of_float,
+    FIELD_TYPE.DATETIME: lambda value: value.replace(" ", "T"),
+    FIELD_TYPE.TIMESTAMP: lambda value: value.replace(" ", "T") + "+00:00",
+    FIELD_TYPE.JSON: sql_values.of_json,
+    FIELD_TYPE.BIT: lambda value: int.from_bytes(value, "big"),
+    **dict.fromkeys(
+        (
+            FIELD_TYPE.TINY_BLOB, FIELD_TYPE.MEDIUM_BLOB, FIELD_TYPE.LONG_BLOB, FIELD_TYPE.BLOB,
+            FIELD_TYPE.VARCHAR, FIELD_TYPE.VAR_STRING, FIELD_TYPE.STRING, FIELD_TYPE.GEOMETRY,
+        ),
+        _maybe_bytes,
+    ),
+}  # fmt: skip
+
+
+def _on_duplicate(columns: Sequence[str], upsert: Upsert) -> str:
+    if not upsert.key:
+        return ""
+    others = [sql_text.quoted(column, Dialect.MYSQL) for column in columns if column not in upsert.key]
+    if not upsert.update or not others:
+        key = sql_text.quoted(upsert.key[0], Dialect.MYSQL)
+        return f" ON DUPLICATE KEY UPDATE {key} = {key}"
+    return f" ON DUPLICATE KEY UPDATE {', '.join(f'{name} = VALUES({name})' for name in others)}"
+
+
+def _written(result: Any) -> int:  # noqa: ANN401 - a result of the driver
+    """Return how many rows were inserted or changed: the server counts those twice that were there and changed."""
+    duplicates = DUPLICATES.search(result.message or b"")
+    if duplicates is not None:
+        return int(result.affected_rows) - int(duplicates[1])
+    return min(int(result.affected_rows), 1)
+
+
+# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _translated(timeout_seconds: float = 0) -> Iterator[None]:
+    try:
+        yield
+    except errors.MySQLError as error:
+        raise _node_error(error, timeout_seconds) from error
+    except UnicodeError as error:
+        message = "A text of the result is not in the character set that its column names"
+        raise NodeError(message, code="sql-error") from error
+    except RuntimeError as error:
+        # So the driver answers a server that asks for a file of this machine.
+        raise NodeError(
+            "The server asked for a local file, which it doesn't get", code="statement-refused"
+        ) from error
+    except OSError as error:
+        if isinstance(error, TimeoutError):
+            raise
+        raise no_connection("it was lost") from error
+
+
+def _node_error(error: errors.MySQLError, timeout_seconds: float) -> NodeError:
+    number = _number(error)
+    if number in TIMED_OUT:
+        return session.timed_out(timeout_seconds)
+    if number in UNAVAILABLE or isinstance(error, errors.InterfaceError):
+        return no_connection("it was lost")
+    text = ACCOUNT.sub("the user", session.said(error.args[-1] if error.args else error))
+    return NodeError(f"The database refused: {text}", code="sql-error", retryable=number in RETRYABLE)
+
+
+def _number(error: errors.MySQLError) -> int:
+    return error.args[0] if error.args and isinstance(error.args[0], int) else 0

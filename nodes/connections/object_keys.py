@@ -1,0 +1,27 @@
+"""Names of objects: the same to every server, proxy and file system, or refused."""
+
+from __future__ import annotations
+
+import re
+
+from engine.errors import NodeError
+
+MAX_KEY_BYTES = 1_024
+UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def check(key: str) -> str:
+    """Return the key; raises `NodeError` for one that could lead somewhere else."""
+    if not key or len(usable(key).encode()) > MAX_KEY_BYTES:
+        raise NodeError(f"A key must have 1 to {MAX_KEY_BYTES:,} bytes", code="invalid-key")
+    if key.startswith("/") or any(part in {".", ".."} for part in key.split("/")):
+        message = f"The key {key[:100]!r} begins with a slash, or has `.` or `..` between slashes"
+        raise NodeError(message, code="invalid-key")
+    return key
+
+
+def usable(text: str) -> str:
+    """Return a key or the beginning of one; raises `NodeError` for what no key has."""
+    if UNUSABLE.search(text):
+        raise NodeError("A key can't have control characters", code="invalid-key")
+    return text

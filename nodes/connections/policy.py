@@ -1,0 +1,137 @@
+"""Where a data source may lead: never to the server's own database, and inside only where the operator allows it.
+
+A name is resolved once for each connection, every address of the answer is checked, and one of those is connected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from engine.errors import NodeError
+from nodes import addresses
+
+if TYPE_CHECKING:
+    from nodes.addresses import Address
+    from nodes.outbound import Network
+
+Resolve = Callable[[str], Awaitable[Sequence[str]]]
+"""From a host name to the texts of its addresses, the preferred one first; raises OSError."""
+
+MAX_ADDRESSES: Final = 16
+RESOLVE_SECONDS: Final = 5
+FIRST_UNPRIVILEGED_PORT: Final = 1024
+PRIVILEGED_PORTS: Final = frozenset({443})
+POSTGRESQL_PORT: Final = 5432
+
+
+@dataclass(frozen=True)
+class OwnDatabase:
+    """Where the server keeps its own data: a database of PostgreSQL, or the file of SQLite."""
+
+    host: str = ""
+    """A name or an address; a folder, or nothing, for a socket of this machine."""
+    port: int = POSTGRESQL_PORT
+    database: str = ""
+    file: Path | None = None
+
+    @classmethod
+    def of_url(cls, url: str) -> Self:
+        """Take the address that the server itself is configured with."""
+        parts = urlsplit(url)
+        if parts.scheme.startswith("sqlite"):
+            return cls(file=Path(unquote(parts.path.removeprefix("/"))))
+        query = parse_qs(parts.query)
+        host = query.get("host", [parts.hostname or ""])[0]
+        port = int(query.get("port", [parts.port or POSTGRESQL_PORT])[0])
+        return cls(host, port, unquote(parts.path.removeprefix("/")) or unquote(parts.username or ""))
+
+
+@dataclass(frozen=True)
+class ConnectionPolicy:
+    allowed_networks: tuple[Network, ...] = ()
+    """What may be connected, although it is not public."""
+    own_databases: tuple[OwnDatabase, ...] = ()
+    files: Path | None = None
+    """The folder with one for each organisation, for SQLite; None: there are no files where this runs."""
+    idle_seconds: float = 60
+    max_connections_per_source: int = 5
+    max_file_bytes: int = 1_000_000_000
+    """As large as a SQLite file may grow."""
+
+
+async def checked_addresses(
+    policy: ConnectionPolicy, resolve: Resolve, *, host: str, port: int, database: str
+) -> Sequence[Address]:
+    """Return the addresses of a database server, each of which may be connected; raises `NodeError`."""
+    found = await _addresses_of(host, resolve)
+    for address in found:
+        _check(policy, host, address, port)
+    for own in policy.own_databases:
+        if (own.port, own.database) == (port, database) and await _is_at(own, found, resolve):
+            raise NodeError("The data source is the server's own database", code="address-not-allowed")
+    return found
+
+
+def _check(policy: ConnectionPolicy, host: str, address: Address, port: int) -> None:
+    """Keeps the address out of its message: what a name means inside the network is nobody's to learn."""
+    if any(address in network for network in policy.allowed_networks):
+        return
+    if not addresses.is_public(address):
+        raise NodeError(f"{host[:100]} is not a public address", code="address-not-allowed")
+    if port < FIRST_UNPRIVILEGED_PORT and port not in PRIVILEGED_PORTS:
+        raise NodeError(f"Port {port} is not allowed", code="address-not-allowed")
+
+
+async def _addresses_of(host: str, resolve: Resolve) -> Sequence[Address]:
+    try:
+        name = addresses.canonical_host(f"[{host}]" if ":" in host else host)
+    except ValueError as error:
+        raise NodeError(f"{host[:100]!r} is no valid host", code="address-not-allowed") from error
+    try:
+        return [addresses.unmapped(name)]
+    except ValueError:
+        pass
+    try:
+        async with asyncio.timeout(RESOLVE_SECONDS):
+            found = [addresses.unmapped(text) for text in (await resolve(name))[:MAX_ADDRESSES]]
+    except OSError as error:
+        raise NodeError(f"{name} can't be resolved", code="connection-failed", retryable=True) from error
+    if not found:
+        raise NodeError(f"{name} has no address", code="connection-failed", retryable=True)
+    return found
+
+
+async def _is_at(own: OwnDatabase, found: Sequence[Address], resolve: Resolve) -> bool:
+    """Tell whether one of the addresses leads to the machine of the server's own database."""
+    if own.file is not None:
+        return False
+    if not own.host or own.host.startswith("/"):
+        return any(is_of_this_machine(address) for address in found)
+    try:
+        own_addresses = await _addresses_of(own.host, resolve)
+    except NodeError:
+        return False
+    if any(address in own_addresses for address in found):
+        return True
+    # localhost, a loopback and the machine's address in its network are one server under three names.
+    return any(map(is_of_this_machine, own_addresses)) and any(map(is_of_this_machine, found))
+
+
+def is_of_this_machine(address: Address) -> bool:
+    """Tell whether something that listens here may be reached under an address."""
+    if address.is_loopback or address.is_unspecified:
+        return True
+    family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True

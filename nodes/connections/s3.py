@@ -1,0 +1,303 @@
+"""A bucket of a user, reached by the client that connects only to addresses which it has checked.
+
+An S3 library would look up the endpoint by itself, behind that check, and find credentials of the machine where a user
+gave none: requests are few and simple, so they are signed here instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote
+
+from engine.errors import NodeError
+from engine.services import StoredObject
+from nodes import addresses, markup
+from nodes.connections import object_keys, signature
+from nodes.connections.signature import Signer
+from nodes.outbound import Network, Outbound, OutboundPolicy, OutboundRefused, OutboundUnavailable
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.connections.source import Source
+    from nodes.outbound import OutboundResponse
+
+MAX_OBJECT_BYTES = 50_000_000
+LONGEST_SECONDS = 600
+"""For one exchange; how long all of an operation may take is said by whoever asks for it."""
+MAX_PAGE = 1_000
+REGION = re.compile(r"[a-z0-9-]{1,40}")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+ERROR_CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
+TOTAL = re.compile(r"bytes \d+-\d+/(\d{1,18})")
+
+FIRST_ERROR = 400
+FORBIDDEN = frozenset({401, 403})
+NOT_FOUND = 404
+NOT_SATISFIABLE = 416
+MOVED = range(300, 400)
+RETRYABLE_BELOW_500 = frozenset({408, 409, 425, 429})
+FIRST_SERVER_ERROR = 500
+
+
+class Policy(Protocol):
+    """What the operator allows."""
+
+    @property
+    def allowed_networks(self) -> tuple[Network, ...]: ...
+
+
+async def open_bucket(source: Source, policy: Policy) -> S3Bucket:
+    """Return the bucket of a data source, which is first asked when it is used; raises `NodeError`."""
+    way_out = OutboundPolicy(allowed_networks=policy.allowed_networks, max_response_bytes=MAX_OBJECT_BYTES)
+    place = Place.of(source.settings)
+    return S3Bucket(place, _signer(source, place.region), lambda: Outbound(way_out))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the objects are, in checked parts."""
+
+    origin: str
+    """`https://bucket.s3.eu-west-1.amazonaws.com`."""
+    host: str
+    root: str
+    """Stands before every key in a path: empty, or the name of the bucket."""
+    prefix: str
+    """Stands before every key: empty, or ends in a slash."""
+    region: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Json]) -> Place:
+        """Return the place that the settings of a data source name; raises `NodeError`."""
+        bucket, region = _text(settings, "bucket"), _text(settings, "region") or "us-east-1"
+        if not BUCKET.fullmatch(bucket) or ".." in bucket:
+            raise _invalid("`bucket` must be the name of a bucket")
+        if not REGION.fullmatch(region):
+            raise _invalid("`region` must be the name of a region")
+        prefix = _text(settings, "prefix").strip("/")
+        if prefix:
+            object_keys.check(prefix)
+            prefix += "/"
+        try:
+            target = addresses.parse(_text(settings, "endpoint") or f"https://s3.{region}.amazonaws.com")
+        except ValueError as error:
+            raise _invalid(f"`endpoint` can't be used: {error}") from error
+        if target.path != "/" or target.query:
+            raise _invalid("`endpoint` must be an address without a path")
+        # No certificate is for two more labels, and no number has a subdomain.
+        in_path = settings.get("pathStyle") is True or "." in bucket or _is_number(target.host)
+        host = target.authority if in_path else f"{bucket}.{target.authority}"
+        return cls(f"{target.scheme}://{host}", host, f"{bucket}/" if in_path else "", prefix, region)
+
+
+class S3Bucket:
+    """Keeps the promises of `engine.services.Bucket`; between two operations nothing of it is open."""
+
+    def __init__(self, place: Place, signer: Signer, open_client: Callable[[], Outbound]) -> None:
+        """Each operation has a client of its own, and closes it."""
+        self._place = place
+        self._signer = signer
+        self._open_client = open_client
+
+    async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
+        """Return an object; more than `max_bytes` are neither sent nor kept."""
+        # One byte more is asked for, so that an object which is too large shows it.
+        headers = {"range": f"bytes=0-{max_bytes}"}
+        async with self._client(timeout_seconds) as client:
+            response = await self._send(client, "GET", self._full(key), headers=headers)
+        if response.status == NOT_SATISFIABLE:
+            return b""  # no range fits into an object without a byte
+        _check(response, f"the object {key!r}")
+        if len(response.body) > max_bytes:
+            total = TOTAL.fullmatch(response.headers.get("content-range", ""))
+            size = f"{int(total[1]):,}" if total else f"more than {max_bytes:,}"
+            message = f"The object {key!r} has {size} bytes; at most {max_bytes:,} are read"
+            raise NodeError(message, code="object-too-large")
+        return response.body
+
+    async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
+        """Write an object whole; see `Bucket.put`."""
+        if len(content) > MAX_OBJECT_BYTES:
+            message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
+            raise NodeError(message, code="object-too-large")
+        headers = {"content-type": media_type}
+        async with self._client(timeout_seconds) as client:
+            response = await self._send(client, "PUT", self._full(key), headers=headers, body=content)
+        _check(response, "the bucket")
+        return response.headers.get("etag", "").strip('"')
+
+    async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
+        """Return all objects below a prefix, by key; fails where there are more than `max_objects`."""
+        found: list[StoredObject] = []
+        token: str | None = ""
+        async with self._client(timeout_seconds) as client:
+            while token is not None:
+                page = await self._page(client, prefix, token, at_most=max_objects + 1 - len(found))
+                found += page.objects
+                if len(found) > max_objects:
+                    message = f"More than {max_objects:,} objects are there: take a longer prefix"
+                    raise NodeError(message, code="too-many-objects")
+                token = page.token
+        return found
+
+    @asynccontextmanager
+    async def _client(self, timeout_seconds: float) -> AsyncIterator[Outbound]:
+        client = self._open_client()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                yield client
+        except TimeoutError as error:
+            message = f"The bucket took longer than {timeout_seconds:g} s"
+            raise NodeError(message, code="timed-out", retryable=True) from error
+        finally:
+            await client.close()
+
+    async def _page(self, client: Outbound, prefix: str, token: str, *, at_most: int) -> Listing:
+        query = {
+            "list-type": "2",
+            "prefix": self._place.prefix + object_keys.usable(prefix),
+            "max-keys": str(min(at_most, MAX_PAGE)),
+            "encoding-type": "url",
+            **({"continuation-token": token} if token else {}),
+        }
+        response = await self._send(client, "GET", "", query=query)
+        _check(response, "the bucket")
+        listing = Listing(self._place.prefix)
+        await markup.read(response.body, listing, Turn())
+        if listing.is_truncated and listing.token in {None, token}:
+            raise _not_understood()
+        return listing
+
+    def _full(self, key: str) -> str:
+        return self._place.prefix + object_keys.check(key)
+
+    async def _send(
+        self,
+        client: Outbound,
+        method: str,
+        key: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> OutboundResponse:
+        place, query = self._place, query or {}
+        path = f"/{place.root}{key}"
+        signed = self._signer.headers(method, place.host, path, query, headers or {}, body, datetime.now(UTC))
+        url = f"{place.origin}{signature.encoded_path(path)}"
+        try:
+            return await client.request(
+                method,
+                f"{url}?{signature.encoded_query(query)}" if query else url,
+                headers=signed,
+                body=body or None,
+                timeout_seconds=LONGEST_SECONDS,
+                follow_redirects=False,
+            )
+        except OutboundRefused as error:
+            raise NodeError(_sentence(error.message), code=error.code.value) from error
+        except OutboundUnavailable as error:
+            raise NodeError(_sentence(error.message), code=error.code.value, retryable=True) from error
+
+
+class Listing:
+    """One page of a listing, as its XML is read."""
+
+    def __init__(self, root: str) -> None:
+        self.objects: list[StoredObject] = []
+        self.is_truncated = False
+        self.token: str | None = None
+        self._root = root
+        self._fields: dict[str, str] = {}
+        self._texts: list[str] = []
+
+    def start(self, name: str, _attributes: Mapping[str, str]) -> None:
+        self._texts.clear()
+        if name == "Contents":
+            self._fields.clear()
+
+    def text(self, text: str) -> None:
+        self._texts.append(text)
+
+    def end(self, name: str) -> None:
+        text = "".join(self._texts)
+        match name:
+            case "Key" | "Size" | "ETag" | "LastModified":
+                self._fields[name] = text
+            case "IsTruncated":
+                self.is_truncated = text == "true"
+            case "NextContinuationToken":
+                self.token = text
+            case "Contents":
+                self.objects.append(self._object())
+
+    def _object(self) -> StoredObject:
+        try:
+            return StoredObject(
+                key=unquote(self._fields["Key"], errors="strict").removeprefix(self._root),
+                size=int(self._fields["Size"]),
+                etag=self._fields.get("ETag", "").strip('"'),
+                modified_at=datetime.fromisoformat(self._fields["LastModified"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise _not_understood() from error
+
+
+def _check(response: OutboundResponse, what: str) -> None:
+    """Raise for an answer that isn't one of success: S3's own code for it is told, never the text beside."""
+    status = response.status
+    if status in MOVED:
+        region = response.headers.get("x-amz-bucket-region", "")
+        hint = f"in {region}" if REGION.fullmatch(region) else "elsewhere"
+        raise NodeError(f"The bucket is {hint}: mend the region or endpoint", code="wrong-region")
+    if status < FIRST_ERROR:
+        return
+    match = ERROR_CODE.search(response.body)
+    reason = match[1].decode() if match else ""
+    if status == NOT_FOUND and reason != "NoSuchBucket":
+        raise NodeError(f"There is nothing like {what}", code="object-not-found")
+    message = f"S3 answered {status} {reason} about {what}".replace("  ", " ")
+    code = "access-denied" if status in FORBIDDEN else f"s3-{status}"
+    is_retryable = status in RETRYABLE_BELOW_500 or status >= FIRST_SERVER_ERROR
+    raise NodeError(message, code=code, retryable=is_retryable)
+
+
+def _signer(source: Source, region: str) -> Signer:
+    access_key_id = _text(source.settings, "accessKeyId")
+    secret_access_key = source.secrets.get("secretAccessKey", "")
+    if not access_key_id or not secret_access_key:
+        raise _invalid("`accessKeyId` and `secretAccessKey` are needed")
+    return Signer(access_key_id, secret_access_key, region, source.secrets.get("sessionToken") or None)
+
+
+def _text(settings: Mapping[str, Json], name: str) -> str:
+    value = settings.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _invalid(message: str) -> NodeError:
+    return NodeError(f"The data source can't be used: {message}", code="invalid-data-source")
+
+
+def _not_understood() -> NodeError:
+    return NodeError("The bucket's listing can't be read", code="invalid-response")
+
+
+def _sentence(message: str) -> str:
+    return message[:1].upper() + message[1:]

@@ -1,0 +1,78 @@
+"""Values of databases as JSON has them.
+
+A decimal is a number where a double or a whole number holds it exactly, else a text. Dates and times are ISO 8601,
+bytes are Base64, NaN and the infinities, which JSON lacks, are null. What has no form of its own in JSON is its text.
+"""
+
+from __future__ import annotations
+
+import math
+from base64 import b64decode, b64encode
+from binascii import Error as InvalidBase64
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine.errors import NodeError
+from engine.values import MAX_DEPTH, InvalidJson, decode
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+ROWS_DEPTH = 4
+"""What a value stands in: an output, its rows, a row."""
+MAX_DIGITS = 308
+
+_encode = msgspec.json.Encoder().encode
+
+
+def of_decimal(value: Decimal) -> Json:
+    if not value.is_finite():
+        return None
+    if value.adjusted() > MAX_DIGITS:
+        return str(value)
+    if value == value.to_integral_value():
+        return int(value)
+    as_float = float(value)
+    return as_float if Decimal(repr(as_float)) == value else str(value)
+
+
+def of_float(value: float) -> Json:
+    return value if math.isfinite(value) else None
+
+
+def of_bytes(value: bytes) -> Json:
+    return b64encode(value).decode()
+
+
+def of_json(text: str | bytes) -> Json:
+    """Return the value of a column that holds JSON; where it isn't JSON as it is kept here, its text."""
+    raw = text.encode() if isinstance(text, str) else text
+    try:
+        return decode(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)
+    except InvalidJson:
+        return raw.decode(errors="replace")
+
+
+def to_bytes(value: Json) -> bytes | None:
+    """Return the bytes that a Base64 text stands for; raises `NodeError` for anything else."""
+    if value is None:
+        return None
+    try:
+        return b64decode(value if isinstance(value, str) else "?", validate=True)
+    except InvalidBase64 as error:
+        raise NodeError("What goes into a column of bytes must be Base64", code="invalid-rows") from error
+
+
+def to_json_text(value: Json) -> str:
+    return _encode(value).decode()
+
+
+def to_plain(value: Json) -> str | int | float | None:
+    """Return a value as databases without JSON take it: objects and lists as JSON texts, booleans as 0 and 1."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, dict | list):
+        return to_json_text(value)
+    return value

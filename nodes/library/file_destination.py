@@ -1,0 +1,16 @@
+"""A value is written to the organisation's folder as one file, which replaces the one before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nodes.library import s3_destination
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json:
+    written = await s3_destination.write(call, await call.services.files.folder(call.caller))
+    return {name: written[name] for name in ("key", "size", "contentType")}

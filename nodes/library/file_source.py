@@ -1,0 +1,15 @@
+"""A file of the organisation's folder is read, or what there is below a prefix is listed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nodes.library import s3_source
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json:
+    return await s3_source.read(call, await call.services.files.folder(call.caller))

@@ -1,0 +1,60 @@
+"""A person is asked, and the engine waits for the answer."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, cast
+
+from engine.node import Await, Awaited, Result
+from nodes import fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from engine.node import Call
+    from engine.values import Json
+
+LONGEST_SECONDS: Final = 31_536_000
+EXPIRED: Final = "expired"
+NO_ANSWER: Final[Mapping[str, Json]] = {"data": None, "choice": None, "by": None, "at": None}
+
+
+class OnExpiry(StrEnum):
+    """What follows when nobody has answered in time."""
+
+    FAIL = "fail"
+    CONTINUE = "continue"
+
+
+def run(call: Call) -> Await:
+    on_expiry = fields.choice(call.config, "onExpiry", OnExpiry)
+    return Await(
+        Awaited.INPUT,
+        request=_request(call.config),
+        expires_at=_expires_at(call),
+        expired=Result(dict(NO_ANSWER), port=EXPIRED) if on_expiry is OnExpiry.CONTINUE else None,
+    )
+
+
+def _request(config: Mapping[str, Json]) -> Json:
+    """Return what is shown to whoever may answer."""
+    request: dict[str, Json] = {"title": fields.text(config, "title")}
+    if "description" in config:
+        request["description"] = fields.text(config, "description")
+    if "schema" in config:
+        request["schema"] = config["schema"]
+    if "choices" in config:
+        choices = cast("list[dict[str, Json]]", config["choices"])
+        request["choices"] = [
+            {"port": choice["port"], "label": choice.get("label", choice["port"])} for choice in choices
+        ]
+    return request
+
+
+def _expires_at(call: Call) -> datetime | None:
+    if "expiresInSeconds" not in call.config:
+        return None
+    seconds = fields.number(call.config, "expiresInSeconds", minimum=1, maximum=LONGEST_SECONDS)
+    return call.now + timedelta(seconds=seconds)

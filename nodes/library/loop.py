@@ -1,0 +1,30 @@
+"""Each item has its turn: the engine sees to that."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from engine.node import Each
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+
+MAX_CONCURRENCY: Final = 100
+
+
+class OnItemError(StrEnum):
+    """What a turn that fails does to its loop."""
+
+    FAIL = "fail"
+    CONTINUE = "continue"
+
+
+def run(call: Call) -> Each:
+    items = {"items": call.config.get("items", call.data)}
+    return Each(
+        fields.sequence(items, "items"),
+        concurrency=int(fields.number(call.config, "concurrency", minimum=1, maximum=MAX_CONCURRENCY)),
+        goes_on=fields.choice(call.config, "onItemError", OnItemError) is OnItemError.CONTINUE,
+    )

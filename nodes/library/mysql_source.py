@@ -1,0 +1,16 @@
+"""Rows are read from a MySQL database, in a transaction that can't write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nodes import sql_nodes
+from nodes.sql_text import Dialect
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json:
+    return await sql_nodes.read(call, Dialect.MYSQL)

@@ -1,0 +1,13 @@
+"""The clock starts the workflow; the moment is the data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+def run(call: Call) -> Json:
+    return call.data

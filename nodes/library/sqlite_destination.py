@@ -1,0 +1,16 @@
+"""Rows are written to a table of a SQLite database, all of them or none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nodes import sql_nodes
+from nodes.sql_text import Dialect
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json:
+    return await sql_nodes.write(call, Dialect.SQLITE)

@@ -1,0 +1,26 @@
+"""Another workflow is run, once for this node however often the node is, and its end is the answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.node import Await, Awaited
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+
+async def run(call: Call) -> Json | Await:
+    is_awaited = fields.flag(call.config, "wait")
+    execution_id = await call.services.runs.start(
+        call.caller,
+        fields.text(call.config, "workflowId"),
+        call.config.get("inputs", call.data),
+        node_id=call.node_id,
+        iteration=call.iteration,
+        awaited=is_awaited,
+    )
+    started: Json = {"executionId": execution_id}
+    return Await(Awaited.RUN, request=started) if is_awaited else started

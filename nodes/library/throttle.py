@@ -1,0 +1,41 @@
+"""Each run takes the next place at the rate that its key allows, and waits for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from engine.errors import NodeError
+from engine.node import Wait
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAX_LIMIT: Final = 100_000
+MIN_SECONDS: Final = 0.1
+MAX_SECONDS: Final = 86_400
+MAX_WAIT_SECONDS: Final = 604_800
+MAX_KEY_LENGTH: Final = 200
+
+
+async def run(call: Call) -> Json | Wait:
+    place = await call.services.pace.reserve(
+        call.caller,
+        _key(call),
+        limit=int(fields.number(call.config, "limit", minimum=1, maximum=MAX_LIMIT)),
+        per_seconds=fields.number(call.config, "perSeconds", minimum=MIN_SECONDS, maximum=MAX_SECONDS),
+        max_wait_seconds=fields.number(call.config, "maxWaitSeconds", minimum=0, maximum=MAX_WAIT_SECONDS),
+    )
+    return call.data if place <= call.now else Wait(place, output=call.data)
+
+
+def _key(call: Call) -> str:
+    """Return what the rate is shared by; keys that were chosen and those that weren't can't be the same."""
+    if "key" not in call.config:
+        return f"node:{call.caller.workflow_id}:{call.node_id}"
+    key = fields.text(call.config, "key")
+    if not 1 <= len(key) <= MAX_KEY_LENGTH or "\0" in key:
+        message = f"`key` must have 1 to {MAX_KEY_LENGTH} characters, and no NUL"
+        raise NodeError(message, code="invalid-config")
+    return f"key:{key}"

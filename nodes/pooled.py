@@ -1,0 +1,69 @@
+"""The catalogue of a shared worker: nodes that may compute for long run in child processes, all others in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from engine import patience
+from engine.node import Cpu
+from engine.values import encode
+from nodes.catalog import Catalog
+from nodes.frames import LibraryJob
+from nodes.processes import Listener
+
+if TYPE_CHECKING:
+    from engine.node import Call, Outcome, Run
+    from nodes.processes import Processes
+
+IN_PLACE_BYTES: Final = 4_096
+"""A config that isn't larger, as JSON, is no work: sending it elsewhere would take as long."""
+DEADLINE_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class PooledCatalog(Catalog):
+    """Every node type, with a place to run for those that need one."""
+
+    processes: Processes
+
+    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+        match self.get(type).cpu:
+            case None:
+                return super().implementation(type)
+            case Cpu.ALWAYS:
+                return self._elsewhere(type)
+            case Cpu.LARGE:
+                return self._where_it_fits(super().implementation(type), self._elsewhere(type))
+
+    def _elsewhere(self, type: str) -> Run:  # noqa: A002 - the field's own word
+        async def run(call: Call) -> Outcome:
+            return await self.processes.run(
+                await patience.patiently(_job, type, call),
+                Listener(call.log, call.unresolved),
+                organization_id=call.caller.organization_id,
+                seconds=DEADLINE_SECONDS,
+            )
+
+        return run
+
+    def _where_it_fits(self, here: Run, elsewhere: Run) -> Run:
+        async def run(call: Call) -> Outcome:
+            outcome = here(call) if _is_small(call) else elsewhere(call)
+            return await outcome if isawaitable(outcome) else outcome
+
+        return run
+
+
+def _job(type: str, call: Call) -> bytes:  # noqa: A002 - the field's own word
+    return msgspec.json.encode(LibraryJob(type, msgspec.Raw(encode(call.config))))
+
+
+def _is_small(call: Call) -> bool:
+    try:
+        return len(patience.quick(encode, call.config)) <= IN_PLACE_BYTES
+    except patience.TakesLong:
+        return False

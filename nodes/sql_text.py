@@ -1,0 +1,216 @@
+"""SQL as its author wrote it, taken apart far enough to know where values belong and where a statement ends.
+
+The databases themselves refuse a second statement and whatever a session may not do. What is read here says so in words
+that help, before anything is sent, and never takes a `?` inside a text, a name or a comment for the place of a value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+MAX_CHARACTERS: Final = 100_000
+MAX_NAME_BYTES: Final = 64
+"""MySQL's limit; PostgreSQL would cut off a name after 63 and go on with what is left."""
+MAX_NAME_PARTS: Final = 3
+
+READING: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW", "EXPLAIN", "DESCRIBE", "DESC"})
+WRITING: Final = frozenset(
+    {
+        "INSERT", "REPLACE", "UPDATE", "DELETE", "MERGE", "WITH", "CREATE", "ALTER", "DROP", "TRUNCATE",
+    }
+)  # fmt: skip
+
+
+class Dialect(StrEnum):
+    """Whose SQL it is; the value is the type of the data source."""
+
+    POSTGRESQL = "postgresql"
+    MYSQL = "mysql"
+    SQLITE = "sqlite"
+
+
+class StatementRefused(ValueError):
+    """The statement may not run as it is; the message says what to mend, and shows nothing of it but single words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One statement, divided where values belong."""
+
+    parts: Sequence[str]
+    """What stands before the first value, between each two, and after the last."""
+    verb: str
+
+    @property
+    def values(self) -> int:
+        return len(self.parts) - 1
+
+    def with_places(self, places: Sequence[str]) -> str:
+        """Return the statement with each of `places` where a value belongs."""
+        pieces = [piece for pair in zip(self.parts, places, strict=False) for piece in pair]
+        return "".join([*pieces, self.parts[-1]])
+
+
+def reading(text: str, dialect: Dialect, values: int) -> Statement:
+    """Take a statement that only reads and has places for that many values; raises `StatementRefused`."""
+    return _checked(read(text, dialect), READING, "a statement that reads", values)
+
+
+def writing(text: str, dialect: Dialect, values: int) -> Statement:
+    """Take a statement that writes and has places for that many values; raises `StatementRefused`."""
+    return _checked(read(text, dialect), WRITING, "a statement that writes", values)
+
+
+def _checked(statement: Statement, verbs: Collection[str], wanted: str, values: int) -> Statement:
+    if statement.verb not in verbs:
+        shown = ", ".join(sorted(verbs))
+        raise StatementRefused(f"{statement.verb[:20]} is not {wanted}: it must begin with one of {shown}")
+    if statement.values != values:
+        raise StatementRefused(
+            f"The statement has places (`?`) for {statement.values} values, but `parameters` holds {values}"
+        )
+    return statement
+
+
+def quoted(name: str, dialect: Dialect) -> str:
+    """Return a name of a column, or a part of the name of a table, as SQL; raises `StatementRefused`."""
+    if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
+        raise StatementRefused(
+            f"{name[:40]!r} can't be a name: it takes 1 to {MAX_NAME_BYTES} bytes, without NUL"
+        )
+    mark = "`" if dialect is Dialect.MYSQL else '"'
+    return f"{mark}{name.replace(mark, 2 * mark)}{mark}"
+
+
+def quoted_table(name: str, dialect: Dialect) -> str:
+    """Return the name of a table, with its schema before a dot or without, as SQL; raises `StatementRefused`."""
+    parts = name.split(".")
+    if len(parts) > MAX_NAME_PARTS:
+        raise StatementRefused(f"{name[:40]!r} has too many parts to be the name of a table")
+    return ".".join(quoted(part, dialect) for part in parts)
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+_COMMON = r"""
+  | (?P<place> \? )
+  | (?P<end> ; )
+  | (?P<plain> (?: (?! [eE]' ) [^\W\d] [\w$]*+ | \d [\w.]*+ | [\s(),=+<>.*:!&%^~{}|@] )++ | . )
+"""
+# Each alternative of a text or name comes in a closed and an open form; what is open ends the reading.
+_LEXERS: Final = {
+    Dialect.POSTGRESQL: re.compile(
+        r"""
+            (?P<comment> --[^\r\n]* )
+          | (?P<nested> /\* )
+          | (?P<quoted> [eE]' (?: [^'\\] | \\. | '' )*+ ' | ' (?: [^'] | '' )*+ ' | " (?: [^"] | "" )*+ " )
+          | (?P<dollar> \$ (?: [^\W\d] \w* )? \$ )
+          | (?P<numbered> \$ \d+ )
+          | (?P<operator> \?\? )
+          | (?P<open> [eE]' | ['"] )
+        """
+        + _COMMON,
+        re.VERBOSE | re.DOTALL,
+    ),
+    Dialect.MYSQL: re.compile(
+        r"""
+            (?P<executed> /\* M?[!+] )
+          | (?P<comment> \# [^\n]* | -- (?= [\s\x00-\x1f] | \Z ) [^\n]* | /\* .*? \*/ )
+          | (?P<quoted> ' (?: [^'\\] | \\. | '' )*+ ' | " (?: [^"\\] | \\. | "" )*+ " | ` (?: [^`] | `` )*+ ` )
+          | (?P<open> ['"`] | /\* )
+        """
+        + _COMMON,
+        re.VERBOSE | re.DOTALL,
+    ),
+    Dialect.SQLITE: re.compile(
+        r"""
+            (?P<comment> --[^\n]* | /\* .*? (?: \*/ | \Z ) )
+          | (?P<quoted> ' (?: [^'] | '' )*+ ' | " (?: [^"] | "" )*+ " | ` (?: [^`] | `` )*+ ` | \[ [^]]* ] )
+          | (?P<open> ['"`[] )
+        """
+        + _COMMON,
+        re.VERBOSE | re.DOTALL,
+    ),
+}
+_SHOWN_AS: Final = {"comment": " ", "nested": " ", "quoted": "''", "dollar": "''"}
+"""What stands for a token where only the words of a statement matter."""
+_FIRST_WORD: Final = re.compile(r"[^\s(;]\w*")
+_INTO_FILE: Final = re.compile(r"\bINTO\s+(OUTFILE|DUMPFILE)\b", re.IGNORECASE)
+_COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
+
+
+def read(text: str, dialect: Dialect) -> Statement:
+    """Take one statement apart; raises `StatementRefused` for none, for several, and for what can't be read."""
+    if len(text) > MAX_CHARACTERS:
+        raise StatementRefused(f"The statement has more than {MAX_CHARACTERS:,} characters")
+    if "\0" in text:
+        raise StatementRefused("The statement holds the character NUL")
+    pieces: list[list[str]] = [[]]
+    words = []
+    for kind, token in _tokens(text, _LEXERS[dialect]):
+        words.append(_SHOWN_AS.get(kind, token))
+        if kind == "place":
+            pieces.append([])
+        elif kind != "end":
+            pieces[-1].append("?" if kind == "operator" else token)
+    return Statement(["".join(part) for part in pieces], _verb("".join(words)))
+
+
+def _verb(words: str) -> str:
+    """Return what the statement begins with, when it is the only one; `words` has no comments and no texts in it."""
+    first = _FIRST_WORD.search(words)
+    if first is None:
+        raise StatementRefused("There is no statement: the text is empty")
+    if words[first.end() :].partition(";")[2].strip("; \t\r\n\f\v"):
+        raise StatementRefused(
+            "There is more than one statement: only one is run, so nothing may follow its `;`"
+        )
+    if (into := _INTO_FILE.search(words)) is not None:
+        raise StatementRefused(f"INTO {into[1].upper()} is not allowed: it writes a file of the server")
+    return first[0].upper()
+
+
+def _tokens(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    position = 0
+    while (token := lexer.match(text, position)) is not None:
+        kind = str(token.lastgroup)
+        end = _end_of(text, token, kind)
+        yield kind, text[position:end]
+        position = end
+
+
+def _end_of(text: str, token: re.Match[str], kind: str) -> int:
+    """Return where a token ends; raises `StatementRefused` for one that never does, or that can't be allowed."""
+    match kind:
+        case "nested":
+            return _end_of_nested(text, token.end())
+        case "dollar":
+            closed = text.find(token[0], token.end())
+            if closed < 0:
+                raise StatementRefused(f"A text that begins with {token[0][:20]} doesn't end")
+            return closed + len(token[0])
+        case "open":
+            raise StatementRefused(f"What begins with {token[0]} doesn't end")
+        case "numbered":
+            raise StatementRefused(f"Write `?` for a value, not {token[0][:10]}")
+        case "executed":
+            raise StatementRefused(
+                f"A comment that begins with {token[0]} is not allowed: the server obeys it"
+            )
+        case _:
+            return token.end()
+
+
+def _end_of_nested(text: str, position: int) -> int:
+    depth = 1
+    while depth:
+        edge = _COMMENT_EDGE.search(text, position)
+        if edge is None:
+            raise StatementRefused("A comment that begins with /* doesn't end")
+        depth += 1 if edge[0] == "/*" else -1
+        position = edge.end()
+    return position

@@ -1,0 +1,147 @@
+"""What nodes in a pod are lent by way of the gateway, each in the name of the run that it is for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote, unquote
+
+import msgspec
+
+from engine.errors import NodeError
+from execution.gateway_calls import (
+    DataSourceCall,
+    ReserveCall,
+    Reserved,
+    StartedRun,
+    StartRunCall,
+)
+from execution.insistence import insist
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
+from models.outage import DatabaseUnavailable
+from nodes.connections.source import Source
+from runner.reporter import CallRefused
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.services import Caller
+    from engine.values import Json
+    from runner.reporter import Gateway
+
+REMEMBERED_SECONDS: Final = 2.0
+MAX_REMEMBERED: Final = 1_000
+BLOB_SECONDS: Final = 60.0
+CHUNK_BYTES: Final = 1_048_576
+_FILE_NAME: Final = "filename*=UTF-8''"
+
+
+class RemoteSources:
+    """Finds data sources, and remembers each for a run and a moment: a loop asks for the same one every time."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._remembered: OrderedDict[tuple[str, str], tuple[float, Source]] = OrderedDict()
+
+    async def find(self, caller: Caller, source_id: str) -> Source:
+        """Return a data source; raises `NodeError`."""
+        key = (caller.execution_id, source_id)
+        known = self._remembered.get(key)
+        if known is not None and known[0] > monotonic():
+            return known[1]
+        until = monotonic() + REMEMBERED_SECONDS
+        source = await self._look_up(caller, source_id)
+        self._remembered[key] = (until, source)
+        self._remembered.move_to_end(key)
+        while len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return source
+
+    async def _look_up(self, caller: Caller, source_id: str) -> Source:
+        path = f"/executions/{caller.execution_id}/data-sources"
+        try:
+            found = await self._gateway.call(path, DataSourceCall(source_id), dict[str, Any])
+        except (DatabaseUnavailable, CallRefused) as error:
+            message = "The data source could not be looked up just now"
+            raise NodeError(message, code="data-source-unavailable", retryable=True) from error
+        return Source(**found)
+
+
+class RemoteRuns:
+    """Starts runs of other workflows; keeps the promises of `engine.services.Runs`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def start(
+        self,
+        caller: Caller,
+        workflow_id: str,
+        trigger_inputs: Json,
+        *,
+        node_id: str,
+        iteration: str,
+        awaited: bool,
+    ) -> str:
+        """Start a run, or find the one that was started before; returns its execution id."""
+        inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
+        call = StartRunCall(workflow_id, inputs, node_id, iteration, awaited)
+        path = f"/executions/{caller.execution_id}/runs"
+        return (await insist(lambda: self._gateway.call(path, call, StartedRun))).execution_id
+
+
+class RemotePace:
+    """Takes places at limited rates; keeps the promises of `engine.services.Pace`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def reserve(
+        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+    ) -> datetime:
+        """Return when one more may pass, and take that place."""
+        call = ReserveCall(key, limit, per_seconds, max_wait_seconds)
+        path = f"/executions/{caller.execution_id}/reservations"
+        return (await insist(lambda: self._gateway.call(path, call, Reserved))).at
+
+
+class RemoteContents:
+    """Contents of runs that this pod holds; keeps the promises of `journal.blobs.backend.Contents`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+        """Keep a content; see `Contents.put`."""
+        headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
+        try:
+            async with self._gateway.exchange(
+                "PUT", _path(owner, sha256), content, headers=headers, seconds=BLOB_SECONDS
+            ):
+                pass
+        except (DatabaseUnavailable, CallRefused) as error:
+            raise BlobsUnavailable(f"The content could not be kept: {error}") from error
+
+    @asynccontextmanager
+    async def open(self, owner: Owner, sha256: str) -> AsyncIterator[Opened]:
+        """Open a content; see `Contents.open`."""
+        try:
+            async with self._gateway.exchange("GET", _path(owner, sha256), seconds=BLOB_SECONDS) as response:
+                name = response.headers.get("Content-Disposition", "").partition(_FILE_NAME)[2]
+                label = Label(response.headers.get("Content-Type", ""), unquote(name))
+                size = response.content_length or 0
+                yield Opened(label, size, response.content.iter_chunked(CHUNK_BYTES))
+        except CallRefused as error:
+            raise BlobLost("There is no such content") from error
+        except DatabaseUnavailable as error:
+            raise BlobsUnavailable(f"The content could not be read: {error}") from error
+
+    async def close(self) -> None:
+        """Do nothing: the connections are the gateway's."""
+
+
+def _path(owner: Owner, sha256: str) -> str:
+    return f"/blobs/{owner.key_id}/{sha256}"

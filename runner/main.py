@@ -1,0 +1,178 @@
+"""The runner's process: everything it is made of, in one screen."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import uvicorn
+import uvloop
+
+from engine.services import Services
+from execution.executor import Around, Executor
+from execution.gateway_calls import Contact
+from execution.node_blobs import NodeBlobs
+from execution.user_code import open_code_of_pod
+from journal.blobs.blob_store import RunBlobs
+from journal.store import DefinitionKey
+from models.outage import DatabaseUnavailable
+from nodes import catalog as catalogs
+from nodes.connections.connections import Connections
+from nodes.connections.policy import ConnectionPolicy, OwnDatabase
+from nodes.outbound import Outbound, OutboundPolicy
+from nodes.pooled import PooledCatalog
+from nodes.processes import Kind, Processes
+from runner.application import Life, Stage, create_app
+from runner.borrowing import RemoteContents, RemotePace, RemoteRuns, RemoteSources
+from runner.news import GatewayNews
+from runner.remote_store import RemoteStore
+from runner.reporter import CallRefused, Gateway
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from runner.settings import RunnerSettings
+
+log = structlog.get_logger()
+
+CONTACT_PAUSE_SECONDS: Final = 0.25
+LAST_CONTACT_SECONDS: Final = 3.0
+KEEP_ALIVE_SECONDS: Final = 75
+
+
+def serve(settings: RunnerSettings) -> None:
+    """Run until told to stop; then let runs end, hand over what still goes on, and return."""
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: RunnerSettings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    life = Life(settings.token, settings.runner_workflow_id, settings.runner_drain_seconds)
+    # It answers from the first moment, and says that it is not ready.
+    async with answering(create_app(life), settings):
+        gateway = Gateway(settings)
+        try:
+            contact = await _first_contact(gateway, settings, stop)
+            if contact is not None:
+                async with working(settings, gateway, contact, life):
+                    gc.collect()
+                    gc.freeze()
+                    log.info("runner ready", workflow_id=settings.runner_workflow_id, pod=settings.runner_pod)
+                    await stop.wait()
+                    life.stage = Stage.DRAINING
+                    life.patience_seconds = await _patience(gateway, settings)
+                    log.info("runner drains", patience_seconds=life.patience_seconds)
+        finally:
+            await gateway.close()
+    log.info("runner stops")
+
+
+async def _first_contact(gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event) -> Contact | None:
+    """Return what the gateway says first, as soon as it does; None where this is to stop before."""
+    while not stop.is_set():
+        try:
+            return await gateway.call("/contact", None, Contact)
+        except (DatabaseUnavailable, CallRefused) as error:
+            log.warning("gateway not reached", workflow_id=settings.runner_workflow_id, error=str(error))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), CONTACT_PAUSE_SECONDS)
+    return None
+
+
+async def _patience(gateway: Gateway, settings: RunnerSettings) -> float:
+    """Return how long runs may take to end: of a deployment that was stopped, they have had that time already."""
+    try:
+        contact = await gateway.call("/contact", None, Contact, seconds=LAST_CONTACT_SECONDS)
+    except (DatabaseUnavailable, CallRefused) as error:
+        log.warning("gateway not reached", workflow_id=settings.runner_workflow_id, error=str(error))
+        return settings.runner_drain_seconds
+    return 0.0 if contact.is_stopped else settings.runner_drain_seconds
+
+
+@asynccontextmanager
+async def working(
+    settings: RunnerSettings, gateway: Gateway, contact: Contact, life: Life
+) -> AsyncIterator[Executor]:
+    """Run executions as long as the context lasts; on leaving it, let them end, and hand over what still runs."""
+    outbound = Outbound(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
+    blobs = RunBlobs(RemoteContents(gateway))
+    processes = Processes(Kind.LIBRARY, limit=settings.cpu_processes)
+    catalog = PooledCatalog(catalogs.load().node_types, processes)
+    code = open_code_of_pod(settings)
+    connections = Connections(RemoteSources(gateway), _policy(settings, contact))
+    services = Services(
+        http=outbound,
+        data_sources=connections,
+        blobs=NodeBlobs(blobs),
+        code=code,
+        runs=RemoteRuns(gateway),
+        pace=RemotePace(gateway),
+    )
+    store = RemoteStore(gateway)
+    news = GatewayNews(gateway, inbox=settings.runner_pod)
+    executor = Executor(
+        store, news, catalog, services, settings, blobs=blobs, around=Around(answers=store.answers)
+    )
+    key = DefinitionKey(contact.organization_id, contact.definition_hash, contact.lane)
+    await executor.prepare(key, contact.definition)
+    try:
+        await executor.start()
+        life.hint, life.stage = executor.hint, Stage.READY
+        yield executor
+    finally:
+        await executor.drain(patience_seconds=life.patience_seconds)
+        await code.close()
+        await processes.close()
+        await connections.close()
+        await outbound.close()
+
+
+def _policy(settings: RunnerSettings, contact: Contact) -> ConnectionPolicy:
+    own = contact.own_database
+    return ConnectionPolicy(
+        allowed_networks=settings.outbound_allowed_networks,
+        own_databases=(OwnDatabase(own.host, own.port, own.database),) if own else (),
+    )
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's, which leaves signals to us: a pod that drains goes on answering."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def answering(app: Starlette, settings: RunnerSettings) -> AsyncIterator[None]:
+    """Answer requests as long as the context lasts; raises OSError where nothing can listen there."""
+    server = Server(
+        uvicorn.Config(
+            app,
+            host=settings.runner_host,
+            port=settings.runner_port,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
+    )
+    with server.config.bind_socket() as listener:
+        log.info("runner listens", host=settings.runner_host, port=listener.getsockname()[1])
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await task

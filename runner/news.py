@@ -1,0 +1,102 @@
+"""What a pod hears: a poll that stays open at the gateway, in the place of a broker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from execution.gateway_calls import MAX_WAIT_SECONDS, News, WaitCall
+from messages.broker import Letter, Notice
+from messages.executions import ALL_LANES
+from models.outage import DatabaseUnavailable
+from runner.reporter import CallRefused
+
+if TYPE_CHECKING:
+    from runner.reporter import Gateway
+
+log = structlog.get_logger()
+
+GRACE_SECONDS: Final = 10.0
+MAX_REMEMBERED: Final = 1_000
+MAX_GATEWAYS: Final = 100
+REST_SECONDS: Final = 1.0
+"""After a hint, how long work that still lies there is taken to be known."""
+
+
+class GatewayNews:
+    """Keeps the promises of `messages.broker.RunBroker`."""
+
+    def __init__(self, gateway: Gateway, *, inbox: str) -> None:
+        self.inbox = inbox
+        self._gateway = gateway
+        self._on_notice: Callable[[Notice], None] | None = None
+        self._heard: dict[str, str] = {}
+        self._arrivals: dict[str, int] = {}
+        self._hinted_at = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+
+    async def wake(self, lane: int = ALL_LANES) -> None:
+        """Tell nobody: other pods look for themselves."""
+
+    async def announce(self, inboxes: Mapping[str, str]) -> None:
+        """Tell nobody: the gateway knows first what it has written."""
+
+    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
+        """Hear what is asked of runs; see `RunBroker.listen`."""
+        self._on_notice = on_notice
+
+    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+        """Hear of work; see `RunBroker.start_worker`."""
+        self._task = asyncio.create_task(self._poll(on_hint))
+
+    async def stop_worker(self) -> None:
+        """Hear of work no longer: of requests, runs that are finished hear with their renewals."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def close(self) -> None:
+        """Let go."""
+        await self.stop_worker()
+
+    async def _poll(self, on_hint: Callable[[int], None]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                rest = self._hinted_at + REST_SECONDS - loop.time()
+                news = await self._wait(rest)
+            except (DatabaseUnavailable, CallRefused) as error:
+                log.debug("nothing heard", error=str(error))
+                continue
+            self._count_arrivals(news)
+            for execution_id, request in news.requests.items():
+                self._remember(execution_id, request)
+                if self._on_notice is not None:
+                    self._on_notice(Letter({"execution_id": execution_id, "request": request}))
+            if news.has_work:
+                self._hinted_at = loop.time()
+                on_hint(ALL_LANES)
+
+    def _remember(self, execution_id: str, request: str) -> None:
+        """Be told of it once; the gateway says everything that is not known here."""
+        self._heard.pop(execution_id, None)
+        self._heard[execution_id] = request
+        while len(self._heard) > MAX_REMEMBERED:
+            del self._heard[next(iter(self._heard))]
+
+    def _count_arrivals(self, news: News) -> None:
+        self._arrivals.pop(news.gateway, None)
+        self._arrivals[news.gateway] = news.arrivals
+        while len(self._arrivals) > MAX_GATEWAYS:
+            del self._arrivals[next(iter(self._arrivals))]
+
+    async def _wait(self, rest: float) -> News:
+        seconds = rest if rest > 0 else MAX_WAIT_SECONDS
+        call = WaitCall(seconds, wants_work=rest <= 0, heard=self._heard, arrivals=self._arrivals)
+        return await self._gateway.call("/wait", call, News, seconds=seconds + GRACE_SECONDS)

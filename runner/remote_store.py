@@ -1,0 +1,140 @@
+"""The path of a run where no database is at hand: what `RunStore` promises, kept by the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from execution.gateway_calls import (
+    MAX_CLAIM,
+    MAX_WRITES,
+    SPANS_PER_PAGE,
+    Answers,
+    ClaimCall,
+    Claims,
+    Count,
+    Definitions,
+    DefinitionsCall,
+    GiveBackCall,
+    HeldLease,
+    LogEnds,
+    RecordCall,
+    Recorded,
+    RenewCall,
+    RenewedLeases,
+    RunsCall,
+    Spans,
+    SpansCall,
+)
+from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Held, Renewed, RunWrite, Swept
+
+if TYPE_CHECKING:
+    from engine.events import Span
+    from runner.reporter import Gateway
+
+RECORD_SECONDS: Final = 60.0
+MAX_CALL_BYTES: Final = 8_000_000
+"""A call grows no further by another run's write; one write alone may be larger."""
+
+
+class RemoteStore:
+    """One loop's own."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def claim(self, claim: Claim) -> Sequence[Claimed]:
+        """Take pending runs of this deployment; see `RunStore.claim`."""
+        call = ClaimCall(min(claim.limit, MAX_CLAIM), claim.lease_seconds)
+        return (await self._gateway.call("/claim", call, Claims)).runs
+
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
+        """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""
+        held: set[str] = set()
+        for part in _parts(batch):
+            call = RecordCall(list(part))
+            held |= set((await self._gateway.call("/record", call, Recorded, seconds=RECORD_SECONDS)).held)
+        return frozenset(held)
+
+    async def renew(
+        self,
+        held: Sequence[Held],
+        lease_seconds: float,
+        *,
+        owner: str = "",  # noqa: ARG002 - the gateway knows whose they are
+    ) -> Sequence[Renewed]:
+        """Extend leases; see `RunStore.renew`."""
+        leases = [HeldLease(one.execution_id, one.lane, one.token) for one in held]
+        answer = await self._gateway.call("/renew", RenewCall(leases, lease_seconds), RenewedLeases)
+        return [Renewed(execution_id, request) for execution_id, request in answer.requests.items()]
+
+    async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+        """Return definitions that runs of this pod were accepted with; see `RunStore.definitions`."""
+        call = DefinitionsCall([key.hash for key in keys])
+        texts = (await self._gateway.call("/definitions", call, Definitions)).texts
+        return {key: texts[key.hash] for key in keys if key.hash in texts}
+
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+        """Return what was recorded, page by page; see `RunStore.spans`."""
+        return {key.execution_id: await self._spans_of(key.execution_id) for key in keys}
+
+    async def _spans_of(self, execution_id: str) -> list[Span]:
+        found: list[Span] = []
+        while True:
+            after = found[-1].sequence if found else 0
+            page = (await self._gateway.call("/spans", SpansCall(execution_id, after), Spans)).spans
+            found.extend(page)
+            if len(page) < SPANS_PER_PAGE:
+                return found
+
+    async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+        """Return where logs end; see `RunStore.last_log_lines`."""
+        return dict((await self._gateway.call("/log-ends", _runs(keys), LogEnds)).last_lines)
+
+    async def answers(self, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
+        """Return what nodes were answered, by execution id, then by node id and iteration."""
+        found: dict[str, dict[tuple[str, str], bytes]] = {}
+        for one in (await self._gateway.call("/answers", _runs(keys), Answers)).answers:
+            found.setdefault(one.execution_id, {})[one.node_id, one.iteration] = one.payload
+        return found
+
+    async def promote_due(self) -> int:
+        """Put waits of this deployment that are over back in the queue."""
+        return (await self._gateway.call("/promote", None, Count)).count
+
+    async def sweep(self, limit: int) -> Swept:  # noqa: ARG002 - the protocol's signature
+        """Find nothing: workers look for what nobody holds, and pods are told of work."""
+        return Swept(0, {}, 0, has_pending=False)
+
+    async def give_back(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows whose they are
+        """Give back what was never begun; see `RunStore.give_back`."""
+        return (await self._gateway.call("/give-back", GiveBackCall(list(held)), Count)).count
+
+    async def for_thread(self) -> RemoteStore:
+        """Return a store with connections of its own, on the running loop."""
+        return RemoteStore(self._gateway.for_loop())
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._gateway.close()
+
+
+def _runs(keys: Sequence[ExecutionKey]) -> RunsCall:
+    return RunsCall([key.execution_id for key in keys])
+
+
+def _parts(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
+    """Cut a batch so that each part makes a call of bounded size."""
+    part: list[RunWrite] = []
+    size = 0
+    for write in batch:
+        written = len(msgspec.json.encode(write)) if write.spans else 0
+        if part and (size + written > MAX_CALL_BYTES or len(part) == MAX_WRITES):
+            yield part
+            part, size = [], 0
+        part.append(write)
+        size += written
+    if part:
+        yield part

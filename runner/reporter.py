@@ -1,0 +1,130 @@
+"""The way to the gateway: calls of its internal API over kept connections, and what comes of them as errors of ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import aiohttp
+import msgspec
+
+from engine.errors import NodeError
+from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
+from models.outage import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from runner.settings import RunnerSettings
+
+Answer = TypeVar("Answer")
+
+CALL_SECONDS: Final = 30.0
+CONNECT_SECONDS: Final = 5.0
+FIRST_PAUSE_SECONDS: Final = 0.05
+MAX_PAUSE_SECONDS: Final = 2.0
+MAX_DOUBLINGS: Final = 10
+MAX_ERROR_BYTES: Final = 100_000
+_JSON: Final = {"Content-Type": "application/json"}
+
+
+class CallRefused(Exception):
+    """The gateway would not do it, and will not the next time either."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(f"{message} ({status} {code})")
+        self.status = status
+        self.code = code
+
+
+class _Error(msgspec.Struct):
+    code: str = ""
+    message: str = ""
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error = msgspec.field(default_factory=_Error)
+
+
+class Gateway:
+    """One loop's connections to the gateway. While it is away, each failed call takes longer to say so."""
+
+    def __init__(self, settings: RunnerSettings) -> None:
+        self._settings = settings
+        self._url = settings.runner_gateway_url.rstrip("/") + PREFIX
+        self._failures = 0
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {settings.token}", RUNNER_HEADER: settings.runner_pod},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            connector=aiohttp.TCPConnector(limit=0),
+            auto_decompress=False,
+            trust_env=False,
+        )
+
+    def for_loop(self) -> Gateway:
+        """Return another one for the running loop of another thread."""
+        return Gateway(self._settings)
+
+    async def call(
+        self, path: str, call: msgspec.Struct | None, answer: type[Answer], *, seconds: float = CALL_SECONDS
+    ) -> Answer:
+        """Return what a call is answered; raises `DatabaseUnavailable`, `NodeError` and `CallRefused`."""
+        body = b"{}" if call is None else msgspec.json.encode(call)
+        async with self.exchange("POST", path, body, headers=_JSON, seconds=seconds) as response:
+            text = await response.read()
+        return msgspec.json.decode(text, type=answer)
+
+    @asynccontextmanager
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        seconds: float = CALL_SECONDS,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Open an answer that says yes, to be read within the block; raises what `call` does."""
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._session.request(
+                    method, self._url + path, data=body, headers=headers, allow_redirects=False
+                ) as response,
+            ):
+                if response.status >= 300:  # noqa: PLR2004 - whatever isn't a yes
+                    await self._raise_refusal(response)
+                yield response
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            await self._pause()
+            raise DatabaseUnavailable(
+                f"The gateway did not answer: {error or type(error).__name__}"
+            ) from error
+        except DatabaseUnavailable:
+            await self._pause()
+            raise
+        self._failures = 0
+
+    async def _raise_refusal(self, response: aiohttp.ClientResponse) -> None:
+        text = await response.content.read(MAX_ERROR_BYTES)
+        try:
+            error = msgspec.json.decode(text, type=_Refusal).error
+        except msgspec.DecodeError:
+            error = _Error("no-json", "The answer is none of a gateway")
+        kind = response.headers.get(NODE_ERROR_HEADER)
+        if kind is not None:
+            raise NodeError(error.message, code=error.code, retryable=kind == RETRYABLE)
+        # A token that opens nothing may be one that was made a moment ago; if not, the leases end, and the runs go on
+        # elsewhere.
+        if response.status in {401, 403, 408, 429} or response.status >= 500:  # noqa: PLR2004 - RFC 9110
+            raise DatabaseUnavailable(f"The gateway would not: {response.status} {error.code}")
+        raise CallRefused(response.status, error.code, error.message)
+
+    async def _pause(self) -> None:
+        pause = FIRST_PAUSE_SECONDS * 2 ** min(self._failures, MAX_DOUBLINGS)
+        self._failures += 1
+        await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._session.close()

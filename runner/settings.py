@@ -1,0 +1,84 @@
+"""The runner's settings: read once, when the process starts."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Final, Literal
+from uuid import uuid4
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from execution.settings import ExecutionSettings
+
+LOOK_SECONDS: Final = 5.0
+
+
+class RunnerSettings(ExecutionSettings):
+    """What a pod reads: no address or credential of a database, a broker or a cluster."""
+
+    model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
+
+    runner_gateway_url: str = Field(
+        pattern=r"^https?://[^\s/?#]+(?:/[^\s?#]*)?$",
+        description="Address under which a pod reaches the gateway: `http://gateway:8000`.",
+    )
+    runner_token: SecretStr | None = Field(
+        default=None, description="What a pod proves by that it belongs to its deployment."
+    )
+    runner_token_file: Path | None = Field(
+        default=None, description="File that holds the token, where `RUNNER_TOKEN` doesn't."
+    )
+    runner_workflow_id: str = Field(
+        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="The workflow whose runs a pod takes."
+    )
+    runner_pod: str = Field(
+        default_factory=lambda: uuid4().hex,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="Name of the pod, of which there is no second one at a time; made up unless set.",
+    )
+    runner_host: str = Field(default="127.0.0.1", description="Address that a pod listens on.")
+    runner_port: int = Field(default=8080, ge=0, le=65_535, description="Port that a pod listens on.")
+    runner_drain_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long runs may take to end when a pod stops, before they are handed over.",
+    )
+    outbound_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Private networks that nodes and data sources may reach, separated by commas:"
+            " `10.1.0.0/16,127.0.0.1/32`."
+        ),
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least that is logged: `debug`, `info`, `warning` or `error`."
+    )
+
+    @field_validator("outbound_allowed_networks", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @model_validator(mode="after")
+    def _has_token(self) -> RunnerSettings:
+        if self.runner_token is None and self.runner_token_file is None:
+            raise ValueError("PILOTFLAME_RUNNER_TOKEN or PILOTFLAME_RUNNER_TOKEN_FILE must be set")
+        return self
+
+    @property
+    def token(self) -> str:
+        """The token, wherever it is; raises OSError."""
+        if self.runner_token is not None:
+            return self.runner_token.get_secret_value()
+        return (self.runner_token_file or Path()).read_text(encoding="ascii").strip()
+
+    @property
+    def seconds_between_sweeps(self) -> float:
+        return LOOK_SECONDS

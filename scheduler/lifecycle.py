@@ -1,0 +1,93 @@
+"""Deployments started and stopped as their policies say, by what is: a tick that was missed does no harm."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfoNotFoundError
+
+import structlog
+from sqlalchemy import delete, select
+from sqlalchemy.orm import aliased
+from sqlmodel import col
+
+from journal import activity, decisions
+from messages import hints
+from models import lifecycle
+from models.database_time import DatabaseTime
+from models.deployment import DeploymentStatus, LifecycleDecision, status_of
+from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.activity import Seen
+    from messages.broker import Broker
+    from models.database import Database
+
+log = structlog.get_logger()
+
+KEPT_TIME: Final = timedelta(days=30)
+"""How long decisions are kept; of each workflow, the last one from before that too, for it still holds."""
+BATCH_ROWS: Final = 1_000
+
+
+def decide(seen: Seen) -> Decision:
+    """Return what is to be done about a deployment: what can't start is stopped, and tried again later."""
+    situation = seen.situation
+    if situation.is_up and status_of(seen.deployment) is DeploymentStatus.FAILED:
+        return lifecycle.stop(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
+    return decisions.by_policy(seen)
+
+
+async def keep_policies(database: Database, broker: Broker) -> None:
+    """Look at everything that is deployed, and start or stop what is to be; raises `DatabaseUnavailable`."""
+    after = ""
+    while True:
+        async with database.read() as connection:
+            found = await activity.look_at_all(connection, after)
+        for seen in found:
+            await _keep_policy(database, broker, seen)
+        if len(found) < activity.BATCH_DEPLOYMENTS:
+            return
+        after = found[-1].deployment.workflow_id
+
+
+async def forget_decisions(database: Database) -> None:
+    """Delete the decisions whose days are over; raises `DatabaseUnavailable`."""
+    while await database.transaction(_forget_batch) == BATCH_ROWS:
+        pass
+
+
+async def _keep_policy(database: Database, broker: Broker, seen: Seen) -> None:
+    workflow_id = seen.deployment.workflow_id
+    try:
+        if decide(seen).action is LifecycleAction.NONE:
+            return
+        settled = await decisions.settle(database, workflow_id, decide)
+    except ZoneInfoNotFoundError as error:
+        log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
+        return
+    if settled is not None and settled.decision.action is not LifecycleAction.NONE:
+        await hints.deployment_changed(broker, workflow_id)
+
+
+async def _forget_batch(connection: AsyncConnection) -> int:
+    later = aliased(LifecycleDecision)
+    kept_since = DatabaseTime() - KEPT_TIME // timedelta(microseconds=1)
+    is_followed = (
+        select(col(later.id))
+        .where(
+            col(later.workflow_id) == col(LifecycleDecision.workflow_id),
+            col(later.at) > col(LifecycleDecision.at),
+            col(later.at) < kept_since,
+        )
+        .exists()
+    )
+    old = (
+        select(col(LifecycleDecision.id))
+        .where(col(LifecycleDecision.at) < kept_since, is_followed)
+        .limit(BATCH_ROWS)
+    )
+    result = await connection.execute(delete(LifecycleDecision).where(col(LifecycleDecision.id).in_(old)))
+    return result.rowcount

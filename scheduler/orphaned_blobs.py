@@ -1,0 +1,28 @@
+"""Contents outside of the database that no run is left for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from journal.blobs import orphans
+from journal.blobs.backend import BlobsUnavailable
+from journal.blobs.opening import open_blobs
+
+if TYPE_CHECKING:
+    from models.database import Database
+    from models.settings import Settings
+
+log = structlog.get_logger()
+
+
+async def sweep(settings: Settings, database: Database) -> None:
+    """Delete those that have been there for a day; raises `DatabaseUnavailable`."""
+    blobs = open_blobs(settings)
+    try:
+        await orphans.sweep(blobs, database)
+    except BlobsUnavailable as error:
+        log.warning("orphaned blobs not swept", error=str(error))
+    finally:
+        await blobs.close()

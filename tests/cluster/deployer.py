@@ -1,0 +1,25 @@
+"""A deployer that deploys what it is handed, says so, and stays until it is killed."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+
+from workers.cluster import local
+from workers.cluster.driver import Wanted
+
+
+async def deploy(folder: Path, wanted: Wanted) -> None:
+    driver = await local.open_local(folder, runs_without_isolation=True)
+    await driver.apply(wanted)
+    async for workflow_id in driver.watch():
+        if (await driver.observe(workflow_id)).is_ready:
+            break
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(deploy(Path(sys.argv[1]), msgspec.json.decode(sys.stdin.buffer.readline(), type=Wanted)))

@@ -1,0 +1,5 @@
+"""A Kubernetes API server in memory that refuses what the real one refuses, with controllers and a kubelet."""
+
+from tests.cluster.fake_api.server import FakeApi, serving
+
+__all__ = ["FakeApi", "serving"]

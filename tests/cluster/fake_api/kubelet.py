@@ -1,0 +1,278 @@
+"""One pod's life: scheduled, its container started, probed, started again when it ends, and stopped.
+
+The container's command is a local process that listens on an address of the loopback network, so that its HTTP is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import os
+import re
+import signal
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+
+from tests.cluster.fake_api.refused import Json, Refused
+from tests.cluster.fake_api.rules import quantity
+from tests.cluster.fake_api.schema import KINDS
+from tests.cluster.fake_api.store import Store, now
+
+OUT_OF_MEMORY = 137
+"""A program that ends itself with this code stands for one that was killed for its memory."""
+_REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
+
+
+@dataclass
+class Node:
+    """The only node, and what a namespace may have of it."""
+
+    runs_commands: bool = False
+    """Without, a container is ready as soon as it is started, and nothing runs."""
+    delay_seconds: float = 0.02
+    """How long a controller takes to notice a change."""
+    cpu_millicores: float = 4_000
+    pod_quota: int | None = None
+    restart_seconds: float = 0.3
+    numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(os.getpid() * 64))
+    """Of addresses: those of two test processes should not meet."""
+
+    def address(self) -> str:
+        number = next(self.numbers) % (250 * 250 * 120)
+        return f"127.{number // 62_500 + 2}.{number // 250 % 250 + 1}.{number % 250 + 1}"
+
+
+class _NotStarted(Exception):
+    """The container waits, for a reason."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Kubelet:
+    """Looks after one pod until it is gone."""
+
+    def __init__(self, store: Store, pod: Json, node: Node, second: float) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.earlier_lines: list[tuple[str, str]] | None = None
+        self.has_started = False
+        self._store = store
+        self._pod = pod
+        self._node = node
+        self._second = second
+        self._stop = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._address = node.address()
+        self._restarts = 0
+        self._last: Json = {}
+        self._task = asyncio.create_task(self._live())
+
+    @property
+    def _container(self) -> Json:
+        container: Json = self._pod["spec"]["containers"][0]
+        return container
+
+    def stop(self) -> None:
+        """End it within its grace period."""
+        self._stop.set()
+
+    async def kill(self) -> None:
+        """End it at once, and tell nobody."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    async def _live(self) -> None:
+        request = (self._container["resources"].get("requests") or {}).get("cpu", "0")
+        if quantity(request) * 1_000 > self._node.cpu_millicores:
+            message = "0/1 nodes are available: 1 Insufficient cpu."
+            unscheduled = {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": message,
+            }
+            self._tell({"phase": "Pending", "conditions": [unscheduled]})
+            await self._stop.wait()
+        else:
+            await self._keep_up()
+        metadata = self._pod["metadata"]
+        self._store.remove(("pods", metadata["namespace"], metadata["name"]))
+
+    async def _keep_up(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="pod-") as folder:
+            while not self._stop.is_set():
+                try:
+                    await self._run(folder)
+                except _NotStarted as why:
+                    await self._wait_for(why)
+
+    async def _wait_for(self, why: _NotStarted) -> None:
+        self._show({"waiting": {"reason": why.reason, "message": str(why)}})
+        await self._paused(self._node.restart_seconds)
+
+    async def _run(self, folder: str) -> None:
+        image = self._container["image"]
+        if ".invalid/" in image:
+            first = f'failed to pull image "{image}": no such host'
+            self._show({"waiting": {"reason": "ErrImagePull", "message": first}})
+            await self._paused(self._node.delay_seconds)
+            raise _NotStarted("ImagePullBackOff", f'Back-off pulling image "{image}"')
+        environment = self._environment()
+        self.has_started = True
+        if not self._node.runs_commands:
+            self._show({"running": {"startedAt": now()}}, is_ready=True)
+            await self._stop.wait()
+            return
+        command = [_expanded(part, environment) for part in self._container.get("command") or ()]
+        code = await self._process_ended(command, environment, folder)
+        if self._stop.is_set():
+            return
+        reason = "OOMKilled" if code == OUT_OF_MEMORY else "Error" if code else "Completed"
+        ended: Json = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": now()}}
+        if self._container.get("terminationMessagePolicy") == "FallbackToLogsOnError" and code:
+            ended["terminated"]["message"] = "\n".join(text for _, text in self.lines[-80:])
+        self._show(ended)
+        await self._paused(self._node.delay_seconds)
+        self._last, self.earlier_lines, self.lines = ended, self.lines, []
+        self._restarts += 1
+        if self._restarts > 1:
+            raise _NotStarted(
+                "CrashLoopBackOff", f"back-off {self._node.restart_seconds}s restarting failed container"
+            )
+
+    async def _process_ended(self, command: list[str], environment: dict[str, str], folder: str) -> int:
+        """Run the command until it ends or is stopped, and return its exit code."""
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=environment,
+            cwd=folder,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._process = process
+        self._show({"running": {"startedAt": now()}})
+        helpers = [
+            asyncio.create_task(step)
+            for step in (self._read_log(process), self._probe(), self._drain(process))
+        ]
+        try:
+            code = await process.wait()
+            await helpers[0]
+            return code
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+
+    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z")
+            self.lines.append((at, line.decode(errors="replace").rstrip("\n")))
+
+    async def _drain(self, process: asyncio.subprocess.Process) -> None:
+        await self._stop.wait()
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(self._pod["spec"]["terminationGracePeriodSeconds"] * self._second)
+            process.kill()
+
+    async def _probe(self) -> None:
+        probe = (self._container.get("readinessProbe") or {}).get("httpGet")
+        if probe is None:
+            self._show({"running": {"startedAt": now()}}, is_ready=True)
+            return
+        ports = {port.get("name"): port["containerPort"] for port in self._container.get("ports") or ()}
+        url = f"http://{self._address}:{ports.get(probe['port'], probe['port'])}{probe['path']}"
+        async with aiohttp.ClientSession() as session:
+            # A pod that is being stopped is probed no more, and goes on saying that it is ready.
+            while not self._stop.is_set():
+                is_ready = False
+                with suppress(aiohttp.ClientError, OSError):
+                    async with session.get(url) as response:
+                        is_ready = response.ok
+                if not self._stop.is_set():
+                    self._show({"running": {"startedAt": now()}}, is_ready=is_ready)
+                await asyncio.sleep(0.03)
+
+    def _environment(self) -> dict[str, str]:
+        """Return the container's variables, each of which may name those before it."""
+        given: dict[str, str] = {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOSTNAME": self._pod["metadata"]["name"],
+        }
+        for variable in self._container.get("env") or ():
+            source = variable.get("valueFrom")
+            if source is None:
+                given[variable["name"]] = _expanded(variable.get("value", ""), given)
+            else:
+                given[variable["name"]] = self._referred(source)
+        return given
+
+    def _referred(self, source: Json) -> str:
+        if "fieldRef" in source:
+            metadata = self._pod["metadata"]
+            fields = {
+                "status.podIP": self._address,
+                "metadata.name": metadata["name"],
+                "metadata.namespace": metadata["namespace"],
+            }
+            return str(fields[source["fieldRef"]["fieldPath"]])
+        reference = source["secretKeyRef"]
+        try:
+            secret = self._store.get(KINDS["secrets"], self._pod["metadata"]["namespace"], reference["name"])
+        except Refused as refused:
+            raise _NotStarted("CreateContainerConfigError", str(refused)) from refused
+        encoded = (secret.get("data") or {}).get(reference["key"])
+        if encoded is None:
+            raise _NotStarted("CreateContainerConfigError", f"couldn't find key {reference['key']} in Secret")
+        return base64.b64decode(encoded).decode()
+
+    async def _paused(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+
+    def _show(self, state: Json, *, is_ready: bool = False) -> None:
+        container = {
+            "name": self._container["name"],
+            "image": self._container["image"],
+            "ready": is_ready,
+            "restartCount": self._restarts,
+            "state": state,
+            "lastState": self._last,
+        }
+        self._tell(
+            {
+                "phase": "Running" if self.has_started else "Pending",
+                "podIP": self._address,
+                "conditions": [
+                    {"type": "PodScheduled", "status": "True"},
+                    {"type": "Ready", "status": "True" if is_ready else "False"},
+                ],
+                "containerStatuses": [container],
+            }
+        )
+
+    def _tell(self, status: dict[str, Any]) -> None:
+        self._store.set_status(self._pod, status)
+
+
+def _expanded(text: str, variables: dict[str, str]) -> str:
+    """Put variables in for `$(NAME)`, and `$` for `$$`; what names none stays as it is."""
+
+    def value(match: re.Match[str]) -> str:
+        return "$" if match[0] == "$$" else variables.get(match[1], match[0])
+
+    return _REFERENCE.sub(value, text)

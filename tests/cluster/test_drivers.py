@@ -1,0 +1,199 @@
+"""What every driver does, on whatever cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import aiohttp
+import pytest
+
+from tests.cluster.world import PROGRAM, Cluster
+from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, Observed, Reason
+
+
+async def test_what_was_never_deployed_is_told_to_be_absent(cluster: Cluster) -> None:
+    assert await cluster.driver.observe("wf_none") == Observed("wf_none", exists=False)
+    assert await cluster.driver.delete("wf_none")
+    assert await cluster.driver.endpoint("wf_none") == ()
+    assert await cluster.driver.logs("wf_none", limit=10) == ()
+    with pytest.raises(NotDeployed):
+        await cluster.driver.scale("wf_none", 1)
+
+
+async def test_what_is_applied_comes_up_and_is_told_as_it_is(cluster: Cluster) -> None:
+    wanted = await cluster.start(definition_hash="d1", generation=7)
+    observed = await cluster.driver.observe(wanted.workflow_id)
+    assert (observed.exists, observed.is_ready, observed.replicas, observed.available) == (True, True, 1, 1)
+    assert (observed.generation, observed.definition_hash, observed.trouble) == (7, "d1", None)
+    assert await cluster.driver.endpoint(wanted.workflow_id) == (observed.pods[0].address,)
+    assert await cluster.driver.list() == (observed,)
+    assert await cluster.get(f"{observed.pods[0].address}/readyz") == {}
+
+
+async def test_what_is_applied_twice_stays_as_it_is(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    before = await cluster.driver.observe(wanted.workflow_id)
+    await cluster.driver.apply(wanted)
+    assert await cluster.driver.observe(wanted.workflow_id) == before
+
+
+async def test_variables_and_arguments_arrive_as_they_are(cluster: Cluster) -> None:
+    texts = {"A": "$(PATH)", "B": "$$(A) $A $", "C": "", TOKEN_VARIABLE: "not the token"}
+    command = (cluster.python, "-S", "-c", PROGRAM, "$(HOME)", "two words", "$$")
+    wanted = await cluster.start(environment=texts, command=command)
+    (url,) = await cluster.driver.endpoint(wanted.workflow_id)
+    state = await cluster.get(f"{url}/state")
+    assert {name: state["environment"][name] for name in ("A", "B", "C")} == {
+        name: texts[name] for name in ("A", "B", "C")
+    }
+    assert state["environment"][TOKEN_VARIABLE] == wanted.token
+    assert state["arguments"] == ["$(HOME)", "two words", "$$"]
+    assert not {"SSH_AUTH_SOCK", "PYTEST_CURRENT_TEST", "USER"} & state["environment"].keys()
+
+
+async def test_a_pod_is_ready_only_when_it_says_so(cluster: Cluster) -> None:
+    wanted = cluster.wanted(environment={"POD_START_SECONDS": "0.5"})
+    await cluster.driver.apply(wanted)
+    started = await cluster.until(
+        wanted.workflow_id, lambda observed: any(pod.address for pod in observed.pods)
+    )
+    assert not started.is_ready
+    assert await cluster.driver.endpoint(wanted.workflow_id) == ()
+    await cluster.ready(wanted.workflow_id)
+
+
+async def test_what_was_stopped_stays_so_whatever_is_applied_and_starts_again(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    for hash_, replicas in (("second", 2), ("third", 1)):
+        await cluster.driver.scale(wanted.workflow_id, 0)
+        stopped = await cluster.until(wanted.workflow_id, lambda observed: not observed.pods)
+        assert (stopped.exists, stopped.replicas, stopped.is_ready) == (True, 0, False)
+        await cluster.driver.apply(replace(wanted, definition_hash=hash_, replicas=0))
+        still = await cluster.until(wanted.workflow_id, lambda observed: observed.is_current)
+        assert (still.replicas, still.pods) == (0, ())
+        await cluster.driver.scale(wanted.workflow_id, replicas)
+        up = await cluster.ready(wanted.workflow_id)
+        assert {pod.definition_hash for pod in up.pods} == {hash_}
+        assert len(set(await cluster.driver.endpoint(wanted.workflow_id))) == replicas
+
+
+async def test_another_definition_replaces_the_pods_and_leaves_none_missing(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    await cluster.driver.apply(replace(wanted, definition_hash="second", generation=2))
+
+    def is_replaced(observed: Observed) -> bool:
+        assert observed.ready_pods
+        return observed.is_rolled_out
+
+    replaced = await cluster.until(wanted.workflow_id, is_replaced)
+    assert [pod.definition_hash for pod in replaced.pods] == ["second"]
+    assert replaced.generation == 2
+
+
+async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(cluster: Cluster) -> None:
+    wanted = await cluster.start(environment={"POD_DRAIN_SECONDS": str(cluster.drain_seconds)})
+    (draining,) = await cluster.driver.endpoint(wanted.workflow_id)
+    await cluster.driver.scale(wanted.workflow_id, 0)
+    ends = await cluster.until(
+        wanted.workflow_id, lambda observed: all(pod.is_terminating for pod in observed.pods)
+    )
+    assert (len(ends.pods), ends.ready_pods) == (1, ())
+    await cluster.driver.scale(wanted.workflow_id, 1)
+    awake = await cluster.until(wanted.workflow_id, lambda observed: observed.is_ready)
+    assert len(awake.pods) == 2
+    assert draining not in await cluster.driver.endpoint(wanted.workflow_id)
+    await cluster.until(wanted.workflow_id, lambda observed: len(observed.pods) == 1)
+
+
+async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(cluster: Cluster) -> None:
+    wanted = cluster.wanted(environment={"POD_EXIT_CODE": "1"})
+    await cluster.driver.apply(wanted)
+    failed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
+    assert failed.trouble is not None
+    assert failed.trouble.reason is Reason.CRASH_LOOP
+    assert "code 1" in failed.trouble.message
+    assert "the program cannot start" in failed.trouble.message
+    assert not failed.is_ready
+    await cluster.driver.apply(replace(wanted, environment={}, definition_hash="second"))
+    mended = await cluster.ready(wanted.workflow_id)
+    assert mended.trouble is None
+
+
+async def test_a_pod_that_crashes_is_started_again(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    (url,) = await cluster.driver.endpoint(wanted.workflow_id)
+    first = (await cluster.get(f"{url}/state"))["started_at"]
+    await cluster.get(f"{url}/exit?code=3")
+
+    async def has_started_again() -> bool:
+        try:
+            urls = await cluster.driver.endpoint(wanted.workflow_id)
+            started_at = [(await cluster.get(f"{url}/state"))["started_at"] for url in urls]
+        except (OSError, aiohttp.ClientError):
+            return False  # it was counted as ready a moment longer than it lived
+        return bool(urls) and started_at != [first]
+
+    await cluster.until_true(has_started_again)
+    await cluster.ready(wanted.workflow_id)
+
+
+async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: Cluster) -> None:
+    wanted = cluster.wanted(workflow_id="wf_A", environment={"POD_DRAIN_SECONDS": "0.3"})
+    neighbour = cluster.wanted(workflow_id="wf-a")
+    await cluster.driver.apply(wanted)
+    await cluster.driver.apply(neighbour)
+    await cluster.ready(wanted.workflow_id)
+    there = await cluster.ready(neighbour.workflow_id)
+    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
+    assert await cluster.driver.observe(wanted.workflow_id) == Observed(wanted.workflow_id, exists=False)
+    assert await cluster.driver.list() == (there,)
+    with pytest.raises(NotDeployed):
+        await cluster.driver.scale(wanted.workflow_id, 1)
+    await cluster.driver.apply(wanted)
+    await cluster.ready(wanted.workflow_id)
+
+
+async def test_a_watch_tells_of_all_at_first_and_then_of_each_change(cluster: Cluster) -> None:
+    first, second = await cluster.start(), cluster.wanted()
+    changes = cluster.driver.watch()
+    try:
+        async with asyncio.timeout(cluster.patience_seconds):
+            assert await anext(changes) == first.workflow_id
+            await cluster.driver.apply(second)
+            while await anext(changes) != second.workflow_id:
+                pass
+            while not (await cluster.driver.observe(second.workflow_id)).is_ready:
+                await anext(changes)
+            while not await cluster.driver.delete(first.workflow_id):
+                pass
+            while await anext(changes) != first.workflow_id:
+                pass
+    finally:
+        await changes.aclose()
+
+
+async def test_logs_are_the_last_lines_that_pods_wrote(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    (url,) = await cluster.driver.endpoint(wanted.workflow_id)
+    for text in ("one", "two", "three"):
+        await cluster.get(f"{url}/say?text={text}")
+
+    async def are_told() -> bool:
+        lines = await cluster.driver.logs(wanted.workflow_id, limit=2)
+        return [line.text for line in lines] == ["two", "three"]
+
+    await cluster.until_true(are_told)
+    (line,) = await cluster.driver.logs(wanted.workflow_id, limit=1)
+    (pod,) = (await cluster.driver.observe(wanted.workflow_id)).pods
+    assert line.pod == pod.name
+
+
+async def test_pods_outlive_the_deployer_and_are_known_to_the_next(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    before = await cluster.driver.observe(wanted.workflow_id)
+    await cluster.driver.close()
+    cluster.driver = await cluster.reopen()
+    assert (await cluster.ready(wanted.workflow_id)) == before
+    await cluster.driver.scale(wanted.workflow_id, 0)
+    await cluster.until(wanted.workflow_id, lambda observed: not observed.pods)

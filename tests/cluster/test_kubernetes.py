@@ -1,0 +1,294 @@
+"""What only an API server does to its clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from models import workflow_names as names
+from tests.cluster.fake_api import FakeApi
+from tests.cluster.fake_api.ownership import Manager
+from tests.cluster.fake_api.refused import Refused
+from tests.cluster.fake_api.schema import KINDS
+from tests.cluster.world import NAMESPACE, Cluster, layout, turn_until
+from workers.cluster import kubernetes
+from workers.cluster.driver import ClusterRefused, ClusterUnavailable, Reason, Resources
+from workers.cluster.kubernetes import DEPLOYER, SCALER, KubernetesDriver
+
+Fake = tuple[Cluster, FakeApi]
+CONFLICT = Refused(409, "Conflict", "the object has been modified")
+EXPIRED = Refused(410, "Expired", "too old")
+
+
+def deployment(api: FakeApi, workflow_id: str) -> dict[str, Any]:
+    return api.store.get(KINDS["deployments"], NAMESPACE, names.name(workflow_id))
+
+
+def objects(api: FakeApi) -> list[tuple[str, str]]:
+    return [
+        (kind.name, found["metadata"]["name"])
+        for kind in KINDS.values()
+        if kind.is_namespaced
+        for found in api.store.every(kind.plural, NAMESPACE)
+    ]
+
+
+def owned(found: dict[str, Any], manager: str) -> list[dict[str, Any]]:
+    return [entry["fieldsV1"] for entry in found["metadata"]["managedFields"] if entry["manager"] == manager]
+
+
+# ── who owns the number of pods ───────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    for replicas in (0, 1, 0, 3):
+        await cluster.driver.scale(wanted.workflow_id, replicas)
+        await cluster.driver.apply(replace(wanted, definition_hash=f"after {replicas}", replicas=replicas))
+        found = deployment(api, wanted.workflow_id)
+        assert found["spec"]["replicas"] == replicas
+        assert [fields["f:spec"] for fields in owned(found, SCALER)] == [{"f:replicas": {}}]
+        assert all("f:replicas" not in fields["f:spec"] for fields in owned(found, DEPLOYER))
+
+
+async def test_nothing_is_written_when_nothing_has_changed(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    before = api.store.version
+    await cluster.driver.apply(wanted)
+    assert api.store.version == before
+
+
+async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.delay_seconds = 0.3
+    wanted = await cluster.start()
+    await cluster.driver.scale(wanted.workflow_id, 0)
+    stale = await cluster.driver.observe(wanted.workflow_id)
+    assert (stale.available, stale.is_current, stale.is_ready) == (1, False, False)
+
+
+# ── why no pod comes up ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "words"),
+    [
+        ({"image": "registry.invalid/runner:1"}, Reason.IMAGE_PULL, "registry.invalid/runner:1"),
+        ({"resources": Resources(cpu_millicores=64_000)}, Reason.UNSCHEDULABLE, "Insufficient cpu"),
+        ({"environment": {"POD_EXIT_CODE": "137"}}, Reason.OUT_OF_MEMORY, "memory"),
+    ],
+)
+async def test_a_pod_that_does_not_come_up_says_why(
+    fake: Fake, changes: dict[str, Any], reason: Reason, words: str
+) -> None:
+    cluster, _ = fake
+    wanted = cluster.wanted(**changes)
+    await cluster.driver.apply(wanted)
+    observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
+    assert observed.trouble is not None
+    assert observed.trouble.reason is reason
+    assert words in observed.trouble.message
+    assert not observed.is_ready
+
+
+async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    api.node.pod_quota = 1
+    await cluster.driver.scale(wanted.workflow_id, 2)
+    observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
+    assert observed.trouble is not None
+    assert observed.trouble.reason is Reason.QUOTA
+
+
+async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start(replicas=1)
+    api.store.delete(KINDS["secrets"], NAMESPACE, names.name(wanted.workflow_id), {})
+    await cluster.driver.scale(wanted.workflow_id, 2)
+    observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
+    assert observed.trouble is not None
+    assert observed.trouble.reason is Reason.INVALID_CONFIG
+
+
+# ── half-done work, and what is not ours ──────────────────────────────────────────────────────────────────────
+
+
+async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_without_a_trace(
+    fake: Fake,
+) -> None:
+    cluster, api = fake
+    wanted = cluster.wanted()
+    for done in range(7):
+        await _cut_off(api, done, cluster.driver.apply(wanted))
+    assert await cluster.driver.delete(wanted.workflow_id)
+    assert objects(api) == []
+    await cluster.driver.apply(wanted)
+    await cluster.ready(wanted.workflow_id)
+    for done in range(8, 14):  # it lists by label before it deletes
+        await _cut_off(api, done, cluster.driver.delete(wanted.workflow_id))
+    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
+    assert objects(api) == []
+
+
+async def _cut_off(api: FakeApi, requests: int, work: Any) -> None:  # noqa: ANN401 - a coroutine
+    """End a deployer's work after so many requests, as a kill does."""
+    seen = len(api.requests)
+    task = asyncio.ensure_future(work)
+    await turn_until(lambda: len(api.requests) >= seen + requests or task.done())
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_others_keep_in_the_namespace_is_left_alone(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    service = {"metadata": {"name": "theirs"}, "spec": {"ports": [{"port": 80}]}}
+    api.store.create(KINDS["services"], NAMESPACE, service, Manager("kubectl", "Update"))
+    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
+    assert objects(api) == [("Service", "theirs")]
+
+
+# ── an API server that is slow, busy, or away ─────────────────────────────────────────────────────────────────
+
+
+async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    (url,) = await cluster.driver.endpoint(wanted.workflow_id)
+    await api.go_down()
+    for work in (
+        cluster.driver.apply(wanted),
+        cluster.driver.scale(wanted.workflow_id, 0),
+        cluster.driver.observe(wanted.workflow_id),
+        cluster.driver.list(),
+        cluster.driver.delete(wanted.workflow_id),
+        cluster.driver.logs(wanted.workflow_id, limit=1),
+    ):
+        with pytest.raises(ClusterUnavailable):
+            await work
+    assert await cluster.get(f"{url}/readyz") == {}
+    await api.listen()
+    assert (await cluster.driver.observe(wanted.workflow_id)).is_ready
+
+
+async def test_an_api_server_that_says_nothing_is_given_up(fake: Fake) -> None:
+    cluster, api = fake
+    assert isinstance(cluster.driver, KubernetesDriver)
+    cluster.driver._request_seconds = 0.2  # noqa: SLF001 - ten seconds are too long for a test
+    api.is_silent = True
+    with pytest.raises(ClusterUnavailable):
+        await cluster.driver.observe("wf_1")
+
+
+async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(fake: Fake) -> None:
+    cluster, api = fake
+    for status, error in ((429, ClusterUnavailable), (500, ClusterUnavailable), (503, ClusterUnavailable)):
+        api.failures.append(Refused(status, "", "not now"))
+        with pytest.raises(error, match="not now"):
+            await cluster.driver.list()
+    for status in (401, 403, 422):
+        api.failures.append(Refused(status, "Forbidden", "never"))
+        with pytest.raises(ClusterRefused, match="never"):
+            await cluster.driver.list()
+
+
+async def test_a_write_that_meets_another_is_done_again(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    api.failures += [CONFLICT, CONFLICT]
+    await cluster.driver.scale(wanted.workflow_id, 2)
+    assert deployment(api, wanted.workflow_id)["spec"]["replicas"] == 2
+
+
+async def test_lists_are_whole_over_pages_that_expire(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = [cluster.wanted() for _ in range(5)]
+    for one in wanted:
+        await cluster.driver.apply(one)
+    api.page_size = 2
+    assert {one.workflow_id for one in await cluster.driver.list()} == {one.workflow_id for one in wanted}
+    seen = len(api.requests)
+    listing = asyncio.ensure_future(cluster.driver.list())
+    await turn_until(lambda: len(api.requests) > seen)
+    api.store.forget()
+    assert {one.workflow_id for one in await listing} == {one.workflow_id for one in wanted}
+
+
+# ── watches that end ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterator[str]]:
+    """Watch what is deployed, with nothing left to be told."""
+    assert isinstance(cluster.driver, KubernetesDriver)
+    cluster.driver._first_pause_seconds = 0.02  # noqa: SLF001 - half a second is too long for a test
+    changes = cluster.driver.watch()
+    try:
+        async with asyncio.timeout(cluster.patience_seconds):
+            await anext(changes)
+            await turn_until(lambda: api.watches == 2)
+            yield changes
+    finally:
+        await changes.aclose()
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [FakeApi.end_watches, FakeApi.cut_watches, lambda api: (api.store.forget(), api.cut_watches())],
+    ids=["ended", "cut off", "expired"],
+)
+async def test_a_watch_goes_on_after_its_stream(fake: Fake, interrupt: Callable[[FakeApi], None]) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = await cluster.start()
+    async with watching(cluster, api) as changes:
+        interrupt(api)
+        assert await anext(changes) == wanted.workflow_id  # all are told again
+        later = cluster.wanted()
+        await cluster.driver.apply(later)
+        while await anext(changes) != later.workflow_id:
+            pass
+
+
+async def test_a_version_that_is_forgotten_between_list_and_watch_is_listed_again(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = await cluster.start()
+    changes = cluster.driver.watch()
+    first = asyncio.ensure_future(anext(changes))
+    await turn_until(lambda: any("/pods?labelSelector" in request for request in api.requests[-2:]))
+    api.store.forget()
+    assert await first == wanted.workflow_id
+    later = cluster.wanted()
+    await cluster.driver.apply(later)
+    async with asyncio.timeout(cluster.patience_seconds):
+        while await anext(changes) != later.workflow_id:
+            pass
+    await changes.aclose()
+
+
+async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_missed(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = await cluster.start()
+    async with watching(cluster, api) as changes:
+        await api.go_down()
+        api.store.delete(KINDS["deployments"], NAMESPACE, names.name(wanted.workflow_id), {})
+        await api.listen()
+        while await anext(changes) != wanted.workflow_id:
+            pass
+        await cluster.until(wanted.workflow_id, lambda observed: not observed.exists)
+
+
+async def test_a_kubeconfig_that_is_none_is_refused_in_words() -> None:
+    with pytest.raises(ClusterRefused, match="no way to a Kubernetes API server"):
+        await kubernetes.connect(layout())

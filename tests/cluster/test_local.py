@@ -1,0 +1,208 @@
+"""What only subprocesses do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from tests.cluster.world import Cluster, a_wanted, turn_until
+from workers.cluster import local
+from workers.cluster.driver import OWN_VARIABLES, ClusterRefused, Driver, Wanted
+from workers.cluster.local import Copy, Plan, plan
+from workers.cluster.local_pod import Limits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "pods"
+
+
+def found(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern))
+
+
+async def never() -> Driver:
+    raise AssertionError
+
+
+def deploy_and_die(folder: Path) -> Wanted:
+    """Deploy by another process, and kill that when the pod is up."""
+    wanted = a_wanted()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.cluster.deployer", str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as deployer:
+        assert deployer.stdin is not None
+        assert deployer.stdout is not None
+        deployer.stdin.write(msgspec.json.encode(wanted) + b"\n")
+        deployer.stdin.flush()
+        assert deployer.stdout.readline() == b"ready\n"
+        deployer.kill()
+    return wanted
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def state_of(cluster: Cluster, workflow_id: str) -> dict[str, Any]:
+    (url,) = await cluster.driver.endpoint(workflow_id)
+    state: dict[str, Any] = await cluster.get(f"{url}/state")
+    return state
+
+
+async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
+    machine: Cluster, folder: Path
+) -> None:
+    wanted = await machine.start(environment={"A": "1"})
+    state = await state_of(machine, wanted.workflow_id)
+    assert state["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_"} == {
+        "A", "HOME", "LANG", "PATH", "TMPDIR", *OWN_VARIABLES
+    }  # fmt: skip
+    assert Path(state["folder"]).is_relative_to(folder)
+    assert state["session"] == state["pid"]
+    assert os.getsid(0) != state["session"]
+    for kept in found(folder, "**/*.json"):
+        assert kept.stat().st_mode & 0o077 == 0
+
+
+async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: Cluster, folder: Path) -> None:
+    with pytest.raises(ClusterRefused, match="only `dev`"):
+        await local.open_local(folder, runs_without_isolation=False)
+    with pytest.raises(ClusterRefused, match="Another process"):
+        await machine.reopen()
+
+
+async def test_pods_survive_a_deployer_that_is_killed(folder: Path) -> None:
+    wanted = await asyncio.to_thread(deploy_and_die, folder)
+    (record,) = found(folder, "*/*/pod.json")
+    async with await local.open_local(folder, runs_without_isolation=True) as driver:
+        cluster = Cluster(driver, never)
+        observed = await cluster.ready(wanted.workflow_id)
+        assert [pod.name for pod in observed.pods] == [record.parent.name]
+        state = await state_of(cluster, wanted.workflow_id)
+        os.kill(state["pid"], signal.SIGKILL)  # a pod that was adopted is looked after like any other
+        await cluster.until(wanted.workflow_id, lambda observed: not observed.is_ready)
+        await cluster.ready(wanted.workflow_id)
+        await cluster.until_true(lambda: driver.delete(wanted.workflow_id))
+    assert [path.name for path in found(folder, "*")] == ["lock"]
+
+
+async def test_a_process_that_bears_the_number_of_a_pod_is_not_taken_for_it(
+    machine: Cluster, folder: Path
+) -> None:
+    wanted = await machine.start()
+    pid = (await state_of(machine, wanted.workflow_id))["pid"]
+    await machine.driver.close()
+    os.kill(pid, signal.SIGKILL)
+    bystander = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    (certificate,) = found(folder, "*/*/process")
+    text = certificate.read_text()
+    certificate.write_text(text.replace(f"{pid} ", f"{bystander.pid} ", 1))
+    machine.driver = await machine.reopen()
+    await machine.ready(wanted.workflow_id)
+    assert (await state_of(machine, wanted.workflow_id))["pid"] != bystander.pid
+    await machine.until_true(lambda: machine.driver.delete(wanted.workflow_id))
+    assert bystander.returncode is None
+    bystander.kill()
+    await bystander.wait()
+
+
+async def test_a_pod_that_does_not_end_is_killed_after_its_grace_by_the_next_deployer_too(
+    folder: Path,
+) -> None:
+    limits = Limits(grace_seconds=0.6)
+    driver = await local.open_local(folder, runs_without_isolation=True, limits=limits)
+    cluster = Cluster(driver, never)
+    wanted = await cluster.start(environment={"POD_IGNORES_TERM": "1"})
+    pid = (await state_of(cluster, wanted.workflow_id))["pid"]
+    await driver.scale(wanted.workflow_id, 0)
+    await driver.close()
+    async with await local.open_local(folder, runs_without_isolation=True, limits=limits) as driver:
+        (pod,) = (await driver.observe(wanted.workflow_id)).pods
+        assert pod.is_terminating
+        assert is_running(pid)
+        await turn_until(lambda: not is_running(pid))
+        await Cluster(driver, never).until_true(lambda: driver.delete(wanted.workflow_id))
+
+
+async def test_logs_are_bounded_and_keep_the_end(machine: Cluster, folder: Path) -> None:
+    wanted = await machine.start()
+    (url,) = await machine.driver.endpoint(wanted.workflow_id)
+    for number in range(3):
+        await machine.get(f"{url}/say?text={'x' * 99}&times=300")
+        await machine.get(f"{url}/say?text=end-{number}")
+    (log,) = found(folder, "*/*/log")
+    await turn_until(lambda: log.stat().st_size < 20_000)
+    assert sum(path.stat().st_size for path in found(log.parent, "log*")) <= 40_000
+    (last,) = await machine.driver.logs(wanted.workflow_id, limit=1)
+    assert last.text == "end-2"
+
+
+async def test_what_can_not_be_read_any_more_keeps_nobody_from_starting(
+    machine: Cluster, folder: Path
+) -> None:
+    wanted = await machine.start()
+    await machine.driver.close()
+    (folder / "torn").mkdir()
+    (folder / "torn" / local.KEPT).write_text("{")
+    machine.driver = await machine.reopen()
+    await machine.ready(wanted.workflow_id)
+    assert len(await machine.driver.list()) == 1
+
+
+async def test_a_pod_killed_with_its_children_leaves_none(machine: Cluster) -> None:
+    command = ("/bin/sh", "-c", 'sleep 60 & echo "$!"; exec "$@"', "pod", *a_wanted().command)
+    wanted = await machine.start(command=command)
+    (child, *_) = await machine.driver.logs(wanted.workflow_id, limit=9)
+    await machine.until_true(lambda: machine.driver.delete(wanted.workflow_id))
+    with suppress(TimeoutError):
+        await turn_until(lambda: not is_running(int(child.text)), patience_seconds=2)
+    assert not is_running(int(child.text))
+
+
+async def test_another_token_needs_another_pod(machine: Cluster) -> None:
+    wanted = await machine.start()
+    (before,) = (await machine.driver.observe(wanted.workflow_id)).pods
+    await machine.driver.apply(replace(wanted, token="another"))
+    await machine.until(
+        wanted.workflow_id,
+        lambda observed: observed.is_rolled_out and before.name not in {pod.name for pod in observed.pods},
+    )
+
+
+@pytest.mark.parametrize(
+    ("copies", "replicas", "expected"),
+    [
+        ([], 2, Plan(2, ())),
+        ([Copy("a", "new", is_ready=False), Copy("b", "new", is_ready=True)], 1, Plan(0, ("a",))),
+        ([Copy("a", "new", is_ready=True)], 0, Plan(0, ("a",))),
+        ([Copy("a", "old", is_ready=True)], 1, Plan(1, ())),
+        ([Copy("a", "old", is_ready=True), Copy("b", "new", is_ready=False)], 1, Plan(0, ())),
+        ([Copy("a", "old", is_ready=True), Copy("b", "new", is_ready=True)], 1, Plan(0, ("a",))),
+        ([Copy("a", "old", is_ready=False), Copy("b", "old", is_ready=True)], 1, Plan(1, ("a",))),
+        ([Copy("a", "old", is_ready=True), Copy("b", "new", is_ready=True)], 0, Plan(0, ("b", "a"))),
+    ],
+)
+def test_pods_of_another_kind_stay_until_there_is_one_in_their_place(
+    copies: list[Copy], replicas: int, expected: Plan
+) -> None:
+    assert plan(copies, template="new", replicas=replicas) == expected

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import ids
+from models import workflow_names as names
+from tests.cluster.fake_api import rules
+from tests.cluster.fake_api.schema import KINDS
+from tests.cluster.world import a_wanted, layout
+from workers.cluster import manifests
+from workers.cluster.driver import TOKEN_VARIABLE
+
+RFC_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
+ANY_ID = st.text(alphabet="aAwWfF_-./ é0", max_size=80) | st.text(max_size=80)
+
+
+@settings(max_examples=50)
+@given(st.lists(ANY_ID, min_size=2, max_size=5, unique=True))
+def test_names_are_valid_everywhere_and_never_meet(workflow_ids: list[str]) -> None:
+    made = [name(one) for one in workflow_ids for name in (names.name, names.pods_service)]
+    assert all(RFC_1035.match(name) and len(name) <= 63 for name in made)
+    assert len(set(made)) == len(made)
+
+
+def test_an_id_of_our_own_can_be_read_in_its_name() -> None:
+    workflow_id = ids.new("wf")
+    assert names.name(workflow_id) == "workflow-" + workflow_id.replace("_", "-")
+    lookalikes = {workflow_id, workflow_id.replace("_", "-"), workflow_id.upper(), workflow_id + "-"}
+    assert len({names.name(one) for one in lookalikes}) == 4
+
+
+@settings(max_examples=30)
+@given(st.text(max_size=40), st.text(alphabet="$()aA{}%", max_size=20))
+def test_whatever_users_write_the_objects_are_valid_and_restricted(text: str, value: str) -> None:
+    made = manifests.objects(
+        a_wanted(workflow_id=text, organization_id=text, environment={"A": value}), layout()
+    )
+    for manifest in made:
+        kind = next(kind for kind in KINDS.values() if kind.name == manifest["kind"])
+        assert rules.problems(kind, manifest) == []
+    pod = made[-1]["spec"]["template"]["spec"]
+    assert rules.violations_of_restricted(pod) == []
+
+
+def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
+    made = manifests.objects(a_wanted(environment={TOKEN_VARIABLE: "another"}), layout())
+    assert [manifest["kind"] for manifest in made if "token-canary" in str(manifest)] == []
+    assert "another" not in str(made)
+    deployment = made[-1]
+    assert "replicas" not in deployment["spec"]
+    assert deployment["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_what_applications_call_leads_to_the_gateway_and_only_that_may_enter() -> None:
+    one = a_wanted()
+    service = manifests.gateway_service(one, layout())
+    assert service["metadata"]["name"] == names.name(one.workflow_id)
+    assert service["spec"] == {"type": "ExternalName", "externalName": layout().gateway_host}
+    policy = manifests.network_policy(one, layout())["spec"]
+    (ingress,) = policy["ingress"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert [set(peer) for peer in ingress["from"]] == [{"namespaceSelector", "podSelector"}]

@@ -1,0 +1,222 @@
+"""A cluster to test a driver on: this machine, the fake API server, or a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from kubernetes.aio import client, config
+
+from models import ids
+from tests.cluster.fake_api import FakeApi
+from tests.cluster.fake_api.server import serving
+from workers.cluster import kubernetes, local
+from workers.cluster.driver import Driver, Observed, Resources, Wanted
+from workers.cluster.local_pod import Limits
+from workers.cluster.manifests import Layout
+
+PROGRAM = (Path(__file__).parent / "pod.py").read_text()
+NAMESPACE = "user-workflows"
+POLL_SECONDS = 0.02
+GRACE_SECONDS = 20
+DEFAULT_IMAGE = "python:3.13-slim"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+TEST_KUBECONFIG = os.environ.get("TEST_KUBECONFIG")
+
+
+def layout(namespace: str = NAMESPACE) -> Layout:
+    return Layout(
+        namespace=namespace,
+        gateway_host="pilotflame-gateway.pilotflame.svc.cluster.local",
+        gateway_namespace="pilotflame",
+        grace_seconds=GRACE_SECONDS,
+    )
+
+
+def a_wanted(python: str = sys.executable, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
+    """Return a wish for the program of these tests."""
+    given: dict[str, Any] = {
+        "workflow_id": ids.new("wf"),
+        "organization_id": "org_1",
+        "definition_hash": "first",
+        "generation": 1,
+        "image": "example.com/runner:1",
+        "command": (python, "-S", "-c", PROGRAM),
+        "token": "token-canary",
+        "resources": Resources(cpu_millicores=100, memory_mebibytes=64),
+    }
+    return Wanted(**{**given, **changes})
+
+
+@dataclass
+class Cluster:
+    """A driver, and what a test has to know of the place that it drives."""
+
+    driver: Driver
+    reopen: Callable[[], Awaitable[Driver]]
+    image: str = "example.com/runner:1"
+    python: str = sys.executable
+    patience_seconds: float = 10.0
+    drain_seconds: float = 0.8
+    """Longer than a pod takes to come up."""
+    is_real: bool = False
+    used: list[str] = field(default_factory=list)
+
+    def wanted(self, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
+        wanted = a_wanted(self.python, **{"image": self.image, **changes})
+        self.used.append(wanted.workflow_id)
+        return wanted
+
+    async def until(self, workflow_id: str, holds: Callable[[Observed], bool]) -> Observed:
+        """Observe until something holds."""
+        observed = await self.driver.observe(workflow_id)
+        try:
+            async with asyncio.timeout(self.patience_seconds):
+                while not holds(observed):
+                    await asyncio.sleep(POLL_SECONDS)
+                    observed = await self.driver.observe(workflow_id)
+        except TimeoutError:
+            pytest.fail(f"It never came to be so: {observed}")
+        return observed
+
+    async def until_true(self, holds: Callable[[], Awaitable[bool]]) -> None:
+        """Ask until something holds."""
+        async with asyncio.timeout(self.patience_seconds):
+            while not await holds():  # noqa: ASYNC110 - of another process, which sets no event of ours
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def ready(self, workflow_id: str) -> Observed:
+        """Wait until all that is wanted is ready."""
+        return await self.until(
+            workflow_id, lambda observed: observed.replicas > 0 and observed.is_rolled_out
+        )
+
+    async def start(self, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
+        """Deploy something, and wait until it is ready."""
+        wanted = self.wanted(**changes)
+        await self.driver.apply(wanted)
+        await self.ready(wanted.workflow_id)
+        return wanted
+
+    async def get(self, url: str) -> Any:  # noqa: ANN401 - JSON
+        """Ask a pod for something."""
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(url, timeout=aiohttp.ClientTimeout(5)) as answer,
+            ):
+                assert answer.status == 200
+                return await answer.json(content_type=None)
+        except (aiohttp.ClientError, TimeoutError):
+            if self.is_real:
+                pytest.skip("the network of the pods can't be reached from here")
+            raise
+
+    async def clean(self) -> None:
+        """Take everything away that tests have deployed."""
+        async with asyncio.timeout(self.patience_seconds + GRACE_SECONDS):
+            for workflow_id in self.used:
+                while not await self.driver.delete(workflow_id):
+                    pass
+
+
+async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 10.0) -> None:
+    """Let everything else go on until something holds."""
+    async with asyncio.timeout(patience_seconds):
+        while not holds():  # noqa: ASYNC110 - of what sets no event
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def on_this_machine(folder: Path) -> AsyncIterator[Cluster]:
+    limits = Limits(grace_seconds=GRACE_SECONDS, log_bytes=20_000)
+
+    async def open_driver() -> Driver:
+        return await local.open_local(folder, runs_without_isolation=True, limits=limits)
+
+    cluster = Cluster(await open_driver(), open_driver)
+    try:
+        yield cluster
+    finally:
+        await cluster.clean()
+        await cluster.driver.close()
+
+
+@asynccontextmanager
+async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster, FakeApi]]:  # noqa: ANN401
+    async with serving(second=0.05, **settings) as api:
+        api.node.runs_commands = True
+        path = folder / "kubeconfig"
+        path.write_text(kubeconfig(api))
+        core = client.CoreV1Api(client.ApiClient(client.Configuration(host=api.url)))
+        core.api_client.set_default_header("Authorization", f"Bearer {api.token}")
+        await core.create_namespace({"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
+        await core.api_client.close()
+
+        async def open_driver() -> Driver:
+            return await kubernetes.connect(layout(), kubeconfig=path)
+
+        cluster = Cluster(await open_driver(), open_driver)
+        try:
+            yield cluster, api
+        finally:
+            await cluster.driver.close()
+
+
+def kubeconfig(api: FakeApi) -> str:
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "fake",
+            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "deployer"}}],
+            "clusters": [{"name": "fake", "cluster": {"server": api.url}}],
+            "users": [{"name": "deployer", "user": {"token": api.token}}],
+        }
+    )
+
+
+@asynccontextmanager
+async def on_real(path: Path) -> AsyncIterator[Cluster]:
+    """Use a namespace of its own on the cluster of a kubeconfig, and an image that its nodes have."""
+    namespace = ids.new("test").replace("_", "-")
+    configuration = client.Configuration()
+    await config.load_kube_config(
+        config_file=str(path), client_configuration=configuration, persist_config=False
+    )
+    async with AsyncExitStack() as stack:
+        api = await stack.enter_async_context(client.ApiClient(configuration))
+        core = client.CoreV1Api(api)
+        await core.create_namespace({"metadata": {"name": namespace, "labels": RESTRICTED}})
+        stack.push_async_callback(core.delete_namespace, namespace)
+        image = os.environ.get("TEST_POD_IMAGE") or await _python_image(core)
+
+        async def open_driver() -> Driver:
+            return await kubernetes.connect(layout(namespace), kubeconfig=path)
+
+        cluster = Cluster(
+            await open_driver(),
+            open_driver,
+            image=image,
+            python="python3",
+            patience_seconds=90,
+            drain_seconds=10,
+            is_real=True,
+        )
+        yield cluster
+        await cluster.driver.close()
+
+
+async def _python_image(core: client.CoreV1Api) -> str:
+    nodes = await core.list_node()
+    names = [name for node in nodes.items for image in node.status.images or () for name in image.names or ()]
+    return next((name for name in names if "python" in name and "@" not in name), DEFAULT_IMAGE)

@@ -1,0 +1,88 @@
+"""Deployers beside a gateway, with pods that are small programs: what they do to a cluster is real."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from journal import deployments
+from models.deployment import Deployment
+from tests.cluster.world import PROGRAM
+from tests.integration.gateway_world import SECRET, Person, World
+from workers.cluster import local
+from workers.cluster.driver import Driver
+from workers.deployer.deployer import Deployer, deploying
+from workers.deployer.main import end_pods
+from workers.deployer.settings import DeployerSettings
+
+PATIENCE_SECONDS = 15.0
+POD = (sys.executable, "-S", "-c", PROGRAM)
+BROKEN_POD = (sys.executable, "-S", "-c", "raise SystemExit('it was built broken')")
+
+
+@asynccontextmanager
+async def deployer(
+    world: World,
+    open_driver: Callable[[], Awaitable[Driver]],
+    *,
+    command: Sequence[str] = POD,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[Deployer]:
+    """Run a deployer on a gateway's database and broker."""
+    given = {"cluster": "local", "deployer_sweep_seconds": 0.5, "runner_gateway_url": "http://127.0.0.1:1"}
+    made = DeployerSettings(secret_key=SecretStr(SECRET), **{**given, **settings})
+    gateway = world.gateway
+    async with deploying(
+        made, gateway.database, gateway.broker, open_driver, command=command, close_driver=end_pods
+    ) as found:
+        yield found
+
+
+@asynccontextmanager
+async def on_this_machine(
+    world: World,
+    folder: Path,
+    *,
+    command: Sequence[str] = POD,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[Deployer]:
+    """Run a deployer whose pods end with it."""
+    open_driver = partial(local.open_local, folder, runs_without_isolation=True)
+    async with deployer(world, open_driver, command=command, **settings) as found:
+        yield found
+
+
+async def row(world: World, workflow_id: str) -> Deployment:
+    """Return a deployment's row."""
+    async with world.gateway.database.read() as connection:
+        found = await deployments.find(connection, workflow_id)
+    assert found is not None
+    return found
+
+
+async def until(world: World, workflow_id: str, holds: Callable[[Deployment], bool]) -> Deployment:
+    """Wait until something holds of a deployment's row."""
+    found = await row(world, workflow_id)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not holds(found):
+                await asyncio.sleep(0.01)
+                found = await row(world, workflow_id)
+    except TimeoutError as error:
+        raise AssertionError(f"It never came to be so: {found!r}") from error
+    return found
+
+
+async def asked(person: Person, verb: str, workflow_id: str, status: int, **body: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Ask something of a deployment, and return the answer."""
+    response = await person.api.post(f"/api/v1/workflows/{workflow_id}/{verb}", json=body)
+    assert response.status_code == status, response.text
+    answer: dict[str, Any] = response.json()
+    return answer

@@ -1,0 +1,43 @@
+"""A worker's process that is killed when an output is in the blob storage and before the row that names it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.services import Services
+from execution.executor import Executor
+from journal.blobs.opening import open_blobs
+from journal.opening import open_store
+from journal.store import RunWrite
+from messages.local_broker import LocalBroker
+from models.database import parse_url
+from tests.calls import NoNetwork
+from tests.integration.large_outputs import library
+from workers.settings import WorkerSettings
+
+
+async def main(url: str, folder: str) -> None:
+    store = await open_store(parse_url(url))
+    settings = WorkerSettings(data_dir=Path(folder), commit_seconds=0.02)
+    record = store.record
+
+    async def record_or_die(batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
+        if any(span.output_blob for write in batch for span in write.spans):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await record(batch, owner=owner)
+
+    store.record = record_or_die  # type: ignore[method-assign]
+    blobs = open_blobs(settings)
+    services = Services(http=NoNetwork())
+    executor = Executor(store, LocalBroker(inbox="dies"), library(), services, settings, blobs=blobs)
+    await executor.start()
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

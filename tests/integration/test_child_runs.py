@@ -1,0 +1,249 @@
+"""Runs that are started by nodes of other runs: never doubled, never without a limit, and gone with their parent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from msgspec import structs
+from sqlalchemy import insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from engine.errors import NodeError
+from engine.events import RunStatus
+from engine.services import Caller
+from engine.values import Json
+from execution.child_runs import ChildRuns
+from journal import children
+from journal.store import Claimed
+from messages.local_broker import LocalBroker
+from models.access import User
+from models.workflow import Workflow, WorkflowGraph
+from nodes import catalog
+from tests.integration.run_world import Place, Where, World, key_of, opened, write
+from workers.settings import WorkerSettings
+
+NODES: list[dict[str, Any]] = [
+    {"id": "start", "type": "rest-api"},
+    {"id": "keep", "type": "set", "config": {"values": {"a": 1}}},
+]
+EDGES = [{"id": "e1", "source": "start", "target": "keep"}]
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+async def runnable(world: World, place: Place | None = None, **columns: Any) -> Place:  # noqa: ANN401 - columns
+    """Make a workflow that can be run, in the organisation of another if that is given."""
+    made = await world.workflow(place.organization if place else None)
+    graph = WorkflowGraph(
+        workflow_id=made.workflow_id, lane=made.organization.lane, nodes=NODES, connections=EDGES
+    )
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
+        if columns:
+            await change(connection)
+
+    async def change(connection: AsyncConnection) -> None:
+        await connection.execute(update(Workflow).where(col(Workflow.id) == made.workflow_id).values(columns))
+
+    await world.database.transaction(work)
+    return made
+
+
+def runs(world: World, **settings: Any) -> ChildRuns:  # noqa: ANN401 - a field of WorkerSettings
+    broker = LocalBroker(inbox="worker")
+    return ChildRuns(world.database, world.store, broker, catalog.load(), WorkerSettings(**settings))
+
+
+def caller_of(run: Claimed, place: Place) -> Caller:
+    return Caller(run.organization_id, place.user_id, run.workflow_id, run.execution_id, run.key_id)
+
+
+async def start(
+    starter: ChildRuns,
+    caller: Caller,
+    workflow: Place,
+    inputs: Json = None,
+    **changes: Any,  # noqa: ANN401 - any argument
+) -> str:
+    options: dict[str, Any] = {"node_id": "sub", "iteration": "", "awaited": True, **changes}
+    return await starter.start(caller, workflow.workflow_id, inputs, **options)
+
+
+async def refusal(starter: ChildRuns, caller: Caller, workflow: Place) -> NodeError:
+    with pytest.raises(NodeError) as refused:
+        await start(starter, caller, workflow, node_id="another")
+    return refused.value
+
+
+async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(world: World) -> None:
+    place = await runnable(world)
+    parent = await world.claimed(place, trigger='{"body":{}}')
+    caller = caller_of(parent, place)
+    ids = await asyncio.gather(
+        *(start(runs(world), caller, place, {"n": 7}, iteration="3") for _ in range(4))
+    )
+    assert len(set(ids)) == 1
+    child = await world.row(ids[0])
+    assert (child["parent_id"], child["root_id"], child["depth"]) == (parent.execution_id,) * 2 + (1,)
+    assert (child["organization_id"], child["user_id"]) == (parent.organization_id, place.user_id)
+    assert (child["trigger_type"], child["total_nodes"]) == ("sub-workflow", 2)
+    answered = {"executionId": parent.execution_id, "nodeId": "sub", "iteration": "3"}
+    assert json.loads(child["follow_up"]) == {"parent": answered}
+    (given,) = await world.query("SELECT trigger FROM execution_data WHERE execution_id = :id", id=ids[0])
+    assert json.loads(given["trigger"]) == {"body": {"n": 7}, "headers": {}, "query": {}}
+
+    others = [
+        await start(runs(world), caller, place, iteration="4"),
+        await start(runs(world), caller, place, node_id="sub2", iteration="3"),
+        await start(runs(world), caller, place, iteration="5", awaited=False),
+    ]
+    assert len({*ids, *others}) == 4
+    assert (await world.row(others[-1]))["follow_up"] is None
+
+
+async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_runs(world: World) -> None:
+    place = await runnable(world)
+    first, second = await world.claimed(place), await world.claimed(place)
+    resumed = structs.replace(caller_of(second, place), key_id=first.execution_id)
+    callers = (caller_of(first, place), resumed)
+    awaited = {await start(runs(world), caller, place) for caller in callers}
+    alone = {await start(runs(world), caller, place, awaited=False) for caller in callers}
+    assert (len(awaited), len(alone)) == (2, 1)
+
+
+async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_is(world: World) -> None:
+    place = await runnable(world)
+    caller = caller_of(await world.claimed(place), place)
+    starter = runs(world)
+    child_id = await start(starter, caller, place)
+    hash_before = (await world.row(child_id))["definition_hash"]
+    await world.query("UPDATE workflow SET revision = 2, settings = :settings", settings='{"timeout":60}')
+    assert await start(starter, caller, place) == child_id
+    assert (await world.row(child_id))["definition_hash"] == hash_before
+
+    changed = await world.row(await start(starter, caller, place, iteration="1"))
+    assert changed["definition_hash"] != hash_before
+    assert changed["timeout_microseconds"] == 60_000_000
+
+
+async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(world: World) -> None:
+    place = await runnable(world)
+    starter = runs(world, max_run_depth=2, max_sub_runs=3)
+    root, other = [caller_of(await world.claimed(place), place) for _ in range(2)]
+    child = structs.replace(root, execution_id=await start(starter, root, place))
+    grandchild = structs.replace(root, execution_id=await start(starter, child, place))
+    deepest = await refusal(starter, grandchild, place)
+    assert (deepest.code, "PILOTFLAME_MAX_RUN_DEPTH" in deepest.message) == ("run-too-deep", True)
+
+    await start(starter, root, place, iteration="1")
+    for caller in (root, child):
+        with pytest.raises(NodeError) as refused:
+            await start(starter, caller, place, iteration="2")
+        assert refused.value.code == "too-many-sub-runs"
+        assert "PILOTFLAME_MAX_SUB_RUNS" in refused.value.message
+    # What was started stays found, and others have a number of their own.
+    assert await start(starter, root, place) == child.execution_id
+    await start(starter, other, place)
+
+
+async def test_what_the_caller_may_not_read_is_not_run(world: World) -> None:
+    place = await runnable(world)
+    caller = caller_of(await world.claimed(place), place)
+    starter = runs(world)
+    theirs, elsewhere = await runnable(world, place), await runnable(world)
+    for workflow in (theirs, elsewhere, replace(place, workflow_id="wf_absent")):
+        assert (await refusal(starter, caller, workflow)).code == "workflow-not-found"
+
+    share = "INSERT INTO workflow_share (workflow_id, user_id, shared_at) VALUES (:workflow, :user, 0)"
+    await world.query(share, workflow=theirs.workflow_id, user=place.user_id)
+    await start(starter, caller, theirs)
+    public = await runnable(world, place, is_public=True)
+    await start(starter, caller, public, iteration="1")
+
+    # An admin of the organisation reads all of it, and nothing of others.
+    await world.query("DELETE FROM workflow_share")
+    await world.database.transaction(
+        lambda connection: connection.execute(
+            update(User).where(col(User.id) == place.user_id).values(role="admin")
+        )
+    )
+    await start(starter, caller, theirs, iteration="2")
+    assert (await refusal(starter, caller, elsewhere)).code == "workflow-not-found"
+
+
+async def test_what_cannot_be_run_says_why(world: World) -> None:
+    place = await runnable(world)
+    caller = caller_of(await world.claimed(place), place)
+    starter = runs(world)
+    for status in ("paused", "archived"):
+        workflow = await runnable(world, place, status=status, is_public=True)
+        assert (await refusal(starter, caller, workflow)).code == f"workflow-{status}"
+    broken = await runnable(world, place, is_public=True)
+    await world.query("UPDATE workflow_graph SET connections = '[]', nodes = '[]'")
+    refused = await refusal(starter, caller, broken)
+    assert refused.code == "invalid-definition"
+    assert "no nodes" in refused.message
+    full = await runnable(
+        world, place, is_public=True, settings={"concurrency": {"limit": 1, "onLimit": "reject"}}
+    )
+    await start(starter, caller, full)
+    with pytest.raises(NodeError) as rejected:
+        await start(starter, caller, full, iteration="1")
+    assert (rejected.value.code, rejected.value.retryable) == ("concurrency-limit", True)
+
+
+# ── the end of the parent ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("end", "status"), [("cancel", "cancelled"), ("stop", "stopped")])
+async def test_whoever_is_waited_for_does_not_outlive_its_parent(world: World, end: str, status: str) -> None:
+    place = await runnable(world)
+    parent = await world.claimed(place)
+    caller = caller_of(parent, place)
+    starter = runs(world)
+    child = await start(starter, caller, place)
+    running = await start(starter, caller, place, iteration="1")
+    grandchild = await start(starter, structs.replace(caller, execution_id=child), place)
+    alone = await start(starter, caller, place, iteration="2", awaited=False)
+    await world.query("UPDATE execution SET target = 'elsewhere' WHERE id <> :id", id=running)
+    (claimed,) = await world.claim()
+    assert claimed.execution_id == running
+    assert await children.end_abandoned(world.database, world.store) == []
+
+    await world.expire(parent)
+    await world.store.request_end(key_of(parent), end)
+    ended = await children.end_abandoned(world.database, world.store)
+    assert {(one.execution_id, one.request) for one in ended[:2]} == {(child, end), (running, end)}
+    assert [one.execution_id for one in ended[2:]] == [grandchild]
+    found = {one: (await world.row(one))["status"] for one in (child, grandchild, running, alone)}
+    assert found == {child: status, grandchild: status, running: "running", alone: "pending"}
+    assert (await world.row(running))["request"] == end
+    (told,) = [one.requested for one in ended if one.execution_id == running]
+    assert told.lease_owner == "worker"
+    assert await children.end_abandoned(world.database, world.store) == []
+
+
+async def test_a_parent_that_fails_stops_whoever_it_waits_for(world: World) -> None:
+    place = await runnable(world)
+    parent = await world.claimed(place)
+    child = await start(runs(world), caller_of(parent, place), place)
+    await world.store.record([write(parent, end=RunStatus.FAILED)])
+    (ended,) = await children.end_abandoned(world.database, world.store)
+    assert (ended.execution_id, (await world.row(child))["status"]) == (child, "stopped")

@@ -1,0 +1,365 @@
+"""The deployer on both databases: what it brings about, what it says of what it can't, and what follows a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes.aio import client
+from sqlalchemy import func, insert, select, update
+from sqlmodel import col
+
+from models.database import Database
+from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, Observed, status_of
+from models.deployment_token import DeploymentToken
+from models.ids import new
+from models.lifecycle import StoppedReason
+from scheduler import lifecycle
+from tests.cluster.fake_api import FakeApi
+from tests.cluster.fake_api.schema import KINDS
+from tests.cluster.world import NAMESPACE, Cluster, layout, on_fake
+from tests.integration.deployed import deployed
+from tests.integration.deployers import (
+    BROKEN_POD,
+    asked,
+    deployer,
+    on_this_machine,
+    row,
+    until,
+)
+from tests.integration.gateway_world import GRAPH, People, World
+from workers.cluster import local
+from workers.cluster.driver import ClusterUnavailable, Driver
+from workers.cluster.driver import Observed as Seen
+from workers.cluster.kubernetes import KubernetesDriver
+
+PATIENCE_SECONDS = 15.0
+DEATHS = ((1, 1), (4, 2), (6, 4), (7, 6))
+"""At which change of a deploy, of seven, and of an undeploy, of six: before the first, among them, before the last."""
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+async def workflow_id(people: People) -> str:
+    return await people.owner.create(**GRAPH)
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
+    yield
+    gone = update(Deployment).values(is_deployed=False, observed=Observed.ABSENT)
+    await world.gateway.database.transaction(lambda connection: connection.execute(gone))
+
+
+def is_running(deployment: Deployment) -> bool:
+    return (
+        status_of(deployment) is DeploymentStatus.RUNNING
+        and deployment.observed_generation == deployment.generation
+    )
+
+
+def has_failed(deployment: Deployment) -> bool:
+    return status_of(deployment) is DeploymentStatus.FAILED
+
+
+def is_gone(deployment: Deployment) -> bool:
+    return status_of(deployment) is DeploymentStatus.NOT_DEPLOYED
+
+
+# ── what can't start ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_again(
+    world: World, people: People, workflow_id: str, tmp_path: Path
+) -> None:
+    database, broker = world.gateway.database, world.gateway.broker
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with on_this_machine(world, tmp_path, command=BROKEN_POD, start_seconds=0.3):
+        failed = await until(world, workflow_id, has_failed)
+        assert "it was built broken" in (failed.observed_reason or "")
+        answer = await asked(people.owner, "deploy", workflow_id, 202)
+        assert answer["deploymentStatus"] in {"failed", "starting", "deploying"}
+        await until(world, workflow_id, has_failed)
+        await lifecycle.keep_policies(database, broker)
+        stopped = await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED)
+        assert (stopped.replicas, stopped.stopped_reason) == (0, StoppedReason.FAILED)
+        assert has_failed(stopped)
+        assert "it was built broken" in (stopped.observed_reason or "")
+    async with on_this_machine(world, tmp_path):
+        await asked(people.owner, "start", workflow_id, 202)
+        healed = await until(world, workflow_id, is_running)
+        assert (healed.observed_reason, healed.stopped_reason) == (None, None)
+
+
+class Moody(local.LocalDriver):
+    """A cluster that is away now and then."""
+
+    is_away = False
+
+    async def observe(self, workflow_id: str) -> Seen:
+        if self.is_away:
+            raise ClusterUnavailable("the cluster is away")
+        return await super().observe(workflow_id)
+
+
+async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_later(
+    world: World, people: People, workflow_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "LocalDriver", Moody)
+    async with on_this_machine(world, tmp_path) as found:
+        await asked(people.owner, "deploy", workflow_id, 202)
+        await until(world, workflow_id, is_running)
+        monkeypatch.setattr(Moody, "is_away", True)
+        await asked(people.owner, "start", workflow_id, 202, replicas=2)
+        unknown = await until(world, workflow_id, lambda one: one.observed == Observed.UNKNOWN)
+        assert (unknown.replicas, unknown.observed_reason) == (2, "the cluster is away")
+        assert status_of(unknown) is DeploymentStatus.UNKNOWN
+        monkeypatch.setattr(Moody, "is_away", False)
+        found.look_at(workflow_id)
+        await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+
+
+async def test_a_pod_that_is_gone_is_noticed_without_anybody_asking(
+    world: World, people: People, workflow_id: str, tmp_path: Path
+) -> None:
+    async with on_this_machine(world, tmp_path / "pods"):
+        await asked(people.owner, "deploy", workflow_id, 202)
+        first = await until(world, workflow_id, is_running)
+        (certificate,) = (tmp_path / "pods").glob("*/*/process")
+        os.kill(int(certificate.read_text().split(" ", 1)[0]), signal.SIGKILL)
+        await until(world, workflow_id, lambda one: one.observed == Observed.STARTING)
+        again = await until(world, workflow_id, is_running)
+        assert again.generation == first.generation
+
+
+# ── crashes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Mortal(KubernetesDriver):
+    """Belongs to a process that dies at one of its changes: no request is sent from then on, and none is answered."""
+
+    dies_at = 0
+
+    def __init__(self, api: FakeApi) -> None:
+        configured = client.ApiClient(client.Configuration(host=api.url))
+        configured.set_default_header("Authorization", f"Bearer {api.token}")
+        super().__init__(configured, layout(), request_seconds=60)
+        self.changes = 0
+        self.is_dead = asyncio.Event()
+
+    async def _send(self, method: str, path: str, **more: Any) -> Any:  # noqa: ANN401 - as it is
+        if method in {"PATCH", "DELETE"}:
+            self.changes += 1
+            if self.changes == self.dies_at:
+                self.is_dead.set()
+        if self.is_dead.is_set():
+            await asyncio.Event().wait()
+        return await super()._send(method, path, **more)
+
+
+@pytest.fixture
+async def fake(tmp_path: Path) -> AsyncIterator[tuple[Cluster, FakeApi]]:
+    async with on_fake(tmp_path) as (cluster, api):
+        api.node.runs_commands = False
+        yield cluster, api
+
+
+def objects(api: FakeApi) -> set[tuple[str, str]]:
+    return {
+        (kind.name, found["metadata"]["name"])
+        for kind in KINDS.values()
+        if kind.is_namespaced
+        for found in api.store.every(kind.plural, NAMESPACE)
+    }
+
+
+async def expire(world: World, workflow_id: str) -> None:
+    """Let the time go by for which a dead deployer keeps others away."""
+    held = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(held.values(held_until=LONG_AGO))
+    )
+
+
+async def died(world: World, workflow_id: str, api: FakeApi, stack: AsyncExitStack, dies_at: int) -> None:
+    """Have a deployer look after a workflow, and die half-way."""
+    mortal = Mortal(api)
+    mortal.dies_at = dies_at
+
+    async def open_driver() -> Driver:
+        return mortal
+
+    found = await stack.enter_async_context(
+        deployer(world, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)
+    )
+    found.look_at(workflow_id)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await mortal.is_dead.wait()
+    await expire(world, workflow_id)
+
+
+async def test_a_deployer_that_dies_half_way_is_followed_by_one_that_finishes_and_nothing_is_left(
+    world: World, people: People, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, api = fake
+    before = objects(api)
+    async with AsyncExitStack() as dead:
+        for in_a_deploy, in_an_undeploy in DEATHS:
+            workflow_id = await people.owner.create(**GRAPH)
+            await asked(people.owner, "deploy", workflow_id, 202)
+            await died(world, workflow_id, api, dead, in_a_deploy)
+            async with deployer(world, cluster.reopen, cluster="kubernetes"):
+                await until(world, workflow_id, is_running)
+            await asked(people.owner, "undeploy", workflow_id, 202)
+            await died(world, workflow_id, api, dead, in_an_undeploy)
+            async with deployer(world, cluster.reopen, cluster="kubernetes"):
+                await until(world, workflow_id, is_gone)
+            assert objects(api) == before
+            assert await valid_tokens(world, workflow_id) == 0
+
+
+async def valid_tokens(world: World, workflow_id: str) -> int:
+    statement = select(func.count()).where(
+        col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None)
+    )
+    async with world.gateway.database.read() as connection:
+        return await connection.scalar(statement) or 0
+
+
+async def test_an_undeploy_before_anything_was_seen_leaves_nothing(
+    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, api = fake
+    before = objects(api)
+    async with AsyncExitStack() as dead:
+        await asked(people.owner, "deploy", workflow_id, 202)
+        await died(world, workflow_id, api, dead, 3)
+        await asked(people.owner, "undeploy", workflow_id, 202)
+        assert objects(api) != before
+        async with deployer(world, cluster.reopen, cluster="kubernetes"):
+            await until(world, workflow_id, is_gone)
+        assert objects(api) == before
+
+
+async def test_what_no_row_accounts_for_is_removed(
+    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, api = fake
+    before = objects(api)
+    await cluster.driver.apply(cluster.wanted())
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deployer(world, cluster.reopen, cluster="kubernetes"):
+        await until(world, workflow_id, is_running)
+        await asked(people.owner, "undeploy", workflow_id, 202)
+        await until(world, workflow_id, is_gone)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while objects(api) != before:  # noqa: ASYNC110 - objects tell nobody
+                await asyncio.sleep(0.01)
+
+
+async def test_two_deployers_do_everything_once(
+    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, _ = fake
+    async with (
+        deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
+        deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
+    ):
+        await asked(people.owner, "deploy", workflow_id, 202)
+        await until(world, workflow_id, is_running)
+        for replicas in (2, 1, 3):
+            await asked(people.owner, "start", workflow_id, 202, replicas=replicas)
+        settled = await until(
+            world,
+            workflow_id,
+            lambda one: is_running(one) and one.ready_replicas == one.replicas and one.held_by is None,
+        )
+        assert settled.replicas == 3
+        await asked(people.owner, "undeploy", workflow_id, 202)
+        await until(world, workflow_id, is_gone)
+
+
+# ── the scheduler's part ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(world: World, people: People) -> None:
+    idle, busy = [await people.owner.create(**GRAPH) for _ in range(2)]
+    await deployed(world, people.owner, idle)
+    await deployed(world, people.owner, busy, last_activity_at=datetime.now(UTC))
+    await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+    await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+    stopped, kept = await row(world, idle), await row(world, busy)
+    assert (stopped.replicas, stopped.stopped_reason, stopped.generation) == (0, "idle", 2)
+    assert (kept.replicas, kept.stopped_reason, kept.generation) == (1, None, 1)
+
+
+async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_look_next(
+    world: World, people: People
+) -> None:
+    owner = people.owner
+    asleep = {"replicas": 0, "last_replicas": 2, "observed": Observed.STOPPED}
+    by_schedule = {**asleep, "stopped_reason": StoppedReason.SCHEDULE}
+    idle = {**asleep, "stopped_reason": StoppedReason.IDLE}
+    closed_at, opened_at, changed = [await owner.create(**GRAPH) for _ in range(3)]
+    in_three_days = (datetime.now(UTC).isoweekday() + 3) % 7
+    for workflow_id, policy, columns in (
+        (closed_at, window([in_three_days], "09:00"), {}),
+        (opened_at, window(list(range(7)), "24:00"), by_schedule),
+        (changed, {"type": "always-on"}, idle),
+    ):
+        await deployed(world, owner, workflow_id, **columns)
+        set_to = await owner.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
+        assert set_to.status_code == 200
+    database, broker = world.gateway.database, world.gateway.broker
+    await asyncio.gather(*(lifecycle.keep_policies(database, broker) for _ in range(2)))
+    found = [await row(world, workflow_id) for workflow_id in (closed_at, opened_at, changed)]
+    assert [(one.replicas, one.stopped_reason, one.generation) for one in found] == [
+        (0, "schedule", 2),
+        (2, None, 2),
+        (2, None, 2),
+    ]
+
+
+def window(days: list[int], until: str) -> dict[str, Any]:
+    """Return a policy that opens at midnight of these days."""
+    opens = {"days": days, "startTime": "00:00", "endTime": until}
+    return {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [opens]}}
+
+
+async def test_old_decisions_go_but_for_the_last_that_still_holds(
+    world: World, people: People, workflow_id: str
+) -> None:
+    now = datetime.now(UTC)
+    made = [
+        await decision(world.gateway.database, people, workflow_id, now - timedelta(days=days))
+        for days in (60, 40, 20, 1)
+    ]
+    await lifecycle.forget_decisions(world.gateway.database)
+    of_workflow = select(col(LifecycleDecision.id)).where(col(LifecycleDecision.workflow_id) == workflow_id)
+    async with world.gateway.database.read() as connection:
+        assert set(await connection.scalars(of_workflow)) == set(made[1:])
+
+
+async def decision(database: Database, people: People, workflow_id: str, at: datetime) -> str:
+    kept = LifecycleDecision(
+        id=new("decision"),
+        organization_id=people.owner.user.organization_id,
+        lane=people.owner.user.lane,
+        workflow_id=workflow_id,
+        at=at,
+        action="start",
+        reason="by-hand",
+        replicas=1,
+        inputs={},
+    )
+    await database.transaction(
+        lambda connection: connection.execute(insert(LifecycleDecision).values(kept.model_dump()))
+    )
+    return kept.id

@@ -1,0 +1,633 @@
+"""What comes after a run: messages to the outside, a workflow about its failure, the answer to its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import structs
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+from structlog.testing import capture_logs
+
+from engine.events import Ended, RunError, RunStatus, Span, SpanStatus
+from execution.child_runs import ChildRuns
+from journal import follow_ups, signals
+from journal.blobs.backend import Owner
+from journal.blobs.blob_store import BlobStore
+from journal.blobs.folder import Folder
+from journal.children import answering
+from journal.store import Claimed
+from messages.local_broker import LocalBroker
+from models import ids, signing
+from models.execution import MAX_LOST_ATTEMPTS
+from models.signing import SigningSecret
+from models.vault import Vault
+from models.workflow import WorkflowGraph
+from nodes import catalog
+from nodes.outbound import Outbound, OutboundPolicy
+from tests.integration.plans import explained
+from tests.integration.run_world import Place, Where, World, key_of, opened, write
+from tests.receiver import Receiver, receiving
+from workers import follow_up as after_runs
+from workers import webhooks
+from workers.follow_up import AfterRuns
+from workers.settings import WorkerSettings
+from workers.webhooks import Webhooks
+
+VAULT = Vault(b"a secret of more than thirty-two characters")
+LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+PATIENCE_SECONDS = 10.0
+NODES: list[dict[str, Any]] = [{"id": "start", "type": "rest-api"}]
+ON_ONE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+"""For what has nothing to do with the kind of database."""
+
+
+@pytest.fixture(autouse=True)
+def _no_logs() -> Iterator[None]:
+    with capture_logs():
+        yield
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as receiver:
+        yield receiver
+
+
+@dataclass
+class Office:
+    """One place after another: what runs leave behind, and those that see to it."""
+
+    world: World
+    blobs: BlobStore
+    stack: AsyncExitStack
+
+    def after_runs(self) -> AfterRuns:
+        """Return what comes after runs in one worker."""
+        outbound = Outbound(LOOPBACK)
+        broker = LocalBroker(inbox="worker")
+        database, store = self.world.database, self.world.store
+        runs = ChildRuns(database, store, broker, catalog.load(), WorkerSettings())
+        after = AfterRuns(
+            database,
+            store,
+            broker,
+            self.blobs,
+            Webhooks(database, VAULT, outbound),
+            runs,
+            sweep_seconds=3600,
+            lease_seconds=60,
+        )
+        self.stack.push_async_callback(outbound.close)
+        self.stack.push_async_callback(after.close)
+        return after
+
+    async def place(self, *, signs: bool = True) -> Place:
+        """Make a workflow that can be run, of an organisation that can sign."""
+        place = await self.world.workflow()
+        graph = WorkflowGraph(
+            workflow_id=place.workflow_id, lane=place.organization.lane, nodes=NODES, connections=[]
+        )
+        await self.world.database.transaction(
+            lambda connection: connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
+        )
+        if signs:
+            await self.secret(place)
+        return place
+
+    async def secret(self, place: Place, *, expires_at: datetime | None = None) -> str:
+        secret, secret_id = signing.new_secret(), ids.new("whsec")
+        owner = {"organization_id": place.organization.id, "object_id": secret_id}
+        sealed = signing.sealed(VAULT, secret, **owner)
+        row = SigningSecret(
+            id=secret_id,
+            organization_id=place.organization.id,
+            lane=place.organization.lane,
+            sealed=sealed.content,
+            secret_id=sealed.secret_id,
+            hint=signing.hint_of(secret),
+            created_at=datetime.now(UTC),
+            expires_at=expires_at,
+        )
+
+        async def make(connection: AsyncConnection) -> None:
+            await connection.execute(insert(SigningSecret).values(row.model_dump()))
+
+        await self.world.database.transaction(make)
+        return secret
+
+    async def ended(
+        self,
+        place: Place,
+        follow_up: str | None,
+        status: RunStatus = RunStatus.COMPLETED,
+        *,
+        spans: list[Span] | None = None,
+        error: RunError | None = None,
+        definition: str | None = None,
+        **fields: Any,  # noqa: ANN401 - any field of an Acceptance
+    ) -> Claimed:
+        """Have a run come to its end, with nobody seeing to what comes after it."""
+        if definition is not None:
+            fields["definition"] = definition
+        run = await self.world.claimed(place, follow_up=follow_up, **fields)
+        done = write(run, end=status, spans=spans or [span("start", {"body": {}})], error=error)
+        assert await self.world.store.record([done])
+        return run
+
+    async def outcome(self, run: Claimed) -> dict[str, Any]:
+        """Wait until an attempt is settled, and return what is known of it."""
+
+        async def settled() -> bool:
+            return (await self.world.row(run.execution_id))["follow_up_outcome"] is not None
+
+        await until(settled)
+        found: dict[str, Any] = json.loads((await self.world.row(run.execution_id))["follow_up_outcome"])
+        return found
+
+    async def is_done(self, run: Claimed) -> bool:
+        return (await self.world.row(run.execution_id))["follow_up"] is None
+
+    async def make_due(self, run: Claimed) -> None:
+        await self.world.query("UPDATE execution SET follow_up_at = 1 WHERE id = :id", id=run.execution_id)
+
+
+@pytest.fixture
+async def office(world: World, tmp_path: Path) -> AsyncIterator[Office]:
+    async with AsyncExitStack() as stack:
+        blobs = BlobStore(Folder(tmp_path))
+        stack.push_async_callback(blobs.close)
+        yield Office(world, blobs, stack)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+            await asyncio.sleep(0.005)
+
+
+def span(node_id: str, output: Any, **fields: Any) -> Span:  # noqa: ANN401 - any JSON value, any field
+    given = {"output": json.dumps(output).encode(), "port": "output", **fields}
+    return Span(node_id, node_id, "set", SpanStatus.COMPLETED, 1, NOW, NOW, **given)
+
+
+def skipped(node_id: str) -> Span:
+    return Span(node_id, node_id, "set", SpanStatus.SKIPPED, 1, NOW, NOW)
+
+
+def graph(*edges: str) -> str:
+    """Return a definition with edges such as `start>end`."""
+    pairs = [edge.split(">") for edge in edges]
+    connections = [{"id": edge, "source": a, "target": b} for edge, (a, b) in zip(edges, pairs, strict=True)]
+    return json.dumps({"nodes": NODES, "connections": connections, "settings": {}})
+
+
+def callback(url: str) -> str | None:
+    return follow_ups.asked({}, callback_url=url)
+
+
+def on_failure(**wish: Any) -> str | None:  # noqa: ANN401 - a field of settings.onFailure
+    return follow_ups.asked({"onFailure": wish})
+
+
+# ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_end_of_a_run_is_told_once_signed_and_with_its_outputs(
+    office: Office, receiver: Receiver
+) -> None:
+    place = await office.place(signs=False)
+    secret = await office.secret(place)
+    run = await office.ended(
+        place,
+        callback(receiver.url("/hook?key=1")),
+        spans=[span("start", {"body": 1}), span("one", {"a": 1}), span("two", [2])],
+        definition=graph("start>one", "start>two", "one>never-reached"),
+    )
+    office.after_runs().left(run, Ended(RunStatus.COMPLETED))
+    assert await office.outcome(run) == {"attempts": 1, "error": None}
+    assert await office.is_done(run)
+    (message,) = receiver.received
+    assert message.path == "/hook?key=1"
+    assert message.headers["content-type"] == "application/json"
+    assert message.headers["webhook-id"] == f"{run.execution_id}-callback"
+    assert abs(int(message.headers["webhook-timestamp"]) - datetime.now(UTC).timestamp()) < 60
+    assert message.is_signed_by(secret)
+    data = message.message.pop("data")
+    assert message.message["type"] == "execution.completed"
+    assert message.message["timestamp"] == data["endedAt"]
+    assert data["endedAt"].endswith("Z")
+    assert (data["executionId"], data["workflowId"]) == (run.execution_id, place.workflow_id)
+    assert (data["status"], data["error"]) == ("completed", None)
+    assert data["outputs"] == {"one": {"a": 1}, "two": [2]}
+
+
+async def test_a_secret_that_was_replaced_signs_beside_the_new_one_until_it_expires(
+    office: Office, receiver: Receiver
+) -> None:
+    place = await office.place(signs=False)
+    now = datetime.now(UTC)
+    await office.secret(place, expires_at=now - timedelta(seconds=1))
+    before = await office.secret(place, expires_at=now + timedelta(hours=1))
+    current = await office.secret(place)
+    run = await office.ended(place, callback(receiver.url()))
+    await office.after_runs().sweep()
+    await office.outcome(run)
+    (message,) = receiver.received
+    assert message.is_signed_by(current, before)
+
+
+async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
+    office: Office, receiver: Receiver
+) -> None:
+    after = office.after_runs()
+    receiver.answers = ["500 Broken", "302 Found\r\nLocation: /elsewhere"]
+    run = await office.ended(await office.place(), callback(receiver.url()))
+    after.left(run, Ended(RunStatus.COMPLETED))
+    assert await office.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
+    row = await office.world.row(run.execution_id)
+    assert 4_000_000 < row["follow_up_at"] - row["ended_at"] < 9_000_000
+    await after.sweep()
+    assert len(receiver.received) == 1
+    for attempts, error in ((2, "The answer was 302"), (3, None)):
+        await office.make_due(run)
+        await after.sweep()
+
+        async def is_tried(attempts: int = attempts) -> bool:
+            return bool((await office.outcome(run))["attempts"] == attempts)
+
+        await until(is_tried)
+        assert await office.outcome(run) == {"attempts": attempts, "error": error}
+    assert await office.is_done(run)
+    assert [message.path for message in receiver.received] == ["/hook"] * 3
+    assert len({message.headers["webhook-id"] for message in receiver.received}) == 1
+
+
+@ON_ONE
+async def test_who_is_gone_or_inside_is_not_tried_again(office: Office, receiver: Receiver) -> None:
+    receiver.answers = ["410 Gone"]
+    place = await office.place()
+    after = office.after_runs()
+    wishes = {
+        receiver.url(): "The answer was 410",
+        f"http://127.0.0.2:{receiver.port}/": "127.0.0.2 is not a public address",
+        "http://169.254.169.254/latest/meta-data": "169.254.169.254 is not a public address",
+    }
+    for url, error in wishes.items():
+        run = await office.ended(place, callback(url))
+        after.left(run, Ended(RunStatus.COMPLETED))
+        assert await office.outcome(run) == {"attempts": 1, "error": error}
+        assert await office.is_done(run)
+    assert len(receiver.received) == 1
+
+
+@ON_ONE
+async def test_after_three_days_a_message_is_given_up(office: Office, receiver: Receiver) -> None:
+    receiver.answers = ["503 Busy"]
+    run = await office.ended(await office.place(), callback(receiver.url()))
+    tried = len(webhooks.RETRY_SECONDS)
+    await office.world.query(
+        "UPDATE execution SET follow_up_outcome = :before",
+        before=json.dumps({"attempts": tried, "error": "before"}),
+    )
+    await office.after_runs().sweep()
+    await until(lambda: office.is_done(run))
+    assert await office.outcome(run) == {"attempts": tried + 1, "error": "The answer was 503"}
+    pauses = [webhooks.pause_seconds(attempt, 0) for attempt in range(1, tried + 2)]
+    assert pauses == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400, None]
+    assert webhooks.pause_seconds(1, 1) == 6
+
+
+@ON_ONE
+async def test_without_a_secret_nothing_is_sent_until_there_is_one(
+    office: Office, receiver: Receiver
+) -> None:
+    place = await office.place(signs=False)
+    after = office.after_runs()
+    run = await office.ended(place, callback(receiver.url()))
+    after.left(run, Ended(RunStatus.COMPLETED))
+    assert "signing secret" in (await office.outcome(run))["error"]
+    assert not await office.is_done(run)
+    secret = await office.secret(place)
+    await office.make_due(run)
+    await after.sweep()
+    await until(lambda: office.is_done(run))
+    assert receiver.received[0].is_signed_by(secret)
+
+
+@ON_ONE
+async def test_outputs_that_are_too_large_are_left_out_with_a_word(
+    office: Office, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(after_runs, "MAX_OUTPUT_CHARACTERS", 100)
+    run = await office.ended(await office.place(), callback(receiver.url()), spans=[span("start", "x" * 101)])
+    await office.after_runs().sweep()
+    await office.outcome(run)
+    data = receiver.received[0].message["data"]
+    assert data["outputs"] == {}
+    assert "too large" in data["note"]
+
+
+# ── who sees to it ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_workers_that_look_at_once_send_each_message_once(office: Office, receiver: Receiver) -> None:
+    place = await office.place()
+    runs = [await office.ended(place, callback(receiver.url())) for _ in range(6)]
+    workers = [office.after_runs() for _ in range(3)]
+    for run in runs:
+        workers[0].left(run, Ended(RunStatus.COMPLETED))
+    await asyncio.gather(*(worker.sweep() for worker in workers))
+    for run in runs:
+        await office.outcome(run)
+        assert await office.is_done(run)
+    assert len(receiver.received) == len(runs)
+
+
+async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
+    office: Office, receiver: Receiver
+) -> None:
+    run = await office.ended(await office.place(), callback(receiver.url()))
+    assert len(await follow_ups.claim(office.world.database, [key_of(run)], lease_seconds=60)) == 1
+    after = office.after_runs()
+    await after.sweep()
+    await after.follow_up([key_of(run)])
+    assert receiver.received == []
+    await office.make_due(run)
+    await after.sweep()
+    await until(lambda: office.is_done(run))
+    assert len(receiver.received) == 1
+
+
+async def test_a_worker_that_was_overtaken_settles_nothing(office: Office) -> None:
+    run = await office.ended(await office.place(), callback("http://example.com"))
+    database = office.world.database
+    (late,) = await follow_ups.claim(database, [key_of(run)], lease_seconds=60)
+    await office.make_due(run)
+    await follow_ups.claim(database, [key_of(run)], lease_seconds=60)
+
+    async def settle(connection: AsyncConnection) -> None:
+        await follow_ups.settle(connection, late, follow_ups.NOTHING, None, None)
+
+    await database.transaction(settle)
+    assert not await office.is_done(run)
+
+
+@ON_ONE
+async def test_slow_receivers_of_one_organisation_hold_up_no_other(
+    office: Office, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(after_runs, "MAX_PER_ORGANIZATION", 2)
+    receiver.may_answer.clear()
+    slow, other = await office.place(), await office.place()
+    after = office.after_runs()
+    runs = [await office.ended(slow, callback(receiver.url("/slow"))) for _ in range(4)]
+    for run in runs:
+        after.left(run, Ended(RunStatus.COMPLETED))
+
+    async def two_wait() -> bool:
+        return len(receiver.received) == 2
+
+    await until(two_wait)
+    async with receiving() as swift:
+        told = await office.ended(other, callback(swift.url()))
+        await after.sweep()
+        await until(lambda: office.is_done(told))
+    receiver.may_answer.set()
+
+
+@pytest.mark.parametrize("end", ["crash", "cancel"])
+async def test_ends_that_no_worker_made_are_told_too(office: Office, receiver: Receiver, end: str) -> None:
+    world = office.world
+    run = await world.claimed(await office.place(), follow_up=callback(receiver.url()))
+    after = office.after_runs()
+    await after.sweep()
+    await world.expire(run)
+    if end == "crash":
+        await world.query("UPDATE execution SET attempt = :most", most=MAX_LOST_ATTEMPTS)
+        await world.store.sweep(10)
+    else:
+        await world.store.request_end(key_of(run), "cancel")
+    await after.sweep()
+    await until(lambda: office.is_done(run))
+    assert (
+        receiver.received[0].message["type"]
+        == {
+            "crash": "execution.failed",
+            "cancel": "execution.cancelled",
+        }[end]
+    )
+
+
+async def test_what_is_due_is_found_by_its_index(office: Office) -> None:
+    plan = await explained(office.world.database, follow_ups.due(10, but_of=["org_1"]))
+    assert plan.count("ix_execution_follow_up") == 2
+    assert "SCAN execution" not in plan
+
+
+# ── about a failure ─────────────────────────────────────────────────────────────────────────────────────────
+
+FAILED = RunError("node-error", "It broke", "step", 1)
+
+
+async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(office: Office) -> None:
+    world, after = office.world, office.after_runs()
+    place = await office.place()
+    about = await office.place()
+    await world.query(
+        "UPDATE workflow SET organization_id = :own, lane = :lane, is_public = true,"
+        " settings = :settings WHERE id = :id",
+        own=place.organization.id,
+        lane=place.organization.lane,
+        settings=json.dumps({"onFailure": {"workflowId": place.workflow_id}}),
+        id=about.workflow_id,
+    )
+    wish = on_failure(workflowId=about.workflow_id)
+    well = await office.ended(place, wish)
+    after.left(well, Ended(RunStatus.COMPLETED))
+    await until(lambda: office.is_done(well))
+    failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
+    for _ in range(2):
+        after.left(failed, Ended(RunStatus.FAILED, FAILED))
+        await until(lambda: office.is_done(failed))
+        await world.query(
+            "UPDATE execution SET follow_up = :wish WHERE id = :id", wish=wish, id=failed.execution_id
+        )
+    (started,) = await world.query("SELECT * FROM execution WHERE workflow_id = :id", id=about.workflow_id)
+    assert (started["trigger_type"], started["follow_up"]) == ("on-failure", None)
+    assert (started["user_id"], started["parent_id"]) == (place.user_id, failed.execution_id)
+    (row,) = await world.query(
+        "SELECT trigger FROM execution_data WHERE execution_id = :id", id=started["id"]
+    )
+    inputs = json.loads(row["trigger"])["body"]
+    assert inputs.pop("startedAt") <= inputs.pop("endedAt")
+    assert inputs == {
+        "executionId": failed.execution_id,
+        "workflowId": place.workflow_id,
+        "workflowName": "A workflow",
+        "status": "failed",
+        "error": {"code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 1},
+    }
+
+
+async def test_a_workflow_that_the_user_may_not_run_is_not_run_and_that_is_told(office: Office) -> None:
+    place, foreign = await office.place(), await office.place()
+    wish = on_failure(workflowId=foreign.workflow_id)
+    failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
+    office.after_runs().left(failed, Ended(RunStatus.FAILED, FAILED))
+    outcome = await office.outcome(failed)
+    assert outcome["error"] == f"settings.onFailure: There is no workflow {foreign.workflow_id}"
+    assert await office.is_done(failed)
+    assert await office.world.count("execution") == 1
+
+
+@ON_ONE
+async def test_failures_alone_are_told_to_an_address_of_the_settings(
+    office: Office, receiver: Receiver
+) -> None:
+    place, after = await office.place(), office.after_runs()
+    wish = on_failure(url=receiver.url())
+    for status in (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.FAILED):
+        error = FAILED if status is RunStatus.FAILED else None
+        run = await office.ended(place, wish, status, error=error)
+        after.left(run, Ended(status, error))
+        await until(lambda run=run: office.is_done(run))  # type: ignore[misc]
+    (message,) = receiver.received
+    assert message.headers["webhook-id"].endswith("-on-failure")
+    assert message.message["type"] == "execution.failed"
+    assert message.message["data"]["error"]["message"] == "It broke"
+    assert message.message["data"]["outputs"] == {}
+
+
+# ── the parent ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def waiting_parent(office: Office, place: Place) -> Claimed:
+    """Have a run go to sleep until its node `sub` is answered."""
+    parent = await office.world.claimed(place)
+    awaits = b'{"kind":"run","request":null,"expired":null}'
+    asleep = Span("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
+    assert await office.world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
+    return parent
+
+
+async def answer(office: Office, parent: Claimed) -> Any:  # noqa: ANN401 - any JSON value
+    found = await signals.of(office.world.database, [key_of(parent)])
+    return json.loads(found[parent.execution_id]["sub", ""])
+
+
+def asked_by(parent: Claimed) -> str | None:
+    return follow_ups.asked({}, answering=answering(parent.execution_id, "sub", ""))
+
+
+CASES = {
+    "one leaf": ([span("start", 1), span("a", {"x": 1})], ["start>a"], {"x": 1}),
+    "leaves": ([span("start", 1), span("a", 2), span("b", 3)], ["start>a", "start>b"], {"a": 2, "b": 3}),
+    "another port": ([span("start", 1), span("a", 2, port="true")], ["start>a", "a>start"], 2),
+    "none": ([span("start", 1), skipped("a")], ["start>a"], None),
+}
+
+
+@ON_ONE
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
+    office: Office, case: tuple[list[Span], list[str], Any]
+) -> None:
+    spans, edges, expected = case
+    place = await office.place()
+    parent = await waiting_parent(office, place)
+    child = await office.ended(place, asked_by(parent), spans=spans, definition=graph(*edges))
+    office.after_runs().left(child, Ended(RunStatus.COMPLETED))
+    await until(lambda: office.is_done(child))
+    assert await answer(office, parent) == {"output": expected, "port": "output"}
+    row = await office.world.row(parent.execution_id)
+    assert (row["status"], row["signals"]) == ("pending", 1)
+    assert (await office.world.row(child.execution_id))["follow_up_outcome"] is None
+
+
+@pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.STOPPED])
+async def test_a_parent_is_told_why_nothing_came_of_its_run(office: Office, status: RunStatus) -> None:
+    place = await office.place()
+    parent = await waiting_parent(office, place)
+    error = FAILED if status is RunStatus.FAILED else None
+    child = await office.ended(place, asked_by(parent), status, error=error)
+    await office.after_runs().sweep()
+    await until(lambda: office.is_done(child))
+    told = (await answer(office, parent))["error"]
+    if status is RunStatus.FAILED:
+        assert told == {"code": "node-error", "message": "It broke"}
+    else:
+        assert told == {"code": "stopped", "message": f"The run {child.execution_id} was stopped"}
+
+
+async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_it(office: Office) -> None:
+    place = await office.place()
+    parent = await waiting_parent(office, place)
+    child = await office.world.claimed(place, follow_up=asked_by(parent))
+    own = Owner(place.organization.id, child.key_id)
+    file = await office.blobs.put(own, b"%PDF", media_type="application/pdf", name="a.pdf")
+    value = {"pages": ["x" * 1000], "file": file.as_json(), "fake": {"$blob": {"sha256": "0" * 64}}}
+    kept = await office.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
+    done = structs.replace(span("start", None), output=None, output_blob=kept.as_text())
+    assert await office.world.store.record([write(child, end=RunStatus.COMPLETED, spans=[done])])
+    office.after_runs().left(child, Ended(RunStatus.COMPLETED))
+    await until(lambda: office.is_done(child))
+    assert (await answer(office, parent))["output"] == value
+    parents = Owner(place.organization.id, parent.key_id)
+    assert await office.blobs.get(parents, file.sha256) == b"%PDF"
+
+
+async def test_a_parent_that_is_limited_waits_for_a_place_again(office: Office) -> None:
+    place = await office.place()
+    world = office.world
+    parent_run = place.run(concurrency_key="key", concurrency_limit=1)
+    await world.store.accept([parent_run])
+    after = office.after_runs()
+    await after.admit("key")
+    (parent,) = await world.claim()
+    awaits = b'{"kind":"run","request":null,"expired":null}'
+    asleep = Span("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
+    assert await world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
+    child = await office.ended(place, asked_by(parent))
+    after.left(child, Ended(RunStatus.COMPLETED))
+    await until(lambda: office.is_done(child))
+    await until(lambda: _is_admitted(world, parent.execution_id))
+
+
+async def _is_admitted(world: World, execution_id: str) -> bool:
+    row = await world.row(execution_id)
+    return (row["status"], row["target"]) == ("pending", "shared")
+
+
+async def test_a_run_that_was_asleep_gets_a_place_when_it_is_due(office: Office) -> None:
+    world, after = office.world, office.after_runs()
+    place = await office.place()
+    await world.store.accept([place.run(concurrency_key="key", concurrency_limit=1)])
+    await after.admit("key")
+    (run,) = await world.claim()
+    due_at = datetime.now(UTC) + timedelta(seconds=0.05)
+    await world.store.record([write(run, end=RunStatus.WAITING, due_at=due_at)])
+    after.left(run, Ended(RunStatus.WAITING, due_at=due_at))
+    await until(lambda: _is_admitted(world, run.execution_id))

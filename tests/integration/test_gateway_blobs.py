@@ -1,0 +1,183 @@
+"""What is kept outside of the database, over HTTP: shown as a reference, and given out to whoever may see the run."""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from engine.events import RunError, RunStatus, Span, SpanStatus
+from journal.blobs.backend import Owner
+from journal.blobs.reference import Reference
+from journal.store import Claim, Claimed, RunWrite
+from tests.integration.gateway_world import GRAPH, People, Person, World, refused
+
+EXECUTIONS = "/api/v1/executions"
+LARGE = json.dumps({"text": "x" * 3_000_000}).encode()
+
+
+class Kept:
+    """A failed run of the owner's, of which one output is kept as a blob."""
+
+    def __init__(self, world: World, person: Person, run: Claimed, reference: Reference) -> None:
+        self.world = world
+        self.person = person
+        self.run = run
+        self.reference = reference
+
+    @property
+    def path(self) -> str:
+        return f"{EXECUTIONS}/{self.run.execution_id}"
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.run.organization_id, self.run.key_id)
+
+    def blob(self, sha: str | None = None) -> str:
+        return f"{self.path}/blobs/{sha or self.reference.sha256}"
+
+
+async def claimed(world: World, execution_id: str) -> Claimed:
+    while True:
+        for one in await world.gateway.store.claim(Claim(owner="worker", lease_seconds=60, limit=50)):
+            if one.execution_id == execution_id:
+                return one
+
+
+@pytest.fixture
+async def kept(world: World, people: People) -> Kept:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    run = await claimed(world, response.json()["executionId"])
+    owner = Owner(run.organization_id, run.key_id)
+    reference = await world.gateway.blobs.put(owner, LARGE, media_type="application/json")
+    spans = [
+        Span(
+            "start",
+            "Start",
+            "manual",
+            SpanStatus.COMPLETED,
+            1,
+            run.started_at,
+            run.started_at,
+            port="output",
+            output_blob=reference.as_text(),
+        ),
+        Span("step", "Step", "set", SpanStatus.FAILED, 2, run.started_at, run.started_at, input_node="start"),
+    ]
+    write = RunWrite(
+        run.execution_id,
+        run.lane,
+        run.token,
+        spans,
+        completed_nodes=2,
+        end=RunStatus.FAILED,
+        error=RunError("node-error", "No", "step", 1),
+    )
+    assert await world.gateway.store.record([write]) == {run.execution_id}
+    return Kept(world, people.owner, run, reference)
+
+
+async def got(kept: Kept, path: str) -> Any:  # noqa: ANN401 - any JSON value
+    response = await kept.person.api.get(kept.path + path)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def test_a_reference_stands_wherever_the_output_would(kept: Kept) -> None:
+    reference = kept.reference.as_json()
+    assert (await got(kept, ""))["outputs"] == {"start": reference}
+    assert (await got(kept, "/progress?wait=0"))["outputs"] == {"start": reference}
+    start, step = (await got(kept, "/spans"))["spans"]
+    assert start["outputData"] == step["inputData"] == reference
+    assert (step["outputData"], start["inputData"]) == (None, None)
+    events = (await kept.person.api.get(f"{kept.path}/events")).text
+    assert json.dumps(reference, separators=(",", ":")) in events
+
+
+async def test_a_content_is_given_out_to_be_saved_and_never_to_be_shown(kept: Kept) -> None:
+    response = await kept.person.api.get(kept.blob())
+    assert response.content == LARGE
+    headers = response.headers
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Content-Disposition"] == "attachment"
+    assert headers["Content-Length"] == str(len(LARGE))
+    assert headers["ETag"] == f'"{kept.reference.sha256}"'
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Content-Security-Policy"].startswith("sandbox")
+    head = await kept.person.api.head(kept.blob())
+    assert (head.content, head.headers["Content-Length"]) == (b"", str(len(LARGE)))
+
+
+async def test_what_somebody_else_has_named_is_a_file_and_no_more(kept: Kept) -> None:
+    content = b"<script>alert(1)</script>"
+    for number, (media_type, name, content_type, disposition) in enumerate(
+        [
+            ("text/html", "ü b.html", "text/html", "attachment; filename*=UTF-8''%C3%BC%20b.html"),
+            (
+                "text/html\r\nX-Evil: 1",
+                'a"; x=/../b\r\nX-Evil: 1.html',
+                "application/octet-stream",
+                "attachment; filename*=UTF-8''bX-Evil%3A%201.html",
+            ),
+        ]
+    ):
+        reference = await kept.world.gateway.blobs.put(
+            kept.owner, content * (number + 1), media_type=media_type, name=name
+        )
+        response = await kept.person.api.get(kept.blob(reference.sha256))
+        assert response.content == content * (number + 1)
+        assert response.headers["Content-Type"] == content_type
+        assert response.headers["Content-Disposition"] == disposition
+        assert "X-Evil" not in response.headers
+
+
+async def test_what_is_not_there_is_not_found(kept: Kept) -> None:
+    for sha in ("0" * 64, "A" * 64, "0" * 63, "%2e%2e%2fx", "0" * 64 + "%0a"):
+        refused(await kept.person.api.get(kept.blob(sha)), 404, "not-found")
+
+
+async def test_a_hash_is_worth_nothing_to_those_who_may_not_see_the_run(kept: Kept, people: People) -> None:
+    for person in (people.colleague, people.stranger):
+        refused(await person.api.get(kept.blob()), 404, "not-found")
+    workflow_id = await people.stranger.create(**GRAPH)
+    response = await people.stranger.api.post(
+        f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": kept.reference.as_json()}
+    )
+    own = response.json()["executionId"]
+    refused(
+        await people.stranger.api.get(f"{EXECUTIONS}/{own}/blobs/{kept.reference.sha256}"), 404, "not-found"
+    )
+
+
+async def test_a_resumed_run_shows_what_it_went_on_from(kept: Kept) -> None:
+    response = await kept.person.api.post(f"{kept.path}/resume")
+    assert response.status_code == 201, response.text
+    resumed = f"{EXECUTIONS}/{response.json()['executionId']}"
+    (span,) = (await kept.person.api.get(f"{resumed}/spans")).json()["spans"]
+    assert span["outputData"] == kept.reference.as_json()
+    content = await kept.person.api.get(f"{resumed}/blobs/{kept.reference.sha256}")
+    assert sha256(content.content).hexdigest() == kept.reference.sha256
+
+
+async def test_a_spoilt_content_never_arrives_whole(kept: Kept) -> None:
+    folder = Path(kept.world.gateway.settings.data_dir) / "blobs" / kept.owner.organization_id
+    file = folder / kept.owner.key_id / kept.reference.sha256
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"!")
+    with pytest.raises(Exception, match="not what was put there"):
+        await kept.person.api.get(kept.blob())
+
+
+async def test_a_storage_that_is_away_is_not_ready(kept: Kept) -> None:
+    folder = Path(kept.world.gateway.settings.data_dir) / "blobs"
+    folder.rename(folder.with_name("elsewhere"))
+    folder.write_text("in the way")
+    try:
+        response: httpx2.Response = await kept.person.api.get(kept.blob())
+        refused(response, 503, "not-ready")
+    finally:
+        folder.unlink()
+        folder.with_name("elsewhere").rename(folder)

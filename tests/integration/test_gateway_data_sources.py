@@ -1,0 +1,461 @@
+"""Data sources over HTTP: who gets to see and use them, what is accepted, and that their secrets never come out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from engine.errors import NodeError
+from engine.services import Caller
+from engine.values import fingerprint
+from execution.data_sources import StoredSources
+from models.data_source import DataSource
+from models.execution import Idempotency
+from models.vault import Vault
+from tests.integration.gateway_world import SECRET, TRIGGER, People, Person, World, refused
+
+SOURCES = "/api/v1/datasources"
+WORKFLOWS = "/api/v1/workflows"
+CANARY = "canary-8d41e0"
+DATABASE: dict[str, Any] = {
+    "type": "postgresql",
+    "settings": {"host": "db.example.com", "database": "shop", "user": "reader"},
+    "secrets": {"password": f"{CANARY}-password"},
+}
+BUCKET: dict[str, Any] = {"type": "s3", "secrets": {"secretAccessKey": "some-secret-text"}}
+
+
+def told(**settings: object) -> dict[str, Any]:
+    return {**DATABASE["settings"], **settings}
+
+
+async def made(person: Person, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+    """Make a data source and return its id."""
+    count = (await person.api.get(SOURCES)).json()["count"]
+    response = await person.api.post(SOURCES, json={"name": f"Source {count}", **DATABASE, **fields})
+    assert response.status_code == 201, response.text
+    source_id: str = response.json()["dataSourceId"]
+    return source_id
+
+
+async def shown(person: Person, source_id: str) -> dict[str, Any]:
+    response = await person.api.get(f"{SOURCES}/{source_id}")
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+async def change(person: Person, source_id: str, **fields: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+    return await person.api.put(f"{SOURCES}/{source_id}", json=fields)
+
+
+async def share(person: Person, source_id: str, user_id: object) -> httpx2.Response:
+    return await person.api.post(f"{SOURCES}/{source_id}/share", json={"userId": user_id})
+
+
+def caller(person: Person) -> Caller:
+    """Return for whom a run of this person's works."""
+    return Caller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
+
+
+def sources(world: World, *secrets: str) -> StoredSources:
+    """Return what a worker finds data sources by."""
+    secret, *previous = [one.encode() for one in secrets or (SECRET,)]
+    return StoredSources(world.gateway.database, Vault(secret, previous))
+
+
+# ── what they are ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
+    world: World, people: People
+) -> None:
+    answer = await people.owner.api.post(SOURCES, json={"name": " Orders ", **DATABASE})
+    assert (answer.status_code, answer.headers["ETag"]) == (201, '"1"')
+    source_id = answer.json()["dataSourceId"]
+    found = await shown(people.owner, source_id)
+    assert found == {
+        "id": source_id,
+        "name": "Orders",
+        "type": "postgresql",
+        "settings": {**DATABASE["settings"], "port": 5432, "tls": "prefer"},
+        "secretNames": ["password"],
+        "secretsSetAt": found["createdAt"],
+        "organizationId": people.owner.user.organization_id,
+        "ownerId": people.owner.user.id,
+        "isPublic": False,
+        "sharedWith": [],
+        "createdAt": found["createdAt"],
+        "updatedAt": found["createdAt"],
+    }
+    listed = (await people.owner.api.get(SOURCES)).json()
+    assert listed == {"count": 1, "limit": 20, "offset": 0, "dataSources": [found]}
+    source = await sources(world).find(caller(people.owner), source_id)
+    assert (source.type, source.secrets) == ("postgresql", DATABASE["secrets"])
+    assert (source.settings, source.revision) == (found["settings"], 1)
+
+
+TYPES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("mysql", {"host": "::1", "port": 3307, "database": "d", "user": "u", "tls": "verify-full"}, ["password"]),
+    ("sqlite", {"file": "sales/2025.db"}, []),
+    ("http-bearer", {}, ["token"]),
+    ("http-bearer", {"hosts": ["api.example.com", "10.0.0.1"]}, ["token"]),
+    ("http-basic", {"username": "ada"}, ["password"]),
+    ("api-key", {"header": "X-Shop-Key"}, ["key"]),
+    ("smtp", {"host": "mail.example.com", "username": "ada", "tls": "tls"}, ["password"]),
+    ("smtp", {"host": "mail.example.com"}, []),
+    ("s3", {"bucket": "exports", "accessKeyId": "AK"}, ["secretAccessKey", "sessionToken"]),
+    ("s3", {"bucket": "b-1", "accessKeyId": "AK", "endpoint": "http://[::1]:9000"}, ["secretAccessKey"]),
+    ("webhook-secret", {}, ["secret"]),
+]  # fmt: skip
+
+
+async def test_each_type_takes_what_it_needs(people: People) -> None:
+    for kind, settings, secrets in TYPES:
+        given = dict.fromkeys(secrets, "some-secret-text")
+        found = await shown(
+            people.owner, await made(people.owner, type=kind, settings=settings, secrets=given)
+        )
+        assert settings.items() <= found["settings"].items()
+        assert (found["type"], found["secretNames"]) == (kind, secrets)
+
+
+WRONG: list[tuple[dict[str, Any], list[str]]] = [
+    ({"name": " "}, ["name"]),
+    ({"name": "x" * 201}, ["name"]),
+    ({"type": "oracle"}, ["type"]),
+    ({"settings": {}}, ["settings.host", "settings.database", "settings.user"]),
+    ({"settings": told(host="postgres://db"), "secrets": {}}, ["settings.host", "secrets.password"]),
+    ({"settings": told(port="5432")}, ["settings.port"]),
+    ({"settings": told(port=0)}, ["settings.port"]),
+    ({"settings": told(tls="maybe")}, ["settings.tls"]),
+    ({"settings": told(user="a\n")}, ["settings.user"]),
+    ({"settings": told(password=CANARY)}, ["settings"]),
+    ({"secrets": {"password": ""}}, ["secrets.password"]),
+    ({"secrets": {"password": [CANARY]}}, ["secrets.password"]),
+    ({"secrets": {"password": CANARY + "\r\n"}}, ["secrets.password"]),
+    ({"secrets": CANARY}, ["secrets"]),
+    ({"secrets": {"password": CANARY, "token": CANARY}}, ["secrets"]),
+    ({"type": "sqlite", "settings": {"file": "../pilotflame.db"}, "secrets": {}}, ["settings.file"]),
+    ({"type": "sqlite", "settings": {"file": "a/../../b"}, "secrets": {}}, ["settings.file"]),
+    ({"type": "sqlite", "settings": {"file": "/etc/passwd"}, "secrets": {}}, ["settings.file"]),
+    ({"type": "http-bearer", "settings": {"hosts": []}, "secrets": {"token": "t"}}, ["settings.hosts"]),
+    ({"type": "http-bearer", "settings": {"hosts": ["a/b"]}, "secrets": {"token": "t"}}, ["settings.hosts.0"]),
+    ({"type": "http-bearer", "settings": {}, "secrets": {"token": "a\u00fc"}}, ["secrets.token"]),
+    ({"type": "http-basic", "settings": {"username": "a:b"}, "secrets": {"password": "p"}}, ["settings.username"]),
+    ({"type": "api-key", "settings": {"header": "User-Agent"}, "secrets": {"key": "k"}}, ["settings"]),
+    ({"type": "api-key", "settings": {"header": "a b"}, "secrets": {"key": "k"}}, ["settings.header"]),
+    ({"type": "smtp", "settings": {"host": "m", "username": "u"}, "secrets": {}}, ["secrets.password"]),
+    ({"type": "smtp", "settings": {"host": "m"}, "secrets": {"password": "p"}}, ["settings.username"]),
+    ({**BUCKET, "settings": {"bucket": "b-1", "accessKeyId": "A", "endpoint": f"https://u:{CANARY}@h"}},
+     ["settings.endpoint"]),
+]  # fmt: skip
+
+
+async def test_what_is_wrong_is_told_field_by_field_without_a_value(people: People) -> None:
+    for fields, paths in WRONG:
+        response = await people.owner.api.post(SOURCES, json={"name": "A source", **DATABASE, **fields})
+        refused(response, 422, "validation-failed")
+        problems = response.json()["error"]["details"]
+        assert [problem["path"] for problem in problems] == paths
+        assert CANARY not in response.text
+        assert "regex" not in response.text
+    assert (await people.owner.api.get(SOURCES)).json()["count"] == 0
+
+
+async def test_names_are_an_owners_own(people: People) -> None:
+    owner, colleague = people.owner, people.colleague
+    first = await made(owner, name="Orders")
+    refused(await owner.api.post(SOURCES, json={"name": "Orders", **DATABASE}), 409, "data-source-name-taken")
+    await made(colleague, name="Orders")
+    second = await made(owner, name="Other")
+    refused(await change(owner, second, name="Orders"), 409, "data-source-name-taken")
+    assert (await change(owner, first, name="Orders")).status_code == 200
+
+
+async def test_lists_are_filtered_sorted_and_shown_in_parts(people: People) -> None:
+    for name in "bca":
+        await made(people.owner, name=name)
+    token = await made(people.owner, name="d", type="http-bearer", settings={}, secrets={"token": "t"})
+
+    async def names(query: str) -> list[str]:
+        answer = (await people.owner.api.get(f"{SOURCES}?{query}")).json()
+        return [one["name"] for one in answer["dataSources"]]
+
+    assert await names("") == ["d", "a", "c", "b"]
+    assert await names("sort=name:asc&limit=2&offset=1") == ["b", "c"]
+    filtered = (await people.owner.api.get(f"{SOURCES}?type=http-bearer")).json()
+    assert (filtered["count"], filtered["dataSources"][0]["id"]) == (1, token)
+    for query in ("type=oracle", "sort=settings", "limit=101"):
+        refused(await people.owner.api.get(f"{SOURCES}?{query}"), 400, "invalid-query")
+
+
+async def test_there_is_an_end_to_data_sources(people: People, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.limits.DATA_SOURCES", 1)
+    await made(people.owner)
+    refused(
+        await people.colleague.api.post(SOURCES, json={"name": "One more", **DATABASE}),
+        409,
+        "too-many-data-sources",
+    )
+
+
+async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secrets_by(
+    world: World, people: People
+) -> None:
+    body, headers = {"name": "Once", **DATABASE}, {"Idempotency-Key": "once"}
+    first, *others = await asyncio.gather(
+        *(people.owner.api.post(SOURCES, json=body, headers=headers) for _ in range(3))
+    )
+    assert {answer.status_code for answer in (first, *others)} == {201}
+    assert {answer.json()["dataSourceId"] for answer in others} == {first.json()["dataSourceId"]}
+    other = {**body, "secrets": {"password": "another"}}
+    again = await people.owner.api.post(SOURCES, json=other, headers=headers)
+    refused(again, 422, "idempotency-mismatch")
+    async with world.gateway.database.read() as connection:
+        kept = set(await connection.scalars(select(col(Idempotency.fingerprint))))
+    assert fingerprint(body) not in kept
+
+
+# ── changes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_a_change_does_not_name_stays_secrets_too(world: World, people: People) -> None:
+    source_id = await made(people.owner)
+    before = await shown(people.owner, source_id)
+    response = await change(
+        people.owner, source_id, name="Renamed", settings={"database": "other", "tls": None}
+    )
+    assert (response.status_code, response.headers["ETag"]) == (200, '"2"')
+    after = response.json()
+    assert after == await shown(people.owner, source_id)
+    assert after["settings"] == {**before["settings"], "database": "other"}
+    assert after["secretsSetAt"] == before["secretsSetAt"]
+    kept = await sources(world).find(caller(people.owner), source_id)
+    assert (kept.secrets, kept.revision) == (DATABASE["secrets"], 2)
+
+    same = await change(people.owner, source_id, name="Renamed", settings={"database": "other"})
+    assert (same.status_code, same.headers["ETag"]) == (200, '"2"')
+    renewed = await change(people.owner, source_id, secrets={"password": "renewed"})
+    assert (renewed.status_code, renewed.headers["ETag"]) == (200, '"3"')
+    assert renewed.json()["secretsSetAt"] > before["secretsSetAt"]
+    assert (await sources(world).find(caller(people.owner), source_id)).secrets == {"password": "renewed"}
+
+
+@pytest.mark.parametrize("setting", [{"host": "elsewhere.example.com"}, {"port": 1}, {"tls": "disable"}])
+async def test_secrets_go_to_another_place_only_for_who_gives_them_again(
+    people: People, setting: dict[str, Any]
+) -> None:
+    source_id = await made(people.owner)
+    for person in (people.owner, people.admin):
+        response = await change(person, source_id, settings=setting)
+        refused(response, 422, "validation-failed")
+        assert response.json()["error"]["details"][0]["path"] == "secrets"
+    response = await change(people.owner, source_id, settings=setting, secrets={"password": "again"})
+    assert response.status_code == 200
+
+
+async def test_hosts_are_widened_only_by_who_knows_the_token(people: People) -> None:
+    token = {"type": "http-bearer", "settings": {"hosts": ["a.example.com"]}, "secrets": {"token": "t"}}
+    source_id = await made(people.owner, **token)
+    for hosts in (None, ["b.example.com"]):
+        refused(await change(people.admin, source_id, settings={"hosts": hosts}), 422, "validation-failed")
+    assert (await change(people.admin, source_id, settings={"hosts": ["a.example.com"]})).status_code == 200
+
+
+async def test_what_is_no_field_can_not_be_set(people: People) -> None:
+    source_id = await made(people.owner, id="ds_mine", ownerId=people.admin.user.id, isPublic=True, lane=7)
+    before = await shown(people.owner, source_id)
+    assert (before["ownerId"], before["isPublic"]) == (people.owner.user.id, False)
+    fields = {"id": "ds_x", "type": "mysql", "organizationId": "org_x", "ownerId": "user_x", "isPublic": True}
+    assert (await change(people.owner, source_id, **fields)).json() == before
+
+
+async def test_a_change_is_made_to_the_state_that_was_read(people: People) -> None:
+    source_id = await made(people.owner)
+    await change(people.owner, source_id, name="Changed")
+    path, stale = f"{SOURCES}/{source_id}", {"If-Match": '"1"'}
+    for response in (
+        await people.owner.api.put(path, json={"name": "Lost"}, headers=stale),
+        await people.owner.api.delete(path, headers=stale),
+        await people.owner.api.put(f"{path}/visibility", json={"isPublic": True}, headers=stale),
+    ):
+        refused(response, 412, "precondition-failed")
+        assert response.headers["ETag"] == '"2"'
+    fresh = {"If-Match": '"2"'}
+    assert (await people.owner.api.put(path, json={"name": "Kept"}, headers=fresh)).status_code == 200
+
+
+async def test_changes_at_the_same_time_are_all_kept(people: People) -> None:
+    source_id = await made(people.owner)
+    answers = await asyncio.gather(
+        change(people.owner, source_id, name="Renamed"),
+        change(people.owner, source_id, settings={"database": "other"}),
+        change(people.owner, source_id, secrets={"password": "new"}),
+        share(people.owner, source_id, people.colleague.user.id),
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    found = await shown(people.owner, source_id)
+    assert (found["name"], found["settings"]["database"]) == ("Renamed", "other")
+    assert found["sharedWith"] == [people.colleague.user.id]
+
+
+# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def usable(world: World, person: Person, source_id: str) -> bool:
+    """Tell whether a run of this person's may use a data source, and check that the API says the same."""
+    status = (await person.api.get(f"{SOURCES}/{source_id}")).status_code
+    listed = (await person.api.get(SOURCES)).json()["dataSources"]
+    assert (source_id in [one["id"] for one in listed]) is (status == 200)
+    if status == 200:
+        await sources(world).find(caller(person), source_id)
+        return True
+    with pytest.raises(NodeError) as raised:
+        await sources(world).find(caller(person), source_id)
+    assert (raised.value.code, raised.value.retryable, status) == ("data-source-not-found", False, 404)
+    return False
+
+
+async def test_whoever_may_read_a_data_source_may_use_it_and_nobody_else(
+    world: World, people: People
+) -> None:
+    source_id, guest = await made(people.owner), people.colleague
+    everybody = (people.owner, people.admin, guest, people.stranger)
+
+    async def users() -> list[Person]:
+        return [person for person in everybody if await usable(world, person, source_id)]
+
+    assert await users() == [people.owner, people.admin]
+    await share(people.owner, source_id, guest.user.id)
+    assert await users() == [people.owner, people.admin, guest]
+    gone = await people.owner.api.delete(f"{SOURCES}/{source_id}/share/{guest.user.id}")
+    assert (gone.status_code, await users()) == (204, [people.owner, people.admin])
+    public = await people.owner.api.put(f"{SOURCES}/{source_id}/visibility", json={"isPublic": True})
+    assert public.json()["isPublic"]
+    assert await users() == [people.owner, people.admin, guest]
+    await people.admin.api.put(f"{SOURCES}/{source_id}/visibility", json={"isPublic": False})
+    assert await users() == [people.owner, people.admin]
+    assert (await people.owner.api.delete(f"{SOURCES}/{source_id}")).status_code == 204
+    assert await users() == []
+
+
+async def test_a_guest_uses_and_neither_changes_nor_deletes_nor_shares(people: People) -> None:
+    source_id, guest = await made(people.owner), people.colleague
+    answer = await share(people.owner, source_id, guest.user.id)
+    told = {"message": "Data source shared successfully", "dataSourceId": source_id, "userId": guest.user.id}
+    assert (answer.status_code, answer.json()) == (200, told)
+    assert (await share(people.owner, source_id, guest.user.id)).headers["ETag"] == answer.headers["ETag"]
+    shares = (await guest.api.get(f"{SOURCES}/{source_id}/share")).json()
+    assert [one["userId"] for one in shares["sharedWith"]] == [guest.user.id]
+    path = f"{SOURCES}/{source_id}"
+    for response in (
+        await change(guest, source_id, name="Taken over"),
+        await guest.api.delete(path),
+        await guest.api.delete(f"{path}?force=true"),
+        await share(guest, source_id, people.admin.user.id),
+        await guest.api.delete(f"{path}/share/{guest.user.id}"),
+        await guest.api.put(f"{path}/visibility", json={"isPublic": True}),
+    ):
+        refused(response, 403, "not-owner")
+
+
+async def test_a_data_source_is_shared_with_other_users_of_the_organisation_alone(people: People) -> None:
+    source_id = await made(people.owner)
+    for user_id in (people.stranger.user.id, "user_nobody", ""):
+        refused(await share(people.owner, source_id, user_id), 404, "not-found")
+    for person, user in (
+        (people.owner, people.owner.user),
+        (people.admin, people.admin.user),
+        (people.admin, people.owner.user),
+    ):
+        refused(await share(person, source_id, user.id), 422, "validation-failed")
+    refused(await people.owner.api.delete(f"{SOURCES}/{source_id}/share/user_nobody"), 404, "not-found")
+
+
+async def test_a_change_reaches_runs_within_seconds_and_another_organisation_never(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_id = await made(people.owner)
+    found = sources(world)
+    assert (await found.find(caller(people.owner), source_id)).revision == 1
+    await change(people.owner, source_id, name="Changed")
+    assert (await found.find(caller(people.owner), source_id)).revision == 1
+    for person in (people.stranger, people.colleague):
+        with pytest.raises(NodeError) as raised:
+            await found.find(caller(person), source_id)
+        assert raised.value.code == "data-source-not-found"
+    monkeypatch.setattr("execution.data_sources.monotonic", lambda: float("inf"))
+    assert (await found.find(caller(people.owner), source_id)).revision == 2
+
+
+async def test_what_another_secret_has_encrypted_is_no_crash(world: World, people: People) -> None:
+    source_id = await made(people.owner)
+    with pytest.raises(NodeError, match="given again") as raised:
+        await sources(world, "another secret of more than thirty-two characters").find(
+            caller(people.owner), source_id
+        )
+    assert raised.value.code == "data-source-unreadable"
+
+
+async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(world: World, people: People) -> None:
+    first, second = await made(people.owner), await made(people.stranger)
+
+    async def move(connection: AsyncConnection) -> None:
+        sealed = await connection.scalar(select(col(DataSource.sealed)).where(col(DataSource.id) == first))
+        await connection.execute(update(DataSource).where(col(DataSource.id) == second).values(sealed=sealed))
+
+    await world.gateway.database.transaction(move)
+    with pytest.raises(NodeError) as raised:
+        await sources(world).find(caller(people.stranger), second)
+    assert raised.value.code == "data-source-unreadable"
+
+
+# ── the end of one ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_workflows_name_is_deleted_only_by_force(people: People) -> None:
+    source_id = await made(people.owner)
+    node = {"id": "ask", "nodeId": "http-request", "config": {"url": "https://a.b", "dataSource": source_id}}
+    own = await people.owner.create(name="Mine", nodes=[TRIGGER, node])
+    hidden = await people.colleague.create(name="Hidden", nodes=[TRIGGER, node])
+    elsewhere = await people.stranger.create(nodes=[TRIGGER, node])
+    path = f"{SOURCES}/{source_id}"
+
+    response = await people.owner.api.delete(path)
+    refused(response, 409, "data-source-in-use")
+    (named,) = response.json()["error"]["details"]
+    assert (named["path"], named["message"]) == (f"workflows.{own}", "Mine")
+    assert hidden not in response.text
+    assert elsewhere not in response.text
+
+    await people.owner.api.delete(f"{WORKFLOWS}/{own}")
+    response = await people.owner.api.delete(path)
+    refused(response, 409, "data-source-in-use")
+    assert response.json()["error"]["details"] == []
+    assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204
+    refused(await people.owner.api.get(path), 404, "not-found")
+    refused(await people.owner.api.delete(path), 404, "not-found")
+
+
+async def test_changes_leave_a_trace_that_says_nothing_of_secrets(people: People) -> None:
+    source_id = await made(people.owner)
+    await change(people.owner, source_id, secrets={"password": f"{CANARY}-2"})
+    await share(people.owner, source_id, people.colleague.user.id)
+    await people.owner.api.put(f"{SOURCES}/{source_id}/visibility", json={"isPublic": True})
+    await people.owner.api.delete(f"{SOURCES}/{source_id}")
+    trace = (await people.admin.api.get(f"/api/v1/audit?objectId={source_id}&sort=createdAt:asc")).json()
+    entries = trace["entries"]
+    assert [entry["action"] for entry in entries] == [
+        "data-source.created", "data-source.updated", "share.added", "data-source.visibility-set",
+        "data-source.deleted",
+    ]  # fmt: skip
+    hashes = [(entry["beforeHash"], entry["afterHash"]) for entry in entries]
+    assert [before for before, _ in hashes[1:]] == [after for _, after in hashes[:-1]]
+    assert (hashes[0][0], hashes[-1][1]) == (None, None)

@@ -1,0 +1,282 @@
+"""Deployments as clients ask for them, with a deployer and pods on this machine, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+from sqlmodel import col
+
+from models.audit import AuditEntry
+from models.deployment import LifecycleDecision, Observed
+from models.deployment_token import DeploymentToken
+from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from tests.integration.deployed import run
+from tests.integration.deployers import asked, on_this_machine, row, until
+from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, World, open_world, refused
+from tests.services import PostgreSQL
+from workers.deployer.deployer import Deployer
+
+API = "/api/v1/workflows"
+PATIENCE_SECONDS = 15.0
+"""Less than answers wait for the cluster here."""
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def world(
+    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
+    folder: Path = tmp_path_factory.mktemp("deployments")
+    async with open_world(request.param, postgres, folder, settle_seconds=30) as world:
+        yield world
+
+
+@pytest.fixture
+async def deployer(world: World, tmp_path: Path) -> AsyncIterator[Deployer]:
+    async with on_this_machine(world, tmp_path / "pods") as found:
+        yield found
+
+
+@pytest.fixture
+async def workflow_id(people: People) -> str:
+    return await people.owner.create(**GRAPH)
+
+
+async def shown(people: People, workflow_id: str) -> dict[str, Any]:
+    response = await people.owner.api.get(f"{API}/{workflow_id}/status")
+    assert response.status_code == 200
+    found: dict[str, Any] = response.json()
+    return found
+
+
+async def tokens(world: World, workflow_id: str) -> list[DeploymentToken]:
+    statement = select(DeploymentToken).where(col(DeploymentToken.workflow_id) == workflow_id)
+    async with world.gateway.database.read() as connection:
+        return [DeploymentToken(**one) for one in (await connection.execute(statement)).mappings()]
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
+    world: World, people: People, workflow_id: str
+) -> None:
+    owner = people.owner
+    deployed = await asked(owner, "deploy", workflow_id, 200)
+    assert deployed == {
+        "message": "Workflow deployed successfully",
+        "workflowId": workflow_id,
+        "status": "active",
+        "deploymentStatus": "running",
+        "version": 1,
+    }
+    again = await asked(owner, "deploy", workflow_id, 200)
+    assert (again, (await row(world, workflow_id)).generation) == (deployed, 1)
+
+    stopped = await asked(owner, "stop", workflow_id, 200)
+    assert stopped == {"workflowId": workflow_id, "deploymentStatus": "stopped"}
+    assert await asked(owner, "stop", workflow_id, 200) == stopped
+    status = await shown(people, workflow_id)
+    assert (status["stoppedReason"], status["replicas"], status["readyReplicas"]) == ("manual", 0, 0)
+
+    started = await asked(owner, "start", workflow_id, 200, replicas=2)
+    assert started == {"workflowId": workflow_id, "deploymentStatus": "running", "replicas": 2}
+    assert (await shown(people, workflow_id))["readyReplicas"] == 2
+    assert (await asked(owner, "start", workflow_id, 200))["replicas"] == 1
+
+    logs = await owner.api.get(f"{API}/{workflow_id}/logs", params={"limit": 5})
+    assert {line["text"] for line in logs.json()["lines"]} == {"started"}
+
+    undeployed = await asked(owner, "undeploy", workflow_id, 200)
+    assert undeployed == {
+        "message": "Workflow undeployed successfully",
+        "workflowId": workflow_id,
+        "status": "draft",
+        "deploymentStatus": "not-deployed",
+    }
+    assert await asked(owner, "undeploy", workflow_id, 200) == undeployed
+    assert all(token.revoked_at for token in await tokens(world, workflow_id))
+    for verb in ("stop", "start"):
+        refused(await owner.api.post(f"{API}/{workflow_id}/{verb}"), 409, "not-deployed")
+    refused(await owner.api.get(f"{API}/{workflow_id}/logs"), 409, "not-deployed")
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_what_is_asked_leaves_a_trace_with_who_asked(
+    world: World, people: People, workflow_id: str
+) -> None:
+    for verb in ("deploy", "stop", "start", "undeploy"):
+        await asked(people.owner, verb, workflow_id, 200)
+    async with world.gateway.database.read() as connection:
+        actions = await connection.scalars(
+            select(col(AuditEntry.action))
+            .where(col(AuditEntry.object_id) == workflow_id)
+            .order_by(col(AuditEntry.id))
+        )
+        decisions = await connection.execute(
+            select(
+                col(LifecycleDecision.action), col(LifecycleDecision.reason), col(LifecycleDecision.user_id)
+            )
+            .where(col(LifecycleDecision.workflow_id) == workflow_id)
+            .order_by(col(LifecycleDecision.at), col(LifecycleDecision.id))
+        )
+        by_whom = [(*row[:2], row[2] == people.owner.user.id) for row in decisions]
+    assert [
+        action
+        for action in actions
+        if action.split(".")[1] in {"deployed", "stopped", "started", "undeployed"}
+    ] == [
+        "workflow.deployed",
+        "workflow.stopped",
+        "workflow.started",
+        "workflow.undeployed",
+    ]
+    assert by_whom == [
+        ("start", "deployed", True),
+        ("stop", "by-hand", True),
+        ("start", "by-hand", True),
+        ("stop", "undeployed", True),
+    ]
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_a_new_version_replaces_pods_and_their_token_and_an_old_one_comes_back(
+    world: World, people: People, workflow_id: str
+) -> None:
+    owner = people.owner
+    await asked(owner, "deploy", workflow_id, 200)
+    first = await row(world, workflow_id)
+    changed = {**STEP, "config": {"values": {"a": 2}}}
+    await owner.api.put(f"{API}/{workflow_id}", json={"nodes": [TRIGGER, changed]})
+    await owner.api.post(f"{API}/{workflow_id}/versions", json={"versionTag": "v2.0.0"})
+    assert (await asked(owner, "deploy", workflow_id, 200))["version"] == 2
+    second = await row(world, workflow_id)
+    assert second.observed_definition_hash == second.definition_hash != first.definition_hash
+    assert len([one for one in await tokens(world, workflow_id) if one.revoked_at is None]) == 2
+
+    assert (await asked(owner, "deploy-version", workflow_id, 200, version=1))["version"] == 1
+    assert (await row(world, workflow_id)).definition_hash == first.definition_hash
+    workflow = await owner.workflow(workflow_id)
+    assert (workflow["version"], workflow["nodes"][1]["config"]) == (2, changed["config"])
+    refused(
+        await owner.api.post(f"{API}/{workflow_id}/deploy-version", json={"version": 9}), 404, "not-found"
+    )
+    await asked(owner, "undeploy", workflow_id, 200)
+
+
+async def test_only_what_can_run_is_deployed(people: People) -> None:
+    workflow_id = await people.owner.create(nodes=[STEP])
+    response = await people.owner.api.post(f"{API}/{workflow_id}/deploy")
+    refused(response, 422, "validation-failed")
+    assert "missing-trigger" in {one["type"] for one in response.json()["error"]["details"]}
+    assert (await shown(people, workflow_id))["deploymentStatus"] == "not-deployed"
+    assert (await people.owner.workflow(workflow_id))["status"] == "draft"
+
+
+@pytest.mark.parametrize("replicas", [0, 11, 1.5, "2"])
+async def test_there_are_one_to_ten_pods(people: People, workflow_id: str, replicas: object) -> None:
+    response = await people.owner.api.post(f"{API}/{workflow_id}/start", json={"replicas": replicas})
+    refused(response, 422, "validation-failed")
+
+
+@pytest.mark.parametrize("version", [0, 10_001, 2**31, 2**64, "1"])
+async def test_a_version_is_a_number_that_there_can_be(
+    people: People, workflow_id: str, version: object
+) -> None:
+    response = await people.owner.api.post(f"{API}/{workflow_id}/deploy-version", json={"version": version})
+    refused(response, 422, "validation-failed")
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
+    world: World, people: People, workflow_id: str
+) -> None:
+    await asked(people.owner, "deploy", workflow_id, 200)
+    kinds: dict[str, dict[str, Any]] = {
+        "pending": {},
+        "deferred": {"status": ExecutionStatus.WAITING},
+        "waiting": {
+            "status": ExecutionStatus.WAITING,
+            "started_at": (await row(world, workflow_id)).created_at,
+        },
+        "limited": {"target": LIMITED, "home": workflow_id},
+        "ended": {"status": ExecutionStatus.COMPLETED},
+    }
+    made = {
+        name: await run(world, people.owner, workflow_id, **{"home": workflow_id, **columns})
+        for name, columns in kinds.items()
+    }
+    await asked(people.owner, "undeploy", workflow_id, 200)
+    statement = select(Execution).where(col(Execution.workflow_id) == workflow_id)
+    async with world.gateway.database.read() as connection:
+        found = {one["id"]: Execution(**one) for one in (await connection.execute(statement)).mappings()}
+    after = {
+        name: (found[made[name]].target, found[made[name]].home, found[made[name]].status) for name in made
+    }
+    assert after == {
+        "pending": (SHARED, None, "pending"),
+        "deferred": (SHARED, None, "pending"),
+        "waiting": (SHARED, None, "waiting"),
+        "limited": (LIMITED, None, "pending"),
+        "ended": (workflow_id, workflow_id, "completed"),
+    }
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_what_is_archived_or_deleted_has_no_pods(
+    world: World, people: People, workflow_id: str
+) -> None:
+    owner = people.owner
+    await asked(owner, "deploy", workflow_id, 200)
+    refused(await owner.api.delete(f"{API}/{workflow_id}"), 409, "workflow-deployed")
+    archived = await owner.api.put(f"{API}/{workflow_id}/status", json={"status": "archived"})
+    assert archived.status_code == 200
+    await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+    assert (await asked(owner, "undeploy", workflow_id, 200))["status"] == "archived"
+
+    await asked(owner, "deploy", workflow_id, 200)
+    assert (await owner.api.delete(f"{API}/{workflow_id}", params={"force": "true"})).status_code == 204
+    await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
+    world: World, people: People, workflow_id: str
+) -> None:
+    await asked(people.owner, "deploy", workflow_id, 200)
+    execution_id = await run(
+        world, people.owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=f"pod:{workflow_id}:a"
+    )
+    stop = asyncio.create_task(asked(people.owner, "stop", workflow_id, 200))
+    draining = await until(world, workflow_id, lambda one: one.drain_until is not None)
+    assert (draining.replicas, (await shown(people, workflow_id))["deploymentStatus"]) == (1, "stopping")
+    ended = update(Execution).where(col(Execution.id) == execution_id)
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(
+            ended.values(status=ExecutionStatus.COMPLETED, ended_at=draining.updated_at)
+        )
+    )
+    assert (await stop)["deploymentStatus"] == "stopped"
+
+
+@pytest.mark.usefixtures("deployer")
+async def test_whatever_is_overtaken_by_its_opposite_is_waited_for_no_longer(
+    world: World, people: People, workflow_id: str
+) -> None:
+    owner = people.owner
+    await asked(owner, "deploy", workflow_id, 200)
+    pod = f"pod:{workflow_id}:a"
+    await run(world, owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=pod)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        stop = asyncio.create_task(asked(owner, "stop", workflow_id, 202))
+        await until(world, workflow_id, lambda one: one.drain_until is not None)
+        started = asyncio.create_task(asked(owner, "start", workflow_id, 200))
+        assert (await stop)["deploymentStatus"] in {"starting", "running"}
+        assert (await started)["deploymentStatus"] == "running"
+        stop = asyncio.create_task(asked(owner, "stop", workflow_id, 202))
+        await until(world, workflow_id, lambda one: one.drain_until is not None)
+        undeployed = await asked(owner, "undeploy", workflow_id, 200)
+        assert (await stop)["deploymentStatus"] in {"undeploying", "not-deployed"}
+    assert undeployed["deploymentStatus"] == "not-deployed"

@@ -1,0 +1,220 @@
+"""What executions ask of people, and the answers that they take."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import select, update
+from sqlmodel import col
+
+from engine.values import Json
+from journal import signals
+from journal.store import ExecutionKey
+from models.execution import Execution, Signal
+from tests.integration import asking
+from tests.integration.gateway_world import GRAPH, People, Person, World, refused
+
+EXECUTIONS = "/api/v1/executions"
+YES: dict[str, Json] = {"nodeId": "approval", "choice": "approve", "data": {"comment": "Right"}}
+
+
+async def execution_of(person: Person) -> str:
+    workflow_id = await person.create(**GRAPH)
+    response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    assert response.status_code == 201, response.text
+    execution_id: str = response.json()["executionId"]
+    return execution_id
+
+
+@pytest.fixture
+async def asked(world: World, people: People) -> str:
+    """Return the id of an execution of the owner's in which one node waits for approval."""
+    execution_id = await execution_of(people.owner)
+    await asking.ask(world.gateway.database, execution_id)
+    return execution_id
+
+
+async def answer(person: Person, execution_id: str, body: Json = YES, key: str = "") -> httpx2.Response:
+    headers = {"Idempotency-Key": key} if key else {}
+    return await person.api.post(f"{EXECUTIONS}/{execution_id}/input", json=body, headers=headers)
+
+
+async def pending(person: Person, execution_id: str) -> list[dict[str, Any]]:
+    response = await person.api.get(f"{EXECUTIONS}/{execution_id}/pending-inputs")
+    assert response.status_code == 200, response.text
+    shown: dict[str, Any] = response.json()
+    assert shown["count"] == len(shown["inputs"])
+    inputs: list[dict[str, Any]] = shown["inputs"]
+    return inputs
+
+
+def paths(response: httpx2.Response) -> list[str]:
+    refused(response, 422, "validation-failed")
+    return [detail["path"] for detail in response.json()["error"]["details"]]
+
+
+async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
+    world: World, people: People, asked: str
+) -> None:
+    (shown,) = await pending(people.owner, asked)
+    assert shown.pop("requestedAt") < shown.pop("expiresAt")
+    assert shown == {
+        "nodeId": "approval",
+        "iteration": "",
+        "nodeLabel": "Approval",
+        "title": "Write 120 rows?",
+        "description": "They replace those of yesterday.",
+        "schema": asking.REQUEST["schema"],
+        "choices": asking.REQUEST["choices"],
+    }
+    response = await answer(people.owner, asked)
+    assert (response.status_code, response.json()) == (
+        200,
+        {"executionId": asked, "nodeId": "approval", "status": "accepted"},
+    )
+    assert await pending(people.owner, asked) == []
+    database = world.gateway.database
+    async with database.read() as connection:
+        execution = (await connection.execute(select(Execution).where(col(Execution.id) == asked))).one()
+        user_id = await connection.scalar(
+            select(col(Signal.user_id)).where(col(Signal.execution_id) == asked)
+        )
+    assert (execution.status, execution.signals, user_id) == ("pending", 1, people.owner.user.id)
+    found = await signals.of(database, [ExecutionKey(asked, execution.lane)])
+    payload = found[asked]["approval", ""].decode()
+    assert payload.startswith('{"output":{"data":{"comment":"Right"},"choice":"approve","by":"user_')
+    assert payload.endswith('"},"port":"approve"}')
+
+    refused(await answer(people.owner, asked), 409, "already-answered")
+    refused(await answer(people.owner, asked, {**YES, "nodeId": "step"}), 409, "no-input-pending")
+
+
+async def test_of_several_people_who_answer_at_once_one_is_heard(people: People, asked: str) -> None:
+    answers = await asyncio.gather(
+        *(
+            answer(person, asked, {**YES, "choice": choice})
+            for person in (people.owner, people.admin)
+            for choice in ("approve", "reject")
+        )
+    )
+    assert sorted(one.status_code for one in answers) == [200, 409, 409, 409]
+
+
+async def test_an_answer_that_is_sent_again_with_its_key_is_answered_the_same(
+    people: People, asked: str
+) -> None:
+    first = await answer(people.owner, asked, key="once")
+    again = await answer(people.owner, asked, key="once")
+    assert (first.status_code, again.status_code, first.json()) == (200, 200, again.json())
+    assert (first.headers.get("Idempotent-Replayed"), again.headers["Idempotent-Replayed"]) == (None, "true")
+    refused(
+        await answer(people.owner, asked, {**YES, "choice": "reject"}, "once"), 422, "idempotency-mismatch"
+    )
+    refused(await answer(people.admin, asked, key="once"), 409, "already-answered")
+
+
+async def test_requests_with_one_key_that_come_at_once_are_answered_alike(people: People, asked: str) -> None:
+    answers = await asyncio.gather(*(answer(people.owner, asked, key="once") for _ in range(4)))
+    assert [one.status_code for one in answers] == [200] * 4
+    assert sum("Idempotent-Replayed" in one.headers for one in answers) == 3
+
+
+async def test_a_refused_answer_binds_no_key(world: World, people: People) -> None:
+    execution_id = await execution_of(people.owner)
+    refused(await answer(people.owner, execution_id, key="early"), 409, "no-input-pending")
+    await asking.ask(world.gateway.database, execution_id)
+    assert (await answer(people.owner, execution_id, key="early")).status_code == 200
+
+
+async def test_what_was_not_asked_for_is_refused_with_its_paths(people: People, asked: str) -> None:
+    assert paths(await answer(people.owner, asked, {"nodeId": "approval"})) == ["choice", "data"]
+    assert paths(await answer(people.owner, asked, {**YES, "choice": "maybe"})) == ["choice"]
+    too_long: dict[str, Json] = {**YES, "data": {"comment": "x" * 21}}
+    assert paths(await answer(people.owner, asked, too_long)) == ["data.comment"]
+    assert paths(await answer(people.owner, asked, {"choice": "approve"})) == ["nodeId"]
+    refused(await answer(people.owner, asked, {**YES, "data": "x" * 1_000_000}), 413, "payload-too-large")
+    assert len(await pending(people.owner, asked)) == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "data", "wrong"),
+    [
+        ({"$ref": "http://127.0.0.1:1/schema.json"}, {}, ["data"]),
+        ({"type": "no such type"}, {}, ["data"]),
+        (
+            {"$defs": {"name": {"type": "string"}}, "properties": {"n": {"$ref": "#/$defs/name"}}},
+            {"n": 1},
+            ["data.n"],
+        ),
+        ({"type": "array", "items": {"type": "integer"}, "maxItems": 2}, [1, "2", 3], ["data", "data.1"]),
+        ({"pattern": "^(a+)+$"}, "a" * 40 + "!", ["data"]),
+    ],
+)
+async def test_a_schema_is_obeyed_whatever_it_says_and_fetches_nothing(
+    world: World,
+    people: People,
+    schema: dict[str, Any],
+    data: Json,
+    wrong: list[str],
+) -> None:
+    execution_id = await execution_of(people.owner)
+    await asking.ask(world.gateway.database, execution_id, request={"schema": schema})
+    response = await answer(people.owner, execution_id, {"nodeId": "approval", "data": data})
+    assert sorted(paths(response)) == wrong
+
+
+async def test_without_choices_there_is_none_and_without_a_schema_anything_goes(
+    world: World, people: People
+) -> None:
+    execution_id = await execution_of(people.owner)
+    await asking.ask(world.gateway.database, execution_id, request={"title": "Well?"}, expires_in=None)
+    (shown,) = await pending(people.owner, execution_id)
+    assert (shown["schema"], shown["choices"], shown["expiresAt"]) == (None, [], None)
+    assert paths(await answer(people.owner, execution_id, YES)) == ["choice"]
+    assert (await answer(people.owner, execution_id, {"nodeId": "approval", "data": [1]})).status_code == 200
+
+
+async def test_turns_of_a_loop_are_told_apart(world: World, people: People) -> None:
+    execution_id = await execution_of(people.owner)
+    for iteration in ("0", "1"):
+        await asking.ask(world.gateway.database, execution_id, iteration=iteration)
+    assert [one["iteration"] for one in await pending(people.owner, execution_id)] == ["0", "1"]
+    unclear = await answer(people.owner, execution_id)
+    assert paths(unclear) == ["iteration"]
+    assert "0, 1" in unclear.json()["error"]["message"]
+    assert (await answer(people.owner, execution_id, {**YES, "iteration": "1"})).status_code == 200
+    refused(await answer(people.owner, execution_id, {**YES, "iteration": "1"}), 409, "already-answered")
+    assert (await answer(people.owner, execution_id)).status_code == 200
+
+
+async def test_who_answers_too_late_or_whom_nobody_asked_is_told_so(world: World, people: People) -> None:
+    execution_id = await execution_of(people.owner)
+    refused(await answer(people.owner, execution_id), 409, "no-input-pending")
+    await asking.ask(world.gateway.database, execution_id, expires_in=-timedelta(seconds=1))
+    refused(await answer(people.owner, execution_id), 409, "input-expired")
+    await asking.ask(world.gateway.database, execution_id, "sub", kind="run")
+    refused(await answer(people.owner, execution_id, {"nodeId": "sub"}), 409, "no-input-pending")
+    assert (await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")).status_code == 200
+    assert await pending(people.owner, execution_id) == []
+    refused(await answer(people.owner, execution_id), 409, "no-input-pending")
+
+
+async def test_a_list_of_executions_may_be_that_of_one_parent(world: World, people: People) -> None:
+    parent, child, other = [await execution_of(people.owner) for _ in range(3)]
+    links = {"parent_id": parent, "root_id": parent, "depth": 1}
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(
+            update(Execution).where(col(Execution.id) == child).values(links)
+        )
+    )
+    response = await people.owner.api.get(EXECUTIONS, params={"parent_id": parent})
+    assert response.json()["count"] == 1
+    (shown,) = response.json()["executions"]
+    assert (shown["id"], shown["parentId"], shown["rootId"]) == (child, parent, parent)
+    shown = (await people.owner.api.get(f"{EXECUTIONS}/{other}")).json()
+    assert (shown["parentId"], shown["rootId"]) == (None, None)
+    assert (await people.stranger.api.get(EXECUTIONS, params={"parent_id": parent})).json()["count"] == 0

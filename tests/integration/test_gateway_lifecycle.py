@@ -1,0 +1,338 @@
+"""Lifecycle policies by the API: set, shown, refused, previewed, and what was decided by them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, update
+from sqlmodel import col
+
+from models import ids
+from models.deployment import Deployment, LifecycleDecision, Observed
+from models.execution import ExecutionStatus
+from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
+from models.workflow import Workflow
+from tests.integration.deployed import deployed, run
+from tests.integration.gateway_world import GRAPH, People, Person, World, refused
+
+DEFAULT = {"type": "idle-shutdown", "idleTimeoutMinutes": 30}
+OFFICE_HOURS = {"days": [1, 2, 3, 4, 5], "startTime": "09:00", "endTime": "17:00"}
+SCHEDULED: dict[str, Any] = {
+    "type": "scheduled-window",
+    "schedule": {"timezone": "America/Los_Angeles", "windows": [OFFICE_HOURS]},
+}
+HOUR = timedelta(hours=1)
+
+
+def path(workflow_id: str, below: str = "") -> str:
+    return f"/api/v1/workflows/{workflow_id}/lifecycle{below}"
+
+
+def scheduled(**window: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return a policy with one window, changed."""
+    return {**SCHEDULED, "schedule": {**SCHEDULED["schedule"], "windows": [{**OFFICE_HOURS, **window}]}}
+
+
+async def shown(person: Person, workflow_id: str, below: str = "") -> dict[str, Any]:
+    response = await person.api.get(path(workflow_id, below))
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+# ── set and shown ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_workflow_sleeps_after_half_an_hour_unless_somebody_chooses_otherwise(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    assert await shown(people.owner, workflow_id) == {
+        "workflowId": workflow_id,
+        "lifecyclePolicy": DEFAULT,
+        "deploymentStatus": "not-deployed",
+        "stoppedReason": None,
+        "lastActivityAt": None,
+        "nextTransition": None,
+        "nextTransitionAt": None,
+        "usage": None,
+    }
+
+
+KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"type": "always-on"}, {"type": "always-on"}),
+    ({"type": "on-demand"}, {"type": "on-demand"}),
+    ({"type": "idle-shutdown"}, DEFAULT),
+    ({"type": "idle-shutdown", "idleTimeoutMinutes": None}, DEFAULT),
+    ({"type": "idle-shutdown", "idleTimeoutMinutes": 5}, {**DEFAULT, "idleTimeoutMinutes": 5}),
+    ({"type": "idle-shutdown", "idleTimeoutMinutes": 1440}, {**DEFAULT, "idleTimeoutMinutes": 1440}),
+    (SCHEDULED, SCHEDULED),
+    (scheduled(endTime="24:00"), scheduled(endTime="24:00")),
+    (
+        scheduled(startTime="00:00", endTime="00:00"),
+        scheduled(startTime="00:00", endTime="00:00"),
+    ),
+    ({**SCHEDULED, "idleTimeoutMinutes": 10}, SCHEDULED),
+]
+
+
+async def test_a_policy_is_kept_as_it_was_sent_with_what_belongs_to_its_type(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    for sent, kept in KEPT:
+        response = await people.owner.api.put(path(workflow_id), json=sent)
+        assert response.status_code == 200, response.text
+        assert response.json() == {"workflowId": workflow_id, "lifecyclePolicy": kept}
+        assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == kept
+
+
+WRONG: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({}, {"type": "required"}),
+    ({"type": "sometimes"}, {"type": "invalid-value"}),
+    ({**DEFAULT, "idleTimeoutMinutes": 4}, {"idleTimeoutMinutes": "invalid-value"}),
+    ({**DEFAULT, "idleTimeoutMinutes": 1441}, {"idleTimeoutMinutes": "invalid-value"}),
+    ({**DEFAULT, "idleTimeoutMinutes": 7.5}, {"idleTimeoutMinutes": "invalid-type"}),
+    ({"type": "always-on", "idleTimeoutMinutes": 4}, {"idleTimeoutMinutes": "invalid-value"}),
+    ({"type": "scheduled-window"}, {"schedule": "required"}),
+    ({"type": "scheduled-window", "schedule": None}, {"schedule": "required"}),
+    (
+        {"type": "scheduled-window", "schedule": {}},
+        {"schedule.timezone": "required", "schedule.windows": "required"},
+    ),
+    (
+        {**SCHEDULED, "schedule": {"timezone": "UTC", "windows": []}},
+        {"schedule.windows": "invalid-value"},
+    ),
+    (scheduled(days=[]), {"schedule.windows.0.days": "invalid-value"}),
+    (scheduled(days=[7]), {"schedule.windows.0.days.0": "invalid-value"}),
+    (scheduled(days=["monday"]), {"schedule.windows.0.days.0": "invalid-type"}),
+    (scheduled(startTime="9:00"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (scheduled(startTime="24:00"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (scheduled(startTime="09:00\n"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (scheduled(startTime="\u0660\u0669:\u0660\u0660"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (scheduled(endTime="24:01"), {"schedule.windows.0.endTime": "invalid-value"}),
+    (scheduled(endTime="17:60"), {"schedule.windows.0.endTime": "invalid-value"}),
+    (scheduled(endTime="09:00"), {"schedule.windows.0.endTime": "empty-window"}),
+]
+
+
+async def test_a_policy_that_is_none_is_refused_field_by_field_and_so_is_its_preview(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    for body, wrong in WRONG:
+        for response in (
+            await people.owner.api.put(path(workflow_id), json=body),
+            await people.owner.api.post(path(workflow_id, "/preview"), json=body),
+        ):
+            refused(response, 422, "validation-failed")
+            assert {one["path"]: one["code"] for one in response.json()["error"]["details"]} == wrong
+    assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == DEFAULT
+
+
+async def test_a_zone_is_one_of_those_that_are_known(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    for zone in (
+        "",
+        "PST",
+        "america/los_angeles",
+        "localtime",
+        "../../etc/passwd",
+        "/etc/localtime",
+        "+01:00",
+    ):
+        body = {**SCHEDULED, "schedule": {**SCHEDULED["schedule"], "timezone": zone}}
+        response = await people.owner.api.put(path(workflow_id), json=body)
+        (detail,) = response.json()["error"]["details"]
+        assert (detail["path"], detail["code"]) == ("schedule.timezone", "unknown-timezone")
+
+
+async def test_a_policy_is_set_for_the_state_that_was_seen_and_leaves_a_trace(people: People) -> None:
+    owner = people.owner
+    workflow_id = await owner.create(**GRAPH)
+    tag = (await owner.api.get(path(workflow_id))).headers["ETag"]
+    first = await owner.api.put(path(workflow_id), json=SCHEDULED, headers={"If-Match": tag})
+    assert first.headers["ETag"] != tag
+    late = await owner.api.put(path(workflow_id), json={"type": "on-demand"}, headers={"If-Match": tag})
+    refused(late, 412, "precondition-failed")
+    again = await owner.api.put(path(workflow_id), json=SCHEDULED)
+    assert again.headers["ETag"] == first.headers["ETag"]
+    found = await people.admin.api.get("/api/v1/audit", params={"objectId": workflow_id})
+    actions = [one["action"] for one in found.json()["entries"]]
+    assert actions == ["workflow.lifecycle-set", "workflow.created"]
+
+
+async def test_a_copy_has_the_usual_policy(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await people.owner.api.put(path(workflow_id), json=SCHEDULED)
+    copied = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/duplicate")
+    assert (await shown(people.owner, copied.json()["workflowId"]))["lifecyclePolicy"] == DEFAULT
+
+
+# ── where a deployment is ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_deployment_is_shown_with_what_will_become_of_it(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    seen_at = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
+    await deployed(world, people.owner, workflow_id, last_activity_at=seen_at)
+    body = await shown(people.owner, workflow_id)
+    assert (body["deploymentStatus"], body["stoppedReason"]) == ("running", None)
+    assert datetime.fromisoformat(body["lastActivityAt"]) == seen_at
+    assert body["nextTransition"] == "stop"
+    assert datetime.fromisoformat(body["nextTransitionAt"]) == seen_at + timedelta(minutes=30)
+    ended_at = seen_at + timedelta(seconds=30)
+    await run(world, people.owner, workflow_id, status=ExecutionStatus.COMPLETED, ended_at=ended_at)
+    assert datetime.fromisoformat((await shown(people.owner, workflow_id))["lastActivityAt"]) == ended_at
+
+
+STATUSES: list[tuple[dict[str, Any], str]] = [
+    ({"observed": Observed.ABSENT}, "deploying"),
+    ({"observed_definition_hash": "1" * 64}, "deploying"),
+    ({"observed": Observed.STARTING}, "starting"),
+    ({"observed": Observed.FAILED}, "failed"),
+    ({"observed": Observed.FAILED, "generation": 2}, "starting"),
+    ({"observed": Observed.UNKNOWN}, "unknown"),
+    ({"replicas": 0, "stopped_reason": StoppedReason.MANUAL}, "stopping"),
+    ({"replicas": 0, "observed": Observed.STOPPED, "stopped_reason": "idle"}, "stopped"),
+    ({"is_deployed": False}, "undeploying"),
+    ({"is_deployed": False, "observed": Observed.ABSENT}, "not-deployed"),
+]
+
+
+async def test_a_status_tells_what_is_wanted_and_what_was_seen(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    usual = (await deployed(world, people.owner, workflow_id)).model_dump()
+    for columns, status in STATUSES:
+        await changed(world, workflow_id, {**usual, **columns})
+        body = await shown(people.owner, workflow_id)
+        assert body["deploymentStatus"] == status
+        assert body["stoppedReason"] == columns.get("stopped_reason")
+
+
+async def changed(world: World, workflow_id: str, columns: dict[str, Any]) -> None:
+    row = update(Deployment).where(col(Deployment.workflow_id) == workflow_id).values(columns)
+    await world.gateway.database.transaction(lambda connection: connection.execute(row))
+
+
+async def test_the_use_of_pods_is_told_next_to_that_of_pods_that_never_sleep(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await deployed(world, people.owner, workflow_id, last_replicas=2)
+    await decided(world, people.owner, workflow_id, {240: 2, 160: 0, 100: 2, 76: 1, 52: 0})
+    body = (await shown(people.owner, workflow_id))["usage"]
+    hours = 8 * 2 + 24 * 2 + 24 * 1  # of 168
+    assert body["podSecondsPerDay"] == pytest.approx(hours * 3600 / 7, rel=0.001)
+    assert body["alwaysOnPodSecondsPerDay"] == 2 * 86_400
+    since, until = (datetime.fromisoformat(body[name]) for name in ("since", "until"))
+    assert until - since == timedelta(days=7)
+
+
+async def test_the_use_of_pods_counts_from_the_first_deployment(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await deployed(world, people.owner, workflow_id)
+    await decided(world, people.owner, workflow_id, {2: 1, 1: 0})
+    body = (await shown(people.owner, workflow_id))["usage"]
+    assert body["podSecondsPerDay"] == pytest.approx(43_200, rel=0.001)
+
+
+async def decided(world: World, person: Person, workflow_id: str, replicas: dict[int, int]) -> None:
+    """Have had so many pods from so many hours ago on."""
+    now = datetime.now(UTC)
+    rows = [
+        LifecycleDecision(
+            id=ids.new("decision"),
+            organization_id=person.user.organization_id,
+            lane=person.user.lane,
+            workflow_id=workflow_id,
+            at=now - HOUR * hours,
+            action=LifecycleAction.START if count else LifecycleAction.STOP,
+            reason=LifecycleReason.RUN_DUE if count else LifecycleReason.IDLE,
+            stopped_reason=None if count else StoppedReason.IDLE,
+            replicas=count,
+            inputs={"hasDue": bool(count)},
+        ).model_dump()
+        for hours, count in replicas.items()
+    ]
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(insert(LifecycleDecision), rows)
+    )
+
+
+# ── history ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_decisions_are_listed_page_by_page_the_newest_first(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await decided(world, people.owner, workflow_id, {4: 1, 3: 0, 2: 1, 1: 0})
+    whole = await shown(people.owner, workflow_id, "/history")
+    assert (whole["count"], whole["limit"], whole["offset"]) == (4, 20, 0)
+    moments = [one["at"] for one in whole["decisions"]]
+    assert all(later > earlier for later, earlier in pairwise(moments))
+    newest = whole["decisions"][0]
+    assert (newest["action"], newest["reason"], newest["stoppedReason"]) == ("stop", "idle", "idle")
+    assert (newest["replicas"], newest["userId"], newest["inputs"]) == (0, None, {"hasDue": False})
+    part = await shown(people.owner, workflow_id, "/history?limit=2&offset=1")
+    assert part["decisions"] == whole["decisions"][1:3]
+    refused(await people.owner.api.get(path(workflow_id, "/history?limit=0")), 400, "invalid-query")
+
+
+# ── preview ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_preview_tells_when_a_schedule_starts_and_stops_and_changes_nothing(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.post(path(workflow_id, "/preview"), json=SCHEDULED)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    assert body["lifecyclePolicy"] == SCHEDULED
+    assert len(body["transitions"]) == 20  # ten working days
+    actions = [one["action"] for one in body["transitions"]]
+    assert all(before != after for before, after in pairwise(actions))
+    for one in body["transitions"]:
+        hour = {"start": 9, "stop": 17}[one["action"]]
+        assert datetime.fromisoformat(one["localTime"]).hour == hour
+        assert datetime.fromisoformat(one["localTime"]) == datetime.fromisoformat(one["at"])
+        assert not one["isClockChange"]
+    assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == DEFAULT
+
+
+async def test_a_preview_replays_past_runs_under_both_policies(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await backdated(world, workflow_id, timedelta(days=20))
+    now = datetime.now(UTC)
+    for hours in (100, 50, 49):
+        accepted_at = now - HOUR * hours
+        await run(
+            world,
+            people.owner,
+            workflow_id,
+            status=ExecutionStatus.COMPLETED,
+            created_at=accepted_at,
+            ended_at=accepted_at + HOUR / 4,
+        )
+    response = await people.owner.api.post(path(workflow_id, "/preview"), json={"type": "always-on"})
+    body = response.json()
+    assert (body["transitions"], body["clockChanges"]) == ([], [])
+    replay = body["replay"]
+    assert replay["runs"] == 3
+    assert replay["current"] == {
+        "podHours": 2.25,
+        "coldStarts": 3,
+        "waits": 3,
+        "totalWaitSeconds": 30.0,
+        "longestWaitSeconds": 10.0,
+    }
+    assert replay["candidate"] == {
+        "podHours": 14 * 24,
+        "coldStarts": 0,
+        "waits": 0,
+        "totalWaitSeconds": 0.0,
+        "longestWaitSeconds": 0.0,
+    }
+
+
+async def backdated(world: World, workflow_id: str, age: timedelta) -> None:
+    """Have a workflow been made long ago."""
+    row = update(Workflow).where(col(Workflow.id) == workflow_id)
+    made = row.values(created_at=datetime.now(UTC) - age)
+    await world.gateway.database.transaction(lambda connection: connection.execute(made))

@@ -1,0 +1,515 @@
+"""Triggers of deployed workflows: what they wake, what they wait for, and what they are told when nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import pytest
+from sqlalchemy import func, insert, select, update
+from sqlmodel import col
+
+from gateway import limits
+from journal import activity, decisions, wakes
+from models import lifecycle
+from models.deployment import Deployment, LifecycleDecision, Observed
+from models.execution import Execution, ExecutionStatus
+from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.workflow import Definition
+from tests.integration.deployed import deployed
+from tests.integration.gateway_world import EDGE, People, Person, World, refused
+from tests.integration.second_gateway import second_gateway
+from tests.integration.standing_cluster import Cluster, standing
+from tests.receiver import Receiver, receiving
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+GREET = {"id": "step", "nodeId": "set", "config": {"values": {"greeting": "Hello, {{ data.body.name }}"}}}
+GREETS: dict[str, Any] = {"nodes": [{"id": "start", "nodeId": "manual"}, GREET], "connections": [EDGE]}
+ASLEEP: dict[str, Any] = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
+BY_HAND: dict[str, Any] = {**ASLEEP, "stopped_reason": StoppedReason.MANUAL}
+SYNC = {"inputs": {"name": "Ada"}, "sync": True}
+GREETED = {"step": {"body": {"name": "Ada"}, "greeting": "Hello, Ada"}}
+PATIENCE_SECONDS = 10.0
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+async def cluster(world: World) -> AsyncIterator[Cluster]:
+    async with standing(world) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """Yield whoever doesn't answer for now."""
+    async with receiving() as receiver:
+        receiver.may_answer.clear()
+        yield receiver
+
+
+def asks(receiver: Receiver) -> dict[str, Any]:
+    """Return a graph whose runs go on until they are answered."""
+    asking = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
+    return {"nodes": [{"id": "start", "nodeId": "manual"}, asking], "connections": [EDGE]}
+
+
+async def deploy(world: World, person: Person, graph: dict[str, Any] = GREETS, **columns: Any) -> str:  # noqa: ANN401 - any column
+    """Have a workflow deployed as it stands, active, and return its id."""
+    workflow_id = await person.create(**graph)
+    response = await person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "active"})
+    assert response.is_success
+    await set_policy(person, workflow_id, {"type": "idle-shutdown"})
+    caller = await world.gateway.authenticator.caller({"headers": [(b"x-api-key", person.key.encode())]})
+    loaded = await world.gateway.workflows.load(workflow_id, caller)
+    definition = {
+        "organization_id": loaded.organization_id,
+        "hash": loaded.definition_hash,
+        "lane": loaded.lane,
+        "body": loaded.definition,
+        "created_at": datetime.now(UTC),
+    }
+    known = select(col(Definition.hash)).where(
+        col(Definition.hash) == loaded.definition_hash,
+        col(Definition.organization_id) == loaded.organization_id,
+    )
+
+    async def keep(connection: AsyncConnection) -> None:
+        if await connection.scalar(known) is None:
+            await connection.execute(insert(Definition).values(definition))
+
+    await world.gateway.database.transaction(keep)
+    await deployed(world, person, workflow_id, definition_hash=loaded.definition_hash, **columns)
+    return workflow_id
+
+
+async def set_policy(person: Person, workflow_id: str, policy: dict[str, Any]) -> None:
+    response = await person.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
+    assert response.is_success, response.text
+
+
+def closed() -> dict[str, Any]:
+    """Return a policy whose only window opens in three days."""
+    day = (datetime.now(UTC) + timedelta(days=3)).isoweekday() % 7
+    window = {"days": [day], "startTime": "09:00", "endTime": "10:00"}
+    return {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [window]}}
+
+
+async def trigger(
+    person: Person, workflow_id: str, body: dict[str, Any] | None = None, **headers: str
+) -> httpx2.Response:
+    return await person.api.post(
+        f"/api/v1/workflows/{workflow_id}/trigger", json=body or {}, headers=headers, timeout=30
+    )
+
+
+async def deployment(world: World, workflow_id: str) -> Deployment:
+    async with world.gateway.database.read() as connection:
+        seen = await activity.look(connection, workflow_id)
+    assert seen is not None
+    return seen.deployment
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+            await asyncio.sleep(0.01)
+
+
+async def status(world: World, execution_id: str) -> str:
+    async with world.gateway.database.read() as connection:
+        found = await connection.scalar(
+            select(col(Execution.status)).where(col(Execution.id) == execution_id)
+        )
+    return str(found)
+
+
+async def runs(world: World, workflow_id: str) -> int:
+    async with world.gateway.database.read() as connection:
+        statement = select(func.count()).where(col(Execution.workflow_id) == workflow_id)
+        return int(await connection.scalar(statement) or 0)
+
+
+async def test_a_synchronous_trigger_answers_with_what_the_leaves_gave_out(
+    world: World, people: People, cluster: Cluster
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    cold = await trigger(people.owner, workflow_id, SYNC)
+    assert cold.status_code == 200, cold.text
+    told = cold.json()
+    assert (told["status"], told["workflow_id"], told["output"]) == ("completed", workflow_id, GREETED)
+    assert cold.headers["Location"].endswith(told["execution_id"])
+    assert cold.headers["X-Cold-Start"] == "true"
+    warm = await trigger(people.owner, workflow_id, SYNC)
+    assert (warm.json()["status"], warm.headers["X-Cold-Start"]) == ("completed", "false")
+    parts = [part.partition(";dur=")[0] for part in warm.headers["Server-Timing"].split(", ")]
+    assert parts == ["accept", "wake", "run"]
+    assert cluster.starts[workflow_id] == 1
+
+
+async def test_many_callers_of_a_sleeping_workflow_share_one_start(
+    world: World, people: People, cluster: Cluster
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    answers = await asyncio.gather(*(trigger(people.owner, workflow_id, SYNC) for _ in range(200)))
+    assert {answer.json()["status"] for answer in answers} == {"completed"}
+    assert len({answer.json()["execution_id"] for answer in answers}) == 200
+    assert cluster.starts[workflow_id] == 1
+    async with world.gateway.database.read() as connection:
+        kept = select(col(LifecycleDecision.action)).where(col(LifecycleDecision.workflow_id) == workflow_id)
+        assert list(await connection.scalars(kept)) == [LifecycleAction.WAKE]
+
+
+async def test_two_gateways_that_wake_at_once_start_it_once(
+    world: World, people: People, cluster: Cluster
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    async with second_gateway(world) as client:
+        other = client(people.owner)
+        path = f"/api/v1/workflows/{workflow_id}/trigger"
+        answers = await asyncio.gather(
+            *(api.post(path, json=SYNC, timeout=30) for api in (people.owner.api, other) for _ in range(5))
+        )
+        assert {answer.json()["status"] for answer in answers} == {"completed"}
+    assert cluster.starts[workflow_id] == 1
+
+
+async def test_an_asynchronous_trigger_answers_when_a_pod_has_taken_the_run(
+    world: World, people: People, receiver: Receiver
+) -> None:
+    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    response = await trigger(people.owner, workflow_id, {"trigger_type": "nightly"})
+    told = response.json()
+    assert (told["status"], told["output"]) == ("started", {})
+    shown = await people.owner.api.get(f"/api/v1/executions/{told['execution_id']}")
+    assert shown.json()["triggerType"] == "nightly"
+    assert shown.json()["status"] == "running"
+    receiver.may_answer.set()
+    await eventually(lambda: has_status(world, told["execution_id"], "completed"))
+
+
+async def test_a_run_has_the_definition_that_is_deployed_whatever_was_edited_since(
+    world: World, people: People
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    edit = {"config": {"values": {"greeting": "Edited"}}}
+    assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)).is_success
+    assert (await trigger(people.owner, workflow_id, SYNC)).json()["output"] == GREETED
+
+
+async def test_a_run_that_outlasts_the_wait_goes_on_and_is_named(
+    world: World, people: People, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    await trigger(people.owner, workflow_id)
+    monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
+    told = (await trigger(people.owner, workflow_id, {"sync": True})).json()
+    assert (told["status"], told["output"]) == ("running", {})
+    receiver.may_answer.set()
+    await eventually(lambda: has_status(world, told["execution_id"], "completed"))
+
+
+async def test_the_wait_for_a_start_counts_and_the_run_is_taken_later(
+    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0.2)
+    cluster.is_held.set()
+    answers = [await trigger(people.owner, workflow_id, {"sync": sync}) for sync in (True, False)]
+    assert [answer.json()["status"] for answer in answers] == ["pending", "pending"]
+    cluster.is_held.clear()
+    for answer in answers:
+        execution_id = answer.json()["execution_id"]
+        await eventually(partial(has_status, world, execution_id, "completed"))
+
+
+async def has_status(world: World, execution_id: str, wanted: str) -> bool:
+    await world.gateway.store.sweep(100)
+    return await status(world, execution_id) == wanted
+
+
+async def test_a_client_that_is_gone_changes_nothing(world: World, people: People, cluster: Cluster) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    path = f"{cluster.gateway_url}/api/v1/workflows/{workflow_id}/trigger"
+    cluster.is_held.set()
+    async with httpx2.AsyncClient(headers={"X-API-Key": people.owner.key}) as client:
+        with pytest.raises(httpx2.ReadTimeout):
+            await client.post(path, json=SYNC, timeout=0.5)
+    await eventually(lambda: nobody_waits(world))
+    cluster.is_held.clear()
+    await eventually(lambda: all_have_ended(world, workflow_id, 1))
+
+
+async def test_the_same_key_waits_on_the_same_run(world: World, people: People) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    answers = await asyncio.gather(
+        *(trigger(people.owner, workflow_id, SYNC, **{"Idempotency-Key": "once"}) for _ in range(3))
+    )
+    answers.append(await trigger(people.owner, workflow_id, SYNC, **{"Idempotency-Key": "once"}))
+    assert len({answer.json()["execution_id"] for answer in answers}) == 1
+    assert [answer.json()["output"] for answer in answers] == [GREETED] * 4
+    assert answers[-1].headers["Idempotent-Replayed"] == "true"
+    other = await trigger(people.owner, workflow_id, {"sync": True}, **{"Idempotency-Key": "once"})
+    refused(other, 422, "idempotency-mismatch")
+
+
+# ── what may not start, or can't ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_is_not_deployed_can_t_be_triggered(world: World, people: People) -> None:
+    never = await people.owner.create(**GREETS)
+    refused(await trigger(people.owner, never), 409, "not-deployed")
+    no_more = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
+    refused(await trigger(people.owner, no_more), 409, "not-deployed")
+    refused(await trigger(people.stranger, no_more), 404, "not-found")
+    assert await runs(world, never) == await runs(world, no_more) == 0
+
+
+async def test_a_closed_window_says_when_it_opens(world: World, people: People) -> None:
+    workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
+    await set_policy(people.owner, workflow_id, closed())
+    response = await trigger(people.owner, workflow_id, SYNC)
+    refused(response, 409, "outside-window")
+    opens_at = datetime.fromisoformat(response.json()["error"]["details"][0]["opensAt"])
+    assert timedelta(days=1) < opens_at - datetime.now(UTC) < timedelta(days=4)
+    assert (await deployment(world, workflow_id)).replicas == 0
+
+
+async def test_what_somebody_has_stopped_starts_for_a_trigger_unless_it_is_always_on(
+    world: World, people: People
+) -> None:
+    workflow_id = await deploy(world, people.owner, **BY_HAND)
+    assert (await trigger(people.owner, workflow_id, SYNC)).json()["status"] == "completed"
+    other = await deploy(world, people.owner, **BY_HAND)
+    await set_policy(people.owner, other, {"type": "always-on"})
+    refused(await trigger(people.owner, other, SYNC), 409, "stopped-manually")
+
+
+async def test_a_paused_workflow_takes_none(world: World, people: People) -> None:
+    workflow_id = await deploy(world, people.owner)
+    await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "paused"})
+    refused(await trigger(people.owner, workflow_id), 409, "workflow-paused")
+
+
+async def test_pods_that_can_t_start_are_told_of_with_their_reason_and_the_run_is_kept(
+    world: World, people: People, cluster: Cluster
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    cluster.broken[workflow_id] = "the image can't be pulled"
+    answers = await asyncio.gather(*(trigger(people.owner, workflow_id, SYNC) for _ in range(3)))
+    for answer in answers:
+        refused(answer, 503, "start-failed")
+        assert "the image can't be pulled" in answer.json()["error"]["message"]
+        assert answer.headers["X-Cold-Start"] == "true"
+    del cluster.broken[workflow_id]
+    # Whoever comes next has it tried once more, for all.
+    assert (await trigger(people.owner, workflow_id, SYNC)).json()["output"] == GREETED
+    await eventually(lambda: all_have_ended(world, workflow_id, 4))
+
+
+async def all_have_ended(world: World, workflow_id: str, count: int) -> bool:
+    await world.gateway.store.sweep(100)
+    ended = select(func.count()).where(
+        col(Execution.workflow_id) == workflow_id, col(Execution.status) == ExecutionStatus.COMPLETED
+    )
+    async with world.gateway.database.read() as connection:
+        return await connection.scalar(ended) == count
+
+
+async def test_no_more_wait_for_a_start_than_may(
+    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    monkeypatch.setattr(limits, "WAKES_WAITING", 2)
+    cluster.is_held.set()
+    waiting = [asyncio.create_task(trigger(people.owner, workflow_id, SYNC)) for _ in range(2)]
+    await eventually(lambda: as_many(world, workflow_id, 2))
+    refused(await trigger(people.owner, workflow_id, SYNC), 503, "not-ready")
+    cluster.is_held.clear()
+    assert {answer.json()["status"] for answer in await asyncio.gather(*waiting)} == {"completed"}
+
+
+async def as_many(world: World, workflow_id: str, count: int) -> bool:
+    return await runs(world, workflow_id) == count
+
+
+async def nobody_waits(world: World) -> bool:
+    return not world.gateway.activation.is_waited_for
+
+
+# ── who comes in between ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def stop(world: World, workflow_id: str) -> None:
+    await decisions.settle(
+        world.gateway.database,
+        workflow_id,
+        lambda seen: lifecycle.stop(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL),
+    )
+
+
+async def test_a_stop_between_the_count_and_the_run_is_made_good(
+    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    await trigger(people.owner, workflow_id, SYNC)
+    ask = world.gateway.activation.ask
+
+    async def ask_and_be_overtaken(asked: str) -> Deployment:
+        found = await ask(asked)
+        await stop(world, asked)
+        await eventually(lambda: is_seen(world, asked, Observed.STOPPED))
+        return found
+
+    monkeypatch.setattr(world.gateway.activation, "ask", ask_and_be_overtaken)
+    response = await trigger(people.owner, workflow_id, SYNC)
+    assert response.json()["status"] == "completed"
+    assert cluster.starts[workflow_id] == 2
+
+
+async def is_seen(world: World, workflow_id: str, observed: Observed) -> bool:
+    return (await deployment(world, workflow_id)).observed == observed
+
+
+async def test_a_stop_during_a_wake_only_delays_it(world: World, people: People, cluster: Cluster) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    cluster.is_held.set()
+    waiting = asyncio.create_task(trigger(people.owner, workflow_id, SYNC))
+    await eventually(lambda: is_wanted(world, workflow_id))
+    await stop(world, workflow_id)
+    cluster.is_held.clear()
+    assert (await waiting).json()["status"] == "completed"
+
+
+async def is_wanted(world: World, workflow_id: str) -> bool:
+    return (await deployment(world, workflow_id)).replicas > 0
+
+
+async def test_a_wake_ends_a_drain(
+    world: World, people: People, cluster: Cluster, receiver: Receiver
+) -> None:
+    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    first = (await trigger(people.owner, workflow_id)).json()["execution_id"]
+    cluster.is_held.set()
+    await stop(world, workflow_id)
+    assert (await deployment(world, workflow_id)).drain_until is not None
+    second = asyncio.create_task(trigger(people.owner, workflow_id, {"sync": True}))
+    await eventually(lambda: is_without_drain(world, workflow_id))
+    cluster.is_held.clear()
+    receiver.may_answer.set()
+    assert (await second).json()["status"] == "completed"
+    await eventually(lambda: has_status(world, first, "completed"))
+
+
+async def is_without_drain(world: World, workflow_id: str) -> bool:
+    return (await deployment(world, workflow_id)).drain_until is None
+
+
+async def test_a_stop_that_may_not_be_undone_ends_the_wait_and_keeps_the_run(
+    world: World, people: People, cluster: Cluster
+) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    await set_policy(people.owner, workflow_id, {"type": "always-on"})
+    cluster.is_held.set()
+    waiting = asyncio.create_task(trigger(people.owner, workflow_id, SYNC))
+    await eventually(lambda: is_wanted(world, workflow_id))
+    await stop(world, workflow_id)
+    told = (await waiting).json()
+    assert told["status"] == "pending"
+    done = await wakes.see_to_waiting(world.gateway.database)
+    assert done[workflow_id] is wakes.Done.DEFERRED
+    assert await status(world, told["execution_id"]) == "waiting"
+    cluster.is_held.clear()
+    # Whatever has let it start again, the run goes on.
+    await set_policy(people.owner, workflow_id, {"type": "idle-shutdown"})
+    done = await wakes.see_to_waiting(world.gateway.database)
+    assert done[workflow_id] is wakes.Done.WOKEN
+    await eventually(lambda: has_status(world, told["execution_id"], "completed"))
+
+
+# ── runs that nobody waits for ──────────────────────────────────────────────────────────────────────────────
+
+
+async def accepted(world: World, person: Person, workflow_id: str) -> str:
+    """Have a run accepted for pods, with nobody to wake them."""
+    response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    execution_id: str = response.json()["executionId"]
+    row = update(Execution).where(col(Execution.id) == execution_id)
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(row.values(target=workflow_id, home=workflow_id))
+    )
+    return execution_id
+
+
+async def test_a_run_that_is_due_wakes_its_deployment(world: World, people: People, cluster: Cluster) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    execution_id = await accepted(world, people.owner, workflow_id)
+    assert (await wakes.see_to_waiting(world.gateway.database))[workflow_id] is wakes.Done.WOKEN
+    await eventually(lambda: has_status(world, execution_id, "completed"))
+    assert cluster.starts[workflow_id] == 1
+
+
+async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by_a_start(
+    world: World, people: People
+) -> None:
+    workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
+    await set_policy(people.owner, workflow_id, closed())
+    execution_id = await accepted(world, people.owner, workflow_id)
+    assert (await wakes.see_to_waiting(world.gateway.database))[workflow_id] is wakes.Done.DEFERRED
+    due = select(col(Execution.due_at)).where(col(Execution.id) == execution_id)
+    async with world.gateway.database.read() as connection:
+        due_at = await connection.scalar(due)
+    assert due_at is not None
+    assert timedelta(days=1) < due_at - datetime.now(UTC) < timedelta(days=4)
+    assert workflow_id not in await wakes.see_to_waiting(world.gateway.database)
+    by_hand = Decision(LifecycleAction.START, LifecycleReason.BY_HAND)
+    await decisions.settle(world.gateway.database, workflow_id, lambda _: by_hand)
+    assert (await wakes.see_to_waiting(world.gateway.database))[workflow_id] is wakes.Done.RELEASED
+    await eventually(lambda: has_status(world, execution_id, "completed"))
+
+
+async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(world: World, people: People) -> None:
+    workflow_id = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
+    execution_id = await accepted(world, people.owner, workflow_id)
+    done = await wakes.see_to_waiting(world.gateway.database)
+    assert done[workflow_id] is wakes.Done.LEFT_TO_WORKERS
+    async with world.gateway.database.read() as connection:
+        target = select(col(Execution.target)).where(col(Execution.id) == execution_id)
+        assert await connection.scalar(target) == "shared"
+
+
+# ── discover, and calls by a workflow's name ────────────────────────────────────────────────────────────────
+
+
+async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
+    world: World, people: People
+) -> None:
+    app_id = f"app_{people.owner.user.id}"
+    mine = await deploy(world, people.owner, {**GREETS, "config": {"appId": app_id}}, **ASLEEP)
+    await deploy(world, people.owner, {**GREETS, "config": {"appId": app_id}}, is_deployed=False)
+    await people.owner.create(**GREETS, config={"appId": app_id})
+    found = (await people.owner.api.get("/api/v1/workflows/discover", params={"appId": app_id})).json()
+    assert [one["id"] for one in found] == [mine]
+    name = "workflow-" + mine.replace("_", "-")
+    assert found[0]["endpoints"] == {
+        "proxy_url": f"http://{name}.user-workflows.svc.cluster.local/trigger",
+        "method": "POST",
+    }
+    assert found[0]["deployment"] == {"pod_name": name, "namespace": "user-workflows"}
+    assert (found[0]["trigger_type"], found[0]["mode"]) == ("manual", "production")
+    for person in (people.colleague, people.stranger):
+        response = await person.api.get("/api/v1/workflows/discover", params={"appId": app_id})
+        assert response.json() == []
+    refused(await people.owner.api.get("/api/v1/workflows/discover"), 400, "invalid-query")
+    answer = await people.owner.api.post(found[0]["endpoints"]["proxy_url"], json=SYNC, timeout=30)
+    assert answer.json()["output"] == GREETED
+    refused(await (await world.client()).post(found[0]["endpoints"]["proxy_url"]), 401, "unauthorized")
+    refused(await people.stranger.api.post(f"http://{name}/trigger", json={}), 404, "not-found")
+    refused(await people.owner.api.get(f"http://{name}:8000/api/v1/workflows"), 404, "not-found")

@@ -1,0 +1,366 @@
+"""Inputs and outputs too large for a row: out of the way while a run is stored, and back when it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from structlog.testing import capture_logs
+
+from engine.control import Control, Request
+from engine.errors import LeaseLost
+from engine.events import Ended, RunStatus, Span, SpanStatus
+from engine.node import Call
+from engine.services import Services
+from engine.values import Json
+from execution.executor import Executor
+from journal import recorder
+from journal.blobs import orphans
+from journal.blobs.backend import BlobsUnavailable, Label, Owner
+from journal.blobs.blob_store import BlobStore
+from journal.blobs.folder import Folder
+from journal.blobs.reference import Reference
+from journal.large_values import LargeValues
+from journal.leases import Lease
+from journal.recorder import Recorder, RunJournal
+from journal.store import Claimed, ExecutionKey
+from messages.local_broker import LocalBroker
+from models.database import Database, parse_url
+from tests.calls import NoNetwork
+from tests.integration.large_outputs import library
+from tests.integration.run_world import Place, Where, World, key_of, opened
+from workers.settings import WorkerSettings
+
+PATIENCE_SECONDS = 10.0
+MEGABYTE = 1_000_000
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_tracebacks() -> Iterator[None]:
+    with capture_logs():
+        yield
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+@pytest.fixture
+async def place(world: World) -> Place:
+    return await world.workflow()
+
+
+class Counted(Folder):
+    """A folder that counts what is put, and that is away for as long as a test says."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.puts = 0
+        self.is_away = False
+        self.refused = asyncio.Event()
+
+    async def put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+        if self.is_away:
+            self.refused.set()
+            raise BlobsUnavailable("away")
+        self.puts += 1
+        await super().put(owner, sha256, content, label)
+
+
+@pytest.fixture
+async def folder(tmp_path: Path) -> AsyncIterator[Counted]:
+    folder = Counted(tmp_path / "blobs")
+    yield folder
+    await folder.close()
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+            await asyncio.sleep(0.005)
+
+
+# ── workers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Stage:
+    """What holds a run back between two of its nodes, and what its nodes were given."""
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    keys: list[str] = field(default_factory=list)
+
+    async def effect(self, call: Call) -> Json:
+        self.keys.append(call.idempotency_key)
+        self.begun.set()
+        await self.go_on.wait()
+        return call.data
+
+
+class Workers:
+    """Starts workers over one folder."""
+
+    def __init__(self, world: World, folder: Counted, stack: AsyncExitStack) -> None:
+        self._world = world
+        self._folder = folder
+        self._stack = stack
+        self.stage = Stage()
+
+    async def start(self) -> Executor:
+        executor = Executor(
+            await self._world.another_store(),
+            LocalBroker(inbox=uuid4().hex),
+            library(effect=self.stage.effect),
+            Services(http=NoNetwork()),
+            WorkerSettings(lease_seconds=3600, sweep_seconds=3600, commit_seconds=0.02),
+            blobs=BlobStore(self._folder),
+        )
+        await executor.start()
+        self._stack.push_async_callback(executor.drain)
+        return executor
+
+
+@pytest.fixture
+async def workers(world: World, folder: Counted) -> AsyncIterator[Workers]:
+    async with AsyncExitStack() as stack:
+        workers = Workers(world, folder, stack)
+        yield workers
+        workers.stage.go_on.set()
+
+
+async def accept(world: World, place: Place, *types: str, text: str = "") -> ExecutionKey:
+    """Accept a run of a chain whose trigger gives out `text`."""
+    nodes = [
+        {"id": "start", "type": "manual"},
+        *({"id": kind, "type": kind} for kind in types),
+    ]
+    edges = [
+        {"id": f"e{number}", "source": nodes[number]["id"], "target": nodes[number + 1]["id"]}
+        for number in range(len(types))
+    ]
+    definition = json.dumps({"nodes": nodes, "connections": edges, "settings": {}})
+    return await world.accept(
+        place, definition=definition, trigger=json.dumps({"text": text}), total_nodes=len(nodes)
+    )
+
+
+async def has_ended(world: World, key: ExecutionKey) -> bool:
+    return (await world.row(key.execution_id))["ended_at"] is not None
+
+
+async def spans(world: World, key: ExecutionKey) -> dict[str, dict[str, Any]]:
+    rows = await world.query("SELECT * FROM span WHERE execution_id = :id", id=key.execution_id)
+    return {row["node_id"]: row for row in rows}
+
+
+async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_restart(
+    world: World, place: Place, workers: Workers, folder: Counted
+) -> None:
+    text = "ü" * MEGABYTE
+    key = await accept(world, place, "effect", "length", text=text)
+    first = await workers.start()
+    await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
+    await world.query("UPDATE execution SET lease_until = 1")
+    await world.store.sweep(10)  # as if the first worker had died: its write is nobody's any more
+    workers.stage.begun.clear()
+    await workers.start()
+    first.hint()
+    await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
+    workers.stage.go_on.set()
+    await until(lambda: has_ended(world, key))
+
+    assert (await world.row(key.execution_id))["status"] == "completed"
+    assert len(workers.stage.keys) == 2
+    assert len(set(workers.stage.keys)) == 1
+    found = await spans(world, key)
+    assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
+    content = json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":")).encode()
+    reference = Reference.read(found["start"]["output_blob"].encode())
+    assert reference == Reference(sha256(content).hexdigest(), len(content), "application/json")
+    for name in ("start", "effect"):
+        assert found[name]["output"] is None
+        assert Reference.read(found[name]["output_blob"].encode()) == reference
+    (progress,) = await world.store.progress([key])
+    shown = {node_id: json.loads(output) for node_id, output in progress.outputs}
+    assert shown["start"] == reference.as_json()
+    owner = Owner(place.organization.id, key.execution_id)
+    assert await BlobStore(folder).get(owner, reference.sha256) == content
+
+
+@pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b'{"type":"","name":""}\n{}')])
+async def test_a_run_whose_output_is_lost_ends_and_says_so(
+    world: World, place: Place, workers: Workers, tmp_path: Path, harm: Callable[[Path], object]
+) -> None:
+    key = await accept(world, place, "effect", "length", text="x" * MEGABYTE)
+    await workers.start()
+    await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
+    (kept,) = (path for path in (tmp_path / "blobs").rglob("*") if path.is_file())
+    harm(kept)
+    await world.query("UPDATE execution SET lease_until = 1")
+    await world.store.sweep(10)
+    await workers.start()
+    await until(lambda: has_ended(world, key))
+    row = await world.row(key.execution_id)
+    assert row["status"] == "failed"
+    error = json.loads(row["error"])
+    assert (error["code"], error["nodeId"]) == ("value-lost", "start")
+    assert error["message"].startswith("The output of the node 'start' is gone from the blob storage")
+
+
+@pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_and_a_run_that_ends_right(
+    world: World, where: Where, place: Place, workers: Workers, folder: Counted, tmp_path: Path
+) -> None:
+    key = await accept(world, place, "unlike", "length")
+    program = [sys.executable, "-m", "tests.integration.dies_before_commit", where.url, str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(*program, cwd=ROOT)
+    assert await asyncio.wait_for(process.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
+    await world.query("UPDATE execution SET lease_until = 1")
+    await world.store.sweep(10)
+    await workers.start()
+    await until(lambda: has_ended(world, key))
+
+    found = await spans(world, key)
+    assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
+    reference = Reference.read(found["unlike"]["output_blob"].encode())
+    kept = {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()}
+    assert reference.sha256 in kept
+    assert len(kept) == 2, "one of them is named by no row"
+
+    database = Database(parse_url(where.url))
+    os.utime(tmp_path / "blobs" / place.organization.id / key.execution_id, (1, 1))
+    await orphans.sweep(BlobStore(folder), database)
+    assert {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()} == kept
+    await world.query("DELETE FROM execution")
+    await orphans.sweep(BlobStore(folder), database)
+    await database.close()
+    assert not [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
+
+
+# ── the journal of a run ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Book:
+    """A claimed run, and its journal."""
+
+    run: Claimed
+    lease: Lease
+    journal: RunJournal
+    control: Control
+
+
+@pytest.fixture
+async def book(world: World, folder: Counted, monkeypatch: pytest.MonkeyPatch) -> Book:
+    monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
+    run = await world.claimed()
+    lease = Lease(key_of(run), run.token, time.monotonic() + 60)
+    control = Control()
+    large = LargeValues(BlobStore(folder), Owner(run.organization_id, run.key_id), 1_024)
+    writer = Recorder(world.store, lambda _: None)
+    return Book(run, lease, RunJournal(writer, lease, large=large, control=control), control)
+
+
+def span(node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> Span:  # noqa: ANN401 - fields of a span
+    return Span(node_id, node_id, "set", status, int(fields.pop("sequence", 1)), None, **fields)
+
+
+async def stored(world: World, book: Book) -> dict[str, Span]:
+    found = await world.store.spans([key_of(book.run)])
+    return {one.node_id: one for one in found[book.run.execution_id]}
+
+
+ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+
+
+@ON_SQLITE
+async def test_what_fits_into_a_row_stays_there(world: World, folder: Counted, book: Book) -> None:
+    book.journal.record(span("a", output=b"1" * 1_024, input=b"2" * 1_024))
+    await book.journal.commit()
+    assert folder.puts == 0
+    assert (await stored(world, book))["a"].output == b"1" * 1_024
+
+
+@ON_SQLITE
+async def test_a_content_that_several_nodes_share_is_put_once_and_one_that_was_replaced_not_at_all(
+    world: World, folder: Counted, book: Book
+) -> None:
+    large = b"1" * 5_000
+    book.journal.record(span("a", SpanStatus.RUNNING, input=b"2" * 5_000))
+    book.journal.record(span("a", output=large))
+    book.journal.record(span("b", output=large, input=large, sequence=2))
+    await book.journal.commit()
+    assert folder.puts == 1
+    found = await stored(world, book)
+    assert found["a"].output_blob == found["b"].output_blob == found["b"].input_blob
+    assert (found["b"].output, found["b"].input) == (None, None)
+
+
+@ON_SQLITE
+async def test_inputs_come_back_only_for_nodes_that_will_run_again(world: World, book: Book) -> None:
+    large, other = b"1" * 5_000, b"2" * 5_000
+    book.journal.record(span("a", SpanStatus.RUNNING, input=large))
+    book.journal.record(span("b", input=large, output=other, sequence=2))
+    await book.journal.commit()
+    found = await stored(world, book)
+    restored = await book.journal.restored(list(found.values()))
+    assert [(one.input, one.output) for one in restored] == [(large, None), (None, other)]
+
+
+@ON_SQLITE
+async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
+    world: World, folder: Counted, book: Book
+) -> None:
+    folder.is_away = True
+    book.journal.record(span("a", output=b"1" * 5_000))
+    ending = asyncio.create_task(book.journal.end(Ended(RunStatus.COMPLETED)))
+    await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
+    assert not ending.done()
+    assert await world.count("span") == 0
+    folder.is_away = False
+    await ending
+    assert (await world.row(book.run.execution_id))["status"] == "completed"
+    (restored,) = await book.journal.restored(list((await stored(world, book)).values()))
+    assert restored.output == b"1" * 5_000
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("reason", ["lease", *(Request(number) for number in (3, 4, 5))])
+async def test_a_storage_that_stays_away_holds_no_run_whose_lease_is_over_or_that_was_broken_off(
+    world: World, folder: Counted, book: Book, reason: str | Request
+) -> None:
+    folder.is_away = True
+    book.journal.record(span("a", output=b"1" * 5_000))
+    commit = asyncio.create_task(book.journal.commit())
+    await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
+    if isinstance(reason, Request):
+        book.control.ask(reason)
+    else:
+        book.lease.until = time.monotonic()
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(commit, PATIENCE_SECONDS)
+    assert await world.count("span") == 0
+    assert not book.journal.holds_lease()

@@ -1,0 +1,231 @@
+"""Decisions about deployments in the database: what they see, what they change, and who comes in between."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import select, update
+from sqlmodel import col
+
+from journal import activity, decisions
+from journal.decisions import DeploymentChanged, Settled, by_policy
+from models import lifecycle
+from models.deployment import Deployment, LifecycleDecision
+from models.execution import Execution, ExecutionStatus
+from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
+from tests.integration.deployed import deployed, run
+from tests.integration.gateway_world import GRAPH, People, World
+from tests.integration.plans import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.activity import Seen
+
+HOUR = timedelta(hours=1)
+NONE, STOP, WAKE = LifecycleAction.NONE, LifecycleAction.STOP, LifecycleAction.WAKE
+
+
+@pytest.fixture
+async def workflow_id(people: People) -> str:
+    return await people.owner.create(**GRAPH)
+
+
+async def seen(world: World, workflow_id: str) -> Seen:
+    async with world.gateway.database.read() as connection:
+        found = await activity.look(connection, workflow_id)
+    assert found is not None
+    return found
+
+
+async def settled(world: World, workflow_id: str) -> Settled:
+    found = await decisions.settle(world.gateway.database, workflow_id, by_policy)
+    assert found is not None
+    return found
+
+
+async def kept(world: World, workflow_id: str) -> Sequence[LifecycleDecision]:
+    statement = select(LifecycleDecision).where(col(LifecycleDecision.workflow_id) == workflow_id)
+    async with world.gateway.database.read() as connection:
+        rows = await connection.execute(statement.order_by(col(LifecycleDecision.at)))
+        return [LifecycleDecision(**row) for row in rows.mappings()]
+
+
+async def count(world: World, workflow_id: str) -> bool:
+    """Take down that something has come, by another connection."""
+    return await world.gateway.database.transaction(
+        lambda connection: activity.count(connection, workflow_id)
+    )
+
+
+async def test_an_idle_deployment_is_stopped_once_and_the_decision_is_kept_with_its_inputs(
+    world: World, people: People, workflow_id: str
+) -> None:
+    before = await deployed(world, people.owner, workflow_id, replicas=3, last_replicas=3)
+    both = await asyncio.gather(*(settled(world, workflow_id) for _ in range(2)))
+    assert sorted(one.decision.action for one in both) == [NONE, STOP]
+    after = (await seen(world, workflow_id)).deployment
+    assert (after.replicas, after.last_replicas, after.generation) == (0, 3, before.generation + 1)
+    assert after.stopped_reason == StoppedReason.IDLE
+    (decision,) = await kept(world, workflow_id)
+    assert (decision.action, decision.reason, decision.replicas) == (STOP, LifecycleReason.IDLE, 0)
+    assert decision.inputs["lifecyclePolicy"] == {"type": "idle-shutdown", "idleTimeoutMinutes": 30}
+    assert (decision.inputs["hasDue"], decision.inputs["hasRunning"]) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        pytest.param({"status": ExecutionStatus.PENDING}, id="one is to be taken up"),
+        pytest.param({"status": ExecutionStatus.RUNNING}, id="one goes on"),
+        pytest.param({"status": ExecutionStatus.WAITING, "due_at": -HOUR}, id="the timer of one is due"),
+        pytest.param({"status": ExecutionStatus.COMPLETED, "ended_at": -HOUR / 60}, id="one has just ended"),
+    ],
+)
+async def test_a_deployment_with_runs_is_not_idle(
+    world: World, people: People, workflow_id: str, columns: dict[str, Any]
+) -> None:
+    await deployed(world, people.owner, workflow_id)
+    await run(world, people.owner, workflow_id, **since_now(columns))
+    assert (await settled(world, workflow_id)).decision.action is NONE
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        pytest.param({"status": ExecutionStatus.PENDING, "due_at": HOUR}, id="one that is deferred"),
+        pytest.param({"status": ExecutionStatus.WAITING, "due_at": HOUR}, id="one that waits"),
+        pytest.param({"status": ExecutionStatus.WAITING}, id="one that waits for somebody"),
+        pytest.param({"status": ExecutionStatus.COMPLETED, "ended_at": -HOUR}, id="one that ended long ago"),
+        pytest.param({"status": ExecutionStatus.RUNNING, "target": "shared"}, id="one on a shared worker"),
+    ],
+)
+async def test_runs_that_need_no_pod_now_keep_none_up(
+    world: World, people: People, workflow_id: str, columns: dict[str, Any]
+) -> None:
+    await deployed(world, people.owner, workflow_id)
+    await run(world, people.owner, workflow_id, **since_now(columns))
+    assert (await settled(world, workflow_id)).decision.action is STOP
+
+
+def since_now(columns: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    return {name: now + value if isinstance(value, timedelta) else value for name, value in columns.items()}
+
+
+async def test_a_due_run_wakes_a_sleeping_deployment_with_as_many_pods_as_before(
+    world: World, people: People, workflow_id: str
+) -> None:
+    stopped: dict[str, Any] = {"stopped_reason": StoppedReason.IDLE, "stopped_at": datetime.now(UTC)}
+    await deployed(world, people.owner, workflow_id, replicas=0, last_replicas=4, **stopped)
+    assert (await settled(world, workflow_id)).decision.action is NONE
+    await run(world, people.owner, workflow_id)
+    woken = await settled(world, workflow_id)
+    assert woken.decision.action is WAKE
+    assert (woken.deployment.replicas, woken.deployment.stopped_reason) == (4, None)
+    assert [one.action for one in await kept(world, workflow_id)] == [WAKE]
+
+
+async def test_what_came_before_the_check_keeps_the_deployment(
+    world: World, people: People, workflow_id: str
+) -> None:
+    await deployed(world, people.owner, workflow_id)
+    assert await count(world, workflow_id)
+    assert (await settled(world, workflow_id)).decision.action is NONE
+
+
+async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
+    world: World, people: People, workflow_id: str
+) -> None:
+    await deployed(world, people.owner, workflow_id)
+    came: list[asyncio.Task[bool]] = []
+
+    async def stop(connection: AsyncConnection) -> None:
+        await activity.lock(connection, workflow_id)
+        found = await activity.look(connection, workflow_id)
+        assert found is not None
+        came.append(asyncio.create_task(count(world, workflow_id)))
+        # Whoever comes now has to wait: let them get that far.
+        async with world.gateway.database.read() as other:
+            await activity.look(other, workflow_id)
+        await decisions.carry_out(connection, found, by_policy(found))
+
+    await world.gateway.database.transaction(stop)
+    assert await asyncio.gather(*came) == [True]
+    after = await seen(world, workflow_id)
+    assert not after.situation.is_up
+    assert lifecycle.may_start(after.policy, after.situation, after.now) is None
+
+
+async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(
+    world: World, people: People, workflow_id: str
+) -> None:
+    await deployed(world, people.owner, workflow_id)
+    before = await seen(world, workflow_id)
+    await settled(world, workflow_id)
+    with pytest.raises(DeploymentChanged):
+        await world.gateway.database.transaction(
+            lambda connection: decisions.carry_out(connection, before, by_policy(before))
+        )
+    assert len(await kept(world, workflow_id)) == 1
+
+
+async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
+    world: World, people: People, workflow_id: str
+) -> None:
+    await deployed(world, people.owner, workflow_id)
+    execution_id = await run(world, people.owner, workflow_id, status=ExecutionStatus.RUNNING)
+    database, user_id = world.gateway.database, people.owner.user.id
+    await decisions.settle(
+        database,
+        workflow_id,
+        lambda found: lifecycle.stop(found.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL),
+        user_id=user_id,
+    )
+    drains = (await seen(world, workflow_id)).deployment
+    assert drains.drain_until is not None
+    assert drains.replicas == 1
+    assert (await settled(world, workflow_id)).decision.action is NONE
+    end = update(Execution).where(col(Execution.id) == execution_id)
+    ended = end.values(status=ExecutionStatus.COMPLETED, ended_at=datetime.now(UTC))
+    await database.transaction(lambda connection: connection.execute(ended))
+    stopped = (await settled(world, workflow_id)).deployment
+    assert (stopped.replicas, stopped.drain_until, stopped.stopped_at) == (0, None, drains.stopped_at)
+    assert stopped.stopped_reason == StoppedReason.MANUAL
+    assert [(one.action, one.user_id) for one in await kept(world, workflow_id)] == [
+        (LifecycleAction.DRAIN, user_id),
+        (STOP, None),
+    ]
+
+
+async def test_deployments_are_looked_at_in_batches(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activity, "BATCH_DEPLOYMENTS", 2)
+    made = [await people.owner.create(**GRAPH) for _ in range(3)]
+    for workflow_id in made:
+        await deployed(world, people.owner, workflow_id)
+    gone = await people.owner.create(**GRAPH)
+    await deployed(world, people.owner, gone, is_deployed=False)
+    found: list[str] = []
+    after = min(made)[:-1]
+    while True:
+        async with world.gateway.database.read() as connection:
+            batch = await activity.look_at_all(connection, after)
+        found += [one.deployment.workflow_id for one in batch]
+        if len(batch) < activity.BATCH_DEPLOYMENTS:
+            break
+        after = found[-1]
+    assert found == sorted(made)
+
+
+async def test_the_check_reads_no_table_of_runs_from_end_to_end(world: World) -> None:
+    wanted = activity.statement().where(col(Deployment.workflow_id) == "wf_1")
+    plan = await explained(world.gateway.database, wanted)
+    for index in ("pending", "waiting", "running", "deployed"):
+        assert f"ix_execution_{index}" in plan

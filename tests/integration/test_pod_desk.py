@@ -1,0 +1,71 @@
+"""The desk at which pods wait: what arrives at one gateway is told at once to those that wait at another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from execution.gateway_calls import WaitCall
+from gateway.internal import desk as desks
+from gateway.internal.desk import Desk
+from gateway.internal.holding import Holder
+from messages import broker as brokers
+from messages.broker import Broker
+
+if TYPE_CHECKING:
+    from tests.integration.gateway_world import World
+    from tests.services import Redis
+
+POD = Holder("wf_1", "org_1", 0, "pod:wf_1:a")
+SECONDS = 5.0
+
+
+@pytest.fixture
+async def two(redis_server: Redis) -> AsyncIterator[tuple[Broker, Broker]]:
+    """Yield the brokers of two gateways."""
+    one, other = await brokers.connect(redis_server.url), await brokers.connect(redis_server.url)
+    yield one, other
+    await one.close()
+    await other.close()
+
+
+@pytest.fixture(autouse=True)
+def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave it all to what is told."""
+    monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
+
+
+async def opened(world: World, broker: Broker) -> Desk:
+    desk = Desk(world.gateway.database, broker)
+    await desk.start()
+    return desk
+
+
+async def test_an_arrival_is_told_wherever_a_pod_waits(world: World, two: tuple[Broker, Broker]) -> None:
+    here, there = [await opened(world, broker) for broker in two]
+    for desk in (here, there, there):
+        waiting = asyncio.create_task(desk.wait(POD, WaitCall(SECONDS, wants_work=False)))
+        while not desk.is_waited_at_for(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
+            await asyncio.sleep(0.01)
+        await here.arrived([POD.workflow_id])
+        assert (await waiting).has_work
+    await here.close()
+    await there.close()
+
+
+async def test_what_arrives_between_two_polls_is_told_with_the_next(
+    world: World, two: tuple[Broker, Broker]
+) -> None:
+    desk = await opened(world, two[0])
+    first = await desk.wait(POD, WaitCall(0, wants_work=True))
+    assert not first.has_work
+    known = {first.gateway: first.arrivals}
+    await desk.arrived([POD.workflow_id])
+    second = await desk.wait(POD, WaitCall(SECONDS, wants_work=False, arrivals=known))
+    assert second.has_work
+    known = {second.gateway: second.arrivals}
+    assert not (await desk.wait(POD, WaitCall(0, wants_work=False, arrivals=known))).has_work
+    await desk.close()

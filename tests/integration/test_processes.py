@@ -1,0 +1,207 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from engine.errors import NodeError
+from engine.values import Json
+from nodes import catalog, pooled
+from nodes.pooled import PooledCatalog
+from nodes.processes import Kind, Listener, Processes
+from tests.calls import call
+
+pytestmark = pytest.mark.anyio
+
+NEVER_ENDING: dict[str, Json] = {"text": "a" * 1_000_000, "pattern": "a.*b|a", "operation": "find-all"}
+"""Each of a million searches reads on to the end of the text."""
+SLOW: dict[str, Json] = {
+    "html": "<p><b>x</b></p>" * 10_000,
+    "fields": {"b": {"selector": "p b", "all": True}},
+}
+
+
+def pooled_catalog(processes: Processes) -> PooledCatalog:
+    return PooledCatalog(catalog.load().node_types, processes)
+
+
+@pytest.fixture
+async def processes() -> AsyncIterator[Processes]:
+    processes = Processes(Kind.LIBRARY, limit=2)
+    yield processes
+    await processes.close()
+    assert children() == []
+
+
+def children() -> list[psutil.Process]:
+    """Return what lives of the children that this process has for jobs."""
+    found = psutil.Process().children()
+    return [each for each in found if each.is_running() and "nodes.children" in " ".join(_command(each))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - other processes set no event
+            await asyncio.sleep(0.005)
+
+
+async def test_nothing_is_started_before_it_is_needed_and_nothing_stays_that_is_idle() -> None:
+    processes = Processes(Kind.LIBRARY, limit=2, idle_seconds=0.02)
+    library = pooled_catalog(processes)
+    assert children() == []
+    await call("csv-parse", {"text": "a\n1"}, library=library)
+    assert children() == [], "what is small is done in place"
+    config: dict[str, Json] = {"text": "abc", "pattern": "b"}
+    await asyncio.gather(*(call("regex", config, library=library) for _ in range(6)))
+    assert 1 <= len(children()) <= 2
+    await until(lambda: children() == [])
+    await processes.close()
+
+
+# ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_job_that_is_late_is_killed(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooled, "DEADLINE_SECONDS", 0.2)
+    library = pooled_catalog(processes)
+    with pytest.raises(NodeError) as raised:
+        await call("regex", NEVER_ENDING, library=library)
+    assert (raised.value.code, raised.value.retryable) == ("timeout", False)
+    await until(lambda: children() == [])
+    assert (await call("regex", {"text": "a", "pattern": "a"}, library=library)).output
+
+
+async def test_a_job_that_is_given_up_is_killed(processes: Processes) -> None:
+    job = asyncio.create_task(call("regex", NEVER_ENDING, library=pooled_catalog(processes)))
+    await until(children)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    await until(lambda: children() == [])
+
+
+async def test_a_child_that_dies_ends_its_job_alone(processes: Processes) -> None:
+    library = pooled_catalog(processes)
+    dies = asyncio.create_task(call("regex", NEVER_ENDING, library=library))
+    await until(lambda: children() and children()[0].cpu_times().user > 0.2)
+    (victim,) = children()
+    lives = asyncio.create_task(call("html-extract", SLOW, library=library))
+    await until(lambda: len(children()) == 2)
+    victim.kill()
+    with pytest.raises(NodeError) as raised:
+        await dies
+    assert (raised.value.code, raised.value.retryable) == ("crashed", False)
+    assert isinstance((await lives).output, dict)
+    # One that dies while it is idle is noticed before it is given a job.
+    idle = children()
+    for child in idle:
+        child.kill()
+    await until(lambda: not any(map(_lives, idle)))
+    assert (await call("regex", {"text": "a", "pattern": "a"}, library=library)).output
+
+
+PARENT = """
+import asyncio, os, sys
+from nodes.code.backend import Backend
+from nodes.code.runner import CodeRunner
+from nodes.processes import Kind, Processes
+from tests.calls import CALLER, call
+from tests.integration.test_processes import NEVER_ENDING, pooled_catalog
+
+async def code(backend):
+    await CodeRunner(backend, limit=1).run(
+        CALLER, "while True: pass", {}, timeout_seconds=60, max_memory_bytes=2**26, print_line=print)
+
+async def main():
+    jobs = [asyncio.create_task(code(backend)) for backend in Backend]
+    library = pooled_catalog(Processes(Kind.LIBRARY, limit=1))
+    jobs.append(asyncio.create_task(call("regex", NEVER_ENDING, library=library)))
+    await asyncio.gather(*jobs)
+
+asyncio.run(main())
+"""
+
+
+def test_no_child_outlives_a_worker_that_is_killed() -> None:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=root) as parent:
+        worker = psutil.Process(parent.pid)
+        # One child of each kind, and the interpreter that is a child of one of them.
+        anyio.run(until, lambda: len(_at_work(worker)) == 3)
+        family = worker.children(recursive=True)
+        assert len(family) == 4
+        parent.kill()
+        anyio.run(until, lambda: not any(map(_lives, family)))
+
+
+def _at_work(worker: psutil.Process) -> list[psutil.Process]:
+    return [each for each in worker.children(recursive=True) if each.cpu_times().user > 0.3]
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+# ── walls ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells all of this")
+async def test_a_child_has_no_right_that_it_does_not_need(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILOTFLAME_SECRET_KEY", "canary")
+    inherited = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(inherited, True)  # noqa: FBT003 - it takes it by position
+    try:
+        await call("regex", {"text": "a", "pattern": "a"}, library=pooled_catalog(processes))
+        (child,) = children()
+        about = Path(f"/proc/{child.pid}")
+        status = dict(
+            line.split(":\t", 1) for line in (about / "status").read_text().splitlines() if ":\t" in line
+        )
+        assert (about / "environ").read_text() == "LC_ALL=C.UTF-8\0"
+        assert sorted(file.name for file in (about / "fd").iterdir()) == ["0", "1", "2"]
+    finally:
+        os.close(inherited)
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2", "the kernel filters its system calls"
+    assert "0" not in status["Uid"].split()
+    assert os.getsid(child.pid) == os.getpgid(child.pid) == child.pid
+    limits = (about / "limits").read_text()
+    for limit in ("Max file size", "Max core file size", "Max processes"):
+        assert f"{limit:<26}0 " in limits
+    assert child.memory_info().rss < 80_000_000
+
+
+async def test_what_a_child_says_is_not_believed(processes: Processes) -> None:
+    heard: list[tuple[str, str]] = []
+    listener = Listener(lambda level, message: heard.append((level, message)), [])
+    with pytest.raises(NodeError) as raised:
+        await processes.run(b"no job", listener, organization_id="org", seconds=5)
+    assert raised.value.code == "node-error"
+    assert heard == []
+
+
+async def test_a_stopped_child_is_killed_all_the_same(processes: Processes) -> None:
+    await call("regex", {"text": "a", "pattern": "a"}, library=pooled_catalog(processes))
+    (child,) = children()
+    child.send_signal(signal.SIGSTOP)
+    began_at = time.monotonic()
+    with pytest.raises(NodeError) as raised:
+        await processes.run(b"{}", Listener(print, []), organization_id="org", seconds=0.1)
+    assert raised.value.code == "timeout"
+    assert time.monotonic() - began_at < 2

@@ -1,0 +1,678 @@
+"""Pods of a deployed workflow, each a process of its own, and a real gateway that they reach over a socket alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+import psutil
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from engine.node import Awaited
+from execution.gateway_calls import PREFIX, RUNNER_HEADER
+from gateway import main as gateways
+from gateway import state
+from gateway.internal import routes
+from gateway.settings import GatewaySettings
+from gateway.state import State
+from journal import signals
+from journal.blobs.backend import Owner
+from journal.store import Claim, Claimed, ExecutionKey
+from messages.local_broker import LocalBroker
+from models import data_source, deployment_token, ids
+from models.data_source import DataSource
+from models.deployment import Deployment
+from models.deployment_token import Bearer
+from tests import commands
+from tests.integration.gateway_world import SECRET
+from tests.integration.run_world import Place, Where, World, opened
+from tests.receiver import Receiver, receiving
+
+PATIENCE_SECONDS = 15.0
+LEASE_SECONDS = 1.5
+BOTH = ["on_sqlite", "on_postgres"]
+ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+ON_POSTGRES = pytest.mark.parametrize("where", ["on_postgres"], indirect=True)
+"""For what has nothing to do with the kind of database."""
+
+
+@pytest.fixture(params=BOTH)
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    async with opened(where) as world:
+        yield world
+
+
+class Server(gateways.Server):
+    """A gateway's, in the process of the tests: signals are theirs."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Gateway:
+    """A gateway that can be away for a while."""
+
+    state: State
+    port = 0
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self._world = world
+        self._settings = GatewaySettings(
+            data_dir=folder,
+            database_url=world.url.render_as_string(hide_password=False),
+            secret_key=SecretStr(SECRET),
+        )
+        self._running = AsyncExitStack()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Listen, again at the same address."""
+        parts = state.assembled(
+            self._settings, self._world.database, self._world.store, LocalBroker(inbox="gateway")
+        )
+        self.state = await self._running.enter_async_context(parts)
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        app = gateways.create_app(lambda: nullcontext(self.state))
+        server = Server(gateways.server(app, self._settings).config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+
+        async def end() -> None:
+            server.should_exit = True
+            await serving
+            gc.unfreeze()
+
+        self._running.push_async_callback(end)
+        await until(lambda: server.started)
+
+    async def stop(self) -> None:
+        """Answer what was asked, and close."""
+        await self._running.aclose()
+
+
+@pytest.fixture
+async def gateway(world: World, tmp_path: Path) -> AsyncIterator[Gateway]:
+    gateway = Gateway(world, tmp_path / "gateway")
+    await gateway.start()
+    yield gateway
+    await gateway.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not condition():  # noqa: ASYNC110 - servers and processes have no event for it
+            await asyncio.sleep(0.01)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+            await asyncio.sleep(0.01)
+
+
+# ── what is deployed ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def chain(*nodes: Mapping[str, Any]) -> str:
+    """Return a definition in which nodes follow on one another, the first on a trigger."""
+    whole = [{"id": "start", "type": "manual", "config": {}}, *nodes]
+    shown = [{"label": node["id"], "position": {"x": 0, "y": 0}, **node} for node in whole]
+    edges = [
+        {"id": f"edge-{index}", "source": whole[index]["id"], "target": whole[index + 1]["id"]}
+        | {"sourcePort": "output", "targetPort": "input"}
+        for index in range(len(whole) - 1)
+    ]
+    return json.dumps({"nodes": shown, "connections": edges, "settings": {}})
+
+
+def call(receiver: Receiver, name: str = "call") -> dict[str, Any]:
+    return {"id": name, "type": "http-request", "config": {"method": "POST", "url": receiver.url(f"/{name}")}}
+
+
+GREET = {"id": "greet", "type": "set", "config": {"values": {"greeting": "Hello, {{ data.body.name }}"}}}
+SIMPLE = chain(GREET)
+
+
+@dataclass
+class Pods:
+    """A deployed workflow and its pods."""
+
+    world: World
+    gateway: Gateway
+    place: Place
+    token: str
+    folder: Path
+    processes: ExitStack = field(default_factory=ExitStack)
+    count: int = 0
+
+    async def accept(self, definition: str, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field
+        """Accept a run for the pods."""
+        key = await self.world.accept(self.place, definition=definition, **changes)
+        await self.world.query(
+            "UPDATE execution SET target = :target WHERE id = :id",
+            target=self.place.workflow_id,
+            id=key.execution_id,
+        )
+        return key
+
+    def start(self, *, lease_seconds: float = LEASE_SECONDS, **variables: str) -> Pod:
+        self.count += 1
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        given = commands.environment(
+            self.folder,
+            RUNNER_GATEWAY_URL=self.gateway.url,
+            RUNNER_TOKEN=self.token,
+            RUNNER_WORKFLOW_ID=self.place.workflow_id,
+            RUNNER_POD=f"pod-{self.count}",
+            RUNNER_PORT=str(port),
+            LEASE_SECONDS=str(lease_seconds),
+            OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
+            **variables,
+        )
+        started = self.processes.enter_context(
+            commands.started("runner", given=given, log=self.folder / f"pod-{self.count}.log")
+        )
+        return Pod(started, f"http://127.0.0.1:{port}")
+
+    async def status(self, key: ExecutionKey) -> str:
+        status: str = (await self.world.row(key.execution_id))["status"]
+        return status
+
+    async def reaches(self, key: ExecutionKey, status: str) -> None:
+        await eventually(lambda: self._has(key, status))
+
+    async def _has(self, key: ExecutionKey, status: str) -> bool:
+        await self.world.store.sweep(100)
+        return await self.status(key) == status
+
+    async def has_swept(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, doing meanwhile what workers do for runs that nobody holds."""
+
+        async def holds() -> bool:
+            await self.world.store.sweep(100)
+            return condition()
+
+        await eventually(holds)
+
+    async def outputs(self, key: ExecutionKey) -> dict[str, Any]:
+        rows = await self.world.query(
+            "SELECT node_id, output FROM span WHERE execution_id = :id", id=key.execution_id
+        )
+        return {row["node_id"]: json.loads(row["output"]) for row in rows if row["output"]}
+
+
+@dataclass
+class Pod:
+    """A process of its own."""
+
+    started: commands.Started
+    url: str
+
+    async def ready(self) -> Pod:
+        await eventually(lambda: self.answers("/readyz", 200))
+        return self
+
+    async def answers(self, path: str, status: int, word: str = "") -> bool:
+        async with httpx2.AsyncClient(base_url=self.url) as client:
+            try:
+                response = await client.get(path)
+            except httpx2.TransportError:
+                return False
+        return response.status_code == status and word in response.text
+
+    async def trigger(self, key: str) -> httpx2.Response:
+        async with httpx2.AsyncClient(base_url=self.url) as client:
+            return await client.post("/trigger", headers={"Authorization": f"Bearer {key}"})
+
+
+async def deploy(world: World, place: Place, definition: str = SIMPLE) -> str:
+    """Make a deployment, and return its token."""
+    # A run brings the definition along.
+    key = await world.accept(place, definition=definition)
+    await world.query("DELETE FROM execution WHERE id = :id", id=key.execution_id)
+    now, token_id = datetime.now(UTC), deployment_token.new_id()
+    bearer = Bearer(place.workflow_id, place.organization.id, place.organization.lane)
+    deployment = Deployment(
+        workflow_id=place.workflow_id,
+        organization_id=place.organization.id,
+        lane=place.organization.lane,
+        replicas=1,
+        definition_hash=sha256(definition.encode()).hexdigest(),
+        version=1,
+        created_at=now,
+        updated_at=now,
+    )
+
+    async def work(connection: AsyncConnection) -> str:
+        await connection.execute(insert(Deployment).values(**deployment.model_dump()))
+        return await deployment_token.current(
+            connection, bearer, secret=SECRET.encode(), token_id=token_id, now=now
+        )
+
+    return await world.database.transaction(work)
+
+
+@pytest.fixture
+async def pods(world: World, gateway: Gateway, tmp_path: Path) -> AsyncIterator[Pods]:
+    place = await world.workflow()
+    pods = Pods(world, gateway, place, await deploy(world, place), tmp_path)
+    with pods.processes:
+        yield pods
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    async with receiving() as receiver:
+        yield receiver
+
+
+async def bearer_source(pods: Pods) -> str:
+    """Make a data source of whom the runs work for, and return its id."""
+    source_id, now, organization = ids.new("ds"), datetime.now(UTC), pods.place.organization
+    sealed = data_source.sealed(
+        pods.gateway.state.vault,
+        {"token": "a secret"},
+        organization_id=organization.id,
+        source_id=source_id,
+    )
+    source = DataSource(
+        id=source_id,
+        organization_id=organization.id,
+        lane=organization.lane,
+        owner_id=pods.place.user_id,
+        name="A source",
+        type="http-bearer",
+        settings={},
+        secret_names=["token"],
+        sealed=sealed.content,
+        secret_id=sealed.secret_id,
+        secrets_set_at=now,
+        created_at=now,
+        updated_at=now,
+    )
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(insert(DataSource).values(**source.model_dump()))
+
+    await pods.world.database.transaction(work)
+    return source_id
+
+
+# ── pods ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Pods) -> None:
+    pod = await pods.start().ready()
+    shared = await pods.world.accept(pods.place, definition=SIMPLE)
+    mine = await pods.accept(SIMPLE, trigger='{"body":{"name":"Ada"}}')
+    await pods.reaches(mine, "completed")
+
+    assert (await pods.outputs(mine))["greet"]["greeting"] == "Hello, Ada"
+    assert await pods.status(shared) == "pending"
+    assert await pod.answers("/healthz", 200, "ok")
+
+    async with pods.world.database.read() as connection:
+        (hint_key,) = await deployment_token.hint_keys(connection, pods.place.workflow_id)
+    assert (await pod.trigger(hint_key)).status_code == 202
+    assert (await pod.trigger(pods.token)).status_code == 401
+    assert (await pod.trigger("x")).status_code == 401
+
+    process = psutil.Process(pod.started.process.pid)
+    memory = sum(one.memory_full_info().pss for one in (process, *process.children(recursive=True)))
+    assert memory < 90_000_000
+
+
+async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(pods: Pods, receiver: Receiver) -> None:
+    receiver.may_answer.clear()
+    first = await pods.start().ready()
+    key = await pods.accept(chain(GREET, call(receiver), {**GREET, "id": "last"}))
+    await until(lambda: len(receiver.received) == 1)
+    greeted = await pods.outputs(key)
+    first.started.kill()
+    pods.start()
+    await pods.has_swept(lambda: len(receiver.received) == 2)
+    receiver.may_answer.set()
+    await pods.reaches(key, "completed")
+
+    assert "greet" in greeted
+    assert len({one.headers["idempotency-key"] for one in receiver.received}) == 1
+    assert receiver.received[0].body == receiver.received[1].body
+
+
+@ON_POSTGRES
+async def test_a_run_outlasts_a_restart_of_the_gateway(pods: Pods, receiver: Receiver) -> None:
+    receiver.may_answer.clear()
+    await pods.start().ready()
+    key = await pods.accept(chain(call(receiver), GREET))
+    await until(lambda: len(receiver.received) == 1)
+    await pods.gateway.stop()
+    receiver.may_answer.set()
+    await pods.gateway.start()
+    await pods.reaches(key, "completed")
+    later = await pods.accept(SIMPLE)
+    await pods.reaches(later, "completed")
+
+    assert len(receiver.received) == 1
+    assert (await pods.world.row(key.execution_id))["token"] == 1
+
+
+@ON_SQLITE
+async def test_a_pod_that_drains_says_so_and_lets_its_run_end(pods: Pods, receiver: Receiver) -> None:
+    receiver.may_answer.clear()
+    pod = await pods.start().ready()
+    key = await pods.accept(chain(call(receiver), GREET))
+    await until(lambda: len(receiver.received) == 1)
+    pod.started.process.terminate()
+    await eventually(lambda: pod.answers("/readyz", 503, "draining"))
+    async with pods.world.database.read() as connection:
+        (hint_key,) = await deployment_token.hint_keys(connection, pods.place.workflow_id)
+    refused = await pod.trigger(hint_key)
+    untaken = await pods.accept(SIMPLE)
+    receiver.may_answer.set()
+
+    assert (refused.status_code, refused.json()["status"]) == (503, "draining")
+    assert await asyncio.to_thread(pod.started.ends) == 0
+    assert await pods.status(key) == "completed"
+    assert await pods.status(untaken) == "pending"
+
+
+@ON_SQLITE
+async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
+    pods: Pods, receiver: Receiver
+) -> None:
+    count = 25
+    pod = await pods.start(RUNNER_DRAIN_SECONDS="0").ready()
+    key = await pods.accept(chain(*(call(receiver, f"call-{index}") for index in range(count))))
+    await until(lambda: len(receiver.received) >= 1)
+    exit_code = await asyncio.to_thread(pod.started.stop)
+    handed_over = await pods.world.row(key.execution_id)
+    pods.start()
+    await pods.reaches(key, "completed")
+
+    assert exit_code == 0
+    assert (handed_over["status"], handed_over["attempt"], handed_over["lease_owner"]) == ("pending", 0, None)
+    assert [one.path for one in receiver.received] == [f"/call-{index}" for index in range(count)]
+
+
+async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods, receiver: Receiver) -> None:
+    large = "x" * 5_000
+    send = call(receiver)
+    send["config"] |= {"dataSource": await bearer_source(pods), "body": {"text": "{{ nodes.large.text }}"}}
+    throttle = {"id": "slow", "type": "throttle", "config": {"limit": 100, "perSeconds": 1}}
+    definition = chain(
+        {"id": "large", "type": "set", "config": {"values": {"text": "{{ data.body.text }}"}}},
+        throttle,
+        {"id": "ask", "type": "human-input", "config": {"title": "May it go out?"}},
+        send,
+    )
+    first = await pods.start(MAX_ROW_OUTPUT_BYTES="1024").ready()
+    key = await pods.accept(definition, trigger=json.dumps({"body": {"text": large}}))
+    await pods.reaches(key, "waiting")
+    first.started.kill()
+    given = await pods.world.database.transaction(
+        lambda connection: signals.give(
+            connection, key, "ask", "", signals.output({"data": None}), kind=Awaited.INPUT
+        )
+    )
+    pods.start(MAX_ROW_OUTPUT_BYTES="1024")
+    await pods.reaches(key, "completed")
+
+    assert given.is_woken
+    (sent,) = receiver.received
+    assert sent.headers["authorization"] == "Bearer a secret"
+    assert sent.message == {"text": large}
+    spans = await pods.world.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
+    assert "large" in {span["node_id"] for span in spans}
+    assert await pods.world.count("pace") == 1
+
+
+@ON_POSTGRES
+async def test_no_run_enters_a_deployment_that_drains(pods: Pods) -> None:
+    key = await pods.accept(SIMPLE)
+    far = int(datetime(2100, 1, 1, tzinfo=UTC).timestamp() * 1_000_000)
+    for wanted in (f"drain_until = {far}", "drain_until = NULL, replicas = 0"):
+        await pods.world.query(f"UPDATE deployment SET {wanted}")
+        async with httpx2.AsyncClient(base_url=pods.gateway.url) as client:
+            claimed = await client.post(
+                f"{PREFIX}/claim",
+                json={"limit": 10, "lease_seconds": 30},
+                headers={"Authorization": f"Bearer {pods.token}", RUNNER_HEADER: "pod"},
+            )
+        assert claimed.json() == {"runs": []}
+    assert await pods.status(key) == "pending"
+    await pods.world.query("UPDATE deployment SET replicas = 1")
+    pods.start()
+    await pods.reaches(key, "completed")
+
+
+async def test_a_pod_of_a_deployment_that_was_stopped_hands_over_without_waiting_again(
+    pods: Pods, receiver: Receiver
+) -> None:
+    pod = await pods.start(RUNNER_DRAIN_SECONDS="60").ready()
+    key = await pods.accept(chain(*(call(receiver, f"call-{index}") for index in range(40))))
+    await until(lambda: len(receiver.received) >= 1)
+    await pods.world.query("UPDATE deployment SET replicas = 0")
+    exit_code = await asyncio.to_thread(pod.started.stop)
+    handed_over = await pods.world.row(key.execution_id)
+    assert exit_code == 0
+    assert (handed_over["status"], handed_over["attempt"], handed_over["lease_owner"]) == ("pending", 0, None)
+
+
+async def test_a_pod_hears_that_a_run_is_cancelled(pods: Pods, receiver: Receiver) -> None:
+    receiver.may_answer.clear()
+    await pods.start(lease_seconds=60).ready()
+    key = await pods.accept(chain(call(receiver)))
+    await until(lambda: len(receiver.received) == 1)
+    await pods.world.store.request_end(key, "cancel")
+    await pods.reaches(key, "cancelled")
+
+
+# ── the gateway's side ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Held:
+    """A run that a pod holds, with something of everything that can be asked about one."""
+
+    gateway: Gateway
+    run: Claimed
+    source_id: str
+    blob: str
+    definition_hash: str
+
+    def body(self, path: str) -> dict[str, Any]:
+        """Return what a pod sends that means this run."""
+        execution_id = self.run.execution_id
+        lease = {"execution_id": execution_id, "lane": self.run.lane, "token": self.run.token}
+        bodies: dict[str, dict[str, Any]] = {
+            "/wait": {"seconds": 0, "wants_work": True},
+            "/claim": {"limit": 10, "lease_seconds": 30},
+            "/record": {"writes": [{**lease, "completed_nodes": 2}]},
+            "/renew": {"leases": [lease], "lease_seconds": 30},
+            "/give-back": {"held": []},
+            "/definitions": {"hashes": [self.definition_hash]},
+            "/spans": {"execution_id": execution_id},
+            "/log-ends": {"execution_ids": [execution_id]},
+            "/answers": {"execution_ids": [execution_id]},
+            "/executions/{id}/data-sources": {"source_id": self.source_id},
+            "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
+            | {"node_id": "greet", "iteration": "", "awaited": False},
+            "/executions/{id}/reservations": {
+                "key": "a",
+                "limit": 1,
+                "per_seconds": 1,
+                "max_wait_seconds": 9,
+            },
+        }
+        return bodies.get(path, {})
+
+    async def ask(
+        self, line: routes.InternalLine, token: str, pod: str = "pod", body: Mapping[str, Any] | None = None
+    ) -> httpx2.Response:
+        words = {"id": self.run.execution_id, "sub": self.blob}
+        content = b"content" if line.method == "PUT" else json.dumps(body or self.body(line.path)).encode()
+        async with httpx2.AsyncClient(base_url=self.gateway.url) as client:
+            return await client.request(
+                line.method,
+                PREFIX + line.path.format(**words),
+                content=None if line.method == "GET" else content,
+                headers={"Authorization": f"Bearer {token}", RUNNER_HEADER: pod},
+            )
+
+
+NOTHING: Mapping[str, Mapping[str, Any]] = {
+    "/wait": {"has_work": False, "requests": {}},
+    "/claim": {"runs": []},
+    "/record": {"held": []},
+    "/renew": {"requests": {}},
+    "/give-back": {"count": 0},
+    "/promote": {"count": 0},
+    "/definitions": {"texts": {}},
+    "/spans": {"spans": []},
+    "/log-ends": {"last_lines": {}},
+    "/answers": {"answers": []},
+}
+"""What whoever holds nothing is answered; of all other routes, that the lease is lost."""
+
+
+async def hold(pods: Pods) -> Held:
+    """Have the pod named `pod` claim a run, and put something of everything there."""
+    world, place = pods.world, pods.place
+    key = await pods.accept(SIMPLE)
+    owner = deployment_token.lease_owner(place.workflow_id, "pod")
+    (run,) = await world.store.claim(Claim(owner, 30, 1, target=place.workflow_id))
+    assert run.execution_id == key.execution_id
+    blob = sha256(b"content").hexdigest()
+    await pods.gateway.state.blobs.put(
+        Owner(run.organization_id, run.key_id), b"content", media_type="text/plain"
+    )
+    source_id = await bearer_source(pods)
+    for table, columns, values in (
+        ("signal", "node_id, iteration, payload, created_at", "'greet', '', '{}', 1"),
+        ("log_line", "sequence, id, level, message, created_at", "7, 'log_1', 'info', 'x', 1"),
+        (
+            "span",
+            "node_id, iteration, id, sequence, label, type, status, attempt",
+            "'greet', '', 'span_1', 8, 'greet', 'set', 'running', 1",
+        ),
+    ):
+        await world.query(
+            f"INSERT INTO {table} (execution_id, lane, {columns}) VALUES (:id, :lane, {values})",
+            id=run.execution_id,
+            lane=run.lane,
+        )
+    return Held(pods.gateway, run, source_id, blob, run.definition_hash)
+
+
+async def everything(world: World, held: Held) -> list[Any]:
+    tables = ("execution", "span", "signal", "log_line", "pace")
+    return [
+        [row for row in await world.query(f"SELECT * FROM {table}") if held.run.lane == row["lane"]]
+        for table in tables
+    ]
+
+
+async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_it(pods: Pods) -> None:
+    held = await hold(pods)
+    neighbour = await deploy(pods.world, await pods.world.workflow(pods.place.organization))
+    stranger = await deploy(pods.world, await pods.world.workflow())
+    before = await everything(pods.world, held)
+    for token, pod in ((neighbour, "pod"), (stranger, "pod"), (pods.token, "another-pod")):
+        for line in routes.TABLE:
+            response = await held.ask(line, token, pod)
+            if line.path == "/contact":
+                assert response.status_code == 200
+            elif line.path in NOTHING:
+                assert response.json().items() >= NOTHING[line.path].items(), line
+            else:
+                assert (response.status_code, response.json()["error"]["code"]) == (409, "lease-lost"), line
+    assert await everything(pods.world, held) == before
+
+    own = {line.path: await held.ask(line, pods.token) for line in routes.TABLE if line.path != "/give-back"}
+    assert own.pop("/executions/{id}/runs").json()["error"]["code"] == "workflow-not-found"
+    assert {path: response.status_code for path, response in own.items() if response.status_code >= 300} == {}
+    for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
+        assert own[path].json() != NOTHING[path]
+    assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
+
+
+@ON_SQLITE
+async def test_no_route_takes_anything_but_a_valid_token(pods: Pods) -> None:
+    held = await hold(pods)
+    before = await everything(pods.world, held)
+    person = "sk-00" + "a" * 52
+    for line in routes.TABLE:
+        for token in ("x", "rt-00" + "a" * 52, person):
+            assert (await held.ask(line, token)).status_code == 401, line
+        assert (await held.ask(line, pods.token, pod="not a name")).status_code == 401, line
+    pods.gateway.state.runners.authenticator.forget()
+    await pods.world.database.transaction(
+        lambda connection: deployment_token.revoke(connection, pods.place.workflow_id, now=datetime.now(UTC))
+    )
+    for line in routes.TABLE:
+        assert (await held.ask(line, pods.token)).status_code in {401, 429}, line
+    assert await everything(pods.world, held) == before
+
+
+async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Pods) -> None:
+    held = await hold(pods)
+    (line,) = (line for line in routes.TABLE if line.path.endswith("/data-sources"))
+    assert (await held.ask(line, pods.token)).status_code == 200
+
+    somebody = await pods.world.workflow(pods.place.organization)
+    await pods.world.query("UPDATE data_source SET owner_id = :id", id=somebody.user_id)
+    pods.gateway.state.runners.sources.forget()
+    not_theirs = await held.ask(line, pods.token)
+    assert (not_theirs.status_code, not_theirs.json()["error"]["code"]) == (422, "data-source-not-found")
+    assert not_theirs.headers["X-Node-Error"] == "final"
+
+    await pods.world.expire(held.run)
+    late = await held.ask(line, pods.token)
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "lease-lost")
+
+
+@ON_SQLITE
+async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: Pods) -> None:
+    held = await hold(pods)
+    before = await everything(pods.world, held)
+    (line,) = (line for line in routes.TABLE if line.path == "/record")
+    whole = {"node_id": "greet", "label": "", "type": "set", "status": "completed", "sequence": 9}
+    lease = {"execution_id": held.run.execution_id, "lane": held.run.lane, "token": held.run.token}
+    spoilt: list[dict[str, Any]] = [
+        {"output": b"{"},
+        {"output": b'{"a":1,"a":2}'},
+        {"input": b"NaN"},
+        {"awaits": b"[]"},
+        {"output_blob": b'{"$blob":{"sha256":"../../etc/passwd","size":1}}'},
+        {"ended_at": "2026-01-01T00:00:00"},
+    ]
+    for span in spoilt:
+        body = {"writes": [{**lease, "spans": [{**whole, "started_at": None, **span}]}]}
+        response = await held.ask(line, pods.token, body=json.loads(msgspec.json.encode(body)))
+        assert response.status_code == 422, span
+    assert await everything(pods.world, held) == before

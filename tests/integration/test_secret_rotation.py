@@ -1,0 +1,133 @@
+"""A change of the server's secret: data sources and API keys survive it, whenever it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import httpx2
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway import state
+from gateway.main import create_app
+from gateway.settings import GatewaySettings
+from models.data_source import DataSource, opened
+from models.settings import InvalidSettings
+from models.vault import UnknownSecret, Vault
+from pilotflame import rotation
+from tests import commands
+from tests.integration.gateway_world import SECRET, People, Person, World
+
+NEW = "the next secret, also of more than thirty-two characters"
+NEWEST = "and the one after that, of more than thirty-two too"
+
+
+def told(world: World, secret: str, *previous: str) -> GatewaySettings:
+    """Return the settings of a server whose secret has changed."""
+    secrets = {"secret_key": SecretStr(secret), "previous_secret_keys": tuple(map(SecretStr, previous))}
+    return world.gateway.settings.model_copy(update=secrets)
+
+
+async def made(person: Person, name: str) -> str:
+    body = {"name": name, "type": "http-bearer", "secrets": {"token": f"token-{name}"}}
+    answer = await person.api.post("/api/v1/datasources", json=body)
+    source_id: str = answer.json()["dataSourceId"]
+    return source_id
+
+
+async def secrets(world: World, vault: Vault, *source_ids: str) -> list[dict[str, str]]:
+    """Return what a vault opens of data sources; raises `VaultError`."""
+    statement = select(DataSource).where(col(DataSource.id).in_(source_ids)).order_by(col(DataSource.id))
+    async with world.gateway.database.read() as connection:
+        rows = (await connection.execute(statement)).mappings().all()
+    return [opened(vault, DataSource(**row)) for row in rows]
+
+
+@asynccontextmanager
+async def gateway(settings: GatewaySettings) -> AsyncIterator[httpx2.AsyncClient]:
+    """Run another gateway on the same database; yields a client without a key."""
+    app = create_app(lambda: state.opened(settings))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        transport = httpx2.ASGITransport(app)
+        yield await stack.enter_async_context(
+            httpx2.AsyncClient(transport=transport, base_url="http://gateway")
+        )
+
+
+async def whoami(client: httpx2.AsyncClient, person: Person) -> int:
+    answer = await client.get("/api/v1/auth/whoami", headers={"X-API-Key": person.key})
+    return answer.status_code
+
+
+# In one test: each change begins where the one before has ended.
+async def test_data_sources_and_keys_survive_a_change_of_the_secret(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [await made(people.owner, name) for name in ("a", "b", "c")]
+    expected = [{"token": f"token-{name}"} for name in ("a", "b", "c")]
+    signing = await people.admin.api.post("/api/v1/auth/signing-secret")
+    assert signing.status_code == 201
+    old, new = Vault(SECRET.encode()), Vault(NEW.encode())
+    settings = told(world, NEW, SECRET)
+    before = (await people.admin.api.get("/api/v1/audit")).json()
+
+    # Interrupted after the first batch: what is done is done, and both secrets are needed.
+    monkeypatch.setattr(rotation, "BATCH", 1)
+    replace, calls = rotation._replace, []
+
+    async def replace_once(*given: object) -> int:
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return await replace(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rotation, "_replace", replace_once)
+    with pytest.raises(KeyboardInterrupt):
+        await rotation.rotate(settings)
+    monkeypatch.setattr(rotation, "_replace", replace)
+    for vault in (old, new):
+        with pytest.raises(UnknownSecret):
+            await secrets(world, vault, *ids)
+    assert await secrets(world, Vault(NEW.encode(), [SECRET.encode()]), *ids) == expected
+
+    done = await rotation.rotate(settings)
+    assert (done.sealed, done.unreadable) == (3, [])
+    assert await secrets(world, new, *ids) == expected
+    again = await rotation.rotate(settings)
+    assert (again.sealed, again.waiting_keys) == (0, done.waiting_keys)
+    assert (await people.admin.api.get("/api/v1/audit")).json() == before
+
+    # A key moves to the new secret when it is used; one that isn't ends with the old secret.
+    async with gateway(settings) as both:
+        assert await whoami(both, people.owner) == 200
+        assert await whoami(both, people.owner) == 200
+    async with gateway(told(world, NEW)) as alone:
+        assert await whoami(alone, people.owner) == 200
+        assert await whoami(alone, people.colleague) == 401
+    assert (await rotation.rotate(settings)).waiting_keys == done.waiting_keys - 1
+
+    # What nothing opens stays as it is, and is named.
+    lost = await rotation.rotate(told(world, NEWEST))
+    assert (lost.sealed, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 4)
+    assert await secrets(world, new, *ids) == expected
+
+
+def test_the_command_says_what_it_has_done(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("rotation")
+    commands.output("migrate", given=commands.environment(folder, SECRET_KEY=SECRET))
+    given = commands.environment(folder, SECRET_KEY=NEW, PREVIOUS_SECRET_KEYS=json.dumps([SECRET, NEWEST]))
+    assert commands.output("keys", "rotate-secret", given=given) == "0 encrypted anew"
+
+
+def test_an_earlier_secret_that_is_hardly_one_is_refused_and_none_is_shown() -> None:
+    settings = GatewaySettings(
+        secret_key=SecretStr(NEW), previous_secret_keys=(SecretStr("too-short-to-be-one"),)
+    )
+    with pytest.raises(InvalidSettings, match="PREVIOUS_SECRET_KEYS") as raised:
+        _ = settings.previous_secrets
+    assert "too-short-to-be-one" not in f"{raised.value} {settings!r}"

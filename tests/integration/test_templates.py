@@ -1,0 +1,255 @@
+"""The templates that ship with the server, each from its use to the right result, on public data that is kept here."""
+
+import csv
+import json
+import shutil
+import sqlite3
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.integration.gateway_world import People, Person, World, refused
+from workers.main import working
+from workers.settings import WorkerSettings
+
+DATA = Path(__file__).parents[2] / "docs" / "examples"
+SHIPPED = (
+    "wf_tmpl_api-change-detection",
+    "wf_tmpl_approval-before-write",
+    "wf_tmpl_csv-report",
+    "wf_tmpl_daily-etl",
+    "wf_tmpl_webhook-to-database",
+)
+
+
+@pytest.fixture(scope="module")
+async def world_with_worker(world: World) -> AsyncIterator[World]:
+    gateway = world.gateway
+    settings = WorkerSettings(
+        **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
+        outbound_allowed_networks=(ip_network("127.0.0.1/32"),),
+    )
+    async with working(settings, gateway.store, gateway.broker, gateway.database):
+        yield world
+
+
+@pytest.fixture
+def person(world_with_worker: World, people: People) -> Person:
+    assert world_with_worker
+    return people.owner
+
+
+def folder(world: World, person: Person) -> Path:
+    """Return where the files of a person's organisation are."""
+    path = world.gateway.settings.data_dir / "files" / person.user.organization_id
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+async def database(person: Person, file: str) -> str:
+    """Make a data source of a SQLite file; returns its id."""
+    body = {"name": file, "type": "sqlite", "settings": {"file": file}}
+    response = await person.api.post("/api/v1/datasources", json=body)
+    assert response.status_code == 201, response.text
+    source_id: str = response.json()["dataSourceId"]
+    return source_id
+
+
+async def used(person: Person, template: str, references: Mapping[str, str] | None = None) -> str:
+    """Make a workflow out of a template, which must be fit to be activated; returns its id."""
+    body = {"templateId": template, "references": references or {}}
+    response = await person.api.post("/api/v1/workflows/from-template", json=body)
+    assert response.status_code == 201, response.text
+    workflow_id: str = response.json()["workflowId"]
+    found = (await person.api.post(f"/api/v1/workflows/{workflow_id}/validate")).json()
+    assert (found["valid"], found["warnings"]) == (True, []), found
+    return workflow_id
+
+
+async def begun(person: Person, workflow_id: str, inputs: Mapping[str, Any]) -> str:
+    response = await person.api.post(
+        f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": dict(inputs)}
+    )
+    assert response.status_code == 201, response.text
+    execution_id: str = response.json()["executionId"]
+    return execution_id
+
+
+async def outputs(person: Person, execution_id: str) -> dict[str, Any]:
+    """Wait for a run to complete; returns its outputs by node."""
+    response = await person.api.get(f"/api/v1/executions/{execution_id}/progress?wait=20")
+    progress = response.json()
+    assert progress["status"] == "completed", (
+        await person.api.get(f"/api/v1/executions/{execution_id}")
+    ).text
+    found: dict[str, Any] = progress["outputs"]
+    return found
+
+
+async def result(person: Person, workflow_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return await outputs(person, await begun(person, workflow_id, inputs))
+
+
+async def test_everybody_finds_them_and_nobody_can_change_them(people: People) -> None:
+    for person in (people.owner, people.stranger):
+        listed = (await person.api.get("/api/v1/workflows/templates")).json()
+        assert [one["id"] for one in listed["templates"]] == [*SHIPPED]
+        assert listed["count"] == len(SHIPPED)
+        assert all(one["nodes"] and one["description"] for one in listed["templates"])
+    for template in SHIPPED:
+        refused(
+            await people.admin.api.put(f"/api/v1/workflows/{template}", json={"name": "Mine"}),
+            404,
+            "not-found",
+        )
+
+
+async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(people: People) -> None:
+    workflow_id = await people.admin.create(name="Ours")
+    await people.admin.api.post(f"/api/v1/workflows/{workflow_id}/save-as-template")
+    names: list[str] = []
+    for offset in range(0, 8, 2):
+        page = (await people.owner.api.get(f"/api/v1/workflows/templates?limit=2&offset={offset}")).json()
+        assert page["count"] == len(SHIPPED) + 1
+        names += [one["name"] for one in page["templates"]]
+    assert (len(names), names[0], len(set(names))) == (len(SHIPPED) + 1, "Ours", len(names))
+
+
+async def test_what_a_template_names_may_be_filled_in_later(people: People) -> None:
+    body = {"templateId": "wf_tmpl_daily-etl", "name": "Later"}
+    response = await people.owner.api.post("/api/v1/workflows/from-template", json=body)
+    workflow = await people.owner.workflow(response.json()["workflowId"])
+    assert workflow["name"] == "Later"
+    extract = next(node for node in workflow["nodes"] if node["id"] == "extract")
+    assert "dataSource" not in extract["config"]
+    unknown = {"templateId": "wf_tmpl_daily-etl", "references": {"nothing": "ds_1"}}
+    refused(
+        await people.owner.api.post("/api/v1/workflows/from-template", json=unknown), 422, "validation-failed"
+    )
+
+
+async def test_the_daily_etl_writes_the_revenue_of_each_country_and_year(
+    world: World, person: Person
+) -> None:
+    shutil.copy(DATA / "invoices.db", folder(world, person) / "invoices.db")
+    workflow_id = await used(person, SHIPPED[3], {"source": await database(person, "invoices.db")})
+    await result(person, workflow_id, {})
+    revenue: dict[tuple[str, str], float] = defaultdict(float)
+    connection = sqlite3.connect(DATA / "invoices.db")
+    for country, date, total in connection.execute(
+        "SELECT billing_country, invoice_date, total FROM invoice"
+    ):
+        revenue[date[:4], country] += total
+    connection.close()
+    with (folder(world, person) / "objects" / "reports" / "revenue.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["year"], row["country"]): float(row["revenue"]) for row in rows} == {
+        place: round(total, 2) for place, total in revenue.items()
+    }
+    assert rows == sorted(rows, key=lambda row: (row["year"], -float(row["revenue"]), row["country"]))
+
+
+async def test_the_csv_report_counts_and_weighs_the_penguins_of_each_island(person: Person) -> None:
+    text = (DATA / "penguins.csv").read_text()
+    found = (await result(person, await used(person, SHIPPED[2]), {"csv": text}))["report"]
+    grams: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for row in csv.DictReader(text.splitlines()):
+        if row["body_mass_g"] != "NA":
+            grams[row["species"], row["island"]].append(int(row["body_mass_g"]))
+    assert [(one["species"], one["island"], one["penguins"]) for one in found["groups"]] == [
+        (*place, len(weights)) for place, weights in sorted(grams.items())
+    ]
+    for one in found["groups"]:
+        weights = grams[one["species"], one["island"]]
+        assert abs(one["grams"] - sum(weights) / len(weights)) <= 0.5
+    assert found["summary"] == "5 groups of 342 penguins that were weighed"
+
+
+async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
+    world: World, person: Person
+) -> None:
+    workflow_id = await used(person, SHIPPED[4], {"target": await database(person, "orders.db")})
+    orders = json.loads((DATA / "orders.json").read_text())
+    written = (await result(person, workflow_id, {"orders": orders}))["store"]["written"]
+    again = (await result(person, workflow_id, {"orders": orders[:1]}))["store"]["written"]
+    alone = (await result(person, workflow_id, {**orders[0], "id": "ord_2000"}))["store"]["written"]
+    assert (written, again, alone) == (3, 0, 1)
+    connection = sqlite3.connect(folder(world, person) / "orders.db")
+    stored = connection.execute("SELECT id, customer, total FROM orders ORDER BY id").fetchall()
+    connection.close()
+    assert stored == [
+        ("ord_1001", "Ada Lovelace", 249.5),
+        ("ord_1002", "Grace Hopper", 18.0),
+        ("ord_1003", "Edsger Dijkstra", 77.25),
+        ("ord_2000", "Ada Lovelace", 249.5),
+    ]
+
+
+async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: Person) -> None:
+    feed = json.loads((DATA / "earthquakes.json").read_text())
+    features = feed["features"]
+    feed["features"] = features[:20]
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.json_response(feed)
+
+    app = web.Application()
+    app.router.add_get("/feed", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    try:
+        workflow_id = await used(person, SHIPPED[0], {"memory": await database(person, "quakes.db")})
+        inputs = {"url": f"http://127.0.0.1:{port}/feed"}
+        first = await result(person, workflow_id, inputs)
+        nothing = await result(person, workflow_id, inputs)
+        feed["features"] = features
+        features[0]["properties"]["mag"] = 9.1
+        changed = await result(person, workflow_id, inputs)
+    finally:
+        await runner.cleanup()
+    assert first["news"]["text"] == "20 new and 0 revised earthquakes"
+    assert "news" not in nothing
+    assert nothing["compare"]["counts"]["unchanged"] == 20
+    assert changed["news"]["text"] == f"{len(features) - 20} new and 1 revised earthquakes"
+
+
+@pytest.mark.parametrize("choice", ["approve", "reject"])
+async def test_a_price_is_written_when_somebody_has_approved_it(
+    world: World, person: Person, choice: str
+) -> None:
+    workflow_id = await used(person, SHIPPED[1], {"target": await database(person, "prices.db")})
+    small = {"product": "Pencil", "price": 2, "requestedBy": "Eve"}
+    assert (await result(person, workflow_id, small))["write"] == {"written": 1}
+    large = {"product": "Piano", "price": 9000, "requestedBy": "Eve"}
+    execution_id = await begun(person, workflow_id, large)
+    asked = await pending(person, execution_id)
+    assert asked["title"] == "Change the price of Piano to 9000?"
+    response = await person.api.post(
+        f"/api/v1/executions/{execution_id}/input", json={"nodeId": asked["nodeId"], "choice": choice}
+    )
+    assert response.status_code == 200, response.text
+    found = await outputs(person, execution_id)
+    assert ("write" in found, "refused" in found) == (choice == "approve", choice == "reject")
+    connection = sqlite3.connect(folder(world, person) / "prices.db")
+    stored = dict(connection.execute("SELECT product, approved_by FROM price"))
+    connection.close()
+    assert stored == {"Pencil": None} | ({"Piano": person.user.id} if choice == "approve" else {})
+
+
+async def pending(person: Person, execution_id: str) -> dict[str, Any]:
+    """Wait until a run asks somebody; returns what it asks."""
+    for _ in range(100):
+        body = (await person.api.get(f"/api/v1/executions/{execution_id}/pending-inputs")).json()
+        if body["inputs"]:
+            asked: dict[str, Any] = body["inputs"][0]
+            return asked
+        await person.api.get(f"/api/v1/executions/{execution_id}/progress?wait=0.1")
+    raise AssertionError(body)

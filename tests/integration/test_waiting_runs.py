@@ -1,0 +1,318 @@
+"""Runs that wait for people, for other runs and for their turn, with a gateway and a worker around them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.events import Span, SpanStatus
+from engine.services import Caller
+from execution.child_runs import ChildRuns
+from journal.store import Claim, Claimed, RunWrite
+from messages.local_broker import LocalBroker
+from models.execution import TERMINAL, Execution
+from nodes import catalog
+from tests.integration.gateway_world import People, Person, World
+from tests.receiver import receiving
+from workers.main import working
+from workers.settings import WorkerSettings
+
+pytestmark = pytest.mark.timeout(30)
+
+ON_ONE = pytest.mark.parametrize("world", ["sqlite"], indirect=True)
+"""For what has nothing to do with the kind of database, or is tested closer to it on both."""
+EXECUTIONS = "/api/v1/executions"
+APPROVAL = {"title": "Go on?", "choices": [{"port": "yes"}, {"port": "no"}], "schema": {"type": "object"}}
+ASKS: dict[str, Any] = {
+    "nodes": [
+        {"id": "start", "nodeId": "manual"},
+        {"id": "ask", "nodeId": "human-input", "config": APPROVAL},
+        {"id": "go", "nodeId": "set", "config": {"values": {"went": "{{ data.data.how }}"}}},
+        {"id": "halt", "nodeId": "stop-with-error", "config": {"message": "Refused"}},
+    ],
+    "connections": [
+        {"source": "start", "target": "ask"},
+        {"source": "ask", "sourcePort": "yes", "target": "go"},
+        {"source": "ask", "sourcePort": "no", "target": "halt"},
+    ],
+}
+
+
+def calling(workflow_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return a graph that runs a workflow and hands on what comes of it."""
+    return {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "sub", "nodeId": "sub-workflow", "config": {"workflowId": workflow_id, **config}},
+        ],
+        "connections": [{"source": "start", "target": "sub"}],
+    }
+
+
+@asynccontextmanager
+async def worker(world: World, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
+    """Let a worker run whatever its sweeps find."""
+    gateway = world.gateway
+    shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
+    of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
+    broker = LocalBroker(inbox=uuid4().hex)
+    async with working(of_worker, gateway.store, broker, gateway.database):
+        yield
+    await broker.close()
+
+
+async def got(person: Person, path: str) -> dict[str, Any]:
+    response = await person.api.get(EXECUTIONS + path)
+    assert response.status_code == 200, response.text
+    shown: dict[str, Any] = response.json()
+    return shown
+
+
+async def executed(person: Person, workflow_id: str, **inputs: Any) -> str:  # noqa: ANN401 - any JSON value
+    response = await person.api.post(
+        f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": inputs}
+    )
+    assert response.status_code == 201, response.text
+    execution_id: str = response.json()["executionId"]
+    return execution_id
+
+
+async def question(person: Person, execution_id: str) -> dict[str, Any]:
+    """Wait until an execution asks something."""
+    while not (shown := await got(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows tell nobody
+        await asyncio.sleep(0.01)
+    found: dict[str, Any] = shown["inputs"][0]
+    return found
+
+
+async def say(person: Person, execution_id: str, choice: str) -> None:
+    body = {"nodeId": "ask", "choice": choice, "data": {"how": "well"}}
+    response = await person.api.post(f"{EXECUTIONS}/{execution_id}/input", json=body)
+    assert response.status_code == 200, response.text
+
+
+async def ended(person: Person, execution_id: str) -> dict[str, Any]:
+    while (shown := await got(person, f"/{execution_id}/progress?wait=0"))["status"] not in TERMINAL:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.01)
+    return shown
+
+
+async def children_of(person: Person, execution_id: str) -> Sequence[dict[str, Any]]:
+    """Wait until an execution has started others."""
+    while not (found := (await got(person, f"?parent_id={execution_id}"))["executions"]):  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.01)
+    children: Sequence[dict[str, Any]] = found
+    return children
+
+
+async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
+    """Claim a run for a worker that will never be heard of again."""
+    store = world.gateway.store
+    for _ in range(100):
+        for one in await store.claim(Claim("dead", 0.01, 100)):
+            if one.execution_id == execution_id:
+                return one
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{execution_id} can't be claimed")
+
+
+# ── people ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_run_asks_and_goes_on_with_the_answer(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**ASKS)
+    async with worker(world):
+        agreed, refused = [await executed(people.owner, workflow_id) for _ in range(2)]
+        shown = await question(people.owner, agreed)
+        assert (shown["nodeId"], shown["title"], shown["expiresAt"]) == ("ask", "Go on?", None)
+        assert shown["choices"] == [{"port": "yes", "label": "yes"}, {"port": "no", "label": "no"}]
+        await say(people.admin, agreed, "yes")
+        await question(people.owner, refused)
+        await say(people.owner, refused, "no")
+        outputs = (await ended(people.owner, agreed))["outputs"]
+        assert outputs["ask"]["by"] == people.admin.user.id
+        assert outputs["go"]["went"] == "well"
+        failed = await ended(people.owner, refused)
+    assert (failed["status"], failed["error"]["message"]) == ("failed", "Refused")
+
+
+async def test_an_answer_survives_the_worker_that_had_it_in_hand(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**ASKS)
+    execution_id = await executed(people.owner, workflow_id)
+    async with worker(world):
+        await question(people.owner, execution_id)
+    await say(people.owner, execution_id, "yes")
+    assert (await dead_workers_claim(world, execution_id)).signals == 1
+    async with worker(world):
+        shown = await ended(people.owner, execution_id)
+    assert (shown["status"], shown["outputs"]["go"]["went"]) == ("completed", "well")
+
+
+@ON_ONE
+async def test_whoever_is_not_answered_in_time_goes_on_without(world: World, people: People) -> None:
+    config = {"title": "Quick?", "expiresInSeconds": 1, "onExpiry": "continue"}
+    nodes = [{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "human-input", "config": config}]
+    workflow_id = await people.owner.create(nodes=nodes, connections=[{"source": "start", "target": "ask"}])
+    async with worker(world):
+        execution_id = await executed(people.owner, workflow_id)
+        shown = await ended(people.owner, execution_id)
+    assert shown["outputs"]["ask"] == {"data": None, "choice": None, "by": None, "at": None}
+
+
+# ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(world: World, people: People) -> None:
+    async with receiving() as receiver, worker(world, outbound_allowed_networks="127.0.0.1/32"):
+        receiver.answers = ["204 No Content", "500 Internal Server Error"]
+        post = {"url": receiver.url(), "method": "POST", "body": "{{ item }}"}
+        workflow_id = await people.owner.create(
+            nodes=[
+                {"id": "start", "nodeId": "manual"},
+                {"id": "each", "nodeId": "loop", "config": {"items": [1, 2, 3]}},
+                {"id": "post", "nodeId": "http-request", "config": post},
+            ],
+            connections=[
+                {"source": "start", "target": "each"},
+                {"source": "each", "sourcePort": "continue", "target": "post"},
+            ],
+        )
+        failed_id = await executed(people.owner, workflow_id)
+        assert (await ended(people.owner, failed_id))["status"] == "failed"
+        response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")
+        resumed = await ended(people.owner, response.json()["executionId"])
+    assert (resumed["status"], resumed["outputs"]["each"]["count"]) == ("completed", 3)
+    assert [json.loads(one.body) for one in receiver.received] == [1, 2, 2, 3]
+
+
+# ── other runs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_run_goes_on_with_what_came_of_another(world: World, people: People) -> None:
+    inner = await people.owner.create(**ASKS)
+    outer = await people.owner.create(**calling(inner, inputs={"n": "{{ data.body.n }}"}))
+    async with worker(world):
+        agreed, refused = [await executed(people.owner, outer, n=7) for _ in range(2)]
+        (child,) = await children_of(people.owner, agreed)
+        assert (child["workflowId"], child["triggerType"], child["rootId"]) == (inner, "sub-workflow", agreed)
+        assert (await got(people.owner, f"/{child['id']}"))["trigger"]["data"] == {"body": {"n": 7}}
+        await question(people.owner, child["id"])
+        await say(people.owner, child["id"], "yes")
+        assert (await ended(people.owner, agreed))["outputs"]["sub"]["went"] == "well"
+
+        (child,) = await children_of(people.owner, refused)
+        await question(people.owner, child["id"])
+        await say(people.owner, child["id"], "no")
+        failed = await ended(people.owner, refused)
+    assert (failed["status"], failed["error"]["nodeId"]) == ("failed", "sub")
+    assert "Refused" in failed["error"]["message"]
+
+
+async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_the_commit(
+    world: World, people: People
+) -> None:
+    inner = await people.owner.create(nodes=ASKS["nodes"][:1], connections=[])
+    outer = await people.owner.create(**calling(inner))
+    execution_id = await executed(people.owner, outer)
+    gateway = world.gateway
+    run = await dead_workers_claim(world, execution_id)
+    starting = Span(
+        "sub",
+        "Sub",
+        "sub-workflow",
+        SpanStatus.RUNNING,
+        sequence=1,
+        started_at=datetime.now(UTC),
+        input=b"{}",
+        resolved_config=json.dumps({"workflowId": inner, "wait": True}).encode(),
+    )
+    assert await gateway.store.record([RunWrite(execution_id, run.lane, run.token, spans=[starting])])
+    starter = ChildRuns(gateway.database, gateway.store, gateway.broker, catalog.load(), WorkerSettings())
+    caller = Caller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)
+    await starter.start(caller, inner, {}, node_id="sub", iteration="", awaited=True)
+    async with worker(world):
+        shown = await ended(people.owner, execution_id)
+        assert (shown["status"], len(await children_of(people.owner, execution_id))) == ("completed", 1)
+
+
+async def test_whoever_is_waited_for_is_cancelled_with_its_parent(world: World, people: People) -> None:
+    inner = await people.owner.create(**ASKS)
+    middle = await people.owner.create(**calling(inner))
+    outer = await people.owner.create(**calling(middle))
+    async with worker(world):
+        execution_id = await executed(people.owner, outer)
+        (child,) = await children_of(people.owner, execution_id)
+        (grandchild,) = await children_of(people.owner, child["id"])
+        await question(people.owner, grandchild["id"])
+        response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
+        assert response.status_code == 200
+        for one in (execution_id, child["id"], grandchild["id"]):
+            assert (await ended(people.owner, one))["status"] == "cancelled"
+
+
+@ON_ONE
+async def test_a_workflow_that_runs_itself_ends_at_a_limit_that_it_names(
+    world: World, people: People
+) -> None:
+    itself = await people.owner.create(**calling("wf_absent"))
+    graph = calling(itself)
+    response = await people.owner.api.put(f"/api/v1/workflows/{itself}", json=graph)
+    assert response.status_code == 200, response.text
+    async with worker(world, max_run_depth=3):
+        execution_id = await executed(people.owner, itself)
+        shown = await ended(people.owner, execution_id)
+    assert shown["status"] == "failed"
+    assert "PILOTFLAME_MAX_RUN_DEPTH" in shown["error"]["message"]
+    async with world.gateway.database.read() as connection:
+        depths = select(col(Execution.depth)).where(col(Execution.root_id) == execution_id)
+        assert sorted(await connection.scalars(depths)) == [1, 2, 3]
+
+
+@ON_ONE
+async def test_a_run_that_is_not_waited_for_is_left_to_itself(world: World, people: People) -> None:
+    inner = await people.owner.create(**ASKS)
+    outer = await people.owner.create(**calling(inner, wait=False))
+    async with worker(world):
+        execution_id = await executed(people.owner, outer)
+        outputs = (await ended(people.owner, execution_id))["outputs"]
+        (child,) = await children_of(people.owner, execution_id)
+        assert outputs["sub"] == {"executionId": child["id"]}
+        await question(people.owner, child["id"])
+        await say(people.owner, child["id"], "yes")
+        assert (await ended(people.owner, child["id"]))["status"] == "completed"
+
+
+# ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ON_ONE
+async def test_a_throttle_spreads_the_runs_of_all_workflows_with_its_key(
+    world: World, people: People
+) -> None:
+    config = {"limit": 5, "perSeconds": 1, "key": "crm"}
+    graph = {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "slow", "nodeId": "throttle", "config": config},
+        ],
+        "connections": [{"source": "start", "target": "slow"}],
+    }
+    workflows = [await people.owner.create(**graph) for _ in range(2)]
+    async with worker(world):
+        runs = [await executed(people.owner, workflow_id) for workflow_id in workflows * 2]
+        for execution_id in runs:
+            assert (await ended(people.owner, execution_id))["status"] == "completed"
+    spans = [
+        (await got(people.owner, f"/{execution_id}/spans?node_id=slow"))["spans"][0] for execution_id in runs
+    ]
+    times = sorted(datetime.fromisoformat(span["endedAt"]) for span in spans)
+    assert times[-1] - times[0] >= timedelta(seconds=0.59)

@@ -1,0 +1,44 @@
+"""Data sources for the examples of nodes: whatever kind of database they name, they get a SQLite with a few rows."""
+
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from engine.services import Bucket, Caller, SqlDatabase
+from nodes.connections.connections import Connections
+from nodes.connections.policy import ConnectionPolicy
+from nodes.connections.source import Source
+
+SOURCE_ID = "ds_001"
+TABLES = """
+CREATE TABLE orders (id INTEGER PRIMARY KEY, country TEXT, total REAL);
+INSERT INTO orders VALUES (1, 'NO', 42.5), (2, 'NO', 7), (3, 'SE', 1);
+"""
+
+
+class SampleDataSources:
+    """Implements `DataSources` and `Sources` with one data source, over which anybody may dispose."""
+
+    def __init__(self, folder: Path) -> None:
+        self.connections = Connections(self, ConnectionPolicy(files=folder))
+        self._folder = folder
+
+    async def find(self, caller: Caller, source_id: str) -> Source:
+        assert source_id == SOURCE_ID
+        file = self._folder / caller.organization_id / "sample.db"
+        if not file.exists():
+            file.parent.mkdir()
+            with closing(sqlite3.connect(file)) as connection:
+                connection.executescript(TABLES)
+        return Source(source_id, caller.organization_id, "sqlite", 1, {"file": "sample.db"}, {})
+
+    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
+        assert type in {"postgresql", "mysql", "sqlite"}
+        return await self.connections.database(caller, source_id, "sqlite")
+
+    async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+        raise AssertionError(f"{caller} asked for the bucket of {source_id}")
+
+    async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
+        raise AssertionError(f"{caller} asked for what {source_id} sends to {url}")

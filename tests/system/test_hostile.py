@@ -1,0 +1,703 @@
+"""Hostile graphs and data: each ends in the limit that names it, and a neighbour on the same worker hardly notices."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import psutil
+import pytest
+
+from models.access import KeyScope, Role
+from models.execution import TERMINAL
+from models.settings import Settings
+from pilotflame import accounts
+from tests.system import flows, harness
+from tests.system.client import Client
+from tests.system.flows import START, chain, sets, workflow
+from tests.system.moments import wait_until
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from engine.values import Json
+    from tests.system.harness import OneProcess
+
+Workflow: TypeAlias = "dict[str, Json]"
+
+LONGEST_DELAY_SECONDS = 1.0
+"""The neighbour's run takes no longer, from the request to the answer."""
+PROBE_SECONDS = 0.1
+SANE_BYTES = 500 << 20
+END_SECONDS = 30.0
+SMALL = {
+    "MAX_LOOP_ITEMS": "1000",
+    "MAX_ITERATIONS": "3000",
+    "MAX_RUN_DEPTH": "4",
+    "MAX_SUB_RUNS": "12",
+    "CONCURRENCY": "50",
+}
+ELEMENTS = 1_000_000
+
+
+# ── the world ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Neighbour:
+    """Another organisation, which runs one and the same small workflow all the time."""
+
+    client: Client
+    workflow_id: str = ""
+    delays: list[float] = field(default_factory=list)
+
+    async def live(self) -> None:
+        while True:
+            began_at = time.monotonic()
+            ended = await self.client.end(await self.client.execute(self.workflow_id), within=END_SECONDS)
+            self.delays.append(time.monotonic() - began_at)
+            assert ended.status == "completed"
+            await asyncio.sleep(max(0.0, PROBE_SECONDS - self.delays[-1]))
+
+
+@dataclass
+class World:
+    """One process of everything, whoever attacks it, and whoever lives there too."""
+
+    deployment: OneProcess
+    client: Client
+    neighbour: Neighbour
+    folder: Path
+    upstream: str = ""
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self.deployment.gateway.process_id)
+
+    async def asked(self, method: str, path: str, body: Json = None) -> httpx2.Response:
+        return await self.client.send(method, path, body)
+
+    async def failure(self, graph: Mapping[str, Json], inputs: Mapping[str, Json] | None = None) -> str:
+        """Have a graph run to its failure; returns the code and message of the node, or of the run, that failed."""
+        execution_id = await self.client.execute(await self.client.create(graph), inputs)
+        ended = await self.client.end(execution_id, within=END_SECONDS)
+        assert ended.status == "failed", ended
+        spans = (await self.asked("GET", f"/executions/{execution_id}/spans?status=failed")).json()["spans"]
+        failed = [span["error"] for span in spans if span.get("error")]
+        error = failed[0] if failed else (await self.client.progress(execution_id))["error"]
+        return f"{error['code']}: {error['message']}"
+
+    async def all_fail(self, attacks: Iterable[tuple[Workflow, Mapping[str, Json], str]]) -> None:
+        """Have graphs run all at once, each to the failure that is expected of it."""
+        attacks = list(attacks)
+        found = await asyncio.gather(*(self.failure(graph, inputs) for graph, inputs, _ in attacks))
+        assert not [
+            (text, expected)
+            for text, (_, _, expected) in zip(found, attacks, strict=True)
+            if expected not in text
+        ]
+
+    async def completes(
+        self, graph: Mapping[str, Json], inputs: Mapping[str, Json] | None = None
+    ) -> Mapping[str, Any]:
+        """Have a graph run to its end; returns the outputs of its leaves."""
+        execution_id = await self.client.execute(await self.client.create(graph), inputs)
+        ended = await self.client.end(execution_id, within=END_SECONDS)
+        assert ended.status == "completed", ended
+        return ended.outputs
+
+    async def refusal(self, graph: Mapping[str, Json]) -> str:
+        """Have a graph refused before it is saved; returns the answer."""
+        response = await self.asked("POST", "/workflows", dict(graph))
+        assert response.is_client_error, response.text
+        return response.text
+
+
+@pytest.fixture(scope="module")
+async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    folder = tmp_path_factory.mktemp("hostile")
+    async with harness.one_process(folder, **SMALL) as deployment, serving() as upstream:
+        client = Client(deployment.url)
+        response = await client.answer("GET", "/auth/whoami")  # the first organisation is there
+        assert response.status_code == HTTPStatus.OK
+        neighbour = Neighbour(Client(deployment.url, key=await _key_of_another(deployment, folder)))
+        neighbour.workflow_id = await neighbour.client.create(chain(sets("done")))
+        life = asyncio.create_task(neighbour.live())
+        yield World(deployment, client, neighbour, folder, upstream)
+        life.cancel()
+        with suppress(asyncio.CancelledError):
+            await life
+        await client.close()
+        await neighbour.client.close()
+
+
+async def _key_of_another(deployment: OneProcess, folder: Path) -> str:
+    secret = deployment.gateway.environment["PILOTFLAME_SECRET_KEY"]
+    settings = Settings.model_validate({"data_dir": folder, "secret_key": secret})
+    organization_id = await accounts.create_organization(settings, "Neighbours")
+    await accounts.create_user(settings, organization_id, "n@example.com", "Neighbour", Role.ADMIN)
+    return await accounts.create_key(settings, organization_id, "n@example.com", "key", list(KeyScope), None)
+
+
+@pytest.fixture(autouse=True)
+async def _nobody_waits(world: World) -> AsyncIterator[None]:
+    """The neighbour goes on as ever, during each test and right after it."""
+    delays = world.neighbour.delays
+    delays.clear()
+    yield
+    so_far = len(delays)
+    await wait_until(lambda: len(delays) >= so_far + 2, what="the neighbour's runs end")
+    assert max(delays) < LONGEST_DELAY_SECONDS
+
+
+def node(node_id: str, type: str, **config: Json) -> dict[str, Json]:  # noqa: A002 - the field's own word
+    return {"id": node_id, "nodeId": type, "config": config}
+
+
+def op(name: str, *args: Json) -> Json:
+    return {"$op": name, "args": [*args]}
+
+
+NUMBERS = node("numbers", "set", values={"all": op("range", ELEMENTS)})
+
+
+def computes(value: Json) -> Workflow:
+    """Return a workflow that computes one value, of a list of a million numbers."""
+    return chain(NUMBERS, node("bomb", "set", values={"value": value}))
+
+
+def asks(condition: Json) -> Workflow:
+    return chain(NUMBERS, node("bomb", "conditional", condition=condition))
+
+
+def runs_code(source: str, **config: Json) -> Workflow:
+    return chain(node("bomb", "code", source=source, **{"timeoutSeconds": 1, "maxMemoryMb": 32, **config}))
+
+
+# ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ladder(rungs: int, *, hands_on: bool) -> Workflow:
+    """Return 2^n ways from top to bottom: each rung is two nodes that get what both of the rung above gave."""
+    nodes, edges, above = [START], [], ["start"]
+    for rung in range(rungs):
+        pair = [f"left{rung}", f"right{rung}"]
+        nodes += [sets(one) if hands_on else node(one, "template", text="step") for one in pair]
+        edges += [f"{upper}>{lower}" for upper in above for lower in pair]
+        above = pair
+    return workflow(nodes, " ".join(edges))
+
+
+async def test_a_cycle_is_refused(world: World) -> None:
+    graph = workflow([START, sets("one"), sets("two")], "start>one one>two two>one")
+    assert "The connections form a cycle" in await world.refusal(graph)
+
+
+async def test_one_node_more_than_the_limit_is_refused(world: World) -> None:
+    graph = workflow([START, *(sets(f"n{number}") for number in range(10_000))], "")
+    assert "10000" in await world.refusal(graph)
+
+
+async def test_data_that_doubles_at_each_join_ends_in_the_limit_of_an_output(world: World) -> None:
+    assert "output-too-large: " in (failed := await world.failure(ladder(40, hands_on=True)))
+    assert "PILOTFLAME_MAX_OUTPUT_BYTES" in failed
+
+
+async def test_ten_thousand_nodes_with_2_to_the_5000_ways_through_them_are_each_run_once(
+    world: World,
+) -> None:
+    await world.completes(ladder(4_990, hands_on=False))
+
+
+async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: World) -> None:
+    graph = chain(*(node(f"n{number}", "template", text="step") for number in range(300)))
+    workflow_id = await world.client.create(graph)
+    executions = [await world.client.execute(workflow_id) for _ in range(50)]
+    for execution_id in executions:
+        assert (await world.client.end(execution_id, within=30)).status == "completed"
+
+
+# ── runs of runs, and loops ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def _calling_one_another(world: World, count: int, *nodes: flows.Node, edges: str = "") -> str:
+    """Return the first of workflows that call one another in a circle."""
+    ids = [await world.client.create(chain(sets("done"))) for _ in range(count)]
+    for caller, called in zip(ids, [*ids[1:], ids[0]], strict=True):
+        call = node("call", "sub-workflow", workflowId=called)
+        graph = workflow([START, *nodes, call], edges) if nodes else chain(call)
+        response = await world.asked("PUT", f"/workflows/{caller}", graph)
+        assert response.status_code == HTTPStatus.OK, response.text
+    return ids[0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_workflows_that_call_themselves_or_one_another_end_in_the_limit_of_depth(
+    world: World, count: int
+) -> None:
+    execution_id = await world.client.execute(await _calling_one_another(world, count))
+    assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
+    runs = await _line_of(world, execution_id)
+    assert len(runs) == 1 + int(SMALL["MAX_RUN_DEPTH"])
+    assert "PILOTFLAME_MAX_RUN_DEPTH" in runs[-1]["error"]["message"]
+
+
+async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(world: World) -> None:
+    items: Json = [*range(5)]
+    loop = node("loop", "loop", items=items, concurrency=5)
+    workflow_id = await _calling_one_another(world, 1, loop, edges="start>loop loop:continue>call")
+    execution_id = await world.client.execute(workflow_id)
+    assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
+
+    async def runs() -> list[dict[str, Any]] | None:
+        listed = await world.asked("GET", f"/executions?workflow_id={workflow_id}&limit=100")
+        found: list[dict[str, Any]] = listed.json()["executions"]
+        return found if {run["status"] for run in found} <= TERMINAL else None
+
+    assert len(await wait_until(runs, what="nothing of it runs any more")) == 1 + int(SMALL["MAX_SUB_RUNS"])
+
+
+async def _line_of(world: World, execution_id: str) -> list[dict[str, Any]]:
+    """Return a run, the one that it started, and so on."""
+    line = []
+    while True:
+        line.append((await world.asked("GET", f"/executions/{execution_id}")).json())
+        children = (await world.asked("GET", f"/executions?parent_id={execution_id}")).json()["executions"]
+        if not children:
+            return line
+        (child,) = children
+        execution_id = child["id"]
+
+
+async def test_loops_end_in_their_limits_of_items_and_of_turns(world: World) -> None:
+    def loops(*counts: int) -> Workflow:
+        nodes = [node(f"loop{depth}", "loop", items=[0] * count) for depth, count in enumerate(counts)]
+        edges = [
+            "start>loop0",
+            *(f"loop{depth}:continue>loop{depth + 1}" for depth in range(len(counts) - 1)),
+        ]
+        last = f"loop{len(counts) - 1}"
+        return workflow(
+            [START, *nodes, node("body", "template", text="turn")],
+            " ".join([*edges, f"{last}:continue>body"]),
+        )
+
+    many = await world.failure(loops(1_001))
+    nested = await world.failure(loops(60, 60))
+    assert many.startswith("too-many-items: ")
+    assert "PILOTFLAME_MAX_LOOP_ITEMS" in many
+    assert nested.startswith("too-many-iterations: ")
+    assert "PILOTFLAME_MAX_ITERATIONS" in nested
+
+
+# ── expressions ─────────────────────────────────────────────────────────────────────────────────────────────
+
+ALL = "{{ nodes.numbers.all }}"
+TOO_MUCH = "more than 10,000,000 characters or elements"
+DEEP: Json = "x"
+for _ in range(70):
+    DEEP = [DEEP]
+
+
+BOMBS = (
+    (computes([op("length", op("unique", ALL))] * 400), TOO_MUCH),
+    (computes([op("length", op("from-json", op("to-json", ALL)))] * 9), TOO_MUCH),
+    (computes([op("length", op("sort", ALL))] * 400), TOO_MUCH),
+    (computes([op("range", ELEMENTS)] * 9), "output-too-large"),
+    (computes(op("concat", *[op("pad", "x", 1_000_000)] * 50)), TOO_MUCH),
+    (computes(op("replace", op("pad", "", 5_000, "x"), "x", op("pad", "", 5_000))), "10,000,000 characters"),
+    (computes(f"{ALL} {ALL}"), TOO_MUCH),
+    (computes(op("multiply", 1e308, 10)), "too large"),
+    (computes(op("range", 10**12)), "1,000,000 elements"),
+    (asks({"any": [{"left": ALL, "operator": "contains", "right": -1}] * 1_000}), TOO_MUCH),
+    (asks({"all": [{"left": ALL, "operator": "equals", "right": ALL}] * 1_000}), TOO_MUCH),
+    (chain(NUMBERS, node("bomb", "template", text=ALL * 20)), TOO_MUCH),
+    (chain(NUMBERS, node("bomb", "map", items=[*range(50)], value=ALL)), "output-too-large"),
+    (chain(NUMBERS, node("bomb", "sort", items=ALL)), "too-many-items"),
+)
+
+
+async def test_an_expression_bomb_ends_in_its_limit(world: World) -> None:
+    await world.all_fail((graph, {}, expected) for graph, expected in BOMBS)
+
+
+async def test_expressions_that_are_too_many_or_too_deep_are_refused(world: World) -> None:
+    assert "at most 1,000 operations" in await world.refusal(computes([op("lower", "A")] * 1_001))
+    assert "64 deep" in await world.refusal(computes(DEEP))
+
+
+async def test_a_body_of_millions_of_numbers_is_taken_in_without_a_pause(world: World) -> None:
+    await world.completes(chain(node("note", "log", message="here")), {"numbers": [7] * 2_000_000})
+
+
+async def test_a_long_list_is_sorted_and_searched_without_a_pause(world: World) -> None:
+    items = op("slice", ALL, 0, 100_000)
+    found: Json = {"left": "{{ data.some }}", "operator": "contains", "right": "{{ item }}"}
+    graph = chain(
+        NUMBERS,
+        node("some", "set", values={"some": items}, mode="replace"),
+        node("sort", "sort", items="{{ data.some }}", by=["{{ item }}"] * 3),
+        node("less", "set", values={"some": op("slice", "{{ nodes.sort.items }}", 0, 3)}, mode="replace"),
+        node("filter", "filter", items="{{ data.some }}", condition=found),
+    )
+    assert (await world.completes(graph))["filter"]["count"] == 3
+
+
+# ── code, patterns and documents ────────────────────────────────────────────────────────────────────────────
+
+
+CODE = (
+    ("while True: pass", "timeout: "),
+    ("while True: print('more')", "timeout: "),
+    ("10 ** 10 ** 7", "timeout: "),
+    ("x = [0]\nwhile True: x = x + x", "out-of-memory: "),
+    ("'x' * 10 ** 10", "out-of-memory: "),
+    ("[1] * 5_000_000", "out-of-memory: "),
+    ("def f(): return f()\nf()", "RecursionError"),
+    ("import os\nos.fork()", "code-error: "),
+    ("import socket", "code-error: "),
+    ("open('/etc/passwd').read()", "code-error: "),
+    ("__import__('os').system('id')", "code-error: "),
+    ("().__class__.__bases__[0].__subclasses__()", "code-error: "),
+    ("raise ValueError('x' * 100_000)", "code-error: ValueError: "),
+    ("raise SystemExit", "code-error: SystemExit"),
+    ("[float('nan')]", "not-finite: "),
+    ("'\\0'", "nul-character: "),
+    ("x = 0\nfor _ in range(99): x = [x]\nx", "too-deep: "),
+)
+
+
+async def test_code_ends_in_its_limits(world: World) -> None:
+    await world.all_fail((runs_code(source), {}, expected) for source, expected in CODE)
+
+
+LAUGHS = (
+    '<!DOCTYPE l [<!ENTITY a "ha">'
+    + "".join(f'<!ENTITY {chr(98 + depth)} "{f"&{chr(97 + depth)};" * 10}">' for depth in range(9))
+    + "]><l>&j;</l>"
+)
+SECRET = '<!DOCTYPE l [<!ENTITY a SYSTEM "file:///etc/passwd">]><l>&a;</l>'
+
+
+TEXT = "{{ data.body.text }}"
+DOCUMENTS: Sequence[tuple[flows.Node, str, str]] = (
+    (node("bomb", "regex", text=TEXT, pattern="(?:a?){1000}a{1000}"), "a" * 900_000, "input-too-large"),
+    (node("bomb", "regex", text=TEXT, pattern="\\pL{1000}"), "a", "invalid-pattern"),
+    (node("bomb", "regex", text=TEXT, pattern="(.)" * 101), "a", "invalid-pattern"),
+    (node("bomb", "regex", text=TEXT, pattern="a", operation="find-all"), "a" * 900_000, "too-many-matches"),
+    (node("bomb", "xml-parse", text=TEXT), LAUGHS, "document-type-refused"),
+    (node("bomb", "xml-parse", text=TEXT), SECRET, "document-type-refused"),
+    (node("bomb", "xml-parse", text=TEXT), "<a>" * 500_000, "too-deep"),
+    (node("bomb", "xml-parse", text=TEXT), f"<a>{'<b/>' * 1_000_000}</a>", "too-many-elements"),
+    (node("bomb", "html-extract", html=TEXT, fields={"a": {"selector": "a"}}), "<div>" * 500_000, "too-deep"),
+    (node("bomb", "json-parse", text=TEXT), "[" * 4_000_000, "too-many-values"),
+    (node("bomb", "json-parse", text=TEXT), "9" * 4_000_000, "invalid-json"),
+    (node("bomb", "csv-parse", text=TEXT), ",".join(map(str, range(1_000_000))), "too-many-columns"),
+    (node("bomb", "excel-parse", file=TEXT), "UEsDBA==", "invalid-workbook"),
+)
+
+
+async def test_a_pattern_or_document_ends_in_its_limit(world: World) -> None:
+    await world.all_fail((chain(bomb), {"text": text}, expected) for bomb, text, expected in DOCUMENTS)
+
+
+async def test_a_pattern_that_others_never_come_to_the_end_of_takes_no_time(world: World) -> None:
+    for pattern in ("(a+)+$", "(a|a)*b", "(.*)*b"):
+        await world.completes(
+            chain(node("find", "regex", text=TEXT, pattern=pattern)), {"text": "a" * 100_000 + "!"}
+        )
+
+
+# ── databases ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world: World) -> None:
+    whoami = (await world.asked("GET", "/auth/whoami")).json()
+    files = world.folder / "files" / whoami["organizationId"]
+    files.mkdir(parents=True)
+    with sqlite3.connect(files / "shop.db") as database:
+        database.execute("CREATE TABLE person (name TEXT)")
+        database.execute("INSERT INTO person VALUES ('Ada')")
+    database.close()
+    made = await world.asked(
+        "POST", "/datasources", {"name": "Shop", "type": "sqlite", "settings": {"file": "shop.db"}}
+    )
+    assert made.status_code == HTTPStatus.CREATED, made.text
+    source_id = made.json()["dataSourceId"]
+
+    def reads(query: str, *parameters: Json) -> Workflow:
+        config: dict[str, Json] = {"dataSource": source_id, "query": query, "parameters": [*parameters]}
+        return chain(node("read", "sqlite-source", **config, timeoutSeconds=1))
+
+    hostile = "' OR 1=1; DROP TABLE person; --"
+    found = await world.completes(reads("SELECT * FROM person WHERE name = ?", hostile))
+    assert found["read"]["count"] == 0
+    assert "statement-refused: " in await world.failure(reads("SELECT 1; DROP TABLE person"))
+    assert await world.failure(reads("DELETE FROM person"))
+    assert await world.failure(reads("ATTACH DATABASE '/etc/passwd' AS a"))
+    assert await world.failure(reads("SELECT load_extension('/tmp/x.so')"))
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    assert await world.failure(reads(endless))
+    assert await world.failure(reads("SELECT hex(zeroblob(900000000))"))
+    table = 'person"; DROP TABLE person; --'
+    rows: Json = [{"name": "x"}]
+    named = node("write", "sqlite-destination", dataSource=source_id, table=table, rows=rows)
+    assert await world.failure(chain(named))
+    assert (await world.completes(reads("SELECT * FROM person")))["read"]["count"] == 1
+
+
+# ── upstreams ───────────────────────────────────────────────────────────────────────────────────────────────
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+BOMB = gzip.compress(b"\0" * 50_000_000)
+ENDLESS: Mapping[str, tuple[bytes, bytes, float]] = {
+    "/drip": (HEAD + b"Content-Length: 999999\r\n\r\n", b"x", 0.05),
+    "/slow-head": (HEAD, b"X-One: 1\r\n", 0.05),
+    "/headers": (HEAD, b"X-One: " + b"1" * 1_000 + b"\r\n", 0),
+    "/line": (HEAD + b"X-One: ", b"1" * 1_000, 0),
+    "/body": (HEAD + b"\r\n", b"x" * 65_536, 0),
+    "/chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 10_000, 0),
+}
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[str]:
+    """Serve answers that nobody should have to read."""
+    tasks: set[asyncio.Task[Any]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            path = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1].decode()
+            await _answer(path, writer)
+        writer.close()
+        tasks.discard(task)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _answer(path: str, writer: asyncio.StreamWriter) -> None:
+    if path in ENDLESS:
+        head, more, pause_seconds = ENDLESS[path]
+        writer.write(head)
+        while True:
+            writer.write(more)
+            await writer.drain()
+            await asyncio.sleep(pause_seconds)
+    elif path.startswith("/to/"):
+        writer.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n" % path[4:].encode())
+    elif path == "/gzip":
+        length = len(BOMB)
+        writer.write(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % length + BOMB)
+    else:
+        body = b"[" + b"1," * 3_000_000 + b"1]"
+        kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        writer.write(HEAD + kind + body)
+    await writer.drain()
+
+
+def fetches(url: str, **config: Json) -> Workflow:
+    return chain(node("fetch", "http-request", url=url, **{"timeoutSeconds": 1, **config}))
+
+
+UPSTREAMS = (
+    ("/drip", "timed-out"),
+    ("/slow-head", "timed-out"),
+    ("/headers", "invalid-response"),
+    ("/line", "invalid-response"),
+    ("/body", "response-too-large"),
+    ("/chunks", "invalid-response"),
+    ("/gzip", "response-too-large"),
+    ("/to//to/x", "too-many-redirects"),
+    ("/to/http://127.0.0.2/", "address-not-allowed"),
+    ("/to/http://169.254.169.254/latest/meta-data", "address-not-allowed"),
+    ("/to/http://[::ffff:10.0.0.1]/", "address-not-allowed"),
+    ("/to/http://2130706434/", "invalid-url"),
+    ("/to/file:///etc/passwd", "invalid-url"),
+)
+
+
+async def test_an_upstream_ends_in_its_limit(world: World) -> None:
+    await world.all_fail((fetches(world.upstream + path), {}, expected) for path, expected in UPSTREAMS)
+
+
+async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(world: World) -> None:
+    workflow_id = await world.client.create(fetches(f"{world.upstream}/drip", timeoutSeconds=1))
+    executions = [await world.client.execute(workflow_id) for _ in range(2 * int(SMALL["CONCURRENCY"]))]
+    for execution_id in executions:
+        assert (await world.client.end(execution_id, within=30)).status == "failed"
+
+
+async def test_a_large_answer_is_read_without_a_pause(world: World) -> None:
+    await world.completes(fetches(f"{world.upstream}/json", timeoutSeconds=10))
+
+
+async def test_nobody_is_told_of_an_end_at_a_private_address(world: World) -> None:
+    workflow_id = await world.client.create(chain(sets("done")))
+    for host in ("127.0.0.2", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:192.168.0.1]"):
+        response = await world.asked(
+            "POST", f"/workflows/{workflow_id}/execute", {"callbackUrl": f"http://{host}:8080/hook"}
+        )
+        assert response.status_code == HTTPStatus.UNPROCESSABLE_ENTITY, response.text
+
+
+# ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def doubling(joint: str) -> Json:
+    parts: dict[str, Json] = {
+        f"d{depth}": {joint: [{"$ref": f"#/$defs/d{depth + 1}"}] * 2} for depth in range(40)
+    }
+    return {"$defs": {**parts, "d40": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+BRANCHING: Json = {
+    "anyOf": [{"type": "array", "items": {"$ref": "#"}}, {"type": "array", "items": {"$ref": "#"}}]
+}
+NESTED: Json = 1
+for _ in range(40):
+    NESTED = [NESTED]
+
+
+FORMS: Sequence[tuple[Json, Json, str]] = (
+    ({"$ref": "http://127.0.0.1:1/schema.json"}, {}, "invalid-schema"),
+    ({"$ref": "file:///etc/passwd"}, {}, "invalid-schema"),
+    (doubling("allOf"), 1, "invalid-schema"),
+    (doubling("anyOf"), 1, "invalid-schema"),
+    (BRANCHING, NESTED, "invalid-schema"),
+    ({"properties": {"a": {"pattern": "^(a+)+$"}}}, {"a": "a" * 50_000 + "!"}, "pattern"),
+    ({"properties": {"a": {"pattern": "(?=(a+)+b)(\\w+)\\1{3,}x"}}}, {"a": "a" * 5_000}, "pattern"),
+)
+
+
+async def test_a_form_with_an_evil_schema_refuses_its_answer(world: World) -> None:
+    responses = await asyncio.gather(*(_answered(world, schema, data) for schema, data, _ in FORMS))
+    for response, (_, _, expected) in zip(responses, FORMS, strict=True):
+        assert response.status_code == HTTPStatus.UNPROCESSABLE_ENTITY, response.text
+        assert expected in response.text
+
+
+async def test_a_form_whose_schema_is_none_is_refused(world: World) -> None:
+    refused = await world.refusal(
+        chain(node("ask", "human-input", title="Yes?", schema={"type": "nonsense"}))
+    )
+    assert "schema.type" in refused
+
+
+async def test_a_form_that_refers_to_itself_takes_any_answer(world: World) -> None:
+    response = await _answered(world, {"$ref": "#"}, {"any": "thing"})
+    assert response.status_code == HTTPStatus.OK, response.text
+
+
+async def _answered(world: World, schema: Json, data: Json) -> httpx2.Response:
+    graph = chain(node("ask", "human-input", title="Yes?", schema=schema))
+    execution_id = await world.client.execute(await world.client.create(graph))
+    await wait_until(partial(world.client.has_status, execution_id, "waiting"))
+    try:
+        return await world.asked("POST", f"/executions/{execution_id}/input", {"nodeId": "ask", "data": data})
+    finally:
+        await world.client.ask(execution_id, "cancel")
+
+
+# ── what is given in the place of what was run ──────────────────────────────────────────────────────────────
+
+
+async def test_a_forged_blob_leads_nowhere(world: World) -> None:
+    forged: Json = {"$blob": {"sha256": "0" * 64, "size": 1, "type": "text/csv", "name": "../../etc/passwd"}}
+    path: Json = {"$blob": {"sha256": "../../../../etc/passwd", "size": 1, "type": "text/csv", "name": "a"}}
+    graph = chain(node("parse", "file-parse", blob="{{ data.body.blob }}", format="csv"))
+    assert "blob-not-found" in await world.failure(graph, {"blob": forged})
+    assert "invalid-blob" in await world.failure(graph, {"blob": path})
+
+
+async def test_what_is_pinned_has_its_limits(world: World) -> None:
+    workflow_id = await world.client.create(chain(sets("one"), sets("two")))
+    execute = partial(world.asked, "POST", f"/workflows/{workflow_id}/execute")
+    unknown: list[Json] = [
+        {"pinned": {"one": "x" * 1_000_001}},
+        {"pinned": {"nothing": 1}},
+        {"upTo": "nothing"},
+        {"upTo": "x" * 1_000},
+        {"pinned": {f"n{number}": 1 for number in range(20_000)}},
+    ]
+    for body in unknown:
+        response = await execute(body)
+        assert response.status_code == HTTPStatus.UNPROCESSABLE_ENTITY, response.text
+
+
+# ── the others, and the end ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_nothing_of_one_organisation_is_there_for_another(world: World) -> None:
+    graph = chain(node("ask", "human-input", title="Yes?"))
+    workflow_id = await world.client.create(graph)
+    execution_id = await world.client.execute(workflow_id)
+    await wait_until(partial(world.client.has_status, execution_id, "waiting"))
+    made = await world.asked(
+        "POST", "/datasources", {"name": "Theirs", "type": "webhook-secret", "secrets": {"secret": "x" * 40}}
+    )
+    source_id = made.json()["dataSourceId"]
+    other = world.neighbour.client
+    asked: list[tuple[str, str, Json]] = [
+        ("GET", f"/datasources/{source_id}", None),
+        ("PUT", f"/datasources/{source_id}", {"name": "Mine"}),
+        ("DELETE", f"/datasources/{source_id}", None),
+        ("POST", f"/datasources/{source_id}/test", None),
+        ("GET", f"/datasources/{source_id}/share", None),
+        ("PUT", f"/datasources/{source_id}/visibility", {"isPublic": True}),
+        ("GET", f"/executions/{execution_id}", None),
+        ("GET", f"/executions/{execution_id}/spans", None),
+        ("GET", f"/executions/{execution_id}/blobs/{'0' * 64}", None),
+        ("GET", f"/executions/{execution_id}/pending-inputs", None),
+        ("POST", f"/executions/{execution_id}/input", {"nodeId": "ask", "data": 1}),
+        ("POST", f"/executions/{execution_id}/cancel", None),
+        ("POST", f"/workflows/{workflow_id}/nodes/ask/test", {"input": 1}),
+        ("POST", f"/workflows/{workflow_id}/execute", {"upTo": "ask"}),
+    ]
+    for method, path, body in asked:
+        response = await other.send(method, path, body)
+        assert response.status_code == HTTPStatus.NOT_FOUND, (method, path, response.text)
+        assert execution_id not in response.text.replace(path, "")
+    assert (await other.send("GET", f"/executions?parent_id={execution_id}")).json()["executions"] == []
+    assert source_id not in (await other.send("GET", "/datasources?limit=100")).text
+    calls = chain(node("call", "sub-workflow", workflowId=workflow_id))
+    uses = chain(node("fetch", "http-request", url=world.upstream, dataSource=source_id))
+    reaches = World(world.deployment, other, world.neighbour, world.folder)
+    for graph, code in ((calls, "workflow-not-found"), (uses, "data-source-not-found")):
+        made = await other.send("POST", "/workflows", graph)
+        if made.is_success:
+            assert code in await reaches.failure(graph)
+        else:
+            assert made.status_code == HTTPStatus.UNPROCESSABLE_ENTITY
+    await world.client.ask(execution_id, "cancel")
+
+
+async def test_afterwards_everything_is_as_it_was(world: World) -> None:
+    assert world.deployment.gateway.is_alive
+    ready = await world.asked("GET", "/../../readyz")
+    assert ready.status_code == HTTPStatus.OK, ready.text
+    await wait_until(lambda: world.process.memory_info().rss < SANE_BYTES, what="the memory is free again")
+
+    def is_idle() -> bool:
+        children = world.process.children(recursive=True)
+        return all(child.status() == psutil.STATUS_SLEEPING for child in children) and len(children) <= 12
+
+    await wait_until(is_idle, what="no child is left at work")

@@ -1,0 +1,326 @@
+"""Runs against a journal in memory that keeps the protocol: what wasn't committed is gone with its worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any, cast
+
+import msgspec.structs
+
+from engine.control import Control
+from engine.errors import LeaseLost, NodeError
+from engine.events import Ended, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.graph import Definition, Graph
+from engine.limits import Limits
+from engine.node import Call, Compile, Effect, EffectRule, NodeType, Run, Wait
+from engine.program import Program
+from engine.run import DEFAULT_LIMITS, Start, run
+from engine.services import Caller, Services
+from engine.values import Json, decode
+from tests.calls import NoNetwork
+
+PATIENCE_SECONDS = 5.0
+FAST_RETRY: dict[str, Json] = {"retry": {"maxAttempts": 3, "backoff": 0.01}}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A node type made up for a test."""
+
+    effect: Effect
+    run: Run
+    compiled: Mapping[str, Compile] = field(default_factory=dict)
+    version: str = "1.0.0"
+    joins: bool = False
+    loops: bool = False
+
+
+def pure(run: Run, **more: Any) -> Kind:  # noqa: ANN401 - the other fields of Kind
+    return Kind(Effect.PURE, run, **more)
+
+
+def read(run: Run) -> Kind:
+    return Kind(Effect.READ, run)
+
+
+def write(run: Run) -> Kind:
+    return Kind(Effect.WRITE, run)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The catalogue of them: every config is right."""
+
+    kinds: Mapping[str, Kind]
+
+    def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002, ARG002 - the protocol's words
+        kind = self.kinds[type]
+        return NodeType(
+            type=type,
+            name=type,
+            version=kind.version,
+            category="test",
+            description="",
+            effect=EffectRule(kind.effect),
+            config_schema={},
+            trigger_kind="manual" if type == "start" else None,
+            compiled=kind.compiled,
+            joins=kind.joins,
+            loops=kind.loops,
+            outputs=("continue", "done") if kind.loops else ("output",),
+        )
+
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002 - the protocol's signature
+        return dict(config)
+
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
+        return []
+
+
+def program(
+    drawing: str,
+    kinds: Mapping[str, Kind] | None = None,
+    nodes: Mapping[str, Mapping[str, Json]] | None = None,
+    settings: Mapping[str, Json] | None = None,
+    trial: Mapping[str, Json] | None = None,
+) -> Program:
+    """Compile a graph drawn as `start > look > pay1; look:error > pay2`: a node's type is its id without digits."""
+    paths = [[step.strip() for step in path.split(">")] for path in drawing.split(";")]
+    edges = [edge for path in paths for edge in pairwise(path)]
+    ids = dict.fromkeys(step.partition(":")[0] for path in paths for step in path)
+    options = nodes or {}
+    stored: Definition = {
+        "nodes": [
+            {"id": node_id, "type": node_id.rstrip("0123456789"), **options.get(node_id, {})}
+            for node_id in ids
+        ],
+        "connections": [
+            {
+                "id": f"{source} {target}",
+                "source": source.partition(":")[0],
+                "sourcePort": source.partition(":")[2],
+                "target": target.partition(":")[0],
+            }
+            for source, target in edges
+        ],
+        "settings": cast("Json", settings or {}),
+        **(trial or {}),
+    }
+    known: dict[str, Kind] = {"start": pure(echo), "echo": pure(echo), **(kinds or {})}
+    return Program.of(Graph.of(stored), Kinds(known), lambda kind: known[kind].run)
+
+
+def echo(call: Call) -> Json:
+    return call.data
+
+
+async def pause(call: Call) -> Json:
+    await asyncio.sleep(0)
+    return call.data
+
+
+async def for_ever(_call: Call) -> Json:
+    return await asyncio.Event().wait()
+
+
+def fail(call: Call) -> Json:
+    raise NodeError(f"{call.idempotency_key} is broken", retryable=True)
+
+
+class Notebook:
+    """The journal: `rows` and `lines` are durable, the rest would be lost with the worker."""
+
+    def __init__(self, recorded: Sequence[Span] = ()) -> None:
+        self.rows = {(span.node_id, span.iteration): span for span in recorded}
+        self.lines: list[LogLine] = []
+        self.commits = 0
+        self.is_held = True
+        self.may_commit = asyncio.Event()
+        self.may_commit.set()
+        self.is_committing = asyncio.Event()
+        self._told: list[Span | LogLine] = []
+
+    def record(self, span: Span) -> None:
+        self._told.append(span)
+
+    def log(self, line: LogLine) -> None:
+        self._told.append(line)
+
+    def holds_lease(self) -> bool:
+        return self.is_held
+
+    async def commit(self) -> None:
+        taken, self._told = self._told, []
+        if not taken:
+            return
+        self.is_committing.set()
+        await asyncio.sleep(0)
+        await self.may_commit.wait()
+        self.is_committing.clear()
+        if not self.is_held:
+            raise LeaseLost
+        self.commits += 1
+        for one in taken:
+            if isinstance(one, Span):
+                self.rows[one.node_id, one.iteration] = one
+            else:
+                self.lines.append(one)
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """Those of nodes outside of loops, and of loops as a whole."""
+        return {node_id: span for (node_id, iteration), span in self.rows.items() if not iteration}
+
+    def status(self, node_id: str, iteration: str = "") -> SpanStatus | None:
+        span = self.rows.get((node_id, iteration))
+        return None if span is None else span.status
+
+    def output(self, node_id: str, iteration: str = "") -> Json:
+        output = self.rows[node_id, iteration].output
+        return None if output is None else decode(output)
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        return {node_id: span.status.value for node_id, span in self.spans.items()}
+
+
+class Stream(Notebook):
+    """A notebook that keeps every span in the order in which it was recorded."""
+
+    def __init__(self, recorded: Sequence[Span] = ()) -> None:
+        super().__init__(recorded)
+        self.stream: list[Span] = []
+
+    def record(self, span: Span) -> None:
+        super().record(span)
+        self.stream.append(span)
+
+    async def commit(self) -> None:
+        # Long enough for several branches to arrive meanwhile.
+        for _ in range(4):
+            await asyncio.sleep(0)
+        await super().commit()
+
+
+class Worker:
+    """One worker's stretch of work on a run, as the executor does it."""
+
+    def __init__(
+        self,
+        program: Program,
+        trigger: Json = None,
+        *,
+        recorded: Sequence[Span] = (),
+        seconds: float = 60.0,
+        signals: Mapping[tuple[str, str], bytes] | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        services: Services | None = None,
+    ) -> None:
+        self.program = program
+        self.limits = limits
+        self.services = services or Services(http=NoNetwork())
+        self.notebook = Notebook(recorded)
+        self.control = Control()
+        now = datetime.now(UTC)
+        self.start = Start(
+            caller=Caller("org_1", "user_1", "wf_1", "exec_2", "exec_1"),
+            trigger=trigger,
+            deadline=now + timedelta(seconds=seconds),
+            started_at=now,
+            recorded=recorded,
+            sequence=max((span.sequence for span in recorded), default=0),
+            signals=signals or {},
+        )
+
+    async def work(self) -> Ended:
+        ended = await run(self.program, self.start, self.notebook, self.control, self.services, self.limits)
+        await self.notebook.commit()
+        return ended
+
+    def begin(self) -> asyncio.Task[Ended]:
+        return asyncio.create_task(self.work())
+
+
+async def finished(worker: Worker) -> Notebook:
+    """Work to the end, which must be a good one."""
+    assert await worker.work() == Ended(RunStatus.COMPLETED)
+    return worker.notebook
+
+
+async def soon(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
+
+
+def error_of(ended: Ended) -> RunError:
+    assert ended.status is RunStatus.FAILED
+    assert ended.error is not None
+    return ended.error
+
+
+# ── waits ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def woken(notebook: Notebook) -> list[Span]:
+    """Return what was recorded, as it reads when every wait is over."""
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
+
+
+def wait_of(seconds: float) -> Run:
+    def wait(call: Call) -> Wait:
+        return Wait(call.now + timedelta(seconds=seconds), output=call.data)
+
+    return wait
+
+
+# ── the outside ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Outside:
+    """One call that reached the outside world."""
+
+    key: str
+    body: Json
+
+
+class Ledger:
+    """The outside world: it keeps every effect, and, at each moment of a run, what was durable then."""
+
+    def __init__(self) -> None:
+        self.effects: list[Outside] = []
+        self.moments: list[tuple[list[Span], list[Outside]]] = []
+        self.notebook = Notebook()
+
+    async def write(self, call: Call) -> Json:
+        self.look()
+        body: Json = {"config": dict(call.config), "data": call.data}
+        self.effects.append(Outside(call.idempotency_key, body))
+        self.look()
+        await asyncio.sleep(0)
+        self.look()
+        return {"n": len(call.idempotency_key), "seen": call.data}
+
+    def look(self) -> None:
+        self.moments.append((list(self.notebook.rows.values()), list(self.effects)))
+
+
+class WatchedNotebook(Notebook):
+    """A notebook whose every step is a moment at which the worker might die."""
+
+    def __init__(self, ledger: Ledger, recorded: Sequence[Span]) -> None:
+        super().__init__(recorded)
+        self._ledger = ledger
+        ledger.notebook = self
+
+    def record(self, span: Span) -> None:
+        super().record(span)
+        self._ledger.look()
+
+    async def commit(self) -> None:
+        await super().commit()
+        self._ledger.look()

@@ -1,0 +1,202 @@
+"""Nodes that the engine completes: loops, questions to people, and other workflows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest
+
+from engine.errors import NodeError
+from engine.events import Ended, RunStatus
+from engine.graph import Graph
+from engine.node import Await, Awaited, Each, NodeType, Result
+from engine.program import Program
+from engine.services import Caller, Services
+from engine.values import Json, encode
+from nodes import catalog
+from tests.calls import NOW, NoNetwork, call
+from tests.unit.running import Notebook, Worker, error_of
+
+CATALOG = catalog.load()
+EXAMPLES = [
+    pytest.param(CATALOG.get(kind), example, id=f"{kind}-{number}")
+    for kind in ("loop", "human-input", "sub-workflow")
+    for number, example in enumerate(CATALOG.get(kind).examples)
+]
+
+
+@dataclass
+class OtherRuns:
+    """Starts nothing, and remembers what it was asked for."""
+
+    asked: list[tuple[str, Json, str, str, bool]] = field(default_factory=list)
+
+    async def start(
+        self,
+        caller: Caller,
+        workflow_id: str,
+        trigger_inputs: Json,
+        *,
+        node_id: str,
+        iteration: str,
+        awaited: bool,
+    ) -> str:
+        assert caller.execution_id == "exec_2"
+        self.asked.append((workflow_id, trigger_inputs, node_id, iteration, awaited))
+        return "exec_2"
+
+
+def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> Program:
+    """Compile a graph with one node; in the body of a loop each item goes on as it is."""
+    nodes: list[Json] = [
+        {"id": "start", "type": "manual"},
+        {"id": "node", "type": kind, "config": dict(config)},
+        {"id": "body", "type": "merge", "config": {"mode": "any"}},
+    ]
+    edges: list[Json] = [{"id": "1", "source": "start", "target": "node"}]
+    if kind == "loop" and body:
+        edges.append({"id": "2", "source": "node", "sourcePort": "continue", "target": "body"})
+    return Program.of(Graph.of({"nodes": nodes, "connections": edges}), CATALOG, CATALOG.implementation)
+
+
+async def run(program: Program, data: Json, answer: Json = None) -> tuple[Ended, Notebook, OtherRuns]:
+    """Run to the end; what is waited for comes when it is asked for."""
+    runs = OtherRuns()
+    services = replace(Services(http=NoNetwork()), runs=runs)
+    worker = Worker(program, data, services=services)
+    ended = await worker.work()
+    if ended.status is RunStatus.WAITING:
+        rows = list(worker.notebook.rows.values())
+        signals = {("node", ""): encode(answer)}
+        worker = Worker(program, data, recorded=rows, signals=signals, services=services)
+        ended = await worker.work()
+    return ended, worker.notebook, runs
+
+
+@pytest.mark.parametrize(("node_type", "example"), EXAMPLES)
+async def test_every_example_comes_true(node_type: NodeType, example: dict[str, Any]) -> None:
+    answer = {"output": example.get("output"), "port": example["port"]}
+    ended, notebook, _ = await run(program(node_type.type, example["config"]), example["input"], answer)
+    if "error" in example:
+        assert error_of(ended).message == example["error"]
+        return
+    assert ended == Ended(RunStatus.COMPLETED)
+    assert notebook.output("node") == example["output"]
+    expected = "done" if node_type.loops else example["port"]
+    assert notebook.spans["node"].port == expected
+
+
+# ── loop ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "expected"),
+    [
+        ({}, [1, 2], Each([1, 2])),
+        ({"items": [3]}, [1, 2], Each([3])),
+        ({"items": "{{ data.rows }}", "concurrency": 100}, {"rows": []}, Each([], concurrency=100)),
+        ({"onItemError": "continue"}, [], Each([], goes_on=True)),
+        ({"concurrency": "{{ data[0] }}"}, [7], Each([7], concurrency=7)),
+    ],
+)
+async def test_a_loop_takes_its_items_from_its_config_or_from_the_data(
+    config: dict[str, Json], data: Json, expected: Each
+) -> None:
+    assert (await call("loop", config, data)).outcome == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "word"),
+    [
+        ({}, {"rows": []}, "`items` must be a list"),
+        ({}, None, "`items` must be a list"),
+        ({"items": "{{ data }}"}, "text", "`items` must be a list"),
+        ({"concurrency": "{{ data[0] }}"}, [101], "from 1 to 100"),
+        ({"onItemError": "{{ data[0] }}"}, ["stop"], "one of fail, continue"),
+    ],
+)
+async def test_a_loop_refuses_what_it_can_not_walk_over(
+    config: dict[str, Json], data: Json, word: str
+) -> None:
+    with pytest.raises(NodeError, match=word):
+        await call("loop", config, data)
+
+
+# ── human input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_person_is_asked_in_the_words_of_the_config() -> None:
+    schema: Json = {"type": "object", "properties": {"amount": {"type": "number"}}}
+    config: dict[str, Json] = {
+        "title": "Refund order {{ data.order }}?",
+        "description": "It cost {{ data.price }}.",
+        "schema": schema,
+        "choices": [{"port": "yes", "label": "Refund"}, {"port": "no"}],
+        "expiresInSeconds": "{{ data.seconds }}",
+        "onExpiry": "continue",
+    }
+    called = await call("human-input", config, {"order": 7, "price": 9.5, "seconds": 60})
+    assert called.outcome == Await(
+        Awaited.INPUT,
+        request={
+            "title": "Refund order 7?",
+            "description": "It cost 9.5.",
+            "schema": schema,
+            "choices": [{"port": "yes", "label": "Refund"}, {"port": "no", "label": "no"}],
+        },
+        expires_at=NOW + timedelta(seconds=60),
+        expired=Result({"data": None, "choice": None, "by": None, "at": None}, port="expired"),
+    )
+
+
+async def test_a_question_waits_for_ever_unless_it_says_otherwise() -> None:
+    called = await call("human-input", {"title": "Really?"})
+    assert called.outcome == Await(Awaited.INPUT, request={"title": "Really?"})
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"title": "{{ data }}"}, "`title` must be a text"),
+        ({"title": "x", "expiresInSeconds": "{{ data[0] }}"}, "from 1 to 31,536,000"),
+        ({"title": "x", "onExpiry": "{{ data[0] }}"}, "one of fail, continue"),
+    ],
+)
+async def test_a_question_that_makes_no_sense_fails(config: dict[str, Json], word: str) -> None:
+    with pytest.raises(NodeError, match=word):
+        await call("human-input", config, [0])
+
+
+def test_each_choice_is_a_port() -> None:
+    config: dict[str, Json] = {"title": "x", "choices": [{"port": "yes"}, {"port": "no"}]}
+    ports = CATALOG.get("human-input").outputs_of(config)
+    assert ports == ("yes", "no", "output", "expired")
+    for port in ("error", "expired", "a b", ""):
+        problems = CATALOG.config_problems(
+            CATALOG.get("human-input"), {**config, "choices": [{"port": port}]}
+        )
+        assert problems, port
+
+
+# ── sub-workflow ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_another_workflow_is_started_with_the_data_or_with_what_the_config_says() -> None:
+    answer: Json = {"output": 1}
+    _, _, runs = await run(program("sub-workflow", {"workflowId": "wf_2"}), {"a": 1}, answer)
+    assert runs.asked == [("wf_2", {"a": 1}, "node", "", True)]
+    config: dict[str, Json] = {"workflowId": "wf_2", "inputs": {"b": "{{ data.a }}"}, "wait": False}
+    ended, notebook, runs = await run(program("sub-workflow", config), {"a": 1})
+    assert ended.status is RunStatus.COMPLETED
+    assert runs.asked == [("wf_2", {"b": 1}, "node", "", False)]
+    assert notebook.output("node") == {"executionId": "exec_2"}
+
+
+async def test_what_another_workflow_fails_by_fails_the_node() -> None:
+    answer: Json = {"error": {"code": "run-failed", "message": "The other run failed"}}
+    ended, notebook, _ = await run(program("sub-workflow", {"workflowId": "wf_2"}), None, answer)
+    assert error_of(ended).message == "The other run failed"
+    assert cast("Any", notebook.spans["node"].error).code == "run-failed"

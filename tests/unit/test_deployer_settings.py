@@ -1,0 +1,50 @@
+"""What a deployer refuses to start with, and what it hands on to pods."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from models.settings import InvalidSettings
+from runner.settings import RunnerSettings
+from workers.deployer.settings import DeployerSettings
+
+PRODUCTION: dict[str, Any] = {
+    "secret_key": SecretStr("a secret of more than thirty-two characters"),
+    "redis_url": "redis://r",
+}
+LOCAL: dict[str, Any] = {**PRODUCTION, "cluster": "local", "runner_gateway_url": "http://127.0.0.1:8000"}
+
+
+def test_local_pods_need_the_word_of_whoever_runs_the_server() -> None:
+    with pytest.raises(InvalidSettings, match="PILOTFLAME_ALLOW_LOCAL_PODS"):
+        DeployerSettings(**LOCAL).check_for_production()
+    with pytest.raises(InvalidSettings, match="PILOTFLAME_RUNNER_GATEWAY_URL"):
+        DeployerSettings(
+            **{**LOCAL, "allow_local_pods": True, "runner_gateway_url": ""}
+        ).check_for_production()
+    DeployerSettings(**LOCAL, allow_local_pods=True).check_for_production()
+    DeployerSettings(**PRODUCTION).check_for_production()
+
+
+def test_pods_read_what_was_set_for_runs_and_nothing_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = DeployerSettings(
+        **LOCAL,
+        lease_seconds=2,
+        code_nodes="pods-only",
+        outbound_allowed_networks=(ip_network("10.1.0.0/16"), ip_network("127.0.0.1/32")),
+        log_level="warning",
+    )
+    given = settings.pod_environment("wf_1")
+    assert not {"PILOTFLAME_SECRET_KEY", "PILOTFLAME_REDIS_URL", "PILOTFLAME_DATABASE_URL"} & given.keys()
+    assert "PILOTFLAME_COMMIT_SECONDS" not in given
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    read = RunnerSettings(runner_token=SecretStr("token"))  # type: ignore[call-arg]  # the rest stands in the environment
+    assert (read.runner_workflow_id, read.runner_gateway_url) == ("wf_1", "http://127.0.0.1:8000")
+    assert (read.lease_seconds, read.code_nodes, read.log_level) == (2, "pods-only", "warning")
+    assert read.outbound_allowed_networks == settings.outbound_allowed_networks
+    assert read.runner_drain_seconds == settings.runner_drain_seconds

@@ -1,0 +1,67 @@
+import pytest
+
+from engine.values import Json
+from nodes import catalog
+from nodes.formats import is_cron, is_time_zone
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "* * * * *",
+        "0 0 1 1 0",
+        "59 23 31 12 7",
+        "*/5 8-18/2 1,15-20 jan-mar,DEC mon-fri",
+    ],
+)
+def test_a_cron_expression_is_five_fields_of_values_ranges_and_steps(text: str) -> None:
+    assert is_cron(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "* * * *", "* * * * * *", " * * * * *", "*  * * * *", "* * * * *\n", "@daily"),
+        *("60 * * * *", "* 24 * * *", "* * 0 * *", "* * 32 * *", "* * * 13 *", "* * * * 8"),
+        *("5-1 * * * *", "1- * * * *", "5/2 * * * *", "*/0 * * * *", ", * * * *", "1,,2 * * * *"),
+        *("* * * mon *", "jan * * * *", "-1 * * * *", "001 * * * *", "٣ * * * *", "1.5 * * * *"),
+    ],
+)
+def test_what_differs_from_that_is_no_cron_expression(text: str) -> None:
+    assert not is_cron(text)
+
+
+def test_a_time_zone_is_one_of_the_iana_database() -> None:
+    assert is_time_zone("Europe/Berlin")
+    assert is_time_zone("UTC")
+    assert not any(map(is_time_zone, ("", "Europe/Berln", "../etc/passwd", "localtime/..", "+02:00")))
+
+
+def test_a_config_is_told_which_form_its_text_lacks() -> None:
+    loaded = catalog.load()
+    node_type = loaded.get("schedule-trigger")
+    assert loaded.config_problems(node_type, {"cron": "0 6 * * mon-fri", "timezone": "Asia/Tokyo"}) == []
+    problems = loaded.config_problems(node_type, {"cron": "@daily", "timezone": "Mars"})
+    assert [(problem.path, problem.keyword, problem.message) for problem in problems] == [
+        (
+            "cron",
+            "format",
+            "must be five fields as cron has them: minute, hour, day of month, month, day of week",
+        ),
+        ("timezone", "format", "must be an IANA time zone such as Europe/Berlin"),
+    ]
+
+
+@pytest.mark.parametrize("event_type", ["user.created", "user.*", "a", ["user.created", "order.*"]])
+def test_an_event_is_named_whole_or_by_how_it_begins(event_type: Json) -> None:
+    loaded = catalog.load()
+    assert loaded.config_problems(loaded.get("event-trigger"), {"event_type": event_type}) == []
+
+
+@pytest.mark.parametrize(
+    "event_type", ["", "*", "user.*.x", "a b", "user*", [], ["*"], [["a"]], 1, "{{ data.x }}*"]
+)
+def test_what_names_no_event_is_a_problem(event_type: Json) -> None:
+    loaded = catalog.load()
+    problems = loaded.config_problems(loaded.get("event-trigger"), {"event_type": event_type})
+    assert problems

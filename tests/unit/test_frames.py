@@ -1,0 +1,74 @@
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.values import Json
+from nodes import frames
+from nodes.frames import HEADER, Assembly, Garbled, Tag
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=5), inner, max_size=8),
+    max_leaves=40,
+)
+
+
+def assembled(sent: list[bytes]) -> Json:
+    assembly = Assembly()
+    for each in sent:
+        length, tag = frames.header(each[: HEADER.size])
+        assert length == len(each) - HEADER.size
+        assembly.add(tag, each[HEADER.size :])
+    return assembly.value()
+
+
+@given(VALUES)
+@settings(max_examples=50)
+def test_a_value_arrives_as_it_was_in_whatever_pieces(value: Json) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "PIECE_BYTES", 10)
+        assert assembled(list(frames.value_frames(value))) == value
+
+
+def test_no_piece_of_a_large_value_is_large() -> None:
+    value: Json = {
+        "rows": [{"a": n, "b": [str(n)] * 3} for n in range(30_000)],
+        "one": {"x" * n: n for n in range(900)},
+    }
+    sent = list(frames.value_frames(value))
+    assert max(map(len, sent)) < 2 * frames.PIECE_BYTES
+    assert assembled(sent) == value
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [],
+        [(Tag.PART, b"[]")],
+        [(Tag.PART, b"[1, 2]")],
+        [(Tag.PART, b"{}")],
+        [(Tag.PART, b"[1")],
+        [(Tag.PART, b"1")],
+        [(Tag.PART, b"[" * 100_000)],
+        [(Tag.CLOSE, b"")],
+        [(Tag.OPEN_LIST, b"null")],
+        [(Tag.OPEN_LIST, b'"a"')],
+        [(Tag.OPEN_OBJECT, b"null"), (Tag.OPEN_LIST, b"null")],
+        [(Tag.OPEN_OBJECT, b"null"), (Tag.PART, b"[1]")],
+        [(Tag.OPEN_LIST, b"null")] * 1_000,
+        [(Tag.JOB, b"{}")],
+    ],
+)
+def test_what_is_no_value_is_refused(sent: list[tuple[Tag, bytes]]) -> None:
+    with pytest.raises(Garbled):
+        assembled([frames.frame(tag, body) for tag, body in sent])
+
+
+def test_what_is_no_frame_is_refused() -> None:
+    with pytest.raises(Garbled):
+        frames.header(HEADER.pack(1, 99))
+    with pytest.raises(Garbled):
+        frames.read(frames.FAILURE, msgspec.json.encode({"code": "A B", "message": "", "retryable": False}))

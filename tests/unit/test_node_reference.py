@@ -1,0 +1,231 @@
+"""Every example of the reference of the nodes runs as it stands, and gives what stands below it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import md5, sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+import pytest
+
+from docs import node_reference
+from docs.node_reference import STEP
+from engine.control import Control
+from engine.events import LogLine, RunStatus, Span
+from engine.graph import Graph
+from engine.program import Program
+from engine.run import Start, run
+from engine.services import Services, StoredObject
+from engine.values import decode
+from gateway import graph_shapes, tries
+from gateway.endpoints.execute import Execute
+from gateway.text import Problems
+from gateway.tries import Piece
+from gateway.wire import convert
+from journal import pinning
+from nodes import catalog
+from nodes.code.backend import Backend
+from nodes.code.runner import CodeRunner
+from tests.calls import CALLER, EmptyRoad
+from tests.sample_data import SampleDataSources
+
+if TYPE_CHECKING:
+    from engine.node import NodeType
+    from engine.services import Caller, HttpClient
+    from engine.values import Json
+
+pytestmark = pytest.mark.anyio
+
+CATALOG = catalog.load()
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CITIES = b"city,celsius\nOslo,12.5\nRome,27\n"
+EXAMPLES = [
+    pytest.param(node_type, id=node_type.type)
+    for node_type in CATALOG.node_types.values()
+    if node_type.runnable
+]
+
+
+class Notes:
+    """A journal that is read when all is over."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, Span] = {}
+
+    def record(self, span: Span) -> None:
+        self.spans[span.node_id] = span
+
+    def log(self, line: LogLine) -> None:
+        """Leave it."""
+
+    async def commit(self) -> None:
+        """Nothing is lost here."""
+
+    def holds_lease(self) -> bool:
+        return True
+
+
+@dataclass
+class Answer:
+    """What the server of an example answers."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    url: str
+
+
+class Server:
+    """Answers each request as an example says, whose output it gets."""
+
+    def __init__(self, output: Mapping[str, Any]) -> None:
+        self._output = output
+
+    async def request(self, _method: str, url: str, **_more: object) -> Answer:
+        body = msgspec.json.encode(self._output["body"])
+        return Answer(self._output["status"], self._output["headers"], body, url)
+
+
+class Shelf:
+    """A bucket with one object in it, or a folder, which has no entity tags."""
+
+    def __init__(self, *, has_tags: bool = True) -> None:
+        self.objects = {"cities.csv": CITIES}
+        self._has_tags = has_tags
+
+    async def get(self, key: str, **_limits: object) -> bytes:
+        return self.objects[key]
+
+    async def put(self, key: str, content: bytes, **_more: object) -> str:
+        self.objects[key] = content
+        return self._etag(content)
+
+    async def list(self, prefix: str, **_limits: object) -> Sequence[StoredObject]:
+        found = sorted(key for key in self.objects if key.startswith(prefix))
+        return [
+            StoredObject(key, len(self.objects[key]), self._etag(self.objects[key]), NOW) for key in found
+        ]
+
+    def _etag(self, content: bytes) -> str:
+        return md5(content, usedforsecurity=False).hexdigest() if self._has_tags else ""
+
+
+class Drawer:
+    """Keeps what is put into it, for the one run that there is."""
+
+    def __init__(self) -> None:
+        self._contents: dict[str, bytes] = {}
+
+    async def put(
+        self,
+        caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
+        content: bytes,
+        *,
+        media_type: str,
+        name: str = "",
+    ) -> dict[str, Json]:
+        digest = sha256(content).hexdigest()
+        self._contents[digest] = content
+        return {"$blob": {"sha256": digest, "size": len(content), "type": media_type, "name": name}}
+
+    async def get(self, caller: Caller, reference: Json, *, max_bytes: int) -> bytes:  # noqa: ARG002
+        return self._contents[cast("Any", reference)["$blob"]["sha256"]]
+
+
+class Elsewhere:
+    """Takes other workflows in; whoever waits for one is answered by the test."""
+
+    async def start(
+        self,
+        caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
+        workflow_id: str,  # noqa: ARG002
+        trigger_inputs: Json,  # noqa: ARG002
+        *,
+        node_id: str,  # noqa: ARG002
+        iteration: str,  # noqa: ARG002
+        awaited: bool,  # noqa: ARG002
+    ) -> str:
+        return "exec_2"
+
+
+class Sources(SampleDataSources):
+    """The sample databases, a bucket, and a folder like it."""
+
+    async def bucket(self, caller: Caller, source_id: str) -> Shelf:
+        await self.find(caller, source_id)
+        return Shelf()
+
+    async def folder(self, _caller: Caller) -> Shelf:
+        return Shelf(has_tags=False)
+
+
+@asynccontextmanager
+async def lent(node_type: NodeType, folder: Path) -> AsyncIterator[Services]:
+    """Lend what the example of a type asks for."""
+    sources, code = Sources(folder), CodeRunner(Backend.MONTY, limit=1)
+    output = node_type.examples[0].get("output")
+    http = cast("HttpClient", Server(output if isinstance(output, dict) else {}))
+    try:
+        yield Services(http, sources, sources, Drawer(), code, Elsewhere(), EmptyRoad())
+    finally:
+        await code.close()
+        await sources.connections.close()
+
+
+def taken_in(body: Mapping[str, Json]) -> tuple[Program, Json]:
+    """Return the program and the trigger of an execute."""
+    asked = convert(dict(body), Execute)
+    assert asked.definition is not None
+    problems = Problems()
+    nodes = graph_shapes.stored_nodes(asked.definition.nodes or [], CATALOG, problems)
+    connections = graph_shapes.stored_connections(asked.definition.connections or [], problems)
+    problems.raise_any()
+    piece, inputs = Piece(asked.up_to, asked.pinned or {}), asked.trigger_inputs or {}
+    row = SimpleNamespace(**WORKFLOW)
+    workflow = pinning.loaded(cast("Any", row), frozenset(), CATALOG)
+    accepted = tries.run_of_piece(workflow, nodes, connections, piece, inputs, CATALOG)
+    graph_shapes.require_valid(accepted.workflow.validation)
+    definition = msgspec.json.decode(accepted.workflow.definition)
+    return Program.of(Graph.of(definition), CATALOG, CATALOG.implementation), accepted.trigger
+
+
+WORKFLOW = {
+    **dict.fromkeys(("id", "organization_id", "owner_id", "name"), "x"),
+    "lane": 0,
+    "revision": 1,
+    "is_public": False,
+    "is_template": False,
+    "status": "draft",
+    "nodes": [],
+    "connections": [],
+    "settings": {},
+}
+
+
+@pytest.mark.parametrize("node_type", EXAMPLES)
+async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeType, tmp_path: Path) -> None:
+    example = node_type.examples[0]
+    program, trigger = taken_in(node_reference.example_run(node_type))
+    notes = Notes()
+    start = Start(CALLER, trigger, deadline=datetime.now(UTC) + timedelta(seconds=60), started_at=NOW)
+    async with lent(node_type, tmp_path) as services:
+        ended = await run(program, start, notes, Control(), services)
+        if notes.spans[STEP].awaits is not None:
+            answer = msgspec.json.encode({"output": example["output"], "port": example["port"]})
+            recorded = list(notes.spans.values())
+            again = msgspec.structs.replace(start, recorded=recorded, signals={(STEP, ""): answer})
+            ended = await run(program, again, notes, Control(), services)
+    step = notes.spans[STEP]
+    if "error" in example:
+        assert step.error is not None
+        assert (ended.status, step.error.message) == (RunStatus.FAILED, example["error"])
+        return
+    assert ended.status in {RunStatus.COMPLETED, RunStatus.WAITING}
+    assert decode(step.output or b"") == example["output"]
+    assert step.port in {node_reference.port_of(node_type), None}

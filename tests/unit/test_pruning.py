@@ -1,0 +1,164 @@
+"""Trials of a part of a graph: up to one node, and with outputs that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import InvalidDefinition
+from engine.graph import Edge, Graph, Node
+from engine.node import Call, Each, Result
+from engine.pruning import pruned
+from engine.values import Json
+from tests.unit.running import Kind, Kinds, Notebook, Worker, echo, finished, program, pure, write
+
+
+def each(call: Call) -> Each:
+    return Each(cast("list[Json]", call.data))
+
+
+KINDS: dict[str, Kind] = {
+    "loop": pure(each, loops=True),
+    "route": pure(lambda call: Result(call.data, port="left")),
+    "show": pure(lambda call: dict(call.config)),
+    "merge": pure(echo, joins=True),
+    "pay": write(lambda call: call.data),
+}
+GRAPH = "start > echo1 > echo2 > echo3 > pay; echo1 > echo4"
+
+
+async def tried(
+    drawing: str, given: Json = None, nodes: Mapping[str, Mapping[str, Json]] | None = None, **trial: Json
+) -> Notebook:
+    graph = program(drawing, KINDS, nodes, trial=trial)
+    notebook = await finished(Worker(graph, given))
+    assert {node_id for node_id, _ in notebook.rows} == {node.id for node in graph.graph.nodes}
+    return notebook
+
+
+async def test_a_trial_ends_with_the_node_that_it_names() -> None:
+    notebook = await tried(GRAPH, 7, upTo="echo3")
+    assert notebook.statuses == dict.fromkeys(("start", "echo1", "echo2", "echo3"), "completed")
+
+
+async def test_a_pinned_node_gives_what_was_set_and_nothing_before_it_runs() -> None:
+    notebook = await tried(GRAPH, 7, upTo="pay", pinned={"echo2": {"set": True}})
+    assert notebook.statuses == dict.fromkeys(("echo2", "echo3", "pay"), "completed")
+    assert notebook.output("pay") == {"set": True}
+    assert notebook.spans["echo2"].input == b"null"
+    assert len(notebook.spans["echo2"].hashes or b"") == 128
+
+
+async def test_what_another_branch_needs_runs_though_it_stands_before_a_pinned_node() -> None:
+    notebook = await tried(GRAPH, 7, pinned={"echo2": 1})
+    assert (notebook.output("pay"), notebook.output("echo4")) == (1, 7)
+
+
+async def test_what_an_expression_names_runs_though_it_stands_before_a_pinned_node() -> None:
+    config: dict[str, Json] = {"config": {"first": "{{ nodes.echo1 }}"}}
+    notebook = await tried("start > echo1 > echo2 > echo3 > show", 7, {"show": config}, pinned={"echo3": 1})
+    assert notebook.output("show") == {"first": 7}
+    assert notebook.status("echo2") is None
+    mapped: dict[str, Json] = {"inputMappings": {"first": "nodes.echo1"}}
+    notebook = await tried("start > echo1 > echo2 > echo3", 7, {"echo3": mapped}, pinned={"echo2": {}})
+    assert notebook.output("echo3") == {"first": 7}
+
+
+async def test_where_all_that_is_needed_is_pinned_no_trigger_runs() -> None:
+    notebook = await tried("start > echo1 > echo2", 7, pinned={"echo2": 1})
+    assert notebook.statuses == {"echo2": "completed"}
+    notebook = await tried("start > echo1", 7, pinned={"start": 1})
+    assert notebook.output("echo1") == 1
+
+
+async def test_a_pinned_write_writes_nothing_and_a_pinned_merge_waits_for_nobody() -> None:
+    def fail(_call: Call) -> Json:
+        raise AssertionError
+
+    graph = program("start > pay > echo", {"pay": write(fail)}, trial={"pinned": {"pay": "paid"}})
+    notebook = await finished(Worker(graph))
+    assert (notebook.output("echo"), notebook.commits) == ("paid", 1)
+    notebook = await tried("start > echo1 > merge; start > echo2 > merge; merge > pay", pinned={"merge": 3})
+    assert notebook.output("pay") == 3
+
+
+async def test_what_a_pinned_router_gives_leaves_by_the_port_that_leads_on() -> None:
+    notebook = await tried("start > route; route:left > echo1; route > echo2", 7, pinned={"route": 1})
+    assert (notebook.output("echo2"), notebook.status("echo1").value) == (1, "skipped")  # type: ignore[union-attr]
+
+
+LOOP = "start > echo1 > loop; loop:continue > echo2 > echo3; echo2 > echo4; loop:done > echo5 > echo6"
+
+
+async def test_a_loop_that_is_needed_runs_with_its_whole_body() -> None:
+    notebook = await tried(LOOP, [1, 2], upTo="echo5")
+    assert cast("Mapping[str, Json]", notebook.output("echo5"))["results"] == [
+        {"echo3": n, "echo4": n} for n in (1, 2)
+    ]
+    assert notebook.status("echo6") is None
+
+
+async def test_a_trial_may_end_in_the_body_of_a_loop() -> None:
+    notebook = await tried(LOOP, [1, 2], upTo="echo3")
+    assert {node_id for node_id, _ in notebook.rows} == {"start", "echo1", "loop", "echo2", "echo3"}
+    assert notebook.output("echo3", "1") == 2
+
+
+async def test_a_trial_may_end_with_a_loop() -> None:
+    notebook = await tried(LOOP, [1, 2], upTo="loop")
+    assert notebook.output("echo4", "1") == 2
+    assert notebook.status("echo5") is None
+
+
+async def test_a_pinned_loop_has_no_turns() -> None:
+    notebook = await tried(LOOP, [1, 2], pinned={"loop": {"results": [3]}})
+    assert notebook.output("echo6") == {"results": [3]}
+    assert set(notebook.statuses) == {"loop", "echo5", "echo6"}
+
+
+async def test_a_pinned_node_in_a_body_gives_the_same_in_each_turn() -> None:
+    notebook = await tried(LOOP, [1, 2], pinned={"echo2": 9})
+    assert [notebook.output("echo3", turn) for turn in ("0", "1")] == [9, 9]
+
+
+@pytest.mark.parametrize("trial", [{"upTo": "nowhere"}, {"pinned": {"nowhere": 1}}], ids=str)
+def test_what_a_trial_names_must_be_there(trial: dict[str, Json]) -> None:
+    with pytest.raises(InvalidDefinition, match="nowhere"):
+        program(GRAPH, KINDS, trial=trial)
+
+
+@st.composite
+def trials(draw: st.DrawFn) -> Graph:
+    ids = [f"n{number}" for number in range(draw(st.integers(1, 9)))]
+    pairs = [(source, target) for place, target in enumerate(ids) for source in ids[:place]]
+    drawn = draw(st.lists(st.sampled_from(pairs))) if pairs else []
+    edges = [Edge(f"e{number}", *ends) for number, ends in enumerate(drawn)]
+    pinned = draw(st.dictionaries(st.sampled_from(ids), st.none(), max_size=3))
+    up_to = draw(st.sampled_from([None, *ids]))
+    return Graph([Node(node_id, "echo") for node_id in ids], edges, up_to=up_to, pinned=pinned)
+
+
+@given(trials())
+@settings(max_examples=100)
+def test_what_is_left_is_what_leads_to_the_end_without_passing_a_pinned_node(graph: Graph) -> None:
+    kinds = Kinds({"echo": pure(echo)})
+    left = {node.id for node in pruned(graph, kinds).nodes}
+
+    def is_wanted(node_id: str) -> bool:
+        if graph.up_to is not None:
+            return node_id == graph.up_to
+        return not graph.outbound[node_id]
+
+    def leads_on(node_id: str) -> bool:
+        return is_wanted(node_id) or any(
+            edge.target not in graph.pinned and leads_on(edge.target) for edge in graph.outbound[node_id]
+        )
+
+    if graph.up_to is None and not graph.pinned:
+        assert left == graph.by_id.keys()
+    else:
+        assert left == {node_id for node_id in graph.by_id if leads_on(node_id)}

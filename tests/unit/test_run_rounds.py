@@ -1,0 +1,246 @@
+"""Runs that are taken up again from a node that has failed, and nodes that write at most once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import msgspec.structs
+import pytest
+
+from engine.control import Request
+from engine.errors import NodeError
+from engine.events import RunStatus, Span, SpanStatus
+from engine.node import Call, Each
+from engine.values import Json
+from tests.unit.running import (
+    Notebook,
+    Worker,
+    echo,
+    error_of,
+    finished,
+    for_ever,
+    program,
+    pure,
+    soon,
+    woken,
+    write,
+)
+
+AGAIN: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 2}
+ONCE: dict[str, Json] = {"atMostOnce": True}
+
+
+class Failing:
+    """A node that fails until it has been called often enough."""
+
+    def __init__(self, *, times: int = 1_000, error: Exception | None = None) -> None:
+        self.attempts: list[int] = []
+        self._times = times
+        self._error = error or NodeError("no")
+
+    async def run(self, call: Call) -> Json:
+        self.attempts.append(call.attempt)
+        if len(self.attempts) <= self._times:
+            raise self._error
+        return "done"
+
+
+async def to_the_end(worker: Worker) -> tuple[Worker, list[float]]:
+    """Let every pause pass at once, each in another worker; returns the last and how long the pauses were."""
+    pauses: list[float] = []
+    while (await worker.work()).status is RunStatus.WAITING:
+        asleep = [
+            span.wake_at for span in worker.notebook.rows.values() if span.status is SpanStatus.RETRYING
+        ]
+        pauses += [round((at - datetime.now(UTC)).total_seconds()) for at in asleep if at]
+        worker = Worker(worker.program, worker.start.trigger, recorded=woken(worker.notebook))
+    return worker, pauses
+
+
+@pytest.fixture(autouse=True)
+def _every_pause_frees_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.run.SHORT_WAIT_SECONDS", 0)
+
+
+# ── rounds ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("retry", "error", "attempts", "pauses"),
+    [
+        ({}, NodeError("no"), [1, 2, 3], [1, 2]),
+        (
+            {"maxAttempts": 2, "backoff": 7, "jitter": 0},
+            NodeError("no", retryable=True),
+            [1, 2, 3, 4, 5, 6],
+            [7, 1, 7, 2, 7],
+        ),
+        ({"maxAttempts": 2, "backoff": 7}, NodeError("no"), [1, 3, 5], [1, 2]),
+    ],
+    ids=["one attempt a round", "two attempts a round", "two that would not help"],
+)
+async def test_a_run_is_taken_up_again_from_the_node_that_failed(
+    retry: dict[str, Json], error: NodeError, attempts: list[int], pauses: list[int]
+) -> None:
+    failing, before = Failing(error=error), Failing(times=0)
+    graph = program(
+        "start > before > fails",
+        {"before": write(before.run), "fails": write(failing.run)},
+        {"fails": {"retry": retry}},
+        AGAIN,
+    )
+    last, slept = await to_the_end(Worker(graph))
+    assert (failing.attempts, slept) == (attempts, pauses)
+    assert before.attempts == [1]
+    assert last.notebook.status("fails") is SpanStatus.FAILED
+
+
+async def test_a_run_that_was_taken_up_again_may_end_well() -> None:
+    failing = Failing(times=2)
+    last, _ = await to_the_end(
+        Worker(program("start > fails > echo", {"fails": write(failing.run)}, None, AGAIN))
+    )
+    assert last.notebook.output("echo") == "done"
+
+
+@pytest.mark.parametrize(
+    ("drawing", "settings"),
+    [
+        ("start > fails", {}),
+        ("start > fails; fails:error > echo", AGAIN),
+        ("start > loop; loop:continue > fails", AGAIN),
+        ("start > loop; loop:continue > fails; loop:error > echo", AGAIN),
+    ],
+    ids=[
+        "not asked for",
+        "its failure is taken up",
+        "the loop goes on",
+        "the failure of its loop is taken up",
+    ],
+)
+async def test_a_failure_that_does_not_fail_the_run_is_not_repeated(
+    drawing: str, settings: Mapping[str, Json]
+) -> None:
+    failing = Failing()
+    goes_on = "error > echo" not in drawing
+    kinds = {
+        "fails": write(failing.run),
+        "loop": pure(lambda _call: Each([1], goes_on=goes_on), loops=True),
+    }
+    await Worker(program(drawing, kinds, None, settings)).work()
+    assert failing.attempts == [1]
+
+
+async def test_a_failure_in_a_loop_that_would_fail_the_run_is_repeated() -> None:
+    failing = Failing(times=1)
+    kinds = {"fails": write(failing.run), "loop": pure(lambda _call: Each([1, 2]), loops=True)}
+    last, _ = await to_the_end(Worker(program("start > loop; loop:continue > fails", kinds, None, AGAIN)))
+    assert failing.attempts == [1, 2, 1]
+    assert last.notebook.output("loop") == {"results": ["done", "done"], "count": 2, "errors": []}
+
+
+@pytest.mark.parametrize("request_", [Request.STOP, Request.CANCEL])
+async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_: Request) -> None:
+    begun = asyncio.Event()
+
+    async def hang(call: Call) -> Json:
+        begun.set()
+        await (asyncio.sleep(0.01) if request_ is Request.STOP else for_ever(call))
+        raise NodeError("no")
+
+    worker = Worker(program("start > hang", {"hang": write(hang)}, None, AGAIN))
+    work = worker.begin()
+    await soon(begun)
+    worker.control.ask(request_)
+    assert (await work).status in {RunStatus.STOPPED, RunStatus.CANCELLED}
+    late = Worker(program("start > hang", {"hang": write(for_ever)}, None, AGAIN), seconds=0.02)
+    assert error_of(await late.work()).code == "timeout"
+
+
+# ── at most once ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def running(notebook: Notebook) -> list[Span]:
+    """Return what was recorded, as it was while the write was under way."""
+    return [
+        msgspec.structs.replace(span, status=SpanStatus.RUNNING, output=None, port=None, ended_at=None)
+        if span.node_id == "pay"
+        else span
+        for span in notebook.rows.values()
+        if span.node_id != "echo"
+    ]
+
+
+@pytest.mark.parametrize("settings", [{}, AGAIN])
+async def test_an_attempt_that_was_lost_is_not_made_again(settings: Mapping[str, Json]) -> None:
+    paying = Failing(times=0)
+    for drawing in ("start > pay > echo", "start > pay; pay:error > echo"):
+        paying.attempts.clear()
+        graph = program(drawing, {"pay": write(paying.run)}, {"pay": ONCE}, settings)
+        first = await finished(Worker(graph))
+        second = Worker(graph, recorded=running(first))
+        ended = await second.work()
+        assert paying.attempts == [1]
+        error = second.notebook.spans["pay"].error
+        assert error is not None
+        assert (error.code, error.attempt) == ("lost-attempt", 1)
+        assert ended.status is (RunStatus.COMPLETED if ":error" in drawing else RunStatus.FAILED)
+
+
+async def test_a_node_that_only_reads_may_be_run_again_whatever_it_says() -> None:
+    graph = program("start > pay > echo", {"pay": pure(echo)}, {"pay": ONCE})
+    first = await finished(Worker(graph))
+    await finished(Worker(graph, recorded=running(first)))
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (NodeError("refused", code="http-503", retryable=True), 3),
+        (NodeError("no answer", code="timed-out", retryable=True), 1),
+        (TimeoutError(), 1),
+        (NodeError("wrong", code="http-400"), 1),
+        (KeyError("a bug"), 1),
+    ],
+    ids=["known not to have happened", "unanswered", "too slow", "refused for good", "a surprise"],
+)
+async def test_only_what_is_known_not_to_have_happened_is_tried_again(
+    error: Exception, attempts: int
+) -> None:
+    failing = Failing(error=error)
+    options: dict[str, Json] = {**ONCE, "retry": {"maxAttempts": 3, "backoff": 2}}
+    graph = program("start > pay", {"pay": write(failing.run)}, {"pay": options})
+    await to_the_end(Worker(graph))
+    assert len(failing.attempts) == attempts
+
+
+@pytest.mark.parametrize("request_", [Request.HAND_OVER, Request.STOP])
+async def test_what_was_announced_and_never_begun_is_not_lost(request_: Request) -> None:
+    paying = Failing(times=0)
+    graph = program("start > pay > echo", {"pay": write(paying.run)}, {"pay": ONCE})
+    worker = Worker(graph)
+    worker.notebook.may_commit.clear()
+    work = worker.begin()
+    await soon(worker.notebook.is_committing)
+    worker.control.ask(request_)
+    worker.notebook.may_commit.set()
+    ended = await work
+    assert paying.attempts == []
+    if request_ is Request.STOP:
+        assert worker.notebook.status("pay") is SpanStatus.CANCELLED
+        return
+    assert ended.status is RunStatus.RELEASED
+    notebook = await finished(Worker(graph, recorded=woken(worker.notebook)))
+    assert paying.attempts == [1]
+    assert notebook.output("echo") == "done"
+
+
+async def test_the_pauses_between_rounds_grow_to_a_minute() -> None:
+    failing = Failing()
+    settings: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 8}
+    _, pauses = await to_the_end(
+        Worker(program("start > fails", {"fails": write(failing.run)}, None, settings))
+    )
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]

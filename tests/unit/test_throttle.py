@@ -1,0 +1,26 @@
+import pytest
+
+from engine.errors import NodeError
+from tests.calls import EmptyRoad, call
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_throttle_of_a_key_shares_it_with_all_and_one_without_with_nobody() -> None:
+    road = EmptyRoad()
+    rate = {"limit": 2, "perSeconds": 10}
+    await call("throttle", {**rate, "key": "crm-{{ data.customer }}"}, {"customer": 7}, pace=road)
+    await call("throttle", {**rate, "key": "node:wf_1:node", "maxWaitSeconds": 5}, {}, pace=road)
+    await call("throttle", rate, {}, pace=road)
+    assert road.asked == [
+        ("key:crm-7", 2, 10, 3600),
+        ("key:node:wf_1:node", 2, 10, 5),
+        ("node:wf_1:node", 2, 10, 3600),
+    ]
+
+
+@pytest.mark.parametrize("config", [{"limit": "{{ data.n }}"}, {"key": "{{ data.text }}"}])
+async def test_a_throttle_refuses_what_a_template_makes_of_its_config(config: dict[str, str]) -> None:
+    with pytest.raises(NodeError) as refused:
+        await call("throttle", {"limit": 1, "perSeconds": 1, **config}, {"n": 0, "text": "x" * 201})
+    assert refused.value.code == "invalid-config"

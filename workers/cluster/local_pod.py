@@ -1,0 +1,292 @@
+"""One local pod: a subprocess on a loopback port with a folder of its own, kept up until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+from workers.cluster import process
+from workers.cluster.driver import (
+    HOST_VARIABLE,
+    POD_VARIABLE,
+    PORT_VARIABLE,
+    READINESS_PATH,
+    TOKEN_VARIABLE,
+    Pod,
+    Reason,
+    Trouble,
+    Wanted,
+)
+from workers.cluster.files import replace_file
+
+HOST = "127.0.0.1"
+RECORD = "pod.json"
+LOG = "log"
+OLDER_LOG = "log.1"
+WORK = "work"
+PATH = "/usr/local/bin:/usr/bin:/bin"
+LAST_WORDS_BYTES = 2_000
+FIRST_PAUSE_SECONDS = 0.2
+MAX_PAUSE_SECONDS = 30.0
+MAX_DOUBLINGS = 10
+STEADY_SECONDS = 10.0
+"""A program that was ready for so long and then crashes is not taken to crash over and over."""
+PROBE_TIMEOUT_SECONDS = 2.0
+STARTING_PROBE_SECONDS = 0.05
+PROBE_SECONDS = 1.0
+PROBE_FAILURES = 3
+CERTIFICATE_READS = 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a local pod."""
+
+    grace_seconds: float = 75.0
+    """From the signal that asks it to end to the one that ends it; runs get 60 s, and then hand themselves over."""
+    log_bytes: int = 1_000_000
+    """Of each of its two log files."""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What is kept of a pod, so that it is known again."""
+
+    template: str
+    definition_hash: str
+    boot_id: str = ""
+    port: int = 0
+    terminating_since: float | None = None
+    """Unix time."""
+
+
+class LocalPod:
+    """A pod that keeps itself up; who holds it asks only how it is."""
+
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        session: aiohttp.ClientSession,
+        limits: Limits,
+        changed: Callable[[], None],
+    ) -> None:
+        self.folder = folder
+        self.record = record
+        self.is_ready = False
+        self.is_gone = False
+        self.trouble: Trouble | None = None
+        self._session = session
+        self._limits = limits
+        self._changed = changed
+        self._stop = asyncio.Event()
+        self._failures = 0
+        self._ready_since: float | None = None
+        if self.is_terminating:
+            self._stop.set()
+
+    @property
+    def is_terminating(self) -> bool:
+        return self.record.terminating_since is not None
+
+    @property
+    def address(self) -> str | None:
+        return f"http://{HOST}:{self.record.port}" if self.record.port else None
+
+    @property
+    def shown(self) -> Pod:
+        return Pod(
+            name=self.folder.name,
+            definition_hash=self.record.definition_hash,
+            address=self.address,
+            is_ready=self.is_ready and not self.is_terminating,
+            is_terminating=self.is_terminating,
+        )
+
+    def stop(self) -> None:
+        """Ask it to end: by a signal now, and by force after its grace."""
+        if not self.is_terminating:
+            self._keep(terminating_since=time.time())
+            self._stop.set()
+
+    async def end(self, patience_seconds: float) -> None:
+        """End its process, by force after a while, and leave everything else as it is; for when nobody lives it."""
+        running = process.find(self.folder / WORK)
+        if running is None or not running.is_alive:
+            return
+        running.send(signal.SIGTERM)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_seconds):
+                await running.ended()
+        running.kill_session()
+
+    async def live(self, wanted: Wanted) -> None:
+        """Keep the program up until it is stopped; then nothing is left of the pod."""
+        running = await self._found()
+        if running is not None:
+            await self._until_ended(running)
+        while not self.is_terminating:
+            try:
+                running = self._start(wanted)
+            except OSError as error:
+                await self._recover(Trouble(Reason.NOT_CREATED, f"The program could not be started: {error}"))
+                continue
+            await self._until_ended(running)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.is_gone = True
+        self._changed()
+
+    async def _found(self) -> process.Process | None:
+        """Return the process of an earlier deployer's making, if it lives."""
+        if not self.record.port or self.record.boot_id != process.boot_id():
+            return None
+        for _ in range(CERTIFICATE_READS):  # one that was being started then may not have written it yet
+            found = process.find(self.folder / WORK)
+            if found is not None:
+                return found if found.is_alive else None
+            await asyncio.sleep(STARTING_PROBE_SECONDS)
+        return None
+
+    def _start(self, wanted: Wanted) -> process.Process:
+        work = self.folder / WORK
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._keep(boot_id=process.boot_id(), port=_free_port())
+        environment = {
+            "PATH": PATH,
+            "LANG": "C.UTF-8",
+            "HOME": str(work),
+            "TMPDIR": str(work),
+            **wanted.environment,
+            HOST_VARIABLE: HOST,
+            PORT_VARIABLE: str(self.record.port),
+            POD_VARIABLE: self.folder.name,
+            TOKEN_VARIABLE: wanted.token,
+        }
+        return process.start(wanted.command, folder=work, log=self.folder / LOG, environment=environment)
+
+    async def _until_ended(self, running: process.Process) -> None:
+        """Look after the program as long as it runs; when it has crashed, wait before it may be started again."""
+        helpers = [asyncio.create_task(self._attend()), asyncio.create_task(self._drain(running))]
+        try:
+            code = await running.ended()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+        if not self.is_terminating:
+            await self._recover(Trouble(Reason.CRASH_LOOP, self._last_words(code)))
+
+    async def _recover(self, trouble: Trouble) -> None:
+        """Say what went wrong, and wait, longer each time."""
+        steady = self._ready_since is not None and time.monotonic() - self._ready_since > STEADY_SECONDS
+        self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
+        self._set_ready(is_ready=False)
+        self.trouble = trouble
+        self._changed()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(FIRST_PAUSE_SECONDS * 2**self._failures, MAX_PAUSE_SECONDS)):
+                await self._stop.wait()
+
+    async def _drain(self, running: process.Process) -> None:
+        await self._stop.wait()
+        running.send(signal.SIGTERM)
+        since = self.record.terminating_since or time.time()
+        await asyncio.sleep(since + self._limits.grace_seconds - time.time())
+        running.kill_session()
+
+    async def _attend(self) -> None:
+        """Ask whether it is ready, often while it starts, and keep its log within bounds."""
+        misses = 0
+        while True:
+            if await self._answers():
+                misses = 0
+                self._set_ready(is_ready=True)
+            elif self.is_ready:
+                misses += 1
+                if misses >= PROBE_FAILURES:
+                    self._set_ready(is_ready=False)
+            self._rotate_log()
+            await asyncio.sleep(PROBE_SECONDS if self.is_ready else STARTING_PROBE_SECONDS)
+
+    async def _answers(self) -> bool:
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_SECONDS)
+        try:
+            async with self._session.get(f"{self.address}{READINESS_PATH}", timeout=timeout) as response:
+                return response.ok
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    def _set_ready(self, *, is_ready: bool) -> None:
+        if is_ready == self.is_ready:
+            return
+        self.is_ready = is_ready
+        self._ready_since = time.monotonic() if is_ready else None
+        if is_ready:
+            self.trouble = None
+        self._changed()
+
+    def _rotate_log(self) -> None:
+        """Move what is written aside and go on from an empty file: the program keeps its descriptor of it."""
+        log = self.folder / LOG
+        with suppress(OSError):  # it is tried again in a second
+            if log.stat().st_size > self._limits.log_bytes:
+                (self.folder / OLDER_LOG).write_bytes(_tail(log, self._limits.log_bytes))
+                os.truncate(log, 0)
+
+    def log_lines(self, limit: int) -> Sequence[str]:
+        """Return the last lines that it has written."""
+        lines: list[str] = []
+        for name in (OLDER_LOG, LOG):
+            with suppress(FileNotFoundError):
+                lines += (
+                    _tail(self.folder / name, self._limits.log_bytes).decode(errors="replace").splitlines()
+                )
+        return lines[-limit:]
+
+    def _last_words(self, code: int | None) -> str:
+        message = f"The program in the pod {_ending(code)}"
+        with suppress(FileNotFoundError):
+            words = _tail(self.folder / LOG, LAST_WORDS_BYTES).decode(errors="replace").strip()
+            return f"{message}: {words}" if words else message
+        return message
+
+    def _keep(self, **changes: str | float) -> None:
+        self.record = msgspec.structs.replace(self.record, **changes)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_file(self.folder / RECORD, msgspec.json.encode(self.record))
+
+
+def new_name(deployment: str) -> str:
+    """Return a name for one more pod."""
+    return f"{deployment}-{secrets.token_hex(4)}"
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "ended"
+    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
+def _free_port() -> int:
+    """Return a port that nobody listens on; a program that finds it taken all the same crashes, and gets another."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _tail(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read(size)

@@ -1,0 +1,277 @@
+"""The objects of one deployment, as the API server takes them by server-side apply: values in, dicts out.
+
+Text of users stands in annotations and values alone, never in a name, a label or a reference.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from models import workflow_names as names
+from workers.cluster.driver import (
+    HOST_VARIABLE,
+    LIVENESS_PATH,
+    OWN_VARIABLES,
+    POD_VARIABLE,
+    PORT_VARIABLE,
+    READINESS_PATH,
+    TOKEN_VARIABLE,
+    Wanted,
+)
+
+Manifest = dict[str, Any]
+
+DOMAIN = "pilotflame.dev"
+WORKFLOW_LABEL = f"{DOMAIN}/workflow"
+"""Its value is the name of the workflow; the id as it is stands in an annotation."""
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+MANAGED_BY = "pilotflame"
+WORKFLOW_ANNOTATION = f"{DOMAIN}/workflow-id"
+ORGANIZATION_ANNOTATION = f"{DOMAIN}/organization-id"
+DEFINITION_ANNOTATION = f"{DOMAIN}/definition"
+GENERATION_ANNOTATION = f"{DOMAIN}/generation"
+TOKEN_ANNOTATION = f"{DOMAIN}/token-digest"
+CONTAINER = "runner"
+TOKEN_KEY = "token"  # noqa: S105 - where it stands in its Secret
+TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - the only folder that a pod may write to, and its own
+TEMPORARY_MEBIBYTES = 256
+PRIVATE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16")
+PRIVATE_NETWORKS_6 = ("fc00::/7", "fe80::/10")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all deployments of one cluster share."""
+
+    namespace: str
+    gateway_host: str
+    """Name of the gateway's Service in the cluster, which listens on 80 too: an ExternalName maps no ports."""
+    gateway_namespace: str
+    gateway_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/component", "gateway"),)
+    """What the gateway's pods are told by: they alone may speak to the pods of workflows."""
+    gateway_port: int = 8000
+    """The port of the gateway's pods, not of its Service."""
+    port: int = 8080
+    user_id: int = 10_001
+    grace_seconds: int = 75
+    """For a drain: runs get 60 s, and then hand themselves over."""
+    outbound_networks: tuple[str, ...] = ()
+    """Private networks that workflows may reach besides all public ones."""
+    image_pull_secrets: tuple[str, ...] = ()
+
+
+def selector(workflow_id: str) -> dict[str, str]:
+    """Return the labels that all objects and pods of a workflow have, and nothing else has."""
+    return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.name(workflow_id)}
+
+
+def objects(wanted: Wanted, layout: Layout) -> tuple[Manifest, ...]:
+    """Return all of a deployment in the order of making: what a pod needs comes before the pod."""
+    return (
+        service_account(wanted, layout),
+        token_secret(wanted, layout),
+        network_policy(wanted, layout),
+        pods_service(wanted, layout),
+        gateway_service(wanted, layout),
+        deployment(wanted, layout),
+    )
+
+
+def service_account(wanted: Wanted, layout: Layout) -> Manifest:
+    """Return an identity without rights, so that a right granted to the namespace's default one is not a pod's."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": _metadata(wanted, layout),
+        "automountServiceAccountToken": False,
+    }
+
+
+def token_secret(wanted: Wanted, layout: Layout) -> Manifest:
+    """Return what holds the token."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": _metadata(wanted, layout),
+        "type": "Opaque",
+        "data": {TOKEN_KEY: b64encode(wanted.token.encode()).decode()},
+    }
+
+
+def pods_service(wanted: Wanted, layout: Layout) -> Manifest:
+    """Return the headless Service whose addresses are those of the ready pods."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(wanted, layout, name=names.pods_service(wanted.workflow_id)),
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIP": "None",
+            "selector": selector(wanted.workflow_id),
+            "ports": [{"name": "http", "protocol": "TCP", "port": layout.port, "targetPort": "http"}],
+        },
+    }
+
+
+def gateway_service(wanted: Wanted, layout: Layout) -> Manifest:
+    """Return the name that applications in the cluster call: it leads to the gateway, never past it to a pod."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(wanted, layout),
+        "spec": {"type": "ExternalName", "externalName": layout.gateway_host},
+    }
+
+
+def network_policy(wanted: Wanted, layout: Layout) -> Manifest:
+    """Return who may speak to the pods (the gateway), and whom they may reach: it, names, and what is public."""
+    gateway = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": layout.gateway_namespace}},
+        "podSelector": {"matchLabels": dict(layout.gateway_labels)},
+    }
+    names_of_hosts = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
+    networks: list[Manifest] = [
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": list(PRIVATE_NETWORKS)}},
+        {"ipBlock": {"cidr": "::/0", "except": list(PRIVATE_NETWORKS_6)}},
+        *({"ipBlock": {"cidr": network}} for network in layout.outbound_networks),
+    ]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(wanted, layout),
+        "spec": {
+            "podSelector": {"matchLabels": selector(wanted.workflow_id)},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [gateway], "ports": [{"protocol": "TCP", "port": layout.port}]}],
+            "egress": [
+                {"to": [gateway], "ports": [{"protocol": "TCP", "port": layout.gateway_port}]},
+                {
+                    "to": [
+                        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+                    ],
+                    "ports": names_of_hosts,
+                },
+                {"to": networks},
+            ],
+        },
+    }
+
+
+def deployment(wanted: Wanted, layout: Layout) -> Manifest:
+    """Return the pods without their number.
+
+    Who applies `replicas` and later leaves it out resets it to 1, and who applies it always undoes each stop. So it
+    never stands here: it is written alone, in another field manager's name.
+    """
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(wanted, layout),
+        "spec": {
+            "revisionHistoryLimit": 1,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "selector": {"matchLabels": selector(wanted.workflow_id)},
+            "template": {
+                "metadata": {
+                    "labels": selector(wanted.workflow_id),
+                    "annotations": {
+                        WORKFLOW_ANNOTATION: wanted.workflow_id,
+                        DEFINITION_ANNOTATION: wanted.definition_hash,
+                        # A pod reads its token once: another one needs other pods.
+                        TOKEN_ANNOTATION: sha256(wanted.token.encode()).hexdigest()[:16],
+                    },
+                },
+                "spec": _pod(wanted, layout),
+            },
+        },
+    }
+
+
+def _pod(wanted: Wanted, layout: Layout) -> Manifest:
+    pod: Manifest = {
+        "serviceAccountName": names.name(wanted.workflow_id),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": layout.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": layout.user_id,
+            "runAsGroup": layout.user_id,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(wanted, layout)],
+        "volumes": [{"name": "temporary", "emptyDir": {"sizeLimit": f"{TEMPORARY_MEBIBYTES}Mi"}}],
+    }
+    if layout.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": secret} for secret in layout.image_pull_secrets]
+    return pod
+
+
+def _container(wanted: Wanted, layout: Layout) -> Manifest:
+    granted = {
+        "cpu": f"{wanted.resources.cpu_millicores}m",
+        "memory": f"{wanted.resources.memory_mebibytes}Mi",
+    }
+    return {
+        "name": CONTAINER,
+        "image": wanted.image,
+        "command": [literal(part) for part in wanted.command],
+        "env": _environment(wanted, layout),
+        "ports": [{"name": "http", "protocol": "TCP", "containerPort": layout.port}],
+        "resources": {"requests": granted, "limits": granted},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        # What the program wrote last is why it has crashed.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [{"name": "temporary", "mountPath": TEMPORARY_FOLDER}],
+        "readinessProbe": {
+            "httpGet": {"path": READINESS_PATH, "port": "http"},
+            "periodSeconds": 1,
+            "timeoutSeconds": 2,
+            "failureThreshold": 3,
+        },
+        "livenessProbe": {
+            "httpGet": {"path": LIVENESS_PATH, "port": "http"},
+            "initialDelaySeconds": 10,
+            "periodSeconds": 10,
+            "timeoutSeconds": 5,
+            "failureThreshold": 3,
+        },
+    }
+
+
+def _environment(wanted: Wanted, layout: Layout) -> list[Manifest]:
+    given = {name: value for name, value in wanted.environment.items() if name not in OWN_VARIABLES}
+    token = {"secretKeyRef": {"name": names.name(wanted.workflow_id), "key": TOKEN_KEY}}
+    return [
+        *({"name": name, "value": literal(value)} for name, value in sorted(given.items())),
+        {"name": PORT_VARIABLE, "value": str(layout.port)},
+        {"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}},
+        {"name": POD_VARIABLE, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name"}}},
+        {"name": TOKEN_VARIABLE, "valueFrom": token},
+    ]
+
+
+def literal(text: str) -> str:
+    """Return a value or argument so that it arrives as it is: `$(NAME)` would be another variable's value."""
+    return text.replace("$", "$$")
+
+
+def _metadata(wanted: Wanted, layout: Layout, *, name: str | None = None) -> Manifest:
+    return {
+        "name": name or names.name(wanted.workflow_id),
+        "namespace": layout.namespace,
+        "labels": selector(wanted.workflow_id),
+        "annotations": {
+            WORKFLOW_ANNOTATION: wanted.workflow_id,
+            ORGANIZATION_ANNOTATION: wanted.organization_id,
+            DEFINITION_ANNOTATION: wanted.definition_hash,
+            GENERATION_ANNOTATION: str(wanted.generation),
+        },
+    }

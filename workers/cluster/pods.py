@@ -1,0 +1,139 @@
+"""What the objects of a cluster say of a deployment: a Deployment and its pods in, what is observed out.
+
+Zero is absent in these objects, the status is of an older generation right after each change, and a Deployment never
+says why no pod of it comes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv6Address, ip_address
+
+from workers.cluster.driver import Observed, Pod, Reason, Trouble
+from workers.cluster.manifests import DEFINITION_ANNOTATION, GENERATION_ANNOTATION, Manifest
+
+_WAITING = {
+    "ErrImagePull": Reason.IMAGE_PULL,
+    "ImagePullBackOff": Reason.IMAGE_PULL,
+    "ErrImageNeverPull": Reason.IMAGE_PULL,
+    "InvalidImageName": Reason.IMAGE_PULL,
+    "ImageInspectError": Reason.IMAGE_PULL,
+    "RegistryUnavailable": Reason.IMAGE_PULL,
+    "CreateContainerConfigError": Reason.INVALID_CONFIG,
+    "CreateContainerError": Reason.INVALID_CONFIG,
+    "RunContainerError": Reason.INVALID_CONFIG,
+    "CrashLoopBackOff": Reason.CRASH_LOOP,
+}
+
+
+def observed(
+    workflow_id: str, deployment: Manifest | None, pods: Iterable[Manifest], *, port: int
+) -> Observed:
+    """Return what a workflow's Deployment, None where it has none, and its pods amount to."""
+    listed = list(pods)
+    seen = tuple(_pod(pod, port) for pod in listed)
+    if deployment is None:
+        return Observed(workflow_id, exists=False, pods=seen)
+    metadata, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
+    annotations = metadata.get("annotations") or {}
+    generation = annotations.get(GENERATION_ANNOTATION, "")
+    return Observed(
+        workflow_id,
+        exists="deletionTimestamp" not in metadata,
+        replicas=spec.get("replicas") or 0,
+        available=status.get("availableReplicas") or 0,
+        generation=int(generation) if generation.isdecimal() else None,
+        definition_hash=annotations.get(DEFINITION_ANNOTATION),
+        is_current=(status.get("observedGeneration") or 0) >= metadata.get("generation", 0),
+        pods=seen,
+        trouble=_trouble_of_pods(listed) or _trouble_of_deployment(status),
+    )
+
+
+def is_between_crashes(pod: Manifest) -> bool:
+    """Tell whether a pod's container waits to be started again: its words are those of its last run."""
+    return any(
+        "waiting" in (one.get("state") or {}) and one.get("restartCount") for one in _container_statuses(pod)
+    )
+
+
+def _pod(pod: Manifest, port: int) -> Pod:
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    is_terminating = "deletionTimestamp" in metadata
+    is_ready = any(
+        one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions") or ()
+    )
+    address = status.get("podIP")
+    return Pod(
+        name=metadata["name"],
+        definition_hash=(metadata.get("annotations") or {}).get(DEFINITION_ANNOTATION, ""),
+        address=_url(address, port) if address else None,
+        # For its whole grace period a pod that ends goes on saying that it is ready.
+        is_ready=is_ready and bool(address) and not is_terminating,
+        is_terminating=is_terminating,
+    )
+
+
+def _url(address: str, port: int) -> str:
+    host = f"[{address}]" if isinstance(ip_address(address), IPv6Address) else address
+    return f"http://{host}:{port}"
+
+
+def _trouble_of_deployment(status: Manifest) -> Trouble | None:
+    for condition in status.get("conditions") or ():
+        if condition["type"] != "ReplicaFailure" or condition["status"] != "True":
+            continue
+        message = condition.get("message") or condition.get("reason") or "no pod could be made"
+        if "exceeded quota" in message:
+            return Trouble(Reason.QUOTA, message)
+        if "is forbidden" in message or "violates PodSecurity" in message:
+            return Trouble(Reason.FORBIDDEN, message)
+        return Trouble(Reason.NOT_CREATED, message)
+    return None
+
+
+def _trouble_of_pods(pods: Iterable[Manifest]) -> Trouble | None:
+    for pod in pods:
+        if "deletionTimestamp" not in pod["metadata"]:
+            found = _trouble_of_status(pod) or _trouble_of_containers(_container_statuses(pod))
+            if found is not None:
+                return found
+    return None
+
+
+def _trouble_of_status(pod: Manifest) -> Trouble | None:
+    status = pod.get("status") or {}
+    if status.get("reason") == "Evicted":
+        return Trouble(Reason.EVICTED, status.get("message") or "The pod was evicted")
+    for condition in status.get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            return Trouble(Reason.UNSCHEDULABLE, condition.get("message") or "No node has room for the pod")
+    return None
+
+
+def _trouble_of_containers(statuses: Sequence[Manifest]) -> Trouble | None:
+    for one in statuses:
+        state, last = one.get("state") or {}, one.get("lastState") or {}
+        ended = state.get("terminated") or last.get("terminated") or {}
+        is_up = "running" in state and one.get("ready", False)
+        if ended.get("reason") == "OOMKilled" and not is_up:
+            return Trouble(Reason.OUT_OF_MEMORY, "The pod used more memory than it is granted")
+        waiting = state.get("waiting") or {}
+        reason = _WAITING.get(waiting.get("reason", ""))
+        if reason is Reason.CRASH_LOOP or ("terminated" in state and ended.get("exitCode")):
+            return Trouble(Reason.CRASH_LOOP, _last_words(ended))
+        if reason is not None:
+            return Trouble(reason, f"{waiting['reason']}: {waiting.get('message') or 'no details given'}")
+    return None
+
+
+def _last_words(ended: Manifest) -> str:
+    message = f"The program in the pod ended with code {ended.get('exitCode', 'unknown')}"
+    details = (ended.get("message") or "").strip()
+    return f"{message}: {details}" if details else message
+
+
+def _container_statuses(pod: Manifest) -> Sequence[Manifest]:
+    status = pod.get("status") or {}
+    statuses: Sequence[Manifest] = status.get("containerStatuses") or ()
+    return statuses

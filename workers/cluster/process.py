@@ -1,0 +1,143 @@
+"""A process that outlives the one that started it, and is known again by its birth, not by its number alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+_BOOT = _PROC / "sys/kernel/random/boot_id"
+_SHELL = "/bin/sh"
+_LAUNCH = 'cd "$0" && read -r birth </proc/$$/stat && echo "$birth" >../process && exec "$@"'
+"""A process writes its own certificate of birth before it becomes the program: nothing that runs goes unrecorded,
+wherever the one that started it is killed."""
+CERTIFICATE = "process"
+_STATE_FIELD = 0
+_BIRTH_FIELD = 19
+"""Of what follows the name in /proc/PID/stat (proc(5) counts it as the 22nd): clock ticks from boot to start."""
+
+
+def boot_id() -> str:
+    """Return what no two boots of a machine share; times of birth start over with each."""
+    return _BOOT.read_text().strip()
+
+
+@dataclass(frozen=True)
+class Process:
+    """A number, and when the process that it stands for was born."""
+
+    pid: int
+    birth: int
+
+    @property
+    def is_alive(self) -> bool:
+        found = _state_and_birth(self.pid)
+        return found is not None and found[0] not in {"Z", "X"} and found[1] == self.birth
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; nothing happens when it has ended, to whatever bears its number now."""
+        with suppress(ProcessLookupError):
+            handle = os.pidfd_open(self.pid)
+            try:
+                if self.is_alive:
+                    signal.pidfd_send_signal(handle, number)
+            finally:
+                os.close(handle)
+
+    def kill_session(self) -> None:
+        """Kill it and all that it has started, which bear its number as their group's."""
+        if self.is_alive:
+            _kill_group(self.pid)
+
+    async def ended(self) -> int | None:
+        """Wait until it has ended; return its exit code (minus the signal that ended it) if it is a child of ours."""
+        if self.is_alive:
+            try:
+                handle = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                return None
+            try:
+                if self.is_alive:
+                    await _readable(handle)
+                    # What it has started bears its number still, which nobody else can be given meanwhile.
+                    _kill_group(self.pid)
+            finally:
+                os.close(handle)
+        return self._reaped()
+
+    def _reaped(self) -> int | None:
+        found = _state_and_birth(self.pid)
+        if found is None or found[1] != self.birth:
+            return None
+        _kill_group(self.pid)
+        with suppress(ChildProcessError):
+            _, status = os.waitpid(self.pid, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status)
+        return None
+
+
+def _kill_group(number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(number, signal.SIGKILL)
+
+
+def start(command: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]) -> Process:
+    """Start a program in a session of its own with nothing but this environment, which works in `folder`."""
+    # Of an earlier process, were it not: one that dies before it writes its own would be taken for that.
+    (folder.parent / CERTIFICATE).unlink(missing_ok=True)
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    pid = os.posix_spawn(
+        _SHELL,
+        [_SHELL, "-c", _LAUNCH, str(folder), *command],
+        dict(environment),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+        setsigmask=[],
+        setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
+    )
+    found = _state_and_birth(pid)
+    return Process(pid, found[1] if found is not None else 0)
+
+
+def find(folder: Path) -> Process | None:
+    """Return the process that wrote its certificate beside `folder`; it may have ended since."""
+    try:
+        line = (folder.parent / CERTIFICATE).read_text()
+    except FileNotFoundError:
+        return None
+    if not line.endswith("\n"):
+        return None
+    return Process(int(line.split(" ", 1)[0]), int(_after_name(line)[_BIRTH_FIELD]))
+
+
+def _state_and_birth(pid: int) -> tuple[str, int] | None:
+    try:
+        line = (_PROC / str(pid) / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = _after_name(line)
+    return fields[_STATE_FIELD], int(fields[_BIRTH_FIELD])
+
+
+def _after_name(line: str) -> Sequence[str]:
+    # A program's name may hold blanks and brackets; the last bracket ends it.
+    return line.rpartition(") ")[2].split()
+
+
+async def _readable(handle: int) -> None:
+    loop = asyncio.get_running_loop()
+    is_readable = asyncio.Event()
+    loop.add_reader(handle, is_readable.set)
+    try:
+        await is_readable.wait()
+    finally:
+        loop.remove_reader(handle)

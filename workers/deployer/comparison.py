@@ -1,0 +1,133 @@
+"""What is wanted of a deployment next to what there is: what to do about it, and what to say of it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from models.deployment import Observed as Stored
+from models.lifecycle import StoppedReason
+from workers.deployer.rows import Sighting, last_sighting
+
+if TYPE_CHECKING:
+    from models.deployment import Deployment
+    from workers.cluster.driver import Observed
+
+
+class Step(StrEnum):
+    """What brings a cluster nearer to what is wanted."""
+
+    NONE = "none"
+    APPLY = "apply"
+    SCALE = "scale"
+    DELETE = "delete"
+
+
+def step(deployment: Deployment, observed: Observed, *, is_applied: bool) -> Step:
+    """Return what is to be done about a deployment.
+
+    `is_applied` tells whether it was applied with the settings that the deployer has now.
+    """
+    if not deployment.is_deployed:
+        # Before anything is made it is noted that there may be something: nothing is overlooked that has no pods yet.
+        is_gone = not observed.exists and not observed.pods and deployment.observed == Stored.ABSENT
+        return Step.NONE if is_gone else Step.DELETE
+    is_as_deployed = (
+        observed.exists
+        and observed.generation == deployment.deployed_generation
+        and observed.definition_hash == deployment.definition_hash
+    )
+    if not is_as_deployed or not is_applied:
+        return Step.APPLY
+    return Step.NONE if observed.replicas == deployment.replicas else Step.SCALE
+
+
+def sighting(deployment: Deployment, observed: Observed, *, now: datetime, start_time: timedelta) -> Sighting:
+    """Return what is to be stored of what is deployed, once everything was done that was to be done."""
+    state = _state(deployment, observed)
+    reason = observed.trouble.message if observed.trouble is not None else None
+    if state is Stored.STARTING and _is_overdue(deployment, now=now, start_time=start_time):
+        state = Stored.FAILED
+        reason = reason or f"No pod was ready within {start_time.total_seconds():g} seconds"
+    if state is Stored.STOPPED and deployment.stopped_reason == StoppedReason.FAILED:
+        reason = deployment.observed_reason
+    return Sighting(
+        observed=state,
+        observed_generation=deployment.generation,
+        observed_replicas=observed.replicas,
+        ready_replicas=len(observed.ready_pods),
+        observed_definition_hash=_definition_of(observed) or deployment.observed_definition_hash,
+        observed_reason=reason,
+    )
+
+
+def unknown(deployment: Deployment, reason: str) -> Sighting:
+    """Return what is stored where the cluster did not answer: what is wanted stays wanted."""
+    last = last_sighting(deployment)
+    return Sighting(
+        observed=Stored.UNKNOWN,
+        observed_generation=last.observed_generation,
+        observed_definition_hash=last.observed_definition_hash,
+        observed_reason=reason,
+    )
+
+
+def refused(deployment: Deployment, reason: str) -> Sighting:
+    """Return what is stored where the cluster will not do what is wanted."""
+    last = last_sighting(deployment)
+    return Sighting(
+        observed=Stored.FAILED,
+        observed_generation=deployment.generation,
+        observed_definition_hash=last.observed_definition_hash,
+        observed_reason=reason,
+    )
+
+
+def begun(deployment: Deployment) -> Sighting:
+    """Return what is stored before the first object is made."""
+    return Sighting(Stored.STARTING, deployment.observed_generation)
+
+
+def undeployed(deployment: Deployment, *, is_gone: bool) -> Sighting:
+    """Return what is stored of what is being taken away."""
+    return Sighting(Stored.ABSENT if is_gone else Stored.STOPPING, deployment.generation)
+
+
+def is_settled(deployment: Deployment, seen: Sighting) -> bool:
+    """Tell whether nothing is to be waited for."""
+    if not deployment.is_deployed:
+        return seen.observed is Stored.ABSENT
+    if deployment.drain_until is not None:
+        return False
+    if deployment.replicas == 0:
+        return seen.observed is Stored.STOPPED
+    return seen.observed is Stored.RUNNING and seen.observed_definition_hash == deployment.definition_hash
+
+
+def _state(deployment: Deployment, observed: Observed) -> Stored:
+    if deployment.replicas == 0:
+        return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
+    return Stored.RUNNING if observed.is_ready else Stored.STARTING
+
+
+def _is_overdue(deployment: Deployment, *, now: datetime, start_time: timedelta) -> bool:
+    """Tell whether pods have had their time to become ready, since they were wanted or since the last one was."""
+    if deployment.observed == Stored.FAILED and deployment.observed_generation == deployment.generation:
+        return True
+    since = deployment.updated_at
+    if deployment.observed_at is not None:
+        since = max(since, deployment.observed_at if deployment.observed == Stored.STARTING else now)
+    return now - since > start_time
+
+
+def _definition_of(observed: Observed) -> str | None:
+    """Return what ready pods run: that which is replaced, as long as one of its pods is there."""
+    live = [pod for pod in observed.pods if not pod.is_terminating]
+    hashes = {pod.definition_hash for pod in live if pod.is_ready}
+    if not hashes:
+        return None
+    replaced = {pod.definition_hash for pod in live} - {observed.definition_hash}
+    return (
+        observed.definition_hash if not replaced else next(iter(hashes & replaced), observed.definition_hash)
+    )

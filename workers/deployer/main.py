@@ -1,0 +1,99 @@
+"""The deployer's process: everything it is made of, in one screen."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import sys
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import uvloop
+
+from messages import broker as brokers
+from models import database as databases
+from models import heartbeat, migrating
+from models.database import Database
+from workers.deployer.deployer import deploying
+
+if TYPE_CHECKING:
+    from workers.cluster.driver import Driver
+    from workers.deployer.settings import DeployerSettings
+
+log = structlog.get_logger()
+
+COMMAND_OF_IMAGE: Final = ("pilotflame", "runner")
+END_SECONDS: Final = 3.0
+LOCAL_COMMAND: Final = (sys.executable, "-m", "pilotflame", "runner")
+
+
+def serve(settings: DeployerSettings) -> None:
+    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+    settings.check_for_production()
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: DeployerSettings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        database = Database(databases.parse_url(settings.database_url))
+        stack.push_async_callback(database.close)
+        await migrating.require_current(database)
+        broker = await brokers.connect(settings.redis_url)
+        stack.push_async_callback(broker.close)
+        await stack.enter_async_context(
+            deploying(settings, database, broker, partial(open_driver, settings), command=command(settings))
+        )
+        gc.collect()
+        gc.freeze()
+        log.info("deployer ready", cluster=settings.cluster)
+        await stop.wait()
+        log.info("deployer stops")
+
+
+def command(settings: DeployerSettings) -> tuple[str, ...]:
+    """Return what is run in a pod."""
+    return LOCAL_COMMAND if settings.cluster == "local" else COMMAND_OF_IMAGE
+
+
+async def end_pods(driver: Driver) -> None:
+    """Let go of a cluster, and of local pods too: they start again with the next deployer."""
+    from workers.cluster.local import LocalDriver  # noqa: PLC0415 - it is loaded by now, or not needed
+
+    if isinstance(driver, LocalDriver):
+        await driver.end_pods(END_SECONDS)
+    else:
+        await driver.close()
+
+
+async def open_driver(settings: DeployerSettings) -> Driver:
+    """Return the way to the cluster of the settings; raises `ClusterError`."""
+    if settings.cluster == "local":
+        from workers.cluster import local  # noqa: PLC0415 - its HTTP client costs what nobody needs without pods
+        from workers.cluster.local_pod import Limits  # noqa: PLC0415 - the same
+
+        return await local.open_local(
+            settings.data_dir / "pods",
+            runs_without_isolation=settings.allow_local_pods,
+            limits=Limits(grace_seconds=settings.grace_seconds),
+        )
+
+    from workers.cluster import kubernetes  # noqa: PLC0415 - its client costs 140 MB, which local pods save
+    from workers.cluster.manifests import Layout  # noqa: PLC0415 - the same
+
+    layout = Layout(
+        namespace=settings.kubernetes_namespace,
+        gateway_host=settings.kubernetes_gateway_host,
+        gateway_namespace=settings.kubernetes_gateway_namespace,
+        gateway_port=settings.kubernetes_gateway_port,
+        grace_seconds=int(settings.grace_seconds),
+        outbound_networks=tuple(map(str, settings.outbound_allowed_networks)),
+        image_pull_secrets=settings.kubernetes_image_pull_secrets,
+    )
+    return await kubernetes.connect(layout, kubeconfig=settings.kubeconfig)

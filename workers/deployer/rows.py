@@ -1,0 +1,218 @@
+"""What a deployer reads and writes of deployments: what is wanted, and what it saw; each write guarded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from sqlalchemy import or_, select, update
+from sqlmodel import col
+
+from models import deployment_token
+from models.columns import from_microseconds
+from models.database_time import DatabaseTime
+from models.deployment import Deployment, Observed
+from models.deployment_token import Bearer
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+HELD_SECONDS: Final = 15
+"""How long a deployer that has died keeps others from what it was at. Whoever takes longer may find another at it too:
+both do the same.
+"""
+BATCH_DEPLOYMENTS: Final = 1_000
+_UNSETTLED: Final = (Observed.ABSENT, Observed.STARTING, Observed.STOPPING, Observed.FAILED, Observed.UNKNOWN)
+
+
+class PodResources(msgspec.Struct, rename="camel"):
+    """What a workflow's settings say of its pods; None: as usual."""
+
+    cpu_millicores: int | None = None
+    memory_mebibytes: int | None = None
+
+
+class _Settings(msgspec.Struct):
+    resources: PodResources | None = None
+
+
+class _Definition(msgspec.Struct):
+    settings: _Settings = msgspec.field(default_factory=_Settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What is stored of what was seen; `observed_generation` is that of what had been carried out by then."""
+
+    observed: Observed
+    observed_generation: int
+    observed_replicas: int = 0
+    ready_replicas: int = 0
+    observed_definition_hash: str | None = None
+    observed_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A deployment's row, and the database's time when it was read."""
+
+    deployment: Deployment
+    now: datetime
+
+
+def last_sighting(deployment: Deployment) -> Sighting:
+    """Return what was stored last."""
+    return Sighting(
+        Observed(deployment.observed),
+        deployment.observed_generation,
+        deployment.observed_replicas,
+        deployment.ready_replicas,
+        deployment.observed_definition_hash,
+        deployment.observed_reason,
+    )
+
+
+async def find(database: Database, workflow_id: str) -> Found | None:
+    """Return what is wanted of a deployment; raises `DatabaseUnavailable`."""
+    statement = select(Deployment, DatabaseTime().label("now")).where(
+        col(Deployment.workflow_id) == workflow_id
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        return None
+    columns = {name: value for name, value in row.items() if name != "now"}
+    return Found(Deployment(**columns), from_microseconds(row["now"]))
+
+
+async def unsettled(database: Database, *, after: str = "") -> Sequence[str]:
+    """Return the workflows of deployments that somebody has to look at, in batches; raises `DatabaseUnavailable`."""
+    is_unsettled = or_(
+        col(Deployment.generation) != col(Deployment.observed_generation),
+        col(Deployment.drain_until).is_not(None),
+        col(Deployment.observed).in_(_UNSETTLED),
+    )
+    is_gone = col(Deployment.is_deployed).is_(False) & (col(Deployment.observed) == Observed.ABSENT)
+    statement = (
+        select(col(Deployment.workflow_id))
+        .where(col(Deployment.workflow_id) > after, is_unsettled, ~is_gone)
+        .order_by(col(Deployment.workflow_id))
+        .limit(BATCH_DEPLOYMENTS)
+    )
+    async with database.read() as connection:
+        return list(await connection.scalars(statement))
+
+
+async def present(database: Database, *, after: str = "") -> Sequence[str]:
+    """Return the workflows of which a cluster has, or may have something, in batches; raises `DatabaseUnavailable`."""
+    statement = (
+        select(col(Deployment.workflow_id))
+        .where(
+            col(Deployment.workflow_id) > after,
+            or_(col(Deployment.is_deployed), col(Deployment.observed) != Observed.ABSENT),
+        )
+        .order_by(col(Deployment.workflow_id))
+        .limit(BATCH_DEPLOYMENTS)
+    )
+    async with database.read() as connection:
+        return list(await connection.scalars(statement))
+
+
+# ── one deployer at a time ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def hold(database: Database, workflow_id: str, deployer: str) -> bool:
+    """Keep other deployers from a deployment for a while; False where another is at it."""
+    until = DatabaseTime() + HELD_SECONDS * 1_000_000
+    is_free = or_(
+        col(Deployment.held_by).is_(None),
+        col(Deployment.held_by) == deployer,
+        col(Deployment.held_until) < DatabaseTime(),
+    )
+    statement = (
+        update(Deployment)
+        .where(col(Deployment.workflow_id) == workflow_id, is_free)
+        .values(held_by=deployer, held_until=until)
+    )
+
+    async def work(connection: AsyncConnection) -> bool:
+        return (await connection.execute(statement)).rowcount == 1
+
+    return await database.transaction(work)
+
+
+async def release(database: Database, workflow_id: str, deployer: str) -> None:
+    """Let other deployers at it again."""
+    statement = (
+        update(Deployment)
+        .where(col(Deployment.workflow_id) == workflow_id, col(Deployment.held_by) == deployer)
+        .values(held_by=None, held_until=None)
+    )
+    await database.transaction(lambda connection: connection.execute(statement))
+
+
+# ── what was seen ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def note(database: Database, before: Deployment, sighting: Sighting) -> bool:
+    """Store what was seen; False where somebody has changed what is wanted, or has noted something else, meanwhile."""
+    last = last_sighting(before)
+    if sighting == last:
+        return True
+    since = before.observed_at if sighting.observed is last.observed else None
+    statement = (
+        update(Deployment)
+        .where(
+            col(Deployment.workflow_id) == before.workflow_id,
+            col(Deployment.generation) == before.generation,
+            col(Deployment.observed) == last.observed,
+            col(Deployment.observed_generation) == last.observed_generation,
+        )
+        .values({**asdict(sighting), "observed_at": since or DatabaseTime()})
+    )
+
+    async def work(connection: AsyncConnection) -> bool:
+        if (await connection.execute(statement)).rowcount != 1:
+            return False
+        if sighting.observed is Observed.ABSENT and not before.is_deployed:
+            # No pod is left that could speak by them.
+            now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+            await deployment_token.revoke(connection, before.workflow_id, now=now)
+        return True
+
+    return await database.transaction(work)
+
+
+# ── what pods are given ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
+    """Return the token that pods are started with from now on."""
+    bearer = Bearer(deployment.workflow_id, deployment.organization_id, deployment.lane)
+    token_id = deployment_token.new_id()
+    return await database.transaction(
+        lambda connection: deployment_token.current(
+            connection, bearer, secret=secret, token_id=token_id, now=now
+        )
+    )
+
+
+async def resources(database: Database, deployment: Deployment) -> PodResources:
+    """Return what the deployed definition says of its pods."""
+    statement = select(col(Definition.body)).where(
+        col(Definition.organization_id) == deployment.organization_id,
+        col(Definition.hash) == deployment.definition_hash,
+        col(Definition.lane) == deployment.lane,
+    )
+    async with database.read() as connection:
+        body: str | None = await connection.scalar(statement)
+    if body is None:
+        return PodResources()
+    return msgspec.json.decode(body, type=_Definition).settings.resources or PodResources()

@@ -1,0 +1,398 @@
+"""What comes after a run: its place is another's, whoever waits for its end is told, and a workflow that wants to be is
+run about its failure. Whatever a worker doesn't come to is found in the rows by the next sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+from msgspec import Raw
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.errors import NodeError
+from engine.events import RunStatus
+from engine.node import OUTPUT, Awaited
+from engine.services import Caller
+from journal import admission, follow_ups, results, signals
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.blobs.blob_store import BlobTooLarge
+from journal.blobs.reference import InvalidReference, Reference
+from journal.follow_ups import NOTHING, FollowUp, Outcome
+from journal.results import ResultTooLarge
+from journal.rows import STATUS_AFTER
+from journal.store import ExecutionKey
+from messages import hints
+from models import moments
+from models.database import DatabaseUnavailable
+from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.workflow import Workflow
+from workers import webhooks
+from workers.webhooks import MAX_OUTPUT_CHARACTERS, Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.events import Ended
+    from engine.values import Json
+    from execution.child_runs import ChildRuns
+    from journal.blobs.blob_store import BlobStore
+    from journal.follow_ups import Due
+    from journal.results import Leaf
+    from journal.store import Claimed, Store
+    from messages.broker import Broker
+    from models.database import Database
+    from workers.webhooks import Webhooks
+
+log = structlog.get_logger()
+
+LEASE_SECONDS: Final = 30.0
+"""How long a follow-up is one worker's: longer than a message may take."""
+MAX_AT_ONCE: Final = 100
+MAX_PER_ORGANIZATION: Final = 10
+"""So many messages of one organisation are on their way at once, so that slow receivers hold up nobody else's."""
+AGAIN_SECONDS: Final = 5.0
+"""When a message is looked at again that found no room."""
+MAX_ANSWER_CHARACTERS: Final = 10_000_000
+MAX_ANSWER_BLOB_BYTES: Final = 50_000_000
+CLOSE_SECONDS: Final = 2.0
+MAX_TIMER_SECONDS: Final = 3600.0
+WOKEN_SECONDS: Final = 0.05
+"""A timer may fire a moment early, and the clock that decides is the database's."""
+_encode = msgspec.json.Encoder().encode
+
+
+class AfterRuns:
+    """One process's share of what comes after runs, its own and those that nobody else has seen to."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        broker: Broker,
+        blobs: BlobStore,
+        messages: Webhooks,
+        runs: ChildRuns,
+        *,
+        sweep_seconds: float,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._broker = broker
+        self._blobs = blobs
+        self._messages = messages
+        self._runs = runs
+        self._sweep_seconds = sweep_seconds
+        self._lease_seconds = lease_seconds
+        self._on_their_way: Counter[str] = Counter()
+        self._after_key = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._sweeping = asyncio.create_task(self._sweep_forever())
+
+    async def close(self) -> None:
+        """Give what is under way a moment to end; others find what is left."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def left(self, one: Claimed, ended: Ended) -> None:
+        """See to what comes after a run that has left this process: at once, and beside what else it does."""
+        status = STATUS_AFTER[ended.status]
+        key = one.concurrency_key
+        if key is not None:
+            self._begin(lambda: self.admit(key))
+            if ended.status is RunStatus.WAITING and ended.due_at is not None:
+                self._admit_when_due(key, ended.due_at)
+        if one.follow_up is not None and status in TERMINAL:
+            follow_up = FollowUp.of(one.follow_up).about(status)
+            execution = ExecutionKey(one.execution_id, one.lane)
+            if follow_up == NOTHING:
+                self._begin(lambda: follow_ups.drop(self._database, execution))
+            else:
+                self._begin(lambda: self.follow_up([execution]))
+
+    async def admit(self, key: str) -> None:
+        """Give the free places of a key to those that wait for one; raises `DatabaseUnavailable`."""
+        if await admission.admit(self._database, key):
+            await hints.wake(self._broker)
+
+    async def follow_up(self, keys: Sequence[ExecutionKey]) -> None:
+        """Do what is to be done about the ends of runs; raises `DatabaseUnavailable`."""
+        for due in await follow_ups.claim(self._database, keys, self._lease_seconds):
+            self._begin(lambda due=due: self._see_to(due))  # type: ignore[misc]
+
+    async def sweep(self) -> None:
+        """See to what nobody else has: free places first; raises `DatabaseUnavailable`."""
+        admitted, self._after_key = await admission.admit_waiting(self._database, self._after_key)
+        if admitted:
+            await hints.wake(self._broker)
+        room = MAX_AT_ONCE - len(self._tasks)
+        busy = [one for one, count in self._on_their_way.items() if count >= MAX_PER_ORGANIZATION]
+        if room > 0 and (found := await follow_ups.find_due(self._database, room, but_of=busy)):
+            await self.follow_up(found)
+
+    # ── one run ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _see_to(self, due: Due) -> None:
+        left = due.follow_up.about(due.status)
+        if left.parent is not None:
+            left = await self._answer_parent(due, left)
+        elif left == NOTHING:
+            await self._settle(due, NOTHING)
+        if left == NOTHING:
+            return
+        if not self._has_room(due.organization_id):
+            await self._settle(due, left, delay_seconds=AGAIN_SECONDS)
+            return
+        self._on_their_way[due.organization_id] += 1
+        try:
+            callback, on_failure = await asyncio.gather(
+                self._call_back(due, left), self._on_failure(due, left)
+            )
+        finally:
+            self._on_their_way[due.organization_id] -= 1
+        await self._settle_tries(due, left, callback, on_failure)
+
+    def _has_room(self, organization_id: str) -> bool:
+        return (
+            self._on_their_way[organization_id] < MAX_PER_ORGANIZATION
+            and self._on_their_way.total() < MAX_AT_ONCE
+        )
+
+    async def _settle_tries(
+        self, due: Due, tried: FollowUp, callback: Failure | None, on_failure: Failure | None
+    ) -> None:
+        """Write what came of the tries, and when what has failed is tried again."""
+        attempts = due.outcome.attempts + 1
+        pause = webhooks.pause_seconds(attempts, random.random())  # noqa: S311 - no secret
+        left = FollowUp(
+            callback=tried.callback if _may_succeed(callback) and pause is not None else None,
+            on_failure=tried.on_failure if _may_succeed(on_failure) and pause is not None else None,
+        )
+        failure = callback or on_failure
+        outcome = Outcome(attempts, failure.message if failure else None)
+        await self._settle(due, left, outcome, pause)
+        if failure is not None:
+            log.warning(
+                "end of execution not told",
+                execution_id=due.key.execution_id,
+                attempts=attempts,
+                is_given_up=left == NOTHING,
+                error=failure.message,
+            )
+
+    async def _settle(
+        self,
+        due: Due,
+        left: FollowUp,
+        outcome: Outcome | None = None,
+        delay_seconds: float | None = None,
+    ) -> None:
+        await self._database.transaction(
+            lambda connection: follow_ups.settle(connection, due, left, outcome, delay_seconds)
+        )
+
+    # ── the run that waits for it ─────────────────────────────────────────────────────────────────
+
+    async def _answer_parent(self, due: Due, follow_up: FollowUp) -> FollowUp:
+        """Give the parent's node the end of this run for its answer; returns what is left to do."""
+        parent = follow_up.parent
+        if parent is None:
+            return follow_up
+        key = ExecutionKey(parent.execution_id, due.key.lane)
+        left = msgspec.structs.replace(follow_up, parent=None)
+        columns = (col(Execution.key_id), col(Execution.concurrency_key))
+        statement = select(*columns).where(col(Execution.id) == key.execution_id)
+        async with self._database.read() as connection:
+            row = (await connection.execute(statement)).first()
+        if row is None:
+            await self._settle(due, left)
+            return left
+        payload = await self._answer(due, Owner(due.organization_id, row.key_id))
+
+        async def give(connection: AsyncConnection) -> bool:
+            given = await signals.give(
+                connection, key, parent.node_id, parent.iteration, payload, kind=Awaited.RUN
+            )
+            await follow_ups.settle(connection, due, left, None, None)
+            return given.is_woken
+
+        is_woken = await self._database.transaction(give)
+        if is_woken and row.concurrency_key is not None:
+            await admission.admit(self._database, row.concurrency_key)
+        if is_woken:
+            await hints.wake(self._broker)
+        return left
+
+    async def _answer(self, due: Due, parent: Owner) -> bytes:
+        """Return the end of a run as its parent's node is given it: what has come of it, or why nothing has."""
+        if due.status is not ExecutionStatus.COMPLETED:
+            return signals.error(*_reason(due))
+        try:
+            found = await self._outputs(due, MAX_ANSWER_CHARACTERS)
+            texts = {node_id: await self._whole(due, leaf, parent) for node_id, leaf in found.items()}
+        except (ResultTooLarge, BlobLost, BlobTooLarge, InvalidReference) as error:
+            return signals.error("output-not-passed-on", f"The run has completed, but: {error}")
+        if len(texts) == 1:
+            (text,) = texts.values()
+        else:
+            text = _encode({node_id: Raw(text) for node_id, text in texts.items()} or None)
+        return _encode({"output": Raw(text), "port": OUTPUT})
+
+    async def _outputs(self, due: Due, max_characters: int) -> Mapping[str, Leaf]:
+        async with self._database.read() as connection:
+            return await results.leaves(connection, due.key, due.definition, max_characters=max_characters)
+
+    async def _whole(self, due: Due, leaf: Leaf, parent: Owner) -> bytes:
+        """Return an output as JSON, what is kept elsewhere included; files in it become the parent's too."""
+        own = Owner(due.organization_id, due.key_id)
+        text = leaf.text
+        if leaf.is_blob:
+            text = await self._blobs.get(own, Reference.read(text).sha256, max_bytes=MAX_ANSWER_BLOB_BYTES)
+        if b'"$blob"' in text:
+            await self._hand_on(_references(msgspec.json.decode(text)), own, parent)
+        return text
+
+    async def _hand_on(self, references: Sequence[Reference], own: Owner, parent: Owner) -> None:
+        """Put files among those of the parent's line of runs, as far as they are this one's and not too many."""
+        left_bytes = MAX_ANSWER_BLOB_BYTES
+        for reference in references:
+            try:
+                content = await self._blobs.get(own, reference.sha256, max_bytes=left_bytes)
+            except (BlobLost, BlobTooLarge):
+                continue  # what looks like one stays a value that leads nowhere
+            left_bytes -= len(content)
+            await self._blobs.put(parent, content, media_type=reference.type, name=reference.name)
+
+    # ── messages, and the workflow that is run about a failure ────────────────────────────────────
+
+    async def _call_back(self, due: Due, follow_up: FollowUp) -> Failure | None:
+        if follow_up.callback is None:
+            return None
+        return await self._send(due, follow_up.callback.url, "callback")
+
+    async def _on_failure(self, due: Due, follow_up: FollowUp) -> Failure | None:
+        wanted = follow_up.on_failure
+        if wanted is None:
+            return None
+        if wanted.url is not None:
+            return await self._send(due, wanted.url, "on-failure")
+        return await self._run_about_failure(due, wanted.workflow_id or "")
+
+    async def _send(self, due: Due, url: str, kind: str) -> Failure | None:
+        body = webhooks.body_about(due, await self._sendable_outputs(due))
+        return await self._messages.send(due.organization_id, url, f"{due.key.execution_id}-{kind}", body)
+
+    async def _sendable_outputs(self, due: Due) -> Mapping[str, Leaf] | None:
+        """Return the outputs of a run that has completed; None where they are too large for a message."""
+        if due.status is not ExecutionStatus.COMPLETED:
+            return {}
+        try:
+            return await self._outputs(due, MAX_OUTPUT_CHARACTERS)
+        except ResultTooLarge:
+            return None
+
+    async def _run_about_failure(self, due: Due, workflow_id: str) -> Failure | None:
+        caller = Caller(due.organization_id, due.user_id, due.workflow_id, due.key.execution_id, due.key_id)
+        async with self._database.read() as connection:
+            name = await connection.scalar(
+                select(col(Workflow.name)).where(col(Workflow.id) == due.workflow_id)
+            )
+        inputs: dict[str, Json] = {
+            "executionId": due.key.execution_id,
+            "workflowId": due.workflow_id,
+            "workflowName": name,
+            "status": due.status.value,
+            "error": dict(due.error) if due.error else None,
+            "startedAt": moments.optional(due.started_at),
+            "endedAt": moments.written(due.ended_at),
+        }
+        try:
+            await self._runs.start_about_failure(caller, workflow_id, inputs)
+        except NodeError as error:
+            return Failure(f"settings.onFailure: {error}", is_final=not error.retryable)
+        return None
+
+    # ── in the background ─────────────────────────────────────────────────────────────────────────
+
+    def _admit_when_due(self, key: str, due_at: datetime) -> None:
+        """Ask for a new place as soon as a run that sleeps is due, unless that takes so long that a sweep will do."""
+        seconds = (due_at - datetime.now(UTC)).total_seconds()
+        if seconds < MAX_TIMER_SECONDS:
+            asyncio.get_running_loop().call_later(
+                max(seconds, 0) + WOKEN_SECONDS, self._begin, lambda: self._admit_due(key)
+            )
+
+    async def _admit_due(self, key: str) -> None:
+        await self._store.promote_due()
+        await self.admit(key)
+
+    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(_quietly(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            # Spread out, so that workers that were started together don't all look at once.
+            await asyncio.sleep(self._sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+            await _quietly(self.sweep)
+
+
+async def _quietly(work: Callable[[], Awaitable[None]]) -> None:
+    """Do what the next sweep finds again if it fails: this is the outermost loop of this work."""
+    try:
+        await work()
+    except (DatabaseUnavailable, BlobsUnavailable) as error:
+        log.warning("not followed up", error=str(error))
+    except Exception:
+        log.exception("not followed up")
+
+
+def _may_succeed(failure: Failure | None) -> bool:
+    return failure is not None and not failure.is_final
+
+
+def _reason(due: Due) -> tuple[str, str]:
+    """Return why a run has no result: a code, and a sentence."""
+    if due.error is not None:
+        return str(due.error["code"]), str(due.error["message"])
+    return due.status.value, f"The run {due.key.execution_id} was {due.status}"
+
+
+def _references(value: Json) -> list[Reference]:
+    """Return the references to files in a value, each once."""
+    found: dict[str, Reference] = {}
+    waiting: list[Json] = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict) and "$blob" in part:
+            with suppress(InvalidReference):
+                reference = Reference.of(part)
+                found[reference.sha256] = reference
+        elif isinstance(part, dict):
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            waiting.extend(part)
+    return list(found.values())

@@ -1,0 +1,137 @@
+"""Messages to the outside about the ends of runs, signed as Standard Webhooks 1.0.0 has it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+from msgspec import Raw
+
+from models import moments, signing
+from models.signing import SigningSecret
+from models.vault import VaultError
+from nodes.outbound import OutboundError, OutboundRefused, Refusal
+
+if TYPE_CHECKING:
+    from engine.services import HttpClient
+    from journal.follow_ups import Due
+    from journal.results import Leaf
+    from models.database import Database
+    from models.vault import Vault
+
+log = structlog.get_logger()
+
+TIMEOUT_SECONDS: Final = 15.0
+RETRY_SECONDS: Final = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+"""The pause after each attempt that has failed, three days in all; after the last of them one more is made."""
+JITTER: Final = 0.2
+"""The share of a pause that is added to it at random."""
+MAX_OUTPUT_CHARACTERS: Final = 262_144
+GONE: Final = 410
+_FINAL: Final = frozenset(
+    {
+        Refusal.INVALID_URL,
+        Refusal.INVALID_REQUEST,
+        Refusal.ADDRESS_NOT_ALLOWED,
+        Refusal.PORT_NOT_ALLOWED,
+    }
+)
+"""Refusals before anything was sent: the same request will be refused again."""
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something was not done."""
+
+    message: str
+    is_final: bool = False
+    """Another attempt would fail as well."""
+
+
+def pause_seconds(attempts: int, chance: float) -> float | None:
+    """Return how long to wait after so many attempts, by a chance from 0 to 1; None: it has been tried enough."""
+    if attempts > len(RETRY_SECONDS):
+        return None
+    return RETRY_SECONDS[attempts - 1] * (1 + JITTER * chance)
+
+
+def body_about(due: Due, outputs: Mapping[str, Leaf] | None) -> bytes:
+    """Return what is said about the end of a run; without `outputs`, that they are too large to be sent along."""
+    data: dict[str, object] = {
+        "executionId": due.key.execution_id,
+        "workflowId": due.workflow_id,
+        "status": due.status,
+        "startedAt": moments.optional(due.started_at),
+        "endedAt": moments.written(due.ended_at),
+        "error": due.error,
+        "outputs": {},
+    }
+    if outputs is None:
+        data["note"] = "The outputs are too large to be sent: GET /api/v1/executions/:id has them"
+    else:
+        data["outputs"] = {node_id: Raw(leaf.text) for node_id, leaf in outputs.items()}
+    return _encode(
+        {"type": f"execution.{due.status}", "timestamp": moments.written(due.ended_at), "data": data}
+    )
+
+
+class Webhooks:
+    """Signs messages by the secrets of an organisation, and sends them by the guarded way out."""
+
+    def __init__(self, database: Database, vault: Vault, http: HttpClient) -> None:
+        self._database = database
+        self._vault = vault
+        self._http = http
+
+    async def send(self, organization_id: str, url: str, message_id: str, body: bytes) -> Failure | None:
+        """Send one message once; returns why it did not arrive. Raises `DatabaseUnavailable`."""
+        secrets = await self._secrets(organization_id)
+        if not secrets:
+            return Failure(
+                "The organisation has no signing secret: POST /api/v1/auth/signing-secret makes one"
+            )
+        now = int(time.time())
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": message_id,
+            "webhook-timestamp": str(now),
+            "webhook-signature": signing.signatures(secrets, message_id, now, body),
+        }
+        try:
+            response = await self._http.request(
+                "POST",
+                url,
+                headers=headers,
+                body=body,
+                timeout_seconds=TIMEOUT_SECONDS,
+                follow_redirects=False,
+            )
+        except OutboundRefused as error:
+            return Failure(error.message, is_final=error.code in _FINAL)
+        except OutboundError as error:
+            return Failure(str(error))
+        if 200 <= response.status < 300:  # noqa: PLR2004 - the statuses of success
+            return None
+        return Failure(f"The answer was {response.status}", is_final=response.status == GONE)
+
+    async def _secrets(self, organization_id: str) -> Sequence[str]:
+        async with self._database.read() as connection:
+            rows = await connection.execute(signing.valid_for(organization_id))
+            found = [SigningSecret(**row) for row in rows.mappings()]
+        # In a thread: what opens them is loaded and derived by the first use.
+        return await asyncio.to_thread(self._opened, found)
+
+    def _opened(self, found: Sequence[SigningSecret]) -> Sequence[str]:
+        opened: list[str] = []
+        for row in found:
+            try:
+                opened.append(signing.opened(self._vault, row))
+            except VaultError as error:
+                log.warning("signing secret not opened", secret=row.id, error=str(error))
+        return opened
