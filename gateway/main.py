@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 
 import uvicorn
@@ -69,12 +69,17 @@ async def _serve(settings: GatewaySettings) -> None:
 class Server(uvicorn.Server):
     """Uvicorn's, without the pauses that full collections of everything imported would make."""
 
+    before_shutdown: Callable[[], Awaitable[None]] | None = None
+    """What needs the gateway for its own end."""
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         gc.collect()
         gc.freeze()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.before_shutdown is not None:
+            await self.before_shutdown()
         # Polls that wait for a run to end would hold their connections, and with them the process.
         app = self.config.app
         if isinstance(app, Application) and hasattr(app.state, "gateway"):

@@ -22,10 +22,12 @@ from gateway import state
 from gateway.bootstrap import bootstrap
 from gateway.settings import GatewaySettings
 from journal.opening import open_store
+from journal.store import Store
 from messages import broker as brokers
 from models import access, ids, migrating
 from models import database as databases
 from models.database import Database
+from models.deployment_token import POD_OWNERS
 from models.migrating import OutdatedDatabase
 from pilotflame import data_dir
 from pilotflame.dev import begin_migration
@@ -112,7 +114,8 @@ async def _run(
         await stack.enter_async_context(working(roles.worker, store, broker, database))
         await stack.enter_async_context(ticking(duties(roles.scheduler, database, store, broker)))
         deployer = _reached_at(_address(listener), roles.deployer)
-        await stack.enter_async_context(
+        pods = await stack.enter_async_context(AsyncExitStack())
+        await pods.enter_async_context(
             deploying(
                 deployer,
                 database,
@@ -126,7 +129,19 @@ async def _run(
         # By way of the log, so that it stands behind what was logged before.
         lines.put(_greeting(_address(listener), key).encode())
         # It repeats the signal that stops it, whose handler exits: that closes all of this from the inside out.
-        await gateways.server(app, roles.gateway).serve(sockets=[listener])
+        server = gateways.server(app, roles.gateway)
+        server.before_shutdown = partial(
+            _end_pods, pods, store, owns_store=data_dir.holds_database(roles.gateway)
+        )
+        await server.serve(sockets=[listener])
+
+
+async def _end_pods(pods: AsyncExitStack, store: Store, *, owns_store: bool) -> None:
+    """End the pods while the gateway still answers them: by it, they hand over what they hold."""
+    await pods.aclose()
+    if owns_store:
+        # What one could not hand over in time is free at once, and not when its lease ends.
+        await store.take_back(POD_OWNERS)
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:

@@ -23,6 +23,8 @@ log = structlog.get_logger()
 GRACE_SECONDS: Final = 10.0
 MAX_REMEMBERED: Final = 1_000
 MAX_GATEWAYS: Final = 100
+REFUSED_SECONDS: Final = 1.0
+"""How long nothing is asked after a refusal; where the gateway is away, its calls pause by themselves."""
 REST_SECONDS: Final = 1.0
 """After a hint, how long work that still lies there is taken to be known."""
 
@@ -71,8 +73,12 @@ class GatewayNews:
             try:
                 rest = self._hinted_at + REST_SECONDS - loop.time()
                 news = await self._wait(rest)
-            except (DatabaseUnavailable, CallRefused) as error:
+            except DatabaseUnavailable as error:
                 log.debug("nothing heard", error=str(error))
+                continue
+            except CallRefused as error:
+                log.warning("nothing heard", error=str(error))
+                await asyncio.sleep(REFUSED_SECONDS)
                 continue
             self._count_arrivals(news)
             for execution_id, request in news.requests.items():

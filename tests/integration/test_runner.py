@@ -18,12 +18,14 @@ import httpx2
 import msgspec
 import psutil
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from pydantic import SecretStr
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.node import Awaited
-from execution.gateway_calls import PREFIX, RUNNER_HEADER
+from execution.gateway_calls import PREFIX, RUNNER_HEADER, News
 from gateway import main as gateways
 from gateway import state
 from gateway.internal import routes
@@ -37,6 +39,9 @@ from models import data_source, deployment_token, ids
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import Bearer
+from runner import reporter
+from runner.news import REFUSED_SECONDS, GatewayNews
+from runner.settings import RunnerSettings
 from tests import commands
 from tests.integration.gateway_world import SECRET
 from tests.integration.run_world import Place, Where, World, opened
@@ -676,3 +681,38 @@ async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: Pods) -> 
         response = await held.ask(line, pods.token, body=json.loads(msgspec.json.encode(body)))
         assert response.status_code == 422, span
     assert await everything(pods.world, held) == before
+
+
+async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> None:
+    """As by a gateway of another version, or by whatever listens at its address now."""
+    asked_at: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def refuse_once(_request: web.Request) -> web.Response:
+        asked_at.append(loop.time())
+        if len(asked_at) == 1:
+            return web.json_response(
+                {"error": {"code": "not-found", "message": "There is no such route"}}, status=404
+            )
+        return web.Response(
+            body=msgspec.json.encode(News(gateway="a", arrivals=0, has_work=True, requests={}))
+        )
+
+    app = web.Application()
+    app.router.add_post(f"{PREFIX}/wait", refuse_once)
+    async with TestServer(app) as server:
+        calls = reporter.Gateway(
+            RunnerSettings(
+                runner_gateway_url=str(server.make_url("")),
+                runner_token=SecretStr("rt-none"),
+                runner_workflow_id="wf_none",
+            )
+        )
+        news = GatewayNews(calls, inbox="pod")
+        has_work = asyncio.Event()
+        news.start_worker(lambda _lane: has_work.set())
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await has_work.wait()
+        await news.close()
+        await calls.close()
+    assert asked_at[1] - asked_at[0] >= REFUSED_SECONDS
