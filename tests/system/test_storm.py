@@ -12,10 +12,10 @@ LONGEST_RUN_SECONDS = 2.0
 
 @on_many_processes
 @pytest.mark.timeout(180)
-async def test_a_thousand_runs_end_once_each_though_every_part_fails_meanwhile(
+async def test_hundreds_of_runs_end_once_each_though_every_part_fails_meanwhile(
     deployment: Deployment, client: Client, ledger: Ledger
 ) -> None:
-    report = await storm.blow(Storm(runs=1_000, seconds=30, seed=7), deployment, client, ledger)
+    report = await storm.blow(Storm(runs=600, seconds=18, seed=7), deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
 
 
