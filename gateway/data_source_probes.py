@@ -93,8 +93,7 @@ class Probes:
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
         """Return what was found; raises `NodeError`."""
-        # Only here: drivers take memory that a gateway without tests never needs.
-        from nodes.connections.connections import Connections  # noqa: PLC0415
+        from nodes.connections.connections import Connections  # noqa: PLC0415 - most gateways never need the drivers
 
         caller = Caller(source.organization_id, source.owner_id, "", "", "")
         policy = ConnectionPolicy(

@@ -85,8 +85,8 @@ class _Key:
     @cached_property
     def cipher(self) -> AESGCM:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415 - see above
-        from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415
-        from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # noqa: PLC0415
+        from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415 - see above
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF  # noqa: PLC0415 - see above
 
         derivation = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=_PURPOSE)
         return AESGCM(derivation.derive(self._secret))

@@ -115,7 +115,7 @@ class MysqlSession:
     def __init__(self, connection: Any) -> None:  # noqa: ANN401 - a `Connection`, whose methods have no types
         self._connection = connection
         self._transport = connection._transport  # noqa: SLF001 - the driver lets go of it before it is closed
-        self._protocol = connection._proto  # noqa: SLF001
+        self._protocol = connection._proto  # noqa: SLF001 - as above
         self._wire = BufferedWire(self._transport)
         self._is_idle = True
         self._is_mariadb = "MariaDB" in connection.get_server_info()
@@ -205,7 +205,7 @@ class MysqlSession:
     async def reset(self) -> bool:
         try:
             await self._connection._execute_command(RESET_CONNECTION, b"")  # noqa: SLF001 - the driver has no name for it
-            await self._connection._read_ok_packet()  # noqa: SLF001
+            await self._connection._read_ok_packet()  # noqa: SLF001 - nor for its answer
             await self.prepare()
         except (errors.MySQLError, NodeError, OSError):
             return False

@@ -109,19 +109,28 @@ async def _addresses_of(host: str, resolve: Resolve) -> Sequence[Address]:
 
 
 async def _is_at(own: OwnDatabase, found: Sequence[Address], resolve: Resolve) -> bool:
-    """Tell whether one of the addresses leads to the machine of the server's own database."""
+    """Tell whether one of the addresses leads to the machine of the server's own database.
+
+    Raises `NodeError` where nobody knows: its name may lead there again a moment later.
+    """
     if own.file is not None:
         return False
     if not own.host or own.host.startswith("/"):
         return any(is_of_this_machine(address) for address in found)
-    try:
-        own_addresses = await _addresses_of(own.host, resolve)
-    except NodeError:
-        return False
+    own_addresses = await _own_addresses(own.host, resolve)
     if any(address in own_addresses for address in found):
         return True
     # localhost, a loopback and the machine's address in its network are one server under three names.
     return any(map(is_of_this_machine, own_addresses)) and any(map(is_of_this_machine, found))
+
+
+async def _own_addresses(host: str, resolve: Resolve) -> Sequence[Address]:
+    try:
+        return await _addresses_of(host, resolve)
+    except NodeError as error:
+        # Not the name: where the server keeps its rows is nobody's to learn.
+        message = "It can't be told whether this is the server's own database"
+        raise NodeError(message, code="connection-failed", retryable=True) from error
 
 
 def is_of_this_machine(address: Address) -> bool:

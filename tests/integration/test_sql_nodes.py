@@ -599,6 +599,17 @@ async def test_our_own_database_is_refused_under_every_name(own: str, named: str
     assert (refusal.code, "own database" in refusal.message) == ("address-not-allowed", True)
 
 
+async def test_nothing_is_connected_while_it_is_unknown_where_our_own_database_is() -> None:
+    policy = ConnectionPolicy(
+        allowed_networks=LOOPBACK, own_databases=(OwnDatabase("own.example", 5432, "pilotflame"),)
+    )
+    url = URL.create("postgresql", "u", None, "x", 5432, "pilotflame")
+    refusal = await refused_source(source_at("postgresql", url, host="127.0.0.1"), policy, ())
+    assert (refusal.code, refusal.retryable) == ("connection-failed", True)
+    assert "own database" in refusal.message
+    assert "own.example" not in refusal.message
+
+
 def test_our_own_database_is_read_from_its_url() -> None:
     given = OwnDatabase.of_url("postgresql+asyncpg://u:p%40@db:6432/p%20f")
     assert given == OwnDatabase("db", 6432, "p f")

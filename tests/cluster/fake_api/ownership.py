@@ -36,7 +36,7 @@ class Manager:
 Owners = dict[Manager, set[Path]]
 
 
-def item_key(field: str, item: Any) -> str | None:  # noqa: ANN401
+def item_key(field: str, item: Any) -> str | None:  # noqa: ANN401 - any JSON value
     """Return what an item of a list is told by among the others; None in lists that are one value."""
     if not isinstance(item, dict):
         return None
@@ -73,7 +73,7 @@ def _leaves(value: Json, path: Path) -> Iterator[tuple[Path, Any]]:
 def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) -> None:
     """Raise for a list in which two items are told by the same key."""
 
-    def look(value: Any, path: str) -> None:  # noqa: ANN401
+    def look(value: Any, path: str) -> None:  # noqa: ANN401 - any JSON value
         if isinstance(value, dict):
             for field, item in value.items():
                 if isinstance(item, list):

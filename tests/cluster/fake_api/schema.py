@@ -135,7 +135,7 @@ def _scalar(type_name: str, value: object, path: str, *, is_quantity: bool) -> F
         )
 
 
-def _pruned(type_name: str, value: Any) -> Any:  # noqa: ANN401
+def _pruned(type_name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
     if match := _ITEMS.match(type_name):
         return [_pruned(match[1], item) for item in value or ()]
     if not isinstance(value, dict) or type_name == "object" or _VALUES.match(type_name):
