@@ -330,7 +330,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
 async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
     world: World, place: Place, workers: Workers
 ) -> None:
-    worker = await workers.start()
+    worker = await workers.start(broker=await brokers.connect(None))
     notices: list[Notice] = []
     await worker.broker.listen(notices.append)
     run = place.run(
