@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from benchmarks import (
     authoring,
     baseline,
     claims,
+    cluster,
     deployed,
     engine,
+    intake,
     machine,
     postgres_counters,
     processes,
@@ -30,7 +32,18 @@ from benchmarks.scenario import Options, Servers
 from tests import services
 
 DISK = Path("/var/tmp")  # noqa: S108 - each run makes a folder of its own in it
-PARTS = ("baseline", "dev", "production", "claims", "authoring", "engine", "transfer", "deployed")
+PARTS = (
+    "baseline",
+    "dev",
+    "production",
+    "claims",
+    "authoring",
+    "engine",
+    "transfer",
+    "deployed",
+    "cluster",
+    "intake",
+)
 PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
 
@@ -71,26 +84,11 @@ async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
                     print(f"{part}, repetition {number + 1} of {request.repeat} ...", flush=True)
                     figures[part].append(await run(folder, request.options))
                     _compare(figures, part)
-        if "engine" in figures:
-            print("engine ...", flush=True)
-            figures["engine"].append(await engine.measure())
-        if "transfer" in figures:
-            print("transfer ...", flush=True)
-            with services.running_postgres() as postgres:
-                figures["transfer"].append(await transfer.measure(postgres, Path(root)))
-        if "deployed" in figures:
-            print("deployed ...", flush=True)
-            folder = Path(tempfile.mkdtemp(dir=root))
-            figures["deployed"].append(await deployed.measure(folder, request.options.seconds))
-        if "claims" in figures:
-            print("claims ...", flush=True)
-            with services.running_postgres() as postgres:
-                figures["claims"].append(await claims.measure(postgres, Path(root)))
-        if "authoring" in figures:
-            print("authoring ...", flush=True)
-            with services.running_postgres() as postgres, services.running_redis() as redis:
-                await postgres_counters.require_durable(postgres.url)
-                figures["authoring"].append(await authoring.measure(postgres, redis, Path(root)))
+        for part, measure in ONCE.items():
+            if part in figures:
+                print(f"{part} ...", flush=True)
+                folder = Path(tempfile.mkdtemp(dir=root))
+                figures[part].append(await measure(folder, request.options))
     return figures
 
 
@@ -113,6 +111,53 @@ async def _production(folder: Path, options: Options) -> dict[str, float]:
         servers = Servers(database_url, {name: number for name, number in ids.items() if number is not None})
         async with processes.production(folder, database_url, redis.url) as pilotflame:
             return await scenario.measure(pilotflame, servers, options)
+
+
+async def _engine(_folder: Path, _options: Options) -> dict[str, float]:
+    return await engine.measure()
+
+
+async def _transfer(folder: Path, _options: Options) -> dict[str, float]:
+    with services.running_postgres() as postgres:
+        return await transfer.measure(postgres, folder)
+
+
+async def _deployed(folder: Path, options: Options) -> dict[str, float]:
+    return await deployed.measure(folder, options.seconds)
+
+
+async def _cluster(folder: Path, _options: Options) -> dict[str, float]:
+    with services.running_postgres() as postgres, services.running_redis() as redis:
+        return await cluster.measure(postgres, redis, folder)
+
+
+async def _claims(folder: Path, _options: Options) -> dict[str, float]:
+    with services.running_postgres() as postgres:
+        return await claims.measure(postgres, folder)
+
+
+async def _authoring(folder: Path, _options: Options) -> dict[str, float]:
+    with services.running_postgres() as postgres, services.running_redis() as redis:
+        await postgres_counters.require_durable(postgres.url)
+        return await authoring.measure(postgres, redis, folder)
+
+
+async def _intake(folder: Path, options: Options) -> dict[str, float]:
+    with services.running_postgres() as postgres, services.running_redis() as redis:
+        await postgres_counters.require_durable(postgres.url)
+        return await intake.measure(postgres, redis, folder, options.seconds)
+
+
+ONCE: Mapping[str, Callable[[Path, Options], Awaitable[dict[str, float]]]] = {
+    "engine": _engine,
+    "transfer": _transfer,
+    "deployed": _deployed,
+    "cluster": _cluster,
+    "claims": _claims,
+    "authoring": _authoring,
+    "intake": _intake,
+}
+"""What is measured once, however often the rest is repeated."""
 
 
 def _compare(figures: dict[str, list[dict[str, float]]], part: str) -> None:

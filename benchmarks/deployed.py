@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -14,8 +16,9 @@ from time import perf_counter
 from typing import Any
 
 import msgspec
+import psutil
 
-from benchmarks import engine, load, machine, processes, workflows
+from benchmarks import engine, load, machine, processes, usage, workflows
 from benchmarks.http1 import Connection
 from benchmarks.load import Installed, Sample, WrongAnswer
 
@@ -29,6 +32,7 @@ SILENCE_SECONDS = 5
 IDLE_SECONDS = 2
 """Shorter than clients may choose: it is put into the row."""
 LIFECYCLE_SECONDS = "0.5"
+REST_SECONDS = 5
 COLD_STARTS = 15
 WARM_UP_CALLS = 50
 WARM_CALLS = 500
@@ -109,14 +113,31 @@ async def measure(folder: Path, seconds: float) -> dict[str, float]:
     async with processes.dev(folder, LIFECYCLE_SECONDS=LIFECYCLE_SECONDS) as pilotflame:
         installed = await load.create(pilotflame.api, workflows.pure())
         since = perf_counter()
-        await _sent(installed, "POST", "deploy")
+        await sent(installed, "POST", "deploy")
         figures = {"calibration_ms": machine.calibration_ms(), "deploy_ms": 1000 * (perf_counter() - since)}
+        figures |= await _pod(installed, pilotflame.process_ids["dev"])
         figures |= await _warm(installed)
         figures |= await _cold(installed)
         figures |= await _crowd(installed)
         figures |= await _stopped_under_load(installed, STEADY_PER_SECOND_ASKED * seconds)
         figures |= await _asleep_between_bursts(installed, pilotflame.folder / "data")
     return figures
+
+
+async def _pod(installed: Installed, deployer_id: int) -> dict[str, float]:
+    """Return how long a pod took from its process to being ready, and how large it is before its first run."""
+    await asyncio.sleep(REST_SECONDS)
+    (process,) = (
+        child
+        for child in psutil.Process(deployer_id).children()
+        if child.environ().get("PILOTFLAME_RUNNER_WORKFLOW_ID") == installed.workflow_id
+    )
+    lines = [json.loads(line["text"]) for line in (await sent(installed, "GET", "logs"))["lines"]]
+    (ready_at,) = (datetime.fromisoformat(line["time"]) for line in lines if line["event"] == "runner ready")
+    return {
+        "pod_ready_ms": 1000 * (ready_at.timestamp() - usage.started_at(process.pid)),
+        "pod_memory_mb": usage.memory_megabytes({"pod": process.pid})["pod"],
+    }
 
 
 # ── one at a time ───────────────────────────────────────────────────────────────────────────────────────────
@@ -130,7 +151,7 @@ async def _warm(installed: Installed) -> dict[str, float]:
     for _ in range(WARM_CALLS):
         await callers.call()
     callers.close()
-    warm = _sample(_right(callers.calls))
+    warm = sample(right(callers.calls))
     by_engine_ms = await engine.one_run_ms(installed.workflow)
     return {
         "warm_p50_ms": warm.milliseconds(50),
@@ -143,15 +164,15 @@ async def _warm(installed: Installed) -> dict[str, float]:
 async def _cold(installed: Installed) -> dict[str, float]:
     callers = Callers(installed)
     for _ in range(COLD_STARTS):
-        await _put_to_sleep(installed)
+        await put_to_sleep(installed)
         await callers.call()
     callers.close()
-    calls = _right(callers.calls)
+    calls = right(callers.calls)
     if not all(call.is_cold for call in calls):
         raise WrongAnswer("A workflow that was stopped was found running")
     return {
         "cold_p50_ms": median(1000 * call.seconds for call in calls),
-        "cold_longest_ms": _sample(calls).milliseconds(100),
+        "cold_longest_ms": sample(calls).milliseconds(100),
     }
 
 
@@ -160,14 +181,14 @@ async def _cold(installed: Installed) -> dict[str, float]:
 
 async def _crowd(installed: Installed) -> dict[str, float]:
     """Have many call a sleeping workflow at once."""
-    await _put_to_sleep(installed)
+    await put_to_sleep(installed)
     before = await _wakes(installed)
     callers = Callers(installed)
     await callers.call_at_once(CROWD)
     callers.close()
     return {
         f"starts_for_{CROWD}_callers": await _wakes(installed) - before,
-        f"longest_of_{CROWD}_callers_ms": _sample(_right(callers.calls)).milliseconds(100),
+        f"longest_of_{CROWD}_callers_ms": sample(right(callers.calls)).milliseconds(100),
     }
 
 
@@ -180,7 +201,7 @@ async def _stopped_under_load(installed: Installed, seconds: float) -> dict[str,
         stops: list[asyncio.Task[Any]] = []
         while not (await asyncio.wait({calling}, timeout=STOP_EVERY_SECONDS))[0]:
             # Its answer waits for pods that are gone, which calls may not let happen for long.
-            stops.append(tasks.create_task(_sent(installed, "POST", "stop")))
+            stops.append(tasks.create_task(sent(installed, "POST", "stop")))
         for stop in stops:
             await stop
     callers.close()
@@ -194,7 +215,7 @@ async def _stopped_under_load(installed: Installed, seconds: float) -> dict[str,
 
 async def _asleep_between_bursts(installed: Installed, data: Path) -> dict[str, float]:
     """Leave a workflow alone for longer than it stays up, between bursts of calls."""
-    await _put_to_sleep(installed)
+    await put_to_sleep(installed)
     _set_idle_seconds(data / "pilotflame.db", installed.workflow_id)
     before, completed_before = await _wakes(installed), await _completed(installed)
     callers = Callers(installed)
@@ -210,7 +231,7 @@ def _load_figures(load_name: str, calls: Sequence[Call], completed: int) -> dict
     failed = [call.trouble for call in calls if call.trouble]
     if failed:
         print(f"{load_name}: {failed[0]}", flush=True)
-    everything, waking = _sample(calls), _sample([call for call in calls if call.is_cold])
+    everything, waking = sample(calls), sample([call for call in calls if call.is_cold])
     return {
         f"{load_name}_calls": float(len(calls)),
         f"{load_name}_lost": float(len(calls) - completed),
@@ -223,14 +244,14 @@ def _load_figures(load_name: str, calls: Sequence[Call], completed: int) -> dict
     }
 
 
-def _right(calls: Sequence[Call]) -> Sequence[Call]:
+def right(calls: Sequence[Call]) -> Sequence[Call]:
     for call in calls:
         if call.trouble:
             raise WrongAnswer(call.trouble)
     return calls
 
 
-def _sample(calls: Sequence[Call]) -> Sample:
+def sample(calls: Sequence[Call]) -> Sample:
     seconds = sorted(call.seconds for call in calls)
     return Sample(sum(seconds), len(seconds), seconds)
 
@@ -238,15 +259,16 @@ def _sample(calls: Sequence[Call]) -> Sample:
 # ── the deployment ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _put_to_sleep(installed: Installed) -> None:
-    stopped = await _sent(installed, "POST", "stop")
+async def put_to_sleep(installed: Installed) -> None:
+    """Stop it, and wait until no pod is left."""
+    stopped = await sent(installed, "POST", "stop")
     if stopped["deploymentStatus"] != "stopped":
         raise WrongAnswer(stopped)
 
 
 async def _wakes(installed: Installed) -> int:
     """Return how often it was woken, lately."""
-    history = await _sent(installed, "GET", f"lifecycle/history?limit={DECISIONS}")
+    history = await sent(installed, "GET", f"lifecycle/history?limit={DECISIONS}")
     return sum(decision["action"] == "wake" for decision in history["decisions"])
 
 
@@ -256,7 +278,8 @@ async def _completed(installed: Installed) -> int:
     return int(listed["count"])
 
 
-async def _sent(installed: Installed, method: str, what: str) -> dict[str, Any]:
+async def sent(installed: Installed, method: str, what: str) -> dict[str, Any]:
+    """Return what is answered about the workflow."""
     path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
     return await _answered(installed, installed.api.request(method, path))
 

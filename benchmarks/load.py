@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -70,6 +70,16 @@ class Sample:
         return self.sorted_latencies_seconds[max(rank, 1) - 1] * 1000
 
 
+class Runnable(Protocol):
+    """What a load does again and again."""
+
+    @property
+    def api(self) -> Api: ...
+
+    async def run(self, connection: Connection) -> float:
+        """Do it once, and return the seconds that it took."""
+
+
 @dataclass(frozen=True, slots=True)
 class Installed:
     """A workflow as it was created on a server."""
@@ -117,7 +127,7 @@ async def one_by_one(installed: Installed, times: int) -> Sample:
     return Sample(perf_counter() - begun_at, times, sorted(latencies))
 
 
-async def closed_loop(installed: Installed, clients: int, seconds: float) -> Sample:
+async def closed_loop(installed: Runnable, clients: int, seconds: float) -> Sample:
     """Run it for so long by so many clients, each of which waits for its result before it asks again."""
     latencies: list[float] = []
     ended_in_window = 0
@@ -136,7 +146,7 @@ async def closed_loop(installed: Installed, clients: int, seconds: float) -> Sam
     return Sample(seconds, ended_in_window, sorted(latencies))
 
 
-async def open_loop(installed: Installed, per_second: float, seconds: float) -> Sample:
+async def open_loop(installed: Runnable, per_second: float, seconds: float) -> Sample:
     """Run it at moments that don't depend on one another or on the server: a Poisson process."""
     latencies: list[float] = []
 

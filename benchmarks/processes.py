@@ -55,10 +55,17 @@ async def dev(folder: Path, **settings: str) -> AsyncIterator[Pilotflame]:
 
 
 @asynccontextmanager
-async def production(folder: Path, database_url: str, redis_url: str) -> AsyncIterator[Pilotflame]:
-    """Run the processes of the Procfile on a database, which is migrated first, and a Redis."""
+async def production(
+    folder: Path, database_url: str, redis_url: str, **settings: str
+) -> AsyncIterator[Pilotflame]:
+    """Run the processes of the Procfile on a database, which is migrated first, and a Redis.
+
+    Settings are named without `PILOTFLAME_`.
+    """
     api = Api(free_port(), f"sk-{secrets.token_urlsafe(32)}")
     variables = environment(api, folder) | {
+        **{f"PILOTFLAME_{name}": value for name, value in settings.items()},
+        "PILOTFLAME_RUNNER_GATEWAY_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_DATABASE_URL": database_url,
         "PILOTFLAME_REDIS_URL": redis_url,
         "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),

@@ -60,6 +60,17 @@ _LOADS_ON_SLEEPERS = (
     for load in ("stopped", "bursts")
     for figure, limit in (("lost", 1), ("failed", 1), ("wake_p99_ms", 3_000))
 )
+INTAKE_PER_CORE: Mapping[str, int] = {"enqueue": 1_000, "mail": 300, "events": 800, "webhooks": 800}
+"""Requests a second by what is sent; half as many are sent to see how long an answer takes."""
+_INTAKE = (
+    Target("intake", f"{mode}_{kind}_{figure}", bound, limit)
+    for mode, core in (("production", "gateway"), ("dev", "dev"))
+    for kind, per_core in INTAKE_PER_CORE.items()
+    for figure, bound, limit in (
+        (f"per_{core}_core", Bound.AT_LEAST, per_core),
+        (f"at_{per_core // 2}_per_second_p99_ms", Bound.BELOW, 100),
+    )
+)
 TARGETS = (
     Target("production", "executions_per_second", Bound.AT_LEAST, 2_000, Judged.EVERY),
     Target("production", "executions_per_second", Bound.AT_LEAST, 3_000),
@@ -91,10 +102,17 @@ TARGETS = (
         for load, figure, limit in _LOADS_ON_SLEEPERS
     ),
     Target("deployed", "bursts_wakes", Bound.AT_LEAST, 8, Judged.EVERY),
+    Target("deployed", "pod_ready_ms", Bound.BELOW, 1_000),
+    Target("deployed", "pod_memory_mb", Bound.BELOW, 90),
+    Target("cluster", "start_p95_ms", Bound.BELOW, 10_000),
+    Target("cluster", "start_by_deploy", Bound.BELOW, 1),
     Target("authoring", "sqlite_slowest_query_p95_ms", Bound.BELOW, 50),
     Target("authoring", "postgresql_slowest_query_p95_ms", Bound.BELOW, 50),
     Target("authoring", "sqlite_slowest_edit_p95_ms", Bound.BELOW, 50),
     Target("authoring", "postgresql_slowest_edit_p95_ms", Bound.BELOW, 50),
+    *_INTAKE,
+    Target("intake", "production_batched_messages_per_second", Bound.AT_LEAST, 5_000),
+    Target("intake", "dev_batched_messages_per_second", Bound.AT_LEAST, 5_000),
 )
 
 

@@ -17,7 +17,7 @@ COPY . .
 RUN pip --python /opt/pilotflame/bin/python install --quiet --no-compile --no-deps --no-build-isolation .
 # From one lock, so that pods run the versions that workers run.
 RUN pip --python /opt/pilotflame/bin/python uninstall --quiet --yes \
-        aiosqlite alembic apscheduler dramatiq hiredis kubernetes redis sqlalchemy sqlmodel
+        aio_pika aiosqlite alembic apscheduler dramatiq hiredis kubernetes redis sqlalchemy sqlmodel
 # Compiled for good: who runs it can't write here, and would compile everything anew at every start.
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/pilotflame/lib
 

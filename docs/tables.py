@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
+from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
 from docs import node_reference
 from gateway import limits
 from gateway.settings import GatewaySettings
@@ -28,15 +29,20 @@ PROCESSES: dict[str, type[BaseSettings]] = {
     "deployer": DeployerSettings,
     "runner": RunnerSettings,
 }
+BRIDGES: tuple[type[BaseSettings], ...] = (RedisBridgeSettings, SqsBridgeSettings, RabbitmqBridgeSettings)
+"""One process, by what it takes messages from."""
+WITHOUT_DATABASE: tuple[str, ...] = ("runner", "bridge")
 
 
 def settings_table() -> str:
     """Return a row for each variable: its name, who reads it, its default, and what it means."""
     readers: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo] = {}
-    for process, settings in PROCESSES.items():
+    of_processes = [*PROCESSES.items(), *(("bridge", settings) for settings in BRIDGES)]
+    for process, settings in of_processes:
         for name, field in settings.model_fields.items():
-            readers.setdefault(name, []).append(process)
+            if process not in readers.setdefault(name, []):
+                readers[name].append(process)
             fields.setdefault(name, field)
     shared_first = sorted(fields, key=lambda name: (-len(readers[name]), list(fields).index(name)))
     rows = [
@@ -86,10 +92,10 @@ def _row(*cells: str | None) -> str:
 
 
 def _readers(processes: list[str]) -> str:
-    absent = PROCESSES.keys() - set(processes)
-    if absent <= {"runner"}:
-        return "all but runner" if absent else "all"
-    return ", ".join(processes)
+    absent = [process for process in (*PROCESSES, "bridge") if process not in processes]
+    if not absent:
+        return "all"
+    return f"all but {', '.join(absent)}" if set(absent) <= set(WITHOUT_DATABASE) else ", ".join(processes)
 
 
 def _default(name: str, field: FieldInfo) -> str:

@@ -23,6 +23,7 @@ _Test: TypeAlias = Callable[[Scope, list[str], Allowance], bool]
 class Condition:
     """A question that a scope answers."""
 
+    source: Json
     paths: tuple[Path, ...]
     """Every path in it, in the order of the text."""
     _test: _Test
@@ -40,7 +41,7 @@ def compile_condition(value: Json) -> Condition:
     """Compile a condition; `{{ path }}` and `$op` may stand on either side. Raises `ExpressionError`."""
     compiler = _Compiler()
     test = compiler.condition(value, nesting=0)
-    return Condition(tuple(compiler.paths), test)
+    return Condition(value, tuple(compiler.paths), test)
 
 
 # ── what can be asked ───────────────────────────────────────────────────────────────────────────────────────

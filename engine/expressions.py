@@ -186,6 +186,17 @@ def compile_value(value: Json) -> Template:
     return _Compiler(operations=OPERATIONS).template(value)
 
 
+def rewritten(value: Json, path_of: Callable[[Path], str]) -> Json:
+    """Return a value that was compiled before with other paths in the places of those in it."""
+    if isinstance(value, list):
+        return [rewritten(item, path_of) for item in value]
+    if isinstance(value, dict):
+        return {key: rewritten(item, path_of) for key, item in value.items()}
+    if not isinstance(value, str) or "{{" not in value:
+        return value
+    return "".join(part if isinstance(part, str) else f"{{{{ {path_of(part)} }}}}" for part in _split(value))
+
+
 def literal(value: Json) -> Template:
     """Return a value as it is, with whatever braces it has."""
     return Template(value, (), None)

@@ -189,6 +189,8 @@ class Awaited(StrEnum):
     """A person's."""
     RUN = "run"
     """That of a run that the node has started."""
+    EVENT = "event"
+    """An event's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,11 +126,21 @@ class Bucket(Protocol):
     ) -> Sequence[StoredObject]: ...
 
 
+class MailServer(Protocol):
+    """A mail server of a user, which sends what it takes."""
+
+    async def send(
+        self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
+    ) -> None:
+        """Hand in one mail for all recipients, or for none of them; addresses are bare and in ASCII, as is the mail."""
+
+
 class DataSources(Protocol):
     """Data sources by id, as far as the caller may use them."""
 
     async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase: ...  # noqa: A002 - the field's own word
     async def bucket(self, caller: Caller, source_id: str) -> Bucket: ...
+    async def mail_server(self, caller: Caller, source_id: str) -> MailServer: ...
     async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
         """Return what a request to `url` carries: of http-bearer, http-basic or api-key, if it is for that host."""
 
@@ -205,6 +215,32 @@ class Pace(Protocol):
         """Return when (aware, UTC) one more may pass, and take that place, unless it is too far away."""
 
 
+class WantedEvent(msgspec.Struct, frozen=True):
+    """What a node waits for."""
+
+    event_type: str
+    """A type, or with `.*` at its end all that begin so."""
+    condition: str | None = None
+    """JSON: what must hold of the event, which it sees as `item`, with `given` as `data`."""
+    given: str = "[]"
+    """JSON."""
+    look_back_seconds: float = 0.0
+    """An event counts that came up to so long before the node was reached."""
+    timeout_seconds: float | None = None
+
+
+class Events(Protocol):
+    """What happens in the organisation."""
+
+    async def expect(
+        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+    ) -> datetime | None:
+        """See to it that the first such event answers the node; returns when (aware, UTC) it has waited long enough.
+
+        Both are counted from when the node was reached first, however often that is asked.
+        """
+
+
 class _Absent:
     """Stands for what a process doesn't lend."""
 
@@ -230,3 +266,4 @@ class Services:
     code: Code = field(default_factory=_absent("Code nodes"))
     runs: Runs = field(default_factory=_absent("Other workflows"))
     pace: Pace = field(default_factory=_absent("Shared rates"))
+    events: Events = field(default_factory=_absent("Events"))

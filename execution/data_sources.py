@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 from sqlalchemy import select
 from sqlmodel import col
 
 from engine.errors import NodeError
+from execution.joint import Joint
 from models.data_source import DataSource, opened, usable_by
 from models.database import DatabaseUnavailable
 from models.vault import VaultError
@@ -27,6 +28,9 @@ REMEMBERED_SECONDS: Final = 2.0
 """How long a change of a data source, or of who may use it, may go unseen by nodes that start."""
 MAX_REMEMBERED: Final = 1_000
 
+_Asked: TypeAlias = tuple[str, str, str]
+"""An organisation, a user of it, and a data source."""
+
 
 class StoredSources:
     """Finds data sources in the database, and remembers them for a moment: a loop asks for the same one every time."""
@@ -34,7 +38,8 @@ class StoredSources:
     def __init__(self, database: Database, vault: Vault) -> None:
         self._database = database
         self._vault = vault
-        self._remembered: OrderedDict[tuple[str, str, str], tuple[float, Source]] = OrderedDict()
+        self._remembered: OrderedDict[_Asked, tuple[float, Source]] = OrderedDict()
+        self._lookups: Joint[_Asked, Source] = Joint(self._find)
 
     async def find(self, caller: Caller, source_id: str) -> Source:
         """Return a data source; raises `NodeError`."""
@@ -42,20 +47,25 @@ class StoredSources:
         known = self._remembered.get(key)
         if known is not None and known[0] > monotonic():
             return known[1]
+        return await self._lookups.ask(key)
+
+    def forget(self) -> None:
+        """Look every one up anew."""
+        self._remembered.clear()
+        self._lookups = Joint(self._find)
+
+    async def _find(self, key: _Asked) -> Source:
         until = monotonic() + REMEMBERED_SECONDS
-        source = self._opened(await self._look_up(caller, source_id))
+        source = self._opened(await self._look_up(key))
         self._remembered[key] = (until, source)
         self._remembered.move_to_end(key)
         while len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
         return source
 
-    def forget(self) -> None:
-        """Look every one up anew."""
-        self._remembered.clear()
-
-    async def _look_up(self, caller: Caller, source_id: str) -> DataSource:
-        is_usable = usable_by(caller.organization_id, caller.user_id)
+    async def _look_up(self, key: _Asked) -> DataSource:
+        organization_id, user_id, source_id = key
+        is_usable = usable_by(organization_id, user_id)
         statement = select(DataSource).where(col(DataSource.id) == source_id, is_usable)
         try:
             async with self._database.read() as connection:

@@ -1,7 +1,7 @@
 """What a pod asks of the gateway in the place of a database, and what it is answered: bodies of `/internal/v1/…`.
 
-Every call carries `Authorization: Bearer` with the token of its deployment, and in `X-Runner` the name of the pod: the
-two together hold the leases.
+Every call carries `Authorization: Bearer` with the token of its deployment, and in `X-Runner` the name of the pod and
+when its process began, `<pod>/<milliseconds since 1970>`: the two together hold the leases.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MAX_WAIT_SECONDS: Final = 25.0
 MAX_RECORD_BYTES: Final = 80_000_000
 """A run commits once it has 10 MB to tell, or a single output of up to 50 MB; Base64 adds a third."""
 SPANS_PER_PAGE: Final = 200
+MAX_FILTER_CHARACTERS: Final = 65_536
 
 LeaseSeconds = Annotated[float, msgspec.Meta(gt=0, le=MAX_LEASE_SECONDS)]
 Ids = Annotated[list[str], msgspec.Meta(max_length=MAX_RUNS)]
@@ -209,6 +210,24 @@ class StartedRun(msgspec.Struct, frozen=True):
     """The run."""
 
     execution_id: str
+
+
+class ExpectEventCall(msgspec.Struct, frozen=True):
+    """Have a node of a run that this pod holds wait for an event; once, however often that is asked."""
+
+    node_id: Annotated[str, msgspec.Meta(max_length=64)]
+    iteration: Annotated[str, msgspec.Meta(max_length=200)]
+    event_type: Annotated[str, msgspec.Meta(pattern=r"^[^\s*]{1,200}(\.\*)?\Z")]
+    condition: Annotated[str, msgspec.Meta(max_length=MAX_FILTER_CHARACTERS)] | None
+    given: Annotated[str, msgspec.Meta(max_length=MAX_FILTER_CHARACTERS)]
+    look_back_seconds: Annotated[float, msgspec.Meta(ge=0, le=604_800)]
+    timeout_seconds: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] | None
+
+
+class ExpectedEvent(msgspec.Struct, frozen=True):
+    """When it has waited long enough."""
+
+    expires_at: datetime | None
 
 
 class ReserveCall(msgspec.Struct, frozen=True):

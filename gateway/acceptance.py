@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlmodel import col
 
 from gateway import errors, limits
@@ -19,15 +19,23 @@ from models.execution import Idempotency
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+    from gateway.event_telling import EventTelling
     from gateway.internal.desk import Desk
     from gateway.waiting import Waiting
-    from journal.store import Acceptance, IdempotencyKey, Store
+    from journal.store import Acceptance, Arrival, ArrivedRun, IdempotencyKey, Store, TakenIn
     from messages.broker import Broker
     from models.database import Database
 
 STORED_SECONDS: Final = 3600.0
 """How long a definition counts as stored after it was."""
 MAX_STORED: Final = 10_000
+RUN_CHARACTERS: Final = 5_000
+"""What a run costs besides its texts."""
+MAX_CHARACTERS: Final = 10_000_000
+"""Of what goes into one commit, as long as it is more than one thing: 2,000 small runs, say."""
+KEYS_AT_ONCE: Final = 500
 
 _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
     WorkflowStatus.PAUSED: "The workflow is paused: set it to active to run it",
@@ -40,19 +48,33 @@ class Acceptances:
     """The way in of one gateway."""
 
     def __init__(
-        self, database: Database, store: Store, broker: Broker, waiting: Waiting, desk: Desk
+        self,
+        database: Database,
+        store: Store,
+        broker: Broker,
+        waiting: Waiting,
+        desk: Desk,
+        events: EventTelling,
     ) -> None:
         self._database = database
         self._store = store
         self._broker = broker
         self._waiting = waiting
         self._desk = desk
-        self._group: GroupCommit[Acceptance, Accepted] = GroupCommit(self._commit)
+        self._events = events
+        self._group: GroupCommit[Acceptance, Accepted] = GroupCommit(
+            self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
+        )
         # Apart, for each of these takes a transaction of its own, and others needn't wait for them.
         self._impatient: GroupCommit[Acceptance, Accepted] = GroupCommit(self._commit)
+        # Apart too: they may bring a thousand runs at once.
+        self._arriving: GroupCommit[Arrival, TakenIn] = GroupCommit(
+            self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
+        )
         self._admissions: GroupCommit[str, None] = GroupCommit(self._admit)
         self._hints: GroupCommit[None, None] = GroupCommit(self._wake)
         self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
+        self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
         self._stored: Recent[DefinitionKey, bool] = Recent(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: Acceptance) -> Accepted:
@@ -61,6 +83,12 @@ class Acceptances:
         if group.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await group.submit(acceptance)
+
+    async def take_in(self, arrival: Arrival) -> TakenIn:
+        """Return what became of what a sender has brought, once that is committed; raises 503 where too many wait."""
+        if self._arriving.depth >= limits.ACCEPTANCES_WAITING:
+            raise errors.not_ready("Too many executions wait to be accepted: try again")
+        return await self._arriving.submit(arrival)
 
     def is_stored(self, definition: DefinitionKey) -> bool:
         """Tell whether a definition is known to be in the database, so that its text need not be sent again."""
@@ -81,8 +109,10 @@ class Acceptances:
         """Finish what was begun."""
         await self._group.drain()
         await self._impatient.drain()
+        await self._arriving.drain()
         await self._admissions.drain()
         await self._hints.drain()
+        await self._unread.drain()
         await self._arrivals.drain()
 
     async def _commit(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
@@ -92,6 +122,34 @@ class Acceptances:
         accepted = [
             one for one, answer in zip(batch, answers, strict=True) if answer.verdict is Verdict.ACCEPTED
         ]
+        self._remember(accepted)
+        self._tell(accepted)
+        return answers
+
+    async def _take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        answers = await self._store.take_in(batch)
+        accepted: list[ArrivedRun] = []
+        for arrival, answer in zip(batch, answers, strict=True):
+            of_runs = zip(arrival.runs, answer.runs, strict=False)  # none, where it wasn't taken in
+            accepted += [run for run, one in of_runs if one.verdict is Verdict.ACCEPTED]
+            if arrival.event is not None and answer.verdict is Verdict.ACCEPTED:
+                self._events.submit(arrival.event.event_id)
+        self._remember(accepted)
+        self._tell([run for run in accepted if run.is_read and run.delay_until is None])
+        if any(not run.is_read for run in accepted):
+            self._unread.submit(None)
+        return answers
+
+    def _remember(self, accepted: Sequence[Acceptance]) -> None:
+        """Take down which definitions are stored by now."""
+        for one in accepted:
+            if one.definition is not None:
+                self._stored.put(
+                    DefinitionKey(one.organization_id, one.definition_hash, one.lane), value=True
+                )
+
+    def _tell(self, accepted: Sequence[Acceptance]) -> None:
+        """Tell of runs that may begin now."""
         if any(one.concurrency_key is None and one.home is None for one in accepted):
             self.hint()
         for one in accepted:
@@ -99,11 +157,6 @@ class Acceptances:
                 self._arrivals.submit(one.home)
             if one.concurrency_key is not None:
                 self._admissions.submit(one.concurrency_key)
-            if one.definition is not None:
-                self._stored.put(
-                    DefinitionKey(one.organization_id, one.definition_hash, one.lane), value=True
-                )
-        return answers
 
     async def _admit(self, batch: Sequence[str]) -> Sequence[None]:
         """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
@@ -118,9 +171,17 @@ class Acceptances:
         await self._desk.arrived(set(batch))
         return [None] * len(batch)
 
+    async def _tell_readers(self, batch: Sequence[None]) -> Sequence[None]:
+        await hints.something_unread(self._broker)
+        return batch
+
     async def _wake(self, batch: Sequence[None]) -> Sequence[None]:
         await hints.wake(self._broker)
         return batch
+
+
+def _weight(run: Acceptance) -> int:
+    return RUN_CHARACTERS + len(run.trigger) + len(run.definition or "")
 
 
 def require_open(status: WorkflowStatus) -> None:
@@ -141,5 +202,30 @@ async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepte
         row = (await connection.execute(statement)).first()
     if row is None:
         return None
+    return _as_bound(row, key)
+
+
+async def all_earlier(
+    database: Database, lane: int, keys: Sequence[IdempotencyKey]
+) -> dict[IdempotencyKey, Accepted]:
+    """Return the same of many keys; those that no earlier request had are left out."""
+    pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
+    asked = {(key.scope, key.key): key for key in keys}
+    pairs = list(asked)
+    found: dict[IdempotencyKey, Accepted] = {}
+    async with database.read() as connection:
+        for start in range(0, len(pairs), KEYS_AT_ONCE):
+            statement = select(Idempotency).where(
+                col(Idempotency.lane) == lane,
+                pair.in_(pairs[start : start + KEYS_AT_ONCE]),
+                col(Idempotency.expires_at) > datetime.now(UTC),
+            )
+            for row in await connection.execute(statement):
+                key = asked[row.scope, row.key]
+                found[key] = _as_bound(row, key)
+    return found
+
+
+def _as_bound(row: Row[*tuple[Any, ...]], key: IdempotencyKey) -> Accepted:
     verdict = Verdict.REPEATED if row.fingerprint == key.fingerprint else Verdict.MISMATCH
     return Accepted(verdict, row.resource_id)

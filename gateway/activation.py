@@ -1,7 +1,8 @@
 """How a deployment is there for whoever needs it: one lookout for each, shared by all who wait for it here.
 
-Nobody waits for a pod to be ready, but for the run to be taken, which a pod does as soon as it is. Nothing is sent to
-a pod, so none can refuse it: what there is to do stands in the rows, whoever starts or stops the deployment meanwhile.
+Nobody waits for a pod to be ready, but for the run to be taken, which a pod does as soon as it is. What is forwarded to
+a pod is a hint, so nothing is lost with one that refuses it: what there is to do stands in the rows, whoever starts or
+stops the deployment meanwhile.
 The lookout wakes it as often as that takes, and tells what keeps its pods away.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -32,6 +33,7 @@ from models.lifecycle import LifecycleAction, Refusal, RefusalCode, StoppedReaso
 
 if TYPE_CHECKING:
     from gateway.waiting import Waiting
+    from journal.activity import Seen
     from journal.store import ExecutionKey
     from messages.broker import Broker, Notice
     from models.database import Database
@@ -67,6 +69,15 @@ class NoPod(Exception):
         self.news = news
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A deployment that something has come for."""
+
+    deployment: Deployment
+    refusal: Refusal | None
+    """Why it may not start for that now."""
+
+
 @dataclass(slots=True, eq=False)
 class Lookout:
     """The look after one deployment, and how many need it."""
@@ -86,6 +97,7 @@ class Activation:
         self._broker = broker
         self._waiting = waiting
         self._counts: GroupCommit[str, Deployment | None] = GroupCommit(self._count)
+        self._wakes: GroupCommit[str, None] = GroupCommit(self._wake)
         self._queues: Counter[str] = Counter()
         self._lookouts: dict[str, Lookout] = {}
         self._waiters: dict[str, set[asyncio.Future[bool]]] = {}
@@ -111,6 +123,7 @@ class Activation:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._counts.drain()
+        await self._wakes.drain()
 
     @property
     def is_waited_for(self) -> bool:
@@ -144,6 +157,37 @@ class Activation:
             raise errors.not_ready("Too many requests wait here for the workflow to start: try again")
         return deployment
 
+    async def count(self, workflow_id: str) -> Counted | None:
+        """Take down that something has come for a deployment that nobody waits for; None where it isn't deployed."""
+        deployment = await self._counts.submit(workflow_id)
+        if deployment is None:
+            return None
+        if wakes.is_wanted(deployment):
+            return Counted(deployment, None)
+        async with self._database.read() as connection:
+            seen = await activity.look(connection, workflow_id)
+        if seen is None:
+            return None
+        return Counted(deployment, lifecycle.may_start(seen.policy, seen.situation, seen.now))
+
+    async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, Counted]:
+        """Do the same for several at once; those that aren't deployed are left out."""
+        found = await wakes.count(self._database, workflow_ids)
+        asleep = [workflow_id for workflow_id, one in found.items() if not wakes.is_wanted(one)]
+        seen: Mapping[str, Seen] = {}
+        if asleep:
+            async with self._database.read() as connection:
+                seen = await activity.look_at(connection, asleep)
+        counted = {workflow_id: Counted(deployment, None) for workflow_id, deployment in found.items()}
+        for workflow_id, one in seen.items():
+            refusal = lifecycle.may_start(one.policy, one.situation, one.now)
+            counted[workflow_id] = Counted(found[workflow_id], refusal)
+        return counted
+
+    def see_to(self, workflow_id: str) -> None:
+        """Wake a deployment for a run that nobody waits for; what fails here, the scheduler sees to."""
+        self._wakes.submit(workflow_id)
+
     async def _check_policy(self, workflow_id: str) -> None:
         async with self._database.read() as connection:
             seen = await activity.look(connection, workflow_id)
@@ -156,6 +200,14 @@ class Activation:
     async def _count(self, batch: Sequence[str]) -> Sequence[Deployment | None]:
         found = await wakes.count(self._database, batch)
         return [found.get(workflow_id) for workflow_id in batch]
+
+    async def _wake(self, batch: Sequence[str]) -> Sequence[None]:
+        for workflow_id in dict.fromkeys(batch):
+            try:
+                await self._look(workflow_id, is_first=True)
+            except DatabaseUnavailable as error:
+                log.debug("deployment not woken", workflow_id=workflow_id, error=str(error))
+        return [None] * len(batch)
 
     # ── waiting for it ──────────────────────────────────────────────────────────────────────────────────────
 

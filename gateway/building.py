@@ -8,8 +8,6 @@ from enum import StrEnum
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import msgspec
-
 from engine.findings import FindingType
 from engine.validation import validate
 from gateway import graph_shapes, limits, workflow_shapes
@@ -218,7 +216,7 @@ def _fitting(value: Json, kind: type[Body]) -> Body:
 
 def _fits(value: Json, kind: type[Wire]) -> bool:
     try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError:
+        convert(value, kind)
+    except ApiError:
         return False
     return True

@@ -114,6 +114,10 @@ class Probes:
             if source.type == DataSourceType.S3:
                 await _list_one(await connections.bucket(caller, source.id))
                 return "The bucket can be listed"
+            if source.type == DataSourceType.SMTP:
+                server = await connections.mail_server(caller, source.id)
+                await server.check(timeout_seconds=float(limits.DATA_SOURCE_TEST_SECONDS))
+                return "The mail server takes the login" if secrets else "The mail server answers"
         finally:
             await connections.close()
         return "Its secrets can be read; they are tried when a workflow uses them"

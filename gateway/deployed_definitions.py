@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.values import Json
-    from journal.pinning import LoadedWorkflow
+    from journal.pinning import LoadedWorkflow, TriggerNode
     from models.database import Database
     from models.deployment import Deployment
     from nodes.catalog import Catalog
@@ -43,7 +43,7 @@ class Deployed:
 
     text: str
     settings: Mapping[str, Json]
-    trigger_kind: str | None
+    trigger: TriggerNode | None
     total_nodes: int
 
 
@@ -57,6 +57,8 @@ class DeployedDefinitions:
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
         """Return a workflow with what is deployed in the place of its own definition; raises `DefinitionLost`."""
+        if workflow.definition_hash == deployment.definition_hash:
+            return replace(workflow, validation=Validation())
         deployed = await self._load(
             DefinitionKey(deployment.organization_id, deployment.definition_hash, deployment.lane)
         )
@@ -69,13 +71,14 @@ class DeployedDefinitions:
             definition_hash=deployment.definition_hash,
             # It was valid when it was deployed.
             validation=Validation(),
-            trigger_kind=deployed.trigger_kind,
+            trigger=deployed.trigger,
             total_nodes=deployed.total_nodes,
         )
 
     async def trigger_kind(self, key: DefinitionKey) -> str:
         """Return what kind of event the trigger node of a deployed definition takes; raises `DefinitionLost`."""
-        return (await self._load(key)).trigger_kind or "manual"
+        trigger = (await self._load(key)).trigger
+        return trigger.kind if trigger else pinning.MANUAL
 
     async def _load(self, key: DefinitionKey) -> Deployed:
         kept = self._kept.get(key)
@@ -100,4 +103,4 @@ class DeployedDefinitions:
 def _deployed(text: str, catalog: Catalog) -> Deployed:
     definition: dict[str, Any] = msgspec.json.decode(text)
     nodes = definition["nodes"]
-    return Deployed(text, definition["settings"], pinning.trigger_kind(nodes, catalog), len(nodes))
+    return Deployed(text, definition["settings"], pinning.trigger_of(nodes, catalog), len(nodes))

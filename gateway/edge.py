@@ -37,6 +37,7 @@ class Edge:
         request_id = _request_id(scope)
         scope["request_id"] = request_id
         headers = [(b"x-request-id", request_id.encode()), *_HEADERS]
+        scope["sent_with_answer"] = headers
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status

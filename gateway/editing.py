@@ -118,7 +118,7 @@ async def edit(
                 await anyway(connection, same)
             return same
         after = wanted.after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
-        if not await workflow_rows.save(connection, before, after, request.caller):
+        if not await workflow_rows.save(connection, before, after, request.caller, request.gateway.catalog):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
         edited = Edited(before, after)
         for addition in (also, anyway):
@@ -163,7 +163,7 @@ async def create(
                 return bound
         # An earlier try may have been committed though its answer was lost.
         if not await workflow_rows.exists(connection, workflow.id):
-            await workflow_rows.add(connection, made)
+            await workflow_rows.add(connection, made, request.gateway.catalog)
             after = content_hash(made)
             await audit.record(connection, request.caller, action, workflow.id, before=None, after=after)
         return workflow.id

@@ -38,6 +38,8 @@ class Access(Enum):
     """Whoever has a valid key, whatever its scopes."""
     ADMIN = auto()
     """An organisation's admin, with a key of the scope `users:write`."""
+    SENDER = auto()
+    """Whoever has a key of the scope `workflows:execute` or a token in the URL, or signs what it sends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Endpoint:
         try:
             return await self._handled(scope, receive)
         except ApiError as error:
+            scope["app"].state.gateway.samples.note(scope, error)
             return error.response(scope["request_id"])
         except (DatabaseUnavailable, BrokerUnavailable) as error:
             return errors.not_ready(f"{error}: try again").response(scope["request_id"])
@@ -78,13 +81,16 @@ class Endpoint:
         if operation is None:
             raise errors.method_not_allowed(self.operations)
         gateway: State = scope["app"].state.gateway
-        caller = None
-        if operation.access is not Access.PUBLIC:
+        caller = sender = None
+        if operation.access is Access.SENDER:
+            sender = await gateway.doorkeeper.sender(scope)
+            caller = None if sender is None else sender.caller
+        elif operation.access is not Access.PUBLIC:
             caller = await gateway.authenticator.caller(scope)
             _check_scope(caller, operation.access)
         if not all(map(ids.is_id, scope["path_params"].values())):
             raise errors.not_found("object")
-        return await operation.handler(Request(scope, receive, gateway, caller, operation.query))
+        return await operation.handler(Request(scope, receive, gateway, caller, operation.query, sender))
 
 
 def _check_scope(caller: Caller, access: KeyScope | Access) -> None:

@@ -33,6 +33,8 @@ class ApiError(Exception):
         self.message = message
         self.details = list(details)
         self.headers = dict(headers or {})
+        self.is_noted = False
+        """A delivery tells of it."""
         if retry_after_seconds is not None:
             self.headers["Retry-After"] = str(retry_after_seconds)
 
@@ -95,10 +97,27 @@ def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> Ap
     return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
 
 
-def concurrency_limit(running: int) -> ApiError:
+def concurrency_limit() -> ApiError:
     """Return the refusal of a run for which its workflow's settings leave no place."""
-    message = f"{running:,} runs go on already, as many as settings.concurrency allows at once: try again"
+    message = "As many runs go on already as settings.concurrency allows at once: try again"
     return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
+
+
+def queue_full(whose: str, limit: int, retry_after_seconds: int) -> ApiError:
+    """Return the refusal of runs, since too many of a workflow or an organisation wait to be begun."""
+    message = f"As many runs of {whose} wait to be begun as may, {limit:,}: try again later"
+    return ApiError(429, "queue-full", message, retry_after_seconds=retry_after_seconds)
+
+
+def workflow_not_active() -> ApiError:
+    return conflict(
+        "workflow-not-active", "The workflow is not active: set its status to active, or deploy it"
+    )
+
+
+def no_such_trigger(kind: str) -> ApiError:
+    """Return the refusal of what comes another way than its workflow's trigger takes it."""
+    return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")
 
 
 def not_deployed() -> ApiError:
@@ -124,6 +143,11 @@ def start_failed(reason: str, execution_id: str) -> ApiError:
         f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
     )
     return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
+
+
+def execution_failed(execution_id: str) -> ApiError:
+    """Return the answer to whoever waits for that of a run which has ended without one; why is the owner's business."""
+    return ApiError(500, "execution-failed", f"The execution {execution_id} has not completed")
 
 
 def internal() -> ApiError:

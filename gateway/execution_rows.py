@@ -97,6 +97,28 @@ async def page(
     return count or 0, [Execution(**row) for row in rows.mappings()]
 
 
+async def oldest(
+    connection: AsyncConnection, wanted: Filter, *conditions: ColumnElement[bool], limit: int
+) -> tuple[int, Sequence[Recorded]]:
+    """Return how many executions fulfil all conditions, and the ids and workflows of the oldest."""
+    same_run = and_(
+        col(ExecutionData.execution_id) == col(Execution.id),
+        col(ExecutionData.lane) == col(Execution.lane),
+    )
+    required = [*conditions, *_conditions(wanted)]
+    count = await connection.scalar(
+        select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*required)
+    )
+    rows = await connection.execute(
+        select(col(Execution.id), col(Execution.workflow_id))
+        .join(ExecutionData, same_run)
+        .where(*required)
+        .order_by(col(ExecutionData.created_at), col(ExecutionData.execution_id))
+        .limit(limit)
+    )
+    return count or 0, rows.all()
+
+
 def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
     if wanted.workflow_id is not None:
         yield col(ExecutionData.workflow_id) == wanted.workflow_id

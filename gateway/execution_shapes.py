@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
 from engine.events import SpanStatus
 from gateway.wire import Instant, Wire, instant, optional_instant
+from journal import unread
 from journal.follow_ups import FollowUp, Outcome
 from models.execution import ExecutionStatus
 
@@ -160,7 +161,9 @@ def listed(execution: Execution) -> ExecutionShape:
 def whole(found: Whole) -> ExecutionShape:
     """Return an execution with everything that belongs to it."""
     shape = listed(found.execution)
-    shape.trigger = TriggerShape(type=found.execution.trigger_type, data=Raw(found.data.trigger))
+    shape.trigger = TriggerShape(
+        type=found.execution.trigger_type, data=Raw(unread.shown(found.data.trigger))
+    )
     shape.config = Raw(found.data.config)
     shape.outputs = _outputs(found.outputs)
     shape.follow_up = _follow_up(found.execution)

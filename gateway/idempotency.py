@@ -30,14 +30,23 @@ REPLAYED: Final[Mapping[str, str]] = {"Idempotent-Replayed": "true"}
 def requested(request: Request, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
     """Return the promise that a request carries, or None; raises 400 for a key that is none.
 
-    Two requests are one when they come from one user to one route and workflow with one key; `body` is then compared.
+    Two requests are one when they come from one user, or by the tokens of one workflow, to one route and workflow with
+    one key; `body` is then compared.
     """
     key = given(request)
     if key is None:
         return None
     route = f"{request.method} {request.scope['route'].path}"
-    scope = sha256(f"{request.caller.user_id}\n{route}\n{workflow_id}".encode()).hexdigest()
+    scope = sha256(f"{_whose(request)}\n{route}\n{workflow_id}".encode()).hexdigest()
     return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
+
+
+def _whose(request: Request) -> str:
+    sender = request.known_sender
+    if sender is None or sender.token is None:
+        return request.caller.user_id
+    # Whoever has a token isn't the user whom it stands for, and sends the same again though it was replaced meanwhile.
+    return f"{sender.token.kind}-token:{sender.token.workflow_id or sender.token.id}"
 
 
 def given(request: Request) -> str | None:

@@ -49,11 +49,14 @@ async def take_in(request: Request, plan: Plan, promise: IdempotencyKey | None) 
 
     Raises 404, 409, 422, 429, and whatever `plan` raises.
     """
-    accepted = await _accepted(request, plan, promise)
+    workflow = await request.gateway.workflows.load(request.path_params["id"], request.caller)
+    await request.gateway.rates.take(request, workflow.id)
+    accepted = await _accepted(request, workflow, plan, promise)
     if accepted.verdict is Verdict.STALE:
         # The workflow has moved on since it was loaded: it may be gone, closed, or another graph.
-        request.gateway.workflows.forget(request.caller.organization_id, request.path_params["id"])
-        accepted = await _accepted(request, plan, promise)
+        request.gateway.workflows.forget(workflow.organization_id, workflow.id)
+        workflow = await request.gateway.workflows.load(workflow.id, request.caller)
+        accepted = await _accepted(request, workflow, plan, promise)
     if accepted.verdict is Verdict.STALE:
         raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
     if accepted.verdict is Verdict.MISMATCH:
@@ -68,11 +71,13 @@ def headers(request: Request, accepted: Accepted) -> dict[str, str]:
     return {**told, **idempotency.REPLAYED} if accepted.verdict is Verdict.REPEATED else told
 
 
-async def _accepted(request: Request, plan: Plan, promise: IdempotencyKey | None) -> Accepted:
+async def _accepted(
+    request: Request, workflow: LoadedWorkflow, plan: Plan, promise: IdempotencyKey | None
+) -> Accepted:
     caller = request.caller
-    workflow = await request.gateway.workflows.load(request.path_params["id"], caller)
     try:
         run = await _planned(request, plan, workflow)
+        await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
         if promise is None:
@@ -109,8 +114,8 @@ async def _accepted(request: Request, plan: Plan, promise: IdempotencyKey | None
             home=run.home,
         )
     )
-    if limit is not None and accepted.verdict is Verdict.FULL:
-        raise errors.concurrency_limit(limit.runs)
+    if accepted.verdict is Verdict.FULL:
+        raise errors.concurrency_limit()
     return accepted
 
 

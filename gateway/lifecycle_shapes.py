@@ -61,7 +61,7 @@ class ShownPolicy(Wire, omit_defaults=True):
     """A policy, with what belongs to its type."""
 
     type: PolicyType
-    idle_timeout_minutes: int | UnsetType = UNSET
+    idle_timeout_minutes: int | float | UnsetType = UNSET
     schedule: ScheduleShape | UnsetType = UNSET
 
 

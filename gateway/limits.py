@@ -7,6 +7,7 @@ from typing import Final
 from engine.findings import MAX_FINDINGS
 from journal import admission
 from models import data_source_types
+from senders import event as sender_events
 
 PAGE_DEFAULT: Final = 20
 """Items of a list, where `limit` says nothing."""
@@ -90,6 +91,11 @@ DATA_SOURCE_TEST_SECONDS: Final = 10
 DATA_SOURCE_TESTS: Final = 30
 """Tests of data sources that an organisation may make within a minute at one gateway; more get 429."""
 
+BULK_EXECUTIONS: Final = 1_000
+"""Executions that one request cancels, retries or deletes by a filter."""
+BULK_LISTED: Final = 100
+"""Ids of such executions that the answer lists."""
+
 CALLBACK_URL_LENGTH: Final = 2_000
 """Characters of an address that is told of the end of a run."""
 CONCURRENT_RUNS: Final = admission.MAX_LIMIT
@@ -109,6 +115,37 @@ IDEMPOTENCY_KEY_LENGTH: Final = 255
 """Characters of an Idempotency-Key, each a visible ASCII character."""
 IDEMPOTENCY_SECONDS: Final = 86_400
 """Seconds for which a repeated request gets the first answer again: a day."""
+
+LOWEST_PRIORITY: Final = -100
+HIGHEST_PRIORITY: Final = 100
+"""Steps by which a message counts as older or younger than it is: a minute each."""
+SOURCE_LENGTH: Final = 200
+"""Characters of the label that says where a message or an event comes from."""
+EVENT_TYPE_LENGTH: Final = sender_events.MAX_TYPE_LENGTH
+"""Characters of the type of an event."""
+EVENT_TOKEN_SECRETS: Final = 5
+"""Secrets of one provider that a token for events holds."""
+EVENT_FAN_OUT_BYTES: Final = 200_000_000
+"""Bytes that all runs of one event are given together, as JSON; a larger one is refused."""
+DELAY_SECONDS: Final = 31_536_000
+"""Seconds by which a message may be delayed: a year."""
+TOKEN_OVERLAP_SECONDS: Final = 604_800
+"""Seconds for which a trigger token may stay good after it was replaced: a week."""
+TRIGGER_TOKENS: Final = 10
+"""Trigger tokens of a workflow that are good at once, while replaced ones go on: the oldest end first."""
+KEPT_REFUSED_CHARACTERS: Final = 1_000_000
+"""Characters of something refused that is kept, so that it can be run once more."""
+REDRIVEN_AT_ONCE: Final = 1_000
+"""Deliveries or dead letters that are run once more, or purged, by one request."""
+BATCH_MESSAGES: Final = 1_000
+"""Messages that are enqueued by one request."""
+DEDUPLICATION_ID_LENGTH: Final = 255
+"""Characters of the name by which a message that is sent twice is known."""
+
+UNVERIFIED_HOOK_REQUESTS: Final = 5
+"""Requests a second to a webhook that takes what anybody sends."""
+UNVERIFIED_HOOK_BURST: Final = 20
+"""Requests to such a webhook at once."""
 
 ACCEPTANCES_WAITING: Final = 2_000
 """Executions that wait at one gateway to be committed; more get 503."""

@@ -16,12 +16,23 @@ _seconds = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 2.5, 10, 30),
 )
 
+_not_let_in = Counter(
+    "pilotflame_intake_refusals",
+    "Requests of senders that were refused before they were taken for those of a sender",
+    ["route", "reason"],
+)
+
 
 def answered(method: str, route: str, status: int, seconds: float) -> None:
     """Count one answered request; `route` is the template of its path."""
     requests, durations = _children(method if method in METHODS else "other", route, status)
     requests.inc()
     durations.observe(seconds)
+
+
+def not_let_in(route: str, reason: str) -> None:
+    """Count a request that was refused on a route of senders; `reason` is the code of the answer."""
+    _not_let_in.labels(route, reason).inc()
 
 
 @cache

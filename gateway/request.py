@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 
 from gateway import errors
+from gateway.arrivals.sender import no_sender
 from gateway.query import Query
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
+    from gateway.arrivals.sender import Sender
     from gateway.parameters import Parameter
     from gateway.state import State
     from models.access import Caller
@@ -32,11 +35,13 @@ class Request(StarletteRequest):
         gateway: State,
         caller: Caller | None,
         parameters: Collection[Parameter[Any]],
+        sender: Sender | None = None,
     ) -> None:
         super().__init__(scope, receive)
         self.gateway = gateway
         self._caller = caller
         self._parameters = parameters
+        self._sender = sender
 
     @property
     def caller(self) -> Caller:
@@ -44,6 +49,19 @@ class Request(StarletteRequest):
         if self._caller is None:
             raise LookupError("A public route has no caller")
         return self._caller
+
+    @property
+    def known_sender(self) -> Sender | None:
+        """Whoever a key or a token stands for, on routes of senders; None where there is neither."""
+        return self._sender
+
+    @property
+    def sender(self) -> Sender:
+        """Whoever a key or a token stands for; raises 401 where there is neither, or it is for another workflow."""
+        workflow_id = self.path_params.get("id")
+        if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
+            raise no_sender()
+        return self._sender
 
     @property
     def id(self) -> str:
@@ -55,6 +73,10 @@ class Request(StarletteRequest):
         """The query string, to be read parameter by parameter."""
         return Query(self.scope["query_string"], self._parameters)
 
+    def send_with_answer(self, name: str, value: str) -> None:
+        """Put a header on the answer, whatever that will be."""
+        self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
+
     async def body(self) -> bytes:
         """Return the whole body; raises 413 as soon as it is too large."""
         return await self.body_up_to(self.gateway.settings.max_body_bytes)
@@ -64,16 +86,16 @@ class Request(StarletteRequest):
         declared = self.headers.get("content-length", "0")
         if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit_bytes):
             raise errors.too_large(limit_bytes)
-        chunks: list[bytes] = []
+        # A large body is there once: to keep its pieces until it is whole would take the memory twice.
+        body = BytesIO()
         size = 0
         has_more = True
         while has_more:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
+            size += body.write(message.get("body", b""))
             if size > limit_bytes:
                 raise errors.too_large(limit_bytes)
             has_more = message.get("more_body", False)
-        return b"".join(chunks)
+        return body.getvalue()

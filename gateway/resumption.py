@@ -25,10 +25,10 @@ from engine.events import SpanStatus
 from engine.node import ERROR
 from gateway import acceptance, errors
 from gateway.execution_access import visible_to
-from journal import follow_ups
+from journal import follow_ups, unread
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, Execution, ExecutionData, ExecutionStatus, SpanRow
+from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData, ExecutionStatus, SpanRow
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -64,6 +64,14 @@ async def resume(
     concurrency_key: str | None = earlier.concurrency_key
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
         return concurrency_key  # an earlier try was committed, though its answer was lost
+    await insert_copy(connection, failed, new_id, caller, trigger_type=earlier.trigger_type)
+    return concurrency_key
+
+
+async def insert_copy(
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller, *, trigger_type: str
+) -> None:
+    """Insert the execution `new_id` with what a failed one has committed."""
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), or_(_SETTLED, _IN_FLIGHT)
     )
@@ -71,8 +79,10 @@ async def resume(
     settled_nodes = sum(bool(row.is_settled) and not row.iteration for row in spans)
     changes: dict[str, SQLColumnExpression[Any]] = {
         "completed_nodes": literal(settled_nodes),
-        "follow_up": literal(await _follow_up(connection, failed, earlier.trigger_type), Text()),
+        "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
     }
+    if await connection.scalar(_is_unread(failed)):
+        changes["target"] = literal(UNREAD)
     await connection.execute(_new_execution(failed, new_id, caller, changes))
     await connection.execute(_new_data(failed, new_id))
     if spans:
@@ -81,7 +91,6 @@ async def resume(
             for row in spans
         ]
         await connection.execute(_new_span(failed, new_id), copies)
-    return concurrency_key
 
 
 async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> Row[Any]:
@@ -147,6 +156,13 @@ def _new_execution(
     }
     condition = and_(col(Execution.id) == failed.execution_id, col(Execution.lane) == failed.lane)
     return _copy("execution", changes, condition)
+
+
+def _is_unread(failed: ExecutionKey) -> Select[bool]:
+    """Return the statement that tells whether what a run was brought by could not be read."""
+    return select(unread.has_unread(col(ExecutionData.trigger))).where(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+    )
 
 
 def _new_data(failed: ExecutionKey, new_id: str) -> Insert:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.arrivals.sender import TOKEN
 from gateway.building import BuildWorkflow
 from gateway.copying import Document, ImportWorkflow
 from gateway.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
@@ -13,22 +14,34 @@ from gateway.endpoint import Access, Endpoint, Handler, Operation
 from gateway.endpoints import (
     access,
     audit,
+    bulk,
     catalog,
     copies,
     data_sources,
+    dead_letters,
+    deliveries,
     deployments,
     discover,
     document,
+    email_trigger,
+    enqueue,
+    enqueue_batch,
+    event_tokens,
+    events,
     execute,
     executions,
     graph,
     health,
+    hooks,
     inputs,
+    intake_samples,
     lifecycle,
     nodes,
+    schedule,
     sharing,
     signing,
     trigger,
+    trigger_tokens,
     trying,
     validation,
     versions,
@@ -58,6 +71,8 @@ class Line:
     status: int = 200
     query: Collection[Parameter[Any]] = ()
     """The parameters of the query: the handler can read these, and no others."""
+    also_by: Collection[str] = ()
+    """Other methods that do the same."""
 
 
 READ = KeyScope.WORKFLOWS_READ
@@ -88,6 +103,24 @@ TABLE: Sequence[Line] = (
     Line("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
     Line("GET", "/api/v1/auth/signing-secret", KEYS, signing.show, answer=signing.ShownSecret),
     Line("POST", "/api/v1/auth/signing-secret", KEYS, signing.replace, answer=signing.NewSecret, status=201),
+    Line(
+        "GET",
+        "/api/v1/auth/event-tokens",
+        KEYS,
+        event_tokens.index,
+        query=event_tokens.LISTED,
+        answer=event_tokens.EventTokenList,
+    ),
+    Line(
+        "POST",
+        "/api/v1/auth/event-tokens",
+        KEYS,
+        event_tokens.create,
+        body=event_tokens.CreateEventToken,
+        answer=event_tokens.NewEventToken,
+        status=201,
+    ),
+    Line("DELETE", "/api/v1/auth/event-tokens/{id}", KEYS, event_tokens.revoke, status=204),
     Line(
         "GET",
         "/api/v1/auth/users",
@@ -365,6 +398,7 @@ TABLE: Sequence[Line] = (
         query=(deployments.LINES,),
         answer=deployments.PodLog,
     ),
+    Line("GET", "/api/v1/workflows/{id}/schedule", READ, schedule.show, answer=schedule.WorkflowSchedule),
     Line(
         "GET",
         "/api/v1/workflows/{id}/lifecycle",
@@ -477,6 +511,147 @@ TABLE: Sequence[Line] = (
         answer=execute.Started,
         status=201,
     ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/enqueue",
+        Access.SENDER,
+        enqueue.enqueue,
+        body=enqueue.Enqueue,
+        answer=enqueue.Enqueued,
+        status=201,
+        query=(TOKEN,),
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/enqueue-batch",
+        Access.SENDER,
+        enqueue_batch.enqueue,
+        body=enqueue_batch.EnqueueBatch,
+        answer=enqueue_batch.EnqueuedBatch,
+        status=201,
+        query=(TOKEN,),
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/email-trigger",
+        Access.SENDER,
+        email_trigger.receive,
+        body=email_trigger.EmailTrigger,
+        answer=email_trigger.MailTakenIn,
+        status=201,
+        query=(TOKEN,),
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/inbound-address",
+        READ,
+        trigger_tokens.show,
+        answer=trigger_tokens.InboundAddress,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/trigger-token",
+        WRITE,
+        trigger_tokens.replace,
+        body=trigger_tokens.ReplaceToken,
+        answer=trigger_tokens.NewToken,
+        status=201,
+    ),
+    Line("DELETE", "/api/v1/workflows/{id}/trigger-token", WRITE, trigger_tokens.revoke, status=204),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/deliveries",
+        READ,
+        deliveries.index,
+        answer=deliveries.DeliveryList,
+        query=deliveries.LISTED,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/deliveries/redrive",
+        EXECUTE,
+        deliveries.redrive_many,
+        body=deliveries.RedriveDeliveries,
+        answer=deliveries.RedrivenMany,
+    ),
+    Line(
+        "GET",
+        "/api/v1/intake-samples",
+        Access.ADMIN,
+        intake_samples.index,
+        answer=intake_samples.SampleList,
+        query=intake_samples.LISTED,
+    ),
+    Line("GET", "/api/v1/deliveries/{id}", READ, deliveries.show, answer=deliveries.DeliveryShape),
+    Line(
+        "POST",
+        "/api/v1/deliveries/{id}/redrive",
+        EXECUTE,
+        deliveries.redrive,
+        answer=deliveries.Redriven,
+        status=201,
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/dead-letters",
+        READ,
+        dead_letters.index,
+        answer=dead_letters.DeadLetterList,
+        query=dead_letters.LISTED,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/dead-letters/redrive",
+        EXECUTE,
+        dead_letters.redrive,
+        body=dead_letters.ChooseDeadLetters,
+        answer=deliveries.RedrivenMany,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/dead-letters/purge",
+        EXECUTE,
+        dead_letters.purge,
+        body=dead_letters.ChooseDeadLetters,
+        answer=dead_letters.Purged,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/events",
+        Access.SENDER,
+        events.emit,
+        body=events.Emit,
+        answer=events.Emitted,
+        query=(TOKEN,),
+    ),
+    Line(
+        "GET",
+        "/api/v1/events",
+        READ,
+        events.index,
+        query=events.LISTED,
+        answer=events.EventList,
+    ),
+    Line("GET", "/api/v1/events/{id}", READ, events.show, answer=events.EventShape),
+    Line(
+        "POST",
+        "/api/v1/events/{id}/replay",
+        EXECUTE,
+        events.replay,
+        body=events.ReplayEvent,
+        answer=events.Replayed,
+        status=201,
+    ),
+    Line("OPTIONS", "/api/v1/workflows/events", Access.PUBLIC, events.handshake, status=204),
+    Line(
+        "POST",
+        "/hooks/{id}",
+        Access.PUBLIC,
+        hooks.receive,
+        answer=hooks.HookTaken,
+        status=202,
+        also_by=("GET", "PUT", "PATCH", "DELETE"),
+    ),
     Line("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.Trigger, answer=trigger.Triggered),
     Line(
         "GET",
@@ -485,6 +660,30 @@ TABLE: Sequence[Line] = (
         executions.index,
         query=executions.LISTED,
         answer=executions.ExecutionList,
+    ),
+    Line(
+        "POST",
+        "/api/v1/executions/bulk-cancel",
+        EXECUTE,
+        bulk.cancel,
+        body=bulk.Bulk,
+        answer=bulk.BulkDone,
+    ),
+    Line(
+        "POST",
+        "/api/v1/executions/bulk-retry",
+        EXECUTE,
+        bulk.retry,
+        body=bulk.Bulk,
+        answer=bulk.BulkRetried,
+    ),
+    Line(
+        "POST",
+        "/api/v1/executions/bulk-delete",
+        WRITE,
+        bulk.delete,
+        body=bulk.Bulk,
+        answer=bulk.BulkDone,
     ),
     Line("GET", "/api/v1/executions/{id}", READ, executions.show, answer=ExecutionShape),
     Line(
@@ -546,7 +745,8 @@ def endpoints(table: Sequence[Line]) -> dict[str, Endpoint]:
     paths: dict[str, dict[str, Operation]] = {}
     for line in table:
         operations = paths.setdefault(line.path, {})
-        operations[line.method] = Operation(line.access, line.handler, line.query)
+        for method in (line.method, *line.also_by):
+            operations[method] = Operation(line.access, line.handler, line.query)
         if line.method == "GET":
             operations["HEAD"] = operations["GET"]
     return {path: Endpoint(operations) for path, operations in paths.items()}

@@ -29,11 +29,41 @@ class GatewaySettings(Settings):
     max_body_bytes: int = Field(
         default=10_000_000, ge=1_000, description="The largest body that is accepted."
     )
+    max_mail_bytes: int = Field(
+        default=40_000_000,
+        ge=1_000,
+        le=50_000_000,
+        description="The largest body in which a mail service hands in a mail, attachments and all.",
+    )
     run_path_connections: int = Field(
         default=6,
         ge=1,
         le=100,
         description="Connections to PostgreSQL that accept and follow runs; the rest of the API has up to 10 more.",
+    )
+    rate_per_key: float = Field(
+        default=0,
+        ge=0,
+        description="Runs that may be asked for a second with one API key; 0: no limit. More get 429.",
+    )
+    rate_per_key_burst: int | None = Field(
+        default=None, ge=1, description="Of those, how many at once: twice as many as a second, unless set."
+    )
+    rate_per_workflow: float = Field(
+        default=0,
+        ge=0,
+        description="Runs of one workflow that may be asked for a second, by all together; 0: no limit.",
+    )
+    rate_per_workflow_burst: int | None = Field(
+        default=None, ge=1, description="Of those, how many at once: twice as many as a second, unless set."
+    )
+    max_backlog_per_workflow: int = Field(
+        default=100_000,
+        ge=1,
+        description="Runs of a workflow that may wait to be begun; more get 429 until there are fewer.",
+    )
+    max_backlog_per_organization: int = Field(
+        default=1_000_000, ge=1, description="Runs of all workflows of an organisation that may wait so."
     )
     settle_seconds: float = Field(
         default=30.0,

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TypeAlias
 
+from execution.awaited_events import AwaitedEvents
 from gateway.acceptance import Acceptances
 from gateway.activation import Activation
+from gateway.arrivals.certificates import MAX_ANSWER_BYTES, Certificates
+from gateway.arrivals.deliveries import Deliveries
+from gateway.arrivals.samples import Samples
+from gateway.arrivals.sender import Doorkeeper
+from gateway.arrivals.subscribers import Subscribers
 from gateway.auth import Authenticator
+from gateway.backlog import Backlog
 from gateway.bootstrap import bootstrap
 from gateway.data_source_probes import Probes
 from gateway.deployed_definitions import DeployedDefinitions
 from gateway.editing import Turns
+from gateway.event_telling import EventTelling
 from gateway.execution_access import ExecutionAccess
+from gateway.failed_attempts import FailedAttempts
 from gateway.internal import runners
 from gateway.internal.desk import Desk
+from gateway.internal.forwarding import Forwarder
 from gateway.internal.runners import Runners
 from gateway.live_events import LiveEvents
 from gateway.pod_logs import PodLogs
+from gateway.rates import Rates
 from gateway.settings import GatewaySettings
 from gateway.waiting import Waiting
 from gateway.workflow_cache import WorkflowCache
@@ -36,6 +48,12 @@ from models.vault import Vault
 from nodes import catalog as catalogs
 from nodes.catalog import Catalog
 from nodes.forms import Forms
+from nodes.outbound import Outbound, OutboundPolicy
+
+
+def now() -> datetime:
+    """Return the time by this machine's clock."""
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +67,15 @@ class State:
     broker: Broker
     catalog: Catalog
     authenticator: Authenticator
+    doorkeeper: Doorkeeper
+    deliveries: Deliveries
+    samples: Samples
+    subscribers: Subscribers
     workflows: WorkflowCache
     turns: Turns
     acceptances: Acceptances
+    rates: Rates
+    backlog: Backlog
     activation: Activation
     deployed: DeployedDefinitions
     waiting: Waiting
@@ -62,6 +86,11 @@ class State:
     forms: Forms
     runners: Runners
     pod_logs: PodLogs
+    certificates: Certificates
+    mail_attempts: FailedAttempts
+    """Passwords that were tried with mails."""
+    clock: Callable[[], datetime] = now
+    """By it, signatures of senders are fresh or stale."""
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[State]]
@@ -92,16 +121,25 @@ async def assembled(
     catalog = catalogs.load()
     blobs = open_blobs(settings)
     authenticator = Authenticator(database, settings.secret, settings.previous_secrets)
+    doorkeeper = Doorkeeper(database, authenticator)
+    deliveries = Deliveries(database)
+    samples = Samples(database)
+    subscribers = Subscribers(database)
     vault = Vault(settings.secret, settings.previous_secrets)
     waiting = Waiting(store, broker)
-    desk = Desk(database, broker)
-    acceptances = Acceptances(database, store, broker, waiting, desk)
+    desk = Desk(database, broker, Forwarder(database, broker))
+    awaited = AwaitedEvents(database, broker)
+    telling = EventTelling(awaited)
+    acceptances = Acceptances(database, store, broker, waiting, desk, telling)
+    rates = Rates(broker, settings)
+    backlog = Backlog(database, settings)
     activation = Activation(database, broker, waiting)
     access = ExecutionAccess(database)
     workflows = WorkflowCache(database, catalog)
     live_events = LiveEvents(database, waiting, authenticator, access)
     forms = Forms()
     pod_logs = PodLogs(broker)
+    certificates = Certificates(Outbound(OutboundPolicy(max_response_bytes=MAX_ANSWER_BYTES)))
     await waiting.start()
     await pod_logs.start()
     await activation.start()
@@ -115,9 +153,15 @@ async def assembled(
                 broker=broker,
                 catalog=catalog,
                 authenticator=authenticator,
+                doorkeeper=doorkeeper,
+                deliveries=deliveries,
+                samples=samples,
+                subscribers=subscribers,
                 workflows=workflows,
                 turns=Turns(),
                 acceptances=acceptances,
+                rates=rates,
+                backlog=backlog,
                 activation=activation,
                 deployed=DeployedDefinitions(database, catalog),
                 waiting=waiting,
@@ -128,13 +172,23 @@ async def assembled(
                 forms=forms,
                 runners=for_pods,
                 pod_logs=pod_logs,
+                certificates=certificates,
+                mail_attempts=FailedAttempts("Too many mails from this address had a wrong password"),
             )
     finally:
         await acceptances.drain()
+        await telling.drain()
+        await rates.drain()
+        await backlog.close()
         await activation.close()
         await waiting.close()
         await live_events.close()
+        await certificates.close()
         await blobs.close()
         await forms.close()
         await workflows.close()
+        await deliveries.drain()
+        await samples.drain()
+        await subscribers.drain()
+        await doorkeeper.close()
         await authenticator.close()

@@ -85,7 +85,8 @@ def run_of_piece(
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
     _require(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
     _require_room(piece.pinned, "pinned")
-    kind = pinning.trigger_kind(nodes, catalog) or "manual"
+    node = pinning.trigger_of(nodes, catalog)
+    kind = node.kind if node else pinning.MANUAL
     trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog)
     return Run(_with_definition(workflow, nodes, connections, piece, catalog), kind, trigger)
 

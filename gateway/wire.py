@@ -32,6 +32,8 @@ Shape = TypeVar("Shape", bound=msgspec.Struct)
 Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 """A time in an answer, as `instant` writes it."""
 
+MAX_WHOLE = 2**53
+"""Up to here, a number with a fraction that is zero is what somebody wrote, and not what it was rounded to."""
 _QUOTED = re.compile(r"`([^`]*)`")
 _JSON_WORDS = {
     "array": "a list",
@@ -51,7 +53,11 @@ async def decode_body(request: Request, kind: type[Body]) -> Body:
 
 async def read_json(request: Request) -> Json:
     """Return the body as JSON; an absent one is an empty object."""
-    raw = await request.body()
+    return await json_of(request, await request.body())
+
+
+async def json_of(request: Request, raw: bytes) -> Json:
+    """Return a body that was read before as JSON; an absent one is an empty object."""
     if not raw:
         return {}
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -70,8 +76,32 @@ def convert(value: Json, kind: type[Shape], path: str = "") -> Shape:
     """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field."""
     try:
         return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        value = with_whole_numbers(value, kind)
+    try:
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise errors.invalid(islice(_problems(value, kind, path), limits.FINDINGS)) from error
+
+
+def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
+    """Return a JSON value with 2 for 2.0 wherever `kind` wants a whole number: to JSON they are one number."""
+    parts = tuple(_parts(kind))
+    if isinstance(value, float):
+        is_whole = int in parts and float not in parts and value.is_integer() and abs(value) <= MAX_WHOLE
+        return int(value) if is_whole else value
+    for part in parts:
+        if isinstance(value, dict) and _is_body(part):
+            types = {field.encode_name: field.type for field in msgspec.structs.fields(part)}
+            return {
+                name: with_whole_numbers(item, types[name]) if name in types else item
+                for name, item in value.items()
+            }
+        if isinstance(value, dict) and get_origin(part) is dict:
+            return {name: with_whole_numbers(item, get_args(part)[1]) for name, item in value.items()}
+        if isinstance(value, list) and get_origin(part) is list:
+            return [with_whole_numbers(item, get_args(part)[0]) for item in value]
+    return value
 
 
 def instant(moment: datetime) -> str:

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 from sqlmodel import col
 
 from gateway import errors
+from gateway.recent import Recent
 from journal import pinning
+from models.deployment import Deployment
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.pinning import LoadedWorkflow
@@ -29,6 +34,20 @@ if TYPE_CHECKING:
 CACHE_SECONDS = 5.0
 MAX_WORKFLOWS = 2_000
 MAX_DEFINITION_CHARACTERS = 64_000_000
+LOADED_TOGETHER = 500
+ORGANIZATION_SECONDS = 3600.0
+"""How long it is remembered whose a workflow is, which never changes."""
+MAX_ORGANIZATIONS = 20_000
+_IS_DEPLOYED = (
+    select(col(Deployment.is_deployed))
+    .where(col(Deployment.workflow_id) == col(Workflow.id))
+    .correlate(Workflow)
+    .scalar_subquery()
+    .label("is_deployed")
+)
+_WITH_GRAPH = select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections), _IS_DEPLOYED).join(
+    WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id)
+)
 
 
 @dataclass(slots=True)
@@ -48,6 +67,7 @@ class WorkflowCache:
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
         self._characters = 0
         self._loads: dict[tuple[str, str], asyncio.Task[LoadedWorkflow | None]] = {}
+        self._organizations: Recent[str, str] = Recent(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
 
     async def load(self, workflow_id: str, caller: Caller) -> LoadedWorkflow:
         """Return a workflow that the caller may read and execute; raises 404."""
@@ -60,8 +80,43 @@ class WorkflowCache:
             raise errors.not_found("workflow")
         return workflow
 
+    async def load_for_sender(self, workflow_id: str) -> LoadedWorkflow | None:
+        """Return a workflow for whoever shows by what it sends that it may; None where there is none."""
+        organization_id = self._organizations.get(workflow_id)
+        if organization_id is None:
+            statement = select(col(Workflow.organization_id)).where(col(Workflow.id) == workflow_id)
+            async with self._database.read() as connection:
+                organization_id = await connection.scalar(statement)
+            if organization_id is None:
+                return None
+            self._organizations.put(workflow_id, organization_id)
+        key = (organization_id, workflow_id)
+        kept = self._kept.get(key)
+        if kept and kept.fresh_until > monotonic():
+            return kept.workflow
+        return await self._load_once(key)
+
+    async def load_several(
+        self, organization_id: str, revisions: Mapping[str, int]
+    ) -> Mapping[str, LoadedWorkflow]:
+        """Return workflows of an organisation by their ids, for whoever may run any of them.
+
+        One that is kept is taken where it is of the revision given for it; the others are read together, as they are.
+        """
+        found: dict[str, LoadedWorkflow] = {}
+        for workflow_id, revision in revisions.items():
+            kept = self._kept.get((organization_id, workflow_id))
+            if kept is not None and kept.workflow.revision == revision:
+                self._kept.move_to_end((organization_id, workflow_id))
+                found[workflow_id] = kept.workflow
+        missing = [workflow_id for workflow_id in revisions if workflow_id not in found]
+        for start in range(0, len(missing), LOADED_TOGETHER):
+            found |= await self._load_together(organization_id, missing[start : start + LOADED_TOGETHER])
+        return found
+
     def forget(self, organization_id: str, workflow_id: str) -> None:
         """Ask the database again next time: somebody has changed the workflow."""
+        self._loads.pop((organization_id, workflow_id), None)  # what is being loaded may be from before that
         kept = self._kept.get((organization_id, workflow_id))
         if kept is not None:
             kept.fresh_until = 0.0
@@ -80,7 +135,8 @@ class WorkflowCache:
         return await asyncio.shield(load)
 
     def _loaded(self, key: tuple[str, str], load: asyncio.Task[LoadedWorkflow | None]) -> None:
-        del self._loads[key]
+        if self._loads.get(key) is load:
+            del self._loads[key]
         if not load.cancelled():
             load.exception()  # those who waited have it; if all of them have gone, nobody need be told
 
@@ -88,10 +144,42 @@ class WorkflowCache:
         asked_at = monotonic()
         async with self._database.read() as connection:
             workflow = await self._current(connection, key)
-        self._drop(key)
-        if workflow is not None:
-            self._keep(key, Kept(workflow, asked_at + CACHE_SECONDS))
+        if self._loads.get(key) is asyncio.current_task():  # else somebody has asked for a newer one
+            self._drop(key)
+            if workflow is not None:
+                self._keep(key, Kept(workflow, asked_at + CACHE_SECONDS))
         return workflow
+
+    async def _load_together(
+        self, organization_id: str, workflow_ids: Sequence[str]
+    ) -> Mapping[str, LoadedWorkflow]:
+        asked_at = monotonic()
+        of_workflows = col(WorkflowShare.workflow_id).in_(workflow_ids)
+        readers: dict[str, set[str]] = {}
+        async with self._database.read() as connection:
+            rows = (
+                await connection.execute(
+                    _WITH_GRAPH.where(
+                        col(Workflow.organization_id) == organization_id,
+                        col(Workflow.id).in_(workflow_ids),
+                        col(Workflow.deleted_at).is_(None),
+                    )
+                )
+            ).all()
+            shares = select(col(WorkflowShare.workflow_id), col(WorkflowShare.user_id)).where(of_workflows)
+            for workflow_id, user_id in await connection.execute(shares):
+                readers.setdefault(workflow_id, set()).add(user_id)
+        # In a thread: others are served while many graphs are gone through.
+        loaded = await asyncio.to_thread(
+            lambda: [self._loaded_row(row, frozenset(readers.get(row.id, ()))) for row in rows]
+        )
+        for workflow in loaded:
+            self._drop((organization_id, workflow.id))
+            self._keep((organization_id, workflow.id), Kept(workflow, asked_at + CACHE_SECONDS))
+        return {workflow.id: workflow for workflow in loaded}
+
+    def _loaded_row(self, row: Row[Any], readers: frozenset[str]) -> LoadedWorkflow:
+        return pinning.loaded(row, readers, self._catalog, is_deployed=bool(row.is_deployed))
 
     async def _current(self, connection: AsyncConnection, key: tuple[str, str]) -> LoadedWorkflow | None:
         organization_id, workflow_id = key
@@ -102,22 +190,18 @@ class WorkflowCache:
         )
         kept = self._kept.get(key)
         if kept is not None:
-            revision = await connection.scalar(select(col(Workflow.revision)).where(*condition))
-            if revision == kept.workflow.revision:
-                return kept.workflow
-        row = (
-            await connection.execute(
-                select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
-                .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
-                .where(*condition)
-            )
-        ).first()
+            now = (
+                await connection.execute(select(col(Workflow.revision), _IS_DEPLOYED).where(*condition))
+            ).first()
+            if now is not None and now.revision == kept.workflow.revision:
+                return replace(kept.workflow, is_deployed=bool(now.is_deployed))
+        row = (await connection.execute(_WITH_GRAPH.where(*condition))).first()
         if row is None:
             return None
         shares = select(col(WorkflowShare.user_id)).where(col(WorkflowShare.workflow_id) == workflow_id)
         readers = frozenset(await connection.scalars(shares))
         # In a thread: others are served while a large graph is gone through.
-        return await asyncio.to_thread(pinning.loaded, row, readers, self._catalog)
+        return await asyncio.to_thread(self._loaded_row, row, readers)
 
     def _keep(self, key: tuple[str, str], kept: Kept) -> None:
         self._kept[key] = kept

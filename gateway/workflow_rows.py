@@ -12,6 +12,7 @@ from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select,
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
+from gateway import trigger_rows
 from journal.store import ExecutionKey
 from models import ids
 from models.execution import TERMINAL, Execution, ExecutionData
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from gateway.graph_shapes import StoredConnection, StoredNode
     from gateway.query import Page
     from models.access import Caller
+    from nodes.catalog import Catalog
 
 FIRST_VERSION = 1
 FIRST_VERSION_TAG = "v1.0.0"
@@ -90,6 +92,12 @@ async def lock(connection: AsyncConnection, workflow_id: str, caller: Caller) ->
         col(Workflow.id) == workflow_id, col(Workflow.organization_id) == caller.organization_id
     )
     await connection.execute(row.with_for_update())
+
+
+async def is_readable(connection: AsyncConnection, workflow_id: str, caller: Caller) -> bool:
+    """Tell whether the caller may read a workflow."""
+    statement = select(col(Workflow.id)).where(col(Workflow.id) == workflow_id, readable_by(caller))
+    return await connection.scalar(statement) is not None
 
 
 async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) -> Stored | None:
@@ -245,8 +253,8 @@ async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
     )
 
 
-async def add(connection: AsyncConnection, stored: Stored) -> None:
-    """Write a new workflow with its graph, tags and first version."""
+async def add(connection: AsyncConnection, stored: Stored, catalog: Catalog) -> None:
+    """Write a new workflow with its graph, triggers, tags and first version."""
     workflow = stored.workflow
     graph = WorkflowGraph(
         workflow_id=workflow.id,
@@ -267,6 +275,7 @@ async def add(connection: AsyncConnection, stored: Stored) -> None:
     await connection.execute(insert(Workflow).values(_columns(workflow)))
     await connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
     await connection.execute(insert(WorkflowVersion).values(version.model_dump()))
+    await trigger_rows.add(connection, stored, catalog)
     await _add_tags(connection, workflow)
 
 
@@ -281,7 +290,9 @@ def _columns(workflow: Workflow) -> dict[str, object]:
     }
 
 
-async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: Caller) -> bool:
+async def save(
+    connection: AsyncConnection, before: Stored, after: Stored, caller: Caller, catalog: Catalog
+) -> bool:
     """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
     workflow = after.workflow
     result = await connection.execute(
@@ -304,6 +315,7 @@ async def save(connection: AsyncConnection, before: Stored, after: Stored, calle
         await connection.execute(
             update(WorkflowGraph).where(col(WorkflowGraph.workflow_id) == workflow.id).values(changed)
         )
+    await trigger_rows.save(connection, before, after, catalog)
     if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
         await connection.execute(
             delete(WorkflowTag).where(

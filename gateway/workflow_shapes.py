@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 from msgspec import UNSET, Meta, UnsetType
 
@@ -15,7 +15,7 @@ from gateway.errors import ApiError
 from gateway.graph_shapes import Connections, Nodes, Position, RetryShape
 from gateway.run_settings import ConcurrencySettings, FailureSettings, ResourceSettings
 from gateway.text import Problems
-from gateway.wire import Instant, Wire, convert, instant
+from gateway.wire import Instant, Wire, convert, instant, with_whole_numbers
 from gateway.workflow_rows import Stored
 from journal import pinning
 from models import ids
@@ -237,6 +237,7 @@ def _settings(
     workflow_id: str, before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems
 ) -> dict[str, Json]:
     """Return settings with the given ones merged in, complete; keys that mean nothing here are kept as they are."""
+    given = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
     fields: dict[str, Json] = {key: value for key, value in given.items() if value is not None}
     try:
         known = convert(fields, KnownSettings, "settings")

@@ -107,6 +107,16 @@ async def look(connection: AsyncConnection, workflow_id: str) -> Seen | None:
     return None if row is None else _seen(row)
 
 
+async def look_at(connection: AsyncConnection, workflow_ids: Sequence[str]) -> Mapping[str, Seen]:
+    """Return what goes on at some deployments, by their workflows' ids."""
+    found: dict[str, Seen] = {}
+    for start in range(0, len(workflow_ids), BATCH_DEPLOYMENTS):
+        batch = workflow_ids[start : start + BATCH_DEPLOYMENTS]
+        rows = await connection.execute(statement().where(col(Deployment.workflow_id).in_(batch)))
+        found |= {row["workflow_id"]: _seen(row) for row in rows.mappings()}
+    return found
+
+
 async def look_at_all(connection: AsyncConnection, after: str = "") -> Sequence[Seen]:
     """Return what goes on at what is deployed, in batches: those whose workflow ids come after another."""
     wanted = (

@@ -90,6 +90,17 @@ def _digest(expression: Json, trigger: Json) -> str:
     return fingerprint(value)[:KEY_CHARACTERS]
 
 
+async def unended(connection: AsyncConnection, key: str) -> int:
+    """Return how many runs have a place of a key, or wait for one; until the transaction ends, nobody gives any."""
+    await _lock(connection, key)
+    is_of_key = col(Execution.concurrency_key) == key
+    counted = [
+        await connection.scalar(select(func.count()).select_from(Execution).where(is_of_key, condition))
+        for condition in (_HAS_PLACE, _WAITS)
+    ]
+    return sum(count or 0 for count in counted)
+
+
 async def admit(database: Database, key: str) -> int:
     """Give the free places of a key to those that wait for one; returns how many were given."""
     admitted = 0
@@ -118,10 +129,14 @@ def lock_number(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-async def _admit(connection: AsyncConnection, *, key: str) -> int:
+async def _lock(connection: AsyncConnection, key: str) -> None:
     if connection.dialect.name == "postgresql":
         # In a statement of its own, so that the next one sees what whoever had the lock has committed.
         await connection.execute(select(func.pg_advisory_xact_lock(lock_number(key))))
+
+
+async def _admit(connection: AsyncConnection, *, key: str) -> int:
+    await _lock(connection, key)
     is_of_key = col(Execution.concurrency_key) == key
     live = await connection.scalar(select(func.count()).select_from(Execution).where(is_of_key, _HAS_PLACE))
     waiting = (

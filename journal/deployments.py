@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import insert, literal_column, select, update
+from sqlalchemy import and_, insert, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
@@ -15,7 +15,8 @@ from models.columns import from_microseconds
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.deployment_token import Bearer
-from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
+from models.ids import turn_of
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Definition
 
@@ -88,7 +89,7 @@ async def undeploy(
     decision = Decision(LifecycleAction.STOP, LifecycleReason.UNDEPLOYED, reason)
     seen = await _changed(connection, seen, {"is_deployed": False})
     after = await decisions.carry_out(connection, seen, decision, user_id=user_id)
-    await _leave_to_workers(connection, workflow_id)
+    await _leave_to_workers(connection, seen.deployment)
     return after
 
 
@@ -151,8 +152,9 @@ async def _changed(connection: AsyncConnection, seen: Seen, changes: dict[str, A
     return replace(seen, deployment=Deployment(**{**deployment.model_dump(), **changes}))
 
 
-async def _leave_to_workers(connection: AsyncConnection, workflow_id: str) -> None:
+async def _leave_to_workers(connection: AsyncConnection, deployment: Deployment) -> None:
     """Let any worker take the runs that pods were to take, now or when whoever holds or awaits them lets go."""
+    workflow_id = deployment.workflow_id
     await wakes.release(connection, workflow_id)
     for status in UNFINISHED:
         # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
@@ -167,9 +169,15 @@ async def _leave_to_workers(connection: AsyncConnection, workflow_id: str) -> No
             .where(of_status, *whose)
             .values(target=SHARED, home=None, updated_at=DatabaseTime())
         )
-    waits_for_a_place = (
-        col(Execution.target) == literal_column(f"'{LIMITED}'"),
-        col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"),
+    kept_from_pods = (
+        col(Execution.target).in_([LIMITED, DELAYED, UNREAD]),
+        col(Execution.organization_id) == deployment.organization_id,
+        col(Execution.workflow_id) == workflow_id,
         col(Execution.home) == workflow_id,
     )
-    await connection.execute(update(Execution).where(*waits_for_a_place).values(home=None))
+    for is_found in (
+        and_(wakes.PENDING, col(Execution.turn) == turn_of(workflow_id)),
+        wakes.DEFERRED,
+        col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'"),
+    ):
+        await connection.execute(update(Execution).where(is_found, *kept_from_pods).values(home=None))

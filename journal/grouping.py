@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from models.outage import DatabaseUnavailable
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+
+Submitted: TypeAlias = tuple[Item, asyncio.Future[Answer], int]
+"""An item that waits, who waits for it, and how heavy it is."""
 
 
 class GroupCommit(Generic[Item, Answer]):
@@ -36,13 +40,13 @@ class GroupCommit(Generic[Item, Answer]):
         self._max_batch = max_batch
         self._weigh = weigh
         self._max_weight = max_weight
-        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._waiting: list[Submitted[Item, Answer]] = []
         self._task: asyncio.Task[None] | None = None
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
         """Queue an item; the future has its answer once that is committed."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        self._waiting.append((item, future, self._weigh(item)))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         return future
@@ -66,13 +70,13 @@ class GroupCommit(Generic[Item, Answer]):
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
-        left: list[tuple[Item, asyncio.Future[Answer]]] = []
+        left: list[Submitted[Item, Answer]] = []
         weight = 0
         for one in self._waiting:
-            heavier = weight + self._weigh(one[0])
-            if len(batch) < self._max_batch and (not batch or heavier <= self._max_weight):
-                batch.append(one)
-                weight = heavier
+            item, future, own_weight = one
+            if len(batch) < self._max_batch and (not batch or weight + own_weight <= self._max_weight):
+                batch.append((item, future))
+                weight += own_weight
             else:
                 left.append(one)
         self._waiting = left

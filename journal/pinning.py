@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine import program
 from engine.graph import Graph, Settings
@@ -21,12 +21,24 @@ if TYPE_CHECKING:
     from engine.values import Json
     from models.access import Caller
 
+MANUAL: Final = "manual"
+
 
 class Catalog(program.Catalog, Protocol):
     """Every node type."""
 
     @property
     def node_types(self) -> Mapping[str, NodeType]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerNode:
+    """The node that a workflow begins with."""
+
+    id: str
+    kind: str
+    """What kind of event it takes."""
+    config: Mapping[str, Json]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +65,16 @@ class LoadedWorkflow:
     definition_hash: str
     """The SHA-256 of that text, in hexadecimal."""
     validation: Validation
-    trigger_kind: str | None
-    """What kind of event the trigger node takes; None where there is no trigger."""
+    trigger: TriggerNode | None
+    """None where there is no trigger."""
     total_nodes: int
+    is_deployed: bool = False
+    """As it was when it was last looked at."""
+
+    @property
+    def trigger_kind(self) -> str | None:
+        """What kind of event the trigger node takes."""
+        return None if self.trigger is None else self.trigger.kind
 
     def is_readable_by(self, caller: Caller) -> bool:
         """Tell what `models.workflow.readable_by` says of the row."""
@@ -68,7 +87,9 @@ class LoadedWorkflow:
         )
 
 
-def loaded(row: Row[Any], readers: frozenset[str], catalog: Catalog) -> LoadedWorkflow:
+def loaded(
+    row: Row[Any], readers: frozenset[str], catalog: Catalog, *, is_deployed: bool = False
+) -> LoadedWorkflow:
     """Return what it takes to run a workflow, from its row joined with that of its graph; a large one takes a while."""
     text = canonical(definition(row.nodes, row.connections, row.settings))
     settings = effective(row.settings)
@@ -89,8 +110,9 @@ def loaded(row: Row[Any], readers: frozenset[str], catalog: Catalog) -> LoadedWo
         definition=text.decode(),
         definition_hash=sha256(text).hexdigest(),
         validation=check(row.nodes, row.connections, catalog),
-        trigger_kind=trigger_kind(row.nodes, catalog),
+        trigger=trigger_of(row.nodes, catalog),
         total_nodes=len(row.nodes),
+        is_deployed=is_deployed,
     )
 
 
@@ -117,7 +139,12 @@ def check(
     return find_errors(Graph.of(definition(nodes, connections, {})), catalog, passed=passed)
 
 
-def trigger_kind(nodes: Sequence[Mapping[str, Json]], catalog: Catalog) -> str | None:
-    """Return what kind of event the first trigger of a graph takes."""
-    known = (catalog.node_types.get(str(node["type"])) for node in nodes)
-    return next((node_type.trigger_kind for node_type in known if node_type and node_type.is_trigger), None)
+def trigger_of(nodes: Sequence[Mapping[str, Json]], catalog: Catalog) -> TriggerNode | None:
+    """Return the first trigger of a graph."""
+    for node in nodes:
+        node_type = catalog.node_types.get(str(node["type"]))
+        if node_type is not None and node_type.is_trigger:
+            config = node.get("config")
+            kind = node_type.trigger_kind or MANUAL
+            return TriggerNode(str(node["id"]), kind, config if isinstance(config, dict) else {})
+    return None

@@ -15,7 +15,8 @@ import asyncpg
 import msgspec
 
 from engine.events import RunStatus, Span
-from journal.admission import lock_number
+from journal.postgresql_entrance import Entrance
+from journal.postgresql_text import NOW, columns, unnest
 from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
@@ -23,7 +24,6 @@ from journal.rows import (
     SPAN_KEPT,
     SPAN_KEY,
     STATUS_AFTER,
-    TOUCHED_MICROSECONDS,
     claimed_of,
     error_text,
     log_rows,
@@ -33,6 +33,7 @@ from journal.rows import (
 from journal.store import (
     Acceptance,
     Accepted,
+    Arrival,
     Claim,
     Claimed,
     DefinitionKey,
@@ -43,19 +44,18 @@ from journal.store import (
     Requested,
     RunWrite,
     Swept,
-    Verdict,
+    TakenIn,
 )
 from models.columns import to_microseconds
 from models.database import CONNECT_SECONDS, RETRIES, RETRYABLE_SQLSTATES, DatabaseUnavailable
 from models.execution import (
+    DELAYED,
     LIMITED,
     MAX_LOST_ATTEMPTS,
-    PRIORITY_MICROSECONDS,
     SHARED,
     TERMINAL,
     ExecutionStatus,
 )
-from models.ids import turn_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -69,7 +69,6 @@ SESSION = {
     "plan_cache_mode": "force_custom_plan",
     "jit": "off",
 }
-_NOW = "(date_part('epoch', now()) * 1000000)::bigint"
 _LOST = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
@@ -118,63 +117,15 @@ class PostgreSQLStore:
     def __init__(self, url: URL, pool: asyncpg.Pool[Any]) -> None:
         self._url = url
         self._pool = pool
+        self._entrance = Entrance(pool, self._fetch, self._repeated)
 
     async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
         """Insert runs; see `Store.accept`."""
-        answers: dict[str, Accepted] = {}
-        for item in batch:
-            if not item.may_wait:
-                answers |= await self._accept_where_free(item)
-        waiting = [item for item in batch if item.may_wait]
-        while waiting:
-            # A key can win once in a statement: its other bearers go into the next one, and find it taken.
-            first = {_conflict_order(item): item for item in reversed(waiting)}
-            chosen = sorted(first.values(), key=_conflict_order)
-            waiting = [item for item in waiting if first[_conflict_order(item)] is not item]
-            answers |= await self._accept(chosen)
-        return [answers[item.execution_id] for item in batch]
+        return await self._entrance.accept(batch)
 
-    async def _accept_where_free(self, item: Acceptance) -> dict[str, Accepted]:
-        """Insert a run if fewer of its key than its limit go on, or wait for that."""
-
-        async def insert() -> list[Any] | None:
-            async with self._pool.acquire() as connection, connection.transaction():
-                # In a statement of its own, so that the next one sees what whoever had the lock has committed.
-                await connection.execute(
-                    "SELECT pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or "")
-                )
-                if await connection.fetchval(_LIVE, item.concurrency_key) >= (item.concurrency_limit or 0):
-                    return None
-                rows: list[Any] = await connection.fetch(_ACCEPT, *_acceptance_columns([item]))
-                return rows
-
-        rows = await self._repeated(insert)
-        if rows:
-            return {item.execution_id: Accepted(Verdict.ACCEPTED, item.execution_id)}
-        answers = await self._refusals([item])
-        if rows is None and answers[item.execution_id].verdict is Verdict.STALE:
-            return {item.execution_id: Accepted(Verdict.FULL, item.execution_id)}
-        return answers
-
-    async def _accept(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
-        rows = await self._fetch(_ACCEPT, *_acceptance_columns(batch))
-        accepted = {row[0] for row in rows}
-        answers = {execution_id: Accepted(Verdict.ACCEPTED, execution_id) for execution_id in accepted}
-        refused = [item for item in batch if item.execution_id not in accepted]
-        if refused:
-            answers |= await self._refusals(refused)
-        return answers
-
-    async def _refusals(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
-        """Tell why rows didn't come back: accepted by a lost attempt, repeated, or checked against an old workflow."""
-        keys = [
-            (item.lane, item.idempotency.scope, item.idempotency.key) for item in batch if item.idempotency
-        ]
-        earlier = {
-            tuple(row)[:3]: (row[3], row[4]) for row in await self._fetch(_EARLIER, *_columns(keys, 3))
-        }
-        own = {row[0] for row in await self._fetch(_ACCEPTED, *_columns([_key(item) for item in batch], 2))}
-        return {item.execution_id: _refusal(item, earlier, own) for item in batch}
+    async def take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        """Keep what senders have brought; see `Store.take_in`."""
+        return await self._entrance.take_in(batch)
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs; see `Store.claim`."""
@@ -199,9 +150,9 @@ class PostgreSQLStore:
         logs = [row for write in batch for row in log_rows(write)]
         rows = await self._fetch(
             _RECORD,
-            *_columns(map(_write_row, batch), len(_WRITE_TYPES)),
-            *_columns(spans, len(SPAN_COLUMNS)),
-            *_columns(logs, len(LOG_COLUMNS)),
+            *columns(map(_write_row, batch), len(_WRITE_TYPES)),
+            *columns(spans, len(SPAN_COLUMNS)),
+            *columns(logs, len(LOG_COLUMNS)),
             owner,
         )
         return frozenset(row[0] for row in rows)
@@ -211,30 +162,30 @@ class PostgreSQLStore:
     ) -> Sequence[Renewed]:
         """Extend leases; see `Store.renew`."""
         leases = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
-        rows = await self._fetch(_RENEW, *_columns(leases, 3), int(lease_seconds * 1_000_000), owner)
+        rows = await self._fetch(_RENEW, *columns(leases, 3), int(lease_seconds * 1_000_000), owner)
         return [Renewed(row[0], row[1]) for row in rows]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions; see `Store.definitions`."""
-        rows = await self._fetch(_DEFINITIONS, *_columns(keys, 3))
+        rows = await self._fetch(_DEFINITIONS, *columns(keys, 3))
         return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
         """Return what was recorded; see `Store.spans`."""
         asked = dict.fromkeys(keys)
         found: dict[str, list[Span]] = {key.execution_id: [] for key in asked}
-        for row in await self._fetch(_SPANS, *_columns(asked, 2)):
+        for row in await self._fetch(_SPANS, *columns(asked, 2)):
             found[row[0]].append(span_of(row))
         return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return where logs end; see `Store.last_log_lines`."""
-        return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *_columns(keys, 2))}
+        return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *columns(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; see `Store.progress`."""
         outputs: dict[str, list[tuple[str, str]]] = {}
-        rows = await self._fetch(_PROGRESS, *_columns(dict.fromkeys(keys), 2))
+        rows = await self._fetch(_PROGRESS, *columns(dict.fromkeys(keys), 2))
         for row in rows:
             of_run = outputs.setdefault(row[0], [])
             if row[5] is not None:
@@ -324,150 +275,6 @@ def _was_refused(error: Exception) -> bool:
     return getattr(error, "sqlstate", None) in RETRYABLE_SQLSTATES
 
 
-def _columns(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
-    """Turn rows into columns, since `unnest` takes one array a column.
-
-    It fills short arrays up with NULL, so a column of nothing else is sent empty: the driver looks at each element.
-    """
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return [[] if column.count(None) == len(column) else column for column in columns] or [
-        [] for _ in range(width)
-    ]
-
-
-def _unnest(first: int, types: Sequence[str]) -> str:
-    return ", ".join(f"${first + offset}::{kind}[]" for offset, kind in enumerate(types))
-
-
-# ── accept ────────────────────────────────────────────────────────────────────────────────────────
-
-_ACCEPTANCE_TYPES = (
-    *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
-    *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
-    *("text", "text", "integer", "text", "integer", "text", "text"),
-)
-_ACCEPT = f"""
-WITH item AS (
-    SELECT * FROM unnest({_unnest(1, _ACCEPTANCE_TYPES)}) AS item (
-        id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
-        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox, parent_id, root_id, depth,
-        concurrency_key, concurrency_limit, follow_up, home)
-), new_definition AS (
-    INSERT INTO definition (organization_id, hash, lane, body, created_at)
-    SELECT d.*, {_NOW} FROM unnest({_unnest(len(_ACCEPTANCE_TYPES) + 1, ("text", "text", "smallint", "text"))}) AS d
-    -- Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
-    ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at
-    WHERE definition.created_at < excluded.created_at - {TOUCHED_MICROSECONDS}
-), current AS (
-    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
-        AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
-        AND workflow.deleted_at IS NULL
-), kept AS (
-    INSERT INTO idempotency AS earlier (lane, scope, key, fingerprint, resource_id, expires_at)
-    SELECT lane, scope, key, fingerprint, id, {_NOW} + lifetime FROM current
-    WHERE key IS NOT NULL ORDER BY lane, scope, key
-    ON CONFLICT (lane, scope, key) DO UPDATE
-    SET fingerprint = excluded.fingerprint, resource_id = excluded.resource_id, expires_at = excluded.expires_at
-    WHERE earlier.expires_at <= {_NOW}
-    RETURNING resource_id
-), winner AS (
-    SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
-), data AS (
-    INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)
-    SELECT id, lane, trigger, config, organization_id, workflow_id, {_NOW} FROM winner ON CONFLICT DO NOTHING
-)
-INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
-    definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id,
-    has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key, concurrency_limit,
-    follow_up, home)
-SELECT id, lane, organization_id, workflow_id, user_id, 'pending',
-    CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED}') ELSE '{LIMITED}' END, trigger_type,
-    definition_hash, {_NOW} - advance, turn, true, 0, 0, timeout, 0, total_nodes, id, false, inbox, {_NOW}, {_NOW},
-    parent_id, root_id, coalesce(depth, 0), 0, concurrency_key, concurrency_limit, follow_up, home
-FROM winner ON CONFLICT DO NOTHING
-RETURNING id
-"""
-_LIVE = f"""
-SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED}' AND ended_at IS NULL)
-    + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED}' AND status = 'pending')
-"""
-_EARLIER = f"""
-SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
-JOIN unnest({_unnest(1, ("smallint", "text", "text"))}) AS asked (lane, scope, key) USING (lane, scope, key)
-WHERE expires_at > {_NOW}
-"""
-_ACCEPTED = """
-SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
-"""
-
-
-def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
-    key = item.idempotency
-    return (
-        item.execution_id,
-        item.lane,
-        item.organization_id,
-        item.workflow_id,
-        item.workflow_revision,
-        item.user_id,
-        item.trigger_type,
-        item.trigger,
-        item.config,
-        item.definition_hash,
-        int(item.timeout_seconds * 1_000_000),
-        item.total_nodes,
-        item.priority * PRIORITY_MICROSECONDS,
-        turn_of(item.workflow_id),
-        key.scope if key else None,
-        key.key if key else None,
-        key.fingerprint if key else None,
-        key.lifetime_seconds * 1_000_000 if key else None,
-        item.inbox,
-        item.parent_id,
-        item.root_id,
-        item.depth or None,
-        item.concurrency_key,
-        item.concurrency_limit,
-        item.follow_up,
-        item.home,
-    )
-
-
-def _acceptance_columns(batch: Sequence[Acceptance]) -> list[list[Any]]:
-    rows = map(_acceptance_row, batch)
-    return [*_columns(rows, len(_ACCEPTANCE_TYPES)), *_definitions_of(batch)]
-
-
-def _definitions_of(batch: Sequence[Acceptance]) -> list[list[Any]]:
-    rows = {
-        (item.organization_id, item.definition_hash, item.lane, item.definition)
-        for item in batch
-        if item.definition is not None
-    }
-    return _columns(sorted(rows), 4)
-
-
-def _conflict_order(item: Acceptance) -> tuple[str, str]:
-    """Return what two acceptances can collide on, which is also the order in which rivals must come."""
-    key = item.idempotency
-    return (key.scope, key.key) if key else ("", item.execution_id)
-
-
-def _key(item: Acceptance) -> ExecutionKey:
-    return ExecutionKey(item.execution_id, item.lane)
-
-
-def _refusal(item: Acceptance, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]) -> Accepted:
-    if item.execution_id in own:
-        return Accepted(Verdict.ACCEPTED, item.execution_id)
-    key = item.idempotency
-    found = earlier.get((item.lane, key.scope, key.key)) if key else None
-    if key is None or found is None:
-        return Accepted(Verdict.STALE, item.execution_id)
-    fingerprint, execution_id = found
-    return Accepted(Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH, execution_id)
-
-
 # ── claim ─────────────────────────────────────────────────────────────────────────────────────────
 
 # Organisations that have pending runs, and the turns of their workflows, are found by one index probe each, however
@@ -520,8 +327,8 @@ WITH RECURSIVE circle (id, first, place) AS (
     ORDER BY organization.place, workflow.place LIMIT $4::integer
 ), taken AS (
     UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
-        lease_owner = $5, lease_until = {_NOW} + $6::bigint, started_at = coalesce(started_at, {_NOW}),
-        updated_at = {_NOW}, deadline_at = coalesce(deadline_at, {_NOW} + timeout_microseconds)
+        lease_owner = $5, lease_until = {NOW} + $6::bigint, started_at = coalesce(started_at, {NOW}),
+        updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds)
     -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
     -- like the way to the chosen few.
     WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
@@ -580,7 +387,7 @@ WITH held AS (
             WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
             WHEN {_WAITS} THEN 'waiting' ELSE 'pending' END,
         ended_at = CASE WHEN write.move = 'ends' OR (write.move = 'gives-back' AND request IS NOT NULL)
-            THEN {_NOW} END,
+            THEN {NOW} END,
         error = write.error,
         completed_nodes = write.completed_nodes,
         has_journal = true,
@@ -588,34 +395,34 @@ WITH held AS (
         attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
         due_at = CASE WHEN {_WAITS} THEN write.due_at END,
         -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
-        deadline_at = CASE WHEN {_WAITS} THEN deadline_at - {_NOW} ELSE deadline_at END,
+        deadline_at = CASE WHEN {_WAITS} THEN deadline_at - {NOW} ELSE deadline_at END,
         target = CASE WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED}' ELSE target END,
         token = CASE WHEN write.move = 'gives-back' THEN execution.token + 1 ELSE execution.token END,
         lease_owner = CASE WHEN write.move = 'goes-on' THEN lease_owner END,
         lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
-        updated_at = {_NOW}
-    FROM unnest({_unnest(1, _WRITE_TYPES)}) AS write (
+        updated_at = {NOW}
+    FROM unnest({unnest(1, _WRITE_TYPES)}) AS write (
         id, lane, token, move, status, completed_nodes, has_new_result, error, due_at, signals)
     WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
         AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
     RETURNING execution.id
 ), new_span AS (
     INSERT INTO span ({", ".join(SPAN_COLUMNS)})
-    SELECT written.* FROM unnest({_unnest(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
+    SELECT written.* FROM unnest({unnest(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
     JOIN held ON held.id = written.execution_id
     ON CONFLICT ({", ".join(SPAN_KEY)}) DO UPDATE SET
     {", ".join(f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_KEPT)}
 ), new_log AS (
     INSERT INTO log_line ({", ".join(LOG_COLUMNS)})
-    SELECT written.* FROM unnest({_unnest(_FIRST_LOG, _LOG_TYPES)}) AS written ({", ".join(LOG_COLUMNS)})
+    SELECT written.* FROM unnest({unnest(_FIRST_LOG, _LOG_TYPES)}) AS written ({", ".join(LOG_COLUMNS)})
     JOIN held ON held.id = written.execution_id
     ON CONFLICT DO NOTHING
 )
 SELECT id FROM held
 """
 _RENEW = f"""
-UPDATE execution SET lease_until = {_NOW} + $4::bigint
-FROM unnest({_unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
+UPDATE execution SET lease_until = {NOW} + $4::bigint
+FROM unnest({unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
 WHERE execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token AND status = 'running'
     AND ($5::text = '' OR lease_owner = $5)
 RETURNING execution.id, request
@@ -646,7 +453,7 @@ def _write_row(write: RunWrite) -> tuple[Any, ...]:
 
 _DEFINITIONS = f"""
 SELECT organization_id, hash, lane, body FROM definition
-JOIN unnest({_unnest(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, lane)
+JOIN unnest({unnest(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, lane)
 USING (organization_id, hash, lane)
 """
 _SPANS = f"""
@@ -671,20 +478,21 @@ LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lan
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
 
 _PROMOTE_DUE = f"""
-UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {_NOW}, deadline_at = deadline_at + {_NOW}
-WHERE status = 'waiting' AND due_at <= {_NOW} RETURNING id
+UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
+    target = CASE target WHEN '{DELAYED}' THEN coalesce(home, '{SHARED}') ELSE target END
+WHERE status = 'waiting' AND due_at <= {NOW} RETURNING id
 """
 _TAKE_BACK = f"""
-UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {_NOW},
+UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {NOW},
     has_journal = true,
     status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
         WHEN attempt >= {{most}}::integer THEN 'failed' ELSE 'pending' END,
-    ended_at = CASE WHEN request IS NOT NULL OR attempt >= {{most}}::integer THEN {_NOW} END,
+    ended_at = CASE WHEN request IS NOT NULL OR attempt >= {{most}}::integer THEN {NOW} END,
     error = CASE WHEN request IS NULL AND attempt >= {{most}}::integer THEN {{crashed}}::text END
 """
 _SWEEP = f"""
 {_TAKE_BACK.format(most="$2", crashed="$3")}
-WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < {_NOW}
+WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < {NOW}
     LIMIT $1::integer FOR UPDATE SKIP LOCKED)
 RETURNING id, status, inbox
 """
@@ -695,9 +503,9 @@ RETURNING id
 """
 _GIVE_BACK = f"""
 UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NULL, lease_until = NULL,
-    updated_at = {_NOW},
+    updated_at = {NOW},
     status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
-    ended_at = CASE WHEN request IS NOT NULL THEN {_NOW} END
+    ended_at = CASE WHEN request IS NOT NULL THEN {NOW} END
 WHERE status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])
 RETURNING id
 """
@@ -705,12 +513,12 @@ RETURNING id
 _HAS_PENDING = (
     "SELECT 1 FROM execution WHERE status = 'pending' ORDER BY target, organization_id, turn LIMIT 1"
 )
-_IS_HELD = f"(status = 'running' AND lease_until >= {_NOW})"
+_IS_HELD = f"(status = 'running' AND lease_until >= {NOW})"
 _REQUEST_END = f"""
-UPDATE execution SET updated_at = {_NOW},
+UPDATE execution SET updated_at = {NOW},
     request = CASE WHEN request = 'cancel' THEN request ELSE $3::text END,
     token = CASE WHEN {_IS_HELD} THEN token ELSE token + 1 END,
-    ended_at = CASE WHEN {_IS_HELD} THEN NULL ELSE {_NOW} END,
+    ended_at = CASE WHEN {_IS_HELD} THEN NULL ELSE {NOW} END,
     lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
     status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
 WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')

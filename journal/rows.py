@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,7 +16,7 @@ from models.execution import MAX_LOST_ATTEMPTS, ExecutionStatus
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from journal.store import RunWrite
+    from journal.store import Arrival, IdempotencyKey, RunWrite
 
 SPAN_COLUMNS = (
     "execution_id",
@@ -205,3 +205,26 @@ def _text(raw: bytes | None) -> str | None:
 
 def _bytes(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
+
+
+def without_rivals(batch: Sequence[Arrival]) -> tuple[list[Arrival], list[Arrival]]:
+    """Return the arrivals of which no two share a key, and the others: a key can win once in a statement."""
+    chosen: list[Arrival] = []
+    others: list[Arrival] = []
+    taken: set[tuple[int, str, str]] = set()
+    for one in batch:
+        keys = {(one.lane, key.scope, key.key) for key in _keys_of(one)}
+        if taken.isdisjoint(keys):
+            chosen.append(one)
+        else:
+            others.append(one)
+        taken |= keys
+    return chosen, others
+
+
+def _keys_of(one: Arrival) -> Iterator[IdempotencyKey]:
+    if one.idempotency is not None:
+        yield one.idempotency
+    for run in one.runs:
+        if run.idempotency is not None:
+            yield run.idempotency

@@ -93,7 +93,8 @@ async def give(
 ) -> Given:
     """Give a node its answer, as a part of a transaction: the first counts.
 
-    A run may answer the node that has started it before that has gone to sleep; a person is asked only by one that has.
+    A run may answer the node that has started it before that has gone to sleep, and so may an event; a person is asked
+    only by one that has.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -195,7 +196,7 @@ async def _reception(
     span = (await connection.execute(statement)).first()
     if span is None:
         return Reception.UNAWAITED
-    if kind is Awaited.RUN and span.status == SpanStatus.RUNNING:
+    if kind is not Awaited.INPUT and span.status == SpanStatus.RUNNING:
         return Reception.TAKEN
     if span.status != SpanStatus.WAITING or not span.awaits:
         return Reception.UNAWAITED

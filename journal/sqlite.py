@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from engine.events import RunStatus, Span
+from journal import sqlite_entrance as entrance
 from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
@@ -23,7 +24,6 @@ from journal.rows import (
     SPAN_KEPT,
     SPAN_KEY,
     STATUS_AFTER,
-    TOUCHED_MICROSECONDS,
     claimed_of,
     error_text,
     log_rows,
@@ -33,30 +33,29 @@ from journal.rows import (
 from journal.store import (
     Acceptance,
     Accepted,
+    Arrival,
     Claim,
     Claimed,
     DefinitionKey,
     ExecutionKey,
     Held,
-    IdempotencyKey,
     Progress,
     Renewed,
     Requested,
     RunWrite,
     Swept,
-    Verdict,
+    TakenIn,
 )
 from models.columns import to_microseconds
 from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
 from models.execution import (
+    DELAYED,
     LIMITED,
     MAX_LOST_ATTEMPTS,
-    PRIORITY_MICROSECONDS,
     SHARED,
     TERMINAL,
     ExecutionStatus,
 )
-from models.ids import turn_of
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -73,7 +72,11 @@ class SQLiteStore:
 
     async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
         """Insert runs; see `Store.accept`."""
-        return await self._writer.run(lambda connection: _accept(connection, batch))
+        return await self._writer.run(lambda connection: entrance.accept(connection, batch, _now()))
+
+    async def take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        """Keep what senders have brought; see `Store.take_in`."""
+        return await self._writer.run(lambda connection: entrance.take_in(connection, batch, _now()))
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs; see `Store.claim`."""
@@ -240,156 +243,6 @@ def _connect(path: str) -> sqlite3.Connection:
 
 def _now() -> int:
     return time.time_ns() // 1000
-
-
-# ── accept ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _accept(connection: sqlite3.Connection, batch: Sequence[Acceptance]) -> list[Accepted]:
-    now = _now()
-    is_current = _current_workflows(connection, batch)
-    answers: list[Accepted] = []
-    inserted: list[Acceptance] = []
-    for item in batch:
-        key = item.idempotency
-        has_place = item.may_wait or _has_place(connection, item, inserted)
-        is_accepted = is_current[item.workflow_id, item.workflow_revision] and has_place
-        if key is not None and (earlier := _earlier(connection, item, key, now, is_new=is_accepted)):
-            answers.append(earlier)
-        elif not is_accepted and not _is_stored(connection, item):
-            answers.append(Accepted(Verdict.STALE if has_place else Verdict.FULL, item.execution_id))
-        else:
-            answers.append(Accepted(Verdict.ACCEPTED, item.execution_id))
-            inserted.append(item)
-    _insert_executions(connection, inserted, now)
-    return answers
-
-
-def _current_workflows(
-    connection: sqlite3.Connection, batch: Sequence[Acceptance]
-) -> dict[tuple[str, int], bool]:
-    statement = (
-        "SELECT 1 FROM workflow"
-        " WHERE id = ? AND lane = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
-    )
-    return {
-        (workflow_id, revision): connection.execute(
-            statement, (workflow_id, lane, revision, organization_id)
-        ).fetchone()
-        is not None
-        for workflow_id, lane, revision, organization_id in {
-            (item.workflow_id, item.lane, item.workflow_revision, item.organization_id) for item in batch
-        }
-    }
-
-
-def _earlier(
-    connection: sqlite3.Connection, item: Acceptance, key: IdempotencyKey, now: int, *, is_new: bool
-) -> Accepted | None:
-    """Return the answer to an earlier request with this key; else keep the key, if the run will be accepted."""
-    identity = (item.lane, key.scope, key.key)
-    found = connection.execute(
-        "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE lane = ? AND scope = ? AND key = ?",
-        identity,
-    ).fetchone()
-    if found is not None and found[2] > now:
-        fingerprint, execution_id, _ = found
-        if execution_id == item.execution_id:
-            return Accepted(Verdict.ACCEPTED, execution_id)
-        verdict = Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH
-        return Accepted(verdict, execution_id)
-    if is_new:
-        connection.execute(
-            "INSERT OR REPLACE INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (*identity, key.fingerprint, item.execution_id, now + key.lifetime_seconds * 1_000_000),
-        )
-    return None
-
-
-def _has_place(connection: sqlite3.Connection, item: Acceptance, inserted: Sequence[Acceptance]) -> bool:
-    """Tell whether fewer runs of its key than its limit go on, or wait for that, with those of the same batch."""
-    live: int = connection.execute(
-        "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
-        f" AND target <> '{LIMITED}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
-        f" WHERE concurrency_key = ?1 AND target = '{LIMITED}' AND status = 'pending')",
-        (item.concurrency_key,),
-    ).fetchone()[0]
-    live += sum(one.concurrency_key == item.concurrency_key for one in inserted)
-    return item.concurrency_limit is None or live < item.concurrency_limit
-
-
-def _is_stored(connection: sqlite3.Connection, item: Acceptance) -> bool:
-    """Tell whether this very run was accepted before, by a call whose answer was lost."""
-    statement = "SELECT 1 FROM execution WHERE id = ? AND lane = ?"
-    return connection.execute(statement, (item.execution_id, item.lane)).fetchone() is not None
-
-
-def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptance], now: int) -> None:
-    definitions = {
-        (item.organization_id, item.definition_hash, item.lane, item.definition, now)
-        for item in batch
-        if item.definition is not None
-    }
-    connection.executemany(
-        "INSERT INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)"
-        # Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
-        " ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at"
-        f" WHERE created_at < excluded.created_at - {TOUCHED_MICROSECONDS}",
-        definitions,
-    )
-    connection.executemany(
-        "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
-        " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
-        " key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,"
-        " concurrency_limit, follow_up, home)"
-        " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)"
-        " ON CONFLICT DO NOTHING",
-        [
-            (
-                item.execution_id,
-                item.lane,
-                item.organization_id,
-                item.workflow_id,
-                item.user_id,
-                item.home or SHARED if item.concurrency_key is None else LIMITED,
-                item.trigger_type,
-                item.definition_hash,
-                now - item.priority * PRIORITY_MICROSECONDS,
-                turn_of(item.workflow_id),
-                int(item.timeout_seconds * 1_000_000),
-                item.total_nodes,
-                item.execution_id,
-                item.inbox,
-                now,
-                now,
-                item.parent_id,
-                item.root_id,
-                item.depth,
-                item.concurrency_key,
-                item.concurrency_limit,
-                item.follow_up,
-                item.home,
-            )
-            for item in batch
-        ],
-    )
-    connection.executemany(
-        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        [
-            (
-                item.execution_id,
-                item.lane,
-                item.trigger,
-                item.config,
-                item.organization_id,
-                item.workflow_id,
-                now,
-            )
-            for item in batch
-        ],
-    )
 
 
 # ── claim ─────────────────────────────────────────────────────────────────────────────────────────
@@ -617,7 +470,8 @@ _OUTPUTS = (
 def _promote_due(connection: sqlite3.Connection) -> int:
     now = _now()
     return connection.execute(
-        "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1"
+        "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1,"
+        f" target = CASE target WHEN '{DELAYED}' THEN coalesce(home, '{SHARED}') ELSE target END"
         " WHERE status = 'waiting' AND due_at <= ?1",
         (now,),
     ).rowcount

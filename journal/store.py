@@ -84,6 +84,61 @@ class Acceptance(msgspec.Struct, frozen=True):
     """The deployment whose pods are to run it; None: any worker."""
 
 
+class ArrivedRun(Acceptance, frozen=True):
+    """A run that a sender's request has brought."""
+
+    delay_until: datetime | None = None
+    """Not before then."""
+    is_read: bool = True
+    """What it was brought in is read already; if not, its row is kept from those who run it until that is done."""
+
+
+class EmittedEvent(msgspec.Struct, frozen=True):
+    """Something that has happened, as a sender told it."""
+
+    event_id: str
+    event_type: str
+    source: str
+    data: str
+    """JSON text."""
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """A sender's request, and everything that it has brought: all of it is taken in, or nothing."""
+
+    delivery_id: str
+    lane: int
+    organization_id: str
+    workflow_id: str | None
+    user_id: str
+    route: str
+    sender: str
+    content_hash: str
+    content_bytes: int
+    outcome: str
+    status: int
+    runs: Sequence[ArrivedRun]
+    event: EmittedEvent | None = None
+    answer: str | None = None
+    """JSON text: what is to be answered, and answered again."""
+    idempotency: IdempotencyKey | None = None
+    """Of all of it; runs may have keys of their own, and those that were taken in before are not taken in again."""
+    redriven_from: str | None = None
+
+
+class TakenIn(msgspec.Struct, frozen=True):
+    """The answer to an arrival."""
+
+    verdict: Verdict
+    """ACCEPTED, though some of its runs may not be; REPEATED and MISMATCH by its own key; STALE where one of its
+    workflows has changed: nothing was taken in then.
+    """
+    delivery_id: str
+    """Of the first one with its key, where that was used before."""
+    runs: Sequence[Accepted] = ()
+    """In their order; empty unless it was accepted."""
+
+
 class Verdict(StrEnum):
     """What became of an acceptance."""
 
@@ -279,6 +334,9 @@ class Store(RunStore, Protocol):
 
     async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
         """Insert runs, in one transaction; answers in the order of the batch."""
+
+    async def take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        """Keep what senders have brought, each in one transaction; answers in the order of the batch."""
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; outputs of those only that have ended."""

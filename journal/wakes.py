@@ -21,7 +21,7 @@ from sqlmodel import col
 from journal import activity, decisions
 from models import lifecycle
 from models.database_time import DatabaseTime
-from models.deployment import Deployment, DeploymentStatus, Observed, status_of
+from models.deployment import SERVING, Deployment, DeploymentStatus, status_of
 from models.execution import SHARED, Execution, ExecutionStatus
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BATCH_TARGETS: Final = 200
+BATCH_COUNTED: Final = 1_000
 UNTIL_STARTED: Final = datetime(9999, 1, 1, tzinfo=UTC)
 """When a run is due that is to wait until somebody starts the deployment."""
 
@@ -44,9 +45,19 @@ DEFERRED: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
     col(Execution.started_at).is_(None),
 )
+# Locked in order, so that rivals can't wait for one another.
+_LOCKED: Final = (
+    select(col(Deployment.workflow_id))
+    .where(
+        col(Deployment.workflow_id).in_(bindparam("counted_ids", expanding=True)), col(Deployment.is_deployed)
+    )
+    .order_by(col(Deployment.workflow_id))
+    .with_for_update()
+    .cte("locked")
+)
 _COUNT: Final = (
     update(Deployment)
-    .where(col(Deployment.workflow_id) == bindparam("counted_id"), col(Deployment.is_deployed))
+    .where(col(Deployment.workflow_id).in_(select(_LOCKED.c.workflow_id)), col(Deployment.is_deployed))
     .values(last_activity_at=DatabaseTime())
     .returning(*Deployment.__table__.columns)  # type: ignore[attr-defined]  # SQLModel adds it
 )
@@ -82,12 +93,12 @@ def is_wanted(deployment: Deployment) -> bool:
 
 def is_ready(deployment: Deployment) -> bool:
     """Tell whether it is, as far as was seen, and has pods that take runs."""
-    return is_wanted(deployment) and deployment.observed == Observed.RUNNING
+    return is_wanted(deployment) and deployment.observed in SERVING
 
 
 def has_failed(deployment: Deployment) -> bool:
-    """Tell whether its pods can't start, as far as was seen since something was wanted of it last."""
-    return status_of(deployment) is DeploymentStatus.FAILED
+    """Tell whether it has no pods and can't start any, as far as was seen since something was wanted of it last."""
+    return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING
 
 
 async def count(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
@@ -149,10 +160,11 @@ def targets(condition: ColumnElement[bool], after: str) -> Select[*tuple[Any, ..
 
 async def _count(connection: AsyncConnection, *, workflow_ids: Sequence[str]) -> dict[str, Deployment]:
     found: dict[str, Deployment] = {}
-    for workflow_id in workflow_ids:  # in order, so that rivals can't wait for one another
-        result = await connection.execute(_COUNT, {"counted_id": workflow_id})
+    for start in range(0, len(workflow_ids), BATCH_COUNTED):
+        counted_ids = workflow_ids[start : start + BATCH_COUNTED]
+        result = await connection.execute(_COUNT, {"counted_ids": counted_ids})
         for row in result.mappings():
-            found[workflow_id] = Deployment(**row)
+            found[row["workflow_id"]] = Deployment(**row)
     return found
 
 

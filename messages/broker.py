@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
 
+from messages.buckets import Demand, Grant
 from messages.deployments import DeployerMessage
 from messages.executions import ALL_LANES
 
@@ -80,6 +81,9 @@ class RunBroker(Protocol):
 class Broker(RunBroker, Protocol):
     """The broker whole."""
 
+    async def wake_readers(self) -> None:
+        """Say "something is unread", after the commit; nothing is sent while an earlier hint lies there untaken."""
+
     async def watch(self, execution_ids: Sequence[str]) -> None:
         """Have this process told once when each of these changes, within 15 minutes.
 
@@ -90,6 +94,11 @@ class Broker(RunBroker, Protocol):
     async def send(self, inbox: str, message: Mapping[str, str]) -> None:
         """Put a letter into another process's inbox; lost without a word when nobody listens there."""
 
+    def start_reader(self, on_hint: Callable[[], None]) -> None:
+        """Take hints that something is unread; `on_hint` is called on the running event loop."""
+
+    async def stop_reader(self) -> None: ...
+
     async def tell_deployer(self, message: DeployerMessage) -> None:
         """Tell one of the deployers something, after the commit; nothing is sent while the same lies there untaken."""
 
@@ -98,6 +107,9 @@ class Broker(RunBroker, Protocol):
 
     async def stop_deployer(self) -> None:
         """Take no more of that."""
+
+    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+        """Take tokens from several buckets, no bucket twice; answers in their order."""
 
     async def ping(self) -> None: ...
 

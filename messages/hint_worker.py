@@ -6,7 +6,7 @@ from typing import Final
 
 import dramatiq
 
-from messages import deployments, executions
+from messages import deployments, executions, intake
 from messages.deployments import DeployerMessage
 
 # The actor returns at once: the second thread hands over a message while the first acknowledges another.
@@ -20,6 +20,11 @@ def start(broker: dramatiq.Broker, on_hint: Callable[[int], None]) -> dramatiq.W
     return _start(
         broker, executions.QUEUE, executions.ACTOR, lambda payload: on_hint(executions.read(payload).lane)
     )
+
+
+def start_reader(broker: dramatiq.Broker, on_hint: Callable[[], None]) -> dramatiq.Worker:
+    """Take hints that something has come that is to be read first."""
+    return _start(broker, intake.QUEUE, intake.ACTOR, lambda _payload: on_hint())
 
 
 def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:

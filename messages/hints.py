@@ -23,6 +23,14 @@ async def wake(broker: RunBroker) -> None:
         log.debug("workers not woken", reason=str(error))
 
 
+async def something_unread(broker: Broker) -> None:
+    """Say that something has come that is to be read first, after the commit; with the broker away, its row says so."""
+    try:
+        await broker.wake_readers()
+    except BrokerUnavailable as error:
+        log.debug("readers not woken", reason=str(error))
+
+
 async def deployment_changed(broker: Broker, workflow_id: str) -> None:
     """Say that something else is wanted of a deployment, after the commit; with the broker away, its row says so."""
     try:

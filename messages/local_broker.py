@@ -10,6 +10,7 @@ from dramatiq.brokers.stub import StubBroker
 
 from messages import executions, hint_worker
 from messages.broker import WATCH_SECONDS, ExecutionsChanged, Letter, Notice
+from messages.buckets import Demand, Grant, LocalBuckets
 from messages.deployments import DeployerMessage
 from messages.executions import ALL_LANES, RunExecutions
 
@@ -35,8 +36,10 @@ class LocalBroker:
         self._worker: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notice], None]] = []
         self._deployer: Callable[[DeployerMessage], None] | None = None
+        self._reader: Callable[[], None] | None = None
         self._hinted: set[int] = set()
         self._watched_until: dict[str, float] = {}
+        self._buckets = LocalBuckets()
 
     async def wake(self, lane: int = ALL_LANES) -> None:
         if lane in self._hinted:
@@ -81,6 +84,17 @@ class LocalBroker:
         if worker is not None:
             await asyncio.to_thread(hint_worker.stop, worker)
 
+    async def wake_readers(self) -> None:
+        """Without a queue: readers are right here, or there are none."""
+        if self._reader is not None:
+            asyncio.get_running_loop().call_soon(self._reader)
+
+    def start_reader(self, on_hint: Callable[[], None]) -> None:
+        self._reader = on_hint
+
+    async def stop_reader(self) -> None:
+        self._reader = None
+
     async def tell_deployer(self, message: DeployerMessage) -> None:
         """Without a queue: the one deployer that there can be is right here, or there is none."""
         if self._deployer is not None:
@@ -91,6 +105,10 @@ class LocalBroker:
 
     async def stop_deployer(self) -> None:
         self._deployer = None
+
+    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+        now = asyncio.get_running_loop().time()
+        return [self._buckets.take(demand, now) for demand in demands]
 
     async def ping(self) -> None:
         """Always there."""

@@ -16,7 +16,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from messages import deployments, executions, hint_worker
+from messages import deployments, executions, hint_worker, intake
 from messages.broker import (
     WATCH_SECONDS,
     BrokerUnavailable,
@@ -25,8 +25,10 @@ from messages.broker import (
     Letter,
     Notice,
 )
+from messages.buckets import SPARE, Demand, Grant
 from messages.deployments import DeployerMessage
 from messages.executions import ALL_LANES, RunExecutions
+from messages.intake import ReadArrivals
 from messages.redis_consumer import (
     HINTS_KEPT,
     MESSAGE_ID,
@@ -88,6 +90,33 @@ end
 for inbox, execution_ids in pairs(changed) do
     redis.call("PUBLISH", ARGV[1] .. inbox, cjson.encode({execution_ids = execution_ids}))
 end
+"""
+
+# KEYS: buckets. ARGV: of each, what it gets a second, what it holds, and what is needed, wanted and taken ahead; first
+# the part that may be. A bucket is the time, in microseconds of this server's clock, at which it is full.
+TAKE: Final = """
+local time = redis.call("TIME")
+local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+local spare = tonumber(ARGV[1])
+local grants = {}
+for index, bucket in ipairs(KEYS) do
+    local first = 5 * index - 3
+    local speed, burst = tonumber(ARGV[first]) / 1000000, tonumber(ARGV[first + 1])
+    local needed, wanted, ahead = tonumber(ARGV[first + 2]), tonumber(ARGV[first + 3]), tonumber(ARGV[first + 4])
+    local full_at = math.max(tonumber(redis.call("GET", bucket) or now), now)
+    local held = burst - (full_at - now) * speed + 0.000001
+    local enough = math.min(needed, burst)
+    if held < enough then
+        grants[index] = {0, math.floor(held), math.ceil((enough - held) / speed)}
+    else
+        local tokens = math.max(needed, math.min(wanted, math.floor(held)))
+        tokens = tokens + math.min(ahead, math.floor(math.max(math.floor(held) - tokens, 0) / spare))
+        full_at = full_at + tokens / speed
+        redis.call("SET", bucket, string.format("%.0f", full_at), "PX", math.ceil((full_at - now) / 1000))
+        grants[index] = {tokens, math.floor(held) - tokens, 0}
+    end
+end
+return grants
 """
 
 CHANNELS: Final = f"{NAMESPACE}:inbox:"
@@ -160,7 +189,9 @@ class RedisBroker:
         self._wake = self.client.register_script(WAKE)
         self._watch = self.client.register_script(WATCH)
         self._announce = self.client.register_script(ANNOUNCE)
+        self._take_tokens = self.client.register_script(TAKE)
         self._worker: dramatiq.Worker | None = None
+        self._reader: dramatiq.Worker | None = None
         self._deployer: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notice], None]] = []
         self._listening: asyncio.Task[None] | None = None
@@ -168,6 +199,17 @@ class RedisBroker:
 
     async def wake(self, lane: int = ALL_LANES) -> None:
         await self._put(executions.QUEUE, executions.ACTOR, str(lane), asdict(RunExecutions(lane=lane)))
+
+    async def wake_readers(self) -> None:
+        await self._put(intake.QUEUE, intake.ACTOR, "all", asdict(ReadArrivals()))
+
+    def start_reader(self, on_hint: Callable[[], None]) -> None:
+        self._reader = hint_worker.start_reader(HintQueues(self._url), on_hint)
+
+    async def stop_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await asyncio.to_thread(hint_worker.stop, reader)
 
     async def tell_deployer(self, message: DeployerMessage) -> None:
         await self._put(deployments.QUEUE, deployments.ACTOR, message.key, deployments.payload(message))
@@ -226,12 +268,23 @@ class RedisBroker:
         if deployer is not None:
             await asyncio.to_thread(hint_worker.stop, deployer)
 
+    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+        numbers = chain.from_iterable(
+            (one.rate.per_second, one.rate.burst, one.needed, one.wanted, one.ahead) for one in demands
+        )
+        async with _answered():
+            answers = await self._take_tokens(
+                keys=[f"{NAMESPACE}:bucket:{one.bucket}" for one in demands], args=[SPARE, *numbers]
+            )
+        return [Grant(tokens, left, microseconds / 1_000_000) for tokens, left, microseconds in answers]
+
     async def ping(self) -> None:
         async with _answered():
             await self.client.ping()
 
     async def close(self) -> None:
         await self.stop_worker()
+        await self.stop_reader()
         await self.stop_deployer()
         if self._listening is not None:
             self._listening.cancel()

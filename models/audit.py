@@ -43,7 +43,15 @@ class Action(StrEnum):
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     USER_CREATED = "user.created"
+    EVENT_TOKEN_CREATED = "event-token.created"  # noqa: S105 - the name of an action
+    EVENT_TOKEN_REVOKED = "event-token.revoked"  # noqa: S105 - the name of an action
+    TRIGGER_TOKEN_SET = "trigger-token.set"  # noqa: S105 - the name of an action
+    DEAD_LETTERS_PURGED = "dead-letters.purged"
+    TRIGGER_TOKEN_REVOKED = "trigger-token.revoked"  # noqa: S105 - the name of an action
     SIGNING_SECRET_SET = "signing-secret.set"  # noqa: S105 - the name of an action
+    EXECUTIONS_CANCELLED = "executions.cancelled"
+    EXECUTIONS_RETRIED = "executions.retried"
+    EXECUTIONS_DELETED = "executions.deleted"
     DATA_SOURCE_CREATED = "data-source.created"
     DATA_SOURCE_UPDATED = "data-source.updated"
     DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"
@@ -67,7 +75,7 @@ class AuditEntry(SQLModel, table=True):
     """Whose key did it, and which; of whoever runs the server, `operator` both times."""
     action: str
     object_id: str
-    """The workflow, data source, key or user that was changed."""
+    """The workflow, data source, key or user that was changed; of executions, their workflow or organisation."""
     before_hash: str | None = None
     """SHA-256 of what the object was, in hexadecimal; null where there was none."""
     after_hash: str | None = None

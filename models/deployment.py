@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import BigInteger, Column, Index, SmallInteger
 from sqlmodel import Field, SQLModel
@@ -45,8 +45,15 @@ class Observed(StrEnum):
     """It has pods, and they are going."""
     FAILED = "failed"
     """Its pods can't start; the observed reason says why."""
+    OUTDATED = "outdated"
+    """Pods of what was deployed before are ready, and those that are to replace them can't start."""
     UNKNOWN = "unknown"
     """The cluster did not answer."""
+
+
+SERVING: Final = frozenset({Observed.RUNNING, Observed.OUTDATED})
+"""What is seen where a pod takes runs."""
+_FAILED: Final = frozenset({Observed.FAILED, Observed.OUTDATED})
 
 
 class Deployment(SQLModel, table=True):
@@ -83,6 +90,8 @@ class Deployment(SQLModel, table=True):
     observed: str = Observed.ABSENT
     observed_replicas: int = 0
     ready_replicas: int = 0
+    ready_addresses: list[str] = Field(default_factory=list, sa_column=Column(JsonText, nullable=False))
+    """Base URLs of its ready pods, as the cluster tells them."""
     observed_definition_hash: str | None = None
     """Of the definition that its ready pods were started for."""
     observed_generation: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
@@ -130,7 +139,7 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
         return DeploymentStatus.NOT_DEPLOYED if is_gone else DeploymentStatus.UNDEPLOYING
     if observed is Observed.UNKNOWN:
         return DeploymentStatus.UNKNOWN
-    if observed is Observed.FAILED and deployment.observed_generation == deployment.generation:
+    if observed in _FAILED and deployment.observed_generation == deployment.generation:
         return DeploymentStatus.FAILED
     if observed is Observed.ABSENT:
         return DeploymentStatus.DEPLOYING
@@ -139,7 +148,7 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
     if deployment.replicas == 0 or deployment.drain_until is not None:
         is_down = deployment.replicas == 0 and observed is Observed.STOPPED
         return DeploymentStatus.STOPPED if is_down else DeploymentStatus.STOPPING
-    if observed is not Observed.RUNNING:
+    if observed not in SERVING:
         return DeploymentStatus.STARTING
     is_current = deployment.observed_definition_hash == deployment.definition_hash
     return DeploymentStatus.RUNNING if is_current else DeploymentStatus.DEPLOYING

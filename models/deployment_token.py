@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint, func, insert, select, update
 from sqlmodel import Field, SQLModel, col
@@ -140,20 +140,6 @@ async def hint_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[s
     """Return what the pods of a deployment take hints by, that of the newest token first."""
     rows = await connection.execute(_valid(workflow_id))
     return [runner_tokens.hint_key(row.hash) for row in rows]
-
-
-POD_OWNERS: Final = "pod:"
-"""How the names of all pods begin."""
-
-
-def lease_owner(workflow_id: str, pod: str) -> str:
-    """Return by what name a pod leases runs: nobody but pods of its workflow has one that begins like it."""
-    return f"{lease_owners(workflow_id)}{pod}"
-
-
-def lease_owners(workflow_id: str) -> str:
-    """Return how the names of all pods of a workflow begin."""
-    return f"{POD_OWNERS}{workflow_id}:"
 
 
 def new_id() -> str:

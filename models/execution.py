@@ -16,6 +16,10 @@ SHARED = "shared"
 """The target of what any worker may run."""
 LIMITED = "limited"
 """The target of what waits for a place among the runs that its workflow allows at once."""
+DELAYED = "delayed"
+"""The target of what may not run before its time; then it gets another. Ids of workflows come after all these words."""
+UNREAD = "intake"
+"""The target of what was brought by something that is still to be read."""
 PRIORITY_MICROSECONDS = 60_000_000
 """How much earlier one step of priority makes a run count as accepted."""
 MAX_LOST_ATTEMPTS = 3
@@ -43,6 +47,13 @@ class Execution(SQLModel, table=True):
             sqlite_where=text("status = 'running'"),
         ),
         Index(
+            "ix_execution_failed",
+            "workflow_id",
+            "ended_at",
+            postgresql_where=text("status = 'failed'"),
+            sqlite_where=text("status = 'failed'"),
+        ),
+        Index(
             "ix_execution_waiting",
             "due_at",
             postgresql_where=text("status = 'waiting'"),
@@ -51,6 +62,8 @@ class Execution(SQLModel, table=True):
         Index(
             "ix_execution_deferred",
             "target",
+            "organization_id",
+            "workflow_id",
             postgresql_where=text("status = 'waiting' AND started_at IS NULL"),
             sqlite_where=text("status = 'waiting' AND started_at IS NULL"),
         ),

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from datetime import datetime
 from hashlib import blake2b
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -27,6 +28,11 @@ _counter = 0
 def new(prefix: str) -> str:
     """Return a fresh id, greater than every one made before it in this process."""
     return f"{prefix}_{base32(_uuid7())}"
+
+
+def earliest(prefix: str, moment: datetime) -> str:
+    """Return what comes before every id that is made from a moment on, by the same clock."""
+    return f"{prefix}_{base32(int(moment.timestamp() * 1_000) << 80)}"
 
 
 def several(prefix: str, count: int) -> list[str]:

@@ -205,6 +205,8 @@ def _message(error: ValidationError, facts: Mapping[str, Any]) -> str:
             return f"must be {FORMATS[facts['format']].wanted}"
         case "not" if facts["schema"] == {"pattern": TEMPLATE["pattern"]}:
             return "can't hold an expression (`{{`): it must be known before the run"
+        case "not" if set(facts["schema"]) == {"required"}:
+            return f"takes {' or '.join(facts['schema']['required'])}, not both"
         case "pattern" if "pattern" not in facts:
             return "takes too long to be matched by the pattern"
         case keyword if keyword in LIMITS:

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -22,6 +23,7 @@ from pilotflame import refusal
 from pilotflame.refusal import Refusal
 
 if TYPE_CHECKING:
+    from bridge.settings import BridgeSettings
     from models.settings import Settings
     from pilotflame.log_lines import Lines, Render
 
@@ -55,9 +57,15 @@ orgs = Typer(
 )
 users = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage users, on the database itself.")
 keys = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage API keys, on the database itself.")
+bridge = Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Take messages of a queue elsewhere, and hand them to a workflow's queue trigger.",
+)
 app.add_typer(orgs, name="orgs")
 app.add_typer(users, name="users")
 app.add_typer(keys, name="keys")
+app.add_typer(bridge, name="bridge")
 
 
 @app.callback()
@@ -147,6 +155,96 @@ def runner() -> None:
     from runner import main
 
     main.serve(settings)
+
+
+Workflow = Annotated[str | None, Option(help="The id of the workflow.", show_default=False)]
+Name = Annotated[
+    str | None,
+    Option(help="Tells this source from another of the same name.", show_default="the source's own"),
+]
+Refusals = Annotated[
+    Literal["stop", "drop", "dead-letter"] | None,
+    Option(
+        "--on-refused", help="What becomes of messages that can never be handed over.", show_default="stop"
+    ),
+]
+Batch = Annotated[int | None, Option(help="Messages that are handed over at once.", show_default="100")]
+
+
+@bridge.command("redis")
+def bridge_redis(
+    workflow: Workflow = None,
+    stream: Annotated[str | None, Option(help="Key of the stream.")] = None,
+    group: Annotated[str | None, Option(help="Consumer group.", show_default="pilotflame")] = None,
+    consumer: Annotated[
+        str | None, Option(help="Name in the group.", show_default="name of the machine")
+    ] = None,
+    delete: Annotated[
+        bool | None, Option("--delete", help="Delete entries once they are handed over.")
+    ] = None,
+    name: Name = None,
+    on_refused: Refusals = None,
+    batch: Batch = None,
+) -> None:
+    """Take entries of the Redis stream at PILOTFLAME_BRIDGE_REDIS_URL.
+
+    Each option may stand in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_REDIS_STREAM.
+    """
+    from bridge.settings import RedisBridgeSettings
+
+    own = {"stream": stream, "group": group, "consumer": consumer, "delete": delete}
+    given = {"workflow": workflow, "name": name, "on_refused": on_refused, "batch": batch}
+    _bridge(RedisBridgeSettings, {**given, **{f"redis_{word}": value for word, value in own.items()}})
+
+
+@bridge.command("sqs")
+def bridge_sqs(
+    workflow: Workflow = None,
+    queue_url: Annotated[str | None, Option(help="URL of the queue.")] = None,
+    endpoint: Annotated[
+        str | None, Option(help="Address that is asked.", show_default="that of the queue")
+    ] = None,
+    name: Name = None,
+    on_refused: Refusals = None,
+    batch: Batch = None,
+) -> None:
+    """Take messages of an SQS-compatible queue, with the credentials of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+
+    Each option may stand in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_SQS_QUEUE_URL.
+    """
+    from bridge.settings import SqsBridgeSettings
+
+    given = {"workflow": workflow, "name": name, "on_refused": on_refused, "batch": batch}
+    _bridge(SqsBridgeSettings, {**given, "sqs_queue_url": queue_url, "sqs_endpoint": endpoint})
+
+
+@bridge.command("rabbitmq")
+def bridge_rabbitmq(
+    workflow: Workflow = None,
+    queue: Annotated[str | None, Option(help="Name of the queue, which must exist.")] = None,
+    name: Name = None,
+    on_refused: Refusals = None,
+    batch: Batch = None,
+) -> None:
+    """Take messages of a queue of the RabbitMQ at PILOTFLAME_BRIDGE_RABBITMQ_URL.
+
+    Each option may stand in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_RABBITMQ_QUEUE.
+    """
+    from bridge.settings import RabbitmqBridgeSettings
+
+    given = {"workflow": workflow, "name": name, "on_refused": on_refused, "batch": batch}
+    _bridge(RabbitmqBridgeSettings, {**given, "rabbitmq_queue": queue})
+
+
+def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
+    settings = kind(**{f"bridge_{name}": value for name, value in given.items() if value is not None})
+    _begin_log(settings.log_level)
+    from bridge import errors, main
+
+    try:
+        main.serve(settings)
+    except errors.Refused as error:
+        raise Refusal(str(error)) from error
 
 
 @app.command()

@@ -27,8 +27,8 @@ from messages import broker as brokers
 from models import access, ids, migrating
 from models import database as databases
 from models.database import Database
-from models.deployment_token import POD_OWNERS
 from models.migrating import OutdatedDatabase
+from models.pod_processes import POD_OWNERS
 from pilotflame import data_dir
 from pilotflame.dev import begin_migration
 from pilotflame.log_lines import Lines
@@ -119,6 +119,7 @@ async def _run(
             deploying(
                 deployer,
                 database,
+                store,
                 broker,
                 partial(deployers.open_driver, deployer),
                 command=deployers.command(deployer),

@@ -12,6 +12,7 @@ from sqlmodel import col
 
 from models.access import ApiKey
 from models.data_source import DataSource
+from models.intake import IntakeToken
 from models.signing import SigningSecret
 from models.vault import Sealed, Vault, VaultError
 from pilotflame.accounts import opened
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 BATCH: Final = 100
 """Rows of one transaction: whoever is interrupted loses no more, and goes on where it was when it is run again."""
 
-_Table: TypeAlias = "type[DataSource | SigningSecret]"
-_Found: TypeAlias = "Row[str, str, str, bytes]"
-TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret)
+_Table: TypeAlias = "type[DataSource | SigningSecret | IntakeToken]"
+_Found: TypeAlias = "Row[str, str, str | None, bytes | None]"
+TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret, IntakeToken)
 """All that hold something sealed."""
 
 
@@ -82,7 +83,9 @@ async def _rotate_table(database: Database, vault: Vault, table: _Table, rotatio
 def _resealed(vault: Vault, row: _Found) -> Sealed | None:
     owner = {"organization_id": row.organization_id, "object_id": row.id}
     try:
-        return vault.seal(vault.open(Sealed(row.secret_id, row.sealed), **owner), **owner)
+        # None is for rows without a secret, which aren't among these.
+        sealed = Sealed(row.secret_id or "", row.sealed or b"")
+        return vault.seal(vault.open(sealed, **owner), **owner)
     except VaultError:
         return None
 

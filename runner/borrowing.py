@@ -14,6 +14,8 @@ import msgspec
 from engine.errors import NodeError
 from execution.gateway_calls import (
     DataSourceCall,
+    ExpectedEvent,
+    ExpectEventCall,
     ReserveCall,
     Reserved,
     StartedRun,
@@ -28,7 +30,7 @@ from runner.reporter import CallRefused
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.services import Caller
+    from engine.services import Caller, WantedEvent
     from engine.values import Json
     from runner.reporter import Gateway
 
@@ -106,6 +108,29 @@ class RemotePace:
         call = ReserveCall(key, limit, per_seconds, max_wait_seconds)
         path = f"/executions/{caller.execution_id}/reservations"
         return (await insist(lambda: self._gateway.call(path, call, Reserved))).at
+
+
+class RemoteEvents:
+    """Has nodes wait for events; keeps the promises of `engine.services.Events`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def expect(
+        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+    ) -> datetime | None:
+        """Have a node wait for an event; returns when it has waited long enough."""
+        call = ExpectEventCall(
+            node_id,
+            iteration,
+            wanted.event_type,
+            wanted.condition,
+            wanted.given,
+            wanted.look_back_seconds,
+            wanted.timeout_seconds,
+        )
+        path = f"/executions/{caller.execution_id}/event-waits"
+        return (await insist(lambda: self._gateway.call(path, call, ExpectedEvent))).expires_at
 
 
 class RemoteContents:

@@ -28,8 +28,9 @@ from nodes.outbound import Outbound, OutboundPolicy
 from nodes.pooled import PooledCatalog
 from nodes.processes import Kind, Processes
 from runner.application import Life, Stage, create_app
-from runner.borrowing import RemoteContents, RemotePace, RemoteRuns, RemoteSources
+from runner.borrowing import RemoteContents, RemoteEvents, RemotePace, RemoteRuns, RemoteSources
 from runner.news import GatewayNews
+from runner.orphaned import until_orphaned
 from runner.remote_store import RemoteStore
 from runner.reporter import CallRefused, Gateway
 
@@ -58,6 +59,7 @@ async def _serve(settings: RunnerSettings) -> None:
     # It answers from the first moment, and says that it is not ready.
     async with answering(create_app(life), settings):
         gateway = Gateway(settings)
+        orphaned = asyncio.create_task(_stop_when_orphaned(gateway, settings, stop))
         try:
             contact = await _first_contact(gateway, settings, stop)
             if contact is not None:
@@ -70,8 +72,15 @@ async def _serve(settings: RunnerSettings) -> None:
                     life.patience_seconds = await _patience(gateway, settings)
                     log.info("runner drains", patience_seconds=life.patience_seconds)
         finally:
+            orphaned.cancel()
             await gateway.close()
     log.info("runner stops")
+
+
+async def _stop_when_orphaned(gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event) -> None:
+    reason = await until_orphaned(gateway, settings.runner_orphan_seconds)
+    log.warning("runner orphaned", workflow_id=settings.runner_workflow_id, reason=reason)
+    stop.set()
 
 
 async def _first_contact(gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event) -> Contact | None:
@@ -114,6 +123,7 @@ async def working(
         code=code,
         runs=RemoteRuns(gateway),
         pace=RemotePace(gateway),
+        events=RemoteEvents(gateway),
     )
     store = RemoteStore(gateway)
     news = GatewayNews(gateway, inbox=settings.runner_pod)

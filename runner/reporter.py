@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import aiohttp
@@ -13,6 +14,7 @@ import msgspec
 from engine.errors import NodeError
 from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from models.outage import DatabaseUnavailable
+from models.pod_processes import PodProcess
 
 if TYPE_CHECKING:
     from runner.settings import RunnerSettings
@@ -25,6 +27,8 @@ FIRST_PAUSE_SECONDS: Final = 0.05
 MAX_PAUSE_SECONDS: Final = 2.0
 MAX_DOUBLINGS: Final = 10
 MAX_ERROR_BYTES: Final = 100_000
+STRANGERS: Final = frozenset({401, 403, 404})
+"""By these answers a gateway says that it doesn't know the pod, or is none of ours."""
 _JSON: Final = {"Content-Type": "application/json"}
 
 
@@ -49,12 +53,15 @@ class _Refusal(msgspec.Struct):
 class Gateway:
     """One loop's connections to the gateway. While it is away, each failed call takes longer to say so."""
 
-    def __init__(self, settings: RunnerSettings) -> None:
+    def __init__(self, settings: RunnerSettings, process: PodProcess | None = None) -> None:
+        """Without `process`, this is the first of a process that has just begun."""
         self._settings = settings
+        self._process = process or PodProcess.started_now(settings.runner_pod)
         self._url = settings.runner_gateway_url.rstrip("/") + PREFIX
         self._failures = 0
+        self._failing_since: float | None = None
         self._session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {settings.token}", RUNNER_HEADER: settings.runner_pod},
+            headers={"Authorization": f"Bearer {settings.token}", RUNNER_HEADER: self._process.name},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             connector=aiohttp.TCPConnector(limit=0),
             auto_decompress=False,
@@ -63,7 +70,12 @@ class Gateway:
 
     def for_loop(self) -> Gateway:
         """Return another one for the running loop of another thread."""
-        return Gateway(self._settings)
+        return Gateway(self._settings, self._process)
+
+    @property
+    def failing_seconds(self) -> float:
+        """For how long every call on this loop has met with nobody, or with somebody who doesn't know this pod."""
+        return 0.0 if self._failing_since is None else monotonic() - self._failing_since
 
     async def call(
         self, path: str, call: msgspec.Struct | None, answer: type[Answer], *, seconds: float = CALL_SECONDS
@@ -94,8 +106,10 @@ class Gateway:
             ):
                 if response.status >= 300:  # noqa: PLR2004 - whatever isn't a yes
                     await self._raise_refusal(response)
+                self._failing_since = None
                 yield response
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self._fails()
             await self._pause()
             raise DatabaseUnavailable(
                 f"The gateway did not answer: {error or type(error).__name__}"
@@ -110,7 +124,11 @@ class Gateway:
         try:
             error = msgspec.json.decode(text, type=_Refusal).error
         except msgspec.DecodeError:
-            error = _Error("no-json", "The answer is none of a gateway")
+            error = _Error("", "The answer is none of a gateway")
+        if error.code and response.status not in STRANGERS:
+            self._failing_since = None
+        else:
+            self._fails()
         kind = response.headers.get(NODE_ERROR_HEADER)
         if kind is not None:
             raise NodeError(error.message, code=error.code, retryable=kind == RETRYABLE)
@@ -119,6 +137,10 @@ class Gateway:
         if response.status in {401, 403, 408, 429} or response.status >= 500:  # noqa: PLR2004 - RFC 9110
             raise DatabaseUnavailable(f"The gateway would not: {response.status} {error.code}")
         raise CallRefused(response.status, error.code, error.message)
+
+    def _fails(self) -> None:
+        if self._failing_since is None:
+            self._failing_since = monotonic()
 
     async def _pause(self) -> None:
         pause = FIRST_PAUSE_SECONDS * 2 ** min(self._failures, MAX_DOUBLINGS)

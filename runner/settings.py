@@ -46,6 +46,11 @@ class RunnerSettings(ExecutionSettings):
         ge=0,
         description="How long runs may take to end when a pod stops, before they are handed over.",
     )
+    runner_orphan_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="A pod ends itself once its gateway was away, or has refused it, for so long; never unless set.",
+    )
     outbound_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
         default=(),
         description=(

@@ -11,11 +11,11 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from journal import activity, decisions
+from journal import activity, decisions, wakes
 from messages import hints
 from models import lifecycle
 from models.database_time import DatabaseTime
-from models.deployment import DeploymentStatus, LifecycleDecision, status_of
+from models.deployment import LifecycleDecision
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ BATCH_ROWS: Final = 1_000
 def decide(seen: Seen) -> Decision:
     """Return what is to be done about a deployment: what can't start is stopped, and tried again later."""
     situation = seen.situation
-    if situation.is_up and status_of(seen.deployment) is DeploymentStatus.FAILED:
+    if situation.is_up and wakes.has_failed(seen.deployment):
         return lifecycle.stop(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
     return decisions.by_policy(seen)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from execution import abandoned, due_runs
+from execution.awaited_events import AwaitedEvents
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
@@ -25,6 +27,7 @@ from messages.broker import Broker
 from models import database as databases
 from models import heartbeat, migrating
 from models.database import Database, DatabaseUnavailable
+from nodes import catalog as catalogs
 from scheduler import (
     lifecycle,
     old_executions,
@@ -34,12 +37,16 @@ from scheduler import (
     unused_definitions,
 )
 from scheduler.leadership import RENEWALS_PER_LEASE, Leader
+from scheduler.schedules import Schedules
 from scheduler.settings import SchedulerSettings
 
 log = structlog.get_logger()
 
 FINISH_SECONDS: Final = 2.0
 """How long the end of the process waits for a duty that is being done."""
+WATCH_SECONDS: Final = 1.0
+SET_BACK_SECONDS: Final = 0.5
+"""A clock that goes back by more than this was set, and not only trimmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +55,16 @@ class Duty:
 
     name: str
     every_seconds: float
-    do: Callable[[], Awaitable[None]]
+    do: Callable[[], Awaitable[object]]
 
 
 def duties(settings: SchedulerSettings, database: Database, store: Store, broker: Broker) -> Sequence[Duty]:
     """Return what is to be done, and how often."""
+    schedules = Schedules(database, broker, catalogs.load())
+    awaited = AwaitedEvents(database, broker)
     return (
+        Duty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
+        Duty("set schedules back", 60, schedules.set_back),
         Duty("recover executions", settings.sweep_seconds, partial(recovery.recover, store, broker)),
         Duty(
             "end abandoned executions",
@@ -62,6 +73,7 @@ def duties(settings: SchedulerSettings, database: Database, store: Store, broker
         ),
         Duty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
         Duty("forget past paces", 60, partial(retention.forget_past_paces, database)),
+        Duty("delete old deliveries", 3_600, partial(retention.forget_arrivals, settings, database)),
         Duty("delete old executions", 600, partial(old_executions.delete_old, settings, database)),
         Duty("delete unused definitions", 86_400, partial(unused_definitions.delete_unused, database)),
         Duty(
@@ -79,6 +91,8 @@ def duties(settings: SchedulerSettings, database: Database, store: Store, broker
             settings.sweep_seconds,
             partial(due_runs.see_to, database, broker),
         ),
+        Duty("tell events", settings.sweep_seconds, awaited.tell_left),
+        Duty("forget waits for events", 600, awaited.forget_over),
         Duty("forget lifecycle decisions", 3_600, partial(lifecycle.forget_decisions, database)),
         Duty("sweep blobs", 3_600, partial(orphaned_blobs.sweep, settings, database)),
     )
@@ -130,13 +144,27 @@ async def ticking(duties: Sequence[Duty]) -> AsyncIterator[None]:
             misfire_grace_time=None,
         )
     ticker.start()
+    watch = asyncio.create_task(_watch_clock(ticker))
     try:
         yield
     finally:
+        watch.cancel()
         ticker.pause()
         if in_hand:
             await asyncio.wait(in_hand, timeout=FINISH_SECONDS)
         ticker.shutdown(wait=False)
+
+
+async def _watch_clock(ticker: AsyncIOScheduler) -> None:
+    """Have all duties done when the clock was set back: it would wait until it is as late again as it was."""
+    ahead = time.time() - time.monotonic()
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        before, ahead = ahead, time.time() - time.monotonic()
+        if before - ahead > SET_BACK_SECONDS:
+            log.warning("the clock was set back", seconds=round(before - ahead, 1))
+            for job in ticker.get_jobs():
+                job.modify(next_run_time=datetime.now(UTC))
 
 
 async def _do(duty: Duty, in_hand: set[asyncio.Task[None]]) -> None:

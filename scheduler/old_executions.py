@@ -1,33 +1,26 @@
-"""Executions whose days are over: deleted with everything that belongs to them, a little at a time.
-
-The row of an execution goes first, so that nobody sees, resumes or waits for what is only half there; the row of its
-data, by which it was found, goes last, so that a deletion that breaks off is found again.
-"""
+"""Executions whose days are over: found by the rows of their data, which go last."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from sqlalchemy import and_, delete, false, or_, select, tuple_
-from sqlalchemy.orm import aliased
-from sqlmodel import SQLModel, col
+from sqlalchemy import and_, false, or_, select
+from sqlmodel import col
 
 from journal.blobs import orphans
 from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.blobs.opening import open_blobs
+from journal.deletion import MAY_GO, delete_runs
 from models.database_time import DatabaseTime
-from models.execution import Execution, ExecutionData, LogRow, Signal, SpanRow
+from models.execution import Execution, ExecutionData
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, Select
-    from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.sql.expression import SQLColumnExpression
 
     from models.database import Database
     from scheduler.settings import SchedulerSettings
@@ -38,17 +31,7 @@ KEPT_HOURS: Final = 24
 """Whoever repeats a request within this time is told of the execution that the first one has started."""
 BATCH_WORKFLOWS: Final = 100
 BATCH_RUNS: Final = 100
-BATCH_ROWS: Final = 2_000
 _HOUR_MICROSECONDS: Final = 3_600_000_000
-
-_parent = aliased(Execution)
-_IS_FINISHED: Final = and_(col(Execution.ended_at).is_not(None), col(Execution.follow_up).is_(None))
-_RECORDS: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[Any]]]]] = (
-    (SpanRow, (col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration))),
-    (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
-    (Signal, (col(Signal.execution_id), col(Signal.node_id), col(Signal.iteration))),
-)
-"""What belongs to an execution, and by what each row is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +110,10 @@ async def _deleted_of(
         if not found:
             return
         left_over = {row.execution_id for row in found if row.id is None}
-        owners = await _delete(database, {row.id for row in found if row.id is not None}, left_over)
-        if not owners and not left_over:
+        gone = await delete_runs(database, {row.id for row in found if row.id is not None}, left_over)
+        if not gone and not left_over:
             return  # what was old a moment ago is not any more
-        yield owners
+        yield list(gone.values())
 
 
 def old(workflow_id: str, beyond: datetime | None, retention: Retention) -> Select[*tuple[Any, ...]]:
@@ -140,12 +123,7 @@ def old(workflow_id: str, beyond: datetime | None, retention: Retention) -> Sele
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()
-    parent_goes_on = (
-        select(col(_parent.id))
-        .where(col(_parent.id) == col(Execution.parent_id), col(_parent.ended_at).is_(None))
-        .exists()
-    )
-    may_go = and_(_IS_FINISHED, or_(is_over, is_superfluous), ~parent_goes_on)
+    may_go = and_(MAY_GO, or_(is_over, is_superfluous))
     same_run = and_(
         col(Execution.id) == col(ExecutionData.execution_id), col(Execution.lane) == col(ExecutionData.lane)
     )
@@ -160,41 +138,3 @@ def old(workflow_id: str, beyond: datetime | None, retention: Retention) -> Sele
         .order_by(col(ExecutionData.created_at))
         .limit(BATCH_RUNS)
     )
-
-
-async def _delete(
-    database: Database, execution_ids: Collection[str], left_over: Collection[str]
-) -> Sequence[Owner]:
-    """Delete executions, and what is left of others; returns whose contents belong to them."""
-
-    async def delete_runs(connection: AsyncConnection) -> dict[str, Owner]:
-        statement = (
-            delete(Execution)
-            .where(col(Execution.id).in_(sorted(execution_ids)), _IS_FINISHED)
-            .returning(col(Execution.id), col(Execution.organization_id), col(Execution.key_id))
-        )
-        rows = await connection.execute(statement)
-        return {row.id: Owner(row.organization_id, row.key_id) for row in rows}
-
-    gone = await database.transaction(delete_runs) if execution_ids else {}
-    run_ids = sorted({*left_over, *gone})
-    for table, identity in _RECORDS:
-        while await database.transaction(partial(_delete_records, table, identity, run_ids)) == BATCH_ROWS:
-            pass
-
-    async def delete_data(connection: AsyncConnection) -> None:
-        await connection.execute(delete(ExecutionData).where(col(ExecutionData.execution_id).in_(run_ids)))
-
-    await database.transaction(delete_data)
-    return list(gone.values())
-
-
-async def _delete_records(
-    table: type[SQLModel],
-    identity: Sequence[SQLColumnExpression[Any]],
-    run_ids: Sequence[str],
-    connection: AsyncConnection,
-) -> int:
-    some = select(*identity).where(identity[0].in_(run_ids)).limit(BATCH_ROWS)
-    result = await connection.execute(delete(table).where(tuple_(*identity).in_(some)))
-    return result.rowcount

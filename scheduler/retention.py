@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, select, tuple_
 from sqlmodel import SQLModel, col
 
+from models import ids
 from models.database_time import DatabaseTime
 from models.execution import Idempotency, PaceRow
+from models.intake import Delivery, Event
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from models.database import Database
+    from scheduler.settings import SchedulerSettings
 
 BATCH_ROWS: Final = 1_000
 
@@ -34,6 +38,22 @@ async def forget_past_paces(database: Database) -> None:
     """
     identity = (col(PaceRow.organization_id), col(PaceRow.key))
     await _forget(database, PaceRow, identity, col(PaceRow.next_at))
+
+
+async def forget_arrivals(settings: SchedulerSettings, database: Database) -> None:
+    """Delete the events and deliveries whose days are over; raises `DatabaseUnavailable`."""
+    before = datetime.now(UTC) - timedelta(days=settings.retention_event_days)
+    for table, prefix in ((Event, "event"), (Delivery, "dlv")):
+        # By their ids, which begin with the time: that needs no index of its own.
+        forget = partial(_forget_earlier, table, ids.earliest(prefix, before))
+        while await database.transaction(forget) == BATCH_ROWS:
+            pass
+
+
+async def _forget_earlier(table: type[Event | Delivery], first_kept: str, connection: AsyncConnection) -> int:
+    over = select(col(table.id)).where(col(table.id) < first_kept).order_by(col(table.id)).limit(BATCH_ROWS)
+    result = await connection.execute(delete(table).where(col(table.id).in_(over)))
+    return result.rowcount
 
 
 async def _forget(

@@ -20,6 +20,11 @@ class SchedulerSettings(Settings):
         gt=0,
         description="How often deployments are started and stopped as their lifecycle policies say.",
     )
+    schedule_seconds: float = Field(
+        default=0.5,
+        gt=0,
+        description="How often the scheduler looks for schedules that are due: runs start that much late, at most.",
+    )
     retention_days: int = Field(
         default=14, ge=1, le=36_500, description="Executions are kept for so many days after their end."
     )
@@ -27,6 +32,12 @@ class SchedulerSettings(Settings):
         default=10_000,
         ge=1,
         description="Executions of one workflow that are kept: beyond them, the oldest go after a day.",
+    )
+    retention_event_days: int = Field(
+        default=14,
+        ge=7,
+        le=36_500,
+        description="Events, and what is noted of deliveries, are kept for so many days after they came.",
     )
     leadership_seconds: float = Field(
         default=10.0,

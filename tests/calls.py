@@ -9,13 +9,39 @@ from typing import cast
 from engine.graph import Node
 from engine.node import Await, Call, Each, Outcome, Result, Wait
 from engine.program import compile_node
-from engine.services import Blobs, Caller, Code, DataSources, Files, HttpClient, HttpResponse, Pace, Services
+from engine.services import (
+    Blobs,
+    Caller,
+    Code,
+    DataSources,
+    Events,
+    Files,
+    HttpClient,
+    HttpResponse,
+    Pace,
+    Services,
+    WantedEvent,
+)
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CALLER = Caller("org_1", "user_1", "wf_1", "exec", "exec")
+
+
+class NoEvents:
+    """Where nothing happens."""
+
+    async def expect(
+        self,
+        caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
+        wanted: WantedEvent,  # noqa: ARG002
+        *,
+        node_id: str,  # noqa: ARG002
+        iteration: str,  # noqa: ARG002
+    ) -> datetime | None:
+        return None
 
 
 class NoNetwork:
@@ -79,6 +105,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     code: Code | None = None,
     blobs: Blobs | None = None,
     files: Files | None = None,
+    events: Events | None = None,
     library: Catalog | None = None,
 ) -> Called:
     """Run one node on `data`; raises what it raises."""
@@ -88,6 +115,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     services = services if code is None else replace(services, code=code)
     services = services if blobs is None else replace(services, blobs=blobs)
     services = services if files is None else replace(services, files=files)
+    services = services if events is None else replace(services, events=events)
     program = compile_node(Node(id="node", type=node_type, config=config), library)
     assert program.missing is None, program.missing
     scope: dict[str, Json] = {"data": data, "trigger": data, "nodes": {}, "execution": {"id": "exec"}}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 COMMAND = Path(sys.executable).with_name("pilotflame")
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.01
 
 
@@ -78,11 +78,17 @@ class Started:
 
 
 @contextmanager
-def started(*arguments: str, given: Mapping[str, str], log: Path) -> Iterator[Started]:
+def started(
+    *arguments: str, given: Mapping[str, str], log: Path, folder: Path | None = None
+) -> Iterator[Started]:
     """Have a command run during a block."""
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig=KILL", COMMAND, *arguments], env=given, stdout=sink, stderr=sink
+            ["setpriv", "--pdeathsig=KILL", COMMAND, *arguments],
+            env=given,
+            stdout=sink,
+            stderr=sink,
+            cwd=folder,
         )
     try:
         yield Started(process, log)

@@ -1,8 +1,25 @@
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import services
+
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 2 << 30
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+def pytest_configure() -> None:
+    """Have temporary folders in memory, where there is room: no database in them waits for a slow disk then."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +44,14 @@ def mysql() -> Iterator[services.MySQL]:
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[services.Redis]:
     with services.running_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[services.RabbitMQ]:
+    with services.running_rabbitmq() as server:
+        if server is None:
+            pytest.skip("RabbitMQ is not installed, and TEST_RABBITMQ_URL names no server")
         yield server
 
 

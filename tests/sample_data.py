@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from engine.services import Bucket, Caller, SqlDatabase
+from engine.services import Bucket, Caller, MailServer, SqlDatabase
 from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy
 from nodes.connections.source import Source
@@ -39,6 +39,9 @@ class SampleDataSources:
 
     async def bucket(self, caller: Caller, source_id: str) -> Bucket:
         raise AssertionError(f"{caller} asked for the bucket of {source_id}")
+
+    async def mail_server(self, caller: Caller, source_id: str) -> MailServer:
+        raise AssertionError(f"{caller} asked for the mail server {source_id}")
 
     async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
         raise AssertionError(f"{caller} asked for what {source_id} sends to {url}")

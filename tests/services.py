@@ -1,7 +1,7 @@
 """Real servers for tests, each on its own port and in its own folder, and gone when the test process is.
 
-A server that TEST_DATABASE_URL, TEST_REDIS_URL or TEST_MYSQL_URL names is used as it is. Otherwise the distribution's
-programs are started, or those of the PyPI packages where it has none.
+A server that TEST_DATABASE_URL, TEST_REDIS_URL, TEST_MYSQL_URL or TEST_RABBITMQ_URL names is used as it is. Otherwise
+the distribution's programs are started, or those of the PyPI packages where it has none.
 """
 
 import os
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import distribution
@@ -24,13 +24,21 @@ import asyncpg
 import pytest
 from sqlalchemy import URL, make_url
 
-START_TIMEOUT_SECONDS = 30
-STOP_TIMEOUT_SECONDS = 30
+START_TIMEOUT_SECONDS = 60
+STOP_TIMEOUT_SECONDS = 60
 POLL_SECONDS = 0.01
 
 # Below the ports that the kernel gives to outgoing connections: while a server is down nothing else gets
 # its port, and a client that keeps trying can't end up connected to itself.
 PORTS = range(20_000, 32_000)
+
+# Processes that test at the same time draw from ports of their own.
+_SHARES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES
+_given_ports: set[int] = set()
+
+# What was written outlives the server without this, and tests don't wait for a slow disk.
+NEVER_SYNCED = {"fsync": "off", "full_page_writes": "off"}
 
 # PostgreSQL and PgBouncer refuse to run as root.
 NOBODY = 65534
@@ -50,11 +58,18 @@ class Server(ABC):
     STOP: ClassVar[signal.Signals] = signal.SIGTERM
     KILL: ClassVar[signal.Signals] = signal.SIGKILL
 
-    def __init__(self, url: URL, folder: Path | None = None, command: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        url: URL,
+        folder: Path | None = None,
+        command: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.url = url.render_as_string(hide_password=False)
         self._address = (url.host or "127.0.0.1", url.port or 0)
         self._folder = folder
         self._command = command
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -74,6 +89,7 @@ class Server(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=self._environment,
                 start_new_session=True,  # Ctrl-C ends the tests, and they end the servers
             ).result()
         self._process = process
@@ -109,7 +125,7 @@ class Server(ABC):
 
 
 class PostgreSQL(Server):
-    """Runs with fsync, so that what it promised is still there after `kill`."""
+    """What it promised is still there after `kill`: that ends the server, and not the machine under it."""
 
     STOP = signal.SIGINT  # "fast": SIGTERM would wait for every client to leave
     KILL = signal.SIGQUIT  # "immediate": after SIGKILL children keep the shared memory, and a restart fails
@@ -157,6 +173,33 @@ class MySQL(Server):
             return False
 
 
+class PortMapper(Server):
+    """Erlang's epmd: a node of RabbitMQ has to find one, and would leave one behind that it started itself."""
+
+    STOP = signal.SIGKILL
+
+    def is_ready(self) -> bool:
+        try:
+            socket.create_connection(self._address, timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+
+class RabbitMQ(Server):
+    """One node that nobody else knows."""
+
+    STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
+
+    def is_ready(self) -> bool:
+        try:
+            with socket.create_connection(self._address, timeout=1) as connection:
+                connection.sendall(b"AMQP\x00\x00\x09\x01")
+                return len(connection.recv(64)) > 0
+        except OSError:
+            return False
+
+
 class PgBouncer(Server):
     """Pools by transaction: two statements of one connection may meet two sessions of the server."""
 
@@ -186,12 +229,13 @@ def running_postgres() -> Iterator[PostgreSQL]:
         initdb = [str(programs / "initdb"), "--pgdata", data, "--username=pilotflame", "--auth=trust"]
         layout = ["--encoding=UTF8", "--locale=C", "--no-sync"]
         subprocess.run(["setpriv", *_as_nobody(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL)
-        url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", _free_port(), "postgres")
+        url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", free_port(), "postgres")
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(url.port),
             "unix_socket_directories": "",
             "max_connections": "200",
+            **NEVER_SYNCED,
         }
         options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
         with _running(PostgreSQL(url, folder, [str(programs / "postgres"), "-D", data, *options])) as server:
@@ -204,9 +248,9 @@ def running_redis() -> Iterator[Redis]:
         yield Redis(make_url(named))
         return
     with _folder("redis") as folder:
-        url = URL.create("redis", host="127.0.0.1", port=_free_port(), database="0")
+        url = URL.create("redis", host="127.0.0.1", port=free_port(), database="0")
         options = ["--bind", "127.0.0.1", "--port", str(url.port), "--dir", str(folder)]
-        durability = ["--appendonly", "yes", "--save", ""]
+        durability = ["--appendonly", "yes", "--appendfsync", "no", "--save", ""]
         with _running(Redis(url, folder, [_redis_program(folder), *options, *durability])) as server:
             yield server
 
@@ -222,13 +266,55 @@ def running_mysql() -> Iterator[MySQL | None]:
         yield None
         return
     with _folder("mysql") as folder:
-        url = URL.create("mysql", "root", None, "127.0.0.1", _free_port(), "test")
+        url = URL.create("mysql", "root", None, "127.0.0.1", free_port(), "test")
         where = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={folder}"]
         prepared = [setup, *where, "--auth-root-authentication-method=normal"]
         subprocess.run(["setpriv", *_as_nobody(), *prepared], check=True, stdout=subprocess.DEVNULL)
         network = [f"--port={url.port}", "--bind-address=127.0.0.1", f"--socket={folder / 'socket'}"]
         haste = ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
         with _running(MySQL(url, folder, [program, *where, *network, *haste])) as server:
+            yield server
+
+
+@contextmanager
+def running_rabbitmq() -> Iterator[RabbitMQ | None]:
+    """Start a RabbitMQ; None where its program isn't there."""
+    if named := os.environ.get("TEST_RABBITMQ_URL"):
+        yield RabbitMQ(make_url(named))
+        return
+    program, port_mapper = _rabbitmq_program(), _on_path("epmd")
+    if program is None or port_mapper is None:
+        yield None
+        return
+    with _folder("rabbitmq") as folder, _folder("epmd") as other_folder:
+        mapping = URL.create("epmd", host="127.0.0.1", port=free_port())
+        url = URL.create("amqp", "guest", "guest", "127.0.0.1", free_port())
+        where = {
+            "HOME": str(folder),  # of the cookie
+            "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+            "RABBITMQ_LOG_BASE": str(folder),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(folder / "none"),
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "none"),
+            "RABBITMQ_LOGS": "-",
+        }
+        network = {
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(mapping.port),
+            "RABBITMQ_NODENAME": f"pilotflame-{url.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(url.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
+            # What it says: without a shell script above the node, which signals would not get past.
+            "RABBITMQ_ALLOW_INPUT": "true",
+        }
+        environment = {**os.environ, **where, **network}
+        listening = ["-address", "127.0.0.1", "-port", str(mapping.port)]
+        with (
+            _running(PortMapper(mapping, other_folder, [port_mapper, *listening])),
+            _running(RabbitMQ(url, folder, [program], environment)) as server,
+        ):
             yield server
 
 
@@ -241,7 +327,7 @@ def running_pgbouncer(postgres: PostgreSQL) -> Iterator[PgBouncer | None]:
         return
     with _folder("pgbouncer") as folder:
         behind = make_url(postgres.url)
-        url = behind.set(host="127.0.0.1", port=_free_port())
+        url = behind.set(host="127.0.0.1", port=free_port())
         password = f" password={behind.password}" if behind.password else ""
         configuration = folder / "pgbouncer.ini"
         configuration.write_text(
@@ -287,20 +373,30 @@ def _as_nobody() -> list[str]:
     return [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if WE_ARE_ROOT else []
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that no other test is given, nor the kernel gives to a connection while its server is down."""
     while True:
         port = random.choice(PORTS)
+        if port % _SHARES != _SHARE or port in _given_ports:
+            continue
         with socket.socket() as candidate:
             try:
                 candidate.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given_ports.add(port)
+        return port
 
 
 def _on_path(program: str) -> str | None:
     # Debian keeps servers in /usr/sbin, which an ordinary user's PATH may lack.
     return shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+
+
+def _rabbitmq_program() -> str | None:
+    # What Debian has on PATH before it starts it as a user of its own, and only for root.
+    of_debian = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+    return str(of_debian) if of_debian.exists() else _on_path("rabbitmq-server")
 
 
 def _postgres_programs(folder: Path) -> Path:

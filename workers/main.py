@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 
 from engine.services import Services
 from execution import abandoned, due_runs
+from execution.awaited_events import AwaitedEvents
 from execution.child_runs import ChildRuns
 from execution.data_sources import StoredSources
 from execution.executor import Around, Executor
@@ -39,6 +40,7 @@ from nodes.outbound import Outbound, OutboundPolicy
 from nodes.pooled import PooledCatalog
 from nodes.processes import Kind, Processes
 from workers.follow_up import AfterRuns
+from workers.reading import Reader, Sources
 from workers.settings import WorkerSettings
 from workers.webhooks import Webhooks
 
@@ -107,6 +109,7 @@ async def working(
         code=code,
         runs=runs,
         pace=SharedPace(database),
+        events=AwaitedEvents(database, broker),
     )
     webhooks = Webhooks(database, vault, outbound)
     after = AfterRuns(database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds)
@@ -123,11 +126,22 @@ async def working(
             on_swept=partial(_see_to_others, database, store, broker),
         ),
     )
+    reader = Reader(
+        database,
+        store,
+        broker,
+        blobs,
+        Sources(connections, services.pace),
+        settings,
+        on_left=after.left,
+    )
     try:
         await executor.start()
         after.start()
+        reader.start()
         yield executor
     finally:
+        await reader.close()
         await executor.drain()
         await after.close()
         await code.close()

@@ -10,22 +10,34 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from gateway import limits
+from gateway.document.refusals import JSON_CODES
 from gateway.endpoints import (
     access,
+    bulk,
     copies,
     data_sources,
+    dead_letters,
+    deliveries,
     deployments,
     document,
+    email_trigger,
+    enqueue,
+    enqueue_batch,
+    event_tokens,
+    events,
     execute,
     executions,
     graph,
     health,
+    hooks,
     inputs,
     lifecycle,
     nodes,
+    schedule,
     sharing,
     signing,
     trigger,
+    trigger_tokens,
     trying,
     validation,
     versions,
@@ -88,6 +100,8 @@ class Place:
 
 PLACES: Final[Mapping[str, Place]] = {
     "keys": Place("Id of the key.", "key_abc123"),
+    "event-tokens": Place("Id of the token.", "tok_abc123"),
+    "events": Place("Id of the event.", "event_abc123"),
     "workflows": Place("Id of the workflow.", "wf_abc123"),
     "nodes": Place("Id of the node in the workflow.", "node-xyz123"),
     "connections": Place("Id of the connection in the workflow.", "conn-abc123"),
@@ -96,7 +110,9 @@ PLACES: Final[Mapping[str, Place]] = {
     "share": Place("Id of the user.", "user_789"),
     "datasources": Place("Id of the data source.", "ds_001"),
     "workflow-nodes": Place("Name of the node type.", "http-request"),
+    "deliveries": Place("Id of the delivery.", "dlv_abc123"),
     "executions": Place("Id of the execution.", "exec_xyz789"),
+    "hooks": Place("The trigger token of the workflow.", "tt-abc123"),
     "blobs": Place(
         "What stands as `sha256` in the reference to the content.",
         "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
@@ -133,6 +149,27 @@ COLD_START: Final = Header(
     {"type": "string", "enum": ["true", "false"]},
 )
 LOCATION: Final = Header("Location", "Where the execution is to be found.")
+RATES: Final = (
+    Header(
+        "RateLimit-Policy",
+        "The limits that the request is under: `q` requests at once, which come back within `w` seconds.",
+        is_always_sent=False,
+    ),
+    Header(
+        "RateLimit",
+        "Where the client stands: `r` requests are left, and all of them again after `t` seconds.",
+        is_always_sent=False,
+    ),
+)
+"""Sent where rates are limited."""
+ALLOWED_ORIGIN: Final = Header(
+    "WebHook-Allowed-Origin",
+    "The `WebHook-Request-Origin` of the request: it may send.",
+    is_always_sent=False,
+)
+ALLOWED_RATE: Final = Header(
+    "WebHook-Allowed-Rate", "Requests a minute; `*`: as many as it likes.", is_always_sent=False
+)
 DISPOSITION: Final = Header("Content-Disposition", "A name for the file.")
 
 KEPT: Final = Note(
@@ -153,8 +190,9 @@ CREATES: Final = Note(
 )
 TAKES_IN: Final = Note(
     takes=(IDEMPOTENCY_KEY,),
-    sends=(LOCATION, REPLAYED),
+    sends=(LOCATION, REPLAYED, *RATES),
     refusals=(
+        "queue-full",
         "invalid-idempotency-key",
         "idempotency-mismatch",
         "workflow-paused",
@@ -162,8 +200,88 @@ TAKES_IN: Final = Note(
         "workflow-changed",
     ),
 )
+ARRIVES: Final = Note(
+    sends=(LOCATION, REPLAYED),
+    refusals=("workflow-changed", "workflow-not-active", "concurrency-limit"),
+)
 
 NOTES: Final[Mapping[Handler, Note]] = {
+    deliveries.redrive: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,)).refusing(
+        "invalid-idempotency-key",
+        "idempotency-mismatch",
+        *("not-redrivable", "queue-full", "validation-failed"),
+        *(f"no-{kind}-trigger" for kind in ("queue", "email", "webhook")),
+    ),
+    dead_letters.purge: Note(refusals=("not-owner",)),
+    trigger_tokens.replace: Note(refusals=("not-owner",)),
+    trigger_tokens.revoke: Note(refusals=("not-owner",)),
+    email_trigger.receive: replace(
+        ARRIVES,
+        takes=(IDEMPOTENCY_KEY,),
+        sends=(replace(LOCATION, is_always_sent=False), REPLAYED, *RATES),
+        also={
+            200: Also(
+                "It is no mail, and was noted; Mailgun is answered so on a mail, with the body of 201.",
+                email_trigger.MailNoted,
+            )
+        },
+        refusals=(
+            *ARRIVES.refusals,
+            *("invalid-idempotency-key", "idempotency-mismatch", "no-email-trigger", "queue-full"),
+            *("duplicate-header", "malformed-form", "malformed-mail", "malformed-message", "unknown-mail"),
+            *("raw-delivery", "unknown-topic", "untrusted-certificate", "invalid-certificate"),
+            *("invalid-signature", "foreign-object", "mail-refused", "replayed-delivery"),
+        ),
+    ),
+    hooks.receive: replace(
+        ARRIVES,
+        takes=(IDEMPOTENCY_KEY,),
+        sends=(*ARRIVES.sends, *RATES),
+        also={
+            200: Also(
+                "The run that was waited for has ended without an answer of its own, or nothing is run for this. To"
+                " Slack also in the place of 202.",
+                hooks.HookTaken,
+            )
+        },
+        refusals=(
+            *ARRIVES.refusals,
+            *("not-found", "unauthorized", "rate-limited", "not-ready", "internal-error"),
+            *("execution-failed", "queue-full"),
+            *("no-webhook-trigger", "no-verification", "unusable-trigger-secret", "validation-failed"),
+            *("invalid-signature", "network-not-allowed", "method-not-allowed", "payload-too-large"),
+            *(*JSON_CODES, "duplicate-header", "invalid-event", "invalid-query", "malformed-form"),
+            *("unsupported-media-type", "invalid-idempotency-key", "idempotency-mismatch"),
+        ),
+    ),
+    enqueue_batch.enqueue: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(REPLAYED, *RATES)).refusing(
+        "queue-full",
+        *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
+        *("invalid-signature", "duplicate-header", "no-verification", "unusable-trigger-secret"),
+        *("invalid-event", "malformed-form"),
+    ),
+    events.emit: Note(
+        takes=(IDEMPOTENCY_KEY,),
+        sends=(REPLAYED,),
+        refusals=(
+            *("invalid-idempotency-key", "idempotency-mismatch", "invalid-signature", "invalid-event"),
+            *("malformed-form", "duplicate-header", "workflow-changed", "queue-full"),
+        ),
+    ),
+    events.handshake: Note(sends=(ALLOWED_ORIGIN, ALLOWED_RATE)),
+    events.show: Note(refusals=("not-found",)),
+    events.replay: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,)).refusing(
+        "invalid-idempotency-key", "idempotency-mismatch", "no-event-trigger"
+    ),
+    event_tokens.index: Note(refusals=("admin-required",)),
+    event_tokens.create: Note(refusals=("admin-required",)),
+    event_tokens.revoke: Note(refusals=("admin-required",)),
+    enqueue.enqueue: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(*ARRIVES.sends, *RATES)).refusing(
+        "queue-full",
+        *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
+        *("invalid-signature", "duplicate-header", "no-verification", "unusable-trigger-secret"),
+        *("invalid-event", "malformed-form"),
+    ),
     health.ready: Note(refusals=("not-ready",)),
     document.openapi: KEPT,
     document.page: replace(KEPT, media_type="text/html"),
@@ -227,9 +345,11 @@ NOTES: Final[Mapping[Handler, Note]] = {
     ),
     deployments.show: TAGGED,
     trigger.start: replace(TAKES_IN, sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START)).refusing(
-        "concurrency-limit", "not-deployed", "outside-window", "stopped-manually", "start-failed"
+        *("concurrency-limit", "not-deployed", "outside-window", "start-failed", "stopped-manually"),
+        "workflow-not-active",
     ),
     deployments.logs: Note(refusals=("not-deployed",)),
+    schedule.show: TAGGED,
     lifecycle.show: TAGGED,
     lifecycle.update: EDITS,
     lifecycle.preview: TAGGED,
@@ -252,6 +372,11 @@ NOTES: Final[Mapping[Handler, Note]] = {
         media_type="text/event-stream",
         also={204: Also("The client has seen the end of this stream.")},
         refusals=("invalid-last-event-id",),
+    ),
+    bulk.retry: Note(
+        takes=(IDEMPOTENCY_KEY,),
+        sends=(REPLAYED,),
+        refusals=("invalid-idempotency-key", "idempotency-mismatch", "queue-full"),
     ),
     inputs.answer: Note(
         takes=(IDEMPOTENCY_KEY,),

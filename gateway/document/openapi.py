@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
+from gateway.arrivals.sender import TOKEN
 from gateway.document import examples, schemas
 from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
@@ -28,6 +29,7 @@ Part: TypeAlias = dict[str, Any]
 """A part of the document: JSON of many shapes."""
 
 KEY: Final = "X-API-Key"
+SENDERS_KEY: Final = "key"
 REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
 RETRY_AFTER: Final = Header(
     "Retry-After", "Seconds to wait before trying again.", {"type": "integer", "minimum": 1}
@@ -65,7 +67,13 @@ def document(table: Sequence[Line]) -> Part:
                     "in": "header",
                     "name": KEY,
                     "description": "A key of a user: `sk-...`.",
-                }
+                },
+                SENDERS_KEY: {
+                    "type": "apiKey",
+                    "in": "query",
+                    "name": SENDERS_KEY,
+                    "description": "A token of a sender that can't set a header: `tt-...` or `et-...`.",
+                },
             },
             "schemas": named,
             "responses": {
@@ -153,7 +161,7 @@ def codes(line: Line) -> list[str]:
         found |= {"admin-required"}
     if "{" in line.path:
         found |= {"not-found"}
-    if line.query:
+    if set(line.query) - {TOKEN}:
         found |= {"invalid-query"}
     if line.body is not None:
         found |= {*BODY_CODES}
@@ -168,6 +176,8 @@ def _allowed_to(access: KeyScope | Access) -> str:
             return "Needs a key, whatever its scopes."
         case Access.ADMIN:
             return f"Needs a key of an admin with the scope `{KeyScope.USERS_WRITE}`."
+        case Access.SENDER:
+            return f"Needs a key with the scope `{KeyScope.WORKFLOWS_EXECUTE}`, or a token of the sender as `key`."
         case _:
             return f"Needs a key with the scope `{access}`."
 
@@ -175,6 +185,11 @@ def _allowed_to(access: KeyScope | Access) -> str:
 def _security(access: KeyScope | Access) -> Part:
     if access is Access.PUBLIC:
         return {"security": []}
+    if access is Access.SENDER:
+        return {
+            "security": [{KEY: []}, {SENDERS_KEY: []}],
+            "x-required-scope": str(KeyScope.WORKFLOWS_EXECUTE),
+        }
     security: Part = {"security": [{KEY: []}]}
     if access is not Access.ANY_KEY:
         security["x-required-scope"] = str(KeyScope.USERS_WRITE if access is Access.ADMIN else access)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gateway import limits
+from gateway.backlog import MAX_RETRY_SECONDS
 from gateway.errors import CONCURRENCY_RETRY_SECONDS, NOT_READY_RETRY_SECONDS, START_RETRY_SECONDS
 from gateway.wire import Wire
 
@@ -44,7 +45,7 @@ class Refusal:
     status: int
     meaning: str
     retry_after_seconds: int | None = None
-    """What `Retry-After` says at most, where it is sent."""
+    """What `Retry-After` says at most, where it is sent and that is known."""
 
 
 JSON_CODES: Final = (
@@ -80,13 +81,33 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
         "`Idempotency-Key` is given twice, or isn't 1 to "
         f"{limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters.",
     ),
+    "invalid-event": Refusal(400, "What was sent is no event, or none that its sender sends."),
+    "malformed-form": Refusal(400, "The body is not the form that it is said to be."),
+    "malformed-mail": Refusal(400, "What a mail service says of a mail can't be read."),
+    "malformed-message": Refusal(400, "The body is no message of Amazon SNS, or one that it takes back."),
+    "unknown-mail": Refusal(400, "The form has the fields of no mail service that is known here."),
+    "raw-delivery": Refusal(400, "The subscription of the topic delivers messages raw: switch that off."),
+    "unknown-topic": Refusal(400, "The trigger names another topic than that of the message."),
+    "untrusted-certificate": Refusal(400, "The message names a certificate that is not one of Amazon SNS."),
+    "invalid-certificate": Refusal(400, "The certificate of the message can't be used, or not any more."),
+    "duplicate-header": Refusal(400, "A header that may stand there once is given several times."),
     "invalid-last-event-id": Refusal(400, "`Last-Event-ID` is not the id of an event of this stream."),
     "unauthorized": Refusal(401, "There is no valid key in the header `X-API-Key`."),
+    "invalid-signature": Refusal(
+        401, "The request is not signed, or not with a secret that is known here, or it was signed long ago."
+    ),
     "scope-required": Refusal(403, "The key lacks the scope that `details` names."),
     "admin-required": Refusal(403, "Only an admin of the organisation may do this."),
+    "network-not-allowed": Refusal(
+        403, "The trigger takes nothing from the address that the request came from."
+    ),
     "not-owner": Refusal(403, "Only the object's owner and admins of the organisation may do this."),
+    "foreign-object": Refusal(403, "The mail is stored where the trigger has nothing read from."),
     "not-found": Refusal(404, "There is no such object, or it is none that the caller may see."),
     "method-not-allowed": Refusal(405, "The path takes other methods: see the header `Allow`."),
+    "mail-refused": Refusal(
+        406, "To Mailgun, which takes this alone as final: the message has the code and says why."
+    ),
     "edit-conflict": Refusal(409, "Somebody else changed the object at the same moment: try again."),
     "data-source-in-use": Refusal(
         409,
@@ -100,6 +121,9 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     "input-expired": Refusal(409, "The node has waited for input as long as it was to, and goes on without."),
     "no-input-pending": Refusal(409, "No node of this id waits for input."),
     "not-deployed": Refusal(409, "The workflow is not deployed: deploy it first."),
+    "not-redrivable": Refusal(
+        409, "What the delivery has brought is not kept, was not understood, or is run once more another way."
+    ),
     "outside-window": Refusal(
         409, "The schedule of the workflow is closed: `details` says by `opensAt` when it opens."
     ),
@@ -113,10 +137,14 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     "too-many-shares": Refusal(409, f"An object may be shared with at most {limits.SHARES:,} users."),
     "too-many-versions": Refusal(409, f"A workflow may have at most {limits.VERSIONS:,} versions."),
     "version-tag-taken": Refusal(409, "Another version of the workflow has this tag."),
+    "replayed-delivery": Refusal(409, "What was signed for one delivery was put to another."),
     "workflow-archived": Refusal(409, "The workflow is archived: set it to draft or active to run it."),
     "workflow-changed": Refusal(409, "The workflow is being changed: try again."),
     "workflow-deleted": Refusal(409, "The execution's workflow is deleted."),
     "workflow-deployed": Refusal(409, "The workflow is deployed: undeploy it first, or use `force=true`."),
+    "workflow-not-active": Refusal(
+        409, "The workflow takes nothing in: set its status to active, or deploy it."
+    ),
     "workflow-paused": Refusal(409, "The workflow is paused: set it to active to run it."),
     "workflow-running": Refusal(
         409, "Executions have not ended: wait for them, or cancel them by `force=true`."
@@ -126,6 +154,19 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     "unsupported-media-type": Refusal(415, "The body is not declared as `application/json`."),
     "validation-failed": Refusal(422, "A field is wrong, or the graph is: `details` has an entry for each."),
     "idempotency-mismatch": Refusal(422, "The `Idempotency-Key` was used before, with another body."),
+    **{
+        f"no-{kind}-trigger": Refusal(
+            422, f"The workflow does not begin with a trigger for this: add a {kind} trigger."
+        )
+        for kind in ("queue", "email", "event", "webhook")
+    },
+    "no-verification": Refusal(
+        422, "The trigger doesn't say how its senders are told from others: set `verification` in its config."
+    ),
+    "unusable-trigger-secret": Refusal(
+        422,
+        "The secret that the trigger names is no data source of the right type that the workflow's owner may use.",
+    ),
     "no-signing-secret": Refusal(
         422,
         "The organisation has no secret to sign messages with: `POST /api/v1/auth/signing-secret` makes it.",
@@ -135,9 +176,17 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
         "As many runs of the workflow go on as its settings allow, and further ones are to be refused.",
         CONCURRENCY_RETRY_SECONDS,
     ),
-    "rate-limited": Refusal(
-        429, "Too many requests from this address had no valid key, or too many tests of data sources.", 60
+    "queue-full": Refusal(
+        429,
+        "As many runs of the workflow, or of the organisation, wait to be begun as may.",
+        MAX_RETRY_SECONDS,
     ),
+    "rate-limited": Refusal(
+        429,
+        "Too many requests with this key or for this workflow, or from this address without a valid key, or too many"
+        " tests of data sources.",
+    ),
+    "execution-failed": Refusal(500, "The execution whose answer was waited for has not completed."),
     "internal-error": Refusal(
         500, "Something went wrong in the server; its log has it under the request's id."
     ),

@@ -102,6 +102,9 @@ class DeploymentShape(Wire):
     version: int | None
     """Of the workflow, whose definition is deployed; null where none is."""
     definition_hash: str | None
+    """Of what is deployed."""
+    ready_definition_hash: str | None
+    """Of what the pods that take runs were started with: another one until they are replaced."""
     drain_until: Instant | None
     """It takes no further runs, and those that go on may until then."""
     observed_at: Instant | None
@@ -283,6 +286,9 @@ async def show(request: Request) -> JsonResponse:
         ready_replicas=deployment.ready_replicas if deployment else 0,
         version=deployment.version if deployment and is_deployed else None,
         definition_hash=deployment.definition_hash if deployment and is_deployed else None,
+        ready_definition_hash=(
+            deployment.observed_definition_hash if deployment and deployment.ready_replicas else None
+        ),
         drain_until=optional_instant(deployment.drain_until if deployment else None),
         observed_at=optional_instant(deployment.observed_at if deployment else None),
         updated_at=optional_instant(deployment.updated_at if deployment else None),

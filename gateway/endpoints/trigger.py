@@ -29,6 +29,7 @@ from journal import results, wakes
 from journal.results import ResultTooLarge
 from journal.store import DefinitionKey, ExecutionKey, Verdict
 from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from journal.pinning import LoadedWorkflow
@@ -145,6 +146,8 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Trigger, ti
     """Return what is to be run, of what is deployed; raises 409 and 503."""
     acceptance.require_open(workflow.status)
     deployment = await request.gateway.activation.ask(workflow.id)
+    if workflow.status is WorkflowStatus.DRAFT:
+        raise errors.workflow_not_active()
     times.is_cold = not wakes.is_ready(deployment)
     times.definition_hash = deployment.definition_hash
     deployed = await request.gateway.deployed.load(workflow, deployment)

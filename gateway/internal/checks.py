@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine import values
+from engine.conditions import compile_condition
+from engine.expressions import ExpressionError
 from engine.values import InvalidJson
 from gateway import errors
 from gateway.errors import ApiError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.events import Span
+    from execution.gateway_calls import ExpectEventCall
     from journal.store import RunWrite
 
 MAX_HASHES_BYTES = 1_024
@@ -42,6 +45,17 @@ def require_storable(write: RunWrite) -> None:
         raise _refused("A time has no zone")
     if write.inbox and not ids.is_id(write.inbox):
         raise _refused("The inbox is none")
+
+
+def require_readable(call: ExpectEventCall) -> None:
+    """Raise 422 for the filter of a wait that nobody could look through events by."""
+    try:
+        if call.condition is not None:
+            compile_condition(values.decode(call.condition.encode()))
+        if not isinstance(values.decode(call.given.encode()), list):
+            raise _refused("What the filter is given is no list")
+    except (InvalidJson, ExpressionError) as error:
+        raise _refused(f"The filter can't be read: {error}") from error
 
 
 def _check_span(span: Span) -> None:

@@ -1,8 +1,8 @@
 """The desk at which pods wait for work, and for what is asked of the runs that they hold.
 
-A run that arrives at this gateway is told at once to the pods that wait here, and by the broker to those that wait at
-others. Once a second somebody looks for all of them, in two queries, at what nobody was told of; nothing is taken here,
-so a lost answer does no harm.
+A run that arrives at this gateway is told at once to the pods that wait here. Where none does, it is forwarded to one
+of its pods, and told by the broker to the gateways at which they wait. Once a second somebody looks for all of them, in
+two queries, at what nobody was told of; nothing is taken here, so a lost answer does no harm.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Select
 
+    from gateway.internal.forwarding import Forwarder
     from gateway.internal.holding import Holder
     from messages.broker import Broker, Notice
     from models.database import Database
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 1.0
+POLL_SECONDS: Final = 1.0
+"""How long after its last poll a pod is taken to be about to poll again."""
 MAX_WAITING: Final = 5_000
 MAX_COUNTED: Final = 20_000
 """Deployments whose arrivals are counted; a pod of another is told of one too many, and finds nothing."""
@@ -59,14 +62,17 @@ class Waiter:
 class Desk:
     """All pods that wait at this gateway."""
 
-    def __init__(self, database: Database, broker: Broker) -> None:
+    def __init__(self, database: Database, broker: Broker, forwarder: Forwarder) -> None:
         self._database = database
         self._broker = broker
+        self._forwarder = forwarder
         self._waiters: dict[str, set[Waiter]] = {}
         """By workflow id."""
         self._arrivals: OrderedDict[str, int] = OrderedDict()
         self._watched: Recent[str, bool] = Recent(WATCH_SECONDS / 2, MAX_COUNTED)
         """Deployments whose next arrival at another gateway will be heard of."""
+        self._polled: Recent[str, bool] = Recent(POLL_SECONDS, MAX_COUNTED)
+        """Deployments of which a pod was here a moment ago: it will be told when it asks again."""
         self._looking: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -98,6 +104,9 @@ class Desk:
     async def arrived(self, workflow_ids: Collection[str]) -> None:
         """Tell pods that runs are there for them, those that wait at other gateways too, after the commit."""
         elsewhere = [workflow_id for workflow_id in workflow_ids if not self._has_arrived(workflow_id)]
+        for workflow_id in elsewhere:
+            if self._polled.get(workflow_id) is None:
+                self._forwarder.forward(workflow_id)
         try:
             await self._broker.announce(dict.fromkeys(elsewhere, ""))
         except BrokerUnavailable as error:
@@ -121,6 +130,7 @@ class Desk:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        await self._forwarder.close()
 
     async def _begin(self, waiter: Waiter) -> None:
         if await self._watch(waiter.workflow_id):
@@ -231,5 +241,6 @@ class Desk:
     def _leave(self, waiter: Waiter) -> None:
         waiters = self._waiters[waiter.workflow_id]
         waiters.discard(waiter)
+        self._polled.put(waiter.workflow_id, value=True)
         if not waiters:
             del self._waiters[waiter.workflow_id]

@@ -20,8 +20,9 @@ from gateway.errors import ApiError
 from gateway.failed_attempts import FailedAttempts
 from gateway.internal.holding import Holder
 from gateway.request import Request
-from models import deployment_token, ids
+from models import deployment_token
 from models.deployment_token import Bearer
+from models.pod_processes import PodProcess
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -59,12 +60,11 @@ class RunnerAuthenticator:
     async def holder(self, request: Request) -> Holder:
         """Return the pod that asks; raises 401 without a valid token, 429 after too many failures."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        pod = request.headers.get(RUNNER_HEADER, "")
-        if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or not ids.is_id(pod):
+        process = PodProcess.named(request.headers.get(RUNNER_HEADER, ""))
+        if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:
             raise _unauthorized()
         bearer = await self._bearer(token, request.client.host if request.client else "")
-        owner = deployment_token.lease_owner(bearer.workflow_id, pod)
-        return Holder(bearer.workflow_id, bearer.organization_id, bearer.lane, owner)
+        return Holder(bearer.workflow_id, bearer.organization_id, bearer.lane, process)
 
     def forget(self) -> None:
         """Look every token up anew."""
@@ -118,5 +118,5 @@ def _decoded(raw: bytes, kind: type[Call]) -> Call:
 
 
 def _unauthorized() -> ApiError:
-    message = "Send the token of a deployment as Authorization: Bearer, and the pod's name as X-Runner"
+    message = "Send the token of a deployment as Authorization: Bearer, and the pod and its start as X-Runner"
     return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})

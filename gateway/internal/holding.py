@@ -18,6 +18,7 @@ from journal.rows import SPAN_COLUMNS, span_of
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
 from models.execution import Execution, ExecutionStatus, LogRow, Signal, SpanRow
+from models.pod_processes import PodProcess, lease_owner
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -47,8 +48,12 @@ class Holder:
     workflow_id: str
     organization_id: str
     lane: int
-    owner: str
-    """By what its leases are its own."""
+    process: PodProcess
+
+    @property
+    def owner(self) -> str:
+        """By what its leases are its own."""
+        return lease_owner(self.workflow_id, self.process)
 
 
 def lease_lost() -> ApiError:

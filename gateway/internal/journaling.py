@@ -33,6 +33,7 @@ from gateway import errors
 from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
 from gateway.responses import JsonResponse
+from journal import pod_leases
 from journal.store import Claim, Held
 from messages import beginnings
 from messages.broker import BrokerUnavailable
@@ -51,6 +52,7 @@ MANY_WRITES = 20
 async def contact(request: Request, holder: Holder) -> JsonResponse:
     """Say what is deployed, and where no data source may lead."""
     gateway = request.gateway
+    await _take_back_earlier(gateway, holder)
     found = await holding.deployed_definition(gateway.database, holder)
     if found is None:
         raise errors.conflict("not-deployed", "This workflow is not deployed")
@@ -63,6 +65,18 @@ async def contact(request: Request, holder: Holder) -> JsonResponse:
             is_stopped=await holding.is_stopped(gateway.database, holder),
         )
     )
+
+
+async def _take_back_earlier(gateway: State, holder: Holder) -> None:
+    """Take back what processes of the same pod held before this one: it would not have been started beside another."""
+    held_by = await pod_leases.holders(gateway.database, holder.workflow_id)
+    earlier = [
+        process
+        for process in held_by
+        if process.pod == holder.process.pod and process.started_at < holder.process.started_at
+    ]
+    if await pod_leases.take_back(gateway.store, holder.workflow_id, earlier):
+        await gateway.runners.desk.arrived([holder.workflow_id])
 
 
 def _own_database(gateway: State) -> OwnDatabase | None:

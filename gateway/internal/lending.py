@@ -15,11 +15,14 @@ from urllib.parse import unquote
 import msgspec
 
 from engine.errors import NodeError
+from engine.services import WantedEvent
 from execution.gateway_calls import (
     FINAL,
     NODE_ERROR_HEADER,
     RETRYABLE,
     DataSourceCall,
+    ExpectedEvent,
+    ExpectEventCall,
     ReserveCall,
     Reserved,
     StartedRun,
@@ -29,7 +32,7 @@ from execution.node_blobs import MAX_BLOB_BYTES
 from gateway import errors
 from gateway.downloads import Download
 from gateway.errors import ApiError
-from gateway.internal import holding
+from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
 from gateway.responses import JsonResponse, NoContent
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
@@ -99,6 +102,23 @@ async def start_run(request: Request, holder: Holder) -> JsonResponse:
             awaited=call.awaited,
         )
     return JsonResponse(StartedRun(execution_id))
+
+
+async def expect_event(request: Request, holder: Holder) -> JsonResponse:
+    """Have a node wait for an event."""
+    call = await decoded(request, ExpectEventCall)
+    checks.require_readable(call)
+    caller = await holding.caller(request.gateway.database, holder, request.path_params["id"])
+    async with _told():
+        expires_at = await request.gateway.runners.events.expect(
+            caller,
+            WantedEvent(
+                call.event_type, call.condition, call.given, call.look_back_seconds, call.timeout_seconds
+            ),
+            node_id=call.node_id,
+            iteration=call.iteration,
+        )
+    return JsonResponse(ExpectedEvent(expires_at))
 
 
 async def reserve(request: Request, holder: Holder) -> JsonResponse:

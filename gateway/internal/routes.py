@@ -42,6 +42,7 @@ TABLE: Sequence[InternalLine] = (
     InternalLine("POST", "/executions/{id}/data-sources", lending.open_data_source),
     InternalLine("POST", "/executions/{id}/runs", lending.start_run),
     InternalLine("POST", "/executions/{id}/reservations", lending.reserve),
+    InternalLine("POST", "/executions/{id}/event-waits", lending.expect_event),
 )
 
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from execution.awaited_events import AwaitedEvents
 from execution.child_runs import ChildRuns
 from execution.data_sources import StoredSources
 from execution.pace import SharedPace
@@ -31,6 +32,7 @@ class Runners:
     sources: StoredSources
     runs: ChildRuns
     pace: SharedPace
+    events: AwaitedEvents
 
 
 @asynccontextmanager
@@ -52,6 +54,7 @@ async def opened(
             sources=StoredSources(database, vault),
             runs=ChildRuns(database, store, broker, catalog, settings),
             pace=SharedPace(database),
+            events=AwaitedEvents(database, broker),
         )
     finally:
         await desk.close()

@@ -20,6 +20,7 @@ from nodes.sql_text import Dialect, StatementRefused
 if TYPE_CHECKING:
     from engine.values import Json
     from nodes.connections.session import Session
+    from nodes.connections.smtp import SmtpServer
     from nodes.connections.source import Source, Sources
 
 Outcome = TypeVar("Outcome")
@@ -46,6 +47,11 @@ class Connections:
         from nodes.connections import s3  # noqa: PLC0415 - its library is optional
 
         return await s3.open_bucket(await self._find(caller, source_id, "s3"), self._policy)
+
+    async def mail_server(self, caller: Caller, source_id: str) -> SmtpServer:
+        from nodes.connections import smtp  # noqa: PLC0415 - see the class
+
+        return smtp.open_server(await self._find(caller, source_id, "smtp"), self._policy, self._resolve)
 
     async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
         source = await self._find(caller, source_id, BEARER, BASIC, API_KEY)

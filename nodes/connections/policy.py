@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -67,25 +67,33 @@ class ConnectionPolicy:
 
 
 async def checked_addresses(
-    policy: ConnectionPolicy, resolve: Resolve, *, host: str, port: int, database: str
+    policy: ConnectionPolicy,
+    resolve: Resolve,
+    *,
+    host: str,
+    port: int,
+    database: str,
+    privileged_ports: Container[int] = PRIVILEGED_PORTS,
 ) -> Sequence[Address]:
-    """Return the addresses of a database server, each of which may be connected; raises `NodeError`."""
+    """Return the addresses of a server, each of which may be connected; raises `NodeError`."""
     found = await _addresses_of(host, resolve)
     for address in found:
-        _check(policy, host, address, port)
+        _check(policy, host, address, port, privileged_ports)
     for own in policy.own_databases:
         if (own.port, own.database) == (port, database) and await _is_at(own, found, resolve):
             raise NodeError("The data source is the server's own database", code="address-not-allowed")
     return found
 
 
-def _check(policy: ConnectionPolicy, host: str, address: Address, port: int) -> None:
+def _check(
+    policy: ConnectionPolicy, host: str, address: Address, port: int, privileged_ports: Container[int]
+) -> None:
     """Keeps the address out of its message: what a name means inside the network is nobody's to learn."""
     if any(address in network for network in policy.allowed_networks):
         return
     if not addresses.is_public(address):
         raise NodeError(f"{host[:100]} is not a public address", code="address-not-allowed")
-    if port < FIRST_UNPRIVILEGED_PORT and port not in PRIVILEGED_PORTS:
+    if port < FIRST_UNPRIVILEGED_PORT and port not in privileged_ports:
         raise NodeError(f"Port {port} is not allowed", code="address-not-allowed")
 
 

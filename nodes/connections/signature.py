@@ -1,4 +1,4 @@
-"""AWS Signature Version 4, as S3 takes it in headers: a pure function of the request and the clock."""
+"""AWS Signature Version 4, as S3 and SQS take it in headers: a pure function of the request and the clock."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def encoded_query(query: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Signer:
-    """Who signs, and for which region."""
+    """Who signs, and for which region and service."""
 
     access_key_id: str
     secret_access_key: str = field(repr=False)
     region: str
     session_token: str | None = field(default=None, repr=False)
+    service: str = "s3"
 
     def headers(
         self,
@@ -55,7 +56,7 @@ class Signer:
         names = ";".join(sorted(lines))
         written = [f"{name}:{lines[name]}" for name in sorted(lines)]
         request = [method, encoded_path(path), encoded_query(query), *written, "", names, payload]
-        scope = f"{moment[:8]}/{self.region}/s3/aws4_request"
+        scope = f"{moment[:8]}/{self.region}/{self.service}/aws4_request"
         signature = self._signature(moment, scope, "\n".join(request))
         credential = f"Credential={self.access_key_id}/{scope}"
         sent["authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={names}, Signature={signature}"

@@ -16,8 +16,8 @@ from tests.cluster.fake_api.ownership import Manager
 from tests.cluster.fake_api.refused import Refused
 from tests.cluster.fake_api.schema import KINDS
 from tests.cluster.world import NAMESPACE, Cluster, layout, turn_until
-from workers.cluster import kubernetes
-from workers.cluster.driver import ClusterRefused, ClusterUnavailable, Reason, Resources
+from workers.cluster import kubernetes, pods
+from workers.cluster.driver import ClusterRefused, ClusterUnavailable, Reason, Resources, Trouble
 from workers.cluster.kubernetes import DEPLOYER, SCALER, KubernetesDriver
 
 Fake = tuple[Cluster, FakeApi]
@@ -116,6 +116,23 @@ async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
     observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
     assert observed.trouble is not None
     assert observed.trouble.reason is Reason.INVALID_CONFIG
+
+
+async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake: Fake) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    (deployment,) = api.store.every("deployments", NAMESPACE)
+    (pod,) = api.store.every("pods", NAMESPACE)
+    message = "The node was low on resource: memory."
+    evicted = {
+        **pod,
+        "metadata": {**pod["metadata"], "name": "evicted"},
+        "status": {"phase": "Failed", "reason": "Evicted", "message": message},
+    }
+    alone = pods.observed(wanted.workflow_id, deployment, [evicted], port=1)
+    beside = pods.observed(wanted.workflow_id, deployment, [evicted, pod], port=1)
+    assert (alone.trouble, alone.pods) == (Trouble(Reason.EVICTED, message), ())
+    assert (beside.trouble, beside.is_rolled_out) == (None, True)
 
 
 # ── half-done work, and what is not ours ──────────────────────────────────────────────────────────────────────

@@ -153,7 +153,7 @@ async def on_this_machine(folder: Path) -> AsyncIterator[Cluster]:
 
 @asynccontextmanager
 async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster, FakeApi]]:  # noqa: ANN401
-    async with serving(second=0.05, **settings) as api:
+    async with serving(**{"second": 0.05, **settings}) as api:
         api.node.runs_commands = True
         path = folder / "kubeconfig"
         path.write_text(kubeconfig(api))

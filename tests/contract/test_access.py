@@ -3,7 +3,7 @@
 A refusal changes nothing in the database, and what belongs to others is answered like what doesn't exist.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -103,6 +103,8 @@ TEMPLATE_WRITERS = expected(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_O
 KEY_HOLDERS = expected(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
 ADMINS = expected(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """For what admins do in their own organisation."""
+TOKEN_HOLDERS = expected(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
+"""For what admins alone have to do with."""
 TWO_SCOPES: Expected = {caller: WRONG_SCOPE if answer == OK else answer for caller, answer in READERS.items()}
 """For what takes a scope more than those have who may read it."""
 ANY_KEY: Expected = {**OWN, Caller.WRONG_SCOPE: OK}
@@ -114,7 +116,7 @@ EVERYBODY: Expected = dict.fromkeys(OWN, OK)
 READ, WRITE, EXECUTE = KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE, KeyScope.WORKFLOWS_EXECUTE
 KEYS, USERS = KeyScope.KEYS_WRITE, KeyScope.USERS_WRITE
 READ_SOURCES, WRITE_SOURCES = KeyScope.DATASOURCES_READ, KeyScope.DATASOURCES_WRITE
-SCOPES = {Access.ADMIN: USERS, Access.ANY_KEY: None, Access.PUBLIC: None}
+SCOPES = {Access.ADMIN: USERS, Access.ANY_KEY: None, Access.PUBLIC: None, Access.SENDER: EXECUTE}
 """The scope that a key must have for what no scope alone opens."""
 
 Make: TypeAlias = Callable[["Cast", bool], Awaitable[str]]
@@ -169,6 +171,7 @@ class Cast:
             "guest": self.users[Caller.GUEST].id,
             "colleague": self.users[Caller.COLLEAGUE].id,
             "address": f"{uuid4().hex}@example.com",
+            "subscribed": self.kept.get((subscribed_workflow, True), ""),
         }
         steps = {"sub": "step", "subId": words["guest"], "version": "1", "other": "current", "type": "set"}
         steps["sha256"] = NOTHING
@@ -238,6 +241,58 @@ async def deployed_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001
     return workflow_id
 
 
+async def queue_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make an active one that begins with a queue; nobody has sent it anything."""
+    workflow_id = await workflow(cast, is_public)
+    start = {"id": "start", "nodeId": "queue-trigger", "label": "Start"}
+    nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
+    await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
+    await cast.owner.api.put(f"{WORKFLOW.format(id=workflow_id)}/status", json={"status": "active"})
+    return workflow_id
+
+
+async def email_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make an active one that begins with a mail; none has come."""
+    workflow_id = await workflow(cast, is_public)
+    start = {"id": "start", "nodeId": "email-trigger", "label": "Start"}
+    nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
+    await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
+    await cast.owner.api.put(f"{WORKFLOW.format(id=workflow_id)}/status", json={"status": "active"})
+    return workflow_id
+
+
+async def subscribed_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make an active one that begins with an event; none has come."""
+    workflow_id = await workflow(cast, is_public)
+    config = {"event_type": "never.happens"}
+    start = {"id": "start", "nodeId": "event-trigger", "label": "Start", "config": config}
+    nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
+    await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
+    await cast.owner.api.put(f"{WORKFLOW.format(id=workflow_id)}/status", json={"status": "active"})
+    return workflow_id
+
+
+async def hook(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make an active one that begins with a webhook of anybody's; returns the token of its address."""
+    workflow_id = await workflow(cast, is_public)
+    config = {"verification": {"provider": "none"}}
+    start = {"id": "start", "nodeId": "webhook", "label": "Start", "config": config}
+    nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
+    await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
+    await cast.owner.api.put(f"{WORKFLOW.format(id=workflow_id)}/status", json={"status": "active"})
+    made = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/trigger-token", json={})
+    token: str = made.json()["token"]
+    return token
+
+
+async def delivery(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await queue_workflow(cast, is_public)
+    await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/enqueue", json={"message": 1})
+    listed = await cast.owner.api.get(f"{WORKFLOW.format(id=workflow_id)}/deliveries")
+    delivery_id: str = listed.json()["deliveries"][0]["id"]
+    return delivery_id
+
+
 async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     workflow_id = await workflow(cast, is_public)
     response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
@@ -268,6 +323,19 @@ async def key(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - eve
     return key_id
 
 
+async def event_token(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    client = await cast.world.client(cast.keys[Caller.ADMIN, KEYS])
+    response = await client.post("/api/v1/auth/event-tokens", json={"name": "Hooks"})
+    token_id: str = response.json()["id"]
+    return token_id
+
+
+async def event(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    response = await cast.owner.api.post("/api/v1/workflows/events", json={"event_type": "a.b"})
+    event_id: str = response.json()["event_id"]
+    return event_id
+
+
 async def data_source(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     body = {**TOKEN, "name": uuid4().hex}
     response = await cast.owner.api.post("/api/v1/datasources", json=body)
@@ -288,6 +356,11 @@ async def data_source(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - eve
     return source_id
 
 
+MADE: Sequence[Make] = (
+    *(workflow, deployed_workflow, queue_workflow, email_workflow, template, delivery),
+    *(failed_execution, asking_execution, key, data_source),
+    *(subscribed_workflow, event, event_token),
+)
 WORKFLOW = "/api/v1/workflows/{id}"
 EXECUTION = "/api/v1/executions/{id}"
 NOTHING = sha256(b"").hexdigest()
@@ -321,6 +394,8 @@ def turns(method: str, path: str, body: Mapping[str, Any] | None = None, *, stat
 
 
 NEW = {"name": "Mine", **GRAPH}
+DRY_RUN = {"filter": {}, "dryRun": True}
+REPLAY = {"workflowId": "<subscribed>"}
 ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
 DOCUMENT = {"document": {"format": "pilotflame/workflow", "formatVersion": 1, **NEW}, "references": {}}
 
@@ -335,9 +410,18 @@ ROWS = [
     Row("DELETE", "/api/v1/auth/keys/{id}", KEYS, KEY_HOLDERS, key, status=204),
     Row("GET", "/api/v1/auth/signing-secret", KEYS, ADMINS),
     Row("POST", "/api/v1/auth/signing-secret", KEYS, ADMINS, status=201),
+    Row("GET", "/api/v1/auth/event-tokens", KEYS, ADMINS),
+    Row("POST", "/api/v1/auth/event-tokens", KEYS, ADMINS, body={"name": "Hooks"}, status=201),
+    Row("DELETE", "/api/v1/auth/event-tokens/{id}", KEYS, TOKEN_HOLDERS, event_token, status=204),
+    Row("POST", "/api/v1/workflows/events", EXECUTE, OWN, body={"event_type": "a.b"}),
+    Row("OPTIONS", "/api/v1/workflows/events", None, EVERYBODY, status=204),
+    Row("GET", "/api/v1/events", READ, OWN),
+    Row("GET", "/api/v1/events/{id}", READ, KEY_HOLDERS, event),
+    Row("POST", "/api/v1/events/{id}/replay", EXECUTE, KEY_HOLDERS, event, REPLAY, status=201),
     Row("GET", "/api/v1/auth/users", USERS, ADMINS),
     Row("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
     Row("GET", "/api/v1/audit", USERS, ADMINS),
+    Row("GET", "/api/v1/intake-samples", USERS, ADMINS),
     Row("GET", "/api/v1/datasources", READ_SOURCES, OWN),
     Row("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),
     uses("GET", ""),
@@ -394,6 +478,28 @@ ROWS = [
         {"definition": GRAPH},
         use="with a definition",
     ),
+    reads("GET", "/inbound-address"),
+    writes("POST", "/trigger-token", status=201),
+    writes("DELETE", "/trigger-token", status=204),
+    reads("GET", "/deliveries"),
+    reads("POST", "/deliveries/redrive", scope=EXECUTE),
+    reads("GET", "/dead-letters"),
+    reads("POST", "/dead-letters/redrive", scope=EXECUTE),
+    reads("POST", "/dead-letters/purge", scope=EXECUTE),
+    Row("GET", "/api/v1/deliveries/{id}", READ, READERS, delivery),
+    Row("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, delivery, status=201),
+    Row("POST", "/hooks/{id}", None, EVERYBODY, hook, status=202),
+    Row("POST", f"{WORKFLOW}/enqueue", EXECUTE, READERS, queue_workflow, {"message": 1}, 201),
+    Row("POST", f"{WORKFLOW}/email-trigger", EXECUTE, READERS, email_workflow, {"subject": "Hello"}, 201),
+    Row(
+        "POST",
+        f"{WORKFLOW}/enqueue-batch",
+        EXECUTE,
+        READERS,
+        queue_workflow,
+        {"messages": [{"message": 1}]},
+        201,
+    ),
     reads("POST", "/validate"),
     writes("POST", "/layout"),
     writes("POST", "/compute-scopes"),
@@ -432,10 +538,14 @@ ROWS = [
     Row("GET", f"{WORKFLOW}/logs", READ, READERS, deployed_workflow),
     Row("POST", f"{WORKFLOW}/trigger", EXECUTE, READERS, deployed_workflow),
     Row("GET", "/api/v1/workflows/discover", READ, OWN, query="?appId=app_001"),
+    reads("GET", "/schedule"),
     reads("GET", "/lifecycle"),
     writes("PUT", "/lifecycle", {"type": "always-on"}),
     reads("GET", "/lifecycle/history"),
     Row("POST", f"{WORKFLOW}/lifecycle/preview", READ, READERS, workflow, {"type": "always-on"}),
+    Row("POST", "/api/v1/executions/bulk-cancel", EXECUTE, OWN, body=DRY_RUN),
+    Row("POST", "/api/v1/executions/bulk-retry", EXECUTE, OWN, body=DRY_RUN),
+    Row("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),
     Row("GET", "/api/v1/executions", READ, OWN),
     runs("GET", ""),
     runs("GET", "/progress", query="?wait=0"),
@@ -484,7 +594,7 @@ async def cast_in(world: World) -> Cast:
     }
     cast = Cast(world, owner, users, await keys_for(world, users))
     answer_for_pods(world)
-    for make in (workflow, deployed_workflow, template, failed_execution, asking_execution, key, data_source):
+    for make in MADE:
         for is_public in (False, True):
             cast.kept[make, is_public] = await make(cast, is_public)
     for admin in (Caller.ADMIN, Caller.STRANGER):
@@ -528,11 +638,13 @@ async def keys_for(world: World, users: Mapping[Caller, User]) -> dict[tuple[Cal
 
 
 async def everything(world: World) -> dict[str, list[str]]:
-    """Return all rows of all tables, but for the time when a key was last used."""
+    """Return all rows of all tables, but for what is noted later: when a key was used, and of refusals and events."""
     rows = {}
     async with world.gateway.database.read() as connection:
         for table in SQLModel.metadata.sorted_tables:
-            columns = (column for column in table.columns if column.name != "last_used_at")
+            if table.name in {"delivery", "intake_sample"}:
+                continue
+            columns = (column for column in table.columns if column.name not in {"last_used_at", "told_at"})
             rows[table.name] = sorted(map(str, await connection.execute(select(*columns))))
     return rows
 
@@ -595,6 +707,7 @@ async def test_what_others_have_is_not_counted(on_sqlite: Cast) -> None:
         "/api/v1/auth/keys": 1,
         "/api/v1/auth/users": 1,
         "/api/v1/audit": 0,
+        "/api/v1/intake-samples": 0,
         "/api/v1/datasources": 0,
         "/api/v1/workflows": 0,
         "/api/v1/workflows/stats": 0,

@@ -22,7 +22,7 @@ from workers.deployer.deployer import Deployer, deploying
 from workers.deployer.main import end_pods
 from workers.deployer.settings import DeployerSettings
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 POD = (sys.executable, "-S", "-c", PROGRAM)
 BROKEN_POD = (sys.executable, "-S", "-c", "raise SystemExit('it was built broken')")
 
@@ -40,7 +40,13 @@ async def deployer(
     made = DeployerSettings(secret_key=SecretStr(SECRET), **{**given, **settings})
     gateway = world.gateway
     async with deploying(
-        made, gateway.database, gateway.broker, open_driver, command=command, close_driver=end_pods
+        made,
+        gateway.database,
+        gateway.store,
+        gateway.broker,
+        open_driver,
+        command=command,
+        close_driver=end_pods,
     ) as found:
         yield found
 

@@ -21,6 +21,7 @@ NODES = [
     {"id": "start", "nodeId": "manual"},
     *({"id": node_id, **STEP} for node_id in ("node_1", "node_2", "node-xyz123")),
 ]
+HOOK = {"id": "start", "nodeId": "webhook", "config": {"verification": {"provider": "none"}}}
 DATABASE = {
     "settings": {"host": "127.0.0.1", "database": "shop", "user": "reader"},
     "secrets": {"password": "a-password"},
@@ -44,6 +45,8 @@ async def cast(world: World, people: People) -> dict[str, str]:
     await _sent(
         people, "POST", f"datasources/{source['dataSourceId']}/share", {"userId": people.owner.user.id}
     )
+    hook = await admin.create(nodes=[HOOK, NODES[1]], connections=CONNECTIONS[:1], status="active")
+    token = await _sent(people, "POST", f"workflows/{hook}/trigger-token", {})
     await _sent(people, "POST", "auth/signing-secret", None)
     await _sent(people, "POST", f"workflows/{workflow_id}/deploy", None)
     await come_up(world, workflow_id)
@@ -63,6 +66,7 @@ async def cast(world: World, people: People) -> dict[str, str]:
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
         "ds_001": source["dataSourceId"],
+        "tt-abc123": token["token"],
         "exec_xyz789": started["executionId"],
         "exec_asking": waiting["executionId"],
         "key_abc123": key["id"],

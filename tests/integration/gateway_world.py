@@ -7,11 +7,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import httpx2
 from pydantic import SecretStr
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.applications import Starlette
 
 from gateway import state
@@ -30,6 +31,10 @@ STEP = {"id": "step", "nodeId": "set", "label": "Step", "config": {"values": {"a
 EDGE = {"sourceNodeId": "start", "targetNodeId": "step"}
 GRAPH: dict[str, Any] = {"nodes": [TRIGGER, STEP], "connections": [EDGE]}
 """The smallest graph that is valid."""
+
+
+Made: TypeAlias = tuple[User, str]
+"""A user, and a key of theirs."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,22 @@ class World:
 
     async def people(self) -> People:
         """Return people whom no other test knows."""
-        here, elsewhere = await self.organization(), await self.organization()
-        return People(
-            admin=await self.person(here, Role.ADMIN),
-            owner=await self.person(here),
-            colleague=await self.person(here),
-            stranger=await self.person(elsewhere, Role.ADMIN),
-        )
+        now = datetime.now(UTC)
+
+        async def make(connection: AsyncConnection) -> list[Made]:
+            here, elsewhere = [
+                await access_store.create_organization(connection, name="An organisation", now=now)
+                for _ in range(2)
+            ]
+            return [
+                await _make_person(connection, here, Role.ADMIN),
+                await _make_person(connection, here, Role.MEMBER),
+                await _make_person(connection, here, Role.MEMBER),
+                await _make_person(connection, elsewhere, Role.ADMIN),
+            ]
+
+        made = await self.gateway.database.transaction(make)
+        return People(*[Person(user, await self.client(key), key) for user, key in made])
 
     async def organization(self) -> Organization:
         return await self.gateway.database.transaction(
@@ -93,23 +107,10 @@ class World:
     async def person(
         self, organization: Organization, role: Role = Role.MEMBER, scopes: Collection[KeyScope] = ALL_SCOPES
     ) -> Person:
-        now = datetime.now(UTC)
-        user = await self.gateway.database.transaction(
-            lambda connection: access_store.create_user(
-                connection,
-                organization=organization,
-                email=f"{uuid4().hex}@example.com",
-                name="Somebody",
-                role=role,
-                now=now,
-            )
+        user, key = await self.gateway.database.transaction(
+            lambda connection: _make_person(connection, organization, role, scopes)
         )
-        made = await self.gateway.database.transaction(
-            lambda connection: access_store.create_key(
-                connection, user=user, name="test", scopes=scopes, secret=SECRET.encode(), now=now
-            )
-        )
-        return Person(user, await self.client(made.key), made.key)
+        return Person(user, await self.client(key), key)
 
     async def client(self, key: str | None = None, *, address: str = "10.0.0.1") -> httpx2.AsyncClient:
         """Return a client that sends `key`, from `address`."""
@@ -117,6 +118,27 @@ class World:
         headers = {} if key is None else {"X-API-Key": key}
         client = httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
         return await self._clients.enter_async_context(client)
+
+
+async def _make_person(
+    connection: AsyncConnection,
+    organization: Organization,
+    role: Role,
+    scopes: Collection[KeyScope] = ALL_SCOPES,
+) -> Made:
+    now = datetime.now(UTC)
+    user = await access_store.create_user(
+        connection,
+        organization=organization,
+        email=f"{uuid4().hex}@example.com",
+        name="Somebody",
+        role=role,
+        now=now,
+    )
+    made = await access_store.create_key(
+        connection, user=user, name="test", scopes=scopes, secret=SECRET.encode(), now=now
+    )
+    return user, made.key
 
 
 def refused(response: httpx2.Response, status: int, code: str) -> None:

@@ -9,11 +9,24 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 from sqlalchemy import URL, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from journal.opening import open_store
-from journal.store import Acceptance, Accepted, Claim, Claimed, ExecutionKey, Held, RunWrite, Store, Verdict
+from journal.store import (
+    Acceptance,
+    Accepted,
+    Arrival,
+    ArrivedRun,
+    Claim,
+    Claimed,
+    ExecutionKey,
+    Held,
+    RunWrite,
+    Store,
+    Verdict,
+)
 from models import access_store, ids
 from models.access import Organization, Role
 from models.columns import to_microseconds
@@ -21,8 +34,10 @@ from models.database import Database, parse_url
 from models.workflow import Workflow
 
 TABLES = (
+    *("delivery", "event", "event_wait"),
     *("execution", "execution_data", "span", "log_line", "signal", "pace", "idempotency", "definition"),
     *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source"),
+    *("workflow_trigger_match", "workflow_trigger", "schedule"),
     *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),
     *("api_key", "signing_secret", "user_account", "organization"),
 )
@@ -58,6 +73,24 @@ class Place:
             "inbox": "gateway",
         }
         return Acceptance(**fields | changes)
+
+    def arrival(self, *runs: Acceptance, **changes: Any) -> Arrival:  # noqa: ANN401 - any field of an Arrival
+        """Return a request that brings runs."""
+        fields: dict[str, Any] = {
+            "delivery_id": ids.new("dlv"),
+            "lane": self.organization.lane,
+            "organization_id": self.organization.id,
+            "workflow_id": self.workflow_id,
+            "user_id": self.user_id,
+            "route": "enqueue",
+            "sender": "api-key:key_1",
+            "content_hash": "0" * 64,
+            "content_bytes": 2,
+            "outcome": "accepted",
+            "status": 201,
+            "runs": [msgspec.convert(run, ArrivedRun, from_attributes=True) for run in runs],
+        }
+        return Arrival(**fields | changes)
 
 
 class World:

@@ -1,7 +1,6 @@
 """One suite for both brokers, and then what only Redis can do to one."""
 
 import asyncio
-import time
 from asyncio import Queue
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ import pytest
 import redis
 from redis.asyncio import Redis
 
-from messages import redis_broker
+from messages import redis_broker, redis_consumer
 from messages.broker import (
     Broker,
     BrokerUnavailable,
@@ -25,10 +24,15 @@ from messages.deployments import DeployerMessage, LookAtDeployment, ReadPodLogs
 from messages.executions import ALL_LANES
 from tests import services
 
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 60.0
 END = {"say": "end"}
 
 Item = TypeVar("Item")
+
+
+@pytest.fixture(autouse=True)
+def _no_consumer_looks_before_its_bell_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (600.0, 600.0))
 
 
 @pytest.fixture
@@ -187,12 +191,11 @@ async def test_every_listener_of_a_process_hears_everything(gateway: Broker, not
     assert await _next(notices) == await _next(others) == Letter(END)
 
 
-async def test_an_idle_worker_stops_within_two_seconds(worker: Broker, hints: Queue[int]) -> None:
+async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, hints: Queue[int]) -> None:
     await worker.wake()
     await _next(hints)
-    began_at = time.monotonic()
-    await worker.stop_worker()
-    assert time.monotonic() - began_at < 2
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await worker.stop_worker()
 
 
 async def test_each_watching_process_is_told_of_its_own_executions(redis_url: str) -> None:
@@ -249,15 +252,11 @@ async def test_wake_ups_and_notices_return_with_redis(
             await broker.wake(1)
         await asyncio.to_thread(redis_server.start)
 
-        started_at = time.monotonic()
         await broker.wake(2)
         assert await _next(hints) == 2
-        hinted_after = time.monotonic() - started_at
-        while notices.empty():
-            await broker.send(broker.inbox, END)
-        told_after = time.monotonic() - started_at
-        print(f"\nafter the {end}: hint in {hinted_after:.2f} s, notice in {told_after:.2f} s")  # noqa: T201 - a figure to read
-        assert max(hinted_after, told_after) < 3
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while notices.empty():
+                await broker.send(broker.inbox, END)
 
 
 async def test_a_flushed_redis_heals_with_the_next_wake_up(redis_url: str) -> None:
@@ -285,7 +284,7 @@ async def test_a_caller_can_be_cancelled_while_redis_answers(redis_url: str) -> 
             task = asyncio.create_task(wake_for_ever())
             await asyncio.wait([task], timeout=0.01)
             task.cancel()
-            await asyncio.wait([task], timeout=0.1)
+            await asyncio.wait([task], timeout=PATIENCE_SECONDS)
             assert task.cancelled()
 
 
@@ -302,8 +301,6 @@ async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: st
             await broker.send("nobody", END)
         with pytest.raises(BrokerUnavailable):
             await broker.ping()
-        began_at = time.monotonic()
-    assert time.monotonic() - began_at < 2
 
 
 async def test_a_redis_that_evicts_is_refused(redis_url: str) -> None:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.anyio
 LONGEST_DELAY_SECONDS = 0.5
 """For the other work of the worker; the promise is a second."""
 SHORT_SECONDS = 0.15
+SOON_SECONDS = 30.0
 OTHERS = Caller("org_2", "user_2", "wf_2", "exec_2", "exec_2")
 EXAMPLES = catalog.load().get("code").examples
 
@@ -187,7 +188,7 @@ async def test_a_script_has_only_so_much_time(bench: Bench, source: str) -> None
     began_at = time.monotonic()
     code, _ = await bench.failure(source, timeoutSeconds=SHORT_SECONDS)
     assert code == "timeout"
-    assert time.monotonic() - began_at < 5
+    assert time.monotonic() - began_at < SOON_SECONDS
 
 
 HUNGRY = [
@@ -221,7 +222,7 @@ async def test_what_blows_up_ends_in_a_limit(bench: Bench, source: str) -> None:
     began_at = time.monotonic()
     code, _ = await bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32)
     assert code in {"timeout", "out-of-memory", "code-error", "crashed"}
-    assert time.monotonic() - began_at < 5
+    assert time.monotonic() - began_at < SOON_SECONDS
 
 
 WRITTEN = Path("/tmp/pilotflame-was-here")

@@ -16,6 +16,7 @@ from kubernetes.aio import client
 from sqlalchemy import func, insert, select, update
 from sqlmodel import col
 
+from journal import wakes
 from models.database import Database
 from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, Observed, status_of
 from models.deployment_token import DeploymentToken
@@ -40,7 +41,7 @@ from workers.cluster.driver import ClusterUnavailable, Driver
 from workers.cluster.driver import Observed as Seen
 from workers.cluster.kubernetes import KubernetesDriver
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 DEATHS = ((1, 1), (4, 2), (6, 4), (7, 6))
 """At which change of a deploy, of seven, and of an undeploy, of six: before the first, among them, before the last."""
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -96,6 +97,33 @@ async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_aga
         await asked(people.owner, "start", workflow_id, 202)
         healed = await until(world, workflow_id, is_running)
         assert (healed.observed_reason, healed.stopped_reason) == (None, None)
+
+
+async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
+    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, api = fake
+    api.node.runs_commands = True
+    database, owner = world.gateway.database, people.owner
+    await asked(owner, "deploy", workflow_id, 202)
+    async with deployer(world, cluster.reopen, cluster="kubernetes"):
+        before = await until(world, workflow_id, is_running)
+    async with deployer(world, cluster.reopen, command=BROKEN_POD, cluster="kubernetes", start_seconds=0.5):
+        edit = {"config": {"values": {"greeting": "Edited"}}}
+        assert (await owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)).is_success
+        answer = await asked(owner, "deploy", workflow_id, 202)
+        assert answer["deploymentStatus"] == "deploying"
+        failed = await until(world, workflow_id, has_failed)
+        shown = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/status")).json()
+        assert (shown["deploymentStatus"], shown["replicas"], shown["readyReplicas"]) == ("failed", 1, 1)
+        assert "it was built broken" in shown["reason"]
+        assert shown["readyDefinitionHash"] == before.definition_hash != shown["definitionHash"]
+        await lifecycle.keep_policies(database, world.gateway.broker)
+        kept = await row(world, workflow_id)
+        assert (kept.generation, wakes.is_ready(kept)) == (failed.generation, True)
+    async with deployer(world, cluster.reopen, cluster="kubernetes"):
+        healed = await until(world, workflow_id, is_running)
+        assert (healed.observed_definition_hash, healed.observed_reason) == (failed.definition_hash, None)
 
 
 class Moody(local.LocalDriver):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from engine.errors import NodeError
-from engine.services import Bucket, Caller, SqlDatabase
+from engine.services import Bucket, Caller, MailServer, SqlDatabase
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from journal.blobs.opening import open_blobs
@@ -77,6 +77,9 @@ class World:
 
     async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         raise AssertionError(f"{caller} asked for {type} {source_id}")
+
+    async def mail_server(self, caller: Caller, source_id: str) -> MailServer:
+        raise AssertionError(f"{caller} asked for the mail server {source_id}")
 
     async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
         raise AssertionError(f"{caller} asked for what {source_id} sends to {url}")

@@ -14,7 +14,7 @@ from sqlmodel import col
 from models.audit import AuditEntry
 from models.deployment import LifecycleDecision, Observed
 from models.deployment_token import DeploymentToken
-from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
 from tests.integration.deployed import run
 from tests.integration.deployers import asked, on_this_machine, row, until
 from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, World, open_world, refused
@@ -22,7 +22,7 @@ from tests.services import PostgreSQL
 from workers.deployer.deployer import Deployer
 
 API = "/api/v1/workflows"
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 """Less than answers wait for the cluster here."""
 
 
@@ -202,6 +202,9 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
             "started_at": (await row(world, workflow_id)).created_at,
         },
         "limited": {"target": LIMITED, "home": workflow_id},
+        "delayed": {"target": DELAYED, "status": ExecutionStatus.WAITING},
+        "unread": {"target": UNREAD},
+        "being read": {"target": UNREAD, "status": ExecutionStatus.RUNNING},
         "ended": {"status": ExecutionStatus.COMPLETED},
     }
     made = {
@@ -220,6 +223,9 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
         "deferred": (SHARED, None, "pending"),
         "waiting": (SHARED, None, "waiting"),
         "limited": (LIMITED, None, "pending"),
+        "delayed": (DELAYED, None, "waiting"),
+        "unread": (UNREAD, None, "pending"),
+        "being read": (UNREAD, None, "running"),
         "ended": (workflow_id, workflow_id, "completed"),
     }
 

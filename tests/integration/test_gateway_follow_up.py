@@ -23,7 +23,7 @@ from tests.receiver import receiving
 from workers.main import working
 from workers.settings import WorkerSettings
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 SIGNING = "/api/v1/auth/signing-secret"
 FAILING = {
     "nodes": [

@@ -184,12 +184,24 @@ async def test_a_deployment_is_shown_with_what_will_become_of_it(world: World, p
     assert datetime.fromisoformat((await shown(people.owner, workflow_id))["lastActivityAt"]) == ended_at
 
 
+async def test_an_idle_time_shorter_than_may_be_chosen_is_shown_as_it_is(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    policy = {"type": "idle-shutdown", "idleTimeoutMinutes": 2 / 60}
+    row = update(Workflow).where(col(Workflow.id) == workflow_id).values(lifecycle=policy)
+    await world.gateway.database.transaction(lambda connection: connection.execute(row))
+    assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == policy
+
+
 STATUSES: list[tuple[dict[str, Any], str]] = [
     ({"observed": Observed.ABSENT}, "deploying"),
     ({"observed_definition_hash": "1" * 64}, "deploying"),
     ({"observed": Observed.STARTING}, "starting"),
     ({"observed": Observed.FAILED}, "failed"),
     ({"observed": Observed.FAILED, "generation": 2}, "starting"),
+    ({"observed": Observed.OUTDATED, "observed_definition_hash": "1" * 64}, "failed"),
+    ({"observed": Observed.OUTDATED, "observed_definition_hash": "1" * 64, "generation": 2}, "deploying"),
     ({"observed": Observed.UNKNOWN}, "unknown"),
     ({"replicas": 0, "stopped_reason": StoppedReason.MANUAL}, "stopping"),
     ({"replicas": 0, "observed": Observed.STOPPED, "stopped_reason": "idle"}, "stopped"),

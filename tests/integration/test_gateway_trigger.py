@@ -35,7 +35,7 @@ ASLEEP: dict[str, Any] = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "
 BY_HAND: dict[str, Any] = {**ASLEEP, "stopped_reason": StoppedReason.MANUAL}
 SYNC = {"inputs": {"name": "Ada"}, "sync": True}
 GREETED = {"step": {"body": {"name": "Ada"}, "greeting": "Hello, Ada"}}
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -210,7 +210,8 @@ async def test_a_run_that_outlasts_the_wait_goes_on_and_is_named(
     await trigger(people.owner, workflow_id)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
     told = (await trigger(people.owner, workflow_id, {"sync": True})).json()
-    assert (told["status"], told["output"]) == ("running", {})
+    assert told["status"] in {"pending", "running"}  # a pod may still be about to take it
+    assert told["output"] == {}
     receiver.may_answer.set()
     await eventually(lambda: has_status(world, told["execution_id"], "completed"))
 
@@ -239,9 +240,13 @@ async def test_a_client_that_is_gone_changes_nothing(world: World, people: Peopl
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     path = f"{cluster.gateway_url}/api/v1/workflows/{workflow_id}/trigger"
     cluster.is_held.set()
-    async with httpx2.AsyncClient(headers={"X-API-Key": people.owner.key}) as client:
-        with pytest.raises(httpx2.ReadTimeout):
-            await client.post(path, json=SYNC, timeout=0.5)
+    async with httpx2.AsyncClient(
+        headers={"X-API-Key": people.owner.key}, timeout=PATIENCE_SECONDS
+    ) as client:
+        asking = asyncio.create_task(client.post(path, json=SYNC))
+        await eventually(lambda: as_many(world, workflow_id, 1))
+        asking.cancel()
+        await asyncio.wait([asking])
     await eventually(lambda: nobody_waits(world))
     cluster.is_held.clear()
     await eventually(lambda: all_have_ended(world, workflow_id, 1))
@@ -292,10 +297,24 @@ async def test_what_somebody_has_stopped_starts_for_a_trigger_unless_it_is_alway
     refused(await trigger(people.owner, other, SYNC), 409, "stopped-manually")
 
 
-async def test_a_paused_workflow_takes_none(world: World, people: People) -> None:
-    workflow_id = await deploy(world, people.owner)
-    await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "paused"})
-    refused(await trigger(people.owner, workflow_id), 409, "workflow-paused")
+async def test_what_is_not_active_takes_none_in_and_ends_what_it_has(
+    world: World, people: People, receiver: Receiver
+) -> None:
+    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    begun = (await trigger(people.owner, workflow_id)).json()
+    assert begun["status"] == "started"
+    path = f"/api/v1/workflows/{workflow_id}/status"
+    for state, code in (("draft", "workflow-not-active"), ("paused", "workflow-paused")):
+        assert (await people.owner.api.put(path, json={"status": state})).is_success
+        response = await trigger(people.owner, workflow_id)
+        refused(response, 409, code)
+        assert "active" in response.json()["error"]["message"]
+    receiver.may_answer.set()
+    await eventually(lambda: has_status(world, begun["execution_id"], "completed"))
+    assert (await people.owner.api.put(path, json={"status": "active"})).is_success
+    assert (await trigger(people.owner, workflow_id, SYNC)).json()["status"] == "completed"
+    await people.owner.api.put(path, json={"status": "archived"})
+    refused(await trigger(people.owner, workflow_id), 409, "workflow-archived")
 
 
 async def test_pods_that_can_t_start_are_told_of_with_their_reason_and_the_run_is_kept(

@@ -89,6 +89,27 @@ async def test_each_wrong_field_has_its_own_entry(people: People, body: str, pat
     assert all(set(detail) == {"path", "code", "message"} for detail in details)
 
 
+async def test_a_number_without_a_fraction_is_whole_however_it_is_written(people: People) -> None:
+    settings = {"maxRetries": 2.0, "resources": {"cpuMillicores": 250.0}, "mine": 1.0}
+    node = '{"nodeId": "set", "id": "a", "retry": {"maxAttempts": 3e0}}'
+    body = f'{{"name": "x", "settings": {json.dumps(settings)}, "nodes": [{node}]}}'
+    made = await people.owner.api.post(WORKFLOWS, content=body, headers=JSON)
+    assert made.status_code == 201, made.text
+    path = f"{WORKFLOWS}/{made.json()['workflowId']}"
+    text = (await people.owner.api.get(path)).text
+    for kept in ('"maxRetries":2,', '"cpuMillicores":250}', '"mine":1.0', '"maxAttempts":3}'):
+        assert kept in text
+    for minutes in (30.0, 5):
+        policy = {"type": "idle-shutdown", "idleTimeoutMinutes": minutes}
+        answer = await people.owner.api.put(f"{path}/lifecycle", json=policy)
+        assert answer.json()["lifecyclePolicy"] == policy
+    for wrong in (30.5, "30", True, 1e300):
+        policy = {"type": "idle-shutdown", "idleTimeoutMinutes": wrong}
+        answer = await people.owner.api.put(f"{path}/lifecycle", json=policy)
+        refused(answer, 422, "validation-failed")
+        assert [detail["path"] for detail in answer.json()["error"]["details"]] == ["idleTimeoutMinutes"]
+
+
 async def test_an_unknown_node_type_is_told_with_the_nearest_names(people: People) -> None:
     body = {"name": "x", "nodes": [{"nodeId": "csv-parser"}]}
     response = await people.owner.api.post(WORKFLOWS, json=body)

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from engine.errors import NodeError
-from engine.services import Bucket, Caller, DataSources, SqlDatabase
+from engine.services import Bucket, Caller, DataSources, MailServer, SqlDatabase
 from engine.values import Json
 from nodes import catalog
 from nodes.outbound import Outbound, OutboundPolicy
@@ -308,6 +308,9 @@ class Headers:
         raise AssertionError((caller, source_id, type))
 
     async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+        raise AssertionError((caller, source_id))
+
+    async def mail_server(self, caller: Caller, source_id: str) -> MailServer:
         raise AssertionError((caller, source_id))
 
 

@@ -43,7 +43,7 @@ from tests.integration.large_outputs import library
 from tests.integration.run_world import Place, Where, World, key_of, opened
 from workers.settings import WorkerSettings
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 MEGABYTE = 1_000_000
 ROOT = Path(__file__).parents[2]
 

@@ -19,9 +19,13 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     data_source,
     deployment,
     deployment_token,
+    event_wait,
     execution,
+    intake,
     migrating,
+    schedule,
     signing,
+    trigger,
     workflow,
 )
 from models.database import Database, parse_url

@@ -24,6 +24,7 @@ from schemathesis.engine import events, from_schema
 
 from gateway import failed_attempts, limits, main, routes
 from gateway.document import openapi
+from gateway.endpoints import trigger
 from gateway.routes import Line
 from gateway.waiting import Waiting
 from journal.store import ExecutionKey, Progress
@@ -117,6 +118,10 @@ async def test_documented_examples_are_accepted_and_answered_as_documented(
     bodies = said.get("requestBody", {}).get("content", {}).get("application/json", {}).get("examples", {})
     for body in [example["value"] for example in bodies.values()] or [None]:
         there = ids if line.method == "GET" else await cast(world, people)
+        if line.handler is trigger.start:
+            # The workflow of the examples is a draft, since drafts may be broken.
+            path = f"/api/v1/workflows/{there['wf_abc123']}/status"
+            assert (await people.admin.api.put(path, json={"status": "active"})).is_success
         response = await people.admin.api.request(
             line.method,
             line.path.format(**in_place(_examples(said, "path"), there)),
@@ -201,21 +206,22 @@ async def at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> P
 
 
 @pytest.mark.usefixtures("unlimited")
-def test_whatever_is_sent_is_answered_as_documented_on_sqlite(postgres: PostgreSQL, tmp_path: Path) -> None:
+def test_whatever_is_missing_too_long_or_of_another_kind_is_answered_as_documented(
+    postgres: PostgreSQL, tmp_path: Path
+) -> None:
     with serving("sqlite", postgres, tmp_path) as served:
-        report = tried(served, examples_of_an_operation=2, phases={"examples", "coverage", "fuzzing"})
+        report = tried(served, examples_of_an_operation=2, phases={"coverage"})
     assert report.failures == []
-    assert report.share_of_success >= ENOUGH
+    assert len(report.statuses) == len(routes.TABLE)
 
 
 @pytest.mark.usefixtures("unlimited")
-def test_whatever_is_sent_is_answered_as_documented_on_postgresql(
-    postgres: PostgreSQL, tmp_path: Path
-) -> None:
+def test_whatever_is_thought_of_is_answered_as_documented(postgres: PostgreSQL, tmp_path: Path) -> None:
     with serving("postgresql", postgres, tmp_path) as served:
         report = tried(served, examples_of_an_operation=2, phases={"fuzzing"})
     assert report.failures == []
     assert len(report.statuses) == len(routes.TABLE)
+    assert report.share_of_success >= ENOUGH
 
 
 @contextmanager
@@ -276,14 +282,14 @@ def tried(served: Served, *, examples_of_an_operation: int, phases: Collection[s
                 "database": "none",
             },
             "phases": {
-                "examples": {"enabled": "examples" in phases, "extra-data-sources": {"responses": False}},
+                "examples": {"enabled": False},
                 "coverage": {
                     "enabled": "coverage" in phases,
                     "extra-data-sources": {"responses": False},
                     "unexpected-methods": ["patch"],
                     "generation": {"mode": "negative", "deterministic": True},
                 },
-                "fuzzing": {"extra-data-sources": {"responses": False}},
+                "fuzzing": {"enabled": "fuzzing" in phases, "extra-data-sources": {"responses": False}},
                 "stateful": {"enabled": False},
             },
             # Bodies must obey rules that no schema can tell: the examples show that valid ones are accepted.

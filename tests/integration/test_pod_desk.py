@@ -11,15 +11,17 @@ import pytest
 from execution.gateway_calls import WaitCall
 from gateway.internal import desk as desks
 from gateway.internal.desk import Desk
+from gateway.internal.forwarding import Forwarder
 from gateway.internal.holding import Holder
 from messages import broker as brokers
 from messages.broker import Broker
+from models.pod_processes import PodProcess
 
 if TYPE_CHECKING:
     from tests.integration.gateway_world import World
     from tests.services import Redis
 
-POD = Holder("wf_1", "org_1", 0, "pod:wf_1:a")
+POD = Holder("wf_1", "org_1", 0, PodProcess.started_now("a"))
 SECONDS = 5.0
 
 
@@ -39,7 +41,7 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def opened(world: World, broker: Broker) -> Desk:
-    desk = Desk(world.gateway.database, broker)
+    desk = Desk(world.gateway.database, broker, Forwarder(world.gateway.database, broker))
     await desk.start()
     return desk
 

@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 
 from engine.events import LogLine, RunStatus, Span, SpanStatus
+from journal import deletion
 from journal.blobs.backend import BlobLost, Owner
 from journal.blobs.opening import open_blobs
 from journal.store import Acceptance, Claimed, Verdict
@@ -23,7 +24,7 @@ from tests.integration.run_world import Place, Where, World, opened, write
 
 NOW = datetime.now(UTC)
 DAY = 86_400_000_000
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 RECORDS = ("execution", "execution_data", "span", "log_line", "signal")
 
 
@@ -95,7 +96,7 @@ async def test_ended_runs_go_after_their_days_with_all_that_belongs_to_them(
     world: World, settings: SchedulerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(old_executions, "BATCH_RUNS", 2)
-    monkeypatch.setattr(old_executions, "BATCH_ROWS", 2)
+    monkeypatch.setattr(deletion, "BATCH_ROWS", 2)
     monkeypatch.setattr(old_executions, "BATCH_WORKFLOWS", 1)
     place, other = await world.workflow(), await world.workflow()
     for one in (place, other, place, other, place):

@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,20 @@ from engine.node import Awaited
 from execution.gateway_calls import PREFIX, RUNNER_HEADER, News
 from gateway import main as gateways
 from gateway import state
+from gateway.internal import desk as desks
 from gateway.internal import routes
 from gateway.settings import GatewaySettings
 from gateway.state import State
 from journal import signals
 from journal.blobs.backend import Owner
-from journal.store import Claim, Claimed, ExecutionKey
+from journal.store import Claim, Claimed, EmittedEvent, ExecutionKey
+from messages.deployments import DeployerMessage, LookAtDeployment
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import Bearer
+from models.pod_processes import PodProcess, lease_owner
 from runner import reporter
 from runner.news import REFUSED_SECONDS, GatewayNews
 from runner.settings import RunnerSettings
@@ -46,9 +49,11 @@ from tests import commands
 from tests.integration.gateway_world import SECRET
 from tests.integration.run_world import Place, Where, World, opened
 from tests.receiver import Receiver, receiving
+from tests.services import free_port
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 LEASE_SECONDS = 1.5
+POD = PodProcess("pod", datetime(2025, 1, 1, tzinfo=UTC))
 BOTH = ["on_sqlite", "on_postgres"]
 ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 ON_POSTGRES = pytest.mark.parametrize("where", ["on_postgres"], indirect=True)
@@ -184,23 +189,23 @@ class Pods:
         )
         return key
 
-    def start(self, *, lease_seconds: float = LEASE_SECONDS, **variables: str) -> Pod:
+    def start(
+        self, *, lease_seconds: float = LEASE_SECONDS, folder: Path | None = None, **variables: str
+    ) -> Pod:
         self.count += 1
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        given = commands.environment(
-            self.folder,
-            RUNNER_GATEWAY_URL=self.gateway.url,
-            RUNNER_TOKEN=self.token,
-            RUNNER_WORKFLOW_ID=self.place.workflow_id,
-            RUNNER_POD=f"pod-{self.count}",
-            RUNNER_PORT=str(port),
-            LEASE_SECONDS=str(lease_seconds),
-            OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
-            **variables,
-        )
+        port = free_port()
+        usual = {
+            "RUNNER_GATEWAY_URL": self.gateway.url,
+            "RUNNER_TOKEN": self.token,
+            "RUNNER_WORKFLOW_ID": self.place.workflow_id,
+            "RUNNER_POD": f"pod-{self.count}",
+            "RUNNER_PORT": str(port),
+            "LEASE_SECONDS": str(lease_seconds),
+            "OUTBOUND_ALLOWED_NETWORKS": "127.0.0.1/32",
+        }
+        given = commands.environment(self.folder, **{**usual, **variables})
         started = self.processes.enter_context(
-            commands.started("runner", given=given, log=self.folder / f"pod-{self.count}.log")
+            commands.started("runner", given=given, log=self.folder / f"pod-{self.count}.log", folder=folder)
         )
         return Pod(started, f"http://127.0.0.1:{port}")
 
@@ -243,7 +248,7 @@ class Pod:
         return self
 
     async def answers(self, path: str, status: int, word: str = "") -> bool:
-        async with httpx2.AsyncClient(base_url=self.url) as client:
+        async with httpx2.AsyncClient(base_url=self.url, verify=False) as client:
             try:
                 response = await client.get(path)
             except httpx2.TransportError:
@@ -251,7 +256,7 @@ class Pod:
         return response.status_code == status and word in response.text
 
     async def trigger(self, key: str) -> httpx2.Response:
-        async with httpx2.AsyncClient(base_url=self.url) as client:
+        async with httpx2.AsyncClient(base_url=self.url, verify=False) as client:
             return await client.post("/trigger", headers={"Authorization": f"Bearer {key}"})
 
 
@@ -328,6 +333,15 @@ async def bearer_source(pods: Pods) -> str:
     return source_id
 
 
+async def stopped_in_a_call(pod: Pod, receiver: Receiver) -> int:
+    """Tell a pod to stop, have it go on when it has heard that, and return its exit code."""
+    await until(lambda: len(receiver.received) == 1)
+    pod.started.process.terminate()
+    await eventually(lambda: pod.answers("/readyz", 503, "draining"))
+    receiver.may_answer.set()
+    return await asyncio.to_thread(pod.started.ends)
+
+
 # ── pods ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -372,7 +386,7 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(pods: Pods, r
 @ON_POSTGRES
 async def test_a_run_outlasts_a_restart_of_the_gateway(pods: Pods, receiver: Receiver) -> None:
     receiver.may_answer.clear()
-    await pods.start().ready()
+    await pods.start(RUNNER_ORPHAN_SECONDS="10").ready()
     key = await pods.accept(chain(call(receiver), GREET))
     await until(lambda: len(receiver.received) == 1)
     await pods.gateway.stop()
@@ -411,10 +425,10 @@ async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
     pods: Pods, receiver: Receiver
 ) -> None:
     count = 25
+    receiver.may_answer.clear()
     pod = await pods.start(RUNNER_DRAIN_SECONDS="0").ready()
     key = await pods.accept(chain(*(call(receiver, f"call-{index}") for index in range(count))))
-    await until(lambda: len(receiver.received) >= 1)
-    exit_code = await asyncio.to_thread(pod.started.stop)
+    exit_code = await stopped_in_a_call(pod, receiver)
     handed_over = await pods.world.row(key.execution_id)
     pods.start()
     await pods.reaches(key, "completed")
@@ -433,8 +447,11 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods
         {"id": "large", "type": "set", "config": {"values": {"text": "{{ data.body.text }}"}}},
         throttle,
         {"id": "ask", "type": "human-input", "config": {"title": "May it go out?"}},
+        {"id": "paid", "type": "wait-for-event", "config": {"event_type": "order.*", "lookBackSeconds": 60}},
         send,
     )
+    paid = EmittedEvent("event_1", "order.paid", "shop", '{"event_type":"order.paid"}')
+    await pods.world.store.take_in([pods.place.arrival(workflow_id=None, event=paid)])
     first = await pods.start(MAX_ROW_OUTPUT_BYTES="1024").ready()
     key = await pods.accept(definition, trigger=json.dumps({"body": {"text": large}}))
     await pods.reaches(key, "waiting")
@@ -451,6 +468,7 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods
     (sent,) = receiver.received
     assert sent.headers["authorization"] == "Bearer a secret"
     assert sent.message == {"text": large}
+    assert await pods.world.count("event_wait") == 0
     spans = await pods.world.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
     assert "large" in {span["node_id"] for span in spans}
     assert await pods.world.count("pace") == 1
@@ -462,11 +480,11 @@ async def test_no_run_enters_a_deployment_that_drains(pods: Pods) -> None:
     far = int(datetime(2100, 1, 1, tzinfo=UTC).timestamp() * 1_000_000)
     for wanted in (f"drain_until = {far}", "drain_until = NULL, replicas = 0"):
         await pods.world.query(f"UPDATE deployment SET {wanted}")
-        async with httpx2.AsyncClient(base_url=pods.gateway.url) as client:
+        async with httpx2.AsyncClient(base_url=pods.gateway.url, verify=False) as client:
             claimed = await client.post(
                 f"{PREFIX}/claim",
                 json={"limit": 10, "lease_seconds": 30},
-                headers={"Authorization": f"Bearer {pods.token}", RUNNER_HEADER: "pod"},
+                headers={"Authorization": f"Bearer {pods.token}", RUNNER_HEADER: POD.name},
             )
         assert claimed.json() == {"runs": []}
     assert await pods.status(key) == "pending"
@@ -478,14 +496,60 @@ async def test_no_run_enters_a_deployment_that_drains(pods: Pods) -> None:
 async def test_a_pod_of_a_deployment_that_was_stopped_hands_over_without_waiting_again(
     pods: Pods, receiver: Receiver
 ) -> None:
+    receiver.may_answer.clear()
     pod = await pods.start(RUNNER_DRAIN_SECONDS="60").ready()
     key = await pods.accept(chain(*(call(receiver, f"call-{index}") for index in range(40))))
-    await until(lambda: len(receiver.received) >= 1)
+    await until(lambda: len(receiver.received) == 1)
     await pods.world.query("UPDATE deployment SET replicas = 0")
-    exit_code = await asyncio.to_thread(pod.started.stop)
+    exit_code = await stopped_in_a_call(pod, receiver)
     handed_over = await pods.world.row(key.execution_id)
     assert exit_code == 0
     assert (handed_over["status"], handed_over["attempt"], handed_over["lease_owner"]) == ("pending", 0, None)
+
+
+@ON_POSTGRES
+async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
+    pods: Pods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
+    pod = await pods.start().ready()
+    desk = pods.gateway.state.runners.desk
+    await until(lambda: desk.is_waited_at_for(pods.place.workflow_id))
+    elsewhere = Gateway(pods.world, pods.folder / "elsewhere")
+    await elsewhere.start()
+    gone = "http://127.0.0.1:1"
+    await pods.world.query(
+        "UPDATE deployment SET observed = 'running', ready_addresses = :urls",
+        urls=json.dumps([gone, pod.url]),
+    )
+    key = await pods.accept(SIMPLE)
+    await elsewhere.state.runners.desk.arrived([pods.place.workflow_id])
+    await pods.reaches(key, "completed")
+
+    told: list[DeployerMessage] = []
+    elsewhere.state.broker.start_deployer(told.append)
+    await pods.world.query("UPDATE deployment SET ready_addresses = :urls", urls=json.dumps([gone]))
+
+    async def deployer_is_told() -> bool:
+        await elsewhere.state.runners.desk.arrived([pods.place.workflow_id])
+        return LookAtDeployment(pods.place.workflow_id) in told
+
+    await eventually(deployer_is_told)
+    await elsewhere.stop()
+
+
+@ON_SQLITE
+async def test_a_pod_that_nobody_is_left_for_ends_itself(pods: Pods) -> None:
+    folder = pods.folder / "work"
+    folder.mkdir()
+    housed = pods.start(folder=folder)
+    refused = pods.start(RUNNER_ORPHAN_SECONDS="0.5", RUNNER_TOKEN="rt-00" + "a" * 52)
+    alone = pods.start(RUNNER_ORPHAN_SECONDS="0.5", RUNNER_GATEWAY_URL="http://127.0.0.1:1")
+    await housed.ready()
+    folder.rmdir()
+    for pod, reason in ((refused, "refused it"), (alone, "was away"), (housed, "folder that it works in")):
+        assert await asyncio.to_thread(pod.started.ends) == 0
+        assert reason in pod.started.log()
 
 
 async def test_a_pod_hears_that_a_run_is_cancelled(pods: Pods, receiver: Receiver) -> None:
@@ -527,6 +591,8 @@ class Held:
             "/executions/{id}/data-sources": {"source_id": self.source_id},
             "/executions/{id}/runs": {"workflow_id": self.run.workflow_id, "inputs": {}}
             | {"node_id": "greet", "iteration": "", "awaited": False},
+            "/executions/{id}/event-waits": {"node_id": "greet", "iteration": "", "event_type": "paid"}
+            | {"condition": None, "given": "[]", "look_back_seconds": 0, "timeout_seconds": None},
             "/executions/{id}/reservations": {
                 "key": "a",
                 "limit": 1,
@@ -537,11 +603,15 @@ class Held:
         return bodies.get(path, {})
 
     async def ask(
-        self, line: routes.InternalLine, token: str, pod: str = "pod", body: Mapping[str, Any] | None = None
+        self,
+        line: routes.InternalLine,
+        token: str,
+        pod: str = POD.name,
+        body: Mapping[str, Any] | None = None,
     ) -> httpx2.Response:
         words = {"id": self.run.execution_id, "sub": self.blob}
         content = b"content" if line.method == "PUT" else json.dumps(body or self.body(line.path)).encode()
-        async with httpx2.AsyncClient(base_url=self.gateway.url) as client:
+        async with httpx2.AsyncClient(base_url=self.gateway.url, verify=False) as client:
             return await client.request(
                 line.method,
                 PREFIX + line.path.format(**words),
@@ -569,7 +639,7 @@ async def hold(pods: Pods) -> Held:
     """Have the pod named `pod` claim a run, and put something of everything there."""
     world, place = pods.world, pods.place
     key = await pods.accept(SIMPLE)
-    owner = deployment_token.lease_owner(place.workflow_id, "pod")
+    owner = lease_owner(place.workflow_id, POD)
     (run,) = await world.store.claim(Claim(owner, 30, 1, target=place.workflow_id))
     assert run.execution_id == key.execution_id
     blob = sha256(b"content").hexdigest()
@@ -607,7 +677,8 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
     neighbour = await deploy(pods.world, await pods.world.workflow(pods.place.organization))
     stranger = await deploy(pods.world, await pods.world.workflow())
     before = await everything(pods.world, held)
-    for token, pod in ((neighbour, "pod"), (stranger, "pod"), (pods.token, "another-pod")):
+    another = PodProcess("another-pod", POD.started_at).name
+    for token, pod in ((neighbour, POD.name), (stranger, POD.name), (pods.token, another)):
         for line in routes.TABLE:
             response = await held.ask(line, token, pod)
             if line.path == "/contact":
@@ -626,13 +697,26 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
 
 
+@ON_POSTGRES
+async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begins(pods: Pods) -> None:
+    held = await hold(pods)
+    key = ExecutionKey(held.run.execution_id, held.run.lane)
+    (line,) = (line for line in routes.TABLE if line.path == "/contact")
+    before, after = (POD.started_at + timedelta(seconds=seconds) for seconds in (-1, 1))
+    for process in (PodProcess(POD.pod, before), POD, PodProcess(f"{POD.pod}-2", after)):
+        assert (await held.ask(line, pods.token, process.name)).status_code == 200
+        assert await pods.status(key) == "running"
+    assert (await held.ask(line, pods.token, PodProcess(POD.pod, after).name)).status_code == 200
+    assert await pods.status(key) == "pending"
+
+
 @ON_SQLITE
 async def test_no_route_takes_anything_but_a_valid_token(pods: Pods) -> None:
     held = await hold(pods)
     before = await everything(pods.world, held)
     person = "sk-00" + "a" * 52
     for line in routes.TABLE:
-        for token in ("x", "rt-00" + "a" * 52, person):
+        for token in ("rt-00" + "a" * 52, person):
             assert (await held.ask(line, token)).status_code == 401, line
         assert (await held.ask(line, pods.token, pod="not a name")).status_code == 401, line
     pods.gateway.state.runners.authenticator.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -64,6 +65,18 @@ async def whoami(client: httpx2.AsyncClient, person: Person) -> int:
     return answer.status_code
 
 
+async def told_by_github(client: httpx2.AsyncClient, token: str, secret: str) -> int:
+    body = b"{}"
+    signature = "sha256=" + hmac.new(secret.encode(), body, "sha256").hexdigest()
+    headers = {
+        "X-GitHub-Event": "ping",
+        "X-Hub-Signature-256": signature,
+        "Content-Type": "application/json",
+    }
+    url = f"/api/v1/workflows/events?key={token}"
+    return (await client.post(url, content=body, headers=headers)).status_code
+
+
 # In one test: each change begins where the one before has ended.
 async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     world: World, people: People, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +85,8 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     expected = [{"token": f"token-{name}"} for name in ("a", "b", "c")]
     signing = await people.admin.api.post("/api/v1/auth/signing-secret")
     assert signing.status_code == 201
+    hooks = {"name": "Hooks", "secrets": {"github": ["a secret of GitHub's"]}}
+    token = (await people.admin.api.post("/api/v1/auth/event-tokens", json=hooks)).json()["token"]
     old, new = Vault(SECRET.encode()), Vault(NEW.encode())
     settings = told(world, NEW, SECRET)
     before = (await people.admin.api.get("/api/v1/audit")).json()
@@ -96,7 +111,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     assert await secrets(world, Vault(NEW.encode(), [SECRET.encode()]), *ids) == expected
 
     done = await rotation.rotate(settings)
-    assert (done.sealed, done.unreadable) == (3, [])
+    assert (done.sealed, done.unreadable) == (4, [])
     assert await secrets(world, new, *ids) == expected
     again = await rotation.rotate(settings)
     assert (again.sealed, again.waiting_keys) == (0, done.waiting_keys)
@@ -109,11 +124,13 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     async with gateway(told(world, NEW)) as alone:
         assert await whoami(alone, people.owner) == 200
         assert await whoami(alone, people.colleague) == 401
+        assert await told_by_github(alone, token, "a secret of GitHub's") == 200
+        assert await told_by_github(alone, token, "another") == 401
     assert (await rotation.rotate(settings)).waiting_keys == done.waiting_keys - 1
 
     # What nothing opens stays as it is, and is named.
     lost = await rotation.rotate(told(world, NEWEST))
-    assert (lost.sealed, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 4)
+    assert (lost.sealed, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
     assert await secrets(world, new, *ids) == expected
 
 

@@ -22,7 +22,7 @@ from aiohttp import web
 if TYPE_CHECKING:
     from engine.values import Json
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)

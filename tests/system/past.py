@@ -7,7 +7,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 MINUTE_MICROSECONDS = 60_000_000
 UNTIL_IT_SLEEPS = re.compile(r"^until .*stopped", re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -15,10 +16,12 @@ import psutil
 from tests.commands import COMMAND
 from tests.system.moments import wait_until
 
-SHUTDOWN_SECONDS = 20.0
+SHUTDOWN_SECONDS = 60.0
 """Within this time of SIGTERM a process has ended."""
 UNREAD_SECONDS = 0.5
 """For so long what a process sent may lie about before the test reads it, though the process is gone."""
+
+ABANDONED = re.compile(r'"event":"run abandoned".*?"execution_id":"(\w+)"')
 
 
 @dataclass(slots=True)
@@ -150,6 +153,10 @@ class Process:
     def has_logged(self, event: str, execution_id: str) -> bool:
         """Tell whether it has said something of an execution since its start."""
         return any(event in line and execution_id in line for line in self.log().splitlines())
+
+    def abandoned(self) -> list[str]:
+        """Return the executions that it has given up, ever, since it had lost their leases."""
+        return ABANDONED.findall(self._log.read_text(errors="replace"))
 
     def complaints(self) -> list[str]:
         """Return the errors that it has logged since it was asked for them last."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Strike = Callable[[], Awaitable[None]]
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 90.0
 SLEEP_SECONDS = 1.5 * LEASE_SECONDS
 """How long a worker stands still: longer than its lease."""
 OUTAGE_SECONDS = 0.5
@@ -58,6 +58,8 @@ class Report:
     """What came of it."""
 
     ended: Counter[str]
+    crashed: int
+    """Runs that were given up since they lost so many workers in a row."""
     repeated_effects: int
     calls: int
     longest_seconds: float
@@ -89,6 +91,7 @@ async def blow(storm: Storm, deployment: Deployment, client: Client, ledger: Led
     assert len(expected) == storm.runs
     return Report(
         ended=Counter(expected.values()),
+        crashed=sum(life.is_crashed for life in lives),
         repeated_effects=promises.repeated(ledger.effects()).total(),
         calls=len(ledger.calls),
         longest_seconds=max(life.seconds for life in lives),
@@ -106,6 +109,7 @@ class Life:
     execution_id: str
     expected: str
     seconds: float
+    is_crashed: bool
 
 
 async def _kinds(client: Client, ledger: Ledger) -> Sequence[Kind]:
@@ -135,7 +139,9 @@ async def _live(kind: Kind, storm: Storm, chance: Random, client: Client) -> Lif
     ended = await client.end(execution_id, PATIENCE_SECONDS)
     if kind.is_cancelled and ended.status == "completed":
         expected = "completed"  # the cancel came too late
-    return Life(execution_id, expected, time.monotonic() - asked_at)
+    if ended.error_code == "crashed":
+        expected = "failed"  # as it should, where fault upon fault took its workers: `blow` counts these
+    return Life(execution_id, expected, time.monotonic() - asked_at, is_crashed=ended.error_code == "crashed")
 
 
 # ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,7 +36,7 @@ async def test_a_restart_takes_up_at_once_what_the_killed_process_held(
         await held.arrived()
         dev.gateway.kill()
     await dev.revive()
-    await promises.assert_kept(dev, client, ledger, {run: "completed"}, within=5)
+    await promises.assert_kept(dev, client, ledger, {run: "completed"})
     assert promises.repeated(ledger.effects()) == {run: 1}
 
 

@@ -16,7 +16,10 @@ from tests.system import harness, past
 from tests.system.client import API_KEY
 
 PROJECT = Path(__file__).parents[2]
-GUIDES = {name: (PROJECT / f"docs/{name}.md").read_text() for name in ("guide", "sleeping", "trying", "work")}
+GUIDES = {
+    name: (PROJECT / f"docs/{name}.md").read_text()
+    for name in ("arriving", "events", "guide", "sleeping", "trying", "work")
+}
 REQUESTS = re.compile(r"```sh\n(.*?)```\n```json\n(.*?)```", re.DOTALL)
 """Commands, and what is shown of the answer to the last of them."""
 COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 Workflow: TypeAlias = "dict[str, Json]"
 
-LONGEST_DELAY_SECONDS = 2.0
-"""The neighbour's run takes no longer, from the request to the answer: a second, twice over, since the other tests that
+LONGEST_DELAY_SECONDS = 4.0
+"""The neighbour's run takes no longer, from the request to the answer: a second, and some more, since other tests that
 run meanwhile take their part of the same processors."""
 PROBE_SECONDS = 0.1
 SANE_BYTES = 500 << 20
-END_SECONDS = 30.0
+END_SECONDS = 60.0
 SMALL = {
     "MAX_LOOP_ITEMS": "1000",
     "MAX_ITERATIONS": "3000",
@@ -224,7 +224,7 @@ async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: 
     workflow_id = await world.client.create(graph)
     executions = [await world.client.execute(workflow_id) for _ in range(50)]
     for execution_id in executions:
-        assert (await world.client.end(execution_id, within=30)).status == "completed"
+        assert (await world.client.end(execution_id, within=END_SECONDS)).status == "completed"
 
 
 # ── runs of runs, and loops ─────────────────────────────────────────────────────────────────────────────────
@@ -394,7 +394,7 @@ DOCUMENTS: Sequence[tuple[flows.Node, str, str]] = (
     (node("bomb", "regex", text=TEXT, pattern="(?:a?){1000}a{1000}"), "a" * 900_000, "input-too-large"),
     (node("bomb", "regex", text=TEXT, pattern="\\pL{1000}"), "a", "invalid-pattern"),
     (node("bomb", "regex", text=TEXT, pattern="(.)" * 101), "a", "invalid-pattern"),
-    (node("bomb", "regex", text=TEXT, pattern="a", operation="find-all"), "a" * 900_000, "too-many-matches"),
+    (node("bomb", "regex", text=TEXT, pattern="a", operation="find-all"), "a" * 110_000, "too-many-matches"),
     (node("bomb", "xml-parse", text=TEXT), LAUGHS, "document-type-refused"),
     (node("bomb", "xml-parse", text=TEXT), SECRET, "document-type-refused"),
     (node("bomb", "xml-parse", text=TEXT), "<a>" * 500_000, "too-deep"),
@@ -541,10 +541,10 @@ async def test_an_upstream_ends_in_its_limit(world: World) -> None:
 
 
 async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(world: World) -> None:
-    workflow_id = await world.client.create(fetches(f"{world.upstream}/drip", timeoutSeconds=1))
+    workflow_id = await world.client.create(fetches(f"{world.upstream}/drip", timeoutSeconds=3))
     executions = [await world.client.execute(workflow_id) for _ in range(2 * int(SMALL["CONCURRENCY"]))]
     for execution_id in executions:
-        assert (await world.client.end(execution_id, within=30)).status == "failed"
+        assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
 
 
 async def test_a_large_answer_is_read_without_a_pause(world: World) -> None:

@@ -11,7 +11,7 @@ from tests.system.moments import after, wait_until
 
 RUNS = 8
 CALLS = 11 * RUNS
-KILLS = 3
+KILLS = 2
 
 
 async def test_runs_finish_though_their_worker_is_killed_at_random_points(

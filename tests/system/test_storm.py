@@ -8,20 +8,24 @@ from tests.system.storm import Storm
 
 LONGEST_RUN_SECONDS = 2.0
 """What a run of the storm takes in fair weather, its wait included."""
+FEW = 3
+"""Runs that so many faults in a row may hit, with nothing done in between, that they are given up."""
 
 
 @on_many_processes
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 async def test_hundreds_of_runs_end_once_each_though_every_part_fails_meanwhile(
     deployment: Deployment, client: Client, ledger: Ledger
 ) -> None:
-    report = await storm.blow(Storm(runs=600, seconds=18, seed=7), deployment, client, ledger)
+    report = await storm.blow(Storm(runs=300, seconds=12, seed=7), deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
+    assert report.crashed <= FEW, report
 
 
 @on_one_process
-async def test_two_hundred_runs_end_once_each_though_their_only_process_fails_again_and_again(
+async def test_a_hundred_runs_end_once_each_though_their_only_process_fails_again_and_again(
     deployment: Deployment, client: Client, ledger: Ledger
 ) -> None:
-    report = await storm.blow(Storm(runs=200, seconds=10, seed=11), deployment, client, ledger)
+    report = await storm.blow(Storm(runs=100, seconds=6, seed=11), deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
+    assert report.crashed <= FEW, report

@@ -116,13 +116,12 @@ async def test_sigterm_hands_runs_over_between_two_nodes(
 async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile(
     deployment: Deployment, client: Client, ledger: Ledger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship"), timeout=4))
+    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship"), timeout=3))
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         deployment.sender(await held.arrived()).kill()
         await deployment.revive()
-        await held.arrived()
-        ended = await client.end(run, within=4 + RECOVERY_SECONDS)
+        ended = await client.end(run, within=3 + RECOVERY_SECONDS)
         assert ended.error_code == "timeout"
         await promises.assert_kept(deployment, client, ledger, {run: "failed"})
     assert not ledger.of("ship")

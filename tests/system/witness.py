@@ -21,7 +21,7 @@ import asyncpg
 from engine.events import SETTLED
 from models.execution import TERMINAL
 
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 
 _ENDS = f"NEW.status IN ({', '.join(repr(status.value) for status in sorted(TERMINAL))})"

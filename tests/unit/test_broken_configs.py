@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import NodeError
@@ -114,7 +114,7 @@ def _names(schema: Mapping[str, Json]) -> Mapping[str, Json]:
 
 
 @pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
-@settings(max_examples=EXAMPLES_OF_A_TYPE, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES_OF_A_TYPE)
 @given(data=st.data())
 def test_a_broken_config_is_found_or_fails_with_a_reason(node_type: NodeType, data: st.DataObject) -> None:
     config = data.draw(broken(node_type))

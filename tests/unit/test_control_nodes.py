@@ -17,13 +17,13 @@ from engine.program import Program
 from engine.services import Caller, Services
 from engine.values import Json, encode
 from nodes import catalog
-from tests.calls import NOW, NoNetwork, call
+from tests.calls import NOW, NoEvents, NoNetwork, call
 from tests.unit.running import Notebook, Worker, error_of
 
 CATALOG = catalog.load()
 EXAMPLES = [
     pytest.param(CATALOG.get(kind), example, id=f"{kind}-{number}")
-    for kind in ("loop", "human-input", "sub-workflow")
+    for kind in ("loop", "human-input", "sub-workflow", "wait-for-event")
     for number, example in enumerate(CATALOG.get(kind).examples)
 ]
 
@@ -65,7 +65,7 @@ def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> Prog
 async def run(program: Program, data: Json, answer: Json = None) -> tuple[Ended, Notebook, OtherRuns]:
     """Run to the end; what is waited for comes when it is asked for."""
     runs = OtherRuns()
-    services = replace(Services(http=NoNetwork()), runs=runs)
+    services = replace(Services(http=NoNetwork()), runs=runs, events=NoEvents())
     worker = Worker(program, data, services=services)
     ended = await worker.work()
     if ended.status is RunStatus.WAITING:

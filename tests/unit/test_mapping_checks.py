@@ -485,7 +485,7 @@ def graphs(draw: st.DrawFn) -> tuple[Nodes, list[dict[str, Json]]]:
 
 
 @given(drawn=graphs(), body=st.sampled_from([{}, {"a": 1}, {"a": {"b": [1]}}, "text", [{"a": 1}]]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_said_to_find_nothing_finds_nothing_when_it_is_run(
     drawn: tuple[Nodes, list[dict[str, Json]]], body: Json
 ) -> None:

@@ -137,7 +137,7 @@ def holds_together(stored: Stored) -> None:
         assert abs(one.x - other.x) >= CARD_WIDTH or abs(one.y - other.y) >= CARD_HEIGHT
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(types, min_size=6, max_size=6), st.lists(edits, min_size=25, max_size=60))
 def test_whatever_is_edited_in_whatever_order_leaves_a_graph_that_holds_together(
     kinds: list[str], steps: list[Edit]

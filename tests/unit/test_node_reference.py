@@ -32,7 +32,7 @@ from journal import pinning
 from nodes import catalog
 from nodes.code.backend import Backend
 from nodes.code.runner import CodeRunner
-from tests.calls import CALLER, EmptyRoad
+from tests.calls import CALLER, EmptyRoad, NoEvents
 from tests.sample_data import SampleDataSources
 
 if TYPE_CHECKING:
@@ -138,6 +138,13 @@ class Drawer:
         return self._contents[cast("Any", reference)["$blob"]["sha256"]]
 
 
+class Mailbox:
+    """Takes every mail."""
+
+    async def send(self, *_mail: object, **_limits: object) -> None:
+        """Leave it."""
+
+
 class Elsewhere:
     """Takes other workflows in; whoever waits for one is answered by the test."""
 
@@ -155,11 +162,15 @@ class Elsewhere:
 
 
 class Sources(SampleDataSources):
-    """The sample databases, a bucket, and a folder like it."""
+    """The sample databases, a bucket, a folder like it, and a mail server."""
 
     async def bucket(self, caller: Caller, source_id: str) -> Shelf:
         await self.find(caller, source_id)
         return Shelf()
+
+    async def mail_server(self, caller: Caller, source_id: str) -> Mailbox:
+        await self.find(caller, source_id)
+        return Mailbox()
 
     async def folder(self, _caller: Caller) -> Shelf:
         return Shelf(has_tags=False)
@@ -172,7 +183,7 @@ async def lent(node_type: NodeType, folder: Path) -> AsyncIterator[Services]:
     output = node_type.examples[0].get("output")
     http = cast("HttpClient", Server(output if isinstance(output, dict) else {}))
     try:
-        yield Services(http, sources, sources, Drawer(), code, Elsewhere(), EmptyRoad())
+        yield Services(http, sources, sources, Drawer(), code, Elsewhere(), EmptyRoad(), NoEvents())
     finally:
         await code.close()
         await sources.connections.close()

@@ -21,16 +21,17 @@ from tests.sample_data import SampleDataSources
 pytestmark = pytest.mark.anyio
 
 FILE_NODES = {"s3-source", "s3-destination", "file-source", "file-destination", "file-parse"}
+MAIL_NODES = {"email-parse", "attachment-read", "email-send"}
 EXAMPLES = [
     pytest.param(node_type, example, id=f"{node_type.type}-{number}")
     for node_type in catalog.load().node_types.values()
     for number, example in enumerate(node_type.examples)
-    # Those of http-request and of files are run against servers, and those of code by each backend, in the
+    # Those of http-request, of files and of mail are run against servers, and those of code by each backend, in the
     # integration tests.
     if node_type.runnable
-    and node_type.type not in {"http-request", "code", *FILE_NODES}
+    and node_type.type not in {"http-request", "code", *FILE_NODES, *MAIL_NODES}
     # Those of nodes that the engine completes are run by the engine.
-    and node_type.type not in {"loop", "human-input", "sub-workflow"}
+    and node_type.type not in {"loop", "human-input", "sub-workflow", "wait-for-event"}
 ]
 
 

@@ -73,7 +73,7 @@ def some_windows() -> st.SearchStrategy[tuple[Window, ...]]:
     return st.lists(one, min_size=1, max_size=3).map(tuple)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(around=st.sampled_from(AROUND), chosen=some_windows())
 def test_a_schedule_is_what_a_look_at_every_minute_says(
     around: tuple[str, datetime], chosen: tuple[Window, ...]

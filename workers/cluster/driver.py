@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
@@ -98,6 +99,10 @@ class Pod:
     is_ready: bool
     """It has answered its readiness probe, and is not being stopped."""
     is_terminating: bool
+    ended_at: datetime | None = None
+    """By its machine's clock, a moment between the last end of its program and the next start: no process from before
+    runs any more.
+    """
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
@@ -87,6 +88,7 @@ class LocalPod:
         self.is_ready = False
         self.is_gone = False
         self.trouble: Trouble | None = None
+        self.ended_at: datetime | None = None
         self._session = session
         self._limits = limits
         self._changed = changed
@@ -112,6 +114,7 @@ class LocalPod:
             address=self.address,
             is_ready=self.is_ready and not self.is_terminating,
             is_terminating=self.is_terminating,
+            ended_at=self.ended_at,
         )
 
     def stop(self) -> None:
@@ -162,6 +165,9 @@ class LocalPod:
         work = self.folder / WORK
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._keep(boot_id=process.boot_id(), port=_free_port())
+        if self.ended_at is not None:
+            # Anew: should the clock have been set back since, the process that begins now knows that too.
+            self.ended_at = datetime.now(UTC)
         environment = {
             "PATH": PATH,
             "LANG": "C.UTF-8",
@@ -184,6 +190,7 @@ class LocalPod:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+        self.ended_at = datetime.now(UTC)
         if not self.is_terminating:
             await self._recover(Trouble(Reason.CRASH_LOOP, self._last_words(code)))
 

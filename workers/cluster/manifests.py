@@ -195,6 +195,9 @@ def _pod(wanted: Wanted, layout: Layout) -> Manifest:
         "serviceAccountName": names.name(wanted.workflow_id),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        # So that it isn't the first process: that one is deaf to SIGTERM until it says otherwise, and a pod that is
+        # stopped while it loads would stay for its whole grace period.
+        "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": layout.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,

@@ -7,6 +7,7 @@ says why no pod of it comes up.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from ipaddress import IPv6Address, ip_address
 
 from workers.cluster.driver import Observed, Pod, Reason, Trouble
@@ -29,14 +30,22 @@ _WAITING = {
 def observed(
     workflow_id: str, deployment: Manifest | None, pods: Iterable[Manifest], *, port: int
 ) -> Observed:
-    """Return what a workflow's Deployment, None where it has none, and its pods amount to."""
+    """Return what a workflow's Deployment, None where it has none, and its pods amount to.
+
+    Pods that have ended for good, such as evicted ones, are listed long after others have taken their place: they count
+    as the reason why none has.
+    """
     listed = list(pods)
-    seen = tuple(_pod(pod, port) for pod in listed)
+    live = [pod for pod in listed if not _has_ended(pod)]
+    seen = tuple(_pod(pod, port) for pod in live)
     if deployment is None:
         return Observed(workflow_id, exists=False, pods=seen)
     metadata, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
     annotations = metadata.get("annotations") or {}
     generation = annotations.get(GENERATION_ANNOTATION, "")
+    trouble = _trouble_of_pods(live) or _trouble_of_deployment(status)
+    if trouble is None and not any(pod.is_ready for pod in seen):
+        trouble = _trouble_of_pods(listed)
     return Observed(
         workflow_id,
         exists="deletionTimestamp" not in metadata,
@@ -46,7 +55,7 @@ def observed(
         definition_hash=annotations.get(DEFINITION_ANNOTATION),
         is_current=(status.get("observedGeneration") or 0) >= metadata.get("generation", 0),
         pods=seen,
-        trouble=_trouble_of_pods(listed) or _trouble_of_deployment(status),
+        trouble=trouble,
     )
 
 
@@ -71,7 +80,32 @@ def _pod(pod: Manifest, port: int) -> Pod:
         # For its whole grace period a pod that ends goes on saying that it is ready.
         is_ready=is_ready and bool(address) and not is_terminating,
         is_terminating=is_terminating,
+        ended_at=_ended_at(pod),
     )
+
+
+def _has_ended(pod: Manifest) -> bool:
+    return (pod.get("status") or {}).get("phase") in {"Failed", "Succeeded"}
+
+
+def _ended_at(pod: Manifest) -> datetime | None:
+    """Return when a container was started again, or has ended: by then, nothing of before was left.
+
+    Of the two the start counts: should the machine's clock have been set back in between, its process knows that too.
+    """
+    moments: list[str] = []
+    for one in _container_statuses(pod):
+        state, last = one.get("state") or {}, one.get("lastState") or {}
+        if "running" not in state:
+            moments += [ended["finishedAt"] for ended in (_end(state), _end(last)) if ended.get("finishedAt")]
+        elif _end(last) and state["running"].get("startedAt"):
+            moments.append(state["running"]["startedAt"])
+    return max(map(datetime.fromisoformat, moments), default=None)
+
+
+def _end(state: Manifest) -> Manifest:
+    ended: Manifest = state.get("terminated") or {}
+    return ended
 
 
 def _url(address: str, port: int) -> str:
@@ -114,16 +148,17 @@ def _trouble_of_status(pod: Manifest) -> Trouble | None:
 def _trouble_of_containers(statuses: Sequence[Manifest]) -> Trouble | None:
     for one in statuses:
         state, last = one.get("state") or {}, one.get("lastState") or {}
-        ended = state.get("terminated") or last.get("terminated") or {}
+        ended = _end(state) or _end(last)
         is_up = "running" in state and one.get("ready", False)
         if ended.get("reason") == "OOMKilled" and not is_up:
             return Trouble(Reason.OUT_OF_MEMORY, "The pod used more memory than it is granted")
         waiting = state.get("waiting") or {}
         reason = _WAITING.get(waiting.get("reason", ""))
-        if reason is Reason.CRASH_LOOP or ("terminated" in state and ended.get("exitCode")):
-            return Trouble(Reason.CRASH_LOOP, _last_words(ended))
-        if reason is not None:
+        if reason not in {None, Reason.CRASH_LOOP}:
             return Trouble(reason, f"{waiting['reason']}: {waiting.get('message') or 'no details given'}")
+        # Between two crashes it runs for a moment: until it is ready, its last end is what is known of it.
+        if reason is Reason.CRASH_LOOP or (ended.get("exitCode") and not is_up):
+            return Trouble(Reason.CRASH_LOOP, _last_words(ended))
     return None
 
 

@@ -11,7 +11,10 @@ from models.lifecycle import StoppedReason
 from workers.deployer.rows import Sighting, last_sighting
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from models.deployment import Deployment
+    from models.pod_processes import PodProcess
     from workers.cluster.driver import Observed
 
 
@@ -43,12 +46,28 @@ def step(deployment: Deployment, observed: Observed, *, is_applied: bool) -> Ste
     return Step.NONE if observed.replicas == deployment.replicas else Step.SCALE
 
 
-def sighting(deployment: Deployment, observed: Observed, *, now: datetime, start_time: timedelta) -> Sighting:
-    """Return what is to be stored of what is deployed, once everything was done that was to be done."""
+def sighting(
+    deployment: Deployment,
+    observed: Observed,
+    *,
+    now: datetime,
+    start_time: timedelta,
+    applied_at: datetime | None,
+) -> Sighting:
+    """Return what is to be stored of what is deployed, once everything was done that was to be done.
+
+    `applied_at` is when the deployer has last asked for such pods.
+    """
     state = _state(deployment, observed)
+    definition_hash = _definition_of(observed) or deployment.observed_definition_hash
     reason = observed.trouble.message if observed.trouble is not None else None
-    if state is Stored.STARTING and _is_overdue(deployment, now=now, start_time=start_time):
-        state = Stored.FAILED
+    if state is Stored.STARTING:
+        is_overdue = _is_late_to_start(deployment, now=now, start_time=start_time)
+        state = Stored.FAILED if is_overdue else state
+    elif state is Stored.RUNNING and definition_hash != deployment.definition_hash:
+        is_overdue = _is_late_to_be_replaced(deployment, applied_at, now=now, start_time=start_time)
+        state = Stored.OUTDATED if is_overdue else state
+    if state in {Stored.FAILED, Stored.OUTDATED}:
         reason = reason or f"No pod was ready within {start_time.total_seconds():g} seconds"
     if state is Stored.STOPPED and deployment.stopped_reason == StoppedReason.FAILED:
         reason = deployment.observed_reason
@@ -57,9 +76,20 @@ def sighting(deployment: Deployment, observed: Observed, *, now: datetime, start
         observed_generation=deployment.generation,
         observed_replicas=observed.replicas,
         ready_replicas=len(observed.ready_pods),
-        observed_definition_hash=_definition_of(observed) or deployment.observed_definition_hash,
+        observed_definition_hash=definition_hash,
         observed_reason=reason,
+        ready_addresses=tuple(sorted(pod.address for pod in observed.ready_pods if pod.address is not None)),
     )
+
+
+def gone(processes: Collection[PodProcess], observed: Observed) -> Collection[PodProcess]:
+    """Return those, known before the pods were observed, that run no more: what they held is nobody's."""
+    ended_at = {pod.name: pod.ended_at for pod in observed.pods}
+    return [
+        process
+        for process in processes
+        if process.pod not in ended_at or _has_ended(process, ended_at[process.pod])
+    ]
 
 
 def unknown(deployment: Deployment, reason: str) -> Sighting:
@@ -105,20 +135,38 @@ def is_settled(deployment: Deployment, seen: Sighting) -> bool:
     return seen.observed is Stored.RUNNING and seen.observed_definition_hash == deployment.definition_hash
 
 
+def _has_ended(process: PodProcess, last_end_at: datetime | None) -> bool:
+    return last_end_at is not None and process.started_at < last_end_at
+
+
 def _state(deployment: Deployment, observed: Observed) -> Stored:
     if deployment.replicas == 0:
         return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
     return Stored.RUNNING if observed.is_ready else Stored.STARTING
 
 
-def _is_overdue(deployment: Deployment, *, now: datetime, start_time: timedelta) -> bool:
+def _is_late_to_start(deployment: Deployment, *, now: datetime, start_time: timedelta) -> bool:
     """Tell whether pods have had their time to become ready, since they were wanted or since the last one was."""
-    if deployment.observed == Stored.FAILED and deployment.observed_generation == deployment.generation:
+    if _was_seen(deployment, Stored.FAILED):
         return True
     since = deployment.updated_at
     if deployment.observed_at is not None:
         since = max(since, deployment.observed_at if deployment.observed == Stored.STARTING else now)
     return now - since > start_time
+
+
+def _is_late_to_be_replaced(
+    deployment: Deployment, applied_at: datetime | None, *, now: datetime, start_time: timedelta
+) -> bool:
+    """Tell whether pods that are to replace others have had their time."""
+    if _was_seen(deployment, Stored.OUTDATED):
+        return True
+    return now - max(deployment.updated_at, applied_at or now) > start_time
+
+
+def _was_seen(deployment: Deployment, state: Stored) -> bool:
+    """Tell whether it was so when it was looked at last, and nothing else was wanted since."""
+    return deployment.observed == state and deployment.observed_generation == deployment.generation
 
 
 def _definition_of(observed: Observed) -> str | None:

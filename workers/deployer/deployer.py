@@ -6,7 +6,7 @@ It hears of changes by messages and by the cluster, and looks for itself besides
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
-from journal import decisions
-from messages import deployments
+from journal import decisions, pod_leases
+from messages import deployments, hints
 from messages.broker import BrokerUnavailable
 from messages.deployments import DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
@@ -35,9 +35,13 @@ from workers.deployer import comparison, rows
 from workers.deployer.comparison import Step
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from journal.store import Store
     from messages.broker import Broker
     from models.database import Database
     from models.deployment import Deployment
+    from models.pod_processes import PodProcess
     from workers.cluster.driver import Driver, Observed
     from workers.deployer.rows import Found, Sighting
     from workers.deployer.settings import DeployerSettings
@@ -65,6 +69,7 @@ async def leave(driver: Driver) -> None:
 async def deploying(
     settings: DeployerSettings,
     database: Database,
+    store: Store,
     broker: Broker,
     open_driver: OpenDriver,
     *,
@@ -72,7 +77,7 @@ async def deploying(
     close_driver: CloseDriver = leave,
 ) -> AsyncIterator[Deployer]:
     """Look after deployments as long as the context lasts; the cluster is opened once there is one."""
-    deployer = Deployer(settings, database, broker, open_driver, command=command)
+    deployer = Deployer(settings, database, store, broker, open_driver, command=command)
     await deployer.start()
     try:
         yield deployer
@@ -89,6 +94,7 @@ class Deployer:
         self,
         settings: DeployerSettings,
         database: Database,
+        store: Store,
         broker: Broker,
         open_driver: OpenDriver,
         *,
@@ -98,6 +104,7 @@ class Deployer:
         self.name = "local" if settings.cluster == "local" else ids.new("deployer")
         self._settings = settings
         self._database = database
+        self._store = store
         self._broker = broker
         self._open_driver = open_driver
         self._command = tuple(command)
@@ -105,8 +112,8 @@ class Deployer:
         self._queued: set[str] = set()
         self._in_hand: set[str] = set()
         self._again: set[str] = set()
-        self._applied: set[str] = set()
-        """What was applied by this process: others may have done so with other settings."""
+        self._applied: dict[str, datetime] = {}
+        """What was applied by this process, and when last: others may have done so with other settings."""
         self._driver: Driver | None = None
         self._opening = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -238,7 +245,10 @@ class Deployer:
                 found = await rows.find(self._database, workflow_id)
         try:
             driver = await self._cluster()
+            # Read before the pods are: whoever holds a run by then, and isn't found among them, is gone.
+            holders = await pod_leases.holders(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
+            await self._take_back(workflow_id, comparison.gone(holders, observed))
             if found is None:
                 return await self._remove_unknown(driver, observed)
             if self._step(found.deployment, observed) is not Step.NONE:
@@ -256,7 +266,13 @@ class Deployer:
 
     def _sighting(self, found: Found, observed: Observed) -> Sighting:
         start_time = timedelta(seconds=self._settings.start_seconds)
-        return comparison.sighting(found.deployment, observed, now=found.now, start_time=start_time)
+        return comparison.sighting(
+            found.deployment,
+            observed,
+            now=found.now,
+            start_time=start_time,
+            applied_at=self._applied.get(found.deployment.workflow_id),
+        )
 
     async def _act(self, driver: Driver, workflow_id: str) -> bool:
         """Do what is to be done, unless another deployer is at it."""
@@ -286,7 +302,7 @@ class Deployer:
             ):
                 return
             await driver.apply(await self._wanted(found))
-            self._applied.add(workflow_id)
+            self._applied[workflow_id] = found.now
         elif step is Step.SCALE:
             try:
                 await driver.scale(workflow_id, deployment.replicas)
@@ -308,10 +324,12 @@ class Deployer:
         return await self._note(found.deployment, self._sighting(found, observed))
 
     async def _delete(self, driver: Driver, deployment: Deployment) -> bool:
+        holders = await pod_leases.holders(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
-        self._applied.discard(deployment.workflow_id)
+        self._applied.pop(deployment.workflow_id, None)
         if is_gone:
             log.info("deployment removed", workflow_id=deployment.workflow_id)
+            await self._take_back(deployment.workflow_id, holders)
         return await self._note(deployment, comparison.undeployed(deployment, is_gone=is_gone))
 
     async def _remove_unknown(self, driver: Driver, observed: Observed) -> bool:
@@ -320,6 +338,14 @@ class Deployer:
             return True
         log.warning("deployment without a row removed", workflow_id=observed.workflow_id)
         return await driver.delete(observed.workflow_id)
+
+    async def _take_back(self, workflow_id: str, gone: Collection[PodProcess]) -> None:
+        """Have what processes that are gone have held go on elsewhere, without waiting for the ends of their leases."""
+        if gone and await pod_leases.take_back(self._store, workflow_id, gone):
+            with suppress(BrokerUnavailable):  # pods and workers look for themselves
+                await self._broker.announce({workflow_id: ""})
+            # Of what is deployed no more, runs are any worker's.
+            await hints.wake(self._broker)
 
     async def _wanted(self, found: Found) -> Wanted:
         deployment, secret = found.deployment, self._settings.secret
@@ -346,7 +372,7 @@ class Deployer:
 
     async def _note(self, deployment: Deployment, sighting: Sighting) -> bool:
         """Store what was seen, and tell whoever waits; False where it is to be looked at again soon."""
-        is_left_to_sweeps = sighting.observed in {Stored.FAILED, Stored.UNKNOWN}
+        is_left_to_sweeps = sighting.observed in {Stored.FAILED, Stored.OUTDATED, Stored.UNKNOWN}
         is_done = is_left_to_sweeps or comparison.is_settled(deployment, sighting)
         if sighting == rows.last_sighting(deployment):
             return is_done

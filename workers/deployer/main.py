@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import uvloop
 
+from journal.opening import open_store
 from messages import broker as brokers
 from models import database as databases
 from models import heartbeat, migrating
@@ -45,10 +46,13 @@ async def _serve(settings: DeployerSettings) -> None:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
+        store = await open_store(database.url, connections=1)
+        stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
+        to_cluster = partial(open_driver, settings)
         await stack.enter_async_context(
-            deploying(settings, database, broker, partial(open_driver, settings), command=command(settings))
+            deploying(settings, database, store, broker, to_cluster, command=command(settings))
         )
         gc.collect()
         gc.freeze()

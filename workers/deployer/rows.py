@@ -29,7 +29,10 @@ HELD_SECONDS: Final = 15
 both do the same.
 """
 BATCH_DEPLOYMENTS: Final = 1_000
-_UNSETTLED: Final = (Observed.ABSENT, Observed.STARTING, Observed.STOPPING, Observed.FAILED, Observed.UNKNOWN)
+_UNSETTLED: Final = (
+    *(Observed.ABSENT, Observed.STARTING, Observed.STOPPING),
+    *(Observed.FAILED, Observed.OUTDATED, Observed.UNKNOWN),
+)
 
 
 class PodResources(msgspec.Struct, rename="camel"):
@@ -57,6 +60,7 @@ class Sighting:
     ready_replicas: int = 0
     observed_definition_hash: str | None = None
     observed_reason: str | None = None
+    ready_addresses: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ def last_sighting(deployment: Deployment) -> Sighting:
         deployment.ready_replicas,
         deployment.observed_definition_hash,
         deployment.observed_reason,
+        tuple(deployment.ready_addresses),
     )
 
 

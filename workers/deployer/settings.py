@@ -62,6 +62,11 @@ class DeployerSettings(ExecutionSettings, Settings):
         le=3_600,
         description="How long runs may take to end when a pod stops, before they are handed over.",
     )
+    local_pod_orphan_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        description="A local pod ends itself once its gateway was away, or has refused it, for so long.",
+    )
     start_seconds: float = Field(
         default=120.0, gt=0, description="A deployment has failed that has no ready pod after so long."
     )
@@ -101,6 +106,9 @@ class DeployerSettings(ExecutionSettings, Settings):
             "outbound_allowed_networks": ",".join(map(str, self.outbound_allowed_networks)),
             "log_level": self.log_level,
         }
+        if self.cluster == "local":
+            # Where nothing else would ever end it; on Kubernetes a pod ends with its Deployment, and waits till then.
+            given["runner_orphan_seconds"] = self.local_pod_orphan_seconds
         return {f"PILOTFLAME_{name.upper()}": str(value) for name, value in given.items()}
 
     def check_for_production(self) -> None:

@@ -34,6 +34,7 @@ def upgrade() -> None:
 
     _create_audit_trail()
     _create_deployments()
+    _create_intake()
     if op.get_bind().dialect.name == "postgresql":
         _tune_postgresql()
 
@@ -185,6 +186,69 @@ def _create_workflows() -> None:
         sa.PrimaryKeyConstraint("organization_id", "tag", "workflow_id"),
     )
     op.create_table(
+        "workflow_trigger",
+        sa.Column("workflow_id", IDENTIFIER, nullable=False),
+        sa.Column("node_id", IDENTIFIER, nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("config", sa.Text(), nullable=False),
+        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["workflow_id"],
+            ["workflow.id"],
+        ),
+        sa.PrimaryKeyConstraint("workflow_id", "node_id"),
+    )
+    op.create_table(
+        "workflow_trigger_match",
+        sa.Column("workflow_id", IDENTIFIER, nullable=False),
+        sa.Column("node_id", IDENTIFIER, nullable=False),
+        sa.Column("pattern", IDENTIFIER, nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.ForeignKeyConstraint(
+            ["workflow_id"],
+            ["workflow.id"],
+        ),
+        sa.PrimaryKeyConstraint("workflow_id", "node_id", "pattern"),
+    )
+    op.create_index(
+        "ix_workflow_trigger_match_pattern",
+        "workflow_trigger_match",
+        ["organization_id", "pattern"],
+        unique=False,
+    )
+    op.create_table(
+        "schedule",
+        sa.Column("workflow_id", IDENTIFIER, nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("node_id", IDENTIFIER, nullable=False),
+        sa.Column("timing_hash", sa.String(), nullable=False),
+        sa.Column("anchor_at", sa.BigInteger(), nullable=False),
+        sa.Column("planned_at", sa.BigInteger(), nullable=False),
+        sa.Column("next_run_at", sa.BigInteger(), nullable=True),
+        sa.Column("due_at", sa.BigInteger(), nullable=True),
+        sa.Column("last_run_at", sa.BigInteger(), nullable=True),
+        sa.Column("last_execution_id", IDENTIFIER, nullable=True),
+        sa.Column("passed_at", sa.BigInteger(), nullable=True),
+        sa.Column("passed_reason", sa.String(), nullable=True),
+        sa.Column("problem", sa.Text(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["workflow_id"],
+            ["workflow.id"],
+        ),
+        sa.PrimaryKeyConstraint("workflow_id"),
+    )
+    op.create_index(
+        "ix_schedule_due",
+        "schedule",
+        ["due_at"],
+        unique=False,
+        postgresql_where=sa.text("due_at IS NOT NULL"),
+        sqlite_where=sa.text("due_at IS NOT NULL"),
+    )
+    op.create_table(
         "workflow_version",
         sa.Column("workflow_id", IDENTIFIER, nullable=False),
         sa.Column("version", sa.Integer(), nullable=False),
@@ -276,6 +340,14 @@ def _create_runs() -> None:
         sqlite_where=sa.text("status = 'running'"),
     )
     op.create_index(
+        "ix_execution_failed",
+        "execution",
+        ["workflow_id", "ended_at"],
+        unique=False,
+        postgresql_where=sa.text("status = 'failed'"),
+        sqlite_where=sa.text("status = 'failed'"),
+    )
+    op.create_index(
         "ix_execution_waiting",
         "execution",
         ["due_at"],
@@ -286,7 +358,7 @@ def _create_runs() -> None:
     op.create_index(
         "ix_execution_deferred",
         "execution",
-        ["target"],
+        ["target", "organization_id", "workflow_id"],
         unique=False,
         postgresql_where=sa.text("status = 'waiting' AND started_at IS NULL"),
         sqlite_where=sa.text("status = 'waiting' AND started_at IS NULL"),
@@ -563,6 +635,7 @@ def _create_deployments() -> None:
         sa.Column("observed", sa.String(), nullable=False),
         sa.Column("observed_replicas", sa.Integer(), nullable=False),
         sa.Column("ready_replicas", sa.Integer(), nullable=False),
+        sa.Column("ready_addresses", sa.Text(), nullable=False),
         sa.Column("observed_definition_hash", IDENTIFIER, nullable=True),
         sa.Column("observed_generation", sa.BigInteger(), nullable=False),
         sa.Column("observed_reason", sa.String(), nullable=True),
@@ -612,6 +685,119 @@ def _create_deployments() -> None:
         sa.UniqueConstraint("hash", name="uq_deployment_token_hash"),
     )
     op.create_index("ix_deployment_token_workflow", "deployment_token", ["workflow_id"], unique=False)
+
+
+def _create_intake() -> None:
+    """Create what arrives, and the tokens of those who send it."""
+    op.create_table(
+        "delivery",
+        sa.Column("id", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("workflow_id", IDENTIFIER, nullable=True),
+        sa.Column("user_id", IDENTIFIER, nullable=False),
+        sa.Column("route", sa.String(), nullable=False),
+        sa.Column("sender", sa.String(), nullable=False),
+        sa.Column("content_hash", IDENTIFIER, nullable=False),
+        sa.Column("content_bytes", sa.Integer(), nullable=False),
+        sa.Column("outcome", sa.String(), nullable=False),
+        sa.Column("status", sa.SmallInteger(), nullable=False),
+        sa.Column("reason", sa.String(), nullable=True),
+        sa.Column("execution_id", IDENTIFIER, nullable=True),
+        sa.Column("event_id", IDENTIFIER, nullable=True),
+        sa.Column("answer", sa.Text(), nullable=True),
+        sa.Column("payload", sa.Text(), nullable=True),
+        sa.Column("redriven_from", IDENTIFIER, nullable=True),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_delivery_workflow", "delivery", ["workflow_id", "created_at"], unique=False)
+    op.create_index("ix_delivery_organization", "delivery", ["organization_id", "created_at"], unique=False)
+    op.create_index(
+        "ix_delivery_execution",
+        "delivery",
+        ["execution_id"],
+        unique=False,
+        postgresql_where=sa.text("execution_id IS NOT NULL"),
+        sqlite_where=sa.text("execution_id IS NOT NULL"),
+    )
+    op.create_table(
+        "event",
+        sa.Column("id", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("user_id", IDENTIFIER, nullable=False),
+        sa.Column("event_type", IDENTIFIER, nullable=False),
+        sa.Column("source", sa.String(), nullable=False),
+        sa.Column("data", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("told_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_event_organization", "event", ["organization_id", "created_at"], unique=False)
+    op.create_index("ix_event_type", "event", ["organization_id", "event_type", "created_at"], unique=False)
+    op.create_index(
+        "ix_event_untold",
+        "event",
+        ["created_at"],
+        unique=False,
+        postgresql_where=sa.text("told_at IS NULL"),
+        sqlite_where=sa.text("told_at IS NULL"),
+    )
+    op.create_table(
+        "event_wait",
+        sa.Column("execution_id", IDENTIFIER, nullable=False),
+        sa.Column("node_id", IDENTIFIER, nullable=False),
+        sa.Column("iteration", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("pattern", IDENTIFIER, nullable=False),
+        sa.Column("condition", sa.Text(), nullable=True),
+        sa.Column("given", sa.Text(), nullable=False),
+        sa.Column("since", sa.BigInteger(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("execution_id", "node_id", "iteration"),
+    )
+    op.create_index("ix_event_wait_pattern", "event_wait", ["organization_id", "pattern"], unique=False)
+    op.create_table(
+        "intake_token",
+        sa.Column("id", IDENTIFIER, nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("workflow_id", IDENTIFIER, nullable=True),
+        sa.Column("user_id", IDENTIFIER, nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("hash", IDENTIFIER, nullable=False),
+        sa.Column("hint", sa.String(), nullable=False),
+        sa.Column("providers", sa.String(), nullable=False),
+        sa.Column("sealed", sa.LargeBinary(), nullable=True),
+        sa.Column("secret_id", IDENTIFIER, nullable=True),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=True),
+        sa.Column("revoked_at", sa.BigInteger(), nullable=True),
+        sa.Column("last_used_at", sa.BigInteger(), nullable=True),
+        sa.ForeignKeyConstraint(["organization_id"], ["organization.id"]),
+        sa.ForeignKeyConstraint(["workflow_id"], ["workflow.id"]),
+        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"]),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("hash", name="uq_intake_token_hash"),
+    )
+    op.create_index("ix_intake_token_organization", "intake_token", ["organization_id", "kind"], unique=False)
+    op.create_index("ix_intake_token_workflow", "intake_token", ["workflow_id"], unique=False)
+    op.create_index("ix_intake_token_secret", "intake_token", ["secret_id"], unique=False)
+    op.create_table(
+        "intake_sample",
+        sa.Column("route", sa.String(), nullable=False),
+        sa.Column("slot", sa.SmallInteger(), nullable=False),
+        sa.Column("organization_id", IDENTIFIER, nullable=True),
+        sa.Column("workflow_id", IDENTIFIER, nullable=True),
+        sa.Column("reason", sa.String(), nullable=False),
+        sa.Column("content_bytes", sa.Integer(), nullable=False),
+        sa.Column("shape", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("route", "slot"),
+    )
 
 
 def _tune_postgresql() -> None:

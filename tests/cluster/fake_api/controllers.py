@@ -113,7 +113,8 @@ class Controllers:
             return
         digest = hashlib.sha256(json.dumps(spec["template"], sort_keys=True).encode()).hexdigest()[:10]
         current = [pod for pod in live if pod["metadata"]["labels"][HASH_LABEL] == digest]
-        others = [pod for pod in live if pod not in current]
+        # Of those that are to be replaced, the ones that don't work go first.
+        others = sorted((pod for pod in live if pod not in current), key=lambda pod: not _is_ready(pod))
         failure = self._make(deployment, digest, spec["replicas"] - len(current), len(live))
         replaced = sum(_is_ready(pod) for pod in current)
         for pod in current[spec["replicas"] :] + others[max(0, spec["replicas"] - replaced) :]:

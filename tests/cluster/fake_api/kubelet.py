@@ -40,6 +40,9 @@ class Node:
     cpu_millicores: float = 4_000
     pod_quota: int | None = None
     restart_seconds: float = 0.3
+    probe_seconds: float = 0.03
+    path: str = "/usr/local/bin:/usr/bin:/bin"
+    """Where commands are looked for."""
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(os.getpid() * 64))
     """Of addresses: those of two test processes should not meet."""
 
@@ -71,6 +74,7 @@ class Kubelet:
         self._process: asyncio.subprocess.Process | None = None
         self._address = node.address()
         self._restarts = 0
+        self._running: Json = {}
         self._last: Json = {}
         self._task = asyncio.create_task(self._live())
 
@@ -130,7 +134,8 @@ class Kubelet:
         environment = self._environment()
         self.has_started = True
         if not self._node.runs_commands:
-            self._show({"running": {"startedAt": now()}}, is_ready=True)
+            self._running = {"running": {"startedAt": now()}}
+            self._show(self._running, is_ready=True)
             await self._stop.wait()
             return
         command = [_expanded(part, environment) for part in self._container.get("command") or ()]
@@ -152,6 +157,7 @@ class Kubelet:
 
     async def _process_ended(self, command: list[str], environment: dict[str, str], folder: str) -> int:
         """Run the command until it ends or is stopped, and return its exit code."""
+        self._running = {"running": {"startedAt": now()}}
         process = await asyncio.create_subprocess_exec(
             *command,
             env=environment,
@@ -161,7 +167,7 @@ class Kubelet:
             start_new_session=True,
         )
         self._process = process
-        self._show({"running": {"startedAt": now()}})
+        self._show(self._running)
         helpers = [
             asyncio.create_task(step)
             for step in (self._read_log(process), self._probe(), self._drain(process))
@@ -191,7 +197,7 @@ class Kubelet:
     async def _probe(self) -> None:
         probe = (self._container.get("readinessProbe") or {}).get("httpGet")
         if probe is None:
-            self._show({"running": {"startedAt": now()}}, is_ready=True)
+            self._show(self._running, is_ready=True)
             return
         ports = {port.get("name"): port["containerPort"] for port in self._container.get("ports") or ()}
         url = f"http://{self._address}:{ports.get(probe['port'], probe['port'])}{probe['path']}"
@@ -203,13 +209,13 @@ class Kubelet:
                     async with session.get(url) as response:
                         is_ready = response.ok
                 if not self._stop.is_set():
-                    self._show({"running": {"startedAt": now()}}, is_ready=is_ready)
-                await asyncio.sleep(0.03)
+                    self._show(self._running, is_ready=is_ready)
+                await asyncio.sleep(self._node.probe_seconds)
 
     def _environment(self) -> dict[str, str]:
         """Return the container's variables, each of which may name those before it."""
         given: dict[str, str] = {
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "PATH": self._node.path,
             "HOSTNAME": self._pod["metadata"]["name"],
         }
         for variable in self._container.get("env") or ():

@@ -1,0 +1,20 @@
+"""What comes back from a call over HTTP, read whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bridge.errors import Refused
+
+if TYPE_CHECKING:
+    import aiohttp
+
+
+async def whole(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Return the body of an answer, in however many pieces that comes; raises `Refused` for one that never ends."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > max_bytes:
+            raise Refused(f"The answer has more than {max_bytes:,} bytes")
+    return bytes(body)

@@ -1,0 +1,172 @@
+"""The one call that the bridge makes to Pilotflame, and what comes of it as errors that say what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from io import BytesIO
+from typing import TYPE_CHECKING, Final, Literal
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+
+from bridge.answers import whole
+from bridge.errors import ContentRefused, Refused, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bridge.settings import BridgeSettings
+    from bridge.source import Message
+
+CALL_SECONDS: Final = 15.0
+CONNECT_SECONDS: Final = 5.0
+MAX_PART_BYTES: Final = 4_000_000
+"""Messages that are sent at once have no more bytes; one alone may have."""
+MAX_ANSWER_BYTES: Final = 4_000_000
+SUCCESS: Final = range(200, 300)
+CONFLICT: Final = 409
+TOO_LARGE: Final = 413
+FOR_NOW: Final = frozenset({408, 425, 429})
+FIRST_SERVER_ERROR: Final = 500
+NO_PLACE: Final = "concurrency-limit"
+"""The refusal of one message that may be taken in later."""
+INVALID: Final = "validation-failed"
+ABOUT_CONTENT: Final = frozenset(
+    {
+        "malformed-json",
+        "duplicate-key",
+        "not-finite",
+        "number-too-long",
+        "lone-surrogate",
+        "nul-character",
+        "too-deep",
+        "payload-too-large",
+    }
+)
+"""Codes of a refusal for which a message is to blame: for any other, none of them may be given up."""
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """Why something was refused."""
+
+    code: str = ""
+    message: str = ""
+
+
+class Answer(msgspec.Struct, frozen=True, rename="camel"):
+    """What has become of one message."""
+
+    status: Literal["accepted", "duplicate", "refused"]
+    execution_id: str | None = None
+    error: Reason | None = None
+
+
+class _Answers(msgspec.Struct):
+    results: list[Answer]
+
+
+class _Detail(msgspec.Struct):
+    path: str = ""
+
+
+class _Explained(Reason, frozen=True):
+    details: list[_Detail] = []
+
+    @property
+    def is_about_content(self) -> bool:
+        """Tell whether a message is to blame; a graph that can't run is said to be invalid by the same code."""
+        if self.code == INVALID:
+            return all(detail.path.startswith("messages") for detail in self.details)
+        return self.code in ABOUT_CONTENT
+
+
+class _Refusal(msgspec.Struct):
+    error: _Explained
+
+
+class _Sent(msgspec.Struct, rename="camel", omit_defaults=True):
+    message: msgspec.Raw
+    deduplication_id: str
+    source: str
+    priority: int | None = None
+
+
+class Gateway:
+    """A workflow's queue trigger."""
+
+    def __init__(self, settings: BridgeSettings) -> None:
+        workflow = quote(settings.bridge_workflow, safe="")
+        self._url = f"{settings.url.rstrip('/')}/api/v1/workflows/{workflow}/enqueue-batch"
+        self._session = aiohttp.ClientSession(
+            headers={"X-API-Key": settings.api_key.get_secret_value(), "Content-Type": "application/json"},
+            timeout=aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=CONNECT_SECONDS),
+            trust_env=False,
+        )
+
+    async def enqueue(self, messages: Sequence[Message], *, source: str) -> Sequence[Answer]:
+        """Hand messages over, and return what has become of each; all are answered, or nothing is known.
+
+        Raises `Unavailable`, `Refused` and `ContentRefused`.
+        """
+        sent = [_Sent(msgspec.Raw(one.body), one.deduplication_id, source, one.priority) for one in messages]
+        status, headers, text = await self._post(msgspec.json.encode({"messages": sent}))
+        if status not in SUCCESS:
+            raise _refusal(status, headers, text)
+        try:
+            answers = msgspec.json.decode(text, type=_Answers).results
+        except msgspec.DecodeError as error:
+            raise Refused(f"What answers at {self._url} is not Pilotflame") from error
+        if len(answers) != len(messages):
+            raise Refused(f"The gateway has answered {len(answers)} of {len(messages)} messages")
+        if any(one.error is not None and one.error.code == NO_PLACE for one in answers):
+            # Those that were taken in meanwhile are known when they come again.
+            raise Unavailable("As many runs of the workflow go on as its settings allow")
+        return answers
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._session.close()
+
+    async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        try:
+            async with self._session.post(
+                self._url,
+                data=BytesIO(body),
+                allow_redirects=False,
+                # Where the gateway takes no bodies as large as this one, it says so before it is sent.
+                expect100=len(body) > MAX_PART_BYTES,
+            ) as response:
+                return response.status, response.headers, await whole(response, MAX_ANSWER_BYTES)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"The gateway did not answer: {error or type(error).__name__}") from error
+
+
+def _refusal(status: int, headers: Mapping[str, str], text: bytes) -> Exception:
+    try:
+        reason = msgspec.json.decode(text, type=_Refusal).error
+    except msgspec.DecodeError:
+        reason = _Explained("", "The answer is none of Pilotflame's")
+    said = f"{reason.message} ({status} {reason.code})".replace(" )", ")")
+    if status == TOO_LARGE or reason.is_about_content:
+        return ContentRefused(reason.code or "payload-too-large", said)
+    # A workflow that is not active now may be so again: its messages are safest where they are.
+    if status in FOR_NOW or status == CONFLICT or status >= FIRST_SERVER_ERROR:
+        return Unavailable(
+            f"The gateway would not: {said}", retry_after_seconds=_seconds(headers.get("Retry-After"))
+        )
+    return Refused(f"The gateway refuses it: {said}")
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Return what `Retry-After` says, in either of its forms; 0 where it says nothing."""
+    if retry_after is None:
+        return 0.0
+    if retry_after.isdecimal():
+        return float(retry_after)
+    with suppress(ValueError):
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
+    return 0.0

@@ -1,0 +1,67 @@
+"""The bridge's process: everything it is made of, in one screen."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+
+import structlog
+import uvloop
+
+from bridge.gateway import Gateway
+from bridge.settings import BridgeSettings, RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
+from bridge.source import Source
+from bridge.transfer import Transfer
+from models import heartbeat
+
+log = structlog.get_logger()
+
+
+def serve(settings: BridgeSettings) -> None:
+    """Run until told to stop; raises `Refused` for what an operator must mend first."""
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: BridgeSettings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        source = open_source(settings)
+        stack.push_async_callback(source.close)
+        gateway = Gateway(settings)
+        stack.push_async_callback(gateway.close)
+        transfer = Transfer(
+            source,
+            gateway,
+            stop,
+            on_refused=settings.bridge_on_refused,
+            batch=settings.bridge_batch,
+            wait_seconds=settings.bridge_wait_seconds,
+            hold_seconds=settings.bridge_hold_seconds,
+        )
+        log.info("bridge begins", source=source.label, workflow_id=settings.bridge_workflow)
+        try:
+            await transfer.run()
+        finally:
+            log.info("bridge stops", accepted=transfer.accepted, duplicates=transfer.duplicates)
+
+
+def open_source(settings: BridgeSettings) -> Source:
+    """Return the source that settings are for, which is first asked when messages are taken."""
+    match settings:
+        case RedisBridgeSettings():
+            from bridge.redis_stream import RedisStream  # noqa: PLC0415 - each source loads a client of its own
+
+            return RedisStream(settings)
+        case SqsBridgeSettings():
+            from bridge.sqs import SqsQueue  # noqa: PLC0415
+
+            return SqsQueue(settings)
+        case RabbitmqBridgeSettings():
+            from bridge.rabbitmq import RabbitmqQueue  # noqa: PLC0415 - its library is optional
+
+            return RabbitmqQueue(settings)
+    raise TypeError(f"{type(settings).__name__} names no source")

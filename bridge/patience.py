@@ -1,0 +1,51 @@
+"""Trying again what can't be done for now, until it can or the process is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from random import uniform
+from typing import Final, TypeVar
+
+import structlog
+
+from bridge.errors import Stopped, Unavailable
+
+T = TypeVar("T")
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+MAX_PAUSE_SECONDS: Final = 30.0
+MAX_DOUBLINGS: Final = 10
+MAX_RETRY_AFTER_SECONDS: Final = 600.0
+"""Whoever asks for more is asked again all the same."""
+
+log = structlog.get_logger()
+
+
+async def insist(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
+    """Return what `work` returns in the end; raises `Stopped`, and what `work` raises but for `Unavailable`."""
+    failures = 0
+    while True:
+        try:
+            result = await work()
+        except Unavailable as error:
+            failures += 1
+            seconds = pause_seconds(failures, error.retry_after_seconds)
+            note = log.warning if failures == 1 else log.debug
+            note("bridge waits", reason=str(error), seconds=round(seconds, 1))
+        else:
+            if failures:
+                log.info("bridge goes on", failures=failures)
+            return result
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
+        if stop.is_set():
+            raise Stopped("It was told to stop while it waited")
+
+
+def pause_seconds(failures: int, retry_after_seconds: float) -> float:
+    """Return how long to wait after so many failures in a row: spread out, and never less than was asked for."""
+    own = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, MAX_DOUBLINGS))
+    spread = own * uniform(0.5, 1.0)  # noqa: S311 - spreads load only
+    return min(retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + spread

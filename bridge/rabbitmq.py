@@ -1,0 +1,180 @@
+"""Messages of a queue of RabbitMQ, consumed with an acknowledgement for each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING, Final
+from uuid import uuid4
+
+import structlog
+
+from bridge.errors import Refused, Unavailable
+from bridge.source import Message, Unreadable, deduplication_id, json_of
+from models.settings import InvalidSettings
+
+try:
+    import aio_pika
+    from aiormq import exceptions
+except ImportError as error:
+    raise InvalidSettings(
+        "The bridge to RabbitMQ needs the library aio-pika: pip install 'pilotflame[rabbitmq]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
+
+    from bridge.settings import RabbitmqBridgeSettings
+
+CONNECT_SECONDS: Final = 5.0
+COMMAND_SECONDS: Final = 5.0
+MAX_PRIORITY: Final = 100
+FOREVER: Final = (
+    exceptions.AuthenticationError,
+    exceptions.ChannelAccessRefused,
+    exceptions.ChannelLockedResource,
+    exceptions.ChannelNotFoundEntity,
+    exceptions.ConnectionNotAllowed,
+    exceptions.ProbableAuthenticationError,
+)
+"""Errors that don't pass: a wrong password, no such queue or virtual host, no right to read it."""
+FOR_NOW: Final = (*aio_pika.exceptions.CONNECTION_EXCEPTIONS, TimeoutError)
+
+log = structlog.get_logger()
+
+
+class RabbitmqQueue:
+    """Implements `bridge.source.Source`; a connection that is lost is made anew when messages are taken."""
+
+    def __init__(self, settings: RabbitmqBridgeSettings) -> None:
+        self.label = settings.label("rabbitmq", settings.bridge_rabbitmq_queue)
+        self._url = settings.bridge_rabbitmq_url.get_secret_value()
+        self._queue = settings.bridge_rabbitmq_queue
+        self._prefetch = settings.bridge_batch
+        self._consumer: Consumer | None = None
+
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+        if self._consumer is None:
+            async with _answered():
+                self._consumer = await Consumer.open(self._url, self._queue, prefetch=self._prefetch)
+        try:
+            return [self._message(*one) for one in await self._consumer.take(limit, wait_seconds)]
+        except Unavailable:
+            await self.close()
+            raise
+
+    async def hold(self, ids: Sequence[str]) -> None:
+        """Do nothing: a delivery is held for as long as its channel is open."""
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        for delivery in self._in_hand(ids):
+            with _whose_channel_may_be_gone():
+                await delivery.ack()
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        for delivery in self._in_hand(ids):
+            with _whose_channel_may_be_gone():
+                await delivery.reject(requeue=True)
+
+    async def dead_letter(self, reasons: Mapping[str, str]) -> None:
+        """Reject messages: they go to the queue's dead-letter exchange, and where it has none RabbitMQ drops them."""
+        for delivery in self._in_hand(list(reasons)):
+            with _whose_channel_may_be_gone():
+                await delivery.reject(requeue=False)
+
+    async def close(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await consumer.close()
+
+    def _in_hand(self, ids: Sequence[str]) -> Iterator[AbstractIncomingMessage]:
+        """Yield deliveries of this connection; those of an earlier one are in RabbitMQ's own hand again."""
+        for delivery_id in ids:
+            delivery = self._consumer.in_hand.pop(delivery_id, None) if self._consumer else None
+            if delivery is not None:
+                yield delivery
+
+    def _message(self, delivery_id: str, delivery: AbstractIncomingMessage) -> Message:
+        # Without an id of its publisher's, nothing tells a second delivery from another message with the same content.
+        known_as = deduplication_id(self.label, delivery.message_id or delivery_id)
+        try:
+            body = json_of(delivery.body)
+        except Unreadable as error:
+            return Message(delivery_id, known_as, problem=str(error))
+        return Message(delivery_id, known_as, body, min(delivery.priority or 0, MAX_PRIORITY))
+
+
+class Consumer:
+    """One connection, and what has come by it."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self.in_hand: dict[str, AbstractIncomingMessage] = {}
+        self._connection = connection
+        self._mark = uuid4().hex
+        """Delivery tags are numbers of a channel: this tells one's from another's."""
+        self._arrivals: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
+        """None where nothing comes any more."""
+
+    @classmethod
+    async def open(cls, url: str, queue_name: str, *, prefetch: int) -> Consumer:
+        connection = await aio_pika.connect(url, timeout=CONNECT_SECONDS)
+        consumer = cls(connection)
+        try:
+            async with asyncio.timeout(COMMAND_SECONDS):
+                await consumer._consume(queue_name, prefetch)
+        except BaseException:
+            await consumer.close()
+            raise
+        log.info("connected to rabbitmq", queue=queue_name)
+        return consumer
+
+    async def _consume(self, queue_name: str, prefetch: int) -> None:
+        channel = await self._connection.channel()
+        await channel.set_qos(prefetch_count=prefetch)
+        channel.close_callbacks.add(self._end)
+        (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(self._end)
+        # Only looked up: how a queue is declared is for those to say whose it is.
+        queue = await channel.get_queue(queue_name, ensure=True)
+        await queue.consume(self._arrivals.put)
+
+    def _end(self, *_: object) -> None:
+        self._arrivals.put_nowait(None)
+
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[tuple[str, AbstractIncomingMessage]]:
+        """Return what has come, with ids for it; raises `Unavailable` where nothing of it can be acknowledged."""
+        try:
+            arrived = [await asyncio.wait_for(self._arrivals.get(), wait_seconds)]
+        except TimeoutError:
+            return []
+        while len(arrived) < limit and not self._arrivals.empty():
+            arrived.append(self._arrivals.get_nowait())
+        taken = {f"{self._mark}.{one.delivery_tag}": one for one in arrived if one is not None}
+        if len(taken) < len(arrived):
+            raise Unavailable("RabbitMQ delivers no more by this connection")
+        self.in_hand.update(taken)
+        return list(taken.items())
+
+    async def close(self) -> None:
+        with suppress(*FOR_NOW):
+            async with asyncio.timeout(COMMAND_SECONDS):
+                await self._connection.close()
+
+
+@asynccontextmanager
+async def _answered() -> AsyncIterator[None]:
+    try:
+        yield
+    except FOREVER as error:
+        raise Refused(f"RabbitMQ refuses it: {error}") from error
+    except FOR_NOW as error:
+        raise Unavailable(f"RabbitMQ did not answer: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _whose_channel_may_be_gone() -> Iterator[None]:
+    """Go on where a channel has closed: its messages are delivered again, and are duplicates then."""
+    try:
+        yield
+    except FOR_NOW as error:
+        log.info("message out of hand", reason=str(error) or type(error).__name__)

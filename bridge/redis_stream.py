@@ -1,0 +1,196 @@
+"""Entries of a Redis stream, by way of a consumer group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgspec
+import redis
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
+
+from bridge.errors import Refused, Unavailable
+from bridge.source import Message, Unreadable, deduplication_id, json_of, priority_of, text_of
+
+if TYPE_CHECKING:
+    from bridge.settings import RedisBridgeSettings
+
+Entry = tuple[bytes, Mapping[bytes, bytes] | None]
+"""An id, and the fields; None for an entry that was deleted before it was acknowledged."""
+
+COMMAND_SECONDS: Final = 5.0
+CLAIM_EVERY_SECONDS: Final = 5.0
+OWN, NEW, BEGINNING = "0", ">", "0-0"
+MESSAGE_FIELDS: Final = (b"message", b"data")
+PRIORITY_FIELD: Final = b"priority"
+REASON_FIELD: Final = b"refused"
+FOREVER: Final = ("WRONGTYPE", "WRONGPASS", "NOAUTH")
+"""What Redis says of errors that don't pass."""
+
+log = structlog.get_logger()
+
+
+class RedisStream:
+    """Implements `bridge.source.Source`; several processes share a stream by consumers of different names."""
+
+    def __init__(self, settings: RedisBridgeSettings) -> None:
+        self.label = settings.label("redis", settings.bridge_redis_stream)
+        self._stream = settings.bridge_redis_stream
+        self._group = settings.bridge_redis_group
+        self._consumer = settings.bridge_redis_consumer
+        self._deletes = settings.bridge_redis_delete
+        self._dead_letters = settings.bridge_redis_dead_letters or f"{self._stream}.dead-letters"
+        self._hold_milliseconds = settings.bridge_hold_seconds * 1000
+        # redis-py repeats a command up to ten times by default, though it may have been carried out before.
+        self._client = Redis.from_url(
+            settings.bridge_redis_url.get_secret_value(),
+            retry=Retry(NoBackoff(), 0),
+            socket_connect_timeout=COMMAND_SECONDS,
+        )
+        # A timeout in the URL would win over an argument, and cut every wait for entries short.
+        self._client.connection_pool.connection_kwargs["socket_timeout"] = (
+            settings.bridge_wait_seconds + COMMAND_SECONDS
+        )
+        self._has_group = False
+        self._may_have_own = True
+        """Whether entries may be this consumer's of which the process doesn't know."""
+        self._claims_from = BEGINNING
+        self._claims_at = 0.0
+
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+        """Return what was left of an earlier life first, then what others have left, then what is new."""
+        async with self._answered():
+            await self._make_group()
+            entries = await self._own(limit) or await self._abandoned(limit)
+            if not entries:
+                entries = await self._read(NEW, limit, block_milliseconds=max(1, int(wait_seconds * 1000)))
+            return await self._messages(entries)
+
+    async def hold(self, ids: Sequence[str]) -> None:
+        """Make entries look as if they had been delivered just now."""
+        await self._set_idle(ids, milliseconds=0)
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        async with self._answered():
+            await self._acknowledge(ids)
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        """Make entries look abandoned: Redis has no other way to give them to somebody else."""
+        await self._set_idle(ids, milliseconds=self._hold_milliseconds)
+
+    async def dead_letter(self, reasons: Mapping[str, str]) -> None:
+        """Copy entries to the stream for them, before they are acknowledged."""
+        async with self._answered():
+            for entry_id, reason in reasons.items():
+                found = cast("list[Entry]", await self._client.xrange(self._stream, entry_id, entry_id))
+                for _, fields in found:
+                    copied: dict[Any, Any] = {**(fields or {})}
+                    await self._client.xadd(self._dead_letters, copied | {REASON_FIELD: reason})
+                await self._acknowledge([entry_id])
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _make_group(self) -> None:
+        if self._has_group:
+            return
+        try:
+            # From the first entry on: what was sent before anybody listened is not to be missed.
+            await self._client.xgroup_create(self._stream, self._group, id=OWN, mkstream=True)
+            log.info("consumer group made", stream=self._stream, group=self._group)
+        except redis.ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+        self._has_group = True
+
+    async def _own(self, limit: int) -> Sequence[Entry]:
+        if not self._may_have_own:
+            return []
+        entries = await self._read(OWN, limit)
+        self._may_have_own = len(entries) > 0
+        return entries
+
+    async def _abandoned(self, limit: int) -> Sequence[Entry]:
+        """Claim what was delivered to others long ago, page by page and not all the time."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._claims_at:
+            return []
+        answer = await self._client.xautoclaim(
+            self._stream, self._group, self._consumer, self._hold_milliseconds, self._claims_from, count=limit
+        )
+        self._claims_from, entries = answer[0].decode(), answer[1]
+        if self._claims_from == BEGINNING:
+            self._claims_at = loop.time() + CLAIM_EVERY_SECONDS
+        if entries:
+            log.info("entries claimed", stream=self._stream, count=len(entries))
+        return list(entries)
+
+    async def _read(
+        self, which: str, limit: int, *, block_milliseconds: int | None = None
+    ) -> Sequence[Entry]:
+        streams: dict[Any, Any] = {self._stream: which}
+        answer: Any = await self._client.xreadgroup(
+            self._group, self._consumer, streams, count=limit, block=block_milliseconds
+        )
+        # A pair for each stream that has something: in a list, or with the newer protocol in a mapping.
+        pairs = answer.items() if isinstance(answer, dict) else answer or ()
+        return [entry for _, entries in pairs for entry in entries]
+
+    async def _messages(self, entries: Sequence[Entry]) -> Sequence[Message]:
+        gone = [entry_id.decode() for entry_id, fields in entries if not fields]
+        if gone:
+            log.warning("entries were deleted before they were handed over", stream=self._stream, ids=gone)
+            await self._acknowledge(gone)
+        return [self._message(entry_id.decode(), fields) for entry_id, fields in entries if fields]
+
+    def _message(self, entry_id: str, fields: Mapping[bytes, bytes]) -> Message:
+        known_as = deduplication_id(self.label, entry_id)
+        try:
+            body, priority = content_of(fields)
+        except Unreadable as error:
+            return Message(entry_id, known_as, problem=str(error))
+        return Message(entry_id, known_as, body, priority)
+
+    async def _acknowledge(self, ids: Sequence[str]) -> None:
+        await self._client.xack(self._stream, self._group, *ids)
+        if self._deletes:
+            await self._client.xdel(self._stream, *ids)
+
+    async def _set_idle(self, ids: Sequence[str], *, milliseconds: int) -> None:
+        async with self._answered():
+            await self._client.xclaim(
+                self._stream, self._group, self._consumer, 0, list(ids), idle=milliseconds, justid=True
+            )
+
+    @asynccontextmanager
+    async def _answered(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (redis.RedisError, OSError) as error:
+            # What a lost answer has delivered is this consumer's; and the server may be another one from now on.
+            self._may_have_own, self._has_group = True, False
+            text = str(error) or type(error).__name__
+            if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
+                raise Refused(f"Redis refuses it: {text}") from error
+            if isinstance(error, redis.ResponseError) and text.startswith(FOREVER):
+                raise Refused(f"Redis refuses it: {text}") from error
+            raise Unavailable(f"Redis did not answer: {text}") from error
+
+
+def content_of(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
+    """Return body and priority of an entry; raises `Unreadable`.
+
+    A field `message` or `data` holds the body, alone or beside a field `priority`. Otherwise all fields are the body.
+    """
+    rest = [name for name in fields if name != PRIORITY_FIELD]
+    if len(rest) == 1 and rest[0] in MESSAGE_FIELDS:
+        priority = fields.get(PRIORITY_FIELD)
+        return json_of(fields[rest[0]]), priority_of(None if priority is None else text_of(priority))
+    body = {text_of(name): text_of(value) for name, value in fields.items()}
+    return msgspec.json.encode(body), None

@@ -1,0 +1,197 @@
+"""The bridge's settings, with those of each kind of source: read once, when the process starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.settings import InvalidSettings
+
+_NAME: Final = re.compile(r"[\x21-\x7e]{1,100}")
+_SQS_HOST: Final = re.compile(r"sqs\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
+_ORIGIN: Final = r"https?://[^\s/?#@]+"
+
+
+class OnRefused(StrEnum):
+    """What becomes of a message that the gateway will never take."""
+
+    STOP = "stop"
+    """The process ends, and the message stays where it is."""
+    DROP = "drop"
+    """It is logged and acknowledged."""
+    DEAD_LETTER = "dead-letter"
+    """It goes where its source keeps such messages."""
+
+
+class BridgeSettings(BaseSettings):
+    """What the bridge reads whatever it takes messages from: an address and a key, and no database."""
+
+    model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
+
+    url: str = Field(
+        default="http://127.0.0.1:8000",
+        pattern=r"^https?://[^\s/?#@]+(?:/[^\s?#]*)?$",
+        description="Address under which the bridge, and commands that talk to a server, reach the gateway.",
+    )
+    api_key: SecretStr = Field(
+        description="Key that they show: the bridge needs the scope `workflows:execute`."
+    )
+    bridge_workflow: str = Field(
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="Id of the workflow whose queue trigger gets the messages.",
+    )
+    bridge_name: str = Field(
+        default="",
+        description=(
+            "Tells sources apart where two of one name feed one workflow: messages of the same name and id are taken"
+            " for one. The name of the stream or queue unless set."
+        ),
+    )
+    bridge_on_refused: OnRefused = Field(
+        default=OnRefused.STOP,
+        description="What becomes of messages that can never be handed over: `stop`, `drop` or `dead-letter`.",
+    )
+    bridge_batch: int = Field(
+        default=100, ge=1, le=1_000, description="Messages that are handed over at once."
+    )
+    bridge_wait_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        le=20,
+        description="How long an empty source is waited for at a time, and so the end of the process.",
+    )
+    bridge_hold_seconds: int = Field(
+        default=60,
+        ge=45,
+        le=43_200,
+        description="How long a bridge that has died keeps its messages from others; renewed every third of it.",
+    )
+    heartbeat_file: Path | None = Field(
+        default=None,
+        description="File that a process touches every 5 s while its event loop turns: a sign of life for supervisors.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least that is logged: `debug`, `info`, `warning` or `error`."
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_visible(cls, key: SecretStr) -> SecretStr:
+        text = key.get_secret_value()
+        if not (text and text.isascii() and text.isprintable()):
+            raise ValueError("It must be an API key of the server: visible ASCII characters only")
+        return key
+
+    def label(self, kind: str, name: str) -> str:
+        """Return what a source is called in runs and deduplication ids; raises `InvalidSettings`."""
+        chosen = self.bridge_name or name
+        if not _NAME.fullmatch(chosen):
+            raise InvalidSettings(
+                f"Set PILOTFLAME_BRIDGE_NAME to 1 to 100 visible ASCII characters: {chosen!r} are none"
+            )
+        return f"{kind}:{chosen}"
+
+
+class RedisBridgeSettings(BridgeSettings):
+    """What a Redis stream needs."""
+
+    bridge_redis_url: SecretStr = Field(
+        description="Redis with the stream: `redis://user:password@host:6379/0`."
+    )
+    bridge_redis_stream: str = Field(min_length=1, description="Key of the stream.")
+    bridge_redis_group: str = Field(
+        default="pilotflame", min_length=1, description="Consumer group; made where there is none."
+    )
+    bridge_redis_consumer: str = Field(
+        default_factory=socket.gethostname,
+        min_length=1,
+        description="Name in that group, of which there is no second one at a time; that of the machine unless set.",
+    )
+    bridge_redis_delete: bool = Field(
+        default=False, description="Delete entries of the stream once they are handed over."
+    )
+    bridge_redis_dead_letters: str = Field(
+        default="", description="Stream for entries that are refused: `<stream>.dead-letters` unless set."
+    )
+
+    @field_validator("bridge_redis_url")
+    @classmethod
+    def _is_redis(cls, url: SecretStr) -> SecretStr:
+        if not url.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("It must look like redis://host:6379/0")
+        return url
+
+
+class SqsBridgeSettings(BridgeSettings):
+    """What an SQS-compatible queue needs, but for the credentials."""
+
+    bridge_sqs_queue_url: str = Field(
+        pattern=rf"^{_ORIGIN}/[^\s?#]+$",
+        description="The queue: `https://sqs.eu-west-1.amazonaws.com/123456789012/orders`.",
+    )
+    bridge_sqs_endpoint: str = Field(
+        default="",
+        pattern=rf"^(?:{_ORIGIN})?$",
+        description="Address that is asked, where it isn't that of the queue.",
+    )
+
+    @property
+    def queue_name(self) -> str:
+        return urlsplit(self.bridge_sqs_queue_url).path.rpartition("/")[2]
+
+    @property
+    def endpoint(self) -> str:
+        parts = urlsplit(self.bridge_sqs_queue_url)
+        return self.bridge_sqs_endpoint or f"{parts.scheme}://{parts.netloc}"
+
+
+class RabbitmqBridgeSettings(BridgeSettings):
+    """What a queue of RabbitMQ needs."""
+
+    bridge_rabbitmq_url: SecretStr = Field(
+        description="RabbitMQ with the queue: `amqps://user:password@host/virtual-host`."
+    )
+    bridge_rabbitmq_queue: str = Field(min_length=1, description="Name of the queue, which must exist.")
+
+    @field_validator("bridge_rabbitmq_url")
+    @classmethod
+    def _is_amqp(cls, url: SecretStr) -> SecretStr:
+        if not url.get_secret_value().startswith(("amqp://", "amqps://")):
+            raise ValueError("It must look like amqp://host:5672/")
+        return url
+
+
+@dataclass(frozen=True, slots=True)
+class AwsCredentials:
+    """Who asks SQS, as every tool for AWS reads it."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    session_token: str | None = field(repr=False)
+    region: str
+
+    @classmethod
+    def of(cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ) -> AwsCredentials:
+        """Return the credentials of the environment; raises `InvalidSettings` for what is not there."""
+        host = _SQS_HOST.fullmatch(urlsplit(settings.bridge_sqs_queue_url).hostname or "")
+        # What Amazon's own address says is right, whatever else the environment is for.
+        chosen = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or ""
+        needed = {
+            "AWS_ACCESS_KEY_ID": environment.get("AWS_ACCESS_KEY_ID", ""),
+            "AWS_SECRET_ACCESS_KEY": environment.get("AWS_SECRET_ACCESS_KEY", ""),
+            "AWS_REGION": host[1] if host else chosen,
+        }
+        if missing := [name for name, value in needed.items() if not value]:
+            raise InvalidSettings(f"SQS needs {', '.join(missing)} in the environment")
+        token = environment.get("AWS_SESSION_TOKEN") or None
+        return cls(needed["AWS_ACCESS_KEY_ID"], needed["AWS_SECRET_ACCESS_KEY"], token, needed["AWS_REGION"])

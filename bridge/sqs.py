@@ -1,0 +1,210 @@
+"""Messages of an SQS-compatible queue: four calls in AWS's JSON protocol, signed here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import structlog
+
+from bridge.answers import whole
+from bridge.errors import Refused, Unavailable
+from bridge.settings import AwsCredentials
+from bridge.source import Message, Unreadable, deduplication_id, json_of, priority_of
+from nodes.connections.signature import Signer
+
+if TYPE_CHECKING:
+    from bridge.settings import SqsBridgeSettings
+
+T = TypeVar("T")
+
+CALL_SECONDS: Final = 10.0
+CONNECT_SECONDS: Final = 5.0
+AT_ONCE: Final = 10
+"""Messages, or entries of a batch, of one call."""
+MOST_TAKEN: Final = 100
+"""More calls at once would mostly come back with nothing, and each is paid for."""
+MAX_ANSWER_BYTES: Final = 50_000_000
+PRIORITY_ATTRIBUTE: Final = "priority"
+OK: Final = 200
+TOO_MANY_REQUESTS: Final = 429
+FIRST_SERVER_ERROR: Final = 500
+FOR_NOW: Final = ("throttl", "slowdown", "toomanyrequests", "overlimit", "timeout", "unavailable", "internal")
+"""What the codes of errors that pass have in them, in lower case."""
+
+log = structlog.get_logger()
+
+
+class _Attribute(msgspec.Struct, rename="pascal"):
+    string_value: str | None = None
+
+
+class _Received(msgspec.Struct, rename="pascal"):
+    message_id: str
+    receipt_handle: str
+    body: str
+    message_attributes: dict[str, _Attribute] = msgspec.field(default_factory=dict)
+
+
+class _Batch(msgspec.Struct, rename="pascal"):
+    messages: list[_Received] | None = None
+
+
+class _Failure(msgspec.Struct, rename="pascal"):
+    id: str
+    sender_fault: bool
+    code: str = ""
+
+
+class _Done(msgspec.Struct, rename="pascal"):
+    failed: list[_Failure] | None = None
+
+
+class _Attributes(msgspec.Struct, rename="pascal"):
+    attributes: dict[str, str] | None = None
+
+
+class _Error(msgspec.Struct):
+    type: str = msgspec.field(default="", name="__type")
+    message: str = ""
+
+
+class SqsQueue:
+    """Implements `bridge.source.Source`. A delivery's id is its receipt handle."""
+
+    def __init__(
+        self,
+        settings: SqsBridgeSettings,
+        credentials: AwsCredentials | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        who = credentials or AwsCredentials.of(settings)
+        self.label = settings.label("sqs", settings.queue_name)
+        self._queue_url = settings.bridge_sqs_queue_url
+        self._endpoint = settings.endpoint
+        self._host = urlsplit(settings.endpoint).netloc
+        self._hold_seconds = settings.bridge_hold_seconds
+        self._signer = Signer(who.access_key_id, who.secret_access_key, who.region, who.session_token, "sqs")
+        self._now = now
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS), trust_env=False
+        )
+
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+        """Wait for a first handful; if more seem to be there, fetch them at once."""
+        first = await self._receive(min(limit, AT_ONCE), wait_seconds)
+        if len(first) < AT_ONCE:
+            return first
+        most = min(limit, MOST_TAKEN)
+        sizes = [min(AT_ONCE, most - taken) for taken in range(AT_ONCE, most, AT_ONCE)]
+        # One that fails costs the others nothing: what it was to fetch comes with the next handful.
+        rest = await asyncio.gather(*(self._receive(size, 0) for size in sizes), return_exceptions=True)
+        return [*first, *(one for some in rest if not isinstance(some, BaseException) for one in some)]
+
+    async def hold(self, ids: Sequence[str]) -> None:
+        await self._change_visibility(ids, self._hold_seconds)
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        """Delete messages; of those whose time has run out, the next delivery is a duplicate."""
+        await self._in_batches("DeleteMessageBatch", ids, {})
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        await self._change_visibility(ids, 0)
+
+    async def dead_letter(self, reasons: Mapping[str, str]) -> None:
+        """Let messages be received again at once, until SQS itself moves them to the queue's dead-letter queue."""
+        found = await self._call(
+            "GetQueueAttributes", {"AttributeNames": ["RedrivePolicy"]}, _Attributes, seconds=CALL_SECONDS
+        )
+        if "RedrivePolicy" not in (found.attributes or {}):
+            raise Refused(
+                "The queue has no RedrivePolicy, and so no dead-letter queue: give it one, or use `drop`"
+            )
+        await self._change_visibility(list(reasons), 0)
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def _receive(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+        wait = math.ceil(wait_seconds)
+        call = {
+            "MaxNumberOfMessages": limit,
+            "WaitTimeSeconds": wait,
+            "VisibilityTimeout": self._hold_seconds,
+            "MessageAttributeNames": [PRIORITY_ATTRIBUTE],
+        }
+        batch = await self._call("ReceiveMessage", call, _Batch, seconds=wait + CALL_SECONDS)
+        return [self._message(one) for one in batch.messages or ()]
+
+    def _message(self, received: _Received) -> Message:
+        known_as = deduplication_id(self.label, received.message_id)
+        attribute = received.message_attributes.get(PRIORITY_ATTRIBUTE)
+        try:
+            priority = priority_of(attribute.string_value if attribute else None)
+            return Message(received.receipt_handle, known_as, json_of(received.body.encode()), priority)
+        except Unreadable as error:
+            return Message(received.receipt_handle, known_as, problem=str(error))
+
+    async def _change_visibility(self, ids: Sequence[str], seconds: int) -> None:
+        await self._in_batches("ChangeMessageVisibilityBatch", ids, {"VisibilityTimeout": seconds})
+
+    async def _in_batches(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
+        calls = [self._batch(action, some, about_each) for some in _pages(ids, AT_ONCE)]
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _batch(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
+        entries = [{"Id": str(index), "ReceiptHandle": one, **about_each} for index, one in enumerate(ids)]
+        done = await self._call(action, {"Entries": entries}, _Done, seconds=CALL_SECONDS)
+        for failure in done.failed or ():
+            if not failure.sender_fault:
+                raise Unavailable(f"SQS has not done all of {action}: {failure.code}")
+            # The handle is good no more: somebody else has the message, or it is deleted.
+            log.info("message out of hand", action=action, code=failure.code)
+
+    async def _call(self, action: str, call: Mapping[str, Any], answer: type[T], *, seconds: float) -> T:
+        body = msgspec.json.encode({"QueueUrl": self._queue_url, **call})
+        given = {"content-type": "application/x-amz-json-1.0", "x-amz-target": f"AmazonSQS.{action}"}
+        signed = self._signer.headers("POST", self._host, "/", {}, given, body, self._now())
+        headers = {**signed, "host": self._host}
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._session.post(
+                    f"{self._endpoint}/", data=body, headers=headers, allow_redirects=False
+                ) as response,
+            ):
+                status, text = response.status, await whole(response, MAX_ANSWER_BYTES)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"SQS did not answer: {error or type(error).__name__}") from error
+        if status != OK:
+            raise _refusal(status, text)
+        try:
+            return msgspec.json.decode(text, type=answer)
+        except msgspec.DecodeError as error:
+            raise Refused(f"What answers at {self._endpoint} is no SQS that speaks JSON") from error
+
+
+def _refusal(status: int, text: bytes) -> Exception:
+    try:
+        error = msgspec.json.decode(text, type=_Error)
+    except msgspec.DecodeError:
+        error = _Error()
+    code = error.type.rpartition("#")[2]
+    said = f"{error.message} ({status} {code})".strip().replace(" )", ")")
+    passes = status >= FIRST_SERVER_ERROR or status == TOO_MANY_REQUESTS
+    if passes or any(word in code.lower() for word in FOR_NOW):
+        return Unavailable(f"SQS would not: {said}")
+    return Refused(f"SQS refuses it: {said}")
+
+
+def _pages(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]

@@ -1,0 +1,161 @@
+"""The way of a message: taken, handed over, and acknowledged only when the gateway has committed it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol, TypeVar
+
+import structlog
+
+from bridge.errors import BridgeError, ContentRefused, Refused, Stopped
+from bridge.gateway import MAX_PART_BYTES, Answer, Reason
+from bridge.patience import insist
+from bridge.settings import OnRefused
+from bridge.source import Message, Source
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+class Queue(Protocol):
+    """What messages are handed to; see `bridge.gateway.Gateway`."""
+
+    async def enqueue(self, messages: Sequence[Message], *, source: str) -> Sequence[Answer]: ...
+
+
+class Transfer:
+    """Takes batches of a source to a workflow, one after the other."""
+
+    def __init__(
+        self,
+        source: Source,
+        gateway: Queue,
+        stop: asyncio.Event,
+        *,
+        on_refused: OnRefused = OnRefused.STOP,
+        batch: int = 100,
+        wait_seconds: float = 5.0,
+        hold_seconds: float = 60.0,
+    ) -> None:
+        self._source = source
+        self._gateway = gateway
+        self._stop = stop
+        self._on_refused = on_refused
+        self._batch = batch
+        self._wait_seconds = wait_seconds
+        self._hold_every_seconds = hold_seconds / 3
+        self._in_hand: set[str] = set()
+        self.accepted = 0
+        self.duplicates = 0
+
+    async def run(self) -> None:
+        """Go on until told to stop, with the batch in hand done; raises `Refused` for what an operator must mend."""
+        try:
+            while not self._stop.is_set():
+                messages = await self._insist(lambda: self._source.take(self._batch, self._wait_seconds))
+                self._in_hand = {one.id for one in messages}
+                async with self._holding():
+                    for part in parts(messages):
+                        await self._hand_over(part)
+        except Stopped:
+            await self._give_back()
+        except BridgeError:
+            await self._give_back()
+            raise
+
+    async def _hand_over(self, messages: Sequence[Message]) -> None:
+        answers = await self._answers(messages)
+        both = list(zip(messages, answers, strict=True))
+        taken = [message.id for message, answer in both if answer.status != "refused"]
+        refused = [(message, answer) for message, answer in both if answer.status == "refused"]
+        if taken:
+            await self._insist(lambda: self._source.acknowledge(taken))
+            self._in_hand.difference_update(taken)
+        self.accepted += sum(answer.status == "accepted" for answer in answers)
+        self.duplicates += sum(answer.status == "duplicate" for answer in answers)
+        log.debug("messages handed over", taken=len(taken), refused=len(refused))
+        if refused:
+            await self._settle(refused)
+
+    async def _answers(self, messages: Sequence[Message]) -> Sequence[Answer]:
+        """Return what becomes of messages; one that makes the gateway refuse all of them is found by halving."""
+        problem = messages[0].problem
+        if problem is not None:
+            return [_refused("unreadable", problem)]
+        try:
+            return await self._insist(lambda: self._gateway.enqueue(messages, source=self._source.label))
+        except ContentRefused as error:
+            if len(messages) == 1:
+                return [_refused(error.code, str(error))]
+        middle = len(messages) // 2
+        return [*await self._answers(messages[:middle]), *await self._answers(messages[middle:])]
+
+    async def _settle(self, refused: Sequence[tuple[Message, Answer]]) -> None:
+        policy = self._on_refused
+        reasons: dict[str, str] = {}
+        for message, answer in refused:
+            reason = answer.error or Reason()
+            reasons[message.id] = f"{reason.code}: {reason.message}"
+            about = {"code": reason.code, "reason": reason.message, "on_refused": policy.value}
+            log.error("message refused", message=message.deduplication_id, **about)
+        match policy:
+            case OnRefused.STOP:
+                first = refused[0][0]
+                raise Refused(
+                    f"The message {first.deduplication_id} was refused, and left where it is: {reasons[first.id]}"
+                )
+            case OnRefused.DROP:
+                await self._insist(lambda: self._source.acknowledge(list(reasons)))
+            case OnRefused.DEAD_LETTER:
+                await self._insist(lambda: self._source.dead_letter(reasons))
+        self._in_hand.difference_update(reasons)
+
+    @asynccontextmanager
+    async def _holding(self) -> AsyncIterator[None]:
+        """Keep what is in hand from others, however long the block takes."""
+        ended = asyncio.Event()
+        task = asyncio.create_task(self._hold_until(ended))
+        try:
+            yield
+        finally:
+            # Not cancelled: clients of sources may swallow that, or lose a connection by it.
+            ended.set()
+            await task
+
+    async def _hold_until(self, ended: asyncio.Event) -> None:
+        while not ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), self._hold_every_seconds)
+            if self._in_hand and not ended.is_set():
+                with suppress(BridgeError):  # whatever is wrong is met by the next call that matters
+                    await self._source.hold(sorted(self._in_hand))
+
+    async def _give_back(self) -> None:
+        if self._in_hand:
+            with suppress(BridgeError):  # then they come back by themselves, later
+                await self._source.give_back(sorted(self._in_hand))
+
+    async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
+        return await insist(work, self._stop)
+
+
+def parts(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """Yield messages in order, as many at once as one request may hold; those with a problem alone."""
+    part: list[Message] = []
+    size = 0
+    for message in messages:
+        length = len(message.body)
+        if part and (message.problem or part[-1].problem or size + length > MAX_PART_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(message)
+        size += length
+    if part:
+        yield part
+
+
+def _refused(code: str, message: str) -> Answer:
+    return Answer("refused", error=Reason(code, message))

@@ -1,0 +1,155 @@
+"""Events for the nodes that wait for them: looked for when a node begins to wait, and told when one has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from engine import event_filters, values
+from engine.expressions import ExpressionError
+from execution.insistence import insist
+from journal import admission, event_waits
+from messages import hints
+from nodes.turn import Turn
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.services import Caller, WantedEvent
+    from engine.values import Json
+    from journal.event_waits import Told
+    from journal.signals import Given
+    from messages.broker import Broker
+    from models.database import Database
+    from models.event_wait import EventWait
+
+log = structlog.get_logger()
+
+MAX_LOOKED_AT: Final = 10_000
+"""Events that came before are looked at for one node."""
+ANSWERED_TOGETHER: Final = 50
+"""Nodes that are given an event in one transaction."""
+
+
+class AwaitedEvents:
+    """Brings events and those together who wait for them; keeps the promises of `engine.services.Events`."""
+
+    def __init__(self, database: Database, broker: Broker) -> None:
+        self._database = database
+        self._broker = broker
+
+    async def expect(
+        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+    ) -> datetime | None:
+        """Have a node wait for an event, then look back for one; returns when it has waited long enough."""
+        add = partial(event_waits.add, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration)
+        wait = await insist(lambda: self._database.transaction(add))
+        if wait is None:
+            return None
+        await insist(lambda: self._look_back(wait))
+        return wait.expires_at
+
+    async def tell(self, event_ids: Sequence[str]) -> None:
+        """Tell events that were committed to the nodes that wait for them; once told, it is harmless to do it again.
+
+        Raises `DatabaseUnavailable`.
+        """
+        async with self._database.read() as connection:
+            wanted = await event_waits.waited_for(connection, event_ids)
+        for told in wanted:
+            await self._tell(told)
+        await self._database.transaction(partial(event_waits.note_told, event_ids=event_ids))
+
+    async def tell_left(self) -> None:
+        """Tell of events whose gateway has not, since it died; raises `DatabaseUnavailable`."""
+        while True:
+            async with self._database.read() as connection:
+                event_ids = await event_waits.untold(connection)
+            if event_ids:
+                log.info("events told late", events=len(event_ids))
+                await self.tell(event_ids)
+            if len(event_ids) < event_waits.BATCH_EVENTS:
+                return
+
+    async def forget_over(self) -> None:
+        """Forget waits of runs that have ended; raises `DatabaseUnavailable`."""
+        after: tuple[str, str] | None = None
+        while True:
+            after = await self._database.transaction(partial(event_waits.forget_over, after=after))
+            if after is None:
+                return
+
+    async def _look_back(self, wait: EventWait) -> None:
+        after, looked_at, turn = None, 0, Turn()
+        while looked_at < MAX_LOOKED_AT:
+            async with self._database.read() as connection:
+                found = await event_waits.come_since(connection, wait, after)
+            for event in found:
+                await turn.share()
+                if _passes(wait, values.restored(event.data.encode())):
+                    await self._answer([wait], event.data)
+                    return
+            if len(found) < event_waits.BATCH_LOOKED_AT:
+                return
+            after, looked_at = (found[-1].created_at, found[-1].id), looked_at + len(found)
+        log.warning(
+            "looked back at as many events as may be", execution_id=wait.execution_id, node_id=wait.node_id
+        )
+
+    async def _tell(self, told: Told) -> None:
+        after: tuple[str, str, str] | None = None
+        data: str | None = None
+        trigger: Json = None
+        turn = Turn()
+        while True:
+            async with self._database.read() as connection:
+                found = await event_waits.waiting(connection, told, after)
+                if found and data is None:
+                    data = await event_waits.data_of(connection, told.event_id)
+                    trigger = values.restored(data.encode()) if data is not None else None
+            if not found or data is None:
+                return
+            chosen = []
+            for wait in found:
+                await turn.share()
+                if _passes(wait, trigger):
+                    chosen.append(wait)
+            for start in range(0, len(chosen), ANSWERED_TOGETHER):
+                await self._answer(chosen[start : start + ANSWERED_TOGETHER], data)
+            after = event_waits.identity(found[-1])
+
+    async def _answer(self, waits: Sequence[EventWait], data: str) -> None:
+        async def answer(connection: AsyncConnection) -> list[Given]:
+            return await event_waits.answer(connection, waits, data)
+
+        given = await self._database.transaction(answer)
+        for key in _keys(given):
+            await admission.admit(self._database, key)
+        if any(one.is_woken for one in given):
+            await hints.wake(self._broker)
+
+
+def _keys(given: Iterable[Given]) -> Iterable[str]:
+    return dict.fromkeys(one.concurrency_key for one in given if one.concurrency_key is not None)
+
+
+def _passes(wait: EventWait, event: Json) -> bool:
+    """Tell whether a node waits for this event; of what its filter can't be told, it waits for another."""
+    if wait.condition is None:
+        return True
+    scope: dict[str, Json] = {
+        event_filters.EVENT_ROOT: event,
+        "data": values.restored(wait.given.encode()),
+    }
+    try:
+        return event_filters.passes(wait.condition, scope)
+    except ExpressionError as error:
+        log.debug(
+            "event passed over", execution_id=wait.execution_id, node_id=wait.node_id, reason=str(error)
+        )
+        return False

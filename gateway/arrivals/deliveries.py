@@ -1,0 +1,98 @@
+"""What became of requests that brought nothing new: noted many at a time, since a flood of them is no rarity.
+
+Those that bring something are committed together with that, by the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from sqlalchemy import insert
+
+from gateway import limits
+from gateway.errors import ApiError
+from journal.grouping import GroupCommit
+from messages.buckets import Demand, LocalBuckets, Rate
+from models.database import DatabaseUnavailable
+from models.intake import Delivery, Outcome
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.arrivals.sent import Sent
+    from models.database import Database
+
+log = structlog.get_logger()
+
+MAX_WAITING: Final = 1_000
+"""Of those that were shed, no more wait here to be noted: there is too much to do already."""
+NOT_FOUND: Final = 404
+SERVER_ERROR: Final = 500
+KEPT: Final = Rate(per_second=100_000, burst=20_000_000)
+"""Characters of what is refused that are kept of one organisation: a flood of it fills no disk."""
+
+
+class Deliveries:
+    """The notes of one gateway."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._group: GroupCommit[Delivery, None] = GroupCommit(
+            self._commit,
+            weigh=lambda delivery: len(delivery.payload or ""),
+            max_weight=limits.KEPT_REFUSED_CHARACTERS,
+        )
+        self._kept = LocalBuckets()
+
+    async def note(self, delivery: Delivery) -> None:
+        """Commit a note; where the database can't be reached, the log has it."""
+        waiting = self._group.submit(delivery)
+        try:
+            await waiting
+        except DatabaseUnavailable as error:
+            log.warning("delivery not noted", delivery_id=delivery.id, error=str(error))
+
+    @asynccontextmanager
+    async def refusals(self, sent: Sent) -> AsyncIterator[None]:
+        """Note why a request is refused, if it is; faults of ours are no refusals: senders come again with the same."""
+        try:
+            yield
+        except ApiError as error:
+            if error.status == NOT_FOUND:
+                raise  # a delivery to what isn't there for its sender is nobody's to look at
+            error.is_noted = True
+            if error.status < SERVER_ERROR:
+                delivery = sent.refused(datetime.now(UTC), error)
+                if not self._has_room(delivery):
+                    delivery.payload = None
+                if delivery.outcome != Outcome.SHED:
+                    await self.note(delivery)
+                elif self._group.depth < MAX_WAITING:
+                    self._group.submit(delivery)
+            raise
+
+    def _has_room(self, delivery: Delivery) -> bool:
+        """Tell whether what was refused may be kept as well, however much of it there is."""
+        size = len(delivery.payload or "")
+        if size > limits.KEPT_REFUSED_CHARACTERS:
+            return False
+        demand = Demand(delivery.organization_id, KEPT, needed=size, wanted=size)
+        return size == 0 or self._kept.take(demand, monotonic()).tokens > 0
+
+    async def drain(self) -> None:
+        """Commit what waits."""
+        await self._group.drain()
+
+    async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:
+        rows = [one.model_dump() for one in batch]
+
+        async def write(connection: AsyncConnection) -> None:
+            await connection.execute(insert(Delivery), rows)
+
+        await self._database.transaction(write)
+        return [None] * len(batch)

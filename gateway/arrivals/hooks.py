@@ -1,0 +1,198 @@
+"""What a webhook trigger takes: whose requests, which events of theirs, and what of them its runs are given."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from engine.values import Json
+from gateway import errors
+from gateway.arrivals.verification import FIELD, Provider, Verification, parsed
+from gateway.errors import ApiError
+from models.trigger import patterns_for
+from senders import event, forms, github, slack
+from senders.event import Challenge
+
+if TYPE_CHECKING:
+    from journal.pinning import LoadedWorkflow
+    from senders.arrival import Arrival, Headers
+    from senders.forms import Form, Part
+
+KIND: Final = "webhook"
+PING: Final = "ping"
+_HIDDEN: Final = ("authorization", "cookie", "signature", "secret", "token", "password", "api-key")
+"""What is in the names of headers that hold what opens something."""
+_TEXTS: Final = frozenset(
+    {"application/xml", "application/javascript", "application/yaml", "application/x-ndjson"}
+)
+
+
+class Respond(StrEnum):
+    """When a sender is answered."""
+
+    AT_ONCE = "at-once"
+    WHEN_DONE = "when-done"
+
+
+class HookConfig(msgspec.Struct, frozen=True, rename="camel"):
+    """The config of a webhook trigger, but for its verification."""
+
+    allowed_events: list[str] | None = None
+    allowed_networks: list[str] | None = None
+    methods: tuple[str, ...] = ("POST",)
+    max_body_bytes: int = 1_000_000
+    respond: Respond = Respond.AT_ONCE
+    deadline_seconds: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A webhook trigger."""
+
+    verification: Verification
+    config: HookConfig
+
+    def require_method(self, method: str) -> None:
+        """Raise 405 for a method that the trigger doesn't take."""
+        if method not in self.config.methods:
+            raise errors.method_not_allowed(self.config.methods)
+
+    def require_network(self, address: str) -> None:
+        """Raise 403 for a sender from elsewhere than the trigger allows."""
+        networks = self.config.allowed_networks
+        if networks is not None and not any(_is_in(address, network) for network in networks):
+            message = "The trigger takes nothing from the address that this came from"
+            raise ApiError(403, "network-not-allowed", message)
+
+    def runs_for(self, event_type: str | None) -> bool:
+        """Tell whether an event runs the workflow."""
+        allowed = self.config.allowed_events
+        if allowed is None:
+            return not (self.verification.provider is Provider.GITHUB and event_type == PING)
+        return event_type is not None and not set(patterns_for(event_type)).isdisjoint(allowed)
+
+
+def hook_of(workflow: LoadedWorkflow) -> Hook:
+    """Return the webhook trigger of a workflow; raises 422 where it has none, or one that takes nothing."""
+    trigger = workflow.trigger
+    if trigger is None or trigger.kind != KIND:
+        raise errors.no_such_trigger(KIND)
+    verification = parsed(trigger.config.get(FIELD))
+    try:
+        return Hook(verification, msgspec.convert(trigger.config, HookConfig))
+    except msgspec.ValidationError as error:
+        message = "The config of the webhook trigger is not valid: the workflow's validation says why"
+        raise ApiError(422, "validation-failed", message) from error
+
+
+def _is_in(address: str, network: str) -> bool:
+    try:
+        sender = ip_address(address)
+        if isinstance(sender, IPv6Address):
+            sender = sender.ipv4_mapped or sender
+        return sender in ip_network(network)
+    except ValueError:
+        return False
+
+
+# ── what was sent ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """What a request says."""
+
+    event_type: str | None
+    """In the sender's own words, as far as it has any."""
+    body: Json
+
+
+def understood(hook: Hook, arrival: Arrival) -> Understood | Challenge:
+    """Return what a request says; raises `Refused`."""
+    match hook.verification.provider:
+        case Provider.GITHUB:
+            name = arrival.headers.one("X-GitHub-Event")
+            return Understood(name, github.event_of(arrival).data if name else _body(arrival))
+        case Provider.SLACK:
+            meaning = slack.event_of(arrival)
+            if isinstance(meaning, Challenge):
+                return meaning
+            return Understood(meaning.event_type.removeprefix(f"{slack.SOURCE}."), meaning.data)
+    body = _body(arrival)
+    told = body.get("type") if isinstance(body, dict) else None
+    return Understood(told if isinstance(told, str) else None, body)
+
+
+def given(hook: Hook, arrival: Arrival, body: Json) -> dict[str, Json]:
+    """Return what the trigger node of a run gives out."""
+    query: dict[str, Json] = {
+        event.kept(name): _one_or_all([event.kept(value) for value in values])
+        for name, values in arrival.query.items()
+    }
+    return {
+        "body": body,
+        "headers": _headers(hook, arrival.headers),
+        "query": query,
+        "method": arrival.method,
+        "respond": hook.config.respond.value,
+    }
+
+
+def _headers(hook: Hook, headers: Headers) -> dict[str, Json]:
+    """Return the headers that a run may see; several of a name are one list to HTTP."""
+    own = {hook.verification.header.lower()} if hook.verification.provider is Provider.HMAC else set()
+    return {
+        name: ", ".join(headers.all(name))
+        for name in headers.starting_with("")
+        if name not in own and not any(word in name for word in _HIDDEN)
+    }
+
+
+def _body(arrival: Arrival) -> Json:
+    """Return a body as what it is said to be."""
+    name = arrival.media_type.name
+    if not arrival.body:
+        return {}
+    if arrival.media_type.is_json:
+        return arrival.json
+    if name in {forms.URLENCODED, forms.MULTIPART}:
+        return _fields(arrival.form)
+    arrival.require_patience()
+    if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
+        return event.kept(_text(arrival))
+    return _bytes(arrival.body, name)
+
+
+def _text(arrival: Arrival) -> str:
+    charset = arrival.media_type.parameters.get("charset", "utf-8")
+    try:
+        return arrival.body.decode(charset)
+    except (LookupError, ValueError):
+        return forms.decoded(arrival.body)
+
+
+def _fields(form: Form) -> dict[str, Json]:
+    fields: dict[str, list[Any]] = {}
+    for part in form.parts:
+        fields.setdefault(event.kept(part.name), []).append(_field(part))
+    return {name: _one_or_all(values) for name, values in fields.items()}
+
+
+def _field(part: Part) -> Json:
+    if not part.is_file:
+        return event.kept(forms.decoded(part.value))
+    return {**_bytes(part.value, part.content_type or ""), "filename": event.kept(part.filename or "")}
+
+
+def _bytes(content: bytes | memoryview, content_type: str) -> dict[str, Json]:
+    return {"base64": b64encode(content).decode(), "contentType": content_type}
+
+
+def _one_or_all(values: Sequence[Any]) -> Json:
+    return values[0] if len(values) == 1 else list(values)

@@ -1,0 +1,295 @@
+"""Who may hand in mail for a workflow: whoever has its key or token, and mail services that its trigger names.
+
+What lets them in stands in the trigger's config as it is saved now, so that what is changed counts at once. Secrets are
+those of data sources that the workflow's owner may read. Where nothing is configured, nothing is let in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, TypeVar
+
+import msgspec
+import structlog
+
+from engine import patience, services
+from engine.errors import NodeError
+from gateway import errors
+from gateway.arrivals.sender import Sender, no_sender
+from gateway.errors import ApiError
+from models.access import Caller, KeyScope, Role
+from models.trigger import TriggerKind
+from senders import basic, mail_kinds, mailgun, sendgrid, sns
+from senders import signatures as sent_signatures
+from senders.mail_kinds import MailKind
+from senders.refusals import Refused
+
+if TYPE_CHECKING:
+    from gateway.state import State
+    from journal.pinning import LoadedWorkflow
+    from nodes.connections.source import Source
+    from senders.arrival import Arrival
+    from senders.signatures import Verified
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+One: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
+
+SENDGRID: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
+MAILGUN: Final = frozenset(
+    {
+        MailKind.MAILGUN_PARSED,
+        MailKind.MAILGUN_RAW,
+        MailKind.MAILGUN_STORED,
+        MailKind.MAILGUN_EVENT,
+    }
+)
+FIRST_REFUSAL: Final = 400
+FIRST_SERVER_ERROR: Final = 500
+TOO_MANY: Final = 429
+_OF_SIGNATURES: Final = frozenset({"missing-signature", "invalid-signature", "stale-signature", "no-secret"})
+_FINAL: Final = 406
+"""The one code that keeps Mailgun from trying again for eight hours."""
+
+
+class _SendGrid(msgspec.Struct, frozen=True, rename="camel"):
+    public_key: One | list[One]
+
+    @property
+    def public_keys(self) -> Sequence[str]:
+        return [self.public_key] if isinstance(self.public_key, str) else self.public_key
+
+
+class _Mailgun(msgspec.Struct, frozen=True, rename="camel"):
+    signing_key: One
+
+
+class _Ses(msgspec.Struct, frozen=True, rename="camel"):
+    topics: list[str] = []
+    objects: str = ""
+
+
+class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
+    """The config of an e-mail trigger; secrets are named by the ids of data sources."""
+
+    sendgrid: _SendGrid | None = None
+    mailgun: _Mailgun | None = None
+    ses: _Ses | None = None
+    basic_auth: str = ""
+    bearer: str = ""
+    require_signature: bool = False
+
+    @property
+    def lets_somebody_in(self) -> bool:
+        """Whether anybody may come without a key or token."""
+        return bool(self.sendgrid or self.mailgun or self.ses or self.basic_auth or self.bearer)
+
+
+@dataclass(frozen=True, slots=True)
+class Addressee:
+    """A workflow that somebody hands in a mail for, and what its trigger says of that."""
+
+    workflow: LoadedWorkflow
+    trigger: MailTrigger
+
+    @property
+    def owner(self) -> services.Caller:
+        """Return for whom data sources are looked up."""
+        workflow = self.workflow
+        return services.Caller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
+
+    def sender(self, label: str) -> Sender:
+        """Return a mail service that has shown who it is: it acts for the owner, and may nothing else."""
+        workflow = self.workflow
+        caller = Caller(
+            key_id="",
+            user_id=workflow.owner_id,
+            organization_id=workflow.organization_id,
+            lane=workflow.lane,
+            role=Role.MEMBER,
+            scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
+        )
+        return Sender(caller, label)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Why a mail is let in that comes without a key or token, or is found true besides."""
+
+    label: str
+    """Who has shown what: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty: nothing was to be shown."""
+    delivery_key: str | None = None
+    """What the sender names the delivery by."""
+
+
+async def addressee(gateway: State, workflow_id: str, known: Sender | None) -> Addressee:
+    """Return whom a mail is for; raises 404 for whoever has a key, and 401 for those whom nothing could let in."""
+    if known is not None:
+        workflow = await gateway.workflows.load(workflow_id, known.caller)
+        return Addressee(workflow, _config(workflow))
+    found = await gateway.workflows.load_for_sender(workflow_id)
+    if found is None or not (config := _config(found)).lets_somebody_in:
+        raise no_sender()
+    return Addressee(found, config)
+
+
+async def recognised(arrival: Arrival) -> MailKind:
+    """Return what is handed in; raises what a caller is answered for what is no mail of any kind."""
+    try:
+        return await patience.patiently(mail_kinds.recognise, arrival)
+    except Refused as error:
+        raise refusal(error) from error
+
+
+async def proof(
+    gateway: State, addressee: Addressee, arrival: Arrival, kind: MailKind, *, address: str, is_known: bool
+) -> Proof:
+    """Return why a mail is let in; raises `ApiError` where it isn't, and `Refused` for a signature that isn't good.
+
+    A signature is checked wherever there is one and the trigger says by what, whoever comes with it. Passwords can be
+    tried: `address` is who must not do that too often.
+    """
+    signed = await _signature(gateway, addressee, arrival, kind)
+    if signed is not None:
+        return signed
+    if addressee.trigger.require_signature:
+        raise sent_signatures.missing("a signature that the trigger can check")
+    if is_known:
+        return Proof("")
+    attempt = f"{addressee.workflow.id} {address}"
+    gateway.mail_attempts.refuse_too_many(attempt)
+    try:
+        label = await _credentials(gateway, addressee, arrival)
+    except Refused:
+        gateway.mail_attempts.count(attempt)
+        raise
+    if label is None:
+        raise no_sender()
+    return Proof(label)
+
+
+@contextmanager
+def answered(kind: MailKind) -> Iterator[None]:
+    """Answer each mail service by the codes that it knows: of all refusals, Mailgun takes only 406 as final."""
+    try:
+        yield
+    except Refused as error:
+        raise _final(kind, refusal(error)) from error
+    except ApiError as error:
+        raise _final(kind, error) from error
+
+
+@contextmanager
+def later(kind: MailKind) -> Iterator[None]:
+    """Have mail services come again where others are told that there is too much just now: they would give up."""
+    try:
+        yield
+    except ApiError as error:
+        if kind is MailKind.NATIVE or error.status != TOO_MANY:
+            raise
+        raise errors.not_ready(error.message) from error
+
+
+def refusal(error: Refused) -> ApiError:
+    """Return what a sender is answered whose mail isn't taken in."""
+    if error.code in _OF_SIGNATURES:
+        return ApiError(401, "invalid-signature", error.message)
+    if error.code == "too-large":
+        return ApiError(413, "payload-too-large", error.message)
+    return ApiError(415 if error.code == "unsupported-media-type" else 400, error.code, error.message)
+
+
+def no_mail() -> ApiError:
+    """Return the refusal of what Mailgun tells of mails that were sent."""
+    message = "This tells what has become of a mail that was sent: give Mailgun another URL for its webhooks"
+    return ApiError(_FINAL, "mail-refused", message)
+
+
+def _final(kind: MailKind, error: ApiError) -> ApiError:
+    if kind not in MAILGUN or not FIRST_REFUSAL <= error.status < FIRST_SERVER_ERROR:
+        return error
+    if error.status in {TOO_MANY, _FINAL}:
+        return error
+    return ApiError(_FINAL, "mail-refused", f"{error.code}: {error.message}", details=error.details)
+
+
+def _config(workflow: LoadedWorkflow) -> MailTrigger:
+    """Return what the workflow's trigger says; one that can't be read lets nobody in."""
+    trigger = workflow.trigger
+    if trigger is None or trigger.kind != TriggerKind.EMAIL:
+        return MailTrigger()
+    try:
+        return msgspec.convert(trigger.config, MailTrigger)
+    except msgspec.ValidationError:
+        return MailTrigger(require_signature=True)
+
+
+# ── signatures ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _signature(gateway: State, addressee: Addressee, arrival: Arrival, kind: MailKind) -> Proof | None:
+    """Return that a mail is signed; None where it isn't, or nothing says what with."""
+    trigger = addressee.trigger
+    if kind in SENDGRID and trigger.sendgrid is not None:
+        if sendgrid.SIGNATURE_HEADER not in arrival.headers and sendgrid.TIME_HEADER not in arrival.headers:
+            return None
+        verified = await patience.patiently(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
+        return _proof("sendgrid", verified)
+    if kind in MAILGUN and trigger.mailgun is not None:
+        source = await secret_of(gateway, addressee, trigger.mailgun.signing_key, "webhook-secret")
+        verified = await patience.patiently(mailgun.verify, arrival, [source.secrets.get("secret", "")])
+        return _proof("mailgun", verified)
+    if kind is MailKind.SNS and trigger.ses is not None:
+        return _proof("sns", await _of_sns(gateway, arrival, trigger.ses.topics))
+    return None
+
+
+def _proof(label: str, verified: Verified) -> Proof:
+    return Proof(label, verified.delivery_key)
+
+
+async def _of_sns(gateway: State, arrival: Arrival, topics: Sequence[str]) -> Verified:
+    message = await patience.patiently(sns.parse, arrival)
+    # Anybody can have a topic: nothing is fetched for one that nobody here has named.
+    sns.require_topic(message, topics)
+    pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.at)
+    return sns.verify(message, pem, topics, arrival.at)
+
+
+# ── what stands in a URL or a header ────────────────────────────────────────────────────────────────────────
+
+
+async def _credentials(gateway: State, addressee: Addressee, arrival: Arrival) -> str | None:
+    """Return which credentials a mail came with; None where it has none, or none are configured."""
+    trigger = addressee.trigger
+    scheme, _, given = (arrival.headers.one("Authorization") or "").partition(" ")
+    if scheme.lower() == "basic" and trigger.basic_auth:
+        source = await secret_of(gateway, addressee, trigger.basic_auth, "http-basic")
+        username, password = source.settings.get("username"), source.secrets.get("password", "")
+        basic.verify(arrival, [basic.Credentials(str(username), password)])
+        return "basic-auth"
+    if scheme.lower() == "bearer" and trigger.bearer:
+        source = await secret_of(gateway, addressee, trigger.bearer, "http-bearer")
+        expected = sent_signatures.usable([source.secrets.get("token", "")])
+        sent_signatures.require_match([sent_signatures.text_of(given.strip())], expected)
+        return "bearer"
+    return None
+
+
+async def secret_of(gateway: State, addressee: Addressee, source_id: str, source_type: str) -> Source:
+    """Return a data source that the workflow's owner may read; raises `Refused`, and 503 where it can't be had now."""
+    try:
+        source = await gateway.runners.sources.find(addressee.owner, source_id)
+    except NodeError as error:
+        if error.retryable or error.code == "data-source-unreadable":
+            raise errors.not_ready("What the trigger's secrets are kept in can't be read just now") from error
+        source = None
+    if source is None or source.type != source_type:
+        log.warning(
+            "secret of a trigger missing", workflow_id=addressee.workflow.id, data_source_id=source_id
+        )
+        raise sent_signatures.no_secret()
+    return source

@@ -1,0 +1,192 @@
+"""Requests of senders that were not let in: all are counted, and the last of each route are kept, to be looked at.
+
+Anybody can send them, so that they cost little: a flood replaces its own, and is written once a second at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from sqlalchemy import func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from gateway import metrics
+from gateway.arrivals.sent import REASON_LENGTH, TOO_MANY
+from models import ids
+from models.database import DatabaseUnavailable
+from models.intake import IntakeRoute, IntakeSample
+from models.workflow import Workflow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from starlette.types import Scope
+
+    from gateway.arrivals.sender import Sender
+    from gateway.errors import ApiError
+    from gateway.query import Page
+    from models.access import Caller
+    from models.database import Database
+
+log = structlog.get_logger()
+
+SLOTS: Final = 100
+WRITE_SECONDS: Final = 1.0
+MAX_HEADERS: Final = 50
+MAX_TEXT: Final = 100
+SERVER_ERROR: Final = 500
+ROUTES: Final[Mapping[str, IntakeRoute]] = {
+    "/api/v1/workflows/{id}/enqueue": IntakeRoute.ENQUEUE,
+    "/api/v1/workflows/{id}/enqueue-batch": IntakeRoute.ENQUEUE_BATCH,
+    "/api/v1/workflows/{id}/email-trigger": IntakeRoute.EMAIL,
+    "/api/v1/workflows/events": IntakeRoute.EVENTS,
+    "/hooks/{id}": IntakeRoute.HOOK,
+}
+
+
+class Samples:
+    """Those of one gateway."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._turns: Mapping[IntakeRoute, Iterator[int]] = {route: count() for route in IntakeRoute}
+        self._waiting: dict[tuple[str, int], IntakeSample] = {}
+        self._writing: asyncio.Task[None] | None = None
+        self._is_urgent = asyncio.Event()
+
+    def note(self, scope: Scope, error: ApiError) -> None:
+        """Count a request that is refused and of which no delivery tells, and keep what it looked like."""
+        route = ROUTES.get(scope["route"].path)
+        if route is None or error.is_noted or error.status >= SERVER_ERROR:
+            return
+        metrics.not_let_in(route, error.code)
+        if error.status == TOO_MANY:
+            return  # those before it tell more, and are kept
+        slot = next(self._turns[route]) % SLOTS
+        self._waiting[route, slot] = _sample(route, slot, scope, error)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+
+    async def drain(self) -> None:
+        """Write what waits, at once."""
+        self._is_urgent.set()
+        if self._writing is not None:
+            await self._writing
+        self._is_urgent.clear()
+
+    async def _write(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = [*self._waiting.values()], {}
+                await self._write_batch(batch)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(WRITE_SECONDS):
+                        await self._is_urgent.wait()
+        finally:
+            self._writing = None
+
+    async def _write_batch(self, batch: Sequence[IntakeSample]) -> None:
+        named = {one.workflow_id for one in batch if one.workflow_id and one.organization_id is None}
+
+        async def write(connection: AsyncConnection) -> None:
+            statement = select(col(Workflow.id), col(Workflow.organization_id)).where(
+                col(Workflow.id).in_(named)
+            )
+            owners: dict[str, str] = {
+                row.id: row.organization_id for row in await connection.execute(statement)
+            }
+            await _upsert(connection, [_row(one, owners) for one in batch])
+
+        try:
+            await self._database.transaction(write)
+        except DatabaseUnavailable as error:
+            log.warning("samples of what was not let in are lost", count=len(batch), error=str(error))
+        except Exception:
+            log.exception("samples of what was not let in are lost", count=len(batch))
+
+
+async def page(
+    connection: AsyncConnection, caller: Caller, route: IntakeRoute | None, part: Page
+) -> tuple[int, list[IntakeSample]]:
+    """Return how many samples name something of the caller's organisation, and a page of them, the newest first."""
+    conditions = [col(IntakeSample.organization_id) == caller.organization_id]
+    if route is not None:
+        conditions.append(col(IntakeSample.route) == route)
+    found = await connection.scalar(select(func.count()).select_from(IntakeSample).where(*conditions))
+    rows = await connection.execute(
+        select(IntakeSample)
+        .where(*conditions)
+        .order_by(col(IntakeSample.created_at).desc(), col(IntakeSample.route), col(IntakeSample.slot))
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return found or 0, [IntakeSample(**row) for row in rows.mappings()]
+
+
+async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    # In one order everywhere: gateways that write at once wait for one another, and never in a circle.
+    statement = dialect.insert(IntakeSample).values(sorted(rows, key=lambda row: (row["route"], row["slot"])))
+    changes = {name: statement.excluded[name] for name in rows[0] if name not in {"route", "slot"}}
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[col(IntakeSample.route), col(IntakeSample.slot)], set_=changes
+        )
+    )
+
+
+def _row(sample: IntakeSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the row of a sample; a workflow that there is not is nothing to be remembered."""
+    row = sample.model_dump()
+    if sample.organization_id is None:
+        row["organization_id"] = owners.get(sample.workflow_id or "")
+        row["workflow_id"] = sample.workflow_id if row["organization_id"] else None
+    return row
+
+
+def _sample(route: IntakeRoute, slot: int, scope: Scope, error: ApiError) -> IntakeSample:
+    sender: Sender | None = scope.get("sender")
+    workflow_id = None if route is IntakeRoute.HOOK else scope["path_params"].get("id")
+    if workflow_id is not None and not ids.is_id(workflow_id):
+        workflow_id = None
+    organization_id = None
+    if workflow_id is None and sender is not None and sender.token is not None:
+        workflow_id, organization_id = sender.token.workflow_id, sender.token.organization_id
+    return IntakeSample(
+        route=route,
+        slot=slot,
+        organization_id=organization_id,
+        workflow_id=workflow_id,
+        reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
+        content_bytes=_declared_bytes(scope),
+        shape=_shape(scope),
+        created_at=datetime.now(UTC),
+    )
+
+
+def _shape(scope: Scope) -> dict[str, Any]:
+    """Return what a request looked like: of its headers the names, for their values may be secrets."""
+    headers = scope["headers"]
+    content_types = [value for name, value in headers if name.lower() == b"content-type"]
+    return {
+        "method": scope["method"],
+        "address": scope["client"][0] if scope.get("client") else "",
+        "contentType": _text(content_types[0]) if content_types else None,
+        "headers": [_text(name) for name, _ in headers[:MAX_HEADERS]],
+    }
+
+
+def _text(raw: bytes) -> str:
+    return "".join(one if one.isprintable() else "?" for one in raw[:MAX_TEXT].decode("latin-1"))
+
+
+def _declared_bytes(scope: Scope) -> int:
+    declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
+    return min(int(declared), 2**31 - 1) if declared.isdigit() and len(declared) < MAX_TEXT else 0

@@ -1,0 +1,178 @@
+"""Who has sent something: whoever has a key, or a token in the URL, since providers can't set a header."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl
+
+import structlog
+
+from execution.joint import Joint
+from gateway import errors
+from gateway.errors import ApiError
+from gateway.failed_attempts import FailedAttempts
+from gateway.parameters import Text
+from gateway.recent import Recent
+from models import intake_tokens
+from models.access import Caller, KeyScope
+from models.database import DatabaseUnavailable
+from models.intake import TOKEN_PREFIXES, TokenKind
+from models.intake_tokens import FoundToken
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
+
+    from gateway.auth import Authenticator
+    from models.database import Database
+
+log = structlog.get_logger()
+
+LONGEST_TOKEN: Final = 100
+TOKEN: Final = Text(
+    "key",
+    "A token of the sender, where it can't set the header `X-API-Key`: it is good for nothing else.",
+    LONGEST_TOKEN,
+)
+KEPT_SECONDS: Final = 1.0
+"""A revocation works after at most this long, everywhere."""
+KNOWN_SECONDS: Final = 86_400.0
+MAX_KEPT: Final = 10_000
+MAX_QUERY_FIELDS: Final = 20
+USE_RECORDED_EVERY: Final = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Whoever a key or a token stands for, or a provider whose signature was good."""
+
+    caller: Caller
+    label: str
+    """`api-key:`, `trigger-token:` or `event-token:` and its id; the name of a provider that signed."""
+    token: FoundToken | None = None
+
+    def may_send_to(self, workflow_id: str) -> bool:
+        """Tell whether it may send to a workflow, as far as a token says so."""
+        if self.token is None:
+            return True
+        return self.token.kind is TokenKind.TRIGGER and self.token.workflow_id == workflow_id
+
+
+class Doorkeeper:
+    """Turns keys and tokens of requests into senders, for one process."""
+
+    def __init__(self, database: Database, authenticator: Authenticator) -> None:
+        self._database = database
+        self._authenticator = authenticator
+        self._kept: Recent[str, tuple[float, FoundToken]] = Recent(KEPT_SECONDS, MAX_KEPT)
+        """Tokens and when they were asked for, by their hashes."""
+        self._known: Recent[str, bool] = Recent(KNOWN_SECONDS, MAX_KEPT)
+        """Tokens that were valid: mail services send from addresses that they share, so others' failures are no reason
+        to refuse these.
+        """
+        self._lookups: Joint[str, FoundToken | None] = Joint(self._look_up)
+        self._recorded: Recent[str, bool] = Recent(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
+        """Tokens whose use was noted from here."""
+        self._failures = FailedAttempts("Too many requests from this address had no valid token")
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def sender(self, scope: Scope) -> Sender | None:
+        """Return whoever a key or a token in the URL stands for; None: the request has neither.
+
+        Raises 401 for one that isn't valid, 403 for a key without the scope, and 429 after too many failures.
+        """
+        if any(name == b"x-api-key" for name, _ in scope["headers"]):
+            caller = await self._authenticator.caller(scope)
+            if not caller.may(KeyScope.WORKFLOWS_EXECUTE):
+                raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
+            return Sender(caller, f"api-key:{caller.key_id}")
+        token = _token(scope)
+        return None if token is None else await self.by_token(scope, token)
+
+    async def by_token(self, scope: Scope, token: str) -> Sender:
+        """Return whoever a token stands for; raises 401 for one that isn't valid, 429 after too many failures."""
+        found = await self._find(scope, token)
+        self._note_use(found)
+        caller = Caller(
+            key_id=found.id,
+            user_id=found.user_id,
+            organization_id=found.organization_id,
+            lane=found.lane,
+            role=found.role,
+            scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
+        )
+        sender = scope["sender"] = Sender(caller, f"{found.kind}-token:{found.id}", found)
+        return sender
+
+    async def close(self) -> None:
+        """Finish what is written in the background."""
+        await self._lookups.drain()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _find(self, scope: Scope, token: str) -> FoundToken:
+        hashed = intake_tokens.token_hash(token)
+        kept = self._kept.get(hashed)
+        if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
+            return kept[1]
+        address = scope["client"][0] if scope.get("client") else ""
+        if self._known.get(hashed) is None:
+            self._failures.refuse_too_many(address)
+        found = None
+        if len(token) <= LONGEST_TOKEN and token.startswith(tuple(TOKEN_PREFIXES.values())):
+            found = await self._lookups.ask(hashed)
+        if found is None:
+            self._failures.count(address)
+            raise no_sender()
+        return found
+
+    async def _look_up(self, hashed: str) -> FoundToken | None:
+        asked_at = monotonic()
+        found = await intake_tokens.find(self._database, hashed, datetime.now(UTC))
+        if found is None:
+            self._known.drop(hashed)
+        else:
+            self._kept.put(hashed, (asked_at, found))
+            self._known.put(hashed, value=True)
+        return found
+
+    def _note_use(self, found: FoundToken) -> None:
+        """Have the use of a token noted in the background, now and then."""
+        is_recent = found.last_used_at and datetime.now(UTC) - found.last_used_at <= USE_RECORDED_EVERY
+        if is_recent or self._recorded.get(found.id):
+            return
+        self._recorded.put(found.id, value=True)
+        task = asyncio.create_task(self._record_use(found.id))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _record_use(self, token_id: str) -> None:
+        try:
+            await intake_tokens.record_use(
+                self._database, token_id, now=datetime.now(UTC), every=USE_RECORDED_EVERY
+            )
+        except DatabaseUnavailable as error:
+            log.warning("use of token not recorded", token_id=token_id, reason=str(error))
+
+
+def no_sender() -> ApiError:
+    """Return the one answer for neither key nor token nor signature, and for none that is valid here."""
+    message = (
+        "Send a valid API key in the X-API-Key header, or the workflow's trigger token as ?key= in the URL"
+    )
+    # Some senders give user and password only after they were asked for them.
+    return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": 'Basic realm="Pilotflame"'})
+
+
+def _token(scope: Scope) -> str | None:
+    """Return the token in a URL; one that is there twice is none that could be valid."""
+    try:
+        fields = parse_qsl(
+            scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS
+        )
+    except ValueError:
+        return ""
+    keys = [value for name, value in fields if name == "key"]
+    return None if not keys else keys[0] if len(keys) == 1 else ""

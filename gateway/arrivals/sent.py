@@ -1,0 +1,115 @@
+"""One request of a sender, in so far as a delivery tells of it later."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+
+from journal.store import Arrival
+from models import ids
+from models.intake import Delivery, IntakeRoute, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from gateway.arrivals.sender import Sender
+    from gateway.errors import ApiError
+    from journal.store import ArrivedRun, EmittedEvent, IdempotencyKey
+
+LARGE_BYTES: Final = 256_000
+"""A longer body is hashed in a thread."""
+REASON_LENGTH: Final = 500
+TOO_MANY: Final = 429
+
+
+@dataclass(slots=True)
+class Sent:
+    """What was sent, by whom, and where to."""
+
+    route: IntakeRoute
+    sender: Sender
+    content_hash: str
+    """SHA-256 of the body, in hexadecimal."""
+    content_bytes: int
+    workflow_id: str | None = None
+    """None: it is for whatever waits for such an event."""
+    payload: str | None = None
+    """JSON: what a run would be given, once that is known; kept where it is refused, so that it can be tried again."""
+    redriven_from: str | None = None
+    delivery_id: str = field(default_factory=lambda: ids.new("dlv"))
+
+    def arrival(
+        self,
+        runs: Sequence[ArrivedRun],
+        *,
+        status: int,
+        outcome: Outcome = Outcome.ACCEPTED,
+        event: EmittedEvent | None = None,
+        answer: str | None = None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> Arrival:
+        """Return what is taken in of it."""
+        caller = self.sender.caller
+        return Arrival(
+            delivery_id=self.delivery_id,
+            lane=caller.lane,
+            organization_id=caller.organization_id,
+            workflow_id=self.workflow_id,
+            user_id=caller.user_id,
+            route=self.route,
+            sender=self.sender.label,
+            content_hash=self.content_hash,
+            content_bytes=self.content_bytes,
+            outcome=outcome,
+            status=status,
+            runs=runs,
+            event=event,
+            answer=answer,
+            idempotency=idempotency,
+            redriven_from=self.redriven_from,
+        )
+
+    def repeated(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
+        """Return what is noted of it where the same had arrived before."""
+        return self._delivery(now, outcome=Outcome.DUPLICATE, status=status, execution_id=execution_id)
+
+    def noted(self, now: datetime, *, status: int, reason: str) -> Delivery:
+        """Return what is noted of it where it was understood, and is nothing that could be run."""
+        return self._delivery(now, outcome=Outcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH])
+
+    def refused(self, now: datetime, error: ApiError) -> Delivery:
+        """Return what is noted of it where it was refused."""
+        is_shed = error.status == TOO_MANY
+        return self._delivery(
+            now,
+            outcome=Outcome.SHED if is_shed else Outcome.REJECTED,
+            status=error.status,
+            reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
+            payload=None if is_shed else self.payload,
+        )
+
+    def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
+        caller = self.sender.caller
+        return Delivery(
+            id=self.delivery_id,
+            lane=caller.lane,
+            organization_id=caller.organization_id,
+            workflow_id=self.workflow_id,
+            user_id=caller.user_id,
+            route=self.route,
+            sender=self.sender.label,
+            content_hash=self.content_hash,
+            content_bytes=self.content_bytes,
+            redriven_from=self.redriven_from,
+            created_at=now,
+            **values,
+        )
+
+
+async def sent(route: IntakeRoute, sender: Sender, content: bytes, *, workflow_id: str | None = None) -> Sent:
+    """Return what was sent; a large body is hashed while others are served."""
+    hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
+    return Sent(route, sender, hashed.hexdigest(), len(content), workflow_id)

@@ -1,0 +1,89 @@
+"""Whether those who send events sign what they send, with the secrets that an event token keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+
+from engine import patience
+from gateway import errors
+from gateway.errors import ApiError
+from models.vault import VaultError
+from senders import events, github, slack, standard_webhooks, stripe
+from senders.events import Sender as Provider
+from senders.refusals import Refused
+
+if TYPE_CHECKING:
+    from gateway.arrivals.sender import Sender
+    from models.vault import Sealed, Vault
+    from senders.arrival import Arrival
+    from senders.signatures import Verified
+
+log = structlog.get_logger()
+
+Secrets = dict[Provider, list[str]]
+"""What each provider signs with; several while one takes the place of another."""
+
+VERIFIERS: Final[Mapping[Provider, Callable[[Arrival, Sequence[str]], Verified]]] = {
+    Provider.GITHUB: github.verify,
+    Provider.STRIPE: stripe.verify,
+    Provider.SLACK: slack.verify,
+    Provider.STANDARD_WEBHOOKS: standard_webhooks.verify,
+}
+_OF_SIGNATURES: Final = frozenset({"missing-signature", "invalid-signature", "stale-signature", "no-secret"})
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Secrets).decode
+
+
+def sealed(vault: Vault, secrets: Secrets, *, organization_id: str, token_id: str) -> Sealed:
+    """Return the secrets of an event token as they are stored."""
+    return vault.seal(_encode(secrets), organization_id=organization_id, object_id=token_id)
+
+
+async def verify(arrival: Arrival, sender: Sender, vault: Vault) -> Provider | None:
+    """Return whose form a request has, None for that of the API, after having found it signed as it must be.
+
+    An API key vouches for whatever comes with it. By a token, what a provider is known to sign must be signed, and a
+    token with secrets lets in nothing else. Raises 401, 400, and 503 where the secrets can't be read.
+    """
+    try:
+        claimed = events.recognise(arrival)
+        if sender.token is not None:
+            await patience.patiently(_require_signature, arrival, claimed, _opened(sender, vault))
+    except Refused as error:
+        raise refusal(error) from error
+    return claimed
+
+
+def _require_signature(arrival: Arrival, claimed: Provider | None, secrets: Secrets) -> None:
+    verifier = None if claimed is None else VERIFIERS.get(claimed)
+    if claimed is not None and verifier is not None:
+        verifier(arrival, secrets.get(claimed, []))
+    elif secrets:
+        raise Refused("missing-signature", "The request is not signed: this token is for those who sign")
+
+
+def refusal(error: Refused) -> ApiError:
+    """Return what a sender is answered whose request isn't taken in."""
+    if error.code in _OF_SIGNATURES:
+        return ApiError(401, "invalid-signature", error.message)
+    if error.code == "too-large":
+        return ApiError(413, "payload-too-large", error.message)
+    if error.code == "unsupported-media-type":
+        return ApiError(415, error.code, error.message)
+    return ApiError(400, error.code, error.message)
+
+
+def _opened(sender: Sender, vault: Vault) -> Secrets:
+    token = sender.token
+    if token is None or token.sealed is None:
+        return {}
+    try:
+        text = vault.open(token.sealed, organization_id=token.organization_id, object_id=token.id)
+    except VaultError as error:
+        log.error("secrets of an event token not opened", token_id=token.id, reason=str(error))  # noqa: TRY400 - the reason says it
+        raise errors.not_ready("The secrets of this token can't be read: tell the operator") from error
+    return _decode(text)

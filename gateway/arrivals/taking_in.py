@@ -1,0 +1,216 @@
+"""What senders bring becomes runs: of workflows as they were loaded last, in one commit, once however often sent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway import acceptance, errors, graph_shapes, idempotency
+from gateway.errors import ApiError
+from journal import admission, follow_ups
+from journal.admission import OnLimit
+from journal.store import Accepted, ArrivedRun, DefinitionKey, TakenIn, Verdict
+from models import ids
+from models.intake import Delivery, Outcome
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.arrivals.sent import Sent
+    from gateway.state import State
+    from journal.pinning import LoadedWorkflow, TriggerNode
+    from journal.store import Arrival, IdempotencyKey
+    from models.access import Caller
+
+_encode = msgspec.json.Encoder().encode
+ATTEMPTS: Final = 5
+"""How often something is planned anew because a workflow is changed meanwhile."""
+
+PlanArrival: TypeAlias = Callable[[], Awaitable["Arrival"]]
+"""Returns what is taken in; raises `ApiError`. It may be called again, when a workflow has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """A workflow that takes something in, as it will be run."""
+
+    workflow: LoadedWorkflow
+    """With what is deployed in the place of its own definition, where that is."""
+    trigger: TriggerNode
+    home: str | None
+    """The deployment whose pods are to run it; None: any worker."""
+    is_deferred: bool
+    """It may not run now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one run is given."""
+
+    trigger: Json
+    """What the trigger node gives out."""
+    text: str | None = None
+    """The same as JSON, where that is written already."""
+    priority: int = 0
+    delay_until: datetime | None = None
+    callback_url: str = ""
+    promise: IdempotencyKey | None = None
+    is_read: bool = True
+    execution_id: str | None = None
+    """Of the run, where something is kept for it already."""
+
+
+async def ground(gateway: State, caller: Caller, workflow_id: str, kind: str) -> Ground:
+    """Return what takes something in for a workflow that the caller may read, by its trigger of a kind.
+
+    Raises 404, 409 for one that is not active, and 422 for one with another trigger or an invalid graph.
+    """
+    workflow = await gateway.workflows.load(workflow_id, caller)
+    try:
+        return await _ground(gateway, workflow, kind)
+    except ApiError:
+        # It may have been mended or opened since: nothing is refused from memory.
+        gateway.workflows.forget(workflow.organization_id, workflow.id)
+        current = await gateway.workflows.load(workflow_id, caller)
+        if current is workflow:
+            raise
+        return await _ground(gateway, current, kind)
+
+
+async def _ground(gateway: State, workflow: LoadedWorkflow, kind: str) -> Ground:
+    if workflow.status is not WorkflowStatus.ACTIVE:
+        raise errors.workflow_not_active()
+    home, is_deferred = None, False
+    if workflow.is_deployed:
+        found = await gateway.activation.count(workflow.id)
+        if found is not None:
+            workflow = await gateway.deployed.load(workflow, found.deployment)
+            home, is_deferred = workflow.id, found.refusal is not None
+    if workflow.trigger is None or workflow.trigger.kind != kind:
+        raise errors.no_such_trigger(kind)
+    graph_shapes.require_valid(workflow.validation)
+    return Ground(workflow, workflow.trigger, home, is_deferred)
+
+
+def run_of(gateway: State, ground: Ground, message: Message) -> ArrivedRun:
+    """Return the run of a message; it runs for the workflow's owner, whoever has sent it."""
+    workflow = ground.workflow
+    definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.lane)
+    limit = admission.limit_of(workflow.settings, workflow.id, message.trigger) if message.is_read else None
+    return ArrivedRun(
+        execution_id=message.execution_id or ids.new("exec"),
+        lane=workflow.lane,
+        organization_id=workflow.organization_id,
+        workflow_id=workflow.id,
+        workflow_revision=workflow.revision,
+        user_id=workflow.owner_id,
+        trigger_type=ground.trigger.kind,
+        trigger=message.text or _encode(message.trigger).decode(),
+        config=workflow.config,
+        definition_hash=workflow.definition_hash,
+        definition=None if gateway.acceptances.is_stored(definition) else workflow.definition,
+        timeout_seconds=workflow.timeout_seconds,
+        total_nodes=workflow.total_nodes,
+        inbox=gateway.broker.inbox,
+        priority=message.priority,
+        idempotency=message.promise,
+        concurrency_key=limit.key if limit else None,
+        concurrency_limit=limit.runs if limit else None,
+        may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
+        follow_up=follow_ups.asked(workflow.settings, callback_url=message.callback_url),
+        home=ground.home,
+        delay_until=message.delay_until,
+        is_read=message.is_read,
+    )
+
+
+async def one(
+    gateway: State,
+    sent: Sent,
+    kind: str,
+    plan: Callable[[Ground], Awaitable[Message]],
+    promise: IdempotencyKey | None,
+    *,
+    status: int = 201,
+    own_key: IdempotencyKey | None = None,
+    reused: ApiError | None = None,
+) -> Accepted:
+    """Take in the one run that a request brings, or return the one that was taken in for the same promise before.
+
+    `own_key` is what the request itself is known by, whatever it brings: with something else it is refused as `reused`.
+    Raises 404, 409, 422, 429, 503, and whatever `plan` raises. A repetition, answered by `status`, is noted as one.
+    """
+    caller, workflow_id = sent.sender.caller, str(sent.workflow_id)
+    runs: list[ArrivedRun] = []
+
+    async def arrival() -> Arrival:
+        place = await ground(gateway, caller, workflow_id, kind)
+        runs[:] = [run_of(gateway, place, await plan(place))]
+        sent.payload = runs[0].trigger
+        outcome = Outcome.DEFERRED if place.is_deferred else Outcome.ACCEPTED
+        return sent.arrival(runs, status=status, outcome=outcome, idempotency=own_key)
+
+    try:
+        taken = await several(gateway, arrival)
+        if taken.verdict is Verdict.MISMATCH:
+            raise reused or idempotency.mismatch()
+        accepted = taken.runs[0] if taken.runs else await _first(gateway, taken)
+    except ApiError:
+        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        earlier = promise and await acceptance.earlier(gateway.database, caller.lane, promise)
+        if not earlier:
+            raise
+        accepted = earlier
+    if accepted.verdict is Verdict.MISMATCH:
+        raise idempotency.mismatch()
+    if accepted.verdict is Verdict.FULL:
+        raise errors.concurrency_limit()
+    if accepted.verdict is Verdict.REPEATED:
+        now = datetime.now(UTC)
+        await gateway.deliveries.note(sent.repeated(now, status=status, execution_id=accepted.execution_id))
+    else:
+        see_to(gateway, runs, [accepted])
+    gateway.access.allow(accepted.execution_id, caller)
+    return accepted
+
+
+def see_to(gateway: State, runs: Sequence[ArrivedRun], answers: Sequence[Accepted]) -> None:
+    """Wake the deployments that have something to do now, by what became of runs for them."""
+    for home in {
+        run.home
+        for run, answer in zip(runs, answers, strict=True)
+        if answer.verdict is Verdict.ACCEPTED and run.home is not None and run.delay_until is None
+    }:
+        gateway.activation.see_to(home)
+
+
+async def _first(gateway: State, taken: TakenIn) -> Accepted:
+    """Return the answer to the first request with the same key; raises 503 where that isn't known yet."""
+    async with gateway.database.read() as connection:
+        execution_id = await connection.scalar(
+            select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
+        )
+    if execution_id is None:
+        raise errors.not_ready("What has become of this delivery is being noted: try again")
+    return Accepted(taken.verdict, execution_id)
+
+
+async def several(gateway: State, plan: PlanArrival) -> TakenIn:
+    """Take in what is planned, anew where a workflow was changed meanwhile.
+
+    Raises what `plan` raises, 409 where workflows change all the time, and 503.
+    """
+    for _ in range(ATTEMPTS):
+        arrival = await plan()
+        taken = await gateway.acceptances.take_in(arrival)
+        if taken.verdict is not Verdict.STALE:
+            return taken
+        for workflow_id in {run.workflow_id for run in arrival.runs}:
+            gateway.workflows.forget(arrival.organization_id, workflow_id)
+    raise errors.conflict("workflow-changed", "The workflow is being changed: try again")

@@ -1,0 +1,234 @@
+"""Whether what is sent to a trigger is truly of whom the trigger's config says, and how it is known again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine import patience
+from gateway import errors
+from gateway.arrivals import signatures, trigger_secrets
+from gateway.errors import ApiError
+from models.data_source_types import DataSourceType
+from models.deployment import Deployment
+from senders import basic, github, hmac_signature, slack, standard_webhooks, stripe
+from senders.arrival import Arrival, Headers
+from senders.basic import Credentials
+from senders.hmac_signature import Algorithm, Encoding, Scheme
+from senders.refusals import Refused
+from senders.signatures import Verified
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.arrivals.taking_in import Ground
+    from gateway.request import Request
+    from gateway.state import State
+    from journal.pinning import LoadedWorkflow
+    from models.access import Caller
+    from nodes.connections.source import Source
+
+Used = TypeVar("Used")
+
+FIELD: Final = "verification"
+CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="Pilotflame"'}
+_MAY_BE_OLD: Final = frozenset({401, 403, 405, 422})
+"""Refusals that the config of a trigger makes, which somebody may have changed a moment ago."""
+
+
+class Provider(StrEnum):
+    """Who signs, and how."""
+
+    GITHUB = "github"
+    STRIPE = "stripe"
+    SLACK = "slack"
+    STANDARD_WEBHOOKS = "standard-webhooks"
+    HMAC = "hmac"
+    """Somebody else, by a signature that the config describes."""
+    BASIC = "basic"
+    NONE = "none"
+    """Anybody is let in."""
+
+
+class Verification(msgspec.Struct, frozen=True, rename="camel"):
+    """What a trigger's config says of it."""
+
+    provider: Provider
+    data_source: str | list[str] = ""
+    header: str = ""
+    algorithm: Algorithm = Algorithm.SHA256
+    encoding: Encoding = Encoding.HEX
+    prefix: str = ""
+    timestamp_header: str | None = None
+    delivery_header: str | None = None
+    replay_window_seconds: int = 300
+
+    @property
+    def data_sources(self) -> Sequence[str]:
+        return [self.data_source] if isinstance(self.data_source, str) else self.data_source
+
+    @property
+    def tolerance(self) -> timedelta:
+        return timedelta(seconds=self.replay_window_seconds)
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the sender signs, of `hmac`."""
+        return Scheme(
+            self.header,
+            self.algorithm,
+            self.encoding,
+            self.prefix,
+            self.timestamp_header,
+            self.tolerance,
+            self.delivery_header,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """What was found true under the config of a trigger."""
+
+    arrival: Arrival
+    said: Json
+    """What the config said of verification; None: nothing, and nothing had to be shown."""
+    delivery_key: str | None
+    """What the sender names the delivery by."""
+
+    async def require_on(self, gateway: State, ground: Ground) -> None:
+        """Verify it once more if the trigger says something else by now; raises what `verify` raises."""
+        says = ground.trigger.config.get(FIELD)
+        if says is not None and says != self.said:
+            await verify(gateway, ground.workflow, self.arrival)
+
+
+# ── the trigger ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def under_current(
+    gateway: State, caller: Caller, workflow_id: str, use: Callable[[LoadedWorkflow], Awaitable[Used]]
+) -> Used:
+    """Return what `use` comes to with a workflow as it is run; nothing is refused by a config that is an old one.
+
+    Raises 404, and whatever `use` raises.
+    """
+    workflow = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
+    try:
+        return await use(workflow)
+    except ApiError as error:
+        if error.status not in _MAY_BE_OLD:
+            raise
+        gateway.workflows.forget(workflow.organization_id, workflow.id)
+        current = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
+        if current.trigger == workflow.trigger:
+            raise
+        return await use(current)
+
+
+async def _as_it_runs(gateway: State, workflow: LoadedWorkflow) -> LoadedWorkflow:
+    """Return a workflow with what is deployed, if it is; nothing is taken down about its having been asked for."""
+    if not workflow.is_deployed:
+        return workflow
+    statement = select(Deployment).where(
+        col(Deployment.workflow_id) == workflow.id, col(Deployment.is_deployed)
+    )
+    async with gateway.database.read() as connection:
+        row = (await connection.execute(statement)).mappings().first()
+    return workflow if row is None else await gateway.deployed.load(workflow, Deployment(**row))
+
+
+# ── what is sent to it ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def arrival_of(request: Request, query: Mapping[str, Sequence[str]], content: bytes) -> Arrival:
+    """Return a request as those see it who know senders; the path may hold a token, and is left out."""
+    headers = Headers(request.scope["headers"])
+    return Arrival(request.method, "", query, headers, content, request.gateway.clock())
+
+
+async def of_message(request: Request, kind: str, content: bytes) -> Vouched | None:
+    """Verify what came for a workflow by its trigger token, where its trigger of a kind says how.
+
+    None for what came by an API key, which vouches for itself. Raises 400, 401, 404, 422 and 503.
+    """
+    gateway, sender = request.gateway, request.sender
+    if sender.token is None:
+        return None
+    arrival = arrival_of(request, {}, content)
+
+    async def use(workflow: LoadedWorkflow) -> Vouched:
+        trigger = workflow.trigger
+        if trigger is None or trigger.kind != kind or trigger.config.get(FIELD) is None:
+            return Vouched(arrival, None, None)
+        return await verify(gateway, workflow, arrival)
+
+    return await under_current(gateway, sender.caller, request.path_params["id"], use)
+
+
+async def verify(gateway: State, workflow: LoadedWorkflow, arrival: Arrival) -> Vouched:
+    """Return that a request is of whom the workflow's trigger says.
+
+    Raises 401 where it isn't, 400 where it can't be read, 422 where the trigger doesn't say, or names no secret that
+    can be used, and 503 where that can't be read.
+    """
+    said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
+    verification = parsed(said)
+    if verification.provider is Provider.NONE:
+        return Vouched(arrival, said, None)
+    is_basic = verification.provider is Provider.BASIC
+    types = {DataSourceType.HTTP_BASIC if is_basic else DataSourceType.WEBHOOK_SECRET}
+    sources = [
+        await trigger_secrets.source(gateway, workflow, source_id, types)
+        for source_id in verification.data_sources
+    ]
+    try:
+        verified = await patience.patiently(_verified, arrival, verification, sources)
+    except Refused as error:
+        refusal = signatures.refusal(error)
+        if is_basic and refusal.status == errors.unauthorized().status:
+            refusal.headers |= CHALLENGE
+        raise refusal from error
+    return Vouched(arrival, said, verified.delivery_key)
+
+
+def parsed(said: Json) -> Verification:
+    """Return what a trigger says of verification; raises 422 where that is nothing, or nothing that could be meant."""
+    if said is None:
+        message = (
+            "The trigger doesn't say how its senders are told from others: set `verification` in its config, with the"
+            " provider `none` to take what anybody sends who knows the address"
+        )
+        raise ApiError(422, "no-verification", message)
+    try:
+        return msgspec.convert(said, Verification)
+    except msgspec.ValidationError as error:
+        message = (
+            "The `verification` in the config of the trigger is not valid: the workflow's validation says why"
+        )
+        raise ApiError(422, "no-verification", message) from error
+
+
+def _verified(arrival: Arrival, verification: Verification, sources: Sequence[Source]) -> Verified:
+    if verification.provider is Provider.BASIC:
+        accepted = [
+            Credentials(str(source.settings["username"]), source.secrets["password"]) for source in sources
+        ]
+        return basic.verify(arrival, accepted)
+    secrets = [source.secrets["secret"] for source in sources]
+    match verification.provider:
+        case Provider.GITHUB:
+            return github.verify(arrival, secrets)
+        case Provider.STRIPE:
+            return stripe.verify(arrival, secrets, tolerance=verification.tolerance)
+        case Provider.SLACK:
+            return slack.verify(arrival, secrets, tolerance=verification.tolerance)
+        case Provider.STANDARD_WEBHOOKS:
+            return standard_webhooks.verify(arrival, secrets, tolerance=verification.tolerance)
+        case _:
+            return hmac_signature.verify(arrival, secrets, verification.scheme)

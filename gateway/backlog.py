@@ -1,0 +1,158 @@
+"""How much may wait to be begun: so many runs of a workflow, and of an organisation.
+
+Nothing is counted for a request. Each gateway adds what it takes in to a count that is a second old, or twenty times as
+old as counting takes. So a limit can be passed by what the other gateways take in of the same within that time, and by
+what is being committed while rows are counted; and nobody is refused by an old count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from gateway import errors
+from journal import backlog
+from models.database import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.settings import GatewaySettings
+    from models.database import Database
+
+log = structlog.get_logger()
+
+FRESH_SECONDS: Final = 1.0
+COUNTING_SHARE: Final = 20
+"""One part of so many of the time, at most, goes into counting one backlog."""
+UNKNOWN_RETRY_SECONDS: Final = 5
+MAX_RETRY_SECONDS: Final = 60
+MAX_TALLIES: Final = 20_000
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is known of one backlog."""
+
+    counted: int | None = None
+    """In the database."""
+    added: int = 0
+    """Taken in here since."""
+    counted_at: float = 0.0
+    fresh_until: float = 0.0
+    begun_per_second: float = 0.0
+    counting: asyncio.Task[None] | None = None
+
+    @property
+    def size(self) -> int:
+        return (self.counted or 0) + self.added
+
+    def lacks_room(self, count: int, limit: int) -> bool:
+        return self.size + count > limit
+
+    def recount(self, found: int, *, added_before: int, began: float, ended: float) -> None:
+        """Take in what was found by counting, and how fast the backlog shrinks."""
+        if self.counted is not None:
+            begun = max(self.counted + added_before - found, 0)
+            self.begun_per_second = begun / max(began - self.counted_at, FRESH_SECONDS)
+        self.counted = found
+        self.added -= added_before
+        self.counted_at = began
+        self.fresh_until = ended + max(FRESH_SECONDS, COUNTING_SHARE * (ended - began))
+
+    def retry_seconds(self, count: int, limit: int) -> int:
+        """Return when there should be room, going by how fast it was made of late."""
+        if not self.begun_per_second:
+            return UNKNOWN_RETRY_SECONDS
+        seconds = math.ceil((self.size + count - limit) / self.begun_per_second)
+        return min(max(seconds, 1), MAX_RETRY_SECONDS)
+
+
+class Backlog:
+    """The backlogs that one gateway adds to."""
+
+    def __init__(self, database: Database, settings: GatewaySettings) -> None:
+        self._database = database
+        self._per_workflow = settings.max_backlog_per_workflow
+        self._per_organization = settings.max_backlog_per_organization
+        self._tallies: OrderedDict[str, Tally] = OrderedDict()
+        self._counting: set[asyncio.Task[None]] = set()
+
+    async def require_room(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
+        """Raise 429 where so many more runs of a workflow would be too many; else they count as taken in."""
+        organization = self._tally(organization_id)
+        whole = self._per_organization
+
+        async def count_organization(connection: AsyncConnection) -> int:
+            return await backlog.of_organization(connection, organization_id, at_most=whole + 1)
+
+        await self._look(organization, count, whole, count_organization)
+        if organization.lacks_room(count, whole):
+            raise errors.queue_full("the organisation", whole, organization.retry_seconds(count, whole))
+        workflow = self._tallies.get(workflow_id)
+        if organization.lacks_room(count, self._per_workflow):  # else no workflow of it can have too many
+            workflow = await self._require_room_of_workflow(organization_id, workflow_id, count)
+        organization.added += count
+        if workflow is not None:
+            workflow.added += count
+
+    async def close(self) -> None:
+        """Finish what is being counted."""
+        await asyncio.gather(*self._counting, return_exceptions=True)
+
+    async def _require_room_of_workflow(self, organization_id: str, workflow_id: str, count: int) -> Tally:
+        workflow = self._tally(workflow_id)
+        limit = self._per_workflow
+
+        async def count_workflow(connection: AsyncConnection) -> int:
+            return await backlog.of_workflow(connection, organization_id, workflow_id, at_most=limit + 1)
+
+        await self._look(workflow, count, limit, count_workflow)
+        if workflow.lacks_room(count, limit):
+            raise errors.queue_full("the workflow", limit, workflow.retry_seconds(count, limit))
+        return workflow
+
+    def _tally(self, whose: str) -> Tally:
+        tally = self._tallies.get(whose)
+        if tally is None:
+            tally = self._tallies[whose] = Tally()
+        self._tallies.move_to_end(whose)
+        if len(self._tallies) > MAX_TALLIES:
+            self._tallies.popitem(last=False)
+        return tally
+
+    async def _look(
+        self,
+        tally: Tally,
+        count: int,
+        limit: int,
+        find: Callable[[AsyncConnection], Awaitable[int]],
+    ) -> None:
+        """Count anew what was counted too long ago; that is waited for only before the first answer and a refusal."""
+        if tally.counting is None and monotonic() >= tally.fresh_until:
+            tally.counting = asyncio.create_task(self._count(tally, find))
+            self._counting.add(tally.counting)
+            tally.counting.add_done_callback(self._counting.discard)
+        if tally.counting is not None and (tally.counted is None or tally.lacks_room(count, limit)):
+            await asyncio.shield(tally.counting)
+
+    async def _count(self, tally: Tally, find: Callable[[AsyncConnection], Awaitable[int]]) -> None:
+        began, added = monotonic(), tally.added
+        try:
+            async with self._database.read() as connection:
+                found = await find(connection)
+            tally.recount(found, added_before=added, began=began, ended=monotonic())
+        except DatabaseUnavailable as error:
+            # Whoever takes runs in finds that out anyway.
+            log.debug("backlog not counted", error=str(error))
+            tally.fresh_until = monotonic() + FRESH_SECONDS
+        finally:
+            tally.counting = None

@@ -1,0 +1,66 @@
+"""What a run was given besides its JSON, for another run: contents belong to a run, and go with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from gateway import errors
+from gateway.arrivals.taking_in import Message
+from journal import unread
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.blobs.reference import InvalidReference, Reference
+from journal.unread import Unread
+from models import ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from engine.values import Json
+    from journal.blobs.blob_store import BlobStore
+    from journal.store import IdempotencyKey
+
+
+async def carried_over(
+    blobs: BlobStore, given: str, source: Owner | None, promise: IdempotencyKey | None
+) -> Message:
+    """Return what another run is given of what the run of `source` was given, once its contents are there too.
+
+    A mail that wasn't read is read once more. Raises 409 where its content is gone, and 503.
+    """
+    trigger: Json = msgspec.json.decode(given)
+    execution_id = ids.new("exec")
+    is_read = not unread.is_unread(given)
+    if not is_read:
+        blob = Unread.of(given).blob
+        if blob is not None and (source is None or not await _copied(blobs, source, execution_id, blob)):
+            raise errors.conflict("not-redrivable", "What it has brought is not kept any more")
+    elif source is not None:
+        for reference in _attached(trigger):
+            # Where one is gone, the node that wants it says so.
+            await _copied(blobs, source, execution_id, reference)
+    return Message(trigger=trigger, promise=promise, is_read=is_read, execution_id=execution_id)
+
+
+def _attached(trigger: Json) -> Iterator[Reference]:
+    attachments = trigger.get("attachments") if isinstance(trigger, dict) else None
+    for attachment in attachments if isinstance(attachments, list) else ():
+        if isinstance(attachment, dict) and "blob" in attachment:
+            try:
+                yield Reference.of(attachment["blob"])
+            except InvalidReference:
+                continue
+
+
+async def _copied(blobs: BlobStore, source: Owner, execution_id: str, reference: Reference) -> bool:
+    """Copy a content; returns False where it is gone."""
+    target = Owner(source.organization_id, execution_id)
+    try:
+        content = await blobs.get(source, reference.sha256)
+        await blobs.put(target, content, media_type=reference.type, name=reference.name)
+    except BlobLost:
+        return False
+    except BlobsUnavailable as error:
+        raise errors.not_ready(f"{error}: try again") from error
+    return True

@@ -1,0 +1,326 @@
+"""E-mail: a mail for the e-mail trigger of an active workflow, as JSON or as mail services hand mails in.
+
+Mails of services are kept as they came and read by a worker: here they are recognised, found true and committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from engine import patience
+from gateway import acceptance, errors, idempotency
+from gateway.arrivals import mail_senders, promises, sent, taking_in
+from gateway.arrivals.mail_senders import MAILGUN
+from gateway.arrivals.taking_in import Message
+from gateway.errors import ApiError
+from gateway.request import Request
+from gateway.responses import JsonResponse, location
+from gateway.wire import Wire, convert, json_of
+from journal.blobs.backend import BlobsUnavailable, Owner
+from journal.store import Verdict
+from journal.unread import StoredObject, Unread
+from models import ids
+from models.data_source_types import DataSourceType
+from models.intake import IntakeRoute
+from models.trigger import TriggerKind
+from senders import mail_kinds, ses, sns
+from senders.arrival import Arrival, Headers
+from senders.mail_kinds import MailKind
+from senders.refusals import Refused
+from senders.sns import MessageType
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.arrivals.mail_senders import Addressee, Proof
+    from gateway.arrivals.sent import Sent
+    from gateway.arrivals.taking_in import Ground
+    from journal.store import Accepted, IdempotencyKey
+    from senders.ses import ReceivedMail, StoredMail
+
+CREATED: Final = 201
+OK: Final = 200
+MAX_INLINE_BYTES: Final = 65_536
+"""What is shorter stands in the row itself: as base64 it takes a third more there, and saves a file and its fsync."""
+MEDIA_TYPE: Final = "application/octet-stream"
+NAME: Final = "as-it-came"
+
+
+class EmailTrigger(Wire):
+    """A mail that somebody has taken apart."""
+
+    from_: str = msgspec.field(default="", name="from")
+    to: str = ""
+    subject: str = ""
+    body_text: str | None = msgspec.field(default=None, name="body_text")
+    body_html: str | None = msgspec.field(default=None, name="body_html")
+    text: str | None = None
+    """The same as `body_text`, which counts where both are given."""
+    html: str | None = None
+    """The same as `body_html`, which counts where both are given."""
+    attachments: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
+
+    def given(self) -> dict[str, Json]:
+        """Return what the trigger node gives out."""
+        return {
+            "from": self.from_,
+            "to": self.to,
+            "subject": self.subject,
+            "body_text": (self.text if self.body_text is None else self.body_text) or "",
+            "body_html": (self.html if self.body_html is None else self.body_html) or "",
+            "attachments": list(self.attachments),
+            "email_headers": self.email_headers,
+        }
+
+
+class MailTakenIn(Wire):
+    """A mail that was taken in."""
+
+    execution_id: str
+    trigger_type: str = msgspec.field(default=TriggerKind.EMAIL.value, name="trigger_type")
+
+
+class MailNoted(Wire):
+    """What a mail service sends that is no mail."""
+
+    noted: str
+    """What it was: `subscription-confirmed`, `subscription-ended` or `no-mail`."""
+
+
+async def receive(request: Request) -> JsonResponse:
+    """Run a workflow on a mail, through its e-mail trigger.
+
+    Takes the body below, and what SendGrid Inbound Parse, Mailgun routes and Amazon SES (through SNS) post: forms and
+    messages of their own. These are let in by the trigger token as `key` in the URL, or by what they sign, if the
+    trigger's config says with what. Mailgun is answered 200, or 406 for what is refused for good.
+    """
+    gateway, workflow_id = request.gateway, request.path_params["id"]
+    known = None if request.known_sender is None else request.sender
+    addressee = await mail_senders.addressee(gateway, workflow_id, known)
+    content = await request.body_up_to(gateway.settings.max_mail_bytes)
+    headers = Headers(request.scope["headers"])
+    arrival = Arrival(request.method, request.url.path, {}, headers, content, gateway.clock())
+    if known is not None:
+        note = await sent.sent(IntakeRoute.EMAIL, known, content, workflow_id=workflow_id)
+        async with gateway.deliveries.refusals(note):
+            kind, proof = await _let_in(request, addressee, arrival, is_known=True)
+    else:
+        kind, proof = await _let_in(request, addressee, arrival, is_known=False)
+        sender = addressee.sender(proof.label)
+        note = await sent.sent(IntakeRoute.EMAIL, sender, content, workflow_id=workflow_id)
+    with mail_senders.later(kind):
+        async with gateway.deliveries.refusals(note):
+            with mail_senders.answered(kind):
+                handed = Handed(request, addressee, arrival, kind, proof, note)
+                match kind:
+                    case MailKind.NATIVE:
+                        return await _native(handed)
+                    case MailKind.SNS:
+                        return await _of_topic(handed)
+                    case MailKind.MAILGUN_EVENT:
+                        raise mail_senders.no_mail()
+                    case _:
+                        return await _of_form(handed)
+
+
+async def _let_in(
+    request: Request, addressee: Addressee, arrival: Arrival, *, is_known: bool
+) -> tuple[MailKind, Proof]:
+    """Return what was handed in, and why it is let in; raises `ApiError`."""
+    kind = await mail_senders.recognised(arrival)
+    address = request.client.host if request.client else ""
+    with mail_senders.later(kind), mail_senders.answered(kind):
+        proof = await mail_senders.proof(
+            request.gateway, addressee, arrival, kind, address=address, is_known=is_known
+        )
+    return kind, proof
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What was let in."""
+
+    request: Request
+    addressee: Addressee
+    arrival: Arrival
+    kind: MailKind
+    proof: Proof
+    note: Sent
+
+    @property
+    def workflow_id(self) -> str:
+        return self.addressee.workflow.id
+
+    def unread(self, **fields: Any) -> Unread:  # noqa: ANN401 - fields of any type
+        """Return what a worker is to read."""
+        return Unread(self.kind, self.arrival.at, **fields)
+
+
+async def _native(handed: Handed) -> JsonResponse:
+    request, content = handed.request, handed.arrival.body
+    if len(content) > (most := request.gateway.settings.max_body_bytes):
+        raise errors.too_large(most)
+    value = await json_of(request, content)
+    given = convert(value, EmailTrigger).given()
+    promise = None
+    if request.known_sender is not None:
+        promise = idempotency.requested(request, value, workflow_id=handed.workflow_id)
+
+    async def message(_execution_id: str) -> Message:
+        return Message(given)
+
+    return await _take_in(handed, message, promise)
+
+
+async def _of_form(handed: Handed) -> JsonResponse:
+    form = handed.arrival.form
+    envelope = mail_kinds.envelope(form, handed.kind)
+    unread = handed.unread(
+        content_type=handed.arrival.headers.one("Content-Type") or "",
+        sender=envelope.sender,
+        recipients=envelope.recipients,
+    )
+    return await _take_in_unread(handed, unread, handed.arrival.body)
+
+
+async def _of_topic(handed: Handed) -> JsonResponse:
+    """Do what a message of SNS asks for, or run what it tells of."""
+    message = await patience.patiently(sns.parse, handed.arrival)
+    match message.type:
+        case MessageType.SUBSCRIPTION:
+            if handed.proof.label != "sns":
+                raise Refused("unknown-topic", "Subscriptions are confirmed to topics that the trigger names")
+            await handed.request.gateway.certificates.confirm(sns.confirmation_url(message))
+            return await _noted(handed, "subscription-confirmed", message.topic_arn)
+        case MessageType.UNSUBSCRIPTION:
+            return await _noted(handed, "subscription-ended", message.topic_arn)
+    mail = await patience.patiently(ses.received, message)
+    if mail is None:
+        return await _noted(handed, "no-mail", "The message of the topic tells of no mail that was received")
+    unread = handed.unread(sender=mail.sender, recipients=mail.recipients)
+    if mail.stored is not None:
+        stored = await _stored(handed, mail.stored)
+        return await _take_in_unread(handed, msgspec.structs.replace(unread, stored=stored))
+    return await _take_in_unread(handed, unread, _content(mail))
+
+
+def _content(mail: ReceivedMail) -> bytes:
+    if mail.content is None:
+        raise Refused("malformed-mail", "SES tells of a mail that it neither sends along nor stores")
+    return mail.content
+
+
+async def _stored(handed: Handed, place: StoredMail) -> StoredObject:
+    """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it."""
+    config = handed.addressee.trigger.ses
+    if config is None or not config.objects or handed.proof.label != "sns":
+        raise ApiError(403, "foreign-object", "The trigger names no data source to read stored mails from")
+    source = await mail_senders.secret_of(
+        handed.request.gateway, handed.addressee, config.objects, DataSourceType.S3
+    )
+    prefix = str(source.settings.get("prefix") or "").strip("/")
+    prefix = f"{prefix}/" if prefix else ""
+    if place.bucket != source.settings.get("bucket") or not place.key.startswith(prefix):
+        raise ApiError(403, "foreign-object", "The mail is not stored where the trigger's data source reads")
+    return StoredObject(source.id, place.key.removeprefix(prefix))
+
+
+# ── taking in ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _noted(handed: Handed, what: str, told: str) -> JsonResponse:
+    gateway = handed.request.gateway
+    await gateway.deliveries.note(handed.note.noted(datetime.now(UTC), status=OK, reason=f"{what}: {told}"))
+    return JsonResponse(MailNoted(noted=what))
+
+
+async def _take_in_unread(handed: Handed, unread: Unread, content: bytes | None = None) -> JsonResponse:
+    """Take in what a worker is to read; a large content is durable before its run is."""
+    blobs, organization_id = handed.request.gateway.blobs, handed.addressee.workflow.organization_id
+    if content is not None and len(content) <= MAX_INLINE_BYTES:
+        unread = msgspec.structs.replace(unread, content=content)
+        content = None
+    kept: Unread | None = None
+
+    async def message(execution_id: str) -> Message:
+        nonlocal kept
+        if kept is None and content is not None:
+            try:
+                blob = await blobs.put(
+                    Owner(organization_id, execution_id), content, media_type=MEDIA_TYPE, name=NAME
+                )
+            except BlobsUnavailable as error:
+                raise errors.not_ready(f"{error}: try again") from error
+            kept = msgspec.structs.replace(unread, blob=blob)
+        return Message((kept or unread).as_json(), is_read=False, execution_id=execution_id)
+
+    return await _take_in(handed, message, is_large=content is not None)
+
+
+async def _take_in(
+    handed: Handed,
+    message: Callable[[str], Awaitable[Message]],
+    promise: IdempotencyKey | None = None,
+    *,
+    is_large: bool = False,
+) -> JsonResponse:
+    """Run the workflow on a mail, or answer as to the same mail before; `message` makes what the run is given."""
+    gateway, workflow = handed.request.gateway, handed.addressee.workflow
+    await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
+    key = await patience.patiently(mail_kinds.mail_key, handed.arrival, handed.kind)
+    if promise is None and key is not None:
+        promise = promises.derived("mail", workflow.id, key)
+    own_key = _own_key(handed, key)
+    status = OK if handed.kind in MAILGUN else CREATED
+    # What is there already needn't be kept once more only to find that out; but a key must be used up.
+    if is_large and promise is not None and own_key is None:
+        earlier = await acceptance.earlier(gateway.database, workflow.lane, promise)
+        if earlier is not None and earlier.verdict is Verdict.REPEATED:
+            repeated = handed.note.repeated(
+                datetime.now(UTC), status=status, execution_id=earlier.execution_id
+            )
+            await gateway.deliveries.note(repeated)
+            return _answer(handed, earlier, status)
+    execution_id = ids.new("exec")
+
+    request = handed.request
+
+    async def plan(_ground: Ground) -> Message:
+        await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
+        made = await message(execution_id)
+        return replace(made, promise=promise)
+
+    accepted = await taking_in.one(
+        gateway,
+        handed.note,
+        TriggerKind.EMAIL,
+        plan,
+        promise,
+        status=status,
+        own_key=own_key,
+        reused=errors.conflict(
+            "replayed-delivery", "What was signed for another delivery was put to this one"
+        ),
+    )
+    return _answer(handed, accepted, status)
+
+
+def _own_key(handed: Handed, key: str | None) -> IdempotencyKey | None:
+    """Return the key of the delivery itself: what was signed for one mail is good for no other."""
+    if handed.proof.delivery_key is None:
+        return None
+    return promises.derived(
+        handed.proof.label, handed.workflow_id, handed.proof.delivery_key, content=key or ""
+    )
+
+
+def _answer(handed: Handed, accepted: Accepted, status: int) -> JsonResponse:
+    headers = location(handed.request.gateway.settings, accepted.execution_id)
+    if accepted.verdict is Verdict.REPEATED:
+        headers |= idempotency.REPLAYED
+    return JsonResponse(MailTakenIn(execution_id=accepted.execution_id), status=status, headers=headers)

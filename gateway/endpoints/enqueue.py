@@ -1,0 +1,162 @@
+"""Enqueue: a message for the queue trigger of an active workflow."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+import msgspec
+
+from gateway import callbacks, idempotency, limits, text
+from gateway.arrivals import promises, room, sent, taking_in, verification
+from gateway.arrivals.taking_in import Message
+from gateway.request import Request
+from gateway.responses import JsonResponse, location
+from gateway.text import Problems
+from gateway.wire import Wire, convert, json_of
+from journal.store import Verdict
+from models.intake import IntakeRoute
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.arrivals.taking_in import Ground
+    from gateway.arrivals.verification import Vouched
+    from journal.store import IdempotencyKey
+
+_encode = msgspec.json.Encoder().encode
+QUEUE: Final = "queue"
+DELIVERY: Final = "message"
+"""For the keys of messages as providers name them."""
+SOURCE: Final = "rest_api"
+MAX_DELAY: Final = timedelta(seconds=limits.DELAY_SECONDS)
+
+Queued = TypeVar("Queued", bound="QueueMessage")
+Priority = Annotated[int, msgspec.Meta(ge=limits.LOWEST_PRIORITY, le=limits.HIGHEST_PRIORITY)]
+
+
+class QueueMessage(Wire):
+    """A message of a queue."""
+
+    message: Any = None
+    data: Any = None
+    """The same by another name."""
+    priority: Priority = 0
+    """The higher, the sooner: a step counts as much as a minute of waiting."""
+    source: Annotated[str, text.allowed(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
+    delay_seconds: Annotated[float, msgspec.Meta(ge=0, le=limits.DELAY_SECONDS)] | None = None
+    not_before: datetime | None = None
+    """Run it no sooner than then."""
+    deduplication_id: Annotated[str, text.allowed(limits.DEDUPLICATION_ID_LENGTH, min_length=1)] | None = None
+    """Of messages with the same one, a day's first is run; the others are answered like it."""
+
+    @property
+    def payload(self) -> Any:  # noqa: ANN401 - any JSON value
+        """What the trigger node gives out as its message."""
+        return self.data if self.message is None else self.message
+
+    def delayed_until(self, now: datetime) -> datetime | None:
+        """Return when it may be run at the soonest; None: at once."""
+        until = max(now + timedelta(seconds=self.delay_seconds or 0.0), self.not_before or now)
+        return until if until > now else None
+
+    def planned(self, now: datetime, promise: IdempotencyKey | None, callback_url: str | None) -> Message:
+        """Return the run of it."""
+        trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
+        return Message(
+            trigger=trigger,
+            text=_encode(trigger).decode(),
+            priority=self.priority,
+            delay_until=self.delayed_until(now),
+            callback_url=callback_url or "",
+            promise=promise,
+        )
+
+
+class Enqueue(QueueMessage):
+    """A message; a body without `message` and `data`, or with null for both, is one as a whole: nothing else counts."""
+
+    callback_url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
+    """Is told how the run has ended, by a message that is signed with the organisation's secret."""
+
+
+class Enqueued(Wire):
+    """A message that was taken in."""
+
+    execution_id: str
+    trigger_type: str = msgspec.field(default=QUEUE, name="trigger_type")
+
+
+async def enqueue(request: Request) -> JsonResponse:
+    """Run a workflow on a message, through its queue trigger.
+
+    Senders that can't set a header send the workflow's trigger token as `key` in the URL.
+    """
+    gateway, workflow_id = request.gateway, request.path_params["id"]
+    sender = request.sender
+    content = await request.body()
+    vouched = await verification.of_message(request, QUEUE, content)
+    note = await sent.sent(IntakeRoute.ENQUEUE, sender, content, workflow_id=workflow_id)
+    async with gateway.deliveries.refusals(note):
+        value = await json_of(request, content)
+        now = datetime.now(UTC)
+        body = _interpreted(value, now)
+        own_key, promise = _keys(request, value, body, vouched)
+        message = body.planned(now, promise, body.callback_url)
+        note.payload = message.text
+
+        async def plan(ground: Ground) -> Message:
+            if vouched is not None:
+                await vouched.require_on(gateway, ground)
+            await room.require(request, ground)
+            if body.callback_url is not None:
+                await callbacks.require(request, body.callback_url)
+            return message
+
+        accepted = await taking_in.one(gateway, note, QUEUE, plan, promise, own_key=own_key)
+    headers = location(gateway.settings, accepted.execution_id)
+    if accepted.verdict is Verdict.REPEATED:
+        headers |= idempotency.REPLAYED
+    return JsonResponse(Enqueued(execution_id=accepted.execution_id), status=201, headers=headers)
+
+
+def _keys(
+    request: Request, value: Json, body: Enqueue, vouched: Vouched | None
+) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
+    """Return what the request is known by, where that isn't all, and what its message is known by."""
+    workflow_id = request.path_params["id"]
+    keys = [
+        vouched_key(vouched, workflow_id),
+        idempotency.requested(request, value, workflow_id=workflow_id),
+        promises.given(workflow_id, body.deduplication_id) if body.deduplication_id is not None else None,
+    ]
+    found = [key for key in keys if key is not None]
+    return found[0] if len(found) > 1 else None, found[-1] if found else None
+
+
+def vouched_key(vouched: Vouched | None, workflow_id: str) -> IdempotencyKey | None:
+    """Return what a signed request is known by, whatever other keys it carries: those aren't signed."""
+    if vouched is None or vouched.delivery_key is None:
+        return None
+    return promises.derived(DELIVERY, workflow_id, vouched.delivery_key)
+
+
+def checked(value: Json, kind: type[Queued], now: datetime, path: str = "") -> Queued:
+    """Return a message, found at `path`; raises 422."""
+    body = convert(value, kind, path)
+    problems = Problems()
+    inside = f"{path}." if path else ""
+    body.source = text.line(body.source, f"{inside}source", problems, max_length=limits.SOURCE_LENGTH)
+    if body.not_before is not None and body.not_before.tzinfo is None:
+        problems.add(
+            f"{inside}notBefore", "invalid-value", "notBefore needs a time zone, such as 2025-01-15T10:30:00Z"
+        )
+    elif body.not_before is not None and body.not_before > now + MAX_DELAY:
+        problems.add(f"{inside}notBefore", "invalid-value", f"notBefore may be {MAX_DELAY.days:,} days ahead")
+    problems.raise_any()
+    return body
+
+
+def _interpreted(value: Json, now: datetime) -> Enqueue:
+    if not isinstance(value, dict) or (value.get("message") is None and value.get("data") is None):
+        return Enqueue(message=value)
+    return checked(value, Enqueue, now)

@@ -1,0 +1,251 @@
+"""Enqueue many messages at once: those that can be run are taken in together, in one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import msgspec
+
+from engine import patience
+from engine.values import fingerprint
+from gateway import acceptance, callbacks, errors, idempotency, limits, text
+from gateway.arrivals import promises, room, sent, taking_in, verification
+from gateway.document.refusals import Detail
+from gateway.endpoints.enqueue import QUEUE, QueueMessage, checked, vouched_key
+from gateway.errors import ApiError
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.wire import Wire, convert, json_of
+from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
+from models.intake import IntakeRoute, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from engine.values import Json
+    from gateway.arrivals.sent import Sent
+    from gateway.arrivals.verification import Vouched
+    from journal.store import ArrivedRun
+
+
+class EnqueueBatch(Wire):
+    """Messages, each as `enqueue` takes it."""
+
+    messages: Annotated[list[QueueMessage], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
+    callback_url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
+    """Is told how each of the runs has ended."""
+
+
+class _Batch(Wire):
+    """The same, with messages that are still to be looked at, each for itself."""
+
+    messages: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
+    callback_url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
+
+
+class WrongMessage(Wire):
+    """Why a message was refused."""
+
+    code: str
+    message: str
+    details: list[Detail] = msgspec.field(default_factory=list)
+
+
+class BatchResult(Wire, omit_defaults=True):
+    """What became of one message."""
+
+    status: Literal["accepted", "duplicate", "refused"]
+    execution_id: str | None = None
+    """Of its run, or of that of the message that it repeats."""
+    error: WrongMessage | None = None
+
+
+class EnqueuedBatch(Wire):
+    """What became of messages, in their order."""
+
+    results: list[BatchResult]
+    accepted: int
+    duplicates: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A message that can be run."""
+
+    place: int
+    body: QueueMessage
+    promise: IdempotencyKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What became of messages that can be run, in their order."""
+
+    accepted: Sequence[Accepted]
+    is_repeated: bool = False
+    """The batch was sent before: this became of it then."""
+
+
+NO_PLACE: Final = Accepted(Verdict.FULL, "")
+
+
+async def enqueue(request: Request) -> JsonResponse:
+    """Run a workflow on each of up to 1,000 messages, through its queue trigger.
+
+    All that can be run are taken in by one commit, or none is. A message that is wrong is refused for itself; when all
+    are, the batch is. Sent again with the same `Idempotency-Key`, every message is answered as it was.
+    """
+    gateway, workflow_id = request.gateway, request.path_params["id"]
+    sender = request.sender
+    content = await request.body()
+    vouched = await verification.of_message(request, QUEUE, content)
+    note = await sent.sent(IntakeRoute.ENQUEUE_BATCH, sender, content, workflow_id=workflow_id)
+    async with gateway.deliveries.refusals(note):
+        value = await json_of(request, content)
+        batch = convert(value, _Batch)
+        if batch.callback_url is not None:
+            await callbacks.require(request, batch.callback_url)
+        own_key = vouched_key(vouched, workflow_id)
+        given = await patience.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
+        given = given or own_key
+        planned, refused = await patience.patiently(_planned, batch.messages, workflow_id, given)
+        if not planned:
+            raise _all_wrong(refused)
+        first, repeats = _without_repeats(planned)
+        answers = await _taken_in(request, note, vouched, first, batch.callback_url, own_key or given)
+    results = dict(refused)
+    for one, answer in zip(first, answers.accepted, strict=True):
+        results[one.place] = _result(answer)
+    for place, origin in repeats.items():
+        repeated = results[origin]
+        results[place] = repeated if repeated.error else _duplicate_of(repeated)
+    shape = _counted([results[place] for place in range(len(batch.messages))])
+    if not shape.accepted and shape.duplicates:
+        await gateway.deliveries.note(note.repeated(datetime.now(UTC), status=201, execution_id=None))
+    return JsonResponse(shape, status=201, headers=idempotency.REPLAYED if answers.is_repeated else None)
+
+
+async def _taken_in(
+    request: Request,
+    note: Sent,
+    vouched: Vouched | None,
+    planned: Sequence[Planned],
+    callback_url: str | None,
+    key: IdempotencyKey | None,
+) -> Answers:
+    """Take in all that can be run, or find what became of it the first time; raises 422 for another body then."""
+    gateway, now = request.gateway, datetime.now(UTC)
+    runs: list[ArrivedRun] = []
+
+    async def arrival() -> Arrival:
+        place = await taking_in.ground(gateway, note.sender.caller, str(note.workflow_id), QUEUE)
+        if vouched is not None:
+            await vouched.require_on(gateway, place)
+        await room.require(request, place, len(planned))
+        runs[:] = [
+            taking_in.run_of(gateway, place, one.body.planned(now, one.promise, callback_url))
+            for one in planned
+        ]
+        outcome = Outcome.DEFERRED if place.is_deferred else Outcome.ACCEPTED
+        answer = msgspec.json.encode([run.execution_id for run in runs]).decode()
+        return note.arrival(runs, status=201, outcome=outcome, answer=answer, idempotency=key)
+
+    accepted: Sequence[Accepted] = ()
+    try:
+        taken = await taking_in.several(gateway, arrival)
+        verdict, accepted = taken.verdict, taken.runs
+    except ApiError:
+        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        earlier = key and await acceptance.earlier(gateway.database, note.sender.caller.lane, key)
+        if not earlier:
+            raise
+        verdict = earlier.verdict
+    if Verdict.MISMATCH in {verdict, *(one.verdict for one in accepted)}:
+        raise idempotency.mismatch()
+    if verdict is Verdict.REPEATED:
+        return Answers(await _first(request, planned), is_repeated=True)
+    taking_in.see_to(gateway, runs, accepted)
+    return Answers(accepted)
+
+
+async def _first(request: Request, planned: Sequence[Planned]) -> Sequence[Accepted]:
+    """Return what became of messages the first time: those whose keys nothing has found no place then."""
+    promises = [one.promise for one in planned if one.promise is not None]
+    found = await acceptance.all_earlier(request.gateway.database, request.caller.lane, promises)
+    return [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
+
+
+def _planned(
+    messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None
+) -> tuple[list[Planned], dict[int, BatchResult]]:
+    """Return the messages that can be run, and the answers to those that can't, by their places."""
+    now = datetime.now(UTC)
+    planned: list[Planned] = []
+    refused: dict[int, BatchResult] = {}
+    for place, value in enumerate(messages):
+        try:
+            body = checked(value, QueueMessage, now, f"messages.{place}")
+            if body.payload is None:
+                raise errors.invalid(
+                    [errors.problem(f"messages.{place}.message", "required", "message is required")]
+                )
+        except ApiError as error:
+            details = msgspec.convert(error.details, list[Detail])
+            because = WrongMessage(code=error.code, message=error.message, details=details)
+            refused[place] = BatchResult(status="refused", error=because)
+            continue
+        promise = None
+        if body.deduplication_id is not None:
+            promise = promises.given(workflow_id, body.deduplication_id)
+        elif given is not None:
+            promise = replace(given, key=fingerprint([given.key, place]))
+        planned.append(Planned(place, body, promise))
+    return planned, refused
+
+
+def _without_repeats(planned: Sequence[Planned]) -> tuple[list[Planned], Mapping[int, int]]:
+    """Return the first messages of each key, and the places of the others with those of the first of the same key."""
+    first: list[Planned] = []
+    places: dict[IdempotencyKey, int] = {}
+    repeats: dict[int, int] = {}
+    for one in planned:
+        if one.promise is not None and one.promise in places:
+            repeats[one.place] = places[one.promise]
+            continue
+        if one.promise is not None:
+            places[one.promise] = one.place
+        first.append(one)
+    return first, repeats
+
+
+def _result(accepted: Accepted) -> BatchResult:
+    if accepted.verdict is Verdict.FULL:
+        full = errors.concurrency_limit()
+        return BatchResult(status="refused", error=WrongMessage(code=full.code, message=full.message))
+    is_new = accepted.verdict is Verdict.ACCEPTED
+    return BatchResult(status="accepted" if is_new else "duplicate", execution_id=accepted.execution_id)
+
+
+def _duplicate_of(result: BatchResult) -> BatchResult:
+    """Return the answer to a message that repeats another of its batch."""
+    return BatchResult(status="duplicate", execution_id=result.execution_id)
+
+
+def _counted(results: list[BatchResult]) -> EnqueuedBatch:
+    statuses = [one.status for one in results]
+    return EnqueuedBatch(
+        results=results,
+        accepted=statuses.count("accepted"),
+        duplicates=statuses.count("duplicate"),
+        refused=statuses.count("refused"),
+    )
+
+
+def _all_wrong(refused: Mapping[int, BatchResult]) -> ApiError:
+    details = [
+        msgspec.to_builtins(detail) for one in refused.values() if one.error for detail in one.error.details
+    ]
+    return errors.invalid(details)

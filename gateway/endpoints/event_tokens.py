@@ -1,0 +1,225 @@
+"""Tokens of those who send events and can't set a header: made by admins, shown once, inside the URL to give away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+from msgspec import Meta
+from sqlalchemy import func, insert, select, update
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway import audit, errors, limits, text
+from gateway.arrivals import signatures
+from gateway.parameters import LIMIT, OFFSET
+from gateway.request import Request
+from gateway.responses import JsonResponse, NoContent
+from gateway.text import Problems
+from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from models import ids, intake_tokens
+from models.audit import Action
+from models.intake import IntakeToken, TokenKind
+from senders.events import Sender as Provider
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.arrivals.signatures import Secrets
+    from models.access import Caller
+
+Some = Annotated[
+    list[Annotated[str, Meta(min_length=1, max_length=limits.SECRET_LENGTH)]],
+    Meta(max_length=limits.EVENT_TOKEN_SECRETS),
+]
+LISTED: Final = (LIMIT, OFFSET)
+
+
+class ProviderSecrets(Wire):
+    """What providers sign with; several of one while a new one takes the place of another."""
+
+    github: Some = msgspec.field(default_factory=list)
+    stripe: Some = msgspec.field(default_factory=list)
+    slack: Some = msgspec.field(default_factory=list)
+    """Signing secrets of apps."""
+    standard_webhooks: Some = msgspec.field(default_factory=list)
+    """`whsec_` and a secret, or `whpk_` and a public key."""
+
+
+_NAMES: Final[Mapping[Provider, str]] = {
+    Provider.GITHUB: "github",
+    Provider.STRIPE: "stripe",
+    Provider.SLACK: "slack",
+    Provider.STANDARD_WEBHOOKS: "standardWebhooks",
+}
+
+
+class CreateEventToken(Wire):
+    """A token for one or several senders of events."""
+
+    name: Annotated[str, text.allowed(limits.KEY_NAME_LENGTH, min_length=1)]
+    secrets: ProviderSecrets | None = None
+    """With any, only what is signed by one of them is let in by this token; they are never shown."""
+
+
+class EventTokenShape(Wire):
+    """A token, without what it takes to use it."""
+
+    id: str
+    name: str
+    hint: str
+    """Its last characters."""
+    providers: list[str]
+    """Whose signatures it takes; none: it takes what isn't signed."""
+    user_id: str
+    """Who has made it: to them belong the events that come by it."""
+    created_at: Instant
+    last_used_at: Instant | None
+    revoked_at: Instant | None
+
+
+class NewEventToken(EventTokenShape):
+    """A token, in the only answer that has it."""
+
+    token: str
+    url: str
+    """Where events are sent to: to be given to the sender as it is."""
+
+
+class EventTokenList(Wire):
+    """A part of the tokens, the newest first; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    tokens: Sequence[EventTokenShape]
+
+
+async def create(request: Request) -> JsonResponse:
+    """Make a token by which senders tell events to the organisation; the answer shows it this once, with its URL.
+
+    It is good for nothing but events. What providers sign, it takes only where it has their secrets.
+    """
+    _require_admin(request.caller)
+    body = await decode_body(request, CreateEventToken)
+    problems = Problems()
+    name = text.line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
+    problems.raise_any()
+    caller, now = request.caller, datetime.now(UTC)
+    token, token_id = intake_tokens.new_token(TokenKind.EVENT), ids.new("tok")
+    secrets = _secrets(body.secrets or ProviderSecrets())
+    row = IntakeToken(
+        id=token_id,
+        kind=TokenKind.EVENT,
+        organization_id=caller.organization_id,
+        lane=caller.lane,
+        user_id=caller.user_id,
+        name=name,
+        hash=intake_tokens.token_hash(token),
+        hint=intake_tokens.hint_of(token),
+        created_at=now,
+    )
+    if secrets:
+        sealed = signatures.sealed(
+            request.gateway.vault, secrets, organization_id=caller.organization_id, token_id=token_id
+        )
+        row.sealed, row.secret_id = sealed.content, sealed.secret_id
+    row.providers = ",".join(secrets)
+
+    async def make(connection: AsyncConnection) -> None:
+        await connection.execute(insert(IntakeToken).values(row.model_dump()))
+        after = fingerprint([token_id, name, row.providers])
+        await audit.record(connection, caller, Action.EVENT_TOKEN_CREATED, token_id, before=None, after=after)
+
+    await request.gateway.database.transaction(make)
+    base = request.gateway.settings.public_url.rstrip("/")
+    shown = msgspec.structs.asdict(_shape(row))
+    url = f"{base}/api/v1/workflows/events?key={token}"
+    return JsonResponse(NewEventToken(**shown, token=token, url=url), status=201)
+
+
+async def index(request: Request) -> JsonResponse:
+    """List the tokens of the organisation's senders of events."""
+    _require_admin(request.caller)
+    part = request.query.page()
+    conditions = _of(request.caller)
+    async with request.gateway.database.read() as connection:
+        count = await connection.scalar(select(func.count()).select_from(IntakeToken).where(*conditions))
+        rows = await connection.execute(
+            select(IntakeToken)
+            .where(*conditions)
+            .order_by(col(IntakeToken.id).desc())
+            .limit(part.limit)
+            .offset(part.offset)
+        )
+        found = [_shape(IntakeToken(**row)) for row in rows.mappings()]
+    return JsonResponse(EventTokenList(count=count or 0, limit=part.limit, offset=part.offset, tokens=found))
+
+
+async def revoke(request: Request) -> NoContent:
+    """End a token of senders of events: it opens nothing any more, everywhere within a second."""
+    _require_admin(request.caller)
+    caller, token_id, now = request.caller, request.path_params["id"], datetime.now(UTC)
+
+    async def end(connection: AsyncConnection) -> bool:
+        is_this = (col(IntakeToken.id) == token_id, *_of(caller))
+        row = (
+            (await connection.execute(select(IntakeToken).where(*is_this).with_for_update()))
+            .mappings()
+            .first()
+        )
+        if row is None:
+            return False
+        if row["revoked_at"] is None:
+            await connection.execute(
+                update(IntakeToken).where(*is_this).values(revoked_at=now, sealed=None, secret_id=None)
+            )
+            before = fingerprint([token_id, row["name"], row["providers"]])
+            await audit.record(
+                connection, caller, Action.EVENT_TOKEN_REVOKED, token_id, before=before, after=None
+            )
+        return True
+
+    if not await request.gateway.database.transaction(end):
+        raise errors.not_found("event token")
+    return NoContent()
+
+
+def _of(caller: Caller) -> Sequence[ColumnElement[bool]]:
+    return (
+        col(IntakeToken.organization_id) == caller.organization_id,
+        col(IntakeToken.kind) == TokenKind.EVENT,
+    )
+
+
+def _secrets(given: ProviderSecrets) -> Secrets:
+    by_provider = {
+        Provider.GITHUB: given.github,
+        Provider.STRIPE: given.stripe,
+        Provider.SLACK: given.slack,
+        Provider.STANDARD_WEBHOOKS: given.standard_webhooks,
+    }
+    return {provider: secrets for provider, secrets in by_provider.items() if secrets}
+
+
+def _shape(row: IntakeToken) -> EventTokenShape:
+    return EventTokenShape(
+        id=row.id,
+        name=row.name,
+        hint=row.hint,
+        providers=[_NAMES[Provider(word)] for word in row.providers.split(",") if word],
+        user_id=row.user_id,
+        created_at=instant(row.created_at),
+        last_used_at=optional_instant(row.last_used_at),
+        revoked_at=optional_instant(row.revoked_at),
+    )
+
+
+def _require_admin(caller: Caller) -> None:
+    if not caller.is_admin:
+        raise errors.admin_required()

@@ -1,0 +1,376 @@
+"""Events: what has happened somewhere, told to every workflow that waits for such a thing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from sqlalchemy import func, select
+from sqlmodel import col
+
+from engine import patience
+from engine.values import fingerprint
+from gateway import errors, idempotency, limits, text
+from gateway.arrivals import emitting, promises, sent, signatures, taking_in
+from gateway.arrivals.sender import Sender, no_sender
+from gateway.arrivals.sent import Sent
+from gateway.arrivals.taking_in import Message
+from gateway.parameters import LIMIT, OFFSET, Moment, Text
+from gateway.request import Request
+from gateway.responses import JsonResponse, NoContent, location
+from gateway.text import Problems
+from gateway.wire import Instant, Wire, convert, decode_body, instant, json_of
+from journal import event_waits
+from journal.store import Verdict
+from models import ids
+from models.intake import Delivery, IntakeRoute, TokenKind
+from models.intake import Event as EventRow
+from senders import event as sent_events
+from senders import events
+from senders.arrival import Arrival, Headers
+from senders.event import Batch, Challenge, Event
+from senders.refusals import Refused
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from gateway.arrivals.emitting import Emission, Outcomes
+    from gateway.arrivals.taking_in import Ground
+    from journal.store import IdempotencyKey
+    from models.access import Caller
+    from senders.events import Sender as Provider
+
+SOURCE: Final = "platform"
+EVENT: Final = "event"
+EVENT_TYPE: Final = Text("eventType", "Only events of this type, or, as `user.*`, of all that begin so.")
+FROM: Final = Text("source", "Only events from there.")
+SINCE: Final = Moment("since", "Only what came from this moment on.")
+UNTIL: Final = Moment("until", "Only what came before this moment.")
+LISTED: Final = (EVENT_TYPE, FROM, SINCE, UNTIL, LIMIT, OFFSET)
+_ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
+
+
+class Emit(Wire):
+    """Something that has happened."""
+
+    event_type: Annotated[str, text.allowed(limits.EVENT_TYPE_LENGTH, min_length=1)] = msgspec.field(
+        name="event_type"
+    )
+    event_data: dict[str, Any] | None = msgspec.field(default=None, name="event_data")
+    source: Annotated[str, text.allowed(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
+
+
+class EventFailure(Wire):
+    """Why a workflow was not run."""
+
+    code: str
+    message: str
+
+
+class EventResult(Wire, omit_defaults=True):
+    """What has come of an event for one workflow."""
+
+    workflow_id: str
+    workflow_name: str
+    execution_id: str | None = None
+    error: EventFailure | None = None
+    """In the place of an execution."""
+
+
+class Emitted(Wire):
+    """What has come of an event."""
+
+    event_type: str = msgspec.field(name="event_type")
+    workflows_triggered: int = msgspec.field(name="workflows_triggered")
+    workflows_failed: int = msgspec.field(name="workflows_failed")
+    results: Sequence[EventResult]
+    event_id: str = msgspec.field(name="event_id")
+    """By which it can be looked at, and replayed."""
+
+
+class EmittedBatch(Wire):
+    """What has come of events, in their order."""
+
+    results: Sequence[Emitted]
+
+
+class Echo(Wire):
+    """What a sender wants back, to see that an address is ours."""
+
+    challenge: str
+
+
+class ListedEvent(Wire, kw_only=False):
+    """An event, without what it tells."""
+
+    id: str
+    event_type: str
+    source: str
+    user_id: str
+    """Who has told it, or made the token by which it came."""
+    created_at: Instant
+
+
+class EventList(Wire):
+    """A part of the events; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    events: Sequence[ListedEvent]
+
+
+class EventShape(Wire):
+    """An event, and what has come of it."""
+
+    id: str
+    event_type: str
+    source: str
+    user_id: str
+    """Who has told it, or made the token by which it came."""
+    created_at: Instant
+    event_data: Any
+    attributes: dict[str, Any]
+    """What a CloudEvent says besides."""
+    results: Sequence[EventResult]
+
+
+class ReplayEvent(Wire):
+    """What an event is to run once more."""
+
+    workflow_id: Annotated[
+        str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,64}$", description="the id of a workflow")
+    ]
+
+
+class Replayed(Wire):
+    """The run of an event that has come before."""
+
+    execution_id: str
+    trigger_type: str = msgspec.field(default=EVENT, name="trigger_type")
+
+
+async def emit(request: Request) -> JsonResponse:
+    """Tell an event to the organisation's workflows: each active one that waits for such an event is run.
+
+    Takes the body below; CloudEvents 1.0, structured, binary or as a batch, which is answered by a list `results` of
+    such answers; and what GitHub, Stripe, Slack and senders of Standard Webhooks send to the URL of an event token.
+    A workflow that can't be run stands in `results` with an `error`.
+    """
+    gateway, sender = request.gateway, request.sender
+    if sender.token is not None and sender.token.kind is not TokenKind.EVENT:
+        raise no_sender()
+    content = await request.body()
+    arrival = Arrival(
+        request.method,
+        request.url.path,
+        {},
+        Headers(request.scope["headers"]),
+        content,
+        gateway.clock(),
+    )
+    provider = await signatures.verify(arrival, sender, gateway.vault)
+    note = await sent.sent(IntakeRoute.EVENTS, sender, content)
+    async with gateway.deliveries.refusals(note):
+        await gateway.rates.take(request)
+        meaning = await _meaning(request, arrival, provider)
+        if isinstance(meaning, Challenge):
+            await gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
+            return JsonResponse(Echo(challenge=meaning.text))
+        if isinstance(meaning, Event):
+            promise = await patience.patiently(_promise, request, sender, meaning)
+            emission = await emitting.emit(gateway, note, meaning, promise)
+            headers = idempotency.REPLAYED if emission.is_repeated else None
+            return JsonResponse(_shape(emission), headers=headers)
+        return await _each(request, note, meaning)
+
+
+async def index(request: Request) -> JsonResponse:
+    """List the events of the organisation, the newest first: admins see all, others those that they have told."""
+    query = request.query
+    part = query.page()
+    conditions = [*_visible_to(request.caller)]
+    if pattern := query[EVENT_TYPE]:
+        conditions.append(event_waits.is_of(pattern))
+    if source := query[FROM]:
+        conditions.append(col(EventRow.source) == source)
+    if since := query[SINCE]:
+        conditions.append(col(EventRow.created_at) >= since)
+    if until := query[UNTIL]:
+        conditions.append(col(EventRow.created_at) < until)
+    columns = (
+        *(col(EventRow.id), col(EventRow.event_type), col(EventRow.source)),
+        *(col(EventRow.user_id), col(EventRow.created_at)),
+    )
+    async with request.gateway.database.read() as connection:
+        count = await connection.scalar(select(func.count()).select_from(EventRow).where(*conditions))
+        rows = await connection.execute(
+            select(*columns)
+            .where(*conditions)
+            .order_by(col(EventRow.created_at).desc(), col(EventRow.id).desc())
+            .limit(part.limit)
+            .offset(part.offset)
+        )
+        found = [ListedEvent(*row[:4], instant(row[4])) for row in rows]
+    return JsonResponse(EventList(count=count or 0, limit=part.limit, offset=part.offset, events=found))
+
+
+async def show(request: Request) -> JsonResponse:
+    """Show an event, and what has come of it."""
+    async with request.gateway.database.read() as connection:
+        event, delivery = await _readable(connection, request)
+        outcomes = await emitting.outcomes(connection, delivery) if delivery is not None else []
+    told: dict[str, Any] = msgspec.json.decode(event.data)
+    shape = EventShape(
+        id=event.id,
+        event_type=event.event_type,
+        source=event.source,
+        user_id=event.user_id,
+        created_at=instant(event.created_at),
+        event_data=told["event_data"],
+        attributes=told.get("attributes", {}),
+        results=[_result(one) for one in outcomes],
+    )
+    return JsonResponse(shape)
+
+
+async def replay(request: Request) -> JsonResponse:
+    """Run one workflow on an event that has come before, whether it was subscribed to that or not.
+
+    It must be active, and begin with an event trigger, whose type and filter don't matter then.
+    """
+    body = await decode_body(request, ReplayEvent)
+    gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
+    async with gateway.database.read() as connection:
+        event, delivery = await _readable(connection, request)
+    promise = idempotency.requested(request, {"event": event.id}, workflow_id=workflow_id)
+    note = Sent(
+        route=IntakeRoute.EVENTS,
+        sender=Sender(caller, f"api-key:{caller.key_id}"),
+        content_hash=delivery.content_hash if delivery else "",
+        content_bytes=delivery.content_bytes if delivery else len(event.data),
+        workflow_id=workflow_id,
+        redriven_from=delivery.id if delivery else None,
+    )
+
+    async def plan(_ground: Ground) -> Message:
+        return Message(msgspec.json.decode(event.data), event.data, promise=promise)
+
+    async with gateway.deliveries.refusals(note):
+        accepted = await taking_in.one(gateway, note, EVENT, plan, promise)
+    headers = location(gateway.settings, accepted.execution_id)
+    if accepted.verdict is Verdict.REPEATED:
+        headers |= idempotency.REPLAYED
+    return JsonResponse(Replayed(execution_id=accepted.execution_id), status=201, headers=headers)
+
+
+async def handshake(request: Request) -> NoContent:
+    """Tell a sender of CloudEvents, who asks before it sends any, that it may."""
+    headers = {"Allow": "OPTIONS, POST"}
+    origin = request.headers.get("webhook-request-origin", "")
+    if _ORIGIN.fullmatch(origin):
+        rate = request.gateway.settings.rate_per_key
+        headers["WebHook-Allowed-Origin"] = origin
+        headers["WebHook-Allowed-Rate"] = str(max(int(rate * 60), 1)) if rate else "*"
+    return NoContent(headers)
+
+
+async def _each(request: Request, note: Sent, batch: Batch) -> JsonResponse:
+    """Take in the events of a batch one after the other: one that is sent again in part is known by its events."""
+    if not batch.events:
+        await request.gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
+    whole: Json = [emitting.given(one) for one in batch.events]
+    given = await patience.patiently(idempotency.requested, request, whole)
+    emissions: list[Emission] = []
+    for place, event in enumerate(batch.events):
+        of_event = replace(note, delivery_id=ids.new("dlv"))
+        promise = _derived(note.sender, event)
+        if given is not None:
+            promise = replace(given, key=fingerprint([given.key, place]))
+        emissions.append(await emitting.emit(request.gateway, of_event, event, promise))
+    is_repeated = bool(emissions) and all(emission.is_repeated for emission in emissions)
+    shape = EmittedBatch(results=[_shape(emission) for emission in emissions])
+    return JsonResponse(shape, headers=idempotency.REPLAYED if is_repeated else None)
+
+
+async def _meaning(
+    request: Request, arrival: Arrival, provider: Provider | None
+) -> Event | Batch | Challenge:
+    if provider is None:
+        return _plain(convert(await json_of(request, arrival.body), Emit))
+    try:
+        return await patience.patiently(events.event_of, arrival, provider)
+    except Refused as error:
+        raise signatures.refusal(error) from error
+
+
+def _visible_to(caller: Caller) -> Sequence[ColumnElement[bool]]:
+    own = (col(EventRow.organization_id) == caller.organization_id, col(EventRow.lane) == caller.lane)
+    return own if caller.is_admin else (*own, col(EventRow.user_id) == caller.user_id)
+
+
+async def _readable(connection: AsyncConnection, request: Request) -> tuple[EventRow, Delivery | None]:
+    """Return an event that the caller may see, and by what it came, as long as that is kept; raises 404."""
+    statement = select(EventRow).where(
+        col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        raise errors.not_found("event")
+    event = EventRow(**row)
+    brought = select(Delivery).where(
+        col(Delivery.organization_id) == event.organization_id,
+        # They were committed together, and an index has these two.
+        col(Delivery.created_at) == event.created_at,
+        col(Delivery.event_id) == event.id,
+    )
+    delivery = (await connection.execute(brought)).mappings().first()
+    return event, None if delivery is None else Delivery(**delivery)
+
+
+def _plain(body: Emit) -> Event:
+    """Return an event in the form of the API; raises 422."""
+    problems = Problems()
+    try:
+        sent_events.require_type(body.event_type)
+    except Refused as error:
+        problems.add("event_type", "invalid-value", error.message)
+    source = text.line(body.source, "source", problems, max_length=limits.SOURCE_LENGTH)
+    problems.raise_any()
+    return Event(body.event_type, source, body.event_data or {})
+
+
+def _promise(request: Request, sender: Sender, event: Event) -> IdempotencyKey | None:
+    return idempotency.requested(request, emitting.given(event)) or _derived(sender, event)
+
+
+def _derived(sender: Sender, event: Event) -> IdempotencyKey | None:
+    if event.key is None:
+        return None
+    return promises.derived(EVENT, sender.caller.organization_id, event.key)
+
+
+def _shape(emission: Emission) -> Emitted:
+    failed = sum(one.execution_id is None for one in emission.outcomes)
+    return Emitted(
+        event_type=emission.event_type,
+        workflows_triggered=len(emission.outcomes) - failed,
+        workflows_failed=failed,
+        results=[_result(one) for one in emission.outcomes],
+        event_id=emission.event_id,
+    )
+
+
+def _result(outcome: Outcomes) -> EventResult:
+    error = EventFailure(code=outcome.error[0], message=outcome.error[1]) if outcome.error else None
+    return EventResult(
+        workflow_id=outcome.workflow_id,
+        workflow_name=outcome.workflow_name,
+        execution_id=outcome.execution_id,
+        error=error,
+    )

@@ -1,0 +1,269 @@
+"""Hooks: what other systems send to the address of a workflow's webhook trigger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qs
+
+from engine import patience, values
+from engine.values import InvalidJson
+from gateway import errors, hook_answers, idempotency, limits
+from gateway.arrivals import hooks, promises, sent, signatures, taking_in, verification
+from gateway.arrivals.hooks import Respond
+from gateway.arrivals.taking_in import Message
+from gateway.arrivals.verification import Provider
+from gateway.errors import ApiError
+from gateway.hook_answers import WorkflowAnswer
+from gateway.rates import Limit
+from gateway.request import Request
+from gateway.responses import JsonResponse, location
+from gateway.wire import Wire
+from journal.store import ExecutionKey, Verdict
+from messages.buckets import Rate
+from models.execution import TERMINAL, ExecutionStatus
+from models.intake import IntakeRoute, TokenKind
+from senders import delivery_keys
+from senders.event import Challenge
+from senders.refusals import Refused
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from engine.values import Json
+    from gateway.arrivals.hooks import Hook
+    from gateway.arrivals.sender import Sender
+    from gateway.arrivals.sent import Sent
+    from gateway.arrivals.taking_in import Ground
+    from gateway.arrivals.verification import Vouched
+    from journal.pinning import LoadedWorkflow
+    from journal.store import Accepted, IdempotencyKey
+    from senders.arrival import Arrival
+
+DELIVERY: Final = "hook"
+NAMED: Final = "hook-idempotency-key"
+UNAUTHORIZED: Final = 401
+ACCEPTED: Final = 202
+OK: Final = 200
+KEY: Final = "key"
+
+
+class HookStatus(StrEnum):
+    """What has become of a request."""
+
+    ACCEPTED = "accepted"
+    """Its run goes on, or is about to begin."""
+    COMPLETED = "completed"
+    """Its run has ended, without an answer of its own."""
+    IGNORED = "ignored"
+    """It is of an event that runs nothing, or of none."""
+
+
+class HookTaken(Wire, omit_defaults=True):
+    """What has become of a request, where the workflow doesn't answer it itself."""
+
+    status: HookStatus
+    execution_id: str | None = None
+    challenge: str | None = None
+    """What the sender wants back, to see that it is heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class LetIn:
+    """A request that is truly of a sender of the hook."""
+
+    hook: Hook
+    vouched: Vouched
+
+    @property
+    def arrival(self) -> Arrival:
+        return self.vouched.arrival
+
+
+async def receive(request: Request) -> ASGIApp:
+    """Take what another system sends to a workflow's webhook trigger, by whichever methods that allows.
+
+    The address has the workflow's trigger token, and the trigger's config says how its senders are told from others;
+    one that doesn't takes nothing. The workflow itself answers where its trigger waits for that, with a status, headers
+    and a body of its own.
+    """
+    began = asyncio.get_running_loop().time()
+    for name, value in hook_answers.POLICY.items():
+        request.send_with_answer(name, value)
+    sender = await _sender(request)
+    let_in = await _let_in(request, sender)
+    note = await sent.sent(IntakeRoute.HOOK, sender, let_in.arrival.body, workflow_id=_workflow_of(sender))
+    async with request.gateway.deliveries.refusals(note):
+        await request.gateway.rates.take(
+            request, note.workflow_id, key=sender.caller.key_id, also=_also(let_in, sender)
+        )
+        try:
+            return await _answered(request, note, let_in, began)
+        except Refused as error:
+            raise signatures.refusal(error) from error
+
+
+async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -> ASGIApp:
+    """Return the answer to a request that is let in; raises `Refused` for one that says nothing that can be kept."""
+    hook, arrival = let_in.hook, let_in.arrival
+    meaning = await patience.patiently(hooks.understood, hook, arrival)
+    if isinstance(meaning, Challenge):
+        await _note_only(request, note, "challenge: the sender looks whether it is heard")
+        return JsonResponse(HookTaken(status=HookStatus.IGNORED, challenge=meaning.text))
+    if not hook.runs_for(meaning.event_type):
+        await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'none is named'}")
+        return JsonResponse(HookTaken(status=HookStatus.IGNORED))
+    trigger = await patience.patiently(hooks.given, hook, arrival, meaning.body)
+    note.payload = await patience.patiently(_text_of, trigger)
+    accepted, is_deferred = await _taken_in(request, note, let_in, trigger)
+    if hook.config.respond is Respond.AT_ONCE or is_deferred:
+        return _going_on(request, hook, accepted)
+    return await _when_done(request, hook, accepted, note, began + hook.config.deadline_seconds)
+
+
+# ── who sends ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _sender(request: Request) -> Sender:
+    """Return whoever the token in the path stands for; raises 404 for all that stand for nobody here, and 429."""
+    try:
+        sender = await request.gateway.doorkeeper.by_token(request.scope, request.path_params["id"])
+    except ApiError as error:
+        if error.status == UNAUTHORIZED:
+            raise errors.not_found("object") from error
+        raise
+    if sender.token is None or sender.token.kind is not TokenKind.TRIGGER:
+        raise errors.not_found("object")
+    return sender
+
+
+def _workflow_of(sender: Sender) -> str:
+    return str(sender.token and sender.token.workflow_id)
+
+
+async def _let_in(request: Request, sender: Sender) -> LetIn:
+    """Return a request that the trigger takes from its sender, with all of its body.
+
+    Raises 400, 401, 403, 405, 413, 415, 422 and 503; none of them but to those who know the address.
+    """
+    gateway = request.gateway
+    query = _query(request)
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise ApiError(415, "unsupported-media-type", "Send the body as it is, without a Content-Encoding")
+    address = request.client.host if request.client else ""
+    content: bytes | None = None
+
+    async def use(workflow: LoadedWorkflow) -> LetIn:
+        nonlocal content
+        hook = hooks.hook_of(workflow)
+        hook.require_method(request.method)
+        hook.require_network(address)
+        limit = min(hook.config.max_body_bytes, gateway.settings.max_body_bytes)
+        if content is None:
+            content = await request.body_up_to(limit)
+        elif len(content) > limit:
+            raise errors.too_large(limit)
+        arrival = verification.arrival_of(request, query, content)
+        return LetIn(hook, await verification.verify(gateway, workflow, arrival))
+
+    return await verification.under_current(gateway, sender.caller, _workflow_of(sender), use)
+
+
+def _query(request: Request) -> Mapping[str, Sequence[str]]:
+    """Return the query, without what elsewhere would be a token."""
+    try:
+        query = parse_qs(
+            request.scope["query_string"].decode("latin-1"),
+            keep_blank_values=True,
+            max_num_fields=limits.QUERY_FIELDS,
+        )
+    except ValueError as error:
+        message = f"The query may have at most {limits.QUERY_FIELDS} parameters"
+        raise errors.invalid_query("", "too-many", message) from error
+    return {name: found for name, found in query.items() if name != KEY}
+
+
+def _also(let_in: LetIn, sender: Sender) -> Sequence[Limit]:
+    """Return the limit of a hook that takes what anybody sends."""
+    if let_in.hook.verification.provider is not Provider.NONE:
+        return ()
+    rate = Rate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
+    return (Limit("hook", f"hook:{sender.caller.key_id}", rate),)
+
+
+# ── what becomes of it ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _text_of(trigger: Json) -> str:
+    try:
+        return values.encode(trigger).decode()
+    except InvalidJson as error:
+        raise Refused(error.code, error.message) from error
+
+
+async def _note_only(request: Request, note: Sent, reason: str) -> None:
+    await request.gateway.deliveries.note(note.noted(datetime.now(UTC), status=OK, reason=reason))
+
+
+async def _taken_in(request: Request, note: Sent, let_in: LetIn, trigger: Json) -> tuple[Accepted, bool]:
+    """Return the run of a request, and whether it has to wait for its workflow's pods to be allowed to start."""
+    gateway = request.gateway
+    promise = _promise(request, note, let_in)
+    is_deferred = False
+
+    async def plan(ground: Ground) -> Message:
+        nonlocal is_deferred
+        is_deferred = ground.is_deferred
+        await let_in.vouched.require_on(gateway, ground)
+        await gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
+        return Message(trigger, note.payload, promise=promise)
+
+    accepted = await taking_in.one(gateway, note, hooks.KIND, plan, promise, status=ACCEPTED)
+    return accepted, is_deferred
+
+
+def _promise(request: Request, note: Sent, let_in: LetIn) -> IdempotencyKey | None:
+    """Return the key by which a request is known again: as its sender names it, or as anybody may name one."""
+    workflow_id = str(note.workflow_id)
+    if let_in.vouched.delivery_key is not None:
+        return promises.derived(DELIVERY, workflow_id, let_in.vouched.delivery_key)
+    given = idempotency.given(request)
+    if given is not None:
+        key = promises.derived(NAMED, workflow_id, given)
+        return replace(key, fingerprint=note.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
+    name = let_in.arrival.headers.one("webhook-id")
+    return promises.derived(DELIVERY, workflow_id, delivery_keys.of("webhook-id", name)) if name else None
+
+
+async def _when_done(request: Request, hook: Hook, accepted: Accepted, note: Sent, until: float) -> ASGIApp:
+    """Answer as the run does, or tell how it has ended, or that it goes on when the time is over."""
+    key = ExecutionKey(accepted.execution_id, note.sender.caller.lane)
+    seconds = until - asyncio.get_running_loop().time()
+    standing = await hook_answers.awaited(request.gateway, key, seconds)
+    if standing is not None and standing.answer is not None:
+        return WorkflowAnswer(standing.answer, _replayed(accepted))
+    if standing is None or standing.status not in TERMINAL:
+        return _going_on(request, hook, accepted)
+    if standing.status is not ExecutionStatus.COMPLETED:
+        raise errors.execution_failed(accepted.execution_id)
+    shape = HookTaken(status=HookStatus.COMPLETED, execution_id=accepted.execution_id)
+    return JsonResponse(shape, headers=_headers(request, accepted))
+
+
+def _going_on(request: Request, hook: Hook, accepted: Accepted) -> JsonResponse:
+    shape = HookTaken(status=HookStatus.ACCEPTED, execution_id=accepted.execution_id)
+    # To whoever has typed a command, Slack shows anything but 200 as a failure.
+    status = OK if hook.verification.provider is Provider.SLACK else ACCEPTED
+    return JsonResponse(shape, status=status, headers=_headers(request, accepted))
+
+
+def _headers(request: Request, accepted: Accepted) -> Mapping[str, str]:
+    return {**location(request.gateway.settings, accepted.execution_id), **_replayed(accepted)}
+
+
+def _replayed(accepted: Accepted) -> Mapping[str, str]:
+    return idempotency.REPLAYED if accepted.verdict is Verdict.REPEATED else {}

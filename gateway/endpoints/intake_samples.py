@@ -1,0 +1,74 @@
+"""Samples of what was sent and not let in, for admins to see why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from gateway.arrivals import samples
+from gateway.parameters import LIMIT, OFFSET, Choice
+from gateway.request import Request
+from gateway.responses import JsonResponse
+from gateway.wire import Instant, Wire, instant
+from models.intake import IntakeRoute
+
+if TYPE_CHECKING:
+    from models.intake import IntakeSample
+
+ROUTE: Final = Choice("route", "Only what came this way.", IntakeRoute)
+LISTED: Final = (ROUTE, LIMIT, OFFSET)
+
+
+class SampleShape(Wire):
+    """A request that was not let in."""
+
+    route: IntakeRoute
+    workflow_id: str | None
+    """Null for an event."""
+    reason: str
+    """Why: `code: message`."""
+    method: str
+    address: str
+    """Where it came from."""
+    content_type: str | None
+    content_bytes: int
+    """As its header said; of the content nothing is kept."""
+    headers: list[str]
+    """Their names."""
+    created_at: Instant
+
+
+class SampleList(Wire):
+    """A part of the samples, the newest first; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    samples: Sequence[SampleShape]
+
+
+async def index(request: Request) -> JsonResponse:
+    """List some of the last requests that named a workflow or a token of the organisation and were not let in.
+
+    Of each way in, the last hundred of all organisations are kept. What is let in stands among the deliveries.
+    """
+    query, part = request.query, request.query.page()
+    async with request.gateway.database.read() as connection:
+        count, found = await samples.page(connection, request.caller, query[ROUTE], part)
+    shown = [_shape(one) for one in found]
+    return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))
+
+
+def _shape(sample: IntakeSample) -> SampleShape:
+    shape = sample.shape
+    return SampleShape(
+        route=IntakeRoute(sample.route),
+        workflow_id=sample.workflow_id,
+        reason=sample.reason,
+        method=shape["method"],
+        address=shape["address"],
+        content_type=shape["contentType"],
+        content_bytes=sample.content_bytes,
+        headers=shape["headers"],
+        created_at=instant(sample.created_at),
+    )

@@ -1,0 +1,218 @@
+"""The token of a workflow's senders: made and replaced by those who own the workflow, shown once, inside URLs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from sqlalchemy import insert, select, update
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway import audit, editing, errors, limits, workflow_rows
+from gateway.request import Request
+from gateway.responses import JsonResponse, NoContent
+from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from journal import pinning
+from models import ids, intake_tokens
+from models.audit import Action
+from models.intake import IntakeToken, TokenKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.workflow_rows import Stored
+
+MASK = "…"
+
+
+class ReplaceToken(Wire):
+    """How a new token takes the place of the one before."""
+
+    overlap_seconds: Annotated[int, msgspec.Meta(ge=0, le=limits.TOKEN_OVERLAP_SECONDS)] = 0
+    """For so long the one before stays good, so that its senders can be told."""
+
+
+class ShownToken(Wire):
+    """A token, without what it takes to use it."""
+
+    id: str
+    hint: str
+    """Its last characters."""
+    created_at: Instant
+    expires_at: Instant | None
+    """When one that was replaced ends."""
+    last_used_at: Instant | None
+
+
+class InboundAddress(Wire):
+    """Where senders send to, with the token left out."""
+
+    trigger_kind: str | None
+    """What kind of trigger the workflow begins with."""
+    urls: dict[str, str]
+    """By who sends there."""
+    tokens: list[ShownToken]
+    """Those that are good, the newest first."""
+
+
+class NewToken(Wire):
+    """A token, in the only answer that has it."""
+
+    id: str
+    token: str
+    hint: str
+    urls: dict[str, str]
+    """By who sends there: to be given to it as they are."""
+
+
+async def show(request: Request) -> JsonResponse:
+    """Show where senders send to, without the token that it takes."""
+    workflow_id = request.path_params["id"]
+    async with request.gateway.database.read() as connection:
+        stored = await editing.readable(connection, request)
+        rows = await _valid(connection, workflow_id, datetime.now(UTC))
+    shape = InboundAddress(
+        trigger_kind=_kind(request, stored),
+        urls=_urls(request, stored, MASK + rows[0].hint if rows else MASK),
+        tokens=[
+            ShownToken(
+                id=row.id,
+                hint=row.hint,
+                created_at=instant(row.created_at),
+                expires_at=optional_instant(row.expires_at),
+                last_used_at=optional_instant(row.last_used_at),
+            )
+            for row in rows
+        ],
+    )
+    return JsonResponse(shape)
+
+
+async def replace(request: Request) -> JsonResponse:
+    """Make the token of the workflow's senders, or replace it; the answer shows it this once, in the URLs it is for.
+
+    It is good for what arrives for this workflow and for nothing else. The one before ends at once, or after
+    `overlapSeconds`.
+    """
+    body = await decode_body(request, ReplaceToken)
+    caller, now = request.caller, datetime.now(UTC)
+    token, token_id = intake_tokens.new_token(TokenKind.TRIGGER), ids.new("tok")
+    stored: Stored | None = None
+
+    async def make(connection: AsyncConnection) -> None:
+        nonlocal stored
+        # Of two that replace it at once, one waits here, and ends the other's.
+        await workflow_rows.lock(connection, request.path_params["id"], caller)
+        stored = await editing.readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        before = await _end(
+            connection, stored.workflow.id, now, now + timedelta(seconds=body.overlap_seconds)
+        )
+        row = IntakeToken(
+            id=token_id,
+            kind=TokenKind.TRIGGER,
+            organization_id=caller.organization_id,
+            lane=caller.lane,
+            workflow_id=stored.workflow.id,
+            user_id=caller.user_id,
+            hash=intake_tokens.token_hash(token),
+            hint=intake_tokens.hint_of(token),
+            created_at=now,
+        )
+        await connection.execute(insert(IntakeToken).values(row.model_dump()))
+        await audit.record(
+            connection,
+            caller,
+            Action.TRIGGER_TOKEN_SET,
+            stored.workflow.id,
+            before=fingerprint(before) if before else None,
+            after=fingerprint([token_id]),
+        )
+
+    await request.gateway.database.transaction(make)
+    if stored is None:
+        raise errors.not_found("workflow")
+    shape = NewToken(
+        id=token_id, token=token, hint=intake_tokens.hint_of(token), urls=_urls(request, stored, token)
+    )
+    return JsonResponse(shape, status=201)
+
+
+async def revoke(request: Request) -> NoContent:
+    """End the tokens of the workflow's senders, at once."""
+    now = datetime.now(UTC)
+
+    async def end(connection: AsyncConnection) -> None:
+        stored = await editing.readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        before = await _end(connection, stored.workflow.id, now, now)
+        await audit.record(
+            connection,
+            request.caller,
+            Action.TRIGGER_TOKEN_REVOKED,
+            stored.workflow.id,
+            before=fingerprint(before) if before else None,
+            after=None,
+        )
+
+    await request.gateway.database.transaction(end)
+    return NoContent()
+
+
+async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -> Sequence[IntakeToken]:
+    statement = (
+        select(IntakeToken)
+        .where(
+            col(IntakeToken.workflow_id) == workflow_id,
+            col(IntakeToken.revoked_at).is_(None),
+            col(IntakeToken.expires_at).is_(None) | (col(IntakeToken.expires_at) > now),
+        )
+        .order_by(col(IntakeToken.id).desc())
+    )
+    return [IntakeToken(**row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
+    """End the tokens of a workflow, no later than they would anyway; returns the ids of those that were good."""
+    rows = await _valid(connection, workflow_id, now)
+    for place, row in enumerate(rows, start=1):
+        ends = at if row.expires_at is None else min(at, row.expires_at)
+        if place >= limits.TRIGGER_TOKENS:
+            ends = now
+        values = {"revoked_at": now} if ends <= now else {"expires_at": ends}
+        await connection.execute(update(IntakeToken).where(col(IntakeToken.id) == row.id).values(**values))
+    return [row.id for row in rows]
+
+
+def _kind(request: Request, stored: Stored) -> str | None:
+    trigger = pinning.trigger_of(stored.nodes, request.gateway.catalog)
+    return trigger.kind if trigger else None
+
+
+def _urls(request: Request, stored: Stored, token: str) -> dict[str, str]:
+    """Return the URLs that a workflow's trigger is sent to, by who sends there."""
+    base = request.gateway.settings.public_url.rstrip("/")
+    workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
+    match _kind(request, stored):
+        case "queue":
+            return {
+                "api": f"{workflow}/enqueue?key={token}",
+                "batch": f"{workflow}/enqueue-batch?key={token}",
+            }
+        case "email":
+            url = f"{workflow}/email-trigger?key={token}"
+            # Mailgun sends the mail as it is to whatever ends in "mime".
+            return {
+                "api": url,
+                "sendgrid": url,
+                "ses": url,
+                "mailgun": url,
+                "mailgunMime": f"{url}&format=mime",
+            }
+        case "webhook":
+            return {"webhook": f"{base}/hooks/{token}"}
+    return {}

@@ -1,0 +1,50 @@
+"""The leases of pods, as far as it matters who holds them: those of a process that is gone are taken back at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+from sqlalchemy import literal_column, select
+from sqlmodel import col
+
+from models.execution import Execution, ExecutionStatus
+from models.pod_processes import PodProcess, lease_owner, lease_owners
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from journal.store import Store
+    from models.database import Database
+
+log = structlog.get_logger()
+
+# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+_IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+
+
+async def holders(database: Database, workflow_id: str) -> frozenset[PodProcess]:
+    """Return the processes of a workflow's pods that hold runs of it; raises `DatabaseUnavailable`."""
+    prefix = lease_owners(workflow_id)
+    statement = (
+        select(col(Execution.lease_owner))
+        .where(col(Execution.workflow_id) == workflow_id, _IS_RUNNING)
+        .distinct()
+    )
+    async with database.read() as connection:
+        owners = [owner for owner in await connection.scalars(statement) if owner is not None]
+    found = (PodProcess.named(owner.removeprefix(prefix)) for owner in owners if owner.startswith(prefix))
+    return frozenset(process for process in found if process is not None)
+
+
+async def take_back(store: Store, workflow_id: str, gone: Iterable[PodProcess]) -> int:
+    """Take back what processes held that run no more; returns how many runs. Raises `DatabaseUnavailable`.
+
+    Should one of them run all the same, as where a machine is cut off, its writes are refused from then on.
+    """
+    count = 0
+    for process in gone:
+        count += await store.take_back(lease_owner(workflow_id, process))
+    if count:
+        log.info("executions of pods taken back", workflow_id=workflow_id, count=count)
+    return count

@@ -1,0 +1,447 @@
+"""How runs are taken in on PostgreSQL, alone or with what a sender's request has brought: one statement a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from journal.admission import lock_number
+from journal.postgresql_text import NOW, columns, unnest
+from journal.rows import TOUCHED_MICROSECONDS, without_rivals
+from journal.store import Acceptance, Accepted, Arrival, ExecutionKey, TakenIn, Verdict
+from models.columns import to_microseconds
+from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD
+from models.ids import turn_of
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from journal.store import IdempotencyKey
+
+T = TypeVar("T")
+Fetch = Callable[..., Awaitable[list[Any]]]
+
+
+class Repeated(Protocol):
+    """Does something again where that may help."""
+
+    async def __call__(self, work: Callable[[], Awaitable[T]], /) -> T: ...
+
+
+class Entrance:
+    """What is taken in by one store."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool[Any],
+        fetch: Fetch,
+        repeated: Repeated,
+    ) -> None:
+        self._pool = pool
+        self._fetch = fetch
+        self._repeated = repeated
+
+    # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+        """Insert runs; see `Store.accept`."""
+        answers: dict[str, Accepted] = {}
+        for item in batch:
+            if not item.may_wait:
+                answers |= await self._accept_where_free(item)
+        waiting = [item for item in batch if item.may_wait]
+        while waiting:
+            # A key can win once in a statement: its other bearers go into the next one, and find it taken.
+            first = {_conflict_order(item): item for item in reversed(waiting)}
+            chosen = sorted(first.values(), key=_conflict_order)
+            waiting = [item for item in waiting if first[_conflict_order(item)] is not item]
+            answers |= await self._accept(chosen)
+        return [answers[item.execution_id] for item in batch]
+
+    async def _accept_where_free(self, item: Acceptance) -> dict[str, Accepted]:
+        """Insert a run if fewer of its key than its limit go on, or wait for that."""
+
+        async def insert() -> list[Any] | None:
+            async with self._pool.acquire() as connection, connection.transaction():
+                if await _free(connection, item) < 1:
+                    return None
+                rows: list[Any] = await connection.fetch(_ACCEPT, *_acceptance_columns([item]))
+                return rows
+
+        rows = await self._repeated(insert)
+        if rows:
+            return {item.execution_id: Accepted(Verdict.ACCEPTED, item.execution_id)}
+        answers = await self._refusals([item])
+        if rows is None and answers[item.execution_id].verdict is Verdict.STALE:
+            return {item.execution_id: Accepted(Verdict.FULL, item.execution_id)}
+        return answers
+
+    async def _accept(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
+        rows = await self._fetch(_ACCEPT, *_acceptance_columns(batch))
+        accepted = {row[0] for row in rows}
+        answers = {execution_id: Accepted(Verdict.ACCEPTED, execution_id) for execution_id in accepted}
+        refused = [item for item in batch if item.execution_id not in accepted]
+        if refused:
+            answers |= await self._refusals(refused)
+        return answers
+
+    async def _refusals(self, batch: Sequence[Acceptance]) -> dict[str, Accepted]:
+        """Tell why rows didn't come back: accepted by a lost attempt, repeated, or checked against an old workflow."""
+        earlier = await self._earlier([(item.lane, item.idempotency) for item in batch])
+        own = {row[0] for row in await self._fetch(_ACCEPTED, *columns([_key(item) for item in batch], 2))}
+        return {item.execution_id: _refusal(item, earlier, own) for item in batch}
+
+    async def _earlier(
+        self, asked: Sequence[tuple[int, IdempotencyKey | None]]
+    ) -> dict[tuple[Any, ...], tuple[str, str]]:
+        """Return the fingerprints and ids that keys are bound to, by lane, scope and key."""
+        keys = [(lane, key.scope, key.key) for lane, key in asked if key]
+        found = await self._fetch(_EARLIER, *columns(keys, 3)) if keys else []
+        return {tuple(row)[:3]: (row[3], row[4]) for row in found}
+
+    # ── arrivals ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        """Keep what senders have brought; see `Store.take_in`."""
+        answers: dict[str, TakenIn] = {}
+        waiting: Sequence[Arrival] = batch
+        while waiting:
+            chosen, waiting = without_rivals(waiting)
+            patient = [one for one in chosen if all(run.may_wait for run in one.runs)]
+            if patient:
+                rows = await self._fetch(_TAKE_IN, *_arrival_columns(patient))
+                answers |= await self._taken_in(patient, rows)
+            for one in chosen:
+                if any(not run.may_wait for run in one.runs):
+                    answers |= await self._take_in_where_free(one)
+        return [answers[one.delivery_id] for one in batch]
+
+    async def _take_in_where_free(self, arrival: Arrival) -> dict[str, TakenIn]:
+        """Keep what a sender has brought, without the runs that may not wait and for which no place is free."""
+        full: set[str] = set()
+
+        async def insert() -> list[Any]:
+            full.clear()
+            impatient = sorted(
+                (run for run in arrival.runs if not run.may_wait), key=lambda run: run.concurrency_key or ""
+            )
+            async with self._pool.acquire() as connection, connection.transaction():
+                free: dict[str | None, int] = {}
+                for run in impatient:
+                    if run.concurrency_key not in free:
+                        free[run.concurrency_key] = await _free(connection, run)
+                    free[run.concurrency_key] -= 1
+                    if free[run.concurrency_key] < 0:
+                        full.add(run.execution_id)
+                rows: list[Any] = await connection.fetch(_TAKE_IN, *_arrival_columns([arrival], without=full))
+                return rows
+
+        rows = await self._repeated(insert)
+        return await self._taken_in([arrival], rows, full)
+
+    async def _taken_in(
+        self, batch: Sequence[Arrival], rows: Sequence[Any], full: Collection[str] = ()
+    ) -> dict[str, TakenIn]:
+        """Tell what became of arrivals, by the ids that came back, of deliveries and of runs."""
+        returned = {row[0] for row in rows}
+        missing = [one for one in batch if one.delivery_id not in returned]
+        answers = await self._unreturned(missing) if missing else {}
+        kept = [one for one in batch if one.delivery_id not in answers]
+        kept += [one for one in missing if answers[one.delivery_id].verdict is Verdict.ACCEPTED]
+        unknown = [run for one in kept for run in one.runs if run.execution_id not in returned]
+        refusals = await self._refusals(unknown) if unknown else {}
+        for run in unknown:
+            if run.execution_id in full and refusals[run.execution_id].verdict is Verdict.STALE:
+                refusals[run.execution_id] = Accepted(Verdict.FULL, run.execution_id)
+        for one in kept:
+            runs = [
+                refusals.get(run.execution_id) or Accepted(Verdict.ACCEPTED, run.execution_id)
+                for run in one.runs
+            ]
+            answers[one.delivery_id] = TakenIn(Verdict.ACCEPTED, one.delivery_id, runs)
+        return answers
+
+    async def _unreturned(self, batch: Sequence[Arrival]) -> dict[str, TakenIn]:
+        """Tell why arrivals didn't come back: kept by a lost attempt, repeated, or planned by an old workflow."""
+        bound = await self._earlier([(one.lane, one.idempotency) for one in batch])
+        found = await self._fetch(_KEPT, *columns([(one.delivery_id, one.lane) for one in batch], 2))
+        own = {row[0] for row in found}
+        return {one.delivery_id: _refused(one, bound, own) for one in batch}
+
+
+async def _free(connection: Any, item: Acceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
+    """Return how many more runs of a key may go on, and keep others from these places until the transaction ends."""
+    # In a statement of its own, so that the next one sees what whoever had the lock has committed.
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or ""))
+    live: int = await connection.fetchval(_LIVE, item.concurrency_key)
+    return (item.concurrency_limit or 0) - live
+
+
+# ── statements ──────────────────────────────────────────────────────────────────────────────────────────────
+
+_RUN_TYPES = (
+    *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
+    *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
+    *("text", "text", "integer", "text", "integer", "text", "text"),
+)
+_RUN_COLUMNS = """
+        id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
+        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox, parent_id, root_id, depth,
+        concurrency_key, concurrency_limit, follow_up, home"""
+_DEFINITION_TYPES = ("text", "text", "smallint", "text")
+_ARRIVED_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
+_ARRIVED_COLUMNS = f"{_RUN_COLUMNS}, delivery_id, delay_until, is_unread"
+_ARRIVAL_TYPES = (
+    *("text", "smallint", "text", "text", "text", "text", "text", "text", "integer", "text", "smallint"),
+    *("text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "bigint", "boolean"),
+)
+
+
+def _definitions(first: int) -> str:
+    return f"""
+    INSERT INTO definition (organization_id, hash, lane, body, created_at)
+    SELECT d.*, {NOW} FROM unnest({unnest(first, _DEFINITION_TYPES)}) AS d
+    -- Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+    ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at
+    WHERE definition.created_at < excluded.created_at - {TOUCHED_MICROSECONDS}"""
+
+
+def _keys_kept(table: str) -> str:
+    """Bind the keys of rows to them, where no earlier ones are bound to these."""
+    return f"""
+    INSERT INTO idempotency AS earlier (lane, scope, key, fingerprint, resource_id, expires_at)
+    SELECT lane, scope, key, fingerprint, id, {NOW} + lifetime FROM {table}
+    WHERE key IS NOT NULL ORDER BY lane, scope, key
+    ON CONFLICT (lane, scope, key) DO UPDATE
+    SET fingerprint = excluded.fingerprint, resource_id = excluded.resource_id, expires_at = excluded.expires_at
+    WHERE earlier.expires_at <= {NOW}
+    RETURNING resource_id"""
+
+
+def _inserts(status: str, target: str, due_at: str, since: str) -> str:
+    """Insert the runs of the table `winner`, data first."""
+    return f"""data AS (
+    INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)
+    SELECT id, lane, trigger, config, organization_id, workflow_id, {NOW} FROM winner ON CONFLICT DO NOTHING
+), inserted AS (
+    INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
+        definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
+        key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,
+        concurrency_limit, follow_up, home, due_at)
+    SELECT id, lane, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
+        definition_hash, {since} - advance, turn, true, 0, 0, timeout, 0, total_nodes,
+        id, false, inbox, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
+        concurrency_limit, follow_up, home, {due_at}
+    FROM winner ON CONFLICT DO NOTHING
+    RETURNING id
+)"""
+
+
+_CURRENT = """
+    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
+        AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
+        AND workflow.deleted_at IS NULL"""
+_TARGET = f"CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED}') ELSE '{LIMITED}' END"
+_ACCEPT = f"""
+WITH item AS (
+    SELECT * FROM unnest({unnest(1, _RUN_TYPES)}) AS item ({_RUN_COLUMNS})
+), new_definition AS ({_definitions(len(_RUN_TYPES) + 1)}
+), current AS ({_CURRENT}
+), kept AS ({_keys_kept("current")}
+), winner AS (
+    SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
+), {_inserts("'pending'", _TARGET, "NULL::bigint", NOW)}
+SELECT id FROM inserted
+"""
+_FIRST_ARRIVAL = len(_ARRIVED_TYPES) + len(_DEFINITION_TYPES) + 1
+_TAKE_IN = f"""
+WITH item AS (
+    SELECT * FROM unnest({unnest(1, _ARRIVED_TYPES)}) AS item ({_ARRIVED_COLUMNS})
+), arrival AS (
+    SELECT * FROM unnest({unnest(_FIRST_ARRIVAL, _ARRIVAL_TYPES)}) AS arrival (
+        id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes, outcome, status,
+        execution_id, event_id, event_type, event_source, event_data, answer, redriven_from, scope, key, fingerprint,
+        lifetime, brings_runs)
+), new_definition AS ({_definitions(len(_ARRIVED_TYPES) + 1)}
+), current AS ({_CURRENT}
+), stale AS (
+    SELECT delivery_id FROM item WHERE id NOT IN (SELECT id FROM current)
+), whole AS (
+    SELECT * FROM arrival WHERE id NOT IN (SELECT delivery_id FROM stale)
+), kept_arrival AS ({_keys_kept("whole")}
+), fresh AS (
+    SELECT * FROM whole WHERE key IS NULL OR id IN (SELECT resource_id FROM kept_arrival)
+), open AS (
+    SELECT * FROM current WHERE delivery_id IN (SELECT id FROM fresh)
+), kept AS ({_keys_kept("open")}
+), winner AS (
+    SELECT * FROM open WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
+), {
+    _inserts(
+        "CASE WHEN delay_until IS NULL THEN 'pending' ELSE 'waiting' END",
+        f"CASE WHEN is_unread THEN '{UNREAD}' WHEN concurrency_key IS NULL AND delay_until IS NOT NULL"
+        f" THEN '{DELAYED}' ELSE {_TARGET} END",
+        "delay_until",
+        f"coalesce(delay_until, {NOW})",
+    )
+}, new_event AS (
+    INSERT INTO event (id, lane, organization_id, user_id, event_type, source, data, created_at)
+    SELECT event_id, lane, organization_id, user_id, event_type, event_source, event_data, {NOW} FROM fresh
+    WHERE event_id IS NOT NULL ON CONFLICT DO NOTHING
+), new_delivery AS (
+    INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
+        outcome, status, execution_id, event_id, answer, redriven_from, created_at)
+    SELECT id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
+        outcome, status, execution_id, event_id, answer, redriven_from, {NOW} FROM fresh
+    -- What brought nothing new is a duplicate, of which more is known once the first one is.
+    WHERE id IN (SELECT delivery_id FROM winner) OR NOT brings_runs OR event_id IS NOT NULL
+    ON CONFLICT DO NOTHING
+)
+SELECT id FROM fresh UNION ALL SELECT id FROM inserted
+"""
+_LIVE = f"""
+SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED}' AND ended_at IS NULL)
+    + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED}' AND status = 'pending')
+"""
+_EARLIER = f"""
+SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
+JOIN unnest({unnest(1, ("smallint", "text", "text"))}) AS asked (lane, scope, key) USING (lane, scope, key)
+WHERE expires_at > {NOW}
+"""
+_ACCEPTED = """
+SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+"""
+_KEPT = """
+SELECT id FROM delivery JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+"""
+
+
+def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
+    key = item.idempotency
+    return (
+        item.execution_id,
+        item.lane,
+        item.organization_id,
+        item.workflow_id,
+        item.workflow_revision,
+        item.user_id,
+        item.trigger_type,
+        item.trigger,
+        item.config,
+        item.definition_hash,
+        int(item.timeout_seconds * 1_000_000),
+        item.total_nodes,
+        item.priority * PRIORITY_MICROSECONDS,
+        turn_of(item.workflow_id),
+        key.scope if key else None,
+        key.key if key else None,
+        key.fingerprint if key else None,
+        key.lifetime_seconds * 1_000_000 if key else None,
+        item.inbox,
+        item.parent_id,
+        item.root_id,
+        item.depth or None,
+        item.concurrency_key,
+        item.concurrency_limit,
+        item.follow_up,
+        item.home,
+    )
+
+
+def _acceptance_columns(batch: Sequence[Acceptance]) -> list[list[Any]]:
+    rows = map(_acceptance_row, batch)
+    return [*columns(rows, len(_RUN_TYPES)), *_definitions_of(batch)]
+
+
+def _arrival_columns(batch: Sequence[Arrival], *, without: Collection[str] = ()) -> list[list[Any]]:
+    runs = [(run, one.delivery_id) for one in batch for run in one.runs if run.execution_id not in without]
+    rows = [
+        (
+            *_acceptance_row(run),
+            delivery_id,
+            to_microseconds(run.delay_until) if run.delay_until else None,
+            None if run.is_read else True,
+        )
+        for run, delivery_id in runs
+    ]
+    arrivals = sorted(_arrival_row(one, without) for one in batch)
+    return [
+        *columns(rows, len(_ARRIVED_TYPES)),
+        *_definitions_of([run for run, _ in runs]),
+        *columns(arrivals, len(_ARRIVAL_TYPES)),
+    ]
+
+
+def _arrival_row(one: Arrival, without: Collection[str]) -> tuple[Any, ...]:
+    event, key = one.event, one.idempotency
+    if event is None and one.runs and all(run.execution_id in without for run in one.runs):
+        key = None  # it has found no place at all, and may come again
+    return (
+        one.delivery_id,
+        one.lane,
+        one.organization_id,
+        one.workflow_id,
+        one.user_id,
+        one.route,
+        one.sender,
+        one.content_hash,
+        one.content_bytes,
+        one.outcome,
+        one.status,
+        one.runs[0].execution_id if len(one.runs) == 1 else None,
+        event.event_id if event else None,
+        event.event_type if event else None,
+        event.source if event else None,
+        event.data if event else None,
+        one.answer,
+        one.redriven_from,
+        key.scope if key else None,
+        key.key if key else None,
+        key.fingerprint if key else None,
+        key.lifetime_seconds * 1_000_000 if key else None,
+        bool(one.runs),
+    )
+
+
+def _definitions_of(batch: Sequence[Acceptance]) -> list[list[Any]]:
+    rows = {
+        (item.organization_id, item.definition_hash, item.lane, item.definition)
+        for item in batch
+        if item.definition is not None
+    }
+    return columns(sorted(rows), 4)
+
+
+def _conflict_order(item: Acceptance) -> tuple[str, str]:
+    """Return what two acceptances can collide on, which is also the order in which rivals must come."""
+    key = item.idempotency
+    return (key.scope, key.key) if key else ("", item.execution_id)
+
+
+def _key(item: Acceptance) -> ExecutionKey:
+    return ExecutionKey(item.execution_id, item.lane)
+
+
+def _refusal(item: Acceptance, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]) -> Accepted:
+    if item.execution_id in own:
+        return Accepted(Verdict.ACCEPTED, item.execution_id)
+    key = item.idempotency
+    found = earlier.get((item.lane, key.scope, key.key)) if key else None
+    if key is None or found is None:
+        return Accepted(Verdict.STALE, item.execution_id)
+    fingerprint, execution_id = found
+    return Accepted(Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH, execution_id)
+
+
+def _refused(one: Arrival, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]) -> TakenIn:
+    if one.delivery_id in own:
+        # By an attempt whose answer was lost.
+        return TakenIn(Verdict.ACCEPTED, one.delivery_id)
+    key = one.idempotency
+    found = bound.get((one.lane, key.scope, key.key)) if key else None
+    if key is None or found is None:
+        return TakenIn(Verdict.STALE, one.delivery_id)
+    fingerprint, delivery_id = found
+    if delivery_id == one.delivery_id:
+        return TakenIn(Verdict.ACCEPTED, delivery_id)
+    return TakenIn(Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH, delivery_id)

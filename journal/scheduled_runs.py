@@ -1,0 +1,419 @@
+"""Runs of schedules: accepted in the transaction that moves their schedules on, so that each instant has one run.
+
+Whoever does it locks the rows of the schedules, and passes over what another has locked: several may do it at once, and
+one that dies in between leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import BigInteger, and_, bindparam, insert, select, type_coerce, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from engine.graph import Settings
+from engine.triggers import SCHEDULE, trigger_output
+from engine.values import encode
+from journal import admission, backlog, follow_ups
+from journal.admission import Limit, OnLimit
+from journal.rows import TOUCHED_MICROSECONDS
+from models import ids, moments, timetable
+from models.columns import from_microseconds
+from models.deployment import Deployment
+from models.execution import LIMITED, SHARED, Execution, ExecutionData
+from models.schedule import Schedule
+from models.timetable import MAX_WAITING, InvalidTimetable, Overlap, Passed, State
+from models.trigger import WorkflowTrigger
+from models.workflow import Definition, Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, RowMapping, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from models.timetable import Timetable
+
+BATCH_SCHEDULES: Final = 200
+PUT_OFF: Final = timedelta(minutes=1)
+"""A schedule that something keeps from being run is looked at again after this time."""
+TRIMMED: Final = timedelta(seconds=1)
+"""Clocks, and transactions that began at different times, differ by less than this without being wrong."""
+_MICROSECOND: Final = timedelta(microseconds=1)
+_encode: Final = msgspec.json.Encoder().encode
+
+_COUNTS: Final = (
+    col(Workflow.status) == WorkflowStatus.ACTIVE,
+    col(Workflow.deleted_at).is_(None),
+    col(Workflow.is_template).is_(False),
+)
+_DEPLOYED_HASH: Final[ColumnElement[str]] = col(Deployment.definition_hash).label("deployed_hash")
+_IS_DEPLOYED: Final = and_(
+    col(Deployment.workflow_id) == col(Schedule.workflow_id), col(Deployment.is_deployed)
+)
+_NEW: Final[dict[str, Any]] = {
+    name: column.get_default() for name, column in Execution.model_fields.items() if not column.is_required()
+}
+"""What the columns of an execution hold that nobody has begun, but for those that each has its own values of."""
+_MOVED: Final = (
+    *("planned_at", "next_run_at", "due_at", "problem"),
+    *("last_run_at", "last_execution_id", "passed_at", "passed_reason"),
+)
+_MOVE: Final = (
+    update(Schedule)
+    .where(col(Schedule.workflow_id) == bindparam("moved_id"))
+    .values({name: bindparam(name) for name in _MOVED})
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A schedule that is due, and which definition its workflow is run by."""
+
+    workflow_id: str
+    organization_id: str
+    lane: int
+    revision: int
+    """Of the workflow."""
+    deployed_hash: str | None
+    """Of what is deployed; None: the workflow's own definition is run, by any worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """The definition that a schedule runs."""
+
+    due: Due
+    text: str
+    hash: str
+    settings: Mapping[str, Json]
+    """With the defaults filled in."""
+    trigger_kind: str
+    total_nodes: int
+
+
+@dataclass(slots=True)
+class Started:
+    """What became of schedules that were due."""
+
+    runs: list[tuple[str, str, datetime]] = field(default_factory=list)
+    """Workflow, execution and instant of each run that was accepted."""
+    passed: list[tuple[str, Passed, datetime]] = field(default_factory=list)
+    """Workflow and reason where instants were passed over, and the last of those."""
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """Workflows whose schedules are put off from now on, and why."""
+    concurrency_keys: set[str] = field(default_factory=set)
+    """Of runs that wait for a place."""
+    homes: set[str | None] = field(default_factory=set)
+    """Deployments that have something to take; None: workers have."""
+    decided: int = 0
+    """Schedules that aren't due any more."""
+
+
+def due(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+    """Return the statement that finds schedules that are due, the longest first: one look into an index."""
+    # Chosen before anything is joined: nothing else can look like the way to them.
+    chosen = (
+        select(*(col(Schedule.workflow_id), col(Schedule.due_at)))
+        .where(col(Schedule.due_at) <= now)
+        .order_by(col(Schedule.due_at))
+        .limit(BATCH_SCHEDULES)
+        .subquery("chosen")
+    )
+    is_deployed = and_(col(Deployment.workflow_id) == chosen.c.workflow_id, col(Deployment.is_deployed))
+    return (
+        select(
+            *(col(Workflow.id), col(Workflow.organization_id), col(Workflow.lane)),
+            *(col(Workflow.revision), _DEPLOYED_HASH),
+        )
+        .select_from(chosen)
+        .join(Workflow, col(Workflow.id) == chosen.c.workflow_id)
+        .outerjoin(Deployment, is_deployed)
+        .order_by(chosen.c.due_at)
+    )
+
+
+async def start(
+    connection: AsyncConnection, runnables: Mapping[str, Runnable], now: ColumnElement[int]
+) -> Started:
+    """Decide about the schedules of these workflows that are still due, and accept their runs.
+
+    What another decides about, and what has changed since its definition was read, is left alone.
+    """
+    locked = [*await connection.scalars(_locked(runnables, now))]
+    # In a statement of its own: what PostgreSQL reads together with a lock may be older than the lock.
+    found = (await connection.execute(_found(locked, now))).mappings().all()
+    # Apart from them too: with stale statistics, all executions would be gone through for each schedule.
+    unended = [*await connection.scalars(_unended([row["last_execution_id"] for row in found]))]
+    entrance = _Entrance(connection, frozenset(unended))
+    for row in found:
+        runnable = runnables[row["workflow_id"]]
+        if (row["revision"], row["deployed_hash"]) == (runnable.due.revision, runnable.due.deployed_hash):
+            await entrance.decide(row, runnable)
+    await entrance.write()
+    resting = sorted({*locked} - {row["workflow_id"] for row in found})
+    if resting:
+        # Of workflows that aren't active, or have no such trigger: there should be none.
+        await connection.execute(
+            update(Schedule)
+            .where(col(Schedule.workflow_id).in_(resting))
+            .values(next_run_at=None, due_at=None)
+        )
+    entrance.started.decided += len(resting)
+    return entrance.started
+
+
+async def put_off(connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]) -> None:
+    """Look at schedules again later that something keeps from being run: of each workflow's, what it is."""
+    for workflow_id, problem in sorted(problems.items()):
+        await connection.execute(
+            update(Schedule)
+            .where(col(Schedule.workflow_id) == workflow_id, col(Schedule.due_at) <= now)
+            .values(due_at=now + PUT_OFF // _MICROSECOND, problem=problem)
+        )
+
+
+async def set_back(connection: AsyncConnection, now: ColumnElement[int]) -> int:
+    """Work out the next instants anew that were worked out by a clock that was ahead; returns how many they are."""
+    ahead = (
+        select(Schedule, col(WorkflowTrigger.config), now.label("now"))
+        .join(WorkflowTrigger, _is_trigger_of_schedule())
+        .where(
+            col(Schedule.planned_at) > now + TRIMMED // _MICROSECOND, col(Schedule.next_run_at).is_not(None)
+        )
+        .order_by(col(Schedule.workflow_id))
+        .limit(BATCH_SCHEDULES)
+        .with_for_update(of=Schedule, skip_locked=True)
+    )
+    rows = (await connection.execute(ahead)).mappings().all()
+    for row in rows:
+        moment = from_microseconds(row["now"])
+        anchor_at = min(row["anchor_at"], moment)
+        changes: dict[str, Any] = {"planned_at": moment, "anchor_at": anchor_at}
+        try:
+            wanted = timetable.timetable_of(row["config"])
+        except InvalidTimetable as error:
+            changes["problem"] = str(error)
+        else:
+            next_run_at = timetable.decided_anew(
+                wanted, row["workflow_id"], anchor_at, row["last_run_at"], moment
+            )
+            changes |= _planned(wanted, row["workflow_id"], next_run_at, moment)
+        await connection.execute(
+            update(Schedule).where(col(Schedule.workflow_id) == row["workflow_id"]).values(changes)
+        )
+    return len(rows)
+
+
+def _locked(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+    return (
+        select(col(Schedule.workflow_id))
+        .where(col(Schedule.workflow_id).in_(sorted(workflow_ids)), col(Schedule.due_at) <= now)
+        .order_by(col(Schedule.workflow_id))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _found(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+    return (
+        select(
+            Schedule,
+            *(col(WorkflowTrigger.config), col(Workflow.owner_id), col(Workflow.revision)),
+            *(_DEPLOYED_HASH, now.label("now")),
+        )
+        .join(Workflow, col(Workflow.id) == col(Schedule.workflow_id))
+        .join(WorkflowTrigger, _is_trigger_of_schedule())
+        .outerjoin(Deployment, _IS_DEPLOYED)
+        .where(col(Schedule.workflow_id).in_(workflow_ids), *_COUNTS)
+        .order_by(col(Schedule.workflow_id))
+    )
+
+
+def _unended(execution_ids: Sequence[str | None]) -> Select[str]:
+    wanted = sorted(one for one in execution_ids if one is not None)
+    return select(col(Execution.id)).where(col(Execution.id).in_(wanted), col(Execution.ended_at).is_(None))
+
+
+def _is_trigger_of_schedule() -> ColumnElement[bool]:
+    return and_(
+        col(WorkflowTrigger.workflow_id) == col(Schedule.workflow_id),
+        col(WorkflowTrigger.node_id) == col(Schedule.node_id),
+    )
+
+
+def _planned(
+    wanted: Timetable, workflow_id: str, next_run_at: datetime | None, now: datetime
+) -> dict[str, Any]:
+    return {
+        "planned_at": now,
+        "next_run_at": next_run_at,
+        "due_at": None if next_run_at is None else next_run_at + wanted.delay_of(workflow_id),
+        "problem": None,
+    }
+
+
+class _Entrance:
+    """Collects what schedules that are locked come to, and writes it at once."""
+
+    def __init__(self, connection: AsyncConnection, unended: Collection[str]) -> None:
+        """`unended` are the last runs of schedules that go on."""
+        self.started = Started()
+        self._unended = unended
+        self._connection = connection
+        self._executions: list[dict[str, Any]] = []
+        self._data: list[dict[str, Any]] = []
+        self._definitions: dict[tuple[str, str], dict[str, Any]] = {}
+        self._moves: list[dict[str, Any]] = []
+
+    async def decide(self, row: RowMapping, runnable: Runnable) -> None:
+        """Decide about a schedule, and collect its runs."""
+        workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
+        self.started.decided += 1
+        try:
+            wanted = timetable.timetable_of(row["config"])
+        except InvalidTimetable as error:
+            if row["problem"] != str(error):
+                self.started.problems.append((workflow_id, str(error)))
+            self._move(row, due_at=now + PUT_OFF, problem=str(error))
+            return
+        decided = timetable.decide(wanted, await self._state(row), now)
+        changes = _planned(wanted, workflow_id, decided.next_run_at, now)
+        if decided.passed is not None:
+            changes |= self._passed(workflow_id, decided.passed, decided.passed_at or now)
+        for instant in decided.run:
+            trigger = _trigger(runnable, wanted, instant)
+            limit = _limit(runnable, wanted, trigger)
+            if limit is not None and limit.on_limit is OnLimit.REJECT and not await self._has_room(limit):
+                changes |= self._passed(workflow_id, Passed.CONCURRENCY_LIMIT, instant)
+                continue
+            execution_id = self._accept(row, runnable, trigger, limit, now)
+            self.started.runs.append((workflow_id, execution_id, instant))
+            changes |= {"last_run_at": instant, "last_execution_id": execution_id}
+        self._move(row, **changes)
+
+    async def write(self) -> None:
+        """Write everything that was collected."""
+        if self._executions:
+            await self._write_definitions()
+            await self._connection.execute(insert(Execution), self._executions)
+            await self._connection.execute(insert(ExecutionData), self._data)
+        if self._moves:
+            await self._connection.execute(_MOVE, self._moves)
+
+    async def _state(self, row: RowMapping) -> State:
+        """Return where a schedule is. Where its last run has ended, none from before it waits either."""
+        waiting_runs = 0
+        is_busy = row["last_execution_id"] in self._unended
+        if is_busy:
+            waiting_runs = await backlog.of_workflow(
+                self._connection, row["organization_id"], row["workflow_id"], at_most=MAX_WAITING
+            )
+        return State(
+            workflow_id=row["workflow_id"],
+            anchor_at=row["anchor_at"],
+            next_run_at=row["next_run_at"],
+            is_busy=is_busy,
+            waiting_runs=waiting_runs,
+        )
+
+    def _passed(self, workflow_id: str, reason: Passed, instant: datetime) -> dict[str, Any]:
+        self.started.passed.append((workflow_id, reason, instant))
+        return {"passed_at": instant, "passed_reason": reason.value}
+
+    def _move(self, row: RowMapping, **changes: Any) -> None:  # noqa: ANN401 - columns of any type
+        kept = {name: row[name] for name in _MOVED}
+        self._moves.append({"moved_id": row["workflow_id"], **kept, **changes})
+
+    async def _has_room(self, limit: Limit) -> bool:
+        collected = [one for one in self._executions if one["concurrency_key"] == limit.key]
+        return await admission.unended(self._connection, limit.key) + len(collected) < limit.runs
+
+    def _accept(
+        self, row: RowMapping, runnable: Runnable, trigger: Json, limit: Limit | None, now: datetime
+    ) -> str:
+        """Collect the rows of a run, and return its id."""
+        due = runnable.due
+        home = due.workflow_id if due.deployed_hash else None
+        follow_up = follow_ups.asked(runnable.settings)
+        execution_id = ids.new("exec")
+        common = {
+            "lane": due.lane,
+            "organization_id": due.organization_id,
+            "workflow_id": due.workflow_id,
+            "created_at": now,
+        }
+        execution = {
+            **_NEW,
+            **common,
+            "id": execution_id,
+            "user_id": row["owner_id"],
+            "target": LIMITED if limit else home or SHARED,
+            "home": home,
+            "trigger_type": SCHEDULE,
+            "definition_hash": runnable.hash,
+            "rank": row["now"],
+            "turn": ids.turn_of(due.workflow_id),
+            "timeout_microseconds": int(Settings.of(runnable.settings).timeout_seconds * 1_000_000),
+            "total_nodes": runnable.total_nodes,
+            "key_id": execution_id,
+            "inbox": "",
+            "concurrency_key": limit.key if limit else None,
+            "concurrency_limit": limit.runs if limit else None,
+            "follow_up": msgspec.json.decode(follow_up) if follow_up else None,
+            "updated_at": now,
+        }
+        config = encode(runnable.settings).decode()
+        data = {
+            **common,
+            "execution_id": execution_id,
+            "trigger": _encode(trigger).decode(),
+            "config": config,
+        }
+        self._executions.append(execution)
+        self._data.append(data)
+        if due.deployed_hash is None:
+            self._definitions[due.organization_id, runnable.hash] = {
+                "organization_id": due.organization_id,
+                "hash": runnable.hash,
+                "lane": due.lane,
+                "body": runnable.text,
+                "created_at": now,
+            }
+        if limit is None:
+            self.started.homes.add(home)
+        else:
+            self.started.concurrency_keys.add(limit.key)
+        return execution_id
+
+    async def _write_definitions(self) -> None:
+        """Store what isn't stored, and make young again what is: one that is about to be used is not deleted."""
+        dialect: Any = postgresql if self._connection.dialect.name == "postgresql" else sqlite
+        statement = dialect.insert(Definition)
+        created_at = type_coerce(statement.excluded.created_at, BigInteger)
+        statement = statement.on_conflict_do_update(
+            index_elements=[col(Definition.organization_id), col(Definition.hash)],
+            set_={"created_at": created_at},
+            where=type_coerce(col(Definition.created_at), BigInteger) < created_at - TOUCHED_MICROSECONDS,
+        )
+        rows = [self._definitions[key] for key in sorted(self._definitions)]
+        if rows:
+            await self._connection.execute(statement, rows)
+
+
+def _trigger(runnable: Runnable, wanted: Timetable, instant: datetime) -> Json:
+    """Return what the trigger gives out: the instant that the run is due at, whenever that is."""
+    given: dict[str, Json] = {"scheduledAt": moments.written(instant), "timezone": wanted.timezone}
+    return trigger_output(runnable.trigger_kind, given, instant)
+
+
+def _limit(runnable: Runnable, wanted: Timetable, trigger: Json) -> Limit | None:
+    """Return what limits a run: its workflow's settings, and where it waits for its turn, that no other may go on."""
+    workflow_id = runnable.due.workflow_id
+    limit = admission.limit_of(runnable.settings, workflow_id, trigger)
+    if wanted.overlap is not Overlap.QUEUE:
+        return limit
+    return Limit(limit.key if limit else f"{workflow_id}:{SCHEDULE}", 1, OnLimit.QUEUE)

@@ -1,0 +1,272 @@
+"""How runs are taken in on SQLite, alone or with what a sender's request has brought, by the writer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from journal.rows import TOUCHED_MICROSECONDS
+from journal.store import Acceptance, Accepted, Arrival, ArrivedRun, TakenIn, Verdict
+from models.columns import to_microseconds
+from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD, ExecutionStatus
+from models.ids import turn_of
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Sequence
+
+    from journal.store import IdempotencyKey
+
+
+def accept(connection: sqlite3.Connection, batch: Sequence[Acceptance], now: int) -> list[Accepted]:
+    """Insert runs; see `Store.accept`."""
+    is_current = _current_workflows(connection, batch)
+    answers: list[Accepted] = []
+    inserted: list[Acceptance] = []
+    for item in batch:
+        key = item.idempotency
+        has_place = item.may_wait or _has_place(connection, item, inserted)
+        is_accepted = is_current[item.workflow_id, item.workflow_revision] and has_place
+        if key is not None and (earlier := _earlier(connection, item, key, now, is_new=is_accepted)):
+            answers.append(earlier)
+        elif not is_accepted and not _is_stored(connection, item):
+            answers.append(Accepted(Verdict.STALE if has_place else Verdict.FULL, item.execution_id))
+        else:
+            answers.append(Accepted(Verdict.ACCEPTED, item.execution_id))
+            inserted.append(item)
+    _insert_executions(connection, inserted, now)
+    return answers
+
+
+def take_in(connection: sqlite3.Connection, batch: Sequence[Arrival], now: int) -> list[TakenIn]:
+    """Keep what senders have brought; see `Store.take_in`."""
+    return [_take_in(connection, arrival, now) for arrival in batch]
+
+
+def _take_in(connection: sqlite3.Connection, arrival: Arrival, now: int) -> TakenIn:
+    is_current = all(_current_workflows(connection, arrival.runs).values())
+    key = arrival.idempotency
+    if key is not None:
+        bound = _bound(connection, arrival.lane, key, arrival.delivery_id, now, is_new=False)
+        if bound is not None and bound[0] is not Verdict.ACCEPTED:
+            return TakenIn(*bound)
+    if not is_current and not _is_kept(connection, arrival):
+        return TakenIn(Verdict.STALE, arrival.delivery_id)
+    runs = accept(connection, arrival.runs, now)
+    brings_itself = not runs or arrival.event is not None
+    if key is not None and (brings_itself or any(run.verdict is not Verdict.FULL for run in runs)):
+        # One that has found no place at all may come again.
+        _bound(connection, arrival.lane, key, arrival.delivery_id, now, is_new=is_current)
+    if brings_itself or any(run.verdict is Verdict.ACCEPTED for run in runs):
+        # What brought nothing new is a duplicate, of which more is known once the first one is.
+        _insert_delivery(connection, arrival, now)
+    if arrival.event is not None:
+        _insert_event(connection, arrival, now)
+    return TakenIn(Verdict.ACCEPTED, arrival.delivery_id, runs)
+
+
+def _is_kept(connection: sqlite3.Connection, arrival: Arrival) -> bool:
+    """Tell whether this very request was taken in before, by a call whose answer was lost."""
+    statement = "SELECT 1 FROM delivery WHERE id = ?"
+    return connection.execute(statement, (arrival.delivery_id,)).fetchone() is not None
+
+
+def _insert_delivery(connection: sqlite3.Connection, one: Arrival, now: int) -> None:
+    connection.execute(
+        "INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash,"
+        " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (
+            one.delivery_id,
+            one.lane,
+            one.organization_id,
+            one.workflow_id,
+            one.user_id,
+            one.route,
+            one.sender,
+            one.content_hash,
+            one.content_bytes,
+            one.outcome,
+            one.status,
+            one.runs[0].execution_id if len(one.runs) == 1 else None,
+            one.event.event_id if one.event else None,
+            one.answer,
+            one.redriven_from,
+            now,
+        ),
+    )
+
+
+def _insert_event(connection: sqlite3.Connection, one: Arrival, now: int) -> None:
+    if (event := one.event) is not None:
+        connection.execute(
+            "INSERT INTO event (id, lane, organization_id, user_id, event_type, source, data, created_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                event.event_id,
+                one.lane,
+                one.organization_id,
+                one.user_id,
+                event.event_type,
+                event.source,
+                event.data,
+                now,
+            ),
+        )
+
+
+def _delayed_until(item: Acceptance) -> int | None:
+    """Return the microsecond that a run waits for from the beginning, if it does."""
+    if not isinstance(item, ArrivedRun) or item.delay_until is None:
+        return None
+    return to_microseconds(item.delay_until)
+
+
+def _first_target(item: Acceptance) -> str:
+    """Return who may take a run when it is new."""
+    if isinstance(item, ArrivedRun) and not item.is_read:
+        return UNREAD
+    if item.concurrency_key is not None:
+        return LIMITED
+    return DELAYED if _delayed_until(item) else item.home or SHARED
+
+
+def _current_workflows(
+    connection: sqlite3.Connection, batch: Sequence[Acceptance]
+) -> dict[tuple[str, int], bool]:
+    statement = (
+        "SELECT 1 FROM workflow"
+        " WHERE id = ? AND lane = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
+    )
+    return {
+        (workflow_id, revision): connection.execute(
+            statement, (workflow_id, lane, revision, organization_id)
+        ).fetchone()
+        is not None
+        for workflow_id, lane, revision, organization_id in {
+            (item.workflow_id, item.lane, item.workflow_revision, item.organization_id) for item in batch
+        }
+    }
+
+
+def _earlier(
+    connection: sqlite3.Connection, item: Acceptance, key: IdempotencyKey, now: int, *, is_new: bool
+) -> Accepted | None:
+    """Return the answer to an earlier request with this key; else keep the key, if the run will be accepted."""
+    bound = _bound(connection, item.lane, key, item.execution_id, now, is_new=is_new)
+    return None if bound is None else Accepted(*bound)
+
+
+def _bound(
+    connection: sqlite3.Connection,
+    lane: int,
+    key: IdempotencyKey,
+    resource_id: str,
+    now: int,
+    *,
+    is_new: bool,
+) -> tuple[Verdict, str] | None:
+    """Tell what a key says of a resource that is bound to it before; else bind it to this one, if that is new."""
+    identity = (lane, key.scope, key.key)
+    found = connection.execute(
+        "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE lane = ? AND scope = ? AND key = ?",
+        identity,
+    ).fetchone()
+    if found is not None and found[2] > now:
+        fingerprint, first_id, _ = found
+        if first_id == resource_id:
+            return Verdict.ACCEPTED, resource_id
+        return Verdict.REPEATED if fingerprint == key.fingerprint else Verdict.MISMATCH, first_id
+    if is_new:
+        connection.execute(
+            "INSERT OR REPLACE INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (*identity, key.fingerprint, resource_id, now + key.lifetime_seconds * 1_000_000),
+        )
+    return None
+
+
+def _has_place(connection: sqlite3.Connection, item: Acceptance, inserted: Sequence[Acceptance]) -> bool:
+    """Tell whether fewer runs of its key than its limit go on, or wait for that, with those of the same batch."""
+    live: int = connection.execute(
+        "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
+        f" AND target <> '{LIMITED}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
+        f" WHERE concurrency_key = ?1 AND target = '{LIMITED}' AND status = 'pending')",
+        (item.concurrency_key,),
+    ).fetchone()[0]
+    live += sum(one.concurrency_key == item.concurrency_key for one in inserted)
+    return item.concurrency_limit is None or live < item.concurrency_limit
+
+
+def _is_stored(connection: sqlite3.Connection, item: Acceptance) -> bool:
+    """Tell whether this very run was accepted before, by a call whose answer was lost."""
+    statement = "SELECT 1 FROM execution WHERE id = ? AND lane = ?"
+    return connection.execute(statement, (item.execution_id, item.lane)).fetchone() is not None
+
+
+def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptance], now: int) -> None:
+    definitions = {
+        (item.organization_id, item.definition_hash, item.lane, item.definition, now)
+        for item in batch
+        if item.definition is not None
+    }
+    connection.executemany(
+        "INSERT INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)"
+        # Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+        " ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at"
+        f" WHERE created_at < excluded.created_at - {TOUCHED_MICROSECONDS}",
+        definitions,
+    )
+    connection.executemany(
+        "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
+        " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
+        " key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,"
+        " concurrency_limit, follow_up, home, due_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?)"
+        " ON CONFLICT DO NOTHING",
+        [
+            (
+                item.execution_id,
+                item.lane,
+                item.organization_id,
+                item.workflow_id,
+                item.user_id,
+                ExecutionStatus.WAITING if _delayed_until(item) else ExecutionStatus.PENDING,
+                _first_target(item),
+                item.trigger_type,
+                item.definition_hash,
+                (_delayed_until(item) or now) - item.priority * PRIORITY_MICROSECONDS,
+                turn_of(item.workflow_id),
+                int(item.timeout_seconds * 1_000_000),
+                item.total_nodes,
+                item.execution_id,
+                item.inbox,
+                now,
+                now,
+                item.parent_id,
+                item.root_id,
+                item.depth,
+                item.concurrency_key,
+                item.concurrency_limit,
+                item.follow_up,
+                item.home,
+                _delayed_until(item),
+            )
+            for item in batch
+        ],
+    )
+    connection.executemany(
+        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        [
+            (
+                item.execution_id,
+                item.lane,
+                item.trigger,
+                item.config,
+                item.organization_id,
+                item.workflow_id,
+                now,
+            )
+            for item in batch
+        ],
+    )

@@ -1,0 +1,100 @@
+"""Addresses in headers: shown as they were meant, and checked where mail is to be sent to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import getaddresses
+from typing import Final
+
+from mail import headers, message
+
+HEADERS: Final = frozenset({"from", "sender", "reply-to", "to", "cc", "bcc"})
+"""Those that hold addresses."""
+_SPECIAL: Final = re.compile(r'[][\\()<>@,:;".]')
+_TO_ESCAPE: Final = re.compile(r'([\\"])')
+_LOCAL: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
+_DOMAIN: Final = re.compile(
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+)
+_MAX_LOCAL_CHARACTERS: Final = 64
+_MAX_DOMAIN_CHARACTERS: Final = 253
+
+
+def shown(value: str) -> str:
+    """Return the value of From, To and the like for reading.
+
+    What was encoded is quoted where it would look like another address.
+    """
+    pairs = _pairs(value)
+    if not pairs or ("", "") in pairs:
+        return headers.decoded(value)
+    return ", ".join(_formatted(headers.decoded(name), address) for name, address in pairs)
+
+
+def bare(value: str) -> list[str]:
+    """Return the addresses alone, such as `ada@example.org`."""
+    return [address for _, address in _pairs(value) if address]
+
+
+def _pairs(value: str) -> Sequence[tuple[str, str]]:
+    try:
+        return getaddresses([value])
+    except (RecursionError, IndexError, ValueError):
+        return []
+
+
+def _formatted(name: str, address: str) -> str:
+    if not name:
+        return address
+    quoted = _TO_ESCAPE.sub(r"\\\1", name)
+    return f'"{quoted}" <{address}>' if _SPECIAL.search(name) else f"{name} <{address}>"
+
+
+# ── of mail to be sent ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """Somebody to write to."""
+
+    name: str
+    local: str
+    domain: str
+    """In ASCII."""
+
+    @property
+    def address(self) -> str:
+        return f"{self.local}@{self.domain}"
+
+
+def mailboxes(text: str) -> list[Mailbox]:
+    """Return the addresses in a text, separated by commas; raises `ValueError` for anything else."""
+    if message.CONTROL.search(text):
+        raise ValueError("it holds a control character")
+    pairs = _pairs(text)
+    # An address that isn't there as it was read was mended, and may be somebody else's.
+    if not pairs or any(address not in text for _, address in pairs):
+        raise ValueError("it is no address")
+    return [_mailbox(name, address) for name, address in pairs]
+
+
+def _mailbox(name: str, address: str) -> Mailbox:
+    local, at, domain = address.rpartition("@")
+    if not at or not _LOCAL.fullmatch(local) or len(local) > _MAX_LOCAL_CHARACTERS:
+        raise ValueError(f"{address[:100]!r} is no address such as ada@example.org")
+    return Mailbox(name, local, _ascii(domain))
+
+
+def _ascii(domain: str) -> str:
+    if len(domain) <= _MAX_DOMAIN_CHARACTERS and not domain.isascii():
+        import idna  # noqa: PLC0415 - large tables that few domains need
+
+        try:
+            domain = idna.encode(domain, uts46=True).decode()
+        except idna.IDNAError as error:
+            raise ValueError(f"{domain[:100]!r} is no domain") from error
+    if len(domain) > _MAX_DOMAIN_CHARACTERS or not _DOMAIN.fullmatch(domain):
+        raise ValueError(f"{domain[:100]!r} is no domain")
+    return domain

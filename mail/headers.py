@@ -1,0 +1,179 @@
+"""Headers: found at the beginning of a mail or part, unfolded, and decoded for whoever reads them."""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+from urllib.parse import unquote_to_bytes
+
+from mail import charsets
+from mail.limits import DEFAULT, InvalidMail, Limits
+
+if TYPE_CHECKING:
+    import mmap
+
+    Raw: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
+
+Shown: TypeAlias = "dict[str, str | list[str]]"
+
+_BLOCK: Final = re.compile(
+    rb"(?:(?:[\x21-\x39\x3b-\x7e]++[ \t]*+:|[ \t]|>?From )[^\n]*+(?:\n|\Z))*+",
+)
+"""Lines that begin with a name, with more of the header before, or as the envelope's line in files of mails."""
+_EMPTY_LINE: Final = re.compile(rb"\r?\n")
+_NEXT: Final = re.compile(rb"\r?\n(?![ \t])")
+_FOLD: Final = re.compile(r"[\r\n]+[ \t]*")
+_WORD: Final = re.compile(r"=\?([^?\s]+)\?([bBqQ])\?([^?]*)\?=(?:\s+(?==\?[^?\s]+\?[bBqQ]\?[^?]*\?=))?")
+"""An encoded word, with the white space between it and the next one."""
+_PARAMETER: Final = re.compile(r';\s*([^\s=;]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"?|([^;]*))', re.DOTALL)
+_ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
+_NOT_BASE64: Final = re.compile(r"[^A-Za-z0-9+/]")
+_GROUP: Final = 4
+_MAX_DIGITS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """In the order of the mail, each name as it is spelt there."""
+
+    fields: Sequence[tuple[str, str]] = ()
+    """Values are unfolded, and not decoded: to whom an encoded word belongs shows only before."""
+
+    def all(self, name: str) -> list[str]:
+        """Return every value of a name, whatever its case."""
+        return [value for each, value in self.fields if each.lower() == name]
+
+    def first(self, name: str) -> str:
+        return next(iter(self.all(name)), "")
+
+    def shown(self, show: Callable[[str, str], str]) -> Shown:
+        """Return values by the first spelling of their names, of a name that occurs often all of them.
+
+        `show` is given a name in lower case and a value, and decodes that.
+        """
+        spelt: dict[str, str] = {}
+        found: dict[str, list[str]] = {}
+        for name, value in self.fields:
+            found.setdefault(spelt.setdefault(name.lower(), name), []).append(show(name.lower(), value))
+        return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
+
+
+def of_pairs(pairs: Iterable[tuple[str, str]]) -> Headers:
+    """Return headers that somebody else has taken apart."""
+    return Headers([(name, _unfolded(value)) for name, value in pairs])
+
+
+def of_block(raw: bytes, limits: Limits = DEFAULT) -> Headers:
+    """Return the headers that a text of nothing else holds; raises `InvalidMail`."""
+    return taken(raw, 0, len(raw), limits)[0]
+
+
+def taken(raw: Raw, start: int, end: int, limits: Limits) -> tuple[Headers, int]:
+    """Return the headers at a place, and where the body begins; raises `InvalidMail`.
+
+    A line that is no header ends them too: then the empty line before the body is missing.
+    """
+    most = min(end, start + limits.max_header_bytes)
+    block = _BLOCK.match(raw, start, most)
+    stop = block.end() if block else start
+    if stop == most < end:
+        raise InvalidMail(f"The headers take more than {limits.max_header_bytes:,} bytes")
+    empty = _EMPTY_LINE.match(raw, stop, end)
+    return _of_block(bytes(raw[start:stop]), limits), empty.end() if empty else stop
+
+
+def _of_block(block: bytes, limits: Limits) -> Headers:
+    fields: list[tuple[str, str]] = []
+    for written in _NEXT.split(block):
+        name, colon, value = charsets.decoded(written).partition(":")
+        # Neither the envelope's line nor a continuation of nothing has a name.
+        if colon and not name.startswith((" ", "\t")) and " " not in name.rstrip():
+            fields.append((name.rstrip(), _unfolded(value)))
+        if len(fields) > limits.max_headers:
+            raise InvalidMail(f"There are more than {limits.max_headers:,} headers")
+    return Headers(fields)
+
+
+def _unfolded(value: str) -> str:
+    return _FOLD.sub(" ", value).strip()
+
+
+# ── encoded words (RFC 2047) ────────────────────────────────────────────────────────────────────────────────
+
+
+def decoded(value: str) -> str:
+    """Return a value for reading. White space between two encoded words is no part of it."""
+    if "=?" not in value:
+        return value
+    pieces: list[str] = []
+    words: list[tuple[str, bytes]] = []
+    at = 0
+    for found in _WORD.finditer(value):
+        if found.start() > at:
+            pieces += [_joined(words), value[at : found.start()]]
+            words.clear()
+        at = found.end()
+        words.append(_word(*found.groups()))
+    return "".join([*pieces, _joined(words), value[at:]])
+
+
+def _word(charset: str, encoding: str, written: str) -> tuple[str, bytes]:
+    """Return the charset and the bytes of an encoded word; the charset may have a language behind it."""
+    if encoding in "qQ":
+        raw = binascii.a2b_qp(written.encode("ascii", "replace"), header=True)
+    else:
+        symbols = _NOT_BASE64.sub("", written)
+        whole = symbols[:-1] if len(symbols) % _GROUP == 1 else symbols
+        raw = binascii.a2b_base64(whole + "=" * (-len(whole) % _GROUP))
+    return charset.partition("*")[0].lower(), raw
+
+
+def _joined(words: Iterable[tuple[str, bytes]]) -> str:
+    """Return adjacent words as one text: some writers cut a character in two."""
+    joined: list[tuple[str, list[bytes]]] = []
+    for charset, raw in words:
+        if joined and joined[-1][0] == charset:
+            joined[-1][1].append(raw)
+        else:
+            joined.append((charset, [raw]))
+    texts = (charsets.decoded(b"".join(pieces), charset) for charset, pieces in joined)
+    return " ".join("".join(texts).splitlines())
+
+
+# ── values with parameters (RFC 2045 and 2231) ──────────────────────────────────────────────────────────────
+
+
+def parameters(value: str) -> tuple[str, dict[str, str]]:
+    """Return the value in lower case, and its parameters by their names in lower case."""
+    head, semicolon, rest = value.partition(";")
+    plain: dict[str, str] = {}
+    continued: dict[str, dict[int, tuple[str, bool]]] = {}
+    for name, text in _parameters(semicolon + rest):
+        base, star, number = name.removesuffix("*").partition("*")
+        if base == name:
+            plain.setdefault(base, text)
+        elif len(number) <= _MAX_DIGITS and (number.isdecimal() or not star):
+            piece = (text, name.endswith("*"))
+            continued.setdefault(base, {}).setdefault(int(number or 0), piece)
+    return head.strip().lower(), plain | {name: _whole(pieces) for name, pieces in continued.items()}
+
+
+def _parameters(text: str) -> Iterator[tuple[str, str]]:
+    for found in _PARAMETER.finditer(text):
+        quoted = found[2]
+        yield found[1].lower(), found[3].strip() if quoted is None else _ESCAPED.sub(r"\1", quoted)
+
+
+def _whole(pieces: dict[int, tuple[str, bool]]) -> str:
+    """Return a parameter that comes in numbered pieces, of which some have escaped bytes."""
+    charset = ""
+    raw: list[bytes] = []
+    for number in sorted(pieces):
+        text, is_escaped = pieces[number]
+        if number == 0 and is_escaped and text.count("'") > 1:
+            charset, _, text = text.split("'", 2)
+        raw.append(unquote_to_bytes(text) if is_escaped else text.encode())
+    return charsets.decoded(b"".join(raw), charset)

@@ -1,0 +1,134 @@
+"""A mail to be sent becomes the bytes that a mail server takes: ASCII, with CRLF at the end of each line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from email import policy
+from email.headerregistry import Address
+from email.message import EmailMessage
+from email.utils import format_datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+from mail import message
+from mail.message import Label
+
+if TYPE_CHECKING:
+    from mail.addresses import Mailbox
+
+OUR_IDS: Final = "pilotflame."
+"""How the part before the @ begins in the ids of mails that were sent from here."""
+_POLICY: Final = policy.SMTP.clone(cte_type="7bit")
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,76}")
+_LEAF_TYPES: Final = ("application/", "audio/", "font/", "image/", "model/", "text/", "video/")
+_OURS: Final = frozenset({
+    "auto-submitted", "bcc", "cc", "date", "from", "message-id", "mime-version", "received", "reply-to",
+    "return-path", "sender", "subject", "to",
+})  # fmt: skip
+_OUR_BEGINNINGS: Final = ("arc-", "content-", "dkim-", "resent-")
+
+
+@dataclass(frozen=True, slots=True)
+class Enclosed:
+    """A file to be sent along."""
+
+    label: Label
+    """One with a content id, in a mail with HTML, is shown where that names it, and not listed."""
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    sender: Mailbox
+    message_id: str
+    date: datetime
+    to: Sequence[Mailbox] = ()
+    cc: Sequence[Mailbox] = ()
+    reply_to: Sequence[Mailbox] = ()
+    subject: str = ""
+    text: str = ""
+    html: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Others, that nothing else here decides."""
+    enclosed: Sequence[Enclosed] = ()
+
+
+def message_id(key: str, domain: str) -> str:
+    """Return the id for a mail: the same whenever the same is sent again."""
+    return f"<{OUR_IDS}{sha256(key.encode()).hexdigest()[:32]}@{domain}>"
+
+
+def is_ours(message_id: str) -> bool:
+    """Tell whether a mail was sent by a workflow, of this server or another, as far as its id says so."""
+    return message_id.strip().removeprefix("<").startswith(OUR_IDS)
+
+
+def check_header(name: str, value: str) -> None:
+    """Raise `ValueError` for what can't be a header, would be another header besides, or is none of a user's."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name[:100]!r} is no name of a header")
+    if name.lower() in _OURS or name.lower().startswith(_OUR_BEGINNINGS):
+        raise ValueError(f"the header {name} can't be set here")
+    check_line(value, f"the header {name}")
+
+
+def check_line(text: str, what: str) -> None:
+    """Raise `ValueError` for a text that isn't of one line: the rest of it would be headers of their own."""
+    if message.CONTROL.search(text):
+        raise ValueError(f"{what} holds a line end or another control character")
+
+
+def compose(mail: Outgoing) -> bytes:
+    """Return the mail as it is sent; raises `ValueError`."""
+    composed = EmailMessage(policy=_POLICY)
+    composed["From"] = _address(mail.sender)
+    for name, mailboxes in (("To", mail.to), ("Cc", mail.cc), ("Reply-To", mail.reply_to)):
+        if mailboxes:
+            composed[name] = [_address(each) for each in mailboxes]
+    check_line(mail.subject, "the subject")
+    composed["Subject"] = mail.subject
+    composed["Date"] = format_datetime(mail.date)
+    composed["Message-ID"] = mail.message_id
+    composed["Auto-Submitted"] = "auto-generated"
+    for name, value in mail.headers.items():
+        check_header(name, value)
+        composed[name] = value
+    _set_body(composed, mail)
+    return composed.as_bytes()
+
+
+def _set_body(composed: EmailMessage, mail: Outgoing) -> None:
+    if mail.text or not mail.html:
+        composed.set_content(mail.text)
+    if mail.html and mail.text:
+        composed.add_alternative(mail.html, subtype="html")
+    elif mail.html:
+        composed.set_content(mail.html, subtype="html")
+    page = composed.get_body(("html",))
+    for each in mail.enclosed:
+        main, sub = _type(each.label)
+        if isinstance(page, EmailMessage) and each.label.content_id:
+            page.add_related(
+                each.content,
+                main,
+                sub,
+                disposition="inline",
+                filename=each.label.filename or None,
+                cid=f"<{each.label.content_id}>",
+            )
+        else:
+            composed.add_attachment(each.content, main, sub, filename=each.label.filename or None)
+
+
+def _type(label: Label) -> tuple[str, str]:
+    """Return the two halves of a type; what is made of parts can't be sent in Base64, and becomes a mere file."""
+    content_type = label.content_type if label.content_type.startswith(_LEAF_TYPES) else message.DEFAULT_TYPE
+    main, _, sub = content_type.partition("/")
+    return main, sub
+
+
+def _address(mailbox: Mailbox) -> Address:
+    return Address(mailbox.name, mailbox.local, mailbox.domain)

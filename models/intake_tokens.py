@@ -1,0 +1,108 @@
+"""Tokens of senders as they are made and looked up: random, so that an unkeyed hash of one is worth nothing."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from sqlalchemy import or_, select, update
+from sqlmodel import col
+
+from models.access import Role, User
+from models.ids import ALPHABET
+from models.intake import TOKEN_PREFIXES, IntakeToken, TokenKind
+from models.vault import Sealed
+from models.workflow import Workflow
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+_ROUTING_CODE = "00"
+"""There before there is more than one place to route to."""
+_BITS = 260
+HINT_CHARACTERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FoundToken:
+    """A valid token, and for whom it speaks."""
+
+    id: str
+    kind: TokenKind
+    organization_id: str
+    lane: int
+    workflow_id: str | None
+    user_id: str
+    """The workflow's owner; of a token for events: who has made it."""
+    role: Role
+    sealed: Sealed | None
+    """What providers sign with."""
+    last_used_at: datetime | None
+
+
+def new_token(kind: TokenKind) -> str:
+    """Return a fresh token: a prefix, a routing code of two characters, 260 random bits."""
+    number = secrets.randbits(_BITS)
+    return (
+        TOKEN_PREFIXES[kind]
+        + _ROUTING_CODE
+        + "".join(ALPHABET[number >> shift & 31] for shift in range(0, _BITS, 5))
+    )
+
+
+def token_hash(token: str) -> str:
+    """Return what is stored of a token."""
+    return blake2b(token.encode(), digest_size=32, person=b"intake token").hexdigest()
+
+
+def hint_of(token: str) -> str:
+    """Return the part of a token by which its owner may recognise it."""
+    return token[-HINT_CHARACTERS:]
+
+
+async def find(database: Database, hashed: str, now: datetime) -> FoundToken | None:
+    """Return the token with this hash, if it is valid and so is what it is for."""
+    statement = (
+        select(IntakeToken, col(User.role), col(Workflow.owner_id))
+        .join(User, col(User.id) == col(IntakeToken.user_id))
+        .outerjoin(
+            Workflow, (col(Workflow.id) == col(IntakeToken.workflow_id)) & col(Workflow.deleted_at).is_(None)
+        )
+        .where(
+            col(IntakeToken.hash) == hashed,
+            col(IntakeToken.revoked_at).is_(None),
+            or_(col(IntakeToken.expires_at).is_(None), col(IntakeToken.expires_at) > now),
+            or_(col(IntakeToken.workflow_id).is_(None), col(Workflow.id).is_not(None)),
+        )
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    if row is None:
+        return None
+    return FoundToken(
+        id=row.id,
+        kind=TokenKind(row.kind),
+        organization_id=row.organization_id,
+        lane=row.lane,
+        workflow_id=row.workflow_id,
+        user_id=row.owner_id or row.user_id,
+        role=Role.MEMBER if row.workflow_id else Role(row.role),
+        sealed=Sealed(row.secret_id, row.sealed) if row.sealed is not None else None,
+        last_used_at=row.last_used_at,
+    )
+
+
+async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
+    """Note that a token was used, unless that was noted within `every`."""
+    is_due = or_(col(IntakeToken.last_used_at).is_(None), col(IntakeToken.last_used_at) < now - every)
+    statement = update(IntakeToken).where(col(IntakeToken.id) == token_id, is_due).values(last_used_at=now)
+
+    async def record(connection: AsyncConnection) -> None:
+        await connection.execute(statement)
+
+    await database.transaction(record)

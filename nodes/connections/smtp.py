@@ -1,0 +1,274 @@
+"""A mail server of a user, reached at an address that was checked: each mail has a connection of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Final, Self
+
+import aiosmtplib
+
+from engine import patience
+from engine.errors import NodeError
+from models.data_source_types import MailTls
+from nodes import fields
+from nodes.addresses import MAX_PORT
+from nodes.connections import policy, session
+
+if TYPE_CHECKING:
+    from aiosmtplib.response import SMTPResponse
+
+    from nodes.addresses import Address
+    from nodes.connections.policy import ConnectionPolicy, Resolve
+    from nodes.connections.source import Source
+
+PORTS: Final = frozenset({25, 465, 587})
+"""Those below 1024 that mail servers have."""
+CONNECT_SECONDS: Final = 10
+PIECE_BYTES: Final = 65_536
+OUR_NAME: Final = "localhost.localdomain"
+"""What we call ourselves: the machine's own name is nobody's to learn."""
+_TEMPORARY: Final = range(400, 500)
+_BARE_LINE_END: Final = re.compile(rb"\r(?!\n)|(?<!\r)\n")
+
+
+def open_server(source: Source, connection_policy: ConnectionPolicy, resolve: Resolve) -> SmtpServer:
+    """Return the server of a data source, which is first asked when it is used; raises `NodeError`."""
+    return SmtpServer(Place.of(source), connection_policy, resolve)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the server is, and who logs in."""
+
+    host: str
+    port: int
+    tls: MailTls
+    username: str
+    """Empty: nobody logs in."""
+    password: str = field(repr=False)
+
+    @classmethod
+    def of(cls, source: Source) -> Self:
+        settings = {"port": 587, "tls": MailTls.STARTTLS.value, "username": "", **source.settings}
+        return cls(
+            host=fields.text(settings, "host"),
+            port=int(fields.number(settings, "port", minimum=1, maximum=MAX_PORT)),
+            tls=fields.choice(settings, "tls", MailTls),
+            username=fields.text(settings, "username"),
+            password=source.secrets.get("password", ""),
+        )
+
+
+class SmtpServer:
+    """Keeps the promises of `engine.services.MailServer`."""
+
+    def __init__(self, place: Place, connection_policy: ConnectionPolicy, resolve: Resolve) -> None:
+        self._place = place
+        self._policy = connection_policy
+        self._resolve = resolve
+
+    async def send(
+        self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
+    ) -> None:
+        """Hand in one mail; see `MailServer.send`."""
+        written = await patience.elsewhere(_stuffed, message)
+        async with self._session(timeout_seconds) as client:
+            _check_size(client, len(message))
+            with _refused("sender-refused", f"the sender {sender}"):
+                await client.mail(sender)
+            for each in recipients:
+                # Whoever is refused ends it before anything is sent: a second attempt never reaches anybody twice.
+                with _refused("recipient-refused", f"the recipient {each}"):
+                    await client.rcpt(each)
+            await _transfer(client, written)
+
+    async def check(self, *, timeout_seconds: float) -> None:
+        """Connect and log in as for a mail, and send none; raises `NodeError`."""
+        async with self._session(timeout_seconds):
+            pass
+
+    @asynccontextmanager
+    async def _session(self, timeout_seconds: float) -> AsyncIterator[aiosmtplib.SMTP]:
+        """Lend a connection on which everything up to the login is done."""
+        client: aiosmtplib.SMTP | None = None
+        try:
+            with _translated(timeout_seconds):
+                async with asyncio.timeout(timeout_seconds):
+                    client = await self._connected()
+                    await self._protect(client)
+                    await self._log_in(client)
+                    yield client
+            _say_goodbye(client)
+        finally:
+            if client is not None:
+                client.close()
+
+    async def _connected(self) -> aiosmtplib.SMTP:
+        """Connect the first checked address that takes a connection, and hear its greeting."""
+        place = self._place
+        found = await policy.checked_addresses(
+            self._policy,
+            self._resolve,
+            host=place.host,
+            port=place.port,
+            database="",
+            privileged_ports=PORTS,
+        )
+        context = None if place.tls is MailTls.NONE else await patience.elsewhere(ssl.create_default_context)
+        client = aiosmtplib.SMTP(
+            hostname=place.host,  # which the certificate must name
+            sock=await _socket(found, place.port),
+            use_tls=place.tls is MailTls.TLS,
+            start_tls=False,
+            tls_context=context,
+            local_hostname=OUR_NAME,
+            timeout=None,
+        )
+        with _refused("connection-failed", "the connection"):
+            await client.connect()
+        return client
+
+    async def _protect(self, client: aiosmtplib.SMTP) -> None:
+        if self._place.tls is not MailTls.STARTTLS:
+            return
+        with _refused("connection-failed", "our greeting"):
+            await client.ehlo()
+        if not client.supports_extension("starttls"):
+            message = "The mail server offers no STARTTLS, or somebody on the way hides it: nothing was sent"
+            raise NodeError(message, code="tls-failed")
+        with _refused("tls-failed", "to begin with TLS"):
+            await client.starttls()
+
+    async def _log_in(self, client: aiosmtplib.SMTP) -> None:
+        with _refused("connection-failed", "our greeting"):
+            await client.ehlo()
+        if not self._place.username:
+            return
+        if not client.supported_auth_methods:
+            raise NodeError("The mail server offers no login that is known here", code="login-refused")
+        try:
+            await client.login(self._place.username, self._place.password)
+        except aiosmtplib.SMTPResponseException as error:
+            # Without its words: some servers repeat what they were given.
+            message = f"The mail server refused the login ({error.code})"
+            raise NodeError(message, code="login-refused", retryable=error.code in _TEMPORARY) from error
+
+
+# ── one step after the other ────────────────────────────────────────────────────────────────────────────────
+
+
+async def _socket(found: Sequence[Address], port: int) -> socket.socket:
+    reason = "nobody answered there"
+    for address in found:
+        family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.setblocking(False)  # noqa: FBT003 - the standard library's own signature
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await asyncio.get_running_loop().sock_connect(opened, (str(address), port))
+            return opened
+        except TimeoutError:
+            opened.close()
+            reason = f"there was no answer within {CONNECT_SECONDS} s"
+        except OSError:
+            opened.close()
+        except BaseException:
+            opened.close()
+            raise
+    raise _no_connection(reason)
+
+
+def _check_size(client: aiosmtplib.SMTP, size: int) -> None:
+    most = client.esmtp_extensions.get("size", "")
+    if most.isdecimal() and 0 < int(most) < size:
+        message = f"The mail has {size:,} bytes, and the mail server takes {int(most):,}"
+        raise NodeError(message, code="mail-too-large")
+
+
+def _stuffed(message: bytes) -> bytes:
+    """Return a mail as it goes over the wire: no line of it is taken for its end, and none ends in another way."""
+    if not message.count(b"\r\n") == message.count(b"\r") == message.count(b"\n"):
+        message = _BARE_LINE_END.sub(b"\r\n", message)
+    first = b"." if message.startswith(b".") else b""
+    last = b"" if message.endswith(b"\r\n") else b"\r\n"
+    return b"".join((first, message.replace(b"\r\n.", b"\r\n.."), last, b".\r\n"))
+
+
+async def _transfer(client: aiosmtplib.SMTP, written: bytes) -> None:
+    """Send a mail piece by piece, as fast as it is taken, and hear what becomes of it."""
+    with _refused("mail-refused", "the mail"):
+        _require(await client.execute_command(b"DATA"), 354)
+        protocol = client.protocol
+        if protocol is None:
+            raise _no_connection("it was lost")
+        last = (len(written) - 1) // PIECE_BYTES * PIECE_BYTES
+        for begin in range(0, last, PIECE_BYTES):
+            protocol.write(written[begin : begin + PIECE_BYTES])
+            await protocol._drain_helper()  # noqa: SLF001 - what asyncio's own writer waits for
+        # The answer is awaited from here on: nothing must come between, or it could be missed.
+        protocol.write(written[last:])
+        try:
+            answer = await protocol.read_response()
+        except (aiosmtplib.SMTPServerDisconnected, OSError) as error:
+            message = "The connection broke before the mail server said whether it has taken the mail"
+            raise NodeError(message, code="delivery-unknown", retryable=True) from error
+        _require(answer, 250)
+
+
+def _say_goodbye(client: aiosmtplib.SMTP) -> None:
+    """Take leave without waiting for the answer: a server that is slow to give it has taken the mail all the same."""
+    if client.protocol is not None:
+        with suppress(aiosmtplib.SMTPServerDisconnected):
+            client.protocol.write(b"QUIT\r\n")
+
+
+def _require(answer: SMTPResponse, code: int) -> None:
+    if answer.code != code:
+        raise aiosmtplib.SMTPResponseException(answer.code, answer.message)
+
+
+# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _refused(code: str, what: str) -> Iterator[None]:
+    """Translate an answer of the server that isn't the one that was hoped for."""
+    try:
+        yield
+    except aiosmtplib.SMTPResponseException as error:
+        if error.code < 0:
+            raise _no_connection("what answered there is no mail server", retryable=False) from error
+        message = f"The mail server refused {what}: {error.code} {session.said(error.message)}"
+        raise NodeError(message, code=code, retryable=error.code in _TEMPORARY) from error
+
+
+@contextmanager
+def _translated(timeout_seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLError as error:
+        message = "The mail server's certificate is not to be trusted, or it speaks no TLS"
+        raise NodeError(message, code="tls-failed") from error
+    except TimeoutError as error:
+        message = f"The mail server did not finish within {timeout_seconds:g} s, which is the limit (`timeoutSeconds`)"
+        raise NodeError(message, code="timeout", retryable=True) from error
+    except OSError as error:
+        if isinstance(error.__cause__, ssl.SSLError):
+            message = "The mail server's certificate is not to be trusted, or it speaks no TLS"
+            raise NodeError(message, code="tls-failed") from error
+        raise _no_connection("it was lost") from error
+    except (aiosmtplib.SMTPException, ValueError) as error:
+        raise _no_connection(session.said(error)) from error
+
+
+def _no_connection(reason: str, *, retryable: bool = True) -> NodeError:
+    return NodeError(
+        f"No connection to the mail server: {reason}", code="connection-failed", retryable=retryable
+    )

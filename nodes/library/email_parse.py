@@ -1,0 +1,64 @@
+"""A raw mail becomes what an e-mail trigger gives; its attachments are kept beside the execution."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from engine import patience
+from engine.errors import NodeError
+from mail import message, reading
+from mail.limits import InvalidMail
+from mail.message import Label, Mail
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+MAXIMUM_BYTES = 50_000_000
+
+
+class Encoding(StrEnum):
+    TEXT = "text"
+    BASE64 = "base64"
+
+
+async def run(call: Call) -> Json:
+    raw = await _raw(call)
+    contents: list[tuple[Label, bytes]] = []
+
+    def keep(label: Label, pieces: Iterator[bytes]) -> None:
+        contents.append((label, message.whole(pieces)))
+
+    mail = await patience.elsewhere(_read, raw, keep)
+    attachments: list[dict[str, Any]] = []
+    for found, (label, content) in zip(mail.attachments, contents, strict=True):
+        reference = await call.services.blobs.put(
+            call.caller, content, media_type=label.media_type, name=label.filename
+        )
+        attachments.append({**found.as_json(), "blob": reference})
+    return {**mail.as_json(attachments), "message_id": mail.message_id}
+
+
+async def _raw(call: Call) -> bytes:
+    given = call.config.get("mail")
+    if isinstance(given, dict):
+        return await call.services.blobs.get(call.caller, given, max_bytes=MAXIMUM_BYTES)
+    written = fields.text(call.config, "mail")
+    if fields.choice(call.config, "encoding", Encoding) is Encoding.TEXT:
+        return written.encode(errors="replace")
+    try:
+        return b64decode("".join(written.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise NodeError("`mail` is not base64", code="invalid-encoding") from error
+
+
+def _read(raw: bytes, keep: message.Keep) -> Mail:
+    try:
+        return reading.read(raw, keep)
+    except InvalidMail as error:
+        raise NodeError(error.message, code="invalid-mail") from error

@@ -1,0 +1,180 @@
+"""An e-mail is handed to a mail server: to all of its recipients, or to none; a second attempt is the same mail."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from engine import patience
+from engine.errors import NodeError
+from engine.values import as_text
+from mail import addresses, message, writing
+from mail.message import Label
+from mail.writing import Enclosed, Outgoing
+from nodes import fields
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+    from mail.addresses import Mailbox
+
+MAXIMUM_RECIPIENTS: Final = 100
+MAXIMUM_ATTACHMENTS: Final = 50
+MAXIMUM_ATTACHED_BYTES: Final = 15_000_000
+"""Of all attachments; on the way they take a third more, and many servers take no mail beyond 20 MB."""
+MAXIMUM_TEXT_CHARACTERS: Final = 2_000_000
+REFERENCE: Final = "$blob"
+
+
+async def run(call: Call) -> Json:
+    config = call.config
+    server = await call.services.data_sources.mail_server(call.caller, fields.text(config, "dataSource"))
+    outgoing = await _outgoing(call)
+    recipients = _recipients(outgoing, _mailboxes(config, "bcc"))
+    await server.send(
+        outgoing.sender.address,
+        recipients,
+        await patience.elsewhere(_composed, outgoing),
+        timeout_seconds=fields.timeout_seconds(config),
+    )
+    return {"messageId": outgoing.message_id, "recipients": [*recipients], "count": len(recipients)}
+
+
+async def _outgoing(call: Call) -> Outgoing:
+    config = call.config
+    senders = _mailboxes(config, "from")
+    if len(senders) != 1:
+        raise NodeError("`from` must be one address", code="invalid-address")
+    return Outgoing(
+        sender=senders[0],
+        message_id=writing.message_id(call.idempotency_key, senders[0].domain),
+        date=call.now,
+        to=_mailboxes(config, "to"),
+        cc=_mailboxes(config, "cc"),
+        reply_to=_mailboxes(config, "replyTo"),
+        subject=fields.text(config, "subject"),
+        text=_body(config, "text"),
+        html=_body(config, "html"),
+        headers=_headers(config),
+        enclosed=await _enclosed(call),
+    )
+
+
+def _composed(outgoing: Outgoing) -> bytes:
+    try:
+        return writing.compose(outgoing)
+    except ValueError as error:
+        raise NodeError(f"The mail can't be written: {error}", code="invalid-header") from error
+
+
+# ── whom it is for ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
+    """Return the addresses in a text, or in a list of texts, without those that are empty."""
+    given = config.get(name)
+    texts = given if isinstance(given, list) else [given]
+    found: list[Mailbox] = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise fields.unfit(name, "an address, or a list of them", given)
+        if not text.strip():
+            continue
+        try:
+            found += addresses.mailboxes(text)
+        except ValueError as error:
+            raise NodeError(f"`{name}` can't be used: {error}", code="invalid-address") from error
+    return found
+
+
+def _recipients(outgoing: Outgoing, bcc: Sequence[Mailbox]) -> Sequence[str]:
+    found = dict.fromkeys(each.address for each in (*outgoing.to, *outgoing.cc, *bcc))
+    if not found:
+        raise NodeError("The mail has no recipient in `to`, `cc` or `bcc`", code="invalid-address")
+    if len(found) > MAXIMUM_RECIPIENTS:
+        message_ = f"The mail has {len(found):,} recipients; at most {MAXIMUM_RECIPIENTS} get one mail"
+        raise NodeError(message_, code="too-many-recipients")
+    return list(found)
+
+
+# ── what it says ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _headers(config: Mapping[str, Json]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in fields.mapping(config, "headers").items():
+        if value is None:
+            continue
+        text = as_text(value)
+        try:
+            writing.check_header(name, text)
+        except ValueError as error:
+            raise NodeError(f"`headers` can't be used: {error}", code="invalid-header") from error
+        found[name] = text
+    return found
+
+
+def _body(config: Mapping[str, Json], name: str) -> str:
+    text = fields.text(config, name)
+    if len(text) > MAXIMUM_TEXT_CHARACTERS:
+        message_ = f"`{name}` has more than {MAXIMUM_TEXT_CHARACTERS:,} characters: attach it as a file"
+        raise NodeError(message_, code="mail-too-large")
+    return text
+
+
+async def _enclosed(call: Call) -> Sequence[Enclosed]:
+    given = fields.sequence(call.config, "attachments")
+    if len(given) > MAXIMUM_ATTACHMENTS:
+        message_ = f"The mail has {len(given):,} attachments; it may have {MAXIMUM_ATTACHMENTS}"
+        raise NodeError(message_, code="too-many-attachments")
+    enclosed: list[Enclosed] = []
+    room = MAXIMUM_ATTACHED_BYTES
+    for each in given:
+        if not isinstance(each, dict):
+            raise fields.unfit("attachments", "a list of attachments", given)
+        content = await _content(call, each)
+        room -= len(content)
+        if room < 0:
+            message_ = f"The attachments have more than {MAXIMUM_ATTACHED_BYTES:,} bytes together"
+            raise NodeError(message_, code="mail-too-large")
+        enclosed.append(Enclosed(_label(each), content))
+    return enclosed
+
+
+async def _content(call: Call, given: dict[str, Json]) -> bytes:
+    reference = _reference(given)
+    if reference is not None:
+        return await call.services.blobs.get(call.caller, reference, max_bytes=MAXIMUM_ATTACHED_BYTES)
+    written = given.get("base64")
+    if not isinstance(written, str):
+        raise fields.unfit("attachments", "a list of references, or of objects with `base64`", given)
+    try:
+        return b64decode("".join(written.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise NodeError("`base64` of an attachment is not base64", code="invalid-encoding") from error
+
+
+def _reference(given: dict[str, Json]) -> dict[str, Json] | None:
+    """Return the reference that an attachment is, or has in its `blob`."""
+    inner = given if REFERENCE in given else given.get("blob")
+    return inner if isinstance(inner, dict) else None
+
+
+def _label(given: dict[str, Json]) -> Label:
+    """Return what is told of an attachment, or else what its reference knows."""
+    reference = _reference(given) or {}
+    known = reference.get(REFERENCE)
+    known = known if isinstance(known, dict) else {}
+    content_id = message.cleaned_content_id(_told(given, "content_id"))
+    return Label(
+        filename=message.cleaned_name(_told(given, "filename") or _told(known, "name")),
+        content_type=message.cleaned_type(_told(given, "content_type") or _told(known, "type")),
+        content_id=content_id if content_id.isascii() and " " not in content_id else "",
+    )
+
+
+def _told(given: Mapping[str, Json], name: str) -> str:
+    value = given.get(name)
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,69 @@
+"""An event is asked for, and the engine waits for it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from engine import event_filters, values
+from engine.errors import NodeError
+from engine.node import Await, Awaited, Result
+from engine.services import WantedEvent
+from nodes import fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.node import Call
+    from engine.values import Json
+
+TIMEOUT: Final = "timeout"
+NO_EVENT: Final[Mapping[str, Json]] = {"event_type": None, "event_data": None, "source": None}
+LONGEST_LOOK_BACK_SECONDS: Final = 604_800
+LONGEST_SECONDS: Final = 31_536_000
+MAX_FILTER_BYTES: Final = 65_536
+_PATTERN: Final = re.compile(r"[^\s*]{1,200}(?:\.\*)?")
+
+
+async def run(call: Call) -> Await:
+    wanted = _wanted(call)
+    expires_at = await call.services.events.expect(
+        call.caller, wanted, node_id=call.node_id, iteration=call.iteration
+    )
+    return Await(
+        Awaited.EVENT,
+        request={"event_type": wanted.event_type},
+        expires_at=expires_at,
+        expired=Result(dict(NO_EVENT), port=TIMEOUT),
+    )
+
+
+def _wanted(call: Call) -> WantedEvent:
+    event_type = fields.text(call.config, "event_type")
+    if not _PATTERN.fullmatch(event_type):
+        message = "`event_type` must be a type such as order.paid or order.*, without spaces"
+        raise NodeError(message, code="invalid-config")
+    condition, given = _filter(call)
+    timeout_seconds = None
+    if "timeoutSeconds" in call.config:
+        timeout_seconds = fields.number(call.config, "timeoutSeconds", minimum=1, maximum=LONGEST_SECONDS)
+    return WantedEvent(
+        event_type,
+        condition,
+        given,
+        fields.number(call.config, "lookBackSeconds", minimum=0, maximum=LONGEST_LOOK_BACK_SECONDS),
+        timeout_seconds,
+    )
+
+
+def _filter(call: Call) -> tuple[str | None, str]:
+    """Return the condition on events, and what it needs of the run."""
+    condition = call.conditions.get("filter")
+    if condition is None:
+        return None, "[]"
+    source, given = event_filters.bound(condition, call.scope, call.unresolved)
+    text, values_given = values.encode(source), values.encode(given)
+    if len(text) + len(values_given) > MAX_FILTER_BYTES:
+        message = f"The filter and what it looks up have more than {MAX_FILTER_BYTES:,} bytes"
+        raise NodeError(message, code="filter-too-large")
+    return text.decode(), values_given.decode()

@@ -1,0 +1,27 @@
+"""The sender of the webhook gets an answer, and the run goes on with its data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from nodes import http_answers
+
+if TYPE_CHECKING:
+    from engine.node import Call
+    from engine.values import Json
+
+WHEN_DONE: Final = "when-done"
+
+
+def run(call: Call) -> Json:
+    answer = http_answers.of(call.config)
+    if _is_awaited(call.scope.get("trigger")):
+        call.log("info", f"The sender is answered with the status {answer.status}")
+    else:
+        call.log("info", "Nobody waits for this answer: the run was not set off by a webhook that does")
+    return call.data
+
+
+def _is_awaited(trigger: Json) -> bool:
+    """Tell whether the run was set off by a webhook whose sender waits."""
+    return isinstance(trigger, dict) and trigger.get("respond") == WHEN_DONE

@@ -1,0 +1,30 @@
+"""When nobody is left whom a pod could work for, or who would end it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from runner.reporter import Gateway
+
+LOOK_SECONDS: Final = 1.0
+
+
+async def until_orphaned(gateway: Gateway, patience_seconds: float | None) -> str:
+    """Return, in words, why this pod has to end itself; without patience to lose, only for want of its folder."""
+    while _has_folder():
+        failing_seconds = gateway.failing_seconds
+        if patience_seconds is not None and failing_seconds > patience_seconds:
+            return f"its gateway was away, or refused it, for {failing_seconds:.0f} s"
+        await asyncio.sleep(LOOK_SECONDS)
+    return "the folder that it works in is gone"
+
+
+def _has_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True

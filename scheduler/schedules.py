@@ -1,0 +1,197 @@
+"""Workflows started by their schedules: each tick asks for those that are due, whenever the last one was."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from functools import partial
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgspec
+import structlog
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.values import canonical
+from execution import due_runs
+from journal import admission, pinning, scheduled_runs, wakes
+from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable
+from messages import hints
+from models.database_time import DatabaseTime
+from models.workflow import Definition, Workflow, WorkflowGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy import ColumnElement, RowMapping
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from journal.pinning import Catalog
+    from journal.scheduled_runs import Started
+    from messages.broker import Broker
+    from models.database import Database
+
+log = structlog.get_logger()
+
+MAX_KEPT_CHARACTERS: Final = 32_000_000
+"""Definitions are kept until they are this long, all together."""
+
+
+class Schedules:
+    """What starts the runs of schedules; several may, at once and in any processes."""
+
+    def __init__(
+        self, database: Database, broker: Broker, catalog: Catalog, now: ColumnElement[int] | None = None
+    ) -> None:
+        """`now` is the time, as a part of statements: the database's own, unless it is given."""
+        self._database = database
+        self._broker = broker
+        self._catalog = catalog
+        self._now = DatabaseTime() if now is None else now
+        self._kept: OrderedDict[str, Runnable] = OrderedDict()
+        self._kept_characters = 0
+
+    async def start_due(self) -> int:
+        """Start the runs that are due, and return how many there were; raises `DatabaseUnavailable`."""
+        runs = 0
+        while True:
+            async with self._database.read() as connection:
+                found = await connection.execute(scheduled_runs.due(self._now))
+                due = [Due(*row) for row in found]
+            if not due:
+                return runs
+            started = await self._start(due)
+            runs += len(started.runs)
+            if len(due) < BATCH_SCHEDULES or not started.decided:
+                return runs
+
+    async def set_back(self) -> None:
+        """Mend what a clock that was ahead has put far off; raises `DatabaseUnavailable`."""
+        count = BATCH_SCHEDULES
+        while count == BATCH_SCHEDULES:
+            count = await self._database.transaction(partial(scheduled_runs.set_back, now=self._now))
+            if count:
+                log.warning("schedules set back: the clock was ahead", schedules=count)
+
+    async def _start(self, due: Sequence[Due]) -> Started:
+        runnables, lost = await self._loaded(due)
+        if lost:
+            await self._database.transaction(partial(scheduled_runs.put_off, problems=lost, now=self._now))
+        if deployed := [one.workflow_id for one in due if one.deployed_hash]:
+            # Before their runs, so that none of them stops in between as idle.
+            await wakes.count(self._database, deployed)
+        started = await self._database.transaction(
+            partial(scheduled_runs.start, runnables=runnables, now=self._now)
+        )
+        _tell(started, lost)
+        for key in sorted(started.concurrency_keys):
+            await admission.admit(self._database, key)
+        if started.concurrency_keys or None in started.homes:
+            await hints.wake(self._broker)
+        if any(started.homes):
+            await due_runs.see_to(self._database, self._broker)
+        started.decided += len(lost)
+        return started
+
+    # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _loaded(self, due: Sequence[Due]) -> tuple[dict[str, Runnable], dict[str, str]]:
+        """Return what each of these workflows runs, and why others can't be run."""
+        runnables = {one.workflow_id: self._kept[one.workflow_id] for one in due if self._is_kept(one)}
+        missing = [one for one in due if one.workflow_id not in runnables]
+        if missing:
+            async with self._database.read() as connection:
+                own = await _graphs(connection, [one for one in missing if not one.deployed_hash])
+                deployed = await _definitions(connection, [one for one in missing if one.deployed_hash])
+            # In a thread: `pilotflame dev` serves others while large graphs are gone through.
+            found = await asyncio.to_thread(_runnables, missing, own, deployed, self._catalog)
+            for runnable in found:
+                self._keep(runnable)
+                runnables[runnable.due.workflow_id] = runnable
+        lost = {one.workflow_id: "What is deployed is not stored" for one in missing if one.deployed_hash}
+        return runnables, {key: reason for key, reason in lost.items() if key not in runnables}
+
+    def _is_kept(self, due: Due) -> bool:
+        kept = self._kept.get(due.workflow_id)
+        return kept is not None and kept.due == due
+
+    def _keep(self, runnable: Runnable) -> None:
+        earlier = self._kept.pop(runnable.due.workflow_id, None)
+        self._kept_characters += len(runnable.text) - (len(earlier.text) if earlier else 0)
+        self._kept[runnable.due.workflow_id] = runnable
+        while self._kept_characters > MAX_KEPT_CHARACTERS and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_characters -= len(oldest.text)
+
+
+async def _graphs(connection: AsyncConnection, due: Sequence[Due]) -> dict[str, RowMapping]:
+    if not due:
+        return {}
+    rows = await connection.execute(
+        select(
+            *(col(Workflow.id), col(Workflow.revision), col(Workflow.settings)),
+            *(col(WorkflowGraph.nodes), col(WorkflowGraph.connections)),
+        )
+        .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+        .where(col(Workflow.id).in_([one.workflow_id for one in due]))
+    )
+    return {row["id"]: row for row in rows.mappings()}
+
+
+async def _definitions(connection: AsyncConnection, due: Sequence[Due]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one in due:
+        text = await connection.scalar(
+            select(col(Definition.body)).where(
+                col(Definition.organization_id) == one.organization_id,
+                col(Definition.hash) == one.deployed_hash,
+            )
+        )
+        if text is not None:
+            found[one.workflow_id] = text
+    return found
+
+
+def _runnables(
+    due: Sequence[Due], own: Mapping[str, RowMapping], deployed: Mapping[str, str], catalog: Catalog
+) -> list[Runnable]:
+    """Return what is run; of workflows that have changed since they were found, nothing."""
+    found: list[Runnable] = []
+    for one in due:
+        if one.deployed_hash is not None:
+            if text := deployed.get(one.workflow_id):
+                definition = cast("dict[str, Any]", msgspec.json.decode(text))
+                found.append(_runnable(one, text, one.deployed_hash, definition, catalog))
+            continue
+        row = own.get(one.workflow_id)
+        if row is not None and row["revision"] == one.revision:
+            definition = pinning.definition(row["nodes"], row["connections"], row["settings"])
+            encoded = canonical(definition)
+            found.append(_runnable(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog))
+    return found
+
+
+def _runnable(
+    due: Due, text: str, content_hash: str, definition: Mapping[str, Json], catalog: Catalog
+) -> Runnable:
+    nodes = cast("Sequence[Mapping[str, Json]]", definition["nodes"])
+    trigger = pinning.trigger_of(nodes, catalog)
+    return Runnable(
+        due=due,
+        text=text,
+        hash=content_hash,
+        settings=cast("Mapping[str, Json]", definition["settings"]),
+        trigger_kind=trigger.kind if trigger else pinning.MANUAL,
+        total_nodes=len(nodes),
+    )
+
+
+def _tell(started: Started, lost: Mapping[str, str]) -> None:
+    if started.runs or started.passed:
+        log.info("schedules followed", runs=len(started.runs), passed_over=len(started.passed))
+    for workflow_id, reason, at in started.passed:
+        log.debug("schedule passed over", workflow_id=workflow_id, reason=reason, last=at.isoformat())
+    for workflow_id, problem in [*started.problems, *lost.items()]:
+        log.warning("schedule put off", workflow_id=workflow_id, reason=problem)

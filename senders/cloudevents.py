@@ -1,0 +1,211 @@
+"""CloudEvents 1.0.2 over HTTP: an event in the body, its data in the body and the rest in headers, or several at once.
+
+They carry no signature of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from engine.values import Json
+from senders import delivery_keys, event
+from senders.arrival import Arrival
+from senders.event import Batch, Event
+from senders.media_types import MediaType
+from senders.refusals import Refused
+
+SOURCE: Final = "cloudevents"
+STRUCTURED: Final = "application/cloudevents+json"
+BATCHED: Final = "application/cloudevents-batch+json"
+HEADER_PREFIX: Final = "ce-"
+VERSION: Final = "1.0"
+
+MAX_EVENTS: Final = 1_000
+"""In one batch."""
+MAX_ATTRIBUTES: Final = 100
+"""Of one event; each is in the end looked at by its own."""
+MAX_ATTRIBUTE_LENGTH: Final = 2_000
+"""Characters of an attribute, such as the source, which is an address."""
+
+_ATTRIBUTE_NAME: Final = re.compile(r"[a-z0-9]+")
+_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_FRACTION: Final = re.compile(r"\.[0-9]+")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NO_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_QUOTED_PAIR: Final = re.compile(r"\\(.)")
+_DATA: Final = frozenset({"data", "data_base64"})
+_MAPPED: Final = frozenset({"specversion", "id", "source", "type"})
+_TEXTS: Final = frozenset({*_MAPPED, "subject", "datacontenttype", "dataschema", "time"})
+_INTEGERS: Final = range(-(2**31), 2**31)
+
+
+def is_one(arrival: Arrival) -> bool:
+    """Tell whether a request claims to be one: by its media type, or by a header."""
+    return (
+        arrival.media_type.name.startswith("application/cloudevents")
+        or f"{HEADER_PREFIX}specversion" in arrival.headers
+    )
+
+
+def event_of(arrival: Arrival) -> Event | Batch:
+    """Return the event, or those of a batch; raises `Refused`."""
+    media_type = arrival.media_type
+    if not media_type.name.startswith("application/cloudevents"):
+        return _binary(arrival)
+    if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8"}:
+        raise Refused("unsupported-media-type", "JSON is UTF-8")
+    if media_type.name == STRUCTURED:
+        return _structured(arrival.json)
+    if media_type.name != BATCHED:
+        raise Refused("unsupported-media-type", f"Send CloudEvents as {STRUCTURED} or {BATCHED}")
+    batch = arrival.json
+    if not isinstance(batch, list):
+        raise _wrong("a batch is a list")
+    if len(batch) > MAX_EVENTS:
+        raise Refused("too-large", f"A batch has at most {MAX_EVENTS:,} events")
+    return Batch([_structured(one) for one in batch])
+
+
+# ── structured ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _structured(value: Json) -> Event:
+    members = event.object_of(value, "The CloudEvent")
+    # By the JSON format null is what an attribute has that isn't there; as data it is null.
+    attributes = {name: item for name, item in members.items() if name not in _DATA and item is not None}
+    return _event(attributes, _data(members))
+
+
+def _data(members: Mapping[str, Json]) -> Json:
+    encoded = members.get("data_base64")
+    if encoded is None:
+        return members.get("data")
+    if "data" in members:
+        raise _wrong("data and data_base64 exclude each other")
+    try:
+        if not isinstance(encoded, str):
+            raise ValueError  # noqa: TRY301, TRY004 - like any other value that isn't base64
+        b64decode(encoded, validate=True)
+    except ValueError as error:
+        raise _wrong("data_base64 is not in base64") from error
+    return {"data_base64": encoded}
+
+
+# ── binary ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _binary(arrival: Arrival) -> Event:
+    attributes: dict[str, Json] = {}
+    for header in arrival.headers.starting_with(HEADER_PREFIX):
+        name = header.removeprefix(HEADER_PREFIX)
+        if name == "datacontenttype":
+            raise _wrong("the type of the data belongs into Content-Type")
+        attributes[name] = _header_text(arrival.headers.one(header) or "")
+    content_type = arrival.headers.one("Content-Type")
+    if content_type:
+        attributes["datacontenttype"] = content_type
+    return _event(attributes, _body(arrival))
+
+
+def _header_text(value: str) -> str:
+    """Return what a header says, whose text is percent-encoded, and may be in quotes besides."""
+    if len(value) >= 2 and value[0] == value[-1] == '"':  # noqa: PLR2004 - both quotes
+        value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
+    try:
+        if _NO_ESCAPE.search(value):
+            raise _wrong("a percent sign in a header is followed by no hexadecimal number")
+        return unquote_to_bytes(value.encode("latin-1")).decode()
+    except UnicodeDecodeError as error:
+        raise _wrong("a header is not UTF-8, percent-encoded") from error
+
+
+def _body(arrival: Arrival) -> Json:
+    """Return the body as what it is said to be; what is neither JSON nor text is kept in base64."""
+    if not arrival.body:
+        return None
+    media_type = arrival.media_type
+    if media_type.is_json:
+        return arrival.json
+    if (text := _text(arrival.body, media_type)) is not None:
+        return text
+    arrival.require_patience()
+    return {"data_base64": b64encode(arrival.body).decode()}
+
+
+def _text(body: bytes, media_type: MediaType) -> str | None:
+    if not media_type.name.startswith("text/"):
+        return None
+    if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8", "us-ascii"}:
+        return None
+    try:
+        return event.kept(body.decode())
+    except UnicodeDecodeError:
+        return None
+
+
+# ── attributes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _event(attributes: Mapping[str, Json], data: Json) -> Event:
+    if len(attributes) > MAX_ATTRIBUTES:
+        raise Refused("too-large", f"A CloudEvent has at most {MAX_ATTRIBUTES} attributes")
+    for name, value in attributes.items():
+        _require_attribute(name, value)
+    version, name, source, kind = (
+        event.text_of(attributes, required, "The CloudEvent")
+        for required in ("specversion", "id", "source", "type")
+    )
+    if version != VERSION:
+        raise _wrong(f"its specversion is not {VERSION}")
+    return Event(
+        kind,
+        source,
+        data,
+        name,
+        delivery_keys.of(SOURCE, source, name),
+        {name: value for name, value in attributes.items() if name not in _MAPPED},
+    )
+
+
+def _require_attribute(name: str, value: Json) -> None:
+    """Raise `Refused` for what is no attribute: a text, a boolean, or a whole number of 32 bits."""
+    if not _ATTRIBUTE_NAME.fullmatch(name):
+        raise _wrong("the names of attributes are of lower-case letters and digits")
+    if isinstance(value, str):
+        _require_text(name, value)
+    elif name in _TEXTS or not (isinstance(value, bool) or (isinstance(value, int) and value in _INTEGERS)):
+        raise _wrong(f"its {name} is no attribute")
+
+
+def _require_text(name: str, value: str) -> None:
+    if len(value) > MAX_ATTRIBUTE_LENGTH:
+        raise Refused(
+            "too-large", f"An attribute of a CloudEvent has at most {MAX_ATTRIBUTE_LENGTH:,} characters"
+        )
+    if _CONTROL.search(value) or (name in _TEXTS and not value):
+        raise _wrong(f"its {name} is empty, or holds control characters")
+    if name == "source" and " " in value:
+        raise _wrong("its source is no address")
+    if name == "time" and not _is_time(value):
+        raise _wrong("its time is no time of RFC 3339")
+
+
+def _is_time(value: str) -> bool:
+    if not _TIME.fullmatch(value):
+        return False
+    try:
+        datetime.fromisoformat(_FRACTION.sub("", value).upper())
+    except ValueError:
+        return False
+    return True
+
+
+def _wrong(reason: str) -> Refused:
+    return Refused("invalid-event", f"The request is no CloudEvent: {reason}")

@@ -1,0 +1,69 @@
+"""SendGrid Inbound Parse: signs time and body with a key whose public half its dashboard shows."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from collections.abc import Sequence
+from datetime import timedelta
+from hashlib import sha256
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from senders import signatures
+from senders.arrival import Arrival
+from senders.signatures import Verified
+
+SIGNATURE_HEADER: Final = "X-Twilio-Email-Event-Webhook-Signature"
+TIME_HEADER: Final = "X-Twilio-Email-Event-Webhook-Timestamp"
+TOLERANCE: Final = timedelta(days=3, hours=6)
+"""SendGrid repeats a mail for three days, and doesn't say whether it signs it anew. What is replayed within that time
+is the same mail, and known as such by its Message-ID."""
+
+
+def verify(arrival: Arrival, public_keys: Sequence[str]) -> Verified:
+    """Return that the request is signed with the other half of one of these keys, in base64; raises `Refused`."""
+    keys = _usable(public_keys)
+    time = arrival.headers.one(TIME_HEADER)
+    header = arrival.headers.one(SIGNATURE_HEADER)
+    if time is None or header is None:
+        raise signatures.missing(f"{SIGNATURE_HEADER} or {TIME_HEADER}")
+    signatures.require_fresh(time, arrival.at, past=TOLERANCE)
+    try:
+        signature = b64decode(signatures.text_of(header), validate=True)
+    except binascii.Error as error:
+        raise signatures.invalid() from error
+    arrival.require_patience()
+    signed = sha256(time.encode())
+    signed.update(arrival.body)
+    digest = signed.digest()
+    if not any(_is_signed_with(key, signature, digest) for key in keys):
+        raise signatures.invalid()
+    return Verified()
+
+
+def _usable(public_keys: Sequence[str]) -> Sequence[ec.EllipticCurvePublicKey]:
+    keys = []
+    for text in public_keys:
+        try:
+            key = load_der_public_key(b64decode("".join(text.split()), validate=True))
+        except (ValueError, UnsupportedAlgorithm):
+            continue
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            keys.append(key)
+    if not keys:
+        raise signatures.no_secret()
+    return keys
+
+
+def _is_signed_with(key: ec.EllipticCurvePublicKey, signature: bytes, digest: bytes) -> bool:
+    try:
+        key.verify(signature, digest, ec.ECDSA(Prehashed(SHA256())))
+    except InvalidSignature:
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""Amazon SES: what its notifications on a topic say of a mail that it has received."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from engine.values import Json
+from senders import delivery_keys
+from senders.arrival import json_of
+from senders.refusals import Refused
+from senders.sns import Message, MessageType
+
+_VERDICTS: Final = ("spam", "virus", "spf", "dkim", "dmarc")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMail:
+    """Where SES says that it has put a mail; whoever fetches it compares bucket and prefix with those configured."""
+
+    bucket: str
+    key: str
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedMail:
+    """A mail that SES has received."""
+
+    mail_id: str
+    """As SES names it, by which it is known again in another notification."""
+    sender: str
+    """Of the envelope; empty for what is sent automatically."""
+    recipients: Sequence[str]
+    """Of the envelope."""
+    headers: Sequence[tuple[str, str]]
+    """In the order of the mail."""
+    are_headers_truncated: bool
+    common_headers: Mapping[str, Json]
+    """`from`, `to`, `cc`, `subject`, `date`, `messageId` and others, decoded."""
+    verdicts: Mapping[str, str]
+    """`PASS`, `FAIL`, `GRAY` and others, of `spam`, `virus`, `spf`, `dkim` and `dmarc`."""
+    content: bytes | None
+    """The whole mail; None: it is stored, or not to be had."""
+    stored: StoredMail | None
+
+    @property
+    def key(self) -> str:
+        """By which the mail is known again."""
+        return delivery_keys.of("ses", self.mail_id)
+
+
+def received(message: Message) -> ReceivedMail | None:
+    """Return the mail that a verified message tells of, or None where it tells of none.
+
+    SES puts notes in plain text on a topic too, and bounces and complaints. Raises `Refused` for a mail that is broken.
+    """
+    if message.type is not MessageType.NOTIFICATION:
+        return None
+    try:
+        notification = json_of(message.message.encode())
+    except Refused:
+        return None
+    if not isinstance(notification, dict) or notification.get("notificationType") != "Received":
+        return None
+    mail = _object(notification, "mail")
+    receipt = _object(notification, "receipt")
+    action = _object(receipt, "action")
+    content = notification.get("content")
+    return ReceivedMail(
+        mail_id=_text(mail, "messageId"),
+        sender=_text(mail, "source", may_be_empty=True),
+        recipients=_texts(receipt, "recipients"),
+        headers=_headers(mail),
+        are_headers_truncated=mail.get("headersTruncated") is True,
+        common_headers=_object(mail, "commonHeaders"),
+        verdicts=_verdicts(receipt),
+        content=None if content is None else _content(_text(notification, "content"), action),
+        stored=_stored(action) if action.get("type") == "S3" else None,
+    )
+
+
+def _content(text: str, action: Mapping[str, Json]) -> bytes:
+    """Return the mail as it came: SES sends text, or base64 where it is told to."""
+    encoding = action.get("encoding")
+    if not isinstance(encoding, str) or encoding.upper() != "BASE64":
+        return text.encode()
+    try:
+        return b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise _malformed("content is not in base64") from error
+
+
+def _stored(action: Mapping[str, Json]) -> StoredMail:
+    prefix = action.get("objectKeyPrefix")
+    return StoredMail(
+        _text(action, "bucketName"), _text(action, "objectKey"), prefix if isinstance(prefix, str) else ""
+    )
+
+
+def _headers(mail: Mapping[str, Json]) -> Sequence[tuple[str, str]]:
+    headers = mail.get("headers")
+    if not isinstance(headers, list):
+        raise _malformed("headers is no list")
+    lines = [header for header in headers if isinstance(header, dict)]
+    return [(_text(line, "name"), _text(line, "value", may_be_empty=True)) for line in lines]
+
+
+def _verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
+    found = {}
+    for name in _VERDICTS:
+        verdict = receipt.get(f"{name}Verdict")
+        status = verdict.get("status") if isinstance(verdict, dict) else None
+        if isinstance(status, str):
+            found[name] = status
+    return found
+
+
+def _object(members: Mapping[str, Json], name: str) -> Mapping[str, Json]:
+    value = members.get(name)
+    if not isinstance(value, dict):
+        raise _malformed(f"{name} is no object")
+    return value
+
+
+def _text(members: Mapping[str, Json], name: str, *, may_be_empty: bool = False) -> str:
+    value = members.get(name)
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise _malformed(f"{name} is no text")
+    return value
+
+
+def _texts(members: Mapping[str, Json], name: str) -> Sequence[str]:
+    values = members.get(name)
+    if not isinstance(values, list):
+        raise _malformed(f"{name} is no list")
+    texts = [value for value in values if isinstance(value, str)]
+    if len(texts) != len(values):
+        raise _malformed(f"{name} holds more than texts")
+    return texts
+
+
+def _malformed(reason: str) -> Refused:
+    return Refused("malformed-mail", f"What SES says of the mail can't be read: {reason}")

@@ -1,0 +1,238 @@
+"""Amazon SNS: a message in JSON that carries its own signature, and the address of the certificate to check it with.
+
+The signature proves that SNS has sent a message, for whichever of its customers; the topic says for whom.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+from urllib.parse import quote
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.hashes import SHA1, SHA256, HashAlgorithm
+
+from engine.values import Json
+from senders import delivery_keys, signatures
+from senders.arrival import Arrival
+from senders.refusals import Refused
+from senders.signatures import Verified
+
+TYPE_HEADER: Final = "x-amz-sns-message-type"
+RAW_HEADER: Final = "x-amz-sns-rawdelivery"
+
+TOLERANCE: Final = timedelta(minutes=75)
+"""SNS repeats a message for an hour at most, with the time and the signature that it had first."""
+MAX_BYTES: Final = 2_000_000
+"""A message has 256 KiB, of which JSON may make several times as many."""
+MIN_KEY_BITS: Final = 2_048
+
+_DOMAINS: Final = {"aws": "amazonaws.com", "aws-us-gov": "amazonaws.com", "aws-cn": "amazonaws.com.cn"}
+# A region has no digit before its end: else `s3-us-west-2` were one, and its host is somebody's bucket.
+_TOPIC_ARN: Final = re.compile(
+    r"arn:(aws|aws-us-gov|aws-cn):sns:([a-z]{2}(?:-[a-z]+)+-[0-9]{1,2}):[0-9]{12}:[A-Za-z0-9_-]{1,256}"
+)
+_MESSAGE_ID: Final = re.compile(r"[A-Za-z0-9-]{1,100}")
+_TOKEN: Final = re.compile(r"[A-Za-z0-9]{1,2000}")
+_TIMESTAMP: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,6})?Z")
+_LINE: Final = re.compile(r"[^\r\n]{1,4000}")
+
+
+class MessageType(StrEnum):
+    """What a message is for."""
+
+    NOTIFICATION = "Notification"
+    SUBSCRIPTION = "SubscriptionConfirmation"
+    UNSUBSCRIPTION = "UnsubscribeConfirmation"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message of SNS, whole and in the form that it must have; not yet one that is truly of SNS."""
+
+    type: MessageType
+    message_id: str
+    topic_arn: str
+    host: str
+    """Of SNS in the region of the topic."""
+    message: str
+    timestamp: str
+    sent_at: datetime
+    signature_version: str
+    signature: str
+    signing_cert_url: str
+    subject: str | None = None
+    token: str | None = None
+    subscribe_url: str | None = None
+
+
+def parse(arrival: Arrival) -> Message:
+    """Return the message that a request is, whatever media type it has (SNS says text/plain); raises `Refused`."""
+    if arrival.headers.all(RAW_HEADER):
+        raise Refused("raw-delivery", "The subscription delivers messages raw, and so without a signature")
+    if len(arrival.body) > MAX_BYTES:
+        raise Refused("too-large", f"A message of SNS has at most {MAX_BYTES:,} bytes")
+    members = arrival.json
+    if not isinstance(members, dict):
+        raise _malformed("it is no JSON object")
+    topic_arn, host = _topic(members)
+    timestamp, sent_at = _time(members)
+    kind = _type(members, arrival.headers.one(TYPE_HEADER))
+    is_notification = kind is MessageType.NOTIFICATION
+    return Message(
+        type=kind,
+        message_id=_text(members, "MessageId", _MESSAGE_ID),
+        topic_arn=topic_arn,
+        host=host,
+        message=_text(members, "Message"),
+        timestamp=timestamp,
+        sent_at=sent_at,
+        signature_version=_text(members, "SignatureVersion", _LINE),
+        signature=_text(members, "Signature", _LINE),
+        signing_cert_url=_text(members, "SigningCertURL", _LINE),
+        subject=_text(members, "Subject", _LINE) if is_notification and _has(members, "Subject") else None,
+        token=None if is_notification else _text(members, "Token", _TOKEN),
+        subscribe_url=None if is_notification else _text(members, "SubscribeURL", _LINE),
+    )
+
+
+def require_topic(message: Message, topics: Collection[str]) -> None:
+    """Raise `Refused` unless the message is of one of these topics (ARNs); before its certificate is fetched."""
+    if message.topic_arn not in topics:
+        raise Refused("unknown-topic", "The message is of a topic that is not configured")
+
+
+def signing_certificate_url(message: Message) -> str:
+    """Return where to fetch the certificate, following no redirect; raises `Refused` unless that is SNS itself."""
+    allowed = rf"https://{re.escape(message.host)}/SimpleNotificationService-[0-9a-f]{{32}}\.pem"
+    if not re.fullmatch(allowed, message.signing_cert_url):
+        raise Refused("untrusted-certificate", "The certificate of the message is not at the address of SNS")
+    return message.signing_cert_url
+
+
+def verify(message: Message, certificate_pem: bytes, topics: Collection[str], now: datetime) -> Verified:
+    """Return what SNS names the message by; raises `Refused`.
+
+    The certificate is what was fetched from `signing_certificate_url`.
+    """
+    require_topic(message, topics)
+    signing_certificate_url(message)
+    algorithm = _ALGORITHMS.get(message.signature_version)
+    if algorithm is None:
+        raise Refused("invalid-signature", "The version of the signature is neither 1 nor 2")
+    signatures.require_recent(message.sent_at.timestamp(), now, past=TOLERANCE)
+    key = _key(certificate_pem, now)
+    try:
+        key.verify(b64decode(message.signature, validate=True), _signed(message), PKCS1v15(), algorithm)
+    except (InvalidSignature, ValueError) as error:
+        raise signatures.invalid() from error
+    return Verified(delivery_keys.of("sns", message.message_id))
+
+
+def confirmation_url(message: Message) -> str:
+    """Return what to GET to confirm the subscription of a verified message; raises `Refused` for other messages.
+
+    It is made of topic and token, and never what the message itself asks to be visited.
+    """
+    if message.type is not MessageType.SUBSCRIPTION or message.token is None:
+        raise _malformed("it asks for no confirmation")
+    topic = quote(message.topic_arn, safe=":")
+    return f"https://{message.host}/?Action=ConfirmSubscription&TopicArn={topic}&Token={message.token}"
+
+
+# ── its form ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _type(members: dict[str, Json], header: str | None) -> MessageType:
+    text = _text(members, "Type")
+    if header is not None and header != text:
+        raise _malformed("its header and its body say different types")
+    try:
+        return MessageType(text)
+    except ValueError as error:
+        raise _malformed("its Type is none of SNS") from error
+
+
+def _topic(members: dict[str, Json]) -> tuple[str, str]:
+    """Return the ARN of the topic and the host of SNS in its region."""
+    arn = _text(members, "TopicArn")
+    parts = _TOPIC_ARN.fullmatch(arn)
+    if parts is None:
+        raise _malformed("its TopicArn is none")
+    partition, region = parts.groups()
+    return arn, f"sns.{region}.{_DOMAINS[partition]}"
+
+
+def _time(members: dict[str, Json]) -> tuple[str, datetime]:
+    text = _text(members, "Timestamp", _TIMESTAMP)
+    try:
+        return text, datetime.fromisoformat(text)
+    except ValueError as error:
+        raise _malformed("its Timestamp is none") from error
+
+
+def _has(members: dict[str, Json], name: str) -> bool:
+    return members.get(name) is not None
+
+
+def _text(members: dict[str, Json], name: str, pattern: re.Pattern[str] | None = None) -> str:
+    """Return a member; those with a pattern have no line ends, which in what is signed would end them."""
+    value = members.get(name)
+    if not isinstance(value, str):
+        raise _malformed(f"it has no text {name}")
+    if pattern is not None and not pattern.fullmatch(value):
+        raise _malformed(f"its {name} is none")
+    return value
+
+
+def _malformed(reason: str) -> Refused:
+    return Refused("malformed-message", f"The message is none of SNS: {reason}")
+
+
+# ── its signature ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+# Version 1 is what a topic uses unless told otherwise. Two messages with one SHA-1 digest can only be made by somebody
+# who may publish on the topic, and so could have sent either.
+_ALGORITHMS: Final[dict[str, HashAlgorithm]] = {"1": SHA1(), "2": SHA256()}  # noqa: S303
+
+
+def _signed(message: Message) -> bytes:
+    """Return the text that SNS has signed: names and values, a line each, in alphabetical order."""
+    members = {
+        "Message": message.message,
+        "MessageId": message.message_id,
+        "Subject": message.subject,
+        "SubscribeURL": message.subscribe_url,
+        "Timestamp": message.timestamp,
+        "Token": message.token,
+        "TopicArn": message.topic_arn,
+        "Type": message.type.value,
+    }
+    return "".join(f"{name}\n{value}\n" for name, value in members.items() if value is not None).encode()
+
+
+def _key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
+    """Return the key of a certificate that is valid now; raises `Refused`."""
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        key = certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise _invalid_certificate("it can't be read") from error
+    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        raise _invalid_certificate("it is not valid at this time")
+    if not isinstance(key, RSAPublicKey) or key.key_size < MIN_KEY_BITS:
+        raise _invalid_certificate(f"its key is no RSA key of {MIN_KEY_BITS:,} bits or more")
+    return key
+
+
+def _invalid_certificate(reason: str) -> Refused:
+    return Refused("invalid-certificate", f"The certificate of the message can't be used: {reason}")

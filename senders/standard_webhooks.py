@@ -1,0 +1,98 @@
+"""Standard Webhooks 1.0.0: signs id, time and body, with a secret that both have or a key that only the sender has."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from senders import delivery_keys, event, signatures
+from senders.arrival import Arrival
+from senders.event import Event
+from senders.signatures import Verified
+
+SOURCE: Final = "standard-webhooks"
+TOLERANCE: Final = timedelta(minutes=5)
+"""As in the standard: each attempt is signed anew, under the same id."""
+SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what secrets begin with
+PUBLIC_KEY_PREFIX: Final = "whpk_"
+
+
+def verify(arrival: Arrival, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE) -> Verified:
+    """Return what the sender names the message by; raises `Refused`.
+
+    Secrets are in base64, after `whsec_` where they have it; what begins with `whpk_` is a public key.
+    """
+    keys, public_keys = _keys(secrets)
+    name = arrival.headers.one("webhook-id")
+    time = arrival.headers.one("webhook-timestamp")
+    header = arrival.headers.one("webhook-signature")
+    if not name or time is None or header is None:
+        raise signatures.missing("webhook-id, webhook-timestamp or webhook-signature")
+    signatures.require_fresh(time, arrival.at, past=tolerance)
+    given = [signatures.text_of(signature) for signature in header.split(" ")]
+    if len(given) > signatures.MAX_SIGNATURES:
+        raise signatures.invalid()
+    arrival.require_patience()
+    prefix = b"%s.%s." % (signatures.text_of(name), time.encode())
+    expected = [b"v1," + b64encode(signatures.digest(key, prefix, arrival.body)) for key in keys]
+    if not _is_signed_with(public_keys, given, prefix, arrival.body):
+        signatures.require_match(given, expected)
+    return Verified(delivery_keys.of(SOURCE, name))
+
+
+def event_of(arrival: Arrival) -> Event:
+    """Return the event that a payload as the standard recommends it holds; raises `Refused`."""
+    payload = event.object_of(arrival.json, "The payload")
+    name = arrival.headers.one("webhook-id") or None
+    return Event(
+        event.text_of(payload, "type", "The payload"),
+        SOURCE,
+        payload.get("data", {}),
+        name,
+        None if name is None else delivery_keys.of(SOURCE, name),
+    )
+
+
+def _keys(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
+    """Return the secrets and the public keys among what is configured; raises `Refused` where none can be used."""
+    keys = []
+    public_keys = []
+    for secret in secrets:
+        is_public = secret.startswith(PUBLIC_KEY_PREFIX)
+        try:
+            key = b64decode(
+                secret.removeprefix(PUBLIC_KEY_PREFIX if is_public else SECRET_PREFIX), validate=True
+            )
+            if is_public:
+                public_keys.append(Ed25519PublicKey.from_public_bytes(key))
+            elif key:
+                keys.append(key)
+        except ValueError:
+            continue
+    if not keys and not public_keys:
+        raise signatures.no_secret()
+    return keys, public_keys
+
+
+def _is_signed_with(
+    public_keys: Sequence[Ed25519PublicKey], given: Sequence[bytes], prefix: bytes, body: bytes
+) -> bool:
+    """Tell whether a signature `v1a` is by the holder of one of these keys."""
+    signed = [signature.removeprefix(b"v1a,") for signature in given if signature.startswith(b"v1a,")]
+    if not signed or not public_keys:
+        return False
+    message = prefix + body
+    for signature in signed:
+        for key in public_keys:
+            try:
+                key.verify(b64decode(signature, validate=True), message)
+            except (InvalidSignature, binascii.Error):
+                continue
+            return True
+    return False

@@ -1,0 +1,188 @@
+"""A gateway that takes batches of messages and nothing else, as strict about them as the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+FIELDS: Final = {"message", "priority", "delaySeconds", "notBefore", "deduplicationId", "source"}
+DEDUPLICATION_ID: Final = re.compile(r"[\x21-\x7e]{1,255}")
+MAX_MESSAGES: Final = 1_000
+POISON: Final = "poison"
+"""A message that the gateway never takes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one message has started."""
+
+    message: Any
+    priority: int
+    source: str | None
+
+
+class Refusal(Exception):
+    """An answer for the whole batch."""
+
+    def __init__(
+        self, status: int, code: str, headers: Mapping[str, str] | None = None, path: str | None = None
+    ) -> None:
+        super().__init__(code)
+        self.status = status
+        self.code = code
+        self.headers = headers
+        self.details = [] if path is None else [{"path": path, "code": "wrong", "message": "It is wrong"}]
+
+
+@dataclass
+class FakeGateway:
+    """One workflow; tests read and change its fields."""
+
+    key: str = "sk-of-the-bridge"
+    workflow_id: str = "wf_1"
+    max_body_bytes: int = 10_000_000
+    port: int = 0
+    runs: dict[str, Run] = field(default_factory=dict)
+    """By execution id, in the order of their acceptance."""
+    executions: dict[str, str] = field(default_factory=dict)
+    """Execution ids by deduplication id."""
+    calls: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+    """Answers to the next calls."""
+    is_away: bool = False
+    loses_answers: int = 0
+    """To so many calls an answer is lost after their messages were taken."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def messages(self) -> list[Any]:
+        return [run.message for run in self.runs.values()]
+
+    async def answer(self, request: Request) -> JSONResponse:
+        """Answer one call."""
+        self.calls += 1
+        try:
+            return JSONResponse(await self._answered(request), 201)
+        except Refusal as refusal:
+            error = {"code": refusal.code, "message": "It was refused", "details": refusal.details}
+            body = {"success": False, "error": error, "requestId": "req_1"}
+            return JSONResponse(body, refusal.status, dict(refusal.headers or {}))
+
+    async def _answered(self, request: Request) -> dict[str, Any]:
+        if self.is_away:
+            raise Refusal(503, "not-ready", {"Retry-After": "0"})
+        if self.refusals:
+            raise self.refusals.pop(0)
+        if request.headers.get("X-API-Key") != self.key:
+            raise Refusal(401, "unauthorized")
+        if request.path_params["workflow_id"] != self.workflow_id:
+            raise Refusal(404, "not-found")
+        if int(request.headers["Content-Length"]) > self.max_body_bytes:
+            raise Refusal(413, "payload-too-large")
+        answer = self._take(_decoded(request.headers["Content-Type"], await request.body()))
+        if self.loses_answers > 0:
+            self.loses_answers -= 1
+            raise Refusal(500, "internal-error")
+        return answer
+
+    def _take(self, body: object) -> dict[str, Any]:
+        if (
+            not isinstance(body, dict)
+            or body.keys() != {"messages"}
+            or not isinstance(body["messages"], list)
+        ):
+            raise Refusal(422, "validation-failed")
+        if not 1 <= len(body["messages"]) <= MAX_MESSAGES:
+            raise Refusal(422, "validation-failed")
+        results = [self._result(one) for one in body["messages"]]
+        return {
+            "results": results,
+            "accepted": sum(one["status"] == "accepted" for one in results),
+            "duplicates": sum(one["status"] == "duplicate" for one in results),
+        }
+
+    def _result(self, sent: object) -> dict[str, Any]:
+        problem = _problem(sent)
+        if problem is not None:
+            return {"status": "refused", "error": {"code": "invalid-message", "message": problem}}
+        assert isinstance(sent, dict)
+        known_as = sent.get("deduplicationId")
+        if known_as in self.executions:
+            return {"executionId": self.executions[known_as], "status": "duplicate"}
+        execution_id = f"exec_{len(self.runs)}"
+        self.runs[execution_id] = Run(sent["message"], sent.get("priority", 0), sent.get("source"))
+        if known_as is not None:
+            self.executions[known_as] = execution_id
+        return {"executionId": execution_id, "status": "accepted"}
+
+
+def _decoded(media_type: str, text: bytes) -> object:
+    if media_type != "application/json":
+        raise Refusal(415, "unsupported-media-type")
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_without_twins, parse_constant=_no_constant)
+    except ValueError as error:
+        raise Refusal(400, "malformed-json") from error
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise Refusal(400, "duplicate-key")
+    return dict(pairs)
+
+
+def _no_constant(_: str) -> object:
+    raise Refusal(400, "not-finite")
+
+
+def _problem(sent: object) -> str | None:
+    if not isinstance(sent, dict) or not FIELDS >= sent.keys() >= {"message"}:
+        return "It must be an object with a message"
+    priority, known_as = sent.get("priority", 0), sent.get("deduplicationId", "x")
+    if type(priority) is not int or not -100 <= priority <= 100:
+        return "Its priority must be a whole number from -100 to 100"
+    if not isinstance(known_as, str) or not DEDUPLICATION_ID.fullmatch(known_as):
+        return "Its deduplicationId must be 1 to 255 visible ASCII characters"
+    if not isinstance(sent.get("source", ""), str):
+        return "Its source must be a string"
+    return "It is poison" if sent["message"] == POISON else None
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's, which leaves signals to the tests."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[FakeGateway]:
+    """Serve one as long as the context lasts."""
+    gateway = FakeGateway()
+    path = "/api/v1/workflows/{workflow_id}/enqueue-batch"
+    app = Starlette(routes=[Route(path, gateway.answer, methods=["POST"])])
+    server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, http="httptools"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gateway.port = listener.getsockname()[1]
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield gateway
+        finally:
+            server.should_exit = server.force_exit = True
+            await task

@@ -1,0 +1,81 @@
+"""Many runs at once, as rows that the database makes itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from models import ids
+from models.database import Database
+
+COLUMNS = (
+    "id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, turn,"
+    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, inbox,"
+    " created_at, updated_at, started_at, depth, signals"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Runs that are alike but for their ids and ranks."""
+
+    organization_id: str
+    workflow_id: str
+    count: int
+    status: str = "pending"
+    target: str = "shared"
+    is_fresh: bool = True
+    started_at: int | None = None
+    turn: int | None = None
+    lane: int = 1
+    user_id: str = "user_1"
+    definition_hash: str = "hash"
+    rank: str = "n"
+    """An expression of the number `n` of a row, from 1 on."""
+    prefix: str = field(default_factory=lambda: ids.new("exec"))
+
+
+async def fill(database: Database, rows: Rows) -> None:
+    """Insert runs by the thousand."""
+    if database.engine.dialect.name == "postgresql":
+        numbers = f"generate_series(1, CAST({rows.count} AS bigint)) AS s (n)"
+    else:
+        counted = f"SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {rows.count}"
+        numbers = f"(WITH RECURSIVE s (n) AS ({counted}) SELECT n FROM s)"
+    values = (
+        ":prefix || '_' || n, :lane, :organization_id, :workflow_id, :user_id, :status, :target, 'api',"
+        " :definition_hash,"
+        f" {rows.rank}, :turn, :is_fresh, 0, 0, 3600000000, 0, 1, :prefix || '_' || n, false, '', n, n,"
+        " CAST(:started_at AS bigint), 0, 0"
+    )
+    fields = {
+        "prefix": rows.prefix,
+        "lane": rows.lane,
+        "organization_id": rows.organization_id,
+        "workflow_id": rows.workflow_id,
+        "user_id": rows.user_id,
+        "status": rows.status,
+        "target": rows.target,
+        "definition_hash": rows.definition_hash,
+        "turn": ids.turn_of(rows.workflow_id) if rows.turn is None else rows.turn,
+        "is_fresh": rows.is_fresh,
+        "started_at": rows.started_at,
+    }
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(
+            text(f"INSERT INTO execution ({COLUMNS}) SELECT {values} FROM {numbers}"), fields
+        )
+        await connection.execute(
+            text(
+                "INSERT INTO execution_data"
+                " (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+                " SELECT :prefix || '_' || n, :lane, '{\"body\":{}}', '{}', :organization_id, :workflow_id, n"
+                f" FROM {numbers}"
+            ),
+            {name: fields[name] for name in ("prefix", "lane", "organization_id", "workflow_id")},
+        )
+
+    await database.transaction(work)

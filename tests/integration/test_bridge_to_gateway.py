@@ -1,0 +1,66 @@
+"""The bridge's one call, made to a real gateway: what the fake in the bridge's own tests answers is what comes here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from pydantic import SecretStr
+
+from bridge.errors import ContentRefused, Refused, Unavailable
+from bridge.gateway import Gateway
+from bridge.settings import BridgeSettings
+from bridge.source import Message
+from tests.integration.gateway_world import GRAPH, People, World
+from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, active
+
+LIMITED = {**QUEUE, "settings": {"concurrency": {"limit": 1, "onLimit": "reject"}}}
+
+
+@pytest.fixture
+async def url(world: World) -> AsyncIterator[str]:
+    server = uvicorn.Server(uvicorn.Config(world.app, port=0, log_config=None, lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110 - it tells nobody
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    await serving
+
+
+def gateway(url: str, workflow_id: str, key: str) -> Gateway:
+    return Gateway(BridgeSettings(url=url, bridge_workflow=workflow_id, api_key=SecretStr(key)))
+
+
+def message(name: str, body: bytes = b"1") -> Message:
+    return Message(id=name, body=body, deduplication_id=f"redis:orders/{name}")
+
+
+async def test_messages_are_taken_in_once_and_what_is_wrong_is_told_from_what_may_come_right(
+    url: str, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await active(owner)
+    queue = gateway(url, workflow_id, owner.key)
+    first = await queue.enqueue([message("1"), message("2")], source="redis:orders")
+    again = await queue.enqueue([message("2"), message("3")], source="redis:orders")
+    assert [one.status for one in (*first, *again)] == ["accepted", "accepted", "duplicate", "accepted"]
+    assert again[0].execution_id == first[1].execution_id
+    with pytest.raises(ContentRefused):
+        await queue.enqueue([message("4", b'{"a":1,"a":2}')], source="redis:orders")
+    await owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    with pytest.raises(Unavailable):
+        await queue.enqueue([message("5")], source="redis:orders")
+    await queue.close()
+
+    limited = gateway(url, await active(owner, **LIMITED), owner.key)
+    with pytest.raises(Unavailable):
+        await limited.enqueue([message("1"), message("2")], source="redis:orders")
+    await limited.close()
+    for target, key in ((await active(owner, **GRAPH), owner.key), (workflow_id, "sk-unknown")):
+        wrong = gateway(url, target, key)
+        with pytest.raises(Refused):
+            await wrong.enqueue([message("1")], source="redis:orders")
+        await wrong.close()

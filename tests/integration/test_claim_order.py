@@ -1,0 +1,169 @@
+"""Who is next of ten thousand: organisations in turn, workflows in turn, then the priorities of rows."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Final
+
+import pytest
+from structlog.testing import capture_logs
+
+from engine.node import Call, Effect, EffectRule, NodeType, Run
+from engine.services import Services
+from engine.values import Json
+from execution.executor import Executor
+from messages.broker import Broker, connect
+from models.execution import PRIORITY_MICROSECONDS
+from nodes import catalog
+from nodes.catalog import Catalog
+from tests.calls import NoNetwork
+from tests.integration.backlogs import Rows, fill
+from tests.integration.run_world import Place, Where, World, microseconds_from_now, opened
+from workers.settings import WorkerSettings
+
+MANY: Final = 10_000
+PATIENCE_SECONDS: Final = 20.0
+
+
+def definition(step: str) -> str:
+    nodes = [{"id": "start", "type": "manual"}, {"id": "step", "type": step, "config": {"values": {"a": 1}}}]
+    edges = [{"id": "edge", "source": "start", "target": "step"}]
+    return json.dumps({"nodes": nodes, "connections": edges, "settings": {}})
+
+
+QUICK: Final = definition("set")
+HELD: Final = definition("hold")
+PRIORITY: Final = "((n * 7919) % 201 - 100)"
+"""Every priority from -100 to 100, in no order."""
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: Where) -> AsyncIterator[World]:
+    # What is logged takes longer to print than what is tested.
+    with capture_logs():
+        async with opened(where) as world:
+            yield world
+
+
+@dataclass(frozen=True)
+class Library(Catalog):
+    """The library, and a node that ends when the test does."""
+
+    hold: Run = field(kw_only=True)
+
+    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+        return self.hold if type == "hold" else super().implementation(type)
+
+
+def library(until: asyncio.Event) -> Catalog:
+    async def hold(call: Call) -> Json:
+        await until.wait()
+        return call.data
+
+    held = NodeType("hold", "Hold", "1.0.0", "test", "", EffectRule(Effect.PURE), {"type": "object"})
+    return Library({**catalog.load().node_types, "hold": held}, hold=hold)
+
+
+async def flood(world: World, place: Place, *, rank: str, definition: str = QUICK) -> None:
+    """Let ten thousand runs of a workflow wait."""
+    await world.accept(place, definition=definition, total_nodes=2)
+    organization = place.organization
+    rows = Rows(
+        organization.id,
+        place.workflow_id,
+        MANY,
+        lane=organization.lane,
+        user_id=place.user_id,
+        definition_hash=sha256(definition.encode()).hexdigest(),
+        rank=rank,
+    )
+    await fill(world.database, rows)
+
+
+@asynccontextmanager
+async def worker(world: World) -> AsyncIterator[Broker]:
+    """Run what waits, until the context ends; yields what it is woken by."""
+    broker, end = await connect(None), asyncio.Event()
+    settings = WorkerSettings(lease_seconds=30, concurrency=20)
+    store, services = await world.another_store(), Services(http=NoNetwork())
+    executor = Executor(store, broker, library(end), services, settings)
+    await executor.start()
+    try:
+        yield broker
+    finally:
+        end.set()
+        await executor.drain()
+        await broker.close()
+
+
+async def left(world: World) -> int:
+    (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE status = 'pending'")
+    count: int = row["count"]
+    return count
+
+
+async def until_begun(world: World, count: int) -> None:
+    """Wait until so many of the flood don't wait any more."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await left(world) > MANY + 1 - count:  # noqa: ASYNC110 - rows tell nobody
+            await asyncio.sleep(0.01)
+
+
+async def seconds_until_ended(world: World, execution_id: str) -> float:
+    """Return how long after its acceptance a run has ended."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (row := await world.row(execution_id))["ended_at"] is None:  # noqa: ASYNC110 - rows tell nobody
+            await asyncio.sleep(0.01)
+    assert row["status"] == "completed"
+    seconds: float = (row["ended_at"] - row["created_at"]) / 1_000_000
+    return seconds
+
+
+async def test_the_backlog_of_one_delays_neither_others_nor_what_is_urgent(world: World) -> None:
+    flooded = await world.workflow()
+    neighbour = await world.workflow(flooded.organization)
+    other = await world.workflow()
+    await flood(world, flooded, rank=f"{microseconds_from_now(0)} + n")
+    run = {"definition": QUICK, "total_nodes": 2}
+    async with worker(world):
+        await until_begun(world, 100)
+        patient = await world.accept(flooded, priority=-100, **run)
+        urgent = await world.accept(flooded, priority=100, **run)
+        accepted = [urgent, await world.accept(neighbour, **run), await world.accept(other, **run)]
+        seconds = [await seconds_until_ended(world, one.execution_id) for one in accepted]
+        assert await left(world) > MANY / 10, "the backlog was gone too soon to delay anybody"
+        assert max(seconds) < 1
+        assert (await world.row(patient.execution_id))["status"] == "pending"
+
+
+async def test_an_organisation_waits_for_no_place_that_the_runs_of_another_hold(world: World) -> None:
+    flooded, other = await world.workflow(), await world.workflow()
+    await flood(world, flooded, rank=f"{microseconds_from_now(0)} + n", definition=HELD)
+    async with worker(world) as broker:
+        await until_begun(world, 20)
+        one = await world.accept(other, definition=QUICK, total_nodes=2)
+        await broker.wake()
+        assert await seconds_until_ended(world, one.execution_id) < 1
+
+
+async def test_priorities_are_honoured_between_all_rows_that_wait(world: World) -> None:
+    place = await world.workflow()
+    began = 1_000_000_000_000_000
+    await flood(world, place, rank=f"{began} + n - {PRIORITY} * {PRIORITY_MICROSECONDS}")
+    claims = [await world.claim(limit=50) for _ in range(20)]
+    ranks = {row["id"]: row["rank"] for row in await world.query("SELECT id, rank FROM execution")}
+    in_turn = [sorted(ranks.pop(one.execution_id) for one in claim) for claim in claims]
+    taken = [rank for claim in in_turn for rank in claim]
+    assert taken == sorted(taken)
+    assert taken[-1] < min(ranks.values())
+    priorities = [(began + MANY - rank) // PRIORITY_MICROSECONDS for rank in taken]
+    assert (priorities[0], priorities[-1]) == (100, 81)

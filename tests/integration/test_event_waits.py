@@ -1,0 +1,298 @@
+"""Runs that wait for events: each gets the first that it waits for, whoever dies between the two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import BigInteger, func, select, type_coerce
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel, col
+
+from engine.events import Span, SpanStatus
+from engine.services import Caller, WantedEvent
+from execution.awaited_events import AwaitedEvents
+from journal import event_waits
+from journal.store import Claim, Claimed, RunWrite
+from messages.local_broker import LocalBroker
+from models.database import DatabaseUnavailable
+from models.database_time import DatabaseTime
+from models.event_wait import EventWait
+from models.execution import TERMINAL, Execution, Signal
+from models.intake import Event
+from tests.integration.gateway_world import People, Person, World
+from workers.main import working
+from workers.settings import WorkerSettings
+
+pytestmark = pytest.mark.timeout(30)
+
+EVENTS = "/api/v1/workflows/events"
+SAME_ORDER = {"left": "{{ item.event_data.order }}", "operator": "equals", "right": "{{ data.body.order }}"}
+
+
+def waiting(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return a graph that waits for an event and says what has come."""
+    given = {"event_type": "order.paid", "filter": SAME_ORDER, **config}
+    wait = {name: value for name, value in given.items() if value is not None}
+    return {
+        "nodes": [
+            {"id": "start", "nodeId": "manual"},
+            {"id": "wait", "nodeId": "wait-for-event", "config": wait},
+            {"id": "paid", "nodeId": "set", "config": {"values": {"total": "{{ data.event_data.total }}"}}},
+            {"id": "late", "nodeId": "set", "config": {"values": {"late": True}}},
+        ],
+        "connections": [
+            {"source": "start", "target": "wait"},
+            {"source": "wait", "target": "paid"},
+            {"source": "wait", "sourcePort": "timeout", "target": "late"},
+        ],
+    }
+
+
+@asynccontextmanager
+async def worker(world: World) -> AsyncIterator[None]:
+    gateway = world.gateway
+    shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
+    settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
+    broker = LocalBroker(inbox=uuid4().hex)
+    async with working(settings, gateway.store, broker, gateway.database):
+        yield
+    await broker.close()
+
+
+async def started(person: Person, order: int, **config: Any) -> str:  # noqa: ANN401 - any JSON value
+    workflow_id = await person.create(**waiting(**config))
+    response = await person.api.post(
+        f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": {"order": order}}
+    )
+    execution_id: str = response.json()["executionId"]
+    return execution_id
+
+
+async def told(person: Person, event_type: str, **data: Any) -> None:  # noqa: ANN401 - any JSON value
+    response = await person.api.post(EVENTS, json={"event_type": event_type, "event_data": data})
+    assert response.status_code == 200, response.text
+
+
+async def row(world: World, execution_id: str) -> Any:  # noqa: ANN401 - a row
+    async with world.gateway.database.read() as connection:
+        found = await connection.execute(select(Execution).where(col(Execution.id) == execution_id))
+        return found.mappings().one()
+
+
+async def count(world: World, table: type[SQLModel], **equal: Any) -> int:  # noqa: ANN401 - any column
+    conditions = [getattr(table, name) == value for name, value in equal.items()]
+    async with world.gateway.database.read() as connection:
+        return await connection.scalar(select(func.count()).select_from(table).where(*conditions)) or 0
+
+
+async def asleep(world: World, execution_id: str) -> None:
+    while (await row(world, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
+        await asyncio.sleep(0.01)
+
+
+async def came(world: World, person: Person, execution_id: str) -> tuple[str, Any]:
+    """Return by which node a run has ended, and the total of the event that it was given."""
+    while (await row(world, execution_id))["status"] not in TERMINAL:  # noqa: ASYNC110 - rows tell nobody
+        await asyncio.sleep(0.01)
+    shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
+    assert shown["status"] == "completed", shown
+    ((name, output),) = [one for one in shown["outputs"].items() if one[0] in {"paid", "late"}]
+    return name, output.get("total")
+
+
+def silence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the gateway die, as far as others see, as soon as events are committed."""
+    telling = world.gateway.acceptances._events  # noqa: SLF001 - it is nowhere else
+    monkeypatch.setattr(telling, "submit", lambda _event_id: None)
+    monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
+
+
+def scheduler(world: World) -> AwaitedEvents:
+    return AwaitedEvents(world.gateway.database, world.gateway.broker)
+
+
+# ── what is waited for ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_many(
+    world: World, people: People
+) -> None:
+    async with worker(world):
+        mine, alike, other = [await started(people.owner, order) for order in (7, 7, 8)]
+        anything = await started(people.owner, 0, event_type="order.*", filter=None)
+        for execution_id in (mine, alike, other, anything):
+            await asleep(world, execution_id)
+        sleeping = await row(world, mine)
+        assert (sleeping["lease_owner"], sleeping["due_at"]) == (None, None)
+        await told(people.stranger, "order.paid", order=7, total=1)
+        await told(people.owner, "order.packed", order=7, total=2)
+        await told(people.owner, "order.paid", total=3)
+        await told(people.owner, "order.paid", order=7, total=4)
+        assert await came(world, people.owner, mine) == ("paid", 4)
+        assert await came(world, people.owner, alike) == ("paid", 4)
+        assert await came(world, people.owner, anything) == ("paid", 2)
+        assert (await row(world, other))["status"] == "waiting"
+        assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 1
+        response = await people.owner.api.post(f"/api/v1/executions/{other}/cancel")
+        assert response.status_code == 200
+    await scheduler(world).forget_over()
+    assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 0
+
+
+async def test_an_event_that_came_before_counts_where_the_node_looks_back(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_waits, "BATCH_LOOKED_AT", 2)
+    for total, order in enumerate((8, 8, 7, 7)):
+        await told(people.owner, "order.paid", order=order, total=total)
+    await told(people.owner, "orders", order=7, total=99)
+    monkeypatch.setattr(event_waits, "CLOCKS_APART", event_waits.CLOCKS_APART * 0)
+    async with worker(world):
+        blind = await started(people.owner, 7)
+        await asleep(world, blind)
+        looking = await started(people.owner, 7, lookBackSeconds=60)
+        by_prefix = await started(people.owner, 7, lookBackSeconds=60, event_type="order.*")
+        assert await came(world, people.owner, looking) == ("paid", 2)
+        assert await came(world, people.owner, by_prefix) == ("paid", 2)
+        assert (await row(world, blind))["status"] == "waiting"
+
+
+async def test_a_run_goes_on_without_where_no_event_comes_in_time(world: World, people: People) -> None:
+    async with worker(world):
+        execution_id = await started(people.owner, 7, timeoutSeconds=1)
+        assert await came(world, people.owner, execution_id) == ("late", None)
+        await told(people.owner, "order.paid", order=7)
+    assert await count(world, Signal, execution_id=execution_id) == 0
+
+
+# ── whatever dies ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with worker(world):
+        execution_id = await started(people.owner, 7)
+        await asleep(world, execution_id)
+        silence(world, monkeypatch)
+        await told(people.owner, "order.paid", order=7, total=1)
+        await asyncio.sleep(0)
+        assert (await row(world, execution_id))["status"] == "waiting"
+        await aged(world)
+        await scheduler(world).tell_left()
+        assert await came(world, people.owner, execution_id) == ("paid", 1)
+    assert await count(world, Event, told_at=None) == 0
+
+
+async def test_telling_that_breaks_off_is_done_again_and_answers_once(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note_told = event_waits.note_told
+
+    async def breaks_off(*_given: object, **_named: object) -> None:
+        raise DatabaseUnavailable("gone")
+
+    async with worker(world):
+        execution_id = await started(people.owner, 7)
+        await asleep(world, execution_id)
+        monkeypatch.setattr(event_waits, "note_told", breaks_off)
+        await told(people.owner, "order.paid", order=7, total=1)
+        assert await came(world, people.owner, execution_id) == ("paid", 1)
+        await world.gateway.acceptances._events.drain()  # noqa: SLF001 - it is nowhere else
+        monkeypatch.setattr(event_waits, "note_told", note_told)
+        monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
+        await aged(world)
+        await scheduler(world).tell_left()
+    assert await count(world, Event, told_at=None) == 0
+    assert await count(world, Signal, execution_id=execution_id) == 1
+
+
+async def test_no_event_falls_between_the_wait_and_the_look_back(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence(world, monkeypatch)
+    come_since, is_first = event_waits.come_since, True
+
+    async def come_meanwhile(connection: AsyncConnection, *given: Any) -> Sequence[Event]:  # noqa: ANN401 - as given
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            await told(people.owner, "order.paid", order=7, total=1)
+        return await come_since(connection, *given)
+
+    monkeypatch.setattr(event_waits, "come_since", come_meanwhile)
+    async with worker(world):
+        execution_id = await started(people.owner, 7)
+        assert await came(world, people.owner, execution_id) == ("paid", 1)
+
+
+@pytest.mark.parametrize("dies", ["before it waits", "before it looks back", "before it sleeps"])
+async def test_a_run_whose_worker_died_has_what_came_meanwhile(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    execution_id = await started(people.owner, 7)
+    claimed = await dead_workers_claim(world, execution_id)
+    await begun(world, claimed)
+    if dies == "before it looks back":
+        monkeypatch.setattr(AwaitedEvents, "_look_back", died)
+    if dies != "before it waits":
+        caller = Caller(
+            *(claimed.organization_id, claimed.user_id, claimed.workflow_id, execution_id, execution_id)
+        )
+        condition = '{"left":"{{ item.event_data.order }}","operator":"equals","right":"{{ data[0] }}"}'
+        wanted = WantedEvent("order.paid", condition, "[7]")
+        try:
+            await scheduler(world).expect(caller, wanted, node_id="wait", iteration="")
+        except Died:
+            monkeypatch.undo()
+    await told(people.owner, "order.paid", order=7, total=1)
+    async with worker(world):
+        assert await came(world, people.owner, execution_id) == ("paid", 1)
+
+
+class Died(Exception):
+    """A process has."""
+
+
+async def died(*_given: object) -> None:
+    raise Died
+
+
+async def aged(world: World) -> None:
+    """Let it be a moment later, by the database's clock."""
+    first = await database_time(world)
+    while await database_time(world) <= first:  # noqa: ASYNC110 - clocks tell nobody
+        await asyncio.sleep(0.001)
+
+
+async def database_time(world: World) -> int:
+    async with world.gateway.database.read() as connection:
+        return await connection.scalar(select(type_coerce(DatabaseTime(), BigInteger))) or 0
+
+
+async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
+    """Claim a run for a worker that will never be heard of again."""
+    for _ in range(100):
+        for one in await world.gateway.store.claim(Claim("dead", 0.05, 100)):
+            if one.execution_id == execution_id:
+                return one
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{execution_id} can't be claimed")
+
+
+async def begun(world: World, claimed: Claimed) -> None:
+    """Have a run come as far as the node that waits."""
+    now = datetime.now(UTC)
+    given = b'{"body":{"order":7}}'
+    start = Span(
+        "start", "start", "manual", SpanStatus.COMPLETED, 1, now, ended_at=now, port="output", output=given
+    )
+    wait = Span("wait", "wait", "wait-for-event", SpanStatus.RUNNING, 2, now, input_node="start")
+    write = RunWrite(claimed.execution_id, claimed.lane, claimed.token, spans=[start, wait])
+    assert await world.gateway.store.record([write])

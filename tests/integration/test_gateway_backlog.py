@@ -1,0 +1,182 @@
+"""How much may wait to be begun at the gateway, and how rows are counted that wait."""
+
+import time
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway import backlog as backlogs
+from gateway.backlog import Tally
+from gateway.errors import ApiError
+from journal import backlog
+from models.database import Database
+from models.execution import DELAYED, LIMITED, SHARED, UNREAD
+from models.ids import turn_of
+from tests.integration.backlogs import Rows, fill
+from tests.integration.gateway_world import GRAPH, People, World, refused
+from tests.integration.gateways import execute, with_settings
+from tests.integration.plans import explained
+
+
+async def begin(world: World, workflow_id: str) -> None:
+    """Let somebody begin all runs of a workflow."""
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(
+            text(
+                "UPDATE execution SET status = 'running', is_fresh = :fresh, started_at = 1 WHERE workflow_id = :id"
+            ),
+            {"id": workflow_id, "fresh": False},
+        )
+
+    await world.gateway.database.transaction(work)
+
+
+async def test_a_workflow_takes_in_as_much_as_may_wait_and_more_when_that_was_begun(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
+    async with with_settings(world, max_backlog_per_workflow=3) as gateway:
+        assert [(await execute(gateway, people.owner, workflow_id)).status_code for _ in range(3)] == [
+            201
+        ] * 3
+        answer = await execute(gateway, people.owner, workflow_id)
+        refused(answer, 429, "queue-full")
+        assert answer.headers["Retry-After"] == "5"
+        assert (await execute(gateway, people.owner, other_id)).status_code == 201
+        await begin(world, workflow_id)
+        monkeypatch.setattr(backlogs, "monotonic", lambda: time.monotonic() + 2)
+        assert (await execute(gateway, people.owner, workflow_id)).status_code == 201
+
+
+async def test_an_organisation_takes_in_as_much_as_may_wait_of_all_its_workflows(
+    world: World, people: People
+) -> None:
+    async with with_settings(world, max_backlog_per_organization=2) as gateway:
+        answers = [await execute(gateway, people.owner, await people.owner.create(**GRAPH)) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [201, 201, 429]
+        refused(answers[-1], 429, "queue-full")
+        theirs = await people.stranger.create(**GRAPH)
+        assert (await execute(gateway, people.stranger, theirs)).status_code == 201
+
+
+async def test_what_waited_before_a_gateway_started_counts(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await fill(world.gateway.database, Rows(people.owner.user.organization_id, workflow_id, 5))
+    async with with_settings(world, max_backlog_per_workflow=5) as gateway:
+        refused(await execute(gateway, people.owner, workflow_id), 429, "queue-full")
+    async with with_settings(world, max_backlog_per_workflow=6) as gateway:
+        assert (await execute(gateway, people.owner, workflow_id)).status_code == 201
+        refused(await execute(gateway, people.owner, workflow_id), 429, "queue-full")
+
+
+async def test_a_request_that_was_answered_is_answered_the_same_when_the_queue_is_full(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    async with with_settings(world, max_backlog_per_workflow=1) as gateway:
+        first, again = [
+            await execute(gateway, people.owner, workflow_id, headers={"Idempotency-Key": "once"})
+            for _ in range(2)
+        ]
+        assert (again.status_code, again.json()) == (201, first.json())
+        refused(await execute(gateway, people.owner, workflow_id), 429, "queue-full")
+
+
+async def test_several_at_once_are_taken_in_together_or_not_at_all(world: World, people: People) -> None:
+    organization_id = people.owner.user.organization_id
+    async with with_settings(world, max_backlog_per_organization=10) as gateway:
+        room = gateway.gateway.backlog
+        await room.require_room(organization_id, "wf_a", 8)
+        with pytest.raises(ApiError):
+            await room.require_room(organization_id, "wf_a", 3)
+        await room.require_room(organization_id, "wf_a", 2)
+
+
+# ── counting ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def counted(
+    database: Database, organization_id: str, workflow_id: str = "", at_most: int = 1_000
+) -> int:
+    async with database.read() as connection:
+        if workflow_id:
+            return await backlog.of_workflow(connection, organization_id, workflow_id, at_most=at_most)
+        return await backlog.of_organization(connection, organization_id, at_most=at_most)
+
+
+async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(world: World, people: People) -> None:
+    organization_id, database = people.owner.user.organization_id, world.gateway.database
+    workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
+    for target in (SHARED, LIMITED, UNREAD):
+        await fill(database, Rows(organization_id, workflow_id, 2, target=target))
+    await fill(database, Rows(organization_id, workflow_id, 2, target=DELAYED, status="waiting"))
+    await fill(database, Rows(organization_id, workflow_id, 4, status="waiting", started_at=1))
+    await fill(database, Rows(organization_id, workflow_id, 4, is_fresh=False, started_at=1))
+    for status in ("running", "completed", "cancelled"):
+        await fill(database, Rows(organization_id, workflow_id, 4, status=status))
+    await fill(database, Rows(organization_id, other_id, 16, turn=turn_of(workflow_id)))
+    await fill(database, Rows(people.stranger.user.organization_id, workflow_id, 32))
+    assert await counted(database, organization_id, workflow_id) == 8
+    assert await counted(database, organization_id) == 24
+    assert await counted(database, organization_id, at_most=20) == 20
+
+
+async def test_what_waits_for_the_pods_of_a_deployment_counts_for_its_organisation(
+    world: World, people: People
+) -> None:
+    organization_id, database = people.owner.user.organization_id, world.gateway.database
+    workflow_id = await people.owner.create(**GRAPH)
+    assert (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy")).status_code in {200, 202}
+    await fill(database, Rows(organization_id, workflow_id, 3, target=workflow_id))
+    await fill(database, Rows(organization_id, workflow_id, 2, target=workflow_id, status="waiting"))
+    assert (
+        await counted(database, organization_id, workflow_id) == await counted(database, organization_id) == 5
+    )
+
+
+@pytest.fixture
+async def crowd(world: World) -> Database:
+    """Return a database where much has ended, and some waits."""
+    database = world.gateway.database
+    await fill(database, Rows("org_crowd", "wf_1", 2_000, status="completed", started_at=1))
+    await fill(database, Rows("org_crowd", "wf_1", 500))
+
+    async def analyze(connection: AsyncConnection) -> None:
+        await connection.execute(text("ANALYZE execution"))
+
+    await database.transaction(analyze)
+    return database
+
+
+async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowd: Database) -> None:
+    in_organization = backlog.in_organization("org_crowd", [SHARED, LIMITED, "wf_1"])
+    in_workflow = backlog.in_workflow("org_crowd", "wf_1")
+    for pending, deferred in (in_organization, in_workflow):
+        assert "ix_execution_pending" in await explained(crowd, pending.limit(1_000))
+        plan = await explained(crowd, deferred.limit(1_000))
+        assert "ix_execution_deferred" in plan or "ix_execution_waiting" in plan
+    assert await counted(crowd, "org_crowd", at_most=5_000) == 500
+
+
+# ── when there will be room ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
+    tally = Tally()
+    tally.recount(100, added_before=0, began=0.0, ended=0.1)
+    assert tally.retry_seconds(1, 100) == backlogs.UNKNOWN_RETRY_SECONDS
+    tally.added = 50
+    tally.recount(100, added_before=50, began=10.0, ended=10.1)  # 5 a second were begun
+    tally.added = 9
+    assert (tally.size, tally.retry_seconds(1, 100)) == (109, 2)
+    assert tally.retry_seconds(1_000, 100) == backlogs.MAX_RETRY_SECONDS
+
+
+def test_a_count_that_takes_long_is_made_seldom() -> None:
+    tally = Tally()
+    tally.recount(1_000_000, added_before=0, began=0.0, ended=0.01)
+    assert tally.fresh_until == 1.01
+    tally.recount(1_000_000, added_before=0, began=0.0, ended=0.5)
+    assert tally.fresh_until == 10.5

@@ -1,0 +1,529 @@
+"""Mail that services hand in: taken in once if it is truly theirs, read by workers, and run as what was meant."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col
+
+from journal import unread
+from journal.blobs.backend import BlobsUnavailable, Owner
+from journal.store import Arrival, Claim, Claimed, ExecutionKey
+from mail import addresses
+from models.database import DatabaseUnavailable
+from models.execution import UNREAD, Execution
+from tests import fake_s3
+from tests.integration.gateway_world import People, World, refused
+from tests.integration.mail_world import MailWorld, mail_world
+from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
+from workers import reading
+
+MAILS = [case for case in CASES if case.provider in {"native", "sendgrid", "mailgun", "ses"}]
+NO_RUNS = {
+    "ses_subscription_confirmation": "subscription-confirmed",
+    "ses_topic_validation_note": "no-mail",
+    "ses_bounce_to_wrong_topic": "no-mail",
+}
+OF_KEY = {"native_full", "native_aliases", "native_empty_object"}
+PLAIN = "From: Ada <ada@example.org>\r\nTo: b@example.org\r\nSubject: Hello\r\n{}\r\nHello.\r\n"
+
+
+@pytest.fixture(scope="module")
+async def mails(world: World) -> AsyncIterator[MailWorld]:
+    async with mail_world(world) as mails:
+        yield mails
+
+
+def status_is_as_expected(status: int, step: Step) -> bool:
+    classes = step.respond["status_class"].split("|")
+    return any(f"{status // 100}xx" == one for one in classes)
+
+
+def of_address(headers: Any, name: str) -> Any:  # noqa: ANN401 - any JSON value
+    return next((value for each, value in headers.items() if each.lower() == name.lower()), None)
+
+
+def assert_is(given: dict[str, Any], case: Case) -> None:
+    """Check that a run was given what a recorded mail means."""
+    expected = case.expected["normalized"]
+    for name in ("body_text", "body_html"):
+        assert given[name].replace("\r\n", "\n").rstrip() == (expected[name] or "").rstrip(), case.name
+    assert given["subject"] == expected["subject"], case.name
+    for name in ("from", "to"):
+        assert addresses.bare(given[name]) == addresses.bare(expected[name]), case.name
+    shown = [{key: one.get(key) for key in wanted} for one, wanted in attachments(given, expected)]
+    assert shown == expected["attachments"], case.name
+    assert len(given["attachments"]) == len(expected["attachments"])
+    for name, value in expected["email_headers"].items():
+        assert of_address(given["email_headers"], name) == value, case.name
+
+
+def attachments(given: dict[str, Any], expected: dict[str, Any]) -> Sequence[tuple[Any, Any]]:
+    return list(zip(given["attachments"], expected["attachments"], strict=True))
+
+
+# ── what services send ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
+    runs: list[tuple[Case, str]] = []
+    for case in MAILS:
+        for step in case.steps:
+            before = len(await mails.rows(Execution, workflow_id=workflow_id))
+            key = owner.key if case.name in OF_KEY else None
+            answer = await mails.post(workflow_id, step, key)
+            assert status_is_as_expected(answer.status_code, step), (case.name, answer.text)
+            after = len(await mails.rows(Execution, workflow_id=workflow_id))
+            assert after - before == step.respond["creates_execution"], case.name
+            if case.name in NO_RUNS:
+                assert answer.json() == {"noted": NO_RUNS[case.name]}
+            elif answer.is_success:
+                assert answer.json() == {
+                    "executionId": answer.json()["executionId"],
+                    "trigger_type": "email",
+                }
+                assert answer.status_code == (200 if case.provider == "mailgun" else 201)
+                runs.append((case, answer.json()["executionId"]))
+            elif case.provider == "mailgun":
+                refused(answer, 406, "mail-refused")
+    first, again = (one for case, one in runs if case.name == "mg_retry_after_lost_reply")
+    assert first == again
+    unread_runs = [await mails.run(one) for case, one in runs if case.provider != "native"]
+    assert {(run.target, run.status) for run in unread_runs} == {(UNREAD, "pending")}
+    assert {run.user_id for run in unread_runs} == {owner.user.id}
+
+    outcomes = [(one.outcome, one.sender.partition(":")[0]) for one in await mails.deliveries(workflow_id)]
+    # What was sent without a key and isn't true leaves no trace here: anybody could send it.
+    assert {one for one in outcomes if one[0] == "rejected"} == {("rejected", "mailgun")}
+    assert outcomes.count(("duplicate", "mailgun")) == 1
+    assert {sender for outcome, sender in outcomes if outcome == "accepted"} == {
+        *("api-key", "sendgrid", "mailgun", "sns", "basic-auth"),
+    }
+    confirmed = BY_NAME["ses_subscription_confirmation"].expected["confirm"]["url"]
+    assert mails.sns.asked == [CONFIG["sns"]["signing_cert_url"], confirmed]
+
+    await mails.read(*(one for _, one in runs))
+    for case, execution_id in runs:
+        given = await mails.given(execution_id)
+        assert_is(given, case)
+        run = await mails.run(execution_id)
+        assert (run.target, run.status, run.started_at, run.attempt) == ("shared", "pending", None, 0)
+        for told in given["attachments"] if case.provider != "native" else ():
+            if "blob" in told:
+                content = await mails.gateway.blobs.get(
+                    Owner(owner.user.organization_id, execution_id), told["sha256"]
+                )
+                assert sha256(content).hexdigest() == told["sha256"] == told["blob"]["$blob"]["sha256"]
+
+
+async def test_without_anything_configured_only_keys_and_tokens_let_mail_in(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+    names = ("sg_parsed_basic", "mg_parsed_urlencoded", "ses_sns_utf8_v1", "sg_parsed_basic_auth")
+    for name in names:
+        refused(await mails.post(workflow_id, BY_NAME[name].steps[0]), 401, "unauthorized")
+    made = await owner.api.post(f"{mails_url(workflow_id)}/trigger-token", json={})
+    for name in names:
+        answer = await mails.post(workflow_id, BY_NAME[name].steps[0], token=made.json()["token"])
+        assert answer.is_success, answer.text
+    other = await mails.workflow(owner)
+    answer = await mails.post(other, BY_NAME[names[0]].steps[0], token=made.json()["token"])
+    refused(answer, 401, "unauthorized")
+    refused(
+        await mails.post("wf_00000000000000000000000000", BY_NAME[names[0]].steps[0]), 401, "unauthorized"
+    )
+    # By a token alone, nobody subscribes us to a topic, or has us read from a bucket.
+    for name, status, code in (
+        ("ses_subscription_confirmation", 400, "unknown-topic"),
+        ("ses_s3_action", 403, "foreign-object"),
+    ):
+        answer = await mails.post(workflow_id, BY_NAME[name].steps[0], token=made.json()["token"])
+        refused(answer, status, code)
+
+
+def mails_url(workflow_id: str) -> str:
+    return f"/api/v1/workflows/{workflow_id}"
+
+
+async def test_a_signature_that_is_not_good_refuses_whoever_has_a_key_too(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    config = await mails.whole_config(owner)
+    workflow_id = await mails.workflow(owner, **config)
+    for name, status, code in (
+        ("sg_bad_signature", 401, "invalid-signature"),
+        ("mg_bad_signature", 406, "mail-refused"),
+        ("ses_bad_signature", 401, "invalid-signature"),
+        ("ses_topic_not_allowed", 400, "unknown-topic"),
+    ):
+        refused(await mails.post(workflow_id, BY_NAME[name].steps[0], owner.key), status, code)
+    assert [one.outcome for one in await mails.deliveries(workflow_id)] == ["rejected"] * 4
+
+    strict = await mails.workflow(owner, **config, requireSignature=True)
+    for name in ("native_full", "sg_parsed_basic_auth"):
+        answer = await mails.post(strict, BY_NAME[name].steps[0], owner.key)
+        refused(answer, 401, "invalid-signature")
+    assert (await mails.post(strict, BY_NAME["sg_parsed_basic"].steps[0], owner.key)).status_code == 201
+
+
+async def test_passwords_and_tokens_let_in_and_can_not_be_tried_for_long(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    config = await mails.whole_config(owner)
+    workflow_id = await mails.workflow(owner, **{name: config[name] for name in ("basicAuth", "bearer")})
+    client = await mails.world.client()
+
+    async def post(authorization: str) -> Any:  # noqa: ANN401 - a response
+        url = f"{mails_url(workflow_id)}/email-trigger"
+        return await client.post(url, json={"subject": "x"}, headers={"Authorization": authorization})
+
+    right = b64encode("{username}:{password}".format(**CONFIG["basic_auth"]).encode()).decode()
+    assert (await post(f"Basic {right}")).status_code == 201
+    assert (await post(f"Bearer {CONFIG['bearer_token']}")).status_code == 201
+    for _ in range(50):
+        refused(await post("Basic d3Jvbmc6d3Jvbmc="), 401, "invalid-signature")
+    refused(await post(f"Basic {right}"), 429, "rate-limited")
+    refused(await post("Digest x"), 429, "rate-limited")
+
+
+async def test_a_mail_is_known_again_and_a_token_of_mailgun_is_good_for_one_mail(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
+    step = BY_NAME["mg_parsed_urlencoded"].steps[0]
+    answers = await asyncio.gather(*(mails.post(workflow_id, step) for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    assert len(await mails.rows(Execution, workflow_id=workflow_id)) == 1
+
+    token = b"token=" + BY_NAME["mg_parsed_urlencoded"].expected["idempotency"]["key"][0].encode()
+    assert token in step.body
+    other = Step(
+        **{
+            **{name: getattr(step, name) for name in Step.__dataclass_fields__},
+            "body": step.body.replace(b"Message-Id=", b"Message-Id=x"),
+        }
+    )
+    assert other.body != step.body
+    replayed = await mails.post(workflow_id, other)
+    refused(replayed, 406, "mail-refused")
+    assert "replayed-delivery" in replayed.json()["error"]["message"]
+
+    await mails.set_status(owner, workflow_id, "draft")
+    assert (await mails.post(workflow_id, step)).content == answers[0].content
+    fresh = BY_NAME["mg_raw_mime"].steps[0]
+    refused(await mails.post(workflow_id, fresh), 406, "mail-refused")
+    refused(await mails.post(workflow_id, BY_NAME["sg_parsed_basic"].steps[0]), 409, "workflow-not-active")
+
+
+async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
+    store, sns = mails.gateway.store, mails.sns
+
+    async def away(_batch: Sequence[Arrival]) -> Any:  # noqa: ANN401 - never returns
+        raise DatabaseUnavailable("The database is away")
+
+    steps = [
+        BY_NAME[name].steps[0]
+        for name in ("sg_parsed_basic", "mg_raw_mime", "ses_sns_base64_v2", "native_full")
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "take_in", away)
+        for step in steps:
+            refused(await mails.post(workflow_id, step, owner.key), 503, "not-ready")
+        # Its content is durable by then, for a run that never comes to be.
+        envelope = '{"from": "a@example.org", "to": ["b@example.org"]}'
+        large = {"envelope": envelope, "email": PLAIN.format("") + "x" * 100_000}
+        refused(await mails.post_form(workflow_id, owner, large), 503, "not-ready")
+    answers = [await mails.post(workflow_id, step, owner.key) for step in steps]
+    answers.append(await mails.post_form(workflow_id, owner, large))
+    for answer in answers:
+        assert answer.is_success, answer.text
+        assert "Idempotent-Replayed" not in answer.headers
+    assert len(await mails.rows(Execution, workflow_id=workflow_id)) == 5
+    blob = (await mails.given(answers[-1].json()["executionId"]))["$intake"]["blob"]
+    whose = Owner(owner.user.organization_id, answers[-1].json()["executionId"])
+    assert len(await mails.gateway.blobs.get(whose, blob["sha256"])) > 100_000
+    again = await mails.post_form(workflow_id, owner, large)
+    assert again.json() == answers[-1].json()
+
+    confirmation = BY_NAME["ses_subscription_confirmation"].steps[0]
+    sns.statuses = [500]
+    refused(await mails.post(workflow_id, confirmation), 503, "not-ready")
+    sns.statuses = [403]
+    refused(await mails.post(workflow_id, confirmation), 400, "malformed-message")
+    assert (await mails.post(workflow_id, confirmation)).status_code == 200
+
+
+async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
+    mails: MailWorld, people: People
+) -> None:
+    owner, step = people.owner, BY_NAME["ses_s3_action"].steps[0]
+    topics = CONFIG["sns"]["allowed_topic_arns"]
+    for config in (
+        {"topics": topics},
+        {"topics": topics, "objects": await mails.bucket(owner, "other")},
+        {"topics": topics, "objects": await mails.bucket(owner, "mai")},
+    ):
+        workflow_id = await mails.workflow(owner, ses=config)
+        refused(await mails.post(workflow_id, step), 403, "foreign-object")
+    workflow_id = await mails.workflow(
+        owner, ses={"topics": topics, "objects": await mails.bucket(people.stranger)}
+    )
+    refused(await mails.post(workflow_id, step), 401, "invalid-signature")
+
+    # As it is now, the object can't be read; a moment later it can.
+    workflow_id = await mails.workflow(
+        owner, ses={"topics": topics, "objects": await mails.bucket(owner, "")}
+    )
+    execution_id = (await mails.post(workflow_id, step)).json()["executionId"]
+    mails.s3.failures = [fake_s3.Refused(403, "AccessDenied")]
+    await mails.read(execution_id)
+    run = await mails.run(execution_id)
+    assert (run.status, run.target, run.attempt) == ("waiting", UNREAD, 0)
+    assert timedelta(0) < run.due_at - datetime.now(UTC) <= timedelta(seconds=5)
+    await due_now(mails, execution_id)
+    await mails.read(execution_id)
+    assert_is(await mails.given(execution_id), BY_NAME["ses_s3_action"])
+
+
+async def due_now(mails: MailWorld, execution_id: str) -> None:
+    await changed(mails, execution_id, due_at=datetime(2020, 1, 1, tzinfo=UTC))
+    await mails.gateway.store.promote_due()
+
+
+async def changed(mails: MailWorld, execution_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+    await mails.gateway.database.transaction(
+        lambda connection: connection.execute(
+            update(Execution).where(col(Execution.id) == execution_id).values(**values)
+        )
+    )
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
+    mails: MailWorld, people: People
+) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format(""))
+    store = mails.gateway.store
+    (dead,) = [one for one in await claimed(mails, "dead.reader") if one.execution_id == execution_id]
+    await changed(mails, execution_id, lease_until=datetime(2020, 1, 1, tzinfo=UTC))
+    assert (await store.sweep(100)).requeued >= 1
+    await mails.read(execution_id)
+    given = await mails.given(execution_id)
+    assert given["subject"] == "Hello"
+    late = unread.Read(
+        ExecutionKey(dead.execution_id, dead.lane), dead.token, "dead.reader", workflow_id, {}, "{}"
+    )
+    left = await mails.gateway.database.transaction(lambda connection: unread.leave(connection, [late]))
+    assert left == [None]
+    assert await mails.given(execution_id) == given
+    run = await mails.run(execution_id)
+    assert (run.status, run.target, run.attempt, run.has_journal) == ("pending", "shared", 0, False)
+
+
+async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others_go_home(
+    mails: MailWorld, people: People
+) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    homes = {
+        await mails.mail(workflow_id, people.owner, PLAIN.format(f"Message-ID: <{home}@x>\r\n")): home
+        for home in ("cancelled", "stopped", workflow_id, None)
+    }
+    held = [one for one in await claimed(mails, "a.reader") if one.execution_id in homes]
+    for one in held:
+        home = homes[one.execution_id]
+        if home in {"cancelled", "stopped"}:
+            key = ExecutionKey(one.execution_id, one.lane)
+            await mails.gateway.store.request_end(key, "cancel" if home == "cancelled" else "stop")
+        else:
+            await changed(mails, one.execution_id, home=home)
+    batch = [
+        unread.Read(ExecutionKey(one.execution_id, one.lane), one.token, "a.reader", workflow_id, {}, "{}")
+        for one in held
+    ]
+    left = await mails.gateway.database.transaction(lambda connection: unread.leave(connection, batch))
+    runs = [await mails.run(one.execution_id) for one in held]
+    assert {homes[run.id]: (run.status, run.target) for run in runs} == {
+        "cancelled": ("cancelled", "shared"),
+        "stopped": ("stopped", "shared"),
+        workflow_id: ("pending", workflow_id),
+        None: ("pending", "shared"),
+    }
+    assert [one.status for one in left if one is not None] == [run.status for run in runs]
+    assert [run.id for run in runs if run.ended_at] == [run.id for run in runs if run.status != "pending"]
+
+
+async def claimed(mails: MailWorld, owner: str) -> Sequence[Claimed]:
+    return await mails.gateway.store.claim(Claim(owner, 30.0, 100, target=UNREAD))
+
+
+async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    big = "Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\nContent-Disposition: attachment\r\n\r\nx\r\n--b--"
+    execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format(f"{big}\r\n"))
+    begun = asyncio.Event()
+
+    async def put(*_: Any, **__: Any) -> Any:  # noqa: ANN401 - never returns
+        begun.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mails.gateway.blobs, "put", put)
+        patch.setattr(reading, "CLOSE_SECONDS", 0.01)
+        async with mails.reading():
+            await asyncio.wait_for(begun.wait(), 5)
+    run = await mails.run(execution_id)
+    assert (run.status, run.target, run.attempt, run.lease_owner) == ("pending", UNREAD, 0, None)
+
+
+async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_a_day(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+    wide = PLAIN.format("".join(f"X-{number}: x\r\n" for number in range(2_000)))
+    unreadable = await mails.mail(workflow_id, owner, wide)
+    large = await mails.mail(workflow_id, owner, PLAIN.format("Message-ID: <l@x>\r\n") + "x" * 100_000)
+
+    def away(*_: Any) -> Any:  # noqa: ANN401 - never returns
+        raise BlobsUnavailable("The folder is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mails.gateway.blobs, "open", away)
+        await mails.read(unreadable, large)
+        failed, put_off = await mails.run(unreadable), await mails.run(large)
+        assert (failed.status, failed.error["code"]) == ("failed", "invalid-input")
+        assert "more than 1,000 headers" in failed.error["message"]
+        assert put_off.status == "waiting"
+        shown = await owner.api.get(f"/api/v1/executions/{large}")
+        assert shown.json()["trigger"]["data"] == {}
+        await due_now(mails, large)
+        await changed(mails, large, started_at=datetime.now(UTC) - timedelta(days=1, minutes=1))
+        await mails.read(large)
+    failed = await mails.run(large)
+    assert (failed.status, failed.error["code"]) == ("failed", "invalid-input")
+
+    # What has failed may be resumed, and then is read.
+    resumed = await owner.api.post(f"/api/v1/executions/{large}/resume")
+    assert resumed.status_code == 201, resumed.text
+    again = resumed.json()["executionId"]
+    await mails.read(again)
+    assert (await mails.given(again))["body_text"].startswith("Hello.")
+
+
+async def test_mails_that_answer_ours_without_end_are_accepted_and_not_run(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+    automatic = await mails.mail(workflow_id, owner, PLAIN.format("Auto-Submitted: auto-replied\r\n"))
+    ours = "References: <a@x>\r\n <pilotflame.{}@example.org>\r\nMessage-ID: <{}@x>\r\n"
+    answers = [await mails.mail(workflow_id, owner, PLAIN.format(ours.format(n, n))) for n in range(11)]
+    await mails.read(automatic, *answers)
+    runs = [await mails.run(one) for one in answers]
+    assert sorted(run.status for run in runs) == ["cancelled", *["pending"] * 10]
+    looped = next(run for run in runs if run.status == "cancelled")
+    for run in (await mails.run(automatic), looped):
+        assert (run.status, run.error["code"]) == ("cancelled", "mail-loop")
+        (delivery,) = [one for one in await mails.deliveries(workflow_id) if one.execution_id == run.id]
+        assert (delivery.outcome, delivery.reason.partition(":")[0]) == ("accepted", "mail-loop")
+
+
+async def test_a_mail_takes_its_place_among_the_runs_that_its_workflow_allows(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    by_sender = {"limit": 1, "key": "{{ trigger.from }}"}
+    queueing = await mails.workflow(owner, settings={"concurrency": by_sender})
+    rejecting = await mails.workflow(owner, settings={"concurrency": {**by_sender, "onLimit": "reject"}})
+    for workflow_id, second in ((queueing, ("pending", "limited")), (rejecting, ("failed", "limited"))):
+        runs = []
+        for number in range(2):
+            message_id = f"Message-ID: <{number}@x>\r\n"
+            runs.append(await mails.mail(workflow_id, owner, PLAIN.format(message_id)))
+            await mails.read(runs[-1])
+        found = [await mails.run(one) for one in runs]
+        assert [(run.status, run.target) for run in found] == [("pending", "shared"), second]
+    assert found[1].error["code"] == "concurrency-limit"
+
+
+async def test_a_mail_that_is_run_once_more_has_its_attachments_and_one_unread_is_read(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
+    case = BY_NAME["mg_parsed_multipart"]
+    read_first = (await mails.post(workflow_id, case.steps[0])).json()["executionId"]
+    await mails.read(read_first)
+    large = await mails.mail(workflow_id, owner, PLAIN.format("Message-ID: <l@x>\r\n") + "x" * 100_000)
+    for delivery in await mails.deliveries(workflow_id):
+        answer = await owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
+        assert answer.status_code == 201, answer.text
+        again = answer.json()["executionId"]
+        if delivery.execution_id == large:
+            assert (await mails.run(again)).target == UNREAD
+            await mails.read(again)
+            assert len((await mails.given(again))["body_text"]) > 100_000
+            continue
+        assert (await mails.run(again)).target == "shared"
+        for told in (await mails.given(again))["attachments"]:
+            whose = Owner(owner.user.organization_id, again)
+            assert await mails.gateway.blobs.get(whose, told["sha256"]) is not None
+
+
+async def test_a_large_mail_keeps_nobody_waiting(mails: MailWorld, people: People) -> None:
+    if mails.gateway.database.url.get_backend_name() != "sqlite":
+        pytest.skip("The database has no part in it")
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+    line = b64encode(bytes(range(57)))
+    part = b"Content-Type: application/pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+    body = b"--b\r\n" + part + (line + b"\r\n") * (25_000_000 // 78) + b"--b--\r\n"
+    raw = PLAIN.format("Content-Type: multipart/mixed; boundary=b\r\n").encode() + b"\r\n" + body
+    client, waits, is_over = await mails.world.client(), [], asyncio.Event()
+
+    async def look() -> None:
+        while not is_over.is_set():
+            began = time.perf_counter()
+            assert (await client.get("/healthz")).status_code == 200
+            waits.append(time.perf_counter() - began)
+            await asyncio.sleep(0.002)
+
+    looking = asyncio.create_task(look())
+    execution_id = await mails.mail(workflow_id, owner, raw)
+    began = time.perf_counter()
+    await mails.read(execution_id)
+    seconds = time.perf_counter() - began
+    is_over.set()
+    await looking
+    (told,) = (await mails.given(execution_id))["attachments"]
+    assert told["size"] == 57 * (25_000_000 // 78)
+    assert seconds < 4  # of a machine that others use too
+    assert sorted(waits)[int(len(waits) * 0.95)] < 0.1

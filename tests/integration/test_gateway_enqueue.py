@@ -1,0 +1,348 @@
+"""Messages for queue triggers: what is taken in, once, as a run and a delivery in one commit; and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, update
+from sqlmodel import SQLModel, col
+
+from engine.values import Json
+from gateway import acceptance
+from gateway.arrivals import sender as senders
+from journal.store import Arrival, TakenIn
+from models import ids, intake_tokens
+from models.deployment import Deployment, Observed
+from models.execution import DELAYED, Execution, ExecutionData, ExecutionStatus
+from models.intake import Delivery, IntakeToken, TokenKind
+from models.lifecycle import StoppedReason
+from tests.integration.deployed import deployed
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
+
+WORKFLOWS = "/api/v1/workflows"
+QUEUE = {"nodes": [{"id": "start", "nodeId": "queue-trigger", "label": "Start"}, STEP], "connections": [EDGE]}
+
+
+@pytest.fixture
+async def workflow_id(people: People) -> str:
+    return await active(people.owner)
+
+
+async def active(person: Person, **graph: Any) -> str:  # noqa: ANN401 - any JSON value
+    workflow_id = await person.create(**(graph or QUEUE))
+    response = await person.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
+    assert response.status_code == 200, response.text
+    return workflow_id
+
+
+async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+    conditions = [getattr(table, name) == value for name, value in equal.items()]
+    async with world.gateway.database.read() as connection:
+        return list((await connection.execute(select(table).where(*conditions))).all())
+
+
+async def token_of(
+    world: World, person: Person, workflow_id: str, kind: TokenKind = TokenKind.TRIGGER
+) -> str:
+    token = intake_tokens.new_token(kind)
+    row = IntakeToken(
+        id=ids.new("tok"),
+        kind=kind,
+        organization_id=person.user.organization_id,
+        lane=person.user.lane,
+        workflow_id=workflow_id if kind is TokenKind.TRIGGER else None,
+        user_id=person.user.id,
+        hash=intake_tokens.token_hash(token),
+        hint=intake_tokens.hint_of(token),
+        created_at=datetime.now(UTC),
+    )
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(insert(IntakeToken).values(row.model_dump()))
+    )
+    return token
+
+
+@pytest.mark.parametrize(
+    ("body", "given"),
+    [
+        ({"message": {"a": 1}, "priority": 7.0, "source": "shop"}, ({"a": 1}, 7, "shop")),
+        ({"data": [1], "priority": -100}, ([1], -100, "rest_api")),
+        ({"orderId": 1, "priority": 5}, ({"orderId": 1, "priority": 5}, 0, "rest_api")),
+        ({"message": None, "data": 1}, (1, 0, "rest_api")),
+        ({"message": None, "priority": 5}, ({"message": None, "priority": 5}, 0, "rest_api")),
+        ([1, 2], ([1, 2], 0, "rest_api")),
+        ("a text", ("a text", 0, "rest_api")),
+    ],
+)
+async def test_a_message_is_what_the_run_is_given(
+    world: World, people: People, workflow_id: str, body: Json, given: tuple[Json, int, str]
+) -> None:
+    response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json=body)
+    assert response.status_code == 201, response.text
+    execution_id = response.json()["executionId"]
+    assert response.json() == {"executionId": execution_id, "trigger_type": "queue"}
+    assert response.headers["Location"].endswith(f"/api/v1/executions/{execution_id}")
+    (data,) = await rows(world, ExecutionData, execution_id=execution_id)
+    assert json.loads(data.trigger) == dict(zip(("message", "priority", "source"), given, strict=True))
+    (run,) = await rows(world, Execution, id=execution_id)
+    assert (run.trigger_type, run.user_id) == ("queue", people.owner.user.id)
+    (delivery,) = await rows(world, Delivery, workflow_id=workflow_id)
+    assert (delivery.outcome, delivery.status, delivery.execution_id) == ("accepted", 201, execution_id)
+    assert delivery.route == "enqueue"
+    assert delivery.sender.startswith("api-key:key_")
+    assert delivery.content_bytes == len(response.request.content)
+
+
+async def test_what_is_sent_again_is_answered_as_it_was(
+    world: World, people: People, workflow_id: str
+) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    body = {"message": 1, "deduplicationId": "once"}
+    answers = await asyncio.gather(*(people.owner.api.post(url, json=body) for _ in range(50)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
+    deliveries = await rows(world, Delivery, workflow_id=workflow_id)
+    assert sorted(one.outcome for one in deliveries) == ["accepted", *["duplicate"] * 49]
+    assert {one.execution_id for one in deliveries} == {answers[0].json()["executionId"]}
+
+    headers = {"Idempotency-Key": "mine"}
+    first = await people.owner.api.post(url, json={"message": 1}, headers=headers)
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
+    again = await people.owner.api.post(url, json={"message": 1}, headers=headers)
+    assert (again.status_code, again.json()) == (201, first.json())
+    refused(
+        await people.owner.api.post(url, json={"message": 2}, headers=headers), 422, "idempotency-mismatch"
+    )
+
+
+async def test_a_message_is_known_by_its_own_name_and_by_that_of_its_request(
+    world: World, people: People, workflow_id: str
+) -> None:
+    async def sent(key: str, name: str) -> Any:  # noqa: ANN401 - a response
+        body = {"message": 1, "deduplicationId": name}
+        url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+        return await people.owner.api.post(url, json=body, headers={"Idempotency-Key": key})
+
+    first, again, renamed = [await sent(key, "a") for key in ("1", "1", "2")]
+    assert first.json() == again.json() == renamed.json()
+    refused(await sent("1", "b"), 422, "idempotency-mismatch")
+    assert (await sent("3", "b")).json() != first.json()
+    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 2
+
+
+async def test_large_messages_share_no_commit(
+    world: World, people: People, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[list[int]] = []
+    take_in = world.gateway.store.take_in
+
+    async def counted(batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        sizes.append([len(run.trigger) for arrival in batch for run in arrival.runs])
+        return await take_in(batch)
+
+    monkeypatch.setattr(world.gateway.store, "take_in", counted)
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    body = {"message": "x" * 900_000}
+    await asyncio.gather(*(people.owner.api.post(url, json=body) for _ in range(16)))
+    assert sum(map(len, sizes)) == 16
+    assert max(map(sum, sizes)) <= acceptance.MAX_CHARACTERS
+
+
+async def test_a_message_waits_for_its_time(world: World, people: People, workflow_id: str) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    response = await people.owner.api.post(url, json={"message": 1, "delaySeconds": 60, "priority": 3})
+    execution_id = response.json()["executionId"]
+    (run,) = await rows(world, Execution, id=execution_id)
+    assert (run.status, run.target) == (ExecutionStatus.WAITING, DELAYED)
+    assert timedelta(seconds=50) < run.due_at - run.created_at < timedelta(seconds=61)
+    assert run.rank == pytest.approx(run.due_at.timestamp() * 1e6 - 3 * 60e6, abs=10)
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(
+            update(Execution).where(col(Execution.id) == execution_id).values(due_at=run.created_at)
+        )
+    )
+    assert await world.gateway.store.promote_due() == 1
+    (run,) = await rows(world, Execution, id=execution_id)
+    assert (run.status, run.target, run.due_at) == (ExecutionStatus.PENDING, "shared", None)
+
+
+async def test_a_message_for_later_wakes_no_pods(world: World, people: People, workflow_id: str) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    await people.owner.api.post(url, json={"message": 1})
+    (stored,) = await rows(world, Execution, workflow_id=workflow_id)
+    asleep = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
+    await deployed(world, people.owner, workflow_id, definition_hash=stored.definition_hash, **asleep)
+    world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
+    batch = {"messages": [{"message": 2, "delaySeconds": 60}]}
+    for path, body, replicas in (
+        (url, {"message": 2, "delaySeconds": 60}, 0),
+        (f"{url}-batch", batch, 0),
+        (url, {"message": 2}, 1),
+    ):
+        assert (await people.owner.api.post(path, json=body)).status_code == 201
+        await world.gateway.activation._wakes.drain()  # noqa: SLF001 - nobody waits for it otherwise
+        (deployment,) = await rows(world, Deployment, workflow_id=workflow_id)
+        assert deployment.replicas == replicas
+    runs = await rows(world, Execution, workflow_id=workflow_id, home=workflow_id)
+    assert sorted(run.target for run in runs) == sorted([DELAYED, DELAYED, workflow_id])
+
+
+async def test_a_revoked_token_is_good_for_a_second_after_it_was_asked_for_and_no_longer(
+    world: World, people: People, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue?key={await token_of(world, people.owner, workflow_id)}"
+    nobody = await world.client()
+    clock = iter([10.0])
+    monkeypatch.setattr(senders, "monotonic", lambda: next(clock, 10.9))
+    assert (await nobody.post(url, json={"message": 1})).status_code == 201
+    await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}/trigger-token")
+    assert (await nobody.post(url, json={"message": 1})).status_code == 201
+    monkeypatch.setattr(senders, "monotonic", lambda: 11.0)
+    refused(await nobody.post(url, json={"message": 1}), 401, "unauthorized")
+
+
+async def test_a_token_shares_keys_with_those_before_and_after_it_and_with_no_user(
+    world: World, people: People, workflow_id: str
+) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    nobody, headers = await world.client(), {"Idempotency-Key": "1"}
+    own = await people.owner.api.post(url, json={"message": 1}, headers=headers)
+    first, second = [
+        await nobody.post(
+            f"{url}?key={await token_of(world, people.owner, workflow_id)}",
+            json={"message": 2},
+            headers=headers,
+        )
+        for _ in range(2)
+    ]
+    assert own.json()["executionId"] != first.json()["executionId"] == second.json()["executionId"]
+    assert second.headers["Idempotent-Replayed"] == "true"
+
+
+async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
+    world: World, people: People, workflow_id: str
+) -> None:
+    other = await active(people.owner)
+    token = await token_of(world, people.owner, workflow_id)
+    event_token = await token_of(world, people.owner, workflow_id, TokenKind.EVENT)
+    nobody = await world.client()
+
+    response = await nobody.post(f"{WORKFLOWS}/{workflow_id}/enqueue?key={token}", json={"message": 1})
+    assert response.status_code == 201, response.text
+    (run,) = await rows(world, Execution, workflow_id=workflow_id)
+    assert run.user_id == people.owner.user.id
+    (delivery,) = await rows(world, Delivery, workflow_id=workflow_id)
+    assert delivery.sender.startswith("trigger-token:tok_")
+
+    def url(workflow_id: str, key: str) -> str:
+        return f"{WORKFLOWS}/{workflow_id}/enqueue?key={key}"
+
+    for address in (
+        url(other, token),
+        url(workflow_id, event_token),
+        url(workflow_id, token[:-1] + "_"),
+        url(workflow_id, f"{token}&key={token}"),
+        url(workflow_id, people.owner.key),
+        f"{WORKFLOWS}/{workflow_id}/enqueue",
+    ):
+        refused(await nobody.post(address, json={"message": 1}), 401, "unauthorized")
+    refused(await nobody.get(f"{WORKFLOWS}/{workflow_id}?key={token}"), 401, "unauthorized")
+    refused(await nobody.get(f"{WORKFLOWS}", headers={"X-API-Key": token}), 401, "unauthorized")
+
+
+async def test_what_is_refused_is_noted_with_its_reason(
+    world: World, people: People, workflow_id: str
+) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue"
+    wrong = {"message": 1, "priority": 101, "delaySeconds": -1, "notBefore": "2030-01-01T00:00:00"}
+    refused(await people.owner.api.post(url, json=wrong), 422, "validation-failed")
+    refused(await people.owner.api.post(url, json={"message": 1, "priority": 1.5}), 422, "validation-failed")
+    refused(
+        await people.owner.api.post(url, content=b"{", headers={"Content-Type": "application/json"}),
+        400,
+        "malformed-json",
+    )
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    refused(await people.owner.api.post(url, json={"message": 1}), 409, "workflow-not-active")
+    deliveries = await rows(world, Delivery, workflow_id=workflow_id)
+    assert [one.outcome for one in deliveries] == ["rejected"] * 4
+    assert {one.reason.partition(":")[0] for one in deliveries} == {
+        "validation-failed",
+        "malformed-json",
+        "workflow-not-active",
+    }
+    refused(await people.stranger.api.post(url, json={"message": 1}), 404, "not-found")
+    manual = await active(people.owner, **GRAPH)
+    refused(await people.owner.api.post(f"{WORKFLOWS}/{manual}/enqueue", json={}), 422, "no-queue-trigger")
+
+
+async def test_a_batch_is_taken_in_whole_but_for_what_is_wrong_or_known(
+    world: World, people: People, workflow_id: str
+) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"
+    api = people.owner.api
+    known = (
+        await api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"data": 0, "deduplicationId": "a"})
+    ).json()
+    messages = [
+        {"message": 1, "deduplicationId": "a"},
+        {"message": 2, "deduplicationId": "b", "priority": 9},
+        {"data": 3, "priority": 101},
+        {"message": 4, "deduplicationId": "b"},
+        {"priority": 1},
+        {"data": 5, "delaySeconds": 60},
+    ]
+    response = await api.post(url, json={"messages": messages})
+    assert response.status_code == 201, response.text
+    shape = response.json()
+    results = shape.pop("results")
+    assert shape == {"accepted": 2, "duplicates": 2, "refused": 2}
+    assert [one["status"] for one in results] == [
+        *("duplicate", "accepted", "refused", "duplicate", "refused", "accepted")
+    ]
+    assert results[0]["executionId"] == known["executionId"]
+    assert results[3]["executionId"] == results[1]["executionId"]
+    assert [results[place]["error"]["details"][0]["path"] for place in (2, 4)] == [
+        "messages.2.priority",
+        "messages.4.message",
+    ]
+    runs = await rows(world, Execution, workflow_id=workflow_id)
+    assert sorted(run.status for run in runs) == ["pending", "pending", "waiting"]
+    deliveries = await rows(world, Delivery, workflow_id=workflow_id)
+    assert sorted(one.route for one in deliveries) == ["enqueue", "enqueue-batch"]
+
+
+async def test_a_batch_that_is_sent_again_is_answered_with_the_same_runs(
+    world: World, people: People, workflow_id: str
+) -> None:
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"
+    body = {"messages": [{"message": number} for number in range(1_000)]}
+    headers = {"Idempotency-Key": "batch"}
+    first, second = await asyncio.gather(
+        *(people.owner.api.post(url, json=body, headers=headers) for _ in range(2))
+    )
+    ids_of = [[one["executionId"] for one in answer.json()["results"]] for answer in (first, second)]
+    assert ids_of[0] == ids_of[1]
+    assert len(set(ids_of[0])) == 1_000
+    assert {first.json()["accepted"], second.json()["accepted"]} == {1_000, 0}
+    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1_000
+    for other in (body["messages"][:-1], [*body["messages"][:-1], {"message": 0, "deduplicationId": "new"}]):
+        answer = await people.owner.api.post(url, json={"messages": other}, headers=headers)
+        refused(answer, 422, "idempotency-mismatch")
+    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1_000
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    third = await people.owner.api.post(url, json=body, headers=headers)
+    assert [one["executionId"] for one in third.json()["results"]] == ids_of[0]
+    assert third.headers["Idempotent-Replayed"] == "true"
+    await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
+    too_many = {"messages": [*body["messages"], {"message": 0}]}
+    refused(await people.owner.api.post(url, json=too_many), 422, "validation-failed")
+    refused(await people.owner.api.post(url, json={"messages": [{}]}), 422, "validation-failed")
+    refused(await people.owner.api.post(url, json={"messages": []}), 422, "validation-failed")

@@ -1,0 +1,66 @@
+"""Tokens of those who send events: who makes them, what they open, and how they end."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.arrivals import sender
+from tests.integration.gateway_world import People, World, refused
+
+TOKENS = "/api/v1/auth/event-tokens"
+EVENTS = "/api/v1/workflows/events"
+
+
+async def test_an_admin_makes_a_token_and_is_shown_it_once(world: World, people: People) -> None:
+    body = {
+        "name": "Hooks of GitHub",
+        "secrets": {"github": ["one", "two"], "standardWebhooks": ["whsec_YQ=="]},
+    }
+    response = await people.admin.api.post(TOKENS, json=body)
+    assert response.status_code == 201, response.text
+    made = response.json()
+    assert made["url"].endswith(f"{EVENTS}?key={made['token']}")
+    assert made["providers"] == ["github", "standardWebhooks"]
+    await people.admin.api.post(TOKENS, json={"name": "Plain"})
+
+    listed = (await people.admin.api.get(f"{TOKENS}?limit=1&offset=1")).json()
+    assert (listed["count"], listed["limit"], listed["offset"]) == (2, 1, 1)
+    shown = {name: value for name, value in made.items() if name not in {"token", "url"}}
+    assert listed["tokens"] == [shown]
+    assert (await people.stranger.api.get(TOKENS)).json()["count"] == 0
+
+    actions = [one["action"] for one in (await people.admin.api.get("/api/v1/audit")).json()["entries"]]
+    assert actions.count("event-token.created") == 2
+    nobody = await world.client()
+    unsigned = await nobody.post(made["url"], json={"event_type": "a.b"})
+    refused(unsigned, 401, "invalid-signature")
+
+
+async def test_a_token_that_has_ended_opens_nothing(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "KEPT_SECONDS", 0.0)
+    made = (await people.admin.api.post(TOKENS, json={"name": "Plain"})).json()
+    nobody = await world.client()
+    assert (await nobody.post(made["url"], json={"event_type": "a.b"})).status_code == 200
+    refused(await people.stranger.api.delete(f"{TOKENS}/{made['id']}"), 404, "not-found")
+    for _ in range(2):
+        assert (await people.admin.api.delete(f"{TOKENS}/{made['id']}")).status_code == 204
+    refused(await nobody.post(made["url"], json={"event_type": "a.b"}), 401, "unauthorized")
+    (shown,) = (await people.admin.api.get(TOKENS)).json()["tokens"]
+    assert shown["revokedAt"] is not None
+    actions = [one["action"] for one in (await people.admin.api.get("/api/v1/audit")).json()["entries"]]
+    assert actions.count("event-token.revoked") == 1
+
+
+async def test_only_admins_have_to_do_with_tokens_and_wrong_ones_are_refused(people: People) -> None:
+    refused(await people.owner.api.post(TOKENS, json={"name": "Mine"}), 403, "admin-required")
+    refused(await people.owner.api.get(TOKENS), 403, "admin-required")
+    refused(await people.owner.api.delete(f"{TOKENS}/tok_1"), 403, "admin-required")
+    for body in (
+        {},
+        {"name": ""},
+        {"name": "x", "secrets": {"github": ["a"] * 6}},
+        {"name": "x", "secrets": {"slack": [""]}},
+    ):
+        refused(await people.admin.api.post(TOKENS, json=body), 422, "validation-failed")

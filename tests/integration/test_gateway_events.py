@@ -1,0 +1,572 @@
+"""Events: every workflow that waits for one is run, once, in one commit with the event; and who may tell them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel, col
+
+from gateway.arrivals import signatures
+from journal.store import Arrival
+from models import ids, intake_tokens
+from models.database import DatabaseUnavailable
+from models.deployment import Deployment
+from models.execution import Execution, ExecutionData
+from models.intake import Delivery, Event, IntakeToken, TokenKind
+from models.trigger import WorkflowTrigger, WorkflowTriggerMatch
+from models.workflow import Workflow, WorkflowGraph
+from scheduler import retention
+from scheduler.settings import SchedulerSettings
+from senders.events import Sender as Provider
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
+from tests.provider_requests import BY_NAME, CASES, CONFIG, Step
+
+EVENTS = "/api/v1/workflows/events"
+FALSE = {"left": 1, "operator": "equals", "right": 2}
+WORKFLOWS = "/api/v1/workflows"
+SECRETS: Mapping[Provider, Sequence[str]] = {
+    Provider.GITHUB: [CONFIG["github"]["secret"]],
+    Provider.STRIPE: [CONFIG["stripe"]["secret"]],
+    Provider.SLACK: [CONFIG["slack"]["signing_secret"]],
+    Provider.STANDARD_WEBHOOKS: [
+        CONFIG["standard_webhooks"]["secret"],
+        CONFIG["standard_webhooks"]["public_key"],
+    ],
+}
+PROVIDERS = {"github", "stripe", "slack", "standardwebhooks", "cloudevents"}
+SENT = [
+    case
+    for case in CASES
+    if case.provider in PROVIDERS and all(step.target.startswith(EVENTS) for step in case.steps)
+]
+
+
+def subscribed(event_type: str | list[str], **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    trigger = {
+        "id": "start",
+        "type": "event-trigger",
+        "label": "Start",
+        "config": {"event_type": event_type, **config},
+    }
+    return {"nodes": [trigger, STEP], "connections": [EDGE]}
+
+
+async def active(person: Person, graph: Mapping[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+    workflow_id = await person.create(**graph, **fields)
+    await set_status(person, workflow_id, "active")
+    return workflow_id
+
+
+async def set_status(person: Person, workflow_id: str, status: str) -> None:
+    response = await person.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": status})
+    assert response.status_code == 200, response.text
+
+
+async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+    conditions = [getattr(table, name) == value for name, value in equal.items()]
+    async with world.gateway.database.read() as connection:
+        return list((await connection.execute(select(table).where(*conditions))).all())
+
+
+async def token_of(
+    world: World,
+    person: Person,
+    kind: TokenKind = TokenKind.EVENT,
+    secrets: Mapping[Provider, Sequence[str]] | None = None,
+    workflow_id: str | None = None,
+) -> str:
+    token, token_id = intake_tokens.new_token(kind), ids.new("tok")
+    organization_id = person.user.organization_id
+    sealed = None
+    if secrets is not None:
+        kept = {provider: list(some) for provider, some in secrets.items()}
+        sealed = signatures.sealed(
+            world.gateway.vault, kept, organization_id=organization_id, token_id=token_id
+        )
+    row = IntakeToken(
+        id=token_id,
+        kind=kind,
+        organization_id=organization_id,
+        lane=person.user.lane,
+        workflow_id=workflow_id,
+        user_id=person.user.id,
+        hash=intake_tokens.token_hash(token),
+        hint=intake_tokens.hint_of(token),
+        sealed=sealed.content if sealed else None,
+        secret_id=sealed.secret_id if sealed else None,
+        created_at=datetime.now(UTC),
+    )
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(insert(IntakeToken).values(row.model_dump()))
+    )
+    return token
+
+
+@asynccontextmanager
+async def at(world: World, moment: datetime) -> AsyncIterator[None]:
+    """Have the gateway look at signatures at a moment."""
+    before = world.gateway
+    world.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
+    try:
+        yield
+    finally:
+        world.app.state.gateway = before
+
+
+# ── what an event starts ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_event_runs_every_active_workflow_that_waits_for_it(world: World, people: People) -> None:
+    welcome = await active(people.owner, subscribed("user.created"), name="Send welcome email")
+    listed = await active(people.colleague, subscribed(["order.paid", "user.*"]), name="Count")
+    for other in ("user", "user.created.late", "users.*", "user.deleted"):
+        await active(people.owner, subscribed(other))
+    paused = await active(people.owner, subscribed("user.created"))
+    await set_status(people.owner, paused, "paused")
+    await people.owner.create(**subscribed("user.created"))
+    await active(people.stranger, subscribed("user.created"))
+
+    data = {"userId": "user_456"}
+    response = await people.owner.api.post(EVENTS, json={"event_type": "user.created", "event_data": data})
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    found = {one["workflowId"]: one for one in answer["results"]}
+    assert {**answer, "results": None, "event_id": None} == {
+        "event_type": "user.created",
+        "workflows_triggered": 2,
+        "workflows_failed": 0,
+        "results": None,
+        "event_id": None,
+    }
+    assert {one: found[one]["workflowName"] for one in found} == {
+        welcome: "Send welcome email",
+        listed: "Count",
+    }
+    assert all(set(one) == {"workflowId", "workflowName", "executionId"} for one in found.values())
+
+    for workflow_id, owner in ((welcome, people.owner), (listed, people.colleague)):
+        (run,) = await rows(world, Execution, workflow_id=workflow_id)
+        assert (run.id, run.trigger_type) == (found[workflow_id]["executionId"], "event")
+        assert run.user_id == owner.user.id
+        (given,) = await rows(world, ExecutionData, execution_id=run.id)
+        assert json.loads(given.trigger) == {
+            "event_type": "user.created",
+            "event_data": data,
+            "source": "platform",
+        }
+    (event,) = await rows(world, Event, id=answer["event_id"])
+    assert (event.event_type, event.organization_id) == ("user.created", people.owner.user.organization_id)
+    (delivery,) = await rows(world, Delivery, event_id=event.id)
+    assert (delivery.outcome, delivery.status, delivery.created_at) == ("accepted", 200, event.created_at)
+    assert len(await rows(world, Execution, organization_id=event.organization_id)) == 2
+
+
+async def test_an_event_that_nobody_waits_for_is_kept(world: World, people: People) -> None:
+    response = await people.owner.api.post(EVENTS, json={"event_type": "nothing.at-all", "source": "shop"})
+    assert response.status_code == 200
+    answer = response.json()
+    assert (answer["workflows_triggered"], answer["workflows_failed"], answer["results"]) == (0, 0, [])
+    (event,) = await rows(world, Event, id=answer["event_id"])
+    assert json.loads(event.data) == {"event_type": "nothing.at-all", "event_data": {}, "source": "shop"}
+
+
+async def test_a_filter_decides_which_events_count(people: People) -> None:
+    large = {"left": "{{ data.event_data.total }}", "operator": "greater-than", "right": 100}
+    vip = {"left": "{{ trigger.event_data.customer }}", "operator": "equals", "right": "vip"}
+    from_shop = {"left": "{{ data.source }}", "operator": "equals", "right": "shop"}
+    wanted = await active(people.owner, subscribed("order.paid", filter={"any": [vip, large]}))
+    await active(people.owner, subscribed("order.paid", filter={"all": [from_shop, large]}))
+
+    response = await people.owner.api.post(
+        EVENTS, json={"event_type": "order.paid", "event_data": {"total": 7, "customer": "vip"}}
+    )
+    assert [one["workflowId"] for one in response.json()["results"]] == [wanted]
+
+    answer = (await people.owner.api.post(EVENTS, json={"event_type": "order.paid"})).json()
+    assert (answer["workflows_triggered"], answer["workflows_failed"]) == (0, 1)
+    (failed,) = answer["results"]
+    assert failed["error"]["code"] == "filter-failed"
+    assert "executionId" not in failed
+
+
+async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(world: World, people: People) -> None:
+    alone = {"concurrency": {"limit": 1, "onLimit": "reject"}}
+    busy = await active(people.owner, subscribed("a.b"), settings=alone)
+    free = await active(people.owner, subscribed("a.b"))
+    broken = await active(people.owner, subscribed("a.b"))
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(
+            update(WorkflowGraph)
+            .where(col(WorkflowGraph.workflow_id) == broken)
+            .values(nodes=[subscribed("a.b")["nodes"][0], {"id": "odd", "type": "gone", "config": {}}])
+        )
+    )
+    await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
+    headers = {"Idempotency-Key": "full"}
+    response = await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers)
+    answer = response.json()
+    assert (answer["workflows_triggered"], answer["workflows_failed"]) == (1, 2)
+    codes = {one["workflowId"]: one.get("error", {}).get("code") for one in answer["results"]}
+    assert codes == {busy: "concurrency-limit", free: None, broken: "validation-failed"}
+    again = await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers)
+    assert again.json() == answer
+
+    await set_status(people.owner, free, "paused")
+    nothing = await people.owner.api.post(
+        EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
+    )
+    assert nothing.json()["workflows_triggered"] == 0
+    assert len(await rows(world, Delivery, event_id=nothing.json()["event_id"])) == 1
+    again = await people.owner.api.post(
+        EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
+    )
+    assert again.json() == nothing.json()
+
+
+async def test_what_is_told_again_is_answered_as_it_was(world: World, people: People) -> None:
+    workflow_id = await active(people.owner, subscribed("a.b"))
+    body, headers = {"event_type": "a.b", "event_data": {"n": 1}}, {"Idempotency-Key": "mine"}
+    answers = await asyncio.gather(
+        *(people.owner.api.post(EVENTS, json=body, headers=headers) for _ in range(20))
+    )
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    await set_status(people.owner, workflow_id, "draft")
+    assert (await people.owner.api.post(EVENTS, json=body, headers=headers)).content == answers[0].content
+    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
+    assert len(await rows(world, Event, organization_id=people.owner.user.organization_id)) == 1
+    noted = await rows(world, Delivery, organization_id=people.owner.user.organization_id)
+    assert sorted(one.outcome for one in noted) == ["accepted", *["duplicate"] * 20]
+    refused(
+        await people.owner.api.post(EVENTS, json={**body, "source": "other"}, headers=headers),
+        422,
+        "idempotency-mismatch",
+    )
+
+
+async def test_an_event_is_taken_in_whole_or_not_at_all(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        await active(people.owner, subscribed("a.b"))
+    take_in = world.gateway.store.take_in
+    calls = 0
+
+    async def fails(batch: Sequence[Arrival]) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise DatabaseUnavailable("gone")
+        answer = await take_in(batch)
+        if calls == 2:
+            raise DatabaseUnavailable("gone after the commit")
+        return answer
+
+    monkeypatch.setattr(world.gateway.store, "take_in", fails)
+    headers = {"Idempotency-Key": "again"}
+    organization_id = people.owner.user.organization_id
+    refused(
+        await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
+    )
+    assert await rows(world, Event, organization_id=organization_id) == []
+    assert await rows(world, Execution, organization_id=organization_id) == []
+    refused(
+        await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
+    )
+    response = await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers)
+    assert response.headers["Idempotent-Replayed"] == "true"
+    assert response.json()["workflows_triggered"] == 3
+    assert len(await rows(world, Execution, organization_id=organization_id)) == 3
+
+
+async def test_a_workflow_that_changes_meanwhile_is_run_as_it_is_then(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await active(people.owner, subscribed("a.b"))
+    other = await active(people.owner, subscribed("a.b"))
+    await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
+    load, hit = world.gateway.workflows.load_several, False
+
+    async def and_change(organization_id: str, revisions: Mapping[str, int]) -> object:
+        nonlocal hit
+        found = await load(organization_id, revisions)
+        if not hit:
+            hit = True
+            await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"name": "Renamed"})
+            await set_status(people.owner, other, "draft")
+        return found
+
+    monkeypatch.setattr(world.gateway.workflows, "load_several", and_change)
+    answer = (await people.owner.api.post(EVENTS, json={"event_type": "a.b"})).json()
+    assert [one["workflowName"] for one in answer["results"]] == ["Renamed"]
+    assert len(await rows(world, Execution, workflow_id=other)) == 1
+
+
+async def test_deployed_workflows_take_events_as_they_are_deployed(world: World, people: People) -> None:
+    same = await active(people.owner, subscribed("a.b"))
+    edited = await active(people.owner, subscribed("a.b"))
+    asleep = await active(people.owner, subscribed("a.b"))
+    for one in (same, edited, asleep):
+        response = await people.owner.api.post(f"{WORKFLOWS}/{one}/deploy")
+        assert response.status_code in {200, 202}, response.text
+    await people.owner.api.put(f"{WORKFLOWS}/{edited}", json=subscribed(["a.b", "c.d"]))
+    await people.owner.api.post(f"{WORKFLOWS}/{asleep}/stop")
+    answer = (await people.owner.api.post(EVENTS, json={"event_type": "a.b"})).json()
+    assert {one["workflowId"] for one in answer["results"]} == {same, edited, asleep}
+    for one in (same, edited, asleep):
+        (run,) = await rows(world, Execution, workflow_id=one)
+        assert run.home == one
+    await until_wanted(world, asleep)
+    answer = (await people.owner.api.post(EVENTS, json={"event_type": "c.d"})).json()
+    assert answer["results"] == []
+
+
+async def until_wanted(world: World, workflow_id: str) -> None:
+    async with asyncio.timeout(5):
+        while not (await rows(world, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_events_that_are_none_are_refused_with_a_note(world: World, people: People) -> None:
+    for body in ({}, {"event_type": "a b"}, {"event_type": "a.*"}, {"event_type": "a.b", "event_data": [1]}):
+        refused(await people.owner.api.post(EVENTS, json=body), 422, "validation-failed")
+    noted = await rows(world, Delivery, organization_id=people.owner.user.organization_id)
+    assert [one.outcome for one in noted] == ["rejected"] * 4
+
+
+# ── who tells them ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def send(
+    client: httpx2.AsyncClient, step: Step, target: str, key: str | None = None
+) -> httpx2.Response:
+    """Send a request as it was recorded, but for its line and its API key."""
+    headers = [
+        (name, value)
+        for name, value in step.headers
+        if name.lower() not in {b"host", b"connection", b"content-length"}
+    ]
+    if key is not None:
+        headers = [(name, key.encode() if name == b"X-API-Key" else value) for name, value in headers]
+    return await client.request(step.method, target, content=step.body, headers=headers)
+
+
+@pytest.mark.parametrize("case", SENT, ids=str)
+async def test_what_providers_send_is_answered_as_they_expect(
+    world: World,
+    case: Any,  # noqa: ANN401 - a case
+) -> None:
+    person = await world.person(await world.organization())
+    workflow_id = await active(
+        person, subscribed([f"{one}.*" for one in ("bed", "github", "invoice", "slack", "test")])
+    )
+    token = await token_of(world, person, secrets=SECRETS)
+    nobody = await world.client()
+    for step in case.steps:
+        async with at(world, step.at):
+            with_key = any(name == b"X-API-Key" for name, _ in step.headers)
+            target = EVENTS if with_key or step.method == "OPTIONS" else f"{EVENTS}?key={token}"
+            response = await send(nobody, step, target, person.key)
+            again = await send(nobody, step, target, person.key)
+        status = step.respond["status"]
+        assert response.status_code in {status, *step.respond.get("also_fine", [])}, response.text
+        if status == 200 and step.method == "POST" and "body_contains" not in step.respond:
+            assert again.content == response.content
+            assert again.headers["Idempotent-Replayed"] == "true"
+        assert step.respond.get("body_contains", "") in response.text
+    expected = case.expected.get("events") or [case.expected.get("event", {})]
+    runs = await rows(world, Execution, workflow_id=workflow_id)
+    told = [json.loads((await rows(world, ExecutionData, execution_id=run.id))[0].trigger) for run in runs]
+    if status != 200 or step.respond.get("creates_execution") is False or step.method == "OPTIONS":
+        assert told == []
+        return
+    assert [(one["event_type"], one["source"], one["event_data"]) for one in told] == [
+        (one["event_type"], one["source"], data_of(one)) for one in expected
+    ]
+    if "subject" in expected[0]:
+        assert told[0]["attributes"]["subject"] == expected[0]["subject"]
+
+
+def data_of(expected: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+    return expected.get("event_data") or {"data_base64": expected["data_base64"]}
+
+
+async def test_an_event_token_opens_the_events_of_its_organisation_and_nothing_else(
+    world: World, people: People
+) -> None:
+    workflow_id = await active(people.owner, subscribed("a.b"))
+    token = await token_of(world, people.owner)
+    trigger_token = await token_of(world, people.owner, TokenKind.TRIGGER, workflow_id=workflow_id)
+    foreign = await token_of(world, people.stranger)
+    signed = await token_of(world, people.owner, secrets=SECRETS)
+    nobody = await world.client()
+    body = {"event_type": "a.b"}
+
+    response = await nobody.post(f"{EVENTS}?key={token}", json=body)
+    assert response.json()["workflows_triggered"] == 1, response.text
+    assert (await nobody.post(f"{EVENTS}?key={foreign}", json=body)).json()["workflows_triggered"] == 0
+    refused(await nobody.post(f"{EVENTS}?key={trigger_token}", json=body), 401, "unauthorized")
+    refused(await nobody.post(EVENTS, json=body), 401, "unauthorized")
+    refused(await nobody.post(f"{EVENTS}?key={signed}", json=body), 401, "invalid-signature")
+    step = BY_NAME["gh_push"].steps[0]
+    refused(await send(nobody, step, f"{EVENTS}?key={token}"), 401, "invalid-signature")
+    refused(await nobody.get(f"{WORKFLOWS}?key={token}"), 401, "unauthorized")
+    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
+
+
+async def test_a_sender_of_cloud_events_is_told_that_it_may(world: World) -> None:
+    nobody = await world.client()
+    asked = {"WebHook-Request-Origin": "eventemitter.example.com", "WebHook-Request-Rate": "120"}
+    response = await nobody.options(EVENTS, headers=asked)
+    assert response.headers["WebHook-Allowed-Origin"] == "eventemitter.example.com"
+    assert response.headers["WebHook-Allowed-Rate"] == "*"
+    assert "WebHook-Allowed-Origin" not in (await nobody.options(EVENTS)).headers
+
+
+# ── what is kept ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_events_are_listed_for_those_who_may_see_them(people: People) -> None:
+    for event_type, source, teller in (
+        ("user.created", "shop", people.owner),
+        ("user.deleted", "shop", people.owner),
+        ("users", "platform", people.colleague),
+    ):
+        body = {"event_type": event_type, "source": source, "event_data": {"a": 1}}
+        await teller.api.post(EVENTS, json=body)
+
+    async def listed(person: Person, query: str = "") -> list[str]:
+        answer = (await person.api.get(f"/api/v1/events{query}")).json()
+        assert answer["count"] >= len(answer["events"])
+        return [one["eventType"] for one in answer["events"]]
+
+    assert await listed(people.admin) == ["users", "user.deleted", "user.created"]
+    assert await listed(people.owner) == ["user.deleted", "user.created"]
+    assert await listed(people.stranger) == []
+    assert await listed(people.admin, "?eventType=user.*&limit=1&offset=1") == ["user.created"]
+    assert await listed(people.admin, "?eventType=users") == ["users"]
+    assert await listed(people.admin, "?source=platform") == ["users"]
+    assert await listed(people.admin, "?since=2100-01-01T00:00:00Z") == []
+    assert len(await listed(people.admin, "?until=2100-01-01T00:00:00Z")) == 3
+
+
+async def test_an_event_is_replayed_to_a_workflow(world: World, people: People) -> None:
+    first = await active(people.owner, subscribed("a.b"))
+    body = {"event_type": "a.b", "event_data": {"n": 1}}
+    told = (await people.owner.api.post(EVENTS, json=body)).json()
+    path = f"/api/v1/events/{told['event_id']}"
+    shown = (await people.admin.api.get(path)).json()
+    assert (shown["eventType"], shown["eventData"], shown["attributes"]) == ("a.b", {"n": 1}, {})
+    assert shown["results"] == told["results"]
+    refused(await people.colleague.api.get(path), 404, "not-found")
+
+    later = await active(people.owner, subscribed("other", filter=FALSE))
+    headers = {"Idempotency-Key": "once"}
+    answers = [
+        await people.owner.api.post(f"{path}/replay", json={"workflowId": later}, headers=headers)
+        for _ in range(2)
+    ]
+    assert [answer.status_code for answer in answers] == [201, 201], answers[0].text
+    assert answers[0].json() == answers[1].json()
+    assert "Idempotent-Replayed" in answers[1].headers
+    (run,) = await rows(world, Execution, workflow_id=later)
+    (given,) = await rows(world, ExecutionData, execution_id=run.id)
+    assert json.loads(given.trigger)["event_data"] == {"n": 1}
+    (brought,) = await rows(world, Delivery, event_id=told["event_id"])
+    noted = await rows(world, Delivery, workflow_id=later)
+    assert [one.outcome for one in noted] == ["accepted", "duplicate"]
+    assert {one.redriven_from for one in noted} == {brought.id}
+
+    manual = await active(people.owner, GRAPH)
+    refused(
+        await people.owner.api.post(f"{path}/replay", json={"workflowId": manual}), 422, "no-event-trigger"
+    )
+    foreign = await active(people.stranger, subscribed("a.b"))
+    refused(await people.owner.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found")
+    refused(await people.stranger.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found")
+    assert len(await rows(world, Execution, workflow_id=first)) == 1
+
+
+async def copied(world: World, table: type[SQLModel], organization_id: str, new: Sequence[str]) -> None:
+    """Make rows like the only one that an organisation has, under other ids."""
+
+    async def copy(connection: AsyncConnection) -> None:
+        of_organization = getattr(table, "organization_id") == organization_id  # noqa: B009 - of any table
+        row = (await connection.execute(select(table).where(of_organization))).mappings().one()
+        await connection.execute(insert(table), [{**row, "id": one} for one in new])
+
+    await world.gateway.database.transaction(copy)
+
+
+async def test_events_and_deliveries_are_kept_for_some_days(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "BATCH_ROWS", 1)
+    settings = SchedulerSettings(
+        data_dir=world.gateway.settings.data_dir, secret_key=world.gateway.settings.secret_key
+    )
+    await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
+    organization_id = people.owner.user.organization_id
+    old = ids.earliest("", datetime.now(UTC) - timedelta(days=15))
+    for table, prefix in ((Event, "event"), (Delivery, "dlv")):
+        await copied(world, table, organization_id, [prefix + old[:-1] + last for last in "01"])
+    await retention.forget_arrivals(settings, world.gateway.database)
+    for table in (Event, Delivery):
+        (kept,) = await rows(world, table, organization_id=organization_id)
+        assert not kept.id.endswith(old[:8])
+
+
+# ── many ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_thousand_workflows_are_run_in_under_a_second(world: World, people: People) -> None:
+    await seed(world, people.owner, 1_000)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        response = await people.owner.api.post(EVENTS, json={"event_type": "seeded.event"})
+        times.append(time.perf_counter() - began)
+        assert response.json()["workflows_triggered"] == 1_000
+    assert min(times) < 1.0
+    organization_id = people.owner.user.organization_id
+    assert len(await rows(world, Execution, organization_id=organization_id)) == 3_000
+
+
+async def seed(world: World, person: Person, count: int) -> None:
+    """Make many workflows like one, each with a graph of its own."""
+    first = await active(person, subscribed("seeded.event"))
+    async with world.gateway.database.read() as connection:
+        tables: Sequence[tuple[type[SQLModel], str]] = (
+            (Workflow, "id"),
+            (WorkflowGraph, "workflow_id"),
+            (WorkflowTrigger, "workflow_id"),
+            (WorkflowTriggerMatch, "workflow_id"),
+        )
+        found = {}
+        for table, name in tables:
+            statement = select(table).where(getattr(table, name) == first)
+            found[table, name] = dict((await connection.execute(statement)).mappings().one())
+
+    async def write(connection: AsyncConnection) -> None:
+        new = ids.several("wf", count - 1)
+        for (table, name), row in found.items():
+            copies = [{**row, name: one} for one in new]
+            if table is WorkflowGraph:
+                for copy in copies:
+                    nodes = [{**node, "label": copy["workflow_id"]} for node in row["nodes"]]
+                    copy["nodes"] = nodes
+            await connection.execute(insert(table), copies)
+
+    await world.gateway.database.transaction(write)

@@ -1,0 +1,611 @@
+"""Webhooks: what providers send to a workflow's own address, who is let in, and what they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import hmac
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import httpx2
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel, col
+
+from gateway import failed_attempts, workflow_cache
+from models.deployment import Deployment, Observed
+from models.execution import Execution, ExecutionData, SpanRow
+from models.intake import Delivery
+from models.lifecycle import StoppedReason
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
+from tests.integration.standing_cluster import Cluster, standing
+from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
+from workers.main import working
+from workers.settings import WorkerSettings
+
+WORKFLOWS = "/api/v1/workflows"
+SECRETS = {
+    "github": [CONFIG["github"]["secret"]],
+    "stripe": [CONFIG["stripe"]["secret"]],
+    "slack": [CONFIG["slack"]["signing_secret"]],
+    "standard-webhooks": [
+        CONFIG["standard_webhooks"]["secret"],
+        CONFIG["standard_webhooks"]["public_key"],
+    ],
+}
+NOT_RUN = {"gh_ping", "slack_url_verification"}
+FOLDERS = {"standard-webhooks": "standardwebhooks"}
+ANYBODY: dict[str, Any] = {"verification": {"provider": "none"}}
+WHEN_DONE = {**ANYBODY, "respond": "when-done"}
+ANSWERS = {
+    "id": "step",
+    "nodeId": "webhook-response",
+    "config": {
+        "status": 201,
+        "headers": {"X-Order": "{{ data.body.order }}", "Location": "/orders/7"},
+        "body": {"order": "{{ data.body.order }}"},
+    },
+}
+AFTERWARDS = {"id": "later", "nodeId": "wait", "config": {"seconds": 3600}}
+
+
+# ── hooks ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """An active workflow that begins with a webhook, and its address."""
+
+    workflow_id: str
+    path: str
+
+
+def graph(config: dict[str, Any] | None, *nodes: dict[str, Any]) -> dict[str, Any]:
+    trigger: dict[str, Any] = {"id": "start", "nodeId": "webhook", "config": config or {}}
+    edges = [EDGE, {"source": "step", "target": "later"}]
+    chain = [trigger, *(nodes or [STEP])]
+    return {"nodes": chain, "connections": edges[: len(chain) - 1]}
+
+
+async def hooked(person: Person, config: dict[str, Any] | None = None, *nodes: dict[str, Any]) -> Hook:
+    workflow_id = await person.create(**graph(config, *nodes), status="active")
+    response = await person.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
+    assert response.status_code == 201, response.text
+    return Hook(workflow_id, urlsplit(response.json()["urls"]["webhook"]).path)
+
+
+async def secret(person: Person, text: str) -> str:
+    return await data_source(person, {"type": "webhook-secret", "secrets": {"secret": text}})
+
+
+async def data_source(person: Person, fields: dict[str, Any]) -> str:
+    response = await person.api.post("/api/v1/datasources", json={"name": uuid4().hex, **fields})
+    assert response.status_code == 201, response.text
+    source_id: str = response.json()["dataSourceId"]
+    return source_id
+
+
+async def signed_by(person: Person, provider: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - any config
+    """Return the config of a hook for what a provider signs."""
+    sources = [await secret(person, text) for text in SECRETS[provider]]
+    named: str | list[str] = sources[0] if len(sources) == 1 else sources
+    return {"verification": {"provider": provider, "dataSource": named}, **more}
+
+
+@contextmanager
+def at(world: World, moment: datetime) -> Iterator[None]:
+    """Have the gateway look at signatures at a moment."""
+    before = world.gateway
+    world.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
+    try:
+        yield
+    finally:
+        world.app.state.gateway = before
+
+
+async def send(world: World, step: Step, target: str, body: bytes | None = None) -> httpx2.Response:
+    """Send a request as it was recorded, but for its line."""
+    left_out = {b"host", b"connection", b"content-length"}
+    headers = [(name, value) for name, value in step.headers if name.lower() not in left_out]
+    nobody = await world.client()
+    with at(world, step.at):
+        return await nobody.request(
+            step.method, target, content=step.body if body is None else body, headers=headers
+        )
+
+
+async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+    conditions = [getattr(table, name) == value for name, value in equal.items()]
+    async with world.gateway.database.read() as connection:
+        return list((await connection.execute(select(table).where(*conditions))).all())
+
+
+async def given(world: World, workflow_id: str) -> list[dict[str, Any]]:
+    """Return what the runs of a workflow were given."""
+    runs = await rows(world, Execution, workflow_id=workflow_id)
+    data = [await rows(world, ExecutionData, execution_id=run.id) for run in runs]
+    return [json.loads(one.trigger) for (one,) in data]
+
+
+async def outcomes(world: World, workflow_id: str) -> list[tuple[str, int, str]]:
+    """Return what is noted of what came for a workflow: outcome, status and the code of the reason."""
+    found = await rows(world, Delivery, workflow_id=workflow_id)
+    return sorted((one.outcome, one.status, (one.reason or "").partition(":")[0]) for one in found)
+
+
+@pytest.fixture(scope="module")
+async def people(world: World) -> People:
+    """Return the same people to all tests: what is theirs is told apart by its workflow."""
+    return await world.people()
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def worker(world: World) -> AsyncIterator[None]:
+    gateway = world.gateway
+    settings = WorkerSettings(
+        **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
+        lease_seconds=5,
+        sweep_seconds=60,
+    )
+    async with working(settings, gateway.store, gateway.broker, gateway.database):
+        yield
+
+
+@pytest.fixture(scope="module")
+async def cluster(world: World) -> AsyncIterator[Cluster]:
+    async with standing(world) as cluster:
+        yield cluster
+
+
+# ── providers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("provider", SECRETS)
+async def test_what_providers_send_is_answered_as_they_expect(
+    world: World, people: People, provider: str
+) -> None:
+    config = await signed_by(people.owner, provider)
+    folder = FOLDERS.get(provider, provider)
+    cases = [case for case in CASES if case.provider == folder and not case.name.endswith("_to_enqueue")]
+    assert len(cases) >= 4
+    for case in cases:
+        hook = await hooked(people.owner, config)
+        response = await send(world, case.steps[0], hook.path)
+        again = await send(world, case.steps[0], hook.path)
+        expect_answer(case, response)
+        told = await given(world, hook.workflow_id)
+        is_run = case.name not in NOT_RUN and response.status_code // 100 == 2
+        assert len(told) == is_run, case.name
+        if is_run:
+            assert again.headers["Idempotent-Replayed"] == "true"
+            assert again.json() == response.json()
+            expect_given(case, told[0])
+        if response.status_code == 401:
+            assert await outcomes(world, hook.workflow_id) == []
+
+
+def expect_answer(case: Case, response: httpx2.Response) -> None:
+    expected = case.steps[0].respond
+    assert f"{response.status_code // 100}xx" == expected["status_class"], (case.name, response.text)
+    assert expected.get("body_contains", "") in response.text
+    assert response.headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
+    if response.status_code // 100 == 4:
+        refused(response, 401, "invalid-signature")
+
+
+def expect_given(case: Case, told: dict[str, Any]) -> None:
+    wanted = case.expected["event"]["event_data"]
+    assert (told["body"]["data"] if case.provider == "standardwebhooks" else told["body"]) == wanted
+    assert (told["method"], told["query"], told["respond"]) == ("POST", {}, "at-once")
+    assert told["headers"]["content-type"]
+    assert not [name for name in told["headers"] if "signature" in name]
+
+
+async def test_what_a_provider_sends_again_is_known_by_its_name(world: World, people: People) -> None:
+    hook = await hooked(people.owner, await signed_by(people.owner, "slack"))
+    first = await send(world, BY_NAME["slack_event"].steps[0], hook.path)
+    retry = await send(world, BY_NAME["slack_retry"].steps[0], hook.path)
+    assert (first.status_code, retry.status_code) == (200, 200)
+    assert retry.json() == first.json()
+    assert len(await given(world, hook.workflow_id)) == 1
+    assert [one[0] for one in await outcomes(world, hook.workflow_id)] == ["accepted", "duplicate"]
+
+
+async def test_fifty_deliveries_at_once_are_one_run(world: World, people: People) -> None:
+    hook = await hooked(people.owner, await signed_by(people.owner, "stripe"))
+    step = BY_NAME["stripe_invoice_paid"].steps[0]
+    answers = await asyncio.gather(*(send(world, step, hook.path) for _ in range(50)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.content for answer in answers}) == 1
+    assert len(await given(world, hook.workflow_id)) == 1
+    found = [one[0] for one in await outcomes(world, hook.workflow_id)]
+    assert found == ["accepted", *["duplicate"] * 49]
+
+
+async def test_events_that_are_not_asked_for_are_answered_and_not_run(world: World, people: People) -> None:
+    push, ping = BY_NAME["gh_push"].steps[0], BY_NAME["gh_ping"].steps[0]
+    of_issues = await hooked(people.owner, await signed_by(people.owner, "github", allowedEvents=["issues"]))
+    of_pings = await hooked(people.owner, await signed_by(people.owner, "github", allowedEvents=["ping"]))
+    paid = await hooked(people.owner, await signed_by(people.owner, "stripe", allowedEvents=["invoice.*"]))
+    for step, hook, is_run in (
+        (push, of_issues, False),
+        (ping, of_issues, False),
+        (ping, of_pings, True),
+        (BY_NAME["stripe_invoice_paid"].steps[0], paid, True),
+    ):
+        response = await send(world, step, hook.path)
+        assert response.status_code == (202 if is_run else 200), response.text
+        assert response.json()["status"] == ("accepted" if is_run else "ignored")
+    assert await given(world, of_issues.workflow_id) == []
+    assert await outcomes(world, of_issues.workflow_id) == [("accepted", 200, "event-not-allowed")] * 2
+
+
+# ── who is let in ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_hook_that_says_nothing_of_verification_takes_nothing(world: World, people: People) -> None:
+    hook = await hooked(people.owner)
+    nobody = await world.client()
+    answer = await nobody.post(hook.path, json={})
+    refused(answer, 422, "no-verification")
+    assert "`verification`" in answer.json()["error"]["message"]
+    for source_id in (
+        "ds_absent",
+        await secret(people.stranger, "x"),
+        await secret(people.colleague, "x"),
+        await data_source(people.owner, {"type": "http-bearer", "secrets": {"token": "x"}}),
+    ):
+        config = {"verification": {"provider": "github", "dataSource": source_id}}
+        step = BY_NAME["gh_push"].steps[0]
+        refused(
+            await send(world, step, (await hooked(people.owner, config)).path), 422, "unusable-trigger-secret"
+        )
+
+
+async def test_an_address_that_opens_nothing_is_like_one_that_never_was(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = await hooked(people.owner, ANYBODY)
+    replaced = await hooked(people.owner, ANYBODY)
+    await people.owner.api.delete(f"{WORKFLOWS}/{replaced.workflow_id}/trigger-token")
+    gone = await hooked(people.owner, ANYBODY)
+    await people.owner.api.delete(f"{WORKFLOWS}/{gone.workflow_id}?force=true")
+    monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 10)
+    nobody = await world.client(address="10.9.9.9")
+    answers = [
+        await nobody.post(path, json={})
+        for path in (f"{hook.path}x", "/hooks/x", replaced.path, gone.path, f"/hooks/{people.owner.key}")
+    ]
+    for answer in answers:
+        refused(answer, 404, "not-found")
+    assert len({json.dumps(answer.json()["error"]) for answer in answers}) == 1
+    assert (await nobody.post(hook.path, json={})).status_code == 202
+    for _ in range(10):
+        await nobody.post(f"/hooks/tt-{uuid4().hex}", json={})
+    refused(await nobody.post(f"{hook.path}x", json={}), 429, "rate-limited")
+    assert (await nobody.post(hook.path, json={})).status_code == 202
+    manual = await people.owner.create(**GRAPH)
+    token = (await people.owner.api.post(f"{WORKFLOWS}/{manual}/trigger-token", json={})).json()["token"]
+    refused(await (await world.client()).post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
+
+
+async def test_methods_networks_and_sizes_are_as_the_trigger_says(world: World, people: People) -> None:
+    config = {
+        **ANYBODY,
+        "methods": ["PUT", "GET"],
+        "allowedNetworks": ["192.0.2.0/24", "2001:db8::/32"],
+        "maxBodyBytes": 100,
+    }
+    hook = await hooked(people.owner, config)
+    inside, outside = await world.client(address="192.0.2.7"), await world.client(address="192.0.3.7")
+    mapped = await world.client(address="::ffff:192.0.2.7")
+    answer = await inside.post(hook.path, json={})
+    refused(answer, 405, "method-not-allowed")
+    assert answer.headers["Allow"] == "GET, PUT"
+    assert (await inside.head(hook.path)).status_code == 405
+    refused(await outside.put(hook.path, json={}), 403, "network-not-allowed")
+    refused(await inside.put(hook.path, content=b"x" * 101), 413, "payload-too-large")
+    refused(
+        await inside.put(hook.path, content=b"{", headers={"Content-Type": "application/json"}),
+        400,
+        "malformed-json",
+    )
+    refused(
+        await inside.put(hook.path, content=b"{}", headers={"Content-Encoding": "gzip"}),
+        415,
+        "unsupported-media-type",
+    )
+    assert (await inside.put(hook.path, content=b"x" * 100)).status_code == 202
+    assert (await mapped.get(f"{hook.path}?a=1&a=2&b=&key=secret")).status_code == 202
+    (first, second) = sorted(await given(world, hook.workflow_id), key=lambda one: one["method"])
+    assert (first["method"], first["query"], first["body"]) == ("GET", {"a": ["1", "2"], "b": ""}, {})
+    assert second["body"] == {"base64": base64.b64encode(b"x" * 100).decode(), "contentType": ""}
+
+
+async def test_what_is_signed_in_ways_of_their_own(world: World, people: People) -> None:
+    source_id = await secret(people.owner, "a secret")
+    verification = {
+        "provider": "hmac",
+        "dataSource": source_id,
+        "header": "X-Sealed",
+        "encoding": "base64",
+        "prefix": "v=",
+        "algorithm": "sha512",
+        "timestampHeader": "X-Time",
+        "deliveryHeader": "X-Name",
+        "replayWindowSeconds": 30,
+    }
+    hook = await hooked(people.owner, {"verification": verification, "allowedEvents": ["a.b"]})
+    nobody = await world.client()
+    now = int(datetime.now(UTC).timestamp())
+
+    async def sent(
+        body: bytes, headers: Mapping[str, str] | None = None, *, time: int = now
+    ) -> httpx2.Response:
+        digest = hmac.digest(b"a secret", b"%d.%s" % (time, body), "sha512")
+        signed = {
+            "X-Sealed": f"v={base64.b64encode(digest).decode()}",
+            "X-Time": str(time),
+            **(headers or {}),
+        }
+        return await nobody.post(
+            hook.path, content=body, headers={"Content-Type": "application/json", **signed}
+        )
+
+    body = b'{"type": "a.b"}'
+    assert (await sent(body, {"X-Name": "1"})).status_code == 202
+    assert (await sent(body, {"X-Name": "1"})).headers["Idempotent-Replayed"] == "true"
+    assert (await sent(body, {"X-Name": "2"})).status_code == 202
+    assert (await sent(b'{"type": "a.c"}')).json() == {"status": "ignored"}
+    refused(await sent(body, time=now - 31), 401, "invalid-signature")
+    refused(await sent(body, {"X-Sealed": "v=AAAA"}), 401, "invalid-signature")
+    twice = [("X-Sealed", "v=AAAA"), ("X-Sealed", "v=BBBB"), ("X-Time", str(now))]
+    refused(await nobody.post(hook.path, content=body, headers=twice), 400, "duplicate-header")
+    told = await given(world, hook.workflow_id)
+    assert len(told) == 2
+    assert "x-sealed" not in told[0]["headers"]
+
+    basic = await data_source(
+        people.owner,
+        {"type": "http-basic", "settings": {"username": "me"}, "secrets": {"password": "a password"}},
+    )
+    hook = await hooked(people.owner, {"verification": {"provider": "basic", "dataSource": basic}})
+    answer = await nobody.post(hook.path, json={})
+    refused(answer, 401, "invalid-signature")
+    assert answer.headers["WWW-Authenticate"].startswith("Basic ")
+    assert (await nobody.post(hook.path, json={}, auth=("me", "a password"))).status_code == 202
+    assert "authorization" not in (await given(world, hook.workflow_id))[0]["headers"]
+
+
+async def test_what_anybody_may_send_is_limited_and_known_by_a_key(world: World, people: People) -> None:
+    hook = await hooked(people.owner, ANYBODY)
+    nobody = await world.client()
+    for headers in ({"Idempotency-Key": "mine"}, {"webhook-id": "msg_1"}):
+        first, again = [await nobody.post(hook.path, json={"n": 1}, headers=headers) for _ in range(2)]
+        assert again.json() == first.json()
+        assert again.headers["Idempotent-Replayed"] == "true"
+    refused(
+        await nobody.post(hook.path, json={"n": 2}, headers={"Idempotency-Key": "mine"}),
+        422,
+        "idempotency-mismatch",
+    )
+    answers = await asyncio.gather(*(nobody.post(hook.path, json={}) for _ in range(30)))
+    shed = [answer for answer in answers if answer.status_code != 202]
+    assert 10 <= len(shed) <= 15
+    refused(shed[0], 429, "rate-limited")
+    assert len(await given(world, hook.workflow_id)) == 2 + 30 - len(shed)
+
+
+async def test_a_new_secret_counts_from_the_next_request_on(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = await hooked(people.owner, await signed_by(people.owner, "github"))
+    push = BY_NAME["gh_push"].steps[0]
+    assert (await send(world, push, hook.path)).status_code == 202
+    other = {"verification": {"provider": "github", "dataSource": await secret(people.owner, "another")}}
+    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=graph(other))
+    # What is remembered of the workflow would let it in, or keep it out: neither counts.
+    monkeypatch.setattr(workflow_cache, "CACHE_SECONDS", 60.0)
+    unknown = dataclasses.replace(
+        push, headers=[(name, value) for name, value in push.headers if name != b"X-GitHub-Delivery"]
+    )
+    refused(await send(world, unknown, hook.path), 401, "invalid-signature")
+    await people.owner.api.put(
+        f"{WORKFLOWS}/{hook.workflow_id}", json=graph(await signed_by(people.owner, "github"))
+    )
+    assert (await send(world, unknown, hook.path)).status_code == 202
+    assert len(await given(world, hook.workflow_id)) == 2
+
+
+async def test_what_comes_for_a_draft_is_kept_for_later(world: World, people: People) -> None:
+    hook = await hooked(people.owner, await signed_by(people.owner, "github"))
+    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}/status", json={"status": "draft"})
+    refused(await send(world, BY_NAME["gh_push"].steps[0], hook.path), 409, "workflow-not-active")
+    ((delivery),) = await rows(world, Delivery, workflow_id=hook.workflow_id)
+    assert json.loads(delivery.payload)["body"]["ref"] == "refs/heads/main"
+    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}/status", json={"status": "active"})
+    again = await people.owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive", json={})
+    assert again.status_code == 201, again.text
+    assert len(await given(world, hook.workflow_id)) == 1
+
+
+# ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_bodies_are_read_as_what_they_are_said_to_be(world: World, people: People) -> None:
+    hook = await hooked(people.owner, ANYBODY)
+    nobody = await world.client()
+    form = {"a": "1", "b": ["2", "3"]}
+    for body, expected in (
+        ({"json": [1]}, [1]),
+        ({"data": form}, {"a": "1", "b": ["2", "3"]}),
+        (
+            {"data": {"a": "1"}, "files": {"f": ("x.bin", b"\0", "image/png")}},
+            {"a": "1", "f": {"base64": "AA==", "contentType": "image/png", "filename": "x.bin"}},
+        ),
+        ({"content": "é".encode("latin-1"), "headers": {"Content-Type": "text/plain; charset=latin-1"}}, "é"),
+        ({"content": b"<a/>", "headers": {"Content-Type": "application/xml"}}, "<a/>"),
+        ({}, {}),
+    ):
+        response = await nobody.post(hook.path, **body)
+        assert response.status_code == 202, response.text
+        execution_id = response.json()["executionId"]
+        ((data),) = await rows(world, ExecutionData, execution_id=execution_id)
+        assert json.loads(data.trigger)["body"] == expected
+    headers = {"Content-Type": "text/plain"}
+    refused(await nobody.post(hook.path, content=b"a\0b", headers=headers), 400, "nul-character")
+    deep = b"[" * 64 + b"]" * 64
+    headers = {"Content-Type": "application/json"}
+    refused(await nobody.post(hook.path, content=deep, headers=headers), 400, "too-deep")
+
+
+# ── the workflow's answer ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_workflow_answers_and_goes_on(world: World, people: People) -> None:
+    hook = await hooked(people.owner, WHEN_DONE, ANSWERS, AFTERWARDS)
+    nobody = await world.client()
+    headers = {"Idempotency-Key": "mine"}
+    first = await nobody.post(hook.path, json={"order": 7}, headers=headers)
+    again = await nobody.post(hook.path, json={"order": 7}, headers=headers)
+    for answer in (first, again):
+        assert (answer.status_code, answer.json()) == (201, {"order": 7})
+        assert answer.headers["X-Order"] == "7"
+        assert answer.headers["Location"] == "/orders/7"
+        assert answer.headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert again.headers["Idempotent-Replayed"] == "true"
+    (run,) = await rows(world, Execution, workflow_id=hook.workflow_id)
+    assert run.ended_at is None
+    (later,) = await rows(world, SpanRow, execution_id=run.id, node_id="later")
+    assert later.status == "waiting"
+
+
+async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(world: World, people: People) -> None:
+    page = {
+        "id": "step",
+        "nodeId": "webhook-response",
+        "config": {
+            "headers": {"Content-Type": "text/html"},
+            "body": "<script>alert(1)</script>",
+            "bodyType": "text",
+        },
+    }
+    baking = {**page, "config": {"headers": {"Set-Cookie": "session=1"}}}
+    empty = {**page, "config": {"status": 204, "body": "x"}}
+    nobody = await world.client()
+    shown = await nobody.post((await hooked(people.owner, WHEN_DONE, page)).path, json={})
+    cookie = await nobody.post((await hooked(people.owner, WHEN_DONE, baking)).path, json={})
+    nothing = await nobody.post((await hooked(people.owner, WHEN_DONE, empty)).path, json={})
+    assert (shown.headers["Content-Type"], shown.text) == ("text/html", "<script>alert(1)</script>")
+    assert shown.headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
+    refused(cookie, 500, "execution-failed")
+    assert "Set-Cookie" not in cookie.headers
+    assert (nothing.status_code, nothing.content) == (204, b"")
+
+
+async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(world: World, people: People) -> None:
+    silent = await hooked(people.owner, WHEN_DONE)
+    slow = await hooked(people.owner, {**WHEN_DONE, "deadlineSeconds": 1}, {**AFTERWARDS, "id": "step"})
+    nobody = await world.client()
+    ended, going_on = await asyncio.gather(nobody.post(silent.path, json={}), nobody.post(slow.path, json={}))
+    execution_id = ended.json()["executionId"]
+    assert (ended.status_code, ended.json()) == (200, {"status": "completed", "executionId": execution_id})
+    assert going_on.status_code == 202
+    assert going_on.json()["status"] == "accepted"
+    assert going_on.headers["Location"].endswith(going_on.json()["executionId"])
+
+
+async def test_who_waits_is_answered_by_whoever_takes_the_run_over(world: World, people: People) -> None:
+    """Kill, as the rows tell of it, who has the run while its sender waits."""
+    pause = {"id": "step", "nodeId": "wait", "config": {"seconds": 3600}}
+    hook = await hooked(people.owner, WHEN_DONE, pause, {**ANSWERS, "id": "later"})
+    nobody = await world.client()
+    waiting = asyncio.create_task(nobody.post(hook.path, json={"order": 1}))
+    runs: list[Any] = []
+    while not runs:
+        await asyncio.sleep(0.01)
+        runs = await rows(world, Execution, workflow_id=hook.workflow_id, status="waiting")
+    now = datetime.now(UTC)
+    lost = update(Execution).where(col(Execution.id) == runs[0].id)
+    held = {"status": "running", "lease_until": now, "due_at": None, "deadline_at": now + timedelta(hours=1)}
+    over = update(SpanRow).where(col(SpanRow.execution_id) == runs[0].id, col(SpanRow.node_id) == "step")
+
+    async def kill(connection: AsyncConnection) -> None:
+        await connection.execute(lost.values(held))
+        await connection.execute(over.values(wake_at=now))
+
+    await world.gateway.database.transaction(kill)
+    assert (await world.gateway.store.sweep(100)).requeued == 1
+    await world.gateway.broker.wake()
+    answer = await waiting
+    assert (answer.status_code, answer.json()) == (201, {"order": 1})
+
+
+async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
+    world: World, people: People, cluster: Cluster
+) -> None:
+    hook = await hooked(people.owner, WHEN_DONE, ANSWERS)
+    nobody = await world.client()
+    await people.owner.api.post(f"{WORKFLOWS}/{hook.workflow_id}/deploy", json={})
+    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=graph(None, ANSWERS))
+    sleeping = update(Deployment).where(col(Deployment.workflow_id) == hook.workflow_id)
+    values = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
+    await world.gateway.database.transaction(lambda connection: connection.execute(sleeping.values(values)))
+    answer = await nobody.post(hook.path, json={"order": 7})
+    assert (answer.status_code, answer.json()) == (201, {"order": 7})
+    assert cluster.starts[hook.workflow_id] >= 1
+    (run,) = await rows(world, Execution, workflow_id=hook.workflow_id)
+    assert run.home == hook.workflow_id
+
+
+async def test_an_answer_that_nobody_waits_for_is_noted(world: World, people: People) -> None:
+    hook = await hooked(people.owner, ANYBODY, ANSWERS)
+    nobody = await world.client()
+    execution_id = (await nobody.post(hook.path, json={"order": 1})).json()["executionId"]
+    progress = await people.owner.api.get(f"/api/v1/executions/{execution_id}/progress")
+    assert progress.json()["status"] == "completed"
+    logs = await people.owner.api.get(f"/api/v1/executions/{execution_id}/logs")
+    assert "Nobody waits for this answer" in logs.text
+
+
+# ── queues ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"), [("gh_push_to_enqueue", "github"), ("stripe_to_enqueue", "stripe")]
+)
+async def test_messages_of_providers_are_verified_and_known_again(
+    world: World, people: People, name: str, provider: str
+) -> None:
+    config = await signed_by(people.owner, provider)
+    start = {"id": "start", "nodeId": "queue-trigger", "config": config}
+    workflow_id = await people.owner.create(nodes=[start, STEP], connections=[EDGE], status="active")
+    made = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
+    address = urlsplit(made.json()["urls"]["api"])
+    target = f"{address.path}?{address.query}"
+    case = BY_NAME[name]
+    first, again = [await send(world, case.steps[0], target) for _ in range(2)]
+    assert (first.status_code, first.json()["trigger_type"]) == (201, "queue")
+    assert again.json() == first.json()
+    assert again.headers["Idempotent-Replayed"] == "true"
+    expected = case.expected["enqueue"]
+    (told,) = await given(world, workflow_id)
+    assert told["message"] == expected.get("by_the_letter", expected)["message"]
+
+    nobody = await world.client()
+    refused(await send(world, case.steps[0], target, b"{}"), 401, "invalid-signature")
+    refused(await nobody.post(target, json={}), 401, "invalid-signature")
+    batch = target.replace("/enqueue", "/enqueue-batch")
+    refused(await nobody.post(batch, json={"messages": [{"message": 1}]}), 401, "invalid-signature")
+    with_key = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": 1})
+    assert with_key.status_code == 201

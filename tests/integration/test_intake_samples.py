@@ -1,0 +1,103 @@
+"""Requests of senders that are not let in: counted, and some of them kept, for nobody but whom they concern."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prometheus_client import REGISTRY
+from sqlalchemy import func, select
+from sqlmodel import col
+
+from gateway.arrivals.samples import SLOTS
+from models.intake import Delivery, IntakeRoute, IntakeSample
+from tests.integration.gateway_world import People, Person, World, refused
+
+SAMPLES = "/api/v1/intake-samples"
+WORKFLOWS = "/api/v1/workflows"
+FLOOD = 1_000
+AT_ONCE = 50
+
+
+async def kept(world: World, route: IntakeRoute) -> int:
+    async with world.gateway.database.read() as connection:
+        statement = select(func.count()).select_from(IntakeSample).where(col(IntakeSample.route) == route)
+        return await connection.scalar(statement) or 0
+
+
+async def of(person: Person, **query: str) -> list[dict[str, Any]]:
+    answer = await person.api.get(SAMPLES, params=query)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["count"] == len(answer.json()["samples"])
+    found: list[dict[str, Any]] = answer.json()["samples"]
+    return found
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await condition():  # noqa: ASYNC110 - rows have no events
+            await asyncio.sleep(0.01)
+
+
+async def test_a_flood_without_a_key_is_counted_and_leaves_a_hundred_rows(world: World) -> None:
+    nobody = await world.client()
+    before = counted("enqueue", "unauthorized")
+    for _ in range(FLOOD // AT_ONCE):
+        answers = await asyncio.gather(
+            *(nobody.post(f"{WORKFLOWS}/wf_absent/enqueue", json=1) for _ in range(AT_ONCE))
+        )
+        assert {answer.status_code for answer in answers} == {401}
+    await world.gateway.samples.drain()
+    assert counted("enqueue", "unauthorized") == before + FLOOD
+    assert await kept(world, IntakeRoute.ENQUEUE) == SLOTS
+    async with world.gateway.database.read() as connection:
+        assert not await connection.scalar(select(func.count()).select_from(Delivery))
+
+
+async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody_else_does(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create()
+    made = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
+    token = made.json()["token"]
+    nobody = await world.client(address="192.0.2.7")
+    headers = {"Content-Type": "text/odd\x7f", "X-Secret": "do not keep this"}
+    await nobody.post(f"{WORKFLOWS}/{workflow_id}/email-trigger", content=b"12345", headers=headers)
+    await nobody.post(f"{WORKFLOWS}/events?key={token}", json={"event_type": "a.b"})
+    await nobody.post(f"/hooks/{token}", json={})
+    await nobody.post("/hooks/tt-00nobody", json={})
+    await nobody.post(f"{WORKFLOWS}/a%00b/enqueue", json={})
+
+    async def are_there() -> bool:
+        return len(await of(people.admin)) == 3
+
+    await until(are_there)
+    by_route = {one["route"]: one for one in await of(people.admin)}
+    assert set(by_route) == {"email-trigger", "events", "hook"}
+    assert {one["workflowId"] for one in by_route.values()} == {workflow_id}
+    mail = by_route["email-trigger"]
+    assert (mail["method"], mail["address"], mail["contentType"]) == ("POST", "192.0.2.7", "text/odd?")
+    assert mail["contentBytes"] == 5
+    assert mail["reason"].startswith("unauthorized: ")
+    assert "x-secret" in mail["headers"]
+    assert by_route["hook"]["reason"].startswith("no-webhook-trigger: ")
+    shown = str(by_route)
+    assert token not in shown
+    assert "do not keep this" not in shown
+    assert [one["route"] for one in await of(people.admin, route="hook")] == ["hook"]
+    assert not await of(people.stranger)
+    refused(await people.owner.api.get(SAMPLES), 403, "admin-required")
+
+
+async def test_what_a_delivery_tells_of_leaves_no_sample(world: World, people: People) -> None:
+    workflow_id = await people.owner.create()
+    answer = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={})
+    refused(answer, 409, "workflow-not-active")
+    await world.gateway.samples.drain()
+    assert not await of(people.admin)
+
+
+def counted(route: str, reason: str) -> float:
+    labels = {"route": route, "reason": reason}
+    return REGISTRY.get_sample_value("pilotflame_intake_refusals_total", labels) or 0.0

@@ -1,0 +1,94 @@
+"""The requests in `tests/payloads`, and what is expected of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+from senders.arrival import Arrival, Headers
+
+FOLDER: Final = Path(__file__).parent / "payloads"
+CONFIG: Final[dict[str, Any]] = json.loads((FOLDER / "keys/config.json").read_bytes())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request of a case, and what is expected of it."""
+
+    name: str
+    method: str
+    target: str
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes
+    at: datetime
+    auth: Mapping[str, Any]
+    respond: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def arrival(self) -> Arrival:
+        return arrival(self.body, self.headers, self.at, method=self.method, target=self.target)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One or several requests that belong together."""
+
+    name: str
+    provider: str
+    expected: Mapping[str, Any]
+    steps: Sequence[Step]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def arrival(self) -> Arrival:
+        """The request of a case that has one."""
+        (step,) = self.steps
+        return step.arrival
+
+
+def arrival(
+    body: bytes,
+    headers: Iterable[tuple[bytes, bytes]],
+    at: datetime,
+    *,
+    method: str = "POST",
+    target: str = "/",
+) -> Arrival:
+    address = urlsplit(target)
+    return Arrival(method, address.path, parse_qs(address.query), Headers(headers), body, at)
+
+
+def certificate(url: str) -> bytes:
+    """Return what the tests' own SNS has at an address."""
+    name: str = CONFIG["sns"]["certificates"][url]
+    return (FOLDER / "keys" / name).read_bytes()
+
+
+def _case(entry: Mapping[str, Any]) -> Case:
+    expected = json.loads((FOLDER / entry["expected"]).read_bytes())
+    steps = [_step(expected, step) for step in expected.get("steps", [expected])]
+    return Case(entry["name"], entry["provider"], expected, steps)
+
+
+def _step(expected: Mapping[str, Any], step: Mapping[str, Any]) -> Step:
+    head, _, body = (FOLDER / step["request"]).read_bytes().partition(b"\r\n\r\n")
+    request_line, *lines = head.split(b"\r\n")
+    method, target, _ = request_line.decode().split(" ")
+    headers = [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+    at = datetime.fromisoformat(step["respond"].get("at", expected["clock"]))
+    return Step(Path(step["request"]).stem, method, target, headers, body, at, step["auth"], step["respond"])
+
+
+CASES: Final = [_case(entry) for entry in json.loads((FOLDER / "index.json").read_bytes())["cases"]]
+VECTORS: Final[list[dict[str, Any]]] = json.loads((FOLDER / "vectors.json").read_bytes())["vectors"]
+BY_NAME: Final = {case.name: case for case in CASES}

@@ -1,0 +1,143 @@
+"""A real mail server for tests, which takes what it is told to take and remembers all that it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+USERNAME, PASSWORD = "ada", "canary-of-ada"
+
+
+@dataclass
+class Received:
+    sender: str
+    recipients: list[str]
+    content: bytes
+    was_encrypted: bool
+    was_logged_in: bool
+
+
+@dataclass
+class MailServer:
+    """What happened at the server, and what it is to say."""
+
+    port: int = 0
+    received: list[Received] = field(default_factory=list)
+    logins: list[tuple[str, str, bool]] = field(default_factory=list)
+    """Username, password, and whether the way was encrypted."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """To the recipient of that name, or to `DATA`, where it isn't 250."""
+    breaks_after_data: bool = False
+    leaves_nobody: bool = False
+    """It never answers a goodbye."""
+
+    def authenticate(
+        self, _server: object, session: Session, _envelope: object, _mechanism: str, data: object
+    ) -> AuthResult:
+        assert isinstance(data, LoginPassword)
+        username, password = data.login.decode(), data.password.decode()
+        self.logins.append((username, password, session.ssl is not None))
+        return AuthResult(success=(username, password) == (USERNAME, PASSWORD), handled=False)
+
+    # ── as a handler ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def handle_RCPT(  # noqa: N802 - the library's own name
+        self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
+    ) -> str:
+        answer = self.answers.get(address, "250 OK")
+        if answer.startswith("250"):
+            envelope.rcpt_tos.append(address)
+        return answer
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - as above
+        answer = self.answers.get("DATA", "250 OK")
+        content = envelope.content
+        assert isinstance(content, bytes)
+        if answer.startswith("250"):
+            self.received.append(
+                Received(
+                    str(envelope.mail_from),
+                    list(envelope.rcpt_tos),
+                    content,
+                    was_encrypted=session.ssl is not None,
+                    was_logged_in=bool(session.authenticated),
+                )
+            )
+        if self.breaks_after_data:
+            assert server.transport is not None
+            server.transport.close()
+        return answer
+
+    async def handle_QUIT(self, _server: SMTP, _session: Session, _envelope: Envelope) -> str:  # noqa: N802 - as above
+        if self.leaves_nobody:
+            await asyncio.Event().wait()
+        return "221 Bye"
+
+
+@asynccontextmanager
+async def running(certificate: Path | None = None, *, tls: str = "starttls") -> AsyncIterator[MailServer]:
+    """Run a server on a free port of the loopback; `tls` as data sources have it."""
+    mail_server = MailServer()
+    context = _context(certificate) if certificate else None
+
+    def protocol() -> SMTP:
+        return SMTP(
+            mail_server,
+            hostname="mail.example",
+            tls_context=context if tls == "starttls" else None,
+            authenticator=mail_server.authenticate,
+            auth_require_tls=tls == "starttls",
+            auth_required=tls == "starttls",
+        )
+
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(protocol, "127.0.0.1", 0, ssl=context if tls == "tls" else None)
+    mail_server.port = server.sockets[0].getsockname()[1]
+    try:
+        yield mail_server
+    finally:
+        server.close()
+
+
+def _context(certificate: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    return context
+
+
+def self_signed(name: str, folder: Path) -> Path:
+    """Write a key and a certificate for a host, and for this machine, into one file; return that."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(name), x509.DNSName("localhost")]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / f"{name}.pem"
+    written = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file.write_bytes(written + certificate.public_bytes(serialization.Encoding.PEM))
+    return file

@@ -1,0 +1,195 @@
+"""CloudEvents 1.0: what the specification asks of one, in each of the forms that it has over HTTP."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from engine.values import Json
+from senders import cloudevents, delivery_keys
+from senders.arrival import Refused
+from senders.cloudevents import BATCHED, STRUCTURED
+from senders.event import Batch, Event
+from tests.provider_requests import arrival
+
+NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
+EVENT: dict[str, Json] = {"specversion": "1.0", "id": "1", "source": "/beds/7", "type": "bed.watered"}
+HEADERS = [(b"ce-" + name.encode(), str(value).encode()) for name, value in EVENT.items()]
+
+
+def meaning(value: Json, content_type: str = STRUCTURED) -> Event | Batch:
+    headers = [(b"Content-Type", content_type.encode())]
+    return cloudevents.event_of(arrival(json.dumps(value).encode(), headers, NOW))
+
+
+def structured(**members: Json) -> Event:
+    event = meaning({**EVENT, **members})
+    assert isinstance(event, Event)
+    return event
+
+
+def binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> Event:
+    event = cloudevents.event_of(arrival(body, [*HEADERS, *headers], NOW))
+    assert isinstance(event, Event)
+    return event
+
+
+def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
+    assert structured().key == binary().key == delivery_keys.of("cloudevents", "/beds/7", "1")
+    assert structured(source="/beds/8").key != structured().key != structured(id="2").key
+
+
+@pytest.mark.parametrize(
+    ("members", "data"),
+    [
+        ({}, None),
+        ({"data": None}, None),
+        ({"data": {"litres": 12.5}}, {"litres": 12.5}),
+        ({"data": "<a/>", "datacontenttype": "application/xml"}, "<a/>"),
+        ({"data_base64": "AP8="}, {"data_base64": "AP8="}),
+        ({"data_base64": None, "data": 1}, 1),
+    ],
+)
+def test_the_data_of_an_event_is_kept_whatever_it_is(members: dict[str, Json], data: Json) -> None:
+    assert structured(**members).data == data
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "data"),
+    [
+        (None, b"", None),
+        (b"application/json", b'{"a": 1}', {"a": 1}),
+        (b"application/vnd.beds+json; charset=utf-8", b"[1]", [1]),
+        (b"text/plain", "água".encode(), "água"),
+        (b"text/plain; charset=latin1", b"\xe9", {"data_base64": "6Q=="}),
+        (b"text/plain", b"\xff", {"data_base64": "/w=="}),
+        (b"image/png", b"\x00\xff", {"data_base64": "AP8="}),
+        (None, b"a", {"data_base64": "YQ=="}),
+    ],
+)
+def test_a_body_is_data_of_the_type_that_it_is_said_to_have(
+    content_type: bytes | None, body: bytes, data: Json
+) -> None:
+    headers = [] if content_type is None else [(b"Content-Type", content_type)]
+    event = binary(body, *headers)
+    assert event.data == data
+    assert event.attributes == ({} if content_type is None else {"datacontenttype": content_type.decode()})
+
+
+def test_what_else_an_event_says_is_kept() -> None:
+    more: dict[str, Json] = {
+        "subject": "Euro € 😀",
+        "time": "2026-09-01T11:59:55.123456789+02:00",
+        "dataschema": "https://in.test/schema",
+        "sequence": 7,
+        "sampled": True,
+        "absent": None,
+    }
+    assert structured(**more).attributes == {name: value for name, value in more.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (b"Euro%20%E2%82%AC%20%F0%9F%98%80", "Euro € 😀"),
+        (b'"a \\"b\\" %25"', 'a "b" %'),
+        (b"a%2525", "a%25"),
+        (b'"', '"'),
+    ],
+)
+def test_headers_are_unquoted_and_then_decoded_once(value: bytes, text: str) -> None:
+    assert binary(b"", (b"CE-Subject", value)).attributes == {"subject": text}
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"id": None},
+        {"id": ""},
+        {"id": 7},
+        {"source": None},
+        {"source": "a b"},
+        {"type": None},
+        {"type": "a b"},
+        {"type": "a" * 201},
+        {"specversion": None},
+        {"specversion": "0.3"},
+        {"specversion": 1.0},
+        {"subject": ""},
+        {"subject": "a\nb"},
+        {"time": "yesterday"},
+        {"time": "2026-09-01"},
+        {"time": "2026-02-30T00:00:00Z"},
+        {"time": True},
+        {"Extension": "a"},
+        {"data-type": "a"},
+        {"extension": {}},
+        {"extension": []},
+        {"extension": 1.5},
+        {"extension": 2**31},
+        {"data": 1, "data_base64": "AP8="},
+        {"data_base64": "not base64"},
+        {"data_base64": "é"},
+        {"data_base64": 7},
+    ],
+)
+def test_what_the_specification_does_not_allow_is_refused(members: dict[str, Json]) -> None:
+    with pytest.raises(Refused) as refused:
+        structured(**members)
+    assert refused.value.code == "invalid-event"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"ce-subject", b"%")],
+        [(b"ce-subject", b"%ff")],
+        [(b"ce-subject", b"%0a")],
+        [(b"ce-data_base64", b"AP8=")],
+        [(b"ce-datacontenttype", b"text/plain")],
+        [(b"ce-", b"a")],
+    ],
+)
+def test_headers_that_are_no_attributes_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(Refused) as refused:
+        binary(b"", *headers)
+    assert refused.value.code == "invalid-event"
+
+
+def test_an_attribute_given_twice_is_refused() -> None:
+    with pytest.raises(Refused) as refused:
+        binary(b"", (b"ce-id", b"2"))
+    assert refused.value.code == "duplicate-header"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_batch_is_all_its_events(count: int) -> None:
+    batch = meaning([{**EVENT, "id": str(number + 1)} for number in range(count)], BATCHED)
+    assert isinstance(batch, Batch)
+    assert [event.id for event in batch.events] == [str(number + 1) for number in range(count)]
+
+
+def test_one_wrong_event_is_enough_to_refuse_a_batch() -> None:
+    with pytest.raises(Refused):
+        meaning([EVENT, {**EVENT, "id": None}], BATCHED)
+
+
+@pytest.mark.parametrize(
+    ("value", "content_type", "code"),
+    [
+        ({}, BATCHED, "invalid-event"),
+        ([], STRUCTURED, "invalid-event"),
+        (EVENT, "application/cloudevents+xml", "unsupported-media-type"),
+        (EVENT, "application/cloudevents", "unsupported-media-type"),
+        (EVENT, f"{STRUCTURED}; charset=latin1", "unsupported-media-type"),
+        ([EVENT] * (cloudevents.MAX_EVENTS + 1), BATCHED, "too-large"),
+        ({**EVENT, **{f"x{number}": 1 for number in range(200)}}, STRUCTURED, "too-large"),
+        ({**EVENT, "source": "a" * 3_000}, STRUCTURED, "too-large"),
+    ],
+)
+def test_forms_that_are_not_spoken_and_events_without_end_are_refused(
+    value: Json, content_type: str, code: str
+) -> None:
+    with pytest.raises(Refused) as refused:
+        meaning(value, content_type)
+    assert refused.value.code == code

@@ -1,0 +1,113 @@
+"""Conditions on events: tested one by one, and freed of the run that asks them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from engine import event_filters
+from engine.conditions import compile_condition
+from engine.expressions import ExpressionError
+from engine.node import Await, Awaited, Result
+from engine.services import WantedEvent
+from tests.calls import call
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.services import Caller
+    from engine.values import Json
+
+EVENT: Json = {"event_type": "order.paid", "event_data": {"order": 7, "tags": ["a"]}, "source": "shop"}
+
+
+def condition(left: Json, operator: str, right: Json) -> dict[str, Json]:
+    return {"left": left, "operator": operator, "right": right}
+
+
+def test_a_condition_is_tested_on_an_event() -> None:
+    large = json.dumps(condition("{{ data.event_data.order }}", "greater-than", 5))
+    assert event_filters.passes(large, {"data": EVENT})
+    assert not event_filters.passes(large, {"data": {"event_data": {"order": 5}}})
+    with pytest.raises(ExpressionError, match="two numbers"):
+        event_filters.passes(large, {"data": {}})
+
+
+def test_a_condition_that_takes_long_is_not_answered() -> None:
+    joined: Json = {"$op": "join", "args": ["{{ data.texts }}", ","]}
+    asked = json.dumps(condition(joined, "equals", ""))
+    with pytest.raises(ExpressionError, match="too long"):
+        event_filters.passes(asked, {"data": {"texts": ["x" * 1_000] * 1_000}})
+
+
+def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
+    source: Json = {
+        "all": [
+            condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
+            condition("{{item.source}}/{{ nodes.a.name }}", "equals", "shop/{{ item.source }}"),
+            {"not": condition({"$op": "add", "args": ["{{ data.missing }}", 1]}, "equals", 2)},
+        ]
+    }
+    unresolved: list[str] = []
+    scope: dict[str, Json] = {"data": {"order": 7}, "nodes": {"a": {"name": "{{ item.source }}"}}}
+    bound, given = event_filters.bound(compile_condition(source), scope, unresolved)
+    assert given == [7, "{{ item.source }}", None]
+    assert unresolved == ["data.missing"]
+    assert bound == {
+        "all": [
+            condition("{{ item.event_data.order }}", "equals", "{{ data[0] }}"),
+            condition("{{ item.source }}/{{ data[1] }}", "equals", "shop/{{ item.source }}"),
+            {"not": condition({"$op": "add", "args": ["{{ data[2] }}", 1]}, "equals", 2)},
+        ]
+    }
+    assert isinstance(bound, dict)
+    assert isinstance(bound["all"], list)
+    first, second, _ = bound["all"]
+    assert event_filters.passes(json.dumps(first), {"item": EVENT, "data": given})
+    # What the run has is no expression, whatever it looks like.
+    assert not event_filters.passes(json.dumps(second), {"item": EVENT, "data": given})
+
+
+class Ear:
+    """Remembers what is waited for."""
+
+    def __init__(self, expires_at: datetime | None = None) -> None:
+        self.wanted: list[tuple[str, str, str, WantedEvent]] = []
+        self._expires_at = expires_at
+
+    async def expect(
+        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+    ) -> datetime | None:
+        self.wanted.append((caller.execution_id, node_id, iteration, wanted))
+        return self._expires_at
+
+
+async def test_a_node_asks_for_its_event_and_waits() -> None:
+    ear = Ear()
+    config: dict[str, Json] = {
+        "event_type": "order.{{ data.order }}.*",
+        "filter": condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
+        "lookBackSeconds": 60,
+        "timeoutSeconds": 3600,
+    }
+    called = await call("wait-for-event", config, {"order": 7}, events=ear)
+    ((_, node_id, iteration, wanted),) = ear.wanted
+    assert (node_id, iteration) == ("node", "")
+    assert wanted == WantedEvent(
+        "order.7.*",
+        '{"left":"{{ item.event_data.order }}","operator":"equals","right":"{{ data[0] }}"}',
+        "[7]",
+        60,
+        3600,
+    )
+    nothing: Json = {"event_type": None, "event_data": None, "source": None}
+    request: Json = {"event_type": "order.7.*"}
+    assert called.outcome == Await(Awaited.EVENT, request, None, Result(nothing, port="timeout"))
+
+
+@pytest.mark.parametrize("event_type", ["{{ data }}", "a {{ data.order }}", "*"])
+async def test_a_node_refuses_what_is_no_type_of_events(event_type: str) -> None:
+    with pytest.raises(Exception, match="event_type"):
+        await call("wait-for-event", {"event_type": event_type}, {"order": 7}, events=Ear())

@@ -1,0 +1,97 @@
+"""What limits of rates cost in messages, and how exact they are."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import pytest
+from pydantic import SecretStr
+
+from gateway.errors import ApiError
+from gateway.rates import Limit, Rates
+from gateway.settings import GatewaySettings
+from messages.buckets import Demand, Grant, Rate
+from messages.local_broker import LocalBroker
+
+pytestmark = pytest.mark.anyio
+
+SETTINGS = GatewaySettings(secret_key=SecretStr("a secret of more than thirty-two characters"))
+
+
+class Counting(LocalBroker):
+    """A broker that counts how often it is asked for tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(inbox="counting")
+        self.asked = 0
+        self.is_silent = False
+
+    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+        self.asked += 1
+        if self.is_silent:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        return await super().take_tokens(demands)
+
+
+@pytest.fixture
+def broker() -> Counting:
+    return Counting()
+
+
+def limit(per_second: float, burst: int) -> Limit:
+    return Limit("key", "key:a", Rate(per_second, burst))
+
+
+async def passed(rates: Rates, under: Limit, count: int = 1) -> bool:
+    try:
+        await rates.spend([under], count)
+    except ApiError:
+        return False
+    return True
+
+
+async def test_a_busy_client_costs_few_messages_and_a_refused_one_none(broker: Counting) -> None:
+    rates, wide = Rates(broker, SETTINGS), limit(10_000, 20_000)
+    assert all([await passed(rates, wide) for _ in range(2_000)])
+    assert broker.asked < 30
+    narrow = Limit("key", "key:b", Rate(0.01, 5))
+    assert [await passed(rates, narrow) for _ in range(6)] == [True] * 5 + [False]
+    asked = broker.asked
+    assert not any([await passed(rates, narrow) for _ in range(100)])
+    assert broker.asked == asked
+
+
+async def test_requests_that_come_together_cost_one_message(broker: Counting) -> None:
+    rates = Rates(broker, SETTINGS)
+    assert all(await asyncio.gather(*(passed(rates, limit(1, 100)) for _ in range(100))))
+    assert broker.asked == 1
+
+
+async def test_what_many_gateways_let_through_stays_within_the_bound(broker: Counting) -> None:
+    gateways = [Rates(broker, SETTINGS) for _ in range(5)]
+    rate = Rate(per_second=400, burst=100)
+    under = Limit("key", "key:a", rate)
+    began, count = time.monotonic(), 0
+    while time.monotonic() - began < 0.4:
+        count += sum([await passed(gateway, under) for gateway in gateways])
+    seconds = time.monotonic() - began
+    assert 0.5 * (rate.burst + seconds * rate.per_second) < count
+    assert count <= rate.burst + (seconds + 0.5) * rate.per_second
+
+
+async def test_many_at_once_are_refused_though_single_ones_pass(broker: Counting) -> None:
+    rates, under = Rates(broker, SETTINGS), limit(0.01, 10)
+    assert await passed(rates, under, 4)
+    assert not await passed(rates, under, 8)
+    assert await passed(rates, under, 6)
+    assert not await passed(rates, under)
+
+
+async def test_a_redis_that_hangs_is_waited_for_once(broker: Counting) -> None:
+    rates, under = Rates(broker, SETTINGS), limit(0.01, 10)
+    broker.is_silent = True
+    began = time.monotonic()
+    assert [await passed(rates, under) for _ in range(11)] == [True] * 10 + [False]
+    assert broker.asked == 1
+    assert time.monotonic() - began < 1

@@ -1,0 +1,361 @@
+"""Forms of senders: whole where they are in order, refused where not, and never the more work for being made so."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from urllib.parse import quote_plus, unquote_to_bytes, urlencode
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import patience
+from senders import events, forms, mail_kinds, media_types, ses, sns
+from senders.arrival import Arrival, Refused
+from senders.events import Sender
+from senders.forms import Form
+from senders.mail_kinds import MailKind
+from tests.provider_requests import arrival
+
+NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
+MULTIPART = "multipart/form-data; boundary=b"
+URLENCODED = "application/x-www-form-urlencoded"
+
+
+def form(body: bytes, content_type: str = MULTIPART) -> Form:
+    return forms.parse(media_types.parse(content_type), body)
+
+
+def part(value: bytes, header: bytes = b'Content-Disposition: form-data; name="a"') -> bytes:
+    return b"--b\r\n" + header + b"\r\n\r\n" + value + b"\r\n"
+
+
+def first(found: Form) -> bytes:
+    return bytes(found.values("a")[0])
+
+
+def code(body: bytes, content_type: str = MULTIPART) -> str:
+    with pytest.raises(Refused) as refused:
+        form(body, content_type)
+    return refused.value.code
+
+
+# ── multipart ───────────────────────────────────────────────────────────────────────────────────────────────
+
+VALUES = [
+    b"",
+    b"\r\n",
+    b"\n--b\n",
+    b"\r\n--",
+    b"\r\n--c\r\n",
+    b"\r\n--bb\r\n",
+    b"\r\n--b.",
+    b"a\0b\xff",
+    b"\r\n\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_comes_byte_for_byte(value: bytes) -> None:
+    found = form(part(value) + part(value) + b"--b--\r\n")
+    assert [bytes(one) for one in found.values("a")] == [value, value]
+
+
+@pytest.mark.parametrize("end", [b"--b--", b"--b--\r\n", b"--b--\r\nafterwards\r\n--b\r\n"])
+def test_after_the_last_boundary_nothing_matters(end: bytes) -> None:
+    assert len(form(part(b"1") + end).parts) == 1
+
+
+def test_a_boundary_may_be_quoted_and_padded() -> None:
+    body = part(b"1").replace(b"--b\r\n", b"--b \t\r\n") + b"--b--"
+    assert first(form(body, 'multipart/form-data; charset=x; Boundary="b"')) == b"1"
+
+
+def test_values_are_views_of_the_body() -> None:
+    body = part(b"1" * 1_000) + b"--b--"
+    value = form(body).first("a")
+    assert value is not None
+    assert value.obj is body
+
+
+@pytest.mark.parametrize(
+    ("header", "name", "filename", "is_file"),
+    [
+        (b'Content-Disposition: form-data; name="a"; filename="x.pdf"', "a", "x.pdf", True),
+        (b'content-disposition: form-data; filename=""; name=a', "a", "", True),
+        (b'Content-Disposition: form-data; filename="../../etc/passwd"', "", "../../etc/passwd", True),
+        (b'Content-Disposition: form-data; name="a"; filename="a\\"b;c"', "a", 'a"b;c', True),
+        (b'Content-Disposition: form-data; name="a"; filename="caf\xc3\xa9"', "a", "café", True),
+        (b'Content-Disposition: form-data; name="a"; filename="caf\xe9"', "a", "café", True),
+        (b"Content-Disposition: form-data; name=\"a\"; filename*=UTF-8''x", "a", None, True),
+        (b"Content-Type: text/plain", "", None, False),
+        (b'X: "', "", None, False),
+    ],
+)
+def test_a_part_is_kept_whatever_its_name(
+    header: bytes,
+    name: str,
+    filename: str | None,
+    is_file: bool,  # noqa: FBT001
+) -> None:
+    (found,) = form(part(b"1", header) + b"--b--").parts
+    assert (found.name, found.filename, found.is_file, bytes(found.value)) == (name, filename, is_file, b"1")
+    assert (name in form(part(b"1", header) + b"--b--")) is not is_file
+
+
+def test_a_part_without_a_header_is_kept_too() -> None:
+    (found,) = form(b"--b\r\n\r\n1\r\n--b--").parts
+    assert bytes(found.value) == b"1"
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "multipart/form-data",
+        "multipart/form-data; boundary=",
+        'multipart/form-data; boundary=""',
+        "multipart/form-data; bound=b",
+        "multipart/form-data; boundary=" + "b" * 300,
+        "multipart/form-data; boundary=c",
+    ],
+)
+def test_a_form_without_its_boundary_is_refused(content_type: str) -> None:
+    assert code(part(b"1") + b"--b--", content_type) == "malformed-form"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--b",
+        b"--b\r\n",
+        part(b"1"),
+        part(b"1") + b"--b",
+        b"before\r\n" + part(b"1") + b"--b--",
+        b"--b\r\n--b--",
+        b"--b\r\na: b\r\n--b--",
+        part(b"1", b"X: " + b"x" * forms.MAX_HEADER_BYTES) + b"--b--",
+    ],
+)
+def test_a_form_that_is_cut_or_broken_is_refused(body: bytes) -> None:
+    assert code(body) == "malformed-form"
+
+
+def test_media_types_other_than_forms_are_refused() -> None:
+    assert code(b"{}", "application/json") == "unsupported-media-type"
+
+
+HEADER_OF_PARAMETERS = b'Content-Disposition: form-data; x="' + b';a="' * 2_000
+BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "parts": (MULTIPART, lambda: part(b"") * (forms.MAX_PARTS + 1) + b"--b--"),
+    "almost boundaries": (MULTIPART, lambda: part(b"") + b"\r\n--bx" * 5_000_000),
+    "padding": (MULTIPART, lambda: part(b"")[:-2] + b"\r\n--b" + b" " * 30_000_000 + b"\r\n"),
+    "line ends": (MULTIPART, lambda: b"\r\n" * 15_000_000),
+    "parameters": (MULTIPART, lambda: part(b"", HEADER_OF_PARAMETERS) * 2_000 + b"--b--"),
+    "fields": (URLENCODED, lambda: b"&" * 30_000_000),
+    "a name": (URLENCODED, lambda: b"a" * 30_000_000),
+}
+
+
+@pytest.mark.parametrize(("content_type", "made"), BOMBS.values(), ids=BOMBS)
+def test_a_form_that_is_made_to_cost_time_costs_little(content_type: str, made: Callable[[], bytes]) -> None:
+    body = made()
+    began = time.process_time()
+    assert code(body, content_type) == "malformed-form"
+    assert time.process_time() - began < 1.5
+
+
+# ── urlencoded ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.text(), st.binary()), max_size=5))
+def test_what_was_urlencoded_comes_back(pairs: list[tuple[str, bytes]]) -> None:
+    found = form(urlencode(pairs).encode(), URLENCODED)
+    assert [(one.name, bytes(one.value)) for one in found.parts] == pairs
+
+
+@settings(max_examples=50)
+@given(st.text(alphabet="%+=ab_\r\n 3Dfé"))
+def test_escapes_are_read_as_everywhere(text: str) -> None:
+    raw = text.encode().replace(b"&", b"")
+    try:
+        value = first(form(b"a=" + raw, URLENCODED))
+    except Refused:
+        assert unquote_to_bytes(raw).count(b"%")
+    else:
+        assert value == unquote_to_bytes(raw.replace(b"+", b" "))
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_an_escape_is_read_whole_wherever_a_large_value_is_cut(shift: int) -> None:
+    value = b"x" * shift + "é".encode() * 600_000
+    assert first(form(b"a=" + quote_plus(value).encode(), URLENCODED)) == value
+
+
+def test_a_large_value_is_not_read_while_others_wait() -> None:
+    found = form(b"a=" + b"x" * 2_000_000, URLENCODED)
+    with pytest.raises(patience.TakesLong):
+        patience.quick(found.first, "a")
+    assert first(found) == b"x" * 2_000_000
+
+
+@pytest.mark.parametrize("body", [b"a=%", b"a=%4", b"a=%zz", b"%=1", b"a" * 9_000 + b"=1"])
+def test_what_is_not_urlencoded_is_refused(body: bytes) -> None:
+    with pytest.raises(Refused) as refused:
+        _ = [one.value for one in form(body, URLENCODED).parts]
+    assert refused.value.code == "malformed-form"
+
+
+def test_names_without_values_and_values_without_names_are_kept() -> None:
+    found = form(b"a&=b&&c=", URLENCODED)
+    assert [(one.name, bytes(one.value)) for one in found.parts] == [("a", b""), ("", b"b"), ("c", b"")]
+
+
+# ── mails ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mail(body: bytes, content_type: str) -> Arrival:
+    return arrival(body, [(b"Content-Type", content_type.encode())] if content_type else [], NOW)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "expected"),
+    [
+        (b"", "", MailKind.NATIVE),
+        (b"{}", "application/json; charset=utf-8", MailKind.NATIVE),
+        (b'{"signature": "x", "event": {}}', "application/json", MailKind.NATIVE),
+        (b'{"Type":1,"MessageId":1,"TopicArn":1,"Signature":1}', "application/json", MailKind.SNS),
+        (b"timestamp=&token=&signature=", URLENCODED, MailKind.MAILGUN_PARSED),
+        (b"envelope=&headers=", URLENCODED, MailKind.SENDGRID_PARSED),
+    ],
+)
+def test_a_mail_is_what_its_type_and_its_fields_say(
+    body: bytes, content_type: str, expected: MailKind
+) -> None:
+    assert mail_kinds.recognise(mail(body, content_type)) is expected
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "expected"),
+    [
+        (b"{}", "", "unsupported-media-type"),
+        (b"{}", "text/plain", "unsupported-media-type"),
+        (b"{", "application/json", "malformed-json"),
+        (b"a=b", URLENCODED, "unknown-mail"),
+        (b"timestamp=&token=", URLENCODED, "unknown-mail"),
+        (b"envelope=", URLENCODED, "unknown-mail"),
+        (b"", "multipart/form-data", "malformed-form"),
+    ],
+)
+def test_what_is_no_mail_is_refused(body: bytes, content_type: str, expected: str) -> None:
+    with pytest.raises(Refused) as refused:
+        mail_kinds.recognise(mail(body, content_type))
+    assert refused.value.code == expected
+
+
+def key(fields: dict[str, str]) -> str | None:
+    request = mail(urlencode(fields).encode(), URLENCODED)
+    return mail_kinds.mail_key(request, mail_kinds.recognise(request))
+
+
+SIGNATURE = {"timestamp": "1", "token": "2", "signature": "3"}
+SENT = {**SIGNATURE, "recipient": "a@in.test", "Message-Id": "<1@test>"}
+
+
+def test_a_mail_for_another_recipient_is_another() -> None:
+    assert key(SENT) == key({**SENT, "token": "other", "body-plain": "other"})
+    assert key(SENT) != key({**SENT, "recipient": "b@in.test"})
+    assert key(SENT) != key({**SENT, "Message-Id": "<2@test>"})
+
+
+def test_a_mail_without_a_message_id_is_known_by_all_that_is_said_of_it() -> None:
+    anonymous = {**SENT, "Message-Id": " ", "subject": "one"}
+    assert key(anonymous) == key({**anonymous, **dict.fromkeys(SIGNATURE, "new")})
+    assert key(anonymous) != key({**anonymous, "subject": "two"})
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ("Subject: a\nMessage-ID: <1@test>\nTo: b\n", True),
+        ("subject: a\r\nmessage-id:\r\n <1@test>\r\n\r\n", True),
+        ("Subject: a\n\nMessage-ID: <1@test>\n", False),
+        ("X-Message-ID: <1@test>\n", False),
+        ("Subject: a\n Message-ID: <1@test>\n", False),
+    ],
+)
+def test_the_message_id_is_read_from_the_header_of_a_mail_alone(head: str, found: bool) -> None:  # noqa: FBT001
+    envelope = '{"to": ["a@in.test"], "from": ""}'
+    expected = key(SENT)
+    assert (key({"email": head, "envelope": envelope}) == expected) is found
+    assert (key({"headers": head, "envelope": envelope}) == expected) is found
+
+
+@pytest.mark.parametrize("told", ["[]", "{", '{"to": "a"}', '{"from": 1}'])
+def test_an_envelope_that_cannot_be_read_is_refused_or_empty(told: str) -> None:
+    try:
+        assert key({"email": "Message-ID: <1@test>\n\n", "envelope": told}) != key(SENT)
+    except Refused as refused:
+        assert refused.code in {"malformed-json", "malformed-mail"}  # noqa: PT017 - it may also be empty
+
+
+def test_a_mail_as_json_is_known_by_the_message_id_that_its_caller_gives() -> None:
+    def native(body: bytes) -> str | None:
+        return mail_kinds.mail_key(mail(body, "application/json"), MailKind.NATIVE)
+
+    assert native(b'{"to": "a@in.test", "email_headers": {"message-ID": "<1@test>"}}') == key(SENT)
+    for body in (b"", b"{}", b"[]", b'{"email_headers": []}', b'{"email_headers": {"Message-ID": 1}}'):
+        assert native(body) is None
+
+
+# ── whatever comes ──────────────────────────────────────────────────────────────────────────────────────────
+
+PIECES = st.sampled_from(
+    b"""--b \r\n -- Content-Disposition:form-data;name= filename= " a ; = % %4 & { } [ ] : , "Type" "data" "type" "id"
+    \xff \0 \\ 1.0 timestamp= token= signature= envelope= headers= email= payload=""".split(b" ")
+)
+BODIES = st.one_of(st.binary(max_size=50), st.lists(PIECES, max_size=30).map(b"".join))
+TYPES = st.sampled_from(
+    [
+        *(
+            MULTIPART,
+            URLENCODED,
+            'multipart/form-data; boundary="b',
+            "application/json",
+            "text/plain",
+            "a;b",
+            "",
+        ),
+        *(
+            "application/cloudevents+json",
+            "application/cloudevents-batch+json",
+            "application/cloudevents+xml",
+        ),
+    ]
+)
+NAMES = st.sampled_from(
+    [b"ce-specversion", b"ce-id", b"ce-type", b"ce-source", b"ce-time", b"x-github-event"]
+)
+HEADER_LISTS = st.lists(st.tuples(NAMES, st.one_of(st.binary(max_size=10), st.just(b"1.0"))), max_size=6)
+
+
+@settings(max_examples=200)
+@given(BODIES, TYPES, HEADER_LISTS)
+def test_whatever_comes_is_read_or_refused(
+    body: bytes, content_type: str, headers: list[tuple[bytes, bytes]]
+) -> None:
+    request = arrival(body, [(b"Content-Type", content_type.encode()), *headers], NOW)
+    for sender in Sender:
+        _read_or_refused(partial(events.event_of, request, sender))
+    _read_or_refused(lambda: events.recognise(request))
+    _read_or_refused(lambda: ses.received(sns.parse(request)))
+    _read_or_refused(lambda: mail_kinds.mail_key(request, mail_kinds.recognise(request)))
+    _read_or_refused(lambda: [bytes(one.value) for one in mail_kinds.fields(request).parts])
+
+
+def _read_or_refused(read: Callable[[], object]) -> None:
+    with suppress(Refused):
+        read()

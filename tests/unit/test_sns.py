@@ -1,0 +1,269 @@
+"""Messages of SNS: believed if SNS has signed them, for a topic of ours, under a certificate of its own."""
+
+import json
+from base64 import b64encode
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import cache
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA1, SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from engine.values import Json
+from senders import ses, sns
+from senders.arrival import Refused
+from senders.sns import Message
+from tests.provider_requests import BY_NAME, arrival
+
+NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
+TOPIC = "arn:aws:sns:us-east-1:111122223333:mail"
+HOST = "https://sns.us-east-1.amazonaws.com"
+CERTIFICATE = f"/SimpleNotificationService-{'0af3' * 8}.pem"
+
+
+@cache
+def private_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65_537, 2_048)
+
+
+def certificate(
+    key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | None = None,
+    *,
+    start: datetime = NOW - timedelta(days=1),
+    end: datetime = NOW + timedelta(days=1),
+) -> bytes:
+    key = key or private_key()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sns.amazonaws.com")])
+    built = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    built = built.serial_number(1).not_valid_before(start).not_valid_after(end)
+    return built.sign(key, SHA256()).public_bytes(Encoding.PEM)
+
+
+def message(**changed: Json) -> dict[str, Json]:
+    """Return a message, signed after it was changed."""
+    members: dict[str, Json] = {
+        "Type": "Notification",
+        "MessageId": "5f1e-1",
+        "TopicArn": TOPIC,
+        "Message": "hello\nworld",
+        "Timestamp": "2026-09-01T11:59:54.000Z",
+        "SignatureVersion": "2",
+        "SigningCertURL": HOST + CERTIFICATE,
+        **changed,
+    }
+    names = ("Message", "MessageId", "Subject", "SubscribeURL", "Timestamp", "Token", "TopicArn", "Type")
+    signed = "".join(f"{name}\n{members[name]}\n" for name in names if members.get(name) is not None)
+    algorithm = SHA1() if members["SignatureVersion"] == "1" else SHA256()  # noqa: S303 - as SNS does
+    members.setdefault(
+        "Signature", b64encode(private_key().sign(signed.encode(), PKCS1v15(), algorithm)).decode()
+    )
+    return members
+
+
+def parsed(members: Json, **headers: str) -> Message:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return sns.parse(arrival(json.dumps(members).encode(), raw, NOW))
+
+
+def code(members: Json, pem: bytes | None = None, now: datetime = NOW) -> str:
+    with pytest.raises(Refused) as refused:
+        sns.verify(parsed(members), pem or certificate(), [TOPIC], now)
+    return refused.value.code
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+@pytest.mark.parametrize("subject", [None, "A subject"])
+def test_a_message_is_true_if_sns_has_signed_all_of_it(version: str, subject: str | None) -> None:
+    members = message(SignatureVersion=version, **({"Subject": subject} if subject else {}))
+    assert sns.verify(parsed(members), certificate(), [TOPIC], NOW).delivery_key
+    for name in ("Message", "MessageId"):
+        assert code({**members, name: "other"}) == "invalid-signature"
+    assert code({**members, "Subject": "other"}) == "invalid-signature"
+
+
+def test_a_subject_of_null_is_none() -> None:
+    sns.verify(parsed({**message(), "Subject": None}), certificate(), [TOPIC], NOW)
+
+
+def test_the_versions_of_signatures_are_not_mixed_up() -> None:
+    assert code({**message(SignatureVersion="2"), "SignatureVersion": "1"}) == "invalid-signature"
+    assert code(message(SignatureVersion="3")) == "invalid-signature"
+    assert code({**message(), "Signature": "not base64"}) == "invalid-signature"
+    assert code({**message(), "Signature": "é"}) == "invalid-signature"
+
+
+@pytest.mark.parametrize(
+    "topics", [[], ["arn:aws:sns:us-east-1:111122223333:other"], [TOPIC + "x"], [TOPIC[:-1]]]
+)
+def test_a_message_of_any_other_topic_is_refused_however_well_signed(topics: list[str]) -> None:
+    with pytest.raises(Refused) as refused:
+        sns.verify(parsed(message()), certificate(), topics, NOW)
+    assert refused.value.code == "unknown-topic"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://sns.us-east-1.amazonaws.com" + CERTIFICATE,
+        "HTTPS://sns.us-east-1.amazonaws.com" + CERTIFICATE,
+        "https://sns.eu-west-1.amazonaws.com" + CERTIFICATE,
+        "https://sns.us-east-1.amazonaws.com.evil.test" + CERTIFICATE,
+        "https://sns.us-east-1.amazonaws.com.cn" + CERTIFICATE,
+        "https://sns.us-east-1xamazonaws.com" + CERTIFICATE,
+        "https://evil.test/sns.us-east-1.amazonaws.com" + CERTIFICATE,
+        "https://sns.s3-us-west-2.amazonaws.com" + CERTIFICATE,
+        "https://user@sns.us-east-1.amazonaws.com" + CERTIFICATE,
+        "https://sns.us-east-1.amazonaws.com:443" + CERTIFICATE,
+        "https://sns.us-east-1.amazonaws.com\\@evil.test" + CERTIFICATE,
+        HOST + CERTIFICATE + "?a",
+        HOST + CERTIFICATE + "#a",
+        HOST + CERTIFICATE + " ",
+        HOST + CERTIFICATE.upper(),
+        HOST + CERTIFICATE.replace("0", "\N{ARABIC-INDIC DIGIT ZERO}"),
+        HOST + "/bucket" + CERTIFICATE,
+        HOST + "/../" + CERTIFICATE,
+        HOST + "/SimpleNotificationService-0.pem",
+        HOST,
+    ],
+)
+def test_a_certificate_is_taken_from_sns_itself_and_from_nowhere_else(url: str) -> None:
+    members = message(SigningCertURL=url)
+    with pytest.raises(Refused) as refused:
+        sns.signing_certificate_url(parsed(members))
+    assert refused.value.code == "untrusted-certificate"
+    assert code(members) == "untrusted-certificate"
+
+
+@pytest.mark.parametrize(
+    ("topic", "host"),
+    [
+        ("arn:aws:sns:ap-southeast-2:111122223333:a", "sns.ap-southeast-2.amazonaws.com"),
+        ("arn:aws-us-gov:sns:us-gov-west-1:111122223333:a", "sns.us-gov-west-1.amazonaws.com"),
+        ("arn:aws-cn:sns:cn-north-1:111122223333:a", "sns.cn-north-1.amazonaws.com.cn"),
+    ],
+)
+def test_the_host_of_sns_is_that_of_the_region_of_the_topic(topic: str, host: str) -> None:
+    url = f"https://{host}{CERTIFICATE}"
+    assert sns.signing_certificate_url(parsed(message(TopicArn=topic, SigningCertURL=url))) == url
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "arn:aws:sns:s3-us-west-2:111122223333:a",
+        "arn:aws:sns:us-east-1.evil:111122223333:a",
+        "arn:aws:sns::111122223333:a",
+        "arn:evil:sns:us-east-1:111122223333:a",
+        "arn:aws:s3:us-east-1:111122223333:a",
+        "arn:aws:sns:us-east-1:1:a",
+        TOPIC + "\n",
+        "",
+        None,
+    ],
+)
+def test_what_is_no_topic_names_no_host(topic: str | None) -> None:
+    with pytest.raises(Refused) as refused:
+        parsed(message(TopicArn=topic))
+    assert refused.value.code == "malformed-message"
+
+
+def test_a_certificate_must_be_one_of_now_with_a_strong_rsa_key() -> None:
+    signed = message()
+    assert code(signed, certificate(end=NOW - timedelta(seconds=1))) == "invalid-certificate"
+    assert code(signed, certificate(start=NOW + timedelta(seconds=1))) == "invalid-certificate"
+    weak = rsa.generate_private_key(65_537, 1_024)  # noqa: S505 - which is to be refused
+    assert code(signed, certificate(weak)) == "invalid-certificate"
+    assert code(signed, certificate(ec.generate_private_key(ec.SECP256R1()))) == "invalid-certificate"
+    assert code(signed, b"no certificate") == "invalid-certificate"
+    assert code(signed, certificate(rsa.generate_private_key(65_537, 2_048))) == "invalid-signature"
+
+
+def test_a_message_is_true_for_the_hour_in_which_sns_repeats_it() -> None:
+    signed = message()
+    sns.verify(parsed(signed), certificate(), [TOPIC], NOW + timedelta(hours=1))
+    assert code(signed, now=NOW + timedelta(hours=2)) == "stale-signature"
+    assert code(signed, now=NOW - timedelta(minutes=6)) == "stale-signature"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [],
+        None,
+        {},
+        message(Type="Other"),
+        message(Message=7),
+        message(MessageId="a\nb"),
+        message(Timestamp="yesterday"),
+        message(Timestamp="2026-13-01T00:00:00Z"),
+        message(Subject="a\nTimestamp\nb"),
+        {**message(), "Signature": None},
+        message(Type="SubscriptionConfirmation"),
+        message(Type="SubscriptionConfirmation", Token="a&b", SubscribeURL=HOST),
+    ],
+)
+def test_a_message_has_all_its_members_in_their_form(members: Json) -> None:
+    with pytest.raises(Refused) as refused:
+        parsed(members)
+    assert refused.value.code == "malformed-message"
+
+
+def test_a_header_that_contradicts_the_body_is_refused() -> None:
+    parsed(message(), x_amz_sns_message_type="Notification")
+    with pytest.raises(Refused):
+        parsed(message(), x_amz_sns_message_type="SubscriptionConfirmation")
+
+
+@pytest.mark.parametrize("value", ["true", "TRUE", "1", "false"])
+def test_what_is_delivered_raw_carries_no_signature_and_is_refused(value: str) -> None:
+    with pytest.raises(Refused) as refused:
+        parsed(message(), x_amz_sns_rawdelivery=value)
+    assert refused.value.code == "raw-delivery"
+
+
+def test_a_message_is_not_larger_than_those_of_sns() -> None:
+    with pytest.raises(Refused) as refused:
+        sns.parse(arrival(b" " * (sns.MAX_BYTES + 1), [], NOW))
+    assert refused.value.code == "too-large"
+
+
+def test_a_confirmation_goes_to_sns_wherever_the_message_points() -> None:
+    asked = sns.parse(BY_NAME["ses_subscription_confirmation"].arrival)
+    elsewhere = replace(asked, subscribe_url="https://evil.test/")
+    assert sns.confirmation_url(elsewhere) == sns.confirmation_url(asked)
+    assert sns.confirmation_url(asked).startswith(f"https://{asked.host}/?Action=ConfirmSubscription&")
+
+
+@pytest.mark.parametrize("kind", ["Notification", "UnsubscribeConfirmation"])
+def test_nothing_else_is_confirmed(kind: str) -> None:
+    more: dict[str, Json] = {} if kind == "Notification" else {"Token": "ab", "SubscribeURL": HOST}
+    with pytest.raises(Refused):
+        sns.confirmation_url(parsed(message(Type=kind, **more)))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"mail": {}},
+        {"mail": {"messageId": "1", "source": ""}, "receipt": {"action": {}, "recipients": "a"}},
+        {
+            "mail": {"messageId": "1", "source": "", "headers": [], "commonHeaders": {}},
+            "receipt": {"action": {"type": "SNS", "encoding": "BASE64"}, "recipients": []},
+            "content": "not base64!",
+        },
+        {
+            "mail": {"messageId": "1", "source": "", "headers": [], "commonHeaders": {}},
+            "receipt": {"action": {"type": "S3"}, "recipients": []},
+        },
+    ],
+)
+def test_a_mail_that_ses_tells_of_in_pieces_is_refused(told: dict[str, Json]) -> None:
+    text = json.dumps({"notificationType": "Received", **told})
+    with pytest.raises(Refused) as refused:
+        ses.received(parsed(message(Message=text)))
+    assert refused.value.code == "malformed-mail"

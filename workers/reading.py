@@ -1,0 +1,465 @@
+"""Reads what has arrived as it came, so that it can be run: claimed under a lease, taken apart in threads.
+
+Whatever becomes of the process, its row is there: it is read again by another, and left once, by a guarded update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from hashlib import sha256
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import structlog
+
+from engine import patience
+from engine.errors import NodeError
+from engine.events import Ended, RunError, RunStatus
+from engine.services import Caller
+from execution import due_runs
+from journal import admission, unread
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.grouping import GroupCommit
+from journal.leases import Lease, LeaseKeeper
+from journal.store import Claim, ExecutionKey, RunWrite
+from journal.unread import Left, Read, Unread
+from mail import addresses, message
+from mail.limits import InvalidMail
+from messages import hints
+from messages.broker import BrokerUnavailable
+from models.database import DatabaseUnavailable
+from models.execution import TERMINAL, UNREAD
+from workers import mails
+
+if TYPE_CHECKING:
+    from engine.services import DataSources, Pace
+    from journal.blobs.blob_store import BlobStore
+    from journal.store import Claimed, Store
+    from mail.message import Keep, Label, Mail
+    from messages.broker import Broker
+    from models.database import Database
+    from workers.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+THREADS: Final = 2
+LARGE_AT_ONCE: Final = 2
+"""Mails that are too large for their rows: each is in memory while it is read."""
+CLAIMED_AT_ONCE: Final = 32
+MAX_MAIL_BYTES: Final = 50_000_000
+FETCH_SECONDS: Final = 60.0
+FIRST_RETRY: Final = timedelta(seconds=5)
+LAST_RETRY: Final = timedelta(minutes=15)
+GIVEN_UP_AFTER: Final = timedelta(days=1)
+"""What can't be had for so long won't be."""
+ANSWERS: Final = 10
+ANSWERS_SECONDS: Final = 3_600.0
+"""So many mails of one sender within this time may answer those that workflows have sent; more are a loop."""
+CLOSE_SECONDS: Final = 2.0
+PAUSE_SECONDS: Final = 0.5
+INVALID: Final = "invalid-input"
+LOOP: Final = "mail-loop"
+_encode = msgspec.json.Encoder().encode
+
+
+class NotNow(Exception):
+    """What is to be read can't be had at this moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What is read from besides blobs, and how often."""
+
+    data_sources: DataSources
+    pace: Pace
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """A mail that this process reads."""
+
+    one: Claimed
+    lease: Lease
+    task: asyncio.Task[None] = field(init=False)
+    is_asked_to_end: bool = False
+    is_over: bool = False
+    """Nobody waits for it any more."""
+    putting: Future[Any] | None = None
+
+    @property
+    def key(self) -> ExecutionKey:
+        return ExecutionKey(self.one.execution_id, self.one.lane)
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.one.organization_id, self.one.key_id)
+
+    @property
+    def caller(self) -> Caller:
+        one = self.one
+        return Caller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id)
+
+    def give_up(self) -> None:
+        """Let the thread at work on it end with its next attachment."""
+        self.is_over = True
+        if self.putting is not None:
+            self.putting.cancel()
+
+
+class Reader:
+    """One process's share of the reading."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        broker: Broker,
+        blobs: BlobStore,
+        sources: Sources,
+        settings: WorkerSettings,
+        *,
+        on_left: Callable[[Claimed, Ended], None],
+    ) -> None:
+        """`on_left` is told of runs that have ended here, if their end is to be followed up."""
+        self._database = database
+        self._store = store
+        self._broker = broker
+        self._blobs = blobs
+        self._sources = sources
+        self._settings = settings
+        self._on_left = on_left
+        # Not that of the executor, which gives back what it doesn't know of.
+        self._owner = f"{broker.inbox}.reader"
+        self._leases = LeaseKeeper(
+            store, settings.lease_seconds, on_lost=self._lost, on_request=self._requested
+        )
+        self._threads = ThreadPoolExecutor(
+            THREADS,
+            thread_name_prefix="mail-reading",
+            initializer=lambda: sys.setswitchinterval(patience.SWITCH_SECONDS),
+        )
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._leaving: GroupCommit[Read, Left | None] = GroupCommit(self._leave)
+        self._readings: dict[str, Reading] = {}
+        self._side_tasks: set[asyncio.Task[None]] = set()
+        self._wanted = asyncio.Event()
+        self._is_draining = False
+        self._after_organization = ""
+        self._serving: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._leases.start()
+        self._broker.start_reader(self._wanted.set)
+        self._serving = asyncio.create_task(self._serve())
+        self._wanted.set()
+
+    async def close(self) -> None:
+        """Read no more, and give back what isn't read to its end."""
+        self._is_draining = True
+        await self._broker.stop_reader()
+        if self._serving is not None:
+            self._wanted.set()
+            await asyncio.wait([self._serving], timeout=CLOSE_SECONDS)
+            self._serving.cancel()
+        if self._readings:
+            await asyncio.wait([one.task for one in self._readings.values()], timeout=CLOSE_SECONDS)
+        for reading in list(self._readings.values()):
+            reading.task.cancel()
+        tasks = [*(one.task for one in self._readings.values()), *self._side_tasks]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._leaving.drain()
+        self._leases.stop()
+        with suppress(DatabaseUnavailable):
+            await self._store.give_back(self._owner, [])
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ── claiming ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _serve(self) -> None:
+        """Look whenever somebody says that something is there, and now and then without: this is the outermost loop."""
+        while not self._is_draining:
+            # Spread out, so that readers that were started together don't all look at once.
+            seconds = self._settings.sweep_seconds * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                await self._claim()
+            except DatabaseUnavailable as error:
+                log.warning("database not reached", duty="read what has arrived", error=str(error))
+                await asyncio.sleep(PAUSE_SECONDS)
+            except Exception:
+                log.exception("duty failed", duty="read what has arrived")
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _claim(self) -> None:
+        places = CLAIMED_AT_ONCE - len(self._readings)
+        if self._is_draining or places <= 0:
+            return  # whatever is read to its end looks again
+        since = time.monotonic()
+        claim = Claim(
+            self._owner,
+            self._settings.lease_seconds,
+            places,
+            after_organization=self._after_organization,
+            target=UNREAD,
+        )
+        try:
+            claimed = await self._store.claim(claim)
+        except DatabaseUnavailable:
+            # A claim may be made though its answer was lost.
+            await self._store.give_back(self._owner, self._leases.held())
+            raise
+        for one in claimed:
+            key = ExecutionKey(one.execution_id, one.lane)
+            reading = Reading(one, self._leases.hold(key, one.token, since))
+            self._readings[one.execution_id] = reading
+            reading.task = asyncio.create_task(self._see_to(reading))
+            if one.request is not None:
+                self._requested(reading.lease, one.request)
+        if claimed:
+            self._after_organization = claimed[-1].organization_id
+            self._wanted.set()
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _see_to(self, reading: Reading) -> None:
+        """Read one mail and leave its row; what breaks leaves the row to its lease, and counts as an attempt."""
+        try:
+            await self._read(reading)
+        except asyncio.CancelledError:
+            reading.give_up()
+            raise
+        except (DatabaseUnavailable, BrokerUnavailable) as error:
+            log.warning("mail not left", execution_id=reading.one.execution_id, error=str(error))
+        except Exception:
+            log.exception("reading broke", execution_id=reading.one.execution_id)
+        finally:
+            self._leases.let_go(reading.lease)
+            if self._readings.get(reading.one.execution_id) is reading:
+                del self._readings[reading.one.execution_id]
+            self._wanted.set()
+
+    async def _read(self, reading: Reading) -> None:
+        try:
+            mail, trigger, text = await self._taken_apart(reading)
+            if (reason := await self._loop(reading, mail)) is not None:
+                await self._end(reading, RunStatus.CANCELLED, RunError(LOOP, reason))
+                return
+        except InvalidMail as error:
+            await self._end(
+                reading, RunStatus.FAILED, RunError(INVALID, f"The mail can't be read: {error.message}")
+            )
+            return
+        except NotNow as error:
+            await self._put_off(reading, str(error))
+            return
+        one = reading.one
+        left = await self._leaving.submit(
+            Read(reading.key, one.token, self._owner, one.workflow_id, trigger, text)
+        )
+        if left is None:
+            log.warning("mail abandoned", execution_id=one.execution_id, reason="lease lost")
+            return
+        log.info("mail read", execution_id=one.execution_id, workflow_id=one.workflow_id)
+        await self._hand_on(reading, left)
+
+    async def _taken_apart(self, reading: Reading) -> tuple[Mail, dict[str, Any], str]:
+        """Return a mail, and what its run is given, also as JSON; raises `InvalidMail` and `NotNow`."""
+        try:
+            found = Unread.of(reading.one.trigger)
+        except msgspec.DecodeError as error:
+            raise InvalidMail("what was kept of it is not understood") from error
+        async with AsyncExitStack() as stack:
+            if found.blob is not None or found.stored is not None:
+                await stack.enter_async_context(self._large)
+            contents = [await self._content(reading, found)]
+            loop = asyncio.get_running_loop()
+            work = partial(self._parsed, reading, found, contents, loop)
+            try:
+                return await loop.run_in_executor(self._threads, work)
+            except BlobsUnavailable as error:
+                raise NotNow(str(error)) from error
+
+    async def _content(self, reading: Reading, found: Unread) -> bytes:
+        """Return a mail as it was handed in; raises `InvalidMail` and `NotNow`."""
+        if found.blob is not None:
+            return await self._blob(reading.owner, found.blob.sha256)
+        if found.stored is None:
+            return found.content
+        try:
+            bucket = await self._sources.data_sources.bucket(reading.caller, found.stored.source_id)
+            return await bucket.get(found.stored.key, max_bytes=MAX_MAIL_BYTES, timeout_seconds=FETCH_SECONDS)
+        except NodeError as error:
+            if error.code == "object-too-large":
+                raise InvalidMail(error.message) from error
+            # An object may be there a little later, and rights and secrets may be mended.
+            raise NotNow(error.message) from error
+
+    async def _blob(self, owner: Owner, digest: str) -> bytes:
+        """Return a content that is in memory once: to join its pieces would take that twice."""
+        written = BytesIO()
+        try:
+            async with asyncio.timeout(FETCH_SECONDS), self._blobs.open(owner, digest) as opened:
+                async for chunk in opened.chunks:
+                    written.write(chunk)
+        except BlobLost as error:
+            raise InvalidMail("what was kept of it is lost") from error
+        except (BlobsUnavailable, TimeoutError) as error:
+            raise NotNow("The blob storage does not answer") from error
+        return written.getvalue()
+
+    def _parsed(
+        self, reading: Reading, found: Unread, contents: list[bytes], loop: asyncio.AbstractEventLoop
+    ) -> tuple[Mail, dict[str, Any], str]:
+        """Take a mail apart in a thread, which waits for each attachment to be kept before it decodes the next."""
+        references: list[dict[str, Any]] = []
+        mail = mails.read(found, contents, self._keeping(reading, references, loop))
+        trigger = mails.trigger_of(mail, references)
+        return mail, trigger, _encode(trigger).decode()
+
+    def _keeping(
+        self, reading: Reading, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
+    ) -> Keep:
+        def keep(label: Label, pieces: Iterator[bytes]) -> None:
+            put = self._blobs.put(
+                reading.owner, message.whole(pieces), media_type=label.media_type, name=label.filename
+            )
+            if reading.is_over:
+                put.close()
+                raise NotNow("Nobody waits for it any more")
+            reading.putting = asyncio.run_coroutine_threadsafe(put, loop)
+            references.append(reading.putting.result().as_json())
+
+        return keep
+
+    async def _loop(self, reading: Reading, mail: Mail) -> str | None:
+        """Return why a mail is not to be run, if it may be one of many that answer one another."""
+        if mails.is_automatic_reply(mail):
+            return "Nobody has written this mail: it is an automatic reply (Auto-Submitted)"
+        if not mails.answers_ours(mail):
+            return None
+        sender = ",".join(addresses.bare(mail.from_)).lower()
+        digest = sha256(sender.encode()).hexdigest()[:32]
+        try:
+            await self._sources.pace.reserve(
+                reading.caller,
+                f"mails:{reading.one.workflow_id}:{digest}",
+                limit=ANSWERS,
+                per_seconds=ANSWERS_SECONDS,
+                max_wait_seconds=ANSWERS_SECONDS * (ANSWERS - 1) / ANSWERS,
+            )
+        except NodeError as error:
+            if error.code != "throttled":
+                raise NotNow(error.message) from error
+            return f"More than {ANSWERS} mails of one sender have answered mails of workflows within an hour"
+        return None
+
+    # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _leave(self, batch: Sequence[Read]) -> Sequence[Left | None]:
+        return await self._database.transaction(partial(unread.leave, batch=batch))
+
+    async def _hand_on(self, reading: Reading, left: Left) -> None:
+        """Tell those who go on with a run; what fails here, a sweep sees to."""
+        if left.status in TERMINAL:
+            status = RunStatus(left.status.value)
+            await self._ended(reading, Ended(status, left.error), left.inbox)
+        elif left.concurrency_key is not None:
+            if await admission.admit(self._database, left.concurrency_key):
+                await hints.wake(self._broker)
+        elif left.home is not None:
+            await due_runs.see_to(self._database, self._broker)
+        else:
+            await hints.wake(self._broker)
+
+    async def _end(self, reading: Reading, status: RunStatus, error: RunError) -> None:
+        if not await self._write(reading, end=status, error=error):
+            return
+        if error.code == LOOP:
+            reason = f"{error.code}: {error.message}"
+            await self._database.transaction(partial(unread.note, key=reading.key, reason=reason))
+        await self._ended(reading, Ended(status, error), reading.one.inbox)
+
+    async def _put_off(self, reading: Reading, reason: str) -> None:
+        """Let a mail be read later, and ever later; after a day it has failed."""
+        now = datetime.now(UTC)
+        age = now - reading.one.started_at
+        if age > GIVEN_UP_AFTER:
+            message_ = f"The mail could not be read for a day: {reason}"
+            await self._end(reading, RunStatus.FAILED, RunError(INVALID, message_))
+            return
+        log.warning("mail not read yet", execution_id=reading.one.execution_id, reason=reason)
+        due_at = now + min(max(age / 2, FIRST_RETRY), LAST_RETRY)
+        await self._write(reading, end=RunStatus.WAITING, due_at=due_at, signals=reading.one.signals)
+
+    async def _write(self, reading: Reading, **fields: Any) -> bool:  # noqa: ANN401 - fields of any type
+        """Write what has become of a run; returns False where its lease was lost."""
+        one = reading.one
+        write = RunWrite(one.execution_id, one.lane, one.token, **fields)
+        return one.execution_id in await self._store.record([write], owner=self._owner)
+
+    async def _ended(self, reading: Reading, ended: Ended, inbox: str) -> None:
+        one = reading.one
+        log.info(
+            "mail not run",
+            status=ended.status.value,
+            execution_id=one.execution_id,
+            workflow_id=one.workflow_id,
+            error=ended.error.code if ended.error else None,
+        )
+        if one.follow_up is not None:
+            self._on_left(one, ended)
+        with suppress(BrokerUnavailable):
+            await self._broker.announce({one.execution_id: inbox})
+
+    # ── what others say ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _lost(self, lease: Lease) -> None:
+        reading = self._holder_of(lease)
+        if reading is not None:
+            reading.task.cancel()
+
+    def _requested(self, lease: Lease, _request: str) -> None:
+        reading = self._holder_of(lease)
+        if reading is not None and not reading.is_asked_to_end:
+            reading.is_asked_to_end = True
+            self._in_background(partial(self._break_off, reading))
+
+    async def _break_off(self, reading: Reading) -> None:
+        """Give a run back that a client has asked to end: it ends by that."""
+        reading.task.cancel()
+        await asyncio.wait([reading.task])
+        if await self._write(reading, end=RunStatus.RELEASED):
+            with suppress(BrokerUnavailable):
+                await self._broker.announce({reading.one.execution_id: reading.one.inbox})
+
+    def _holder_of(self, lease: Lease) -> Reading | None:
+        reading = self._readings.get(lease.key.execution_id)
+        return reading if reading is not None and reading.lease is lease else None
+
+    def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(self._quietly(work))
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
+
+    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what the lease's end does otherwise."""
+        try:
+            await work()
+        except (BrokerUnavailable, DatabaseUnavailable) as error:
+            log.debug("not done", error=str(error))
+        except Exception:
+            log.exception("not done")
