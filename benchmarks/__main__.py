@@ -104,7 +104,7 @@ async def _dev(folder: Path, options: Options) -> dict[str, float]:
 
 
 async def _production(folder: Path, options: Options) -> dict[str, float]:
-    with services.running_postgres() as postgres, services.running_redis() as redis:
+    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         database_url = await postgres.create_database("benchmark")
         ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
@@ -118,7 +118,7 @@ async def _engine(_folder: Path, _options: Options) -> dict[str, float]:
 
 
 async def _transfer(folder: Path, _options: Options) -> dict[str, float]:
-    with services.running_postgres() as postgres:
+    with services.running_postgres(services.DURABLE) as postgres:
         return await transfer.measure(postgres, folder)
 
 
@@ -127,23 +127,23 @@ async def _deployed(folder: Path, options: Options) -> dict[str, float]:
 
 
 async def _cluster(folder: Path, _options: Options) -> dict[str, float]:
-    with services.running_postgres() as postgres, services.running_redis() as redis:
+    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         return await cluster.measure(postgres, redis, folder)
 
 
 async def _claims(folder: Path, _options: Options) -> dict[str, float]:
-    with services.running_postgres() as postgres:
+    with services.running_postgres(services.DURABLE) as postgres:
         return await claims.measure(postgres, folder)
 
 
 async def _authoring(folder: Path, _options: Options) -> dict[str, float]:
-    with services.running_postgres() as postgres, services.running_redis() as redis:
+    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         return await authoring.measure(postgres, redis, folder)
 
 
 async def _intake(folder: Path, options: Options) -> dict[str, float]:
-    with services.running_postgres() as postgres, services.running_redis() as redis:
+    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         return await intake.measure(postgres, redis, folder, options.seconds)
 

@@ -55,7 +55,7 @@ async def _soak(request: Request) -> None:
 async def _deployment(request: Request, folder: Path, stack: AsyncExitStack) -> Deployment:
     if request.is_one_process:
         return await stack.enter_async_context(harness.one_process(folder))
-    postgres = stack.enter_context(services.running_postgres())
+    postgres = stack.enter_context(services.running_postgres(services.DURABLE))
     redis = stack.enter_context(services.running_redis())
     return await stack.enter_async_context(harness.many_processes(folder, postgres, redis))
 

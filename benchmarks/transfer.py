@@ -152,7 +152,7 @@ async def _sent(client: Connection, request: bytes, status: int) -> dict[str, An
 
 
 async def _main() -> None:
-    with services.running_postgres() as postgres, tempfile.TemporaryDirectory() as folder:
+    with services.running_postgres(services.DURABLE) as postgres, tempfile.TemporaryDirectory() as folder:
         for figure, measured in (await measure(postgres, Path(folder))).items():
             print(f"{figure:32} {measured:12,.1f}")
 

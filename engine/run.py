@@ -8,7 +8,6 @@ effects demands it, before a write node starts and before anything follows one, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
@@ -386,9 +385,11 @@ class Runner:
             until = min(until, self._agenda.next_wake or until)
         # At most a second: the lease is looked at by the clock, and no event tells that it is about to end.
         seconds = min(max((until - datetime.now(UTC)).total_seconds(), 0.0), 1.0)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._control.changed.wait()
+        alarm = asyncio.get_running_loop().call_later(seconds, self._control.changed.set)
+        try:
+            await self._control.changed.wait()
+        finally:
+            alarm.cancel()
         if self._may_start():
             await self._wake()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
+from starlette.requests import ClientDisconnect
 
 from gateway import errors, limits
 from gateway.errors import ApiError
@@ -138,6 +139,10 @@ class Activation:
         self._queues[workflow_id] += 1
         try:
             yield
+        except (asyncio.CancelledError, ClientDisconnect):
+            # Whoever waited has gone, maybe before anybody was woken; the run may be accepted all the same.
+            self.see_to(workflow_id)
+            raise
         finally:
             self._queues[workflow_id] -= 1
             if not self._queues[workflow_id]:

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 async def require(request: Request, url: str) -> None:
     """Raise 422 where an address can't be told of a run: none of the internet's, or the messages can't be signed.
 
-    Where a name leads is looked at when it is told, each time.
+    Nor may whoever has only a token name one: it lets in what is sent, and shows nothing of what comes of it. Where a
+    name leads is looked at when it is told, each time.
     """
     problems = Problems()
     target = checked(url, "callbackUrl", problems)
+    if request.known_sender is not None and request.known_sender.token is not None:
+        problems.add("callbackUrl", "key-required", "callbackUrl needs an API key: a token is not enough")
     if target is not None and not _may_be_reached(request, target):
         problems.add("callbackUrl", "address-not-allowed", "callbackUrl must lead to a public address")
     problems.raise_any()

@@ -115,6 +115,10 @@ def workflow_not_active() -> ApiError:
     )
 
 
+def workflow_paused() -> ApiError:
+    return conflict("workflow-paused", "The workflow is paused: set it to active to run it")
+
+
 def no_such_trigger(kind: str) -> ApiError:
     """Return the refusal of what comes another way than its workflow's trigger takes it."""
     return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")

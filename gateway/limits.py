@@ -125,7 +125,7 @@ EVENT_TYPE_LENGTH: Final = sender_events.MAX_TYPE_LENGTH
 """Characters of the type of an event."""
 EVENT_TOKEN_SECRETS: Final = 5
 """Secrets of one provider that a token for events holds."""
-EVENT_FAN_OUT_BYTES: Final = 200_000_000
+EVENT_FAN_OUT_BYTES: Final = 50_000_000
 """Bytes that all runs of one event are given together, as JSON; a larger one is refused."""
 DELAY_SECONDS: Final = 31_536_000
 """Seconds by which a message may be delayed: a year."""

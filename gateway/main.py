@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -22,7 +21,7 @@ from gateway.protocol import BoundedProtocol
 from gateway.router import Route, Router
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
-from models import heartbeat
+from models import garbage, heartbeat
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
@@ -74,8 +73,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        gc.collect()
-        gc.freeze()
+        garbage.settle()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.before_shutdown is not None:

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from gateway import delivery_rows, errors
-from gateway.arrivals import promises, taking_in
+from gateway.arrivals import promises, room, taking_in
 from gateway.arrivals.sender import Sender
 from gateway.arrivals.sent import Sent
 from gateway.carrying_over import carried_over
@@ -123,6 +123,7 @@ async def _run(
     )
 
     async def plan(ground: Ground) -> Message:
+        await room.require_going_on(request, ground)
         await request.gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
         return await carried_over(request.gateway.blobs, given.text, given.source, promise)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import and_, select
 from sqlmodel import col
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+SUBSCRIBING: Final = (WorkflowStatus.ACTIVE, WorkflowStatus.PAUSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Subscription:
 async def subscribed(
     connection: AsyncConnection, organization_id: str, event_type: str
 ) -> Sequence[Subscription]:
-    """Return the active workflows that a type of events starts, by their ids."""
+    """Return the workflows that a type of events starts, those that are paused once they go on, by their ids."""
     rows = await connection.execute(statement(organization_id, event_type))
     return [Subscription(*row) for row in rows]
 
@@ -70,7 +73,7 @@ def statement(organization_id: str, event_type: str) -> Select[*tuple[Any, ...]]
         .where(
             col(WorkflowTrigger.kind) == TriggerKind.EVENT,
             col(Workflow.organization_id) == organization_id,
-            col(Workflow.status) == WorkflowStatus.ACTIVE,
+            col(Workflow.status).in_(SUBSCRIBING),
             col(Workflow.deleted_at).is_(None),
             col(Workflow.is_template).is_(False),
         )

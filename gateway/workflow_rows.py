@@ -13,6 +13,7 @@ from sqlalchemy.sql import operators
 from sqlmodel import col
 
 from gateway import trigger_rows
+from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
 from models.execution import TERMINAL, Execution, ExecutionData
@@ -316,6 +317,8 @@ async def save(
             update(WorkflowGraph).where(col(WorkflowGraph.workflow_id) == workflow.id).values(changed)
         )
     await trigger_rows.save(connection, before, after, catalog)
+    if before.workflow.status == WorkflowStatus.PAUSED != workflow.status:
+        await held_runs.release(connection, workflow.id)
     if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
         await connection.execute(
             delete(WorkflowTag).where(

@@ -146,13 +146,11 @@ class PostgreSQLStore:
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
         batch = sorted(batch, key=lambda write: write.execution_id)
-        spans = [row for write in batch for row in span_rows(write)]
-        logs = [row for write in batch for row in log_rows(write)]
         rows = await self._fetch(
             _RECORD,
             *columns(map(_write_row, batch), len(_WRITE_TYPES)),
-            *columns(spans, len(SPAN_COLUMNS)),
-            *columns(logs, len(LOG_COLUMNS)),
+            *columns(span_rows(batch), len(SPAN_COLUMNS)),
+            *columns(log_rows(batch), len(LOG_COLUMNS)),
             owner,
         )
         return frozenset(row[0] for row in rows)

@@ -292,7 +292,10 @@ WITH item AS (
     INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
         outcome, status, execution_id, event_id, answer, redriven_from, created_at)
     SELECT id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
-        outcome, status, execution_id, event_id, answer, redriven_from, {NOW} FROM fresh
+        outcome, status, execution_id, event_id,
+        CASE WHEN execution_id IS NULL AND event_id IS NULL AND brings_runs THEN
+            (SELECT json_agg(winner.id ORDER BY winner.id) FROM winner WHERE winner.delivery_id = fresh.id)::text
+        ELSE answer END, redriven_from, {NOW} FROM fresh
     -- What brought nothing new is a duplicate, of which more is known once the first one is.
     WHERE id IN (SELECT delivery_id FROM winner) OR NOT brings_runs OR event_id IS NOT NULL
     ON CONFLICT DO NOTHING

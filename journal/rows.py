@@ -74,9 +74,13 @@ CRASHED = error_text(
 )
 
 
-def span_rows(write: RunWrite) -> list[Row]:
-    """Return one row a node: the last that was recorded."""
-    newest = {(span.node_id, span.iteration): span for span in write.spans}
+def span_rows(batch: Sequence[RunWrite]) -> list[Row]:
+    """Return one row a node of each run: the last that was recorded."""
+    newest = [
+        (write, span)
+        for write in batch
+        for span in {(span.node_id, span.iteration): span for span in write.spans}.values()
+    ]
     return [
         (
             write.execution_id,
@@ -104,12 +108,13 @@ def span_rows(write: RunWrite) -> list[Row]:
             _text(span.input_blob),
             _text(span.output_blob),
         )
-        for span, span_id in zip(newest.values(), ids.several("span", len(newest)), strict=True)
+        for (write, span), span_id in zip(newest, ids.several("span", len(newest)), strict=True)
     ]
 
 
-def log_rows(write: RunWrite) -> list[Row]:
+def log_rows(batch: Sequence[RunWrite]) -> list[Row]:
     """Return one row a line."""
+    lines = [(write, line) for write in batch for line in write.logs]
     return [
         (
             write.execution_id,
@@ -121,7 +126,7 @@ def log_rows(write: RunWrite) -> list[Row]:
             line.node_id,
             to_microseconds(line.created_at),
         )
-        for line, log_id in zip(write.logs, ids.several("log", len(write.logs)), strict=True)
+        for (write, line), log_id in zip(lines, ids.several("log", len(lines)), strict=True)
     ]
 
 

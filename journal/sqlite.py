@@ -376,8 +376,8 @@ _GIVES_BACK = (
 def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
     now = _now()
     held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
-    connection.executemany(_UPSERT_SPANS, [row for write in held for row in span_rows(write)])
-    connection.executemany(_INSERT_LOGS, [row for write in held for row in log_rows(write)])
+    connection.executemany(_UPSERT_SPANS, span_rows(held))
+    connection.executemany(_INSERT_LOGS, log_rows(held))
     return frozenset(write.execution_id for write in held)
 
 

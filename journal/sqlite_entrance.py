@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from journal.rows import TOUCHED_MICROSECONDS
 from journal.store import Acceptance, Accepted, Arrival, ArrivedRun, TakenIn, Verdict
 from models.columns import to_microseconds
@@ -58,7 +60,7 @@ def _take_in(connection: sqlite3.Connection, arrival: Arrival, now: int) -> Take
         _bound(connection, arrival.lane, key, arrival.delivery_id, now, is_new=is_current)
     if brings_itself or any(run.verdict is Verdict.ACCEPTED for run in runs):
         # What brought nothing new is a duplicate, of which more is known once the first one is.
-        _insert_delivery(connection, arrival, now)
+        _insert_delivery(connection, arrival, runs, now)
     if arrival.event is not None:
         _insert_event(connection, arrival, now)
     return TakenIn(Verdict.ACCEPTED, arrival.delivery_id, runs)
@@ -70,7 +72,13 @@ def _is_kept(connection: sqlite3.Connection, arrival: Arrival) -> bool:
     return connection.execute(statement, (arrival.delivery_id,)).fetchone() is not None
 
 
-def _insert_delivery(connection: sqlite3.Connection, one: Arrival, now: int) -> None:
+def _insert_delivery(
+    connection: sqlite3.Connection, one: Arrival, runs: Sequence[Accepted], now: int
+) -> None:
+    answer = one.answer
+    if one.event is None and len(runs) > 1:
+        brought = [run.execution_id for run in runs if run.verdict is Verdict.ACCEPTED]
+        answer = msgspec.json.encode(brought).decode()
     connection.execute(
         "INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash,"
         " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from, created_at)"
@@ -89,7 +97,7 @@ def _insert_delivery(connection: sqlite3.Connection, one: Arrival, now: int) -> 
             one.status,
             one.runs[0].execution_id if len(one.runs) == 1 else None,
             one.event.event_id if one.event else None,
-            one.answer,
+            answer,
             one.redriven_from,
             now,
         ),

@@ -120,7 +120,7 @@ class Arrival(msgspec.Struct, frozen=True):
     runs: Sequence[ArrivedRun]
     event: EmittedEvent | None = None
     answer: str | None = None
-    """JSON text: what is to be answered, and answered again."""
+    """JSON text: what has come of an event. Without one, the ids of several runs that were taken in are kept."""
     idempotency: IdempotencyKey | None = None
     """Of all of it; runs may have keys of their own, and those that were taken in before are not taken in again."""
     redriven_from: str | None = None

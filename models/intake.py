@@ -85,7 +85,7 @@ class Delivery(SQLModel, table=True):
     """Of the only run that it has brought, or brought the first time."""
     event_id: str | None = None
     answer: str | None = Field(default=None, sa_column=Column(Text))
-    """JSON: the ids of a batch's runs, of which those that weren't taken in don't exist; or what has come of an event,
+    """JSON: the ids of the runs of a batch that brought several; or what has come of an event,
     `[[workflow id, name, execution id, error]]`, where an error beside an execution is true if there is no such one.
     """
     payload: str | None = Field(default=None, sa_column=Column(Text))

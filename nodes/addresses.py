@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import quote, urljoin
 
@@ -42,6 +43,8 @@ class Target:
     port: int
     path: str
     query: str
+    address: Address | None
+    """What the host is, if it is no name."""
 
     @property
     def authority(self) -> str:
@@ -57,6 +60,7 @@ class Target:
         return f"{self.origin}{self.path}?{self.query}" if self.query else f"{self.origin}{self.path}"
 
 
+@lru_cache(maxsize=128)
 def parse(url: str, base: str = "") -> Target:
     """Takes a reference relative to `base` as well; raises ValueError, whose message may be shown."""
     if len(url) > MAX_URL_CHARACTERS:
@@ -75,7 +79,7 @@ def parse(url: str, base: str = "") -> Target:
     if not 0 < port <= MAX_PORT:
         raise ValueError("the URL's port is out of range")
     path, _, query = quote(match[4] or "/", safe="!$%&'()*+,/:;=?@[]~").partition("?")
-    return Target(scheme, host, port, path or "/", query)
+    return Target(scheme, host, port, path or "/", query, _address_of(host))
 
 
 def canonical_host(text: str) -> str:
@@ -97,12 +101,21 @@ def canonical_host(text: str) -> str:
     return name
 
 
+def _address_of(host: str) -> Address | None:
+    try:
+        return unmapped(host)
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=1_024)
 def unmapped(text: str) -> Address:
     """An IPv4-mapped IPv6 address is connected as IPv4, so it must be checked as IPv4."""
     address = ip_address(text)
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
+@lru_cache(maxsize=1_024)
 def is_public(address: Address) -> bool:
     if isinstance(address, IPv6Address) and address not in GLOBAL_UNICAST:
         return False

@@ -34,8 +34,9 @@ MAX_CONNECTIONS = 256
 FIRST_UNPRIVILEGED_PORT = 1024
 SMALL_PIECE_BYTES = 16
 
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-METHODS = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE"}
+METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
+REPEATED_WRITES = frozenset({"PUT", "DELETE"})
+"""What aiohttp takes for safe to send again, as it does where a connection breaks that was used before."""
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DECODED_ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
@@ -178,8 +179,8 @@ def redirected(call: Call, response: OutboundResponse) -> Call | None:
     return Call("GET", target, headers, body=None)
 
 
-async def send_writes_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
-    """Keeps aiohttp from repeating a PUT or DELETE whose connection broke: that is the caller's decision."""
+async def send_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
+    """Keeps aiohttp from repeating a request whose connection broke: that is the caller's decision."""
     import aiohttp  # noqa: PLC0415 - see Outbound
 
     try:
@@ -187,8 +188,6 @@ async def send_writes_once(request: ClientRequest, handler: ClientHandlerType) -
     except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        if request.method in SAFE_METHODS:
-            raise
         raise aiohttp.ClientError(str(error)) from error
 
 
@@ -249,9 +248,9 @@ class Outbound:
         raise failure
 
     async def _checked_addresses(self, target: Target) -> list[Address]:
-        try:
-            found = [addresses.unmapped(target.host)]
-        except ValueError:
+        if target.address is not None:
+            found = [target.address]
+        else:
             found = [addresses.unmapped(text) for text in (await self._look_up(target.host))[:MAX_ADDRESSES]]
         for address in found:
             check_address(self._policy, target, address)
@@ -294,6 +293,7 @@ class Outbound:
                 data=call.body,
                 server_hostname=target.host,
                 allow_redirects=False,
+                middlewares=(send_once,) if call.method in REPEATED_WRITES else (),
             ) as response:
                 return OutboundResponse(
                     response.status, self._read_headers(response), await self._read_body(response), target.url
@@ -322,7 +322,6 @@ class Outbound:
                 trust_env=False,
                 max_line_size=self._policy.max_header_bytes,
                 max_field_size=self._policy.max_header_bytes,
-                middlewares=(send_writes_once,),
             )
         return self._session
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 from typer import Argument, Option, Typer
 
+from models import garbage
 from pilotflame import refusal
 from pilotflame.refusal import Refusal
 
@@ -76,6 +77,7 @@ def pilotflame() -> None:
     find it by PILOTFLAME_URL (http://127.0.0.1:8000 unless set) and PILOTFLAME_API_KEY.
     """
     os.umask(0o077)  # whatever is written from here on is its owner's alone
+    garbage.begin()
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────

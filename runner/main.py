@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -20,6 +19,7 @@ from execution.node_blobs import NodeBlobs
 from execution.user_code import open_code_of_pod
 from journal.blobs.blob_store import RunBlobs
 from journal.store import DefinitionKey
+from models import garbage
 from models.outage import DatabaseUnavailable
 from nodes import catalog as catalogs
 from nodes.connections.connections import Connections
@@ -64,8 +64,7 @@ async def _serve(settings: RunnerSettings) -> None:
             contact = await _first_contact(gateway, settings, stop)
             if contact is not None:
                 async with working(settings, gateway, contact, life):
-                    gc.collect()
-                    gc.freeze()
+                    garbage.settle()
                     log.info("runner ready", workflow_id=settings.runner_workflow_id, pod=settings.runner_pod)
                     await stop.wait()
                     life.stage = Stage.DRAINING

@@ -1,20 +1,32 @@
-"""The command as its users run it: in processes of its own, untouched by the settings of this one."""
+"""The command as its users run it: in processes of its own, untouched by the settings of this one.
+
+Those that go on are started as users start them. Those that end at once are forked from a process that has loaded them,
+since most of what they do is to load themselves.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pilotflame.cli import app
 
 COMMAND = Path(sys.executable).with_name("pilotflame")
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.01
+LOADED = ("alembic.command", "gateway.main", "pilotflame.accounts", "scheduler.main", "workers.main")
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.commands", *LOADED])
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
@@ -26,14 +38,26 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 def run(*arguments: str, given: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
-    return subprocess.run(
-        [COMMAND, *arguments],
-        env=given,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    with TemporaryDirectory() as folder:
+        printed, complained = Path(folder, "stdout"), Path(folder, "stderr")
+        process = _forks.Process(target=_command, args=(arguments, dict(given), printed, complained))
+        process.start()
+        process.join(PATIENCE_SECONDS)
+        process.kill()
+        process.join()
+        code = process.exitcode
+        assert code is not None
+        return subprocess.CompletedProcess(arguments, code, printed.read_text(), complained.read_text())
+
+
+def _command(arguments: Sequence[str], given: Mapping[str, str], printed: Path, complained: Path) -> None:
+    os.environ.clear()
+    os.environ.update(given)
+    for descriptor, file in ((1, printed), (2, complained)):
+        with file.open("wb") as sink:
+            os.dup2(sink.fileno(), descriptor)
+    sys.argv = [str(COMMAND), *arguments]
+    sys.exit(app())
 
 
 def output(*arguments: str, given: Mapping[str, str]) -> str:

@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ def pytest_configure() -> None:
     """Have temporary folders in memory, where there is room: no database in them waits for a slow disk then."""
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep what thousands of tests are made of from being looked at in every collection of garbage from here on."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

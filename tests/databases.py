@@ -1,5 +1,7 @@
-"""Databases of a PostgreSQL server with all tables in them: migrated once, and copied from then on."""
+"""Databases with all tables in them, of a PostgreSQL server or in a file: migrated once, and copied from then on."""
 
+import asyncio
+from pathlib import Path
 from weakref import WeakSet
 
 from models import migrating
@@ -9,6 +11,7 @@ from tests.services import PostgreSQL
 TEMPLATE = "migrated"
 
 _with_template: WeakSet[PostgreSQL] = WeakSet()
+_files: list[bytes] = []
 
 
 async def migrated(postgres: PostgreSQL, name: str) -> str:
@@ -17,3 +20,15 @@ async def migrated(postgres: PostgreSQL, name: str) -> str:
         await migrating.migrate(parse_url(await postgres.create_database(TEMPLATE)))
         _with_template.add(postgres)
     return await postgres.create_database(name, template=TEMPLATE)
+
+
+async def migrated_file(file: Path) -> str:
+    """Make a database of SQLite and return its URL."""
+    url = f"sqlite:///{file}"
+    if _files:
+        await asyncio.to_thread(file.write_bytes, _files[0])
+    else:
+        await migrating.migrate(parse_url(url))
+        # The whole of it is in this one file: whoever leaves it last puts the journal there.
+        _files.append(await asyncio.to_thread(file.read_bytes))
+    return url

@@ -39,6 +39,8 @@ _given_ports: set[int] = set()
 
 # What was written outlives the server without this, and tests don't wait for a slow disk.
 NEVER_SYNCED = {"fsync": "off", "full_page_writes": "off"}
+# For whoever measures what durability costs.
+DURABLE: Mapping[str, str] = {}
 
 # PostgreSQL and PgBouncer refuse to run as root.
 NOBODY = 65534
@@ -219,7 +221,7 @@ class PgBouncer(Server):
 
 
 @contextmanager
-def running_postgres() -> Iterator[PostgreSQL]:
+def running_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[PostgreSQL]:
     if named := os.environ.get("TEST_DATABASE_URL"):
         yield PostgreSQL(make_url(named).set(drivername="postgresql+asyncpg"))
         return
@@ -235,7 +237,7 @@ def running_postgres() -> Iterator[PostgreSQL]:
             "port": str(url.port),
             "unix_socket_directories": "",
             "max_connections": "200",
-            **NEVER_SYNCED,
+            **durability,
         }
         options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
         with _running(PostgreSQL(url, folder, [str(programs / "postgres"), "-D", data, *options])) as server:

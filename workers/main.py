@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,7 +28,7 @@ from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import heartbeat, migrating
+from models import garbage, heartbeat, migrating
 from models.database import Database
 from models.vault import Vault
 from nodes import catalog as catalogs
@@ -70,8 +69,7 @@ async def _serve(settings: WorkerSettings) -> None:
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(working(settings, store, broker, database))
-        gc.collect()
-        gc.freeze()
+        garbage.settle()
         log.info("worker ready", inbox=broker.inbox)
         await stop.wait()
         log.info("worker stops")

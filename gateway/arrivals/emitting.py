@@ -19,6 +19,7 @@ from gateway.arrivals import taking_in
 from gateway.arrivals.taking_in import Ground, Message
 from gateway.deployed_definitions import DefinitionLost
 from gateway.errors import ApiError
+from gateway.subscriptions import SUBSCRIBING
 from journal.store import EmittedEvent, Verdict
 from models import ids
 from models.execution import Execution
@@ -163,7 +164,7 @@ async def _planned(gateway: State, organization_id: str, message: Message) -> Pl
     for one in found:
         await turn.share()
         workflow = workflows.get(one.workflow_id)
-        if workflow is not None and workflow.status is WorkflowStatus.ACTIVE:
+        if workflow is not None and workflow.status in SUBSCRIBING:
             await _plan_one(gateway, planned, workflow, counted.get(workflow.id), message)
     if planned.refusal is not None and not planned.has_other:
         raise planned.refusal
@@ -174,6 +175,7 @@ async def _plan_one(
     gateway: State, planned: Planned, workflow: LoadedWorkflow, counted: Counted | None, message: Message
 ) -> None:
     """Add what is to come of an event for one workflow, if that is subscribed to it as it will be run."""
+    is_held = workflow.status is WorkflowStatus.PAUSED
     if counted is not None:
         try:
             workflow = await gateway.deployed.load(workflow, counted.deployment)
@@ -199,9 +201,9 @@ async def _plan_one(
     except ApiError as error:
         planned.refuse(workflow, error)
         return
-    is_deferred = counted is not None and counted.refusal is not None
+    is_deferred = is_held or (counted is not None and counted.refusal is not None)
     home = None if counted is None else workflow.id
-    run = taking_in.run_of(gateway, Ground(workflow, trigger, home, is_deferred), message)
+    run = taking_in.run_of(gateway, Ground(workflow, trigger, home, is_deferred, is_held), message)
     planned.add(workflow, run, is_deferred=is_deferred)
 
 

@@ -13,7 +13,7 @@ from sqlmodel import col
 
 from gateway import acceptance, errors, graph_shapes, idempotency
 from gateway.errors import ApiError
-from journal import admission, follow_ups
+from journal import admission, follow_ups, held_runs
 from journal.admission import OnLimit
 from journal.store import Accepted, ArrivedRun, DefinitionKey, TakenIn, Verdict
 from models import ids
@@ -47,6 +47,8 @@ class Ground:
     """The deployment whose pods are to run it; None: any worker."""
     is_deferred: bool
     """It may not run now."""
+    is_held: bool = False
+    """Nor later, but once the workflow is paused no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Message:
 async def ground(gateway: State, caller: Caller, workflow_id: str, kind: str) -> Ground:
     """Return what takes something in for a workflow that the caller may read, by its trigger of a kind.
 
-    Raises 404, 409 for one that is not active, and 422 for one with another trigger or an invalid graph.
+    Raises 404, 409 for one that is neither active nor paused, and 422 for one with another trigger or an invalid graph.
     """
     workflow = await gateway.workflows.load(workflow_id, caller)
     try:
@@ -84,18 +86,19 @@ async def ground(gateway: State, caller: Caller, workflow_id: str, kind: str) ->
 
 
 async def _ground(gateway: State, workflow: LoadedWorkflow, kind: str) -> Ground:
-    if workflow.status is not WorkflowStatus.ACTIVE:
+    is_held = workflow.status is WorkflowStatus.PAUSED
+    if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
         raise errors.workflow_not_active()
-    home, is_deferred = None, False
+    home, is_deferred = None, is_held
     if workflow.is_deployed:
         found = await gateway.activation.count(workflow.id)
         if found is not None:
             workflow = await gateway.deployed.load(workflow, found.deployment)
-            home, is_deferred = workflow.id, found.refusal is not None
+            home, is_deferred = workflow.id, is_held or found.refusal is not None
     if workflow.trigger is None or workflow.trigger.kind != kind:
         raise errors.no_such_trigger(kind)
     graph_shapes.require_valid(workflow.validation)
-    return Ground(workflow, workflow.trigger, home, is_deferred)
+    return Ground(workflow, workflow.trigger, home, is_deferred, is_held)
 
 
 def run_of(gateway: State, ground: Ground, message: Message) -> ArrivedRun:
@@ -125,7 +128,7 @@ def run_of(gateway: State, ground: Ground, message: Message) -> ArrivedRun:
         may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
         follow_up=follow_ups.asked(workflow.settings, callback_url=message.callback_url),
         home=ground.home,
-        delay_until=message.delay_until,
+        delay_until=held_runs.UNTIL_RESUMED if ground.is_held else message.delay_until,
         is_read=message.is_read,
     )
 

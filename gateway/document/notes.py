@@ -162,6 +162,7 @@ RATES: Final = (
     ),
 )
 """Sent where rates are limited."""
+ALLOW: Final = Header("Allow", "What the path takes.")
 ALLOWED_ORIGIN: Final = Header(
     "WebHook-Allowed-Origin",
     "The `WebHook-Request-Origin` of the request: it may send.",
@@ -209,7 +210,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
     deliveries.redrive: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,)).refusing(
         "invalid-idempotency-key",
         "idempotency-mismatch",
-        *("not-redrivable", "queue-full", "validation-failed"),
+        *("not-redrivable", "queue-full", "validation-failed", "workflow-paused"),
         *(f"no-{kind}-trigger" for kind in ("queue", "email", "webhook")),
     ),
     dead_letters.purge: Note(refusals=("not-owner",)),
@@ -255,7 +256,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
         ),
     ),
     enqueue_batch.enqueue: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(REPLAYED, *RATES)).refusing(
-        "queue-full",
+        *("queue-full", "workflow-paused"),
         *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
         *("invalid-signature", "duplicate-header", "no-verification", "unusable-trigger-secret"),
         *("invalid-event", "malformed-form"),
@@ -268,16 +269,16 @@ NOTES: Final[Mapping[Handler, Note]] = {
             *("malformed-form", "duplicate-header", "workflow-changed", "queue-full"),
         ),
     ),
-    events.handshake: Note(sends=(ALLOWED_ORIGIN, ALLOWED_RATE)),
+    events.handshake: Note(sends=(ALLOW, ALLOWED_ORIGIN, ALLOWED_RATE)),
     events.show: Note(refusals=("not-found",)),
     events.replay: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,)).refusing(
-        "invalid-idempotency-key", "idempotency-mismatch", "no-event-trigger"
+        "invalid-idempotency-key", "idempotency-mismatch", "no-event-trigger", "workflow-paused"
     ),
     event_tokens.index: Note(refusals=("admin-required",)),
     event_tokens.create: Note(refusals=("admin-required",)),
     event_tokens.revoke: Note(refusals=("admin-required",)),
     enqueue.enqueue: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(*ARRIVES.sends, *RATES)).refusing(
-        "queue-full",
+        *("queue-full", "workflow-paused"),
         *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
         *("invalid-signature", "duplicate-header", "no-verification", "unusable-trigger-secret"),
         *("invalid-event", "malformed-form"),

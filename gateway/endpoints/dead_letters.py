@@ -51,8 +51,11 @@ class DeadLetterList(Wire):
     dead_letters: Sequence[DeadLetter]
 
 
-class ChooseDeadLetters(Wire):
-    """Which dead letters: those that are named, or the oldest."""
+class ChooseDeadLetters(Wire, forbid_unknown_fields=True):
+    """Which dead letters: those that are named, or the oldest.
+
+    A field that isn't known is refused: it might have been meant to spare something.
+    """
 
     execution_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
         default_factory=list

@@ -71,8 +71,11 @@ class Redriven(Wire):
     trigger_type: str = msgspec.field(name="trigger_type")
 
 
-class RedriveDeliveries(Wire):
-    """Which deliveries are to be run once more; those that were already, or can't be, are left out."""
+class RedriveDeliveries(Wire, forbid_unknown_fields=True):
+    """Which deliveries are to be run once more; those that were already, or can't be, are left out.
+
+    A field that isn't known is refused: it might have been meant to spare something.
+    """
 
     outcome: Outcome | None = None
     """Unless it is given: any but `duplicate`."""

@@ -146,6 +146,8 @@ def checked(value: Json, kind: type[Queued], now: datetime, path: str = "") -> Q
     problems = Problems()
     inside = f"{path}." if path else ""
     body.source = text.line(body.source, f"{inside}source", problems, max_length=limits.SOURCE_LENGTH)
+    if body.deduplication_id is not None:
+        _require_name(body.deduplication_id, f"{inside}deduplicationId", problems)
     if body.not_before is not None and body.not_before.tzinfo is None:
         problems.add(
             f"{inside}notBefore", "invalid-value", "notBefore needs a time zone, such as 2025-01-15T10:30:00Z"
@@ -154,6 +156,13 @@ def checked(value: Json, kind: type[Queued], now: datetime, path: str = "") -> Q
         problems.add(f"{inside}notBefore", "invalid-value", f"notBefore may be {MAX_DELAY.days:,} days ahead")
     problems.raise_any()
     return body
+
+
+def _require_name(name: str, path: str, problems: Problems) -> None:
+    if not name:
+        problems.add(path, "required", f"{path} must not be empty")
+    if len(name) > limits.DEDUPLICATION_ID_LENGTH:
+        problems.add(path, "too-long", f"{path} may have at most {limits.DEDUPLICATION_ID_LENGTH} characters")
 
 
 def _interpreted(value: Json, now: datetime) -> Enqueue:

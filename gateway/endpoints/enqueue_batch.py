@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
+from sqlalchemy import select
+from sqlmodel import col
 
 from engine import patience
 from engine.values import fingerprint
@@ -19,7 +21,7 @@ from gateway.request import Request
 from gateway.responses import JsonResponse
 from gateway.wire import Wire, convert, json_of
 from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
-from models.intake import IntakeRoute, Outcome
+from models.intake import Delivery, IntakeRoute, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,7 +125,7 @@ async def enqueue(request: Request) -> JsonResponse:
         repeated = results[origin]
         results[place] = repeated if repeated.error else _duplicate_of(repeated)
     shape = _counted([results[place] for place in range(len(batch.messages))])
-    if not shape.accepted and shape.duplicates:
+    if answers.is_repeated or (not shape.accepted and shape.duplicates):
         await gateway.deliveries.note(note.repeated(datetime.now(UTC), status=201, execution_id=None))
     return JsonResponse(shape, status=201, headers=idempotency.REPLAYED if answers.is_repeated else None)
 
@@ -150,32 +152,42 @@ async def _taken_in(
             for one in planned
         ]
         outcome = Outcome.DEFERRED if place.is_deferred else Outcome.ACCEPTED
-        answer = msgspec.json.encode([run.execution_id for run in runs]).decode()
-        return note.arrival(runs, status=201, outcome=outcome, answer=answer, idempotency=key)
+        return note.arrival(runs, status=201, outcome=outcome, idempotency=key)
 
     accepted: Sequence[Accepted] = ()
     try:
         taken = await taking_in.several(gateway, arrival)
-        verdict, accepted = taken.verdict, taken.runs
+        verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
         earlier = key and await acceptance.earlier(gateway.database, note.sender.caller.lane, key)
         if not earlier:
             raise
-        verdict = earlier.verdict
+        verdict, delivery_id = earlier.verdict, earlier.execution_id
     if Verdict.MISMATCH in {verdict, *(one.verdict for one in accepted)}:
         raise idempotency.mismatch()
     if verdict is Verdict.REPEATED:
-        return Answers(await _first(request, planned), is_repeated=True)
+        return Answers(await _first(request, planned, delivery_id), is_repeated=True)
     taking_in.see_to(gateway, runs, accepted)
     return Answers(accepted)
 
 
-async def _first(request: Request, planned: Sequence[Planned]) -> Sequence[Accepted]:
+async def _first(request: Request, planned: Sequence[Planned], delivery_id: str) -> Sequence[Accepted]:
     """Return what became of messages the first time: those whose keys nothing has found no place then."""
+    database = request.gateway.database
     promises = [one.promise for one in planned if one.promise is not None]
-    found = await acceptance.all_earlier(request.gateway.database, request.caller.lane, promises)
-    return [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
+    found = await acceptance.all_earlier(database, request.caller.lane, promises)
+    async with database.read() as connection:
+        answer = await connection.scalar(
+            select(col(Delivery.answer)).where(
+                col(Delivery.id) == delivery_id,
+                col(Delivery.organization_id) == request.caller.organization_id,
+            )
+        )
+    made = {*msgspec.json.decode(answer or "[]", type=list[str])}
+    then = [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
+    accepted = Verdict.ACCEPTED
+    return [Accepted(accepted, one.execution_id) if one.execution_id in made else one for one in then]
 
 
 def _planned(

@@ -40,7 +40,7 @@ Some = Annotated[
 LISTED: Final = (LIMIT, OFFSET)
 
 
-class ProviderSecrets(Wire):
+class ProviderSecrets(Wire, forbid_unknown_fields=True):
     """What providers sign with; several of one while a new one takes the place of another."""
 
     github: Some = msgspec.field(default_factory=list)
@@ -59,8 +59,11 @@ _NAMES: Final[Mapping[Provider, str]] = {
 }
 
 
-class CreateEventToken(Wire):
-    """A token for one or several senders of events."""
+class CreateEventToken(Wire, forbid_unknown_fields=True):
+    """A token for one or several senders of events.
+
+    A field that isn't known is refused: were a provider's name misspelt, the token would take what nobody signs.
+    """
 
     name: Annotated[str, text.allowed(limits.KEY_NAME_LENGTH, min_length=1)]
     secrets: ProviderSecrets | None = None

@@ -14,7 +14,7 @@ from sqlmodel import col
 from engine import patience
 from engine.values import fingerprint
 from gateway import errors, idempotency, limits, text
-from gateway.arrivals import emitting, promises, sent, signatures, taking_in
+from gateway.arrivals import emitting, promises, room, sent, signatures, taking_in
 from gateway.arrivals.sender import Sender, no_sender
 from gateway.arrivals.sent import Sent
 from gateway.arrivals.taking_in import Message
@@ -258,7 +258,8 @@ async def replay(request: Request) -> JsonResponse:
         redriven_from=delivery.id if delivery else None,
     )
 
-    async def plan(_ground: Ground) -> Message:
+    async def plan(ground: Ground) -> Message:
+        await room.require_going_on(request, ground)
         return Message(msgspec.json.decode(event.data), event.data, promise=promise)
 
     async with gateway.deliveries.refusals(note):

@@ -156,6 +156,8 @@ def _set_unless_given(headers: dict[str, str], name: str, value: str) -> None:
 
 def _without_secrets(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
     """Return an answer without the secrets that it repeats: it is read by more people than may know them."""
+    if not secrets:
+        return response
     forms = sorted({form for value in secrets.values() for form in _forms(value)}, key=len, reverse=True)
     if not forms:
         return response

@@ -485,7 +485,7 @@ ROWS = [
     reads("POST", "/deliveries/redrive", scope=EXECUTE),
     reads("GET", "/dead-letters"),
     reads("POST", "/dead-letters/redrive", scope=EXECUTE),
-    reads("POST", "/dead-letters/purge", scope=EXECUTE),
+    Row("POST", f"{WORKFLOW}/dead-letters/purge", EXECUTE, WRITERS, workflow),
     Row("GET", "/api/v1/deliveries/{id}", READ, READERS, delivery),
     Row("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, delivery, status=201),
     Row("POST", "/hooks/{id}", None, EVERYBODY, hook, status=202),

@@ -4,8 +4,6 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from models import migrating
-from models.database import parse_url
 from tests import databases
 from tests.integration.gateway_world import People, World, open_world
 from tests.integration.run_world import Where
@@ -28,9 +26,8 @@ async def people(world: World) -> People:
 
 @pytest.fixture(scope="session")
 def on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Where:
-    where = Where(f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'pilotflame.db'}")
-    asyncio.run(migrating.migrate(parse_url(where.url)))
-    return where
+    folder = tmp_path_factory.mktemp("sqlite")
+    return Where(asyncio.run(databases.migrated_file(folder / "pilotflame.db")))
 
 
 @pytest.fixture(scope="session")

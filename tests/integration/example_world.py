@@ -47,6 +47,18 @@ async def cast(world: World, people: People) -> dict[str, str]:
     )
     hook = await admin.create(nodes=[HOOK, NODES[1]], connections=CONNECTIONS[:1], status="active")
     token = await _sent(people, "POST", f"workflows/{hook}/trigger-token", {})
+    queue, mails, events = [
+        await admin.create(nodes=[{**HOOK, **start}, NODES[1]], connections=CONNECTIONS[:1], status="active")
+        for start in (
+            {"nodeId": "queue-trigger", "config": {}},
+            {"nodeId": "email-trigger", "config": {}},
+            {"nodeId": "event-trigger", "config": {"event_type": "user.created"}},
+        )
+    ]
+    await _sent(people, "POST", f"workflows/{queue}/enqueue", {"message": 1})
+    deliveries = await _sent(people, "GET", f"workflows/{queue}/deliveries", None)
+    event = await _sent(people, "POST", "workflows/events", {"event_type": "user.created"})
+    event_token = await _sent(people, "POST", "auth/event-tokens", {"name": "To be revoked"})
     await _sent(people, "POST", "auth/signing-secret", None)
     await _sent(people, "POST", f"workflows/{workflow_id}/deploy", None)
     await come_up(world, workflow_id)
@@ -66,6 +78,12 @@ async def cast(world: World, people: People) -> dict[str, str]:
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
         "ds_001": source["dataSourceId"],
+        "wf_queue": queue,
+        "wf_mails": mails,
+        "wf_events": events,
+        "dlv_abc123": deliveries["deliveries"][0]["id"],
+        "event_abc123": event["event_id"],
+        "tok_abc123": event_token["id"],
         "tt-abc123": token["token"],
         "exec_xyz789": started["executionId"],
         "exec_asking": waiting["executionId"],

@@ -19,9 +19,8 @@ from gateway import state
 from gateway.main import create_app
 from gateway.settings import GatewaySettings
 from gateway.state import State
-from models import access_store, migrating
+from models import access_store
 from models.access import ALL_SCOPES, KeyScope, Organization, Role, User
-from models.database import parse_url
 from tests import databases
 from tests.services import PostgreSQL
 
@@ -170,8 +169,7 @@ async def open_world(
     if kind == "postgresql":
         url = await databases.migrated(postgres, f"gateway_{uuid4().hex}")
     else:
-        url = f"sqlite:///{folder}/test.db"
-        await migrating.migrate(parse_url(url))
+        url = await databases.migrated_file(folder / "test.db")
     settings = GatewaySettings(
         data_dir=folder,
         database_url=url,

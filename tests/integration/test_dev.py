@@ -18,7 +18,7 @@ import httpx2
 import psutil
 import pytest
 
-from tests import commands
+from tests import commands, databases
 from tests.commands import Started, environment
 from tests.integration.run_world import Where, opened
 
@@ -28,6 +28,13 @@ OUR_KEY = "sk-of-the-settings-0123"
 START: Mapping[str, object] = {"id": "start", "type": "manual"}
 LEASE_SECONDS = 30
 """The default: what goes on sooner was taken back, and not waited for."""
+
+
+def with_database(folder: Path) -> Path:
+    """Make a data folder in which the tables are there already: making them takes as long as a start."""
+    folder.mkdir(mode=0o700)
+    asyncio.run(databases.migrated_file(folder / "pilotflame.db"))
+    return folder
 
 
 def whoami(address: str, key: str) -> httpx2.Response:
@@ -70,9 +77,8 @@ def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed
 def test_a_run_outlives_a_killed_server_goes_on_at_once_and_whoever_waits_for_it_gets_the_result(
     tmp_path: Path,
 ) -> None:
-    given = environment(
-        tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32"
-    )
+    data = with_database(tmp_path / "data")
+    given = environment(data, BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32")
     with closing(socket.create_server(("127.0.0.1", 0))) as target:
         target.settimeout(commands.PATIENCE_SECONDS)
         url = f"http://127.0.0.1:{target.getsockname()[1]}/"
@@ -99,9 +105,8 @@ def test_a_run_outlives_a_killed_server_goes_on_at_once_and_whoever_waits_for_it
 
 
 def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) -> None:
-    given = environment(
-        tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32"
-    )
+    data = with_database(tmp_path / "data")
+    given = environment(data, BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32")
     with closing(socket.create_server(("127.0.0.1", 0))) as target:
         target.settimeout(commands.PATIENCE_SECONDS)
         url = f"http://127.0.0.1:{target.getsockname()[1]}/"
@@ -214,8 +219,7 @@ async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the
 
 
 def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_path: Path) -> None:
-    given = environment(tmp_path / "data")
-    commands.output("migrate", given=given)
+    given = environment(with_database(tmp_path / "data"))
     traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
     with commands.started("dev", "--port", "0", given=traced, log=tmp_path / "log") as dev:
         dev.says(ADDRESS)
@@ -227,7 +231,7 @@ def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_pa
 
 
 def test_it_ends_well_on_ctrl_c_though_a_run_waits_and_somebody_follows_it(tmp_path: Path) -> None:
-    given = environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    given = environment(with_database(tmp_path / "data"), BOOTSTRAP_API_KEY=OUR_KEY)
     log = {"id": "log", "type": "log", "config": {"message": "now it waits"}}
     wait = {"id": "wait", "type": "wait", "config": {"seconds": 3600}}
     with commands.started("dev", "--port", "0", given=given, log=tmp_path / "dev.log") as dev:

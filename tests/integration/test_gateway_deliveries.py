@@ -103,7 +103,7 @@ async def test_a_delivery_is_run_once_more_whatever_became_of_it_if_it_was_under
 ) -> None:
     api = people.owner.api
     first = await enqueue(people.owner, workflow_id, {"order": 7})
-    await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     remember_nothing(world, people.owner, workflow_id)
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     refused(await api.post(url, json={"message": {"order": 8}}), 409, "workflow-not-active")
@@ -134,6 +134,7 @@ async def test_a_list_of_deliveries_is_run_once_more_once(people: People, workfl
     path = f"{WORKFLOWS}/{workflow_id}/deliveries/redrive"
     dry = (await people.owner.api.post(path, json={"dryRun": True})).json()
     assert (dry["matched"], dry["redriven"]) == (3, 0)
+    refused(await people.owner.api.post(path, json={"dryrun": True}), 422, "validation-failed")
     first = (await people.owner.api.post(path, json={"limit": 2})).json()
     assert (first["matched"], first["redriven"], first["remaining"]) == (3, 2, 1)
     second = (await people.owner.api.post(path, json={})).json()
@@ -160,7 +161,7 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
     monkeypatch.setattr(limits, "KEPT_REFUSED_CHARACTERS", 20_000)
     monkeypatch.setattr(deliveries, "KEPT", Rate(per_second=0.001, burst=15_000))
     api = people.owner.api
-    await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
+    await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     for size in (10_000, 10_000, 10, 30_000):
         answer = await api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": "x" * size})
         refused(answer, 409, "workflow-not-active")
@@ -190,6 +191,8 @@ async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
     again = (await people.owner.api.post(f"{path}/redrive", json={"executionIds": [second, fine]})).json()
     assert (again["matched"], again["redriven"]) == (1, 1)
     assert (await given(world, again["executionIds"][0]))["message"] == 1
+    misspelt = await people.owner.api.post(f"{path}/purge", json={"executionId": first})
+    refused(misspelt, 422, "validation-failed")
     purged = (await people.owner.api.post(f"{path}/purge", json={"executionIds": [first]})).json()
     assert purged == {"matched": 1, "purged": 1, "remaining": 0}
     left = await got(people.owner, path)

@@ -62,5 +62,8 @@ async def test_only_admins_have_to_do_with_tokens_and_wrong_ones_are_refused(peo
         {"name": ""},
         {"name": "x", "secrets": {"github": ["a"] * 6}},
         {"name": "x", "secrets": {"slack": [""]}},
+        # Otherwise these would let in what nobody has signed.
+        {"name": "x", "secrets": {"gitHub": ["a"]}},
+        {"name": "x", "secret": {"github": ["a"]}},
     ):
         refused(await people.admin.api.post(TOKENS, json=body), 422, "validation-failed")

@@ -132,8 +132,8 @@ async def test_an_event_runs_every_active_workflow_that_waits_for_it(world: Worl
     listed = await active(people.colleague, subscribed(["order.paid", "user.*"]), name="Count")
     for other in ("user", "user.created.late", "users.*", "user.deleted"):
         await active(people.owner, subscribed(other))
-    paused = await active(people.owner, subscribed("user.created"))
-    await set_status(people.owner, paused, "paused")
+    archived = await active(people.owner, subscribed("user.created"))
+    await set_status(people.owner, archived, "archived")
     await people.owner.create(**subscribed("user.created"))
     await active(people.stranger, subscribed("user.created"))
 
@@ -222,7 +222,7 @@ async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(world: W
     again = await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers)
     assert again.json() == answer
 
-    await set_status(people.owner, free, "paused")
+    await set_status(people.owner, free, "draft")
     nothing = await people.owner.api.post(
         EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
     )

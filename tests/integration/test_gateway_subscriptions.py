@@ -74,6 +74,8 @@ async def test_a_workflow_is_found_by_its_graph_and_status_of_the_moment(
     ).status_code == 200
     assert await _started_by(world, owner, "e.f") == [workflow_id]
     await _set_status(owner, workflow_id, "paused")
+    assert await _started_by(world, owner, "e.f") == [workflow_id]
+    await _set_status(owner, workflow_id, "draft")
     assert await _started_by(world, owner, "e.f") == []
     await _set_status(owner, workflow_id, "active")
     assert await _started_by(world, owner, "e.f") == [workflow_id]

@@ -52,6 +52,11 @@ TELLS_WHAT_IS_WRONG = {
     "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
 }
 """A dry run is answered, whatever is wrong with its body: that is what it is for."""
+TAKES_OTHERS_HEADERS = {
+    "include-path": "/api/v1/workflows/events",
+    "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
+}
+"""Senders of events have headers of their own, by which they are known: others are no mistake."""
 PROGRESS = Waiting.progress
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
@@ -72,6 +77,15 @@ async def people(world: World) -> People:
 async def ids(world: World, people: People) -> Mapping[str, str]:
     """Return what the examples are about, for those who change nothing."""
     return await cast(world, people)
+
+
+WORKFLOWS_OF = {
+    "/api/v1/workflows/{id}/enqueue": "wf_queue",
+    "/api/v1/workflows/{id}/enqueue-batch": "wf_queue",
+    "/api/v1/workflows/{id}/email-trigger": "wf_mails",
+    "/api/v1/events/{id}/replay": "wf_events",
+}
+"""Paths of what is about a workflow with a trigger of its own."""
 
 
 # ── the document is served ──────────────────────────────────────────────────────────────────────────────────
@@ -122,6 +136,7 @@ async def test_documented_examples_are_accepted_and_answered_as_documented(
             # The workflow of the examples is a draft, since drafts may be broken.
             path = f"/api/v1/workflows/{there['wf_abc123']}/status"
             assert (await people.admin.api.put(path, json={"status": "active"})).is_success
+        there = {**there, "wf_abc123": there[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
         response = await people.admin.api.request(
             line.method,
             line.path.format(**in_place(_examples(said, "path"), there)),
@@ -294,7 +309,7 @@ def tried(served: Served, *, examples_of_an_operation: int, phases: Collection[s
             },
             # Bodies must obey rules that no schema can tell: the examples show that valid ones are accepted.
             "checks": {"positive_data_acceptance": {"enabled": False}},
-            "operations": [TELLS_WHAT_IS_WRONG],
+            "operations": [TELLS_WHAT_IS_WRONG, TAKES_OTHERS_HEADERS],
         }
     )
     report = Report()

@@ -16,8 +16,6 @@ from uuid import uuid4
 
 import pytest
 
-from models import migrating
-from models.database import parse_url
 from tests import commands, databases, services
 from tests.system import proxy
 from tests.system.client import API_KEY
@@ -200,7 +198,7 @@ def _is_at_work(process: Process) -> bool:
 @asynccontextmanager
 async def one_process(folder: Path, **settings: str) -> AsyncIterator[OneProcess]:
     url, environment = _environment(folder, settings)
-    await migrating.migrate(parse_url(f"sqlite:///{folder}/pilotflame.db"))
+    await databases.migrated_file(folder / "pilotflame.db")
     records = SQLiteRecords(folder / "pilotflame.db")
     await records.install()
     faults: list[Fault] = []

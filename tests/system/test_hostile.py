@@ -220,7 +220,7 @@ async def test_ten_thousand_nodes_with_2_to_the_5000_ways_through_them_are_each_
 
 
 async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: World) -> None:
-    graph = chain(*(node(f"n{number}", "template", text="step") for number in range(300)))
+    graph = chain(*(node(f"n{number}", "template", text="step") for number in range(150)))
     workflow_id = await world.client.create(graph)
     executions = [await world.client.execute(workflow_id) for _ in range(50)]
     for execution_id in executions:

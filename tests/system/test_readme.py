@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.system import past
 from tests.system.harness import COMMAND
 
@@ -115,6 +116,4 @@ def test_every_command_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
     for command in sorted(set(re.findall(r"pilotflame (\w+)", README)) - {"dev"}):
-        assert (
-            subprocess.run([COMMAND, command, "--help"], capture_output=True, check=False).returncode == 0
-        ), command
+        assert commands.run(command, "--help", given=os.environ).returncode == 0, command

@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
@@ -46,9 +47,12 @@ class CallGraph:
     """All of the gateway's source."""
 
     def __init__(self) -> None:
-        names = [one.name for one in pkgutil.walk_packages(gateway.__path__, "gateway.")]
-        self.modules = {name: _read(name) for name in names}
         self._called: dict[Thing, Sequence[Thing]] = {}
+
+    @cached_property
+    def modules(self) -> Mapping[str, Module]:
+        names = [one.name for one in pkgutil.walk_packages(gateway.__path__, "gateway.")]
+        return {name: _read(name) for name in names}
 
     def reached(self, start: Thing) -> set[Thing]:
         """Return the functions that may be called when `start` is, itself among them."""

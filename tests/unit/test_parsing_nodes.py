@@ -318,7 +318,7 @@ async def test_an_expression_finds_replaces_and_splits(
 
 
 RANDOM = random.Random(1)
-NOISE = "".join(RANDOM.choice("ab") for _ in range(1_000_000))
+NOISE = "".join(RANDOM.choices("ab", k=1_000_000))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from zoneinfo import ZoneInfo
@@ -40,10 +41,18 @@ def moment(text: str) -> datetime:
 
 def moments_of_change(zone: str) -> list[datetime]:
     """Return the whole hours, of two years, before which the clocks of a zone changed; or a day where they don't."""
-    hours = [datetime(2026, 1, 1, tzinfo=UTC) + HOUR * count for count in range(2 * 365 * 24)]
-    offsets = [hour.astimezone(ZoneInfo(zone)).utcoffset() for hour in hours]
-    found = [hours[index + 1] for index, (before, after) in enumerate(pairwise(offsets)) if before != after]
-    return found or [hours[100]]
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    days = [start + 24 * HOUR * count for count in range(2 * 365)]
+    hours = [day + HOUR * count for day, _ in changes(days, zone) for count in range(25)]
+    return [after for _, after in changes(hours, zone)] or [start + 100 * HOUR]
+
+
+def changes(moments: Sequence[datetime], zone: str) -> list[tuple[datetime, datetime]]:
+    """Return those that follow each other, between which the clocks of a zone changed."""
+    offsets = [moment.astimezone(ZoneInfo(zone)).utcoffset() for moment in moments]
+    return [
+        pair for pair, (one, other) in zip(pairwise(moments), pairwise(offsets), strict=True) if one != other
+    ]
 
 
 AROUND = [(zone, at) for zone in ZONES for at in moments_of_change(zone)]

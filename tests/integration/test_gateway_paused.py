@@ -1,0 +1,71 @@
+"""Workflows that are paused: what arrives for them and can't wait is kept, and run once they go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from sqlmodel import col
+
+from models.execution import Execution
+from models.intake import Delivery
+from tests.integration.gateway_world import EDGE, STEP, People, Person, World
+
+WORKFLOWS = "/api/v1/workflows"
+TRIGGERS: dict[str, dict[str, Any]] = {
+    "email-trigger": {},
+    "event-trigger": {"event_type": "a.b"},
+    "webhook": {"verification": {"provider": "none"}, "respond": "when-done"},
+}
+
+
+async def send(person: Person, kind: str, workflow_id: str, address: str, number: int) -> str:
+    """Send something by which a workflow is to be run; returns the id of the execution."""
+    match kind:
+        case "email-trigger":
+            mail = {"subject": str(number)}
+            answer = await person.api.post(f"{WORKFLOWS}/{workflow_id}/email-trigger", json=mail)
+        case "event-trigger":
+            event = {"event_type": "a.b", "event_data": {"number": number}}
+            answer = await person.api.post(f"{WORKFLOWS}/events", json=event)
+        case _:
+            answer = await person.api.post(address, json={"number": number})
+    assert answer.status_code in {200, 201, 202}, answer.text
+    told = answer.json()
+    execution_id: str = (told["results"][0] if "results" in told else told)["executionId"]
+    return execution_id
+
+
+async def runs(world: World, workflow_id: str) -> list[Any]:
+    statement = (
+        select(Execution).where(col(Execution.workflow_id) == workflow_id).order_by(col(Execution.rank))
+    )
+    async with world.gateway.database.read() as connection:
+        return list((await connection.execute(statement)).all())
+
+
+@pytest.mark.parametrize("goes_on_as", ["active", "archived"])
+@pytest.mark.parametrize("kind", TRIGGERS)
+async def test_what_cannot_wait_is_kept_and_run_in_its_order_when_the_workflow_goes_on(
+    world: World, people: People, kind: str, goes_on_as: str
+) -> None:
+    owner = people.owner
+    trigger = {"id": "start", "nodeId": kind, "config": TRIGGERS[kind]}
+    workflow_id = await owner.create(nodes=[trigger, STEP], connections=[EDGE], status="active")
+    url = f"{WORKFLOWS}/{workflow_id}"
+    urls = (await owner.api.post(f"{url}/trigger-token", json={})).json()["urls"]
+    address = urls.get("webhook", "")
+    await owner.api.put(f"{url}/status", json={"status": "paused"})
+    sent = [await send(owner, kind, workflow_id, address, number) for number in range(3)]
+    await owner.api.put(f"{url}", json={"name": "Edited while it is paused"})
+    await world.gateway.store.sweep(100)
+    assert {run.status for run in await runs(world, workflow_id)} == {"waiting"}
+    async with world.gateway.database.read() as connection:
+        outcomes = await connection.scalars(select(col(Delivery.outcome)))
+        assert set(outcomes) == {"deferred"}
+
+    assert (await owner.api.put(f"{url}/status", json={"status": goes_on_as})).status_code == 200
+    await world.gateway.store.sweep(100)
+    kept = await runs(world, workflow_id)
+    assert [(run.id, run.status, run.target) for run in kept] == [(one, "pending", "shared") for one in sent]
