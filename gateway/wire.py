@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
+from functools import cache
 from itertools import islice
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args, get_origin
@@ -92,9 +93,9 @@ def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any ty
         return int(value) if is_whole else value
     for part in parts:
         if isinstance(value, dict) and _is_body(part):
-            types = {field.encode_name: field.type for field in msgspec.structs.fields(part)}
+            fields = _fields(part)
             return {
-                name: with_whole_numbers(item, types[name]) if name in types else item
+                name: with_whole_numbers(item, fields[name].type) if name in fields else item
                 for name, item in value.items()
             }
         if isinstance(value, dict) and get_origin(part) is dict:
@@ -143,10 +144,10 @@ def _problems_inside(value: Json, kind: Any, path: str) -> Iterator[dict[str, Js
 def _wrong_fields(
     value: Mapping[str, Json], kind: type[msgspec.Struct], path: str
 ) -> Iterator[dict[str, Json]]:
-    for field in msgspec.structs.fields(kind):
-        below = _below(path, field.encode_name)
-        if field.encode_name in value:
-            yield from _problems(value[field.encode_name], field.type, below)
+    for name, field in _fields(kind).items():
+        below = _below(path, name)
+        if name in value:
+            yield from _problems(value[name], field.type, below)
         elif field.required:
             yield errors.problem(below, "required", f"{below} is required")
 
@@ -160,6 +161,12 @@ def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation
             yield from _parts(part)
     else:
         yield kind
+
+
+@cache
+def _fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    # Finding them out takes 75 µs, and a body may hold a hundred thousand small objects.
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
 def _is_body(kind: Any) -> TypeGuard[type[msgspec.Struct]]:  # noqa: ANN401 - any type annotation

@@ -65,6 +65,7 @@ def duties(settings: SchedulerSettings, database: Database, store: Store, broker
     return (
         Duty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
         Duty("set schedules back", 60, schedules.set_back),
+        Duty("promote what is due", settings.schedule_seconds, partial(recovery.promote, store, broker)),
         Duty("recover executions", settings.sweep_seconds, partial(recovery.recover, store, broker)),
         Duty(
             "end abandoned executions",

@@ -37,6 +37,12 @@ async def recover(store: Store, broker: Broker) -> None:
             log.debug("broker not reached", reason=str(error))
 
 
+async def promote(store: Store, broker: Broker) -> None:
+    """Put what was delayed until now in the queue, and say that there is work; raises `DatabaseUnavailable`."""
+    if await store.promote_due():
+        await hints.wake(broker)
+
+
 async def admit_waiting(database: Database, broker: Broker) -> None:
     """Let runs go on for which a place is free that nobody has given; raises `DatabaseUnavailable`."""
     admitted, after = await admission.admit_waiting(database)

@@ -23,7 +23,7 @@ class SchedulerSettings(Settings):
     schedule_seconds: float = Field(
         default=0.5,
         gt=0,
-        description="How often the scheduler looks for schedules that are due: runs start that much late, at most.",
+        description="How often due schedules and delayed runs are looked for: they start that much late, at most.",
     )
     retention_days: int = Field(
         default=14, ge=1, le=36_500, description="Executions are kept for so many days after their end."

@@ -7,10 +7,11 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from apscheduler.schedulers import base
 
@@ -127,6 +128,25 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     statuses = [(await world.row(run.execution_id))["status"] for run in lost]
     assert statuses == ["failed", "pending", "pending", "pending", "pending"]
     assert await asyncio.wait_for(notices.get(), 5) == ExecutionsChanged((poison,))
+    await asyncio.wait_for(hints.get(), 5)
+    await broker.close()
+
+
+async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(world: World) -> None:
+    place = await world.workflow()
+    now = datetime.now(UTC)
+    due, later = (
+        msgspec.structs.replace(
+            place.arrival(place.run()).runs[0], delay_until=now + timedelta(seconds=delay)
+        )
+        for delay in (0, 60)
+    )
+    await world.store.take_in([place.arrival(runs=[due, later])])
+    hints: asyncio.Queue[int] = asyncio.Queue()
+    broker = await brokers.connect(None)
+    broker.start_worker(hints.put_nowait)
+    await recovery.promote(world.store, broker)
+    assert [(await world.row(run.execution_id))["status"] for run in (due, later)] == ["pending", "waiting"]
     await asyncio.wait_for(hints.get(), 5)
     await broker.close()
 
