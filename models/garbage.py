@@ -12,7 +12,7 @@ nearly all are still in use; what is not in use is mostly gone by then, since it
 
 
 def begin() -> None:
-    """Collect less often, which makes a start shorter by a fifth: what modules are made of is no garbage."""
+    """Collect less often, from the start on: what modules are made of is no garbage."""
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
