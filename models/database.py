@@ -64,6 +64,7 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self.engine = _engine(url)
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -81,8 +82,16 @@ class Database:
     async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run `work` in one transaction and commit; it may be called again, so it changes nothing but the database.
 
-        Raises `DatabaseUnavailable`; whatever `work` raises of its own rolls back and comes through.
+        Whoever is cancelled while it goes on leaves it to end by itself: SQLite's driver, cut off in the middle, would
+        keep the file locked. Raises `DatabaseUnavailable`; whatever `work` raises of its own rolls back and comes
+        through.
         """
+        task = asyncio.create_task(self._transact(work))
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    async def _transact(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         for attempt in range(1, RETRIES + 1):
             try:
                 async with self.engine.connect() as connection, connection.begin():
@@ -101,8 +110,14 @@ class Database:
             await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Let go of all connections, after what is under way."""
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         await self.engine.dispose()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; if they have gone, nobody need be told
 
 
 def _may_succeed_later(error: Exception) -> bool:

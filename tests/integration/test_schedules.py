@@ -33,6 +33,10 @@ HOURLY = {"cron": "0 * * * *"}
 HOUR = timedelta(hours=1)
 
 
+class Killed(BaseException):
+    """The end of a process, as far as what goes on in it can tell."""
+
+
 @pytest.fixture(autouse=True)
 async def only_ours(world: World) -> None:
     """Leave what other tests have scheduled."""
@@ -271,11 +275,11 @@ async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
 
     async def die(entrance: Any) -> None:  # noqa: ANN401 - what the method is of
         await write(entrance)
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduled_runs._Entrance, "write", die)  # noqa: SLF001
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             await tick(world, first)
     assert await runs_of(world, workflow_id) == []
     assert await tick(world, first) == 1
@@ -289,11 +293,11 @@ async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
     (first, *_) = await instants(people.owner, workflow_id)
 
     async def die(_broker: LocalBroker) -> None:
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalBroker, "wake", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             await tick(world, first)
     assert await tick(world, first + timedelta(seconds=1)) == 0
     assert await instants_of(world, workflow_id) == [first]

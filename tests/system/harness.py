@@ -63,7 +63,7 @@ class Deployment:
             else:
                 process.start()
         for process in self.processes:
-            await wait_until(partial(_is_at_work, process), START_SECONDS, what=f"{process.name} is at work")
+            await wait_until(partial(_comes_up, process), START_SECONDS, what=f"{process.name} is at work")
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
@@ -188,6 +188,13 @@ async def _down(server: services.Server) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(server.start)
+
+
+def _comes_up(process: Process) -> bool:
+    """Tell whether a process is at work; one that was told to end, and only now does so, is started once more."""
+    if not process.is_alive:
+        process.start()
+    return process.is_at_work
 
 
 def _is_at_work(process: Process) -> bool:
