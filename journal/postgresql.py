@@ -68,8 +68,6 @@ SESSION = {
     # A generic plan made while a table was empty scans all of it for as long as the connection lives.
     "plan_cache_mode": "force_custom_plan",
     "jit": "off",
-    # Where statistics are of a few rows, a bitmap of all that wait would look like the way to the first of them.
-    "enable_bitmapscan": "off",
 }
 _LOST = (
     asyncpg.PostgresConnectionError,

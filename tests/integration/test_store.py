@@ -22,7 +22,7 @@ import pytest
 from sqlalchemy import make_url
 
 from engine.events import LogLine, RunError, RunStatus, Span, SpanStatus
-from journal import postgresql, sqlite
+from journal import sqlite
 from journal.grouping import GroupCommit
 from journal.opening import open_store
 from journal.store import (
@@ -1258,7 +1258,7 @@ def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
 async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict[str, Any]]:
     """Run what was sent once more, and return how it reads the table of executions."""
     statement, arguments = sent
-    connection = await asyncpg.connect(where.url.replace("+asyncpg", ""), server_settings=postgresql.SESSION)
+    connection = await asyncpg.connect(where.url.replace("+asyncpg", ""))
     try:
         text = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments)
     finally:
@@ -1271,15 +1271,13 @@ async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict
 
 
 @pytest.mark.parametrize("organizations", [1, 1_000])
-@pytest.mark.parametrize("statistics", ["missing", "of none", "of a few", "fresh"])
+@pytest.mark.parametrize("statistics", ["missing", "stale", "fresh"])
 async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
     on_postgres: Where, spy: Spy, organizations: int, statistics: str
 ) -> None:
     async with opened(on_postgres) as world:
-        if statistics == "of a few":
-            await fill(world, 100_001, 100_100, organizations)
-        if statistics.startswith("of"):
-            await world.query("ANALYZE execution")
+        if statistics == "stale":
+            await world.query("ANALYZE execution")  # of an empty table
         await fill(world, 1, 20_000, organizations)
         if statistics == "fresh":
             await world.query("ANALYZE execution")
