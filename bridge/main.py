@@ -57,7 +57,7 @@ def open_source(settings: BridgeSettings) -> Source:
 
             return RedisStream(settings)
         case SqsBridgeSettings():
-            from bridge.sqs import SqsQueue  # noqa: PLC0415
+            from bridge.sqs import SqsQueue  # noqa: PLC0415 - as above
 
             return SqsQueue(settings)
         case RabbitmqBridgeSettings():

@@ -202,7 +202,7 @@ def _malformed(reason: str) -> Refused:
 
 # Version 1 is what a topic uses unless told otherwise. Two messages with one SHA-1 digest can only be made by somebody
 # who may publish on the topic, and so could have sent either.
-_ALGORITHMS: Final[dict[str, HashAlgorithm]] = {"1": SHA1(), "2": SHA256()}  # noqa: S303
+_ALGORITHMS: Final[dict[str, HashAlgorithm]] = {"1": SHA1(), "2": SHA256()}  # noqa: S303 - see above
 
 
 def _signed(message: Message) -> bytes:

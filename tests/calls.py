@@ -36,10 +36,10 @@ class NoEvents:
     async def expect(
         self,
         caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
-        wanted: WantedEvent,  # noqa: ARG002
+        wanted: WantedEvent,  # noqa: ARG002 - as above
         *,
-        node_id: str,  # noqa: ARG002
-        iteration: str,  # noqa: ARG002
+        node_id: str,  # noqa: ARG002 - as above
+        iteration: str,  # noqa: ARG002 - as above
     ) -> datetime | None:
         return None
 

@@ -127,7 +127,7 @@ class FakeSqs:
     async def _receive(
         self,
         MaxNumberOfMessages: int,  # noqa: N803 - the names of the protocol
-        WaitTimeSeconds: int,  # noqa: N803
+        WaitTimeSeconds: int,  # noqa: N803 - as above
         VisibilityTimeout: int,  # noqa: N803
         MessageAttributeNames: Sequence[str],  # noqa: N803
     ) -> object:

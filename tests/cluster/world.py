@@ -152,7 +152,7 @@ async def on_this_machine(folder: Path) -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster, FakeApi]]:  # noqa: ANN401
+async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster, FakeApi]]:  # noqa: ANN401 - any setting
     async with serving(**{"second": 0.05, **settings}) as api:
         api.node.runs_commands = True
         path = folder / "kubeconfig"
