@@ -490,8 +490,9 @@ UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, 
 """
 _SWEEP = f"""
 {_TAKE_BACK.format(most="$2", crashed="$3")}
-WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < {NOW}
-    LIMIT $1::integer FOR UPDATE SKIP LOCKED)
+-- An array, chosen once: a subquery may be run again for each row, and takes others each time.
+WHERE id = ANY (ARRAY(SELECT id FROM execution WHERE status = 'running' AND lease_until < {NOW}
+    LIMIT $1::integer FOR UPDATE SKIP LOCKED))
 RETURNING id, status, inbox
 """
 _OF_THE_DEAD = f"""

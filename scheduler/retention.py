@@ -62,7 +62,7 @@ async def _forget(
     identity: Sequence[SQLColumnExpression[Any]],
     ends_at: SQLColumnExpression[Any],
 ) -> None:
-    while await database.transaction(partial(_forget_batch, table, identity, ends_at)) == BATCH_ROWS:
+    while await database.transaction(partial(_forget_batch, table, identity, ends_at)) >= BATCH_ROWS:
         pass
 
 

@@ -16,6 +16,8 @@ from tests.system.ledger import Ledger
 from tests.system.moments import wait_until
 
 RUNS = 10
+SHARED = b"\0\0\0\6shared"
+"""The runs that a worker claims, as PostgreSQL's protocol passes the name: other statements hold the word in their text."""
 
 
 @on_many_processes
@@ -56,7 +58,7 @@ async def test_a_claim_whose_answer_was_lost_is_taken_back_and_made_again(
     way = deployment.ways.worker_to_database
     workflow = await client.create(flows.chain(ledger.writes("charge")))
     with deployment.workers[1].paused():
-        way.keep_answers(b"shared")  # whose runs it asks for
+        way.keep_answers(SHARED)
         run = await client.execute(workflow)
         await wait_until(lambda: _is_running(deployment, run))
         await way.kept_one()

@@ -504,7 +504,8 @@ async def _answer(path: str, writer: asyncio.StreamWriter) -> None:
             await writer.drain()
             await asyncio.sleep(pause_seconds)
     elif path.startswith("/to/"):
-        writer.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %b\r\n\r\n" % path[4:].encode())
+        head = b"HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\n"
+        writer.write(head + b"Location: %b\r\n\r\n" % path[4:].encode())
     elif path == "/gzip":
         length = len(BOMB)
         writer.write(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % length + BOMB)
