@@ -68,6 +68,10 @@ SESSION = {
     # A generic plan made while a table was empty scans all of it for as long as the connection lives.
     "plan_cache_mode": "force_custom_plan",
     "jit": "off",
+    # Each statement here finds what it wants by the index it was made for. By statistics of another hour, or an index
+    # that was once larger, a claim might read all that wait, for each workflow again.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
 }
 _LOST = (
     asyncpg.PostgresConnectionError,
