@@ -1,32 +1,26 @@
 """The command as its users run it: in processes of its own, untouched by the settings of this one.
 
-Those that go on are started as users start them. Those that end at once are forked from a process that has loaded them,
-since most of what they do is to load themselves.
+They are forked from a process that has loaded the command, unless a test is about what a start takes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pilotflame.cli import app
+from tests.forks import Forked
 
 COMMAND = Path(sys.executable).with_name("pilotflame")
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.01
-LOADED = ("alembic.command", "gateway.main", "pilotflame.accounts", "scheduler.main", "workers.main")
-
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.commands", *LOADED])
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
@@ -39,25 +33,14 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 def run(*arguments: str, given: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     with TemporaryDirectory() as folder:
-        printed, complained = Path(folder, "stdout"), Path(folder, "stderr")
-        process = _forks.Process(target=_command, args=(arguments, dict(given), printed, complained))
-        process.start()
-        process.join(PATIENCE_SECONDS)
-        process.kill()
-        process.join()
-        code = process.exitcode
-        assert code is not None
-        return subprocess.CompletedProcess(arguments, code, printed.read_text(), complained.read_text())
-
-
-def _command(arguments: Sequence[str], given: Mapping[str, str], printed: Path, complained: Path) -> None:
-    os.environ.clear()
-    os.environ.update(given)
-    for descriptor, file in ((1, printed), (2, complained)):
-        with file.open("wb") as sink:
-            os.dup2(sink.fileno(), descriptor)
-    sys.argv = [str(COMMAND), *arguments]
-    sys.exit(app())
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        process = Forked(COMMAND, arguments, given, outputs)
+        try:
+            code = process.wait(PATIENCE_SECONDS)
+        finally:
+            process.kill()
+        printed, complained = (output.read_text() for output in outputs)
+        return subprocess.CompletedProcess(arguments, code, printed, complained)
 
 
 def output(*arguments: str, given: Mapping[str, str]) -> str:
@@ -70,7 +53,7 @@ def output(*arguments: str, given: Mapping[str, str]) -> str:
 class Started:
     """A command that goes on, and what it has said so far on both of its outputs."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: Forked | subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
         self._log = log
 
@@ -103,17 +86,18 @@ class Started:
 
 @contextmanager
 def started(
-    *arguments: str, given: Mapping[str, str], log: Path, folder: Path | None = None
+    *arguments: str, given: Mapping[str, str], log: Path, folder: Path | None = None, anew: bool = False
 ) -> Iterator[Started]:
-    """Have a command run during a block."""
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            ["setpriv", "--pdeathsig=KILL", COMMAND, *arguments],
-            env=given,
-            stdout=sink,
-            stderr=sink,
-            cwd=folder,
-        )
+    """Have a command run during a block; `anew`: loaded by itself, so that its memory and its time are its own."""
+    log.write_bytes(b"")
+    if anew:
+        typed = ["setpriv", "--pdeathsig=KILL", str(COMMAND), *arguments]
+        with log.open("ab") as sink:
+            process: Forked | subprocess.Popen[bytes] = subprocess.Popen(
+                typed, env=given, stdout=sink, stderr=sink, cwd=folder
+            )
+    else:
+        process = Forked(COMMAND, arguments, given, (log, log), folder)
     try:
         yield Started(process, log)
     finally:

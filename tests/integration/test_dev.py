@@ -55,7 +55,7 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
 ) -> None:
     folder = tmp_path / "data"
     given = environment(folder)
-    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log", anew=True) as first:
         key, lines = first.says(rf"({KEY}).*wait for its result:\n(.*progress[^\n]*)\n").groups()
         shown = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, check=True).stdout
         assert "Hello, world!" in shown
@@ -221,7 +221,7 @@ async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the
 def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_path: Path) -> None:
     given = environment(with_database(tmp_path / "data"))
     traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
-    with commands.started("dev", "--port", "0", given=traced, log=tmp_path / "log") as dev:
+    with commands.started("dev", "--port", "0", given=traced, log=tmp_path / "log", anew=True) as dev:
         dev.says(ADDRESS)
         loaded = set(re.findall(r"^import time:.*\| +(\S+)$", dev.log(), re.MULTILINE))
         assert "sqlmodel" in loaded

@@ -190,7 +190,12 @@ class Pods:
         return key
 
     def start(
-        self, *, lease_seconds: float = LEASE_SECONDS, folder: Path | None = None, **variables: str
+        self,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        folder: Path | None = None,
+        anew: bool = False,
+        **variables: str,
     ) -> Pod:
         self.count += 1
         port = free_port()
@@ -205,7 +210,13 @@ class Pods:
         }
         given = commands.environment(self.folder, **{**usual, **variables})
         started = self.processes.enter_context(
-            commands.started("runner", given=given, log=self.folder / f"pod-{self.count}.log", folder=folder)
+            commands.started(
+                "runner",
+                given=given,
+                log=self.folder / f"pod-{self.count}.log",
+                folder=folder,
+                anew=anew,
+            )
         )
         return Pod(started, f"http://127.0.0.1:{port}")
 
@@ -346,7 +357,7 @@ async def stopped_in_a_call(pod: Pod, receiver: Receiver) -> int:
 
 
 async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Pods) -> None:
-    pod = await pods.start().ready()
+    pod = await pods.start(anew=True).ready()
     shared = await pods.world.accept(pods.place, definition=SIMPLE)
     mine = await pods.accept(SIMPLE, trigger='{"body":{"name":"Ada"}}')
     await pods.reaches(mine, "completed")

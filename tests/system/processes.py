@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests.commands import COMMAND
+from tests.forks import Forked
 from tests.system.moments import wait_until
 
 SHUTDOWN_SECONDS = 60.0
@@ -61,17 +61,17 @@ class Process:
         self._has_runs = arguments[0] in {"worker", "dev"}
         self._has_http = arguments[0] in {"gateway", "dev"}
         self._pause: Fault | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
 
     @property
     def process_id(self) -> int:
-        assert self._popen is not None
-        return self._popen.pid
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def is_alive(self) -> bool:
         """Whether it has been started and has not ended; a paused one has not."""
-        return self._popen is not None and self._popen.poll() is None
+        return self._process is not None and self._process.poll() is None
 
     @property
     def is_at_work(self) -> bool:
@@ -86,16 +86,9 @@ class Process:
         """Start it, or start it again."""
         assert not self.is_alive
         self._log_start = self._log.stat().st_size
-        with self._log.open("ab") as log:
-            self._popen = subprocess.Popen(
-                ["setpriv", "--pdeathsig=KILL", COMMAND, *self._arguments],
-                cwd=self._folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C ends the tests, and they end the processes
-            )
+        self._process = Forked(
+            COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
+        )
 
     def kill(self) -> None:
         """End it as a crash would: SIGKILL."""
@@ -103,8 +96,8 @@ class Process:
         self._note(Fault(f"{self.name} killed", now, now))
         self._end_pause()
         self._signal(signal.SIGKILL)
-        assert self._popen is not None
-        self._popen.wait()
+        assert self._process is not None
+        self._process.wait()
 
     def pause(self) -> None:
         """Let it stand still, though it doesn't know: SIGSTOP. Returns when it does."""
@@ -135,10 +128,10 @@ class Process:
 
     async def exit_code(self, within: float = SHUTDOWN_SECONDS) -> int:
         """Wait until it has ended; raises TimeoutError."""
-        popen = self._popen
-        assert popen is not None
-        await wait_until(lambda: popen.poll() is not None, within, what=f"{self.name} ends")
-        return popen.returncode
+        process = self._process
+        assert process is not None
+        await wait_until(lambda: process.poll() is not None, within, what=f"{self.name} ends")
+        return process.wait()
 
     def twin(self) -> Process:
         """Return another one of the same kind, in the same environment, that is still to be started."""
@@ -174,8 +167,8 @@ class Process:
         return any(connection.laddr and connection.laddr.port == port for connection in connections)
 
     def _signal(self, number: signal.Signals) -> None:
-        assert self._popen is not None
-        self._popen.send_signal(number)
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def _note(self, fault: Fault) -> None:
         if self._has_runs:

@@ -1,0 +1,85 @@
+"""Processes of the command, forked from one that has loaded it: most of what a start takes is to load itself."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pilotflame.cli import app
+
+LOADED = (
+    "alembic.command",
+    "gateway.main",
+    "pilotflame.accounts",
+    "pilotflame.dev",
+    "runner.main",
+    "scheduler.main",
+    "workers.main",
+)
+SET_PARENT_DEATH_SIGNAL = 1
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.forks", *LOADED])
+
+
+class Forked:
+    """A command in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
+
+    def __init__(
+        self,
+        command: Path,
+        arguments: Sequence[str],
+        given: Mapping[str, str],
+        outputs: tuple[Path, Path],
+        folder: Path | None = None,
+    ) -> None:
+        """Start it; what it says is appended to two files, or to one that is named twice."""
+        typed = [str(command), *arguments]
+        # A daemon: else the tests would wait for it in the end.
+        self._process = _context.Process(
+            target=_be, args=(typed, dict(given), outputs, folder or Path.cwd()), daemon=True
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self._process.exitcode) is None:
+            raise subprocess.TimeoutExpired("pilotflame", timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _be(typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path) -> None:
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    os.setsid()  # Ctrl-C ends the tests, and they end the processes
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(given)
+    for descriptor, file in zip((1, 2), outputs, strict=True):
+        with file.open("ab") as sink:
+            os.dup2(sink.fileno(), descriptor)
+    sys.argv = [*typed]
+    sys.exit(app())
