@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from engine.values import Json
 from gateway import limits
-from gateway.responses import JsonResponse
+from gateway.http.responses import JsonResponse
 
 NOT_READY_RETRY_SECONDS = 1
 CONCURRENCY_RETRY_SECONDS = 5

@@ -13,12 +13,12 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from gateway import routes, state
-from gateway.edge import Edge
-from gateway.endpoint import unrouted
-from gateway.hosts import Hosts
+from gateway.http.edge import Edge
+from gateway.http.endpoint import unrouted
+from gateway.http.hosts import Hosts
+from gateway.http.protocol import BoundedProtocol
+from gateway.http.router import Route, Router
 from gateway.internal import routes as internal_routes
-from gateway.protocol import BoundedProtocol
-from gateway.router import Route, Router
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
 from models import garbage, heartbeat

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.arrivals.sender import TOKEN
-from gateway.building import BuildWorkflow
-from gateway.copying import Document, ImportWorkflow
-from gateway.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
-from gateway.endpoint import Access, Endpoint, Handler, Operation
+from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
+from gateway.deployments.lifecycle_shapes import LifecyclePolicy
 from gateway.endpoints import (
     access,
     audit,
@@ -47,12 +45,14 @@ from gateway.endpoints import (
     versions,
     workflows,
 )
-from gateway.execution_shapes import ExecutionShape, ProgressShape
-from gateway.graph_shapes import ConnectionInput, NodeInput
-from gateway.lifecycle_shapes import LifecyclePolicy
-from gateway.node_edits import NodeChanges
-from gateway.parameters import LIMIT, OFFSET, Parameter
-from gateway.workflow_shapes import CreateWorkflow, NewWorkflow, UpdateWorkflow, WorkflowShape
+from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
+from gateway.http.endpoint import Access, Endpoint, Handler, Operation
+from gateway.http.parameters import LIMIT, OFFSET, Parameter
+from gateway.workflows.building import BuildWorkflow
+from gateway.workflows.copying import Document, ImportWorkflow
+from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
+from gateway.workflows.node_edits import NodeChanges
+from gateway.workflows.workflow_shapes import CreateWorkflow, NewWorkflow, UpdateWorkflow, WorkflowShape
 from models.access import KeyScope
 
 

@@ -12,8 +12,10 @@ from tests import services
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says how busy the machine is. The same examples each time, so that what fails for somebody
+# fails for everybody; `--hypothesis-profile=search` thinks of others.
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("suite", settings.get_profile("search"), derandomize=True, database=None)
 settings.load_profile("suite")
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.workflow_rows import searched_in
+from gateway.workflows.workflow_rows import searched_in
 from models import ids
 from models.access import Organization, User
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare, WorkflowStatus, WorkflowTag

@@ -14,12 +14,15 @@ from sqlmodel import col
 from engine import event_filters, patience, values
 from engine.expressions import ExpressionError
 from engine.values import InvalidJson
-from gateway import acceptance, errors, graph_shapes, idempotency, limits
+from gateway import errors, limits
 from gateway.arrivals import taking_in
+from gateway.arrivals.subscriptions import SUBSCRIBING
 from gateway.arrivals.taking_in import Ground, Message
-from gateway.deployed_definitions import DefinitionLost
+from gateway.deployments.deployed_definitions import DefinitionLost
 from gateway.errors import ApiError
-from gateway.subscriptions import SUBSCRIBING
+from gateway.executions import acceptance
+from gateway.http import idempotency
+from gateway.workflows import graph_shapes
 from journal.store import EmittedEvent, Verdict
 from models import ids
 from models.execution import Execution
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from gateway.activation import Counted
     from gateway.arrivals.sent import Sent
+    from gateway.deployments.activation import Counted
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
     from journal.store import Arrival, ArrivedRun, IdempotencyKey, TakenIn

@@ -6,7 +6,8 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Final
 
-from gateway import idempotency, limits
+from gateway import limits
+from gateway.http import idempotency
 from journal.store import IdempotencyKey
 
 YEAR_SECONDS: Final = 366 * 86_400

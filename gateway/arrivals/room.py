@@ -9,7 +9,7 @@ from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from gateway.arrivals.taking_in import Ground
-    from gateway.request import Request
+    from gateway.http.request import Request
 
 
 async def require(request: Request, ground: Ground, count: int = 1) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from gateway.arrivals.sender import Sender
     from gateway.errors import ApiError
-    from gateway.query import Page
+    from gateway.http.query import Page
     from models.access import Caller
     from models.database import Database
 

@@ -14,8 +14,8 @@ import structlog
 from execution.joint import Joint
 from gateway import errors
 from gateway.errors import ApiError
-from gateway.failed_attempts import FailedAttempts
-from gateway.parameters import Text
+from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.parameters import Text
 from gateway.recent import Recent
 from models import intake_tokens
 from models.access import Caller, KeyScope
@@ -26,7 +26,7 @@ from models.intake_tokens import FoundToken
 if TYPE_CHECKING:
     from starlette.types import Scope
 
-    from gateway.auth import Authenticator
+    from gateway.http.auth import Authenticator
     from models.database import Database
 
 log = structlog.get_logger()

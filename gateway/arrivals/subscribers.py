@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway import subscriptions
+from gateway.arrivals import subscriptions
 from journal.grouping import GroupCommit
 from models.deployment import Deployment
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.subscriptions import Subscription
+    from gateway.arrivals.subscriptions import Subscription
     from models.database import Database
 
 BATCH_IDS: Final = 1_000

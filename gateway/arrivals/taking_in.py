@@ -11,8 +11,11 @@ import msgspec
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway import acceptance, errors, graph_shapes, idempotency
+from gateway import errors
 from gateway.errors import ApiError
+from gateway.executions import acceptance
+from gateway.http import idempotency
+from gateway.workflows import graph_shapes
 from journal import admission, follow_ups, held_runs
 from journal.admission import OnLimit
 from journal.store import Accepted, ArrivedRun, DefinitionKey, TakenIn, Verdict

@@ -28,7 +28,7 @@ from senders.signatures import Verified
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.arrivals.taking_in import Ground
-    from gateway.request import Request
+    from gateway.http.request import Request
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
     from models.access import Caller

@@ -46,7 +46,7 @@ from gateway.endpoints import (
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.endpoint import Handler
+    from gateway.http.endpoint import Handler
 
 JSON: Final = "application/json"
 

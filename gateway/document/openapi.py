@@ -16,13 +16,13 @@ from gateway.arrivals.sender import TOKEN
 from gateway.document import examples, schemas
 from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
-from gateway.endpoint import Access
-from gateway.workflow_shapes import KnownSettings
+from gateway.http.endpoint import Access
+from gateway.workflows.workflow_shapes import KnownSettings
 from models.access import KeyScope
 
 if TYPE_CHECKING:
     from gateway.document.examples import Example
-    from gateway.parameters import Parameter
+    from gateway.http.parameters import Parameter
     from gateway.routes import Line
 
 Part: TypeAlias = dict[str, Any]

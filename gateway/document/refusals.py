@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gateway import limits
-from gateway.backlog import MAX_RETRY_SECONDS
 from gateway.errors import CONCURRENCY_RETRY_SECONDS, NOT_READY_RETRY_SECONDS, START_RETRY_SECONDS
-from gateway.wire import Wire
+from gateway.executions.backlog import MAX_RETRY_SECONDS
+from gateway.http.wire import Wire
 
 
 class Detail(Wire):

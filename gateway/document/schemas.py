@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
-from gateway.wire import Wire
+from gateway.http.wire import Wire
 
 if TYPE_CHECKING:
     from engine.values import Json

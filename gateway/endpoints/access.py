@@ -10,11 +10,12 @@ from typing import Annotated, Final
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import audit, errors, limits, text
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
-from gateway.text import Problems
-from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway import audit, errors, limits
+from gateway.http import text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.text import Problems
+from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
 from models import access_store
 from models.access import ApiKey, Caller, KeyScope, Role, User
 from models.audit import Action

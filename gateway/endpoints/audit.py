@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 from gateway import audit
 from gateway.audit import Filter
-from gateway.parameters import LIMIT, OFFSET, Choice, Moment, Text, sorted_by
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, instant
+from gateway.http.parameters import LIMIT, OFFSET, Choice, Moment, Text, sorted_by
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, instant
 from models.audit import Action
 
 if TYPE_CHECKING:

@@ -10,12 +10,14 @@ import structlog
 from msgspec import Meta
 from sqlalchemy import ColumnElement
 
-from gateway import bulk, idempotency, limits
-from gateway.bulk import Chosen
-from gateway.execution_rows import Filter
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire, convert, decode_body, read_json
+from gateway import limits
+from gateway.executions import bulk
+from gateway.executions.bulk import Chosen
+from gateway.executions.execution_rows import Filter
+from gateway.http import idempotency
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire, convert, decode_body, read_json
 from models.audit import Action
 from models.execution import ExecutionStatus
 

@@ -9,10 +9,10 @@ from msgspec import UNSET, UnsetType
 
 from engine.node import Effect, UnknownNodeType
 from gateway.errors import ApiError
-from gateway.parameters import LIMIT, OFFSET, Text
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire
+from gateway.http.parameters import LIMIT, OFFSET, Text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire
 
 if TYPE_CHECKING:
     from engine.node import EffectRule, NodeType, Output

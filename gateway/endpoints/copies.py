@@ -10,29 +10,28 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
-from gateway import (
-    copying,
-    editing,
-    errors,
-    finding_shapes,
-    idempotency,
-    limits,
-    shipped,
-    workflow_rows,
-    workflow_shapes,
+from gateway import errors, limits
+from gateway.http import idempotency
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, convert, read_json
+from gateway.workflows import copying, editing, finding_shapes, shipped, workflow_rows, workflow_shapes
+from gateway.workflows.copying import Bare, Reference, RemovedSecret
+from gateway.workflows.finding_shapes import FindingShape
+from gateway.workflows.workflow_shapes import (
+    Description,
+    Name,
+    ShownConnection,
+    ShownNode,
+    Tags,
+    UpdateWorkflow,
 )
-from gateway.copying import Bare, Reference, RemovedSecret
-from gateway.finding_shapes import FindingShape
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, convert, read_json
-from gateway.workflow_shapes import Description, Name, ShownConnection, ShownNode, Tags, UpdateWorkflow
 from models.audit import Action
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.copying import ImportWorkflow
-    from gateway.workflow_rows import Stored
+    from gateway.workflows.copying import ImportWorkflow
+    from gateway.workflows.workflow_rows import Stored
     from models.access import Caller
     from nodes.catalog import Catalog
 

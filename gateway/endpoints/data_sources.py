@@ -7,19 +7,20 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from gateway import data_source_editing as editing
-from gateway import data_source_rows, data_source_shapes, shares
-from gateway.data_source_rows import NameTaken
-from gateway.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
-from gateway.parameters import LIMIT, OFFSET, Choice, Flag, sorted_by
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
-from gateway.wire import Instant, Wire, convert, decode_body, instant, read_json
+from gateway.data_sources import data_source_editing as editing
+from gateway.data_sources import data_source_rows, data_source_shapes
+from gateway.data_sources.data_source_rows import NameTaken
+from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
+from gateway.http.parameters import LIMIT, OFFSET, Choice, Flag, sorted_by
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import Instant, Wire, convert, decode_body, instant, read_json
+from gateway.workflows import shares
 from models.audit import Action
 from models.data_source_types import DataSourceType
 
 if TYPE_CHECKING:
-    from gateway.data_source_rows import Stored
+    from gateway.data_sources.data_source_rows import Stored
     from models.access import Caller
 
 TYPE = Choice("type", "Only data sources of this type.", DataSourceType)

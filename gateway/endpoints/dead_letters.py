@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
-from gateway import audit, delivery_rows, editing, idempotency, limits, redriving
-from gateway.arrivals import promises
+from gateway import audit, limits
+from gateway.arrivals import delivery_rows, promises, redriving
 from gateway.endpoints.deliveries import counted
-from gateway.parameters import LIMIT, OFFSET
-from gateway.query import Page
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http import idempotency
+from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.query import Page
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.workflows import editing
 from journal import unread
 from journal.store import Accepted, IdempotencyKey
 from models.audit import Action

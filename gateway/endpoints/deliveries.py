@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
-from gateway import delivery_rows, editing, errors, idempotency, limits, redriving, workflow_rows
-from gateway.delivery_rows import Filter
+from gateway import errors, limits
+from gateway.arrivals import delivery_rows, redriving
+from gateway.arrivals.delivery_rows import Filter
 from gateway.document.refusals import Reason
-from gateway.parameters import LIMIT, OFFSET, Choice, Moment
-from gateway.request import Request
-from gateway.responses import JsonResponse, location
-from gateway.wire import Instant, Wire, decode_body, instant
+from gateway.http import idempotency
+from gateway.http.parameters import LIMIT, OFFSET, Choice, Moment
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, location
+from gateway.http.wire import Instant, Wire, decode_body, instant
+from gateway.workflows import editing, workflow_rows
 from journal.store import Accepted, IdempotencyKey, Verdict
 from models.intake import IntakeRoute, Outcome
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from msgspec import UNSET, Meta, UnsetType
 
-from gateway import deploying, editing, errors, graph_shapes, limits, version_rows, workflow_rows
-from gateway.parameters import WholeNumber
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, decode_body, optional_instant
+from gateway import errors, limits
+from gateway.deployments import deploying
+from gateway.http.parameters import WholeNumber
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, decode_body, optional_instant
+from gateway.workflows import editing, graph_shapes, version_rows, workflow_rows
 from journal import deployments, pinning, wakes
 from models import lifecycle
 from models.audit import Action
@@ -21,9 +23,9 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.editing import Edited
-    from gateway.request import Request
-    from gateway.workflow_rows import Stored
+    from gateway.http.request import Request
+    from gateway.workflows.editing import Edited
+    from gateway.workflows.workflow_rows import Stored
     from journal.activity import Seen
     from models.deployment import Deployment
     from models.workflow import WorkflowVersion

@@ -10,11 +10,11 @@ from sqlmodel import col
 
 from gateway import limits
 from gateway.errors import invalid_query
-from gateway.hosts import PATH
-from gateway.parameters import Text
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire
+from gateway.http.hosts import PATH
+from gateway.http.parameters import Text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire
 from journal.store import DefinitionKey
 from models import workflow_names
 from models.deployment import Deployment

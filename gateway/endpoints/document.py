@@ -13,7 +13,7 @@ import msgspec
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from gateway.request import Request
+    from gateway.http.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from engine import patience
-from gateway import acceptance, errors, idempotency
+from gateway import errors
 from gateway.arrivals import mail_senders, promises, sent, taking_in
 from gateway.arrivals.mail_senders import MAILGUN
 from gateway.arrivals.taking_in import Message
 from gateway.errors import ApiError
-from gateway.request import Request
-from gateway.responses import JsonResponse, location
-from gateway.wire import Wire, convert, json_of
+from gateway.executions import acceptance
+from gateway.http import idempotency
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, location
+from gateway.http.wire import Wire, convert, json_of
 from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Verdict
 from journal.unread import StoredObject, Unread

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
 
-from gateway import callbacks, idempotency, limits, text
+from gateway import limits
 from gateway.arrivals import promises, room, sent, taking_in, verification
 from gateway.arrivals.taking_in import Message
-from gateway.request import Request
-from gateway.responses import JsonResponse, location
-from gateway.text import Problems
-from gateway.wire import Wire, convert, json_of
+from gateway.executions import callbacks
+from gateway.http import idempotency, text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, location
+from gateway.http.text import Problems
+from gateway.http.wire import Wire, convert, json_of
 from journal.store import Verdict
 from models.intake import IntakeRoute
 

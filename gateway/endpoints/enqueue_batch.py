@@ -12,14 +12,16 @@ from sqlmodel import col
 
 from engine import patience
 from engine.values import fingerprint
-from gateway import acceptance, callbacks, errors, idempotency, limits, text
+from gateway import errors, limits
 from gateway.arrivals import promises, room, sent, taking_in, verification
 from gateway.document.refusals import Detail
 from gateway.endpoints.enqueue import QUEUE, QueueMessage, checked, vouched_key
 from gateway.errors import ApiError
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire, convert, json_of
+from gateway.executions import acceptance, callbacks
+from gateway.http import idempotency, text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire, convert, json_of
 from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
 from models.intake import Delivery, IntakeRoute, Outcome
 

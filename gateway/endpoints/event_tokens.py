@@ -12,13 +12,14 @@ from sqlalchemy import func, insert, select, update
 from sqlmodel import col
 
 from engine.values import fingerprint
-from gateway import audit, errors, limits, text
+from gateway import audit, errors, limits
 from gateway.arrivals import signatures
-from gateway.parameters import LIMIT, OFFSET
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
-from gateway.text import Problems
-from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http import text
+from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.text import Problems
+from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
 from models import ids, intake_tokens
 from models.audit import Action
 from models.intake import IntakeToken, TokenKind

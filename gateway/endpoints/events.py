@@ -13,16 +13,17 @@ from sqlmodel import col
 
 from engine import patience
 from engine.values import fingerprint
-from gateway import errors, idempotency, limits, text
+from gateway import errors, limits
 from gateway.arrivals import emitting, promises, room, sent, signatures, taking_in
 from gateway.arrivals.sender import Sender, no_sender
 from gateway.arrivals.sent import Sent
 from gateway.arrivals.taking_in import Message
-from gateway.parameters import LIMIT, OFFSET, Moment, Text
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent, location
-from gateway.text import Problems
-from gateway.wire import Instant, Wire, convert, decode_body, instant, json_of
+from gateway.http import idempotency, text
+from gateway.http.parameters import LIMIT, OFFSET, Moment, Text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent, location
+from gateway.http.text import Problems
+from gateway.http.wire import Instant, Wire, convert, decode_body, instant, json_of
 from journal import event_waits
 from journal.store import Verdict
 from models import ids

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from engine import patience
 from engine.triggers import trigger_output
-from gateway import acceptance, callbacks, errors, graph_shapes, idempotency, intake, limits, text, tries
-from gateway.graph_shapes import Connections, GraphId, Nodes
-from gateway.intake import Run
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.text import Problems
-from gateway.tries import WHOLE, Piece
-from gateway.wire import Wire, convert, read_json
+from gateway import errors, limits
+from gateway.executions import acceptance, callbacks, intake, tries
+from gateway.executions.intake import Run
+from gateway.executions.tries import WHOLE, Piece
+from gateway.http import idempotency, text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.text import Problems
+from gateway.http.wire import Wire, convert, read_json
+from gateway.workflows import graph_shapes
+from gateway.workflows.graph_shapes import Connections, GraphId, Nodes
 from models.access import KeyScope
 
 if TYPE_CHECKING:

@@ -10,16 +10,17 @@ import structlog
 from msgspec import UNSET, UnsetType
 
 from engine.events import SpanStatus
-from gateway import errors, execution_rows, execution_shapes, limits, live_events, resumption
-from gateway.downloads import Download
-from gateway.ending import ask_to_end
+from gateway import errors, limits
 from gateway.errors import ApiError
-from gateway.execution_rows import Filter
-from gateway.execution_shapes import ExecutionShape, LogShape, SpanShape
-from gateway.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeNumber, sorted_by
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent, location
-from gateway.wire import Wire
+from gateway.executions import execution_rows, execution_shapes, live_events, resumption
+from gateway.executions.ending import ask_to_end
+from gateway.executions.execution_rows import Filter
+from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
+from gateway.http.downloads import Download
+from gateway.http.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeNumber, sorted_by
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent, location
+from gateway.http.wire import Wire
 from journal.blobs.backend import BlobLost, BlobsUnavailable
 from models import ids
 from models.execution import ExecutionStatus

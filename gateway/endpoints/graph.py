@@ -11,19 +11,21 @@ from msgspec import UNSET, UnsetType
 
 from engine import layout as layouts
 from engine.findings import FindingType
-from gateway import building, editing, graph_shapes, idempotency, limits
-from gateway.finding_shapes import FixShape
-from gateway.parameters import Flag
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire, read_json
-from gateway.workflow_shapes import ShownConnection, ShownNode
+from gateway import limits
+from gateway.http import idempotency
+from gateway.http.parameters import Flag
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire, read_json
+from gateway.workflows import building, editing, graph_shapes
+from gateway.workflows.finding_shapes import FixShape
+from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
 from models.audit import Action
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.workflow_rows import Stored
+    from gateway.workflows.workflow_rows import Stored
 
 DRY_RUN = Flag("dryRun", "Only tell what is wrong with the workflow; nothing is created.")
 

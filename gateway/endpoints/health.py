@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from gateway import errors
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire
 from messages.broker import BrokerUnavailable
 from models.database import DatabaseUnavailable
 

@@ -12,17 +12,18 @@ from urllib.parse import parse_qs
 
 from engine import patience, values
 from engine.values import InvalidJson
-from gateway import errors, hook_answers, idempotency, limits
-from gateway.arrivals import hooks, promises, sent, signatures, taking_in, verification
+from gateway import errors, limits
+from gateway.arrivals import hook_answers, hooks, promises, sent, signatures, taking_in, verification
+from gateway.arrivals.hook_answers import WorkflowAnswer
 from gateway.arrivals.hooks import Respond
 from gateway.arrivals.taking_in import Message
 from gateway.arrivals.verification import Provider
 from gateway.errors import ApiError
-from gateway.hook_answers import WorkflowAnswer
-from gateway.rates import Limit
-from gateway.request import Request
-from gateway.responses import JsonResponse, location
-from gateway.wire import Wire
+from gateway.executions.rates import Limit
+from gateway.http import idempotency
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, location
+from gateway.http.wire import Wire
 from journal.store import ExecutionKey, Verdict
 from messages.buckets import Rate
 from models.execution import TERMINAL, ExecutionStatus

@@ -11,11 +11,13 @@ import structlog
 from msgspec import Meta
 
 from engine.node import OUTPUT, Awaited
-from gateway import acceptance, errors, idempotency, input_checks, limits
+from gateway import errors, limits
 from gateway.errors import ApiError
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, convert, instant, optional_instant, read_json
+from gateway.executions import acceptance, input_checks
+from gateway.http import idempotency
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, convert, instant, optional_instant, read_json
 from journal import admission, signals
 from journal.signals import Given, Reception
 from journal.store import Verdict

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from gateway.arrivals import samples
-from gateway.parameters import LIMIT, OFFSET, Choice
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, instant
+from gateway.http.parameters import LIMIT, OFFSET, Choice
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, instant
 from models.intake import IntakeRoute
 
 if TYPE_CHECKING:

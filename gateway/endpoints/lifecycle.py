@@ -8,13 +8,15 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
-from gateway import editing, lifecycle_rows, lifecycle_shapes, limits
-from gateway.lifecycle_rows import DAY_SECONDS
-from gateway.lifecycle_shapes import LifecyclePolicy, ShownPolicy
-from gateway.parameters import LIMIT, OFFSET
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway import limits
+from gateway.deployments import lifecycle_rows, lifecycle_shapes
+from gateway.deployments.lifecycle_rows import DAY_SECONDS
+from gateway.deployments.lifecycle_shapes import LifecyclePolicy, ShownPolicy
+from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.workflows import editing
 from journal import activity
 from models import forecast, lifecycle
 from models.audit import Action
@@ -30,7 +32,7 @@ from models.lifecycle import (
 )
 
 if TYPE_CHECKING:
-    from gateway.lifecycle_rows import Usage
+    from gateway.deployments.lifecycle_rows import Usage
     from journal.activity import Seen
     from models.deployment import LifecycleDecision
     from models.forecast import PastRun

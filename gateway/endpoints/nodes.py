@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from gateway import editing, graph_shapes, node_edits
-from gateway.editing import Edited
-from gateway.graph_shapes import ConnectionInput, NodeInput, Position, RetryShape
-from gateway.node_edits import NodeChanges
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire, convert, decode_body, read_json
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire, convert, decode_body, read_json
+from gateway.workflows import editing, graph_shapes, node_edits
+from gateway.workflows.editing import Edited
+from gateway.workflows.graph_shapes import ConnectionInput, NodeInput, Position, RetryShape
+from gateway.workflows.node_edits import NodeChanges
 from models.audit import Action
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.graph_shapes import StoredNode
+    from gateway.workflows.graph_shapes import StoredNode
     from nodes.catalog import Catalog
 
 UNKNOWN_CATEGORY = "unknown"

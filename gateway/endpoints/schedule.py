@@ -11,10 +11,10 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine.triggers import SCHEDULE
-from gateway import editing
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, instant
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, instant
+from gateway.workflows import editing
 from journal import pinning
 from models import timetable
 from models.execution import Execution, ExecutionStatus

@@ -7,16 +7,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from gateway import editing, shares, workflow_shapes
 from gateway.errors import ApiError
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
-from gateway.wire import Instant, Wire, decode_body, instant
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import Instant, Wire, decode_body, instant
+from gateway.workflows import editing, shares, workflow_shapes
 from models.audit import Action
 
 if TYPE_CHECKING:
-    from gateway.editing import Edited
-    from gateway.workflow_rows import Stored
+    from gateway.workflows.editing import Edited
+    from gateway.workflows.workflow_rows import Stored
     from models.access import Caller
 
 

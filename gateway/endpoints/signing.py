@@ -10,8 +10,8 @@ from sqlmodel import col
 
 from engine.values import fingerprint
 from gateway import audit, errors
-from gateway.responses import JsonResponse
-from gateway.wire import Instant, Wire, instant
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, Wire, instant
 from models import ids, signing
 from models.access import Organization
 from models.audit import Action
@@ -20,7 +20,7 @@ from models.signing import SigningSecret
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.request import Request
+    from gateway.http.request import Request
 
 
 class ShownSecret(Wire):

@@ -18,13 +18,15 @@ from starlette.requests import ClientDisconnect
 
 from engine.triggers import trigger_output
 from engine.values import encode
-from gateway import acceptance, errors, idempotency, intake, limits, text
-from gateway.activation import NoPod, StartFailed
-from gateway.intake import Run
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.text import Problems
-from gateway.wire import Wire, convert, read_json
+from gateway import errors, limits
+from gateway.deployments.activation import NoPod, StartFailed
+from gateway.executions import acceptance, intake
+from gateway.executions.intake import Run
+from gateway.http import idempotency, text
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.text import Problems
+from gateway.http.wire import Wire, convert, read_json
 from journal import results, wakes
 from journal.results import ResultTooLarge
 from journal.store import DefinitionKey, ExecutionKey, Verdict

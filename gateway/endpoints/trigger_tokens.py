@@ -10,10 +10,11 @@ from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from engine.values import fingerprint
-from gateway import audit, editing, errors, limits, workflow_rows
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
-from gateway.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway import audit, errors, limits
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.workflows import editing, workflow_rows
 from journal import pinning
 from models import ids, intake_tokens
 from models.audit import Action
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.workflow_rows import Stored
+    from gateway.workflows.workflow_rows import Stored
 
 MASK = "…"
 

@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta, Raw
 
-from gateway import (
-    acceptance,
-    errors,
-    execution_rows,
-    execution_shapes,
-    graph_shapes,
-    idempotency,
-    intake,
-    limits,
-    tries,
-)
-from gateway.execution_shapes import LogShape, Status
-from gateway.intake import Run
-from gateway.query import Page
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.tries import Given
-from gateway.wire import Wire, convert, read_json
+from gateway import errors, limits
+from gateway.executions import acceptance, execution_rows, execution_shapes, intake, tries
+from gateway.executions.execution_shapes import LogShape, Status
+from gateway.executions.intake import Run
+from gateway.executions.tries import Given
+from gateway.http import idempotency
+from gateway.http.query import Page
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire, convert, read_json
+from gateway.workflows import graph_shapes
 from journal.store import ExecutionKey
 from models.access import KeyScope
 from models.execution import TERMINAL

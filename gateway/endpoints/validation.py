@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from engine import scopes
 from engine.findings import Validation
 from engine.validation import validate
-from gateway import editing, finding_shapes, graph_shapes, past_outputs
-from gateway.finding_shapes import FindingShape
-from gateway.request import Request
-from gateway.responses import JsonResponse
-from gateway.wire import Wire
+from gateway.executions import past_outputs
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire
+from gateway.workflows import editing, finding_shapes, graph_shapes
+from gateway.workflows.finding_shapes import FindingShape
 from models.audit import Action
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
-    from gateway.past_outputs import PastOutput
-    from gateway.workflow_rows import Stored
+    from gateway.executions.past_outputs import PastOutput
+    from gateway.workflows.workflow_rows import Stored
     from nodes.catalog import Catalog
 
 

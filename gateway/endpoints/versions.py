@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from gateway import (
+from gateway import errors, limits
+from gateway.http import text
+from gateway.http.parameters import OFFSET, WholeNumber
+from gateway.http.responses import JsonResponse
+from gateway.http.text import Problems
+from gateway.http.wire import Instant, Wire, decode_body, instant
+from gateway.workflows import (
     copying,
     editing,
-    errors,
     graph_difference,
     graph_shapes,
-    limits,
-    text,
     version_rows,
     workflow_rows,
     workflow_shapes,
 )
-from gateway.graph_difference import Change, ItemsDifference
-from gateway.parameters import OFFSET, WholeNumber
-from gateway.responses import JsonResponse
-from gateway.text import Problems
-from gateway.wire import Instant, Wire, decode_body, instant
-from gateway.workflow_shapes import ShownConnection, ShownNode
+from gateway.workflows.graph_difference import Change, ItemsDifference
+from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
 from journal import pinning
 from models.audit import Action
 from models.workflow import WorkflowVersion
@@ -35,10 +34,10 @@ from models.workflow import WorkflowVersion
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.editing import Edited
-    from gateway.request import Request
-    from gateway.version_rows import Head
-    from gateway.workflow_rows import Stored
+    from gateway.http.request import Request
+    from gateway.workflows.editing import Edited
+    from gateway.workflows.version_rows import Head
+    from gateway.workflows.workflow_rows import Stored
 
 CURRENT: Final = "current"
 """What stands in the place of a number for the workflow as it is now."""

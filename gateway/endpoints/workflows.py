@@ -8,15 +8,17 @@ from datetime import UTC, datetime
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import deploying, editing, errors, workflow_rows, workflow_shapes
-from gateway.editing import Edited
-from gateway.ending import ask_to_end
-from gateway.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
-from gateway.request import Request
-from gateway.responses import JsonResponse, NoContent
-from gateway.wire import Wire, convert, decode_body, read_json
-from gateway.workflow_rows import Filter
-from gateway.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
+from gateway import errors
+from gateway.deployments import deploying
+from gateway.executions.ending import ask_to_end
+from gateway.http.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
+from gateway.http.request import Request
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import Wire, convert, decode_body, read_json
+from gateway.workflows import editing, workflow_rows, workflow_shapes
+from gateway.workflows.editing import Edited
+from gateway.workflows.workflow_rows import Filter
+from gateway.workflows.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
 from journal import deployments
 from journal.store import ExecutionKey
 from models.audit import Action

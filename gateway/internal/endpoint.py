@@ -15,11 +15,11 @@ from engine import values
 from engine.values import InvalidJson
 from execution.gateway_calls import RUNNER_HEADER
 from gateway import errors
-from gateway.endpoint import Access, Endpoint, Operation
 from gateway.errors import ApiError
-from gateway.failed_attempts import FailedAttempts
+from gateway.http.endpoint import Access, Endpoint, Operation
+from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.request import Request
 from gateway.internal.holding import Holder
-from gateway.request import Request
 from models import deployment_token
 from models.deployment_token import Bearer
 from models.pod_processes import PodProcess

@@ -30,9 +30,9 @@ from execution.gateway_calls import (
     WaitCall,
 )
 from gateway import errors
+from gateway.http.responses import JsonResponse
 from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
-from gateway.responses import JsonResponse
 from journal import pod_leases
 from journal.store import Claim, Held
 from messages import beginnings
@@ -41,8 +41,8 @@ from models.database import is_sqlite
 from nodes.connections import policy
 
 if TYPE_CHECKING:
+    from gateway.http.request import Request
     from gateway.internal.holding import Holder
-    from gateway.request import Request
     from gateway.state import State
 
 MANY_WRITES = 20

@@ -30,16 +30,16 @@ from execution.gateway_calls import (
 )
 from execution.node_blobs import MAX_BLOB_BYTES
 from gateway import errors
-from gateway.downloads import Download
 from gateway.errors import ApiError
+from gateway.http.downloads import Download
+from gateway.http.responses import JsonResponse, NoContent
 from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
-from gateway.responses import JsonResponse, NoContent
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 
 if TYPE_CHECKING:
+    from gateway.http.request import Request
     from gateway.internal.holding import Holder
-    from gateway.request import Request
 
 MAX_START_BYTES: Final = 60_000_000
 """What a run is started with may be as large as what a node may give out."""

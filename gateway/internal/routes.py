@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from execution.gateway_calls import PREFIX
-from gateway.endpoint import Endpoint
+from gateway.http.endpoint import Endpoint
 from gateway.internal import journaling, lending
 from gateway.internal.endpoint import InternalEndpoint, InternalHandler
 

@@ -17,8 +17,9 @@ from sqlalchemy import insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from gateway import routes, shipped
-from gateway.endpoint import Access
+from gateway import routes
+from gateway.http.endpoint import Access
+from gateway.workflows import shipped
 from journal.blobs.backend import Owner
 from models import access_store
 from models.access import ALL_SCOPES, KeyScope, Role, User

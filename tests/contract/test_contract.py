@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from gateway import routes
-from gateway.endpoint import Access
+from gateway.http.endpoint import Access
 from tests.integration.deployed import taking
 from tests.integration.deployers import on_this_machine
 from tests.integration.example_world import in_place

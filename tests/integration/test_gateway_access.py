@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway import auth
 from gateway.bootstrap import bootstrap
+from gateway.http import auth
 from models import access_store
 from models.access import ApiKey, KeyScope, Role
 from models.database import Database, parse_url

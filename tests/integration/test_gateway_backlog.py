@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import backlog as backlogs
-from gateway.backlog import Tally
 from gateway.errors import ApiError
+from gateway.executions import backlog as backlogs
+from gateway.executions.backlog import Tally
 from journal import backlog
 from models.database import Database
 from models.execution import DELAYED, LIMITED, SHARED, UNREAD

@@ -10,7 +10,8 @@ from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from gateway import bulk, limits
+from gateway import limits
+from gateway.executions import bulk
 from journal.blobs.backend import BlobLost, Owner
 from models.database import DatabaseUnavailable
 from models.execution import Execution, ExecutionData, ExecutionStatus, LogRow, SpanRow

@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from gateway import shipped
+from gateway.workflows import shipped
 from models.audit import AuditEntry
 from models.workflow import Workflow, WorkflowVersion
 from tests.integration.gateway_world import (

@@ -13,8 +13,8 @@ from sqlalchemy import insert, select, update
 from sqlmodel import SQLModel, col
 
 from engine.values import Json
-from gateway import acceptance
 from gateway.arrivals import sender as senders
+from gateway.executions import acceptance
 from journal.store import Arrival, TakenIn
 from models import ids, intake_tokens
 from models.deployment import Deployment, Observed

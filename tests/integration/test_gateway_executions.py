@@ -18,7 +18,8 @@ from sqlmodel import col
 from starlette.applications import Starlette
 
 from engine.events import LogLine, RunError, RunStatus, Span, SpanStatus
-from gateway import limits, live_events, state, waiting
+from gateway import limits, state
+from gateway.executions import live_events, waiting
 from gateway.main import create_app
 from gateway.state import State
 from journal.store import Claim, Claimed, RunWrite

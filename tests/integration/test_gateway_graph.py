@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine.layout import CARD_HEIGHT, CARD_WIDTH
-from gateway import graph_shapes
+from gateway.workflows import graph_shapes
 from journal import pinning
 from models.audit import AuditEntry
 from tests.integration.gateway_world import (

@@ -20,7 +20,8 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from gateway import failed_attempts, workflow_cache
+from gateway.http import failed_attempts
+from gateway.workflows import workflow_cache
 from models.deployment import Deployment, Observed
 from models.execution import Execution, ExecutionData, SpanRow
 from models.intake import Delivery

@@ -15,7 +15,8 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from gateway import main, protocol, state
+from gateway import main, state
+from gateway.http import protocol
 from gateway.settings import GatewaySettings
 from journal.opening import open_store
 from messages import broker as brokers

@@ -5,8 +5,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway import subscriptions
-from gateway.subscriptions import Subscription
+from gateway.arrivals import subscriptions
+from gateway.arrivals.subscriptions import Subscription
 from models.trigger import TriggerKind, WorkflowTrigger
 from tests.integration import plans
 from tests.integration.gateway_world import EDGE, STEP, People, Person, World

@@ -16,9 +16,9 @@ from engine.findings import Validation
 from engine.graph import Node
 from engine.program import compile_node
 from engine.validation import validate
-from gateway import past_outputs
 from gateway.endpoints import validation
-from gateway.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
+from gateway.executions import past_outputs
+from gateway.executions.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
 from models import ids
 from models.access import KeyScope
 from models.execution import Execution, ExecutionData, SpanRow

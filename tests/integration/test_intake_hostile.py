@@ -16,7 +16,7 @@ from sqlalchemy import func, select
 from sqlmodel import col
 
 from gateway.arrivals import sender
-from gateway.failed_attempts import MAX_FAILURES
+from gateway.http.failed_attempts import MAX_FAILURES
 from models.execution import Execution, ExecutionData
 from tests import intake_senders, signed_requests
 from tests.intake_senders import Senders

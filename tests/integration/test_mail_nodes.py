@@ -17,7 +17,7 @@ from engine.errors import NodeError
 from engine.services import Caller
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
-from gateway.data_source_probes import Probes
+from gateway.data_sources.data_source_probes import Probes
 from journal.blobs.opening import open_blobs
 from mail import addresses, message, reading, writing
 from models.data_source import DataSource, sealed

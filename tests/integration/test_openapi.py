@@ -22,11 +22,12 @@ import uvloop
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 
-from gateway import failed_attempts, limits, main, routes
+from gateway import limits, main, routes
 from gateway.document import openapi
 from gateway.endpoints import trigger
+from gateway.executions.waiting import Waiting
+from gateway.http import failed_attempts
 from gateway.routes import Line
-from gateway.waiting import Waiting
 from journal.store import ExecutionKey, Progress
 from tests.integration.example_world import cast, in_place
 from tests.integration.gateway_world import People, World, open_world, refused

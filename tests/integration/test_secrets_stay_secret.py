@@ -19,7 +19,7 @@ from sqlalchemy import select
 from sqlmodel import SQLModel, col
 from structlog.testing import capture_logs
 
-from gateway.data_source_probes import Probes
+from gateway.data_sources.data_source_probes import Probes
 from models.data_source import DataSource
 from tests.integration.gateway_world import People, Person, World
 from tests.services import PostgreSQL

@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import graph_difference
+from gateway.workflows import graph_difference
 
 A = {"id": "a", "type": "manual", "label": "A", "position": {"x": 1, "y": 2}, "config": {}}
 B = {"id": "b", "type": "set", "label": "B", "position": {"x": 3, "y": 4}, "config": {"values": {"n": 1}}}

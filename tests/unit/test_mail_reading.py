@@ -497,7 +497,7 @@ def test_whatever_the_bytes_are_they_are_some_mail(raw: bytes) -> None:
         b"Subject: =?",
     ):
         told = json.dumps(read(head + raw)[0].as_json(), ensure_ascii=False)
-        assert "\\u0000" not in told
+        assert "\\u0000" not in told.replace("\\\\", "")
         told.encode()
 
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from engine.layout import CARD_HEIGHT, CARD_WIDTH
 from engine.values import Json
-from gateway import graph_shapes, limits, node_edits
+from gateway import limits
 from gateway.errors import ApiError
-from gateway.graph_shapes import ConnectionInput, NodeInput
-from gateway.node_edits import NodeChanges
-from gateway.workflow_rows import Stored
+from gateway.workflows import graph_shapes, node_edits
+from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
+from gateway.workflows.node_edits import NodeChanges
+from gateway.workflows.workflow_rows import Stored
 from journal import pinning
 from models.workflow import Workflow
 from nodes import catalog

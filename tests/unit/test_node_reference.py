@@ -23,11 +23,12 @@ from engine.program import Program
 from engine.run import Start, run
 from engine.services import Services, StoredObject
 from engine.values import decode
-from gateway import graph_shapes, tries
 from gateway.endpoints.execute import Execute
-from gateway.text import Problems
-from gateway.tries import Piece
-from gateway.wire import convert
+from gateway.executions import tries
+from gateway.executions.tries import Piece
+from gateway.http.text import Problems
+from gateway.http.wire import convert
+from gateway.workflows import graph_shapes
 from journal import pinning
 from nodes import catalog
 from nodes.code.backend import Backend

@@ -15,13 +15,14 @@ import jsonschema_rs
 import pytest
 import schemathesis
 
-from gateway import parameters, routes
+from gateway import routes
 from gateway.arrivals.sender import TOKEN
 from gateway.document import examples, openapi, page
 from gateway.document.notes import IDEMPOTENCY_KEY, IF_MATCH, NOTES, Note
 from gateway.document.refusals import JSON_CODES, REFUSALS
-from gateway.endpoint import Access
 from gateway.endpoints import dead_letters, deliveries, events, nodes, trying
+from gateway.http import parameters
+from gateway.http.endpoint import Access
 from gateway.routes import Line
 from tests.unit.call_graph import CallGraph, Thing
 
@@ -32,8 +33,8 @@ GRAPH = CallGraph()
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
 
 COMPUTED = {
-    "gateway.wire.json_of": {*JSON_CODES},
-    "gateway.acceptance.require_open": {"workflow-paused", "workflow-archived"},
+    "gateway.http.wire.json_of": {*JSON_CODES},
+    "gateway.executions.acceptance.require_open": {"workflow-paused", "workflow-archived"},
     "gateway.errors.no_such_trigger": {
         *("no-queue-trigger", "no-email-trigger", "no-event-trigger", "no-webhook-trigger")
     },
@@ -57,7 +58,7 @@ OF_THE_ENDPOINT = {
     "not-ready",
 }
 """What an `Endpoint` answers with, before or after it calls a handler."""
-MATCHING = "gateway.preconditions.require_match"
+MATCHING = "gateway.http.preconditions.require_match"
 """What compares `If-Match` with the state that there is."""
 NEVER = {
     (nodes.index, "validation-failed"),
@@ -71,8 +72,8 @@ NEVER = {
 that tell in their answer what others refuse with; to which nothing comes that is signed.
 """
 TOLD_OF_EACH = {
-    deliveries.redrive_many: Thing("gateway.redriving", "delivery"),
-    dead_letters.redrive: Thing("gateway.redriving", "dead_letter"),
+    deliveries.redrive_many: Thing("gateway.arrivals.redriving", "delivery"),
+    dead_letters.redrive: Thing("gateway.arrivals.redriving", "dead_letter"),
 }
 """What those do, again and again, that tell in their answer what has kept each from being done."""
 NO_TRIGGER = COMPUTED["gateway.errors.no_such_trigger"]
@@ -135,12 +136,12 @@ def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(l
 def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Line) -> None:
     taken = NOTES.get(line.handler, Note()).takes
     assert (IF_MATCH in taken) is reaches(line, MATCHING)
-    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.idempotency.given")
+    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.http.idempotency.given")
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_body_is_read_where_one_is_documented(line: Line) -> None:
-    assert (line.body is not None) is reaches(line, "gateway.wire.json_of")
+    assert (line.body is not None) is reaches(line, "gateway.http.wire.json_of")
 
 
 @pytest.mark.parametrize("line", [one for one in LINES if one.values[0].query])  # type: ignore[union-attr]

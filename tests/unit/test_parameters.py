@@ -7,8 +7,8 @@ import pytest
 
 from gateway import routes
 from gateway.errors import ApiError
-from gateway.parameters import LIMIT, OFFSET, Parameter, Text
-from gateway.query import Query
+from gateway.http.parameters import LIMIT, OFFSET, Parameter, Text
+from gateway.http.query import Query
 
 PARAMETERS = [
     pytest.param(parameter, id=f"{line.path} {parameter.name}")

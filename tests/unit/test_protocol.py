@@ -3,7 +3,7 @@
 import asyncio
 from typing import cast
 
-from gateway.protocol import MAX_GATHERED_BYTES, Gathering
+from gateway.http.protocol import MAX_GATHERED_BYTES, Gathering
 
 
 class Wire(asyncio.Transport):

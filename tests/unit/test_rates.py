@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 
 from gateway.errors import ApiError
-from gateway.rates import Limit, Rates
+from gateway.executions.rates import Limit, Rates
 from gateway.settings import GatewaySettings
 from messages.buckets import Demand, Grant, Rate
 from messages.local_broker import LocalBroker

@@ -3,8 +3,8 @@
 import pytest
 
 from gateway import routes
-from gateway.endpoint import Access, unrouted
-from gateway.router import Router
+from gateway.http.endpoint import Access, unrouted
+from gateway.http.router import Router
 from models.access import KeyScope
 
 ROUTER = Router(routes.endpoints(routes.TABLE), default=unrouted)

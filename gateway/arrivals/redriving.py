@@ -1,0 +1,147 @@
+"""What was run, or refused, is run once more: the same input, for the workflow as it is now."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway import errors
+from gateway.arrivals import delivery_rows, promises, room, taking_in
+from gateway.arrivals.sender import Sender
+from gateway.arrivals.sent import Sent
+from gateway.errors import ApiError
+from gateway.executions.carrying_over import carried_over
+from journal.blobs.backend import Owner
+from journal.store import Accepted, Verdict
+from models.execution import Execution, ExecutionData
+from models.intake import IntakeRoute
+
+if TYPE_CHECKING:
+    from gateway.arrivals.taking_in import Ground, Message
+    from gateway.http.request import Request
+    from journal.store import IdempotencyKey
+    from models.intake import Delivery
+
+TOGETHER: Final = 10
+"""Of a list, so many are run once more at the same time: each may be large."""
+ROUTES: Final = {"queue": IntakeRoute.ENQUEUE, "email": IntakeRoute.EMAIL, "webhook": IntakeRoute.HOOK}
+CREATED: Final = 201
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is to be run once more."""
+
+    text: str
+    """JSON."""
+    source: Owner | None
+    """Whose the contents are that belong to it; None: it was given to nobody."""
+
+
+@dataclass(slots=True)
+class Done:
+    """What has come of a list."""
+
+    execution_ids: list[str] = field(default_factory=list)
+    errors: dict[str, ApiError] = field(default_factory=dict)
+    """By the ids of what was to be run."""
+
+
+async def each(
+    request: Request,
+    resource_ids: Sequence[str],
+    redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[Accepted, str]]],
+) -> Done:
+    """Run each of a list once more unless that was done before, and return what has come of it."""
+    done = Done()
+
+    async def once(resource_id: str) -> Accepted | ApiError:
+        try:
+            accepted, _ = await redrive(resource_id, promises.settled(request.path_params["id"], resource_id))
+        except ApiError as error:
+            return error
+        return accepted
+
+    for start in range(0, len(resource_ids), TOGETHER):
+        some = resource_ids[start : start + TOGETHER]
+        for resource_id, outcome in zip(some, await asyncio.gather(*map(once, some)), strict=True):
+            if isinstance(outcome, ApiError):
+                done.errors[resource_id] = outcome
+            elif outcome.verdict is Verdict.ACCEPTED:
+                done.execution_ids.append(outcome.execution_id)
+    return done
+
+
+async def delivery(request: Request, one: Delivery, promise: IdempotencyKey | None) -> tuple[Accepted, str]:
+    """Run the workflow of a delivery on what that has brought; returns the run, and the kind of its trigger.
+
+    Raises 409 where it has brought nothing that could be run, or more than one run, and what taking it in raises.
+    """
+    kind = delivery_rows.KINDS.get(IntakeRoute(one.route))
+    if kind is None:
+        raise errors.conflict(
+            "not-redrivable", "Batches are run once more by their dead letters, and events by replaying them"
+        )
+    given, source = one.payload, None
+    if one.execution_id is not None:
+        given, source = await _given(request, one.execution_id)
+    if given is None:
+        raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
+    return await _run(request, str(one.workflow_id), kind, Given(given, source), promise, one), kind
+
+
+async def dead_letter(request: Request, failed: Execution, promise: IdempotencyKey) -> tuple[Accepted, str]:
+    """Run the workflow of a run that has failed on what that was given; raises 409, and what taking it in raises."""
+    given, source = await _given(request, failed.id)
+    if given is None:
+        raise errors.conflict("not-redrivable", "What it was given is not kept any more")
+    kind = failed.trigger_type
+    return await _run(request, failed.workflow_id, kind, Given(given, source), promise, None), kind
+
+
+async def _run(
+    request: Request,
+    workflow_id: str,
+    kind: str,
+    given: Given,
+    promise: IdempotencyKey | None,
+    origin: Delivery | None,
+) -> Accepted:
+    caller = request.caller
+    sent = Sent(
+        route=ROUTES.get(kind, IntakeRoute.EVENTS),
+        sender=Sender(caller, f"api-key:{caller.key_id}"),
+        content_hash=origin.content_hash if origin else "",
+        content_bytes=origin.content_bytes if origin else len(given.text),
+        workflow_id=workflow_id,
+        redriven_from=origin.id if origin else None,
+    )
+
+    async def plan(ground: Ground) -> Message:
+        await room.require_going_on(request, ground)
+        await request.gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
+        return await carried_over(request.gateway.blobs, given.text, given.source, promise)
+
+    # Nothing is noted of what is refused: it stays where it is, and would be there twice.
+    return await taking_in.one(request.gateway, sent, kind, plan, promise, status=CREATED)
+
+
+async def _given(request: Request, execution_id: str) -> tuple[str | None, Owner | None]:
+    """Return what a run was given, as long as it is kept, and whose the contents are that belong to it."""
+    organization_id = request.caller.organization_id
+    statement = (
+        select(col(ExecutionData.trigger), col(Execution.key_id))
+        .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))
+        .where(
+            col(ExecutionData.execution_id) == execution_id,
+            col(ExecutionData.organization_id) == organization_id,
+        )
+    )
+    async with request.gateway.database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    return (None, None) if row is None else (row.trigger, Owner(organization_id, row.key_id))

@@ -1,0 +1,1 @@
+"""Data sources: credentials that workflows name, and nobody sees again."""

@@ -1,0 +1,197 @@
+"""One data source, read and changed: who may, in what order when several do at once, and what trace a change leaves."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from engine.values import canonical, fingerprint
+from gateway import audit, errors, limits
+from gateway.data_sources import data_source_rows
+from gateway.data_sources.data_source_rows import NameTaken, Stored
+from gateway.errors import ApiError
+from gateway.http import idempotency, preconditions
+from gateway.http.responses import JsonResponse
+from models.audit import Action
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.request import Request
+    from models.data_source import DataSource
+
+log = structlog.get_logger()
+
+Change: TypeAlias = Callable[[Stored], Stored]
+"""Returns what a data source becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
+
+
+async def readable(connection: AsyncConnection, request: Request) -> Stored:
+    """Return the data source of the path; raises 404 for one that the caller may not read."""
+    stored = await data_source_rows.find(connection, request.path_params["id"], request.caller)
+    if stored is None:
+        raise errors.not_found("data source")
+    return stored
+
+
+async def read(request: Request) -> Stored:
+    """Return the data source of the path, for whoever needs nothing else from the database; raises 404."""
+    async with request.gateway.database.read() as connection:
+        return await readable(connection, request)
+
+
+def require_writer(request: Request, source: DataSource) -> None:
+    """Raise 403 for a data source that the caller may use, but not change, share or delete."""
+    preconditions.require_owner(request, source.owner_id, what="data source")
+
+
+async def create(request: Request, body: Json, source: DataSource) -> JsonResponse:
+    """Write a new data source once for each Idempotency-Key, and answer 201 with its id."""
+    promise = idempotency.requested(request, _without_secrets(request, body))
+
+    async def insert(connection: AsyncConnection) -> str:
+        if promise is not None:
+            bound = await idempotency.reserve(
+                connection, promise, lane=source.lane, resource_id=source.id, now=source.created_at
+            )
+            if bound != source.id:
+                return bound
+        # An earlier try may have been committed though its answer was lost.
+        if await data_source_rows.exists(connection, source.id):
+            return source.id
+        if await data_source_rows.count(connection, source.organization_id) >= limits.DATA_SOURCES:
+            message = f"An organisation may have at most {limits.DATA_SOURCES:,} data sources"
+            raise errors.conflict("too-many-data-sources", message)
+        await data_source_rows.add(connection, source)
+        await _record(request, connection, Action.DATA_SOURCE_CREATED, None, Stored(source, {}))
+        return source.id
+
+    try:
+        source_id = await request.gateway.database.transaction(insert)
+    except NameTaken as error:
+        raise name_taken(error) from error
+    shown = {"dataSourceId": source_id}
+    if source_id != source.id:
+        return JsonResponse(shown, status=201, headers=idempotency.REPLAYED)
+    log.info(Action.DATA_SOURCE_CREATED, data_source_id=source_id, organization_id=source.organization_id)
+    return JsonResponse(shown, status=201, headers=entity_tag(Stored(source, {})))
+
+
+async def edit(request: Request, action: Action, change: Change) -> Stored:
+    """Apply `change` to the data source of the path, as it stands when everybody before has finished.
+
+    Raises 404, 403, 412 where `If-Match` names another state, `NameTaken`, and whatever `change` raises; then nothing
+    is written.
+    """
+    done: Stored | None = None
+
+    async def work(connection: AsyncConnection) -> Stored:
+        nonlocal done
+        await data_source_rows.lock(connection, request.path_params["id"], request.caller)
+        if done is not None and await data_source_rows.exists(
+            connection, done.source.id, revision=done.source.revision
+        ):
+            # Called once more because the answer to the commit was lost: the change is there.
+            return done
+        before = await readable(connection, request)
+        require_writer(request, before.source)
+        preconditions.require_match(request, entity_tag(before)["ETag"], what="data source")
+        after = change(before)
+        if content_hash(after) == content_hash(before):
+            return before
+        after = after.with_columns(revision=before.source.revision + 1, updated_at=datetime.now(UTC))
+        if not await data_source_rows.save(connection, before, after, request.caller):
+            raise errors.conflict(
+                "edit-conflict", "Somebody else changed this data source just now: try again"
+            )
+        await _record(request, connection, action, before, after)
+        done = after
+        return after
+
+    after = await request.gateway.database.transaction(work)
+    if after is done:
+        log.info(action, data_source_id=after.source.id, revision=after.source.revision)
+    return after
+
+
+async def delete(request: Request, *, is_forced: bool) -> None:
+    """Take the data source of the path away; raises 409 where workflows name it, unless that is forced."""
+    is_done = False
+
+    async def work(connection: AsyncConnection) -> None:
+        nonlocal is_done
+        await data_source_rows.lock(connection, request.path_params["id"], request.caller)
+        if is_done and not await data_source_rows.exists(connection, request.path_params["id"]):
+            return
+        before = await readable(connection, request)
+        require_writer(request, before.source)
+        preconditions.require_match(request, entity_tag(before)["ETag"], what="data source")
+        if not is_forced:
+            await _require_unused(request, connection, before.source)
+        await data_source_rows.remove(connection, before.source)
+        await _record(request, connection, Action.DATA_SOURCE_DELETED, before, None)
+        is_done = True
+
+    await request.gateway.database.transaction(work)
+    log.info(Action.DATA_SOURCE_DELETED, data_source_id=request.path_params["id"])
+
+
+def entity_tag(stored: Stored) -> dict[str, str]:
+    """Return the header that names the state of a data source, for a later `If-Match`."""
+    return {"ETag": f'"{stored.source.revision}"'}
+
+
+def answer(stored: Stored, value: object) -> JsonResponse:
+    """Return an answer that shows something of a data source, with the tag of its state."""
+    return JsonResponse(value, headers=entity_tag(stored))
+
+
+def content_hash(stored: Stored) -> str:
+    """Return the SHA-256 of everything that a change can change, in hexadecimal; of its secrets, when they were set."""
+    row = stored.source.model_dump(
+        exclude={"id", "revision", "sealed", "secret_id", "created_at", "updated_at"}
+    )
+    return fingerprint([msgspec.to_builtins(row), sorted(stored.shared_with)])
+
+
+def name_taken(error: NameTaken) -> ApiError:
+    """Return the refusal of a name that another data source of the owner has."""
+    message = f"The owner has another data source of the name {error.args[0]!r}"
+    return errors.conflict("data-source-name-taken", message)
+
+
+async def _record(
+    request: Request,
+    connection: AsyncConnection,
+    action: Action,
+    before: Stored | None,
+    after: Stored | None,
+) -> None:
+    hashes = [None if stored is None else content_hash(stored) for stored in (before, after)]
+    object_id = next(stored.source.id for stored in (before, after) if stored is not None)
+    await audit.record(connection, request.caller, action, object_id, before=hashes[0], after=hashes[1])
+
+
+async def _require_unused(request: Request, connection: AsyncConnection, source: DataSource) -> None:
+    if not await data_source_rows.is_named(connection, source):
+        return
+    named_by = await data_source_rows.naming(connection, source, request.caller, limits.FINDINGS)
+    raise ApiError(
+        409,
+        "data-source-in-use",
+        "Workflows name this data source, in details those that you may see: take it out of them, or use ?force=true",
+        details=[errors.problem(f"workflows.{one}", "data-source-in-use", name) for one, name in named_by],
+    )
+
+
+def _without_secrets(request: Request, body: Json) -> Json:
+    """Return a body to compare others with, that says nothing of the secrets to whoever sees what is kept of it."""
+    if not isinstance(body, dict) or "secrets" not in body:
+        return body
+    hashed = hmac.digest(request.gateway.settings.secret, canonical(body["secrets"]), "sha256")
+    return {**body, "secrets": hashed.hex()}

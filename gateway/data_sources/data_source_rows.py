@@ -1,0 +1,199 @@
+"""Data sources read and written, each query within the caller's organisation; changes are guarded by the revision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy import Text, delete, func, insert, select, type_coerce, update
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import col
+
+from models.data_source import DataSource, DataSourceShare, readable_by, writable_by
+from models.workflow import Workflow, WorkflowGraph
+from models.workflow import readable_by as workflow_readable_by
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from gateway.http.query import Page
+    from models.access import Caller
+    from models.data_source_types import DataSourceType
+
+SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
+    "createdAt": col(DataSource.created_at),
+    "updatedAt": col(DataSource.updated_at),
+    "name": col(DataSource.name),
+    "type": col(DataSource.type),
+}
+
+
+class NameTaken(ValueError):
+    """The owner has another data source of this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A data source and whom it is shared with."""
+
+    source: DataSource
+    shared_with: Mapping[str, datetime]
+    """Whom it is shared with, by user id, and since when; in that order."""
+
+    def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
+        """Return the data source with other values in its own row."""
+        return replace(self, source=DataSource(**{**self.source.model_dump(), **changes}))
+
+
+async def lock(connection: AsyncConnection, source_id: str, caller: Caller) -> None:
+    """Wait until nobody else is changing a data source, and keep them waiting until the transaction ends."""
+    row = select(col(DataSource.id)).where(
+        col(DataSource.id) == source_id, col(DataSource.organization_id) == caller.organization_id
+    )
+    await connection.execute(row.with_for_update())
+
+
+async def find(connection: AsyncConnection, source_id: str, caller: Caller) -> Stored | None:
+    """Return a data source that the caller may read."""
+    statement = select(DataSource).where(col(DataSource.id) == source_id, readable_by(caller))
+    row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        return None
+    shared_with = await _shares(connection, [source_id])
+    return Stored(DataSource(**row), shared_with.get(source_id, {}))
+
+
+async def page(
+    connection: AsyncConnection,
+    caller: Caller,
+    kind: DataSourceType | None,
+    part: Page,
+    order: ColumnElement[Any],
+) -> tuple[int, list[Stored]]:
+    """Return how many data sources the caller may read, and a page of them."""
+    conditions = [readable_by(caller)]
+    if kind is not None:
+        conditions.append(col(DataSource.type) == kind)
+    count = await connection.scalar(select(func.count()).select_from(DataSource).where(*conditions))
+    rows = await connection.execute(
+        select(DataSource)
+        .where(*conditions)
+        .order_by(order, col(DataSource.id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    sources = [DataSource(**row) for row in rows.mappings()]
+    shared_with = await _shares(connection, [source.id for source in sources])
+    return count or 0, [Stored(source, shared_with.get(source.id, {})) for source in sources]
+
+
+async def _shares(connection: AsyncConnection, source_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
+    """Return whom each of these is shared with, the first ones first."""
+    found: dict[str, dict[str, datetime]] = {}
+    for row in await connection.execute(
+        select(
+            col(DataSourceShare.data_source_id), col(DataSourceShare.user_id), col(DataSourceShare.shared_at)
+        )
+        .where(col(DataSourceShare.data_source_id).in_(source_ids))
+        .order_by(col(DataSourceShare.shared_at), col(DataSourceShare.user_id))
+    ):
+        found.setdefault(row.data_source_id, {})[row.user_id] = row.shared_at
+    return found
+
+
+async def count(connection: AsyncConnection, organization_id: str) -> int:
+    """Return how many data sources an organisation has."""
+    statement = select(func.count()).where(col(DataSource.organization_id) == organization_id)
+    return await connection.scalar(statement) or 0
+
+
+async def exists(connection: AsyncConnection, source_id: str, *, revision: int | None = None) -> bool:
+    """Tell whether a data source is there, in a certain revision if one is given, whoever may see it."""
+    statement = select(col(DataSource.id)).where(col(DataSource.id) == source_id)
+    if revision is not None:
+        statement = statement.where(col(DataSource.revision) == revision)
+    return await connection.scalar(statement) is not None
+
+
+async def add(connection: AsyncConnection, source: DataSource) -> None:
+    """Write a new data source; raises `NameTaken`."""
+    try:
+        await connection.execute(insert(DataSource).values(source.model_dump()))
+    except IntegrityError as error:
+        raise NameTaken(source.name) from error
+
+
+async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: Caller) -> bool:
+    """Write what differs, unless the data source has changed since `before` was read; tells whether it was written.
+
+    Raises `NameTaken`.
+    """
+    source = after.source
+    written = (
+        update(DataSource)
+        .where(
+            col(DataSource.id) == source.id,
+            col(DataSource.revision) == before.source.revision,
+            writable_by(caller),
+        )
+        .values(source.model_dump())
+    )
+    try:
+        result = await connection.execute(written)
+    except IntegrityError as error:
+        raise NameTaken(source.name) from error
+    if result.rowcount != 1:
+        return False
+    if gone := before.shared_with.keys() - after.shared_with.keys():
+        await connection.execute(
+            delete(DataSourceShare).where(
+                col(DataSourceShare.data_source_id) == source.id, col(DataSourceShare.user_id).in_(gone)
+            )
+        )
+    if added := after.shared_with.keys() - before.shared_with.keys():
+        shares = [
+            {"data_source_id": source.id, "user_id": user_id, "shared_at": after.shared_with[user_id]}
+            for user_id in added
+        ]
+        await connection.execute(insert(DataSourceShare), shares)
+    return True
+
+
+async def remove(connection: AsyncConnection, source: DataSource) -> None:
+    """Take a data source away, with its secrets: no trace of them stays."""
+    await connection.execute(delete(DataSourceShare).where(col(DataSourceShare.data_source_id) == source.id))
+    await connection.execute(delete(DataSource).where(col(DataSource.id) == source.id))
+
+
+async def is_named(connection: AsyncConnection, source: DataSource) -> bool:
+    """Tell whether a workflow of the organisation names a data source."""
+    return await connection.scalar(_naming(source).limit(1)) is not None
+
+
+async def naming(
+    connection: AsyncConnection, source: DataSource, caller: Caller, limit: int
+) -> list[tuple[str, str]]:
+    """Return ids and names of workflows that name a data source, as far as the caller may see them."""
+    statement = _naming(source).where(workflow_readable_by(caller)).order_by(col(Workflow.id)).limit(limit)
+    return [(row.id, row.name) for row in await connection.execute(statement)]
+
+
+def _naming(source: DataSource) -> Any:  # noqa: ANN401 - a statement with these columns
+    """Return the workflows whose graph holds the id of a data source, as a text of its own.
+
+    Scopes are worked out when somebody asks for them; what is in the graph counts.
+    """
+    nodes = type_coerce(col(WorkflowGraph.nodes), Text)
+    return (
+        select(col(Workflow.id), col(Workflow.name))
+        .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+        .where(
+            col(Workflow.organization_id) == source.organization_id,
+            col(Workflow.deleted_at).is_(None),
+            nodes.contains(f'"{source.id}"', autoescape=True),
+        )
+    )

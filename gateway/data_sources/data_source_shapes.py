@@ -1,0 +1,192 @@
+"""Data sources on their way in and out: checked fields become a row, and a row is shown without its secrets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+
+from msgspec import Meta, field
+
+from gateway import limits
+from gateway.errors import ApiError
+from gateway.http import text
+from gateway.http.text import Problems
+from gateway.http.wire import Instant, Wire, convert, instant
+from models import data_source_types, ids
+from models.data_source import DataSource, sealed
+from models.data_source_types import DEFINITIONS, DataSourceType, Fields, stored
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.data_sources.data_source_rows import Stored
+    from models.access import Caller
+    from models.vault import Vault
+
+Given = TypeVar("Given", bound=Fields)
+
+Name: TypeAlias = Annotated[str, text.allowed(limits.DATA_SOURCE_NAME_LENGTH, min_length=1)]
+Settings: TypeAlias = Annotated[
+    dict[str, Any],
+    Meta(
+        description=f"What the type needs; `?` marks what may be absent. {data_source_types.described('settings')}."
+    ),
+]
+Secrets: TypeAlias = Annotated[
+    dict[str, Any],
+    Meta(description=f"Kept encrypted and never shown. {data_source_types.described('secrets')}."),
+]
+
+
+class CreateDataSource(Wire):
+    """A data source that somebody wants."""
+
+    name: Name
+    """None of the caller's other data sources has it."""
+    type: DataSourceType
+    settings: Settings = field(default_factory=dict)
+    secrets: Secrets = field(default_factory=dict)
+
+
+class UpdateDataSource(Wire):
+    """What is to change; the rest stays."""
+
+    name: Name | None = None
+    settings: Settings | None = None
+    """Merged: null takes a setting away. To change where secrets are sent, give them too."""
+    secrets: Secrets | None = None
+    """In the place of all that there are."""
+
+
+class DataSourceShape(Wire):
+    """A data source, without its secrets."""
+
+    id: str
+    name: str
+    type: DataSourceType
+    settings: Mapping[str, Any]
+    secret_names: Sequence[str]
+    """Which secrets it has."""
+    secrets_set_at: Instant
+    organization_id: str
+    owner_id: str
+    is_public: bool
+    shared_with: Sequence[str]
+    """Ids of the users that it is shared with."""
+    created_at: Instant
+    updated_at: Instant
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def made(caller: Caller, body: CreateDataSource, vault: Vault) -> DataSource:
+    """Return a new data source of the caller's; raises 422."""
+    problems = Problems()
+    name = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
+    definition = DEFINITIONS[body.type]
+    settings = _checked(body.settings, definition.settings, "settings", problems)
+    secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
+    _require_whole(settings, secrets, problems)
+    problems.raise_any()
+    now, source_id = datetime.now(UTC), ids.new("ds")
+    kept = sealed(vault, secrets, organization_id=caller.organization_id, source_id=source_id)
+    return DataSource(
+        id=source_id,
+        organization_id=caller.organization_id,
+        lane=caller.lane,
+        owner_id=caller.user_id,
+        name=name,
+        type=body.type,
+        settings=settings,
+        secret_names=sorted(secrets),
+        sealed=kept.content,
+        secret_id=kept.secret_id,
+        secrets_set_at=now,
+        created_at=now,
+        updated_at=now,
+    )
+
+
+def changed(before: Stored, body: UpdateDataSource, vault: Vault) -> Stored:
+    """Return what a data source becomes; raises 422."""
+    source, problems = before.source, Problems()
+    definition = DEFINITIONS[DataSourceType(source.type)]
+    changes: dict[str, object] = {}
+    if body.name is not None:
+        changes["name"] = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
+    if body.settings is not None:
+        merged = {**source.settings, **body.settings}
+        given = {name: value for name, value in merged.items() if value is not None}
+        settings = _checked(given, definition.settings, "settings", problems)
+        changes["settings"] = settings
+        if body.secrets is None and source.secret_names:
+            _require_same_destination(source, settings, definition.destination, problems)
+    secrets = None
+    if body.secrets is not None:
+        secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
+    has_secrets = dict.fromkeys(source.secret_names, "") if secrets is None else secrets
+    _require_whole(changes.get("settings", source.settings), has_secrets, problems)
+    problems.raise_any()
+    if secrets is not None:
+        kept = sealed(vault, secrets, organization_id=source.organization_id, source_id=source.id)
+        changes |= {
+            "secret_names": sorted(secrets),
+            "sealed": kept.content,
+            "secret_id": kept.secret_id,
+            "secrets_set_at": datetime.now(UTC),
+        }
+    return before.with_columns(**changes)
+
+
+def _checked(
+    given: Mapping[str, Json], kind: type[Fields], path: str, problems: Problems
+) -> dict[str, object]:
+    """Return fields as they are kept."""
+    try:
+        return stored(convert(dict(given), kind, path))
+    except ApiError as error:
+        problems.found.extend(error.details)
+        return {}
+
+
+def _require_whole(settings: object, secrets: Mapping[str, object], problems: Problems) -> None:
+    """Add a problem for a user without a password, and for a password without a user, as mail servers allow neither."""
+    if problems.found or not isinstance(settings, Mapping):
+        return
+    if "password" in secrets and not {"user", "username"} & settings.keys():
+        problems.add("settings.username", "required", "settings.username is required with a password")
+    if "username" in settings and "password" not in secrets:
+        problems.add("secrets.password", "required", "secrets.password is required with a user name")
+
+
+def _require_same_destination(
+    source: DataSource, settings: Mapping[str, object], destination: frozenset[str], problems: Problems
+) -> None:
+    """Add a problem where secrets would go to another place than the one that they were given for."""
+    for name in sorted(destination):
+        if not problems.found and settings.get(name) != source.settings.get(name):
+            message = f"secrets are required when settings.{name} changes: it says where they are sent"
+            problems.add("secrets", "required", message)
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shown(stored_source: Stored) -> DataSourceShape:
+    """Return a data source as clients see it."""
+    source = stored_source.source
+    return DataSourceShape(
+        id=source.id,
+        name=source.name,
+        type=DataSourceType(source.type),
+        settings=source.settings,
+        secret_names=source.secret_names,
+        secrets_set_at=instant(source.secrets_set_at),
+        organization_id=source.organization_id,
+        owner_id=source.owner_id,
+        is_public=source.is_public,
+        shared_with=list(stored_source.shared_with),
+        created_at=instant(source.created_at),
+        updated_at=instant(source.updated_at),
+    )

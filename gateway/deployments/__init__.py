@@ -1,0 +1,1 @@
+"""Deployments as clients see them: asked for, woken, and told about."""

@@ -1,0 +1,355 @@
+"""How a deployment is there for whoever needs it: one lookout for each, shared by all who wait for it here.
+
+Nobody waits for a pod to be ready, but for the run to be taken, which a pod does as soon as it is. What is forwarded to
+a pod is a hint, so nothing is lost with one that refuses it: what there is to do stands in the rows, whoever starts or
+stops the deployment meanwhile.
+The lookout wakes it as often as that takes, and tells what keeps its pods away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import structlog
+from starlette.requests import ClientDisconnect
+
+from gateway import errors, limits
+from gateway.errors import ApiError
+from gateway.http.wire import optional_instant
+from gateway.recent import Recent
+from journal import activity, decisions, wakes
+from journal.grouping import GroupCommit
+from journal.wakes import StartRefused
+from messages import beginnings, hints
+from models import lifecycle
+from models.database import DatabaseUnavailable
+from models.execution import TERMINAL, ExecutionStatus
+from models.lifecycle import LifecycleAction, Refusal, RefusalCode, StoppedReason
+
+if TYPE_CHECKING:
+    from gateway.executions.waiting import Waiting
+    from journal.activity import Seen
+    from journal.store import ExecutionKey
+    from messages.broker import Broker, Notice
+    from models.database import Database
+    from models.deployment import Deployment
+
+log = structlog.get_logger()
+
+LOOK_SECONDS: Final = 0.25
+"""How often a deployment is looked at that somebody waits for, on average."""
+READ_SECONDS: Final = 1.0
+"""How long it can go unnoticed that a run was taken, where nobody says so."""
+PATIENCE_SECONDS: Final = 0.25
+"""How long pods that are there may take to take a run before anybody looks after them."""
+HEARD_SECONDS: Final = 60.0
+MAX_HEARD: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """The pods of a deployment can't start."""
+
+    reason: str
+
+
+BadNews: TypeAlias = StartFailed | Refusal
+
+
+class NoPod(Exception):
+    """No pod will come for now; a run that was accepted for one waits for another time."""
+
+    def __init__(self, news: BadNews) -> None:
+        super().__init__(str(news))
+        self.news = news
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A deployment that something has come for."""
+
+    deployment: Deployment
+    refusal: Refusal | None
+    """Why it may not start for that now."""
+
+
+@dataclass(slots=True, eq=False)
+class Lookout:
+    """The look after one deployment, and how many need it."""
+
+    bad_news: asyncio.Future[BadNews] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    waiting: int = 0
+    task: asyncio.Task[None] | None = None
+
+
+class Activation:
+    """Everybody who waits for deployments at this gateway."""
+
+    def __init__(self, database: Database, broker: Broker, waiting: Waiting) -> None:
+        self._database = database
+        self._broker = broker
+        self._waiting = waiting
+        self._counts: GroupCommit[str, Deployment | None] = GroupCommit(self._count)
+        self._wakes: GroupCommit[str, None] = GroupCommit(self._wake)
+        self._queues: Counter[str] = Counter()
+        self._lookouts: dict[str, Lookout] = {}
+        self._waiters: dict[str, set[asyncio.Future[bool]]] = {}
+        self._heard: Recent[str, bool] = Recent(HEARD_SECONDS, MAX_HEARD)
+        """Runs that were taken, maybe before anybody waited for that."""
+        self._is_released = False
+
+    async def start(self) -> None:
+        """Hear of runs that are taken."""
+        await self._broker.listen(self._noticed)
+
+    def release(self) -> None:
+        """Let everybody go: the process is about to end."""
+        self._is_released = True
+        for execution_id in list(self._waiters):
+            self._tell(execution_id, is_taken=False)
+
+    async def close(self) -> None:
+        """Let everybody go, and finish what is being counted."""
+        self.release()
+        tasks = [lookout.task for lookout in self._lookouts.values() if lookout.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._counts.drain()
+        await self._wakes.drain()
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits for any deployment."""
+        return bool(self._queues)
+
+    # ── asking for a deployment ─────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def queue(self, workflow_id: str) -> Iterator[None]:
+        """Count whoever wants something run by a deployment, until that is taken."""
+        self._queues[workflow_id] += 1
+        try:
+            yield
+        except (asyncio.CancelledError, ClientDisconnect):
+            # Whoever waited has gone, maybe before anybody was woken; the run may be accepted all the same.
+            self.see_to(workflow_id)
+            raise
+        finally:
+            self._queues[workflow_id] -= 1
+            if not self._queues[workflow_id]:
+                del self._queues[workflow_id]
+
+    async def ask(self, workflow_id: str) -> Deployment:
+        """Take down that something has come for a deployment, and return it.
+
+        Raises 409 where it may not be started, and 503 where too many wait for that already.
+        """
+        deployment = await self._counts.submit(workflow_id)
+        if deployment is None:
+            raise errors.not_deployed()
+        if not wakes.is_wanted(deployment):
+            await self._check_policy(workflow_id)
+        if not wakes.is_ready(deployment) and self._queues[workflow_id] > limits.WAKES_WAITING:
+            raise errors.not_ready("Too many requests wait here for the workflow to start: try again")
+        return deployment
+
+    async def count(self, workflow_id: str) -> Counted | None:
+        """Take down that something has come for a deployment that nobody waits for; None where it isn't deployed."""
+        deployment = await self._counts.submit(workflow_id)
+        if deployment is None:
+            return None
+        if wakes.is_wanted(deployment):
+            return Counted(deployment, None)
+        async with self._database.read() as connection:
+            seen = await activity.look(connection, workflow_id)
+        if seen is None:
+            return None
+        return Counted(deployment, lifecycle.may_start(seen.policy, seen.situation, seen.now))
+
+    async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, Counted]:
+        """Do the same for several at once; those that aren't deployed are left out."""
+        found = await wakes.count(self._database, workflow_ids)
+        asleep = [workflow_id for workflow_id, one in found.items() if not wakes.is_wanted(one)]
+        seen: Mapping[str, Seen] = {}
+        if asleep:
+            async with self._database.read() as connection:
+                seen = await activity.look_at(connection, asleep)
+        counted = {workflow_id: Counted(deployment, None) for workflow_id, deployment in found.items()}
+        for workflow_id, one in seen.items():
+            refusal = lifecycle.may_start(one.policy, one.situation, one.now)
+            counted[workflow_id] = Counted(found[workflow_id], refusal)
+        return counted
+
+    def see_to(self, workflow_id: str) -> None:
+        """Wake a deployment for a run that nobody waits for; what fails here, the scheduler sees to."""
+        self._wakes.submit(workflow_id)
+
+    async def _check_policy(self, workflow_id: str) -> None:
+        async with self._database.read() as connection:
+            seen = await activity.look(connection, workflow_id)
+        if seen is None:
+            raise errors.not_deployed()
+        refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
+        if refusal is not None:
+            raise refused(refusal)
+
+    async def _count(self, batch: Sequence[str]) -> Sequence[Deployment | None]:
+        found = await wakes.count(self._database, batch)
+        return [found.get(workflow_id) for workflow_id in batch]
+
+    async def _wake(self, batch: Sequence[str]) -> Sequence[None]:
+        for workflow_id in dict.fromkeys(batch):
+            try:
+                await self._look(workflow_id, is_first=True)
+            except DatabaseUnavailable as error:
+                log.debug("deployment not woken", workflow_id=workflow_id, error=str(error))
+        return [None] * len(batch)
+
+    # ── waiting for it ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def taken(
+        self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
+    ) -> bool:
+        """Wake the deployment for a run, and tell whether somebody has taken that in time; raises `NoPod`.
+
+        `is_new` for one that was just accepted here, `is_ready` where pods were there.
+        """
+        if not is_new and await self._has_begun(key):
+            return True
+        with self._waiter(key.execution_id) as waiter:
+            try:
+                async with asyncio.timeout(seconds):
+                    if is_ready:
+                        await asyncio.wait({waiter}, timeout=PATIENCE_SECONDS)
+                    if not waiter.done():
+                        await self._looked_after(key, workflow_id, waiter)
+            except TimeoutError:
+                return False
+            return waiter.result() if waiter.done() else True
+
+    async def _looked_after(self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]) -> None:
+        """Return once a run is taken."""
+        with self._lookout(workflow_id) as lookout:
+            news: set[asyncio.Future[Any]] = {waiter, lookout.bad_news}
+            while True:
+                await asyncio.wait(
+                    news,
+                    timeout=READ_SECONDS * random.uniform(0.5, 1.5),  # noqa: S311 - keeps them apart
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if waiter.done() or await self._has_begun(key):
+                    return
+                if lookout.bad_news.done():
+                    raise NoPod(lookout.bad_news.result())
+
+    async def _has_begun(self, key: ExecutionKey) -> bool:
+        progress = await self._waiting.progress(key, 0)
+        if progress is None or progress.completed_nodes:
+            return True
+        return progress.status is ExecutionStatus.RUNNING or progress.status in TERMINAL
+
+    @contextmanager
+    def _waiter(self, execution_id: str) -> Iterator[asyncio.Future[bool]]:
+        """Lend what tells whether a run was taken, once it is or everybody has to go."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self._is_released or self._heard.get(execution_id) is not None:
+            waiter.set_result(not self._is_released)
+        waiters = self._waiters.setdefault(execution_id, set())
+        waiters.add(waiter)
+        try:
+            yield waiter
+        finally:
+            waiters.discard(waiter)
+            if not waiters:
+                self._waiters.pop(execution_id, None)
+
+    def _noticed(self, notice: Notice) -> None:
+        for execution_id in beginnings.taken(notice):
+            self._heard.put(execution_id, value=True)
+            self._tell(execution_id, is_taken=True)
+
+    def _tell(self, execution_id: str, *, is_taken: bool) -> None:
+        for waiter in self._waiters.get(execution_id, ()):
+            if not waiter.done():
+                waiter.set_result(is_taken)
+
+    # ── looking out ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _lookout(self, workflow_id: str) -> Iterator[Lookout]:
+        """Have a deployment looked after, by one for all, for as long as the context lasts."""
+        lookout = self._lookouts.get(workflow_id)
+        if lookout is None:
+            lookout = self._lookouts[workflow_id] = Lookout()
+            lookout.task = asyncio.create_task(self._look_after(workflow_id, lookout))
+        lookout.waiting += 1
+        try:
+            yield lookout
+        finally:
+            lookout.waiting -= 1
+            if not lookout.waiting:
+                self._end(workflow_id, lookout)
+
+    def _end(self, workflow_id: str, lookout: Lookout) -> None:
+        """Let whoever comes next have a lookout of their own."""
+        if self._lookouts.get(workflow_id) is lookout:
+            del self._lookouts[workflow_id]
+        if lookout.task is not None:
+            lookout.task.cancel()
+
+    async def _look_after(self, workflow_id: str, lookout: Lookout) -> None:
+        news: BadNews | None = None
+        is_first = True
+        while news is None:
+            try:
+                news = await self._look(workflow_id, is_first=is_first)
+                is_first = False
+            except DatabaseUnavailable as error:
+                log.debug("deployment not looked after", workflow_id=workflow_id, error=str(error))
+            except Exception:
+                log.exception("deployment not looked after", workflow_id=workflow_id)
+            if news is None:
+                await asyncio.sleep(LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - keeps them apart
+        lookout.bad_news.set_result(news)
+        lookout.task = None
+        self._end(workflow_id, lookout)
+
+    async def _look(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
+        """Wake a deployment that has no pods, or is to lose them; after the first look, they should be coming."""
+        async with self._database.read() as connection:
+            seen = await activity.look(connection, workflow_id)
+        if seen is None or not seen.deployment.is_deployed:
+            return None  # its runs are any worker's now
+        deployment = seen.deployment
+        has_failed = wakes.has_failed(deployment)
+        if not is_first and (has_failed or deployment.stopped_reason == StoppedReason.FAILED):
+            return StartFailed(deployment.observed_reason or "it is not known why")
+        if wakes.is_wanted(deployment) and not has_failed:
+            return None
+        try:
+            settled = await decisions.settle(self._database, workflow_id, wakes.for_a_run)
+        except StartRefused as error:
+            return None if error.refusal.code is RefusalCode.NOT_DEPLOYED else error.refusal
+        if settled is not None and settled.decision.action is not LifecycleAction.NONE:
+            await hints.deployment_changed(self._broker, workflow_id)
+        return None
+
+
+def refused(refusal: Refusal) -> ApiError:
+    """Return the answer about a run that can't have its deployment."""
+    match refusal.code:
+        case RefusalCode.NOT_DEPLOYED:
+            return errors.not_deployed()
+        case RefusalCode.OUTSIDE_WINDOW:
+            return errors.outside_window(optional_instant(refusal.opens_at))
+        case RefusalCode.STOPPED_MANUALLY:
+            return errors.stopped_manually()

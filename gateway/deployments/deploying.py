@@ -1,0 +1,174 @@
+"""What is asked of deployments: changed with a trace of who asked, told to the deployer, and waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from engine.values import canonical, fingerprint
+from gateway import audit, errors
+from gateway.workflows import editing
+from journal import activity, decisions, deployments, pinning
+from journal.deployments import Order
+from messages import hints
+from messages.deployments import changed
+from models import deployment_token
+from models.audit import Action
+from models.deployment import DeploymentStatus, status_of
+from models.lifecycle import LifecycleAction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.request import Request
+    from gateway.state import State
+    from gateway.workflows.workflow_rows import Stored
+    from journal.activity import Seen
+    from models.deployment import Deployment
+    from models.lifecycle import Decision, StoppedReason
+
+Decide = Callable[["Seen"], "Decision"]
+
+
+def not_deployed() -> errors.ApiError:
+    return errors.conflict("not-deployed", "The workflow is not deployed: deploy it first")
+
+
+async def deploy(
+    connection: AsyncConnection,
+    request: Request,
+    stored: Stored,
+    snapshot: Mapping[str, Any],
+    *,
+    version: int,
+    token_id: str,
+) -> Deployment:
+    """Have what a snapshot holds deployed, in the transaction of `connection`, which may be run again."""
+    workflow = stored.workflow
+    text = await asyncio.to_thread(_pinned, snapshot)
+    order = Order(
+        workflow_id=workflow.id,
+        organization_id=workflow.organization_id,
+        lane=workflow.lane,
+        user_id=request.caller.user_id,
+        version=version,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        token_id=token_id,
+    )
+    before = await deployments.find(connection, workflow.id)
+    after = await deployments.deploy(connection, order, secret=request.gateway.settings.secret)
+    await _record(connection, request, Action.WORKFLOW_DEPLOYED, before, after)
+    return after
+
+
+async def undeploy(
+    connection: AsyncConnection, request: Request, workflow_id: str, *, reason: StoppedReason | None = None
+) -> None:
+    """Have a deployment taken away, in the transaction of `connection`; its runs are the workers' from then on."""
+    before = await deployments.find(connection, workflow_id)
+    after = await deployments.undeploy(connection, workflow_id, user_id=request.caller.user_id, reason=reason)
+    if after is not None:
+        await _record(connection, request, Action.WORKFLOW_UNDEPLOYED, before, after)
+
+
+async def change(
+    request: Request, action: Action, decide: Decide, *, replicas: int | None = None
+) -> Deployment:
+    """Do to the deployment of the path what is decided about it; raises 404, 403, and 409 where there is none."""
+    workflow_id = request.path_params["id"]
+
+    async def work(connection: AsyncConnection) -> Deployment:
+        stored = await editing.readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        await activity.lock(connection, workflow_id)
+        seen = await activity.look(connection, workflow_id)
+        if seen is None or not seen.deployment.is_deployed:
+            raise not_deployed()
+        decision = decide(seen)
+        if decision.action is LifecycleAction.NONE:
+            return seen.deployment
+        after = await decisions.carry_out(
+            connection, seen, decision, replicas=replicas, user_id=request.caller.user_id
+        )
+        await _record(connection, request, action, seen.deployment, after)
+        return after
+
+    return await request.gateway.database.transaction(work)
+
+
+async def told(gateway: State, workflow_id: str) -> None:
+    """Tell the deployer, and the workers, whose runs may have become; to be done after the commit."""
+    await hints.deployment_changed(gateway.broker, workflow_id)
+    gateway.acceptances.hint()
+
+
+async def awaited(
+    gateway: State, workflow_id: str, is_reached: Callable[[Deployment], bool]
+) -> Deployment | None:
+    """Return where a deployment is: once it has got to where it is wanted, or failed, or the time is over."""
+    waiting, key = gateway.waiting, changed(workflow_id)
+    with waiting.waiter(key) as waiter:
+        timer = asyncio.get_running_loop().call_later(gateway.settings.settle_seconds, waiter.end)
+        try:
+            while True:
+                waiter.changed.clear()
+                was_watched = waiting.is_watched(key)
+                async with gateway.database.read() as connection:
+                    deployment = await deployments.find(connection, workflow_id)
+                if deployment is None or waiter.is_over or is_reached(deployment) or has_failed(deployment):
+                    return deployment
+                if was_watched or not await waiting.watch([key]):
+                    await waiter.changed.wait()
+        finally:
+            timer.cancel()
+
+
+def has_failed(deployment: Deployment) -> bool:
+    """Tell whether its pods can't start."""
+    return status_of(deployment) is DeploymentStatus.FAILED
+
+
+def fresh_token_id() -> str:
+    """Return an id for the token of a deploy, made before its transaction."""
+    return deployment_token.new_id()
+
+
+def _pinned(snapshot: Mapping[str, Any]) -> bytes:
+    return canonical(pinning.definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"]))
+
+
+async def _record(
+    connection: AsyncConnection,
+    request: Request,
+    action: Action,
+    before: Deployment | None,
+    after: Deployment,
+) -> None:
+    await audit.record(
+        connection,
+        request.caller,
+        action,
+        after.workflow_id,
+        before=_content_hash(before),
+        after=_content_hash(after),
+    )
+
+
+def _content_hash(deployment: Deployment | None) -> str | None:
+    """Return the SHA-256 of what is wanted; None where nothing is."""
+    if deployment is None or not deployment.is_deployed:
+        return None
+    wanted = {
+        "definition": deployment.definition_hash,
+        "version": deployment.version,
+        "replicas": deployment.replicas,
+        "drains": deployment.drain_until is not None,
+        "stopped": None if deployment.stopped_reason is None else str(deployment.stopped_reason),
+    }
+    return fingerprint(wanted)

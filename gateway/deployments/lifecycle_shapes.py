@@ -1,0 +1,106 @@
+"""Lifecycle policies as clients write them, and as they are stored, which is alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from gateway import errors, limits
+from gateway.http.text import Problems
+from gateway.http.wire import Wire
+from models import lifecycle, windows
+from models.lifecycle import PolicyType
+from models.windows import EmptyWindow
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_HOUR: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_LENGTH: Final = 5  # the pattern alone would let a line break follow
+
+
+class WindowShape(Wire):
+    """Some hours, on some days of every week."""
+
+    days: Annotated[list[Annotated[int, Meta(ge=0, le=6)]], Meta(min_length=1, max_length=7)]
+    """Those on which it opens: 0 is Sunday, 6 is Saturday."""
+    start_time: Annotated[
+        str, Meta(pattern=f"^{_HOUR}$", max_length=_LENGTH, description="a time such as 09:00")
+    ]
+    end_time: Annotated[
+        str,
+        Meta(pattern=f"^({_HOUR}|24:00)$", max_length=_LENGTH, description="a time such as 17:00, or 24:00"),
+    ]
+    """Where it is earlier than the start, that of the day after; 00:00 to 00:00 is the whole day."""
+
+
+class ScheduleShape(Wire):
+    """When a workflow is kept up."""
+
+    timezone: Annotated[str, Meta(extra_json_schema={"maxLength": limits.TIMEZONE_LENGTH})]
+    """Name of a zone in the IANA time zone database: the times below are those of its clocks."""
+    windows: Annotated[list[WindowShape], Meta(min_length=1, max_length=limits.WINDOWS)]
+    """Where they overlap, they count as one."""
+
+
+class LifecyclePolicy(Wire):
+    """When a deployed workflow has compute of its own."""
+
+    type: PolicyType
+    idle_timeout_minutes: (
+        Annotated[int, Meta(ge=lifecycle.IDLE_MINUTES_MIN, le=lifecycle.IDLE_MINUTES_MAX)] | None
+    ) = None
+    """For `idle-shutdown`: how long nothing must have happened; 30 where it is absent. Others don't keep it."""
+    schedule: ScheduleShape | None = None
+    """For `scheduled-window`, which needs it; others don't keep it."""
+
+
+class ShownPolicy(Wire, omit_defaults=True):
+    """A policy, with what belongs to its type."""
+
+    type: PolicyType
+    idle_timeout_minutes: int | float | UnsetType = UNSET
+    schedule: ScheduleShape | UnsetType = UNSET
+
+
+def stored(body: LifecyclePolicy) -> dict[str, Any]:
+    """Return a policy as it is stored; raises 422."""
+    match body.type:
+        case PolicyType.IDLE_SHUTDOWN:
+            minutes = body.idle_timeout_minutes
+            default = lifecycle.IDLE_MINUTES_DEFAULT
+            return {"type": body.type.value, "idleTimeoutMinutes": default if minutes is None else minutes}
+        case PolicyType.SCHEDULED_WINDOW:
+            if body.schedule is None:
+                message = "A scheduled-window needs a schedule with timezone and windows"
+                raise errors.invalid([errors.problem("schedule", "required", message)])
+            _check(body.schedule)
+            return {"type": body.type.value, "schedule": msgspec.to_builtins(body.schedule)}
+        case _:
+            return {"type": body.type.value}
+
+
+def shown(policy: Mapping[str, Any]) -> ShownPolicy:
+    """Return a stored policy as clients see it."""
+    return msgspec.convert(policy, ShownPolicy)
+
+
+def _check(schedule: ScheduleShape) -> None:
+    problems = Problems()
+    if schedule.timezone not in windows.zones():
+        message = "schedule.timezone must be the name of a zone, such as America/Los_Angeles or UTC"
+        problems.add("schedule.timezone", "unknown-timezone", message)
+    _check_windows(schedule.windows, problems)
+    problems.raise_any()
+
+
+def _check_windows(given: Sequence[WindowShape], problems: Problems) -> None:
+    for index, one in enumerate(given):
+        path = f"schedule.windows.{index}.endTime"
+        try:
+            windows.window(one.days, one.start_time, one.end_time)
+        except EmptyWindow:
+            message = f"{path} must differ from startTime; 00:00 to 00:00 is the whole day"
+            problems.add(path, "empty-window", message)

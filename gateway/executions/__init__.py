@@ -1,0 +1,1 @@
+"""Runs as clients see them: taken in, followed, ended, taken up again."""

@@ -1,0 +1,231 @@
+"""How runs are taken in: many in one commit, then one hint to the workers for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import select, tuple_
+from sqlmodel import col
+
+from gateway import errors, limits
+from gateway.recent import Recent
+from journal import admission
+from journal.grouping import GroupCommit
+from journal.store import Accepted, DefinitionKey, Verdict
+from messages import hints
+from models.execution import Idempotency
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+    from gateway.arrivals.event_telling import EventTelling
+    from gateway.executions.waiting import Waiting
+    from gateway.internal.desk import Desk
+    from journal.store import Acceptance, Arrival, ArrivedRun, IdempotencyKey, Store, TakenIn
+    from messages.broker import Broker
+    from models.database import Database
+
+STORED_SECONDS: Final = 3600.0
+"""How long a definition counts as stored after it was."""
+MAX_STORED: Final = 10_000
+RUN_CHARACTERS: Final = 5_000
+"""What a run costs besides its texts."""
+MAX_CHARACTERS: Final = 10_000_000
+"""Of what goes into one commit, as long as it is more than one thing: 2,000 small runs, say."""
+KEYS_AT_ONCE: Final = 500
+
+_CLOSED: Final[Mapping[WorkflowStatus, str]] = {
+    WorkflowStatus.PAUSED: "The workflow is paused: set it to active to run it",
+    WorkflowStatus.ARCHIVED: "The workflow is archived: set it to draft or active to run it",
+}
+"""Statuses in which no run is taken in, and what to do about it."""
+
+
+class Acceptances:
+    """The way in of one gateway."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        broker: Broker,
+        waiting: Waiting,
+        desk: Desk,
+        events: EventTelling,
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._broker = broker
+        self._waiting = waiting
+        self._desk = desk
+        self._events = events
+        self._group: GroupCommit[Acceptance, Accepted] = GroupCommit(
+            self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
+        )
+        # Apart, for each of these takes a transaction of its own, and others needn't wait for them.
+        self._impatient: GroupCommit[Acceptance, Accepted] = GroupCommit(self._commit)
+        # Apart too: they may bring a thousand runs at once.
+        self._arriving: GroupCommit[Arrival, TakenIn] = GroupCommit(
+            self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
+        )
+        self._admissions: GroupCommit[str, None] = GroupCommit(self._admit)
+        self._hints: GroupCommit[None, None] = GroupCommit(self._wake)
+        self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
+        self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
+        self._stored: Recent[DefinitionKey, bool] = Recent(STORED_SECONDS, MAX_STORED)
+
+    async def accept(self, acceptance: Acceptance) -> Accepted:
+        """Return what became of a run once that is committed; raises 503 where too many wait."""
+        group = self._group if acceptance.may_wait else self._impatient
+        if group.depth >= limits.ACCEPTANCES_WAITING:
+            raise errors.not_ready("Too many executions wait to be accepted: try again")
+        return await group.submit(acceptance)
+
+    async def take_in(self, arrival: Arrival) -> TakenIn:
+        """Return what became of what a sender has brought, once that is committed; raises 503 where too many wait."""
+        if self._arriving.depth >= limits.ACCEPTANCES_WAITING:
+            raise errors.not_ready("Too many executions wait to be accepted: try again")
+        return await self._arriving.submit(arrival)
+
+    def is_stored(self, definition: DefinitionKey) -> bool:
+        """Tell whether a definition is known to be in the database, so that its text need not be sent again."""
+        return self._stored.get(definition) is not None
+
+    def follow(self, concurrency_key: str | None) -> None:
+        """See to it that a run that is pending by now is taken up: by way of a place, where it waits for one."""
+        if concurrency_key is None:
+            self.hint()
+        else:
+            self._admissions.submit(concurrency_key)
+
+    def hint(self) -> None:
+        """Tell the workers that there is work, after the commit; hints that wait for one another become one."""
+        self._hints.submit(None)
+
+    async def drain(self) -> None:
+        """Finish what was begun."""
+        await self._group.drain()
+        await self._impatient.drain()
+        await self._arriving.drain()
+        await self._admissions.drain()
+        await self._hints.drain()
+        await self._unread.drain()
+        await self._arrivals.drain()
+
+    async def _commit(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+        # Before the commit, so that whatever comes after it counts.
+        self._waiting.expect([one.execution_id for one in batch])
+        answers = await self._store.accept(batch)
+        accepted = [
+            one for one, answer in zip(batch, answers, strict=True) if answer.verdict is Verdict.ACCEPTED
+        ]
+        self._remember(accepted)
+        self._tell(accepted)
+        return answers
+
+    async def _take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+        answers = await self._store.take_in(batch)
+        accepted: list[ArrivedRun] = []
+        for arrival, answer in zip(batch, answers, strict=True):
+            of_runs = zip(arrival.runs, answer.runs, strict=False)  # none, where it wasn't taken in
+            accepted += [run for run, one in of_runs if one.verdict is Verdict.ACCEPTED]
+            if arrival.event is not None and answer.verdict is Verdict.ACCEPTED:
+                self._events.submit(arrival.event.event_id)
+        self._remember(accepted)
+        self._tell([run for run in accepted if run.is_read and run.delay_until is None])
+        if any(not run.is_read for run in accepted):
+            self._unread.submit(None)
+        return answers
+
+    def _remember(self, accepted: Sequence[Acceptance]) -> None:
+        """Take down which definitions are stored by now."""
+        for one in accepted:
+            if one.definition is not None:
+                self._stored.put(
+                    DefinitionKey(one.organization_id, one.definition_hash, one.lane), value=True
+                )
+
+    def _tell(self, accepted: Sequence[Acceptance]) -> None:
+        """Tell of runs that may begin now."""
+        if any(one.concurrency_key is None and one.home is None for one in accepted):
+            self.hint()
+        for one in accepted:
+            if one.concurrency_key is None and one.home is not None:
+                self._arrivals.submit(one.home)
+            if one.concurrency_key is not None:
+                self._admissions.submit(one.concurrency_key)
+
+    async def _admit(self, batch: Sequence[str]) -> Sequence[None]:
+        """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
+        admitted = [await admission.admit(self._database, key) for key in dict.fromkeys(batch)]
+        if any(admitted):
+            self.hint()
+            # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
+            await self._desk.arrived({key.partition(":")[0] for key in batch})
+        return [None] * len(batch)
+
+    async def _tell_pods(self, batch: Sequence[str]) -> Sequence[None]:
+        await self._desk.arrived(set(batch))
+        return [None] * len(batch)
+
+    async def _tell_readers(self, batch: Sequence[None]) -> Sequence[None]:
+        await hints.something_unread(self._broker)
+        return batch
+
+    async def _wake(self, batch: Sequence[None]) -> Sequence[None]:
+        await hints.wake(self._broker)
+        return batch
+
+
+def _weight(run: Acceptance) -> int:
+    return RUN_CHARACTERS + len(run.trigger) + len(run.definition or "")
+
+
+def require_open(status: WorkflowStatus) -> None:
+    """Raise 409 where a workflow takes no run in."""
+    if status in _CLOSED:
+        raise errors.conflict(f"workflow-{status}", _CLOSED[status])
+
+
+async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepted | None:
+    """Return the answer that an earlier request with this key got, if there was one."""
+    statement = select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(
+        col(Idempotency.lane) == lane,
+        col(Idempotency.scope) == key.scope,
+        col(Idempotency.key) == key.key,
+        col(Idempotency.expires_at) > datetime.now(UTC),
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    if row is None:
+        return None
+    return _as_bound(row, key)
+
+
+async def all_earlier(
+    database: Database, lane: int, keys: Sequence[IdempotencyKey]
+) -> dict[IdempotencyKey, Accepted]:
+    """Return the same of many keys; those that no earlier request had are left out."""
+    pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
+    asked = {(key.scope, key.key): key for key in keys}
+    pairs = list(asked)
+    found: dict[IdempotencyKey, Accepted] = {}
+    async with database.read() as connection:
+        for start in range(0, len(pairs), KEYS_AT_ONCE):
+            statement = select(Idempotency).where(
+                col(Idempotency.lane) == lane,
+                pair.in_(pairs[start : start + KEYS_AT_ONCE]),
+                col(Idempotency.expires_at) > datetime.now(UTC),
+            )
+            for row in await connection.execute(statement):
+                key = asked[row.scope, row.key]
+                found[key] = _as_bound(row, key)
+    return found
+
+
+def _as_bound(row: Row[*tuple[Any, ...]], key: IdempotencyKey) -> Accepted:
+    verdict = Verdict.REPEATED if row.fingerprint == key.fingerprint else Verdict.MISMATCH
+    return Accepted(verdict, row.resource_id)

@@ -1,0 +1,322 @@
+"""Executions, spans and log lines as lists and streams read them; tenancy stands in every WHERE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from sqlalchemy import BigInteger, Row, and_, func, literal, select
+from sqlalchemy.orm import aliased
+from sqlmodel import col
+
+from gateway.executions.execution_access import visible_to
+from journal.blobs.backend import Owner
+from models.execution import Execution, ExecutionData, LogRow, SpanRow
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from engine.events import SpanStatus
+    from gateway.http.query import Page
+    from journal.store import ExecutionKey
+    from models.access import Caller
+    from models.execution import ExecutionStatus
+
+Recorded: TypeAlias = Row[*tuple[Any, ...]]
+"""A span or a log line, its columns by their names."""
+
+
+def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
+    """Order what hasn't happened before everything that has; left to themselves the databases disagree."""
+    return func.coalesce(moment, literal(0, BigInteger))
+
+
+SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
+    "createdAt": col(ExecutionData.created_at),
+    "startedAt": _or_never(col(Execution.started_at)),
+    "endedAt": _or_never(col(Execution.ended_at)),
+}
+
+_source = aliased(SpanRow)
+_SHOWN: Final = func.coalesce(col(SpanRow.output), col(SpanRow.output_blob))
+"""An output, or the reference to one that is too large for a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which executions a list shows."""
+
+    workflow_id: str | None
+    statuses: Sequence[ExecutionStatus]
+    """Any, where there are none."""
+    trigger_type: str | None
+    parent_id: str | None
+    since: datetime | None
+    until: datetime | None
+    """Accepted from `since` on, and before `until`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An execution with everything that belongs to it."""
+
+    execution: Execution
+    data: ExecutionData
+    outputs: Sequence[tuple[str, str]]
+    """Node id and JSON text, of the nodes that have given something out so far."""
+
+
+async def page(
+    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+) -> tuple[int, list[Execution]]:
+    """Return how many executions the caller may see, and a page of them."""
+    conditions = [
+        visible_to(caller),
+        col(ExecutionData.organization_id) == caller.organization_id,
+        *_conditions(wanted),
+    ]
+    same_run = and_(
+        col(ExecutionData.execution_id) == col(Execution.id),
+        col(ExecutionData.lane) == col(Execution.lane),
+    )
+    count = await connection.scalar(
+        select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*conditions)
+    )
+    rows = await connection.execute(
+        select(Execution)
+        .join(ExecutionData, same_run)
+        .where(*conditions)
+        .order_by(order, col(ExecutionData.execution_id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [Execution(**row) for row in rows.mappings()]
+
+
+async def oldest(
+    connection: AsyncConnection, wanted: Filter, *conditions: ColumnElement[bool], limit: int
+) -> tuple[int, Sequence[Recorded]]:
+    """Return how many executions fulfil all conditions, and the ids and workflows of the oldest."""
+    same_run = and_(
+        col(ExecutionData.execution_id) == col(Execution.id),
+        col(ExecutionData.lane) == col(Execution.lane),
+    )
+    required = [*conditions, *_conditions(wanted)]
+    count = await connection.scalar(
+        select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*required)
+    )
+    rows = await connection.execute(
+        select(col(Execution.id), col(Execution.workflow_id))
+        .join(ExecutionData, same_run)
+        .where(*required)
+        .order_by(col(ExecutionData.created_at), col(ExecutionData.execution_id))
+        .limit(limit)
+    )
+    return count or 0, rows.all()
+
+
+def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
+    if wanted.workflow_id is not None:
+        yield col(ExecutionData.workflow_id) == wanted.workflow_id
+    if wanted.statuses:
+        yield col(Execution.status).in_(wanted.statuses)
+    if wanted.trigger_type is not None:
+        yield col(Execution.trigger_type) == wanted.trigger_type
+    if wanted.parent_id is not None:
+        yield col(Execution.parent_id) == wanted.parent_id
+        # The same said once more: it is by the first of a tree of runs that all of them are found.
+        parent = aliased(Execution)
+        root = select(col(parent.root_id)).where(col(parent.id) == wanted.parent_id).scalar_subquery()
+        yield col(Execution.root_id) == func.coalesce(root, wanted.parent_id)
+    if wanted.since is not None:
+        yield col(ExecutionData.created_at) >= wanted.since
+    if wanted.until is not None:
+        yield col(ExecutionData.created_at) < wanted.until
+
+
+async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -> Whole | None:
+    """Return an execution that the caller may see."""
+    condition = and_(col(Execution.id) == execution_id, visible_to(caller))
+    execution = (await connection.execute(select(Execution).where(condition))).mappings().first()
+    if execution is None:
+        return None
+    heavy = select(ExecutionData).where(
+        col(ExecutionData.execution_id) == execution_id, col(ExecutionData.lane) == caller.lane
+    )
+    data = (await connection.execute(heavy)).mappings().first()
+    if data is None:
+        return None  # it is being deleted, after all its days
+    outputs = (
+        select(col(SpanRow.node_id), _SHOWN.label("output"))
+        .where(
+            col(SpanRow.execution_id) == execution_id,
+            col(SpanRow.lane) == caller.lane,
+            col(SpanRow.iteration) == "",
+            _SHOWN.is_not(None),
+            col(SpanRow.ended_at).is_not(None),
+        )
+        .order_by(col(SpanRow.sequence))
+    )
+    found = [(row.node_id, row.output) for row in await connection.execute(outputs)]
+    return Whole(Execution(**execution), ExecutionData(**data), found)
+
+
+async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> Owner | None:
+    """Return under whose name the contents of a run are kept."""
+    statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
+        col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+    )
+    row = (await connection.execute(statement)).first()
+    return None if row is None else Owner(*row)
+
+
+# ── spans and log lines ─────────────────────────────────────────────────────────────────────────────────────
+
+_SPANS: Final = select(
+    col(SpanRow.id),
+    col(SpanRow.execution_id),
+    col(SpanRow.node_id),
+    col(SpanRow.iteration),
+    col(SpanRow.sequence),
+    col(SpanRow.label),
+    col(SpanRow.type),
+    col(SpanRow.status),
+    col(SpanRow.port),
+    col(SpanRow.attempt),
+    col(SpanRow.started_at),
+    col(SpanRow.ended_at),
+    col(SpanRow.wake_at),
+    # An input that is another node's output, unchanged, is kept as that node's name.
+    func.coalesce(
+        col(SpanRow.input), col(SpanRow.input_blob), col(_source.output), col(_source.output_blob)
+    ).label("input"),
+    _SHOWN.label("output"),
+    col(SpanRow.error),
+    col(SpanRow.unresolved),
+    col(SpanRow.hashes),
+).outerjoin(
+    _source,
+    and_(
+        col(_source.execution_id) == col(SpanRow.execution_id),
+        col(_source.lane) == col(SpanRow.lane),
+        col(_source.node_id) == col(SpanRow.input_node),
+        col(_source.iteration) == col(SpanRow.iteration),
+    ),
+)
+
+
+async def spans(
+    connection: AsyncConnection,
+    key: ExecutionKey,
+    part: Page,
+    *,
+    node_id: str | None,
+    statuses: Sequence[SpanStatus],
+) -> tuple[int, Sequence[Recorded]]:
+    """Return how many spans a run has, and a page of them, in the order in which they were last recorded."""
+    conditions = list(_of(SpanRow, key))
+    if node_id is not None:
+        conditions.append(col(SpanRow.node_id) == node_id)
+    if statuses:
+        conditions.append(col(SpanRow.status).in_(statuses))
+    statement = _SPANS.where(*conditions).order_by(col(SpanRow.sequence))
+    return await _page(
+        connection, select(func.count()).select_from(SpanRow).where(*conditions), statement, part
+    )
+
+
+async def logs(
+    connection: AsyncConnection, key: ExecutionKey, part: Page, *, levels: Sequence[str]
+) -> tuple[int, Sequence[Recorded]]:
+    """Return how many lines a run's log has, and a page of them, the oldest first."""
+    conditions = list(_of(LogRow, key))
+    if levels:
+        conditions.append(col(LogRow.level).in_(levels))
+    statement = select(LogRow).where(*conditions).order_by(col(LogRow.sequence))
+    return await _page(
+        connection, select(func.count()).select_from(LogRow).where(*conditions), statement, part
+    )
+
+
+async def _page(
+    connection: AsyncConnection, counted: Select[int], statement: Select[*tuple[Any, ...]], part: Page
+) -> tuple[int, Sequence[Recorded]]:
+    count: int | None = await connection.scalar(counted)
+    rows = (await connection.execute(statement.limit(part.limit).offset(part.offset))).all()
+    return count or 0, rows
+
+
+def _of(table: type[SpanRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
+    yield col(table.execution_id) == key.execution_id
+    yield col(table.lane) == key.lane
+
+
+# ── what streams follow ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has been recorded of a run since a stream last looked, in order."""
+
+    spans: Sequence[Recorded]
+    logs: Sequence[Recorded]
+    is_all: bool
+    """There is nothing more yet."""
+
+
+async def heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
+    """Return the light rows of several executions at once, by id."""
+    ids, lanes = {key.execution_id for key in keys}, {key.lane for key in keys}
+    statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.lane).in_(lanes))
+    rows = await connection.execute(statement)
+    return {row["id"]: Execution(**row) for row in rows.mappings()}
+
+
+async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int) -> News:
+    """Return spans and log lines with a sequence number above `after`, the lowest of either kind."""
+    # Between two statements more may be committed, of either kind: both go as far as was there at one moment.
+    newest = (await connection.execute(_newest(key))).one()
+    last = max(newest)
+    found_spans = (
+        await connection.execute(
+            _SPANS.where(*_of(SpanRow, key), *_between(SpanRow, after, last))
+            .order_by(col(SpanRow.sequence))
+            .limit(at_most)
+        )
+    ).all()
+    found_logs = (
+        await connection.execute(
+            select(LogRow)
+            .where(*_of(LogRow, key), *_between(LogRow, after, last))
+            .order_by(col(LogRow.sequence))
+            .limit(at_most)
+        )
+    ).all()
+    # Behind the end of a list that was cut there may be more of its kind: the other goes no further than that.
+    cuts = [rows[-1].sequence for rows in (found_spans, found_logs) if len(rows) == at_most]
+    if not cuts:
+        return News(found_spans, found_logs, is_all=True)
+    cut = min(cuts)
+    return News(
+        [row for row in found_spans if row.sequence <= cut],
+        [row for row in found_logs if row.sequence <= cut],
+        is_all=False,
+    )
+
+
+def _between(table: type[SpanRow | LogRow], after: int, last: int) -> Iterable[ColumnElement[bool]]:
+    yield col(table.sequence) > after
+    yield col(table.sequence) <= last
+
+
+def _newest(key: ExecutionKey) -> Select[int, int]:
+    """Return the statement that reads the highest sequence number of either kind."""
+    of_span, of_line = (
+        select(func.coalesce(func.max(col(table.sequence)), 0)).where(*_of(table, key)).scalar_subquery()
+        for table in (SpanRow, LogRow)
+    )
+    return select(of_span, of_line)

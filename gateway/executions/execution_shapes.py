@@ -1,0 +1,265 @@
+"""Executions, spans and log lines as clients see them; JSON that is stored as text is passed through as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from msgspec import UNSET, Meta, Raw, UnsetType, convert
+
+from engine.events import SpanStatus
+from gateway.http.wire import Instant, Wire, instant, optional_instant
+from journal import unread
+from journal.follow_ups import FollowUp, Outcome
+from models.execution import ExecutionStatus
+
+if TYPE_CHECKING:
+    from gateway.executions.execution_rows import Recorded, Whole
+    from journal.store import Progress
+    from models.execution import Execution
+
+Status: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": [*ExecutionStatus]})]
+_MILLISECOND = timedelta(milliseconds=1)
+_DIGEST_BYTES = 32
+_HASHED_PARTS = ("type", "config", "mappings", "input")
+
+
+class TriggerShape(Wire):
+    """What set a run off; lists leave its data out."""
+
+    type: str
+    data: Raw | UnsetType = UNSET
+
+
+class FollowUpShape(Wire):
+    """How it goes with telling somebody of the end of a run, or with running a workflow about its failure."""
+
+    pending: bool
+    """There is something left to do, when the run has ended or after a pause."""
+    attempts: int
+    last_error: str | None
+    """Why the last attempt failed; with nothing pending, it was given up."""
+
+
+class ExecutionShape(Wire):
+    """An execution; `config` and `outputs` are only in the answer about this one."""
+
+    id: str
+    workflow_id: str
+    status: Status
+    trigger: TriggerShape
+    trigger_type: str
+    user_id: str
+    organization_id: str
+    error: Mapping[str, Any] | None
+    progress: int
+    """Percent of the nodes that are settled."""
+    completed_nodes: int
+    total_nodes: int
+    resumed_from: str | None
+    parent_id: str | None
+    """The execution that has started it, by one of its nodes."""
+    root_id: str | None
+    """The first of the executions that have started one another."""
+    created_at: Instant
+    started_at: Instant | None
+    ended_at: Instant | None
+    updated_at: Instant
+    duration_ms: int | None
+    config: Raw | UnsetType = UNSET
+    outputs: Mapping[str, Raw] | UnsetType = UNSET
+    follow_up: FollowUpShape | UnsetType | None = UNSET
+    """Null where nobody is to be told of its end."""
+
+
+class ProgressShape(Wire):
+    """Where a run is; `outputs` are there when it has ended."""
+
+    execution_id: str
+    status: Status
+    progress: int
+    completed_nodes: int
+    total_nodes: int
+    outputs: Mapping[str, Raw]
+    error: Raw | None
+
+
+class HeadShape(Wire):
+    """What a stream tells of the run itself."""
+
+    execution_id: str
+    status: Status
+    progress: int
+    completed_nodes: int
+    total_nodes: int
+    error: Mapping[str, Any] | None
+
+
+class SpanShape(Wire):
+    """One node in one run."""
+
+    id: str
+    execution_id: str
+    node_id: str
+    node_label: str
+    node_type: str
+    status: Annotated[str, Meta(extra_json_schema={"enum": [*SpanStatus]})]
+    sequence: int
+    iteration: str
+    attempt: int
+    port: str | None
+    started_at: Instant | None
+    ended_at: Instant | None
+    wake_at: Instant | None
+    duration_ms: int | None
+    input_data: Raw | None
+    output_data: Raw | None
+    error: Raw | None
+    unresolved: Raw | Sequence[str]
+    hashes: Mapping[str, str] | None
+    """SHA-256, in hexadecimal, of type and version, of config after defaults, of mappings, and of the input."""
+
+
+class LogShape(Wire):
+    """One line of a run's log."""
+
+    id: str
+    execution_id: str
+    level: str
+    message: str
+    node_id: str | None
+    sequence: int
+    created_at: Instant
+
+
+def listed(execution: Execution) -> ExecutionShape:
+    """Return an execution as lists show it, without what may be large."""
+    return ExecutionShape(
+        id=execution.id,
+        workflow_id=execution.workflow_id,
+        status=execution.status,
+        trigger=TriggerShape(type=execution.trigger_type),
+        trigger_type=execution.trigger_type,
+        user_id=execution.user_id,
+        organization_id=execution.organization_id,
+        error=execution.error,
+        progress=percent(execution.status, execution.completed_nodes, execution.total_nodes),
+        completed_nodes=execution.completed_nodes,
+        total_nodes=execution.total_nodes,
+        resumed_from=execution.resumed_from,
+        parent_id=execution.parent_id,
+        root_id=execution.root_id,
+        created_at=instant(execution.created_at),
+        started_at=optional_instant(execution.started_at),
+        ended_at=optional_instant(execution.ended_at),
+        updated_at=instant(execution.updated_at),
+        duration_ms=_milliseconds(execution.started_at, execution.ended_at),
+    )
+
+
+def whole(found: Whole) -> ExecutionShape:
+    """Return an execution with everything that belongs to it."""
+    shape = listed(found.execution)
+    shape.trigger = TriggerShape(
+        type=found.execution.trigger_type, data=Raw(unread.shown(found.data.trigger))
+    )
+    shape.config = Raw(found.data.config)
+    shape.outputs = _outputs(found.outputs)
+    shape.follow_up = _follow_up(found.execution)
+    return shape
+
+
+def progress(found: Progress) -> ProgressShape:
+    return ProgressShape(
+        execution_id=found.execution_id,
+        status=found.status,
+        progress=percent(found.status, found.completed_nodes, found.total_nodes),
+        completed_nodes=found.completed_nodes,
+        total_nodes=found.total_nodes,
+        outputs=_outputs(found.outputs),
+        error=_raw(found.error),
+    )
+
+
+def head(execution: Execution) -> HeadShape:
+    return HeadShape(
+        execution_id=execution.id,
+        status=execution.status,
+        progress=percent(execution.status, execution.completed_nodes, execution.total_nodes),
+        completed_nodes=execution.completed_nodes,
+        total_nodes=execution.total_nodes,
+        error=execution.error,
+    )
+
+
+def span(row: Recorded) -> SpanShape:
+    return SpanShape(
+        id=row.id,
+        execution_id=row.execution_id,
+        node_id=row.node_id,
+        node_label=row.label,
+        node_type=row.type,
+        status=row.status,
+        sequence=row.sequence,
+        iteration=row.iteration,
+        attempt=row.attempt,
+        port=row.port,
+        started_at=optional_instant(row.started_at),
+        ended_at=optional_instant(row.ended_at),
+        wake_at=optional_instant(row.wake_at),
+        duration_ms=_milliseconds(row.started_at, row.ended_at),
+        input_data=_raw(row.input),
+        output_data=_raw(row.output),
+        error=_raw(row.error),
+        unresolved=_raw(row.unresolved) or (),
+        hashes=_hashes(row.hashes),
+    )
+
+
+def log(row: Recorded) -> LogShape:
+    return LogShape(
+        id=row.id,
+        execution_id=row.execution_id,
+        level=row.level,
+        message=row.message,
+        node_id=row.node_id,
+        sequence=row.sequence,
+        created_at=instant(row.created_at),
+    )
+
+
+def percent(status: str, completed_nodes: int, total_nodes: int) -> int:
+    """Return how much of a run is done: the share of settled nodes, rounded down, and 100 where it has completed."""
+    if status == ExecutionStatus.COMPLETED:
+        return 100
+    return 100 * completed_nodes // max(total_nodes, 1)
+
+
+def _outputs(stored: Sequence[tuple[str, str]]) -> dict[str, Raw]:
+    return {node_id: Raw(output) for node_id, output in stored}
+
+
+def _raw(text: str | None) -> Raw | None:
+    return None if text is None else Raw(text)
+
+
+def _hashes(digests: bytes | None) -> dict[str, str] | None:
+    if not digests:
+        return None
+    parts = [digests[start : start + _DIGEST_BYTES].hex() for start in range(0, len(digests), _DIGEST_BYTES)]
+    return dict(zip(_HASHED_PARTS, parts, strict=True))
+
+
+def _follow_up(execution: Execution) -> FollowUpShape | None:
+    left = convert(execution.follow_up or {}, FollowUp)
+    if not left.tells_somebody and execution.follow_up_outcome is None:
+        return None
+    outcome = convert(execution.follow_up_outcome or {}, Outcome)
+    return FollowUpShape(pending=left.tells_somebody, attempts=outcome.attempts, last_error=outcome.error)
+
+
+def _milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:
+    if started_at is None or ended_at is None:
+        return None
+    return max((ended_at - started_at) // _MILLISECOND, 0)

@@ -1,0 +1,50 @@
+"""Whether what a person answers is what the node has asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+from engine.errors import NodeError
+from gateway import errors, limits
+from gateway.http.text import Problems
+from nodes.forms import InvalidSchema
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.request import Request
+    from nodes.forms import Wrong
+
+
+def choices_of(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
+    """Return the choices that a node has asked by."""
+    return cast("Sequence[Mapping[str, Json]]", request.get("choices") or [])
+
+
+async def require_fitting(
+    request: Request, asked: Mapping[str, Json], choice: str | None, data: Json
+) -> None:
+    """Raise 422 unless an answer is one of the choices, and its data what the schema says."""
+    found = Problems()
+    ports = [str(one["port"]) for one in choices_of(asked)]
+    if choice is None and ports:
+        found.add("choice", "required", f"choice is required: {' or '.join(ports)}")
+    elif choice is not None and choice not in ports:
+        known = f"must be {' or '.join(ports)}" if ports else "was not asked for"
+        found.add("choice", "invalid-value", f"choice {known}")
+    schema = asked.get("schema")
+    if isinstance(schema, dict):
+        for wrong in await _wrong(request, schema, data):
+            found.add(wrong.path, wrong.keyword, f"{wrong.path}: {wrong.message}")
+    found.raise_any()
+
+
+async def _wrong(request: Request, schema: Mapping[str, Json], data: Json) -> Sequence[Wrong]:
+    try:
+        found = await request.gateway.forms.check(request.caller.organization_id, schema, data)
+    except InvalidSchema as error:
+        problem = errors.problem("data", "invalid-schema", f"data: the node's schema: {error}")
+        raise errors.invalid([problem]) from error
+    except NodeError as error:
+        raise errors.not_ready(str(error)) from error
+    return found[: limits.FINDINGS]

@@ -1,0 +1,175 @@
+"""Server-sent events of a run: what is committed, in order, as it is committed.
+
+A span or log line has its sequence number for an id, so a client that comes back with the last one goes on behind it.
+The end of the run has the id `end`; a client that has seen that is told with 204 to stop asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from gateway import errors, limits
+from gateway.errors import ApiError
+from gateway.executions import execution_rows, execution_shapes
+from journal.grouping import GroupCommit
+from models.database import DatabaseUnavailable
+from models.execution import TERMINAL
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from gateway.executions.execution_access import ExecutionAccess
+    from gateway.executions.execution_rows import News
+    from gateway.executions.waiting import Waiter, Waiting
+    from gateway.http.auth import Authenticator
+    from gateway.http.wire import Wire
+    from journal.store import ExecutionKey
+    from models.database import Database
+    from models.execution import Execution
+
+END: Final = "end"
+KEEP_ALIVE_SECONDS: Final = 15.0
+EVENTS_AT_ONCE: Final = 50
+HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+"""A buffering proxy would hold events back; `cache-control` stands on every answer."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class LiveEvents:
+    """The event streams of one gateway."""
+
+    def __init__(
+        self, database: Database, waiting: Waiting, authenticator: Authenticator, access: ExecutionAccess
+    ) -> None:
+        self.database = database
+        self.waiting = waiting
+        self._authenticator = authenticator
+        self._access = access
+        self.open = 0
+        """How many streams are open."""
+        self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
+
+    def stream(self, key: ExecutionKey, after: int) -> EventStream:
+        """Return the answer that tells of a run from behind `after` on; raises 503 where too many are open."""
+        if self.open >= limits.EVENT_STREAMS:
+            raise errors.not_ready("Too many event streams are open here: poll the progress instead")
+        return EventStream(self, key, after)
+
+    async def close(self) -> None:
+        """Finish what is being read."""
+        await self._heads.drain()
+
+    async def check_access(self, key: ExecutionKey, scope: Scope) -> None:
+        """Raise what a new request of the same client would be answered: keys are revoked while streams are open."""
+        caller = await self._authenticator.caller(scope)
+        await self._access.key(key.execution_id, caller)
+
+    async def head(self, key: ExecutionKey) -> Execution | None:
+        """Return the light row of a run; all streams that ask at the same time share one query."""
+        return await self._heads.submit(key)
+
+    async def _read_heads(self, batch: Sequence[ExecutionKey]) -> Sequence[Execution | None]:
+        async with self.database.read() as connection:
+            found = await execution_rows.heads(connection, batch)
+        return [found.get(key.execution_id) for key in batch]
+
+
+class EventStream:
+    """One client's stream, as an ASGI answer."""
+
+    def __init__(self, live: LiveEvents, key: ExecutionKey, after: int) -> None:
+        self._live = live
+        self._key = key
+        self._after = after
+        self._shown: Execution | None = None
+        self._sent_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        if scope["method"] != "HEAD":
+            self._live.open += 1
+            try:
+                await self._follow(scope, receive, send)
+            finally:
+                self._live.open -= 1
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _follow(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._live.waiting.waiter(self._key.execution_id) as waiter:
+            client = asyncio.create_task(_until_gone(receive))
+            client.add_done_callback(lambda _: waiter.end())
+            try:
+                while not waiter.is_over and await self._tell(waiter, scope, send):
+                    await waiter.changed.wait()
+            finally:
+                client.cancel()
+
+    async def _tell(self, waiter: Waiter, scope: Scope, send: Send) -> bool:
+        """Send what is new; False when there will be nothing more."""
+        waiter.changed.clear()
+        try:
+            await self._live.check_access(self._key, scope)
+            if not self._live.waiting.is_watched(self._key.execution_id):
+                await self._live.waiting.watch([self._key.execution_id])
+            head = await self._live.head(self._key)
+            if head is None:
+                return False
+            await self._send_news(head, send)
+        except ApiError:
+            return False
+        except DatabaseUnavailable:
+            pass  # what is new stays new, and is asked for again in a second
+        else:
+            if head.status in TERMINAL:
+                self._live.waiting.heard_of(self._key.execution_id)
+                return False
+        await self._keep_alive(send)
+        return True
+
+    async def _send_news(self, head: Execution, send: Send) -> None:
+        shown = self._shown
+        if shown is not None and shown.updated_at == head.updated_at:
+            return
+        if head.status not in TERMINAL and (shown is None or shown.status != head.status):
+            await self._send(send, _event("execution", execution_shapes.head(head)))
+        is_all = False
+        while not is_all:
+            async with self._live.database.read() as connection:
+                news = await execution_rows.news(connection, self._key, self._after, at_most=EVENTS_AT_ONCE)
+            is_all = news.is_all
+            await self._send(send, b"".join(self._events(news)))
+        self._shown = head
+        if head.status in TERMINAL:
+            await self._send(send, _event("execution", execution_shapes.head(head), END))
+
+    def _events(self, news: News) -> list[bytes]:
+        spans = [(row.sequence, "span", execution_shapes.span(row)) for row in news.spans]
+        lines = [(row.sequence, "log", execution_shapes.log(row)) for row in news.logs]
+        in_order = sorted([*spans, *lines], key=lambda event: event[0])
+        if in_order:
+            self._after = in_order[-1][0]
+        return [_event(name, shape, str(sequence)) for sequence, name, shape in in_order]
+
+    async def _keep_alive(self, send: Send) -> None:
+        if asyncio.get_running_loop().time() - self._sent_at >= KEEP_ALIVE_SECONDS:
+            await self._send(send, b": keep-alive\n\n")
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        if body:
+            self._sent_at = asyncio.get_running_loop().time()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(name: str, shape: Wire, event_id: str | None = None) -> bytes:
+    head = f"id: {event_id}\n" if event_id is not None else ""
+    return f"{head}event: {name}\ndata: ".encode() + _encode(shape) + b"\n\n"

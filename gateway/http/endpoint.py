@@ -1,0 +1,109 @@
+"""One path of the table of contents: who may use it, what it does, and how whatever goes wrong is told."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway import errors
+from gateway.errors import ApiError
+from gateway.http.parameters import Parameter
+from gateway.http.request import Request
+from messages.broker import BrokerUnavailable
+from models import ids
+from models.access import KeyScope
+from models.database import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from gateway.state import State
+    from models.access import Caller
+
+log = structlog.get_logger()
+
+Handler: TypeAlias = Callable[[Request], Awaitable[ASGIApp]]
+
+
+class Access(Enum):
+    """Who may use an operation, where no single scope says it."""
+
+    PUBLIC = auto()
+    """Anybody, without a key."""
+    ANY_KEY = auto()
+    """Whoever has a valid key, whatever its scopes."""
+    ADMIN = auto()
+    """An organisation's admin, with a key of the scope `users:write`."""
+    SENDER = auto()
+    """Whoever has a key of the scope `workflows:execute` or a token in the URL, or signs what it sends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What one method of a path does, and who may ask for it."""
+
+    access: KeyScope | Access
+    handler: Handler
+    query: Collection[Parameter[Any]] = ()
+    """The parameters that the handler may read."""
+
+
+class Endpoint:
+    """An ASGI application for one path: decides by the route that was taken, never by the text of the URL."""
+
+    def __init__(self, operations: Mapping[str, Operation]) -> None:
+        self.operations = operations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._response(scope, receive)
+        await response(scope, receive, send)
+
+    async def _response(self, scope: Scope, receive: Receive) -> ASGIApp:
+        try:
+            return await self._handled(scope, receive)
+        except ApiError as error:
+            scope["app"].state.gateway.samples.note(scope, error)
+            return error.response(scope["request_id"])
+        except (DatabaseUnavailable, BrokerUnavailable) as error:
+            return errors.not_ready(f"{error}: try again").response(scope["request_id"])
+        except ClientDisconnect:
+            return errors.ApiError(400, "disconnected", "The client is gone").response(scope["request_id"])
+        except Exception:
+            log.exception("request failed", request_id=scope["request_id"], path=scope["route"].path)
+            return errors.internal().response(scope["request_id"])
+
+    async def _handled(self, scope: Scope, receive: Receive) -> ASGIApp:
+        operation = self.operations.get(scope["method"])
+        if operation is None:
+            raise errors.method_not_allowed(self.operations)
+        gateway: State = scope["app"].state.gateway
+        caller = sender = None
+        if operation.access is Access.SENDER:
+            sender = await gateway.doorkeeper.sender(scope)
+            caller = None if sender is None else sender.caller
+        elif operation.access is not Access.PUBLIC:
+            caller = await gateway.authenticator.caller(scope)
+            _check_scope(caller, operation.access)
+        if not all(map(ids.is_id, scope["path_params"].values())):
+            raise errors.not_found("object")
+        return await operation.handler(Request(scope, receive, gateway, caller, operation.query, sender))
+
+
+def _check_scope(caller: Caller, access: KeyScope | Access) -> None:
+    if access is Access.ANY_KEY:
+        return
+    if access is Access.ADMIN:
+        if not caller.is_admin:
+            raise errors.admin_required()
+        access = KeyScope.USERS_WRITE
+    if not isinstance(access, KeyScope) or not caller.may(access):
+        raise errors.scope_required(str(access))
+
+
+async def unrouted(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer for a path that isn't in the table."""
+    await errors.not_found().response(scope["request_id"])(scope, receive, send)

@@ -1,0 +1,105 @@
+"""Requests that may be repeated: the same key and body within a day get the first answer again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway import limits
+from gateway.errors import ApiError
+from journal.store import IdempotencyKey
+from models.execution import Idempotency
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from gateway.http.request import Request
+
+REPLAYED: Final[Mapping[str, str]] = {"Idempotent-Replayed": "true"}
+"""The header of an answer that was given before."""
+
+
+def requested(request: Request, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
+    """Return the promise that a request carries, or None; raises 400 for a key that is none.
+
+    Two requests are one when they come from one user, or by the tokens of one workflow, to one route and workflow with
+    one key; `body` is then compared.
+    """
+    key = given(request)
+    if key is None:
+        return None
+    route = f"{request.method} {request.scope['route'].path}"
+    scope = sha256(f"{_whose(request)}\n{route}\n{workflow_id}".encode()).hexdigest()
+    return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
+
+
+def _whose(request: Request) -> str:
+    sender = request.known_sender
+    if sender is None or sender.token is None:
+        return request.caller.user_id
+    # Whoever has a token isn't the user whom it stands for, and sends the same again though it was replaced meanwhile.
+    return f"{sender.token.kind}-token:{sender.token.workflow_id or sender.token.id}"
+
+
+def given(request: Request) -> str | None:
+    """Return the key that a request carries, or None; raises 400 for one that is none."""
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1 or not is_key(keys[0]):
+        text = f"Idempotency-Key must have 1 to {limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters"
+        raise ApiError(400, "invalid-idempotency-key", text)
+    return keys[0]
+
+
+def is_key(text: str) -> bool:
+    """Tell whether a text may be a key: visible ASCII, not too long."""
+    return 1 <= len(text) <= limits.IDEMPOTENCY_KEY_LENGTH and all(
+        "!" <= character <= "~" for character in text
+    )
+
+
+def mismatch() -> ApiError:
+    """Return the refusal of a key that was used before, with another body."""
+    return ApiError(422, "idempotency-mismatch", "This Idempotency-Key was used before, with another body")
+
+
+async def reserve(
+    connection: AsyncConnection, key: IdempotencyKey, *, lane: int, resource_id: str, now: datetime
+) -> str:
+    """Bind a key to what a transaction makes, and return what it is bound to: that, or what the first request made.
+
+    Waits for a rival with the same key to commit. Raises 422 where the first request had another body.
+    """
+    identity = (
+        col(Idempotency.lane) == lane,
+        col(Idempotency.scope) == key.scope,
+        col(Idempotency.key) == key.key,
+    )
+    await connection.execute(delete(Idempotency).where(*identity, col(Idempotency.expires_at) <= now))
+    row = Idempotency(
+        lane=lane,
+        scope=key.scope,
+        key=key.key,
+        fingerprint=key.fingerprint,
+        resource_id=resource_id,
+        expires_at=now + timedelta(seconds=key.lifetime_seconds),
+    )
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    await connection.execute(insert(Idempotency).values(row.model_dump()).on_conflict_do_nothing())
+    bound = (
+        await connection.execute(
+            select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(*identity)
+        )
+    ).one()
+    if bound.fingerprint != key.fingerprint:
+        raise mismatch()
+    return str(bound.resource_id)

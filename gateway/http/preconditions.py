@@ -1,0 +1,27 @@
+"""What must hold before somebody changes a thing: that it is theirs, and as they have last seen it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gateway.errors import ApiError
+
+if TYPE_CHECKING:
+    from gateway.http.request import Request
+
+
+def require_owner(request: Request, owner_id: str, *, what: str) -> None:
+    """Raise 403 for what the caller may use, but not change, share or delete."""
+    if owner_id != request.caller.user_id and not request.caller.is_admin:
+        message = f"Only the {what}'s owner and admins of the organisation may do this"
+        raise ApiError(403, "not-owner", message)
+
+
+def require_match(request: Request, current: str, *, what: str) -> None:
+    """Raise 412 unless the state that the client saw is `current`, the one that there is (RFC 9110, 13.1.1)."""
+    given = request.headers.get("if-match")
+    if given is None or given.strip() == "*":
+        return
+    if current not in (tag.strip() for tag in given.split(",")):
+        message = f"The {what} has changed since you read it: read it again, and apply your change to that"
+        raise ApiError(412, "precondition-failed", message, headers={"ETag": current})

@@ -1,0 +1,56 @@
+"""The query string, read by the parameters that stand in the route's line, and by no others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+from gateway import limits
+from gateway.errors import ApiError
+from gateway.http.parameters import LIMIT, OFFSET, Parameter, Value, WholeNumber
+
+REMEMBERED_BYTES = 100
+"""Short queries, such as that of every poll, are taken apart once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Which part of a list is asked for."""
+
+    limit: int
+    offset: int
+
+
+@lru_cache(maxsize=1_000)
+def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
+    try:
+        pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)
+    except ValueError as error:
+        text = f"There are more than {limits.QUERY_FIELDS} parameters in the query"
+        raise ApiError(400, "invalid-query", text) from error
+    given: dict[str, list[str]] = {}
+    for name, value in pairs:
+        if value:
+            given.setdefault(name, []).append(value)
+    return given
+
+
+class Query:
+    """What stands behind the question mark; names that nobody reads are ignored."""
+
+    def __init__(self, raw: bytes, declared: Collection[Parameter[Any]]) -> None:
+        self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
+        self._declared = declared
+
+    def __getitem__(self, parameter: Parameter[Value]) -> Value:
+        """Return what was given for a parameter of the route's line; raises 400 for what it doesn't allow."""
+        if parameter not in self._declared:
+            raise LookupError(f"The route's line says nothing of the parameter {parameter.name}")
+        return parameter.read(self._given.get(parameter.name, ()))
+
+    def page(self, limit: WholeNumber = LIMIT) -> Page:
+        """Return the part of a list that `limit` and `offset` ask for."""
+        return Page(self[limit], self[OFFSET])

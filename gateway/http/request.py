@@ -1,0 +1,101 @@
+"""One request as handlers see it: Starlette's, with who asks, what this process holds, and a bounded body."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as StarletteRequest
+
+from gateway import errors
+from gateway.arrivals.sender import no_sender
+from gateway.http.query import Query
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope
+
+    from gateway.arrivals.sender import Sender
+    from gateway.http.parameters import Parameter
+    from gateway.state import State
+    from models.access import Caller
+
+MAX_LENGTH_DIGITS = 15
+"""More digits in a Content-Length are more than any limit."""
+
+
+class Request(StarletteRequest):
+    """What a handler is given."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        gateway: State,
+        caller: Caller | None,
+        parameters: Collection[Parameter[Any]],
+        sender: Sender | None = None,
+    ) -> None:
+        super().__init__(scope, receive)
+        self.gateway = gateway
+        self._caller = caller
+        self._parameters = parameters
+        self._sender = sender
+
+    @property
+    def caller(self) -> Caller:
+        """Whoever the key stands for; routes that take no key have none, and must not ask."""
+        if self._caller is None:
+            raise LookupError("A public route has no caller")
+        return self._caller
+
+    @property
+    def known_sender(self) -> Sender | None:
+        """Whoever a key or a token stands for, on routes of senders; None where there is neither."""
+        return self._sender
+
+    @property
+    def sender(self) -> Sender:
+        """Whoever a key or a token stands for; raises 401 where there is neither, or it is for another workflow."""
+        workflow_id = self.path_params.get("id")
+        if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
+            raise no_sender()
+        return self._sender
+
+    @property
+    def id(self) -> str:
+        """The request's id, as it is sent back and stands in the log."""
+        return str(self.scope["request_id"])
+
+    @property
+    def query(self) -> Query:
+        """The query string, to be read parameter by parameter."""
+        return Query(self.scope["query_string"], self._parameters)
+
+    def send_with_answer(self, name: str, value: str) -> None:
+        """Put a header on the answer, whatever that will be."""
+        self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
+
+    async def body(self) -> bytes:
+        """Return the whole body; raises 413 as soon as it is too large."""
+        return await self.body_up_to(self.gateway.settings.max_body_bytes)
+
+    async def body_up_to(self, limit_bytes: int) -> bytes:
+        """Return the whole body; raises 413 as soon as it has more bytes."""
+        declared = self.headers.get("content-length", "0")
+        if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit_bytes):
+            raise errors.too_large(limit_bytes)
+        # A large body is there once: to keep its pieces until it is whole would take the memory twice.
+        body = BytesIO()
+        size = 0
+        has_more = True
+        while has_more:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            size += body.write(message.get("body", b""))
+            if size > limit_bytes:
+                raise errors.too_large(limit_bytes)
+            has_more = message.get("more_body", False)
+        return body.getvalue()

@@ -1,0 +1,1 @@
+"""Workflows as they are written: read, changed, copied, versioned and shared."""

@@ -1,0 +1,247 @@
+"""One workflow, read and changed: who may, in what order when several do at once, and what trace a change leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakValueDictionary
+
+import msgspec
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway import audit, errors
+from gateway.http import idempotency, preconditions
+from gateway.http.responses import JsonResponse
+from gateway.workflows import copying, graph_shapes, workflow_rows
+from gateway.workflows.workflow_rows import Stored
+from journal import pinning
+from models.audit import Action
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.request import Request
+    from nodes.catalog import Catalog
+
+log = structlog.get_logger()
+
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A workflow before and after one change; the same object twice where nothing was to change."""
+
+    before: Stored
+    after: Stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """What a change makes of a workflow, and the hashes of both."""
+
+    after: Stored
+    hash_before: str
+    hash_after: str
+
+
+Change: TypeAlias = Callable[[Stored], Stored]
+"""Returns what a workflow becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
+Addition: TypeAlias = Callable[[AsyncConnection, Edited], Awaitable[None]]
+"""Writes what belongs to a change besides the workflow's own rows, in the same transaction."""
+
+
+class Turns:
+    """Lets those who change one workflow take turns within this process, so that they don't hold connections while they
+    wait for each other in the database.
+    """
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def of(self, workflow_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(workflow_id, asyncio.Lock())
+
+
+async def readable(connection: AsyncConnection, request: Request) -> Stored:
+    """Return the workflow of the path; raises 404 for one that the caller may not read."""
+    stored = await workflow_rows.find(connection, request.path_params["id"], request.caller)
+    if stored is None:
+        raise errors.not_found("workflow")
+    return stored
+
+
+async def read(request: Request) -> Stored:
+    """Return the workflow of the path, for whoever needs nothing else from the database; raises 404."""
+    async with request.gateway.database.read() as connection:
+        return await readable(connection, request)
+
+
+def require_writer(request: Request, workflow: Workflow) -> None:
+    """Raise 403 for a workflow that the caller may read, but not change, share or delete."""
+    preconditions.require_owner(request, workflow.owner_id, what="workflow")
+
+
+async def edit(
+    request: Request,
+    action: Action,
+    change: Change,
+    *,
+    also: Addition | None = None,
+    anyway: Addition | None = None,
+) -> Edited:
+    """Apply `change` to the workflow of the path, as it stands when everybody before has finished.
+
+    `anyway` is done even where nothing is to change. Raises 404, 403, 412 where `If-Match` names another state, 422
+    where an active workflow would become invalid, and whatever `change`, `also` and `anyway` raise; then nothing is
+    written.
+    """
+    done: Edited | None = None
+
+    async def work(connection: AsyncConnection) -> Edited:
+        nonlocal done
+        await workflow_rows.lock(connection, request.path_params["id"], request.caller)
+        if done is not None and await workflow_rows.is_stored(connection, done.after.workflow):
+            # Called once more because the answer to the commit was lost: the change is there.
+            return done
+        before = await readable(connection, request)
+        require_writer(request, before.workflow)
+        preconditions.require_match(request, entity_tag(before)["ETag"], what="workflow")
+        # In a thread: others are served while a large graph is gone through.
+        wanted = await asyncio.to_thread(_applied, change, before, request.gateway.catalog)
+        if wanted is None:
+            same = Edited(before, before)
+            if anyway is not None:
+                await anyway(connection, same)
+            return same
+        after = wanted.after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
+        if not await workflow_rows.save(connection, before, after, request.caller, request.gateway.catalog):
+            raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
+        edited = Edited(before, after)
+        for addition in (also, anyway):
+            if addition is not None:
+                await addition(connection, edited)
+        await audit.record(
+            connection,
+            request.caller,
+            action,
+            before.workflow.id,
+            before=wanted.hash_before,
+            after=None if after.workflow.deleted_at else wanted.hash_after,
+        )
+        done = edited
+        return edited
+
+    async with request.gateway.turns.of(request.path_params["id"]):
+        edited = await request.gateway.database.transaction(work)
+    if edited.after is not edited.before:
+        log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
+    return edited
+
+
+async def create(
+    request: Request,
+    body: Json,
+    made: Stored,
+    action: Action,
+    *,
+    shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
+) -> JsonResponse:
+    """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
+    promise = idempotency.requested(request, body, workflow_id=request.path_params.get("id", ""))
+    workflow = made.workflow
+
+    async def insert(connection: AsyncConnection) -> str:
+        if promise is not None:
+            bound = await idempotency.reserve(
+                connection, promise, lane=workflow.lane, resource_id=workflow.id, now=workflow.created_at
+            )
+            if bound != workflow.id:
+                return bound
+        # An earlier try may have been committed though its answer was lost.
+        if not await workflow_rows.exists(connection, workflow.id):
+            await workflow_rows.add(connection, made, request.gateway.catalog)
+            after = content_hash(made)
+            await audit.record(connection, request.caller, action, workflow.id, before=None, after=after)
+        return workflow.id
+
+    workflow_id = await request.gateway.database.transaction(insert)
+    if workflow_id != workflow.id:
+        return JsonResponse(shown(workflow_id), status=201, headers=idempotency.REPLAYED)
+    log.info(action, workflow_id=workflow_id, organization_id=workflow.organization_id)
+    return answer(made, shown(workflow_id), status=201)
+
+
+def answer(stored: Stored, value: object, *, status: int = 200) -> JsonResponse:
+    """Return an answer that shows something of a workflow, with the tag of its state."""
+    return JsonResponse(value, status=status, headers=entity_tag(stored))
+
+
+def entity_tag(stored: Stored) -> dict[str, str]:
+    """Return the header that names the state of a workflow, for a later `If-Match`."""
+    return {"ETag": f'"{stored.workflow.revision}"'}
+
+
+def content_hash(stored: Stored) -> str:
+    """Return the SHA-256 of everything that a change can change, in hexadecimal; alike for alike content."""
+    row = stored.workflow.model_dump(
+        exclude={"id", "revision", "app_id", "search_text", "created_at", "updated_at", "deleted_at"}
+    )
+    content = [msgspec.to_builtins(row), stored.nodes, stored.connections, sorted(stored.shared_with)]
+    # All of it was screened when it came in: to walk through it again would take longer than the rest of an edit.
+    return sha256(_encode_sorted(content)).hexdigest()
+
+
+def _applied(change: Change, before: Stored, catalog: Catalog) -> _Applied | None:
+    """Return what a workflow becomes, or None where nothing is to change; raises 422, and whatever `change` raises."""
+    after = change(before)
+    # Python takes 1 and true for the same: the hashes are of texts that tell them apart.
+    applied = _Applied(after, content_hash(before), content_hash(after))
+    if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
+        return None
+    _require_runnable(before, after, catalog)
+    _require_bare(after)
+    return applied
+
+
+def _require_bare(stored: Stored) -> None:
+    """Raise 422 for credentials in a template, which everybody in the organisation sees."""
+    if not stored.workflow.is_template:
+        return
+    found = [
+        errors.problem(
+            removed.path if removed.node_id is None else f"nodes.{removed.node_id}.{removed.path}",
+            "inline-secret",
+            "A template is seen by everybody in the organisation: take this credential out, or use save-as-template",
+        )
+        for removed in copying.bare(stored).removed
+    ]
+    if found:
+        raise errors.invalid(found)
+
+
+def _require_runnable(before: Stored, after: Stored, catalog: Catalog) -> None:
+    """Raise 422 where an active workflow, or one that becomes it, has errors in its graph."""
+    if after.workflow.status != WorkflowStatus.ACTIVE:
+        return
+    is_same_graph = after.nodes is before.nodes and after.connections is before.connections
+    was_active = before.workflow.status == WorkflowStatus.ACTIVE
+    if is_same_graph and was_active:
+        return
+    passed = _unchanged(before, after) if was_active else ()
+    found = pinning.check(after.nodes, after.connections, catalog, passed=passed)
+    graph_shapes.require_valid(found)
+
+
+def _unchanged(before: Stored, after: Stored) -> frozenset[str]:
+    """Return the ids of the nodes that are as they were: in a large graph all but a few."""
+    known = {node["id"]: node for node in before.nodes}
+    alike = [(known[node["id"]], node) for node in after.nodes if known.get(node["id"]) == node]
+    if _encode_sorted([old for old, _ in alike]) != _encode_sorted([new for _, new in alike]):
+        return frozenset()  # somewhere 1 has become true, which are equal to Python
+    return frozenset(str(node["id"]) for _, node in alike)

@@ -1,0 +1,310 @@
+"""Graphs on their way in and out: every spelling that clients use becomes one stored form, and that the contract's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, cast
+
+from msgspec import Meta
+
+from engine import layout
+from engine.graph import Graph
+from engine.node import INPUT, OUTPUT, UnknownNodeType
+from gateway import limits
+from gateway.errors import ApiError
+from gateway.http import text
+from gateway.http.text import Problems
+from gateway.http.wire import Wire
+from journal import pinning
+from models import ids
+
+if TYPE_CHECKING:
+    from engine.findings import Finding, Validation
+    from engine.layout import Edge, Place
+    from engine.values import Json
+    from gateway.workflows.workflow_rows import Stored
+    from nodes.catalog import Catalog
+
+StoredNode: TypeAlias = "dict[str, Json]"
+"""`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout, atMostOnce`; and
+`position`, which a graph that is kept has for every node.
+"""
+StoredConnection: TypeAlias = "dict[str, Json]"
+"""`id, source, sourcePort, target, targetPort`."""
+
+
+class Position(Wire):
+    """A place on the canvas."""
+
+    x: int | float
+    y: int | float
+
+
+GraphId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": "^[A-Za-z0-9_-]{0,64}$"})]
+NodeTypeName: TypeAlias = Annotated[str, text.allowed(limits.NODE_TYPE_LENGTH)]
+Label: TypeAlias = Annotated[str, text.allowed(limits.LABEL_LENGTH)]
+
+
+class RetryShape(Wire, omit_defaults=True):
+    """How often a node is tried; delays in seconds."""
+
+    max_attempts: Annotated[int, Meta(ge=1, le=limits.RETRIES)] | None = None
+    backoff: Annotated[float, Meta(ge=0, le=limits.RETRY_DELAY_SECONDS)] | None = None
+    max_delay: Annotated[float, Meta(ge=0, le=limits.RETRY_DELAY_SECONDS)] | None = None
+    jitter: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+class NodeInput(Wire):
+    """A node as clients write it; its type is `nodeId`, `type` or `nodeType`."""
+
+    id: GraphId | None = None
+    """What connections call the node; made up where it is absent."""
+    node_id: NodeTypeName | None = None
+    """The node's type, as the catalogue has it."""
+    type: NodeTypeName | None = None
+    """The same as `nodeId`."""
+    node_type: NodeTypeName | None = None
+    """The same as `nodeId`."""
+    version: NodeTypeName | None = None
+    """The version of the type to stay with."""
+    node_version: NodeTypeName | None = None
+    """The same as `version`."""
+    label: Label | None = None
+    """The name of the type, where it is absent."""
+    position: Position | None = None
+    """Worked out where it is absent."""
+    config: dict[str, Any] | None = None
+    """What the type's schema says; texts may hold `{{ expressions }}`."""
+    input_mappings: dict[str, Any] | None = None
+    """Where each field of the input comes from: a path such as `data.user.id`, a text with expressions, a constant."""
+    pass_through_values: dict[str, str] | None = None
+    """What is copied to the output: each key of it, with the key of the input."""
+    retry: RetryShape | None = None
+    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | None = None
+    """Seconds that the node may take."""
+    at_most_once: bool | None = None
+    """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
+
+
+class ConnectionInput(Wire):
+    """An edge as clients write it; its ends are `source` or `sourceNodeId`, `target` or `targetNodeId`."""
+
+    id: GraphId | None = None
+    """Made up where it is absent."""
+    source: GraphId | None = None
+    """The same as `sourceNodeId`."""
+    source_node_id: GraphId | None = None
+    """The node that it comes from."""
+    source_port: Label | None = None
+    """`output`, where it is absent."""
+    target: GraphId | None = None
+    """The same as `targetNodeId`."""
+    target_node_id: GraphId | None = None
+    """The node that it leads to."""
+    target_port: Label | None = None
+    """`input`, where it is absent."""
+
+
+Nodes: TypeAlias = Annotated[list[NodeInput], Meta(max_length=limits.NODES)]
+Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits.CONNECTIONS)]
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stored_nodes(nodes: Sequence[NodeInput], catalog: Catalog, problems: Problems) -> list[StoredNode]:
+    """Return nodes in the stored form, those without a position as they are; what is wrong goes to `problems`."""
+    return [
+        stored_node(node, f"nodes.{index}.", None, catalog, problems)
+        for index, node in enumerate(nodes)
+        if not problems.is_full
+    ]
+
+
+def stored_connections(connections: Sequence[ConnectionInput], problems: Problems) -> list[StoredConnection]:
+    """Return edges in the stored form; what is wrong with them goes to `problems`."""
+    return [
+        stored_connection(edge, f"connections.{index}.", problems)
+        for index, edge in enumerate(connections)
+        if not problems.is_full
+    ]
+
+
+def stored_node(
+    node: NodeInput, path: str, place: Position | None, catalog: Catalog, problems: Problems
+) -> StoredNode:
+    """Return one node in the stored form, at `place` unless it has its own; `path`: what the paths of its fields begin
+    with.
+    """
+    type_name = node.node_id or node.type or node.node_type or ""
+    version = node.version or node.node_version
+    default_label = ""
+    if not type_name:
+        problems.add(f"{path}nodeId", "required", f"{path}nodeId is required: the node's type")
+    elif len(type_name) > limits.NODE_TYPE_LENGTH or len(version or "") > limits.NODE_TYPE_LENGTH:
+        problems.add(f"{path}nodeId", "unknown-node-type", f"{path}nodeId names no node type")
+    else:
+        try:
+            default_label = catalog.get(type_name, version).name
+        except UnknownNodeType as error:
+            problems.add(f"{path}nodeId", "unknown-node-type", error.message)
+    stored: StoredNode = {
+        "id": _id(node.id, "node", path, problems),
+        "type": type_name,
+        "label": _label(node.label or default_label, f"{path}label", problems),
+        "config": node.config or {},
+        "inputMappings": node.input_mappings or {},
+        "passThroughValues": dict(node.pass_through_values or {}),
+    }
+    if place := node.position or place:
+        stored["position"] = {"x": place.x, "y": place.y}
+    if version is not None:
+        stored["version"] = version
+    if node.retry is not None:
+        stored["retry"] = stored_retry(node.retry)
+    if node.timeout is not None:
+        stored["timeout"] = node.timeout
+    if node.at_most_once:
+        stored["atMostOnce"] = True
+    return stored
+
+
+def stored_connection(edge: ConnectionInput, path: str, problems: Problems) -> StoredConnection:
+    """Return one edge in the stored form; `path`: what the paths of its fields begin with."""
+    return {
+        "id": _id(edge.id, "conn", path, problems),
+        "source": _end(edge.source_node_id or edge.source, f"{path}sourceNodeId", problems),
+        "sourcePort": _port(edge.source_port, OUTPUT, f"{path}sourcePort", problems),
+        "target": _end(edge.target_node_id or edge.target, f"{path}targetNodeId", problems),
+        "targetPort": _port(edge.target_port, INPUT, f"{path}targetPort", problems),
+    }
+
+
+def _id(given: str | None, prefix: str, path: str, problems: Problems) -> str:
+    if not given:
+        return new_id(prefix)
+    return text.identifier(given, f"{path}id", problems)
+
+
+def new_id(prefix: str) -> str:
+    """Return a fresh id with twelve random characters: unlikely to meet again in one graph, short enough to read."""
+    return f"{prefix}-{''.join(ids.ALPHABET[byte & 31] for byte in os.urandom(12))}"
+
+
+def _end(given: str | None, path: str, problems: Problems) -> str:
+    if not given:
+        problems.add(path, "required", f"{path} is required")
+        return ""
+    return text.identifier(given, path, problems)
+
+
+def _label(given: str, path: str, problems: Problems) -> str:
+    return text.line(given, path, problems, max_length=limits.LABEL_LENGTH, may_be_empty=True)
+
+
+def _port(given: str | None, default: str, path: str, problems: Problems) -> str:
+    return text.line(given or default, path, problems, max_length=limits.LABEL_LENGTH)
+
+
+def stored_retry(retry: RetryShape) -> dict[str, Json]:
+    """Return what was given of a retry."""
+    shown: dict[str, Json] = {
+        "maxAttempts": retry.max_attempts,
+        "backoff": retry.backoff,
+        "maxDelay": retry.max_delay,
+        "jitter": retry.jitter,
+    }
+    return {key: value for key, value in shown.items() if value is not None}
+
+
+# ── placed ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Drawing(NamedTuple):
+    """What a layout depends on: `layout.arrange(*drawing)`."""
+
+    node_ids: list[str]
+    edges: list[Edge]
+    places: list[Place | None]
+    """Where each node is, if anywhere."""
+
+
+def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> Drawing:
+    """Return a graph as it is drawn."""
+    edges = [(str(edge["source"]), str(edge["target"])) for edge in connections]
+    return Drawing([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
+
+
+def moved(nodes: Sequence[StoredNode], places: Sequence[Place]) -> list[StoredNode]:
+    """Return nodes with each at its place."""
+    return [
+        {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
+        for node, (x, y) in zip(nodes, places, strict=True)
+    ]
+
+
+def placed(
+    nodes: Sequence[StoredNode],
+    connections: Sequence[StoredConnection],
+    before: Sequence[StoredNode] = (),
+) -> list[StoredNode]:
+    """Return nodes that all have a position: their own, or that which the node had `before`, or else a free one."""
+    known = {str(node["id"]): node["position"] for node in before}
+    kept: list[StoredNode] = []
+    for node in nodes:
+        position = node.get("position") or known.pop(str(node["id"]), None)
+        kept.append(node if position is None else {**node, "position": position})
+    return moved(kept, layout.completed(*drawing(kept, connections)))
+
+
+def _place(node: StoredNode) -> Place | None:
+    position = node.get("position")
+    if position is None:
+        return None
+    where = cast("Mapping[str, float]", position)
+    return where["x"], where["y"]
+
+
+# ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def graph_of(stored: Stored) -> Graph:
+    """Return the graph of a workflow as the engine sees it."""
+    return Graph.of(pinning.definition(stored.nodes, stored.connections, {}))
+
+
+def require_valid(validation: Validation) -> None:
+    """Raise 422 with the findings where a graph can't run."""
+    if validation.is_valid:
+        return
+    shown = validation.errors[: limits.FINDINGS]
+    count = len(validation.errors)
+    message = shown[0].message if count == 1 else f"The workflow has {count} errors: see details"
+    raise ApiError(422, "validation-failed", message, details=map(_detail, shown))
+
+
+def _detail(finding: Finding) -> dict[str, Json]:
+    where = f"nodes.{finding.node_id}" if finding.node_id else f"connections.{finding.connection_id}"
+    if finding.node_id is None and finding.connection_id is None:
+        where = "nodes"
+    return {"path": where, "code": finding.type, **finding.as_json()}
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shown_node(node: StoredNode) -> dict[str, Json]:
+    """Return a node as the Workflow object shows it."""
+    return {"id": node["id"], "nodeId": node["type"], **node}
+
+
+def shown_connection(connection: StoredConnection) -> dict[str, Json]:
+    """Return an edge as the Workflow object shows it."""
+    return {
+        "id": connection["id"],
+        "sourceNodeId": connection["source"],
+        "sourcePort": connection["sourcePort"],
+        "targetNodeId": connection["target"],
+        "targetPort": connection["targetPort"],
+    }

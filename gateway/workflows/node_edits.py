@@ -1,0 +1,326 @@
+"""Edits of a graph, piece by piece: each takes a workflow as it stands and returns what it becomes, or refuses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from engine import names
+from engine.expressions import ExpressionError
+from engine.layout import free_place
+from engine.node import ERROR, UnknownNodeType
+from engine.program import compile_mapping
+from engine.values import InvalidJson, encode
+from gateway import errors, limits
+from gateway.errors import ApiError
+from gateway.http import text
+from gateway.http.text import Problems
+from gateway.http.wire import Wire
+from gateway.workflows import graph_shapes
+from gateway.workflows.graph_shapes import ConnectionInput, Label, NodeInput, Position, RetryShape
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.workflows.graph_shapes import StoredConnection, StoredNode
+    from gateway.workflows.workflow_rows import Stored
+    from nodes.catalog import Catalog
+
+COMPARED_IDS = 1_000
+"""Nodes whose ids are compared with one that isn't there, to name those that are near."""
+SHOWN_OF_A_CYCLE = 6
+
+_joined = itemgetter("source", "sourcePort", "target", "targetPort")
+
+
+class NodeChanges(Wire):
+    """What is to change of a node; the rest stays. `config` merges, and null takes a key of it away."""
+
+    config: dict[str, Any] | None = None
+    label: Label | None = None
+    position: Position | None = None
+    version: str | UnsetType | None = UNSET
+    """Null: no longer pinned."""
+    retry: RetryShape | UnsetType | None = UNSET
+    """Null: tried once."""
+    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | UnsetType | None = UNSET
+    """Seconds; null: as long as the run may take."""
+    at_most_once: bool | UnsetType | None = UNSET
+    """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
+
+
+# ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def node_of(stored: Stored, node_id: str) -> StoredNode:
+    """Return a node by its id; raises 404, and 409 where two share the id."""
+    return named(stored.nodes, node_id)
+
+
+def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
+    """Return the node with an id; raises 404, and 409 where two share the id."""
+    found = [node for node in nodes if node["id"] == node_id]
+    if not found:
+        raise errors.not_found("node")
+    if len(found) > 1:
+        message = f"{len(found)} nodes have the id {node_id}: remove them, or give each an id of its own"
+        raise errors.conflict("duplicate-node-id", message)
+    return found[0]
+
+
+def with_node(before: Stored, node: NodeInput, catalog: Catalog) -> Stored:
+    """Add a node that has its id; where it says no position, it gets a free one beside the others."""
+    problems = Problems()
+    place = node.position or _free_position(before.nodes)
+    made = graph_shapes.stored_node(node, "", place, catalog, problems)
+    _check_mappings(node.input_mappings or {}, "inputMappings", problems)
+    problems.raise_any()
+    if any(made["id"] == other["id"] for other in before.nodes):
+        message = f"The workflow has a node with the id {made['id']} already"
+        raise errors.conflict("duplicate-node-id", message)
+    if len(before.nodes) >= limits.NODES:
+        raise _refusal("nodes", "too-many", f"A workflow may have at most {limits.NODES:,} nodes")
+    _require_room([*before.nodes, made], made)
+    return replace(before, nodes=[*before.nodes, made])
+
+
+def with_changes(before: Stored, node_id: str, changes: NodeChanges, catalog: Catalog) -> Stored:
+    """Configure a node."""
+    node = node_of(before, node_id)
+    problems = Problems()
+    after = dict(node)
+    if changes.config:
+        after["config"] = _merged(cast("dict[str, Json]", node["config"]), changes.config)
+    if changes.label is not None:
+        after["label"] = text.line(
+            changes.label, "label", problems, max_length=limits.LABEL_LENGTH, may_be_empty=True
+        )
+    if changes.position is not None:
+        after["position"] = {"x": changes.position.x, "y": changes.position.y}
+    if changes.version is not UNSET:
+        _set_or_remove(after, "version", _version(changes.version, str(node["type"]), catalog, problems))
+    if changes.retry is not UNSET:
+        retry = None if changes.retry is None else graph_shapes.stored_retry(changes.retry)
+        _set_or_remove(after, "retry", retry)
+    if changes.timeout is not UNSET:
+        _set_or_remove(after, "timeout", changes.timeout)
+    if changes.at_most_once is not UNSET:
+        _set_or_remove(after, "atMostOnce", changes.at_most_once or None)
+    problems.raise_any()
+    return _with_replaced(before, node, after)
+
+
+def with_mappings(before: Stored, node_id: str, mappings: dict[str, Json]) -> Stored:
+    """Replace the mappings of a node."""
+    node = node_of(before, node_id)
+    return _with_replaced(before, node, {**node, "inputMappings": mappings})
+
+
+def with_pass_through(before: Stored, node_id: str, values: Mapping[str, str]) -> Stored:
+    """Replace what a node passes through."""
+    node = node_of(before, node_id)
+    return _with_replaced(before, node, {**node, "passThroughValues": dict(values)})
+
+
+def without_node(before: Stored, node_id: str) -> Stored:
+    """Remove a node, with every connection that leads to it or from it."""
+    nodes = [node for node in before.nodes if node["id"] != node_id]
+    if len(nodes) == len(before.nodes):
+        raise errors.not_found("node")
+    connections = [edge for edge in before.connections if node_id not in (edge["source"], edge["target"])]
+    return replace(before, nodes=nodes, connections=connections)
+
+
+def require_valid_mappings(mappings: Mapping[str, Json]) -> None:
+    """Raise 422 with one entry for every mapping that could not be computed in a run."""
+    problems = Problems()
+    _check_mappings(mappings, "mappings", problems)
+    problems.raise_any()
+
+
+def _check_mappings(mappings: Mapping[str, Json], path: str, problems: Problems) -> None:
+    for field, source in mappings.items():
+        if problems.is_full:
+            return
+        try:
+            compile_mapping(source)
+        except ExpressionError as error:
+            problems.add(f"{path}.{field}", "invalid-expression", str(error))
+
+
+def _merged(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, Json]:
+    merged = {**before, **given}
+    return {key: value for key, value in merged.items() if value is not None or key not in given}
+
+
+def _version(given: str | None, node_type: str, catalog: Catalog, problems: Problems) -> str | None:
+    if not given:
+        return None
+    try:
+        catalog.get(node_type, given)
+    except UnknownNodeType as error:
+        problems.add("version", "unknown-node-type", error.message)
+    return given
+
+
+def _set_or_remove(node: StoredNode, key: str, value: Json) -> None:
+    if value is None:
+        node.pop(key, None)
+    else:
+        node[key] = value
+
+
+def _with_replaced(before: Stored, node: StoredNode, after: StoredNode) -> Stored:
+    nodes = [after if other is node else other for other in before.nodes]
+    _require_room(nodes, after)
+    return replace(before, nodes=nodes)
+
+
+def _require_room(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
+    """Raise 422 unless the graph with a changed node could be sent again in one body."""
+    try:
+        encode({"nodes": [changed]})
+    except InvalidJson as error:
+        raise _refusal("nodes", error.code, f"{error.message}, as the graph would be sent") from error
+    if len(msgspec.json.encode(nodes)) > limits.GRAPH_BYTES:
+        message = f"The nodes of a workflow may take at most {limits.GRAPH_BYTES:,} bytes as JSON"
+        raise _refusal("nodes", "too-large", message)
+
+
+def _free_position(nodes: Iterable[StoredNode]) -> Position:
+    places = (cast("Mapping[str, float]", node["position"]) for node in nodes)
+    x, y = free_place((place["x"], place["y"]) for place in places)
+    return Position(x=x, y=y)
+
+
+# ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_connection(before: Stored, edge: ConnectionInput, catalog: Catalog) -> Stored:
+    """Connect two nodes, with an edge that has its id."""
+    problems = Problems()
+    made = graph_shapes.stored_connection(edge, "", problems)
+    problems.raise_any()
+    nodes = {str(node["id"]): node for node in before.nodes}
+    _require_ends(made, nodes)
+    _require_ports(made, nodes, catalog)
+    _require_new(made, before.connections)
+    _require_no_cycle(made, before.connections)
+    if len(before.connections) >= limits.CONNECTIONS:
+        message = f"A workflow may have at most {limits.CONNECTIONS:,} connections"
+        raise _refusal("connections", "too-many", message)
+    return replace(before, connections=[*before.connections, made])
+
+
+def without_connection(before: Stored, connection_id: str) -> Stored:
+    """Remove a connection."""
+    connections = [edge for edge in before.connections if edge["id"] != connection_id]
+    if len(connections) == len(before.connections):
+        raise errors.not_found("connection")
+    return replace(before, connections=connections)
+
+
+def _require_ends(edge: StoredConnection, nodes: Collection[str]) -> None:
+    ends = (("sourceNodeId", str(edge["source"])), ("targetNodeId", str(edge["target"])))
+    absent = [_absent(path, node_id, nodes) for path, node_id in ends if node_id not in nodes]
+    if absent:
+        raise errors.invalid(absent)
+
+
+def _absent(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
+    meant = names.meant(node_id, [*islice(nodes, COMPARED_IDS)])
+    suggestion = (
+        f"Did you mean {' or '.join(meant)}?"
+        if meant
+        else "GET the workflow's nodes for their ids, or add one."
+    )
+    return _flaw(path, "broken-connection", f"The workflow has no node with the id {node_id}", suggestion)
+
+
+def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], catalog: Catalog) -> None:
+    flaws = []
+    outputs = _outputs(nodes[str(edge["source"])], catalog)
+    target = catalog.node_types.get(str(nodes[str(edge["target"])]["type"]))
+    if outputs and edge["sourcePort"] not in outputs:
+        flaws.append(_no_port("sourcePort", str(edge["source"]), edge["sourcePort"], outputs))
+    if target and edge["targetPort"] not in target.inputs:
+        flaws.append(_no_port("targetPort", str(edge["target"]), edge["targetPort"], target.inputs))
+    if flaws:
+        raise errors.invalid(flaws)
+
+
+def _outputs(node: StoredNode, catalog: Catalog) -> Sequence[str]:
+    """Return the outputs of a node; empty where its type isn't known."""
+    node_type = catalog.node_types.get(str(node["type"]))
+    if node_type is None:
+        return ()
+    return (*node_type.outputs_of(cast("Mapping[str, Json]", node["config"])), ERROR)
+
+
+def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[str, Json]:
+    kind = "output" if path == "sourcePort" else "input"
+    has = f"it has {', '.join(known)}" if known else "nothing can lead into it"
+    suggestion = f"Use one of: {', '.join(known)}." if known else "Connect to a node that takes an input."
+    return _flaw(path, "invalid-port", f"Node {node_id} has no {kind} port {port}: {has}", suggestion)
+
+
+def _require_new(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
+    joined = _joined(edge)
+    for other in others:
+        if other["id"] == edge["id"]:
+            message = f"The workflow has a connection with the id {edge['id']} already"
+            raise errors.conflict("duplicate-connection", message)
+        if _joined(other) == joined:
+            message = f"Connection {other['id']} joins these two ports already"
+            raise errors.conflict("duplicate-connection", message)
+
+
+def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
+    source, target = str(edge["source"]), str(edge["target"])
+    if source == target:
+        message = f"Node {source} can't lead to itself"
+        raise _refusal("targetNodeId", "cycle", message, "Connect it to another node.")
+    way = _way(target, source, others)
+    if way:
+        around = [source, *way]
+        if len(around) > SHOWN_OF_A_CYCLE + 1:
+            around[SHOWN_OF_A_CYCLE:] = ["…"]
+        message = f"The connection would close a cycle: {' → '.join(around)}"
+        raise _refusal("targetNodeId", "cycle", message, "Remove a connection of the cycle first.")
+
+
+def _way(start: str, end: str, edges: Iterable[StoredConnection]) -> list[str]:
+    """Return the nodes on a shortest way along the edges, both ends among them; empty: there is none."""
+    children = defaultdict(list)
+    for edge in edges:
+        children[edge["source"]].append(str(edge["target"]))
+    came_from = {start: ""}
+    level = [start]
+    while level and end not in came_from:
+        below = [(child, node) for node in level for child in children[node] if child not in came_from]
+        came_from |= below
+        level = list(dict(below))
+    way = []
+    node = end if end in came_from else ""
+    while node:
+        way.append(node)
+        node = came_from[node]
+    return way[::-1]
+
+
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _flaw(path: str, code: str, message: str, suggestion: str) -> dict[str, Json]:
+    return {**errors.problem(path, code, message), "suggestion": suggestion}
+
+
+def _refusal(path: str, code: str, message: str, suggestion: str = "") -> ApiError:
+    flaw = _flaw(path, code, message, suggestion) if suggestion else errors.problem(path, code, message)
+    return errors.invalid([flaw])

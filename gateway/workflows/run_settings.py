@@ -1,0 +1,87 @@
+"""What the settings of a workflow say about its runs: how many go on at once, what follows a failure, what pods get."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from engine.expressions import ExpressionError, compile_template
+from gateway import limits
+from gateway.executions import callbacks
+from gateway.http import text
+from gateway.http.wire import Wire
+from journal.admission import OnLimit
+
+if TYPE_CHECKING:
+    from gateway.http.text import Problems
+
+
+class ConcurrencySettings(Wire):
+    """How many runs go on at once."""
+
+    limit: Annotated[int, Meta(ge=1, le=limits.CONCURRENT_RUNS)]
+    key: Annotated[str, text.allowed(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
+    """An expression such as `{{ trigger.body.customer }}`: the limit is that of the runs for which it is the same."""
+    on_limit: OnLimit = OnLimit.QUEUE
+    """Whether further runs wait for their turn, or are refused by 429."""
+
+
+class FailureSettings(Wire):
+    """What is done when a run has failed: one of the two."""
+
+    workflow_id: str | None = None
+    """A workflow to be run once, in the name of whoever ran the failed one: `executionId`, `workflowId`,
+    `workflowName`, `status`, `error`, `startedAt` and `endedAt` are its inputs.
+    """
+    url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
+    """An address that is told, by a message that is signed with the organisation's secret."""
+
+
+class ResourceSettings(Wire):
+    """What a pod is granted, and may not exceed."""
+
+    cpu_millicores: Annotated[int, Meta(ge=50, le=limits.POD_MILLICORES)] = 500
+    memory_mebibytes: Annotated[int, Meta(ge=128, le=limits.POD_MEBIBYTES)] = 256
+
+
+def check(
+    concurrency: ConcurrencySettings | None,
+    on_failure: FailureSettings | None,
+    workflow_id: str,
+    problems: Problems,
+) -> None:
+    """Note what no type says: expressions that can't be read, addresses that are none, a workflow that names itself."""
+    if concurrency is not None and concurrency.key is not None:
+        _check_key(concurrency.key, problems)
+    if on_failure is not None:
+        _check_failure(on_failure, workflow_id, problems)
+
+
+def _check_key(key: str, problems: Problems) -> None:
+    path = "settings.concurrency.key"
+    if len(key) > limits.CONCURRENCY_KEY_LENGTH:
+        message = f"{path} may have at most {limits.CONCURRENCY_KEY_LENGTH:,} characters"
+        problems.add(path, "too-long", message)
+        return
+    try:
+        template = compile_template(key)
+    except ExpressionError as error:
+        problems.add(path, "invalid-expression", f"{path}: {error}")
+        return
+    if not template.paths or any(one.root != "trigger" for one in template.paths):
+        message = f"{path} must be an expression that reads the trigger: {{{{ trigger.body.customer }}}}"
+        problems.add(path, "invalid-expression", message)
+
+
+def _check_failure(on_failure: FailureSettings, workflow_id: str, problems: Problems) -> None:
+    path = "settings.onFailure"
+    if (on_failure.workflow_id is None) == (on_failure.url is None):
+        problems.add(path, "conflict", f"{path} must have a workflowId or a url, and not both")
+    elif on_failure.url is not None:
+        callbacks.checked(on_failure.url, f"{path}.url", problems)
+    elif on_failure.workflow_id == workflow_id:
+        message = "A workflow can't be run about its own failures"
+        problems.add(f"{path}.workflowId", "self-reference", message)
+    else:
+        text.identifier(on_failure.workflow_id or "", f"{path}.workflowId", problems)

@@ -1,0 +1,59 @@
+"""Templates that ship with the server and belong to everybody: each a document as an export gives it, in YAML.
+
+A file `name.yaml` in the folder `templates` is the template `wf_tmpl_name`. Where its nodes name a data source there
+stands a word for it: whoever uses the template says which of theirs takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from gateway.workflows import copying
+from gateway.workflows.copying import FORMAT, FORMAT_VERSION, GivenDocument, ImportWorkflow
+
+if TYPE_CHECKING:
+    from gateway.workflows.workflow_rows import Stored
+    from models.access import Caller
+    from nodes.catalog import Catalog
+
+FOLDER: Final = Path(__file__).parent / "templates"
+PREFIX: Final = "wf_tmpl_"
+SINCE: Final = datetime(2026, 11, 25, tzinfo=UTC)
+"""When the first release had them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """One of them."""
+
+    id: str
+    document: GivenDocument
+
+    def stored(self, caller: Caller, catalog: Catalog) -> Stored:
+        """Return it as a draft of the caller's, with the words for data sources still in it."""
+        return copying.imported(caller, ImportWorkflow(document=self.document), catalog)
+
+    def shown(self, caller: Caller, catalog: Catalog) -> Stored:
+        """Return it as it stands in a list of templates."""
+        return self.stored(caller, catalog).with_columns(id=self.id, created_at=SINCE)
+
+
+@cache
+def load() -> Mapping[str, Shipped]:
+    """Read them all, once for the process: by id, in the order of their names."""
+    return {one.id: one for one in map(_read, sorted(FOLDER.glob("*.yaml")))}
+
+
+def _read(path: Path) -> Shipped:
+    import yaml  # noqa: PLC0415 - most gateways are never asked for a template
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    described = {"format": FORMAT, "formatVersion": FORMAT_VERSION, **content}
+    return Shipped(f"{PREFIX}{path.stem}", msgspec.convert(described, GivenDocument))

@@ -1,0 +1,73 @@
+"""Versions read and written: numbered one after another, and never changed once they are there.
+
+Whoever calls has found the workflow readable to the caller, so its id is enough here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy import insert, select
+from sqlmodel import col
+
+from models.workflow import WorkflowVersion
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.query import Page
+
+_HEAD = (
+    col(WorkflowVersion.version),
+    col(WorkflowVersion.version_tag),
+    col(WorkflowVersion.description),
+    col(WorkflowVersion.created_by),
+    col(WorkflowVersion.created_at),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A version without its snapshot."""
+
+    version: int
+    version_tag: str
+    description: str
+    created_by: str
+    created_at: datetime
+
+
+async def page(connection: AsyncConnection, workflow_id: str, part: Page) -> Sequence[Head]:
+    """Return some of a workflow's versions, the first ones first."""
+    rows = await connection.execute(
+        select(*_HEAD)
+        .where(col(WorkflowVersion.workflow_id) == workflow_id)
+        .order_by(col(WorkflowVersion.version))
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return [Head(**row) for row in rows.mappings()]
+
+
+async def find(connection: AsyncConnection, workflow_id: str, version: int) -> WorkflowVersion | None:
+    statement = select(WorkflowVersion).where(
+        col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version) == version
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    return WorkflowVersion(**row) if row else None
+
+
+async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> Head | None:
+    """Return the one version of a workflow that bears a tag."""
+    statement = select(*_HEAD).where(
+        col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version_tag) == version_tag
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    return Head(**row) if row else None
+
+
+async def add(connection: AsyncConnection, version: WorkflowVersion) -> None:
+    await connection.execute(insert(WorkflowVersion).values(version.model_dump()))

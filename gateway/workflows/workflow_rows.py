@@ -1,0 +1,385 @@
+"""Workflows read and written, each query within the caller's organisation; changes are guarded by the revision."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select, update
+from sqlalchemy.sql import operators
+from sqlmodel import col
+
+from gateway.arrivals import trigger_rows
+from journal import held_runs
+from journal.store import ExecutionKey
+from models import ids
+from models.execution import TERMINAL, Execution, ExecutionData
+from models.workflow import (
+    Workflow,
+    WorkflowGraph,
+    WorkflowShare,
+    WorkflowStatus,
+    WorkflowTag,
+    WorkflowVersion,
+    listed_for,
+    readable_by,
+    writable_by,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from gateway.http.query import Page
+    from gateway.workflows.graph_shapes import StoredConnection, StoredNode
+    from models.access import Caller
+    from nodes.catalog import Catalog
+
+FIRST_VERSION = 1
+FIRST_VERSION_TAG = "v1.0.0"
+FIRST_VERSION_DESCRIPTION = "Initial version"
+SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
+    "createdAt": col(Workflow.created_at),
+    "updatedAt": col(Workflow.updated_at),
+    "name": col(Workflow.name),
+    "status": col(Workflow.status),
+    "version": col(Workflow.version),
+}
+LISTED: Sequence[SQLColumnExpression[Any]] = (
+    col(Workflow.id),
+    col(Workflow.name),
+    col(Workflow.description),
+    col(Workflow.status),
+    col(Workflow.version),
+    col(Workflow.tags),
+    col(Workflow.organization_id),
+    col(Workflow.owner_id),
+    col(Workflow.is_public),
+    col(Workflow.is_template),
+    col(Workflow.created_at),
+    col(Workflow.updated_at),
+)
+"""What a list shows of a workflow."""
+Listed: TypeAlias = Row[*tuple[Any, ...]]
+"""A workflow with those columns alone, by their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A workflow with its graph and whom it is shared with."""
+
+    workflow: Workflow
+    nodes: Sequence[StoredNode]
+    connections: Sequence[StoredConnection]
+    shared_with: Mapping[str, datetime]
+    """Whom it is shared with, by user id, and since when; in that order."""
+
+    def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
+        """Return the workflow with other values in its own row."""
+        return replace(self, workflow=Workflow(**{**self.workflow.model_dump(), **changes}))
+
+
+async def lock(connection: AsyncConnection, workflow_id: str, caller: Caller) -> None:
+    """Wait until nobody else is changing a workflow, and keep them waiting until the transaction ends.
+
+    A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. SQLite's transactions
+    take turns anyway.
+    """
+    row = select(col(Workflow.id)).where(
+        col(Workflow.id) == workflow_id, col(Workflow.organization_id) == caller.organization_id
+    )
+    await connection.execute(row.with_for_update())
+
+
+async def is_readable(connection: AsyncConnection, workflow_id: str, caller: Caller) -> bool:
+    """Tell whether the caller may read a workflow."""
+    statement = select(col(Workflow.id)).where(col(Workflow.id) == workflow_id, readable_by(caller))
+    return await connection.scalar(statement) is not None
+
+
+async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) -> Stored | None:
+    """Return a workflow that the caller may read."""
+    row = (
+        (
+            await connection.execute(
+                select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
+                .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+                .where(col(Workflow.id) == workflow_id, readable_by(caller))
+            )
+        )
+        .mappings()
+        .first()
+    )
+    if row is None:
+        return None
+    shares = (
+        select(col(WorkflowShare.user_id), col(WorkflowShare.shared_at))
+        .where(col(WorkflowShare.workflow_id) == workflow_id)
+        .order_by(col(WorkflowShare.shared_at), col(WorkflowShare.user_id))
+    )
+    shared_with = {share.user_id: share.shared_at for share in await connection.execute(shares)}
+    return _stored(row, shared_with)
+
+
+def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> Stored:
+    """Return a workflow from its row, joined with that of its graph."""
+    fields = dict(row)
+    nodes, connections = fields.pop("nodes"), fields.pop("connections")
+    return Stored(Workflow(**fields), nodes, connections, shared_with)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which workflows a list shows."""
+
+    status: WorkflowStatus | None
+    tag: str | None
+    search: str | None
+
+
+async def page(
+    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+) -> tuple[int, Sequence[Listed]]:
+    """Return how many workflows the caller may read and a page of them; templates are left out."""
+    conditions = [listed_for(caller), *_conditions(caller, wanted)]
+    sorting = (order, _tie(order))
+    # Only ids are sorted and passed over: PostgreSQL would sort whole rows, on the disk where there are many.
+    shown = (
+        select(col(Workflow.id), _counted_on_the_way(wanted).label("total"))
+        .where(*conditions)
+        .order_by(*sorting)
+        .limit(part.limit)
+        .offset(part.offset)
+        .subquery()
+    )
+    found = await connection.execute(
+        select(*LISTED, shown.c.total).join(shown, shown.c.id == col(Workflow.id)).order_by(*sorting)
+    )
+    rows = found.all()
+    if rows and rows[0].total is not None:
+        return rows[0].total, rows
+    if len(rows) < part.limit and (rows or part.offset == 0):
+        return part.offset + len(rows), rows
+    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
+    return count or 0, rows
+
+
+def _counted_on_the_way(wanted: Filter) -> ColumnElement[Any]:
+    """Return how many there are, for a search: it looks at every row, and should do so once.
+
+    Anything else is counted in an index, apart: the page then needs no more of it than its own rows.
+    """
+    return null() if wanted.search is None else func.count().over()
+
+
+def _tie(order: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the order of those that are equal: by id and the same way round, so that an index can give it all."""
+    is_descending = isinstance(order, UnaryExpression) and order.modifier is operators.desc_op
+    return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
+
+
+def _conditions(caller: Caller, wanted: Filter) -> Iterable[ColumnElement[bool]]:
+    if wanted.status is not None:
+        yield col(Workflow.status) == wanted.status
+    if wanted.tag is not None:
+        tagged = select(col(WorkflowTag.workflow_id)).where(
+            col(WorkflowTag.organization_id) == caller.organization_id, col(WorkflowTag.tag) == wanted.tag
+        )
+        yield col(Workflow.id).in_(tagged)
+    if wanted.search is not None:
+        yield col(Workflow.search_text).contains(_folded(wanted.search), autoescape=True)
+
+
+def searched_in(name: str, description: str) -> str:
+    """Return what a search looks through."""
+    return _folded(f"{name}\n{description}")
+
+
+def _folded(text: str) -> str:
+    """Return a text without the difference between capitals and small letters; databases know only that of ASCII."""
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+async def count_by_status(connection: AsyncConnection, organization_id: str) -> dict[str, int]:
+    """Return how many workflows an organisation has in each status, templates left out."""
+    rows = await connection.execute(
+        select(col(Workflow.status), func.count().label("total"))
+        .where(
+            col(Workflow.organization_id) == organization_id,
+            col(Workflow.deleted_at).is_(None),
+            col(Workflow.is_template).is_(False),
+        )
+        .group_by(col(Workflow.status))
+    )
+    return {row.status: row.total for row in rows}
+
+
+async def templates(connection: AsyncConnection, caller: Caller, part: Page) -> tuple[int, list[Stored]]:
+    """Return how many templates the caller's organisation has, and a page of them, the newest first."""
+    conditions = (
+        col(Workflow.organization_id) == caller.organization_id,
+        col(Workflow.deleted_at).is_(None),
+        col(Workflow.is_template).is_(True),
+    )
+    count = await connection.scalar(select(func.count()).select_from(Workflow).where(*conditions))
+    rows = await connection.execute(
+        select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
+        .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
+        .where(*conditions)
+        .order_by(col(Workflow.created_at).desc(), col(Workflow.id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [_stored(row, shared_with={}) for row in rows.mappings()]
+
+
+async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
+    """Tell whether a workflow is in the very state that was to be written."""
+    statement = select(col(Workflow.id)).where(
+        col(Workflow.id) == workflow.id,
+        col(Workflow.revision) == workflow.revision,
+        col(Workflow.updated_at) == workflow.updated_at,
+    )
+    return await connection.scalar(statement) is not None
+
+
+async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
+    """Tell whether a workflow was made, whoever may see it."""
+    return (
+        await connection.scalar(select(col(Workflow.id)).where(col(Workflow.id) == workflow_id)) is not None
+    )
+
+
+async def add(connection: AsyncConnection, stored: Stored, catalog: Catalog) -> None:
+    """Write a new workflow with its graph, triggers, tags and first version."""
+    workflow = stored.workflow
+    graph = WorkflowGraph(
+        workflow_id=workflow.id,
+        lane=workflow.lane,
+        nodes=list(stored.nodes),
+        connections=list(stored.connections),
+    )
+    version = WorkflowVersion(
+        workflow_id=workflow.id,
+        version=FIRST_VERSION,
+        lane=workflow.lane,
+        version_tag=FIRST_VERSION_TAG,
+        description=FIRST_VERSION_DESCRIPTION,
+        snapshot=snapshot(stored),
+        created_by=workflow.owner_id,
+        created_at=workflow.created_at,
+    )
+    await connection.execute(insert(Workflow).values(_columns(workflow)))
+    await connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
+    await connection.execute(insert(WorkflowVersion).values(version.model_dump()))
+    await trigger_rows.add(connection, stored, catalog)
+    await _add_tags(connection, workflow)
+
+
+def _columns(workflow: Workflow) -> dict[str, object]:
+    """Return a workflow's row as it is written, with what stands in other columns too and is searched by."""
+    app_id = workflow.config.get("appId")
+    is_known = isinstance(app_id, str) and ids.is_id(app_id)
+    return {
+        **workflow.model_dump(),
+        "search_text": searched_in(workflow.name, workflow.description),
+        "app_id": app_id if is_known else None,
+    }
+
+
+async def save(
+    connection: AsyncConnection, before: Stored, after: Stored, caller: Caller, catalog: Catalog
+) -> bool:
+    """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
+    workflow = after.workflow
+    result = await connection.execute(
+        update(Workflow)
+        .where(
+            col(Workflow.id) == workflow.id,
+            col(Workflow.revision) == before.workflow.revision,
+            writable_by(caller),
+        )
+        .values(_columns(workflow))
+    )
+    if result.rowcount != 1:
+        return False
+    changed: dict[str, object] = {}
+    if after.nodes is not before.nodes:
+        changed["nodes"] = list(after.nodes)
+    if after.connections is not before.connections:
+        changed["connections"] = list(after.connections)
+    if changed:
+        await connection.execute(
+            update(WorkflowGraph).where(col(WorkflowGraph.workflow_id) == workflow.id).values(changed)
+        )
+    await trigger_rows.save(connection, before, after, catalog)
+    if before.workflow.status == WorkflowStatus.PAUSED != workflow.status:
+        await held_runs.release(connection, workflow.id)
+    if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
+        await connection.execute(
+            delete(WorkflowTag).where(
+                col(WorkflowTag.organization_id) == workflow.organization_id,
+                col(WorkflowTag.tag).in_(before.workflow.tags),
+                col(WorkflowTag.workflow_id) == workflow.id,
+            )
+        )
+        if workflow.deleted_at is None:
+            await _add_tags(connection, workflow)
+    await _save_shares(connection, before, after)
+    return True
+
+
+async def _save_shares(connection: AsyncConnection, before: Stored, after: Stored) -> None:
+    workflow_id = after.workflow.id
+    if gone := before.shared_with.keys() - after.shared_with.keys():
+        await connection.execute(
+            delete(WorkflowShare).where(
+                col(WorkflowShare.workflow_id) == workflow_id, col(WorkflowShare.user_id).in_(gone)
+            )
+        )
+    if added := after.shared_with.keys() - before.shared_with.keys():
+        shares = [
+            {"workflow_id": workflow_id, "user_id": user_id, "shared_at": after.shared_with[user_id]}
+            for user_id in added
+        ]
+        await connection.execute(insert(WorkflowShare), shares)
+
+
+async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
+    """Return a workflow's runs that have not ended."""
+    running = (
+        select(col(Execution.id), col(Execution.lane))
+        .join(ExecutionData, col(ExecutionData.execution_id) == col(Execution.id))
+        .where(
+            col(ExecutionData.workflow_id) == workflow.id,
+            col(Execution.organization_id) == workflow.organization_id,
+            col(Execution.status).not_in(TERMINAL),
+        )
+    )
+    return [ExecutionKey(row.id, row.lane) for row in await connection.execute(running)]
+
+
+async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
+    if workflow.tags:
+        tags = [
+            {"organization_id": workflow.organization_id, "tag": tag, "workflow_id": workflow.id}
+            for tag in workflow.tags
+        ]
+        await connection.execute(insert(WorkflowTag), tags)
+
+
+def snapshot(stored: Stored) -> dict[str, object]:
+    """Return what a version keeps of a workflow."""
+    workflow = stored.workflow
+    return {
+        "name": workflow.name,
+        "description": workflow.description,
+        "nodes": list(stored.nodes),
+        "connections": list(stored.connections),
+        "settings": workflow.settings,
+        "config": workflow.config,
+    }

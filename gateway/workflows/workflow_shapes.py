@@ -1,0 +1,303 @@
+"""Workflows on their way in and out: checked fields become a row, and a row becomes the Workflow object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
+
+from msgspec import UNSET, Meta, UnsetType
+
+from engine.values import encode
+from gateway import limits
+from gateway.errors import ApiError
+from gateway.http import text
+from gateway.http.text import Problems
+from gateway.http.wire import Instant, Wire, convert, instant, with_whole_numbers
+from gateway.workflows import graph_shapes, run_settings
+from gateway.workflows.graph_shapes import Connections, Nodes, Position, RetryShape
+from gateway.workflows.run_settings import ConcurrencySettings, FailureSettings, ResourceSettings
+from gateway.workflows.workflow_rows import Stored
+from journal import pinning
+from models import ids
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.workflows.workflow_rows import Listed
+    from models.access import Caller
+    from nodes.catalog import Catalog
+
+
+Name: TypeAlias = Annotated[str, text.allowed(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
+Description: TypeAlias = Annotated[str, text.allowed(limits.DESCRIPTION_LENGTH)]
+Tag: TypeAlias = Annotated[str, text.allowed(limits.TAG_LENGTH, min_length=1)]
+Tags: TypeAlias = Annotated[list[Tag], Meta(extra_json_schema={"maxItems": limits.TAGS})]
+Settings: TypeAlias = Annotated[
+    dict[str, Any], Meta(extra_json_schema={"$ref": "#/components/schemas/KnownSettings"})
+]
+
+
+class CreateWorkflow(Wire):
+    """A workflow that somebody wants."""
+
+    name: Name
+    description: Description | None = None
+    status: WorkflowStatus | None = None
+    """`draft`, where it is absent."""
+    nodes: Nodes | None = None
+    connections: Connections | None = None
+    tags: Tags | None = None
+    settings: Settings | None = None
+    """What runs obey, and keys of your own."""
+    config: dict[str, Any] | None = None
+    """Whatever is to be kept with the workflow."""
+
+
+class UpdateWorkflow(Wire):
+    """What is to change; the rest stays."""
+
+    name: Name | None = None
+    description: Description | None = None
+    nodes: Nodes | None = None
+    connections: Connections | None = None
+    tags: Tags | None = None
+    settings: dict[str, Any] | None = None
+    """Merged: of `KnownSettings` and keys of your own, null takes one away."""
+    config: dict[str, Any] | None = None
+
+
+class ShownNode(Wire):
+    """A node of a workflow; its type stands there under two names."""
+
+    id: str
+    node_id: str
+    type: str
+    label: str
+    position: Position
+    config: Mapping[str, Any]
+    input_mappings: Mapping[str, Any]
+    pass_through_values: Mapping[str, str]
+    version: str | UnsetType = UNSET
+    retry: RetryShape | UnsetType = UNSET
+    timeout: float | UnsetType = UNSET
+    at_most_once: bool | UnsetType = UNSET
+
+
+class ShownConnection(Wire):
+    """An edge of a workflow's graph."""
+
+    id: str
+    source_node_id: str
+    source_port: str
+    target_node_id: str
+    target_port: str
+
+
+class WorkflowSummary(Wire):
+    """A workflow without its graph."""
+
+    id: str
+    name: str
+    description: str
+    status: WorkflowStatus
+    version: int
+    tags: Sequence[str]
+    organization_id: str
+    owner_id: str
+    is_public: bool
+    is_template: bool
+    created_at: Instant
+    updated_at: Instant
+
+
+class WorkflowShape(WorkflowSummary):
+    """A workflow."""
+
+    nodes: Sequence[ShownNode]
+    connections: Sequence[ShownConnection]
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    scopes: Sequence[str]
+    """What its nodes need: `resource:action:id`."""
+    shared_with: Sequence[str]
+    """Ids of the users that it is shared with."""
+
+
+class NewWorkflow(Wire):
+    """The id of a workflow that was created."""
+
+    workflow_id: str
+
+
+class KnownSettings(Wire):
+    """The settings that a run obeys."""
+
+    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
+    """Seconds that a run may take."""
+    retry_on_failure: bool = False
+    """Whether a failed run is begun again from the node that failed."""
+    max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
+    strict_mappings: bool = False
+    """Whether a node fails where a path finds nothing."""
+    parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
+    """How many nodes of a run may wait for something outside at once."""
+    concurrency: ConcurrencySettings | None = None
+    """How many runs go on at once; any number, where it is absent."""
+    on_failure: FailureSettings | None = None
+    """What is done when a run has failed."""
+    resources: ResourceSettings | None = None
+    """What each pod is granted, once the workflow is deployed; half a processor and 256 MiB, where it is absent."""
+
+
+# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def made(caller: Caller, body: CreateWorkflow, catalog: Catalog) -> Stored:
+    """Return a new workflow of the caller; raises 422."""
+    problems = Problems()
+    stored = drafted(caller, body, catalog, problems)
+    problems.raise_any()
+    if stored.workflow.status == WorkflowStatus.ACTIVE:
+        graph_shapes.require_valid(pinning.check(stored.nodes, stored.connections, catalog))
+    return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
+
+
+def drafted(caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Problems) -> Stored:
+    """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
+    now = datetime.now(UTC)
+    workflow_id = ids.new("wf")
+    workflow = Workflow(
+        id=workflow_id,
+        organization_id=caller.organization_id,
+        lane=caller.lane,
+        owner_id=caller.user_id,
+        name=_name(body.name, problems),
+        description=_description(body.description or "", problems),
+        status=body.status or WorkflowStatus.DRAFT,
+        tags=_tags(body.tags or [], problems),
+        settings=_settings(workflow_id, {}, body.settings or {}, problems),
+        config=_config({}, body.config or {}, problems),
+        scopes=[],
+        created_at=now,
+        updated_at=now,
+    )
+    nodes = graph_shapes.stored_nodes(body.nodes or [], catalog, problems)
+    connections = graph_shapes.stored_connections(body.connections or [], problems)
+    return Stored(workflow, nodes, connections, shared_with={})
+
+
+def changed(before: Stored, body: UpdateWorkflow, catalog: Catalog) -> Stored:
+    """Return a workflow with what the body gives in the place of what was; raises 422."""
+    workflow = before.workflow
+    problems = Problems()
+    changes: dict[str, object] = {}
+    nodes, connections = before.nodes, before.connections
+    if body.name is not None:
+        changes["name"] = _name(body.name, problems)
+    if body.description is not None:
+        changes["description"] = _description(body.description, problems)
+    if body.tags is not None:
+        changes["tags"] = _tags(body.tags, problems)
+    if body.settings is not None:
+        changes["settings"] = _settings(workflow.id, workflow.settings, body.settings, problems)
+    if body.config is not None:
+        changes["config"] = _config(workflow.config, body.config, problems)
+    if body.nodes is not None:
+        nodes = graph_shapes.stored_nodes(body.nodes, catalog, problems)
+    if body.connections is not None:
+        connections = graph_shapes.stored_connections(body.connections, problems)
+    problems.raise_any()
+    if body.nodes is not None:
+        nodes = graph_shapes.placed(nodes, connections, before.nodes)
+    return replace(before.with_columns(**changes), nodes=nodes, connections=connections)
+
+
+def _name(given: str, problems: Problems) -> str:
+    return text.line(given, "name", problems, max_length=limits.WORKFLOW_NAME_LENGTH)
+
+
+def _description(given: str, problems: Problems) -> str:
+    return text.paragraphs(given, "description", problems, max_length=limits.DESCRIPTION_LENGTH)
+
+
+def _tags(given: Sequence[str], problems: Problems) -> list[str]:
+    """Return the tags in the order in which they were given, each once."""
+    if len(given) > limits.TAGS:
+        problems.add("tags", "too-many", f"A workflow may have at most {limits.TAGS} tags")
+        return []
+    return list(
+        dict.fromkeys(
+            text.line(tag, f"tags.{position}", problems, max_length=limits.TAG_LENGTH)
+            for position, tag in enumerate(given)
+        )
+    )
+
+
+def _settings(
+    workflow_id: str, before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems
+) -> dict[str, Json]:
+    """Return settings with the given ones merged in, complete; keys that mean nothing here are kept as they are."""
+    given = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
+    fields: dict[str, Json] = {key: value for key, value in given.items() if value is not None}
+    try:
+        known = convert(fields, KnownSettings, "settings")
+    except ApiError as error:
+        problems.found.extend(error.details)
+    else:
+        run_settings.check(known.concurrency, known.on_failure, workflow_id, problems)
+    return pinning.effective(_merged(before, given, "settings", problems))
+
+
+def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
+    """Return a config with the given one merged in; of its keys, only `appId` means something here."""
+    app_id = given.get("appId")
+    if app_id is not None:
+        text.identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
+    return _merged(before, given, "config", problems)
+
+
+def _merged(
+    before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: Problems
+) -> dict[str, Json]:
+    """Return `before` with the given keys set; null takes a key away."""
+    merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
+    if len(encode(merged)) > limits.SETTINGS_BYTES:
+        problems.add(path, "too-large", f"{path} may take at most {limits.SETTINGS_BYTES:,} bytes")
+    return merged
+
+
+# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summary(workflow: Workflow | Listed) -> dict[str, Json]:
+    """Return the Workflow object without its graph."""
+    return {
+        "id": workflow.id,
+        "name": workflow.name,
+        "description": workflow.description,
+        "status": workflow.status,
+        "version": workflow.version,
+        "tags": list(workflow.tags),
+        "organizationId": workflow.organization_id,
+        "ownerId": workflow.owner_id,
+        "isPublic": workflow.is_public,
+        "isTemplate": workflow.is_template,
+        "createdAt": instant(workflow.created_at),
+        "updatedAt": instant(workflow.updated_at),
+    }
+
+
+def shown(stored: Stored) -> dict[str, Json]:
+    """Return the Workflow object."""
+    workflow = stored.workflow
+    return {
+        **summary(workflow),
+        "nodes": [graph_shapes.shown_node(node) for node in stored.nodes],
+        "connections": [graph_shapes.shown_connection(edge) for edge in stored.connections],
+        "config": workflow.config,
+        "settings": pinning.effective(workflow.settings),
+        "scopes": list(workflow.scopes),
+        "sharedWith": list(stored.shared_with),
+    }
