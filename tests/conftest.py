@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from models import garbage
 from tests import services
 
 MEMORY = Path("/dev/shm")
@@ -29,6 +30,14 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Keep what thousands of tests are made of from being looked at in every collection of garbage from here on."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _garbage() -> Iterator[None]:
+    """Have servers that run in this process leave its garbage to the tests, whose heap is a hundred times theirs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(garbage, "settle", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -57,7 +56,6 @@ async def listening(world: World) -> AsyncIterator[str]:
     finally:
         server.should_exit = True
         await serving
-        gc.unfreeze()
 
 
 @dataclass

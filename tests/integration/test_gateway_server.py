@@ -1,7 +1,6 @@
 """The gateway as a process: its server's bounds, its health, and what it does while a part is missing."""
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from messages import broker as brokers
 from models.database import Database, parse_url
 from models.migrating import migrate
 from models.settings import InvalidSettings
+from tests import databases
 from tests.integration.gateway_world import SECRET, refused
 from tests.services import PostgreSQL, Redis
 
@@ -39,7 +39,7 @@ async def address(tmp_path: Path) -> AsyncIterator[tuple[str, int]]:
     settings = GatewaySettings(
         data_dir=tmp_path, secret_key=SecretStr(SECRET), bootstrap_api_key=SecretStr(KEY)
     )
-    await migrate(parse_url(settings.database_url))
+    await databases.migrated_file(tmp_path / "pilotflame.db")
     server = main.server(main.create_app(lambda: state.opened(settings)), settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -48,7 +48,6 @@ async def address(tmp_path: Path) -> AsyncIterator[tuple[str, int]]:
         yield listener.getsockname()
         server.should_exit = True
         await serving
-    gc.unfreeze()
 
 
 async def spoken(address: tuple[str, int], *pieces: bytes) -> bytes:
@@ -218,7 +217,7 @@ async def test_the_process_serves_until_it_is_told_to_stop(redis_server: Redis, 
         "PILOTFLAME_BOOTSTRAP_API_KEY": KEY,
         "PILOTFLAME_PORT": str(port),
     }
-    await migrate(parse_url(f"sqlite:///{tmp_path}/pilotflame.db"))
+    await databases.migrated_file(tmp_path / "pilotflame.db")
     code = "from gateway.main import serve; from gateway.settings import GatewaySettings; serve(GatewaySettings())"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=environment, cwd=FOLDER)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import socket
 import time
@@ -268,7 +267,6 @@ def serving(kind: str, postgres: PostgreSQL, folder: Path) -> Iterator[Served]:
         finally:
             servers[0].should_exit = True
             serving.result()
-    gc.unfreeze()
 
 
 async def placed(world: World, people: People, ids: Mapping[str, str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -114,7 +113,6 @@ class Gateway:
         async def end() -> None:
             server.should_exit = True
             await serving
-            gc.unfreeze()
 
         self._running.push_async_callback(end)
         await until(lambda: server.started)

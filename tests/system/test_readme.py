@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests import commands
 from tests.system import past
 from tests.system.harness import COMMAND
 
+POLL_SECONDS = 0.05
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -25,11 +27,16 @@ def _blocks(section: str, kind: str = "sh") -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
 
 
-@pytest.fixture
-def dev(tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme") / "data"
+
+
+@pytest.fixture(scope="module")
+def dev(data: Path) -> Iterator[dict[str, str]]:
     """A first start, as `make run` ends in one; yields the environment of the second terminal."""
-    log = (tmp_path / "dev.log").open("w+")
-    environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(tmp_path / "data")}
+    log = data.with_name("dev.log").open("w+")
+    environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data)}
     environment["PILOTFLAME_LIFECYCLE_SECONDS"] = "0.5"
     process = subprocess.Popen(
         [COMMAND, "dev", "--port", "0"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -38,6 +45,7 @@ def dev(tmp_path: Path) -> Iterator[dict[str, str]]:
         printed = ""
         while "progress" not in printed:
             assert process.poll() is None, printed
+            time.sleep(POLL_SECONDS)
             printed = Path(log.name).read_text()
         address = re.search(r"http://127\.0\.0\.1:\d+", printed)
         key = re.search(r"sk-\w+", printed)
@@ -92,7 +100,7 @@ def test_the_example_gives_the_report_that_the_readme_shows(dev: dict[str, str])
     assert "Chinstrap on Dream: 68 penguins" in shown
 
 
-def test_a_deployed_workflow_sleeps_and_wakes_as_the_readme_says(dev: dict[str, str], tmp_path: Path) -> None:
+def test_a_deployed_workflow_sleeps_and_wakes_as_the_readme_says(dev: dict[str, str], data: Path) -> None:
     create, *_ = _copied_between(_blocks(_section("Try it"))[0])
     workflow = f"{_exports(dev)}\nexport WORKFLOW=$({create} | cut -d'\"' -f4)\necho $WORKFLOW"
     (example,) = _blocks(_section("Deploy it"))
@@ -102,7 +110,7 @@ def test_a_deployed_workflow_sleeps_and_wakes_as_the_readme_says(dev: dict[str, 
     head = f"{_exports(dev)}\nexport WORKFLOW={_run(workflow, dev)}"
     functions = "".join(line for line in example.splitlines(keepends=True) if "() {" in line)
     printed = _run(f"{head}\n{before}", dev)
-    past.let_a_minute_pass(tmp_path / "data/pilotflame.db")
+    past.let_a_minute_pass(data / "pilotflame.db")
     printed += _run(f"{head}\n{functions}{after}", dev)
     assert re.findall("x-cold-start: .*", printed) == re.findall("x-cold-start: .*", example)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -16,7 +15,7 @@ import uvloop
 from journal.opening import open_store
 from messages import broker as brokers
 from models import database as databases
-from models import heartbeat, migrating
+from models import garbage, heartbeat, migrating
 from models.database import Database
 from workers.deployer.deployer import deploying
 
@@ -54,8 +53,7 @@ async def _serve(settings: DeployerSettings) -> None:
         await stack.enter_async_context(
             deploying(settings, database, store, broker, to_cluster, command=command(settings))
         )
-        gc.collect()
-        gc.freeze()
+        garbage.settle()
         log.info("deployer ready", cluster=settings.cluster)
         await stop.wait()
         log.info("deployer stops")
