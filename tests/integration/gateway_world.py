@@ -24,6 +24,7 @@ from models.access import ALL_SCOPES, KeyScope, Organization, Role, User
 from tests import databases
 from tests.services import PostgreSQL
 
+FILE = "test.db"
 SECRET = "a secret of more than thirty-two characters"
 TRIGGER = {"id": "start", "nodeId": "manual", "label": "Start"}
 STEP = {"id": "step", "nodeId": "set", "label": "Step", "config": {"values": {"a": 1}}}
@@ -169,7 +170,14 @@ async def open_world(
     if kind == "postgresql":
         url = await databases.migrated(postgres, f"gateway_{uuid4().hex}")
     else:
-        url = await databases.migrated_file(folder / "test.db")
+        url = await databases.migrated_file(folder / FILE)
+    async with opened_world(url, folder, settle_seconds=settle_seconds) as world:
+        yield world
+
+
+@asynccontextmanager
+async def opened_world(url: str, folder: Path, *, settle_seconds: float = 0) -> AsyncIterator[World]:
+    """Run a gateway on a database that is there."""
     settings = GatewaySettings(
         data_dir=folder,
         database_url=url,
