@@ -84,11 +84,15 @@ WRITE_SOURCES = KeyScope.DATASOURCES_WRITE
 
 TRIGGER = "/api/v1/workflows/{id}/trigger"
 
-TABLE: Sequence[Line] = (
+SERVER: Sequence[Line] = (
     Line("GET", "/healthz", Access.PUBLIC, health.alive, answer=health.Health),
     Line("GET", "/readyz", Access.PUBLIC, health.ready, answer=health.Health),
     Line("GET", "/openapi.json", Access.PUBLIC, document.openapi, answer=dict[str, Any]),
     Line("GET", "/docs", Access.PUBLIC, document.page, answer=str),
+)
+"""What is asked of the server itself."""
+
+ACCESS: Sequence[Line] = (
     Line("GET", "/api/v1/auth/whoami", Access.ANY_KEY, access.whoami, answer=access.WhoAmI),
     Line("GET", "/api/v1/auth/keys", KEYS, access.list_keys, query=(LIMIT, OFFSET), answer=access.KeyList),
     Line(
@@ -138,6 +142,11 @@ TABLE: Sequence[Line] = (
         answer=access.UserShape,
         status=201,
     ),
+    Line("GET", "/api/v1/audit", Access.ADMIN, audit.index, query=audit.LISTED, answer=audit.EntryList),
+)
+"""Who may do what, and who did."""
+
+WORKFLOWS: Sequence[Line] = (
     Line(
         "GET",
         "/api/v1/workflows",
@@ -156,16 +165,6 @@ TABLE: Sequence[Line] = (
         status=201,
     ),
     Line("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.Stats),
-    Line(
-        "POST",
-        "/api/v1/workflows/build",
-        WRITE,
-        graph.build,
-        body=BuildWorkflow,
-        answer=graph.BuiltWorkflow,
-        status=201,
-        query=(graph.DRY_RUN,),
-    ),
     Line(
         "GET",
         "/api/v1/workflows/discover",
@@ -228,6 +227,70 @@ TABLE: Sequence[Line] = (
         workflows.set_status,
         body=workflows.SetStatus,
         answer=WorkflowShape,
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/versions",
+        READ,
+        versions.index,
+        query=versions.LISTED,
+        answer=versions.VersionList,
+    ),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/versions",
+        WRITE,
+        versions.create,
+        body=versions.CreateVersion,
+        answer=versions.CreatedVersion,
+        status=201,
+    ),
+    Line("GET", "/api/v1/workflows/{id}/versions/{version}", READ, versions.show, answer=versions.Version),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/versions/{version}/restore",
+        WRITE,
+        versions.restore,
+        answer=WorkflowShape,
+    ),
+    Line(
+        "GET",
+        "/api/v1/workflows/{id}/versions/{version}/diff/{other}",
+        READ,
+        versions.compare,
+        answer=versions.VersionDifference,
+    ),
+    Line("GET", "/api/v1/workflows/{id}/share", READ, sharing.index, answer=sharing.ShareList),
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/share",
+        WRITE,
+        sharing.add,
+        body=sharing.ShareWith,
+        answer=sharing.Shared,
+    ),
+    Line("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204),
+    Line(
+        "PUT",
+        "/api/v1/workflows/{id}/visibility",
+        WRITE,
+        sharing.set_visibility,
+        body=sharing.SetVisibility,
+        answer=WorkflowShape,
+    ),
+)
+"""Workflows as a whole."""
+
+GRAPHS: Sequence[Line] = (
+    Line(
+        "POST",
+        "/api/v1/workflows/build",
+        WRITE,
+        graph.build,
+        body=BuildWorkflow,
+        answer=graph.BuiltWorkflow,
+        status=201,
+        query=(graph.DRY_RUN,),
     ),
     Line(
         "POST",
@@ -318,56 +381,10 @@ TABLE: Sequence[Line] = (
         nodes.disconnect,
         answer=nodes.ConnectionRemoved,
     ),
-    Line(
-        "GET",
-        "/api/v1/workflows/{id}/versions",
-        READ,
-        versions.index,
-        query=versions.LISTED,
-        answer=versions.VersionList,
-    ),
-    Line(
-        "POST",
-        "/api/v1/workflows/{id}/versions",
-        WRITE,
-        versions.create,
-        body=versions.CreateVersion,
-        answer=versions.CreatedVersion,
-        status=201,
-    ),
-    Line("GET", "/api/v1/workflows/{id}/versions/{version}", READ, versions.show, answer=versions.Version),
-    Line(
-        "POST",
-        "/api/v1/workflows/{id}/versions/{version}/restore",
-        WRITE,
-        versions.restore,
-        answer=WorkflowShape,
-    ),
-    Line(
-        "GET",
-        "/api/v1/workflows/{id}/versions/{version}/diff/{other}",
-        READ,
-        versions.compare,
-        answer=versions.VersionDifference,
-    ),
-    Line("GET", "/api/v1/workflows/{id}/share", READ, sharing.index, answer=sharing.ShareList),
-    Line(
-        "POST",
-        "/api/v1/workflows/{id}/share",
-        WRITE,
-        sharing.add,
-        body=sharing.ShareWith,
-        answer=sharing.Shared,
-    ),
-    Line("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204),
-    Line(
-        "PUT",
-        "/api/v1/workflows/{id}/visibility",
-        WRITE,
-        sharing.set_visibility,
-        body=sharing.SetVisibility,
-        answer=WorkflowShape,
-    ),
+)
+"""What stands in a workflow, and whether it would run."""
+
+DEPLOYMENTS: Sequence[Line] = (
     Line("POST", "/api/v1/workflows/{id}/deploy", WRITE, deployments.deploy, answer=deployments.Deployed),
     Line(
         "POST",
@@ -398,7 +415,6 @@ TABLE: Sequence[Line] = (
         query=(deployments.LINES,),
         answer=deployments.PodLog,
     ),
-    Line("GET", "/api/v1/workflows/{id}/schedule", READ, schedule.show, answer=schedule.WorkflowSchedule),
     Line(
         "GET",
         "/api/v1/workflows/{id}/lifecycle",
@@ -430,6 +446,11 @@ TABLE: Sequence[Line] = (
         body=LifecyclePolicy,
         answer=lifecycle.Preview,
     ),
+    Line("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.Trigger, answer=trigger.Triggered),
+)
+"""Workflows that have pods, and when those are there."""
+
+DATA_SOURCES: Sequence[Line] = (
     Line(
         "GET",
         "/api/v1/datasources",
@@ -501,16 +522,11 @@ TABLE: Sequence[Line] = (
         body=data_sources.SetDataSourceVisibility,
         answer=DataSourceShape,
     ),
-    Line("GET", "/api/v1/audit", Access.ADMIN, audit.index, query=audit.LISTED, answer=audit.EntryList),
-    Line(
-        "POST",
-        "/api/v1/workflows/{id}/execute",
-        EXECUTE,
-        execute.start,
-        body=execute.Execute,
-        answer=execute.Started,
-        status=201,
-    ),
+)
+"""What workflows reach databases, buckets and services with."""
+
+INTAKE: Sequence[Line] = (
+    Line("GET", "/api/v1/workflows/{id}/schedule", READ, schedule.show, answer=schedule.WorkflowSchedule),
     Line(
         "POST",
         "/api/v1/workflows/{id}/enqueue",
@@ -652,7 +668,19 @@ TABLE: Sequence[Line] = (
         status=202,
         also_by=("GET", "PUT", "PATCH", "DELETE"),
     ),
-    Line("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.Trigger, answer=trigger.Triggered),
+)
+"""What senders send, and what became of it."""
+
+EXECUTIONS: Sequence[Line] = (
+    Line(
+        "POST",
+        "/api/v1/workflows/{id}/execute",
+        EXECUTE,
+        execute.start,
+        body=execute.Execute,
+        answer=execute.Started,
+        status=201,
+    ),
     Line(
         "GET",
         "/api/v1/executions",
@@ -737,6 +765,18 @@ TABLE: Sequence[Line] = (
         answer=executions.Resumed,
         status=201,
     ),
+)
+"""Runs: begun, followed, answered and ended."""
+
+TABLE: Sequence[Line] = (
+    *SERVER,
+    *ACCESS,
+    *WORKFLOWS,
+    *GRAPHS,
+    *DEPLOYMENTS,
+    *DATA_SOURCES,
+    *INTAKE,
+    *EXECUTIONS,
 )
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, TypeVar
 import msgspec
 import structlog
 
-from engine import patience, services
-from engine.errors import NodeError
+from engine import patience
 from gateway import errors
+from gateway.arrivals import trigger_secrets
 from gateway.arrivals.sender import Sender, no_sender
 from gateway.errors import ApiError
 from models.access import Caller, KeyScope, Role
@@ -94,12 +94,6 @@ class Addressee:
 
     workflow: LoadedWorkflow
     trigger: MailTrigger
-
-    @property
-    def owner(self) -> services.Caller:
-        """Return for whom data sources are looked up."""
-        workflow = self.workflow
-        return services.Caller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
 
     def sender(self, label: str) -> Sender:
         """Return a mail service that has shown who it is: it acts for the owner, and may nothing else."""
@@ -281,15 +275,9 @@ async def _credentials(gateway: State, addressee: Addressee, arrival: Arrival) -
 
 async def secret_of(gateway: State, addressee: Addressee, source_id: str, source_type: str) -> Source:
     """Return a data source that the workflow's owner may read; raises `Refused`, and 503 where it can't be had now."""
-    try:
-        source = await gateway.runners.sources.find(addressee.owner, source_id)
-    except NodeError as error:
-        if error.retryable or error.code == "data-source-unreadable":
-            raise errors.not_ready("What the trigger's secrets are kept in can't be read just now") from error
-        source = None
-    if source is None or source.type != source_type:
-        log.warning(
-            "secret of a trigger missing", workflow_id=addressee.workflow.id, data_source_id=source_id
-        )
+    workflow = addressee.workflow
+    source = await trigger_secrets.find(gateway, workflow, source_id, {source_type})
+    if source is None:
+        log.warning("secret of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)
         raise sent_signatures.no_secret()
     return source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from engine.errors import NodeError
 from engine.services import Caller
@@ -16,23 +16,28 @@ if TYPE_CHECKING:
     from journal.pinning import LoadedWorkflow
     from nodes.connections.source import Source
 
-_OURS: Final = frozenset({"data-source-unavailable", "data-source-unreadable"})
-"""Troubles that pass, or that an operator must see to: senders come again."""
 
+async def find(
+    gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
+) -> Source | None:
+    """Return a data source that the workflow's owner may use, as it was at most two seconds ago.
 
-async def source(gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]) -> Source:
-    """Return a data source of one of some types that the workflow's owner may use, as it was at most two seconds ago.
-
-    Raises 422 where there is no such one, and 503 where it can't be read.
+    None where there is no such one of these types; raises 503 where that can't be told, so that senders come again.
     """
     owner = Caller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
     try:
         found = await gateway.runners.sources.find(owner, source_id)
     except NodeError as error:
-        if error.code in _OURS:
-            raise errors.not_ready("The secret that this is verified with can't be read") from error
-        found = None
-    if found is None or found.type not in types:
+        if error.retryable or error.code == "data-source-unreadable":
+            raise errors.not_ready("The secret that this is verified with can't be read just now") from error
+        return None
+    return found if found.type in types else None
+
+
+async def source(gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]) -> Source:
+    """Return what `find` does; raises 422 where there is no such one."""
+    found = await find(gateway, workflow, source_id, types)
+    if found is None:
         raise unusable_secret(types)
     return found
 

@@ -79,7 +79,7 @@ async def until(world: World, workflow_id: str, holds: Callable[[Deployment], bo
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not holds(found):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.02)
                 found = await row(world, workflow_id)
     except TimeoutError as error:
         raise AssertionError(f"It never came to be so: {found!r}") from error

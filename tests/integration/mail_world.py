@@ -247,7 +247,7 @@ class MailWorld:
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows have no events
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

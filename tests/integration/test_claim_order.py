@@ -115,14 +115,14 @@ async def until_begun(world: World, count: int) -> None:
     """Wait until so many of the flood don't wait any more."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while await left(world) > MANY + 1 - count:  # noqa: ASYNC110 - rows tell nobody
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
 
 
 async def seconds_until_ended(world: World, execution_id: str) -> float:
     """Return how long after its acceptance a run has ended."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while (row := await world.row(execution_id))["ended_at"] is None:  # noqa: ASYNC110 - rows tell nobody
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
     assert row["status"] == "completed"
     seconds: float = (row["ended_at"] - row["created_at"]) / 1_000_000
     return seconds

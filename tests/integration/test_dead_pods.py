@@ -66,7 +66,7 @@ async def running_pods(world: World, driver: str, folder: Path, url: str) -> Asy
 async def happens(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - of other processes, which set no event of ours
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
 
 
 async def holder(world: World, workflow_id: str, execution_id: str) -> str:

@@ -93,13 +93,13 @@ async def count(world: World, table: type[SQLModel], **equal: Any) -> int:  # no
 
 async def asleep(world: World, execution_id: str) -> None:
     while (await row(world, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
 
 
 async def came(world: World, person: Person, execution_id: str) -> tuple[str, Any]:
     """Return by which node a run has ended, and the total of the event that it was given."""
     while (await row(world, execution_id))["status"] not in TERMINAL:  # noqa: ASYNC110 - rows tell nobody
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     assert shown["status"] == "completed", shown
     ((name, output),) = [one for one in shown["outputs"].items() if one[0] in {"paid", "late"}]
@@ -282,7 +282,7 @@ async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
         for one in await world.gateway.store.claim(Claim("dead", 0.05, 100)):
             if one.execution_id == execution_id:
                 return one
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     raise AssertionError(f"{execution_id} can't be claimed")
 
 

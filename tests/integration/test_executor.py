@@ -77,7 +77,7 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = PATIE
     """Wait for a condition."""
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
 
 async def soon(event: asyncio.Event) -> None:
@@ -343,7 +343,7 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
     await until(lambda: workers.are_all("completed"))
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not notices:  # noqa: ASYNC110 - a list tells nobody
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
     assert notices == [ExecutionsChanged((run.execution_id,))]
 
 

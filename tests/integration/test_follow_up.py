@@ -185,7 +185,7 @@ async def office(world: World, tmp_path: Path) -> AsyncIterator[Office]:
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
 
 def span(node_id: str, output: Any, **fields: Any) -> Span:  # noqa: ANN401 - any JSON value, any field

@@ -119,7 +119,7 @@ async def deployment(world: World, workflow_id: str) -> Deployment:
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
 
 
 async def status(world: World, execution_id: str) -> str:

@@ -98,7 +98,7 @@ async def folder(tmp_path: Path) -> AsyncIterator[Counted]:
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
 
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -260,7 +260,7 @@ async def test_who_has_sent_a_definition_and_not_committed_yet_is_waited_for(wor
         waits = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'DELETE%'"
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not await world.query(waits):  # noqa: ASYNC110 - a lock tells nobody who waits for it
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.02)
         await transaction.commit()
         await deletion
     finally:

@@ -133,13 +133,13 @@ async def gateway(world: World, tmp_path: Path) -> AsyncIterator[Gateway]:
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - servers and processes have no event for it
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
 
 
 # ── what is deployed ──────────────────────────────────────────────────────────────────────────────────────────

@@ -89,7 +89,7 @@ async def executed(person: Person, workflow_id: str, **inputs: Any) -> str:  # n
 async def question(person: Person, execution_id: str) -> dict[str, Any]:
     """Wait until an execution asks something."""
     while not (shown := await got(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows tell nobody
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     found: dict[str, Any] = shown["inputs"][0]
     return found
 
@@ -102,14 +102,14 @@ async def say(person: Person, execution_id: str, choice: str) -> None:
 
 async def ended(person: Person, execution_id: str) -> dict[str, Any]:
     while (shown := await got(person, f"/{execution_id}/progress?wait=0"))["status"] not in TERMINAL:  # noqa: ASYNC110 - as above
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     return shown
 
 
 async def children_of(person: Person, execution_id: str) -> Sequence[dict[str, Any]]:
     """Wait until an execution has started others."""
     while not (found := (await got(person, f"?parent_id={execution_id}"))["executions"]):  # noqa: ASYNC110 - as above
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     children: Sequence[dict[str, Any]] = found
     return children
 
@@ -121,7 +121,7 @@ async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
         for one in await store.claim(Claim("dead", 0.01, 100)):
             if one.execution_id == execution_id:
                 return one
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
     raise AssertionError(f"{execution_id} can't be claimed")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class Process:
         if not self.is_alive or self._pause is not None:
             return False
         if self._has_http:
-            return self.has_port(int(self.environment["PILOTFLAME_PORT"]))
+            return _listens(int(self.environment["PILOTFLAME_PORT"]))
         return "ready" in self.log()
 
     def start(self) -> None:
@@ -178,3 +179,8 @@ class Process:
         if self._pause is not None:
             self._pause.ended_at = time.time()
             self._pause = None
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
