@@ -27,7 +27,7 @@ check: .venv/installed-for-tests
 	$(bin)/ruff format --check --quiet
 	$(bin)/mypy
 	$(bin)/lint-imports --no-logo
-	$(bin)/python -m pytest --quiet tests/unit
+	$(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/unit
 
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)

@@ -265,7 +265,7 @@ def test_hostile_texts_are_refused_in_no_time() -> None:
         "{{ data" + ".a" * 500_000 + " }}",
     ):
         refused(text)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 8
 
 
 # ── operations in values ────────────────────────────────────────────────────────────────────────────────────

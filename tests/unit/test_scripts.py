@@ -60,7 +60,7 @@ def test_only_so_much_code_of_one_graph_is_read() -> None:
     began_at = time.process_time()
     broken = "x = [1, 2, 3]\n" * 4_000 + "("
     assert 0 < len(messages(*(f"{broken}{number}" for number in range(40)))) < 10
-    assert time.process_time() - began_at < 2
+    assert time.process_time() - began_at < 8
 
 
 def test_reading_code_runs_none_of_it() -> None:

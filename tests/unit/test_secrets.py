@@ -162,4 +162,4 @@ def test_the_time_grows_with_the_length_alone(piece: str) -> None:
     text = piece * (500_000 // len(piece))
     started = time.process_time()
     secrets.find({"note": text})
-    assert time.process_time() - started < 2, "a pattern that goes back would take minutes"
+    assert time.process_time() - started < 8, "a pattern that goes back would take minutes"

@@ -150,7 +150,7 @@ def test_a_hostile_text_takes_no_longer_than_its_length_deserves() -> None:
     started = time.process_time()
     for raw in hostile:
         decode(raw)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 8
 
 
 # ── encoding ────────────────────────────────────────────────────────────────────────────────────────────────
