@@ -30,6 +30,7 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Keep what thousands of tests are made of from being looked at in every collection of garbage from here on."""
     gc.freeze()
+    garbage.begin()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,8 +42,8 @@ def _garbage() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def anyio_backend() -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": True}
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")
