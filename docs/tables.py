@@ -35,7 +35,7 @@ WITHOUT_DATABASE: tuple[str, ...] = ("runner", "bridge")
 
 
 def settings_table() -> str:
-    """Return a row for each variable: its name, who reads it, its default, and what it means."""
+    """Return a row for those who read the same, with each variable's name, its default, and what it means."""
     readers: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo] = {}
     of_processes = [*PROCESSES.items(), *(("bridge", settings) for settings in BRIDGES)]
@@ -44,17 +44,11 @@ def settings_table() -> str:
             if process not in readers.setdefault(name, []):
                 readers[name].append(process)
             fields.setdefault(name, field)
-    shared_first = sorted(fields, key=lambda name: (-len(readers[name]), list(fields).index(name)))
-    rows = [
-        _row(
-            f"`{name.upper()}`",
-            _readers(readers[name]),
-            _default(name, fields[name]),
-            fields[name].description,
-        )
-        for name in shared_first
-    ]
-    return "\n".join(["| variable | read by | default | meaning |", "| --- | --- | --- | --- |", *rows])
+    groups: dict[str, list[str]] = {}
+    for name in sorted(fields, key=lambda name: (-len(readers[name]), list(fields).index(name))):
+        groups.setdefault(_readers(readers[name]), []).append(_variable(name, fields[name]))
+    rows = [_row(group, "<br>".join(variables)) for group, variables in groups.items()]
+    return "\n".join(["| read by | variable, its default, and what it means |", "| --- | --- |", *rows])
 
 
 def limits_table() -> str:
@@ -98,10 +92,15 @@ def _readers(processes: list[str]) -> str:
     return f"all but {', '.join(absent)}" if set(absent) <= set(WITHOUT_DATABASE) else ", ".join(processes)
 
 
+def _variable(name: str, field: FieldInfo) -> str:
+    default = _default(name, field)
+    return f"`{name.upper()}`{f' ({default})' if default else ''}: {field.description}"
+
+
 def _default(name: str, field: FieldInfo) -> str:
     if name == "database_url":
         return "SQLite in `DATA_DIR`"
-    if field.default is None or field.default is PydanticUndefined or field.default == ():
+    if field.default in {None, PydanticUndefined, (), ""}:
         return ""
     return f"`{field.default}`"
 

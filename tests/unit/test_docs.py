@@ -12,9 +12,7 @@ def test_the_tables_and_the_reference_of_the_nodes_are_up_to_date() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    before, _, rest = (ROOT / "README.md").read_text().partition("<!-- settings -->")
-    _, _, after = rest.partition("<!-- /settings -->")
-    assert len((before + after).splitlines()) <= 120
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
 def test_links_between_documents_lead_somewhere() -> None:
