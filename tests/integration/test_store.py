@@ -738,6 +738,17 @@ async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
     assert (await world.row(runs[0].execution_id))["status"] == "running"
 
 
+async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
+    on_postgres: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is left then looks at what it is to take anew for each row.
+    for way in ("hashjoin", "mergejoin", "hashagg", "sort", "material"):
+        monkeypatch.setitem(SESSION, f"enable_{way}", "off")
+    async with opened(on_postgres) as world:
+        await world.expire(*[await world.claimed() for _ in range(5)])
+        assert [(await world.store.sweep(3)).requeued for _ in range(3)] == [3, 2, 0]
+
+
 async def test_two_sweeps_at_once_take_each_run_back_once(world: World, place: Place) -> None:
     await world.store.accept([place.run() for _ in range(40)])
     runs = await world.claim()
