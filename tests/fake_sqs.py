@@ -128,8 +128,8 @@ class FakeSqs:
         self,
         MaxNumberOfMessages: int,  # noqa: N803 - the names of the protocol
         WaitTimeSeconds: int,  # noqa: N803 - as above
-        VisibilityTimeout: int,  # noqa: N803
-        MessageAttributeNames: Sequence[str],  # noqa: N803
+        VisibilityTimeout: int,  # noqa: N803 - as above
+        MessageAttributeNames: Sequence[str],  # noqa: N803 - as above
     ) -> object:
         in_range = (
             type(WaitTimeSeconds) is int

@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import and_, exists, func, literal_column, or_, select
-from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.arrivals import promises
+from gateway.executions.resumption import IS_RESUMED
 from models.execution import Execution, ExecutionData, ExecutionStatus, Idempotency
 from models.intake import Delivery, IntakeRoute, Outcome
 
@@ -45,14 +45,6 @@ _IS_KEPT: Final = or_(
     exists().where(col(ExecutionData.execution_id) == col(Delivery.execution_id)).correlate(Delivery),
 )
 """What it has brought can be run once more."""
-_later = aliased(Execution)
-_IS_RESUMED: Final = (
-    select(col(_later.id))
-    # By the index of resumed runs, which goes by the first of a line of them.
-    .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
-    .correlate(Execution)
-    .exists()
-)
 # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
 
@@ -128,7 +120,7 @@ async def dead_letters(
         _FAILED,
         col(Execution.trigger_type).in_(INTAKE_KINDS),
         col(Execution.parent_id).is_(None),
-        ~_IS_RESUMED,
+        ~IS_RESUMED,
         ~_is_settled(workflow, col(Execution.id)).correlate(Execution),
     ]
     if only:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 from sqlalchemy import and_, exists, or_, select
-from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from engine.values import fingerprint
@@ -20,6 +19,7 @@ from gateway import audit
 from gateway.executions import acceptance, execution_rows, resumption
 from gateway.executions.ending import ask_to_end
 from gateway.executions.execution_access import visible_to
+from gateway.executions.resumption import IS_RESUMED
 from gateway.http import idempotency
 from journal.blobs import orphans
 from journal.blobs.backend import BlobsUnavailable
@@ -64,14 +64,6 @@ _decode = msgspec.json.Decoder(Chosen).decode
 
 # ── which ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-_later = aliased(Execution)
-_IS_RESUMED: Final = (
-    select(col(_later.id))
-    # By the index of resumed runs, which goes by the first of a line of them.
-    .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
-    .correlate(Execution)
-    .exists()
-)
 _OPEN: Final = exists().where(
     col(Workflow.id) == col(Execution.workflow_id),
     col(Workflow.deleted_at).is_(None),
@@ -89,7 +81,7 @@ def cancellable(caller: Caller) -> ColumnElement[bool]:
 def retryable(caller: Caller) -> ColumnElement[bool]:
     """Return what holds for failed executions that the caller may resume, and that nobody has resumed."""
     has_failed = col(Execution.status) == ExecutionStatus.FAILED
-    return and_(visible_to(caller), has_failed, ~_IS_RESUMED, _OPEN.correlate(Execution))
+    return and_(visible_to(caller), has_failed, ~IS_RESUMED, _OPEN.correlate(Execution))
 
 
 def deletable(caller: Caller) -> ColumnElement[bool]:

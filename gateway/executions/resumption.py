@@ -19,6 +19,7 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from engine.events import SpanStatus
@@ -40,6 +41,15 @@ if TYPE_CHECKING:
     from journal.store import ExecutionKey
     from models.access import Caller
 
+_later = aliased(Execution)
+IS_RESUMED: Final = (
+    select(col(_later.id))
+    # By the index of resumed runs, which goes by the first of a line of them.
+    .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
+    .correlate(Execution)
+    .exists()
+)
+"""Whether somebody has taken an execution up again."""
 _SETTLED: Final = or_(
     col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
     and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),

@@ -86,7 +86,13 @@ async def until(world: World, workflow_id: str, holds: Callable[[Deployment], bo
     return found
 
 
-async def asked(person: Person, verb: str, workflow_id: str, status: int, **body: Any) -> dict[str, Any]:  # noqa: ANN401
+async def asked(
+    person: Person,
+    verb: str,
+    workflow_id: str,
+    status: int,
+    **body: Any,  # noqa: ANN401 - any JSON value
+) -> dict[str, Any]:
     """Ask something of a deployment, and return the answer."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/{verb}", json=body)
     assert response.status_code == status, response.text

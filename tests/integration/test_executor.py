@@ -692,7 +692,7 @@ async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_ot
     library = workers.stage.library()
     assert isinstance(library, Library)
     library.runs["note"] = unstorable
-    workers.stage.library = lambda: library  # type: ignore[method-assign]
+    workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
     (poison,) = await workers.accept(place, "note")
     (good,) = await workers.accept(place, "effect")
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)

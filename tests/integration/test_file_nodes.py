@@ -35,7 +35,7 @@ CITIES = b"city,celsius\nOslo,12.5\nRome,27\n"
 ROWS: Json = [{"city": "Oslo", "celsius": 12.5}, {"city": "Rome", "celsius": 27}]
 TABLE = {"columns": ["city", "celsius"], "rows": ROWS, "count": 2}
 NODES = ("s3-source", "s3-destination", "file-source", "file-destination", "file-parse")
-WORKBOOK = b64decode(catalog.load().get("excel-parse").examples[0]["input"]["attachment"])  # type: ignore[arg-type,call-overload,index]
+WORKBOOK = b64decode(catalog.load().get("excel-parse").examples[0]["input"]["attachment"])  # type: ignore[arg-type,call-overload,index]  # an example is JSON
 
 
 @dataclass
@@ -295,7 +295,7 @@ async def test_files_come_back_and_are_listed_by_their_paths(world: World) -> No
         assert called.output == {"key": key, "size": len(key.encode()), "format": "text", "text": key}
     called = await world.call("file-source", {"prefix": "deep/"})
     assert isinstance(called.output, dict)
-    assert [one["key"] for one in called.output["objects"]] == ["deep/er/ü 1.txt"]  # type: ignore[union-attr,index,call-overload]
+    assert [one["key"] for one in called.output["objects"]] == ["deep/er/ü 1.txt"]  # type: ignore[union-attr,index,call-overload]  # JSON
     modes = {path.stat().st_mode & 0o777 for path in world.folder.rglob("*")}
     assert modes == {0o600, 0o700}
 

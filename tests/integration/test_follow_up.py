@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -513,7 +514,7 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
         error = FAILED if status is RunStatus.FAILED else None
         run = await office.ended(place, wish, status, error=error)
         after.left(run, Ended(status, error))
-        await until(lambda run=run: office.is_done(run))  # type: ignore[misc]
+        await until(partial(office.is_done, run))
     (message,) = receiver.received
     assert message.headers["webhook-id"].endswith("-on-failure")
     assert message.message["type"] == "execution.failed"
