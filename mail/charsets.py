@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from encodings.aliases import aliases
+from itertools import chain
 from typing import Final
 
-_CODECS: Final = (
-    "utf_8", "utf_16", "utf_16_be", "utf_16_le", "utf_32", "latin_1",
+CODECS: Final = (
+    "utf_8", "utf_16", "utf_16_be", "utf_16_le", "utf_32", "utf_32_be", "utf_32_le", "latin_1",
     *(f"iso8859_{number}" for number in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15, 16)),
     *(f"cp{number}" for number in (437, 850, 852, 866, 874, 932, 949, 950, *range(1250, 1259))),
     "koi8_r", "koi8_u", "mac_roman", "mac_cyrillic", "big5", "big5hkscs", "gb2312", "gbk", "gb18030", "hz",
@@ -24,12 +25,19 @@ _MEANT: Final[Mapping[str, str]] = {
     "shift_jis": "cp932",
     "euc_kr": "cp949",
 }
+_UNIT_BYTES: Final[Mapping[str, int]] = {"utf_16": 2, "utf_32": 4}
+"""Bytes of a code unit, for the codecs that need a byte order mark to tell in which order they come."""
+_BYTE_ORDER_MARKS: Final[Mapping[str, Sequence[bytes]]] = {
+    "utf_16": (codecs.BOM_UTF16_BE, codecs.BOM_UTF16_LE),
+    "utf_32": (codecs.BOM_UTF32_BE, codecs.BOM_UTF32_LE),
+}
+_SAMPLE_BYTES: Final = 4_096
 _NO_LETTER: Final = re.compile(r"[^a-z0-9]+")
 _MAX_NAME_CHARACTERS: Final = 40
 
 
 def _known() -> Mapping[str, str]:
-    names = {name: name for name in _CODECS}
+    names = {name: name for name in CODECS}
     names |= {alias: name for alias, name in aliases.items() if name in names}
     return {alias: _MEANT.get(name, name) for alias, name in names.items()}
 
@@ -53,11 +61,47 @@ def decoded_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
     codec = known(charset)
     if codec is None:
         return _guessed(b"".join(pieces)).replace("\0", "\ufffd")
-    decoder = codecs.getincrementaldecoder(codec)("replace")
     # A piece at a time: no call may take so long that another thread's work is kept waiting.
-    texts = [decoder.decode(piece) for piece in pieces]
-    texts.append(decoder.decode(b"", final=True))
-    return "".join(texts).replace("\0", "\ufffd")
+    return "".join(_decode_pieces(iter(pieces), codec)).replace("\0", "\ufffd")
+
+
+def _decode_pieces(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
+    """Yield the text of each piece; a character may be cut in two between pieces."""
+    if codec in _UNIT_BYTES:
+        first = next(pieces, b"")
+        codec, pieces = _with_byte_order(first, codec), chain((first,), pieces)
+    decoder = codecs.getincrementaldecoder(codec)("replace")
+    for piece in pieces:
+        yield _decode_piece(decoder, codec, piece)
+    yield _decode_piece(decoder, codec, b"", final=True)
+
+
+def _decode_piece(
+    decoder: codecs.IncrementalDecoder, codec: str, piece: bytes, *, final: bool = False
+) -> str:
+    """Return the text of one piece.
+
+    The decoders of ISO-2022 raise "pending buffer overflow" for unfinished escape sequences in spite of "replace".
+    """
+    try:
+        return decoder.decode(piece, final)
+    except UnicodeError:
+        decoder.reset()
+        return piece.decode(codec, "replace") or "\ufffd"
+
+
+def _with_byte_order(beginning: bytes, codec: str) -> str:
+    """Return the codec with the byte order of a text, by its byte order mark, or else by its zero bytes.
+
+    Most texts have more zeros in the high byte of a unit. Where that tells nothing, the order is big-endian (RFC 2781,
+    section 4.3).
+    """
+    if beginning.startswith(tuple(_BYTE_ORDER_MARKS[codec])):
+        return codec
+    size = _UNIT_BYTES[codec]
+    sample = beginning[:_SAMPLE_BYTES]
+    zeros_first, zeros_last = sample[::size].count(0), sample[size - 1 :: size].count(0)
+    return f"{codec}_le" if zeros_last > zeros_first else f"{codec}_be"
 
 
 def _guessed(raw: bytes) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from mail import charsets, headers, message, reading, transfer
 from mail.limits import DEFAULT, Limits
 from mail.message import Attachment, Keep, Label, Mail
+from mail.reading import Attachments
 
 if TYPE_CHECKING:
     from mail.form import File, Form
@@ -36,14 +37,17 @@ def sendgrid(form: Form, keep_attachment: Keep, limits: Limits = DEFAULT) -> Mai
     def text(name: str) -> str:
         return _written(form, name, _text(encodings.get(name)))
 
+    mail = reading.of_headers(headers.of_block(bytes(form.first("headers")), limits))
+    kept = _kept(form, label, keep_attachment, limits)
     return replace(
-        reading.of_headers(headers.of_block(bytes(form.first("headers")), limits)),
+        mail,
         from_=_line(text("from")),
         to=_line(text("to")),
         subject=_line(text("subject")),
         body_text=text("text"),
         body_html=text("html"),
-        attachments=_kept(form, label, keep_attachment, limits),
+        attachments=kept.found,
+        truncated={**mail.truncated, **reading.count_omissions(attachments=kept.omitted)},
     )
 
 
@@ -59,7 +63,8 @@ def mailgun(form: Form, keep_attachment: Keep, limits: Limits = DEFAULT) -> Mail
     def text(name: str) -> str:
         return _written(form, name, "utf-8")
 
-    mail = reading.of_headers(_message_headers(form))
+    mail = reading.of_headers(_message_headers(form, limits))
+    kept = _kept(form, label, keep_attachment, limits)
     return replace(
         mail,
         from_=_line(text("from")) or mail.from_,
@@ -67,19 +72,20 @@ def mailgun(form: Form, keep_attachment: Keep, limits: Limits = DEFAULT) -> Mail
         subject=_line(text("subject")) or mail.subject,
         body_text=text("body-plain"),
         body_html=text("body-html"),
-        attachments=[*_kept(form, label, keep_attachment, limits), *_stored(form)],
+        attachments=[*kept.found, *_stored(form)],
+        truncated={**mail.truncated, **reading.count_omissions(attachments=kept.omitted)},
     )
 
 
 # ── attachments ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _kept(form: Form, label: Callable[[File], Label], keep: Keep, limits: Limits) -> Sequence[Attachment]:
+def _kept(form: Form, label: Callable[[File], Label], keep: Keep, limits: Limits) -> Attachments:
     """Hand out the files by their numbers: they come in any order, between the fields and before them."""
     kept = reading.Attachments(keep, limits)
     for file in sorted(form.files, key=_number):
         kept.add(label(file), transfer.pieces(file.content, 0, len(file.content)))
-    return kept.found
+    return kept
 
 
 def _number(file: File) -> int:
@@ -121,9 +127,10 @@ def _stored(form: Form) -> Iterator[Attachment]:
 # ── fields ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _message_headers(form: Form) -> headers.Headers:
+def _message_headers(form: Form, limits: Limits) -> headers.Headers:
     pairs = [each for each in _list(form, "message-headers") if isinstance(each, list)]
-    return headers.of_pairs([(_text(each[0]), _text(each[1])) for each in pairs if len(each) > 1 and each[0]])
+    named = [(_text(each[0]), _text(each[1])) for each in pairs if len(each) > 1 and each[0]]
+    return headers.of_pairs(named, limits)
 
 
 def _written(form: Form, name: str, charset: str) -> str:

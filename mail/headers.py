@@ -41,6 +41,8 @@ class Headers:
 
     fields: Sequence[tuple[str, str]] = ()
     """Values are unfolded, and not decoded: to whom an encoded word belongs shows only before."""
+    omitted: int = 0
+    """Headers beyond `Limits.max_headers`, which were left out."""
 
     def all(self, name: str) -> list[str]:
         """Return every value of a name, whatever its case."""
@@ -61,9 +63,9 @@ class Headers:
         return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
-def of_pairs(pairs: Iterable[tuple[str, str]]) -> Headers:
+def of_pairs(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT) -> Headers:
     """Return headers that somebody else has taken apart."""
-    return Headers([(name, _unfolded(value)) for name, value in pairs])
+    return _limited([(name, _unfolded(value)) for name, value in pairs], limits)
 
 
 def of_block(raw: bytes, limits: Limits = DEFAULT) -> Headers:
@@ -92,9 +94,11 @@ def _of_block(block: bytes, limits: Limits) -> Headers:
         # Neither the envelope's line nor a continuation of nothing has a name.
         if colon and not name.startswith((" ", "\t")) and " " not in name.rstrip():
             fields.append((name.rstrip(), _unfolded(value)))
-        if len(fields) > limits.max_headers:
-            raise InvalidMail(f"There are more than {limits.max_headers:,} headers")
-    return Headers(fields)
+    return _limited(fields, limits)
+
+
+def _limited(fields: Sequence[tuple[str, str]], limits: Limits) -> Headers:
+    return Headers(fields[: limits.max_headers], omitted=max(0, len(fields) - limits.max_headers))
 
 
 def _unfolded(value: str) -> str:

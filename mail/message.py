@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -86,11 +86,14 @@ class Mail:
     email_headers: Shown = field(default_factory=dict)
     message_id: str = ""
     """With its angle brackets."""
+    truncated: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of headers, parts and attachments beyond the limits, which were left out; none where there were none."""
 
     def as_json(self, attachments: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return it as an e-mail trigger gives it, with `attachments` in the place of its own."""
         if attachments is None:
             attachments = [each.as_json() for each in self.attachments]
+        truncated = {"truncated": dict(self.truncated)} if self.truncated else {}
         return {
             "from": self.from_,
             "to": self.to,
@@ -99,6 +102,7 @@ class Mail:
             "body_html": self.body_html,
             "attachments": list(attachments),
             "email_headers": dict(self.email_headers),
+            **truncated,
         }
 
 

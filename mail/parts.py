@@ -78,8 +78,23 @@ class Part:
         return transfer.decoded(raw, self.start, self.end, encoding)
 
 
-def leaves(raw: Raw, root: Part, limits: Limits) -> Iterator[Part]:
-    """Yield the parts that aren't containers, in their order; a mail within the mail is one part."""
+@dataclass(slots=True)
+class FoundParts:
+    """The parts of a mail that aren't containers."""
+
+    leaves: Iterator[Part]
+    omitted: int = 0
+    """Parts beyond the limits of number and depth that `leaves` has left out so far; there may be more inside them."""
+
+
+def find_leaves(raw: Raw, root: Part, limits: Limits) -> FoundParts:
+    """Return the parts that aren't containers, in their order; a mail within the mail is one part."""
+    found = FoundParts(iter(()))
+    found.leaves = _leaves(raw, root, limits, found)
+    return found
+
+
+def _leaves(raw: Raw, root: Part, limits: Limits, found: FoundParts) -> Iterator[Part]:
     opened = 1
     header_bytes = 0
     waiting = [(root, 0)]
@@ -90,11 +105,11 @@ def leaves(raw: Raw, root: Part, limits: Limits) -> Iterator[Part]:
             # A container without a boundary, or without a part: what is there is read as a text.
             yield part
             continue
+        # What is nested too deeply is left out; read as text, it would be boundaries and encoded bytes.
+        room = limits.max_parts - opened if depth < limits.max_depth else 0
+        found.omitted += max(0, len(places) - room)
+        places = places[:room]
         opened += len(places)
-        if opened > limits.max_parts:
-            raise InvalidMail(f"The mail has more than {limits.max_parts:,} parts")
-        if depth == limits.max_depth:
-            raise InvalidMail(f"The mail has more than {limits.max_depth} parts within each other")
         default_type = MESSAGE if part.content_type == DIGEST else TEXT
         inner: list[Part] = []
         for start, end in places:

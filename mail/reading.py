@@ -34,7 +34,8 @@ def read(raw: Raw | BinaryIO, keep_attachment: Keep, limits: Limits = DEFAULT) -
     kept = Attachments(keep_attachment, limits)
     bodies: dict[str, list[str]] = {parts.TEXT: [], parts.HTML: []}
     room = limits.max_text_bytes
-    for part in parts.leaves(given, root, limits):
+    found = parts.find_leaves(given, root, limits)
+    for part in found.leaves:
         if part.body_type is None or part.size > room:
             kept.add(part.label, part.content(given))
             continue
@@ -45,7 +46,15 @@ def read(raw: Raw | BinaryIO, keep_attachment: Keep, limits: Limits = DEFAULT) -
         body_text=_joined(bodies[parts.TEXT]),
         body_html=_joined(bodies[parts.HTML]),
         attachments=kept.found,
+        truncated=count_omissions(
+            headers=root.headers.omitted, parts=found.omitted, attachments=kept.omitted
+        ),
     )
+
+
+def count_omissions(**omitted: int) -> dict[str, int]:
+    """Return the numbers that are not zero, by their names."""
+    return {name: number for name, number in omitted.items() if number}
 
 
 def of_headers(found: Headers) -> Mail:
@@ -57,6 +66,7 @@ def of_headers(found: Headers) -> Mail:
         subject=headers.decoded(found.first("subject")),
         email_headers=found.shown(_shown),
         message_id=message_id[0] if message_id else "",
+        truncated=count_omissions(headers=found.omitted),
     )
 
 
@@ -74,14 +84,17 @@ class Attachments:
 
     def __init__(self, keep: Keep, limits: Limits) -> None:
         self.found: list[Attachment] = []
+        self.omitted = 0
+        """Attachments beyond the limit, which nobody keeps."""
         self._keep = keep
         self._limits = limits
         self._bytes = 0
 
     def add(self, label: Label, pieces: Iterable[bytes]) -> None:
-        """Hand out one attachment; raises `InvalidMail`."""
+        """Hand out one attachment, or count it where there are too many; raises `InvalidMail`."""
         if len(self.found) == self._limits.max_attachments:
-            raise InvalidMail(f"The mail has more than {self._limits.max_attachments:,} attachments")
+            self.omitted += 1
+            return
         before = self._bytes
         digest = sha256()
 

@@ -76,6 +76,10 @@ class NotNow(Exception):
     """What is to be read can't be had at this moment."""
 
 
+class AttachmentNotStored(Exception):
+    """Storing an attachment failed for the reason in `__cause__`, which says nothing about the mail."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What is read from besides blobs, and how often."""
@@ -324,11 +328,24 @@ class Reader:
     def _parsed(
         self, reading: Reading, found: Unread, contents: list[bytes], loop: asyncio.AbstractEventLoop
     ) -> tuple[Mail, dict[str, Any], str]:
-        """Take a mail apart in a thread, which waits for each attachment to be kept before it decodes the next."""
+        """Take a mail apart in a thread, which waits for each attachment to be kept before it decodes the next.
+
+        Raises `InvalidMail` for any exception of a parser: to try again would end the same way.
+        """
         references: list[dict[str, Any]] = []
-        mail = mails.read(found, contents, self._keeping(reading, references, loop))
-        trigger = mails.trigger_of(mail, references)
-        return mail, trigger, _encode(trigger).decode()
+        try:
+            mail = mails.read(found, contents, self._keeping(reading, references, loop))
+            trigger = mails.trigger_of(mail, references)
+            return mail, trigger, _encode(trigger).decode()
+        except AttachmentNotStored as error:
+            raise error.__cause__ or error from None
+        except (InvalidMail, NotNow, MemoryError):
+            raise
+        except Exception as error:
+            log.exception("mail parser failed", execution_id=reading.one.execution_id)
+            raise InvalidMail(
+                f"parsing it raised {type(error).__name__}; redrive its delivery once the server is updated"
+            ) from error
 
     def _keeping(
         self, reading: Reading, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
@@ -341,7 +358,11 @@ class Reader:
                 put.close()
                 raise NotNow("Nobody waits for it any more")
             reading.putting = asyncio.run_coroutine_threadsafe(put, loop)
-            references.append(reading.putting.result().as_json())
+            try:
+                reference = reading.putting.result()
+            except Exception as error:
+                raise AttachmentNotStored from error
+            references.append(reference.as_json())
 
         return keep
 

@@ -24,6 +24,7 @@ from tests import fake_s3
 from tests.integration.gateway_world import People, World, refused
 from tests.integration.mail_world import MailWorld, mail_world
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
+from workers import mails as worker_mails
 from workers import reading
 
 MAILS = [case for case in CASES if case.provider in {"native", "sendgrid", "mailgun", "ses"}]
@@ -408,8 +409,13 @@ async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner)
-    wide = PLAIN.format("".join(f"X-{number}: x\r\n" for number in range(2_000)))
+    wide = PLAIN.format("X: " + "x" * 300_000 + "\r\n")
     unreadable = await mails.mail(workflow_id, owner, wide)
+    await mails.read(unreadable)
+    failed = await mails.run(unreadable)
+    assert (failed.status, failed.error["code"]) == ("failed", "invalid-input")
+    assert "more than 262,144 bytes" in failed.error["message"]
+
     large = await mails.mail(workflow_id, owner, PLAIN.format("Message-ID: <l@x>\r\n") + "x" * 100_000)
 
     def away(*_: Any) -> Any:  # noqa: ANN401 - never returns
@@ -417,11 +423,8 @@ async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_
 
     with monkeypatch.context() as patch:
         patch.setattr(mails.gateway.blobs, "open", away)
-        await mails.read(unreadable, large)
-        failed, put_off = await mails.run(unreadable), await mails.run(large)
-        assert (failed.status, failed.error["code"]) == ("failed", "invalid-input")
-        assert "more than 1,000 headers" in failed.error["message"]
-        assert put_off.status == "waiting"
+        await mails.read(large)
+        assert (await mails.run(large)).status == "waiting"
         shown = await owner.api.get(f"/api/v1/executions/{large}")
         assert shown.json()["trigger"]["data"] == {}
         await due_now(mails, large)
@@ -436,6 +439,47 @@ async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_
     again = resumed.json()["executionId"]
     await mails.read(again)
     assert (await mails.given(again))["body_text"].startswith("Hello.")
+
+
+async def test_an_exception_of_a_parser_fails_the_run_at_once_and_its_delivery_can_be_redriven(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+    execution_id = await mails.mail(workflow_id, owner, PLAIN.format(""))
+
+    def break_down(*_: Any) -> Any:  # noqa: ANN401 - never returns
+        raise IndexError("list index out of range")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_mails, "read", break_down)
+        await mails.read(execution_id)
+    failed = await mails.run(execution_id)
+    assert (failed.status, failed.error["code"], failed.attempt) == ("failed", "invalid-input", 1)
+    assert "parsing it raised IndexError" in failed.error["message"]
+
+    (delivery,) = await mails.deliveries(workflow_id)
+    answer = await owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
+    assert answer.status_code == 201, answer.text
+    again = answer.json()["executionId"]
+    await mails.read(again)
+    assert (await mails.given(again))["subject"] == "Hello"
+
+
+async def test_trouble_with_storing_an_attachment_leaves_the_mail_to_a_later_attempt(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    attached = "Content-Type: image/png\r\nMessage-ID: <p@x>\r\n"
+    execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format(attached))
+
+    async def away(*_: Any, **__: Any) -> Any:  # noqa: ANN401 - never returns
+        raise BlobsUnavailable("The folder is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mails.gateway.blobs, "put", away)
+        await mails.read(execution_id)
+    assert (await mails.run(execution_id)).status == "waiting"
 
 
 async def test_mails_that_answer_ours_without_end_are_accepted_and_not_run(

@@ -402,7 +402,7 @@ async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_fr
     ("node_type", "config", "code"),
     [
         ("email-parse", {"mail": "*", "encoding": "base64"}, "invalid-encoding"),
-        ("email-parse", {"mail": "X: y\n" * 2_000}, "invalid-mail"),
+        ("email-parse", {"mail": "X: " + "y" * 300_000}, "invalid-mail"),
         ("email-parse", {"mail": {"$blob": {"sha256": "0" * 64, "size": 1}}}, "blob-not-found"),
         ("attachment-read", {"attachment": {"url": "https://storage.example/1"}}, "invalid-blob"),
         ("attachment-read", {"attachment": {"filename": "a"}}, "invalid-config"),

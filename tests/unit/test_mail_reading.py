@@ -7,10 +7,12 @@ import binascii
 import email
 import email.policy
 import json
+import random
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mail import addresses, forms, message, parts, reading
+from mail import addresses, charsets, forms, message, parts, reading
 from mail.form import File, Form
 from mail.limits import InvalidMail, Limits
 from mail.message import Label, Mail
@@ -404,7 +406,10 @@ def test_the_parts_are_those_that_pythons_own_parser_finds(lines: list[str], lin
     raw = line_end.join(["Content-Type: multipart/mixed; boundary=a", "", "--a", *lines]).encode()
     assume(not BOUNDARIES.search(raw))
     root = Part.at(raw, 0, len(raw), Limits())
-    ours = [(each.content_type, raw[each.start : each.end]) for each in parts.leaves(raw, root, Limits())]
+    ours = [
+        (each.content_type, raw[each.start : each.end])
+        for each in parts.find_leaves(raw, root, Limits()).leaves
+    ]
     theirs = [(each.get_content_type().split()[0], each) for each in leaves(email.message_from_bytes(raw))]
     assert [kind for kind, _ in ours] == [kind for kind, _ in theirs]
     for (kind, content), (_, part) in zip(ours, theirs, strict=True):
@@ -436,14 +441,9 @@ def nested(depth: int) -> str:
 @pytest.mark.parametrize(
     ("raw", "limits", "what"),
     [
-        (nested(22), Limits(), "within each other"),
-        (container("m", *["\n"] * 1_001), Limits(), "parts"),
-        (container("m", *[container(f"m{n}", *["\n"] * 400) for n in range(3)]), Limits(), "parts"),
-        ("X: y\n" * 1_001, Limits(), "headers"),
         ("X: " + "y" * 300_000, Limits(), "headers take"),
         ("X: y\n z\n" * 40_000, Limits(), "headers take"),
         (container("m", *["X: y" + "\n z" * 80_000 + "\n\n"] * 10), Limits(), "of all parts"),
-        (container("m", PNG, PNG), Limits(max_attachments=1), "attachments"),
         (container("m", PNG, PNG), Limits(max_attachment_bytes=1), "An attachment"),
         (container("m", PNG, PNG), Limits(max_attachments_bytes=3), "together"),
     ],
@@ -452,6 +452,87 @@ def test_a_mail_that_holds_too_much_is_refused(raw: str, limits: Limits, what: s
     with pytest.raises(InvalidMail, match=what):
         read(raw, limits)
     assert read(nested(20))[0].body_text == "x"
+
+
+@pytest.mark.parametrize(
+    ("raw", "limits", "truncated"),
+    [
+        ("X: y\n" * 1_100, Limits(), {"headers": 100}),
+        (container("m", *[PNG] * 3), Limits(max_attachments=1), {"attachments": 2}),
+        (container("m", *[PNG] * 1_000), Limits(), {"attachments": 749, "parts": 1}),
+        (
+            container("m", PLAIN + "x", *[container(f"m{n}", *["\n"] * 400) for n in range(3)]),
+            Limits(),
+            {"parts": 205},
+        ),
+        (nested(22), Limits(), {"parts": 1}),
+    ],
+    ids=["headers", "attachments", "many attachments", "parts", "depth"],
+)
+def test_a_mail_with_too_many_pieces_is_cut_and_marked(
+    raw: str, limits: Limits, truncated: dict[str, int]
+) -> None:
+    mail, contents = read(raw, limits)
+    assert mail.as_json()["truncated"] == truncated
+    assert len(contents) == len(mail.attachments) <= limits.max_attachments
+    assert sum(len(value) for value in mail.email_headers.values()) <= limits.max_headers
+
+
+def test_forms_with_too_many_pieces_are_cut_and_marked() -> None:
+    files = [File(f"attachment{n}", "a", "image/png", b"png") for n in range(1_000)]
+    many_headers = "".join(f"X-{n}: y\n" for n in range(1_100))
+    of_sendgrid = Form({"headers": [many_headers.encode()]}, files)
+    of_mailgun = Form(
+        {"message-headers": [json.dumps([[f"X-{n}", "y"] for n in range(1_100)]).encode()]}, files
+    )
+    for read_form, form in ((forms.sendgrid, of_sendgrid), (forms.mailgun, of_mailgun)):
+        mail = read_form(form, Kept())
+        assert mail.truncated == {"headers": 100, "attachments": 750}
+        assert len(mail.attachments) == 250
+
+
+CODECS = sorted(
+    {
+        *charsets.CODECS,
+        "utf_7",
+        "rot13",
+        "base64",
+        "punycode",
+        "idna",
+        "raw_unicode_escape",
+        "mbcs",
+        "undefined",
+    }
+)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_text_cut_at_any_byte_is_some_text(codec: str) -> None:
+    chance = random.Random(codec)
+    samples = [b"\x1b$B\x1b$)C\x0e~{\xff\xfe\x00\xd8" * 2, b"=" * 3, bytes(range(0, 256, 7))]
+    samples += [chance.randbytes(40) for _ in range(20)]
+    with suppress(LookupError, UnicodeError):
+        samples.append("Grüße 日本語 한국어 привет € \U0001f600".encode(codec, "ignore"))
+    for raw in samples:
+        for at in range(len(raw) + 1):
+            for pieces in ([raw[:at]], [raw[:at], raw[at:]]):
+                text = charsets.decoded_pieces(pieces, codec)
+                assert "\0" not in text
+                text.encode()  # no halves of characters, which no JSON holds
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_text_without_a_byte_order_mark_is_read_in_the_order_of_its_zeros(codec: str) -> None:
+    charset = codec[:6]
+    raw = "Grüße".encode(codec)
+    encoded = base64.b64encode(raw).decode()
+    mail, _ = read(
+        f"Subject: =?{charset}?b?{encoded}?=\nFrom: =?{charset}?b?{encoded}?= <a@b.example>\n"
+        f"Content-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: base64\n\n{encoded}\n"
+    )
+    assert (mail.subject, mail.from_, mail.body_text) == ("Grüße", "Grüße <a@b.example>", "Grüße")
+    form = Form({"text": [raw], "charsets": [json.dumps({"text": charset}).encode()]})
+    assert forms.sendgrid(form, Kept()).body_text == "Grüße"
 
 
 def test_a_text_too_long_for_a_body_is_kept_as_an_attachment() -> None:
