@@ -8,6 +8,8 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import quote, urljoin
 
+from engine import limits
+
 Address = IPv4Address | IPv6Address
 
 MAX_URL_CHARACTERS = 8_000
@@ -18,6 +20,12 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 UNUSABLE = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
 URL = re.compile(r"(?ai)(https?)://(\[[0-9a-f:.]+]|[^/?#@:[\]]+)(?::([0-9]{1,5}))?([/?][^#]*)?(?:#.*)?")
 LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+TOKEN = re.compile(
+    r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{8,}|[A-Za-z]{25,}|[0-9]{13,}|.{65,}", re.DOTALL
+)
+"""A run of characters that may be part of a secret: letters and digits mixed, or more of them than a word has."""
+HIDDEN = "…"
+MAX_SHOWN_CHARACTERS = 300
 # As the last label it makes resolvers read the host as an IPv4 address: 127.1, 0x7f000001, 2130706433.
 NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
@@ -58,6 +66,43 @@ class Target:
     @property
     def url(self) -> str:
         return f"{self.origin}{self.path}?{self.query}" if self.query else f"{self.origin}{self.path}"
+
+
+def not_public(host: str) -> str:
+    """Return the refusal of a host that is not public; it names the setting with which an operator allows one.
+
+    Never the address that a name leads to: names inside the network are nobody's to learn.
+    """
+    setting = limits.setting("outbound_allowed_networks")
+    return f"{host[:100]} is not a public address; an operator allows its network with {setting}"
+
+
+def port_not_allowed(port: int) -> str:
+    """Return the refusal of a port below 1024; it names the setting with which an operator allows one."""
+    setting = limits.setting("outbound_allowed_networks")
+    return f"Port {port} is not allowed; an operator allows the network of its host with {setting}"
+
+
+def shown(url: str) -> str:
+    """Return a URL as an error may name it, of at most 300 characters; empty for an unusable one.
+
+    Errors have more readers than configs. So values of the query are hidden, and each segment of the path that may be a
+    secret: one with 8 or more letters and digits mixed, or over 24 letters, 12 digits or 64 characters on end.
+    """
+    try:
+        target = parse(url)
+    except ValueError:
+        return ""
+    path = "/".join(HIDDEN if TOKEN.search(each) else _shown_field(each) for each in target.path.split("/"))
+    query = "&".join(_shown_field(each) if "=" in each else HIDDEN for each in target.query.split("&"))
+    text = f"{target.origin}{path}?{query}" if target.query else f"{target.origin}{path}"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 1] + HIDDEN
+
+
+def _shown_field(text: str) -> str:
+    """Return `name=value` without its value, and without a name that may be a secret; another text as it is."""
+    name, equals, _ = text.partition("=")
+    return f"{HIDDEN if TOKEN.search(name) else name}={HIDDEN}" if equals else name
 
 
 @lru_cache(maxsize=128)

@@ -143,9 +143,9 @@ def check_address(policy: OutboundPolicy, target: Target, address: Address) -> N
     if any(address in network for network in policy.allowed_networks):
         return
     if not addresses.is_public(address):
-        raise OutboundRefused(Refusal.ADDRESS_NOT_ALLOWED, f"{target.host} is not a public address")
+        raise OutboundRefused(Refusal.ADDRESS_NOT_ALLOWED, addresses.not_public(target.host))
     if target.port < FIRST_UNPRIVILEGED_PORT and target.port not in policy.privileged_ports:
-        raise OutboundRefused(Refusal.PORT_NOT_ALLOWED, f"port {target.port} is not allowed")
+        raise OutboundRefused(Refusal.PORT_NOT_ALLOWED, addresses.port_not_allowed(target.port))
 
 
 def check_request(method: str, headers: Mapping[str, str]) -> None:

@@ -29,7 +29,9 @@ async def require(request: Request, url: str) -> None:
     if request.known_sender is not None and request.known_sender.token is not None:
         problems.add("callbackUrl", "key-required", "callbackUrl needs an API key: a token is not enough")
     if target is not None and not _may_be_reached(request, target):
-        problems.add("callbackUrl", "address-not-allowed", "callbackUrl must lead to a public address")
+        problems.add(
+            "callbackUrl", "address-not-allowed", f"callbackUrl: {addresses.not_public(target.host)}"
+        )
     problems.raise_any()
     secrets = signing.valid_for(request.caller.organization_id).subquery()
     async with request.gateway.database.read() as connection:

@@ -92,9 +92,9 @@ def _check(
     if any(address in network for network in policy.allowed_networks):
         return
     if not addresses.is_public(address):
-        raise NodeError(f"{host[:100]} is not a public address", code="address-not-allowed")
+        raise NodeError(addresses.not_public(host), code="address-not-allowed")
     if port < FIRST_UNPRIVILEGED_PORT and port not in privileged_ports:
-        raise NodeError(f"Port {port} is not allowed", code="address-not-allowed")
+        raise NodeError(addresses.port_not_allowed(port), code="address-not-allowed")
 
 
 async def _addresses_of(host: str, resolve: Resolve) -> Sequence[Address]:

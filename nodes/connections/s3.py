@@ -18,10 +18,10 @@ from urllib.parse import unquote
 
 from engine.errors import NodeError
 from engine.services import StoredObject
-from nodes import addresses, markup
+from nodes import addresses, http_errors, markup
 from nodes.connections import object_keys, signature
 from nodes.connections.signature import Signer
-from nodes.outbound import Network, Outbound, OutboundPolicy, OutboundRefused, OutboundUnavailable
+from nodes.outbound import Network, Outbound, OutboundPolicy
 from nodes.turn import Turn
 
 if TYPE_CHECKING:
@@ -112,10 +112,16 @@ class S3Bucket:
         # One byte more is asked for, so that an object which is too large shows it.
         headers = {"range": f"bytes=0-{max_bytes}"}
         async with self._client(timeout_seconds) as client:
-            response = await self._send(client, "GET", self._full(key), headers=headers)
+            response = await self._send(
+                client,
+                "GET",
+                self._full(key),
+                headers=headers,
+                about=f"the object {key!r}",
+                accepted=frozenset({NOT_SATISFIABLE}),
+            )
         if response.status == NOT_SATISFIABLE:
             return b""  # no range fits into an object without a byte
-        _check(response, f"the object {key!r}")
         if len(response.body) > max_bytes:
             total = TOTAL.fullmatch(response.headers.get("content-range", ""))
             size = f"{int(total[1]):,}" if total else f"more than {max_bytes:,}"
@@ -131,7 +137,6 @@ class S3Bucket:
         headers = {"content-type": media_type}
         async with self._client(timeout_seconds) as client:
             response = await self._send(client, "PUT", self._full(key), headers=headers, body=content)
-        _check(response, "the bucket")
         return response.headers.get("etag", "").strip('"')
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
@@ -155,7 +160,7 @@ class S3Bucket:
             async with asyncio.timeout(timeout_seconds):
                 yield client
         except TimeoutError as error:
-            message = f"The bucket took longer than {timeout_seconds:g} s"
+            message = f"The bucket at {self._place.host} took longer than {timeout_seconds:g} s"
             raise NodeError(message, code="timed-out", retryable=True) from error
         finally:
             await client.close()
@@ -169,7 +174,6 @@ class S3Bucket:
             **({"continuation-token": token} if token else {}),
         }
         response = await self._send(client, "GET", "", query=query)
-        _check(response, "the bucket")
         listing = Listing(self._place.prefix)
         await markup.read(response.body, listing, Turn())
         if listing.is_truncated and listing.token in {None, token}:
@@ -188,13 +192,16 @@ class S3Bucket:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
+        about: str = "the bucket",
+        accepted: frozenset[int] = frozenset(),
     ) -> OutboundResponse:
+        """Return the answer to a signed request; raises `NodeError` where it is a refusal of what this is about."""
         place, query = self._place, query or {}
         path = f"/{place.root}{key}"
         signed = self._signer.headers(method, place.host, path, query, headers or {}, body, datetime.now(UTC))
         url = f"{place.origin}{signature.encoded_path(path)}"
-        try:
-            return await client.request(
+        with http_errors.naming(method, url):
+            response = await client.request(
                 method,
                 f"{url}?{signature.encoded_query(query)}" if query else url,
                 headers=signed,
@@ -202,10 +209,9 @@ class S3Bucket:
                 timeout_seconds=LONGEST_SECONDS,
                 follow_redirects=False,
             )
-        except OutboundRefused as error:
-            raise NodeError(_sentence(error.message), code=error.code.value) from error
-        except OutboundUnavailable as error:
-            raise NodeError(_sentence(error.message), code=error.code.value, retryable=True) from error
+            if response.status not in accepted:
+                _check(response, about)
+        return response
 
 
 class Listing:
@@ -297,7 +303,3 @@ def _invalid(message: str) -> NodeError:
 
 def _not_understood() -> NodeError:
     return NodeError("The bucket's listing can't be read", code="invalid-response")
-
-
-def _sentence(message: str) -> str:
-    return message[:1].upper() + message[1:]

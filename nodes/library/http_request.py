@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from http.client import responses as reasons
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from engine import patience
 from engine.errors import NodeError
 from engine.values import InvalidJson, as_text, decode, encode
-from nodes import fields
-from nodes.outbound import OutboundRefused, OutboundResponse, OutboundUnavailable
+from nodes import addresses, fields, http_errors
+from nodes.outbound import OutboundResponse
 
 if TYPE_CHECKING:
     from engine.node import Call
@@ -65,41 +65,38 @@ READS = frozenset({Method.GET, Method.HEAD, Method.OPTIONS})
 async def run(call: Call) -> Json:
     response_type = fields.choice(call.config, "responseType", ResponseType)
     fails_on_error = fields.flag(call.config, "failOnError")
+    method = fields.choice(call.config, "method", Method)
     url = _url(call.config)
     secrets = await _secret_headers(call, url)
-    response = _without_secrets(await _send(call, url, secrets), secrets)
-    if fails_on_error and response.status >= FIRST_ERROR_STATUS:
-        raise _refusal(response)
+    with http_errors.naming(method, url):
+        response = _without_secrets(await _send(call, method, url, secrets), secrets)
+        if fails_on_error and response.status >= FIRST_ERROR_STATUS:
+            raise _refusal(response, url)
+        body = await patience.patiently(_body, response, response_type)
     return {
         "status": response.status,
         "headers": dict(response.headers),
-        "body": await patience.patiently(_body, response, response_type),
+        "body": body,
         "url": response.url,
     }
 
 
-async def _send(call: Call, url: str, secrets: Mapping[str, str]) -> HttpResponse:
+async def _send(call: Call, method: Method, url: str, secrets: Mapping[str, str]) -> HttpResponse:
     config = call.config
-    method = fields.choice(config, "method", Method)
     body, content_type = await patience.patiently(_request_body, config)
     headers = _headers(config)
     if content_type is not None:
         _set_unless_given(headers, "Content-Type", content_type)
     if method not in READS:
         _set_unless_given(headers, "Idempotency-Key", call.idempotency_key)
-    try:
-        return await call.services.http.request(
-            method,
-            url,
-            headers=_replacing(headers, secrets),
-            body=body,
-            timeout_seconds=fields.timeout_seconds(config),
-            follow_redirects=fields.flag(config, "followRedirects"),
-        )
-    except OutboundRefused as error:
-        raise NodeError(_sentence(error.message), code=error.code.value) from error
-    except OutboundUnavailable as error:
-        raise NodeError(_sentence(error.message), code=error.code.value, retryable=True) from error
+    return await call.services.http.request(
+        method,
+        url,
+        headers=_replacing(headers, secrets),
+        body=body,
+        timeout_seconds=fields.timeout_seconds(config),
+        follow_redirects=fields.flag(config, "followRedirects"),
+    )
 
 
 # ── the request ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,11 +158,12 @@ def _without_secrets(response: HttpResponse, secrets: Mapping[str, str]) -> Http
     forms = sorted({form for value in secrets.values() for form in _forms(value)}, key=len, reverse=True)
     if not forms:
         return response
-    body, headers = response.body, dict(response.headers)
+    body, headers, url = response.body, dict(response.headers), response.url
     for form in forms:
         body = body.replace(form.encode(), HIDDEN.encode())
         headers = {name: value.replace(form, HIDDEN) for name, value in headers.items()}
-    return OutboundResponse(response.status, headers, body, response.url)
+        url = url.replace(form, HIDDEN)
+    return OutboundResponse(response.status, headers, body, url)
 
 
 def _forms(value: str) -> Iterator[str]:
@@ -180,10 +178,10 @@ def _forms(value: str) -> Iterator[str]:
             yield from (text, encode(text).decode()[1:-1], quote(text, safe=""))
 
 
-def _refusal(response: HttpResponse) -> NodeError:
-    status = response.status
-    # The host alone: paths and queries carry secrets, and an error is read by more people than a config.
-    answered = f"{urlsplit(response.url).hostname} answered {status} {reasons.get(status, '')}".rstrip()
+def _refusal(response: HttpResponse, url: str) -> NodeError:
+    status, last_url = response.status, addresses.shown(response.url)
+    redirected = "" if last_url == addresses.shown(url) else f" of {last_url}"
+    answered = f"The answer{redirected} was {status} {reasons.get(status, '')}".rstrip()
     said = " ".join(_text(response.body[:SHOWN_BYTES], _charset(response)).split())
     return NodeError(
         f"{answered}: {said}" if said else answered,
@@ -241,7 +239,3 @@ def _charset(response: HttpResponse) -> str:
 
 def _content_type(response: HttpResponse) -> str:
     return response.headers.get("content-type", "")
-
-
-def _sentence(message: str) -> str:
-    return message[:1].upper() + message[1:]

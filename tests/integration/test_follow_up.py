@@ -33,7 +33,7 @@ from models.execution import MAX_LOST_ATTEMPTS
 from models.signing import SigningSecret
 from models.vault import Vault
 from models.workflow import WorkflowGraph
-from nodes import catalog
+from nodes import addresses, catalog
 from nodes.outbound import Outbound, OutboundPolicy
 from tests.integration.plans import explained
 from tests.integration.run_world import Place, Where, World, key_of, opened, write
@@ -293,8 +293,8 @@ async def test_who_is_gone_or_inside_is_not_tried_again(office: Office, receiver
     after = office.after_runs()
     wishes = {
         receiver.url(): "The answer was 410",
-        f"http://127.0.0.2:{receiver.port}/": "127.0.0.2 is not a public address",
-        "http://169.254.169.254/latest/meta-data": "169.254.169.254 is not a public address",
+        f"http://127.0.0.2:{receiver.port}/": addresses.not_public("127.0.0.2"),
+        "http://169.254.169.254/latest/meta-data": addresses.not_public("169.254.169.254"),
     }
     for url, error in wishes.items():
         run = await office.ended(place, callback(url))

@@ -84,12 +84,17 @@ async def moved(_request: web.Request) -> web.Response:
     raise web.HTTPFound("/raw?hex=6869")
 
 
+async def gone(_request: web.Request) -> web.Response:
+    raise web.HTTPFound("/status?status=404")
+
+
 ANSWERS: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
     "/cities": cities,
     "/orders": orders,
     "/status": status,
     "/raw": raw,
     "/moved": moved,
+    "/gone/bot123456:AAH3kZ9/send": gone,
     "/echo": echo,
     "/slow": raw,
 }
@@ -210,7 +215,9 @@ async def test_an_answer_becomes(
 
 
 async def test_an_answer_that_should_be_json_and_is_not_fails_the_node(server: Server) -> None:
-    with pytest.raises(NodeError, match="can't be taken as JSON") as raised:
+    with pytest.raises(
+        NodeError, match=r"^GET http://.*/raw\?hex=…: The answer can't be taken as JSON"
+    ) as raised:
         await server.output({"url": f"{server.url}/raw?hex=7b", "responseType": "json"})
     assert (raised.value.code, raised.value.retryable) == ("invalid-response", False)
 
@@ -234,10 +241,18 @@ async def test_an_error_is_worth_another_attempt_if_it_may_pass(
     with pytest.raises(NodeError) as raised:
         await server.output({"url": f"{server.url}/status?status={answered}&key=s3cret"})
     assert (raised.value.code, raised.value.retryable) == (f"http-{answered}", retryable)
-    assert raised.value.message.startswith(f"127.0.0.1 answered {answered}")
+    request = f"GET {server.url}/status?status=…&key=…"
+    assert raised.value.message.startswith(f"{request}: The answer was {answered}")
     assert "out of order" in raised.value.message
-    assert len(raised.value.message) < 300
+    assert len(raised.value.message) < 350
     assert "s3cret" not in raised.value.message
+
+
+async def test_an_error_behind_a_redirect_names_both_urls_and_no_secret_of_either(server: Server) -> None:
+    with pytest.raises(NodeError) as raised:
+        await server.output({"url": f"{server.url}/gone/bot123456:AAH3kZ9/send?token=s3cret"})
+    first, last = f"{server.url}/gone/…/send?token=…", f"{server.url}/status?status=…"
+    assert raised.value.message.startswith(f"GET {first}: The answer of {last} was 404 Not Found")
 
 
 async def test_an_error_may_be_taken_as_an_answer(server: Server) -> None:
@@ -263,8 +278,8 @@ async def test_an_answer_that_does_not_come_is_worth_another_attempt(server: Ser
 
 
 async def test_nobody_listening_is_worth_another_attempt(server: Server, free_tcp_port: int) -> None:
-    with pytest.raises(NodeError) as raised:
-        await server.output({"url": f"http://127.0.0.1:{free_tcp_port}/"})
+    with pytest.raises(NodeError, match=f"POST http://127.0.0.1:{free_tcp_port}/: No connection") as raised:
+        await server.output({"url": f"http://127.0.0.1:{free_tcp_port}/", "method": "POST"})
     assert (raised.value.code, raised.value.retryable) == ("not-connected", True)
 
 

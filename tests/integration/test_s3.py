@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_network
@@ -266,6 +267,7 @@ async def test_what_s3_refuses_is_told_by_its_code_and_whether_it_is_worth_anoth
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a")
     assert (raised.value.code, raised.value.retryable) == (code, is_retryable)
+    assert re.match(r"GET http://127\.0\.0\.1:\d+/[a-z-]+/a: \w", raised.value.message)
     assert "It was refused" not in raised.value.message
 
 

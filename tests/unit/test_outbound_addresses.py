@@ -6,7 +6,7 @@ import yarl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes.addresses import MAX_URL_CHARACTERS, is_public, parse, unmapped
+from nodes.addresses import MAX_URL_CHARACTERS, is_public, parse, shown, unmapped
 from nodes.outbound import OutboundPolicy, OutboundRefused, check_address
 
 
@@ -182,7 +182,7 @@ def test_of_the_privileged_ports_only_those_of_the_web_are_asked(port: int, *, i
     if is_allowed:
         check_address(OutboundPolicy(), target, IPv4Address("8.8.8.8"))
     else:
-        with pytest.raises(OutboundRefused, match="port"):
+        with pytest.raises(OutboundRefused, match=r"Port .*PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS"):
             check_address(OutboundPolicy(), target, IPv4Address("8.8.8.8"))
 
 
@@ -190,5 +190,29 @@ def test_an_allowed_network_is_open_on_every_port_and_nothing_beside_it() -> Non
     policy = OutboundPolicy(allowed_networks=(IPv4Network("10.1.0.0/16"),))
     target = parse("http://inside.example:22/")
     check_address(policy, target, IPv4Address("10.1.255.1"))
-    with pytest.raises(OutboundRefused, match="not a public address"):
+    with pytest.raises(
+        OutboundRefused, match=r"inside.example is not a public address.*PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS"
+    ):
         check_address(policy, target, IPv4Address("10.2.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://api.example.com/v2/orders/17?page=3", "https://api.example.com/v2/orders/17?page=…"),
+        ("https://example.com/a?b=1&c&d=#f", "https://example.com/a?b=…&…&d=…"),
+        ("https://ada:pw@example.com/", ""),
+        ("https://hooks.slack.com/services/T024BE7LD/B0/x", "https://hooks.slack.com/services/…/B0/x"),
+        (
+            "https://discord.com/api/webhooks/123456789012345678/a-bC1dEfGh2",
+            "https://discord.com/api/webhooks/…/…",
+        ),
+        ("https://api.telegram.org/bot123456:AAH-x/getMe", "https://api.telegram.org/…/getMe"),
+        ("https://x.example/0f8fad5b-d9cb-469f-a165-70867728950e/report", "https://x.example/…/report"),
+        ("https://x.example/a;key=s3cr/b?AKIAIOSFODNN7EXAMPLE=1", "https://x.example/a;key=…/b?…=…"),
+        ("https://x.example/" + "word-" * 100, "https://x.example/…"),
+        ("https://x.example/" + "word/" * 100, "https://x.example/" + "word/" * 56 + "w…"),
+    ],
+)
+def test_an_error_shows_a_url_without_what_may_be_secret(url: str, text: str) -> None:
+    assert shown(url) == text

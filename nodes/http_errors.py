@@ -1,0 +1,28 @@
+"""Errors of nodes that speak HTTP: each names the method and the URL of its request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.errors import NodeError
+from nodes import addresses
+from nodes.outbound import OutboundRefused, OutboundUnavailable
+
+
+@contextmanager
+def naming(method: str, url: str) -> Iterator[None]:
+    """Raise failures of one request as `NodeError`s that name it; secrets in the URL are hidden."""
+    try:
+        yield
+    except NodeError as error:
+        raise _naming(method, url, error.message, error.code, retryable=error.retryable) from error
+    except OutboundRefused as error:
+        raise _naming(method, url, error.message, error.code.value, retryable=False) from error
+    except OutboundUnavailable as error:
+        raise _naming(method, url, error.message, error.code.value, retryable=True) from error
+
+
+def _naming(method: str, url: str, message: str, code: str, *, retryable: bool) -> NodeError:
+    request = f"{method} {addresses.shown(url)}".rstrip()
+    return NodeError(f"{request}: {message[:1].upper()}{message[1:]}", code=code, retryable=retryable)
