@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.node import CONTINUE, DONE, OUTPUT, Compile, NodeType
+from engine.operations import OPERATIONS
 from nodes import catalog
 
 if TYPE_CHECKING:
@@ -16,15 +17,21 @@ HEADING = """\
 # Nodes
 
 Every type of node, as the catalogue of the server has it; `make docs` writes this page. `{{ path }}` may stand
-wherever a config takes a value, and a field marked *computed* takes `{"$op": …}` besides. Each node has the port
-`error` too, which is taken when it fails for good. *Effect* is what running a node does to the world: after a crash,
-`pure` and `read` nodes may simply run again, while what a `write` node is about to do, and what it did, is recorded
-around it.
+wherever a config takes a value, and a field marked *computed* takes an [operation](#operations), `{"$op": …}`, besides.
+Each node has the port `error` too, which is taken when it fails for good. *Effect* is what running a node does to the
+world: after a crash, `pure` and `read` nodes may simply run again, while what a `write` node is about to do, and what
+it did, is recorded around it.
 
 Each example is a body for `POST /api/v1/workflows/{id}/execute`, with any workflow of yours that is a draft or active:
 its `definition` is run in the place of that workflow's graph, and what is `pinned` arrives at the node. Below it stands
 what the node `step` gives out, in the execution's `outputs`. `ds_001` is the id of a data source of yours. Of a node
 that can only be drawn, there is its config, and what it would be given.
+"""
+OPERATIONS_HEADING = """\
+## Operations
+
+A computed field may hold `{"$op": "base64-encode", "args": ["{{ data.user }}:{{ data.password }}"]}`: the name of an
+operation and its arguments, which may be values, templates or operations in turn.
 """
 STEP = "step"
 BLOB = "$blob"
@@ -50,7 +57,13 @@ def reference() -> str:
         if described:
             links = ", ".join(f"[{each.type}](#{each.type})" for each in described)
             parts += [f"## {title}\n", f"{links}\n", *map(_described, described)]
-    return "\n".join(parts)
+    return "\n".join([*parts, _operations()])
+
+
+def _operations() -> str:
+    """Return the section on what a computed field may hold."""
+    rows = [f"| `{name}` | {each.arity} | {each.summary} |" for name, each in sorted(OPERATIONS.items())]
+    return "\n".join([OPERATIONS_HEADING, "| operation | takes | result |", "| --- | --- | --- |", *rows, ""])
 
 
 def _described(node_type: NodeType) -> str:

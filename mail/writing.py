@@ -110,6 +110,7 @@ def _set_body(composed: EmailMessage, mail: Outgoing) -> None:
     page = composed.get_body(("html",))
     for each in mail.enclosed:
         main, sub = _type(each.label)
+        parameters = {"charset": each.label.charset} if each.label.charset and main == "text" else None
         if isinstance(page, EmailMessage) and each.label.content_id:
             page.add_related(
                 each.content,
@@ -118,9 +119,12 @@ def _set_body(composed: EmailMessage, mail: Outgoing) -> None:
                 disposition="inline",
                 filename=each.label.filename or None,
                 cid=f"<{each.label.content_id}>",
+                params=parameters,
             )
         else:
-            composed.add_attachment(each.content, main, sub, filename=each.label.filename or None)
+            composed.add_attachment(
+                each.content, main, sub, filename=each.label.filename or None, params=parameters
+            )
 
 
 def _type(label: Label) -> tuple[str, str]:

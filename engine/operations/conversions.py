@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from engine.operations.operation import MAX_TEXT_LENGTH, Number, OperationError, number, operation
+from base64 import b64decode, b64encode
+from typing import Final
+
+from engine.operations.operation import (
+    MAX_TEXT_LENGTH,
+    Number,
+    OperationError,
+    check_text_length,
+    number,
+    operation,
+)
 from engine.values import InvalidJson, Json, as_text, decode, encode, kind
 
 _BOOLEANS = {"true": True, "false": False}
+_URL_SAFE: Final = str.maketrans("-_", "+/")
 
 
 @operation("default", takes_first_found=True)
@@ -59,3 +70,24 @@ def from_json(value: str) -> Json:
 def to_json(value: Json) -> str:
     """Write a value as compact JSON."""
     return encode(value, max_bytes=MAX_TEXT_LENGTH).decode()
+
+
+@operation("base64-encode")
+def base64_encode(value: str) -> str:
+    """Write a text, in UTF-8, as base64."""
+    check_text_length(4 * len(value) // 3)
+    return b64encode(value.encode()).decode()
+
+
+@operation("base64-decode")
+def base64_decode(value: str) -> str:
+    """Read the text, in UTF-8, that base64 stands for: of the standard or the URL-safe alphabet, padded or not."""
+    check_text_length(len(value))
+    digits = "".join(value.split()).translate(_URL_SAFE).rstrip("=")
+    try:
+        decoded = b64decode(digits + "=" * (-len(digits) % 4), validate=True).decode()
+    except ValueError as error:  # of which `UnicodeDecodeError` and `binascii.Error` are two
+        raise OperationError("needs the base64 of a text in UTF-8") from error
+    if "\0" in decoded:
+        raise OperationError("needs the base64 of a text without the character NUL")
+    return decoded

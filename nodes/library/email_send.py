@@ -26,6 +26,20 @@ MAXIMUM_ATTACHED_BYTES: Final = 15_000_000
 """Of all attachments; on the way they take a third more, and many servers take no mail beyond 20 MB."""
 MAXIMUM_TEXT_CHARACTERS: Final = 2_000_000
 REFERENCE: Final = "$blob"
+TEXT: Final = "text"
+TEXT_TYPES: Final[Mapping[str, str]] = {
+    "csv": "text/csv",
+    "htm": "text/html",
+    "html": "text/html",
+    "ics": "text/calendar",
+    "json": "application/json",
+    "md": "text/markdown",
+    "svg": "image/svg+xml",
+    "tsv": "text/tab-separated-values",
+    "vcf": "text/vcard",
+    "xml": "application/xml",
+}
+"""By how the name of a file that is given as a text ends."""
 
 
 async def run(call: Call) -> Json:
@@ -144,12 +158,17 @@ async def _enclosed(call: Call) -> Sequence[Enclosed]:
 
 
 async def _content(call: Call, given: dict[str, Json]) -> bytes:
-    reference = _reference(given)
+    reference, written, text = _reference(given), given.get("base64"), given.get(TEXT)
+    if text is not None and (reference is not None or written is not None):
+        message_ = "An attachment takes one of `text`, `base64` and `blob`, not two"
+        raise NodeError(message_, code="invalid-config")
     if reference is not None:
         return await call.services.blobs.get(call.caller, reference, max_bytes=MAXIMUM_ATTACHED_BYTES)
-    written = given.get("base64")
+    if isinstance(text, str):
+        return text.encode()
     if not isinstance(written, str):
-        raise fields.unfit("attachments", "a list of references, or of objects with `base64`", given)
+        wanted = "a list of references, or of objects with `text` or `base64`"
+        raise fields.unfit("attachments", wanted, given)
     try:
         return b64decode("".join(written.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -168,10 +187,16 @@ def _label(given: dict[str, Json]) -> Label:
     known = reference.get(REFERENCE)
     known = known if isinstance(known, dict) else {}
     content_id = message.cleaned_content_id(_told(given, "content_id"))
+    filename = message.cleaned_name(_told(given, "filename") or _told(given, "name") or _told(known, "name"))
+    content_type = _told(given, "content_type") or _told(known, "type")
+    is_text = isinstance(given.get(TEXT), str)
+    if is_text and not content_type:
+        content_type = TEXT_TYPES.get(filename.lower().rpartition(".")[2], "text/plain")
     return Label(
-        filename=message.cleaned_name(_told(given, "filename") or _told(known, "name")),
-        content_type=message.cleaned_type(_told(given, "content_type") or _told(known, "type")),
+        filename=filename,
+        content_type=message.cleaned_type(content_type),
         content_id=content_id if content_id.isascii() and " " not in content_id else "",
+        charset="utf-8" if is_text else "",
     )
 
 

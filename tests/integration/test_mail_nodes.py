@@ -240,6 +240,9 @@ async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_be
         ({"to": [f"a{n}@example.org" for n in range(101)]}, "too-many-recipients"),
         ({"attachments": [{"filename": "a"}]}, "invalid-config"),
         ({"attachments": [{"base64": "*"}]}, "invalid-encoding"),
+        ({"attachments": [{"name": "a", "text": 7}]}, "invalid-config"),
+        ({"attachments": [{"name": "a", "text": "a", "base64": "YQ=="}]}, "invalid-config"),
+        ({"attachments": [{"name": "a", "text": "ä" * 7_500_001}]}, "mail-too-large"),
         ({"attachments": [{"$blob": {"sha256": "0" * 64, "size": 1}}]}, "blob-not-found"),
     ],
 )
@@ -249,6 +252,30 @@ async def test_what_would_be_more_than_one_mail_is_refused(
     error = await post.refused(**config)
     assert (error.code, error.retryable) == (code, False)
     assert post.server.logins == []
+
+
+async def test_a_text_is_attached_as_a_file_of_its_name(post: Post) -> None:
+    report = "city;°C\nOslo;12,5\n.\n"
+    await post.send(
+        attachments=[
+            {"name": "Bericht ü.CSV", "text": report},
+            {"name": "a.json", "text": '{"a": "ä"}'},
+            {"filename": "a.txt", "text": ""},
+            {"name": "a.csv", "content_type": "text/plain", "text": "plain"},
+        ]
+    )
+    contents: list[bytes] = []
+    mail = reading.read(
+        post.server.received[0].content, lambda _, pieces: contents.append(message.whole(pieces))
+    )
+    assert contents == [report.encode(), '{"a": "ä"}'.encode(), b"", b"plain"]
+    labels = [each.label for each in mail.attachments]
+    assert [(each.filename, each.media_type) for each in labels] == [
+        ("Bericht ü.CSV", "text/csv; charset=utf-8"),
+        ("a.json", "application/json"),
+        ("a.txt", "text/plain; charset=utf-8"),
+        ("a.csv", "text/plain; charset=utf-8"),
+    ]
 
 
 async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: Post) -> None:

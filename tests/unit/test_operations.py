@@ -122,6 +122,11 @@ CASES: list[tuple[str, list[Json], Json]] = [
     ("to-boolean", [0], False),
     ("from-json", ['{"a": [1]}'], {"a": [1]}),
     ("to-json", ["a"], '"a"'),
+    ("base64-encode", ["Grüße?>"], "R3LDvMOfZT8+"),
+    ("base64-decode", ["R3LDvMOfZT8+"], "Grüße?>"),
+    ("base64-decode", ["R3LDvMO_Pz4"], "Grüÿ?>"),
+    ("base64-decode", ["aGk\n=\n"], "hi"),
+    ("base64-decode", [""], ""),
 ]
 
 
@@ -196,6 +201,12 @@ def test_every_operation_is_tried_and_says_what_it_does() -> None:
         ("to-boolean", [2], "neither true nor false"),
         ("from-json", ['{"a": 1, "a": 2}'], "more than once"),
         ("from-json", ["[" * 100 + "]" * 100], "deep"),
+        ("base64-encode", [5], "needs a text, not number"),
+        ("base64-encode", ["ü" * 5_000_000], "more than 10,000,000 characters"),
+        ("base64-decode", ["a"], "base64 of a text in UTF-8"),
+        ("base64-decode", ["aGk!"], "base64 of a text in UTF-8"),
+        ("base64-decode", ["/w=="], "base64 of a text in UTF-8"),
+        ("base64-decode", ["AGE="], "without the character NUL"),
         ("join", [["x" * 600_000] * 20], "more than 10,000,000 characters"),
         ("to-json", [["x" * 600_000] * 20], "more than 10,000,000 bytes"),
         ("replace", ["aaaa" * 500_000, "a", "xxxxxxxxxx"], "more than 10,000,000 characters"),
