@@ -15,6 +15,7 @@ import msgspec
 
 from bridge.answers import whole
 from bridge.errors import ContentRefused, Refused, Unavailable
+from json_text import decoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,7 +118,7 @@ class Gateway:
         if status not in SUCCESS:
             raise _refusal(status, headers, text)
         try:
-            answers = msgspec.json.decode(text, type=_Answers).results
+            answers = decoding.decode(text, _Answers).results
         except msgspec.DecodeError as error:
             raise Refused(f"What answers at {self._url} is not Pilotflame") from error
         if len(answers) != len(messages):
@@ -147,7 +148,7 @@ class Gateway:
 
 def _refusal(status: int, headers: Mapping[str, str], text: bytes) -> Exception:
     try:
-        reason = msgspec.json.decode(text, type=_Refusal).error
+        reason = decoding.decode(text, _Refusal).error
     except msgspec.DecodeError:
         reason = _Explained("", "The answer is none of Pilotflame's")
     said = f"{reason.message} ({status} {reason.code})".replace(" )", ")")

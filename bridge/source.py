@@ -10,6 +10,8 @@ from typing import Final, Protocol
 
 import msgspec
 
+from json_text import decoding
+
 _DEDUPLICATION_ID: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -61,7 +63,7 @@ class Source(Protocol):
 def json_of(content: bytes) -> bytes:
     """Return a content that is JSON as it is, and any other text as a string; raises `Unreadable`."""
     try:
-        msgspec.json.decode(content)
+        decoding.decode(content)
         return content
     except RecursionError as error:
         raise Unreadable("It is nested too deeply") from error

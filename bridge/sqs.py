@@ -17,6 +17,7 @@ from bridge.answers import whole
 from bridge.errors import Refused, Unavailable
 from bridge.settings import AwsCredentials
 from bridge.source import Message, Unreadable, deduplication_id, json_of, priority_of
+from json_text import decoding
 from nodes.connections.signature import Signer
 
 if TYPE_CHECKING:
@@ -187,14 +188,14 @@ class SqsQueue:
         if status != OK:
             raise _refusal(status, text)
         try:
-            return msgspec.json.decode(text, type=answer)
+            return decoding.decode(text, answer)
         except msgspec.DecodeError as error:
             raise Refused(f"What answers at {self._endpoint} is no SQS that speaks JSON") from error
 
 
 def _refusal(status: int, text: bytes) -> Exception:
     try:
-        error = msgspec.json.decode(text, type=_Error)
+        error = decoding.decode(text, _Error)
     except msgspec.DecodeError:
         error = _Error()
     code = error.type.rpartition("#")[2]

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from engine import patience
+from json_text import decoding
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -53,7 +54,7 @@ _NO_NUMBERS = (b"NaN", b"Infinity", b"-Infinity")
 _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
 _UNPAIRED_AT_END = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
 
-_decode = msgspec.json.Decoder().decode
+_decode = decoding.build_decoder().decode
 _encode = msgspec.json.Encoder().encode
 _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
@@ -134,7 +135,7 @@ def _screen(raw: bytes, keys: int) -> None:
         text = text.replace(rb"\"", b"")
     outside_strings = text.split(b'"')[::2]
     if b"".join(outside_strings).count(b":") != keys:
-        json.loads(raw, object_pairs_hook=_refuse_duplicate)
+        json.loads(raw, object_pairs_hook=_refuse_duplicate)  # noqa: TID251 - only it tells of duplicates
 
 
 def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:

@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
 import structlog
 
 from engine.errors import InvalidDefinition
 from engine.graph import Graph
 from engine.program import Program
 from journal.store import Claimed, DefinitionKey
+from json_text import decoding
 
 if TYPE_CHECKING:
     from journal.store import RunStore
@@ -70,9 +70,7 @@ class Programs:
 
     def _compile(self, text: str) -> Program | InvalidDefinition:
         try:
-            return Program.of(
-                Graph.of(msgspec.json.decode(text)), self._catalog, self._catalog.implementation
-            )
+            return Program.of(Graph.of(decoding.decode(text)), self._catalog, self._catalog.implementation)
         except InvalidDefinition as error:
             return error
         except Exception as error:

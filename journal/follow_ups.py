@@ -16,6 +16,7 @@ from sqlalchemy import null, select, union_all, update
 from sqlmodel import col
 
 from journal.store import DefinitionKey, ExecutionKey
+from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import Execution, ExecutionStatus
 
@@ -58,7 +59,7 @@ class FollowUp(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
 
     @classmethod
     def of(cls, text: str | bytes) -> FollowUp:
-        return msgspec.json.decode(text, type=FollowUp)
+        return decoding.decode(text, FollowUp)
 
     @property
     def text(self) -> str | None:

@@ -11,6 +11,7 @@ from sqlalchemy import and_, bindparam, func, select
 from sqlmodel import col
 
 from engine.node import OUTPUT
+from json_text import decoding
 from models.execution import SpanRow
 from models.workflow import Definition
 
@@ -99,6 +100,6 @@ async def leaves(
 
 def _edges(body: str | None) -> Sequence[_Edge]:
     try:
-        return msgspec.json.decode(body or "{}", type=_Connections).connections
+        return decoding.decode(body or "{}", _Connections).connections
     except msgspec.DecodeError:
         return ()  # a definition that could not run has no outputs either

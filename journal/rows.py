@@ -9,6 +9,7 @@ import msgspec
 
 from engine.events import RunError, RunStatus, Span, SpanStatus
 from journal.store import Claimed
+from json_text import decoding
 from models import ids
 from models.columns import from_microseconds, to_microseconds
 from models.execution import MAX_LOST_ATTEMPTS, ExecutionStatus
@@ -150,7 +151,7 @@ def span_of(row: Sequence[Any]) -> Span:
         input=_bytes(data),
         output=_bytes(output),
         error=error_of(error),
-        unresolved=tuple(msgspec.json.decode(unresolved)) if unresolved else (),
+        unresolved=tuple(decoding.decode(unresolved)) if unresolved else (),
         wake_at=_moment(wake_at),
         awaits=_bytes(awaits),
         resolved_config=_bytes(resolved_config),
@@ -192,7 +193,7 @@ def error_of(stored: str | None) -> RunError | None:
     """Return the error that a JSON text holds."""
     if stored is None:
         return None
-    fields = msgspec.json.decode(stored)
+    fields = decoding.decode(stored)
     return RunError(fields["code"], fields["message"], fields.get("nodeId"), fields.get("attempt"))
 
 

@@ -22,6 +22,7 @@ from engine.values import encode
 from journal import admission, backlog, follow_ups
 from journal.admission import Limit, OnLimit
 from journal.rows import TOUCHED_MICROSECONDS
+from json_text import decoding
 from models import ids, moments, timetable
 from models.columns import from_microseconds
 from models.deployment import Deployment
@@ -363,7 +364,7 @@ class _Entrance:
             "inbox": "",
             "concurrency_key": limit.key if limit else None,
             "concurrency_limit": limit.runs if limit else None,
-            "follow_up": msgspec.json.decode(follow_up) if follow_up else None,
+            "follow_up": decoding.decode(follow_up) if follow_up else None,
             "updated_at": now,
         }
         config = encode(runnable.settings).decode()

@@ -18,6 +18,7 @@ from sqlmodel import col
 
 from engine.events import SpanStatus
 from engine.node import OUTPUT, Awaited
+from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import TERMINAL, Execution, ExecutionStatus, Signal, SpanRow
 
@@ -178,7 +179,7 @@ async def waiting_for_input(connection: AsyncConnection, key: ExecutionKey) -> l
     )
     found: list[Waiting] = []
     for row in await connection.execute(statement):
-        awaits = msgspec.json.decode(row.awaits)
+        awaits = decoding.decode(row.awaits)
         if awaits["kind"] == Awaited.INPUT:
             place = (row.node_id, row.iteration, row.label)
             found.append(Waiting(*place, awaits["request"], row.started_at, row.wake_at))
@@ -200,7 +201,7 @@ async def _reception(
         return Reception.TAKEN
     if span.status != SpanStatus.WAITING or not span.awaits:
         return Reception.UNAWAITED
-    if msgspec.json.decode(span.awaits)["kind"] != kind:
+    if decoding.decode(span.awaits)["kind"] != kind:
         return Reception.UNAWAITED
     return Reception.EXPIRED if kind is Awaited.INPUT and span.has_expired else Reception.TAKEN
 

@@ -18,6 +18,7 @@ from engine.events import RunError
 from journal import admission
 from journal.admission import OnLimit
 from journal.blobs.reference import Reference
+from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData, ExecutionStatus
 from models.intake import Delivery
@@ -75,7 +76,7 @@ class _Wrapped(msgspec.Struct, frozen=True):
     intake: Unread = msgspec.field(name="$intake")
 
 
-_decode = msgspec.json.Decoder(_Wrapped).decode
+_decode = decoding.build_decoder(_Wrapped).decode
 
 
 def is_unread(trigger: str) -> bool:
@@ -154,7 +155,7 @@ async def _limits(connection: AsyncConnection, batch: Sequence[Read]) -> dict[st
         configs |= {row.execution_id: row.config for row in await connection.execute(statement)}
     return {
         one.key.execution_id: admission.limit_of(
-            msgspec.json.decode(configs.get(one.key.execution_id, "{}")), one.workflow_id, dict(one.trigger)
+            decoding.decode(configs.get(one.key.execution_id, "{}")), one.workflow_id, dict(one.trigger)
         )
         for one in batch
     }

@@ -16,6 +16,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from json_text import decoding
 from messages import deployments, executions, hint_worker, intake
 from messages.broker import (
     WATCH_SECONDS,
@@ -325,7 +326,7 @@ class RedisBroker:
 
 
 def _read(body: bytes) -> Notice:
-    published = msgspec.json.decode(body, type=_Published)
+    published = decoding.decode(body, _Published)
     return Letter(published.letter) if published.letter else ExecutionsChanged(published.execution_ids)
 
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any, Final, cast
 from uuid import uuid4
 
-import msgspec
 import redis
 import structlog
 from dramatiq import Worker
@@ -19,6 +18,8 @@ from dramatiq.message import Message
 from dramatiq.middleware import Middleware
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+
+from json_text import decoding
 
 NAMESPACE: Final = "pilotflame"
 MESSAGE_ID: Final = "redis_message_id"  # Dramatiq's name for the option that holds a message's id in Redis
@@ -186,7 +187,7 @@ class BlockingConsumer(Consumer):
 
     def _read(self, body: bytes | None) -> Message[Any] | None:
         try:
-            message: Message[Any] = msgspec.json.decode(body or b"", type=Message)
+            message: Message[Any] = decoding.decode(body or b"", Message)
         except (ValueError, RecursionError):
             return None
         # Another queue's name ends a thread of Dramatiq's worker; an `eta` would have it delayed in memory.

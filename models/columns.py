@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator
 
+from json_text import decoding
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -45,4 +47,4 @@ class JsonText(TypeDecorator[Any]):
         return None if value is None else msgspec.json.encode(value).decode()
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:  # noqa: ANN401, ARG002 - any JSON value
-        return None if value is None else msgspec.json.decode(value)
+        return None if value is None else decoding.decode(value)

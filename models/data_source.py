@@ -20,6 +20,7 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel, col
 
+from json_text import decoding
 from models.access import Caller, Role, User
 from models.columns import Instant, JsonText
 from models.vault import Sealed, Vault
@@ -81,7 +82,7 @@ def opened(vault: Vault, source: DataSource) -> dict[str, str]:
     text = vault.open(
         Sealed(source.secret_id, source.sealed), organization_id=source.organization_id, object_id=source.id
     )
-    return msgspec.json.decode(text, type=dict[str, str])
+    return decoding.decode(text, dict[str, str])
 
 
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────

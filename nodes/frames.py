@@ -6,13 +6,15 @@ what is no frame, or comes out of turn, raises `Garbled`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from itertools import islice
 from struct import Struct
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import msgspec
+
+from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -86,17 +88,17 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder().encode
-VALUE: Final[msgspec.json.Decoder[Json]] = msgspec.json.Decoder()
-LINE: Final = msgspec.json.Decoder(tuple[Literal["debug", "info", "warning", "error"], str])
-PATHS: Final = msgspec.json.Decoder(list[str])
-PORT: Final = msgspec.json.Decoder(Annotated[str, msgspec.Meta(max_length=100)])
-FAILURE: Final = msgspec.json.Decoder(Failure)
+VALUE: Final = decoding.build_decoder().decode
+LINE: Final = decoding.build_decoder(tuple[Literal["debug", "info", "warning", "error"], str]).decode
+PATHS: Final = decoding.build_decoder(list[str]).decode
+PORT: Final = decoding.build_decoder(Annotated[str, msgspec.Meta(max_length=100)]).decode
+FAILURE: Final = decoding.build_decoder(Failure).decode
 
 
-def read(decoder: msgspec.json.Decoder[Kind], body: bytes) -> Kind:
+def read(decode: Callable[[bytes], Kind], body: bytes) -> Kind:
     """Return what stands in a frame; raises `Garbled`."""
     try:
-        return decoder.decode(body)
+        return decode(body)
     except (ValueError, RecursionError) as error:
         raise Garbled("a frame doesn't hold what it should") from error
 

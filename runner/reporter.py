@@ -13,6 +13,7 @@ import msgspec
 
 from engine.errors import NodeError
 from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
+from json_text import decoding
 from models.outage import DatabaseUnavailable
 from models.pod_processes import PodProcess
 
@@ -84,7 +85,7 @@ class Gateway:
         body = b"{}" if call is None else msgspec.json.encode(call)
         async with self.exchange("POST", path, body, headers=_JSON, seconds=seconds) as response:
             text = await response.read()
-        return msgspec.json.decode(text, type=answer)
+        return decoding.decode(text, answer)
 
     @asynccontextmanager
     async def exchange(
@@ -122,7 +123,7 @@ class Gateway:
     async def _raise_refusal(self, response: aiohttp.ClientResponse) -> None:
         text = await response.content.read(MAX_ERROR_BYTES)
         try:
-            error = msgspec.json.decode(text, type=_Refusal).error
+            error = decoding.decode(text, _Refusal).error
         except msgspec.DecodeError:
             error = _Error("", "The answer is none of a gateway")
         if error.code and response.status not in STRANGERS:

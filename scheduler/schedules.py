@@ -8,7 +8,6 @@ from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import msgspec
 import structlog
 from sqlalchemy import select
 from sqlmodel import col
@@ -17,6 +16,7 @@ from engine.values import canonical
 from execution import due_runs
 from journal import admission, pinning, scheduled_runs, wakes
 from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable
+from json_text import decoding
 from messages import hints
 from models.database_time import DatabaseTime
 from models.workflow import Definition, Workflow, WorkflowGraph
@@ -162,7 +162,7 @@ def _runnables(
     for one in due:
         if one.deployed_hash is not None:
             if text := deployed.get(one.workflow_id):
-                definition = cast("dict[str, Any]", msgspec.json.decode(text))
+                definition = cast("dict[str, Any]", decoding.decode(text))
                 found.append(_runnable(one, text, one.deployed_hash, definition, catalog))
             continue
         row = own.get(one.workflow_id)

@@ -30,6 +30,7 @@ from journal.follow_ups import NOTHING, FollowUp, Outcome
 from journal.results import ResultTooLarge
 from journal.rows import STATUS_AFTER
 from journal.store import ExecutionKey
+from json_text import decoding
 from messages import hints
 from models import moments
 from models.database import DatabaseUnavailable
@@ -271,7 +272,7 @@ class AfterRuns:
         if leaf.is_blob:
             text = await self._blobs.get(own, Reference.read(text).sha256, max_bytes=MAX_ANSWER_BLOB_BYTES)
         if b'"$blob"' in text:
-            await self._hand_on(_references(msgspec.json.decode(text)), own, parent)
+            await self._hand_on(_references(decoding.decode(text)), own, parent)
         return text
 
     async def _hand_on(self, references: Sequence[Reference], own: Owner, parent: Owner) -> None:

@@ -24,6 +24,7 @@ from gateway.executions import acceptance
 from gateway.http import idempotency
 from gateway.workflows import graph_shapes
 from journal.store import EmittedEvent, Verdict
+from json_text import decoding
 from models import ids
 from models.execution import Execution
 from models.intake import Delivery, Outcome
@@ -58,7 +59,7 @@ class Outcomes(msgspec.Struct, frozen=True, array_like=True):
     """Code and message; of a run that may have found no place free: what is true where there is no such run."""
 
 
-_decode_outcomes = msgspec.json.Decoder(list[Outcomes]).decode
+_decode_outcomes = decoding.build_decoder(list[Outcomes]).decode
 
 
 @dataclass(frozen=True, slots=True)

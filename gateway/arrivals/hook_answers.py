@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 from sqlalchemy import and_, bindparam, select
 from sqlmodel import col
 
@@ -15,6 +14,7 @@ from engine import patience
 from engine.errors import NodeError
 from engine.events import SpanStatus
 from gateway import errors, limits
+from json_text import decoding
 from models.execution import TERMINAL, Execution, ExecutionStatus, SpanRow
 from nodes import http_answers
 
@@ -103,7 +103,7 @@ async def _standing(gateway: State, key: ExecutionKey) -> Standing | None:
 
 
 def _answer(config: str) -> HttpAnswer:
-    return http_answers.of(msgspec.json.decode(config))
+    return http_answers.of(decoding.decode(config))
 
 
 class WorkflowAnswer:

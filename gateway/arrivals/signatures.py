@@ -11,6 +11,7 @@ import structlog
 from engine import patience
 from gateway import errors
 from gateway.errors import ApiError
+from json_text import decoding
 from models.vault import VaultError
 from senders import events, github, slack, standard_webhooks, stripe
 from senders.events import Sender as Provider
@@ -35,7 +36,7 @@ VERIFIERS: Final[Mapping[Provider, Callable[[Arrival, Sequence[str]], Verified]]
 }
 _OF_SIGNATURES: Final = frozenset({"missing-signature", "invalid-signature", "stale-signature", "no-secret"})
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Secrets).decode
+_decode = decoding.build_decoder(Secrets).decode
 
 
 def sealed(vault: Vault, secrets: Secrets, *, organization_id: str, token_id: str) -> Sealed:

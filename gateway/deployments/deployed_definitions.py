@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from sqlalchemy import select
 from sqlmodel import col
 
@@ -16,6 +15,7 @@ from engine.values import encode
 from gateway.recent import Recent
 from journal import pinning
 from journal.store import DefinitionKey
+from json_text import decoding
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -101,6 +101,6 @@ class DeployedDefinitions:
 
 
 def _deployed(text: str, catalog: Catalog) -> Deployed:
-    definition: dict[str, Any] = msgspec.json.decode(text)
+    definition: dict[str, Any] = decoding.decode(text)
     nodes = definition["nodes"]
     return Deployed(text, definition["settings"], pinning.trigger_of(nodes, catalog), len(nodes))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from gateway import errors
+from json_text import decoding
 from messages.broker import Letter
 from messages.deployments import ReadPodLogs
 from models import ids
@@ -68,4 +69,4 @@ class PodLogs:
         if lines is None:
             answer.set_exception(errors.not_ready(f"The cluster did not tell: {notice.message.get('error')}"))
         else:
-            answer.set_result(msgspec.json.decode(lines, type=list[Line]))
+            answer.set_result(decoding.decode(lines, list[Line]))

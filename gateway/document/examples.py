@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from json_text import decoding
+
 
 class Example(msgspec.Struct, frozen=True):
     """A request of one operation, and the answer that it gets."""
@@ -29,4 +31,4 @@ def of(method: str, path: str) -> Example:
 @cache
 def _examples() -> Mapping[str, Example]:
     text = resources.files(__package__).joinpath("examples.json").read_bytes()
-    return msgspec.json.decode(text, type=dict[str, Example])
+    return decoding.decode(text, dict[str, Example])

@@ -19,6 +19,7 @@ from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Instant, Wire, decode_body, instant
 from gateway.workflows import editing, workflow_rows
 from journal.store import Accepted, IdempotencyKey, Verdict
+from json_text import decoding
 from models.intake import IntakeRoute, Outcome
 
 if TYPE_CHECKING:
@@ -212,4 +213,4 @@ def _brought(delivery: Delivery) -> list[str]:
     """Return the runs of a delivery that has brought several."""
     if delivery.answer is None or delivery.route != IntakeRoute.ENQUEUE_BATCH:
         return []
-    return msgspec.json.decode(delivery.answer, type=list[str])
+    return decoding.decode(delivery.answer, list[str])

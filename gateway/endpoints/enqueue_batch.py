@@ -23,6 +23,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Wire, convert, json_of
 from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
+from json_text import decoding
 from models.intake import Delivery, IntakeRoute, Outcome
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ async def _first(request: Request, planned: Sequence[Planned], delivery_id: str)
                 col(Delivery.organization_id) == request.caller.organization_id,
             )
         )
-    made = {*msgspec.json.decode(answer or "[]", type=list[str])}
+    made = {*decoding.decode(answer or "[]", list[str])}
     then = [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
     accepted = Verdict.ACCEPTED
     return [Accepted(accepted, one.execution_id) if one.execution_id in made else one for one in then]

@@ -26,6 +26,7 @@ from gateway.http.text import Problems
 from gateway.http.wire import Instant, Wire, convert, decode_body, instant, json_of
 from journal import event_waits
 from journal.store import Verdict
+from json_text import decoding
 from models import ids
 from models.intake import Delivery, IntakeRoute, TokenKind
 from models.intake import Event as EventRow
@@ -226,7 +227,7 @@ async def show(request: Request) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         event, delivery = await _readable(connection, request)
         outcomes = await emitting.outcomes(connection, delivery) if delivery is not None else []
-    told: dict[str, Any] = msgspec.json.decode(event.data)
+    told: dict[str, Any] = decoding.decode(event.data)
     shape = EventShape(
         id=event.id,
         event_type=event.event_type,
@@ -261,7 +262,7 @@ async def replay(request: Request) -> JsonResponse:
 
     async def plan(ground: Ground) -> Message:
         await room.require_going_on(request, ground)
-        return Message(msgspec.json.decode(event.data), event.data, promise=promise)
+        return Message(decoding.decode(event.data), event.data, promise=promise)
 
     async with gateway.deliveries.refusals(note):
         accepted = await taking_in.one(gateway, note, EVENT, plan, promise)

@@ -25,6 +25,7 @@ from journal.blobs import orphans
 from journal.blobs.backend import BlobsUnavailable
 from journal.deletion import MAY_GO, delete_runs
 from journal.store import ExecutionKey, Verdict
+from json_text import decoding
 from models import ids
 from models.audit import Action
 from models.execution import TERMINAL, Execution, ExecutionStatus
@@ -59,7 +60,7 @@ class Chosen(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Chosen).decode
+_decode = decoding.build_decoder(Chosen).decode
 
 
 # ── which ───────────────────────────────────────────────────────────────────────────────────────────────────

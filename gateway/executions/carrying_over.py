@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from gateway import errors
 from gateway.arrivals.taking_in import Message
 from journal import unread
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from journal.blobs.reference import InvalidReference, Reference
 from journal.unread import Unread
+from json_text import decoding
 from models import ids
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ async def carried_over(
 
     A mail that wasn't read is read once more. Raises 409 where its content is gone, and 503.
     """
-    trigger: Json = msgspec.json.decode(given)
+    trigger: Json = decoding.decode(given)
     execution_id = ids.new("exec")
     is_read = not unread.is_unread(given)
     if not is_read:

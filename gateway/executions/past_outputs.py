@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import msgspec
 from sqlalchemy import Row, func, select
 from sqlmodel import col
 
@@ -14,6 +13,7 @@ from engine.expressions import ExpressionError
 from engine.node import UnknownNodeType
 from engine.program import compile_node
 from engine.values import InvalidJson
+from json_text import decoding
 from models.execution import ExecutionData, SpanRow
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def samples(past: Sequence[PastOutput], graph: Graph, catalog: Catalog) -> dict[
             present[node.id] = _hashes(node, catalog)
         now = present[node.id]
         if now is not None and row.hashes.startswith(now):
-            found.setdefault(node.id, []).append(msgspec.json.decode(row.output))
+            found.setdefault(node.id, []).append(decoding.decode(row.output))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from sqlalchemy import (
     Text,
     and_,
@@ -28,6 +27,7 @@ from gateway import errors
 from gateway.executions import acceptance
 from gateway.executions.execution_access import visible_to
 from journal import follow_ups, unread
+from json_text import decoding
 from models import ids
 from models.database_time import DatabaseTime
 from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData, ExecutionStatus, SpanRow
@@ -137,7 +137,7 @@ async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_
     config = select(col(ExecutionData.config)).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
     )
-    return follow_ups.asked(msgspec.json.decode(await connection.scalar(config) or "{}"))
+    return follow_ups.asked(decoding.decode(await connection.scalar(config) or "{}"))
 
 
 def _new_execution(

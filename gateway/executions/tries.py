@@ -9,8 +9,6 @@ from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from engine import names, pruning
 from engine.findings import FindingType, Validation
 from engine.graph import Graph
@@ -23,6 +21,7 @@ from gateway import errors, limits
 from gateway.executions.intake import Run
 from gateway.workflows import graph_shapes, node_edits
 from journal import pinning
+from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.findings import Finding
@@ -69,7 +68,7 @@ class Given:
 
 def graph_of(workflow: LoadedWorkflow) -> tuple[list[StoredNode], list[StoredConnection]]:
     """Return the nodes and connections of a workflow."""
-    definition = msgspec.json.decode(workflow.definition)
+    definition = decoding.decode(workflow.definition)
     return definition["nodes"], definition["connections"]
 
 

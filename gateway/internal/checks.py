@@ -17,6 +17,7 @@ from engine.values import InvalidJson
 from gateway import errors
 from gateway.errors import ApiError
 from journal.blobs.reference import InvalidReference, Reference
+from json_text import decoding
 from models import ids
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _check_span(span: Span) -> None:
             Reference.read(reference)
     if span.awaits is not None:
         values.decode(span.awaits)
-        msgspec.json.decode(span.awaits, type=_Awaits)
+        decoding.decode(span.awaits, _Awaits)
     if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
         raise _refused("The hashes are too long")
 

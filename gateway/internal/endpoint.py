@@ -20,6 +20,7 @@ from gateway.http.endpoint import Access, Endpoint, Operation
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.request import Request
 from gateway.internal.holding import Holder
+from json_text import decoding
 from models import deployment_token
 from models.deployment_token import Bearer
 from models.pod_processes import PodProcess
@@ -110,7 +111,7 @@ async def decoded(request: Request, kind: type[Call], *, max_bytes: int = MAX_CA
 def _decoded(raw: bytes, kind: type[Call]) -> Call:
     try:
         values.decode(raw)
-        return msgspec.json.decode(raw, type=kind)
+        return decoding.decode(raw, kind)
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
     except msgspec.ValidationError as error:

@@ -12,8 +12,6 @@ from hashlib import sha256 as hash_of
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
-import msgspec
-
 from engine.errors import NodeError
 from engine.services import WantedEvent
 from execution.gateway_calls import (
@@ -36,6 +34,7 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from json_text import decoding
 
 if TYPE_CHECKING:
     from gateway.http.request import Request
@@ -96,7 +95,7 @@ async def start_run(request: Request, holder: Holder) -> JsonResponse:
         execution_id = await request.gateway.runners.runs.start(
             caller,
             call.workflow_id,
-            msgspec.json.decode(call.inputs),
+            decoding.decode(call.inputs),
             node_id=call.node_id,
             iteration=call.iteration,
             awaited=call.awaited,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import msgspec
 
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
+from json_text import decoding
 from models import ids
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _open(path: Path) -> tuple[BinaryIO, Label, int]:
     except FileNotFoundError as error:
         raise BlobLost("There is no such content") from error
     try:
-        label = msgspec.json.decode(file.readline(MAX_LABEL_BYTES), type=Label)
+        label = decoding.decode(file.readline(MAX_LABEL_BYTES), Label)
         return file, label, os.fstat(file.fileno()).st_size - file.tell()
     except msgspec.DecodeError as error:
         file.close()

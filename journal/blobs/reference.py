@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from json_text import decoding
+
 if TYPE_CHECKING:
     from engine.values import Json
 
@@ -37,7 +39,7 @@ class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def read(cls, text: bytes) -> Reference:
         """Return the reference that a JSON text holds; raises `InvalidReference`."""
         try:
-            return msgspec.json.decode(text, type=_Wrapped).blob
+            return decoding.decode(text, _Wrapped).blob
         except msgspec.DecodeError as error:
             raise InvalidReference(f"It is no reference to a blob: {error}") from error
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 from jsonschema_rs import Draft202012Validator, FancyRegexOptions
 
 from engine.errors import NodeError
+from json_text import decoding
 from nodes import problems
 from nodes.children import confinement, system_calls
 from nodes.frames import FormJob
@@ -23,7 +23,7 @@ BACKTRACKS: Final = 100_000
 """Steps back that a pattern may take in one text."""
 DATA_ID: Final = "urn:pilotflame:data"
 
-_decode = msgspec.json.Decoder(FormJob).decode
+_decode = decoding.build_decoder(FormJob).decode
 
 
 def load() -> Perform:
@@ -42,7 +42,7 @@ def confine(parent: int) -> None:
 def _perform(raw: bytes, _speaker: Speaker) -> Json:
     """Return what is wrong with an answer, each thing with its path, keyword and message."""
     job = _decode(raw)
-    return _wrong(msgspec.json.decode(job.schema), msgspec.json.decode(job.data))
+    return _wrong(decoding.decode(job.schema), decoding.decode(job.data))
 
 
 def _wrong(schema: Mapping[str, Json], data: Json) -> Json:

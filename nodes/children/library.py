@@ -8,10 +8,9 @@ from importlib import import_module
 from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import msgspec
-
 from engine.node import Call, Outcome, Result
 from engine.services import Caller
+from json_text import decoding
 from nodes import catalog
 from nodes.children import confinement, system_calls
 from nodes.frames import LibraryJob
@@ -31,7 +30,7 @@ ENCODINGS: Final = (
 """What archives and XML may name: they would be loaded when they are met, and then no file can be read any more."""
 NOBODY: Final = Caller("", "", "", "", "")
 
-_decode = msgspec.json.Decoder(LibraryJob).decode
+_decode = decoding.build_decoder(LibraryJob).decode
 
 
 def load() -> Perform:
@@ -42,7 +41,7 @@ def load() -> Perform:
 
     def perform(raw: bytes, speaker: Speaker) -> Json | Result:
         job = _decode(raw)
-        call = _call(msgspec.json.decode(job.config), speaker)
+        call = _call(decoding.decode(job.config), speaker)
         outcome = _finished(runs[job.type](call))
         if call.unresolved:
             speaker.unresolved(call.unresolved)

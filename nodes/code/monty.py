@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 from pydantic_monty import (
     Monty,
     MontyCrashedError,
@@ -21,6 +20,7 @@ from pydantic_monty import (
 )
 
 from engine.errors import NodeError
+from json_text import decoding
 from nodes.children import confinement, system_calls
 from nodes.code import script
 from nodes.code.script import Printed
@@ -39,7 +39,7 @@ MAX_RECURSION_DEPTH: Final = 500
 MAX_SUSPENSIONS: Final = 1_000
 OUT_OF_TIME: Final = ("feed time limit exceeded", "sleep limit exceeded")
 
-_decode = msgspec.json.Decoder(CodeJob).decode
+_decode = decoding.build_decoder(CodeJob).decode
 
 
 def load() -> Perform:
@@ -99,7 +99,7 @@ class Interpreter:
             max_suspensions=MAX_SUSPENSIONS,
             max_total_sleep_secs=job.timeout_seconds,
         )
-        inputs = msgspec.json.decode(job.inputs)
+        inputs = decoding.decode(job.inputs)
         with self._pool_of(job.organization_id).checkout(limits=limits) as session:
             return session.feed_run(job.source, inputs=inputs, print_callback=printed.write)
 

@@ -16,9 +16,8 @@ from importlib import import_module
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from engine.errors import NodeError
+from json_text import decoding
 from nodes.children import confinement, system_calls
 from nodes.code import script
 from nodes.code.script import Printed
@@ -94,7 +93,7 @@ MODULES: Final = (
     "zlib",
 )
 
-_decode = msgspec.json.Decoder(CodeJob).decode
+_decode = decoding.build_decoder(CodeJob).decode
 
 
 def load() -> Perform:
@@ -114,7 +113,7 @@ def confine(parent: int) -> None:
 
 def perform(raw: bytes, speaker: Speaker) -> Json:
     job = _decode(raw)
-    names = msgspec.json.decode(job.inputs)
+    names = decoding.decode(job.inputs)
     printed = Printed(speaker)
     confinement.limit_cpu(job.timeout_seconds)
     confinement.limit_memory(job.max_memory_bytes)

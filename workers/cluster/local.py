@@ -21,6 +21,7 @@ import aiohttp
 import msgspec
 import structlog
 
+from json_text import decoding
 from models import workflow_names as names
 from workers.cluster.changes import Changes
 from workers.cluster.driver import ClusterRefused, LogLine, NotDeployed, Observed, Wanted
@@ -109,7 +110,7 @@ class LocalDriver:
         """Take over what an earlier deployer has left running."""
         for kept in sorted(self._folder.glob(f"*/{KEPT}")):
             try:
-                found = msgspec.json.decode(kept.read_bytes(), type=Kept)
+                found = decoding.decode(kept.read_bytes(), Kept)
             except msgspec.DecodeError as error:
                 log.warning("local deployment not readable", path=str(kept), error=str(error))
                 continue
@@ -256,7 +257,7 @@ class LocalDeployment:
         """Hold the pods that are recorded in the folder."""
         for path in sorted(self.folder.glob(f"*/{RECORD}")):
             with suppress(msgspec.DecodeError):
-                self._add(path.parent, msgspec.json.decode(path.read_bytes(), type=Record))
+                self._add(path.parent, decoding.decode(path.read_bytes(), Record))
         self._bring_about()
 
     def want(self, kept: Kept) -> None:

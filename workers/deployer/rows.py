@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import or_, select, update
 from sqlmodel import col
 
+from json_text import decoding
 from models import deployment_token
 from models.columns import from_microseconds
 from models.database_time import DatabaseTime
@@ -220,4 +221,4 @@ async def resources(database: Database, deployment: Deployment) -> PodResources:
         body: str | None = await connection.scalar(statement)
     if body is None:
         return PodResources()
-    return msgspec.json.decode(body, type=_Definition).settings.resources or PodResources()
+    return decoding.decode(body, _Definition).settings.resources or PodResources()

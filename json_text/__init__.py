@@ -1,0 +1,1 @@
+"""JSON text, read at a cost that is known beforehand."""
