@@ -136,5 +136,9 @@ class Settings(BaseSettings):
     def check_for_production(self) -> None:
         """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
         _ = self.secret, self.previous_secrets
-        if self.redis_url is None:
+        self.require_redis()
+
+    def require_redis(self) -> None:
+        """Raise `InvalidSettings` without Redis, which only `pilotflame dev` does without."""
+        if not self.redis_url:
             raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

@@ -44,3 +44,7 @@ class SchedulerSettings(Settings):
         gt=0,
         description="How long a scheduler that has died keeps others from its duties; renewed every third of it.",
     )
+
+    def check_for_production(self) -> None:
+        """Raise `InvalidSettings` for what only `pilotflame dev` does without; no duty here needs the secret."""
+        self.require_redis()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,12 @@ def rendered(folder: Path) -> list[Json]:
             if container["image"] == image["name"]:
                 container["image"] = f"{image['newName']}@{image['digest']}"
     for patch in kustomization.get("patches", ()):
-        kind, name = patch["target"]["kind"], patch["target"]["name"]
-        index = objects.index(one(objects, kind, name))
+        kind, pattern = patch["target"]["kind"], re.compile(patch["target"]["name"])
+        (index,) = (
+            index
+            for index, found in enumerate(objects)
+            if found["kind"] == kind and pattern.fullmatch(found["metadata"]["name"])
+        )
         objects[index] = patches.operations(objects[index], yaml.safe_load(patch["patch"]))
     return objects
 

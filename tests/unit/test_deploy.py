@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import aclosing
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -119,10 +120,10 @@ def test_a_slip_in_an_object_would_be_found(path: str, value: object) -> None:
 def test_kustomize_renders_what_is_tested_here(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(DEPLOY / "kubernetes", tmp_path / "kubernetes")
     copy = tmp_path / "kubernetes" / folder.relative_to(DEPLOY / "kubernetes")
-    for given in copy.glob("*.env.example"):
+    for given in copy.glob("secrets/*.env.example"):
         given.rename(given.with_suffix(""))
     text = subprocess.check_output(["kustomize", "build", copy], text=True)
-    without_hashes = re.sub(r"(pilotflame-(?:settings|secrets))-[a-z0-9]{10}\b", r"\1", text)
+    without_hashes = re.sub(r"(pilotflame-(?:settings|[a-z]+-secrets))-[a-z0-9]{10}\b", r"\1", text)
     assert by_name(list(yaml.safe_load_all(without_hashes))) == by_name(rendered(folder))
 
 
@@ -266,22 +267,75 @@ def environment_of(objects: list[Json], component: str) -> Json:
     return found | {each["name"]: each["value"] for each in container["env"] if "value" in each}
 
 
-FILLED_IN = {
-    "PILOTFLAME_DATABASE_URL": "postgresql://pilotflame:word@database/pilotflame",
-    "PILOTFLAME_REDIS_URL": "redis://redis:6379/0",
-    "PILOTFLAME_SECRET_KEY": "s" * 48,
+DATABASE = {"PILOTFLAME_DATABASE_URL": "postgresql://pilotflame:word@database/pilotflame"}
+REDIS = {"PILOTFLAME_REDIS_URL": "redis://redis:6379/0"}
+SECRET = {"PILOTFLAME_SECRET_KEY": "s" * 48}
+PREVIOUS = {"PILOTFLAME_PREVIOUS_SECRET_KEYS": "p" * 48}
+BUCKET = {"PILOTFLAME_BLOB_S3_ACCESS_KEY_ID": "id", "PILOTFLAME_BLOB_S3_SECRET_ACCESS_KEY": "word"}
+NEEDS: dict[str, Json] = {
+    "gateway": DATABASE | REDIS | SECRET | PREVIOUS | BUCKET,
+    "worker": DATABASE | REDIS | SECRET | PREVIOUS | BUCKET,
+    "scheduler": DATABASE | REDIS | BUCKET,
+    "deployer": DATABASE | REDIS | SECRET,
+    "migrate": DATABASE,
 }
+"""The secrets that each process reads, and no other."""
 
 
 @pytest.mark.parametrize("process", ROLES)
-def test_each_process_starts_with_the_secrets_and_never_without(
+def test_each_process_starts_with_its_own_secrets_and_never_without(
     process: str, example: list[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = environment_of(example, process)
-    assert environment.keys() >= FILLED_IN.keys()
-    settings_of(monkeypatch, process, environment | FILLED_IN)
-    with pytest.raises((InvalidSettings, ValidationError)):
-        settings_of(monkeypatch, process, environment)
+    given = NEEDS[process]
+    assert environment.keys() >= given.keys()
+    settings_of(monkeypatch, process, environment | given)
+    for name in given.keys() & (REDIS | SECRET).keys():
+        with pytest.raises((InvalidSettings, ValidationError), match=name):
+            settings_of(monkeypatch, process, environment | given | {name: ""})
+
+
+@pytest.mark.parametrize("process", NEEDS)
+def test_each_process_has_a_secret_that_holds_what_it_needs_alone(process: str, example: list[Json]) -> None:
+    (container,) = templates(example)[process]["spec"]["containers"]
+    named = {source["secretRef"]["name"] for source in container.get("envFrom", ()) if "secretRef" in source}
+    named |= {
+        variable["valueFrom"]["secretKeyRef"]["name"]
+        for variable in container["env"]
+        if "secretKeyRef" in variable.get("valueFrom", {})
+    }
+    assert named - {"pilotflame-bootstrap"} == {f"pilotflame-{process}-secrets"}
+    assert ("pilotflame-bootstrap" in named) is (process == "gateway")
+    assert one(example, "Secret", f"pilotflame-{process}-secrets")["data"].keys() == NEEDS[process].keys()
+
+
+def test_the_job_of_each_release_has_a_name_of_its_own(base: list[Json], example: list[Json]) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"].replace(".", "-")
+    (job,) = (found for found in base if found["kind"] == "Job")
+    assert job["metadata"]["name"] == f"pilotflame-migrate-{version}"
+    (released,) = (found for found in example if found["kind"] == "Job")
+    (container,) = released["spec"]["template"]["spec"]["containers"]
+    digest = container["image"].rpartition("sha256:")[2]
+    assert released["metadata"]["name"] == f"pilotflame-migrate-{version}-{digest[:8]}"
+    # With another name after each edit, the Secret would change a Job that can't be changed.
+    (generator,) = (
+        found
+        for found in yaml.safe_load((EXAMPLE / "kustomization.yaml").read_text())["secretGenerator"]
+        if found["name"] == "pilotflame-migrate-secrets"
+    )
+    assert generator["options"] == {"disableNameSuffixHash": True}
+
+
+def test_proxies_that_are_trusted_are_single_addresses(
+    example: list[Json], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = settings_of(monkeypatch, "gateway", environment_of(example, "gateway") | NEEDS["gateway"])
+    composed_gateway = composed(env_example() | FILLED | {"PILOTFLAME_TRUSTED_PROXIES": "192.0.2.7"})[
+        "gateway"
+    ]
+    assert composed_gateway["environment"]["PILOTFLAME_TRUSTED_PROXIES"] == "192.0.2.7"
+    for trusted in (served.trusted_proxies, env_example()["PILOTFLAME_TRUSTED_PROXIES"]):
+        assert [str(ip_address(one)) for one in trusted.split(",")] == [trusted]
 
 
 @pytest.mark.parametrize("process", ROLES)
@@ -292,7 +346,6 @@ def test_each_variable_is_one_that_somebody_reads(process: str, example: list[Js
     shared = one(example, "ConfigMap", "pilotflame-settings")["data"]
     read = {f"PILOTFLAME_{name.upper()}" for kind in PROCESSES.values() for name in kind.model_fields}
     assert shared.keys() <= read
-    assert one(example, "Secret", "pilotflame-secrets")["data"].keys() == FILLED_IN.keys()
 
 
 def test_no_pod_starts_before_it_is_said_where_blobs_and_images_are(
@@ -316,7 +369,7 @@ def test_no_pod_starts_before_it_is_said_where_blobs_and_images_are(
 def test_the_deployer_looks_for_the_gateway_where_it_is(
     example: list[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_of(monkeypatch, "deployer", environment_of(example, "deployer") | FILLED_IN)
+    settings = settings_of(monkeypatch, "deployer", environment_of(example, "deployer") | NEEDS["deployer"])
     service = one(example, "Service", "pilotflame-gateway")
     gateway = templates(example)["gateway"]
     (container,) = gateway["spec"]["containers"]
@@ -332,9 +385,22 @@ def test_the_deployer_looks_for_the_gateway_where_it_is(
     assert service["spec"]["selector"].items() <= gateway["metadata"]["labels"].items()
     assert set(Layout.gateway_labels) <= gateway["metadata"]["labels"].items()
     assert settings.kubernetes_namespace == world.NAMESPACE
-    served = settings_of(monkeypatch, "gateway", environment_of(example, "gateway") | FILLED_IN)
+    served = settings_of(monkeypatch, "gateway", environment_of(example, "gateway") | NEEDS["gateway"])
     assert (served.host, served.port) == ("0.0.0.0", settings.kubernetes_gateway_port)
     assert (served.cluster, served.kubernetes_namespace) == ("kubernetes", world.NAMESPACE)
+
+
+@pytest.mark.parametrize("process", ROLES)
+def test_a_process_that_starts_slowly_is_not_asked_yet_whether_it_lives(
+    process: str, base: list[Json]
+) -> None:
+    (container,) = templates(base)[process]["spec"]["containers"]
+    starts, lives = container["startupProbe"], container["livenessProbe"]
+    (question,) = starts.keys() & {"exec", "httpGet"}
+    assert starts[question] == lives[question]
+    assert starts["periodSeconds"] * starts["failureThreshold"] >= 180
+    assert starts["periodSeconds"] < lives["periodSeconds"]
+    assert "initialDelaySeconds" not in lives
 
 
 async def test_the_gateway_is_restarted_for_its_own_event_loop_alone(base: list[Json]) -> None:
@@ -579,6 +645,8 @@ def test_services_of_compose_are_closed_and_hold_what_they_need() -> None:
         "gateway": ["127.0.0.1:8000:8000"]
     }
     for name in (*ROLES, "migrate"):
+        secrets = services[name]["environment"].keys() & NEEDS["gateway"].keys()
+        assert secrets == NEEDS[name].keys() - BUCKET.keys(), "each holds what it needs alone"
         assert services[name]["read_only"] is True
         assert services[name]["cap_drop"] == ["ALL"]
         assert services[name]["volumes"] == ["data:/data"]

@@ -6,10 +6,13 @@ from ipaddress import ip_network
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from models.settings import InvalidSettings
 from runner.settings import RunnerSettings
+from tests.cluster.world import a_wanted
+from workers.cluster import manifests
+from workers.cluster.manifests import Layout
 from workers.deployer.settings import DeployerSettings
 
 PRODUCTION: dict[str, Any] = {
@@ -28,6 +31,43 @@ def test_local_pods_need_the_word_of_whoever_runs_the_server() -> None:
         ).check_for_production()
     DeployerSettings(**LOCAL, allow_local_pods=True).check_for_production()
     DeployerSettings(**PRODUCTION).check_for_production()
+
+
+def egress(text: str) -> list[Any]:
+    """Return what the policy of a workflow lets its pods reach, besides the gateway and the networks."""
+    layout = Layout(
+        "user-workflows",
+        "gateway",
+        "pilotflame",
+        dns_endpoints=DeployerSettings(kubernetes_dns=text).dns_endpoints,
+    )
+    _, *names, _ = manifests.network_policy(a_wanted(), layout)["spec"]["egress"]
+    return [(rule["to"], [(port["protocol"], port["port"]) for port in rule["ports"]]) for rule in names]
+
+
+def namespace(name: str) -> list[Any]:
+    return [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}]
+
+
+def test_pods_look_up_names_where_the_cluster_answers_them() -> None:
+    usual = [("UDP", 53), ("TCP", 53)]
+    assert egress("kube-system") == [(namespace("kube-system"), usual)]
+    assert egress("openshift-dns:5353,169.254.20.10, [fd00::10]:53") == [
+        (namespace("openshift-dns"), [("UDP", 5353), ("TCP", 5353)]),
+        ([{"ipBlock": {"cidr": "169.254.20.10/32"}}], usual),
+        ([{"ipBlock": {"cidr": "fd00::10/128"}}], usual),
+    ]
+    for wrong in (
+        "kube_system",
+        "kube-system:0",
+        "kube-system:65536",
+        "10.0.0.300",
+        "53",
+        "a:b:c",
+        "10.0.0.1/8",
+    ):
+        with pytest.raises(ValidationError, match=r"DNS|network"):
+            DeployerSettings(kubernetes_dns=wrong)
 
 
 def test_pods_read_what_was_set_for_runs_and_nothing_secret(monkeypatch: pytest.MonkeyPatch) -> None:

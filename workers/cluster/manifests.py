@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from models import workflow_names as names
+from workers.cluster.dns_endpoints import DnsEndpoint
 from workers.cluster.driver import (
     HOST_VARIABLE,
     LIVENESS_PATH,
@@ -38,6 +39,8 @@ CONTAINER = "runner"
 TOKEN_KEY = "token"  # noqa: S105 - where it stands in its Secret
 TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - the only folder that a pod may write to, and its own
 TEMPORARY_MEBIBYTES = 256
+STARTUP_SECONDS = 300
+"""Time in which the program in a pod has to answer its startup probe, which asks once a second."""
 PRIVATE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16")
 PRIVATE_NETWORKS_6 = ("fc00::/7", "fe80::/10")
 
@@ -61,6 +64,7 @@ class Layout:
     outbound_networks: tuple[str, ...] = ()
     """Private networks that workflows may reach besides all public ones."""
     image_pull_secrets: tuple[str, ...] = ()
+    dns_endpoints: tuple[DnsEndpoint, ...] = (DnsEndpoint("kube-system"),)
 
 
 def selector(workflow_id: str) -> dict[str, str]:
@@ -132,7 +136,6 @@ def network_policy(wanted: Wanted, layout: Layout) -> Manifest:
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": layout.gateway_namespace}},
         "podSelector": {"matchLabels": dict(layout.gateway_labels)},
     }
-    names_of_hosts = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
     networks: list[Manifest] = [
         {"ipBlock": {"cidr": "0.0.0.0/0", "except": list(PRIVATE_NETWORKS)}},
         {"ipBlock": {"cidr": "::/0", "except": list(PRIVATE_NETWORKS_6)}},
@@ -148,16 +151,22 @@ def network_policy(wanted: Wanted, layout: Layout) -> Manifest:
             "ingress": [{"from": [gateway], "ports": [{"protocol": "TCP", "port": layout.port}]}],
             "egress": [
                 {"to": [gateway], "ports": [{"protocol": "TCP", "port": layout.gateway_port}]},
-                {
-                    "to": [
-                        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
-                    ],
-                    "ports": names_of_hosts,
-                },
+                *(_dns_rule(endpoint) for endpoint in layout.dns_endpoints),
                 {"to": networks},
             ],
         },
     }
+
+
+def _dns_rule(endpoint: DnsEndpoint) -> Manifest:
+    if isinstance(endpoint.place, str):
+        peer: Manifest = {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": endpoint.place}}
+        }
+    else:
+        peer = {"ipBlock": {"cidr": str(endpoint.place)}}
+    ports = [{"protocol": protocol, "port": endpoint.port} for protocol in ("UDP", "TCP")]
+    return {"to": [peer], "ports": ports}
 
 
 def deployment(wanted: Wanted, layout: Layout) -> Manifest:
@@ -239,9 +248,15 @@ def _container(wanted: Wanted, layout: Layout) -> Manifest:
             "timeoutSeconds": 2,
             "failureThreshold": 3,
         },
+        # On a machine that starts many pods at once, loading takes minutes: killing it there only starts it over.
+        "startupProbe": {
+            "httpGet": {"path": LIVENESS_PATH, "port": "http"},
+            "periodSeconds": 1,
+            "timeoutSeconds": 2,
+            "failureThreshold": STARTUP_SECONDS,
+        },
         "livenessProbe": {
             "httpGet": {"path": LIVENESS_PATH, "port": "http"},
-            "initialDelaySeconds": 10,
             "periodSeconds": 10,
             "timeoutSeconds": 5,
             "failureThreshold": 3,

@@ -97,5 +97,6 @@ async def open_driver(settings: DeployerSettings) -> Driver:
         grace_seconds=int(settings.grace_seconds),
         outbound_networks=tuple(map(str, settings.outbound_allowed_networks)),
         image_pull_secrets=settings.kubernetes_image_pull_secrets,
+        dns_endpoints=settings.dns_endpoints,
     )
     return await kubernetes.connect(layout, kubeconfig=settings.kubeconfig)

@@ -10,6 +10,8 @@ from pydantic_settings import NoDecode
 
 from execution.settings import ExecutionSettings
 from models.settings import InvalidSettings, Settings
+from workers.cluster import dns_endpoints
+from workers.cluster.dns_endpoints import DnsEndpoint
 
 GRACE_SECONDS = 15.0
 """What a pod gets besides the time for its runs, to hand over those that have not ended."""
@@ -50,6 +52,13 @@ class DeployerSettings(ExecutionSettings, Settings):
     kubernetes_image_pull_secrets: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Secrets of that namespace to pull the image with, separated by commas."
     )
+    kubernetes_dns: str = Field(
+        default="kube-system",
+        description=(
+            "Where the pods of workflows look up names, separated by commas: a namespace or an address, with the port"
+            " of the DNS pods unless it is 53: `kube-system`, `openshift-dns:5353`, `169.254.20.10`."
+        ),
+    )
     runner_image: str = Field(default="pilotflame-runner", description="Image of pods on Kubernetes.")
     runner_gateway_url: str = Field(
         default="",
@@ -80,6 +89,17 @@ class DeployerSettings(ExecutionSettings, Settings):
         if not isinstance(value, str):
             return value
         return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @field_validator("kubernetes_dns")
+    @classmethod
+    def _check_dns(cls, value: str) -> str:
+        dns_endpoints.parse_list(value)
+        return value
+
+    @property
+    def dns_endpoints(self) -> tuple[DnsEndpoint, ...]:
+        """Where the pods of workflows look up names."""
+        return dns_endpoints.parse_list(self.kubernetes_dns)
 
     @property
     def seconds_between_sweeps(self) -> float:

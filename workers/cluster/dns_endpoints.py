@@ -1,0 +1,48 @@
+"""Endpoints where pods of workflows look up names, as an operator writes them in a setting."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Final
+
+DNS_PORT: Final = 53
+MAX_PORT: Final = 65_535
+_ENTRY: Final = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<plain>[^\[\]:]+))(?::(?P<port>[0-9]{1,5}))?\Z")
+_NAMESPACE: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class DnsEndpoint:
+    """One place that answers DNS: the pods of a namespace, or a network, and the port that they listen on.
+
+    A network policy sees the port of the pod, not of the Service in front of it: OpenShift's is 5353.
+    """
+
+    place: str | IPv4Network | IPv6Network
+    """Name of a namespace, or a network."""
+    port: int = DNS_PORT
+
+
+def parse(text: str) -> DnsEndpoint:
+    """Return the endpoint of `kube-system`, `openshift-dns:5353`, `169.254.20.10` or `[fd00::10]:53`.
+
+    Raises `ValueError` for anything else.
+    """
+    match = _ENTRY.match(text)
+    port = int(match["port"] or DNS_PORT) if match is not None else 0
+    if match is None or not 1 <= port <= MAX_PORT:
+        raise ValueError(f"{text!r} is no DNS endpoint: write namespace, address or network, and :port")
+    name = match["bracketed"] or match["plain"]
+    if match["bracketed"] is None and _NAMESPACE.match(name) and not name.isdecimal():
+        return DnsEndpoint(name, port)
+    try:
+        return DnsEndpoint(ip_network(name), port)
+    except ValueError as error:
+        raise ValueError(f"{text!r} names neither a namespace nor a network: {error}") from error
+
+
+def parse_list(text: str) -> tuple[DnsEndpoint, ...]:
+    """Return the endpoints of a list that commas separate; raises `ValueError`."""
+    return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
