@@ -25,9 +25,9 @@ class ExecutionSettings(BaseSettings):
         description="Runs that one process holds at once; up to twice as many while several organisations share it.",
     )
     lease_seconds: float = Field(
-        default=30.0,
+        default=10.0,
         gt=0,
-        description="How long a process that has died keeps its runs; renewed every third of it.",
+        description="Lease of a run; a lost process keeps its runs for so long. Renewed every third of it.",
     )
     commit_seconds: float = Field(
         default=1.0, gt=0, description="How long results of nodes without side effects may wait for a commit."

@@ -11,7 +11,7 @@ class SchedulerSettings(Settings):
     """What the scheduler reads besides what all processes share."""
 
     sweep_seconds: float = Field(
-        default=5.0,
+        default=2.0,
         gt=0,
         description="How often the scheduler looks for runs that nobody holds, as each worker does.",
     )

@@ -12,7 +12,7 @@ class WorkerSettings(ExecutionSettings, Settings):
     """What a worker reads besides what all processes share."""
 
     sweep_seconds: float = Field(
-        default=5.0, gt=0, description="How often each worker looks for runs that nobody holds."
+        default=2.0, gt=0, description="How often each worker looks for runs that nobody holds."
     )
     worker_metrics_port: int | None = Field(
         default=None, ge=0, le=65_535, description="Port of the worker's Prometheus metrics on 127.0.0.1."
