@@ -50,6 +50,11 @@ _LAYOUTS: Final[Mapping[str, Layout]] = {
             **dict.fromkeys(("from", "to", "subject", "body_text", "body_html"), ""),
             "attachments": [],
             "email_headers": {},
+            "authentication": {"spf": None, "dkim": None, "dmarc": None},
+            "spam": {"score": None, "verdict": None},
+            "virus": None,
+            "envelope": {"from": "", "to": []},
+            "senderIp": None,
         }
     ),
     SCHEDULE: Layout({"timezone": "UTC"}),

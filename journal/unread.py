@@ -47,6 +47,16 @@ class StoredObject(msgspec.Struct, frozen=True, rename="camel"):
     """Below the data source's prefix."""
 
 
+class MailScreening(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """Rules of an e-mail trigger about mails that are accepted and not run."""
+
+    reject_on: Sequence[str] = ()
+    """Checks of the mail service that a mail must not have failed: `spf`, `dkim`, `dmarc`, `spam`, `virus`."""
+    max_spam_score: float | None = None
+    accept_automatic: bool = False
+    """Automatic replies, bounces and receipts are run too."""
+
+
 class Unread(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """A mail as it was handed in; its content is here, in a blob of the run, or in a bucket."""
 
@@ -60,6 +70,10 @@ class Unread(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     sender: str = ""
     """Of the envelope, as are the recipients."""
     recipients: Sequence[str] = ()
+    verdicts: Mapping[str, str] = {}
+    """Results of the checks that Amazon SES has made, by their names."""
+    screening: MailScreening | None = None
+    """Rules of the trigger; None: the mail is run whatever it is, since somebody has redriven it."""
 
     @classmethod
     def of(cls, text: str | bytes) -> Unread:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from mail import forms, headers, reading, writing
+from mail import forms, headers, reading, reception, writing
 from mail.form import File, Form
 from mail.limits import InvalidMail
 from senders import forms as sent_forms
@@ -14,27 +14,35 @@ from senders.mail_kinds import MailKind
 from senders.refusals import Refused
 
 if TYPE_CHECKING:
-    from journal.unread import Unread
+    from journal.unread import MailScreening, Unread
     from mail.message import Keep, Mail
+    from mail.reception import Reception
 
 _SENDGRID: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
+_AUTOMATIC_REPORTS: Final = frozenset({"delivery-status", "disposition-notification"})
 _ANSWERED: Final = ("in-reply-to", "references")
 
 
-def read(unread: Unread, contents: list[bytes], keep: Keep) -> Mail:
-    """Return the mail that a content is, and hand out its attachments on the way; raises `InvalidMail`.
+def read(unread: Unread, contents: list[bytes], keep: Keep) -> tuple[Mail, Reception]:
+    """Return the mail that a content is, and how it was received; raises `InvalidMail`.
+
+    Attachments are handed out on the way.
 
     The content is taken out of `contents`: what a urlencoded form holds is as large again, and takes its place.
     """
     if not unread.content_type:
-        return reading.read(contents.pop(), keep)
-    form = _form(unread.content_type, contents.pop())
-    if unread.kind in _SENDGRID:
-        return forms.sendgrid(form, keep)
-    return forms.mailgun(form, keep)
+        mail, received = reading.read(contents.pop(), keep), reception.of_ses(unread.verdicts)
+    else:
+        form = _form(unread.content_type, contents.pop())
+        if unread.kind in _SENDGRID:
+            mail, received = forms.sendgrid(form, keep), reception.of_sendgrid(form)
+        else:
+            mail = forms.mailgun(form, keep)
+            received = reception.of_mailgun(mail)
+    return mail, reception.with_envelope(received, unread.sender, unread.recipients)
 
 
-def trigger_of(mail: Mail, references: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def trigger_of(mail: Mail, received: Reception, references: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the trigger node gives, with the references to the attachments that were handed out, in order."""
     left = iter(references)
     attachments = []
@@ -42,13 +50,29 @@ def trigger_of(mail: Mail, references: Sequence[Mapping[str, Any]]) -> dict[str,
         # One that is still with the mail service was not handed out, and has its address in the place of a content.
         blob = {"blob": next(left)} if attachment.sha256 else {}
         attachments.append({**attachment.as_json(), **blob})
-    return mail.as_json(attachments)
+    return {**mail.as_json(attachments), **received.as_json()}
 
 
-def is_automatic_reply(mail: Mail) -> bool:
-    """Tell whether a mail answers another without anybody having written it."""
-    told = headers.parameters(_header(mail, "auto-submitted"))[0]
-    return told == "auto-replied"
+def rejection(received: Reception, screening: MailScreening | None) -> str | None:
+    """Return why the trigger's rules reject a mail; None: they let it run."""
+    if screening is None:
+        return None
+    if (check := received.failed_check(screening.reject_on)) is not None:
+        return f"The mail service reports that the mail failed its {check} check, which `rejectOn` names"
+    score, most = received.spam_score, screening.max_spam_score
+    if score is not None and most is not None and score > most:
+        return f"The mail service gives the mail a spam score of {score:g}, above `maxSpamScore` {most:g}"
+    return None
+
+
+def is_automatic(mail: Mail) -> bool:
+    """Tell whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
+    submitted = headers.parameters(_header(mail, "auto-submitted"))[0]
+    content_type, parameters = headers.parameters(_header(mail, "content-type"))
+    reports = parameters.get("report-type", "").lower()
+    return submitted == "auto-replied" or (
+        content_type == "multipart/report" and reports in _AUTOMATIC_REPORTS
+    )
 
 
 def answers_ours(mail: Mail) -> bool:

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from engine.services import DataSources, Pace
     from journal.blobs.blob_store import BlobStore
     from journal.store import Claimed, Store
+    from journal.unread import MailScreening
     from mail.message import Keep, Label, Mail
+    from mail.reception import Reception
     from messages.broker import Broker
     from models.database import Database
     from workers.settings import WorkerSettings
@@ -69,6 +71,7 @@ CLOSE_SECONDS: Final = 2.0
 PAUSE_SECONDS: Final = 0.5
 INVALID: Final = "invalid-input"
 LOOP: Final = "mail-loop"
+REJECTED: Final = "mail-rejected"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -86,6 +89,19 @@ class Sources:
 
     data_sources: DataSources
     pace: Pace
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedMail:
+    """A mail that was read, and what its run is given."""
+
+    mail: Mail
+    received: Reception
+    screening: MailScreening | None
+    """Rules of the trigger; None: the mail was redriven, and is run whatever it is."""
+    trigger: dict[str, Any]
+    text: str
+    """The trigger as JSON."""
 
 
 @dataclass(slots=True, eq=False)
@@ -258,9 +274,9 @@ class Reader:
 
     async def _read(self, reading: Reading) -> None:
         try:
-            mail, trigger, text = await self._taken_apart(reading)
-            if (reason := await self._loop(reading, mail)) is not None:
-                await self._end(reading, RunStatus.CANCELLED, RunError(LOOP, reason))
+            parsed = await self._taken_apart(reading)
+            if (refusal := await self._refusal(reading, parsed)) is not None:
+                await self._end(reading, RunStatus.CANCELLED, refusal)
                 return
         except InvalidMail as error:
             await self._end(
@@ -272,7 +288,7 @@ class Reader:
             return
         one = reading.one
         left = await self._leaving.submit(
-            Read(reading.key, one.token, self._owner, one.workflow_id, trigger, text)
+            Read(reading.key, one.token, self._owner, one.workflow_id, parsed.trigger, parsed.text)
         )
         if left is None:
             log.warning("mail abandoned", execution_id=one.execution_id, reason="lease lost")
@@ -280,8 +296,8 @@ class Reader:
         log.info("mail read", execution_id=one.execution_id, workflow_id=one.workflow_id)
         await self._hand_on(reading, left)
 
-    async def _taken_apart(self, reading: Reading) -> tuple[Mail, dict[str, Any], str]:
-        """Return a mail, and what its run is given, also as JSON; raises `InvalidMail` and `NotNow`."""
+    async def _taken_apart(self, reading: Reading) -> ParsedMail:
+        """Return a mail, and what its run is given; raises `InvalidMail` and `NotNow`."""
         try:
             found = Unread.of(reading.one.trigger)
         except msgspec.DecodeError as error:
@@ -327,16 +343,16 @@ class Reader:
 
     def _parsed(
         self, reading: Reading, found: Unread, contents: list[bytes], loop: asyncio.AbstractEventLoop
-    ) -> tuple[Mail, dict[str, Any], str]:
+    ) -> ParsedMail:
         """Take a mail apart in a thread, which waits for each attachment to be kept before it decodes the next.
 
         Raises `InvalidMail` for any exception of a parser: to try again would end the same way.
         """
         references: list[dict[str, Any]] = []
         try:
-            mail = mails.read(found, contents, self._keeping(reading, references, loop))
-            trigger = mails.trigger_of(mail, references)
-            return mail, trigger, _encode(trigger).decode()
+            mail, received = mails.read(found, contents, self._keeping(reading, references, loop))
+            trigger = mails.trigger_of(mail, received, references)
+            return ParsedMail(mail, received, found.screening, trigger, _encode(trigger).decode())
         except AttachmentNotStored as error:
             raise error.__cause__ or error from None
         except (InvalidMail, NotNow, MemoryError):
@@ -366,10 +382,22 @@ class Reader:
 
         return keep
 
+    async def _refusal(self, reading: Reading, parsed: ParsedMail) -> RunError | None:
+        """Return why a mail is not to be run.
+
+        Its trigger rejects it, nobody wrote it, or it may be one of many that answer one another.
+        """
+        if (reason := mails.rejection(parsed.received, parsed.screening)) is not None:
+            return RunError(REJECTED, reason)
+        accepts_automatic = parsed.screening is None or parsed.screening.accept_automatic
+        if not accepts_automatic and mails.is_automatic(parsed.mail):
+            kinds = "an automatic reply, a bounce or a receipt"
+            return RunError(LOOP, f"The mail is {kinds}; `acceptAutomatic` on the trigger runs those too")
+        reason = await self._loop(reading, parsed.mail)
+        return None if reason is None else RunError(LOOP, reason)
+
     async def _loop(self, reading: Reading, mail: Mail) -> str | None:
         """Return why a mail is not to be run, if it may be one of many that answer one another."""
-        if mails.is_automatic_reply(mail):
-            return "Nobody has written this mail: it is an automatic reply (Auto-Submitted)"
         if not mails.answers_ours(mail):
             return None
         sender = ",".join(addresses.bare(mail.from_)).lower()
@@ -409,7 +437,7 @@ class Reader:
     async def _end(self, reading: Reading, status: RunStatus, error: RunError) -> None:
         if not await self._write(reading, end=status, error=error):
             return
-        if error.code == LOOP:
+        if error.code in {LOOP, REJECTED}:
             reason = f"{error.code}: {error.message}"
             await self._database.transaction(partial(unread.note, key=reading.key, reason=reason))
         await self._ended(reading, Ended(status, error), reading.one.inbox)

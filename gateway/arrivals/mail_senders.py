@@ -19,6 +19,7 @@ from gateway import errors
 from gateway.arrivals import trigger_secrets
 from gateway.arrivals.sender import Sender, no_sender
 from gateway.errors import ApiError
+from journal.unread import MailScreening
 from models.access import Caller, KeyScope, Role
 from models.trigger import TriggerKind
 from senders import basic, mail_kinds, mailgun, sendgrid, sns
@@ -81,6 +82,14 @@ class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
     basic_auth: str = ""
     bearer: str = ""
     require_signature: bool = False
+    reject_on: list[str] = []
+    max_spam_score: float | None = None
+    accept_automatic: bool = False
+
+    @property
+    def screening(self) -> MailScreening:
+        """The rules that the worker applies once it has read a mail."""
+        return MailScreening(self.reject_on, self.max_spam_score, self.accept_automatic)
 
     @property
     def lets_somebody_in(self) -> bool:

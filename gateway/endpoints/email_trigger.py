@@ -160,7 +160,7 @@ class Handed:
 
     def unread(self, **fields: Any) -> Unread:  # noqa: ANN401 - fields of any type
         """Return what a worker is to read."""
-        return Unread(self.kind, self.arrival.at, **fields)
+        return Unread(self.kind, self.arrival.at, screening=self.addressee.trigger.screening, **fields)
 
 
 async def _native(handed: Handed) -> JsonResponse:
@@ -204,7 +204,7 @@ async def _of_topic(handed: Handed) -> JsonResponse:
     mail = await patience.patiently(ses.received, message)
     if mail is None:
         return await _noted(handed, "no-mail", "The message of the topic tells of no mail that was received")
-    unread = handed.unread(sender=mail.sender, recipients=mail.recipients)
+    unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
     if mail.stored is not None:
         stored = await _stored(handed, mail.stored)
         return await _take_in_unread(handed, msgspec.structs.replace(unread, stored=stored))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from gateway import errors
 from gateway.arrivals.taking_in import Message
 from journal import unread
@@ -26,13 +28,15 @@ async def carried_over(
 ) -> Message:
     """Return what another run is given of what the run of `source` was given, once its contents are there too.
 
-    A mail that wasn't read is read once more. Raises 409 where its content is gone, and 503.
+    A mail that wasn't read is read once more, and run even where the trigger's rules rejected it before. Raises 409
+    where its content is gone, and 503.
     """
     trigger: Json = decoding.decode(given)
     execution_id = ids.new("exec")
     is_read = not unread.is_unread(given)
     if not is_read:
-        blob = Unread.of(given).blob
+        mail = msgspec.structs.replace(Unread.of(given), screening=None)
+        trigger, blob = mail.as_json(), mail.blob
         if blob is not None and (source is None or not await _copied(blobs, source, execution_id, blob)):
             raise errors.conflict("not-redrivable", "What it has brought is not kept any more")
     elif source is not None:

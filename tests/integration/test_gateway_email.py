@@ -65,6 +65,21 @@ def assert_is(given: dict[str, Any], case: Case) -> None:
     assert len(given["attachments"]) == len(expected["attachments"])
     for name, value in expected["email_headers"].items():
         assert of_address(given["email_headers"], name) == value, case.name
+    if case.provider != "native":
+        assert given["envelope"] == case.expected["envelope"], case.name
+        assert_reports(given, case.expected.get("signals", {}))
+
+
+def assert_reports(given: dict[str, Any], signals: dict[str, Any]) -> None:
+    """Check that a run was given the results that the mail service reports."""
+    for name in ("spf", "dkim", "dmarc"):
+        if name in signals:
+            assert given["authentication"][name] == "pass"
+    if "spam_score" in signals:
+        assert given["spam"] == {"score": signals["spam_score"], "verdict": "pass"}
+        assert given["senderIp"] == signals["sender_ip"]
+    if "virus" in signals:
+        assert (given["spam"]["verdict"], given["virus"]) == ("pass", "pass")
 
 
 def attachments(given: dict[str, Any], expected: dict[str, Any]) -> Sequence[tuple[Any, Any]]:
@@ -498,6 +513,54 @@ async def test_mails_that_answer_ours_without_end_are_accepted_and_not_run(
         assert (run.status, run.error["code"]) == ("cancelled", "mail-loop")
         (delivery,) = [one for one in await mails.deliveries(workflow_id) if one.execution_id == run.id]
         assert (delivery.outcome, delivery.reason.partition(":")[0]) == ("accepted", "mail-loop")
+
+
+REJECTED = [
+    ({"rejectOn": ["spf"]}, {"SPF": "fail"}, "spf check"),
+    ({"rejectOn": ["dkim", "spam"]}, {"dkim": "{@a.example : fail}"}, "dkim check"),
+    ({"rejectOn": ["spam"]}, {"spam_score": "6", "spam_report": "(6.0 points, 5.0 required)"}, "spam check"),
+    ({"maxSpamScore": 3}, {"spam_score": "3.5"}, "spam score of 3.5"),
+]
+
+
+@pytest.mark.parametrize(("config", "fields", "reason"), REJECTED, ids=["spf", "dkim", "spam", "score"])
+async def test_a_mail_that_its_trigger_rejects_is_accepted_and_not_run_until_it_is_redriven(
+    mails: MailWorld, people: People, config: dict[str, Any], fields: dict[str, str], reason: str
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner, **config)
+    mail = {"envelope": "{}", "headers": "Message-ID: <1@x>\r\n", "text": "Hello."}
+    answers = [
+        await mails.post_form(workflow_id, owner, mail | more)
+        for more in ({"headers": "Message-ID: <2@x>\r\n"}, fields)
+    ]
+    good, bad = (answer.json()["executionId"] for answer in answers)
+    await mails.read(good, bad)
+    assert (await mails.run(good)).target == "shared"
+    rejected = await mails.run(bad)
+    assert (rejected.status, rejected.error["code"]) == ("cancelled", "mail-rejected")
+    assert reason in rejected.error["message"]
+    (delivery,) = [one for one in await mails.deliveries(workflow_id) if one.execution_id == bad]
+    assert delivery.reason.startswith("mail-rejected: ")
+
+    redriven = (await owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive")).json()["executionId"]
+    await mails.read(redriven)
+    assert (await mails.run(redriven)).target == "shared"
+
+
+BOUNCE = "Content-Type: multipart/report; report-type=delivery-status; boundary=b\r\n"
+
+
+@pytest.mark.parametrize("header", [BOUNCE, "Auto-Submitted: auto-replied\r\n"], ids=["bounce", "reply"])
+async def test_automatic_mails_are_run_only_where_the_trigger_accepts_them(
+    mails: MailWorld, people: People, header: str
+) -> None:
+    owner = people.owner
+    for config, status in (({}, "cancelled"), ({"acceptAutomatic": True}, "pending")):
+        workflow_id = await mails.workflow(owner, **config)
+        execution_id = await mails.mail(workflow_id, owner, PLAIN.format(header))
+        await mails.read(execution_id)
+        assert (await mails.run(execution_id)).status == status
 
 
 async def test_a_mail_takes_its_place_among_the_runs_that_its_workflow_allows(

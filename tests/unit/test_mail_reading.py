@@ -22,7 +22,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mail import addresses, charsets, forms, message, parts, reading
+from mail import addresses, charsets, forms, message, parts, reading, reception
 from mail.form import File, Form
 from mail.limits import InvalidMail, Limits
 from mail.message import Label, Mail
@@ -452,6 +452,22 @@ def test_a_mail_that_holds_too_much_is_refused(raw: str, limits: Limits, what: s
     with pytest.raises(InvalidMail, match=what):
         read(raw, limits)
     assert read(nested(20))[0].body_text == "x"
+
+
+@pytest.mark.parametrize(
+    ("headers", "spf"),
+    [
+        ("X-Mailgun-Spf: Pass\n", "pass"),
+        ("X-Mailgun-Spf: SoftFail\n", "softfail"),
+        ("X-Mailgun-Spf: Pass\nX-Mailgun-Spf: Fail\n", "fail"),
+        ("X-Mailgun-Spf: Pass\nX-Mailgun-Spf: Neutral\n", None),
+        ("", None),
+    ],
+)
+def test_a_header_that_a_sender_adds_never_improves_a_result_of_mailgun(
+    headers: str, spf: str | None
+) -> None:
+    assert reception.of_mailgun(read(headers + "\nx")[0]).spf == spf
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ MAIL: dict[str, Any] = {
     "body_html": "",
     "attachments": [],
     "email_headers": {},
+    "authentication": {"spf": None, "dkim": None, "dmarc": None},
+    "spam": {"score": None, "verdict": None},
+    "virus": None,
+    "envelope": {"from": "", "to": []},
+    "senderIp": None,
 }
 
 

@@ -1,0 +1,155 @@
+"""Facts that a mail service reports about a mail that it received, in one shape for all services.
+
+Each service has its own words for the results of SPF, DKIM, DMARC, spam and virus checks. Here they are `pass`, `fail`,
+`softfail`, `neutral`, `none`, `gray` and the like, in lower case; None where the service reports nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any, Final
+
+from mail import charsets
+
+if TYPE_CHECKING:
+    from mail.form import Form
+    from mail.message import Mail
+
+PASS: Final = "pass"  # noqa: S105 - a result, no password
+FAIL: Final = "fail"
+_WORD: Final = re.compile(r"[a-z_]{1,30}")
+_DKIM_RESULT: Final = re.compile(r":\s*([A-Za-z_]{1,30})")
+_REQUIRED_SCORE: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) required")
+_MAX_FIELD_CHARACTERS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Reception:
+    """How a mail was received, as its service reports it."""
+
+    spf: str | None = None
+    dkim: str | None = None
+    dmarc: str | None = None
+    spam: str | None = None
+    spam_score: float | None = None
+    virus: str | None = None
+    envelope_from: str = ""
+    envelope_to: Sequence[str] = ()
+    sender_ip: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields that an e-mail trigger adds to those of the mail."""
+        return {
+            "authentication": {"spf": self.spf, "dkim": self.dkim, "dmarc": self.dmarc},
+            "spam": {"score": self.spam_score, "verdict": self.spam},
+            "virus": self.virus,
+            "envelope": {"from": self.envelope_from, "to": list(self.envelope_to)},
+            "senderIp": self.sender_ip,
+        }
+
+    def failed_check(self, checks: Collection[str]) -> str | None:
+        """Return the first of these checks (`spf`, `dkim`, `dmarc`, `spam`, `virus`) that the mail has failed."""
+        results = {
+            "spf": self.spf,
+            "dkim": self.dkim,
+            "dmarc": self.dmarc,
+            "spam": self.spam,
+            "virus": self.virus,
+        }
+        return next((check for check, result in results.items() if check in checks and result == FAIL), None)
+
+
+def of_sendgrid(form: Form) -> Reception:
+    """Return what the form of SendGrid's Inbound Parse reports; its fields are the same for raw mails."""
+    score = _number(_field(form, "spam_score"))
+    required = _REQUIRED_SCORE.search(_field(form, "spam_report"))
+    spam = None
+    if score is not None and required is not None:
+        spam = FAIL if score >= float(required[1]) else PASS
+    return Reception(
+        spf=_result(_field(form, "SPF")),
+        dkim=_dkim_of_sendgrid(_field(form, "dkim")),
+        spam=spam,
+        spam_score=score,
+        sender_ip=_address(_field(form, "sender_ip")),
+    )
+
+
+def of_mailgun(mail: Mail) -> Reception:
+    """Return what Mailgun's headers report: it adds them to the mail, raw or parsed.
+
+    The sender may have written a header of the same name: then the worst result counts.
+    """
+    headers = {name.lower(): value for name, value in mail.email_headers.items()}
+
+    def values(name: str) -> Sequence[str]:
+        value = headers.get(name, [])
+        return [value] if isinstance(value, str) else value
+
+    flags = {"yes": FAIL, "no": PASS}
+    scores = [score for each in values("x-mailgun-sscore") if (score := _number(each)) is not None]
+    return Reception(
+        spf=_worst(map(_result, values("x-mailgun-spf"))),
+        dkim=_worst(map(_result, values("x-mailgun-dkim-check-result"))),
+        spam=_worst(flags.get(each.strip().lower()) for each in values("x-mailgun-sflag")),
+        spam_score=max(scores, default=None),
+    )
+
+
+def of_ses(verdicts: Mapping[str, str]) -> Reception:
+    """Return what a notification of Amazon SES reports: `PASS`, `FAIL`, `GRAY`, `PROCESSING_FAILED` or `DISABLED`."""
+    results = {name: _result(verdict) for name, verdict in verdicts.items()}
+    return Reception(
+        spf=results.get("spf"),
+        dkim=results.get("dkim"),
+        dmarc=results.get("dmarc"),
+        spam=results.get("spam"),
+        virus=results.get("virus"),
+    )
+
+
+def with_envelope(reception: Reception, sender: str, recipients: Sequence[str]) -> Reception:
+    """Return the same with the addresses of the SMTP envelope."""
+    return replace(reception, envelope_from=sender, envelope_to=tuple(recipients))
+
+
+def _worst(results: Iterable[str | None]) -> str | None:
+    """Return `fail` if it is among the results, else the one that all agree on."""
+    found = set(results)
+    if FAIL in found:
+        return FAIL
+    return found.pop() if len(found) == 1 else None
+
+
+def _dkim_of_sendgrid(text: str) -> str | None:
+    """Return the result for `{@example.org : pass, @example.net : fail}`: one good signature is enough (RFC 6376)."""
+    results = [each.lower() for each in _DKIM_RESULT.findall(text)]
+    return PASS if PASS in results else next(iter(results), _result(text))
+
+
+def _field(form: Form, name: str) -> str:
+    return charsets.decoded(bytes(form.first(name)[:_MAX_FIELD_CHARACTERS])).strip()
+
+
+def _result(text: str) -> str | None:
+    found = _WORD.match(text.strip().lower())
+    return found[0] if found else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _address(text: str) -> str | None:
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        return None
