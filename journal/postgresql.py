@@ -204,8 +204,9 @@ class PostgreSQLStore:
 
     async def sweep(self, limit: int) -> Swept:
         """Take back what dead workers held; see `Store.sweep`."""
-        due = await self.promote_due()
+        # First, since whoever waits for a dead worker has waited longest: the lease, and now this sweep.
         rows = await self._fetch(_SWEEP, limit, MAX_LOST_ATTEMPTS, CRASHED)
+        due = await self.promote_due()
         pending = await self._fetch(_HAS_PENDING)
         ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
         return Swept(len(rows) - len(ended), ended, due, bool(pending))
@@ -479,10 +480,19 @@ LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lan
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
 
+
+def _unlocked(condition: str, limit: str = "") -> str:
+    """Return the condition that picks rows nobody has locked, so that a locked row holds up itself alone."""
+    # An array, chosen once: a subquery may be run again for each row, and takes others each time.
+    return (
+        f"id = ANY (ARRAY(SELECT id FROM execution WHERE {condition} {limit} FOR NO KEY UPDATE SKIP LOCKED))"
+    )
+
+
 _PROMOTE_DUE = f"""
 UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
     target = CASE target WHEN '{DELAYED}' THEN coalesce(home, '{SHARED}') ELSE target END
-WHERE status = 'waiting' AND due_at <= {NOW} RETURNING id
+WHERE {_unlocked(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
 """
 _TAKE_BACK = f"""
 UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {NOW},
@@ -494,14 +504,12 @@ UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, 
 """
 _SWEEP = f"""
 {_TAKE_BACK.format(most="$2", crashed="$3")}
--- An array, chosen once: a subquery may be run again for each row, and takes others each time.
-WHERE id = ANY (ARRAY(SELECT id FROM execution WHERE status = 'running' AND lease_until < {NOW}
-    LIMIT $1::integer FOR UPDATE SKIP LOCKED))
+WHERE {_unlocked(f"status = 'running' AND lease_until < {NOW}", "LIMIT $1::integer")}
 RETURNING id, status, inbox
 """
 _OF_THE_DEAD = f"""
 {_TAKE_BACK.format(most="$2", crashed="$3")}
-WHERE status = 'running' AND starts_with(lease_owner, $1)
+WHERE {_unlocked("status = 'running' AND starts_with(lease_owner, $1)")}
 RETURNING id
 """
 _GIVE_BACK = f"""
@@ -509,7 +517,7 @@ UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NUL
     updated_at = {NOW},
     status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
     ended_at = CASE WHEN request IS NOT NULL THEN {NOW} END
-WHERE status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])
+WHERE {_unlocked("status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])")}
 RETURNING id
 """
 # In the order of the index of pending runs: without one, a table full of ended runs might be read from its beginning.

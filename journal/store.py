@@ -314,10 +314,13 @@ class RunStore(Protocol):
         """Return the highest sequence number of each run's log, by execution id; those without a log are left out."""
 
     async def promote_due(self) -> int:
-        """Put waits that are over back in the queue; returns how many."""
+        """Put waits that are over back in the queue; returns how many. Rows that others have locked wait for later."""
 
     async def sweep(self, limit: int) -> Swept:
-        """Take back what dead workers held, promote what is due, and look whether work lies about."""
+        """Take back what dead workers held, then promote what is due, and look whether work lies about.
+
+        Rows that others have locked are left to the next sweep, as `give_back` and `take_back` leave them.
+        """
 
     async def give_back(self, owner: str, held: Sequence[str]) -> int:
         """Give back, uncounted, what its living owner never began: all but the `held` runs; returns how many."""

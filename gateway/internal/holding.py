@@ -191,9 +191,9 @@ async def answers(database: Database, holder: Holder, execution_ids: Sequence[st
 
 
 async def promote_due(database: Database, holder: Holder) -> int:
-    """Put waits of this deployment that are over back in the queue; returns how many."""
-    statement = (
-        update(Execution)
+    """Put waits of this deployment that are over back in the queue; returns how many. Skips locked rows."""
+    due = (
+        select(col(Execution.id))
         .where(
             col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
             col(Execution.due_at) <= DatabaseTime(),
@@ -201,6 +201,12 @@ async def promote_due(database: Database, holder: Holder) -> int:
             col(Execution.target) == holder.workflow_id,
             col(Execution.lane) == holder.lane,
         )
+        .with_for_update(key_share=True, skip_locked=True)
+        .cte("due")
+    )
+    statement = (
+        update(Execution)
+        .where(col(Execution.id).in_(select(due.c.id)))
         .values(
             status=ExecutionStatus.PENDING.value,
             due_at=None,
