@@ -98,8 +98,11 @@ async def find(database: Database, workflow_id: str) -> Found | None:
     return Found(Deployment(**columns), from_microseconds(row["now"]))
 
 
-async def unsettled(database: Database, *, after: str = "") -> Sequence[str]:
-    """Return the workflows of deployments that somebody has to look at, in batches; raises `DatabaseUnavailable`."""
+async def unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
+    """Return workflows that need a look, with the generations of their rows, in batches.
+
+    Raises `DatabaseUnavailable`.
+    """
     is_unsettled = or_(
         col(Deployment.generation) != col(Deployment.observed_generation),
         col(Deployment.drain_until).is_not(None),
@@ -107,13 +110,13 @@ async def unsettled(database: Database, *, after: str = "") -> Sequence[str]:
     )
     is_gone = col(Deployment.is_deployed).is_(False) & (col(Deployment.observed) == Observed.ABSENT)
     statement = (
-        select(col(Deployment.workflow_id))
+        select(col(Deployment.workflow_id), col(Deployment.generation))
         .where(col(Deployment.workflow_id) > after, is_unsettled, ~is_gone)
         .order_by(col(Deployment.workflow_id))
         .limit(BATCH_DEPLOYMENTS)
     )
     async with database.read() as connection:
-        return list(await connection.scalars(statement))
+        return [(row[0], row[1]) for row in await connection.execute(statement)]
 
 
 async def present(database: Database, *, after: str = "") -> Sequence[str]:

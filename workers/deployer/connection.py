@@ -1,0 +1,37 @@
+"""Connection of a deployer to its cluster, opened once it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from workers.cluster.driver import Driver
+
+log = structlog.get_logger()
+
+OpenDriver = Callable[[], Awaitable["Driver"]]
+
+
+class ClusterConnection:
+    """Driver of one cluster, shared by all tasks of a deployer."""
+
+    def __init__(self, open_driver: OpenDriver, *, cluster: str, on_open: Callable[[Driver], None]) -> None:
+        self.current: Driver | None = None
+        """The driver, once it is open."""
+        self._open_driver = open_driver
+        self._cluster = cluster
+        self._on_open = on_open
+        self._opening = asyncio.Lock()
+
+    async def driver(self) -> Driver:
+        """Return the driver, opened by the first call that succeeds; raises `ClusterError`."""
+        async with self._opening:
+            if self.current is None:
+                self.current = await self._open_driver()
+                log.info("cluster opened", cluster=self._cluster)
+                self._on_open(self.current)
+            return self.current

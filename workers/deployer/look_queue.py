@@ -1,0 +1,151 @@
+"""Queue of workflows to reconcile: each is reconciled by one task at a time, and has at most one retry timer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+MAX_DOUBLINGS: Final = 16
+JITTER: Final = 0.25
+"""Share of a delay that is added at random, so that retries of many workflows spread out."""
+SHORTEST_SECONDS: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Delays between retries, in seconds: the first one, doubled by each retry, up to the longest."""
+
+    first_seconds: float
+    longest_seconds: float
+
+    def delay(self, retries: int) -> float:
+        """Return the delay before another retry, jitter included."""
+        seconds: float = min(self.first_seconds * 2 ** min(retries, MAX_DOUBLINGS), self.longest_seconds)
+        return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, guards nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Another look that a workflow needs, if nothing is heard of it before."""
+
+    backoff: Backoff
+    within_seconds: float | None = None
+    """Upper bound of this delay, such as the time until a start is overdue; None: none but the back-off's."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    generation: int | None = None
+    """Generation of the row at the last look; None before it."""
+    is_queued: bool = False
+    is_taken: bool = False
+    is_asked_again: bool = False
+    """A look was asked for while the workflow was taken."""
+    is_urgent: bool = False
+    retries: int = 0
+    timer: asyncio.TimerHandle | None = None
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+class LookQueue:
+    """Workflows in the order in which they are reconciled: those that somebody waits for come first.
+
+    It belongs to one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._urgent: deque[str] = deque()
+        self._routine: deque[str] = deque()
+        self._is_filled = asyncio.Event()
+
+    def add(self, workflow_id: str) -> None:
+        """Ask for a look, as after an event of the cluster."""
+        self._enqueue(workflow_id, is_urgent=False)
+
+    def add_urgent(self, workflow_id: str) -> None:
+        """Ask for a look before all routine ones, with a fresh back-off: something else may be desired."""
+        entry = self._entries.get(workflow_id)
+        if entry is not None:
+            entry.retries = 0
+            entry.stop_timer()
+        self._enqueue(workflow_id, is_urgent=True)
+
+    def add_unless_scheduled(self, workflow_id: str, generation: int) -> None:
+        """Ask for a look, unless a retry is scheduled already for the same generation of its row."""
+        entry = self._entries.get(workflow_id)
+        if entry is None:
+            self.add(workflow_id)
+        elif entry.generation is not None and entry.generation != generation:
+            self.add_urgent(workflow_id)
+        elif entry.timer is None:
+            self.add(workflow_id)
+
+    async def take(self) -> str:
+        """Wait for the next workflow, and keep it from other tasks until `finish`."""
+        while True:
+            while not (queue := self._urgent or self._routine):
+                self._is_filled.clear()
+                await self._is_filled.wait()
+            workflow_id = queue.popleft()
+            entry = self._entries.get(workflow_id)
+            if entry is not None and entry.is_queued:
+                entry.is_queued, entry.is_urgent, entry.is_taken = False, False, True
+                return workflow_id
+            # It stood in both queues, and has been taken from the urgent one.
+
+    def finish(self, workflow_id: str, retry: Retry | None, *, generation: int | None = None) -> None:
+        """End a look: schedule the retry, or forget the workflow where nothing more is expected."""
+        entry = self._entries[workflow_id]
+        entry.is_taken = False
+        entry.generation = generation
+        if retry is None:
+            entry.retries = 0
+            entry.stop_timer()
+        else:
+            self._schedule(workflow_id, entry, retry)
+        if entry.is_asked_again:
+            entry.is_asked_again = False
+            self._enqueue(workflow_id, is_urgent=entry.is_urgent)
+        elif retry is None:
+            del self._entries[workflow_id]
+
+    def close(self) -> None:
+        """Stop all timers."""
+        for entry in self._entries.values():
+            entry.stop_timer()
+
+    def _enqueue(self, workflow_id: str, *, is_urgent: bool) -> None:
+        entry = self._entries.setdefault(workflow_id, _Entry())
+        if entry.is_taken:
+            entry.is_asked_again = True
+            entry.is_urgent |= is_urgent
+        elif not entry.is_queued or (is_urgent and not entry.is_urgent):
+            entry.is_queued, entry.is_urgent = True, is_urgent
+            (self._urgent if is_urgent else self._routine).append(workflow_id)
+            self._is_filled.set()
+
+    def _schedule(self, workflow_id: str, entry: _Entry, retry: Retry) -> None:
+        """Arm the timer; one that is armed already stays, unless this retry is due before it."""
+        loop = asyncio.get_running_loop()
+        delay = retry.backoff.delay(entry.retries)
+        if retry.within_seconds is not None:
+            delay = min(delay, max(retry.within_seconds, SHORTEST_SECONDS))
+        if entry.timer is not None:
+            if entry.timer.when() <= loop.time() + delay:
+                return
+            entry.timer.cancel()
+        entry.timer = loop.call_later(delay, self._retry, workflow_id)
+
+    def _retry(self, workflow_id: str) -> None:
+        entry = self._entries[workflow_id]
+        entry.timer = None
+        entry.retries += 1
+        self.add(workflow_id)

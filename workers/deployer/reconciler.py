@@ -1,0 +1,264 @@
+"""Reconciliation of one workflow: read desired and observed state, act on the difference, store the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from journal import decisions, pod_leases
+from messages import deployments, hints
+from messages.broker import BrokerUnavailable
+from models import deployment_token
+from models.database import DatabaseUnavailable
+from models.deployment import Observed as Stored
+from models.lifecycle import LifecycleAction
+from workers.cluster.driver import ClusterError, ClusterUnavailable, NotDeployed, Resources, Wanted
+from workers.deployer import comparison, rows
+from workers.deployer.comparison import Step
+from workers.deployer.look_queue import Backoff, Retry
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from journal.store import Store
+    from messages.broker import Broker
+    from models.database import Database
+    from models.deployment import Deployment
+    from models.pod_processes import PodProcess
+    from workers.cluster.driver import Driver, Observed
+    from workers.deployer.connection import ClusterConnection
+    from workers.deployer.rows import Found, Sighting
+    from workers.deployer.settings import DeployerSettings
+
+log = structlog.get_logger()
+
+WHILE_CHANGING: Final = Backoff(1.0, 30.0)
+"""For pods that come and go: the cluster notifies of them, and a retry makes up for what was missed."""
+WHILE_DRAINING: Final = Backoff(1.0, 1.0)
+"""For runs of a drain: nothing notifies of their ends."""
+LATER: Final = Retry(WHILE_CHANGING)
+AT_ONCE: Final = Retry(WHILE_CHANGING, within_seconds=0)
+"""For a row that somebody else has changed since it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookResult:
+    """Outcome of one look: the retry that it needs, and the generation of the row that it has read."""
+
+    retry: Retry | None
+    generation: int | None = None
+
+
+class Reconciler:
+    """Brings workflows to what is desired of them, one at a time each. Any number may run at once."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: DeployerSettings,
+        database: Database,
+        store: Store,
+        broker: Broker,
+        connection: ClusterConnection,
+        *,
+        command: Sequence[str],
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._database = database
+        self._store = store
+        self._broker = broker
+        self._connection = connection
+        self._command = tuple(command)
+        self._applied: dict[str, datetime] = {}
+        """When this process last applied each workflow: others may have done so with other settings."""
+
+    async def look(self, workflow_id: str) -> LookResult:
+        """Bring a workflow nearer to what is desired; raises `DatabaseUnavailable`."""
+        found = await rows.find(self._database, workflow_id)
+        if found is not None and found.deployment.drain_until is not None:
+            settled = await decisions.settle(self._database, workflow_id, decisions.by_policy)
+            if settled is not None and settled.decision.action is not LifecycleAction.NONE:
+                found = await rows.find(self._database, workflow_id)
+        retry = await self._reconcile(workflow_id, found)
+        if found is None:
+            return LookResult(retry)
+        if retry is LATER and found.deployment.is_deployed and found.deployment.drain_until is not None:
+            retry = Retry(WHILE_DRAINING)
+        return LookResult(retry, found.deployment.generation)
+
+    async def _reconcile(self, workflow_id: str, found: Found | None) -> Retry | None:
+        """Act and store the result; None where nothing more is expected."""
+        try:
+            driver = await self._connection.driver()
+            # Read before the pods are: a holder that is known by then, and is not among the pods, is gone.
+            holders = await pod_leases.holders(self._database, workflow_id)
+            observed = await driver.observe(workflow_id)
+            await self._take_back(workflow_id, comparison.gone(holders, observed))
+            if found is None:
+                return await self._remove_unknown(driver, observed)
+            if self._step(found.deployment, observed) is not Step.NONE:
+                return await self._act(driver, workflow_id)
+            if not found.deployment.is_deployed:
+                return None
+            return await self._note(found.deployment, self._sighting(found, observed))
+        except ClusterUnavailable as error:
+            return await self._note_trouble(workflow_id, error, comparison.unknown)
+        except ClusterError as error:
+            return await self._note_trouble(workflow_id, error, comparison.refused)
+
+    def _step(self, deployment: Deployment, observed: Observed) -> Step:
+        return comparison.step(deployment, observed, is_applied=deployment.workflow_id in self._applied)
+
+    def _sighting(self, found: Found, observed: Observed) -> Sighting:
+        return comparison.sighting(
+            found.deployment,
+            observed,
+            now=found.now,
+            start_time=timedelta(seconds=self._settings.start_seconds),
+            applied_at=self._applied.get(found.deployment.workflow_id),
+        )
+
+    # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _act(self, driver: Driver, workflow_id: str) -> Retry | None:
+        """Do what is to be done, unless another deployer is at it."""
+        if not await rows.hold(self._database, workflow_id, self._name):
+            return LATER
+        try:
+            # Another deployer may have been at it since it was read.
+            found = await rows.find(self._database, workflow_id)
+            if found is None:
+                return AT_ONCE
+            observed = await driver.observe(workflow_id)
+            step = self._step(found.deployment, observed)
+            if step is Step.DELETE:
+                return await self._delete(driver, found.deployment)
+            await self._carry_out(driver, found, step)
+        finally:
+            with suppress(DatabaseUnavailable):  # it is free again when its time is up
+                await rows.release(self._database, workflow_id, self._name)
+        return await self._look_once_more(driver, workflow_id)
+
+    async def _carry_out(self, driver: Driver, found: Found, step: Step) -> None:
+        deployment = found.deployment
+        workflow_id = deployment.workflow_id
+        if step is Step.APPLY:
+            if deployment.observed == Stored.ABSENT and not await rows.note(
+                self._database, deployment, comparison.begun(deployment)
+            ):
+                return
+            await driver.apply(await self._wanted(found))
+            self._applied[workflow_id] = found.now
+        elif step is Step.SCALE:
+            try:
+                await driver.scale(workflow_id, deployment.replicas)
+            except NotDeployed:
+                return  # it has just gone: the next look sees that
+        log.info(
+            "deployment carried out",
+            workflow_id=workflow_id,
+            step=step,
+            replicas=deployment.replicas,
+            generation=deployment.generation,
+        )
+
+    async def _look_once_more(self, driver: Driver, workflow_id: str) -> Retry | None:
+        found = await rows.find(self._database, workflow_id)
+        observed = await driver.observe(workflow_id)
+        if found is None or self._step(found.deployment, observed) is not Step.NONE:
+            return AT_ONCE
+        return await self._note(found.deployment, self._sighting(found, observed))
+
+    async def _delete(self, driver: Driver, deployment: Deployment) -> Retry | None:
+        holders = await pod_leases.holders(self._database, deployment.workflow_id)
+        is_gone = await driver.delete(deployment.workflow_id)
+        self._applied.pop(deployment.workflow_id, None)
+        if is_gone:
+            log.info("deployment removed", workflow_id=deployment.workflow_id)
+            await self._take_back(deployment.workflow_id, holders)
+        return await self._note(deployment, comparison.undeployed(deployment, is_gone=is_gone))
+
+    async def _remove_unknown(self, driver: Driver, observed: Observed) -> Retry | None:
+        """Remove what no row accounts for."""
+        if not observed.exists and not observed.pods:
+            return None
+        log.warning("deployment without a row removed", workflow_id=observed.workflow_id)
+        return None if await driver.delete(observed.workflow_id) else LATER
+
+    async def _take_back(self, workflow_id: str, gone: Collection[PodProcess]) -> None:
+        """Have what processes that are gone have held go on elsewhere, without waiting for the ends of their leases."""
+        if gone and await pod_leases.take_back(self._store, workflow_id, gone):
+            with suppress(BrokerUnavailable):  # pods and workers look for themselves
+                await self._broker.announce({workflow_id: ""})
+            # Of what is deployed no more, runs are any worker's.
+            await hints.wake(self._broker)
+
+    async def _wanted(self, found: Found) -> Wanted:
+        deployment, secret = found.deployment, self._settings.secret
+        token = await rows.token(self._database, deployment, secret=secret, now=found.now)
+        asked = await rows.resources(self._database, deployment)
+        usual = Resources()
+        return Wanted(
+            workflow_id=deployment.workflow_id,
+            organization_id=deployment.organization_id,
+            definition_hash=deployment.definition_hash,
+            generation=deployment.deployed_generation,
+            image=self._settings.runner_image,
+            command=self._command,
+            token=token,
+            replicas=deployment.replicas,
+            environment=self._settings.pod_environment(deployment.workflow_id),
+            resources=Resources(
+                cpu_millicores=asked.cpu_millicores or usual.cpu_millicores,
+                memory_mebibytes=asked.memory_mebibytes or usual.memory_mebibytes,
+            ),
+        )
+
+    # ── storing ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _note(self, deployment: Deployment, sighting: Sighting) -> Retry | None:
+        """Store what was seen, and notify whoever waits; None where nothing more is expected."""
+        retry = None if comparison.is_settled(deployment, sighting) else LATER
+        if sighting == rows.last_sighting(deployment):
+            return retry
+        if not await rows.note(self._database, deployment, sighting):
+            return AT_ONCE
+        log.info(
+            "deployment observed",
+            workflow_id=deployment.workflow_id,
+            observed=sighting.observed,
+            ready=sighting.ready_replicas,
+            reason=sighting.observed_reason,
+            generation=sighting.observed_generation,
+        )
+        with suppress(BrokerUnavailable):  # whoever waits looks once a second
+            await self._broker.announce({deployments.changed(deployment.workflow_id): ""})
+        return retry
+
+    async def _note_trouble(
+        self, workflow_id: str, error: ClusterError, told: Callable[[Deployment, str], Sighting]
+    ) -> Retry | None:
+        log.warning("cluster in the way", workflow_id=workflow_id, error=str(error))
+        found = await rows.find(self._database, workflow_id)
+        if found is None:
+            return LATER
+        return await self._note(found.deployment, told(found.deployment, str(error)))
+
+    async def revoke_superseded(self, driver: Driver, workflow_id: str) -> None:
+        """Revoke tokens that no pod has any more: those of pods that were replaced, once they are gone."""
+        found = await rows.find(self._database, workflow_id)
+        observed = await driver.observe(workflow_id)
+        if found is None or not (observed.is_rolled_out or not observed.pods):
+            return
+        # Right after an apply the old pods may still be all that there is.
+        before = found.now - timedelta(seconds=self._settings.start_seconds)
+        await self._database.transaction(
+            partial(deployment_token.revoke_superseded, workflow_id=workflow_id, before=before, now=found.now)
+        )
