@@ -139,7 +139,11 @@ async def assembled(
     live_events = LiveEvents(database, waiting, authenticator, access)
     forms = Forms()
     pod_logs = PodLogs(broker)
-    certificates = Certificates(Outbound(OutboundPolicy(max_response_bytes=MAX_ANSWER_BYTES)))
+    # Behind an endpoint of a VPC, the address of SNS is a private one.
+    to_sns = OutboundPolicy(
+        allowed_networks=settings.outbound_allowed_networks, max_response_bytes=MAX_ANSWER_BYTES
+    )
+    certificates = Certificates(Outbound(to_sns))
     await waiting.start()
     await pod_logs.start()
     await activation.start()

@@ -41,9 +41,9 @@ def sendgrid(form: Form, keep_attachment: Keep, limits: Limits = DEFAULT) -> Mai
     kept = _kept(form, label, keep_attachment, limits)
     return replace(
         mail,
-        from_=_line(text("from")),
-        to=_line(text("to")),
-        subject=_line(text("subject")),
+        from_=message.join_lines(text("from")),
+        to=message.join_lines(text("to")),
+        subject=message.join_lines(text("subject")),
         body_text=text("text"),
         body_html=text("html"),
         attachments=kept.found,
@@ -67,9 +67,9 @@ def mailgun(form: Form, keep_attachment: Keep, limits: Limits = DEFAULT) -> Mail
     kept = _kept(form, label, keep_attachment, limits)
     return replace(
         mail,
-        from_=_line(text("from")) or mail.from_,
-        to=mail.to or _line(text("recipient")),
-        subject=_line(text("subject")) or mail.subject,
+        from_=message.join_lines(text("from")) or mail.from_,
+        to=mail.to or message.join_lines(text("recipient")),
+        subject=message.join_lines(text("subject")) or mail.subject,
         body_text=text("body-plain"),
         body_html=text("body-html"),
         attachments=[*kept.found, *_stored(form)],
@@ -164,7 +164,3 @@ def _turned(names: dict[str, Any]) -> dict[str, str]:
 
 def _text(value: object) -> str:
     return _HALF.sub("\ufffd", value) if isinstance(value, str) else ""
-
-
-def _line(text: str) -> str:
-    return " ".join(text.splitlines()).strip()

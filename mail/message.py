@@ -113,6 +113,11 @@ def whole(pieces: Iterable[bytes]) -> bytes:
     return written.getvalue()
 
 
+def join_lines(text: str) -> str:
+    """Return the value of a header as one line."""
+    return " ".join(text.splitlines()).strip()
+
+
 # ── labels from outside ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -14,6 +14,7 @@ from models.columns import JsonText
 
 MAX_PATTERNS: Final = 100
 """Of one trigger: a draft may name more, which never becomes active."""
+_NAMED_ONLY: Final = frozenset({"github.ping"})
 _PATTERN: Final = re.compile(r"[^\s*]{1,200}(?:\.\*)?\Z")
 
 
@@ -67,7 +68,12 @@ def patterns_of(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 def patterns_for(event_type: str) -> Sequence[str]:
-    """Return all patterns that match a type of events: `a.b` is matched by `a.b` and `a.*`, never by `*`."""
+    """Return all patterns that match a type of events: `a.b` is matched by `a.b` and `a.*`, never by `*`.
+
+    `github.ping` is matched by itself alone: GitHub sends it when a webhook is made, and nothing has happened.
+    """
+    if event_type in _NAMED_ONLY:
+        return [event_type]
     parts = event_type.split(".")
     prefixes = (".".join(parts[:count]) for count in range(1, len(parts)))
     return [event_type, *(f"{prefix}.*" for prefix in prefixes if prefix)]

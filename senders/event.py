@@ -46,6 +46,7 @@ class Challenge:
     """No event: the sender wants this text back, to see that its address is ours."""
 
     text: str
+    """Empty where any answer of 200 will do."""
 
 
 def require_type(event_type: str) -> None:

@@ -31,7 +31,7 @@ _HEADERS: Final[Mapping[str, Sender]] = {
     "X-GitHub-Event": Sender.GITHUB,
     "Stripe-Signature": Sender.STRIPE,
     "X-Slack-Signature": Sender.SLACK,
-    "webhook-signature": Sender.STANDARD_WEBHOOKS,
+    **dict.fromkeys(standard_webhooks.signature_headers(), Sender.STANDARD_WEBHOOKS),
 }
 _MEANINGS: Final[Mapping[Sender, Callable[[Arrival], Meaning]]] = {
     Sender.GITHUB: github.event_of,

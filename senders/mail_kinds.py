@@ -75,17 +75,24 @@ def fields(arrival: Arrival) -> Form:
 
 
 def envelope(form: Form, kind: MailKind) -> Envelope:
-    """Return the envelope of a mail of SendGrid or Mailgun; raises `Refused`."""
+    """Return the envelope of a mail of SendGrid or Mailgun; raises `Refused` for a value that can't be unescaped.
+
+    An envelope that isn't the JSON object that SendGrid documents counts as empty: the mail is there without it.
+    """
     if kind not in {MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW}:
         # Header lines of these names are fields too, and come after them.
         recipient = forms.decoded(form.first("recipient") or b"")
         return Envelope(forms.decoded(form.first("sender") or b""), [recipient] if recipient else [])
-    told = json_of(form.first("envelope") or b"{}")
+    try:
+        told = json_of(form.first("envelope") or b"{}")
+    except Refused:
+        told = {}
     members = told if isinstance(told, dict) else {}
-    sender, recipients = members.get("from", ""), members.get("to", [])
-    if not isinstance(sender, str) or not isinstance(recipients, list):
-        raise Refused("malformed-mail", "The envelope that SendGrid gives can't be read")
-    return Envelope(sender, [recipient for recipient in recipients if isinstance(recipient, str)])
+    sender, recipients = members.get("from"), members.get("to")
+    return Envelope(
+        sender if isinstance(sender, str) else "",
+        [one for one in recipients if isinstance(one, str)] if isinstance(recipients, list) else [],
+    )
 
 
 def mail_key(arrival: Arrival, kind: MailKind) -> str | None:

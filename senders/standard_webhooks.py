@@ -21,6 +21,8 @@ TOLERANCE: Final = timedelta(minutes=5)
 """As in the standard: each attempt is signed anew, under the same id."""
 SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what secrets begin with
 PUBLIC_KEY_PREFIX: Final = "whpk_"
+HEADER_PREFIXES: Final = ("webhook", "svix")
+"""The standard's own headers, and those of Svix, from which the standard was made: the same values by other names."""
 
 
 def verify(arrival: Arrival, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE) -> Verified:
@@ -29,9 +31,7 @@ def verify(arrival: Arrival, secrets: Sequence[str], *, tolerance: timedelta = T
     Secrets are in base64, after `whsec_` where they have it; what begins with `whpk_` is a public key.
     """
     keys, public_keys = _keys(secrets)
-    name = arrival.headers.one("webhook-id")
-    time = arrival.headers.one("webhook-timestamp")
-    header = arrival.headers.one("webhook-signature")
+    name, time, header = (_header(arrival, suffix) for suffix in ("id", "timestamp", "signature"))
     if not name or time is None or header is None:
         raise signatures.missing("webhook-id, webhook-timestamp or webhook-signature")
     signatures.require_fresh(time, arrival.at, past=tolerance)
@@ -49,7 +49,7 @@ def verify(arrival: Arrival, secrets: Sequence[str], *, tolerance: timedelta = T
 def event_of(arrival: Arrival) -> Event:
     """Return the event that a payload as the standard recommends it holds; raises `Refused`."""
     payload = event.object_of(arrival.json, "The payload")
-    name = arrival.headers.one("webhook-id") or None
+    name = _header(arrival, "id") or None
     return Event(
         event.text_of(payload, "type", "The payload"),
         SOURCE,
@@ -57,6 +57,19 @@ def event_of(arrival: Arrival) -> Event:
         name,
         None if name is None else delivery_keys.of(SOURCE, name),
     )
+
+
+def signature_headers() -> Sequence[str]:
+    """Return the names of the headers that hold signatures."""
+    return [f"{prefix}-signature" for prefix in HEADER_PREFIXES]
+
+
+def _header(arrival: Arrival, suffix: str) -> str | None:
+    """Return a header by the first prefix that the request signs with; ids and times of the other are not signed."""
+    prefix = next(
+        (each for each in HEADER_PREFIXES if f"{each}-signature" in arrival.headers), HEADER_PREFIXES[0]
+    )
+    return arrival.headers.one(f"{prefix}-{suffix}")
 
 
 def _keys(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:

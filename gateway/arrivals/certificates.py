@@ -60,7 +60,11 @@ class Certificates:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, url: str, now: datetime) -> bytes:
-        """Return the certificate at an address as PEM; raises `Refused`, and 503 where it can't be had just now."""
+        """Return the certificate at an address as PEM; raises 503 where it can't be had.
+
+        A 4xx would be final to SNS, and whatever stands between it and us may be mended: a network that is not allowed,
+        a proxy that answers in its place.
+        """
         kept = self._kept.get(url)
         if kept is not None and now < kept[1]:
             return kept[0]
@@ -86,13 +90,11 @@ class Certificates:
     async def _fetch(self, url: str) -> bytes:
         status, pem = await self._ask(url)
         if status != OK:
-            raise Refused("untrusted-certificate", "There is no certificate at the address in the message")
+            raise _not_now(f"it answered {status} instead of giving its certificate")
         try:
             ends = x509.load_pem_x509_certificate(pem).not_valid_after_utc
         except ValueError as error:
-            raise Refused(
-                "invalid-certificate", "What is at the address in the message is no certificate"
-            ) from error
+            raise _not_now("its answer is no certificate") from error
         self._kept[url] = (pem, ends)
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
@@ -112,7 +114,7 @@ class Certificates:
         except OutboundUnavailable as error:
             raise _not_now(str(error)) from error
         except OutboundRefused as error:
-            raise Refused("untrusted-certificate", f"SNS was not asked: {error.message}") from error
+            raise _not_now(error.message) from error
         if answer.status == TOO_MANY or answer.status >= SERVER_ERROR:
             raise _not_now(f"it answered {answer.status}")
         return answer.status, answer.body
@@ -120,4 +122,4 @@ class Certificates:
 
 def _not_now(reason: str) -> ApiError:
     log.warning("SNS not reached", reason=reason)
-    return errors.not_ready("SNS could not be asked just now: try again")
+    return errors.not_ready(f"Amazon SNS could not be asked: {reason}")

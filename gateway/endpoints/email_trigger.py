@@ -26,6 +26,7 @@ from gateway.http.wire import Wire, convert, json_of
 from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Verdict
 from journal.unread import StoredObject, Unread
+from mail.message import join_lines
 from models import ids
 from models.data_source_types import DataSourceType
 from models.intake import IntakeRoute
@@ -68,11 +69,11 @@ class EmailTrigger(Wire):
     email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
 
     def given(self) -> dict[str, Json]:
-        """Return what the trigger node gives out."""
+        """Return what the trigger node gives out; header values are one line each, as in a mail that was read."""
         return {
-            "from": self.from_,
-            "to": self.to,
-            "subject": self.subject,
+            "from": join_lines(self.from_),
+            "to": join_lines(self.to),
+            "subject": join_lines(self.subject),
             "body_text": (self.text if self.body_text is None else self.body_text) or "",
             "body_html": (self.html if self.body_html is None else self.body_html) or "",
             "attachments": list(self.attachments),

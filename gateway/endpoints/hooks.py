@@ -114,7 +114,7 @@ async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -
     meaning = await patience.patiently(hooks.understood, hook, arrival)
     if isinstance(meaning, Challenge):
         await _note_only(request, note, "challenge: the sender looks whether it is heard")
-        return JsonResponse(HookTaken(status=HookStatus.IGNORED, challenge=meaning.text))
+        return JsonResponse(HookTaken(status=HookStatus.IGNORED, challenge=meaning.text or None))
     if not hook.runs_for(meaning.event_type):
         await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'none is named'}")
         return JsonResponse(HookTaken(status=HookStatus.IGNORED))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from base64 import b64encode
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from sqlalchemy import update
@@ -20,6 +22,7 @@ from journal.store import Arrival, Claim, Claimed, ExecutionKey
 from mail import addresses
 from models.database import DatabaseUnavailable
 from models.execution import UNREAD, Execution
+from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
 from tests import fake_s3
 from tests.integration.gateway_world import People, World, refused
 from tests.integration.mail_world import MailWorld, mail_world
@@ -290,6 +293,47 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
     sns.statuses = [403]
     refused(await mails.post(workflow_id, confirmation), 400, "malformed-message")
     assert (await mails.post(workflow_id, confirmation)).status_code == 200
+
+
+async def test_a_certificate_of_sns_that_can_not_be_had_never_refuses_a_mail_for_good(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow_id = await mails.workflow(people.owner, **await mails.whole_config(people.owner))
+    step = BY_NAME["ses_sns_base64_v2"].steps[0]
+    monkeypatch.setattr(mails.gateway.certificates, "_kept", OrderedDict())
+    not_allowed = OutboundRefused(Refusal.ADDRESS_NOT_ALLOWED, "10.0.0.7 is not a public address")
+    page_of_proxy = OutboundResponse(200, {}, b"<html>Sign in to the proxy</html>", "")
+    for outcome in ({"side_effect": not_allowed}, {"return_value": page_of_proxy}):
+        with monkeypatch.context() as patch:
+            patch.setattr(mails.sns, "request", AsyncMock(**outcome))
+            answer = await mails.post(workflow_id, step)
+        refused(answer, 503, "not-ready")
+        assert ("10.0.0.7" in answer.text) == ("side_effect" in outcome)
+    mails.sns.statuses.append(404)
+    refused(await mails.post(workflow_id, step), 503, "not-ready")
+    assert (await mails.post(workflow_id, step)).status_code == 201
+
+
+@pytest.mark.parametrize("envelope", ["<ada@example.org>", '"x"', '{"from": 7, "to": "b@example.org"}'])
+async def test_an_envelope_that_is_no_json_object_keeps_no_mail_away(
+    mails: MailWorld, people: People, envelope: str
+) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    form = {"envelope": envelope, "charsets": "utf-8", "headers": "Subject: Hi\r\n", "text": "Hello."}
+    answer = await mails.post_form(workflow_id, people.owner, form)
+    assert answer.status_code == 201, answer.text
+    execution_id = answer.json()["executionId"]
+    await mails.read(execution_id)
+    given = await mails.given(execution_id)
+    assert (given["body_text"], given["envelope"]) == ("Hello.", {"from": "", "to": []})
+
+
+async def test_a_mail_in_json_has_header_values_of_one_line(mails: MailWorld, people: People) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    mail = {"from": "a@example.org", "subject": "Hello\r\nBcc: everybody@example.org"}
+    answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/email-trigger", json=mail)
+    given = await mails.given(answer.json()["executionId"])
+    assert given["subject"] == "Hello Bcc: everybody@example.org"
 
 
 async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(

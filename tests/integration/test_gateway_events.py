@@ -389,7 +389,8 @@ async def test_what_providers_send_is_answered_as_they_expect(
     expected = case.expected.get("events") or [case.expected.get("event", {})]
     runs = await rows(world, Execution, workflow_id=workflow_id)
     told = [json.loads((await rows(world, ExecutionData, execution_id=run.id))[0].trigger) for run in runs]
-    if status != 200 or step.respond.get("creates_execution") is False or step.method == "OPTIONS":
+    starts_nothing = case.name == "gh_ping" or step.respond.get("creates_execution") is False
+    if status != 200 or starts_nothing or step.method == "OPTIONS":
         assert told == []
         return
     assert [(one["event_type"], one["source"], one["event_data"]) for one in told] == [

@@ -26,7 +26,7 @@ from senders import (
 )
 from senders.arrival import Arrival, Headers, Refused
 from senders.basic import Credentials
-from senders.events import Event, Sender
+from senders.events import Challenge, Event, Sender
 from senders.hmac_signature import Algorithm, Encoding, Scheme
 from senders.signatures import Verified
 from tests.provider_requests import arrival
@@ -74,6 +74,15 @@ def by_the_standard(at: datetime) -> Arrival:
     )
 
 
+def by_svix(at: datetime) -> Arrival:
+    signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (seconds(at), BODY), "sha256")
+    return request(
+        (b"svix-id", b"msg_1"),
+        (b"svix-timestamp", seconds(at)),
+        (b"svix-signature", b"v1," + b64encode(signed)),
+    )
+
+
 def by_hmac(at: datetime) -> Arrival:
     signature = hexadecimal(seconds(at) + b"." + BODY)
     return request((b"X-Signature", signature), (b"X-Time", seconds(at)), (b"X-Id", b"7"))
@@ -107,6 +116,7 @@ SIGNED: Mapping[str, tuple[Callable[[datetime], Arrival], Verify, str]] = {
     "stripe": (by_stripe, stripe.verify, SECRET),
     "slack": (by_slack, slack.verify, SECRET),
     "standard": (by_the_standard, standard_webhooks.verify, WHSEC),
+    "svix": (by_svix, standard_webhooks.verify, WHSEC),
     "hmac": (by_hmac, lambda given, secrets: hmac_signature.verify(given, secrets, WITH_TIME), SECRET),
     "sendgrid": (by_sendgrid, sendgrid.verify, SENDGRID_PUBLIC),
     "mailgun": (by_mailgun, mailgun.verify, SECRET),
@@ -174,7 +184,8 @@ def test_a_header_given_twice_decides_nothing(
 
 HEADERS = (
     "X-Hub-Signature-256", "Stripe-Signature", "X-Slack-Request-Timestamp", "X-Slack-Signature", "webhook-id",
-    "webhook-timestamp", "webhook-signature", "X-Signature", "X-Time", sendgrid.SIGNATURE_HEADER,
+    "webhook-timestamp", "webhook-signature", "svix-id", "svix-timestamp", "svix-signature", "X-Signature", "X-Time",
+    sendgrid.SIGNATURE_HEADER,
     sendgrid.TIME_HEADER,
 )  # fmt: skip
 
@@ -381,6 +392,22 @@ def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:
     assert isinstance(meaning, Event)
     assert (meaning.event_type, meaning.id) == ("slack.block_actions", "t1")
     assert meaning.data == {"type": "block_actions", "trigger_id": "t1"}
+
+
+def test_a_header_of_svix_is_not_believed_beside_a_signature_of_the_standard() -> None:
+    given = by_the_standard(NOW)
+    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    signed = [(name.encode(), str(given.headers.one(name)).encode()) for name in names]
+    forged = request(*signed, (b"svix-id", b"msg_2"), (b"svix-timestamp", b"0"))
+    assert standard_webhooks.verify(forged, [WHSEC]) == standard_webhooks.verify(given, [WHSEC])
+    svix = by_svix(NOW)
+    assert standard_webhooks.verify(svix, [WHSEC]) == standard_webhooks.verify(given, [WHSEC])
+    assert events.recognise(svix) is Sender.STANDARD_WEBHOOKS
+
+
+def test_a_look_of_slack_at_a_certificate_is_no_event() -> None:
+    given = arrival(b"ssl_check=1&token=x", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
+    assert events.event_of(given, Sender.SLACK) == Challenge("")
 
 
 @pytest.mark.parametrize(

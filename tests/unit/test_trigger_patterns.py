@@ -15,6 +15,8 @@ from models.trigger import MAX_PATTERNS, patterns_for, patterns_of
         ("a.b.c", ["a.b.c", "a.*", "a.b.*"]),
         (".a", [".a"]),
         ("a..b", ["a..b", "a.*", "a..*"]),
+        ("github.push", ["github.push", "github.*"]),
+        ("github.ping", ["github.ping"]),
     ],
 )
 def test_a_type_of_events_is_matched_by_itself_and_by_each_of_its_beginnings(
