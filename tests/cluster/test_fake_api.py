@@ -13,12 +13,17 @@ import aiohttp
 import pytest
 
 from tests.cluster.fake_api import FakeApi, serving
+from tests.cluster.fake_api.controllers import Retry
+from tests.cluster.fake_api.machines import Machine
+from tests.cluster.fake_api.schema import KINDS
+from tests.cluster.world import NAMESPACE, on_fake, turn_until
 
 Json = dict[str, Any]
 ANSWERS: list[Json] = json.loads((Path(__file__).parent / "answers.json").read_text())
 NO_TOKEN, WRONG_TOKEN = "no token", "wrong token"
 SECOND = 0.02
 POLL_SECONDS = 0.02
+NEVER = Retry(0, 0, "", "")
 
 
 @pytest.fixture
@@ -84,3 +89,55 @@ async def _reason_of_watch(response: aiohttp.ClientResponse) -> str:
 
 def _reason(body: Json) -> str:
     return str(body.get("reason", "")) if body.get("kind") == "Status" else ""
+
+
+# ── controllers and machines ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_machine_that_falls_silent_loses_its_pods_in_time_and_ends_them_when_it_is_back(
+    tmp_path: Path,
+) -> None:
+    async with on_fake(tmp_path, second=SECOND / 10) as (cluster, api):
+        api.node.runs_commands = False
+        await cluster.start()
+        (pod,) = api.store.every("pods", NAMESPACE)
+        api.node.machines.append(Machine("node-2"))
+        await api.controllers.silence("node-1", is_powered=False)
+
+        def conditions(name: str) -> dict[str, str]:
+            found = api.store.get(KINDS["pods"], NAMESPACE, name)
+            return {one["type"]: one["status"] for one in found["status"]["conditions"]}
+
+        name = pod["metadata"]["name"]
+        await turn_until(lambda: conditions(name)["Ready"] == "False")
+        assert conditions(name)["ContainersReady"] == "True", "nobody has heard otherwise"
+        await turn_until(lambda: conditions(name).get("DisruptionTarget") == "True")
+        await turn_until(lambda: machines_of(api) == ["node-1", "node-2"])
+        assert "deletionTimestamp" in api.store.get(KINDS["pods"], NAMESPACE, name)["metadata"]
+        api.controllers.mend("node-1")
+        await turn_until(lambda: machines_of(api) == ["node-2"])
+
+
+def machines_of(api: FakeApi) -> list[str]:
+    return sorted(pod["spec"].get("nodeName", "") for pod in api.store.every("pods", NAMESPACE))
+
+
+async def test_a_pod_over_the_quota_is_made_again_later_and_later_unless_its_deployment_changes(
+    tmp_path: Path,
+) -> None:
+    async with on_fake(tmp_path) as (cluster, api):
+        api.node.runs_commands = False
+        await cluster.set_quota({"pods": "0"})
+        wanted = cluster.wanted()
+        await cluster.driver.apply(wanted)
+        (deployment,) = api.store.every("deployments", NAMESPACE)
+        retries = api.controllers.retries
+        await turn_until(lambda: retries.get(deployment["metadata"]["uid"], NEVER).failures > 2)
+        assert "exceeded quota: quota, requested: pods=1, used: pods=0, limited: pods=0" in str(
+            deployment["status"]
+        )
+        retries[deployment["metadata"]["uid"]].at += 1_000
+        await cluster.set_quota(None)
+        deployment["metadata"].setdefault("annotations", {})["touched"] = "yes"
+        api.store.touch()
+        await cluster.ready(wanted.workflow_id)

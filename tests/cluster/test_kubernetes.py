@@ -99,9 +99,9 @@ async def test_a_pod_that_does_not_come_up_says_why(
 
 
 async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
-    cluster, api = fake
+    cluster, _ = fake
     wanted = await cluster.start()
-    api.node.pod_quota = 1
+    await cluster.set_quota({"pods": "1"})
     await cluster.driver.scale(wanted.workflow_id, 2)
     observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
     assert observed.trouble is not None

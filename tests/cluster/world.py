@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from kubernetes.aio import client, config
+from kubernetes.aio.client import ApiException
 
 from models import ids
 from tests.cluster.fake_api import FakeApi
@@ -70,6 +71,18 @@ class Cluster:
     """Longer than a pod takes to come up."""
     is_real: bool = False
     used: list[str] = field(default_factory=list)
+    core: client.CoreV1Api | None = None
+    """An administrator's way to the API server, where there is one."""
+    namespace: str = NAMESPACE
+
+    async def set_quota(self, hard: dict[str, str] | None) -> None:
+        """Have the namespace bounded so; None: not at all."""
+        assert self.core is not None
+        with suppress(ApiException):  # there was none before
+            await self.core.delete_namespaced_resource_quota("quota", self.namespace)
+        if hard is not None:
+            body = {"metadata": {"name": "quota"}, "spec": {"hard": hard}}
+            await self.core.create_namespaced_resource_quota(self.namespace, body)
 
     def wanted(self, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
         wanted = a_wanted(self.python, **{"image": self.image, **changes})
@@ -160,16 +173,16 @@ async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster,
         core = client.CoreV1Api(client.ApiClient(client.Configuration(host=api.url)))
         core.api_client.set_default_header("Authorization", f"Bearer {api.token}")
         await core.create_namespace({"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
-        await core.api_client.close()
 
         async def open_driver() -> Driver:
             return await kubernetes.connect(layout(), kubeconfig=path)
 
-        cluster = Cluster(await open_driver(), open_driver)
+        cluster = Cluster(await open_driver(), open_driver, core=core)
         try:
             yield cluster, api
         finally:
             await cluster.driver.close()
+            await core.api_client.close()
 
 
 def kubeconfig(api: FakeApi) -> str:
@@ -211,6 +224,8 @@ async def on_real(path: Path) -> AsyncIterator[Cluster]:
             patience_seconds=90,
             drain_seconds=10,
             is_real=True,
+            core=core,
+            namespace=namespace,
         )
         yield cluster
         await cluster.driver.close()

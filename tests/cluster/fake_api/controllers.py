@@ -1,4 +1,5 @@
-"""What makes objects come true: the Deployment and namespace controllers, and the collector of what nobody owns.
+"""What makes objects come true: the controllers of Deployments, quotas, nodes and namespaces, the scheduler, and the
+collector of what nobody owns.
 
 They act a moment after each change, as the real ones do: until then a status tells of what was.
 """
@@ -12,9 +13,11 @@ import json
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
-from tests.cluster.fake_api import rules
+from tests.cluster.fake_api import machines, quotas, rules
 from tests.cluster.fake_api.kubelet import Kubelet, Node
+from tests.cluster.fake_api.machines import Machine
 from tests.cluster.fake_api.ownership import Manager
 from tests.cluster.fake_api.refused import Json, bad_request, not_found
 from tests.cluster.fake_api.schema import KINDS
@@ -24,6 +27,20 @@ __all__ = ["Controllers", "Node"]
 
 MANAGER = Manager("kube-controller-manager", "Update")
 HASH_LABEL = "pod-template-hash"
+FIRST_RETRY_SECONDS = 0.005
+MAX_RETRY_SECONDS = 1_000.0
+"""A ReplicaSet that could not make a pod tries again later and later, unless it or one of its pods changes."""
+
+
+@dataclass
+class Retry:
+    """When pods of a Deployment are made again, after some could not be."""
+
+    failures: int
+    at: float
+    seen: str
+    """What the ReplicaSet was like: a change of it has pods made at once."""
+    message: str
 
 
 class Controllers:
@@ -34,6 +51,8 @@ class Controllers:
         self._node = node
         self._second = second
         self._kubelets: dict[str, Kubelet] = {}
+        self.retries: dict[str, Retry] = {}
+        """By the uid of the Deployment."""
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -58,18 +77,97 @@ class Controllers:
         has_times = query.get("timestamps") == "true"
         return "".join(f"{at} {text}\n" if has_times else f"{text}\n" for at, text in tail)
 
+    # ── what happens to machines ──────────────────────────────────────────────────────────────────────────
+
+    async def silence(self, name: str, *, is_powered: bool) -> None:
+        """Hear nothing from a machine from now on; without power, what ran there has ended."""
+        machine = self._machine(name)
+        machine.silent_since = asyncio.get_running_loop().time()
+        machine.is_powered = is_powered
+        if not is_powered:
+            dead = [uid for uid, kubelet in self._kubelets.items() if kubelet.machine is machine]
+            await asyncio.gather(*(self._kubelets[uid].kill() for uid in dead))
+            for uid in dead:
+                self._kubelets[uid].is_dead = True
+        self._store.touch()
+
+    def mend(self, name: str) -> None:
+        """Hear from a machine again: what ran there is told, and what had ended starts anew."""
+        machine = self._machine(name)
+        machine.silent_since = machine.lost_since = None
+        machine.is_powered, machine.is_cordoned = True, False
+        for uid, kubelet in list(self._kubelets.items()):
+            if kubelet.machine is machine:
+                if kubelet.is_dead:
+                    del self._kubelets[uid]
+                else:
+                    kubelet.report()
+        self._store.touch()
+
+    def drain(self, name: str) -> None:
+        """Let no more pods come to a machine, and evict those that are there."""
+        self._machine(name).is_cordoned = True
+        for pod in list(self._store.every("pods")):
+            if pod["spec"].get("nodeName") == name:
+                self._stop(pod)
+        self._store.touch()
+
+    def _machine(self, name: str) -> Machine:
+        return next(machine for machine in self._node.machines if machine.name == name)
+
+    # ── after each change ─────────────────────────────────────────────────────────────────────────────────
+
     async def _control(self) -> None:
         while True:
             changed = asyncio.create_task(self._store.changed())
             await asyncio.sleep(0)  # it waits by now: what is done below is a change too
+            self._control_machines()
             for found in list(self._store.every("namespaces")):
                 self._empty_namespace(found)
+            for quota in list(self._store.every("resourcequotas")):
+                self._control_quota(quota)
             for found in list(self._store.every("deployments")):
                 self._control_deployment(found)
             for pod in list(self._store.every("pods")):
                 self._control_pod(pod)
-            await changed
+            await asyncio.wait({changed}, timeout=self._seconds_until_due())
+            changed.cancel()
             await asyncio.sleep(self._node.delay_seconds)
+
+    def _seconds_until_due(self) -> float | None:
+        """Return when there is something to do though nothing changes."""
+        if any(not machine.is_heard for machine in self._node.machines):
+            return self._node.delay_seconds
+        now_seconds = asyncio.get_running_loop().time()
+        return min((max(retry.at - now_seconds, 0) for retry in self.retries.values()), default=None)
+
+    def _control_machines(self) -> None:
+        """Take machines for lost that have been silent for too long, and evict their pods in time."""
+        now_seconds = asyncio.get_running_loop().time()
+        for machine in self._node.machines:
+            if machine.silent_since is None:
+                continue
+            if now_seconds - machine.silent_since < machines.SILENCE_SECONDS * self._second:
+                continue
+            if machine.lost_since is None:
+                machine.lost_since = now_seconds
+            lost_seconds = (now_seconds - machine.lost_since) / self._second
+            for pod in list(self._store.every("pods")):
+                if pod["spec"].get("nodeName") == machine.name:
+                    self._evict_in_time(pod, lost_seconds)
+
+    def _evict_in_time(self, pod: Json, lost_seconds: float) -> None:
+        self._store.set_status(pod, machines.status_when_lost(pod.get("status") or {}))
+        seconds = machines.toleration_seconds(pod)
+        if "deletionTimestamp" not in pod["metadata"] and seconds is not None and lost_seconds >= seconds:
+            self._store.set_status(pod, machines.status_when_evicted(pod["status"]))
+            self._stop(pod)
+
+    def _control_quota(self, quota: Json) -> None:
+        hard = quota["spec"].get("hard") or {}
+        taken = quotas.used(hard, self._store.every("pods", quota["metadata"]["namespace"]))
+        shown = {name: f"{amount:g}" for name, amount in taken.items()}
+        self._store.set_status(quota, {"hard": hard, "used": shown})
 
     def _empty_namespace(self, namespace: Json) -> None:
         metadata = namespace["metadata"]
@@ -82,20 +180,46 @@ class Controllers:
                 is_empty = False
                 found["metadata"].pop("finalizers", None)
                 self._store.delete(kind, name, found["metadata"]["name"], {})
+        self.retries = {
+            uid: retry
+            for uid, retry in self.retries.items()
+            if any(one["metadata"]["uid"] == uid for one in self._store.every("deployments"))
+        }
         if is_empty:
             self._store.remove(("namespaces", "", name))
 
     def _control_pod(self, pod: Json) -> None:
         metadata = pod["metadata"]
-        if metadata["uid"] not in self._kubelets:
-            self._kubelets[metadata["uid"]] = Kubelet(
-                self._store, copy.deepcopy(pod), self._node, self._second
-            )
         owners = {owner["uid"] for owner in metadata.get("ownerReferences") or ()}
+        if "nodeName" not in pod["spec"] and not self._schedule(pod):
+            return
+        if metadata["uid"] not in self._kubelets:
+            machine = self._machine(pod["spec"]["nodeName"])
+            if not machine.is_heard:
+                return
+            self._kubelets[metadata["uid"]] = Kubelet(
+                self._store, copy.deepcopy(pod), self._node, machine, self._second
+            )
+        kubelet = self._kubelets[metadata["uid"]]
         if "deletionTimestamp" in metadata:
-            self._kubelets[metadata["uid"]].stop()
+            if kubelet.machine.is_heard:
+                kubelet.stop()
         elif owners and not any(one["metadata"]["uid"] in owners for one in self._store.every("deployments")):
             self._store.delete(KINDS["pods"], metadata["namespace"], metadata["name"], {})
+
+    def _schedule(self, pod: Json) -> bool:
+        """Give a pod its machine; one that has none waits, and goes at once when it is deleted."""
+        metadata = pod["metadata"]
+        if "deletionTimestamp" in metadata:
+            self._store.remove(("pods", metadata["namespace"], metadata["name"]))
+            return False
+        found = machines.place(pod, self._node.machines, list(self._store.every("pods")))
+        if isinstance(found, Machine):
+            self._store.bind(pod, found.name)
+            return True
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": found}
+        self._store.set_status(pod, {"phase": "Pending", "conditions": [condition]})
+        return False
 
     def _control_deployment(self, deployment: Json) -> None:
         metadata, spec = deployment["metadata"], deployment["spec"]
@@ -115,32 +239,59 @@ class Controllers:
         current = [pod for pod in live if pod["metadata"]["labels"][HASH_LABEL] == digest]
         # Of those that are to be replaced, the ones that don't work go first.
         others = sorted((pod for pod in live if pod not in current), key=lambda pod: not _is_ready(pod))
-        failure = self._make(deployment, digest, spec["replicas"] - len(current), len(live))
+        failure = self._made(deployment, digest, spec["replicas"] - len(current), pods)
         replaced = sum(_is_ready(pod) for pod in current)
         for pod in current[spec["replicas"] :] + others[max(0, spec["replicas"] - replaced) :]:
             self._stop(pod)
         self._store.set_status(deployment, self._status(deployment, failure))
 
-    def _make(self, deployment: Json, digest: str, count: int, present: int) -> str | None:
-        """Make pods; return why one could not be made."""
-        metadata, template = deployment["metadata"], deployment["spec"]["template"]
+    def _made(self, deployment: Json, digest: str, count: int, pods: list[Json]) -> str | None:
+        """Make pods, unless that has failed a moment ago; return why one could not be made."""
+        metadata, now_seconds = deployment["metadata"], asyncio.get_running_loop().time()
+        uid = metadata["uid"]
+        retry = self.retries.get(uid)
+        if count <= 0:
+            self.retries.pop(uid, None)
+            return None
+        versions = [(pod["metadata"]["uid"], pod["metadata"]["resourceVersion"]) for pod in pods]
+        seen = json.dumps([deployment["spec"], metadata.get("annotations"), versions], sort_keys=True)
+        if retry is not None and now_seconds < retry.at and retry.seen == seen:
+            return retry.message
+        failure = self._make(deployment, digest, count)
+        if failure is None:
+            self.retries.pop(uid, None)
+            return None
+        failures = retry.failures + 1 if retry is not None else 0
+        pause_seconds = min(FIRST_RETRY_SECONDS * 2**failures, MAX_RETRY_SECONDS)
+        self.retries[uid] = Retry(failures, now_seconds + pause_seconds, seen, failure)
+        return failure
+
+    def _make(self, deployment: Json, digest: str, count: int) -> str | None:
+        metadata = deployment["metadata"]
         namespace = self._store.get(KINDS["namespaces"], "", metadata["namespace"])
         level = (namespace["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce")
-        for number in range(count):
+        for _ in range(count):
             name = f"{metadata['name']}-{digest}-{secrets.token_hex(3)[:5]}"[:63]
-            violations = rules.violations_of_restricted(template["spec"])
-            if level == "restricted" and violations:
-                return f'pods "{name}" is forbidden: violates PodSecurity "restricted:latest": {", ".join(violations)}'
-            if self._node.pod_quota is not None and present + number >= self._node.pod_quota:
-                used = f"requested: pods=1, used: pods={present}, limited: pods={self._node.pod_quota}"
-                return f'pods "{name}" is forbidden: exceeded quota: pods, {used}'
-            account = template["spec"].get("serviceAccountName")
-            if account and not any(
-                one["metadata"]["name"] == account
-                for one in self._store.every("serviceaccounts", metadata["namespace"])
-            ):
-                return f'pods "{name}" is forbidden: error looking up service account: "{account}" not found'
-            self._store.create(KINDS["pods"], metadata["namespace"], _pod(name, digest, deployment), MANAGER)
+            pod = _pod(name, digest, deployment)
+            why = self._refused(metadata["namespace"], level, pod)
+            if why is not None:
+                return f'pods "{name}" is forbidden: {why}'
+            self._store.create(KINDS["pods"], metadata["namespace"], pod, MANAGER)
+        return None
+
+    def _refused(self, namespace: str, level: str | None, pod: Json) -> str | None:
+        """Return why admission refuses a pod."""
+        violations = rules.violations_of_restricted(pod["spec"])
+        if level == "restricted" and violations:
+            return f'violates PodSecurity "restricted:latest": {", ".join(violations)}'
+        account = pod["spec"].get("serviceAccountName")
+        accounts = {one["metadata"]["name"] for one in self._store.every("serviceaccounts", namespace)}
+        if account and account not in accounts:
+            return f'error looking up service account: "{account}" not found'
+        for quota in self._store.every("resourcequotas", namespace):
+            why = quotas.refusal(quota, list(self._store.every("pods", namespace)), pod)
+            if why is not None:
+                return why
         return None
 
     def _stop(self, pod: Json) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.cluster.fake_api.machines import Machine
 from tests.cluster.fake_api.refused import Json, Refused
-from tests.cluster.fake_api.rules import quantity
 from tests.cluster.fake_api.schema import KINDS
 from tests.cluster.fake_api.store import Store, now
 
@@ -31,16 +31,21 @@ _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 
 @dataclass
 class Node:
-    """The only node, and what a namespace may have of it."""
+    """How machines and controllers behave."""
 
     runs_commands: bool = False
     """Without, a container is ready as soon as it is started, and nothing runs."""
     delay_seconds: float = 0.02
     """How long a controller takes to notice a change."""
-    cpu_millicores: float = 4_000
-    pod_quota: int | None = None
     restart_seconds: float = 0.3
+    pull_seconds: float = 0.3
+    """Until an image that could not be pulled is tried again; the real one takes up to five minutes."""
+    terminate_seconds: float = 0.02
+    """How long a pod is still listed after its containers have ended."""
     probe_seconds: float = 0.03
+    missing_images: set[str] = field(default_factory=set)
+    """Images that no registry has; neither are those of `*.invalid`."""
+    machines: list[Machine] = field(default_factory=lambda: [Machine()])
     path: str = "/usr/local/bin:/usr/bin:/bin"
     """Where commands are looked for."""
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(os.getpid() * 64))
@@ -62,14 +67,18 @@ class _NotStarted(Exception):
 class Kubelet:
     """Looks after one pod until it is gone."""
 
-    def __init__(self, store: Store, pod: Json, node: Node, second: float) -> None:
+    def __init__(self, store: Store, pod: Json, node: Node, machine: Machine, second: float) -> None:
         self.lines: list[tuple[str, str]] = []
         self.earlier_lines: list[tuple[str, str]] | None = None
         self.has_started = False
+        self.is_dead = False
+        """Its machine has lost its power."""
+        self.machine = machine
         self._store = store
         self._pod = pod
         self._node = node
         self._second = second
+        self._told: Json | None = None
         self._stop = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._address = node.address()
@@ -95,21 +104,23 @@ class Kubelet:
             self._process.kill()
             await self._process.wait()
 
+    def report(self) -> None:
+        """Tell the state of now once more, after the control plane has heard nothing for a while."""
+        if self._told is not None:
+            self._tell(self._told)
+
     async def _live(self) -> None:
-        request = (self._container["resources"].get("requests") or {}).get("cpu", "0")
-        if quantity(request) * 1_000 > self._node.cpu_millicores:
-            message = "0/1 nodes are available: 1 Insufficient cpu."
-            unscheduled = {
-                "type": "PodScheduled",
-                "status": "False",
-                "reason": "Unschedulable",
-                "message": message,
-            }
-            self._tell({"phase": "Pending", "conditions": [unscheduled]})
-            await self._stop.wait()
-        else:
-            await self._keep_up()
+        await self._keep_up()
+        # What has ended is listed for a moment more, as one that has come to its end.
+        has_failed = not self.has_started
+        state = {
+            "terminated": {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": now()}
+        }
+        self._show(state, phase="Failed" if has_failed else "Succeeded")
+        await asyncio.sleep(self._node.terminate_seconds)
         metadata = self._pod["metadata"]
+        while not self.machine.is_heard:  # noqa: ASYNC110 - machines have no event
+            await asyncio.sleep(self._node.delay_seconds)
         self._store.remove(("pods", metadata["namespace"], metadata["name"]))
 
     async def _keep_up(self) -> None:
@@ -122,15 +133,17 @@ class Kubelet:
 
     async def _wait_for(self, why: _NotStarted) -> None:
         self._show({"waiting": {"reason": why.reason, "message": str(why)}})
-        await self._paused(self._node.restart_seconds)
+        is_image = why.reason == "ImagePullBackOff"
+        await self._paused(self._node.pull_seconds if is_image else self._node.restart_seconds)
 
     async def _run(self, folder: str) -> None:
         image = self._container["image"]
-        if ".invalid/" in image:
-            first = f'failed to pull image "{image}": no such host'
+        if ".invalid/" in image or image in self._node.missing_images:
+            first = f'failed to pull image "{image}": not found'
             self._show({"waiting": {"reason": "ErrImagePull", "message": first}})
             await self._paused(self._node.delay_seconds)
-            raise _NotStarted("ImagePullBackOff", f'Back-off pulling image "{image}"')
+            words = f'Back-off pulling image "{image}": ErrImagePull: {first}'
+            raise _NotStarted("ImagePullBackOff", words)
         environment = self._environment()
         self.has_started = True
         if not self._node.runs_commands:
@@ -195,22 +208,40 @@ class Kubelet:
             process.kill()
 
     async def _probe(self) -> None:
-        probe = (self._container.get("readinessProbe") or {}).get("httpGet")
-        if probe is None:
-            self._show(self._running, is_ready=True)
-            return
-        ports = {port.get("name"): port["containerPort"] for port in self._container.get("ports") or ()}
-        url = f"http://{self._address}:{ports.get(probe['port'], probe['port'])}{probe['path']}"
+        """Ask for the start, then again and again whether it is ready."""
         async with aiohttp.ClientSession() as session:
+            await self._started(session)
+            probe = (self._container.get("readinessProbe") or {}).get("httpGet")
+            if probe is None:
+                self._show(self._running, is_ready=True)
+                return
             # A pod that is being stopped is probed no more, and goes on saying that it is ready.
             while not self._stop.is_set():
-                is_ready = False
-                with suppress(aiohttp.ClientError, OSError):
-                    async with session.get(url) as response:
-                        is_ready = response.ok
+                is_ready = await self._answers(session, probe)
                 if not self._stop.is_set():
                     self._show(self._running, is_ready=is_ready)
                 await asyncio.sleep(self._node.probe_seconds)
+
+    async def _started(self, session: aiohttp.ClientSession) -> None:
+        """Return once the startup probe has succeeded; a container that takes too long is killed for it."""
+        probe = self._container.get("startupProbe")
+        if probe is None:
+            return
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + probe["periodSeconds"] * probe["failureThreshold"] * self._second
+        while not self._stop.is_set() and not await self._answers(session, probe["httpGet"]):
+            if loop.time() > ends_at and self._process is not None:
+                self._process.kill()
+                return
+            await asyncio.sleep(self._node.probe_seconds)
+
+    async def _answers(self, session: aiohttp.ClientSession, probe: Json) -> bool:
+        ports = {port.get("name"): port["containerPort"] for port in self._container.get("ports") or ()}
+        url = f"http://{self._address}:{ports.get(probe['port'], probe['port'])}{probe['path']}"
+        with suppress(aiohttp.ClientError, OSError):
+            async with session.get(url) as response:
+                return response.ok
+        return False
 
     def _environment(self) -> dict[str, str]:
         """Return the container's variables, each of which may name those before it."""
@@ -250,7 +281,7 @@ class Kubelet:
             async with asyncio.timeout(seconds):
                 await self._stop.wait()
 
-    def _show(self, state: Json, *, is_ready: bool = False) -> None:
+    def _show(self, state: Json, *, is_ready: bool = False, phase: str | None = None) -> None:
         container = {
             "name": self._container["name"],
             "image": self._container["image"],
@@ -261,10 +292,11 @@ class Kubelet:
         }
         self._tell(
             {
-                "phase": "Running" if self.has_started else "Pending",
+                "phase": phase or ("Running" if self.has_started else "Pending"),
                 "podIP": self._address,
                 "conditions": [
                     {"type": "PodScheduled", "status": "True"},
+                    {"type": "ContainersReady", "status": "True" if is_ready else "False"},
                     {"type": "Ready", "status": "True" if is_ready else "False"},
                 ],
                 "containerStatuses": [container],
@@ -272,7 +304,9 @@ class Kubelet:
         )
 
     def _tell(self, status: dict[str, Any]) -> None:
-        self._store.set_status(self._pod, status)
+        self._told = status
+        if self.machine.is_heard:
+            self._store.set_status(self._pod, status)
 
 
 def _expanded(text: str, variables: dict[str, str]) -> str:

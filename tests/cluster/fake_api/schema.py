@@ -55,6 +55,7 @@ KINDS = {
         Kind("Secret", "secrets", "v1", "V1Secret"),
         Kind("Service", "services", "v1", "V1Service", returns_object_on_delete=True),
         Kind("ServiceAccount", "serviceaccounts", "v1", "V1ServiceAccount", returns_object_on_delete=True),
+        Kind("ResourceQuota", "resourcequotas", "v1", "V1ResourceQuota", returns_object_on_delete=True),
         Kind("Pod", "pods", "v1", "V1Pod", returns_object_on_delete=True),
         Kind("Deployment", "deployments", "apps/v1", "V1Deployment", has_generation=True),
         Kind(

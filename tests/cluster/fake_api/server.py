@@ -56,6 +56,8 @@ class FakeApi:
     node: Node = field(default_factory=Node)
     failures: list[Refused] = field(default_factory=list)
     """Answers to the next requests."""
+    outage: Refused | None = None
+    """The answer to every request, as long as it is set."""
     is_silent: bool = False
     """It takes requests, and answers none."""
     page_size: int | None = None
@@ -105,6 +107,16 @@ class FakeApi:
         for watch in tuple(self._watches):
             watch.cancel()
 
+    def lose_etcd(self) -> None:
+        """Fail every request and break every stream, as while etcd is away."""
+        self.outage = Refused(500, "InternalError", "etcdserver: request timed out")
+        self.cut_watches()
+
+    def restart_etcd(self) -> None:
+        """Answer again, with nothing known of the versions before."""
+        self.store.forget()
+        self.outage = None
+
     @property
     def watches(self) -> int:
         return len(self._watches)
@@ -119,6 +131,8 @@ class FakeApi:
         try:
             if self.failures:
                 raise self.failures.pop(0)
+            if self.outage is not None:
+                raise self.outage
             target = _target(request.path)
             self._authorize(request, target)
             if request.method == "GET":

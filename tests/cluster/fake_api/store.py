@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.cluster.fake_api import ownership, rules, schema
+from tests.cluster.fake_api import machines, ownership, rules, schema
 from tests.cluster.fake_api.ownership import Manager, Owners
 from tests.cluster.fake_api.refused import Json, Refused, conflict, invalid, not_found
 from tests.cluster.fake_api.schema import KINDS, Kind
@@ -193,6 +193,18 @@ class Store:
             present.object["status"] = status
             self._commit("MODIFIED", key)
 
+    def bind(self, pod: Json, machine: str) -> None:
+        """Have the scheduler give a pod its machine."""
+        metadata = pod["metadata"]
+        key = ("pods", metadata["namespace"], metadata["name"])
+        self._stored[key].object["spec"]["nodeName"] = machine
+        self._commit("MODIFIED", key)
+
+    def touch(self) -> None:
+        """Have the controllers look once more, though no object has changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
     def delete(self, kind: Kind, namespace: str, name: str, options: Json) -> Json:
         key = (kind.plural, namespace, name)
         present = self._stored.get(key)
@@ -340,8 +352,7 @@ class Store:
         self.version += 1
         found.object["metadata"]["resourceVersion"] = str(self.version)
         self.events.append(Event(self.version, change, key, self._shown(KINDS[key[0]], found)))
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.touch()
 
 
 def _fill_in(kind: Kind, found: Json) -> None:
@@ -356,6 +367,7 @@ def _fill_in(kind: Kind, found: Json) -> None:
             _fill_in_pod(spec.get("template", {}).get("spec") or {})
         case "Pod":
             _fill_in_pod(spec)
+            machines.default_tolerations(spec)
         case "Service":
             spec.setdefault("type", "ClusterIP")
             for port in spec.get("ports") or ():

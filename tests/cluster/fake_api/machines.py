@@ -1,0 +1,111 @@
+"""Machines that pods run on, and what the control plane does about one that it hears nothing from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from tests.cluster.fake_api.refused import Json
+from tests.cluster.fake_api.rules import quantity
+
+SILENCE_SECONDS = 50.0
+"""A node whose lease is older is not ready: `node-monitor-grace-period` since 1.32."""
+DEFAULT_TOLERATION_SECONDS = 300
+"""What admission gives a pod that says nothing of nodes that are not ready or unreachable."""
+NOT_READY = "node.kubernetes.io/not-ready"
+UNREACHABLE = "node.kubernetes.io/unreachable"
+
+
+@dataclass
+class Machine:
+    """A node, and what is known of it."""
+
+    name: str = "node-1"
+    cpu_millicores: float = 32_000
+    is_powered: bool = True
+    silent_since: float | None = None
+    """By the event loop's clock; None while its kubelet renews its lease."""
+    lost_since: float | None = None
+    """When the control plane took it for lost, and tainted it."""
+    is_cordoned: bool = False
+
+    @property
+    def is_heard(self) -> bool:
+        return self.silent_since is None
+
+
+def place(pod: Json, machines: list[Machine], others: list[Json]) -> Machine | str:
+    """Return the machine that has room for a pod, or the scheduler's words about why there is none."""
+    wanted = _cpu(pod)
+    reasons: dict[str, int] = {}
+    for machine in machines:
+        used = sum(_cpu(other) for other in others if other["spec"].get("nodeName") == machine.name)
+        if machine.lost_since is not None:
+            reason = f"node(s) had untolerated taint {{{UNREACHABLE}: }}"
+        elif machine.is_cordoned:
+            reason = "node(s) were unschedulable"
+        elif used + wanted > machine.cpu_millicores:
+            reason = "Insufficient cpu"
+        else:
+            return machine
+        reasons[reason] = reasons.get(reason, 0) + 1
+    counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    return f"0/{len(machines)} nodes are available: {counted}."
+
+
+def toleration_seconds(pod: Json) -> float | None:
+    """Return how long a pod stays bound to a machine that is lost; None: for good."""
+    for toleration in pod["spec"].get("tolerations") or ():
+        if toleration.get("key") == UNREACHABLE and toleration.get("effect") in {None, "NoExecute"}:
+            seconds: float | None = toleration.get("tolerationSeconds")
+            return seconds
+    return 0
+
+
+def default_tolerations(spec: Json) -> None:
+    """Add what admission adds to a pod that doesn't say how long it stays on a machine that is lost."""
+    tolerations = spec.setdefault("tolerations", [])
+    keys = {toleration.get("key") for toleration in tolerations}
+    for key in (NOT_READY, UNREACHABLE):
+        if key not in keys:
+            tolerations.append(
+                {
+                    "key": key,
+                    "operator": "Exists",
+                    "effect": "NoExecute",
+                    "tolerationSeconds": DEFAULT_TOLERATION_SECONDS,
+                }
+            )
+
+
+def status_when_lost(status: Json) -> Json:
+    """Return what the control plane makes of the status of a pod whose machine is lost: it is ready no more.
+
+    What the kubelet said of the containers stays, since nobody else knows better.
+    """
+    changed = copy.deepcopy(status)
+    for condition in changed.get("conditions") or ():
+        if condition["type"] == "Ready":
+            condition["status"] = "False"
+    return changed
+
+
+def status_when_evicted(status: Json) -> Json:
+    """Return the status of a pod that is deleted for the taint of its machine."""
+    changed = copy.deepcopy(status)
+    changed.setdefault("conditions", []).append(
+        {
+            "type": "DisruptionTarget",
+            "status": "True",
+            "reason": "DeletionByTaintManager",
+            "message": "Taint manager: deleting due to NoExecute taint",
+        }
+    )
+    return changed
+
+
+def _cpu(pod: Json) -> float:
+    requests = (
+        (container.get("resources") or {}).get("requests") or {} for container in pod["spec"]["containers"]
+    )
+    return sum(quantity(request.get("cpu", "0")) * 1_000 for request in requests)
