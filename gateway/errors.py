@@ -97,6 +97,18 @@ def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> Ap
     return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
 
 
+def busy(message: str, *, closes: bool = False) -> ApiError:
+    """Return the refusal of a request for which this process has no room; `closes` ends its connection too."""
+    headers = {"Connection": "close"} if closes else None
+    return ApiError(
+        503,
+        "not-ready",
+        f"{message}: try again",
+        retry_after_seconds=NOT_READY_RETRY_SECONDS,
+        headers=headers,
+    )
+
+
 def concurrency_limit() -> ApiError:
     """Return the refusal of a run for which its workflow's settings leave no place."""
     message = "As many runs go on already as settings.concurrency allows at once: try again"

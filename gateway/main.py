@@ -5,7 +5,10 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
+from typing import cast
 
+import structlog
 import uvicorn
 import uvloop
 from prometheus_client import start_http_server
@@ -13,15 +16,21 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from gateway import routes, state
+from gateway.http.byte_budget import ByteBudget
+from gateway.http.connection_budget import ConnectionBudget, connections_for
 from gateway.http.edge import Edge
 from gateway.http.endpoint import unrouted
 from gateway.http.hosts import Hosts
-from gateway.http.protocol import BoundedProtocol
+from gateway.http.protocol import BoundedProtocol, Bounds
+from gateway.http.proxies import TrustedProxies
 from gateway.http.router import Route, Router
 from gateway.internal import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
 from models import garbage, heartbeat
+from models.descriptors import raise_descriptor_limit
+
+log = structlog.get_logger()
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
@@ -87,7 +96,25 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server(app: Starlette, settings: GatewaySettings) -> Server:
+def bounds_of(settings: GatewaySettings) -> Bounds:
+    """Return what the connections of a server may hold; raises this process's limit of descriptors."""
+    most = connections_for(raise_descriptor_limit())
+    connections = settings.max_connections or most
+    if connections > most:
+        log.warning("fewer connections than PILOTFLAME_MAX_CONNECTIONS: raise `ulimit -n`", connections=most)
+        connections = most
+    return Bounds(
+        connections=ConnectionBudget(connections),
+        max_requests_per_client=max(connections // 2, 1),
+        bodies=ByteBudget(settings.bodies_bytes, share_bytes=settings.body_share_bytes),
+        proxies=TrustedProxies(settings.trusted_proxies),
+        head_seconds=settings.head_seconds,
+        body_seconds=settings.body_seconds,
+        stall_seconds=settings.stall_seconds,
+    )
+
+
+def server(app: ASGIApp, settings: GatewaySettings) -> Server:
     """Return the server for an application, ready to run."""
     return Server(
         uvicorn.Config(
@@ -95,13 +122,14 @@ def server(app: Starlette, settings: GatewaySettings) -> Server:
             host=settings.host,
             port=settings.port,
             loop="uvloop",
-            http=BoundedProtocol,
+            # Called as the class would be; it reads `X-Forwarded-For` itself, before a body is counted.
+            http=cast("type[BoundedProtocol]", partial(BoundedProtocol, bounds_of(settings))),
+            proxy_headers=False,
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            forwarded_allow_ips=settings.trusted_proxies,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )

@@ -22,6 +22,11 @@ _not_let_in = Counter(
     ["route", "reason"],
 )
 
+_closed = Counter(
+    "pilotflame_connections_closed", "Connections that were closed on their clients", ["reason"]
+)
+_given_up = Counter("pilotflame_bodies_given_up", "Request bodies that were given up for those of others")
+
 
 def answered(method: str, route: str, status: int, seconds: float) -> None:
     """Count one answered request; `route` is the template of its path."""
@@ -33,6 +38,16 @@ def answered(method: str, route: str, status: int, seconds: float) -> None:
 def not_let_in(route: str, reason: str) -> None:
     """Count a request that was refused on a route of senders; `reason` is the code of the answer."""
     _not_let_in.labels(route, reason).inc()
+
+
+def connection_closed(reason: str) -> None:
+    """Count a connection that a bound has closed: by its phase, or why it was late."""
+    _closed.labels(reason).inc()
+
+
+def body_given_up() -> None:
+    """Count a request body that had no room beside others."""
+    _given_up.inc()
 
 
 @cache

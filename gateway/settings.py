@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, SecretStr
 
-from models.settings import Settings
+from models.settings import InvalidSettings, Settings
+
+LARGEST_BODIES: Final = 3
+LEAST_BODIES_BYTES: Final = 134_217_728
 
 
 class GatewaySettings(Settings):
@@ -34,6 +37,35 @@ class GatewaySettings(Settings):
         ge=1_000,
         le=50_000_000,
         description="The largest body in which a mail service hands in a mail, attachments and all.",
+    )
+    max_bodies_bytes: int | None = Field(
+        default=None,
+        ge=1_000,
+        description=(
+            "Bytes of all request bodies that are held at once; more get 503. Three of the largest, and at least"
+            " 134,217,728, unless set. One address may hold half of it."
+        ),
+    )
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "Connections that are open at once; idle ones make room for new ones. As many as two thirds of the"
+            " process's file descriptors, and at most 20,000, unless set."
+        ),
+    )
+    head_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="How long a client may take to send a request's head, from connecting or its first byte.",
+    )
+    body_seconds: float = Field(
+        default=60.0, gt=0, description="How long a client may take to send a request's body."
+    )
+    stall_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="How long a client may take nothing of an answer, before its connection is cut.",
     )
     run_path_connections: int = Field(
         default=6,
@@ -86,3 +118,20 @@ class GatewaySettings(Settings):
         ge=0,
         description="How long requests under way are waited for when the process is told to stop.",
     )
+
+    @property
+    def bodies_bytes(self) -> int:
+        """Bytes of all request bodies at once; raises `InvalidSettings` where the largest one doesn't fit in."""
+        largest = max(self.max_body_bytes, self.max_mail_bytes)
+        if self.max_bodies_bytes is None:
+            return max(LARGEST_BODIES * largest, LEAST_BODIES_BYTES)
+        if self.max_bodies_bytes < largest:
+            raise InvalidSettings(
+                f"PILOTFLAME_MAX_BODIES_BYTES must hold the largest body that is accepted, {largest:,} bytes"
+            )
+        return self.max_bodies_bytes
+
+    @property
+    def body_share_bytes(self) -> int:
+        """Bytes of request bodies that one address may hold: half of all, and the largest body in any case."""
+        return max(self.bodies_bytes // 2, self.max_body_bytes, self.max_mail_bytes)

@@ -118,6 +118,8 @@ async def start(request: Request) -> JsonResponse:
     with request.gateway.activation.queue(workflow_id):
         accepted = await intake.take_in(request, plan, promise)
         times.accepted = perf_counter()
+        value, body.inputs = None, None  # committed, and not to be held while the run is waited for
+        request.release_body()
         seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
         until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
         headers = intake.headers(request, accepted)

@@ -6,11 +6,15 @@ import re
 from collections.abc import Iterable
 from itertools import count
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics
 from models import ids
+
+if TYPE_CHECKING:
+    from gateway.http.protocol import RequestHolding
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
 _PROCESS = ids.new("req")[:-8]
@@ -47,9 +51,15 @@ class Edge:
                 message["headers"] = [*own, *headers] if _may_be_kept(own) else [*own, *headers, _NOT_KEPT]
             await send(message)
 
+        holding: RequestHolding | None = scope.get("holding")
         try:
-            await self.app(scope, receive, send_with_headers)
+            if holding is not None and holding.refusal is not None:
+                await holding.refusal.response(request_id)(scope, receive, send_with_headers)
+            else:
+                await self.app(scope, receive, send_with_headers)
         finally:
+            if holding is not None:
+                holding.release()
             route = scope.get("route")
             path = route.path if route is not None else "none"
             metrics.answered(scope["method"], path, status, perf_counter() - started)

@@ -1,28 +1,89 @@
-"""Uvicorn's HTTP/1.1 with what it lacks: bounds on a request's head, answers in one packet, our shape for what isn't
-HTTP at all.
+"""Uvicorn's HTTP/1.1 with what it lacks: bounds in time and memory on what a client sends and takes, answers in one
+packet, our shape for what isn't HTTP at all.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, cast
+from collections import Counter
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway import errors
+from gateway import errors, metrics
+from gateway.http.byte_budget import ByteBudget, ByteHolding
+from gateway.http.client_address import client_of
+from gateway.http.connection_budget import ConnectionBudget, ConnectionPhase
 from models import ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from gateway.errors import ApiError
+    from gateway.http.proxies import TrustedProxies
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_UNREAD_BYTES: Final = 32 * 1024 * 1024
 """How much of a body may come after the answer: a client whose connection is cut at once never sees why."""
-REQUEST_SECONDS: Final = 60.0
-"""How long a client may take to say what it wants: from connecting, or its first byte, to the end of the body."""
-
-
 MAX_GATHERED_BYTES: Final = 64 * 1024
+TAKEN_BYTES: Final = 16 * 1024
+"""A client that takes its answer takes at least so much of it within `stall_seconds`."""
+POD_BODIES_BYTES: Final = 67_108_864
+UNSENT_BYTES: Final = 134_217_728
+"""Bytes of answers that clients have not taken yet, of all together."""
+INTERNAL: Final = "/internal/"
+ALWAYS_SERVED: Final = ("/healthz", "/readyz")
+READS: Final = frozenset({"GET", "HEAD"})
+
+
+@dataclass(slots=True)
+class Bounds:
+    """What all connections of a server may hold together, and how long one may take."""
+
+    connections: ConnectionBudget
+    max_requests_per_client: int
+    """Requests of one client that are worked on at once."""
+    bodies: ByteBudget
+    proxies: TrustedProxies
+    head_seconds: float
+    """How long a client may take for a head, from connecting or the end of the request before."""
+    body_seconds: float
+    stall_seconds: float
+    """How long a client may leave its answer in our memory without taking any of it."""
+    pod_bodies: ByteBudget = field(
+        default_factory=lambda: ByteBudget(POD_BODIES_BYTES, share_bytes=POD_BODIES_BYTES)
+    )
+    """Apart from the others: nobody's uploads hold up the runs of pods."""
+    unsent: ByteBudget = field(default_factory=lambda: ByteBudget(UNSENT_BYTES, share_bytes=UNSENT_BYTES))
+    requests: Counter[str] = field(default_factory=Counter)
+    """Requests that are worked on, by client."""
+
+
+class RequestHolding:
+    """What one request holds of the bounds, until it is released."""
+
+    __slots__ = ("_bounds", "_is_released", "body", "client", "refusal")
+
+    def __init__(self, bounds: Bounds, client: str, body: ByteHolding) -> None:
+        self._bounds = bounds
+        self._is_released = False
+        self.client = client
+        self.body = body
+        self.refusal: ApiError | None = None
+        """What the request is answered instead of being worked on."""
+        if client:
+            bounds.requests[client] += 1
+            if bounds.requests[client] > bounds.max_requests_per_client:
+                self.refusal = errors.busy("As many requests of this address are worked on as may be at once")
+
+    def release(self) -> None:
+        """Hold nothing any longer."""
+        self.body.release()
+        if self.client and not self._is_released:
+            self._bounds.requests[self.client] -= 1
+            if not self._bounds.requests[self.client]:
+                del self._bounds.requests[self.client]
+        self._is_released = True
 
 
 class Gathering:
@@ -31,14 +92,21 @@ class Gathering:
     Each packet costs both sides a system call, and those are most of what an answer costs.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, linger_seconds: float
+    ) -> None:
+        """A closed connection whose client doesn't take the rest within `linger_seconds` is cut."""
         self._transport = transport
         self._loop = loop
+        self._linger_seconds = linger_seconds
+        self._lingering: asyncio.TimerHandle | None = None
         self._gathered: list[bytes] = []
         self.get_extra_info = transport.get_extra_info
         self.is_closing = transport.is_closing
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
+        self.get_write_buffer_size = transport.get_write_buffer_size
+        self.abort = transport.abort
 
     def write(self, data: bytes) -> None:
         if not self._gathered:
@@ -50,6 +118,13 @@ class Gathering:
     def close(self) -> None:
         self._send()
         self._transport.close()
+        if self._lingering is None:
+            self._lingering = self._loop.call_later(self._linger_seconds, self.abort)
+
+    def closed(self) -> None:
+        """Hear that the connection is gone."""
+        if self._lingering is not None:
+            self._lingering.cancel()
 
     def _send(self) -> None:
         if self._gathered:
@@ -60,22 +135,70 @@ class Gathering:
 class BoundedProtocol(HttpToolsProtocol):
     """One connection; it is closed when it takes too long, or too many words, to say what it wants."""
 
+    def __init__(self, bounds: Bounds, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as Uvicorn has it
+        super().__init__(*args, **kwargs)
+        self._bounds = bounds
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as Uvicorn has it
-        super().connection_made(cast("asyncio.Transport", Gathering(transport, self.loop)))
+        gathering = Gathering(transport, self.loop, self._bounds.stall_seconds)
+        super().connection_made(cast("asyncio.Transport", gathering))
+        self.gathering = gathering
         self._is_head = False
-        self._is_complete = False
+        self._is_complete = True
         self._unread_bytes = 0
         """Of a head that goes on, or of a body that was answered before it was read."""
-        self._timer: asyncio.TimerHandle | None = self._close_later()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_timed_for_head = True
+        self._taking: asyncio.TimerHandle | None = None
+        """Looks whether the client takes its answer."""
+        self._unsent: ByteHolding | None = None
+        self._holding: RequestHolding | None = None
+        self._is_read = False
+        self.since = monotonic()
+        host = self.client[0] if self.client else ""
+        self._peer = "" if self._bounds.proxies.is_trusted(host) else client_of(host)
+        self._close_after(self._bounds.head_seconds)
+        if not self._bounds.connections.admit(self):
+            gathering.abort()
+
+    # ── what the budget of connections sees ───────────────────────────────────────────────────────────────
+
+    @property
+    def _is_served(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def phase(self) -> ConnectionPhase:
+        """What the connection waits for."""
+        if self.gathering.is_closing():
+            return ConnectionPhase.CLOSING
+        if not self._is_complete or self.flow.write_paused:
+            return ConnectionPhase.WAITING_FOR_CLIENT
+        if not self._is_served:
+            return ConnectionPhase.IDLE
+        return ConnectionPhase.READING if self._is_read else ConnectionPhase.SERVED
+
+    @property
+    def client_key(self) -> str:
+        """The client of the request that is worked on, or else whoever has connected."""
+        return self._holding.client if self._holding is not None and self._is_served else self._peer
+
+    def cut(self) -> None:
+        """Close the connection at once; nothing that it waits for would come soon."""
+        self.gathering.abort()
+
+    # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        is_served = self.cycle is not None and not self.cycle.response_complete
+        is_served = self._is_served
         if is_served and self._is_complete:
             self._stop_timer()
             return
-        if self._timer is None:
-            self._timer = self._close_later()
+        is_for_head = self._is_head or self._is_complete
+        if self._timer is None or self._is_timed_for_head is not is_for_head:
+            self._is_timed_for_head = is_for_head
+            self._close_after(self._bounds.head_seconds if is_for_head else self._bounds.body_seconds)
         if self._is_head or not is_served:
             self._unread_bytes += len(data)
         if self._unread_bytes > (MAX_HEAD_BYTES if self._is_head else MAX_UNREAD_BYTES):
@@ -83,21 +206,100 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.since = monotonic()
         self._is_head = True
         self._is_complete = False
         self._unread_bytes = 0
 
     def on_headers_complete(self) -> None:
-        super().on_headers_complete()
+        super().on_headers_complete()  # what it starts runs in the next turn of the loop at the earliest
         self._is_head = False
         self._unread_bytes = 0
+        path = self.scope["path"]
+        is_internal = path.startswith(INTERNAL)
+        is_always_served = is_internal or path in ALWAYS_SERVED
+        source = self._bounds.proxies.client(self.client, self.headers)
+        host = source[0] if source else ""
+        budget = self._bounds.pod_bodies if is_internal else self._bounds.bodies
+        # Pods are few, and prove who they are: whatever others hold, their runs go on.
+        is_bounded = not is_always_served and not self._bounds.proxies.is_trusted(host)
+        self._holding = RequestHolding(
+            self._bounds,
+            client_of(host) if is_bounded else "",
+            ByteHolding(budget, client_of(host), self._give_up_body),
+        )
+        if self._bounds.connections.is_over and not is_always_served:
+            self._holding.refusal = errors.busy("As many connections are open here as may be", closes=True)
+        scope = cast("dict[str, Any]", self.scope)
+        scope["client"], scope["holding"] = source, self._holding
+        self._is_read = not is_internal and self.scope["method"] in READS
+
+    def on_body(self, body: bytes) -> None:
+        if self._holding is None or self.cycle.response_complete or self._holding.body.add(len(body)):
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self.since = monotonic()
         self._is_complete = True
+        if self._holding is not None:
+            self._holding.body.is_moving = False
+
+    def on_response_complete(self) -> None:
+        self.since = monotonic()
+        super().on_response_complete()
+
+    def _give_up_body(self) -> None:
+        """Let go of a body for others; the request is answered so as soon as it reads on."""
+        metrics.body_given_up()
+        self.cycle.body = bytearray()
+        self.cycle.message_event.set()
+
+    # ── answers ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unsent is None:
+            client = self._holding.client if self._holding is not None else self._peer
+            self._unsent = ByteHolding(self._bounds.unsent, client, self.gathering.abort)
+            size = self.gathering.get_write_buffer_size()
+            self._look_later(size)
+            self._unsent.add(size)
+
+    def resume_writing(self) -> None:
+        self._stop_looking()
+        super().resume_writing()
+
+    def _look_later(self, size: int) -> None:
+        self._taking = self.loop.call_later(self._bounds.stall_seconds, self._look_whether_taken, size)
+
+    def _look_whether_taken(self, before: int) -> None:
+        size = self.gathering.get_write_buffer_size()
+        if self._unsent is None or before - size < TAKEN_BYTES:
+            metrics.connection_closed("answer-not-taken")
+            self.gathering.abort()
+            return
+        self._unsent.lower(size)
+        self._look_later(size)
+
+    def _stop_looking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+        if self._unsent is not None:
+            self._unsent.release()
+            self._unsent = None
+
+    # ── ends ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._bounds.connections.leave(self)
         self._stop_timer()
+        self._stop_looking()
+        self.gathering.closed()
+        for cycle, _ in self.pipeline:  # those are never begun
+            cast("dict[str, Any]", cycle.scope)["holding"].release()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -110,9 +312,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write(head.encode() + body)
         self.transport.close()
 
-    def _close_later(self) -> asyncio.TimerHandle:
-        close: Callable[[], None] = self.transport.close
-        return self.loop.call_later(REQUEST_SECONDS, close)
+    def _close_after(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._close_late)
+
+    def _close_late(self) -> None:
+        self._timer = None
+        metrics.connection_closed("late-request")
+        self.transport.close()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

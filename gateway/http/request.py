@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gateway.arrivals.sender import Sender
     from gateway.http.parameters import Parameter
+    from gateway.http.protocol import RequestHolding
     from gateway.state import State
     from models.access import Caller
 
@@ -77,12 +78,19 @@ class Request(StarletteRequest):
         """Put a header on the answer, whatever that will be."""
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
 
+    def release_body(self) -> None:
+        """Count the body no longer: nothing refers to it any more, and the answer is still far."""
+        holding: RequestHolding | None = self.scope.get("holding")
+        if holding is not None:
+            holding.body.release()
+
     async def body(self) -> bytes:
         """Return the whole body; raises 413 as soon as it is too large."""
         return await self.body_up_to(self.gateway.settings.max_body_bytes)
 
     async def body_up_to(self, limit_bytes: int) -> bytes:
-        """Return the whole body; raises 413 as soon as it has more bytes."""
+        """Return the whole body; raises 413 as soon as it has more bytes, 503 where it has no room beside others."""
+        holding: RequestHolding | None = self.scope.get("holding")
         declared = self.headers.get("content-length", "0")
         if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit_bytes):
             raise errors.too_large(limit_bytes)
@@ -92,6 +100,8 @@ class Request(StarletteRequest):
         has_more = True
         while has_more:
             message = await self.receive()
+            if holding is not None and holding.body.is_evicted:
+                raise errors.busy("As many bytes of requests are held here as may be")
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             size += body.write(message.get("body", b""))

@@ -15,7 +15,6 @@ import pytest
 from pydantic import SecretStr
 
 from gateway import main, state
-from gateway.http import protocol
 from gateway.settings import GatewaySettings
 from journal.opening import open_store
 from messages import broker as brokers
@@ -23,10 +22,10 @@ from models.database import Database, parse_url
 from models.migrating import migrate
 from models.settings import InvalidSettings
 from tests import databases
+from tests.integration.gateway_server import KEY, Address, serving
 from tests.integration.gateway_world import SECRET, refused
 from tests.services import PostgreSQL, Redis
 
-KEY = "a-first-key-of-the-operator"
 FOLDER = Path(__file__).parents[2]
 UNFINISHED = (
     f"POST /api/v1/workflows HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\nContent-Length: 10\r\n\r\n".encode()
@@ -34,23 +33,13 @@ UNFINISHED = (
 
 
 @pytest.fixture
-async def address(tmp_path: Path) -> AsyncIterator[tuple[str, int]]:
+async def address(tmp_path: Path) -> AsyncIterator[Address]:
     """Run a server in this process, on SQLite, and yield where it listens."""
-    settings = GatewaySettings(
-        data_dir=tmp_path, secret_key=SecretStr(SECRET), bootstrap_api_key=SecretStr(KEY)
-    )
-    await databases.migrated_file(tmp_path / "pilotflame.db")
-    server = main.server(main.create_app(lambda: state.opened(settings)), settings)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:  # noqa: ASYNC110 - the server has no event for it
-            await asyncio.sleep(0.01)
-        yield listener.getsockname()
-        server.should_exit = True
-        await serving
+    async with serving(tmp_path) as served:
+        yield served
 
 
-async def spoken(address: tuple[str, int], *pieces: bytes) -> bytes:
+async def spoken(address: Address, *pieces: bytes) -> bytes:
     """Send bytes as they are and return what comes back until the server closes."""
     reader, writer = await asyncio.open_connection(*address)
     for piece in pieces:
@@ -78,15 +67,13 @@ def error_code(answer: bytes) -> str:
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     ],
 )
-async def test_what_is_not_http_is_refused_in_our_shape(
-    address: tuple[str, int], request_bytes: bytes
-) -> None:
+async def test_what_is_not_http_is_refused_in_our_shape(address: Address, request_bytes: bytes) -> None:
     answer = await spoken(address, request_bytes)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert error_code(answer) == "malformed-request"
 
 
-async def test_an_endless_head_is_cut_off(address: tuple[str, int]) -> None:
+async def test_an_endless_head_is_cut_off(address: Address) -> None:
     header = b"x-filler: " + b"y" * 8_000 + b"\r\n"
     reader, writer = await asyncio.open_connection(*address)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
@@ -109,15 +96,13 @@ async def test_an_endless_head_is_cut_off(address: tuple[str, int]) -> None:
         UNFINISHED.replace(KEY.encode(), b"unknown") + b'{"name',
     ],
 )
-async def test_a_request_that_does_not_go_on_is_cut_off(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, beginning: bytes
-) -> None:
-    monkeypatch.setattr(protocol, "REQUEST_SECONDS", 0.2)
-    answer = await spoken(address, beginning)
+async def test_a_request_that_does_not_go_on_is_cut_off(tmp_path: Path, beginning: bytes) -> None:
+    async with serving(tmp_path, head_seconds=0.2, body_seconds=0.2) as address:
+        answer = await spoken(address, beginning)
     assert not answer or answer.startswith(b"HTTP/1.1 401 ")
 
 
-async def test_a_body_without_a_length_is_cut_off_at_the_limit(address: tuple[str, int]) -> None:
+async def test_a_body_without_a_length_is_cut_off_at_the_limit(address: Address) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(150):
             yield b" " * 100_000
@@ -128,7 +113,7 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit(address: tuple[st
         assert (await client.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
 
 
-async def test_a_connection_serves_one_request_after_another(address: tuple[str, int]) -> None:
+async def test_a_connection_serves_one_request_after_another(address: Address) -> None:
     async with httpx2.AsyncClient(base_url=f"http://{address[0]}:{address[1]}") as client:
         for _ in range(3):
             response = await client.get("/healthz")

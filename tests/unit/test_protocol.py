@@ -24,7 +24,7 @@ class Wire(asyncio.Transport):
 
 def gathering() -> tuple[Gathering, Wire]:
     wire = Wire()
-    return Gathering(cast("asyncio.Transport", wire), asyncio.get_running_loop()), wire
+    return Gathering(cast("asyncio.Transport", wire), asyncio.get_running_loop(), 5.0), wire
 
 
 async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:

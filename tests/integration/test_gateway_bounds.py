@@ -1,0 +1,260 @@
+"""Bounds of the gateway's process: no client takes the memory or the connections that others need."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from pydantic import SecretStr
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from gateway import main
+from gateway.http import connection_budget
+from gateway.http.byte_budget import UNCOUNTED_BYTES, ByteBudget, ByteHolding
+from gateway.http.client_address import client_of
+from gateway.http.connection_budget import SPENT_PART, connections_for
+from gateway.http.edge import Edge
+from gateway.settings import GatewaySettings
+from models.settings import InvalidSettings
+from tests.integration.gateway_server import KEY, Address, Connection, listening, serving
+from tests.integration.gateway_world import SECRET
+
+LOCAL = ["127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"]
+"""Addresses of this machine that are no trusted proxies."""
+MEGABYTE = 1_000_000
+CONNECTIONS = 12
+
+
+def upload(size: int) -> str:
+    return (
+        f"POST /api/v1/workflows HTTP/1.1\nHost: x\nX-API-Key: {KEY}\nContent-Type: application/json\n"
+        f"Content-Length: {size}"
+    )
+
+
+WORKFLOW = b'{"name": "A workflow", "description": ""}'
+
+
+@contextmanager
+def closing(connections: list[Connection]) -> Iterator[list[Connection]]:
+    try:
+        yield connections
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+# ── bytes of bodies ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_unfinished_bodies_of_one_client_take_no_room_from_others(tmp_path: Path) -> None:
+    bounds = {"max_body_bytes": MEGABYTE, "max_mail_bytes": MEGABYTE, "max_bodies_bytes": 2 * MEGABYTE}
+    async with serving(tmp_path, **bounds) as address:
+        with closing([await Connection.open(address, LOCAL[0]) for _ in range(8)]) as greedy:
+            for connection in greedy:
+                await connection.send(upload(900_000), b" " * 800_000)
+            refused = [asyncio.create_task(connection.answer()) for connection in greedy]
+            done, waiting = await asyncio.wait(refused, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            while len(waiting) > 1:  # half of the budget is one such body
+                done, waiting = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+                assert done
+            for one in set(refused) - waiting:
+                status, headers = one.result()
+                assert (status, headers["retry-after"]) == (503, "1")
+            other = await Connection.open(address, LOCAL[1])
+            await other.send(upload(900_000), WORKFLOW.ljust(900_000))
+            assert (await other.answer())[0] == 201
+            assert not next(iter(waiting)).done()
+            for one in waiting:
+                one.cancel()
+            other.close()
+
+
+def test_the_slowest_body_of_whoever_holds_most_is_given_up_first() -> None:
+    given_up: list[str] = []
+    budget = ByteBudget(10 * UNCOUNTED_BYTES, share_bytes=10 * UNCOUNTED_BYTES)
+
+    def holding(client: str, age: float) -> ByteHolding:
+        made = ByteHolding(budget, client, lambda: given_up.append(f"{client} {age}"))
+        made.since -= age
+        return made
+
+    greedy = [holding("greedy", age) for age in (1.0, 9.0, 5.0)]
+    assert all(one.add(2 * UNCOUNTED_BYTES) for one in greedy)
+    finished = holding("finished", 100.0)
+    assert finished.add(3 * UNCOUNTED_BYTES)
+    finished.is_moving = False
+    modest = holding("modest", 50.0)
+    assert modest.add(UNCOUNTED_BYTES)  # so little is not even counted
+    assert modest.add(UNCOUNTED_BYTES)
+    assert given_up == ["greedy 9.0"]
+    assert not greedy[1].add(1)
+    for one in (*greedy, finished, modest):
+        one.release()
+    assert budget.used == 0
+    assert holding("late", 0.0).add(10 * UNCOUNTED_BYTES)
+
+
+def test_nobody_is_refused_by_a_budget_in_which_the_largest_body_has_no_room() -> None:
+    with pytest.raises(InvalidSettings, match="PILOTFLAME_MAX_BODIES_BYTES"):
+        main.bounds_of(GatewaySettings(max_bodies_bytes=MEGABYTE))
+
+
+# ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_idle_and_slow_connections_make_room_for_those_that_ask(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_connections=CONNECTIONS) as address:
+        kept = await Connection.open(address, LOCAL[1])
+        assert await kept.ask("/healthz") == 200
+        idle = [await Connection.open(address, LOCAL[0]) for _ in range(CONNECTIONS // 2)]
+        slow = [await Connection.open(address, LOCAL[0]) for _ in range(CONNECTIONS)]
+        with closing([kept, *idle, *slow]):
+            for connection in slow:
+                await connection.send(upload(1_000), b"{")
+            for _ in range(CONNECTIONS * 2):
+                newcomer = await Connection.open(address, LOCAL[2])
+                assert await newcomer.ask("/api/v1/auth/whoami") == 200
+                newcomer.close()
+            await idle[0].until_closed()
+            # Those of a client that holds many go first: who has one keeps it.
+            assert await kept.ask("/healthz") == 200
+
+
+async def test_polls_of_one_client_leave_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_budget, "READ_SECONDS", 0.0)
+    async with polled(tmp_path) as address:
+        with closing([]) as polls:
+            while True:
+                poll = await Connection.open(address, LOCAL[0])
+                polls.append(poll)
+                await poll.send("GET /poll HTTP/1.1\nHost: x")
+                if len(polls) > CONNECTIONS // 2:
+                    # Half of the connections, and no more: the rest is for other clients.
+                    status, headers = await poll.answer()
+                    assert (status, headers["retry-after"]) == (503, "1")
+                    break
+            for source in LOCAL[1:]:
+                for _ in range(CONNECTIONS // 3):
+                    polls.append(await Connection.open(address, source))
+                    await polls[-1].send("GET /poll HTTP/1.1\nHost: x")
+            newcomer = await Connection.open(address, "127.0.0.9")
+            polls.append(newcomer)
+            assert await newcomer.ask("/now") == 200
+            await polls[0].until_closed()
+
+
+async def test_pods_and_probes_are_served_where_all_connections_are_taken(tmp_path: Path) -> None:
+    async with polled(tmp_path) as address:
+        with closing([]) as polls:
+            for number in range(CONNECTIONS + 1):
+                polls.append(await Connection.open(address, LOCAL[number % 4]))
+                await polls[-1].send("POST /poll HTTP/1.1\nHost: x\nContent-Length: 0")
+            status, headers = await polls[-1].answer()
+            assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+            for path in ("/healthz", "/internal/v1/wait"):
+                connection = await Connection.open(address, LOCAL[3])
+                assert await connection.ask(path) == 200
+                connection.close()
+            polls[0].close()
+            polls[1].close()
+            while True:
+                connection = await Connection.open(address, LOCAL[3])
+                status = await connection.ask("/now")
+                connection.close()
+                if status == 200:
+                    break
+
+
+@asynccontextmanager
+async def polled(folder: Path) -> AsyncIterator[Address]:
+    """Run a server with an endpoint that does not answer."""
+
+    async def poll(request: Request) -> Response:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return PlainTextResponse("gone")
+
+    async def now(_request: Request) -> Response:
+        return PlainTextResponse("now")
+
+    routes = [Route(path, now) for path in ("/now", "/healthz", "/internal/v1/wait")]
+    app = bare_application(Route("/poll", poll, methods=["GET", "POST"]), *routes)
+    async with listening(app, settings(folder, max_connections=CONNECTIONS)) as address:
+        yield address
+
+
+# ── times ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_client_that_does_not_take_its_answer_is_cut_off(tmp_path: Path) -> None:
+    async def large(_request: Request) -> Response:
+        return PlainTextResponse("x" * 32 * MEGABYTE)
+
+    before = _closed("answer-not-taken")
+    app = bare_application(Route("/large", large))
+    async with listening(app, settings(tmp_path, stall_seconds=0.2)) as address:
+        with socket.create_connection(address) as reader:
+            reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+            while _closed("answer-not-taken") == before:  # noqa: ASYNC110 - a count has no event
+                await asyncio.sleep(0.01)
+            assert len(await asyncio.to_thread(_rest, reader)) < 32 * MEGABYTE
+
+
+def _closed(reason: str) -> float:
+    """Return how many connections were closed for a reason."""
+    return REGISTRY.get_sample_value("pilotflame_connections_closed_total", {"reason": reason}) or 0.0
+
+
+def _rest(reader: socket.socket) -> bytes:
+    reader.settimeout(20)
+    rest = b""
+    try:
+        while chunk := reader.recv(MEGABYTE):
+            rest += chunk
+    except ConnectionError:
+        pass
+    return rest
+
+
+def bare_application(*routes: Route) -> ASGIApp:
+    """Return an application behind the layer that holds the bounds, without a gateway's state."""
+    router = Router(routes)
+    return Edge(router, others=router)
+
+
+def settings(folder: Path, **values: Any) -> GatewaySettings:  # noqa: ANN401 - values of settings
+    return GatewaySettings(data_dir=folder, secret_key=SecretStr(SECRET), **values)
+
+
+# ── who counts as one ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1%eth0", "2001:db8:1:2::/64"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("no:address", "no:address"),
+        ("", ""),
+    ],
+)
+def test_a_network_of_one_ipv6_host_is_one_client(address: str, client: str) -> None:
+    assert client_of(address) == client
+
+
+def test_connections_leave_descriptors_for_everything_else() -> None:
+    for descriptors in (64, 256, 1_024, 1_000_000):
+        connections = connections_for(descriptors)
+        assert 1 <= connections + connections // 10 <= descriptors * SPENT_PART
