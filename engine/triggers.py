@@ -47,7 +47,7 @@ _LAYOUTS: Final[Mapping[str, Layout]] = {
     ),
     "email": Layout(
         {
-            **dict.fromkeys(("from", "to", "subject", "body_text", "body_html"), ""),
+            **dict.fromkeys(("from", "to", "cc", "reply_to", "subject", "body_text", "body_html"), ""),
             "attachments": [],
             "email_headers": {},
             "authentication": {"spf": None, "dkim": None, "dmarc": None},

@@ -78,6 +78,8 @@ Keep: TypeAlias = Callable[[Label, Iterator[bytes]], object]
 class Mail:
     from_: str = ""
     to: str = ""
+    cc: str = ""
+    reply_to: str = ""
     subject: str = ""
     body_text: str = ""
     body_html: str = ""
@@ -97,6 +99,8 @@ class Mail:
         return {
             "from": self.from_,
             "to": self.to,
+            "cc": self.cc,
+            "reply_to": self.reply_to,
             "subject": self.subject,
             "body_text": self.body_text,
             "body_html": self.body_html,

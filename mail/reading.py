@@ -63,6 +63,8 @@ def of_headers(found: Headers) -> Mail:
     return Mail(
         from_=addresses.shown(found.first("from")),
         to=addresses.shown(", ".join(found.all("to"))),
+        cc=addresses.shown(", ".join(found.all("cc"))),
+        reply_to=addresses.shown(", ".join(found.all("reply-to"))),
         subject=headers.decoded(found.first("subject")),
         email_headers=found.shown(_shown),
         message_id=message_id[0] if message_id else "",

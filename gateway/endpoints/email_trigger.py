@@ -5,7 +5,7 @@ Mails of services are kept as they came and read by a worker: here they are reco
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +15,7 @@ import msgspec
 from engine import patience
 from gateway import errors
 from gateway.arrivals import mail_senders, promises, sent, taking_in
+from gateway.arrivals.json_attachments import decode_attachments
 from gateway.arrivals.mail_senders import MAILGUN
 from gateway.arrivals.taking_in import Message
 from gateway.errors import ApiError
@@ -65,10 +66,13 @@ class EmailTrigger(Wire):
     """The same as `body_text`, which counts where both are given."""
     html: str | None = None
     """The same as `body_html`, which counts where both are given."""
+    cc: str = ""
+    reply_to: str = msgspec.field(default="", name="reply_to")
     attachments: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    """Each with `filename` and `content_type`, and its `content` in base64, which becomes a blob of the run."""
     email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
 
-    def given(self) -> dict[str, Json]:
+    def given(self, attachments: Sequence[Json]) -> dict[str, Json]:
         """Return what the trigger node gives out; header values are one line each, as in a mail that was read."""
         return {
             "from": join_lines(self.from_),
@@ -76,7 +80,9 @@ class EmailTrigger(Wire):
             "subject": join_lines(self.subject),
             "body_text": (self.text if self.body_text is None else self.body_text) or "",
             "body_html": (self.html if self.body_html is None else self.body_html) or "",
-            "attachments": list(self.attachments),
+            "cc": join_lines(self.cc),
+            "reply_to": join_lines(self.reply_to),
+            "attachments": list(attachments),
             "email_headers": self.email_headers,
         }
 
@@ -169,15 +175,24 @@ async def _native(handed: Handed) -> JsonResponse:
     if len(content) > (most := request.gateway.settings.max_body_bytes):
         raise errors.too_large(most)
     value = await json_of(request, content)
-    given = convert(value, EmailTrigger).given()
+    mail = convert(value, EmailTrigger)
+    attachments = await patience.patiently(decode_attachments, mail.attachments)
     promise = None
     if request.known_sender is not None:
         promise = idempotency.requested(request, value, workflow_id=handed.workflow_id)
 
-    async def message(_execution_id: str) -> Message:
-        return Message(given)
+    blobs, organization_id = request.gateway.blobs, handed.addressee.workflow.organization_id
+    are_kept = any(one.content is not None for one in attachments)
 
-    return await _take_in(handed, message, promise)
+    async def message(execution_id: str) -> Message:
+        owner = Owner(organization_id, execution_id)
+        try:
+            kept = [await one.as_json(blobs, owner) for one in attachments]
+        except BlobsUnavailable as error:
+            raise errors.not_ready(f"{error}: try again") from error
+        return Message(mail.given(kept), execution_id=execution_id)
+
+    return await _take_in(handed, message, promise, is_large=are_kept)
 
 
 async def _of_form(handed: Handed) -> JsonResponse:

@@ -336,6 +336,35 @@ async def test_a_mail_in_json_has_header_values_of_one_line(mails: MailWorld, pe
     assert given["subject"] == "Hello Bcc: everybody@example.org"
 
 
+async def test_a_mail_in_json_has_its_attachments_as_blobs_like_others(
+    mails: MailWorld, people: People
+) -> None:
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+    path = f"/api/v1/workflows/{workflow_id}/email-trigger"
+    pdf = {"filename": "../a.pdf", "content_type": "application/pdf", "content": b64encode(b"%PDF").decode()}
+    described = {"filename": "b.txt", "size": 7}
+    mail = {"cc": "c@example.org", "reply_to": "r@example.org", "attachments": [pdf, described]}
+    answer = await owner.api.post(path, json=mail)
+    assert answer.status_code == 201, answer.text
+    execution_id = answer.json()["executionId"]
+    given = await mails.given(execution_id)
+    assert (given["cc"], given["reply_to"]) == ("c@example.org", "r@example.org")
+    stored, as_it_was = given["attachments"]
+    assert as_it_was == described
+    assert (stored["filename"], stored["size"], "content" in stored) == ("a.pdf", 4, False)
+    owner_of_blob = Owner(owner.user.organization_id, execution_id)
+    assert await mails.gateway.blobs.get(owner_of_blob, stored["blob"]["$blob"]["sha256"]) == b"%PDF"
+
+    wrong = {"attachments": [pdf, {"content": "%%%"}, {"content": 7}]}
+    refusal = await owner.api.post(path, json=wrong)
+    refused(refusal, 422, "validation-failed")
+    assert [one["path"] for one in refusal.json()["error"]["details"]] == [
+        "attachments.1.content",
+        "attachments.2.content",
+    ]
+
+
 async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
     mails: MailWorld, people: People
 ) -> None:

@@ -46,6 +46,8 @@ def test_a_manual_trigger_knows_only_a_body(inputs: dict[str, Any], output: dict
 MAIL: dict[str, Any] = {
     "from": "",
     "to": "",
+    "cc": "",
+    "reply_to": "",
     "subject": "",
     "body_text": "",
     "body_html": "",
