@@ -174,6 +174,10 @@ class Executor:
             async with asyncio.timeout(RECORD_SECONDS):
                 await self._recorder.drain()
         self._leases.stop()
+        if self._active:
+            # A node that can't be broken off keeps its run: that is no loss, and its lease need not run out.
+            with contextlib.suppress(DatabaseUnavailable):
+                await self._store.give_back(self._broker.inbox, [])
         await hints.wake(self._broker)
 
     async def _hand_over(self, request: Request, seconds: float) -> None:

@@ -94,6 +94,9 @@ class Broker(RunBroker, Protocol):
     async def send(self, inbox: str, message: Mapping[str, str]) -> None:
         """Put a letter into another process's inbox; lost without a word when nobody listens there."""
 
+    async def is_heard(self, inbox: str) -> bool:
+        """Tell whether a process listens at an inbox: one that has died does not."""
+
     def start_reader(self, on_hint: Callable[[], None]) -> None:
         """Take hints that something is unread; `on_hint` is called on the running event loop."""
 

@@ -69,6 +69,9 @@ class LocalBroker:
         if inbox == self.inbox:
             self._deliver(Letter(dict(message)))
 
+    async def is_heard(self, inbox: str) -> bool:
+        return inbox == self.inbox and bool(self._listeners)
+
     async def listen(self, on_notice: Callable[[Notice], None]) -> None:
         self._listeners.append(on_notice)
 

@@ -245,6 +245,11 @@ class RedisBroker:
         async with _answered():
             await self.client.publish(CHANNELS + inbox, msgspec.json.encode(_Published(letter=dict(message))))
 
+    async def is_heard(self, inbox: str) -> bool:
+        async with _answered():
+            ((_, listeners),) = await self.client.pubsub_numsub(CHANNELS + inbox)
+            return int(listeners) > 0
+
     async def listen(self, on_notice: Callable[[Notice], None]) -> None:
         self._listeners.append(on_notice)
         if self._listening is None:

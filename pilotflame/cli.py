@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bridge.settings import BridgeSettings
     from models.settings import Settings
     from pilotflame.log_lines import Lines, Render
+    from pilotflame.worker_parent import ChildDeath
 
 REFUSED: Final = 2
 SHOWN_IDS: Final = 20
@@ -113,14 +114,27 @@ def gateway() -> None:
 
 @app.command()
 def worker() -> None:
-    """Run executions."""
+    """Run executions, in a child whose leases are released at once should it die."""
+    from pilotflame import worker_parent
+
+    announce = worker_parent.fork(_release_leases)
     from workers.settings import WorkerSettings
 
     settings = WorkerSettings()
     _begin(settings)
     from workers import main
 
-    main.serve(settings)
+    main.serve(settings, announce)
+
+
+def _release_leases(death: ChildDeath) -> None:
+    from workers.settings import WorkerSettings
+
+    settings = WorkerSettings()
+    _begin(settings)
+    from workers import lost_worker
+
+    asyncio.run(lost_worker.release(settings, death.owner, death.exit_code))
 
 
 @app.command()

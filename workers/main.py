@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -31,6 +31,7 @@ from models import database as databases
 from models import garbage, heartbeat, migrating
 from models.database import Database
 from models.vault import Vault
+from models.worker_processes import new_lease_owner
 from nodes import catalog as catalogs
 from nodes.connections.connections import Connections
 from nodes.connections.folders import Folders
@@ -38,6 +39,7 @@ from nodes.connections.policy import ConnectionPolicy, OwnDatabase
 from nodes.outbound import Outbound, OutboundPolicy
 from nodes.pooled import PooledCatalog
 from nodes.processes import Kind, Processes
+from workers import lost_worker
 from workers.follow_up import AfterRuns
 from workers.reading import Reader, Sources
 from workers.settings import WorkerSettings
@@ -46,15 +48,18 @@ from workers.webhooks import Webhooks
 log = structlog.get_logger()
 
 
-def serve(settings: WorkerSettings) -> None:
-    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
+    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without.
+
+    `announce` is called with the name in the leases of this process before it takes the first.
+    """
     settings.check_for_production()
     if settings.worker_metrics_port is not None:
         start_http_server(settings.worker_metrics_port, addr="127.0.0.1")
-    uvloop.run(_serve(settings))
+    uvloop.run(_serve(settings, announce))
 
 
-async def _serve(settings: WorkerSettings) -> None:
+async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -66,8 +71,11 @@ async def _serve(settings: WorkerSettings) -> None:
         await migrating.require_current(database)
         store = await open_store(url)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect(settings.redis_url)
+        owner = new_lease_owner(settings.worker_name)
+        broker = await brokers.connect(settings.redis_url, inbox=owner)
         stack.push_async_callback(broker.close)
+        await lost_worker.take_back_of_predecessors(database, store, broker, settings.worker_name)
+        announce(owner)
         await stack.enter_async_context(working(settings, store, broker, database))
         garbage.settle()
         log.info("worker ready", inbox=broker.inbox)

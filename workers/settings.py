@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from pydantic import Field
 
 from execution.settings import ExecutionSettings
@@ -11,6 +13,14 @@ from models.settings import Settings
 class WorkerSettings(ExecutionSettings, Settings):
     """What a worker reads besides what all processes share."""
 
+    worker_name: str = Field(
+        default_factory=socket.gethostname,
+        pattern=r"^[A-Za-z0-9._-]{1,253}$",
+        description=(
+            "Name that a worker keeps when it is started again: it takes back at once what dead processes of its name"
+            " held. The machine's unless set; several workers may share it."
+        ),
+    )
     sweep_seconds: float = Field(
         default=2.0, gt=0, description="How often each worker looks for runs that nobody holds."
     )

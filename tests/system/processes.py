@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,22 +96,29 @@ class Process:
         now = time.time()
         self._note(Fault(f"{self.name} killed", now, now))
         self._end_pause()
+        family = self._family()
         self._signal(signal.SIGKILL)
         assert self._process is not None
         self._process.wait()
+        while any(_is_alive(process) for process in family):
+            pass  # a worker goes with its parent: it takes milliseconds, and nothing may happen in between
 
     def pause(self) -> None:
         """Let it stand still, though it doesn't know: SIGSTOP. Returns when it does."""
         self._pause = Fault(f"{self.name} paused", time.time(), float("inf"))
         self._note(self._pause)
-        self._signal(signal.SIGSTOP)
-        process = psutil.Process(self.process_id)
-        while process.status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}:
+        family = self._family()
+        for process in family:
+            process.send_signal(signal.SIGSTOP)
+        while any(
+            process.status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE} for process in family
+        ):
             pass  # it takes microseconds, and nothing may happen in between
 
     def resume(self) -> None:
         """Let it go on after a pause: SIGCONT."""
-        self._signal(signal.SIGCONT)
+        for process in self._family():
+            process.send_signal(signal.SIGCONT)
         self._end_pause()
 
     @contextmanager
@@ -164,8 +171,20 @@ class Process:
         """Tell whether a connection with this local port is its."""
         if not self.is_alive:
             return False
-        connections = psutil.Process(self.process_id).net_connections(kind="tcp")
-        return any(connection.laddr and connection.laddr.port == port for connection in connections)
+        with suppress(psutil.NoSuchProcess):
+            return any(
+                connection.laddr and connection.laddr.port == port
+                for process in self._family()
+                for connection in process.net_connections(kind="tcp")
+            )
+        return False
+
+    def _family(self) -> list[psutil.Process]:
+        """Return the process, and of a worker the child that does the work."""
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process_id)
+            return [process, *process.children()[:1]] if self._arguments[0] == "worker" else [process]
+        return []
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -179,6 +198,12 @@ class Process:
         if self._pause is not None:
             self._pause.ended_at = time.time()
             self._pause = None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _listens(port: int) -> bool:

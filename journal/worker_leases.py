@@ -1,0 +1,30 @@
+"""Leases that earlier processes of a worker have left behind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import func, literal_column, select
+from sqlmodel import col
+
+from models.execution import Execution, ExecutionStatus
+from models.worker_processes import lease_owners
+
+if TYPE_CHECKING:
+    from models.database import Database
+
+# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+_IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+
+
+async def holders(database: Database, name: str) -> frozenset[str]:
+    """Return the owners of leases among the processes of a worker; raises `DatabaseUnavailable`.
+
+    A process may hold leases under its name and under `<its name>.reader`: it is returned once.
+    """
+    prefix = lease_owners(name)
+    owner = col(Execution.lease_owner)
+    statement = select(owner).where(_IS_RUNNING, func.substr(owner, 1, len(prefix)) == prefix).distinct()
+    async with database.read() as connection:
+        found = [one for one in await connection.scalars(statement) if one is not None]
+    return frozenset(prefix + one.removeprefix(prefix).partition(".")[0] for one in found)

@@ -1,0 +1,144 @@
+"""Workers that die with runs in hand: nobody waits for the ends of their leases."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests import commands, services
+from tests.commands import Started, environment
+from tests.integration.run_world import Place, Where, World, opened
+from tests.receiver import Receiver, receiving
+
+PATIENCE_SECONDS = 60.0
+LEASE_SECONDS = 600.0
+KILLED = 137
+
+
+@dataclass(frozen=True)
+class Site:
+    """Workers on one database, and a server that their runs wait for."""
+
+    world: World
+    place: Place
+    receiver: Receiver
+    stack: ExitStack
+    given: dict[str, str]
+    folder: Path
+
+    def worker(self, number: int) -> Started:
+        """Start a worker that holds one run at a time; all have the same name."""
+        log = self.folder / f"{number}.log"
+        started = self.stack.enter_context(commands.started("worker", given=self.given, log=log))
+        started.says("worker ready")
+        return started
+
+    async def held_run(self) -> str:
+        """Accept a run, and return its id once a worker is in the middle of it."""
+        node = {"url": self.receiver.url(), "method": "POST"}
+        definition = {
+            "nodes": [
+                {"id": "start", "type": "manual"},
+                {"id": "post", "type": "http-request", "config": node},
+            ],
+            "connections": [{"id": "1", "source": "start", "target": "post"}],
+            "settings": {},
+        }
+        before = len(self.receiver.received)
+        key = await self.world.accept(self.place, definition=json.dumps(definition))
+        await self.happens(lambda: len(self.receiver.received) > before)
+        return key.execution_id
+
+    async def happens(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not condition():  # noqa: ASYNC110 - of other processes, which set no event of ours
+                await asyncio.sleep(0.02)
+
+    async def row(self, execution_id: str) -> dict[str, Any]:
+        return await self.world.row(execution_id)
+
+
+@asynccontextmanager
+async def site(where: Where, redis: services.Redis, folder: Path) -> AsyncIterator[Site]:
+    given = environment(
+        folder,
+        DATABASE_URL=where.url,
+        REDIS_URL=redis.url,
+        SECRET_KEY="a secret for tests, and long enough to be one",
+        OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
+        LEASE_SECONDS=str(LEASE_SECONDS),
+        SWEEP_SECONDS="0.2",
+        CONCURRENCY="1",
+        WORKER_NAME="of-this-test",
+    )
+    async with opened(where) as world, receiving() as receiver:
+        with ExitStack() as stack:
+            receiver.may_answer.clear()
+            yield Site(world, await world.workflow(), receiver, stack, given, folder)
+
+
+def child_of(worker: Started) -> psutil.Process:
+    (child,) = psutil.Process(worker.process.pid).children()
+    return child
+
+
+async def test_the_parent_of_a_killed_worker_releases_its_leases_and_no_others(
+    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+) -> None:
+    async with site(on_postgres, redis_server, tmp_path) as here:
+        worker = here.worker(1)
+        run = await here.held_run()
+        await here.world.accept(here.place)
+        (others,) = await here.world.claim(owner="worker:of-this-test/another-process")
+        before = await here.row(run)
+
+        child_of(worker).kill()
+        assert worker.ends() == KILLED
+        after = await here.row(run)
+        assert (after["status"], after["attempt"], after["lease_owner"]) == ("pending", 1, None)
+        assert after["token"] > before["token"]
+        assert (await here.row(others.execution_id))["status"] == "running"
+
+
+async def test_a_worker_ends_with_its_parent_and_hands_over_when_that_is_asked_to_end(
+    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+) -> None:
+    async with site(on_postgres, redis_server, tmp_path) as here:
+        killed, stopped = here.worker(1), here.worker(2)
+        children = [child_of(worker) for worker in (killed, stopped)]
+        killed.kill()
+        await here.happens(lambda: not children[0].is_running())
+        run = await here.held_run()
+        here.receiver.may_answer.set()
+        assert await asyncio.to_thread(stopped.stop) == 0
+        assert not children[1].is_running()
+        row = await here.row(run)
+        assert (row["attempt"], row["lease_owner"]) in {(0, None), (1, None)}
+        assert row["status"] in {"pending", "completed"}
+
+
+async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_the_living_theirs(
+    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+) -> None:
+    async with site(on_postgres, redis_server, tmp_path) as here:
+        first = here.worker(1)
+        lost = await here.held_run()
+        here.worker(2)
+        kept = await here.held_run()
+        before = await here.row(kept)
+
+        first.kill()
+        here.worker(3)
+        await here.happens(lambda: len(here.receiver.received) == 3)
+        assert (await here.row(lost))["attempt"] == 2
+        after = await here.row(kept)
+        assert [after[name] for name in ("token", "lease_owner")] == [
+            before[name] for name in ("token", "lease_owner")
+        ]

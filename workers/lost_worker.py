@@ -1,0 +1,60 @@
+"""Leases of a worker that has died, released by its parent or by its successor instead of running out."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from journal import worker_leases
+from journal.opening import open_store
+from messages import broker as brokers
+from messages import hints
+from messages.broker import BrokerError, BrokerUnavailable
+from models import database as databases
+from models.database import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from journal.store import Store
+    from messages.broker import Broker
+    from models.database import Database
+    from workers.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+RELEASE_SECONDS: Final = 5.0
+"""A database that is away for longer finds the leases expired when it is back."""
+
+
+async def release(settings: WorkerSettings, owner: str, exit_code: int) -> None:
+    """Release the leases of a dead process of this machine, and wake other workers; bounded in time, raises nothing."""
+    log.warning("worker died", owner=owner, exit_code=exit_code)
+    try:
+        async with asyncio.timeout(RELEASE_SECONDS), AsyncExitStack() as stack:
+            store = await open_store(databases.parse_url(settings.database_url), connections=1)
+            stack.push_async_callback(store.close)
+            count = await store.take_back(owner)
+            log.warning("executions taken back", owner=owner, count=count)
+            if count:
+                broker = await brokers.connect(settings.redis_url)
+                stack.push_async_callback(broker.close)
+                await hints.wake(broker)
+    except (DatabaseUnavailable, BrokerError, TimeoutError) as error:
+        log.warning("leases left to a sweep", owner=owner, error=str(error) or type(error).__name__)
+
+
+async def take_back_of_predecessors(database: Database, store: Store, broker: Broker, name: str) -> None:
+    """Take back what dead processes of this worker's name held; raises `DatabaseUnavailable`.
+
+    A process that still listens at its inbox is alive: several workers of one machine may share a name. With the broker
+    away nobody can tell, and the leases run out.
+    """
+    try:
+        for owner in sorted(await worker_leases.holders(database, name)):
+            if owner == broker.inbox or await broker.is_heard(owner):
+                continue
+            log.info("executions taken back", owner=owner, count=await store.take_back(owner))
+    except BrokerUnavailable as error:
+        log.warning("leases left to a sweep", reason=str(error))
