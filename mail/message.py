@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -90,6 +92,18 @@ class Mail:
     """With its angle brackets."""
     truncated: Mapping[str, int] = field(default_factory=dict)
     """Numbers of headers, parts and attachments beyond the limits, which were left out; none where there were none."""
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of what the mail says, in hexadecimal: the same however it was encoded, signed and sent on.
+
+        Covers From, Subject, Date, both texts, and names and contents of attachments; line ends and white space at the
+        end of a text don't count.
+        """
+        date = next((value for name, value in self.email_headers.items() if name.lower() == "date"), "")
+        said = [self.from_, self.subject, date, self.body_text.rstrip(), self.body_html.rstrip()]
+        files = [[each.label.filename, each.sha256 or each.url] for each in self.attachments]
+        return sha256(json.dumps([said, files]).encode()).hexdigest()
 
     def as_json(self, attachments: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return it as an e-mail trigger gives it, with `attachments` in the place of its own."""

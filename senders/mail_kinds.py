@@ -9,8 +9,10 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Final
 
-from engine.values import Json
-from senders import delivery_keys, forms, ses, sns
+from engine.values import Json, fingerprint
+from mail.limits import InvalidMail
+from mail.message import Label
+from senders import delivery_keys, forms, mail_forms, ses, sns
 from senders.arrival import Arrival, json_of
 from senders.forms import Form
 from senders.refusals import Refused
@@ -19,6 +21,9 @@ MAX_HEADER_BYTES: Final = 262_144
 """Of a mail, in which its Message-ID is looked for."""
 
 _MAILGUN_SIGNATURE: Final = frozenset({"timestamp", "token", "signature"})
+_NATIVE_CONTENT: Final = frozenset(
+    {"from", "subject", "body_text", "body_html", "text", "html", "attachments"}
+)
 _HEADER_END: Final = re.compile(rb"\r?\n\r?\n")
 _MESSAGE_ID: Final = re.compile(
     rb"^message-id[ \t]*:([^\r\n]*(?:\r?\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
@@ -96,9 +101,10 @@ def envelope(form: Form, kind: MailKind) -> Envelope:
 
 
 def mail_key(arrival: Arrival, kind: MailKind) -> str | None:
-    """Return what a mail is known by when its sender repeats it, newly signed or not; None: it isn't known again.
+    """Return the key that deduplicates a mail, None where it has none; raises `Refused`.
 
-    That is its Message-ID with the recipients of the envelope; without one, all that is said of it. Raises `Refused`.
+    Digests the Message-ID, the recipients of the envelope and the decoded content. So a mail that is repeated is the
+    same one, newly signed or encoded or not, and another content under the same Message-ID is another mail.
     """
     match kind:
         case MailKind.MAILGUN_EVENT:
@@ -109,11 +115,9 @@ def mail_key(arrival: Arrival, kind: MailKind) -> str | None:
         case MailKind.NATIVE:
             return _native_key(arrival.json if arrival.body else {})
     form = fields(arrival)
-    message_id = _message_id(form, kind)
-    if message_id is None:
-        arrival.require_patience()
-        return delivery_keys.of("mail", _digest(form))
-    return delivery_keys.of("mail", message_id, *envelope(form, kind).recipients)
+    arrival.require_patience()
+    content = _content_digest(form, kind)
+    return delivery_keys.of("mail", _message_id(form, kind) or "", content, *envelope(form, kind).recipients)
 
 
 def _kind_of_form(form: Form) -> MailKind:
@@ -148,27 +152,45 @@ def _native_key(body: Json) -> str | None:
     if not isinstance(message_id, str) or not message_id.strip():
         return None
     recipient = body.get("to")
-    return delivery_keys.of("mail", message_id.strip(), recipient if isinstance(recipient, str) else "")
+    said = {name: value for name, value in body.items() if name in _NATIVE_CONTENT}
+    content = fingerprint(said)
+    return delivery_keys.of(
+        "mail", message_id.strip(), content, recipient if isinstance(recipient, str) else ""
+    )
 
 
 def _message_id(form: Form, kind: MailKind) -> str | None:
     match kind:
         case MailKind.SENDGRID_PARSED:
-            return _message_id_in(form.first("headers") or memoryview(b""))
+            return message_id_in(form.first("headers") or memoryview(b""))
         case MailKind.SENDGRID_RAW:
-            return _message_id_in(form.first("email") or memoryview(b""))
+            return message_id_in(form.first("email") or memoryview(b""))
         case _:
             return (form.text_of_header("Message-Id") or "").strip() or None
 
 
-def _message_id_in(mail: memoryview) -> str | None:
+def message_id_in(mail: memoryview) -> str | None:
+    """Return the Message-ID in the header of a raw mail, or None."""
     head = bytes(mail[:MAX_HEADER_BYTES])
     end = _HEADER_END.search(head)
     found = _MESSAGE_ID.search(head, 0, end.start() if end else len(head))
     return None if found is None else "".join(forms.decoded(found[1]).split()) or None
 
 
-def _digest(form: Form) -> str:
+def _content_digest(form: Form, kind: MailKind) -> str:
+    """Return a digest of the decoded mail; of the whole form where the mail can't be decoded."""
+    try:
+        mail, _ = mail_forms.read_form(form, kind, _drop_attachment)
+    except InvalidMail:
+        return _form_digest(form)
+    return mail.content_digest
+
+
+def _drop_attachment(_label: Label, pieces: Iterator[bytes]) -> None:
+    """Keep nothing: the mail counts and digests the content on its way."""
+
+
+def _form_digest(form: Form) -> str:
     """Return a digest of all parts but those that are new each time that a mail is sent."""
     digest = sha256()
     for piece in _pieces(form):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from mail import forms, headers, reading, reception, writing
-from mail.form import File, Form
+from mail import headers, reading, reception, writing
 from mail.limits import InvalidMail
 from senders import forms as sent_forms
-from senders import media_types
-from senders.mail_kinds import MailKind
+from senders import mail_forms, media_types
 from senders.refusals import Refused
 
 if TYPE_CHECKING:
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from mail.message import Keep, Mail
     from mail.reception import Reception
 
-_SENDGRID: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
 _AUTOMATIC_REPORTS: Final = frozenset({"delivery-status", "disposition-notification"})
 _ANSWERED: Final = ("in-reply-to", "references")
 
@@ -33,12 +30,11 @@ def read(unread: Unread, contents: list[bytes], keep: Keep) -> tuple[Mail, Recep
     if not unread.content_type:
         mail, received = reading.read(contents.pop(), keep), reception.of_ses(unread.verdicts)
     else:
-        form = _form(unread.content_type, contents.pop())
-        if unread.kind in _SENDGRID:
-            mail, received = forms.sendgrid(form, keep), reception.of_sendgrid(form)
-        else:
-            mail = forms.mailgun(form, keep)
-            received = reception.of_mailgun(mail)
+        try:
+            form = sent_forms.parse(media_types.parse(unread.content_type), contents.pop())
+            mail, received = mail_forms.read_form(form, unread.kind, keep)
+        except Refused as error:
+            raise InvalidMail(error.message) from error
     return mail, reception.with_envelope(received, unread.sender, unread.recipients)
 
 
@@ -84,15 +80,3 @@ def answers_ours(mail: Mail) -> bool:
 def _header(mail: Mail, name: str) -> str:
     values = next((value for each, value in mail.email_headers.items() if each.lower() == name), "")
     return values if isinstance(values, str) else " ".join(values)
-
-
-def _form(content_type: str, content: bytes) -> Form:
-    try:
-        found = sent_forms.parse(media_types.parse(content_type), content)
-        fields = {name: [part.value for part in parts] for name, parts in found.fields.items()}
-        files = [
-            File(part.name, part.filename or "", part.content_type or "", part.value) for part in found.files
-        ]
-    except Refused as error:
-        raise InvalidMail(error.message) from error
-    return Form(fields, files)

@@ -176,14 +176,6 @@ def test_each_mail_has_a_name_of_its_own() -> None:
     assert len(set(keys.values())) == len(mails)
 
 
-def test_a_mail_is_known_by_its_message_id_and_its_recipients() -> None:
-    for case in CASES:
-        normalized, envelope = case.expected.get("normalized"), case.expected.get("envelope")
-        if case.provider in {"sendgrid", "mailgun"} and normalized and envelope:
-            named = (normalized["email_headers"]["Message-ID"], *envelope["to"])
-            assert key_of(case.steps[0]) == delivery_keys.of("mail", *named), case.name
-
-
 def test_a_mail_that_mailgun_signs_anew_is_known_again_and_its_token_is_another() -> None:
     case = BY_NAME["mg_retry_after_lost_reply"]
     first, again = case.steps
