@@ -57,8 +57,8 @@ class ExecutionSettings(BaseSettings):
         ge=1,
         le=MAX_CPU_PROCESSES,
         description=(
-            "Processes for nodes that compute for long, and as many for code nodes; up to twice as many while several "
-            "organisations share them. As many as the machine has processors unless set."
+            "Processes for nodes that compute for long, as many for code nodes, as many for SQL on SQLite files; up "
+            "to twice as many while several organisations share them. As many as the machine has processors unless set."
         ),
     )
     code_nodes: Literal["on", "pods-only", "off"] = Field(

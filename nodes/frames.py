@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from itertools import islice
 from struct import Struct
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -77,6 +77,31 @@ class CodeJob(msgspec.Struct, frozen=True):
     """Its globals."""
     timeout_seconds: float
     max_memory_bytes: int
+
+
+class SqliteJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A statement on a file of SQLite."""
+
+    file: str
+    own_files: list[tuple[int, int]]
+    """Device and inode of files that are the server's own."""
+    max_file_bytes: int
+    statement: str
+    values: msgspec.Raw
+    """A list of the statement's values; to write, a list of rows, each a list of values."""
+    timeout_seconds: float
+    action: Literal["query", "write", "execute"]
+    max_rows: int = 0
+    max_bytes: int = 0
+    """Of the result of a query."""
+    batch_rows: int = 1
+
+
+class SqliteResult(msgspec.Struct, frozen=True):
+    """The output of a `SqliteJob` that queries."""
+
+    columns: list[str]
+    rows: list[list[Any]]
 
 
 class Failure(msgspec.Struct, frozen=True):

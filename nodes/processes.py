@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -59,6 +59,8 @@ class Kind(StrEnum):
     """User code in an interpreter of its own."""
     PYTHON = "python"
     """User code in the whole of Python: each has its own child."""
+    SQLITE = "sqlite"
+    """Users' statements on SQLite files."""
 
 
 class Listener(msgspec.Struct, frozen=True):
@@ -71,11 +73,22 @@ class Listener(msgspec.Struct, frozen=True):
 class Processes:
     """The children of one kind, lent to one job after another."""
 
-    def __init__(self, kind: Kind, *, limit: int, idle_seconds: float = IDLE_SECONDS) -> None:
-        """Run up to `limit` at once, or more for the sake of fairness: see `Places`."""
+    def __init__(
+        self,
+        kind: Kind,
+        *,
+        limit: int,
+        idle_seconds: float = IDLE_SECONDS,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Run up to `limit` at once, or more for the sake of fairness: see `Places`.
+
+        `environment` is what the children are given besides the language.
+        """
         self._kind = kind
+        self._environment = {**ENVIRONMENT, **(environment or {})}
         self._idle_seconds = idle_seconds
-        self._grace_seconds = GRACE_SECONDS if kind is Kind.MONTY else 0
+        self._grace_seconds = GRACE_SECONDS if kind in {Kind.MONTY, Kind.SQLITE} else 0
         self._places = Places(limit)
         self._idle: list[Child] = []
         self._ends: set[asyncio.Task[None]] = set()
@@ -122,7 +135,7 @@ class Processes:
 
     async def _start(self) -> Child:
         try:
-            child = await Child.start(self._kind)
+            child = await Child.start(self._kind, self._environment)
         except OSError as error:
             raise NodeError("No process could be started", code="busy", retryable=True) from error
         try:
@@ -165,14 +178,14 @@ class Child:
         self._out = cast("asyncio.StreamReader", process.stdout)
 
     @classmethod
-    async def start(cls, kind: Kind) -> Child:
-        """Start a child; it knows nothing of the environment, and shares nothing with anybody but the ends of pipes."""
+    async def start(cls, kind: Kind, environment: Mapping[str, str]) -> Child:
+        """Start a child; it knows no other environment, and shares nothing with anybody but the ends of pipes."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-I", "-S", "-c", LAUNCH, kind, str(os.getpid()), *_import_path()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=ENVIRONMENT,
+            env=environment,
             cwd="/",
             close_fds=True,
             start_new_session=True,

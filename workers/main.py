@@ -104,6 +104,7 @@ async def working(
             allowed_networks=settings.outbound_allowed_networks,
             own_databases=(OwnDatabase.of_url(settings.database_url),),
             files=settings.files_dir,
+            max_sqlite_processes=settings.cpu_processes,
         ),
     )
     runs = ChildRuns(database, store, broker, catalog, settings)

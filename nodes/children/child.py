@@ -27,6 +27,7 @@ WORK: Final[Mapping[str, str]] = {
     "forms": "nodes.children.forms",
     "monty": "nodes.code.monty",
     "python": "nodes.code.subprocess",
+    "sqlite": "nodes.connections.sqlite_process",
 }
 MAX_MESSAGE_LENGTH: Final = 8_192
 

@@ -27,13 +27,15 @@ CPU_SECONDS = 400
 """Of a child's life; it is replaced before it gets there."""
 
 
-def limit(*, memory_bytes: int, open_files: int) -> None:
-    """Set what the process may take, for good; no file can be written."""
+def limit(
+    *, memory_bytes: int, open_files: int, cpu_seconds: int = CPU_SECONDS, file_bytes: int | None = 0
+) -> None:
+    """Set what the process may take, for good; unless told otherwise no file can be written."""
     for name, most in {
         "RLIMIT_AS": memory_bytes,
-        "RLIMIT_CPU": CPU_SECONDS,
+        "RLIMIT_CPU": cpu_seconds,
         "RLIMIT_CORE": 0,
-        "RLIMIT_FSIZE": 0,
+        **({} if file_bytes is None else {"RLIMIT_FSIZE": file_bytes}),
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_NOFILE": open_files,
@@ -41,6 +43,11 @@ def limit(*, memory_bytes: int, open_files: int) -> None:
         number = getattr(resource, name, None)
         if number is not None:
             _limit(number, most)
+
+
+def limit_file_size(most_bytes: int) -> None:
+    """Let no file that the process writes grow beyond so much."""
+    _limit(resource.RLIMIT_FSIZE, most_bytes)
 
 
 def limit_processes(most: int) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nodes.connections.session import Session
     from nodes.connections.smtp import SmtpServer
     from nodes.connections.source import Source, Sources
+    from nodes.processes import Processes
 
 Outcome = TypeVar("Outcome")
 
@@ -38,6 +39,7 @@ class Connections:
         self._resolve = resolve or self._names.resolve
         self._pools: dict[tuple[str, str], tuple[int, Pool]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._sqlite_processes: Processes | None = None
 
     async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         source = await self._find(caller, source_id, type)
@@ -74,6 +76,8 @@ class Connections:
         self._pools.clear()
         if self._closing:
             await asyncio.wait(self._closing)
+        if self._sqlite_processes is not None:
+            await self._sqlite_processes.close()
         self._names.close()
 
     async def _find(self, caller: Caller, source_id: str, *types: str) -> Source:
@@ -109,7 +113,9 @@ class Connections:
             case Dialect.SQLITE:
                 from nodes.connections import sqlite  # noqa: PLC0415 - see the class
 
-                return partial(sqlite.open_session, source, self._policy)
+                if self._sqlite_processes is None:
+                    self._sqlite_processes = sqlite.open_processes(self._policy)
+                return partial(sqlite.open_session, source, self._policy, self._sqlite_processes)
             case Dialect.MYSQL:
                 from nodes.connections import mysql  # noqa: PLC0415 - see the class
 

@@ -64,6 +64,8 @@ class ConnectionPolicy:
     max_connections_per_source: int = 5
     max_file_bytes: int = 1_000_000_000
     """As large as a SQLite file may grow."""
+    max_sqlite_processes: int = 2
+    """Statements on SQLite files that run at once; up to twice as many while several organizations share them."""
 
 
 async def checked_addresses(

@@ -14,6 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -817,6 +818,58 @@ async def test_a_file_is_all_that_a_query_can_touch(tmp_path: Path, statement: s
     with pytest.raises(NodeError):
         await found.read(statement)
     await found.connections.close()
+
+
+RECURSIVE = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 450)"
+MAX_CHILD_BYTES = 600 << 20
+"""The heap of SQLite, a row of it as Python's values, and Python itself."""
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"),
+    [
+        (f"{RECURSIVE} SELECT zeroblob(19000000) FROM c", "result-too-large"),
+        (f"SELECT {', '.join(['zeroblob(19000000)'] * 1000)}", "out-of-memory"),
+        (f"{RECURSIVE} SELECT json_group_array(hex(zeroblob(9000000))) FROM c", "out-of-memory"),
+        (f"{RECURSIVE} SELECT count(DISTINCT x || hex(zeroblob(500000))) FROM c", "sql-error"),
+        (f"{RECURSIVE} SELECT c.x FROM c AS a, c AS b, c ORDER BY hex(randomblob(100))", "sql-error"),
+        ("SELECT instr(hex(zeroblob(4000000)), hex(zeroblob(400000)) || '1')", "timeout"),
+        (f"INSERT INTO t {RECURSIVE} SELECT zeroblob(19000000) FROM c RETURNING a", "sql-error"),
+        (f"CREATE TABLE u AS {RECURSIVE} SELECT zeroblob(19000000) AS b FROM c", "sql-error"),
+    ],
+)
+async def test_a_statement_ends_within_its_time_and_memory(tmp_path: Path, statement: str, code: str) -> None:
+    found = await sqlite_place(tmp_path, max_file_bytes=40_000_000)
+    await found.run("CREATE TABLE t (a)")
+    writes = not statement.startswith(("SELECT", "WITH"))
+    seconds = 1.0 if code == "timeout" else 60.0
+    peak_bytes = 0
+    work = asyncio.create_task(
+        found.write(statement=statement, timeoutSeconds=seconds)
+        if writes
+        else found.read(statement, timeoutSeconds=seconds)
+    )
+    try:
+        while not work.done():
+            await asyncio.wait([work], timeout=0.005)
+            peak_bytes = max(peak_bytes, *map(resident_bytes, psutil.Process().children()))
+        await refused(code, work)
+        assert peak_bytes < MAX_CHILD_BYTES
+        assert await found.rows("t") == [], "whoever comes next is served"
+    finally:
+        await found.connections.close()
+    assert files_in(tmp_path) == {"a.db", CALLER.organization_id}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {each.name for each in folder.glob("**/*")}
+
+
+def resident_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
 
 
 async def test_where_a_writer_died_the_next_reader_mends_the_file(tmp_path: Path) -> None:

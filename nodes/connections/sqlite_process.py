@@ -1,0 +1,291 @@
+"""Runs statements on SQLite files in a process of their own: their memory is limited, and it is killed when it is late.
+
+A statement of a user may take any time between two looks at the clock, and any memory within its values: neither can be
+limited by a thread of the worker. Nothing but the organizations' files can be touched.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from engine.errors import NodeError
+from json_text.decoding import build_decoder, decode
+from nodes.children import confinement, landlock, system_calls
+from nodes.connections import session, sql_values
+from nodes.connections.session import Gathering
+from nodes.frames import SqliteJob
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.children.child import Perform, Speaker
+
+FETCHED_ROWS: Final = 500
+FETCHED_BYTES: Final = 1_000_000
+BUSY_SECONDS: Final = 5
+OPERATIONS_BETWEEN_LOOKS: Final = 10_000
+MAX_VALUE_BYTES: Final = 20_000_000
+HEAP_BYTES: Final = 128 << 20
+"""Of SQLite itself. It sorts, and keeps what it undoes, in files once they are larger than its cache."""
+MEMORY_BYTES: Final = 1 << 30
+"""Of the process: rows to be written, and a row of the result, are held as Python's values too."""
+OPEN_FILES: Final = 64
+CPU_SECONDS: Final = 1_200
+FOLDER: Final = "SQLITE_TMPDIR"
+"""Variable of the environment: the folder of all organizations' files, in which SQLite keeps passing files too."""
+
+READING: Final = frozenset(
+    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+)
+WRITING: Final = READING | {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+CHANGING: Final = WRITING | {
+    sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_CREATE_VIEW,
+    sqlite3.SQLITE_DROP_TABLE, sqlite3.SQLITE_DROP_INDEX, sqlite3.SQLITE_DROP_VIEW,
+    sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_REINDEX,
+}  # fmt: skip
+REFUSED_FUNCTIONS: Final = frozenset({"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"})
+
+_decode = build_decoder(SqliteJob).decode
+
+
+def load() -> Perform:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("SELECT hex(zeroblob(1)), json_object('a', 1.5)").fetchall()
+    return perform
+
+
+def confine(parent: int) -> None:
+    confinement.limit(
+        memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES, cpu_seconds=CPU_SECONDS, file_bytes=None
+    )
+    confinement.limit_processes(0)
+    confinement.leave_network()
+    confinement.give_up_rights()
+    confinement.die_with(parent)
+    landlock.restrict({os.environ[FOLDER]: landlock.CHANGE, "/dev/urandom": landlock.READ_FILE})
+    system_calls.refuse(system_calls.REACHING_OUT)
+
+
+def perform(raw: bytes, _speaker: Speaker) -> Json:
+    job = _decode(raw)
+    confinement.limit_file_size(2 * job.max_file_bytes)  # for what a large sort keeps in files
+    work = {"query": _query, "write": _write, "execute": _execute}[job.action]
+    file = File(job)
+    try:
+        with _translated(job, file.is_over), closing(file.open()) as connection:
+            return work(connection, job)
+    except MemoryError:
+        raise _too_much_memory() from None
+
+
+# ── what statements do ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+    with _allowing(connection, READING):
+        cursor = connection.execute(job.statement, _values(job))
+        columns = [column[0] for column in cursor.description or ()]
+        gathering = Gathering(columns, max_rows=job.max_rows, max_bytes=job.max_bytes)
+        for rows in _pieces(cursor, job.max_bytes):
+            gathering.add(rows)
+    found = gathering.rows()
+    return {"columns": [*found.columns], "rows": [[*row] for row in found.rows]}
+
+
+def _pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]]:
+    """Yield rows, at most 500 or about a megabyte at once; one row may take what the heap of SQLite holds."""
+    rows: list[list[Json]] = []
+    size = 0
+    for row in cursor:
+        size += sum(len(value) for value in row if isinstance(value, str | bytes))
+        if size > max_bytes:
+            raise session.too_large(max_bytes)
+        rows.append([_as_json(value) for value in row])
+        if len(rows) == FETCHED_ROWS or size > FETCHED_BYTES:
+            yield rows
+            rows, size = [], 0
+    yield rows
+
+
+def _write(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+    written = 0
+    rows: list[list[Json]] = decode(job.values)
+    with _transaction(connection, WRITING):
+        for batch in session.batches(rows, job.batch_rows):
+            values = [[sql_values.to_plain(value) for value in row] for row in batch]
+            written += connection.executemany(job.statement, values).rowcount
+    return written
+
+
+def _execute(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+    with _transaction(connection, CHANGING):
+        cursor = connection.execute(job.statement, _values(job))
+        for _ in cursor:
+            pass  # what it returns is nobody's, but it isn't done before that is read
+        return max(cursor.rowcount, 0)
+
+
+def _values(job: SqliteJob) -> list[str | int | float | None]:
+    values: list[Json] = decode(job.values)
+    return [sql_values.to_plain(value) for value in values]
+
+
+# ── the file ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class File:
+    """The file of one job, opened anew for each, which takes less time than a commit: there is no state to forget."""
+
+    def __init__(self, job: SqliteJob) -> None:
+        self._file = Path(job.file)
+        self._mode = "ro" if job.action == "query" else "rw"
+        self._own_files = job.own_files
+        self._max_file_bytes = job.max_file_bytes
+        self._ends_at = time.monotonic() + job.timeout_seconds
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._ends_at
+
+    def open(self) -> sqlite3.Connection:
+        """Return a connection whose statements end when the time is up; raises `NodeError` and `sqlite3.Error`."""
+        mode = self._mode
+        if mode == "rw":
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_file(mode)
+        if mode == "ro" and self._file.with_name(self._file.name + "-journal").exists():
+            # A writer may have died: what it left half done is undone by whoever reads next and may write.
+            with closing(self._connect("rw")) as connection:
+                connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        connection = self._connect(mode)
+        connection.set_progress_handler(self.is_over, OPERATIONS_BETWEEN_LOOKS)
+        return connection
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"file:{quote(str(self._file.absolute()))}?mode={mode}",
+            uri=True,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+        )
+        connection.text_factory = lambda raw: raw.decode(errors="replace")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute(f"PRAGMA hard_heap_limit = {HEAP_BYTES}")
+        if mode == "rw":
+            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {self._max_file_bytes // page_bytes}")
+        else:
+            connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def _check_file(self, mode: str) -> None:
+        """Make the file if it may be made, and refuse what stands in its place but isn't the organisation's own."""
+        flags = os.O_RDWR | os.O_CREAT if mode == "rw" else os.O_RDONLY
+        try:
+            descriptor = os.open(self._file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as error:
+            message = "The file of the data source doesn't exist yet: a sqlite-destination makes it"
+            raise NodeError(message, code="connection-failed") from error
+        except OSError as error:
+            raise no_file_of_its_own() from error
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or self._is_own(found):
+            raise no_file_of_its_own()
+
+    def _is_own(self, found: os.stat_result) -> bool:
+        """Tell whether a file is the server's own."""
+        return (found.st_dev, found.st_ino) in self._own_files
+
+
+def no_file_of_its_own() -> NodeError:
+    return NodeError("The data source leads to a file that is not its own", code="address-not-allowed")
+
+
+def _as_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQLite
+    if isinstance(value, bytes):
+        return sql_values.of_bytes(value)
+    return sql_values.of_float(value) if isinstance(value, float) else value
+
+
+# ── what a statement may do ─────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _allowing(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
+    """Let statements do these things and nothing else: no other file, no setting, no extension."""
+
+    def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        if action not in actions:
+            return sqlite3.SQLITE_DENY
+        if action == sqlite3.SQLITE_FUNCTION and (second or first or "").lower() in REFUSED_FUNCTIONS:
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
+
+    connection.set_authorizer(authorize)
+    try:
+        yield
+    finally:
+        connection.set_authorizer(None)
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        with _allowing(connection, actions):
+            yield
+    except BaseException:
+        connection.set_progress_handler(None, 0)  # whose time is up still has to be undone
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    connection.set_progress_handler(None, 0)  # a commit that has begun is not given up
+    connection.execute("COMMIT")
+
+
+# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _translated(job: SqliteJob, is_over: Callable[[], bool]) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _node_error(error, is_over=is_over(), timeout_seconds=job.timeout_seconds) from error
+    except OverflowError as error:
+        raise NodeError(
+            "A whole number doesn't fit into 64 bits: write it as a text", code="sql-error"
+        ) from error
+
+
+def _node_error(error: sqlite3.Error, *, is_over: bool, timeout_seconds: float) -> NodeError:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name == "SQLITE_INTERRUPT" and is_over:
+        return session.timed_out(timeout_seconds)
+    if name.startswith(("SQLITE_AUTH", "SQLITE_READONLY")):
+        return NodeError(f"The statement may not do that: {session.said(error)}", code="statement-refused")
+    if name.startswith("SQLITE_NOMEM"):
+        return _too_much_memory()
+    if name == "SQLITE_IOERR_WRITE":
+        message = "A file can't be written: the disk is full, or a passing file of the statement too large"
+        return NodeError(message, code="sql-error")
+    is_busy = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+    return NodeError(f"The database refused: {session.said(error)}", code="sql-error", retryable=is_busy)
+
+
+def _too_much_memory() -> NodeError:
+    message = (
+        f"The statement needs more memory than the {HEAP_BYTES >> 20:,} MB that it may take: select less"
+    )
+    return NodeError(message, code="out-of-memory")
