@@ -10,6 +10,7 @@ from gateway.http.responses import JsonResponse
 
 NOT_READY_RETRY_SECONDS = 1
 CONCURRENCY_RETRY_SECONDS = 5
+BLOCKED_RETRY_SECONDS = 15
 START_RETRY_SECONDS = 60
 """As long as until a start that has failed is tried again anyway."""
 
@@ -159,6 +160,12 @@ def start_failed(reason: str, execution_id: str) -> ApiError:
         f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
     )
     return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
+
+
+def start_blocked(reason: str, execution_id: str) -> ApiError:
+    """Return the answer about a run that was accepted, and whose pods wait for room in the cluster."""
+    message = f"The workflow's pods wait to be started: {reason}. When they are, {execution_id} runs: it was accepted"
+    return ApiError(503, "not-ready", message, retry_after_seconds=BLOCKED_RETRY_SECONDS)
 
 
 def execution_failed(execution_id: str) -> ApiError:

@@ -21,7 +21,7 @@ from sqlmodel import col
 from journal import activity, decisions
 from models import lifecycle
 from models.database_time import DatabaseTime
-from models.deployment import SERVING, Deployment, DeploymentStatus, status_of
+from models.deployment import BLOCKING_REASONS, SERVING, Deployment, DeploymentStatus, status_of
 from models.execution import SHARED, Execution, ExecutionStatus
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
 
@@ -104,6 +104,17 @@ def has_failed(deployment: Deployment) -> bool:
 async def count(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
     """Take down that something has come for each of these, and return those that are deployed, by workflow id."""
     return await database.transaction(partial(_count, workflow_ids=sorted(set(workflow_ids))))
+
+
+def blocked_reason(deployment: Deployment) -> str | None:
+    """Return what its pods wait for, where they start as soon as the cluster has room; None: they may be coming."""
+    is_blocked = (
+        is_wanted(deployment)
+        and deployment.observed not in SERVING
+        and deployment.observed_generation == deployment.generation
+        and deployment.observed_reason_code in BLOCKING_REASONS
+    )
+    return deployment.observed_reason if is_blocked else None
 
 
 def for_a_run(seen: Seen) -> Decision:

@@ -51,6 +51,8 @@ class Observed(StrEnum):
     """The cluster did not answer."""
 
 
+BLOCKING_REASONS: Final = frozenset({"quota", "unschedulable", "node-not-ready"})
+"""Codes of reasons that go away when the cluster has room again: pods start then without anybody asking."""
 SERVING: Final = frozenset({Observed.RUNNING, Observed.OUTDATED})
 """What is seen where a pod takes runs."""
 _FAILED: Final = frozenset({Observed.FAILED, Observed.OUTDATED})
@@ -98,6 +100,11 @@ class Deployment(SQLModel, table=True):
     """The generation of what was wanted when whoever looked had last carried it out."""
     observed_reason: str | None = None
     """What keeps its pods from starting, in words for its owner."""
+    observed_reason_code: str | None = None
+    """The same as one word of a closed list."""
+    failed_reason: str | None = None
+    """Why its pods could not start, as long as it is down for that, whatever is seen of it meanwhile."""
+    failed_reason_code: str | None = None
     observed_at: datetime | None = Field(default=None, sa_column=Column(Instant))
     """Since when that is seen."""
     held_by: str | None = None

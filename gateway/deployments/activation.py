@@ -59,7 +59,14 @@ class StartFailed:
     reason: str
 
 
-BadNews: TypeAlias = StartFailed | Refusal
+@dataclass(frozen=True, slots=True)
+class StartBlocked:
+    """The pods of a deployment start when the cluster has room for them."""
+
+    reason: str
+
+
+BadNews: TypeAlias = StartFailed | StartBlocked | Refusal
 
 
 class NoPod(Exception):
@@ -332,9 +339,11 @@ class Activation:
         deployment = seen.deployment
         has_failed = wakes.has_failed(deployment)
         if not is_first and (has_failed or deployment.stopped_reason == StoppedReason.FAILED):
-            return StartFailed(deployment.observed_reason or "it is not known why")
+            reason = deployment.failed_reason or deployment.observed_reason
+            return StartFailed(reason or "it is not known why")
         if wakes.is_wanted(deployment) and not has_failed:
-            return None
+            blocked_reason = None if is_first else wakes.blocked_reason(deployment)
+            return None if blocked_reason is None else StartBlocked(blocked_reason)
         try:
             settled = await decisions.settle(self._database, workflow_id, wakes.for_a_run)
         except StartRefused as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from engine.values import canonical, fingerprint
 from gateway import audit, errors
 from gateway.workflows import editing
-from journal import activity, decisions, deployments, pinning
+from journal import activity, decisions, deployments, pinning, wakes
 from journal.deployments import Order
 from messages import hints
 from messages.deployments import changed
@@ -121,7 +121,9 @@ async def awaited(
                 was_watched = waiting.is_watched(key)
                 async with gateway.database.read() as connection:
                     deployment = await deployments.find(connection, workflow_id)
-                if deployment is None or waiter.is_over or is_reached(deployment) or has_failed(deployment):
+                if deployment is None or waiter.is_over or is_reached(deployment):
+                    return deployment
+                if has_failed(deployment) or wakes.blocked_reason(deployment) is not None:
                     return deployment
                 if was_watched or not await waiting.watch([key]):
                     await waiter.changed.wait()

@@ -197,7 +197,10 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
         START_RETRY_SECONDS,
     ),
     "not-ready": Refusal(
-        503, "A part that the server needs doesn't answer, or it is full: try again.", NOT_READY_RETRY_SECONDS
+        503,
+        "A part that the server needs doesn't answer, or it is full: try again. Of a trigger also: the pods wait for"
+        " room in the cluster, as over a quota; the execution was accepted, and runs when they start.",
+        NOT_READY_RETRY_SECONDS,
     ),
 }
 """In the order of their status."""

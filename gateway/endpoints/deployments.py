@@ -97,6 +97,8 @@ class DeploymentShape(Wire):
     """Why it is down; null while it is up, and where it isn't deployed."""
     reason: str | None
     """What keeps its pods from starting, or the cluster from answering."""
+    reason_code: str | None
+    """The same as one word, such as `quota`, `unschedulable`, `image-pull` or `node-not-ready`."""
     replicas: int
     """Pods that are wanted."""
     ready_replicas: int
@@ -284,6 +286,7 @@ async def show(request: Request) -> JsonResponse:
         deployment_status=status_of(deployment),
         stopped_reason=stopped_reason_of(deployment) if is_deployed else None,
         reason=deployment.observed_reason if deployment else None,
+        reason_code=deployment.observed_reason_code if deployment else None,
         replicas=deployment.replicas if deployment else 0,
         ready_replicas=deployment.ready_replicas if deployment else 0,
         version=deployment.version if deployment and is_deployed else None,

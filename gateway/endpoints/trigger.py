@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect
 from engine.triggers import trigger_output
 from engine.values import encode
 from gateway import errors, limits
-from gateway.deployments.activation import NoPod, StartFailed
+from gateway.deployments.activation import BadNews, NoPod, StartBlocked, StartFailed
+from gateway.errors import ApiError
 from gateway.executions import acceptance, intake
 from gateway.executions.intake import Run
 from gateway.http import idempotency, text
@@ -31,6 +32,7 @@ from journal import results, wakes
 from journal.results import ResultTooLarge
 from journal.store import DefinitionKey, ExecutionKey, Verdict
 from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.lifecycle import Refusal
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -126,15 +128,26 @@ async def start(request: Request) -> JsonResponse:
         try:
             await _unless_gone(request, _wait_for_pod(request, accepted, times, until))
         except NoPod as error:
-            if isinstance(error.news, StartFailed):
-                failed = errors.start_failed(error.news.reason, accepted.execution_id)
-                failed.headers |= {**headers, **times.headers()}
-                raise failed from error
+            refusal = _refusal(error.news, accepted.execution_id)
+            if refusal is not None:
+                refusal.headers |= {**headers, **times.headers()}
+                raise refusal from error
             # Stopped since the run was accepted: it is kept until the workflow may start.
             until = 0.0
     progress = await _unless_gone(request, _followed(request, accepted, body, times, until))
     shape = await _shape(request, accepted, body, times, progress)
     return JsonResponse(shape, headers={**headers, **times.headers()})
+
+
+def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
+    """Return the answer about a run whose pods do not come; None where the run is kept until they may."""
+    match news:
+        case StartFailed(reason):
+            return errors.start_failed(reason, execution_id)
+        case StartBlocked(reason):
+            return errors.start_blocked(reason, execution_id)
+        case Refusal():
+            return None
 
 
 def _checked(body: Trigger) -> Trigger:

@@ -98,6 +98,33 @@ async def test_a_pod_that_does_not_come_up_says_why(
     assert not observed.is_ready
 
 
+@pytest.mark.parametrize(
+    ("waiting", "words", "is_final"),
+    [
+        ("ErrImagePull", 'rpc error: code = NotFound: "runner:9": not found', True),
+        ("ErrImagePull", "failed to pull image: unexpected status code 429 Too Many Requests", False),
+        ("ErrImagePull", "failed to do request: dial tcp: i/o timeout", False),
+        ("ImagePullBackOff", 'Back-off pulling image "runner:9"', True),
+        ("ImagePullBackOff", 'Back-off pulling image "runner:9": ErrImagePull: connection refused', False),
+        ("InvalidImageName", "couldn't parse image name", True),
+        ("CreateContainerConfigError", 'secret "wf-1" not found', True),
+        ("CreateContainerConfigError", "failed to sync secret cache: timed out waiting", False),
+        ("CreateContainerError", "context deadline exceeded", False),
+    ],
+)
+def test_a_pod_waits_in_vain_for_what_does_not_come_by_itself(
+    waiting: str,
+    words: str,
+    is_final: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    container = {"state": {"waiting": {"reason": waiting, "message": words}}}
+    pod = {"metadata": {"name": "pod"}, "spec": {}, "status": {"containerStatuses": [container]}}
+    (found,) = pods.observed("wf_1", None, [pod], port=1).pods
+    assert found.trouble is not None
+    assert found.trouble.is_final is is_final
+    assert words in found.trouble.message
+
+
 async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
     cluster, _ = fake
     wanted = await cluster.start()

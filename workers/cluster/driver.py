@@ -47,6 +47,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "out-of-memory"
     UNSCHEDULABLE = "unschedulable"
     QUOTA = "quota"
+    NODE_NOT_READY = "node-not-ready"
     FORBIDDEN = "forbidden"
     EVICTED = "evicted"
     NOT_CREATED = "not-created"
@@ -58,6 +59,8 @@ class Trouble:
 
     reason: Reason
     message: str
+    is_final: bool = False
+    """It does not go away by itself: new pods meet it too, until somebody changes something."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class Pod:
     """By its machine's clock, a moment between the last end of its program and the next start: no process from before
     runs any more.
     """
+    trouble: Trouble | None = None
+    """Why it is not ready, where the cluster says so."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ CONTAINER = "runner"
 TOKEN_KEY = "token"  # noqa: S105 - where it stands in its Secret
 TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - the only folder that a pod may write to, and its own
 TEMPORARY_MEBIBYTES = 256
+LOST_NODE_SECONDS = 30
+"""How long a pod stays bound to a node that is not ready or can't be reached."""
 STARTUP_SECONDS = 300
 """Time in which the program in a pod has to answer its startup probe, which asks once a second."""
 PRIVATE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16")
@@ -214,6 +216,16 @@ def _pod(wanted: Wanted, layout: Layout) -> Manifest:
             "runAsGroup": layout.user_id,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
+        # Instead of five minutes: runs and requests wait for the pod that takes its place.
+        "tolerations": [
+            {
+                "key": f"node.kubernetes.io/{taint}",
+                "operator": "Exists",
+                "effect": "NoExecute",
+                "tolerationSeconds": LOST_NODE_SECONDS,
+            }
+            for taint in ("not-ready", "unreachable")
+        ],
         "containers": [_container(wanted, layout)],
         "volumes": [{"name": "temporary", "emptyDir": {"sizeLimit": f"{TEMPORARY_MEBIBYTES}Mi"}}],
     }

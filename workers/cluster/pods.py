@@ -6,6 +6,7 @@ says why no pod of it comes up.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from ipaddress import IPv6Address, ip_address
@@ -13,6 +14,17 @@ from ipaddress import IPv6Address, ip_address
 from workers.cluster.driver import Observed, Pod, Reason, Trouble
 from workers.cluster.manifests import DEFINITION_ANNOTATION, GENERATION_ANNOTATION, Manifest
 
+_NEVER_PULLED = re.compile(
+    r"not found|manifest unknown|unauthorized|denied|forbidden|no such host|insufficient_scope|invalid reference",
+    re.IGNORECASE,
+)
+"""Words of a registry, or about it, that another pull meets again."""
+_PULLED_LATER = re.compile(
+    r"time.?out|deadline exceeded|too ?many ?requests|connection (?:refused|reset)|unexpected EOF|\b(?:429|50[0234])\b",
+    re.IGNORECASE,
+)
+_REFUSED_POD = re.compile(r'\Apods "[^"]*" is forbidden: ')
+_NEVER_CONFIGURED = re.compile(r"not found|couldn't find key")
 _WAITING = {
     "ErrImagePull": Reason.IMAGE_PULL,
     "ImagePullBackOff": Reason.IMAGE_PULL,
@@ -81,6 +93,7 @@ def _pod(pod: Manifest, port: int) -> Pod:
         is_ready=is_ready and bool(address) and not is_terminating,
         is_terminating=is_terminating,
         ended_at=_ended_at(pod),
+        trouble=None if is_terminating else _trouble_of_pod(pod),
     )
 
 
@@ -117,11 +130,13 @@ def _trouble_of_deployment(status: Manifest) -> Trouble | None:
     for condition in status.get("conditions") or ():
         if condition["type"] != "ReplicaFailure" or condition["status"] != "True":
             continue
-        message = condition.get("message") or condition.get("reason") or "no pod could be made"
+        words = condition.get("message") or condition.get("reason") or "no pod could be made"
+        # Each try has another name for its pod: with it, a reason that stays the same would look like a new one.
+        message, was_forbidden = _REFUSED_POD.subn("", words)
         if "exceeded quota" in message:
             return Trouble(Reason.QUOTA, message)
-        if "is forbidden" in message or "violates PodSecurity" in message:
-            return Trouble(Reason.FORBIDDEN, message)
+        if was_forbidden:
+            return Trouble(Reason.FORBIDDEN, message, is_final="violates PodSecurity" in message)
         return Trouble(Reason.NOT_CREATED, message)
     return None
 
@@ -129,10 +144,14 @@ def _trouble_of_deployment(status: Manifest) -> Trouble | None:
 def _trouble_of_pods(pods: Iterable[Manifest]) -> Trouble | None:
     for pod in pods:
         if "deletionTimestamp" not in pod["metadata"]:
-            found = _trouble_of_status(pod) or _trouble_of_containers(_container_statuses(pod))
+            found = _trouble_of_pod(pod)
             if found is not None:
                 return found
     return None
+
+
+def _trouble_of_pod(pod: Manifest) -> Trouble | None:
+    return _trouble_of_status(pod) or _trouble_of_containers(_container_statuses(pod))
 
 
 def _trouble_of_status(pod: Manifest) -> Trouble | None:
@@ -142,7 +161,24 @@ def _trouble_of_status(pod: Manifest) -> Trouble | None:
     for condition in status.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
             return Trouble(Reason.UNSCHEDULABLE, condition.get("message") or "No node has room for the pod")
+    if _is_on_lost_node(status):
+        return Trouble(Reason.NODE_NOT_READY, f"The node {_node_of(pod)} of the pod is not ready")
     return None
+
+
+def _is_on_lost_node(status: Manifest) -> bool:
+    """Tell whether the node of a pod was taken for lost.
+
+    A kubelet writes both conditions alike. The control plane, when it hears nothing of the node, sets the one and knows
+    nothing better about the containers; so nodes themselves need not be read, to which no role of a namespace reaches.
+    """
+    conditions = {one["type"]: one["status"] for one in status.get("conditions") or ()}
+    return conditions.get("ContainersReady") == "True" and conditions.get("Ready") in {"False", "Unknown"}
+
+
+def _node_of(pod: Manifest) -> str:
+    node: str = pod["spec"].get("nodeName") or "unknown"
+    return node
 
 
 def _trouble_of_containers(statuses: Sequence[Manifest]) -> Trouble | None:
@@ -155,11 +191,28 @@ def _trouble_of_containers(statuses: Sequence[Manifest]) -> Trouble | None:
         waiting = state.get("waiting") or {}
         reason = _WAITING.get(waiting.get("reason", ""))
         if reason not in {None, Reason.CRASH_LOOP}:
-            return Trouble(reason, f"{waiting['reason']}: {waiting.get('message') or 'no details given'}")
+            message = f"{waiting['reason']}: {waiting.get('message') or 'no details given'}"
+            return Trouble(reason, message, is_final=_is_final(waiting["reason"], message))
         # Between two crashes it runs for a moment: until it is ready, its last end is what is known of it.
         if reason is Reason.CRASH_LOOP or (ended.get("exitCode") and not is_up):
             return Trouble(Reason.CRASH_LOOP, _last_words(ended))
     return None
+
+
+def _is_final(waiting_reason: str, message: str) -> bool:
+    """Tell whether a container waits for something that does not come by itself.
+
+    A registry that is slow, busy or away is no such thing.
+    """
+    match waiting_reason:
+        case "ErrImagePull":
+            return _NEVER_PULLED.search(message) is not None
+        case "ImagePullBackOff":
+            return _NEVER_PULLED.search(message) is not None or _PULLED_LATER.search(message) is None
+        case "CreateContainerConfigError":
+            return _NEVER_CONFIGURED.search(message) is not None
+        case _:
+            return waiting_reason in {"ErrImageNeverPull", "InvalidImageName"}
 
 
 def _last_words(ended: Manifest) -> str:

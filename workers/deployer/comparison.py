@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from models.deployment import BLOCKING_REASONS
 from models.deployment import Observed as Stored
 from models.lifecycle import StoppedReason
 from workers.deployer.rows import Sighting, last_sighting
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from models.deployment import Deployment
     from models.pod_processes import PodProcess
     from workers.cluster.driver import Observed
+
+
+SLOW_START: Final = "slow-start"
+"""Code of the reason of pods that were not ready in time, and say nothing of why."""
+REFUSED: Final = "refused"
+"""Code of the reason where the cluster will not do what is wanted."""
 
 
 class Step(StrEnum):
@@ -60,24 +67,38 @@ def sighting(
     """
     state = _state(deployment, observed)
     definition_hash = _definition_of(observed) or deployment.observed_definition_hash
-    reason = observed.trouble.message if observed.trouble is not None else None
-    if state is Stored.STARTING:
-        is_overdue = _is_late_to_start(deployment, now=now, start_time=start_time)
+    trouble = observed.trouble
+    is_final = trouble is not None and trouble.is_final
+    is_blocked = trouble is not None and trouble.reason in BLOCKING_REASONS
+    if state is Stored.STARTING and not is_blocked:
+        was_blocked = deployment.observed_reason_code in BLOCKING_REASONS
+        is_late = not was_blocked and _is_late_to_start(deployment, now=now, start_time=start_time)
+        is_overdue = is_final or is_late
         state = Stored.FAILED if is_overdue else state
-    elif state is Stored.RUNNING and definition_hash != deployment.definition_hash:
-        is_overdue = _is_late_to_be_replaced(deployment, applied_at, now=now, start_time=start_time)
+    elif state is Stored.RUNNING and definition_hash != deployment.definition_hash and not is_blocked:
+        is_overdue = is_final or _is_late_to_be_replaced(
+            deployment, applied_at, now=now, start_time=start_time
+        )
         state = Stored.OUTDATED if is_overdue else state
+    reason = trouble.message if trouble is not None else None
+    code = str(trouble.reason) if trouble is not None else None
+    failed_reason, failed_code = None, None
     if state in {Stored.FAILED, Stored.OUTDATED}:
         reason = reason or f"No pod was ready within {start_time.total_seconds():g} seconds"
-    if state is Stored.STOPPED and deployment.stopped_reason == StoppedReason.FAILED:
-        reason = deployment.observed_reason
+        failed_reason, failed_code = reason, code or SLOW_START
+    elif deployment.stopped_reason == StoppedReason.FAILED:
+        # Pods that end say nothing any more, and once they are gone nobody knows better.
+        failed_reason, failed_code = deployment.failed_reason, deployment.failed_reason_code
     return Sighting(
         observed=state,
         observed_generation=deployment.generation,
         observed_replicas=observed.replicas,
         ready_replicas=len(observed.ready_pods),
         observed_definition_hash=definition_hash,
-        observed_reason=reason,
+        observed_reason=failed_reason or reason,
+        observed_reason_code=failed_code or code,
+        failed_reason=failed_reason,
+        failed_reason_code=failed_code,
         ready_addresses=tuple(sorted(pod.address for pod in observed.ready_pods if pod.address is not None)),
     )
 
@@ -100,6 +121,8 @@ def unknown(deployment: Deployment, reason: str) -> Sighting:
         observed_generation=last.observed_generation,
         observed_definition_hash=last.observed_definition_hash,
         observed_reason=reason,
+        failed_reason=last.failed_reason,
+        failed_reason_code=last.failed_reason_code,
     )
 
 
@@ -111,6 +134,9 @@ def refused(deployment: Deployment, reason: str) -> Sighting:
         observed_generation=deployment.generation,
         observed_definition_hash=last.observed_definition_hash,
         observed_reason=reason,
+        observed_reason_code=REFUSED,
+        failed_reason=reason,
+        failed_reason_code=REFUSED,
     )
 
 

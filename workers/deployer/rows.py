@@ -13,7 +13,7 @@ from json_text import decoding
 from models import deployment_token
 from models.columns import from_microseconds
 from models.database_time import DatabaseTime
-from models.deployment import Deployment, Observed
+from models.deployment import BLOCKING_REASONS, Deployment, Observed
 from models.deployment_token import Bearer
 from models.workflow import Definition
 
@@ -61,6 +61,9 @@ class Sighting:
     ready_replicas: int = 0
     observed_definition_hash: str | None = None
     observed_reason: str | None = None
+    observed_reason_code: str | None = None
+    failed_reason: str | None = None
+    failed_reason_code: str | None = None
     ready_addresses: Sequence[str] = ()
 
 
@@ -81,6 +84,9 @@ def last_sighting(deployment: Deployment) -> Sighting:
         deployment.ready_replicas,
         deployment.observed_definition_hash,
         deployment.observed_reason,
+        deployment.observed_reason_code,
+        deployment.failed_reason,
+        deployment.failed_reason_code,
         tuple(deployment.ready_addresses),
     )
 
@@ -175,7 +181,13 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
     last = last_sighting(before)
     if sighting == last:
         return True
-    since = before.observed_at if sighting.observed is last.observed else None
+    # The time that pods have to become ready does not run while the cluster has no room for them.
+    is_unblocked = (
+        last.observed_reason_code in BLOCKING_REASONS
+        and sighting.observed_reason_code not in BLOCKING_REASONS
+    )
+    is_as_before = sighting.observed is last.observed and not is_unblocked
+    since = before.observed_at if is_as_before else None
     statement = (
         update(Deployment)
         .where(
