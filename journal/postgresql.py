@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
@@ -16,7 +18,7 @@ import msgspec
 
 from engine.events import RunStatus, Span
 from journal.postgresql_entrance import Entrance
-from journal.postgresql_text import NOW, columns, unnest
+from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
@@ -46,8 +48,15 @@ from journal.store import (
     Swept,
     TakenIn,
 )
+from models import postgresql_sessions as sessions
 from models.columns import to_microseconds
-from models.database import CONNECT_SECONDS, RETRIES, RETRYABLE_SQLSTATES, DatabaseUnavailable
+from models.database import (
+    CONNECT_SECONDS,
+    RETRIES,
+    RETRY_SECONDS,
+    STATEMENT_SECONDS,
+    DatabaseUnavailable,
+)
 from models.execution import (
     DELAYED,
     LIMITED,
@@ -56,13 +65,14 @@ from models.execution import (
     TERMINAL,
     ExecutionStatus,
 )
+from models.outage import LockWaitTimeout
+from models.sqlstates import DatabaseFailure, failure_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 T = TypeVar("T")
 
-STATEMENT_SECONDS = 30.0
 SESSION = {
     "application_name": "pilotflame",
     # A generic plan made while a table was empty scans all of it for as long as the connection lives.
@@ -73,42 +83,21 @@ SESSION = {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
 }
-_LOST = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.PostgresSystemError,
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InterfaceError,
-    # The driver's own word for a connection that the server ended while a statement was on its way there.
-    asyncpg.InternalClientError,
-    OSError,
-    TimeoutError,
-)
 
 
 async def connect(url: URL, *, connections: int) -> PostgreSQLStore:
     """Return a store with a pool of its own; the first statement opens the first connection."""
     pool = await asyncpg.create_pool(
-        url.set(drivername="postgresql").render_as_string(hide_password=False),
+        sessions.address(url),
         min_size=0,
         max_size=connections,
-        connect=_connected,
+        # Behind a pooler that passes no settings on, they belong to the whole database.
+        connect=partial(sessions.connect, settings=SESSION),
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
         reset=_keep_session,
     )
     return PostgreSQLStore(url, pool)
-
-
-async def _connected(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - what the pool passes and takes
-    try:
-        return await asyncpg.connect(*arguments, server_settings=SESSION, **options)
-    except asyncpg.ProtocolViolationError as error:
-        if "unsupported startup parameter" not in str(error):
-            raise
-        # A transaction pooler passes no settings on: they belong to the whole database then.
-        return await asyncpg.connect(*arguments, **options)
 
 
 async def _keep_session(_connection: object) -> None:
@@ -246,7 +235,7 @@ class PostgreSQLStore:
         *arguments: object,
         may_repeat: Callable[[Exception], bool] = lambda _error: True,
     ) -> list[Any]:
-        """Run one statement, again where that may help; raises `DatabaseUnavailable`."""
+        """Run one statement, again where that may help; raises `DatabaseUnavailable` and `LockWaitTimeout`."""
 
         async def fetch() -> list[Any]:
             rows: list[Any] = await self._pool.fetch(statement, *arguments)
@@ -257,25 +246,39 @@ class PostgreSQLStore:
     async def _repeated(
         self, work: Callable[[], Awaitable[T]], may_repeat: Callable[[Exception], bool] = lambda _error: True
     ) -> T:
+        begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):
             try:
                 return await work()
-            except (asyncpg.PostgresError, *_LOST) as error:
-                if not _may_succeed_later(error):
+            except (
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+                OSError,
+                TimeoutError,
+            ) as error:
+                failure = _failure_of(error)
+                if failure is None:
                     raise
-                if attempt == RETRIES or not may_repeat(error):
+                if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
+                    raise LockWaitTimeout("Another transaction keeps what this one needs locked") from error
+                is_late = monotonic() - begun_at > RETRY_SECONDS
+                if attempt == RETRIES or is_late or not may_repeat(error):
                     raise DatabaseUnavailable("PostgreSQL would not take the statement") from error
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
 
 
-def _may_succeed_later(error: Exception) -> bool:
-    return isinstance(error, _LOST) or _was_refused(error)
+def _failure_of(error: Exception) -> DatabaseFailure | None:
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
+        # The driver's own words for a connection that ended while a statement was on its way; or a value is none.
+        return None if isinstance(error, ValueError) else DatabaseFailure.UNAVAILABLE
+    return failure_of(error)
 
 
 def _was_refused(error: Exception) -> bool:
     """Tell whether the server has certainly undone the statement."""
-    return getattr(error, "sqlstate", None) in RETRYABLE_SQLSTATES
+    return failure_of(error) is DatabaseFailure.ROLLED_BACK
 
 
 # ── claim ─────────────────────────────────────────────────────────────────────────────────────────
@@ -533,5 +536,6 @@ UPDATE execution SET updated_at = {NOW},
     lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
     status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
 WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')
+    AND {waits_for_locks(sessions.LOCK_WAIT_MILLISECONDS)}
 RETURNING status, lease_owner, inbox
 """

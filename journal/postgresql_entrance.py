@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from journal.admission import lock_number
-from journal.postgresql_text import NOW, columns, unnest
+from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import TOUCHED_MICROSECONDS, without_rivals
 from journal.store import Acceptance, Accepted, Arrival, ExecutionKey, TakenIn, Verdict
 from models.columns import to_microseconds
 from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD
 from models.ids import turn_of
+from models.postgresql_sessions import LOCK_WAIT_MILLISECONDS, local_timeouts
 
 if TYPE_CHECKING:
     import asyncpg
@@ -172,7 +173,9 @@ class Entrance:
 async def _free(connection: Any, item: Acceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
     """Return how many more runs of a key may go on, and keep others from these places until the transaction ends."""
     # In a statement of its own, so that the next one sees what whoever had the lock has committed.
-    await connection.execute("SELECT pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or ""))
+    await connection.execute(
+        f"{local_timeouts()}, pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or "")
+    )
     live: int = await connection.fetchval(_LIVE, item.concurrency_key)
     return (item.concurrency_limit or 0) - live
 
@@ -245,6 +248,7 @@ _TARGET = f"CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED}') EL
 _ACCEPT = f"""
 WITH item AS (
     SELECT * FROM unnest({unnest(1, _RUN_TYPES)}) AS item ({_RUN_COLUMNS})
+    WHERE {waits_for_locks(LOCK_WAIT_MILLISECONDS)}
 ), new_definition AS ({_definitions(len(_RUN_TYPES) + 1)}
 ), current AS ({_CURRENT}
 ), kept AS ({_keys_kept("current")}
@@ -257,6 +261,7 @@ _FIRST_ARRIVAL = len(_ARRIVED_TYPES) + len(_DEFINITION_TYPES) + 1
 _TAKE_IN = f"""
 WITH item AS (
     SELECT * FROM unnest({unnest(1, _ARRIVED_TYPES)}) AS item ({_ARRIVED_COLUMNS})
+    WHERE {waits_for_locks(LOCK_WAIT_MILLISECONDS)}
 ), arrival AS (
     SELECT * FROM unnest({unnest(_FIRST_ARRIVAL, _ARRIVAL_TYPES)}) AS arrival (
         id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes, outcome, status,

@@ -8,6 +8,14 @@ from typing import Any, Final
 NOW: Final = "(date_part('epoch', now()) * 1000000)::bigint"
 
 
+def waits_for_locks(milliseconds: int) -> str:
+    """Return a condition, always true, that bounds the lock waits of its statement, behind a pooler too.
+
+    An uncorrelated subquery is evaluated once, before the rows that it is a condition on.
+    """
+    return f"(SELECT set_config('lock_timeout', '{milliseconds}', true)) IS NOT NULL"
+
+
 def columns(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
     """Turn rows into columns, since `unnest` takes one array a column.
 

@@ -10,26 +10,30 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
+from models.outage import LockWaitTimeout
+from models.sqlstates import DatabaseFailure, failure_of
 
 T = TypeVar("T")
 
 RETRIES = 5
+RETRY_SECONDS = 2.0
+"""What has taken longer than this to fail isn't repeated in place: whoever waits for it has waited long enough."""
 SQLITE_BUSY_SECONDS = 30.0
 POOL_SIZE = 5
 CONNECT_SECONDS = 10.0
-RETRYABLE_SQLSTATES = frozenset({"40001", "40P01"})
-"""Serialization failure and deadlock: the transaction was undone, and may succeed when it is run again."""
-UNAVAILABLE_SQLSTATES = frozenset({"53300", "57P01", "57P02", "57P03", "08000", "08001", "08003", "08006"})
-"""No free connection, a server going down or coming up, a lost connection: the fate of a statement is unknown."""
+STATEMENT_SECONDS = 30.0
 
 
 class InvalidDatabaseUrl(ValueError):
@@ -72,19 +76,17 @@ class Database:
         try:
             async with self.engine.connect() as connection:
                 yield await connection.execution_options(reads_only=True)
-        except (OperationalError, InterfaceError, OSError, TimeoutError) as error:
-            raise DatabaseUnavailable("The database did not answer") from error
-        except DBAPIError as error:
-            if not _may_succeed_later(error):
+        except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
+            if _failure_of(error) is None:
                 raise
-            raise DatabaseUnavailable("The database would not answer this time") from error
+            raise DatabaseUnavailable("The database did not answer") from error
 
     async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run `work` in one transaction and commit; it may be called again, so it changes nothing but the database.
 
         Whoever is cancelled while it goes on leaves it to end by itself: SQLite's driver, cut off in the middle, would
-        keep the file locked. Raises `DatabaseUnavailable`; whatever `work` raises of its own rolls back and comes
-        through.
+        keep the file locked. Raises `DatabaseUnavailable`, and where another transaction keeps a row or key locked
+        `LockWaitTimeout`; whatever `work` raises of its own rolls back and comes through.
         """
         task = asyncio.create_task(self._transact(work))
         self._under_way.add(task)
@@ -92,14 +94,18 @@ class Database:
         return await asyncio.shield(task)
 
     async def _transact(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):
             try:
                 async with self.engine.connect() as connection, connection.begin():
                     return await work(connection)
-            except (DBAPIError, OSError, TimeoutError) as error:
-                if not _may_succeed_later(error):
+            except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
+                failure = _failure_of(error)
+                if failure is None:
                     raise
-                if attempt == RETRIES:
+                if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
+                    raise LockWaitTimeout("Another transaction keeps what this one needs locked") from error
+                if attempt == RETRIES or monotonic() - begun_at > RETRY_SECONDS:
                     raise DatabaseUnavailable("The database would not take the transaction") from error
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
@@ -120,12 +126,19 @@ class Database:
             task.exception()  # whoever waited has it; if they have gone, nobody need be told
 
 
-def _may_succeed_later(error: Exception) -> bool:
+def _failure_of(error: Exception) -> DatabaseFailure | None:
+    if isinstance(error, PoolTimeout):
+        return DatabaseFailure.UNAVAILABLE
     if not isinstance(error, DBAPIError):
-        return True
-    if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
-        return True
-    return getattr(error.orig, "sqlstate", None) in RETRYABLE_SQLSTATES | UNAVAILABLE_SQLSTATES
+        return failure_of(error)
+    if (failure := failure_of(error)) is not None or error.connection_invalidated:
+        return failure or DatabaseFailure.UNAVAILABLE
+    cause = error.orig.__cause__ if error.orig is not None else None
+    if getattr(error.orig, "sqlstate", None) is not None or isinstance(cause, ValueError):
+        return None  # the fault of a statement, or of one of its values
+    # SQLite's, and the driver's own words for a connection that ended while a statement was on its way.
+    is_passing = isinstance(error, OperationalError | InterfaceError | InternalError)
+    return DatabaseFailure.UNAVAILABLE if is_passing else None
 
 
 def _engine(url: URL) -> AsyncEngine:
@@ -135,14 +148,28 @@ def _engine(url: URL) -> AsyncEngine:
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_immediate)
         return engine
-    return create_async_engine(
+    from models import postgresql_sessions as sessions  # noqa: PLC0415 - not loaded where there is no PostgreSQL
+
+    def set_timeouts(connection: Any) -> None:  # noqa: ANN401 - SQLAlchemy's own
+        is_read = connection.get_execution_options().get("reads_only")
+        if not is_read and not sessions.has_timeouts(connection.connection.driver_connection):
+            connection.exec_driver_sql(sessions.local_timeouts())
+
+    engine = create_async_engine(
         url,
+        async_creator=partial(
+            sessions.connect_checked,
+            sessions.address(url),
+            timeout=CONNECT_SECONDS,
+            command_timeout=STATEMENT_SECONDS,
+        ),
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
         pool_timeout=CONNECT_SECONDS,
         pool_pre_ping=True,
-        connect_args={"timeout": CONNECT_SECONDS, "command_timeout": SQLITE_BUSY_SECONDS},
     )
+    event.listen(engine.sync_engine, "begin", set_timeouts)
+    return engine
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection

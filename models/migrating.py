@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from sqlalchemy import inspect, text
 
 from models.database import Database, is_sqlite
+from models.outage import LockWaitTimeout
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -17,6 +20,12 @@ if TYPE_CHECKING:
 
 HEAD = "0001"
 """The newest revision that this code knows."""
+GUARD_MILLISECONDS = 600_000
+"""So long one migration may keep others from theirs, though its process be frozen."""
+LOCKED_SECONDS = 60.0
+"""A migration gives up that other transactions have kept from a table for so long."""
+PAUSE_SECONDS = 0.2
+_IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 
 
 class OutdatedDatabase(Exception):
@@ -31,8 +40,7 @@ async def migrate(url: URL) -> None:
     database = Database(url)
     try:
         async with _alone(database):
-            # Repeated where it must be: SQLite refuses at once whoever makes a new file's journal when another does.
-            await database.transaction(lambda connection: connection.run_sync(_upgrade))
+            await _upgrade_when_unlocked(database)
     finally:
         await database.close()
 
@@ -58,14 +66,35 @@ async def _alone(database: Database) -> AsyncIterator[None]:
     """Let those who migrate at once take turns: whoever comes second finds nothing to do.
 
     The lock is held by a transaction of its own, since the one that migrates must see what was there after the wait.
-    SQLite's transactions take turns by themselves.
+    It stays idle meanwhile, for longer than other transactions may. SQLite's transactions take turns by themselves.
     """
     if is_sqlite(database.url):
         yield
         return
-    async with database.engine.connect() as guard, guard.begin():
-        await guard.execute(text("SELECT pg_advisory_xact_lock(710465001)"))
+    async with database.read() as guard:
+        await guard.execute(text(f"SELECT set_config('{_IDLE_TIMEOUT}', '{GUARD_MILLISECONDS}', true)"))
+        try_lock = text("SELECT pg_try_advisory_xact_lock(710465001)")
+        while not await guard.scalar(try_lock):  # noqa: ASYNC110 - the lock is another process's
+            await asyncio.sleep(PAUSE_SECONDS)
         yield
+
+
+async def _upgrade_when_unlocked(database: Database) -> None:
+    """Migrate as soon as no other transaction keeps a table from it.
+
+    Each try is a short one: whoever asks for such a table waits behind a statement that is to change it.
+    """
+    last_try_at = monotonic() + LOCKED_SECONDS
+    while True:
+        try:
+            # Repeated where it must be: SQLite refuses at once whoever makes a new file's journal when another does.
+            await database.transaction(lambda connection: connection.run_sync(_upgrade))
+        except LockWaitTimeout:
+            if monotonic() > last_try_at:
+                raise
+            await asyncio.sleep(PAUSE_SECONDS)
+        else:
+            return
 
 
 def _upgrade(connection: Connection) -> None:

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class DatabaseUnavailable(Exception):
     """The database did not answer, or would not take the transaction; the same call may succeed later."""
+
+
+class LockWaitTimeout(DatabaseUnavailable):
+    """Another transaction held a lock for too long; nothing was changed. The database itself is well."""

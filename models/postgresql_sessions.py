@@ -1,0 +1,96 @@
+"""Sessions on the server's own PostgreSQL: each ends by itself, and frees its locks, when its process stands still."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
+
+import asyncpg
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy.engine import URL
+
+LOCK_WAIT_MILLISECONDS: Final = 2_000
+"""So long a statement waits for a row or a key that another transaction has locked."""
+IDLE_TRANSACTION_MILLISECONDS: Final = 5_000
+"""So long a process may be frozen in the middle of a transaction before it loses it, and with it all locks."""
+SESSION_TIMEOUTS: Final = {
+    "lock_timeout": str(LOCK_WAIT_MILLISECONDS),
+    "idle_in_transaction_session_timeout": str(IDLE_TRANSACTION_MILLISECONDS),
+}
+# By these the server notices that a client's machine is gone, or takes nothing more.
+_SERVER_SOCKET: Final = {
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+# The same on our side, by the names of Linux; other systems have some of them.
+_CLIENT_SOCKET: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+_without_timeouts: WeakSet[Any] = WeakSet()
+
+
+class MonitoredConnection(asyncpg.Connection):
+    """A connection whose end is noticed though the machine at the other end says nothing any more."""
+
+    __slots__ = ()
+
+    def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:  # noqa: ANN401 - asyncpg's own
+        super().__init__(protocol, transport, *others)
+        _keep_alive(transport.get_extra_info("socket"))
+
+
+def address(url: URL) -> str:
+    """Return a URL of SQLAlchemy as the driver reads it."""
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+async def connect(*arguments: Any, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+    """Open a session with these settings and our timeouts; behind a pooler that passes none on, without them.
+
+    Takes what `asyncpg.connect` takes, and raises what that raises.
+    """
+    options["connection_class"] = MonitoredConnection
+    try:
+        return await asyncpg.connect(
+            *arguments, server_settings={**SESSION_TIMEOUTS, **_SERVER_SOCKET, **settings}, **options
+        )
+    except asyncpg.ProtocolViolationError as error:
+        if "unsupported startup parameter" not in str(error):
+            raise
+    connection = await asyncpg.connect(*arguments, **options)
+    _without_timeouts.add(connection)
+    return connection
+
+
+async def connect_checked(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+    """Open a session as `connect` does, and see whether a pooler in between has dropped the timeouts in silence."""
+    connection = await connect(*arguments, settings={}, **options)
+    found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
+    if found != SESSION_TIMEOUTS["lock_timeout"]:
+        _without_timeouts.add(connection)
+    return connection
+
+
+def local_timeouts() -> str:
+    """Return the statement that sets the timeouts for one transaction, where a pooler has passed none on."""
+    settings = (f"set_config('{name}', '{value}', true)" for name, value in SESSION_TIMEOUTS.items())
+    return f"SELECT {', '.join(settings)}"
+
+
+def has_timeouts(connection: object) -> bool:
+    """Tell whether the session itself has the timeouts, or each transaction has to set them."""
+    return connection not in _without_timeouts
+
+
+def _keep_alive(found: socket.socket | None) -> None:
+    if found is None or found.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _CLIENT_SOCKET.items():
+        option = getattr(socket, name, None)
+        if option is not None:
+            found.setsockopt(socket.IPPROTO_TCP, option, value)
