@@ -6,30 +6,40 @@ database's one writer or an advisory lock, so that two that count at once can't 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from hashlib import blake2b
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
+import structlog
 from sqlalchemy import and_, func, literal, literal_column, select, update
 from sqlmodel import col
 
 from engine.expressions import ExpressionError, compile_template
 from engine.values import fingerprint
+from journal.grouping import GroupCommit
 from models.database_time import DatabaseTime
 from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from models.outage import LockWaitTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.dml import ReturningUpdate
 
     from engine.values import Json
     from models.database import Database
+
+log = structlog.get_logger()
+
+Lock: TypeAlias = "Callable[[AsyncConnection, str], Awaitable[bool]]"
+"""Takes the lock of a key until its transaction ends; returns False where another transaction has it."""
 
 MAX_LIMIT: Final = 1_000
 BATCH_RUNS: Final = 100
@@ -48,6 +58,9 @@ _HAS_PLACE: Final = and_(
 )
 _ORDER: Final = (col(Execution.is_fresh), col(Execution.rank), col(Execution.id))
 """What was begun goes first, then whoever has waited the longest: the order in which runs are claimed."""
+
+_groups: WeakKeyDictionary[Database, dict[str, GroupCommit[None, int]]] = WeakKeyDictionary()
+"""Calls of `admit` under way, by key."""
 
 
 class OnLimit(StrEnum):
@@ -102,17 +115,42 @@ async def unended(connection: AsyncConnection, key: str) -> int:
 
 
 async def admit(database: Database, key: str) -> int:
-    """Give the free places of a key to those that wait for one; returns how many were given."""
+    """Give the free places of a key to those that wait for one; returns how many were given.
+
+    Calls for one key at the same time share a transaction, so that a locked key takes one connection of a process. A
+    key that stays locked is left to whoever holds the lock, and to the next sweep.
+    """
+    groups = _groups.setdefault(database, {})
+    group = groups.get(key)
+    if group is None:
+        group = groups[key] = GroupCommit(partial(_admit_once, database, key))
+    try:
+        return await group.submit(None)
+    finally:
+        if group.is_idle:
+            groups.pop(key, None)
+
+
+async def _admit_once(database: Database, key: str, calls: Sequence[None]) -> Sequence[int]:
+    try:
+        count = await _admit_all(database, key, _lock)
+    except LockWaitTimeout:
+        log.debug("concurrency key locked", key=key)
+        count = 0
+    return [count, *[0] * (len(calls) - 1)]
+
+
+async def _admit_all(database: Database, key: str, lock: Lock) -> int:
     admitted = 0
     while True:
-        count = await database.transaction(partial(_admit, key=key))
+        count = await database.transaction(partial(_admit, key=key, lock=lock))
         admitted += count
         if count < BATCH_RUNS:
             return admitted
 
 
 async def admit_waiting(database: Database, after: str = "") -> tuple[int, str]:
-    """Give the free places of many keys, those behind `after`, that nobody else has given.
+    """Give the free places of many keys, those behind `after`, that nobody else has given or is about to give.
 
     Returns how many were given, and the key to go on behind: empty at the end of all keys.
     """
@@ -120,7 +158,7 @@ async def admit_waiting(database: Database, after: str = "") -> tuple[int, str]:
         found = (await connection.execute(keys_waiting(after))).all()
     # Between the two probes of a key, whoever was next may have been admitted by somebody else.
     free = [row.key for row in found if row.runs is not None and row.live < row.runs]
-    admitted = sum([await admit(database, key) for key in free])
+    admitted = sum([await _admit_all(database, key, _try_lock) for key in free])
     return admitted, found[-1].key if len(found) == BATCH_KEYS else ""
 
 
@@ -129,32 +167,60 @@ def lock_number(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-async def _lock(connection: AsyncConnection, key: str) -> None:
+async def _lock(connection: AsyncConnection, key: str) -> bool:
+    """Wait for the lock of a key; raises `LockWaitTimeout`."""
     if connection.dialect.name == "postgresql":
         # In a statement of its own, so that the next one sees what whoever had the lock has committed.
         await connection.execute(select(func.pg_advisory_xact_lock(lock_number(key))))
+    return True
 
 
-async def _admit(connection: AsyncConnection, *, key: str) -> int:
-    await _lock(connection, key)
+async def _try_lock(connection: AsyncConnection, key: str) -> bool:
+    """Tell whether the lock of a key was free, and is ours now."""
+    if connection.dialect.name != "postgresql":
+        return True
+    return bool(await connection.scalar(select(func.pg_try_advisory_xact_lock(lock_number(key)))))
+
+
+async def _admit(connection: AsyncConnection, *, key: str, lock: Lock) -> int:
+    if not await lock(connection, key):
+        return 0
     is_of_key = col(Execution.concurrency_key) == key
     live = await connection.scalar(select(func.count()).select_from(Execution).where(is_of_key, _HAS_PLACE))
-    waiting = (
-        select(col(Execution.id), col(Execution.concurrency_limit))
-        .where(is_of_key, _WAITS)
-        .order_by(*_ORDER)
-        .limit(BATCH_RUNS)
+    admitted, locked = 0, list[str]()
+    while True:
+        waiting = (
+            select(col(Execution.id), col(Execution.concurrency_limit))
+            .where(is_of_key, _WAITS, col(Execution.id).not_in(locked))
+            .order_by(*_ORDER)
+            .limit(BATCH_RUNS)
+        )
+        rows = (await connection.execute(waiting)).all()
+        places = _free((live or 0) + admitted, [row.concurrency_limit for row in rows])
+        chosen = [row.id for row in rows[:places]]
+        if not chosen:
+            return admitted
+        given = {*await connection.scalars(_give_places(chosen))}
+        admitted += len(given)
+        if len(given) == len(chosen):
+            return admitted
+        locked += [one for one in chosen if one not in given]  # their places are for those behind them
+
+
+def _give_places(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
+    """Return the statement that lets those of some runs go on that nobody has locked, and returns their ids."""
+    free = (
+        select(col(Execution.id))
+        .where(col(Execution.id).in_(execution_ids), _WAITS)
+        .with_for_update(key_share=True, skip_locked=True)
+        .cte("free")
     )
-    rows = (await connection.execute(waiting)).all()
-    chosen = [row.id for row in rows[: _free(live or 0, [row.concurrency_limit for row in rows])]]
-    if not chosen:
-        return 0
-    result = await connection.execute(
+    return (
         update(Execution)
-        .where(col(Execution.id).in_(chosen), _WAITS)
+        .where(col(Execution.id).in_(select(free.c.id)))
         .values(target=func.coalesce(col(Execution.home), SHARED), updated_at=DatabaseTime())
+        .returning(col(Execution.id))
     )
-    return result.rowcount
 
 
 def _free(live: int, limits: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
-from models.outage import DatabaseUnavailable
+from models.outage import DatabaseUnavailable, LockWaitTimeout
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -23,8 +23,8 @@ class GroupCommit(Generic[Item, Answer]):
     """Gathers items into batches and hands each waiter the answer to its own.
 
     The committing task outlives its waiters: one that is cancelled loses its answer, not its item. A batch that
-    fails for any reason but an unreachable database is tried again one by one, so that one bad item spoils nobody
-    else's.
+    fails for any reason but an unreachable database is tried again one by one, so that one bad item, or one that needs
+    what another transaction has locked, spoils nobody else's.
     """
 
     def __init__(
@@ -56,6 +56,11 @@ class GroupCommit(Generic[Item, Answer]):
         """How many items wait."""
         return len(self._waiting)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and nothing is being committed."""
+        return self._task is None
+
     async def drain(self) -> None:
         """Wait until everything submitted so far has its answer."""
         while self._task is not None:
@@ -85,6 +90,12 @@ class GroupCommit(Generic[Item, Answer]):
     async def _settle(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
         try:
             answers = await self._commit([item for item, _ in batch])
+        except LockWaitTimeout as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            # At once: each that is locked waits as long again.
+            await asyncio.gather(*(self._settle([one]) for one in batch))
         except DatabaseUnavailable as error:
             _fail(batch, error)
         except Exception as error:  # noqa: BLE001 - it belongs to one waiter, found by trying each alone

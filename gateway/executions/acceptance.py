@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+import structlog
 from sqlalchemy import select, tuple_
 from sqlmodel import col
 
@@ -15,6 +17,7 @@ from journal import admission
 from journal.grouping import GroupCommit
 from journal.store import Accepted, DefinitionKey, Verdict
 from messages import hints
+from models.database import DatabaseUnavailable
 from models.execution import Idempotency
 from models.workflow import WorkflowStatus
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from journal.store import Acceptance, Arrival, ArrivedRun, IdempotencyKey, Store, TakenIn
     from messages.broker import Broker
     from models.database import Database
+
+log = structlog.get_logger()
 
 STORED_SECONDS: Final = 3600.0
 """How long a definition counts as stored after it was."""
@@ -71,7 +76,7 @@ class Acceptances:
         self._arriving: GroupCommit[Arrival, TakenIn] = GroupCommit(
             self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
         )
-        self._admissions: GroupCommit[str, None] = GroupCommit(self._admit)
+        self._admissions: set[asyncio.Task[None]] = set()
         self._hints: GroupCommit[None, None] = GroupCommit(self._wake)
         self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
         self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
@@ -99,7 +104,7 @@ class Acceptances:
         if concurrency_key is None:
             self.hint()
         else:
-            self._admissions.submit(concurrency_key)
+            self._begin_admission(concurrency_key)
 
     def hint(self) -> None:
         """Tell the workers that there is work, after the commit; hints that wait for one another become one."""
@@ -110,7 +115,8 @@ class Acceptances:
         await self._group.drain()
         await self._impatient.drain()
         await self._arriving.drain()
-        await self._admissions.drain()
+        while self._admissions:
+            await asyncio.wait(self._admissions)
         await self._hints.drain()
         await self._unread.drain()
         await self._arrivals.drain()
@@ -156,16 +162,23 @@ class Acceptances:
             if one.concurrency_key is None and one.home is not None:
                 self._arrivals.submit(one.home)
             if one.concurrency_key is not None:
-                self._admissions.submit(one.concurrency_key)
+                self._begin_admission(one.concurrency_key)
 
-    async def _admit(self, batch: Sequence[str]) -> Sequence[None]:
+    def _begin_admission(self, key: str) -> None:
+        """Give places beside what else is done: a locked key keeps nobody but those that wait for it."""
+        task = asyncio.create_task(self._admit(key))
+        self._admissions.add(task)
+        task.add_done_callback(self._admissions.discard)
+
+    async def _admit(self, key: str) -> None:
         """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
-        admitted = [await admission.admit(self._database, key) for key in dict.fromkeys(batch)]
-        if any(admitted):
-            self.hint()
-            # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
-            await self._desk.arrived({key.partition(":")[0] for key in batch})
-        return [None] * len(batch)
+        try:
+            if await admission.admit(self._database, key):
+                self.hint()
+                # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
+                await self._desk.arrived({key.partition(":")[0]})
+        except DatabaseUnavailable as error:
+            log.debug("places not given", key=key, error=str(error))
 
     async def _tell_pods(self, batch: Sequence[str]) -> Sequence[None]:
         await self._desk.arrived(set(batch))

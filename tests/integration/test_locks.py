@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import TypeVar
 
 import asyncpg
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.events import RunStatus
 from gateway.internal import holding
 from gateway.internal.holding import Holder
+from journal import admission
+from journal.store import ExecutionKey
+from models import postgresql_sessions as sessions
+from models.database import Database
+from models.outage import DatabaseUnavailable, LockWaitTimeout
 from models.pod_processes import PodProcess
 from tests.integration.run_world import Place, Where, World, opened, write
 
@@ -46,17 +55,32 @@ async def place(world: World) -> Place:
     return await world.workflow()
 
 
+@pytest.fixture
+async def database(world: World) -> AsyncIterator[Database]:
+    """Yield the database as a process reaches it, by way of the pooler where there is one."""
+    database = Database(world.url)
+    yield database
+    await database.close()
+
+
 @asynccontextmanager
-async def locked(world: World, execution_id: str) -> AsyncIterator[None]:
-    """Hold the row of a run, as an operator's transaction might that was left open."""
-    url = world.database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    connection = await asyncpg.connect(url)
+async def left_open(world: World, statement: str, *arguments: object) -> AsyncIterator[None]:
+    """Begin a transaction, as an operator might, or a process that then stands still, and end it after the block."""
+    connection = await asyncpg.connect(sessions.address(world.database.url))
     try:
         async with connection.transaction():
-            await connection.execute("SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id)
+            await connection.execute(statement, *arguments)
             yield
     finally:
         await connection.close()
+
+
+def locked(world: World, execution_id: str) -> AbstractAsyncContextManager[None]:
+    return left_open(world, "SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id)
+
+
+def frozen_in_admission(world: World, key: str) -> AbstractAsyncContextManager[None]:
+    return left_open(world, "SELECT pg_advisory_xact_lock($1)", admission.lock_number(key))
 
 
 async def prompt(call: Awaitable[Answer]) -> Answer:
@@ -109,3 +133,110 @@ async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(world: Wo
         assert await prompt(world.store.take_back("worker")) == 1
         assert await status(world, runs[0].execution_id) == "running"
     assert await world.store.take_back("worker") == 1
+
+
+# ── concurrency keys ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_key_that_a_frozen_process_has_locked_holds_up_no_other_key(
+    world: World, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sessions.SESSION_TIMEOUTS, "lock_timeout", "200")
+    database = Database(world.url)
+    limits = [{"concurrency_key": key, "concurrency_limit": 1} for key in ("a", "b", "b")]
+    runs = [place.run(**limit) for limit in limits]
+    await world.store.accept(runs)
+    async with frozen_in_admission(world, "a"):
+        assert await prompt(admission.admit_waiting(database)) == (1, "")
+        # Many at once take one connection, so that others have some.
+        waiting = [asyncio.create_task(admission.admit(database, "a")) for _ in range(30)]
+        assert await prompt(admission.admit(database, "b")) == 0
+        assert not any(task.done() for task in waiting)
+        assert await prompt(asyncio.gather(*waiting)) == [0] * 30
+    assert await admission.admit(database, "a") == 1
+    await database.close()
+
+
+async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(world: World, place: Place) -> None:
+    first, second = [place.run(concurrency_key="a", concurrency_limit=1) for _ in range(2)]
+    await world.store.accept([first, second])
+    async with locked(world, first.execution_id):
+        assert await prompt(admission.admit_waiting(world.database)) == (1, "")
+    targets = [(await world.row(run.execution_id))["target"] for run in (first, second)]
+    assert targets == ["limited", "shared"]
+
+
+# ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
+    world: World, database: Database, place: Place
+) -> None:
+    run, ended = place.run(), place.run()
+    await world.store.accept([run, ended])
+    other = await world.workflow()
+    theirs = other.run(definition='{"nodes":[1],"connections":[]}', definition_hash="1" * 64)
+
+    async def touch(connection: AsyncConnection) -> None:
+        await connection.execute(
+            text("UPDATE execution SET lane = lane WHERE id = :id"), {"id": run.execution_id}
+        )
+
+    all_rows = "SELECT FROM execution, definition FOR UPDATE"
+    async with left_open(world, all_rows):
+        started_at = monotonic()
+        answers = await asyncio.gather(
+            database.transaction(touch),
+            world.store.request_end(ExecutionKey(ended.execution_id, ended.lane), "stop"),
+            world.store.accept([place.run()]),
+            return_exceptions=True,
+        )
+        assert [type(answer) for answer in answers] == [LockWaitTimeout] * 3
+        assert monotonic() - started_at < PROMPT_SECONDS
+        await prompt(world.store.accept([theirs]))
+
+
+async def test_a_transaction_of_a_frozen_process_ends_by_itself(database: Database) -> None:
+    async def timeouts(connection: AsyncConnection) -> list[str]:
+        names = ("lock_timeout", "idle_in_transaction_session_timeout")
+        return [
+            str(await connection.scalar(text("SELECT current_setting(:name)"), {"name": name}))
+            for name in names
+        ]
+
+    assert await database.transaction(timeouts) == ["2s", "5s"]
+
+
+# ── failures of the server ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("sqlstate", ["25006", "53100", "53200", "57014", "58030"])
+async def test_a_server_that_reads_only_or_is_full_is_unavailable_on_every_path(
+    world: World, database: Database, place: Place, sqlstate: str
+) -> None:
+    await world.query(
+        f"""CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql
+        AS $$ BEGIN RAISE EXCEPTION 'out of order' USING ERRCODE = '{sqlstate}'; END $$"""
+    )
+    await world.query("CREATE TRIGGER fails BEFORE INSERT ON definition EXECUTE FUNCTION fail()")
+    try:
+        with pytest.raises(DatabaseUnavailable):
+            await world.store.accept([place.run()])
+        with pytest.raises(DatabaseUnavailable):
+            await database.transaction(
+                lambda connection: connection.execute(text("INSERT INTO definition SELECT * FROM definition"))
+            )
+    finally:
+        await world.query("DROP FUNCTION fail CASCADE")
+    await world.store.accept([place.run()])
+
+
+async def test_a_value_that_the_driver_refuses_is_no_fault_of_the_server(
+    world: World, database: Database, place: Place
+) -> None:
+    with pytest.raises(asyncpg.DataError):
+        await world.store.accept([place.run(timeout_seconds=1e30)])
+    with pytest.raises(DBAPIError):
+        await database.transaction(
+            lambda connection: connection.execute(text("SELECT CAST(:n AS bigint)"), {"n": 2**70})
+        )

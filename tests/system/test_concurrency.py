@@ -1,8 +1,9 @@
 import asyncio
 
-from tests.system import flows
+from journal import admission
+from tests.system import flows, promises
 from tests.system.client import Client
-from tests.system.harness import RECOVERY_SECONDS, Deployment
+from tests.system.harness import RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
 from tests.system.ledger import Ledger
 
 LIMIT = 2
@@ -24,6 +25,32 @@ async def test_a_killed_worker_s_places_are_taken_again_and_never_more_than_ther
     assert {one.status for one in ended} == {"completed"}
     watch.cancel()
     assert max(seen) == LIMIT
+
+
+@on_many_processes
+async def test_a_worker_frozen_while_it_gives_places_holds_up_neither_its_workflow_nor_another(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    # In the order in which sweeps go through them.
+    first, second = sorted(
+        [
+            await client.create(flows.chain(ledger.writes("charge"), concurrency={"limit": 1}))
+            for _ in range(2)
+        ]
+    )
+    way = deployment.ways.worker_to_database
+    frozen, other = deployment.workers
+    with other.paused():
+        way.keep_answers(admission.lock_number(first).to_bytes(8, "big", signed=True))
+        runs = [await client.execute(first)]
+        await way.kept_one()
+        frozen.pause()
+    runs += [await client.execute(workflow) for workflow in (first, second) for _ in range(3)]
+    for run in reversed(runs):
+        assert (await client.end(run, within=RECOVERY_SECONDS)).status == "completed"
+    way.let_go()
+    frozen.resume()
+    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
 
 
 async def look(deployment: Deployment, workflow_id: str, seen: list[int]) -> None:
