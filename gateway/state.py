@@ -27,7 +27,7 @@ from gateway.executions.live_events import LiveEvents
 from gateway.executions.rates import Rates
 from gateway.executions.waiting import Waiting
 from gateway.http.auth import Authenticator
-from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.failed_attempts import PasswordAttempts
 from gateway.internal import runners
 from gateway.internal.desk import Desk
 from gateway.internal.forwarding import Forwarder
@@ -87,7 +87,7 @@ class State:
     runners: Runners
     pod_logs: PodLogs
     certificates: Certificates
-    mail_attempts: FailedAttempts
+    mail_attempts: PasswordAttempts
     """Passwords that were tried with mails."""
     clock: Callable[[], datetime] = now
     """By it, signatures of senders are fresh or stale."""
@@ -177,7 +177,7 @@ async def assembled(
                 runners=for_pods,
                 pod_logs=pod_logs,
                 certificates=certificates,
-                mail_attempts=FailedAttempts("Too many mails from this address had a wrong password"),
+                mail_attempts=PasswordAttempts("Too many mails from this address had a wrong password"),
             )
     finally:
         await acceptances.drain()

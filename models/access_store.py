@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
@@ -18,6 +19,9 @@ from models import ids
 from models.access import ApiKey, Caller, Organization, Role, User, key_hash, new_key, shown_prefix
 from models.database import Database
 from models.vault import secret_id
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
 
 
 class EmailTaken(ValueError):
@@ -54,18 +58,18 @@ class RevokedKey:
     after: ApiKey
 
 
-async def find_key(database: Database, hashed: str, *earlier: str) -> FoundKey | None:
-    """Return the key with this hash, or else with one of its `earlier` ones, and whom it stands for."""
+async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, FoundKey]:
+    """Return the keys with these hashes, by hash, and whom each stands for; raises `DatabaseUnavailable`."""
     statement = (
         select(ApiKey, col(User.role))
         .join(User, col(User.id) == col(ApiKey.user_id))
-        .where(col(ApiKey.hash).in_((hashed, *earlier)))
-        .order_by(col(ApiKey.hash) != hashed)
+        .where(col(ApiKey.hash).in_(hashes))
     )
     async with database.read() as connection:
-        row = (await connection.execute(statement)).first()
-    if row is None:
-        return None
+        return {row.hash: _found_key(row) for row in await connection.execute(statement)}
+
+
+def _found_key(row: Row[*tuple[Any, ...]]) -> FoundKey:
     caller = Caller(
         key_id=row.id,
         user_id=row.user_id,

@@ -123,17 +123,19 @@ async def superseded(connection: AsyncConnection) -> Sequence[str]:
     return list(await connection.scalars(statement))
 
 
-async def find(database: Database, token: str) -> Bearer | None:
-    """Return whom a token speaks for; raises `DatabaseUnavailable`."""
+async def find(database: Database, tokens: Sequence[str]) -> list[Bearer | None]:
+    """Return whom each token speaks for; raises `DatabaseUnavailable`."""
+    hashes = [runner_tokens.token_hash(token) for token in tokens]
     statement = select(
-        col(DeploymentToken.workflow_id), col(DeploymentToken.organization_id), col(DeploymentToken.lane)
-    ).where(
-        col(DeploymentToken.hash) == runner_tokens.token_hash(token),
-        col(DeploymentToken.revoked_at).is_(None),
-    )
+        col(DeploymentToken.hash),
+        col(DeploymentToken.workflow_id),
+        col(DeploymentToken.organization_id),
+        col(DeploymentToken.lane),
+    ).where(col(DeploymentToken.hash).in_(hashes), col(DeploymentToken.revoked_at).is_(None))
     async with database.read() as connection:
-        row = (await connection.execute(statement)).first()
-    return None if row is None else Bearer(*row)
+        rows = await connection.execute(statement)
+        found = {row.hash: Bearer(row.workflow_id, row.organization_id, row.lane) for row in rows}
+    return [found.get(hashed) for hashed in hashes]
 
 
 async def hint_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import or_, select, update
 from sqlmodel import col
@@ -18,6 +18,9 @@ from models.vault import Sealed
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.database import Database
@@ -65,8 +68,8 @@ def hint_of(token: str) -> str:
     return token[-HINT_CHARACTERS:]
 
 
-async def find(database: Database, hashed: str, now: datetime) -> FoundToken | None:
-    """Return the token with this hash, if it is valid and so is what it is for."""
+async def find(database: Database, hashes: Collection[str], now: datetime) -> dict[str, FoundToken]:
+    """Return the tokens with these hashes that are valid, and so is what they are for; by hash."""
     statement = (
         select(IntakeToken, col(User.role), col(Workflow.owner_id))
         .join(User, col(User.id) == col(IntakeToken.user_id))
@@ -74,16 +77,17 @@ async def find(database: Database, hashed: str, now: datetime) -> FoundToken | N
             Workflow, (col(Workflow.id) == col(IntakeToken.workflow_id)) & col(Workflow.deleted_at).is_(None)
         )
         .where(
-            col(IntakeToken.hash) == hashed,
+            col(IntakeToken.hash).in_(hashes),
             col(IntakeToken.revoked_at).is_(None),
             or_(col(IntakeToken.expires_at).is_(None), col(IntakeToken.expires_at) > now),
             or_(col(IntakeToken.workflow_id).is_(None), col(Workflow.id).is_not(None)),
         )
     )
     async with database.read() as connection:
-        row = (await connection.execute(statement)).first()
-    if row is None:
-        return None
+        return {row.hash: _found_token(row) for row in await connection.execute(statement)}
+
+
+def _found_token(row: Row[*tuple[Any, ...]]) -> FoundToken:
     return FoundToken(
         id=row.id,
         kind=TokenKind(row.kind),

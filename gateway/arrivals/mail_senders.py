@@ -19,6 +19,7 @@ from gateway import errors
 from gateway.arrivals import trigger_secrets
 from gateway.arrivals.sender import Sender, no_sender
 from gateway.errors import ApiError
+from gateway.http.client_address import client_of
 from journal.unread import MailScreening
 from models.access import Caller, KeyScope, Role
 from models.trigger import TriggerKind
@@ -162,16 +163,23 @@ async def proof(
         raise sent_signatures.missing("a signature that the trigger can check")
     if is_known:
         return Proof("")
-    attempt = f"{addressee.workflow.id} {address}"
-    gateway.mail_attempts.refuse_too_many(attempt)
+    return Proof(await _tried(gateway, addressee, arrival, client=client_of(address)))
+
+
+async def _tried(gateway: State, addressee: Addressee, arrival: Arrival, *, client: str) -> str:
+    """Return which credentials a mail came with; raises 429 to a client that has tried too many wrong ones."""
+    attempt = f"{addressee.workflow.id} {client}"
+    offered = f"{addressee.workflow.id} {arrival.headers.one('Authorization')}"
+    gateway.mail_attempts.require_allowed(attempt, offered)
     try:
         label = await _credentials(gateway, addressee, arrival)
     except Refused:
-        gateway.mail_attempts.count(attempt)
+        gateway.mail_attempts.note(attempt, offered, is_right=False)
         raise
     if label is None:
         raise no_sender()
-    return Proof(label)
+    gateway.mail_attempts.note(attempt, offered, is_right=True)
+    return label
 
 
 @contextmanager

@@ -14,9 +14,11 @@ import structlog
 from execution.joint import Joint
 from gateway import errors
 from gateway.errors import ApiError
+from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.parameters import Text
 from gateway.recent import Recent
+from journal.grouping import GroupCommit
 from models import intake_tokens
 from models.access import Caller, KeyScope
 from models.database import DatabaseUnavailable
@@ -24,6 +26,8 @@ from models.intake import TOKEN_PREFIXES, TokenKind
 from models.intake_tokens import FoundToken
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.types import Scope
 
     from gateway.http.auth import Authenticator
@@ -39,7 +43,6 @@ TOKEN: Final = Text(
 )
 KEPT_SECONDS: Final = 1.0
 """A revocation works after at most this long, everywhere."""
-KNOWN_SECONDS: Final = 86_400.0
 MAX_KEPT: Final = 10_000
 MAX_QUERY_FIELDS: Final = 20
 USE_RECORDED_EVERY: Final = timedelta(minutes=1)
@@ -69,11 +72,9 @@ class Doorkeeper:
         self._authenticator = authenticator
         self._kept: Recent[str, tuple[float, FoundToken]] = Recent(KEPT_SECONDS, MAX_KEPT)
         """Tokens and when they were asked for, by their hashes."""
-        self._known: Recent[str, bool] = Recent(KNOWN_SECONDS, MAX_KEPT)
-        """Tokens that were valid: mail services send from addresses that they share, so others' failures are no reason
-        to refuse these.
-        """
         self._lookups: Joint[str, FoundToken | None] = Joint(self._look_up)
+        self._reads: GroupCommit[str, FoundToken | None] = GroupCommit(self._read)
+        """One query at a time, for all tokens that wait."""
         self._recorded: Recent[str, bool] = Recent(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
         """Tokens whose use was noted from here."""
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
@@ -117,26 +118,23 @@ class Doorkeeper:
         kept = self._kept.get(hashed)
         if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
             return kept[1]
-        address = scope["client"][0] if scope.get("client") else ""
-        if self._known.get(hashed) is None:
-            self._failures.refuse_too_many(address)
         found = None
         if len(token) <= LONGEST_TOKEN and token.startswith(tuple(TOKEN_PREFIXES.values())):
             found = await self._lookups.ask(hashed)
         if found is None:
-            self._failures.count(address)
-            raise no_sender()
+            raise self._failures.fail(client_of_scope(scope), no_sender())
         return found
 
     async def _look_up(self, hashed: str) -> FoundToken | None:
         asked_at = monotonic()
-        found = await intake_tokens.find(self._database, hashed, datetime.now(UTC))
-        if found is None:
-            self._known.drop(hashed)
-        else:
+        found = await self._reads.submit(hashed)
+        if found is not None:
             self._kept.put(hashed, (asked_at, found))
-            self._known.put(hashed, value=True)
         return found
+
+    async def _read(self, batch: Sequence[str]) -> Sequence[FoundToken | None]:
+        found = await intake_tokens.find(self._database, batch, datetime.now(UTC))
+        return [found.get(hashed) for hashed in batch]
 
     def _note_use(self, found: FoundToken) -> None:
         """Have the use of a token noted in the background, now and then."""

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from execution.joint import Joint
 from gateway import errors
+from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
+from journal.grouping import GroupCommit
 from models import access_store
 from models.access import key_hash
 from models.database import DatabaseUnavailable
@@ -54,7 +57,9 @@ class Authenticator:
         self._secret = secret
         self._previous = previous
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
-        self._lookups: dict[str, asyncio.Task[Caller | None]] = {}
+        self._lookups: Joint[str, Caller | None] = Joint(self._look_up)
+        self._reads: GroupCommit[Sequence[str], FoundKey | None] = GroupCommit(self._read)
+        """One query at a time, for all keys that wait: however many wrong ones come, they keep one connection busy."""
         self._failures = FailedAttempts("Too many requests from this address had no valid key")
         self._background: set[asyncio.Task[None]] = set()
 
@@ -63,42 +68,24 @@ class Authenticator:
         key = _key(scope)
         if key is None:
             raise errors.unauthorized()
-        hashed = key_hash(key, self._secret)
-        remembered = self._remembered.get(hashed)
+        remembered = self._remembered.get(key_hash(key, self._secret))
         if remembered is not None and remembered.fresh_until > monotonic():
             return remembered.caller
-        address = scope["client"][0] if scope.get("client") else ""
-        if remembered is None:
-            self._failures.refuse_too_many(address)
-        caller = await self._look_up_once(hashed, key)
+        caller = await self._lookups.ask(key)
         if caller is None:
-            self._failures.count(address)
-            raise errors.unauthorized()
+            raise self._failures.fail(client_of_scope(scope), errors.unauthorized())
         return caller
 
     async def close(self) -> None:
         """Finish what is written in the background."""
-        await asyncio.gather(*self._background, *self._lookups.values(), return_exceptions=True)
+        await self._lookups.drain()
+        await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _look_up_once(self, hashed: str, key: str) -> Caller | None:
-        """Ask the database, once for all who wait for the same key."""
-        lookup = self._lookups.get(hashed)
-        if lookup is None:
-            lookup = asyncio.create_task(self._look_up(hashed, key))
-            self._lookups[hashed] = lookup
-            lookup.add_done_callback(lambda done: self._looked_up(hashed, done))
-        return await asyncio.shield(lookup)
-
-    def _looked_up(self, hashed: str, lookup: asyncio.Task[Caller | None]) -> None:
-        del self._lookups[hashed]
-        if not lookup.cancelled():
-            lookup.exception()  # those who waited have it; if all of them have gone, nobody need be told
-
-    async def _look_up(self, hashed: str, key: str) -> Caller | None:
+    async def _look_up(self, key: str) -> Caller | None:
         asked_at = monotonic()
         now = datetime.now(UTC)
-        earlier = [key_hash(key, secret) for secret in self._previous]
-        found = await access_store.find_key(self._database, hashed, *earlier)
+        hashed = key_hash(key, self._secret)
+        found = await self._reads.submit([hashed, *(key_hash(key, secret) for secret in self._previous)])
         if found is None or not found.is_valid(now):
             self._remembered.pop(hashed, None)
             return None
@@ -111,6 +98,10 @@ class Authenticator:
         if found.hash != hashed:
             self._in_background(self._rehash(key, found))
         return found.caller
+
+    async def _read(self, batch: Sequence[Sequence[str]]) -> Sequence[FoundKey | None]:
+        found = await access_store.find_keys(self._database, {one for hashes in batch for one in hashes})
+        return [next((found[one] for one in hashes if one in found), None) for hashes in batch]
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

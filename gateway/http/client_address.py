@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network
-from typing import Final
+from typing import Any, Final
 
 _HOST_BITS: Final = 64
 """Every IPv6 host may use a whole /64 (RFC 7421): counting single addresses would count nobody twice."""
@@ -21,3 +22,9 @@ def client_of(address: str) -> str:
         return address
     mapped: IPv4Address | None = found.ipv4_mapped
     return str(mapped) if mapped else str(IPv6Network((int(found), _HOST_BITS), strict=False))
+
+
+def client_of_scope(scope: Mapping[str, Any]) -> str:
+    """Return the client of a request; empty where its connection has no address."""
+    client = scope.get("client")
+    return client_of(client[0]) if client else ""

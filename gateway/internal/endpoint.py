@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
@@ -16,10 +17,12 @@ from engine.values import InvalidJson
 from execution.gateway_calls import RUNNER_HEADER
 from gateway import errors
 from gateway.errors import ApiError
+from gateway.http.client_address import client_of_scope
 from gateway.http.endpoint import Access, Endpoint, Operation
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.request import Request
 from gateway.internal.holding import Holder
+from journal.grouping import GroupCommit
 from json_text import decoding
 from models import deployment_token
 from models.deployment_token import Bearer
@@ -54,8 +57,9 @@ class RunnerAuthenticator:
     """Turns tokens into deployments, for one process."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
+        self._reads: GroupCommit[str, Bearer | None] = GroupCommit(partial(deployment_token.find, database))
+        """One query at a time, for all tokens that wait."""
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
 
     async def holder(self, request: Request) -> Holder:
@@ -64,25 +68,22 @@ class RunnerAuthenticator:
         process = PodProcess.named(request.headers.get(RUNNER_HEADER, ""))
         if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:
             raise _unauthorized()
-        bearer = await self._bearer(token, request.client.host if request.client else "")
+        bearer = await self._bearer(token, client_of_scope(request.scope))
         return Holder(bearer.workflow_id, bearer.organization_id, bearer.lane, process)
 
     def forget(self) -> None:
         """Look every token up anew."""
         self._remembered.clear()
 
-    async def _bearer(self, token: str, address: str) -> Bearer:
+    async def _bearer(self, token: str, client: str) -> Bearer:
         remembered = self._remembered.get(token)
         if remembered is not None and remembered.until > monotonic():
             return remembered.bearer
-        if remembered is None:
-            self._failures.refuse_too_many(address)
         until = monotonic() + REMEMBERED_SECONDS
-        bearer = await deployment_token.find(self._database, token)
+        bearer = await self._reads.submit(token)
         if bearer is None:
             self._remembered.pop(token, None)
-            self._failures.count(address)
-            raise _unauthorized()
+            raise self._failures.fail(client, _unauthorized())
         self._remembered[token] = Remembered(bearer, until)
         self._remembered.move_to_end(token)
         if len(self._remembered) > MAX_REMEMBERED:

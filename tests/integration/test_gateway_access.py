@@ -1,7 +1,7 @@
 """Keys, users and organisations: who gets in, how far, and for how long."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
@@ -260,36 +260,66 @@ async def test_only_admins_with_the_scope_see_and_add_users(world: World) -> Non
     refused(await narrow.api.get(USERS), 403, "scope-required")
 
 
-async def test_an_address_that_keeps_failing_is_slowed_down_but_not_its_valid_keys(world: World) -> None:
+@pytest.mark.parametrize(
+    ("first", "neighbor", "other"),
+    [
+        ("10.7.7.7", "10.7.7.7", "10.7.7.8"),
+        ("2001:db8:7::1", "2001:db8:7:0:ffff::2", "2001:db8:7:1::1"),
+    ],
+)
+async def test_an_address_that_keeps_failing_is_slowed_down_but_no_valid_key_is(
+    world: World, first: str, neighbor: str, other: str
+) -> None:
     people = await world.people()
-    known = await world.client(people.owner.key, address="10.7.7.7")
-    assert (await known.get(WHOAMI)).status_code == 200
     answers = []
     for number in range(60):
-        guess = await world.client(f"sk-00guess{number}", address="10.7.7.7")
+        guess = await world.client(f"sk-00guess{number}", address=neighbor if number % 2 else first)
         answers.append(await guess.get(WHOAMI))
     assert [answer.status_code for answer in answers] == [401] * 50 + [429] * 10
     assert 0 < int(answers[-1].headers["Retry-After"]) <= 60
-    assert (await known.get(WHOAMI)).status_code == 200
-    assert (await (await world.client(people.admin.key, address="10.8.8.8")).get(WHOAMI)).status_code == 200
+    for address in (first, neighbor):
+        unseen = await world.client((await world.person(await world.organization())).key, address=address)
+        assert (await unseen.get(WHOAMI)).status_code == 200
+    wrong = await world.client("sk-00guess", address=other)
+    refused(await wrong.get(WHOAMI), 401, "unauthorized")
+    assert (await (await world.client(people.admin.key, address=first)).get(WHOAMI)).status_code == 200
 
 
-async def test_many_requests_with_one_key_ask_the_database_once(world: World) -> None:
+async def test_many_requests_with_one_key_ask_the_database_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     people = await world.people()
-    asked = []
-    find_key = access_store.find_key
-
-    async def counted(database: Database, hashed: str, *earlier: str) -> access_store.FoundKey | None:
-        asked.append(hashed)
-        return await find_key(database, hashed, *earlier)
-
-    access_store.find_key = counted
-    try:
-        answers = await asyncio.gather(*(people.owner.api.get(WHOAMI) for _ in range(20)))
-    finally:
-        access_store.find_key = find_key
+    asked = _counted(monkeypatch)
+    answers = await asyncio.gather(*(people.owner.api.get(WHOAMI) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
     assert len(asked) == 1
+
+
+async def test_many_wrong_keys_share_queries_with_right_ones(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = await world.people()
+    asked = _counted(monkeypatch)
+    guesses = [await world.client(f"sk-00guess{number}", address="10.7.7.9") for number in range(100)]
+    answers = await asyncio.gather(
+        *(client.get(WHOAMI) for client in (*guesses[:50], people.owner.api, *guesses[50:]))
+    )
+    assert answers.pop(50).status_code == 200
+    assert sorted(answer.status_code for answer in answers) == [401] * 50 + [429] * 50
+    assert len(asked) < 10
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list of how many hashes each query for keys has asked for, from now on."""
+    asked: list[int] = []
+    find_keys = access_store.find_keys
+
+    async def counted(database: Database, hashes: Collection[str]) -> dict[str, access_store.FoundKey]:
+        asked.append(len(hashes))
+        return await find_keys(database, hashes)
+
+    monkeypatch.setattr(access_store, "find_keys", counted)
+    return asked
 
 
 async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(world: World) -> None:
@@ -329,9 +359,8 @@ async def test_the_first_organisation_is_made_once_however_many_gateways_start(
     assert count == 1
     assert users[0].role == "admin"
     assert [set(row.scopes) for row in keys] == [set(KeyScope)]
-    found = await access_store.find_key(empty_database, keys[0].hash)
-    assert found is not None
-    assert found.is_valid(datetime.now(UTC) + timedelta(days=10_000))
+    found = await access_store.find_keys(empty_database, [keys[0].hash])
+    assert found[keys[0].hash].is_valid(datetime.now(UTC) + timedelta(days=10_000))
 
 
 @pytest.mark.parametrize("key", ["short", "with a space in the middle of it", "with-ünicode-characters"])

@@ -27,6 +27,7 @@ from engine.node import Awaited
 from execution.gateway_calls import PREFIX, RUNNER_HEADER, News
 from gateway import main as gateways
 from gateway import state
+from gateway.http import failed_attempts
 from gateway.internal import desk as desks
 from gateway.internal import routes
 from gateway.settings import GatewaySettings
@@ -735,6 +736,21 @@ async def test_no_route_takes_anything_but_a_valid_token(pods: Pods) -> None:
     for line in routes.TABLE:
         assert (await held.ask(line, pods.token)).status_code in {401, 429}, line
     assert await everything(pods.world, held) == before
+
+
+@ON_POSTGRES
+async def test_a_pod_is_let_in_though_another_guesses_tokens_from_its_address(
+    pods: Pods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 3)
+
+    async def claim(token: str) -> int:
+        headers = {"Authorization": f"Bearer {token}", RUNNER_HEADER: POD.name}
+        async with httpx2.AsyncClient(base_url=pods.gateway.url, verify=False, headers=headers) as client:
+            return (await client.post(f"{PREFIX}/claim", json={"limit": 1, "lease_seconds": 30})).status_code
+
+    assert [await claim(f"{pods.token}{number}") for number in range(4)] == [401, 401, 401, 429]
+    assert await claim(pods.token) == 200
 
 
 async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Pods) -> None:
