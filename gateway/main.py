@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -80,11 +81,19 @@ class Server(uvicorn.Server):
     before_shutdown: Callable[[], Awaitable[None]] | None = None
     """What needs the gateway for its own end."""
 
+    proxies: TrustedProxies | None = None
+    """Whose names are resolved while the server runs."""
+    _following: asyncio.Task[None] | None = None
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.proxies is not None and self.proxies.has_names:
+            self._following = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)
         garbage.settle()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._following is not None:
+            self._following.cancel()
         if self.before_shutdown is not None:
             await self.before_shutdown()
         # Polls that wait for a run to end would hold their connections, and with them the process.
@@ -116,14 +125,15 @@ def bounds_of(settings: GatewaySettings) -> Bounds:
 
 def server(app: ASGIApp, settings: GatewaySettings) -> Server:
     """Return the server for an application, ready to run."""
-    return Server(
+    bounds = bounds_of(settings)
+    made = Server(
         uvicorn.Config(
             app,
             host=settings.host,
             port=settings.port,
             loop="uvloop",
             # Called as the class would be; it reads `X-Forwarded-For` itself, before a body is counted.
-            http=cast("type[BoundedProtocol]", partial(BoundedProtocol, bounds_of(settings))),
+            http=cast("type[BoundedProtocol]", partial(BoundedProtocol, bounds)),
             proxy_headers=False,
             ws="none",
             lifespan="on",
@@ -134,3 +144,5 @@ def server(app: ASGIApp, settings: GatewaySettings) -> Server:
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
     )
+    made.proxies = bounds.proxies
+    return made

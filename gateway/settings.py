@@ -23,7 +23,10 @@ class GatewaySettings(Settings):
     )
     trusted_proxies: str = Field(
         default="127.0.0.1",
-        description="Addresses, separated by commas, whose `X-Forwarded-For` says where a request comes from.",
+        description=(
+            "Addresses and host names of proxies, separated by commas, whose `X-Forwarded-For` says where a request"
+            " comes from."
+        ),
     )
     bootstrap_api_key: SecretStr | None = Field(
         default=None,

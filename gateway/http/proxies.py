@@ -1,7 +1,12 @@
-"""Trusted proxies: whose `X-Forwarded-For` says where a request comes from."""
+"""Trusted proxies: whose `X-Forwarded-For` says where a request comes from.
+
+A proxy may be named by its host name, as the pods of an ingress are by a headless Service: they change their addresses.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -9,28 +14,57 @@ import structlog
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
 log = structlog.get_logger()
 
 FORWARDED_FOR: Final = b"x-forwarded-for"
 MOST_TRUSTED: Final = 256
 """Addresses of one network that can all be proxies; more are a network of machines that could pretend anything."""
+RESOLVE_SECONDS: Final = 10.0
+ANYBODY: Final = "*"
 
 
 class TrustedProxies:
-    """Addresses and networks of proxies, as settings name them."""
+    """Addresses, networks and host names of proxies, as settings name them."""
 
     def __init__(self, named: str) -> None:
-        """`named` are addresses and networks, separated by commas; `*` trusts everybody."""
-        self._trusted = ProxyHeadersMiddleware(cast("Any", None), trusted_hosts=named).trusted_hosts
+        """`named` are addresses, networks and host names, separated by commas; `*` trusts everybody."""
+        parts = [one.strip() for one in named.split(",") if one.strip()]
+        self._addresses = [one for one in parts if _network_size(one)]
+        self._names = [one for one in parts if not _network_size(one)]
+        self._resolved: dict[str, Sequence[str]] = {}
         self._has_warned = False
-        if broad := ", ".join(one for one in map(str.strip, named.split(",")) if _is_broad(one)):
+        self._trust()
+        if broad := [one for one in self._addresses if _network_size(one) > MOST_TRUSTED]:
             log.warning(
                 "trusted proxies are a whole network, of which any machine can pretend any address: name the ingress",
                 variable="PILOTFLAME_TRUSTED_PROXIES",
-                networks=broad,
+                networks=", ".join(broad),
             )
+
+    @property
+    def has_names(self) -> bool:
+        """Tell whether there is anything to resolve."""
+        return bool(self._names)
+
+    async def follow(self) -> None:
+        """Resolve the host names, again and again."""
+        while True:
+            await self.resolve()
+            await asyncio.sleep(RESOLVE_SECONDS)
+
+    async def resolve(self) -> None:
+        """Learn the addresses of all host names; one that isn't found keeps those that it had."""
+        loop = asyncio.get_running_loop()
+        for name in self._names:
+            try:
+                found = await loop.getaddrinfo(name, None)
+            except OSError as error:
+                log.warning("trusted proxy not found by its name", name=name, reason=str(error))
+            else:
+                self._resolved[name] = sorted({str(address[0]) for *_, address in found})
+        self._trust()
 
     def is_trusted(self, address: str) -> bool:
         """Tell whether an address is that of a proxy."""
@@ -52,6 +86,11 @@ class TrustedProxies:
         host, port = self._trusted.get_trusted_client_address(b", ".join(told).decode("latin-1"))
         return (host, port) if host else peer
 
+    def _trust(self) -> None:
+        addresses = [*self._addresses, *(one for found in self._resolved.values() for one in found)]
+        trusted = ANYBODY if ANYBODY in addresses else addresses
+        self._trusted = ProxyHeadersMiddleware(cast("Any", None), trusted_hosts=trusted).trusted_hosts
+
     def _warn(self, peer: tuple[str, int] | None) -> None:
         self._has_warned = True
         log.warning(
@@ -61,10 +100,11 @@ class TrustedProxies:
         )
 
 
-def _is_broad(named: str) -> bool:
-    if named == "*":
-        return True
+def _network_size(named: str) -> int:
+    """Return how many addresses an address, network or `*` stands for; 0 for a host name."""
+    if named == ANYBODY:
+        return MOST_TRUSTED + 1
     try:
-        return ip_network(named).num_addresses > MOST_TRUSTED
+        return ip_network(named, strict=False).num_addresses
     except ValueError:
-        return False
+        return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from prometheus_client import REGISTRY
 from pydantic import SecretStr
 from starlette.requests import Request
@@ -21,6 +22,7 @@ from gateway.http.byte_budget import UNCOUNTED_BYTES, ByteBudget, ByteHolding
 from gateway.http.client_address import client_of
 from gateway.http.connection_budget import SPENT_PART, connections_for
 from gateway.http.edge import Edge
+from gateway.http.proxies import TrustedProxies
 from gateway.settings import GatewaySettings
 from models.settings import InvalidSettings
 from tests.integration.gateway_server import KEY, Address, Connection, listening, serving
@@ -252,6 +254,42 @@ def settings(folder: Path, **values: Any) -> GatewaySettings:  # noqa: ANN401 - 
 )
 def test_a_network_of_one_ipv6_host_is_one_client(address: str, client: str) -> None:
     assert client_of(address) == client
+
+
+async def test_a_forwarded_address_is_believed_to_a_trusted_proxy_alone() -> None:
+    forwarded = [(b"host", b"x"), (b"x-forwarded-for", b"192.0.2.1, 198.51.100.7")]
+    proxies = TrustedProxies("localhost, 203.0.113.9")
+    await proxies.resolve()
+    for peer in ("127.0.0.1", "203.0.113.9"):
+        assert proxies.client((peer, 1), forwarded) == ("198.51.100.7", 0)
+        assert proxies.client((peer, 1), [(b"host", b"x")]) == (peer, 1)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            assert proxies.client(("192.0.2.66", 1), forwarded) == ("192.0.2.66", 1)
+    (warning,) = logs
+    assert (warning["log_level"], warning["peer"]) == ("warning", "192.0.2.66")
+    assert "PILOTFLAME_TRUSTED_PROXIES" in warning["event"]
+
+
+@pytest.mark.parametrize(
+    ("named", "warnings"), [("*", 1), ("10.0.0.0/8, 10.1.1.1", 1), ("10.1.1.1,proxy,10.2.0.0/28", 0)]
+)
+def test_a_whole_network_of_trusted_proxies_is_warned_of(named: str, warnings: int) -> None:
+    with structlog.testing.capture_logs() as logs:
+        TrustedProxies(named)
+    assert len(logs) == warnings
+
+
+async def test_clients_behind_a_trusted_proxy_have_bounds_of_their_own(tmp_path: Path) -> None:
+    async with polled(tmp_path) as address:
+        with closing([]) as polls:
+            for _ in range(CONNECTIONS // 2 + 1):
+                polls.append(await Connection.open(address))  # from a trusted proxy
+                await polls[-1].send("GET /poll HTTP/1.1\nHost: x\nX-Forwarded-For: 192.0.2.1")
+            assert (await polls[-1].answer())[0] == 503
+            polls.append(await Connection.open(address))
+            await polls[-1].send("GET /now HTTP/1.1\nHost: x\nX-Forwarded-For: 192.0.2.2")
+            assert (await polls[-1].answer())[0] == 200
 
 
 def test_connections_leave_descriptors_for_everything_else() -> None:
