@@ -214,9 +214,10 @@ async def promote_due(database: Database, holder: Holder) -> int:
             # What was left of the run's timeout when it went to sleep is counted from now on.
             deadline_at=col(Execution.deadline_at) + DatabaseTime(),
         )
+        .returning(col(Execution.id))
     )
 
     async def work(connection: AsyncConnection) -> int:
-        return (await connection.execute(statement)).rowcount
+        return len((await connection.scalars(statement)).all())
 
     return await database.transaction(work)
