@@ -90,8 +90,10 @@ def conflict(code: str, message: str) -> ApiError:
     return ApiError(409, code, message)
 
 
-def too_large(limit_bytes: int) -> ApiError:
-    return ApiError(413, "payload-too-large", f"The body is larger than {limit_bytes:,} bytes")
+def too_large(limit_bytes: int, setting: str) -> ApiError:
+    """Return the refusal of a body beyond a limit, which `setting` names unless it is empty."""
+    limit = f"{limit_bytes:,} bytes, the limit of {setting}" if setting else f"{limit_bytes:,} bytes"
+    return ApiError(413, "payload-too-large", f"The body is larger than {limit}")
 
 
 def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:

@@ -15,6 +15,7 @@ from engine.values import Json
 from gateway import errors
 from gateway.arrivals.verification import FIELD, Provider, Verification, parsed
 from gateway.errors import ApiError
+from gateway.http.body_limit import BodyLimit
 from models.trigger import patterns_for
 from senders import event, forms, github, slack
 from senders.event import Challenge
@@ -28,6 +29,8 @@ KIND: Final = "webhook"
 PING: Final = "ping"
 _HIDDEN: Final = ("authorization", "cookie", "signature", "secret", "token", "password", "api-key")
 """What is in the names of headers that hold what opens something."""
+_ENCODING: Final = "content-encoding"
+"""Not of the body that a run is given: that is decompressed."""
 _TEXTS: Final = frozenset(
     {"application/xml", "application/javascript", "application/yaml", "application/x-ndjson"}
 )
@@ -57,6 +60,11 @@ class Hook:
 
     verification: Verification
     config: HookConfig
+
+    @property
+    def body_limit(self) -> BodyLimit:
+        """How large a body the trigger takes."""
+        return BodyLimit(self.config.max_body_bytes, "`maxBodyBytes` of the trigger")
 
     def require_method(self, method: str) -> None:
         """Raise 405 for a method that the trigger doesn't take."""
@@ -150,7 +158,7 @@ def _headers(hook: Hook, headers: Headers) -> dict[str, Json]:
     return {
         name: ", ".join(headers.all(name))
         for name in headers.starting_with("")
-        if name not in own and not any(word in name for word in _HIDDEN)
+        if name not in own and name != _ENCODING and not any(word in name for word in _HIDDEN)
     }
 
 

@@ -57,7 +57,13 @@ JSON_CODES: Final = (
     "nul-character",
     "too-deep",
 )
-BODY_CODES: Final = (*JSON_CODES, "payload-too-large", "unsupported-media-type", "validation-failed")
+BODY_CODES: Final = (
+    *JSON_CODES,
+    "malformed-body",
+    "payload-too-large",
+    "unsupported-media-type",
+    "validation-failed",
+)
 """What any operation with a body can answer."""
 
 GENERAL: Final = frozenset(
@@ -68,6 +74,7 @@ GENERAL: Final = frozenset(
 REFUSALS: Final[Mapping[str, Refusal]] = {
     "malformed-request": Refusal(400, "What was sent is not HTTP/1.1."),
     "disconnected": Refusal(400, "The client was gone before its request was whole; only the log has it."),
+    "malformed-body": Refusal(400, "The body is not compressed as its `Content-Encoding` says."),
     "malformed-json": Refusal(400, "The body is not JSON in UTF-8."),
     "duplicate-key": Refusal(400, "The body gives a key twice in one object."),
     "not-finite": Refusal(400, "The body holds NaN, Infinity or a number too large for a double."),
@@ -151,7 +158,10 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     ),
     "precondition-failed": Refusal(412, "The object is in another state than the one that `If-Match` names."),
     "payload-too-large": Refusal(413, "The body is larger than the server accepts."),
-    "unsupported-media-type": Refusal(415, "The body is not declared as `application/json`."),
+    "unsupported-media-type": Refusal(
+        415,
+        "The body is not declared as `application/json`, or its `Content-Encoding` is neither gzip nor deflate.",
+    ),
     "validation-failed": Refusal(422, "A field is wrong, or the graph is: `details` has an entry for each."),
     "idempotency-mismatch": Refusal(422, "The `Idempotency-Key` was used before, with another body."),
     **{

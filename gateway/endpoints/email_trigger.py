@@ -21,6 +21,7 @@ from gateway.arrivals.taking_in import Message
 from gateway.errors import ApiError
 from gateway.executions import acceptance
 from gateway.http import idempotency
+from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Wire, convert, json_of
@@ -50,6 +51,7 @@ CREATED: Final = 201
 OK: Final = 200
 MAX_INLINE_BYTES: Final = 65_536
 """What is shorter stands in the row itself: as base64 it takes a third more there, and saves a file and its fsync."""
+MAX_MAIL_SETTING: Final = "PILOTFLAME_MAX_MAIL_BYTES"
 MEDIA_TYPE: Final = "application/octet-stream"
 NAME: Final = "as-it-came"
 
@@ -111,7 +113,7 @@ async def receive(request: Request) -> JsonResponse:
     gateway, workflow_id = request.gateway, request.path_params["id"]
     known = None if request.known_sender is None else request.sender
     addressee = await mail_senders.addressee(gateway, workflow_id, known)
-    content = await request.body_up_to(gateway.settings.max_mail_bytes)
+    content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
     headers = Headers(request.scope["headers"])
     arrival = Arrival(request.method, request.url.path, {}, headers, content, gateway.clock())
     if known is not None:
@@ -173,7 +175,7 @@ class Handed:
 async def _native(handed: Handed) -> JsonResponse:
     request, content = handed.request, handed.arrival.body
     if len(content) > (most := request.gateway.settings.max_body_bytes):
-        raise errors.too_large(most)
+        raise BodyLimit(most).exceeded()
     value = await json_of(request, content)
     mail = convert(value, EmailTrigger)
     attachments = await patience.patiently(decode_attachments, mail.attachments)

@@ -21,6 +21,7 @@ from gateway.arrivals.verification import Provider
 from gateway.errors import ApiError
 from gateway.executions.rates import Limit
 from gateway.http import idempotency
+from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Wire
@@ -153,8 +154,6 @@ async def _let_in(request: Request, sender: Sender) -> LetIn:
     """
     gateway = request.gateway
     query = _query(request)
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise ApiError(415, "unsupported-media-type", "Send the body as it is, without a Content-Encoding")
     address = request.client.host if request.client else ""
     content: bytes | None = None
 
@@ -163,11 +162,11 @@ async def _let_in(request: Request, sender: Sender) -> LetIn:
         hook = hooks.hook_of(workflow)
         hook.require_method(request.method)
         hook.require_network(address)
-        limit = min(hook.config.max_body_bytes, gateway.settings.max_body_bytes)
+        limit = min(hook.body_limit, BodyLimit(gateway.settings.max_body_bytes), key=lambda one: one.bytes)
         if content is None:
             content = await request.body_up_to(limit)
-        elif len(content) > limit:
-            raise errors.too_large(limit)
+        elif len(content) > limit.bytes:
+            raise limit.exceeded()
         arrival = verification.arrival_of(request, query, content)
         return LetIn(hook, await verification.verify(gateway, workflow, arrival))
 

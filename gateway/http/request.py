@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from starlette.requests import Request as StarletteRequest
 
 from gateway import errors
 from gateway.arrivals.sender import no_sender
+from gateway.http.body_limit import BodyLimit
+from gateway.http.content_encoding import ContentDecoder
 from gateway.http.query import Query
 
 if TYPE_CHECKING:
@@ -85,27 +88,45 @@ class Request(StarletteRequest):
             holding.body.release()
 
     async def body(self) -> bytes:
-        """Return the whole body; raises 413 as soon as it is too large."""
-        return await self.body_up_to(self.gateway.settings.max_body_bytes)
+        """Return the whole body, decompressed; raises 413 as soon as it is too large."""
+        return await self.body_up_to(BodyLimit(self.gateway.settings.max_body_bytes))
 
-    async def body_up_to(self, limit_bytes: int) -> bytes:
-        """Return the whole body; raises 413 as soon as it has more bytes, 503 where it has no room beside others."""
+    async def body_up_to(self, limit: BodyLimit) -> bytes:
+        """Return the whole body, decompressed.
+
+        Raises 413 as soon as it has more bytes than the limit, 415 for an unknown `Content-Encoding`, 400 for a body
+        that isn't compressed so, and 503 where it has no room beside others.
+        """
         holding: RequestHolding | None = self.scope.get("holding")
         declared = self.headers.get("content-length", "0")
-        if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit_bytes):
-            raise errors.too_large(limit_bytes)
+        if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit.bytes):
+            raise limit.exceeded()
+        decoder = ContentDecoder(self.headers.get("content-encoding", ""))
         # A large body is there once: to keep its pieces until it is whole would take the memory twice.
         body = BytesIO()
         size = 0
         has_more = True
         while has_more:
             message = await self.receive()
-            if holding is not None and holding.body.is_evicted:
-                raise errors.busy("As many bytes of requests are held here as may be")
+            _require_room(holding)
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            size += body.write(message.get("body", b""))
-            if size > limit_bytes:
-                raise errors.too_large(limit_bytes)
+            received = message.get("body", b"")
+            for piece in decoder.decode(received) if decoder.is_needed else (received,):
+                size += body.write(piece)
+                if size > limit.bytes:
+                    raise limit.exceeded()
+                if decoder.is_needed:
+                    if holding is not None:
+                        holding.body.add(len(piece))
+                        _require_room(holding)
+                    await asyncio.sleep(0)  # a small body may decompress to a large one
             has_more = message.get("more_body", False)
+        decoder.finish()
         return body.getvalue()
+
+
+def _require_room(holding: RequestHolding | None) -> None:
+    """Raise 503 where the bytes of this request were given up for those of others."""
+    if holding is not None and holding.body.is_evicted:
+        raise errors.busy("As many bytes of requests are held here as may be")

@@ -64,9 +64,6 @@ async def json_of(request: Request, raw: bytes) -> Json:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(415, "unsupported-media-type", "Send the body as Content-Type: application/json")
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        message = "Send the body as it is, without a Content-Encoding"
-        raise ApiError(415, "unsupported-media-type", message, headers={"Accept-Encoding": "identity"})
     try:
         return await patience.patiently(values.decode, raw)
     except InvalidJson as error:

@@ -17,6 +17,7 @@ from engine.values import InvalidJson
 from execution.gateway_calls import RUNNER_HEADER
 from gateway import errors
 from gateway.errors import ApiError
+from gateway.http.body_limit import BodyLimit
 from gateway.http.client_address import client_of_scope
 from gateway.http.endpoint import Access, Endpoint, Operation
 from gateway.http.failed_attempts import FailedAttempts
@@ -103,7 +104,7 @@ class InternalEndpoint(Endpoint):
 
 async def decoded(request: Request, kind: type[Call], *, max_bytes: int = MAX_CALL_BYTES) -> Call:
     """Return the body as `kind`; raises 400 for what is no strict JSON, 413, and 422 for wrong fields."""
-    raw = await request.body_up_to(max_bytes)
+    raw = await request.body_up_to(BodyLimit(max_bytes, setting=""))
     if len(raw) > LONG_BYTES:
         return await asyncio.to_thread(_decoded, raw, kind)
     return _decoded(raw, kind)

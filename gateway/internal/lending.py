@@ -29,6 +29,7 @@ from execution.gateway_calls import (
 from execution.node_blobs import MAX_BLOB_BYTES
 from gateway import errors
 from gateway.errors import ApiError
+from gateway.http.body_limit import BodyLimit
 from gateway.http.downloads import Download
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.internal import checks, holding
@@ -49,7 +50,7 @@ ASK_SECONDS: Final = 20.0
 async def put_blob(request: Request, holder: Holder) -> NoContent:
     """Keep a content for a line of runs."""
     owner = await _owner(request, holder)
-    content = await request.body_up_to(MAX_BLOB_BYTES)
+    content = await request.body_up_to(BodyLimit(MAX_BLOB_BYTES, setting=""))
     wanted = request.path_params["sub"]
     if await asyncio.to_thread(lambda: hash_of(content).hexdigest()) != wanted:
         raise errors.invalid([errors.problem("sha256", "invalid-value", "The content has another hash")])

@@ -2,8 +2,10 @@
 
 import gzip
 import json
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Callable
 
+import httpx2
 import pytest
 
 from tests.integration.gateway_world import GRAPH, People, World, refused
@@ -153,16 +155,50 @@ async def test_a_body_must_be_sent_as_json(people: People, content_type: str | N
         refused(response, 415, "unsupported-media-type")
 
 
-async def test_a_body_must_be_sent_as_it_is(people: People) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "compress"),
+    [
+        ("gzip", gzip.compress),
+        ("x-gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("deflate", lambda body: zlib.compress(body, wbits=-15)),
+        ("identity", bytes),
+    ],
+    ids=["gzip", "x-gzip", "deflate", "deflate without its wrapper", "identity"],
+)
+async def test_a_body_may_be_compressed(
+    people: People, encoding: str, compress: Callable[[bytes], bytes]
+) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    body = compress(b'{"name": "x"}')
+    response = await people.owner.api.post(WORKFLOWS, content=body, headers=headers)
+    assert response.status_code == 201, response.text
+
+    async def halves() -> AsyncIterator[bytes]:
+        yield body[:5]
+        yield body[5:]
+
+    response = await people.owner.api.post(WORKFLOWS, content=halves(), headers=headers)
+    assert response.status_code == 201, response.text
+
+
+async def test_a_compressed_body_is_bounded_and_whole(people: People) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    response = await people.owner.api.post(
-        WORKFLOWS, content=gzip.compress(b'{"name": "x"}'), headers=headers
-    )
-    refused(response, 415, "unsupported-media-type")
-    assert response.headers["Accept-Encoding"] == "identity"
-    headers["Content-Encoding"] = "identity"
-    response = await people.owner.api.post(WORKFLOWS, content=b'{"name": "x"}', headers=headers)
-    assert response.status_code == 201
+
+    async def post(content: bytes) -> httpx2.Response:
+        return await people.owner.api.post(WORKFLOWS, content=content, headers=headers)
+
+    bomb = gzip.compress(b'{"name": "' + b"x" * 50_000_000 + b'"}')
+    answer = await post(bomb)
+    refused(answer, 413, "payload-too-large")
+    assert "PILOTFLAME_MAX_BODY_BYTES" in answer.text
+    whole = gzip.compress(b'{"name": "x"}')
+    for broken in (whole[:-4], whole + b"more", b'{"name": "x"}'):
+        refused(await post(broken), 400, "malformed-body")
+    headers["Content-Encoding"] = "br"
+    answer = await post(whole)
+    refused(answer, 415, "unsupported-media-type")
+    assert answer.headers["Accept-Encoding"] == "gzip, deflate"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""How large a body may be, and which setting says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gateway import errors
+
+if TYPE_CHECKING:
+    from gateway.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimit:
+    """The most bytes of a body, counted after decompression."""
+
+    bytes: int
+    setting: str = "PILOTFLAME_MAX_BODY_BYTES"
+    """The setting that a reader of the refusal would change; empty where none sets it."""
+
+    def exceeded(self) -> ApiError:
+        """Return the refusal of a larger body."""
+        return errors.too_large(self.bytes, self.setting)
