@@ -89,6 +89,24 @@ class Cluster:
         self.used.append(wanted.workflow_id)
         return wanted
 
+    async def delete_namespace(self) -> None:
+        """Delete the namespace with all that is in it, and wait until it is gone."""
+        assert self.core is not None
+        await self.core.delete_namespace(self.namespace)
+
+        async def is_gone() -> bool:
+            assert self.core is not None
+            return all(
+                one.metadata.name != self.namespace for one in (await self.core.list_namespace()).items
+            )
+
+        await self.until_true(is_gone)
+
+    async def create_namespace(self) -> None:
+        """Make the namespace anew."""
+        assert self.core is not None
+        await self.core.create_namespace({"metadata": {"name": self.namespace, "labels": RESTRICTED}})
+
     async def until(self, workflow_id: str, holds: Callable[[Observed], bool]) -> Observed:
         """Observe until something holds."""
         observed = await self.driver.observe(workflow_id)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
+from sqlalchemy import update
 
 from journal import deployments
-from models.deployment import Deployment
+from models.deployment import Deployment, Observed
 from tests.cluster.world import PROGRAM
 from tests.integration.gateway_world import SECRET, Person, World
 from workers.cluster import local
@@ -63,6 +64,12 @@ async def on_this_machine(
     open_driver = partial(local.open_local, folder, runs_without_isolation=True)
     async with deployer(world, open_driver, command=command, **settings) as found:
         yield found
+
+
+async def forget_deployments(world: World) -> None:
+    """Have nothing deployed any more, whatever a test has left."""
+    gone = update(Deployment).values(is_deployed=False, observed=Observed.ABSENT)
+    await world.gateway.database.transaction(lambda connection: connection.execute(gone))
 
 
 async def row(world: World, workflow_id: str) -> Deployment:

@@ -31,6 +31,7 @@ from tests.integration.deployers import (
     BROKEN_POD,
     asked,
     deployer,
+    forget_deployments,
     on_this_machine,
     row,
     until,
@@ -55,8 +56,7 @@ async def workflow_id(people: People) -> str:
 @pytest.fixture(autouse=True)
 async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
     yield
-    gone = update(Deployment).values(is_deployed=False, observed=Observed.ABSENT)
-    await world.gateway.database.transaction(lambda connection: connection.execute(gone))
+    await forget_deployments(world)
 
 
 def is_running(deployment: Deployment) -> bool:
@@ -124,66 +124,6 @@ async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
     async with deployer(world, cluster.reopen, cluster="kubernetes"):
         healed = await until(world, workflow_id, is_running)
         assert (healed.observed_definition_hash, healed.observed_reason) == (failed.definition_hash, None)
-
-
-async def test_an_image_that_is_nowhere_fails_at_once_and_the_reason_outlives_its_pods(
-    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
-) -> None:
-    cluster, api = fake
-    api.node.missing_images.add("runner:1")
-    api.node.terminate_seconds = 0.3
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deployer(
-        world, cluster.reopen, cluster="kubernetes", runner_image="runner:1", start_seconds=3_600
-    ) as found:
-        failed = await until(world, workflow_id, has_failed)
-        assert failed.observed_reason is not None
-        assert "runner:1" in failed.observed_reason
-        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
-        seen = [
-            await until(world, workflow_id, lambda one: one.observed == Observed.STOPPING),
-            await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED),
-        ]
-        api.lose_etcd()
-        found.look_at(workflow_id)
-        unknown = await until(world, workflow_id, lambda one: one.observed == Observed.UNKNOWN)
-        assert unknown.observed_reason != failed.observed_reason
-        api.restart_etcd()
-        found.look_at(workflow_id)
-        seen.append(await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED))
-        for one in seen:
-            assert status_of(one) is DeploymentStatus.FAILED
-            assert (one.observed_reason_code, one.observed_reason) == ("image-pull", failed.observed_reason)
-        shown = await people.owner.api.get(f"/api/v1/workflows/{workflow_id}/status")
-        assert (shown.json()["deploymentStatus"], shown.json()["reasonCode"]) == ("failed", "image-pull")
-
-
-@pytest.mark.parametrize("cause", ["quota", "unschedulable"])
-async def test_a_start_without_room_says_so_at_once_and_goes_on_when_there_is_some(
-    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi], cause: str
-) -> None:
-    cluster, api = fake
-    room = api.node.machines[0].cpu_millicores
-    if cause == "quota":
-        await cluster.set_quota({"pods": "0"})
-    else:
-        api.node.machines[0].cpu_millicores = 1
-    async with deployer(world, cluster.reopen, cluster="kubernetes", start_seconds=0.1):
-        await asked(people.owner, "deploy", workflow_id, 202)
-        blocked = await until(world, workflow_id, lambda one: one.observed_reason_code == cause)
-        assert status_of(blocked) is DeploymentStatus.STARTING
-        refused = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/trigger", json={"sync": True})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not-ready")
-        assert blocked.observed_reason is not None
-        assert blocked.observed_reason in refused.json()["error"]["message"]
-        assert int(refused.headers["Retry-After"]) > 0
-        if cause == "quota":
-            await cluster.set_quota(None)
-        else:
-            api.node.machines[0].cpu_millicores = room
-            api.store.touch()
-        running = await until(world, workflow_id, is_running)
-        assert (running.observed_reason, running.observed_reason_code) == (None, None)
 
 
 class Moody(local.LocalDriver):

@@ -130,8 +130,10 @@ class Controllers:
                 self._control_deployment(found)
             for pod in list(self._store.every("pods")):
                 self._control_pod(pod)
-            await asyncio.wait({changed}, timeout=self._seconds_until_due())
-            changed.cancel()
+            try:
+                await asyncio.wait({changed}, timeout=self._seconds_until_due())
+            finally:
+                changed.cancel()
             await asyncio.sleep(self._node.delay_seconds)
 
     def _seconds_until_due(self) -> float | None:

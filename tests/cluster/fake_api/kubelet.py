@@ -40,8 +40,8 @@ class Node:
     restart_seconds: float = 0.3
     pull_seconds: float = 0.3
     """Until an image that could not be pulled is tried again; the real one takes up to five minutes."""
-    terminate_seconds: float = 0.02
-    """How long a pod is still listed after its containers have ended."""
+    terminate_seconds: float = 0.0
+    """How long a kubelet takes to notice that nothing of a pod runs any more that was told to end."""
     probe_seconds: float = 0.03
     missing_images: set[str] = field(default_factory=set)
     """Images that no registry has; neither are those of `*.invalid`."""
@@ -111,13 +111,12 @@ class Kubelet:
 
     async def _live(self) -> None:
         await self._keep_up()
+        await asyncio.sleep(self._node.terminate_seconds)
         # What has ended is listed for a moment more, as one that has come to its end.
         has_failed = not self.has_started
-        state = {
-            "terminated": {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": now()}
-        }
-        self._show(state, phase="Failed" if has_failed else "Succeeded")
-        await asyncio.sleep(self._node.terminate_seconds)
+        ended = {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": now()}
+        self._show({"terminated": ended}, phase="Failed" if has_failed else "Succeeded")
+        await asyncio.sleep(self._node.delay_seconds)
         metadata = self._pod["metadata"]
         while not self.machine.is_heard:  # noqa: ASYNC110 - machines have no event
             await asyncio.sleep(self._node.delay_seconds)

@@ -399,12 +399,14 @@ class FakeApi:
         try:
             while not ended.done():
                 changed = asyncio.create_task(self.store.changed())
-                for event in self._events_after(sent, target):
-                    sent = event.version
-                    if matches(event.object):
-                        await send(event.type, event.object)
-                await asyncio.wait((changed, ended), return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+                try:
+                    for event in self._events_after(sent, target):
+                        sent = event.version
+                        if matches(event.object):
+                            await send(event.type, event.object)
+                    await asyncio.wait((changed, ended), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
         finally:
             ended.cancel()
 
