@@ -102,6 +102,8 @@ class Recorded(msgspec.Struct, frozen=True):
     """The runs that still held their tokens."""
 
     held: Sequence[str]
+    unwritten: Sequence[str] = ()
+    """Those whose rows another transaction has locked."""
 
 
 class HeldLease(msgspec.Struct, frozen=True):
@@ -123,6 +125,8 @@ class RenewedLeases(msgspec.Struct, frozen=True):
     """Those that were extended, with what was asked of each run meanwhile."""
 
     requests: Mapping[str, str | None]
+    locked: Sequence[str] = ()
+    """Those that were neither extended nor lost."""
 
 
 class GiveBackCall(msgspec.Struct, frozen=True):

@@ -29,13 +29,16 @@ class GroupCommit(Generic[Item, Answer]):
 
     def __init__(
         self,
-        commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]],
+        commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer | Exception]]],
         *,
         max_batch: int = 200,
         weigh: Callable[[Item], int] = lambda _: 0,
         max_weight: int = 0,
     ) -> None:
-        """What waits longest goes first, however heavy; with it go those that `max_weight` leaves room for."""
+        """What waits longest goes first, however heavy; with it go those that `max_weight` leaves room for.
+
+        An exception among the answers of `commit` is raised to whoever waits for it.
+        """
         self._commit = commit
         self._max_batch = max_batch
         self._weigh = weigh
@@ -105,9 +108,15 @@ class GroupCommit(Generic[Item, Answer]):
             for one in batch:
                 await self._settle([one])
         else:
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():
-                    future.set_result(answer)
+            for one, answer in zip(batch, answers, strict=True):
+                _resolve(one, answer)
+
+
+def _resolve(waiter: tuple[Item, asyncio.Future[Answer]], answer: Answer | Exception) -> None:
+    if isinstance(answer, Exception):
+        _fail([waiter], answer)
+    elif not waiter[1].done():
+        waiter[1].set_result(answer)
 
 
 def _fail(batch: Sequence[tuple[Item, asyncio.Future[Answer]]], error: Exception) -> None:

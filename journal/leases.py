@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 RENEWALS_PER_LEASE = 3
+TRIES_PER_RENEWAL = 5
+"""How often a lease is tried again, until the next renewal, whose row is locked."""
 MARGIN = 0.15
 """The share of a lease that is given away: our clock and the database's need not run alike."""
 
@@ -95,7 +97,7 @@ class LeaseKeeper:
             if not leases:
                 continue
             try:
-                await self._renew(store, leases)
+                await self._renew_unlocked(store, leases, interval_seconds)
             except DatabaseUnavailable as error:
                 # The leases run out by themselves: each run looks at its own before it starts a node.
                 log.warning("leases not renewed", error=str(error), leases=len(leases))
@@ -104,8 +106,22 @@ class LeaseKeeper:
         if store is not self._store:
             await store.close()
 
-    async def _renew(self, store: RunStore, leases: list[Lease]) -> None:
+    async def _renew_unlocked(self, store: RunStore, leases: list[Lease], seconds: float) -> None:
+        """Renew leases, and try those again until the next round whose rows another transaction has locked."""
         since = time.monotonic()
+        while locked := await self._renew(store, leases):
+            left_seconds = seconds * (1 - 1 / TRIES_PER_RENEWAL) - (time.monotonic() - since)
+            if left_seconds <= 0 or await asyncio.to_thread(self._stopping.wait, seconds / TRIES_PER_RENEWAL):
+                log.warning("leases locked by another transaction", leases=len(locked))
+                return
+            leases = [lease for lease in locked if self._leases.get(lease.key.execution_id) is lease]
+
+    async def _renew(self, store: RunStore, leases: list[Lease]) -> list[Lease]:
+        """Renew leases; returns those that are neither renewed nor lost."""
+        if not leases:
+            return []
+        since = time.monotonic()
+        locked: list[Lease] = []
         answers = await store.renew([lease.held for lease in leases], self._lease_seconds)
         renewed = {answer.execution_id: answer for answer in answers}
         for lease in leases:
@@ -113,6 +129,10 @@ class LeaseKeeper:
             if answer is None:
                 self._loop.call_soon_threadsafe(self._on_lost, lease)
                 continue
+            if answer.is_locked:
+                locked.append(lease)
+                continue
             lease.until = self._end(since)
             if answer.request is not None:
                 self._loop.call_soon_threadsafe(self._on_request, lease, answer.request)
+        return locked

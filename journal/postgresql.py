@@ -65,7 +65,7 @@ from models.execution import (
     TERMINAL,
     ExecutionStatus,
 )
-from models.outage import LockWaitTimeout
+from models.outage import LockWaitTimeout, PartialCommit
 from models.sqlstates import DatabaseFailure, failure_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,12 @@ SESSION = {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
 }
+
+BATCH_LOCK_MILLISECONDS = 500
+"""So long a commit of many runs waits for a locked row, before each of them is written alone."""
+LONE_LOCK_MILLISECONDS = 100
+RENEW_PAUSES_SECONDS = (0.02, 0.1)
+"""How long rows that are being written, most likely by this very worker, get before their leases count as locked."""
 
 
 async def connect(url: URL, *, connections: int) -> PostgreSQLStore:
@@ -139,8 +145,32 @@ class PostgreSQLStore:
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
         batch = sorted(batch, key=lambda write: write.execution_id)
+        try:
+            return await self._record(_RECORD, batch, owner)
+        except LockWaitTimeout as error:
+            if len(batch) == 1:
+                raise PartialCommit((), [batch[0].execution_id]) from error
+        return await self._record_each(batch, owner)
+
+    async def _record_each(self, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
+        """Write run by run, so that a locked row holds up its own run alone; raises `PartialCommit`."""
+        held: set[str] = set()
+        unwritten: set[str] = set()
+        for number, write in enumerate(batch):
+            try:
+                held |= await self._record(_RECORD_ALONE, [write], owner)
+            except LockWaitTimeout:
+                unwritten.add(write.execution_id)
+            except DatabaseUnavailable:
+                unwritten.update(one.execution_id for one in batch[number:])
+                break
+        if unwritten:
+            raise PartialCommit(held, unwritten)
+        return frozenset(held)
+
+    async def _record(self, statement: str, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
         rows = await self._fetch(
-            _RECORD,
+            statement,
             *columns(map(_write_row, batch), len(_WRITE_TYPES)),
             *columns(span_rows(batch), len(SPAN_COLUMNS)),
             *columns(log_rows(batch), len(LOG_COLUMNS)),
@@ -152,9 +182,20 @@ class PostgreSQLStore:
         self, held: Sequence[Held], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[Renewed]:
         """Extend leases; see `Store.renew`."""
-        leases = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
-        rows = await self._fetch(_RENEW, *columns(leases, 3), int(lease_seconds * 1_000_000), owner)
-        return [Renewed(row[0], row[1]) for row in rows]
+        left = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
+        renewed: list[Renewed] = []
+        for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
+            rows = await self._fetch(_RENEW, *columns(left, 3), int(lease_seconds * 1_000_000), owner)
+            renewed += [Renewed(row[0], row[1]) for row in rows]
+            returned = {row[0] for row in rows}
+            left = [lease for lease in left if lease[0] not in returned]
+            if left:
+                ours = {row[0] for row in await self._fetch(_STILL_HELD, *columns(left, 3), owner)}
+                left = [lease for lease in left if lease[0] in ours]
+            if not left or pause_seconds is None:
+                break
+            await asyncio.sleep(pause_seconds)
+        return [*renewed, *(Renewed(execution_id, None, is_locked=True) for execution_id, _, _ in left)]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions; see `Store.definitions`."""
@@ -385,7 +426,7 @@ _FIRST_LOG = _FIRST_SPAN + len(_SPAN_TYPES)
 _OWNER = _FIRST_LOG + len(_LOG_TYPES)
 # A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer.
 _WAITS = "(write.status = 'waiting' AND execution.signals <= write.signals)"
-_RECORD = f"""
+_RECORD_TEMPLATE = f"""
 WITH held AS (
     UPDATE execution SET
         status = CASE WHEN write.move = 'goes-on' THEN execution.status
@@ -411,6 +452,7 @@ WITH held AS (
         id, lane, token, move, status, completed_nodes, has_new_result, error, due_at, signals)
     WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
         AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
+        AND {{lock_wait}}
     RETURNING execution.id
 ), new_span AS (
     INSERT INTO span ({", ".join(SPAN_COLUMNS)})
@@ -426,13 +468,20 @@ WITH held AS (
 )
 SELECT id FROM held
 """
+_RECORD = _RECORD_TEMPLATE.format(lock_wait=waits_for_locks(BATCH_LOCK_MILLISECONDS))
+_RECORD_ALONE = _RECORD_TEMPLATE.format(lock_wait=waits_for_locks(LONE_LOCK_MILLISECONDS))
+_HELD = f"""
+execution JOIN unnest({unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
+    ON execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token
+WHERE status = 'running' AND ({{owner}}::text = '' OR lease_owner = {{owner}})
+"""
 _RENEW = f"""
 UPDATE execution SET lease_until = {NOW} + $4::bigint
-FROM unnest({unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
-WHERE execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token AND status = 'running'
-    AND ($5::text = '' OR lease_owner = $5)
-RETURNING execution.id, request
+WHERE id = ANY (ARRAY(
+    SELECT execution.id FROM {_HELD.format(owner="$5")} FOR NO KEY UPDATE OF execution SKIP LOCKED))
+RETURNING id, request
 """
+_STILL_HELD = f"SELECT execution.id FROM {_HELD.format(owner='$4')}"
 
 
 def _write_row(write: RunWrite) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from engine.events import SETTLED, UNFINISHED, Ended, LogLine, Span
 from journal.blobs.backend import BlobsUnavailable
 from journal.grouping import GroupCommit
 from journal.store import RunWrite
-from models.outage import DatabaseUnavailable
+from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 
 if TYPE_CHECKING:
     from journal.large_values import LargeValues
@@ -40,22 +40,40 @@ class Recorder:
         self._store = store
         self._on_committed = on_committed
         self._group: GroupCommit[RunWrite, bool] = GroupCommit(self._commit, weigh=_rows, max_weight=MAX_ROWS)
+        # Apart: whoever shares a commit with a locked run waits for its lock.
+        self._locked_group: GroupCommit[RunWrite, bool] = GroupCommit(
+            self._commit, weigh=_rows, max_weight=MAX_ROWS
+        )
+        self._locked: set[str] = set()
+        """Runs whose rows another transaction had locked when they were last to be written."""
 
     def submit(self, write: RunWrite) -> asyncio.Future[bool]:
-        """Queue a write; the future tells whether the run still held its token."""
-        return self._group.submit(write)
+        """Queue a write; the future tells whether the run still held its token, or raises `LockWaitTimeout`."""
+        group = self._locked_group if write.execution_id in self._locked else self._group
+        return group.submit(write)
 
     async def drain(self) -> None:
         """Wait until everything submitted is committed or refused."""
         await self._group.drain()
+        await self._locked_group.drain()
 
-    async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool]:
-        held = await self._store.record(batch)
+    async def _commit(self, batch: Sequence[RunWrite]) -> Sequence[bool | Exception]:
+        locked: LockWaitTimeout | None = None
+        unwritten: frozenset[str] = frozenset()
+        try:
+            held = await self._store.record(batch)
+        except PartialCommit as error:
+            held, unwritten, locked = error.held, error.unwritten, error
+        self._locked.difference_update(write.execution_id for write in batch)
+        self._locked |= unwritten
         if held:
             self._on_committed(
                 {write.execution_id: write.inbox for write in batch if write.execution_id in held}
             )
-        return [write.execution_id in held for write in batch]
+        return [
+            locked if locked is not None and write.execution_id in unwritten else write.execution_id in held
+            for write in batch
+        ]
 
 
 def _rows(write: RunWrite) -> int:

@@ -244,6 +244,8 @@ class Renewed:
 
     execution_id: str
     request: str | None
+    is_locked: bool = False
+    """The lease was neither renewed nor lost: another transaction has the row."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -296,7 +298,8 @@ class RunStore(Protocol):
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done, at most one write a run; returns the ids of those that still held their token.
 
-        With an `owner`, nothing is written of runs that are leased by another.
+        With an `owner`, nothing is written of runs that are leased by another. Raises `PartialCommit` where other
+        transactions kept some of the rows locked; the rest was written then.
         """
 
     async def renew(

@@ -29,6 +29,7 @@ from execution.gateway_calls import (
     SpansCall,
 )
 from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Held, Renewed, RunWrite, Swept
+from models.outage import PartialCommit
 
 if TYPE_CHECKING:
     from engine.events import Span
@@ -53,9 +54,14 @@ class RemoteStore:
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
         """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""
         held: set[str] = set()
+        unwritten: set[str] = set()
         for part in _parts(batch):
             call = RecordCall(list(part))
-            held |= set((await self._gateway.call("/record", call, Recorded, seconds=RECORD_SECONDS)).held)
+            answer = await self._gateway.call("/record", call, Recorded, seconds=RECORD_SECONDS)
+            held.update(answer.held)
+            unwritten.update(answer.unwritten)
+        if unwritten:
+            raise PartialCommit(held, unwritten)
         return frozenset(held)
 
     async def renew(
@@ -68,7 +74,8 @@ class RemoteStore:
         """Extend leases; see `RunStore.renew`."""
         leases = [HeldLease(one.execution_id, one.lane, one.token) for one in held]
         answer = await self._gateway.call("/renew", RenewCall(leases, lease_seconds), RenewedLeases)
-        return [Renewed(execution_id, request) for execution_id, request in answer.requests.items()]
+        renewed = [Renewed(execution_id, request) for execution_id, request in answer.requests.items()]
+        return [*renewed, *(Renewed(execution_id, None, is_locked=True) for execution_id in answer.locked)]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions that runs of this pod were accepted with; see `RunStore.definitions`."""

@@ -38,6 +38,7 @@ from journal.store import Claim, Held
 from messages import beginnings
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
+from models.outage import PartialCommit
 from nodes.connections import policy
 
 if TYPE_CHECKING:
@@ -116,10 +117,14 @@ async def record(request: Request, holder: Holder) -> JsonResponse:
         await asyncio.to_thread(_require_storable, call)
     else:
         _require_storable(call)
-    held = await request.gateway.store.record(call.writes, owner=holder.owner)
+    unwritten: frozenset[str] = frozenset()
+    try:
+        held = await request.gateway.store.record(call.writes, owner=holder.owner)
+    except PartialCommit as error:
+        held, unwritten = error.held, error.unwritten
     if held:
         await _announce(request.gateway, call, held)
-    return JsonResponse(Recorded(sorted(held)))
+    return JsonResponse(Recorded(sorted(held), sorted(unwritten)))
 
 
 def _require_storable(call: RecordCall) -> None:
@@ -138,7 +143,12 @@ async def renew(request: Request, holder: Holder) -> JsonResponse:
     call = await decoded(request, RenewCall)
     held = [Held(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
     renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
-    return JsonResponse(RenewedLeases({one.execution_id: one.request for one in renewed}))
+    return JsonResponse(
+        RenewedLeases(
+            {one.execution_id: one.request for one in renewed if not one.is_locked},
+            [one.execution_id for one in renewed if one.is_locked],
+        )
+    )
 
 
 async def give_back(request: Request, holder: Holder) -> JsonResponse:

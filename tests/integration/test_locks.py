@@ -19,12 +19,24 @@ from engine.events import RunStatus
 from gateway.internal import holding
 from gateway.internal.holding import Holder
 from journal import admission
+from journal.leases import Lease, LeaseKeeper
+from journal.recorder import Recorder
 from journal.store import ExecutionKey
 from models import postgresql_sessions as sessions
 from models.database import Database
-from models.outage import DatabaseUnavailable, LockWaitTimeout
+from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.pod_processes import PodProcess
-from tests.integration.run_world import Place, Where, World, opened, write
+from tests.integration.run_world import (
+    Place,
+    Where,
+    World,
+    held,
+    key_of,
+    microseconds_from_now,
+    opened,
+    write,
+)
+from tests.system.moments import wait_until
 
 Answer = TypeVar("Answer")
 
@@ -133,6 +145,73 @@ async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(world: Wo
         assert await prompt(world.store.take_back("worker")) == 1
         assert await status(world, runs[0].execution_id) == "running"
     assert await world.store.take_back("worker") == 1
+
+
+# ── running runs ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_locked_run_costs_its_worker_no_other_lease(world: World, place: Place) -> None:
+    kept, lost, *others = [await world.claimed(place) for _ in range(4)]
+    await world.store.record([write(lost, end=RunStatus.COMPLETED)])
+    leases = [held(one) for one in (kept, lost, *others)]
+    async with locked(world, kept.execution_id):
+        renewed = await prompt(world.store.renew(leases, 500.0))
+        assert {one.execution_id: one.is_locked for one in renewed} == {
+            kept.execution_id: True,
+            **{one.execution_id: False for one in others},
+        }
+        for one in others:
+            assert (await world.row(one.execution_id))["lease_until"] > microseconds_from_now(400)
+    (now_free,) = await world.store.renew([held(kept)], 500.0)
+    assert not now_free.is_locked
+
+
+async def test_a_lease_whose_row_is_locked_for_a_moment_is_renewed_before_it_ends(
+    world: World, place: Place
+) -> None:
+    one = await world.claimed(place)
+    lost: list[Lease] = []
+    keeper = LeaseKeeper(world.store, 3.0, on_lost=lost.append, on_request=lambda _lease, _request: None)
+    lease = keeper.hold(key_of(one), one.token, monotonic())
+    until = lease.until
+    async with locked(world, one.execution_id):
+        keeper.start()
+        await wait_until(lambda: monotonic() > until - 1.5)
+        assert lease.until == until
+    await wait_until(lambda: lease.until > until)
+    keeper.stop()
+    assert not lost
+
+
+async def test_a_batch_that_meets_a_locked_run_is_written_without_it(world: World, place: Place) -> None:
+    kept, lost, *others = [await world.claimed(place) for _ in range(4)]
+    await world.store.record([write(lost, end=RunStatus.COMPLETED)])
+    ends = [write(one, end=RunStatus.COMPLETED) for one in (kept, lost, *others)]
+    async with locked(world, kept.execution_id):
+        with pytest.raises(PartialCommit) as raised:
+            await prompt(world.store.record(ends))
+        assert raised.value.held == {one.execution_id for one in others}
+        assert raised.value.unwritten == {kept.execution_id}
+        assert {await status(world, one.execution_id) for one in others} == {"completed"}
+    assert await world.store.record(ends[:1]) == {kept.execution_id}
+
+
+async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
+    world: World, place: Place
+) -> None:
+    kept, other = [await world.claimed(place) for _ in range(2)]
+    recorder = Recorder(world.store, lambda _inboxes: None)
+    async with locked(world, kept.execution_id):
+        first = [recorder.submit(write(one)) for one in (kept, other)]
+        answers = await prompt(asyncio.gather(*first, return_exceptions=True))
+        assert [type(answers[0]), answers[1]] == [PartialCommit, True]
+        stuck = recorder.submit(write(kept))
+        for _ in range(20):
+            assert await prompt(recorder.submit(write(other)))
+            assert not stuck.done()
+        with pytest.raises(PartialCommit):
+            await stuck
+    assert await prompt(recorder.submit(write(kept)))
 
 
 # ── concurrency keys ──────────────────────────────────────────────────────────────────────────────────────
