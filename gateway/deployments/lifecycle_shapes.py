@@ -9,7 +9,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from gateway import errors, limits
 from gateway.http.text import Problems
-from gateway.http.wire import Wire
+from gateway.http.wire import GuardedWire, Wire
 from models import lifecycle, windows
 from models.lifecycle import PolicyType
 from models.windows import EmptyWindow
@@ -21,7 +21,7 @@ _HOUR: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
 _LENGTH: Final = 5  # the pattern alone would let a line break follow
 
 
-class WindowShape(Wire):
+class WindowShape(GuardedWire):
     """Some hours, on some days of every week."""
 
     days: Annotated[list[Annotated[int, Meta(ge=0, le=6)]], Meta(min_length=1, max_length=7)]
@@ -36,7 +36,7 @@ class WindowShape(Wire):
     """Where it is earlier than the start, that of the day after; 00:00 to 00:00 is the whole day."""
 
 
-class ScheduleShape(Wire):
+class ScheduleShape(GuardedWire):
     """When a workflow is kept up."""
 
     timezone: Annotated[str, Meta(extra_json_schema={"maxLength": limits.TIMEZONE_LENGTH})]
@@ -45,7 +45,7 @@ class ScheduleShape(Wire):
     """Where they overlap, they count as one."""
 
 
-class LifecyclePolicy(Wire):
+class LifecyclePolicy(GuardedWire):
     """When a deployed workflow has compute of its own."""
 
     type: PolicyType

@@ -15,7 +15,7 @@ from gateway.http import text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from models import access_store
 from models.access import ApiKey, Caller, KeyScope, Role, User
 from models.audit import Action
@@ -24,7 +24,7 @@ LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
 
 
-class CreateKey(Wire):
+class CreateKey(StrictWire):
     """A key that somebody wants."""
 
     name: Annotated[str, text.allowed(limits.KEY_NAME_LENGTH, min_length=1)]
@@ -37,7 +37,7 @@ class CreateKey(Wire):
     """The user that it is made for, by an admin."""
 
 
-class CreateUser(Wire):
+class CreateUser(StrictWire):
     """A user that an admin wants."""
 
     email: Annotated[str, text.allowed(limits.EMAIL_LENGTH, min_length=3)]

@@ -17,14 +17,14 @@ from gateway.executions.execution_rows import Filter
 from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Wire, convert, decode_body, read_json
+from gateway.http.wire import StrictWire, Wire, convert, decode_body, read_json
 from models.audit import Action
 from models.execution import ExecutionStatus
 
 log = structlog.get_logger()
 
 
-class BulkFilter(Wire, forbid_unknown_fields=True):
+class BulkFilter(StrictWire):
     """Which executions; one that names no field finds all that there are."""
 
     workflow_id: str | None = None
@@ -46,7 +46,7 @@ class BulkFilter(Wire, forbid_unknown_fields=True):
         )
 
 
-class Bulk(Wire, forbid_unknown_fields=True):
+class Bulk(StrictWire):
     """What a request is to act on. A field that isn't known is refused: it might have been meant to spare something."""
 
     filter: BulkFilter

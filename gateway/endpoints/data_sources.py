@@ -14,7 +14,7 @@ from gateway.data_sources.data_source_shapes import CreateDataSource, DataSource
 from gateway.http.parameters import LIMIT, OFFSET, Choice, Flag, sorted_by
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import Instant, Wire, convert, decode_body, instant, read_json
+from gateway.http.wire import Instant, StrictWire, Wire, convert, decode_body, instant, read_json
 from gateway.workflows import shares
 from models.audit import Action
 from models.data_source_types import DataSourceType
@@ -52,7 +52,7 @@ class DataSourceTest(Wire):
     duration_ms: int
 
 
-class ShareDataSource(Wire):
+class ShareDataSource(StrictWire):
     """The user who is to use a data source."""
 
     user_id: str
@@ -80,7 +80,7 @@ class DataSourceGuests(Wire):
     shared_with: Sequence[DataSourceGuest]
 
 
-class SetDataSourceVisibility(Wire):
+class SetDataSourceVisibility(StrictWire):
     """Who else may use a data source."""
 
     is_public: bool

@@ -16,7 +16,7 @@ from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.query import Page
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from gateway.workflows import editing
 from journal import unread
 from journal.store import Accepted, IdempotencyKey
@@ -53,7 +53,7 @@ class DeadLetterList(Wire):
     dead_letters: Sequence[DeadLetter]
 
 
-class ChooseDeadLetters(Wire, forbid_unknown_fields=True):
+class ChooseDeadLetters(StrictWire):
     """Which dead letters: those that are named, or the oldest.
 
     A field that isn't known is refused: it might have been meant to spare something.

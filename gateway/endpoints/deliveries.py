@@ -16,7 +16,7 @@ from gateway.http import idempotency
 from gateway.http.parameters import LIMIT, OFFSET, Choice, Moment
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
-from gateway.http.wire import Instant, Wire, decode_body, instant
+from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant
 from gateway.workflows import editing, workflow_rows
 from journal.store import Accepted, IdempotencyKey, Verdict
 from json_text import decoding
@@ -75,7 +75,7 @@ class Redriven(Wire):
     trigger_type: str = msgspec.field(name="trigger_type")
 
 
-class RedriveDeliveries(Wire, forbid_unknown_fields=True):
+class RedriveDeliveries(StrictWire):
     """Which deliveries are to be run once more; those that were already, or can't be, are left out.
 
     A field that isn't known is refused: it might have been meant to spare something.

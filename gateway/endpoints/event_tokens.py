@@ -19,7 +19,7 @@ from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from models import ids, intake_tokens
 from models.audit import Action
 from models.intake import IntakeToken, TokenKind
@@ -41,7 +41,7 @@ Some = Annotated[
 LISTED: Final = (LIMIT, OFFSET)
 
 
-class ProviderSecrets(Wire, forbid_unknown_fields=True):
+class ProviderSecrets(StrictWire):
     """What providers sign with; several of one while a new one takes the place of another."""
 
     github: Some = msgspec.field(default_factory=list)
@@ -60,7 +60,7 @@ _NAMES: Final[Mapping[Provider, str]] = {
 }
 
 
-class CreateEventToken(Wire, forbid_unknown_fields=True):
+class CreateEventToken(StrictWire):
     """A token for one or several senders of events.
 
     A field that isn't known is refused: were a provider's name misspelt, the token would take what nobody signs.

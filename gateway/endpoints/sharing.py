@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gateway.errors import ApiError
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import Instant, Wire, decode_body, instant
+from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, decode_body, instant
 from gateway.workflows import editing, shares, workflow_shapes
 from models.audit import Action
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from models.access import Caller
 
 
-class ShareWith(Wire):
+class ShareWith(GuardedWire):
     """The user who is to see a workflow."""
 
     user_id: str
@@ -48,7 +48,7 @@ class ShareList(Wire):
     shared_with: Sequence[Share]
 
 
-class SetVisibility(Wire):
+class SetVisibility(StrictWire):
     """Who else may see a workflow; what isn't given stays."""
 
     is_public: bool | None = None

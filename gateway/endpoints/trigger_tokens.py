@@ -13,7 +13,7 @@ from engine.values import fingerprint
 from gateway import audit, errors, limits
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from gateway.workflows import editing, workflow_rows
 from journal import pinning
 from models import ids, intake_tokens
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MASK = "…"
 
 
-class ReplaceToken(Wire):
+class ReplaceToken(StrictWire):
     """How a new token takes the place of the one before."""
 
     overlap_seconds: Annotated[int, msgspec.Meta(ge=0, le=limits.TOKEN_OVERLAP_SECONDS)] = 0

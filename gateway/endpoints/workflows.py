@@ -14,7 +14,7 @@ from gateway.executions.ending import ask_to_end
 from gateway.http.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import Wire, convert, decode_body, read_json
+from gateway.http.wire import GuardedWire, Wire, convert, decode_body, read_json
 from gateway.workflows import editing, workflow_rows, workflow_shapes
 from gateway.workflows.editing import Edited
 from gateway.workflows.workflow_rows import Filter
@@ -38,7 +38,7 @@ FORCE = Flag(
 )
 
 
-class SetStatus(Wire):
+class SetStatus(GuardedWire):
     """The status that is wanted."""
 
     status: WorkflowStatus

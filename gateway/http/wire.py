@@ -7,13 +7,25 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    TypeAlias,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import msgspec
 
-from engine import patience, values
+from engine import names, patience, values
 from engine.values import InvalidJson, Json
 from gateway import errors, limits
 from gateway.errors import ApiError
@@ -24,7 +36,20 @@ if TYPE_CHECKING:
 
 
 class Wire(msgspec.Struct, rename="camel", kw_only=True):
-    """Base of every body: what isn't a field here can't be set, and is passed over."""
+    """Base of every body: what isn't a field here can't be set, and is passed over unless a subclass refuses it."""
+
+    near_misses_are_refused: ClassVar[bool] = False
+    """Refuse unknown fields whose names are close to known ones; others are passed over."""
+
+
+class StrictWire(Wire, forbid_unknown_fields=True):
+    """Base of bodies in which every unknown field is refused, with the name that is closest to it."""
+
+
+class GuardedWire(Wire):
+    """Base of bodies that others define, with fields of their own: misspelt ones are refused, unknown ones are not."""
+
+    near_misses_are_refused: ClassVar[bool] = True
 
 
 Body = TypeVar("Body", bound=Wire)
@@ -35,6 +60,9 @@ Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "d
 
 MAX_WHOLE = 2**53
 """Up to here, a number with a fraction that is zero is what somebody wrote, and not what it was rounded to."""
+MAX_SHOWN_NAME: Final = 64
+"""Characters of an unknown field's name that a refusal shows."""
+_UNKNOWN_FIELD: Final = "Object contains unknown field"
 _QUOTED = re.compile(r"`([^`]*)`")
 _JSON_WORDS = {
     "array": "a list",
@@ -73,13 +101,18 @@ async def json_of(request: Request, raw: bytes) -> Json:
 def convert(value: Json, kind: type[Shape], path: str = "") -> Shape:
     """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field."""
     try:
-        return msgspec.convert(value, kind)
+        shape = msgspec.convert(value, kind)
     except msgspec.ValidationError:
         value = with_whole_numbers(value, kind)
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise errors.invalid(islice(_problems(value, kind, path), limits.FINDINGS)) from error
+        try:
+            shape = msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            found = chain(_unknown_fields(value, kind, path), _problems(value, kind, path))
+            raise errors.invalid(islice(found, limits.FINDINGS)) from error
+    unknown = [*islice(_unknown_fields(value, kind, path), limits.FINDINGS)]
+    if unknown:
+        raise errors.invalid(unknown)
+    return shape
 
 
 def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
@@ -122,31 +155,94 @@ def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  
     except msgspec.ValidationError as error:
         inside = _problems_inside(value, kind, path)
         first = next(inside, None)
-        yield _problem(path, kind, str(error)) if first is None else first
+        if first is not None:
+            yield first
+        elif _UNKNOWN_FIELD not in str(error):  # of those, `_unknown_fields` tells
+            yield _problem(path, kind, str(error))
         yield from inside
 
 
 def _problems_inside(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
     for part in _parts(kind):
         if isinstance(value, dict) and _is_body(part):
-            yield from _wrong_fields(value, part, path)
-        elif isinstance(value, dict) and get_origin(part) is dict:
-            for key, item in value.items():
-                yield from _problems(item, get_args(part)[1], _below(path, key))
-        elif isinstance(value, list) and get_origin(part) is list:
-            for index, item in enumerate(value):
-                yield from _problems(item, get_args(part)[0], _below(path, str(index)))
+            yield from _missing_fields(value, part, path)
+        for item, item_kind, below in _inside(value, part, path):
+            yield from _problems(item, item_kind, below)
 
 
-def _wrong_fields(
+def _missing_fields(
     value: Mapping[str, Json], kind: type[msgspec.Struct], path: str
 ) -> Iterator[dict[str, Json]]:
     for name, field in _fields(kind).items():
-        below = _below(path, name)
-        if name in value:
-            yield from _problems(value[name], field.type, below)
-        elif field.required:
+        if field.required and name not in value:
+            below = _below(path, name)
             yield errors.problem(below, "required", f"{below} is required")
+
+
+def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
+    """Return what a type has other types for, each with its type and its path."""
+    if isinstance(value, dict) and _is_body(part):
+        for name, field in _fields(part).items():
+            if name in value:
+                yield value[name], field.type, _below(path, name)
+    elif isinstance(value, dict) and get_origin(part) is dict:
+        for key, item in value.items():
+            yield item, get_args(part)[1], _below(path, key)
+    elif isinstance(value, list) and get_origin(part) is list:
+        for index, item in enumerate(value):
+            yield item, get_args(part)[0], _below(path, str(index))
+
+
+def _unknown_fields(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
+    """Return the fields that a body refuses, down to those of nested bodies."""
+    if not _refuses_fields(kind):
+        return
+    for part in _parts(kind):
+        if isinstance(value, dict) and _is_body(part):
+            unknown = (name for name in value if name not in _fields(part))
+            # Comparing names takes time, and a body may hold a million of them.
+            for name in islice(unknown, limits.FINDINGS):
+                if (problem := _unknown_field(part, name, path)) is not None:
+                    yield problem
+        for item, item_kind, below in _inside(value, part, path):
+            yield from _unknown_fields(item, item_kind, below)
+
+
+def _unknown_field(kind: type[msgspec.Struct], name: str, path: str) -> dict[str, Json] | None:
+    """Return the refusal of a field that a body doesn't have; None where it is passed over."""
+    is_strict = _is_strict(kind)
+    if not is_strict and not _is_guarded(kind):
+        return None
+    known = _fields(kind)
+    near = names.meant(name, known)
+    if not near and not is_strict:
+        return None
+    below = _below(path, name[:MAX_SHOWN_NAME])
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
+    return errors.problem(below, "unknown-field", f"{below} is no field here: {hint}")
+
+
+@cache
+def _refuses_fields(kind: Any) -> bool:  # noqa: ANN401 - any type annotation
+    """Tell whether a type, or one that it is made of, refuses fields: most bodies needn't be looked through."""
+    return any(
+        _is_strict(part) or _is_guarded(part) or any(map(_refuses_fields, _types_in(part)))
+        if _is_body(part)
+        else any(map(_refuses_fields, get_args(part)))
+        for part in _parts(kind)
+    )
+
+
+def _types_in(kind: type[msgspec.Struct]) -> Iterator[Any]:
+    return (field.type for field in _fields(kind).values())
+
+
+def _is_strict(kind: type[msgspec.Struct]) -> bool:
+    return bool(kind.__struct_config__.forbid_unknown_fields)
+
+
+def _is_guarded(kind: type[msgspec.Struct]) -> bool:
+    return issubclass(kind, Wire) and kind.near_misses_are_refused
 
 
 def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation

@@ -221,8 +221,9 @@ async def test_only_admins_make_templates_and_take_them_back(people: People) -> 
     assert (shown["isPublic"], shown["isTemplate"]) == (True, True)
     assert (await show_to(people.owner, workflow_id)).json() == shown
     assert not (await show_to(people.admin, workflow_id, isTemplate=False)).json()["isTemplate"]
-    for flags in ({"isPublic": 1}, {"isTemplate": "true"}):
+    for flags in ({"isPublic": 1}, {"isTemplate": "true"}, {"isPublik": False}, {"is_public": False}):
         refused(await show_to(people.admin, workflow_id, **flags), 422, "validation-failed")
+    assert (await people.owner.workflow(workflow_id))["isPublic"]
 
 
 async def test_a_template_holds_no_credentials_and_shows_none_of_its_past(people: People) -> None:
