@@ -13,7 +13,8 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from engine import patience
-from json_text import decoding
+from json_text import decoding, pieces
+from json_text.pieces import DuplicateName
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -79,8 +80,24 @@ def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -
     outside strings.
     """
     raw = bytes(raw)
-    if len(raw) > BRIEF_BYTES:
-        patience.require()
+    if len(raw) <= BRIEF_BYTES:
+        return _decoded(raw, max_depth)
+    patience.require()
+    try:
+        value: Json = pieces.decode(raw, lambda piece: _decoded(piece, max_depth))
+    except InvalidJson:
+        raise
+    except DuplicateName as error:
+        raise _duplicate_key(error.name) from error
+    except RecursionError as error:
+        raise _too_deep(max_depth) from error
+    except ValueError as error:
+        raise _refusal(raw, error) from error
+    return value
+
+
+def _decoded(raw: bytes, max_depth: int) -> Json:
+    """Return the value of a text that is decoded at once."""
     try:
         value: Json = _decode(raw)
     except RecursionError as error:
@@ -95,7 +112,7 @@ def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -
 
 def restored(raw: bytes) -> Json:
     """Return the value of a text that `encode` has written."""
-    value: Json = _decode(raw)
+    value: Json = decoding.decode(raw)
     return value
 
 
@@ -142,7 +159,7 @@ def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:
     seen = set()
     for key, _ in pairs:
         if key in seen:
-            raise InvalidJson("duplicate-key", f"The key {key[:100]!r} is given more than once in one object")
+            raise _duplicate_key(key)
         seen.add(key)
 
 
@@ -316,6 +333,10 @@ def _too_deep(max_depth: int) -> InvalidJson:
 
 def _too_large(max_bytes: int) -> InvalidJson:
     return InvalidJson("too-large", f"The value takes more than {max_bytes:,} bytes as JSON")
+
+
+def _duplicate_key(key: str) -> InvalidJson:
+    return InvalidJson("duplicate-key", f"The key {key[:100]!r} is given more than once in one object")
 
 
 def _number_too_long() -> InvalidJson:

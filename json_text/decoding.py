@@ -14,6 +14,8 @@ from typing import Any, Final, TypeVar, overload
 from msgspec import inspect
 from msgspec.json import Decoder  # noqa: TID251 - the one place that makes them
 
+from json_text import pieces
+
 Kind = TypeVar("Kind")
 
 _COLLECTIONS: Final = (inspect.CollectionType, inspect.DictType)
@@ -46,8 +48,17 @@ def decode(text: bytes | str, kind: type[Kind]) -> Kind: ...
 
 
 def decode(text: bytes | str, kind: object = Any) -> Any:
-    """Return the value of a text as a type; raises `ValueError` and `RecursionError`."""
-    return _decoder(kind).decode(text)
+    """Return the value of a text as a type; raises `ValueError` and `RecursionError`.
+
+    A long text of any value is decoded in pieces; of two members of one name, the second wins.
+    """
+    decode_whole = _decoder(kind).decode
+    if kind is not Any or len(text) <= pieces.LONG_BYTES:
+        return decode_whole(text)
+    try:
+        return pieces.decode(text.encode() if isinstance(text, str) else bytes(text), decode_whole)
+    except pieces.DuplicateName:
+        return decode_whole(text)
 
 
 @cache
