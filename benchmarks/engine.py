@@ -20,6 +20,7 @@ from engine.program import Program
 from engine.run import Start, run
 from engine.services import Caller, Services
 from engine.validation import validate
+from models.database_clock import DatabaseClock
 from nodes import catalog as catalogs
 from tests.calls import NoNetwork, call
 
@@ -178,7 +179,13 @@ def _compiled(graph: Graph) -> Program:
 async def _run(program: Program, trigger: Json) -> int:
     """Run once; returns how many spans that left."""
     now = datetime.now(UTC)
-    start = Start(caller=CALLER, trigger=trigger, deadline=now + timedelta(hours=1), started_at=now)
+    start = Start(
+        caller=CALLER,
+        trigger=trigger,
+        clock=DatabaseClock(),
+        deadline=now + timedelta(hours=1),
+        started_at=now,
+    )
     journal = Unkept()
     ended = await run(program, start, journal, Control(), Services(http=NoNetwork()))
     assert ended.status is RunStatus.COMPLETED, ended

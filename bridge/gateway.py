@@ -169,5 +169,5 @@ def _seconds(retry_after: str | None) -> float:
     if retry_after.isdecimal():
         return float(retry_after)
     with suppress(ValueError):
-        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())  # noqa: TID251 - HTTP dates are compared with the clock of the client
     return 0.0

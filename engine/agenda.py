@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from engine.events import SETTLED
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from engine.frames import Frame, Sleeping, Visit
 
 
@@ -64,6 +62,6 @@ class Agenda:
         return any(visit.is_write for visit in self.tasks.values())
 
     @property
-    def next_wake(self) -> datetime | None:
-        """When the first of those that sleep goes on by itself."""
-        return min((one.wake_at for one in self.sleeping.values() if one.wake_at is not None), default=None)
+    def next_wake(self) -> float | None:
+        """When the first of those that sleep goes on by itself, by `time.monotonic`."""
+        return min((one.wakes_at for one in self.sleeping.values() if one.wakes_at is not None), default=None)

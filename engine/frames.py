@@ -151,8 +151,8 @@ class Sleeping:
     """A node that goes on at a set time, or when it is answered."""
 
     visit: Visit
-    wake_at: datetime | None
-    """None: only an answer wakes it."""
+    wakes_at: float | None
+    """By `time.monotonic`, in seconds; None: only an answer wakes it."""
     then: Then
     output: bytes | None = None
     """What a wait ends with."""

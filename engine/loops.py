@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from engine import limits as engine_limits
@@ -103,7 +102,7 @@ class Loops:
         if self._iterations > self._limits.max_iterations:
             self._fail(loop, _too_many_iterations(loop, self._limits))
             return
-        turn = Frame.of_turn(loop, index, recorded, datetime.now(UTC))
+        turn = Frame.of_turn(loop, index, recorded, self._scribe.clock.now())
         loop.turns[index] = turn
         self._turns_at_once += 1
         self._settlement.follow(turn, turn.start())
@@ -163,7 +162,7 @@ class Loops:
             for loop in frame.loops:
                 loop.is_broken_off = True
         for visit in self._agenda.drop(set(frames)):
-            self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=datetime.now(UTC))
+            self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
         for frame in reversed(frames):
             loop_around = frame.loop
             if frame.open == 0 and loop_around is not None and loop_around.turns.get(frame.index) is frame:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from heapq import heappop
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -34,6 +34,7 @@ from engine.values import InvalidJson
 from engine.visits import Visits
 
 if TYPE_CHECKING:
+    from engine.clock import Clock
     from engine.graph import Node
     from engine.program import Program
     from engine.services import Caller, Services
@@ -58,7 +59,9 @@ class Start(msgspec.Struct, frozen=True):
     caller: Caller
     """For whom it runs, and under which ids."""
     trigger: Json
+    clock: Clock
     deadline: datetime
+    """By the clock, as it is now: how much time is left is counted by the monotonic clock from here on."""
     started_at: datetime
     attempt: int = 1
     recorded: Sequence[Span] = ()
@@ -96,12 +99,13 @@ class Runner:
     ) -> None:
         self._program = program
         self._parallelism = program.graph.settings.parallelism
-        self._deadline = start.deadline
+        self._clock = start.clock
+        self._deadline = start.clock.monotonic_of(start.deadline)
         self._listen = start.listen
         self._heard_at = time.monotonic()
         self._control = control
         self._broken_off: list[Visit] = []
-        self._scribe = scribe = Scribe(journal, start.sequence, limits)
+        self._scribe = scribe = Scribe(journal, start.sequence, limits, start.clock)
         self._agenda = agenda = Agenda()
         self._visits = visits = Visits(program, start.caller, services, scribe)
         recorded = _by_iteration(start.recorded)
@@ -155,13 +159,15 @@ class Runner:
         if request is Request.HAND_OVER:
             return Ended(RunStatus.RELEASED)
         if is_idle:
-            due_at = agenda.next_wake
-            if due_at is None or (due_at - datetime.now(UTC)).total_seconds() > SHORT_WAIT_SECONDS:
-                return Ended(RunStatus.WAITING, due_at=due_at)
+            wakes_at = agenda.next_wake
+            if wakes_at is None:
+                return Ended(RunStatus.WAITING)
+            if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
+                return Ended(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
         return self._timed_out()
 
     def _timed_out(self) -> Ended | None:
-        if datetime.now(UTC) < self._deadline:
+        if time.monotonic() < self._deadline:
             return None
         seconds = self._program.graph.settings.timeout_seconds
         message = f"The run took longer than its {seconds:g} s"
@@ -184,7 +190,7 @@ class Runner:
             return
         loops = [loop.visit for frame in self._root.whole() for loop in frame.loops]
         for visit in (*self._broken_off, *loops):
-            self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=datetime.now(UTC))
+            self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
 
     # ── one node ──────────────────────────────────────────────────────────────────────────────────
 
@@ -300,7 +306,7 @@ class Runner:
         if visit.is_at_most_once:
             # It was announced and not begun: whoever goes on may still begin it.
             visit.attempt -= 1
-            self._scribe.tell(visit, SpanStatus.RETRYING, wake_at=datetime.now(UTC))
+            self._scribe.tell(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
         if visit.is_write:
             self._broken_off.append(visit)
         return False
@@ -384,7 +390,7 @@ class Runner:
         if self._may_start():
             until = min(until, self._agenda.next_wake or until)
         # At most a second: the lease is looked at by the clock, and no event tells that it is about to end.
-        seconds = min(max((until - datetime.now(UTC)).total_seconds(), 0.0), 1.0)
+        seconds = min(max(until - time.monotonic(), 0.0), 1.0)
         alarm = asyncio.get_running_loop().call_later(seconds, self._control.changed.set)
         try:
             await self._control.changed.wait()
@@ -394,8 +400,8 @@ class Runner:
             await self._wake()
 
     async def _wake(self) -> None:
-        now, sleeping = datetime.now(UTC), self._agenda.sleeping
-        due = [one for one in sleeping.values() if one.wake_at is not None and one.wake_at <= now]
+        now, sleeping = time.monotonic(), self._agenda.sleeping
+        due = [one for one in sleeping.values() if one.wakes_at is not None and one.wakes_at <= now]
         if not await self._hear(is_due=any(one.then is Then.EXPIRED for one in due)):
             due = [one for one in due if one.then is not Then.EXPIRED]
         for one in due:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from engine import limits as engine_limits
@@ -10,6 +9,9 @@ from engine.events import LogLine, Span, SpanStatus
 from engine.outcomes import storable
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.clock import Clock
     from engine.events import Journal, RunError
     from engine.frames import Frame, Visit
     from engine.graph import Node
@@ -23,7 +25,8 @@ MAX_PENDING_BYTES = 10_000_000
 class Scribe:
     """One run's own."""
 
-    def __init__(self, journal: Journal, sequence: int, limits: Limits) -> None:
+    def __init__(self, journal: Journal, sequence: int, limits: Limits, clock: Clock) -> None:
+        self.clock = clock
         self.holds_lease = journal.holds_lease
         self.has_uncommitted_write = False
         """Nothing may follow before the next commit."""
@@ -107,7 +110,7 @@ class Scribe:
                 status=status,
                 sequence=self._sequence,
                 started_at=turn.started_at,
-                ended_at=datetime.now(UTC),
+                ended_at=self.clock.now(),
                 iteration=turn.iteration,
                 port=port,
                 output=output,
@@ -140,4 +143,4 @@ class Scribe:
             level = "warning"
             message = f"More than {self._max_log_lines:,} log lines ({name}): the rest is left out"
         self._sequence += 1
-        self._journal.log(LogLine(level, storable(message), node_id, self._sequence, datetime.now(UTC)))
+        self._journal.log(LogLine(level, storable(message), node_id, self._sequence, self.clock.now()))

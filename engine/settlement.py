@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -137,7 +137,7 @@ class Settlement:
             self.give_up(visit, reason)
             return
         self._scribe.log("warning", f"Attempt {reason.attempt} failed: {error.message}", visit.node_id)
-        wake_at = datetime.now(UTC) + timedelta(seconds=pause)
+        wake_at = self._scribe.clock.now() + timedelta(seconds=pause)
         self._scribe.tell(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
         visit.attempt += 1
         self._sleep(visit, wake_at, Then.TRIED_AGAIN)
@@ -176,7 +176,7 @@ class Settlement:
             digest = sha256(text).digest()
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
-        self._scribe.tell(visit, SpanStatus.FAILED, ended_at=datetime.now(UTC), error=reason)
+        self._scribe.tell(visit, SpanStatus.FAILED, ended_at=self._scribe.clock.now(), error=reason)
         if visit.is_write:
             self._scribe.has_uncommitted_write = True
         self._fail(frame, reason)
@@ -193,7 +193,7 @@ class Settlement:
 
     def cancelled(self, visit: Visit) -> None:
         """Note that a node of a part that was broken off has been cut short."""
-        self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=datetime.now(UTC))
+        self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
         self._left(visit.frame)
 
     # ── on to the next ────────────────────────────────────────────────────────────────────────────
@@ -215,7 +215,9 @@ class Settlement:
             frame.texts[node_id] = text
         if frame.loop is not None:
             frame.nodes[node_id] = output
-        self._scribe.tell(visit, status, port=port, output=text, ended_at=datetime.now(UTC), error=error)
+        self._scribe.tell(
+            visit, status, port=port, output=text, ended_at=self._scribe.clock.now(), error=error
+        )
         if visit.program.is_write:
             self._scribe.has_uncommitted_write = True
         if not frame.is_broken_off:
@@ -332,4 +334,5 @@ class Settlement:
         output: bytes | None = None,
         expired: Result | None = None,
     ) -> None:
-        self._agenda.sleeping[visit] = Sleeping(visit, wake_at, then, output, expired)
+        wakes_at = None if wake_at is None else self._scribe.clock.monotonic_of(wake_at)
+        self._agenda.sleeping[visit] = Sleeping(visit, wakes_at, then, output, expired)

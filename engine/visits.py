@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, cast
 
@@ -49,7 +48,7 @@ class Visits:
         encoded = None if input_node is not None else values.encode(data)
         digest = frame.digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
         visit = Visit(
-            frame, program, data, input_node, encoded, digest, datetime.now(UTC), unresolved=unresolved
+            frame, program, data, input_node, encoded, digest, self._scribe.clock.now(), unresolved=unresolved
         )
         recorded = frame.recorded.get(node_id)
         if recorded is not None:
@@ -58,7 +57,7 @@ class Visits:
 
     def unreached(self, frame: Frame, node_id: str) -> Visit:
         """Return a node that could not even be reached."""
-        return Visit(frame, self._nodes[node_id], None, None, None, b"", datetime.now(UTC))
+        return Visit(frame, self._nodes[node_id], None, None, None, b"", self._scribe.clock.now())
 
     def _gather(self, frame: Frame, program: NodeProgram) -> tuple[Json, str | None]:
         """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
@@ -118,7 +117,7 @@ class Visits:
             iteration=frame.iteration,
             idempotency_key=f"{self._caller.key_id}:{node_id}:{frame.iteration or 0}",
             attempt=visit.attempt,
-            now=datetime.now(UTC),
+            now=self._scribe.clock.now(),
             services=self._services,
         )
 

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 from weakref import WeakValueDictionary
@@ -138,7 +137,7 @@ class ChildRuns:
             workflow = await self._load(connection, caller, parent.lane, workflow_id)
         kind = workflow.trigger_kind or "manual"
         given = inputs if isinstance(inputs, dict) else {"body": inputs}
-        trigger = trigger_output(kind, given, datetime.now(UTC))
+        trigger = trigger_output(kind, given, self._database.clock.now())
         limit = admission.limit_of(workflow.settings, workflow.id, trigger)
         is_last = trigger_type == ABOUT_FAILURE
         child = Acceptance(

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ SWEEP_ROWS = 100
 MAX_TIMER_SECONDS = 3600.0
 """Waits that end later than this are left to the sweep."""
 TIMER_MARGIN_SECONDS = 0.01
-"""A timer may fire a moment early, and the clock that decides is the database's."""
+"""A timer may fire a moment early."""
 MAX_REMEMBERED_TURNS = 1_000
 """One for each organisation, the last ones served."""
 CLAIM_SECONDS = 2.0
@@ -381,6 +380,7 @@ class Executor:
         start = Start(
             caller=Caller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id),
             trigger=trigger,
+            clock=self._store.clock,
             deadline=one.deadline_at,
             started_at=one.started_at,
             attempt=one.attempt,
@@ -397,9 +397,9 @@ class Executor:
         if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
             on_left(one, ended)
         if ended.status is RunStatus.WAITING and ended.due_at is not None:
-            seconds = (ended.due_at - datetime.now(UTC)).total_seconds()
+            seconds = self._store.clock.seconds_until(ended.due_at)
             if seconds < MAX_TIMER_SECONDS:
-                delay = max(seconds, 0) + TIMER_MARGIN_SECONDS
+                delay = seconds + TIMER_MARGIN_SECONDS
                 asyncio.get_running_loop().call_later(delay, self._in_background, self._promote_due)
         log.info(
             "execution left",

@@ -56,6 +56,8 @@ class Contact(msgspec.Struct, frozen=True):
     """None where it is a file, which no address leads to."""
     is_stopped: bool = False
     """Its pods are to end, and their runs have had their time to."""
+    now: datetime | None = None
+    """The database's time; None from a gateway of an earlier version."""
 
 
 class WaitCall(msgspec.Struct, frozen=True):
@@ -127,6 +129,8 @@ class RenewedLeases(msgspec.Struct, frozen=True):
     requests: Mapping[str, str | None]
     locked: Sequence[str] = ()
     """Those that were neither extended nor lost."""
+    now: datetime | None = None
+    """The database's time; None from a gateway of an earlier version."""
 
 
 class GiveBackCall(msgspec.Struct, frozen=True):

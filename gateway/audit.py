@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -14,6 +14,7 @@ from engine.values import fingerprint
 from models import ids
 from models.access import ApiKey, Caller, User
 from models.audit import Action, AuditEntry
+from models.database_time import PresentTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -50,7 +51,7 @@ async def record(
     """Write who did what to an object, with the hashes of what it was and what it became; equal ones are no change."""
     if before == after:
         return
-    entry = AuditEntry(
+    statement = insert(AuditEntry).values(
         id=ids.new("audit"),
         organization_id=author.organization_id,
         lane=author.lane,
@@ -60,9 +61,9 @@ async def record(
         object_id=object_id,
         before_hash=before,
         after_hash=after,
-        created_at=datetime.now(UTC),
+        created_at=PresentTime(),
     )
-    await connection.execute(insert(AuditEntry).values(entry.model_dump()))
+    await connection.execute(statement)
 
 
 def content_hash(row: ApiKey | User) -> str:

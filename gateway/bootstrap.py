@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,7 +25,7 @@ async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
         raise InvalidSettings(f"PILOTFLAME_BOOTSTRAP_API_KEY must have at least {MIN_KEY_LENGTH} characters")
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise InvalidSettings("PILOTFLAME_BOOTSTRAP_API_KEY may hold visible ASCII characters only")
-    now = datetime.now(UTC)
+    now = database.clock.now()
 
     async def make(connection: AsyncConnection) -> bool:
         if connection.dialect.name == "postgresql":

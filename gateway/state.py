@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TypeAlias
 
 from execution.awaited_events import AwaitedEvents
@@ -35,6 +35,7 @@ from gateway.internal.runners import Runners
 from gateway.settings import GatewaySettings
 from gateway.workflows.editing import Turns
 from gateway.workflows.workflow_cache import WorkflowCache
+from journal import timekeeping
 from journal.blobs.blob_store import BlobStore
 from journal.blobs.opening import open_blobs
 from journal.opening import open_store
@@ -51,17 +52,14 @@ from nodes.forms import Forms
 from nodes.outbound import Outbound, OutboundPolicy
 
 
-def now() -> datetime:
-    """Return the time by this machine's clock."""
-    return datetime.now(UTC)
-
-
 @dataclass(frozen=True, slots=True)
 class State:
     """The parts that handlers use."""
 
     settings: GatewaySettings
     database: Database
+    clock: Callable[[], datetime]
+    """The database's time, by this process's `DatabaseClock`."""
     store: Store
     blobs: BlobStore
     broker: Broker
@@ -89,8 +87,6 @@ class State:
     certificates: Certificates
     mail_attempts: PasswordAttempts
     """Passwords that were tried with mails."""
-    clock: Callable[[], datetime] = now
-    """By it, signatures of senders are fresh or stale."""
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[State]]
@@ -104,10 +100,11 @@ async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
         database = Database(url)
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        store = await open_store(url, connections=settings.run_path_connections)
+        store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
+        await stack.enter_async_context(timekeeping.kept(database))
         yield await stack.enter_async_context(assembled(settings, database, store, broker))
 
 
@@ -177,6 +174,7 @@ async def assembled(
                 runners=for_pods,
                 pod_logs=pod_logs,
                 certificates=certificates,
+                clock=database.clock.now,
                 mail_attempts=PasswordAttempts("Too many mails from this address had a wrong password"),
             )
     finally:

@@ -11,11 +11,11 @@ from sqlalchemy import and_, func, literal_column, or_, select, update
 from sqlmodel import col
 
 from models import lifecycle
-from models.columns import from_microseconds
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, situation_of
 from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
 from models.lifecycle import Policy, Situation
+from models.moments import from_microseconds
 from models.workflow import Workflow
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from journal import activity, decisions, wakes
-from models import deployment_token
-from models.columns import from_microseconds
+from models import database_time, deployment_token
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.deployment_token import Bearer
@@ -123,7 +122,7 @@ async def _keep_definition(connection: AsyncConnection, order: Order) -> None:
 
 async def _begun(connection: AsyncConnection, order: Order) -> Seen:
     """Return a deployment of which nothing is wanted yet."""
-    now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+    now = await database_time.read(connection)
     first = Deployment(
         workflow_id=order.workflow_id,
         organization_id=order.organization_id,

@@ -19,7 +19,8 @@ from sqlmodel import col
 from engine.node import OUTPUT, Awaited
 from journal import signals
 from journal.store import ExecutionKey
-from models.columns import Instant, from_microseconds
+from models import database_time
+from models.columns import Instant
 from models.database_time import DatabaseTime
 from models.event_wait import EventWait
 from models.execution import Execution, SpanRow
@@ -75,7 +76,7 @@ async def add(
     key = ExecutionKey(caller.execution_id, lane)
     if await signals.is_answered(connection, key, node_id, iteration):
         return None
-    now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+    now = await database_time.read(connection)
     reached_at = await connection.scalar(
         select(col(SpanRow.started_at)).where(*_of_node(SpanRow, caller.execution_id, node_id, iteration))
     )

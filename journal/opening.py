@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from models.database import is_sqlite
+from models.database_clock import DatabaseClock
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -12,12 +13,16 @@ if TYPE_CHECKING:
     from journal.store import Store
 
 
-async def open_store(url: URL, *, connections: int = 6) -> Store:
-    """Return the store on a database; the module of the other kind is not even loaded."""
+async def open_store(url: URL, *, clock: DatabaseClock | None = None, connections: int = 6) -> Store:
+    """Return the store on a database; the module of the other kind is not even loaded.
+
+    It teaches `clock`, which others of the process may share.
+    """
+    clock = clock or DatabaseClock()
     if is_sqlite(url):
         from journal.sqlite import SQLiteStore  # noqa: PLC0415 - one of the two is never needed
 
-        return SQLiteStore(url.database or "")
+        return SQLiteStore(url.database or "", clock)
     from journal import postgresql  # noqa: PLC0415 - one of the two is never needed
 
-    return await postgresql.connect(url, connections=connections)
+    return await postgresql.connect(url, connections=connections, clock=clock)

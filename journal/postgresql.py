@@ -49,7 +49,6 @@ from journal.store import (
     TakenIn,
 )
 from models import postgresql_sessions as sessions
-from models.columns import to_microseconds
 from models.database import (
     CONNECT_SECONDS,
     RETRIES,
@@ -65,11 +64,14 @@ from models.execution import (
     TERMINAL,
     ExecutionStatus,
 )
+from models.moments import from_microseconds, to_microseconds
 from models.outage import LockWaitTimeout, PartialCommit
 from models.sqlstates import DatabaseFailure, failure_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
+
+    from models.database_clock import DatabaseClock
 
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ RENEW_PAUSES_SECONDS = (0.02, 0.1)
 """How long rows that are being written, most likely by this very worker, get before their leases count as locked."""
 
 
-async def connect(url: URL, *, connections: int) -> PostgreSQLStore:
+async def connect(url: URL, *, connections: int, clock: DatabaseClock) -> PostgreSQLStore:
     """Return a store with a pool of its own; the first statement opens the first connection."""
     pool = await asyncpg.create_pool(
         sessions.address(url),
@@ -103,7 +105,7 @@ async def connect(url: URL, *, connections: int) -> PostgreSQLStore:
         command_timeout=STATEMENT_SECONDS,
         reset=_keep_session,
     )
-    return PostgreSQLStore(url, pool)
+    return PostgreSQLStore(url, pool, clock)
 
 
 async def _keep_session(_connection: object) -> None:
@@ -113,7 +115,8 @@ async def _keep_session(_connection: object) -> None:
 class PostgreSQLStore:
     """The run path on one PostgreSQL database."""
 
-    def __init__(self, url: URL, pool: asyncpg.Pool[Any]) -> None:
+    def __init__(self, url: URL, pool: asyncpg.Pool[Any], clock: DatabaseClock) -> None:
+        self.clock = clock
         self._url = url
         self._pool = pool
         self._entrance = Entrance(pool, self._fetch, self._repeated)
@@ -128,6 +131,7 @@ class PostgreSQLStore:
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs; see `Store.claim`."""
+        asked_at = monotonic()
         rows = await self._fetch(
             _CLAIM,
             claim.target,
@@ -140,7 +144,9 @@ class PostgreSQLStore:
             # Claimed once more, it would take other runs, and nobody would know of the first ones.
             may_repeat=_was_refused,
         )
-        return [claimed_of(row) for row in rows]
+        claimed = [claimed_of(row) for row in rows]
+        self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
+        return claimed
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -185,7 +191,9 @@ class PostgreSQLStore:
         left = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
         renewed: list[Renewed] = []
         for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
+            asked_at = monotonic()
             rows = await self._fetch(_RENEW, *columns(left, 3), int(lease_seconds * 1_000_000), owner)
+            self.clock.learn(from_microseconds(rows[0][2]) if rows else None, asked_at)
             renewed += [Renewed(row[0], row[1]) for row in rows]
             returned = {row[0] for row in rows}
             left = [lease for lease in left if lease[0] not in returned]
@@ -261,7 +269,7 @@ class PostgreSQLStore:
 
     async def for_thread(self) -> PostgreSQLStore:
         """Return a store with one connection of its own, on the running loop."""
-        return await connect(self._url, connections=1)
+        return await connect(self._url, connections=1, clock=self.clock)
 
     async def close(self) -> None:
         """Let go of the pool, after what is under way."""
@@ -383,7 +391,7 @@ WITH RECURSIVE circle (id, first, place) AS (
 )
 SELECT taken.id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
     (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.lane = taken.lane),
-    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up
+    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up, updated_at
 FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
 """
 
@@ -479,7 +487,7 @@ _RENEW = f"""
 UPDATE execution SET lease_until = {NOW} + $4::bigint
 WHERE id = ANY (ARRAY(
     SELECT execution.id FROM {_HELD.format(owner="$5")} FOR NO KEY UPDATE OF execution SKIP LOCKED))
-RETURNING id, request
+RETURNING id, request, {NOW}
 """
 _STILL_HELD = f"SELECT execution.id FROM {_HELD.format(owner='$4')}"
 

@@ -9,9 +9,9 @@ from journal.admission import lock_number
 from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import TOUCHED_MICROSECONDS, without_rivals
 from journal.store import Acceptance, Accepted, Arrival, ExecutionKey, TakenIn, Verdict
-from models.columns import to_microseconds
 from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD
 from models.ids import turn_of
+from models.moments import to_microseconds
 from models.postgresql_sessions import LOCK_WAIT_MILLISECONDS, local_timeouts
 
 if TYPE_CHECKING:

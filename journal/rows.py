@@ -11,8 +11,8 @@ from engine.events import RunError, RunStatus, Span, SpanStatus
 from journal.store import Claimed
 from json_text import decoding
 from models import ids
-from models.columns import from_microseconds, to_microseconds
 from models.execution import MAX_LOST_ATTEMPTS, ExecutionStatus
+from models.moments import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -165,7 +165,7 @@ def claimed_of(row: Sequence[Any]) -> Claimed:
     """Return the claim that a row holds: the fields of `Claimed` in their order."""
     execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
     has_journal, trigger, started_at, deadline_at, request, inbox, user_id, signals, *rest = rest
-    concurrency_key, follow_up, may_have_more = rest
+    concurrency_key, follow_up, may_have_more, claimed_at = rest
     return Claimed(
         execution_id=execution_id,
         lane=lane,
@@ -186,6 +186,7 @@ def claimed_of(row: Sequence[Any]) -> Claimed:
         concurrency_key=concurrency_key,
         follow_up=follow_up,
         may_have_more=bool(may_have_more),
+        claimed_at=from_microseconds(claimed_at),
     )
 
 

@@ -24,9 +24,9 @@ from journal.admission import Limit, OnLimit
 from journal.rows import TOUCHED_MICROSECONDS
 from json_text import decoding
 from models import ids, moments, timetable
-from models.columns import from_microseconds
 from models.deployment import Deployment
 from models.execution import LIMITED, SHARED, Execution, ExecutionData
+from models.moments import from_microseconds
 from models.schedule import Schedule
 from models.timetable import MAX_WAITING, InvalidTimetable, Overlap, Passed, State
 from models.trigger import WorkflowTrigger

@@ -1,7 +1,7 @@
 """The store on SQLite: one writer thread, into which whole batches hop.
 
 What waits for the writer shares its next transaction and its one fsync, whichever kind of statement it is. Times
-are those of this host's clock, which is the database's: SQLite has no other host.
+are those of this host, which is the database's: SQLite has no other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -46,8 +45,8 @@ from journal.store import (
     Swept,
     TakenIn,
 )
-from models.columns import to_microseconds
 from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
+from models.database_clock import DatabaseClock
 from models.execution import (
     DELAYED,
     LIMITED,
@@ -56,6 +55,8 @@ from models.execution import (
     TERMINAL,
     ExecutionStatus,
 )
+from models.host_time import HOST_TIME
+from models.moments import to_microseconds
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -66,7 +67,9 @@ MAX_TRANSACTION_WORKS = 64
 class SQLiteStore:
     """The run path on one SQLite file."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, clock: DatabaseClock) -> None:
+        self.clock = clock
+        clock.follow_host()
         self._writer = _Thread(path, "sqlite-writer", writes=True)
         self._reader = _Thread(path, "sqlite-reader", writes=False)
 
@@ -80,7 +83,9 @@ class SQLiteStore:
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs; see `Store.claim`."""
-        return await self._writer.run(lambda connection: _claim(connection, claim))
+        claimed = await self._writer.run(lambda connection: _claim(connection, claim))
+        self.clock.follow_host()
+        return claimed
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -90,7 +95,9 @@ class SQLiteStore:
         self, held: Sequence[Held], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[Renewed]:
         """Extend leases; see `Store.renew`."""
-        return await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
+        renewed = await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
+        self.clock.follow_host()
+        return renewed
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions; see `Store.definitions`."""
@@ -242,7 +249,7 @@ def _connect(path: str) -> sqlite3.Connection:
 
 
 def _now() -> int:
-    return time.time_ns() // 1000
+    return HOST_TIME.microseconds()
 
 
 # ── claim ─────────────────────────────────────────────────────────────────────────────────────────
@@ -332,7 +339,7 @@ def _taken(
         " inbox, user_id, signals, concurrency_key, follow_up",
         (claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
     ).fetchone()
-    return claimed_of((*row, may_have_more))
+    return claimed_of((*row, may_have_more, now))
 
 
 # ── record and renew ──────────────────────────────────────────────────────────────────────────────

@@ -8,9 +8,9 @@ import msgspec
 
 from journal.rows import TOUCHED_MICROSECONDS
 from journal.store import Acceptance, Accepted, Arrival, ArrivedRun, TakenIn, Verdict
-from models.columns import to_microseconds
 from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD, ExecutionStatus
 from models.ids import turn_of
+from models.moments import to_microseconds
 
 if TYPE_CHECKING:
     import sqlite3

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from engine.events import LogLine, RunError, RunStatus, Span
+from models.database_clock import DatabaseClock
 from models.execution_status import ExecutionStatus
 
 
@@ -204,6 +205,8 @@ class Claimed(msgspec.Struct, frozen=True):
     """JSON text: what is to be done about its end."""
     may_have_more: bool
     """Its workflow's share of the claim was used up: more may wait behind it."""
+    claimed_at: datetime | None = None
+    """By the database's clock; None from a gateway of an earlier version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +294,9 @@ class RunStore(Protocol):
 
     Every method raises `DatabaseUnavailable` when it can't be reached.
     """
+
+    clock: DatabaseClock
+    """Learned from the answers to claims and renewals, if from nothing else."""
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take the best pending runs, counting the attempt; answers in the order of the turns."""

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import msgspec
 from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator
 
 from json_text import decoding
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-
-
-def to_microseconds(moment: datetime) -> int:
-    """Return an aware time as microseconds since 1970, which is how it is stored."""
-    return (moment - _EPOCH) // _MICROSECOND
-
-
-def from_microseconds(count: int) -> datetime:
-    """Return a stored time as an aware one, in UTC."""
-    return _EPOCH + timedelta(microseconds=count)
+from models.moments import from_microseconds, to_microseconds
 
 
 class Instant(TypeDecorator[datetime]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,6 +22,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalEr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from models import database_time
+from models.database_clock import DatabaseClock
 from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
 from models.outage import LockWaitTimeout
 from models.sqlstates import DatabaseFailure, failure_of
@@ -67,6 +70,7 @@ class Database:
 
     def __init__(self, url: URL) -> None:
         self.url = url
+        self.clock = DatabaseClock()
         self.engine = _engine(url)
         self._under_way: set[asyncio.Task[Any]] = set()
 
@@ -109,6 +113,15 @@ class Database:
                     raise DatabaseUnavailable("The database would not take the transaction") from error
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
+
+    async def learn_time(self) -> None:
+        """Ask the database for its time, and set the clock by the answer; raises `DatabaseUnavailable`."""
+        if is_sqlite(self.url):
+            self.clock.follow_host()
+            return
+        async with self.read() as connection:
+            asked_at = time.monotonic()
+            self.clock.learn(await database_time.read(connection), asked_at)
 
     async def ping(self) -> None:
         """Ask the database for a sign of life; raises `DatabaseUnavailable`."""

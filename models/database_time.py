@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger
+from sqlalchemy import BigInteger, bindparam, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
+
+from models.host_time import HOST_TIME
+from models.moments import from_microseconds
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 
 class DatabaseTime(FunctionElement[int]):
@@ -16,12 +24,34 @@ class DatabaseTime(FunctionElement[int]):
     inherit_cache = True
 
 
+class PresentTime(FunctionElement[int]):
+    """The same, not of when a transaction began, but of when it comes to this statement: for what has an order."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+async def read(connection: AsyncConnection) -> datetime:
+    """Return the database's time, as an aware moment; that of a transaction is when it began."""
+    microseconds = await connection.scalar(select(DatabaseTime()))
+    return from_microseconds(microseconds or 0)
+
+
 @compiles(DatabaseTime, "postgresql")
 def _on_postgresql(_element: DatabaseTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
     return "CAST(extract(epoch FROM now()) * 1000000 AS bigint)"
 
 
+@compiles(PresentTime, "postgresql")
+def _present_on_postgresql(_element: PresentTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
+
+
+@compiles(PresentTime, "sqlite")
 @compiles(DatabaseTime, "sqlite")
-def _on_sqlite(_element: DatabaseTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
-    # To the millisecond, from days since 4714 BC: `unixepoch('subsec')` is younger than the SQLite of some systems.
-    return "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"
+def _on_sqlite(_element: DatabaseTime | PresentTime, compiler: Any, **options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
+    # Bound when the statement runs. SQLite's own functions read the wall clock, which somebody may just have set.
+    time: str = compiler.process(
+        bindparam(None, callable_=HOST_TIME.microseconds, type_=BigInteger(), unique=True), **options
+    )
+    return time

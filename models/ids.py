@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from datetime import datetime
 from hashlib import blake2b
+from typing import Protocol
+
+from models.host_time import HOST_TIME
+from models.moments import to_microseconds
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 LANES = 4096
@@ -21,8 +24,23 @@ TURNS = 1024
 _PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _lock = threading.Lock()
+_clock: Clock | None = None
 _last_millisecond = 0
 _counter = 0
+
+
+class Clock(Protocol):
+    """Tells the time."""
+
+    def now(self) -> datetime:
+        """Return the present moment (aware)."""
+
+
+def count_by(clock: Clock) -> None:
+    """Make ids of another clock's time from now on: they sort like those of other hosts that go by the same one."""
+    global _clock, _last_millisecond
+    with _lock:
+        _clock, _last_millisecond = clock, 0
 
 
 def new(prefix: str) -> str:
@@ -48,7 +66,7 @@ def _uuid7() -> int:
     global _last_millisecond, _counter  # noqa: PLW0603 - the clock and counter of this process's ids
     random = int.from_bytes(os.urandom(9), "big")
     with _lock:
-        millisecond = time.time_ns() // 1_000_000
+        millisecond = _millisecond()
         if millisecond > _last_millisecond:
             _last_millisecond = millisecond
             _counter = random >> 64 & 0x3F
@@ -59,6 +77,12 @@ def _uuid7() -> int:
                 _counter = 0
         head = _last_millisecond << 16 | 0x7000 | _counter
     return head << 64 | 0x2 << 62 | random & (1 << 62) - 1
+
+
+def _millisecond() -> int:
+    if _clock is None:
+        return HOST_TIME.microseconds() // 1_000
+    return to_microseconds(_clock.now()) // 1_000
 
 
 def base32(number: int) -> str:

@@ -1,8 +1,21 @@
-"""Moments as texts, wherever somebody outside reads them: in answers, in messages, in what is kept to be shown."""
+"""Moments as microseconds since 1970, as they are stored, and as texts for whoever reads them outside."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def to_microseconds(moment: datetime) -> int:
+    """Return an aware time as microseconds since 1970."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def from_microseconds(count: int) -> datetime:
+    """Return a stored time as an aware one, in UTC."""
+    return _EPOCH + timedelta(microseconds=count)
 
 
 def written(moment: datetime) -> str:

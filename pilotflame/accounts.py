@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import or_, select
@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from gateway import audit
 from gateway.audit import Operator
-from models import access_store, migrating
+from models import access_store, database_time, migrating
 from models.access import ApiKey, KeyScope, Organization, Role, User
 from models.access_store import EmailTaken
 from models.audit import Action
@@ -31,7 +31,9 @@ async def create_organization(settings: Settings, name: str) -> str:
     """Make an organisation, and return its id."""
 
     async def create(connection: AsyncConnection) -> str:
-        made = await access_store.create_organization(connection, name=name, now=datetime.now(UTC))
+        made = await access_store.create_organization(
+            connection, name=name, now=await database_time.read(connection)
+        )
         return made.id
 
     async with opened(settings) as database:
@@ -44,7 +46,12 @@ async def create_user(settings: Settings, organization: str, email: str, name: s
     async def create(connection: AsyncConnection) -> str:
         found = await _organization(connection, organization)
         made = await access_store.create_user(
-            connection, organization=found, email=email, name=name, role=role, now=datetime.now(UTC)
+            connection,
+            organization=found,
+            email=email,
+            name=name,
+            role=role,
+            now=await database_time.read(connection),
         )
         author = Operator(found.id, found.lane)
         after = audit.content_hash(made)
@@ -70,7 +77,7 @@ async def create_key(
     secret = settings.secret
 
     async def create(connection: AsyncConnection) -> str:
-        now = datetime.now(UTC)
+        now = await database_time.read(connection)
         owner = await _user(connection, await _organization(connection, organization), user)
         made = await access_store.create_key(
             connection,
@@ -103,7 +110,7 @@ async def revoke_key(settings: Settings, organization: str | None, key_id: str) 
 
     async def revoke(connection: AsyncConnection) -> None:
         found = await _organization(connection, organization)
-        now = datetime.now(UTC)
+        now = await database_time.read(connection)
         revoked = await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
         if revoked is None:
             raise Refusal(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")

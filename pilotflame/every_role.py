@@ -21,6 +21,7 @@ from gateway import main as gateways
 from gateway import state
 from gateway.bootstrap import bootstrap
 from gateway.settings import GatewaySettings
+from journal import timekeeping
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
@@ -101,7 +102,8 @@ async def _run(
         database = Database(url)
         stack.push_async_callback(database.close)
         await _bring_up_to_date(database, migration)
-        store = await open_store(url)
+        await stack.enter_async_context(timekeeping.kept(database, moves=lambda: True))
+        store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(None, inbox=ids.new(OWNER))
         stack.push_async_callback(broker.close)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from sqlalchemy import func, or_, select, update
@@ -12,6 +11,7 @@ from sqlmodel import col
 
 from models.access import ApiKey
 from models.data_source import DataSource
+from models.database_time import DatabaseTime
 from models.intake import IntakeToken
 from models.signing import SigningSecret
 from models.vault import Sealed, Vault, VaultError
@@ -52,7 +52,7 @@ async def rotate(settings: Settings) -> Rotation:
     async with opened(settings) as database:
         for table in TABLES:
             await _rotate_table(database, vault, table, rotation)
-        is_valid = or_(col(ApiKey.expires_at).is_(None), col(ApiKey.expires_at) > datetime.now(UTC))
+        is_valid = or_(col(ApiKey.expires_at).is_(None), col(ApiKey.expires_at) > DatabaseTime())
         waiting = select(func.count()).where(
             col(ApiKey.secret_id) != vault.secret_id, col(ApiKey.revoked_at).is_(None), is_valid
         )

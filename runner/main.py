@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -86,7 +87,10 @@ async def _first_contact(gateway: Gateway, settings: RunnerSettings, stop: async
     """Return what the gateway says first, as soon as it does; None where this is to stop before."""
     while not stop.is_set():
         try:
-            return await gateway.call("/contact", None, Contact)
+            asked_at = time.monotonic()
+            contact = await gateway.call("/contact", None, Contact)
+            gateway.clock.learn(contact.now, asked_at)
+            return contact
         except (DatabaseUnavailable, CallRefused) as error:
             log.warning("gateway not reached", workflow_id=settings.runner_workflow_id, error=str(error))
         with suppress(TimeoutError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -45,11 +46,15 @@ class RemoteStore:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self.clock = gateway.clock
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs of this deployment; see `RunStore.claim`."""
         call = ClaimCall(min(claim.limit, MAX_CLAIM), claim.lease_seconds)
-        return (await self._gateway.call("/claim", call, Claims)).runs
+        asked_at = time.monotonic()
+        claimed = (await self._gateway.call("/claim", call, Claims)).runs
+        self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
+        return claimed
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
         """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""
@@ -73,7 +78,9 @@ class RemoteStore:
     ) -> Sequence[Renewed]:
         """Extend leases; see `RunStore.renew`."""
         leases = [HeldLease(one.execution_id, one.lane, one.token) for one in held]
+        asked_at = time.monotonic()
         answer = await self._gateway.call("/renew", RenewCall(leases, lease_seconds), RenewedLeases)
+        self.clock.learn(answer.now, asked_at)
         renewed = [Renewed(execution_id, request) for execution_id, request in answer.requests.items()]
         return [*renewed, *(Renewed(execution_id, None, is_locked=True) for execution_id in answer.locked)]
 

@@ -14,6 +14,7 @@ import msgspec
 from engine.errors import NodeError
 from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from json_text import decoding
+from models.database_clock import DatabaseClock
 from models.outage import DatabaseUnavailable
 from models.pod_processes import PodProcess
 
@@ -54,8 +55,14 @@ class _Refusal(msgspec.Struct):
 class Gateway:
     """One loop's connections to the gateway. While it is away, each failed call takes longer to say so."""
 
-    def __init__(self, settings: RunnerSettings, process: PodProcess | None = None) -> None:
-        """Without `process`, this is the first of a process that has just begun."""
+    def __init__(
+        self,
+        settings: RunnerSettings,
+        process: PodProcess | None = None,
+        clock: DatabaseClock | None = None,
+    ) -> None:
+        """Without `process` and `clock`, this is the first of a process that has just begun."""
+        self.clock = clock or DatabaseClock()
         self._settings = settings
         self._process = process or PodProcess.started_now(settings.runner_pod)
         self._url = settings.runner_gateway_url.rstrip("/") + PREFIX
@@ -71,7 +78,7 @@ class Gateway:
 
     def for_loop(self) -> Gateway:
         """Return another one for the running loop of another thread."""
-        return Gateway(self._settings, self._process)
+        return Gateway(self._settings, self._process, self.clock)
 
     @property
     def failing_seconds(self) -> float:

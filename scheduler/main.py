@@ -20,6 +20,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from execution import abandoned, due_runs
 from execution.awaited_events import AwaitedEvents
+from journal import timekeeping
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
@@ -115,11 +116,12 @@ async def _serve(settings: SchedulerSettings) -> None:
         database = Database(url)
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        store = await open_store(url, connections=1)
+        store = await open_store(url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
         is_leading = await stack.enter_async_context(_standing_for_leader(settings, database))
+        await stack.enter_async_context(timekeeping.kept(database, moves=is_leading))
         led = [_only_while(is_leading, duty) for duty in duties(settings, database, store, broker)]
         await stack.enter_async_context(ticking(led))
         log.info("scheduler ready")
@@ -139,7 +141,7 @@ async def ticking(duties: Sequence[Duty]) -> AsyncIterator[None]:
             _do,
             IntervalTrigger(seconds=duty.every_seconds, timezone=UTC),
             args=[duty, in_hand],
-            next_run_time=datetime.now(UTC),
+            next_run_time=datetime.now(UTC),  # noqa: TID251 - the ticker counts by the clock of this host
             max_instances=1,
             coalesce=True,
             misfire_grace_time=None,
@@ -158,14 +160,14 @@ async def ticking(duties: Sequence[Duty]) -> AsyncIterator[None]:
 
 async def _watch_clock(ticker: AsyncIOScheduler) -> None:
     """Have all duties done when the clock was set back: it would wait until it is as late again as it was."""
-    ahead = time.time() - time.monotonic()
+    ahead = time.time() - time.monotonic()  # noqa: TID251 - looks whether that was set
     while True:
         await asyncio.sleep(WATCH_SECONDS)
-        before, ahead = ahead, time.time() - time.monotonic()
+        before, ahead = ahead, time.time() - time.monotonic()  # noqa: TID251 - looks whether that was set
         if before - ahead > SET_BACK_SECONDS:
             log.warning("the clock was set back", seconds=round(before - ahead, 1))
             for job in ticker.get_jobs():
-                job.modify(next_run_time=datetime.now(UTC))
+                job.modify(next_run_time=datetime.now(UTC))  # noqa: TID251 - the ticker counts by the clock of this host
 
 
 async def _do(duty: Duty, in_hand: set[asyncio.Task[None]]) -> None:

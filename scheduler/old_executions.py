@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -69,7 +69,7 @@ async def _deleted(database: Database, retention: Retention) -> AsyncIterator[Se
             found = (await connection.execute(workflows(after, retention))).all()
         after = found[-1].id if len(found) == BATCH_WORKFLOWS else None
         for workflow in found:
-            if _may_have_old(workflow, retention):
+            if _may_have_old(workflow, retention, database.clock.now()):
                 async for owners in _deleted_of(database, workflow.id, workflow.beyond, retention):
                     yield owners
 
@@ -92,12 +92,10 @@ def workflows(after: str, retention: Retention) -> Select[*tuple[Any, ...]]:
     )
 
 
-def _may_have_old(workflow: Row[Any], retention: Retention) -> bool:
+def _may_have_old(workflow: Row[Any], retention: Retention, now: datetime) -> bool:
     if workflow.oldest is None:
         return False
-    return bool(
-        workflow.beyond is not None or workflow.oldest < datetime.now(UTC) - timedelta(days=retention.days)
-    )
+    return bool(workflow.beyond is not None or workflow.oldest < now - timedelta(days=retention.days))
 
 
 async def _deleted_of(

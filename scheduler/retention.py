@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,7 +42,7 @@ async def forget_past_paces(database: Database) -> None:
 
 async def forget_arrivals(settings: SchedulerSettings, database: Database) -> None:
     """Delete the events and deliveries whose days are over; raises `DatabaseUnavailable`."""
-    before = datetime.now(UTC) - timedelta(days=settings.retention_event_days)
+    before = database.clock.now() - timedelta(days=settings.retention_event_days)
     for table, prefix in ((Event, "event"), (Delivery, "dlv")):
         # By their ids, which begin with the time: that needs no index of its own.
         forget = partial(_forget_earlier, table, ids.earliest(prefix, before))

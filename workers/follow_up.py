@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -339,10 +339,10 @@ class AfterRuns:
 
     def _admit_when_due(self, key: str, due_at: datetime) -> None:
         """Ask for a new place as soon as a run that sleeps is due, unless that takes so long that a sweep will do."""
-        seconds = (due_at - datetime.now(UTC)).total_seconds()
+        seconds = self._store.clock.seconds_until(due_at)
         if seconds < MAX_TIMER_SECONDS:
             asyncio.get_running_loop().call_later(
-                max(seconds, 0) + WOKEN_SECONDS, self._begin, lambda: self._admit_due(key)
+                seconds + WOKEN_SECONDS, self._begin, lambda: self._admit_due(key)
             )
 
     async def _admit_due(self, key: str) -> None:

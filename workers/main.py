@@ -21,7 +21,7 @@ from execution.executor import Around, Executor
 from execution.node_blobs import NodeBlobs
 from execution.pace import SharedPace
 from execution.user_code import open_code
-from journal import signals
+from journal import signals, timekeeping
 from journal.blobs.opening import open_blobs
 from journal.opening import open_store
 from journal.store import Store
@@ -69,7 +69,8 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         database = Database(url)
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        store = await open_store(url)
+        await stack.enter_async_context(timekeeping.kept(database))
+        store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)
         broker = await brokers.connect(settings.redis_url, inbox=owner)

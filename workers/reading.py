@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
@@ -444,7 +444,7 @@ class Reader:
 
     async def _put_off(self, reading: Reading, reason: str) -> None:
         """Let a mail be read later, and ever later; after a day it has failed."""
-        now = datetime.now(UTC)
+        now = self._store.clock.now()
         age = now - reading.one.started_at
         if age > GIVEN_UP_AFTER:
             message_ = f"The mail could not be read for a day: {reason}"

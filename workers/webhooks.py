@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -96,7 +95,7 @@ class Webhooks:
             return Failure(
                 "The organisation has no signing secret: POST /api/v1/auth/signing-secret makes one"
             )
-        now = int(time.time())
+        now = int(self._database.clock.now().timestamp())
         headers = {
             "Content-Type": "application/json",
             "webhook-id": message_id,

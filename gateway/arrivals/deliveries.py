@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -67,7 +66,7 @@ class Deliveries:
                 raise  # a delivery to what isn't there for its sender is nobody's to look at
             error.is_noted = True
             if error.status < SERVER_ERROR:
-                delivery = sent.refused(datetime.now(UTC), error)
+                delivery = sent.refused(self._database.clock.now(), error)
                 if not self._has_room(delivery):
                     delivery.payload = None
                 if delivery.outcome != Outcome.SHED:

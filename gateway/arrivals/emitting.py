@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -275,9 +274,7 @@ async def _repeated(gateway: State, sent: Sent, verdict: Verdict, delivery_id: s
         if row is None:
             raise errors.not_ready("What had come of this event is not kept any more")
         found = await _kept(connection, row.answer)
-    await gateway.deliveries.note(
-        sent.repeated(datetime.now(UTC), status=ANSWERED, execution_id=_only(found))
-    )
+    await gateway.deliveries.note(sent.repeated(gateway.clock(), status=ANSWERED, execution_id=_only(found)))
     return Emission(row.id, row.event_type, found, is_repeated=True)
 
 

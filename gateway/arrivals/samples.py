@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,7 +70,7 @@ class Samples:
         if error.status == TOO_MANY:
             return  # those before it tell more, and are kept
         slot = next(self._turns[route]) % SLOTS
-        self._waiting[route, slot] = _sample(route, slot, scope, error)
+        self._waiting[route, slot] = _sample(route, slot, scope, error, self._database.clock.now())
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
 
@@ -151,7 +151,7 @@ def _row(sample: IntakeSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
     return row
 
 
-def _sample(route: IntakeRoute, slot: int, scope: Scope, error: ApiError) -> IntakeSample:
+def _sample(route: IntakeRoute, slot: int, scope: Scope, error: ApiError, now: datetime) -> IntakeSample:
     sender: Sender | None = scope.get("sender")
     workflow_id = None if route is IntakeRoute.HOOK else scope["path_params"].get("id")
     if workflow_id is not None and not ids.is_id(workflow_id):
@@ -167,7 +167,7 @@ def _sample(route: IntakeRoute, slot: int, scope: Scope, error: ApiError) -> Int
         reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
         content_bytes=_declared_bytes(scope),
         shape=_shape(scope),
-        created_at=datetime.now(UTC),
+        created_at=now,
     )
 
 

@@ -8,9 +8,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from models import timetable
-from models.columns import from_microseconds
-from models.database_time import DatabaseTime
+from models import database_time, timetable
 from models.schedule import Schedule
 from models.timetable import InvalidTimetable
 from models.workflow import WorkflowStatus
@@ -48,7 +46,7 @@ async def follow(connection: AsyncConnection, workflow: Workflow, trigger: Workf
         .mappings()
         .first()
     )
-    now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+    now = await database_time.read(connection)
     row = _begun(workflow, trigger, now, _last_run_at(found, now))
     if found is not None and found["next_run_at"] is not None and _is_alike(row, Schedule(**found)):
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl
@@ -133,12 +133,14 @@ class Doorkeeper:
         return found
 
     async def _read(self, batch: Sequence[str]) -> Sequence[FoundToken | None]:
-        found = await intake_tokens.find(self._database, batch, datetime.now(UTC))
+        found = await intake_tokens.find(self._database, batch, self._database.clock.now())
         return [found.get(hashed) for hashed in batch]
 
     def _note_use(self, found: FoundToken) -> None:
         """Have the use of a token noted in the background, now and then."""
-        is_recent = found.last_used_at and datetime.now(UTC) - found.last_used_at <= USE_RECORDED_EVERY
+        is_recent = (
+            found.last_used_at and self._database.clock.now() - found.last_used_at <= USE_RECORDED_EVERY
+        )
         if is_recent or self._recorded.get(found.id):
             return
         self._recorded.put(found.id, value=True)
@@ -149,7 +151,7 @@ class Doorkeeper:
     async def _record_use(self, token_id: str) -> None:
         try:
             await intake_tokens.record_use(
-                self._database, token_id, now=datetime.now(UTC), every=USE_RECORDED_EVERY
+                self._database, token_id, now=self._database.clock.now(), every=USE_RECORDED_EVERY
             )
         except DatabaseUnavailable as error:
             log.warning("use of token not recorded", token_id=token_id, reason=str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
@@ -178,7 +178,7 @@ async def one(
     if accepted.verdict is Verdict.FULL:
         raise errors.concurrency_limit()
     if accepted.verdict is Verdict.REPEATED:
-        now = datetime.now(UTC)
+        now = gateway.clock()
         await gateway.deliveries.note(sent.repeated(now, status=status, execution_id=accepted.execution_id))
     else:
         see_to(gateway, runs, [accepted])

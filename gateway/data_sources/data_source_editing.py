@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
@@ -104,7 +103,7 @@ async def edit(request: Request, action: Action, change: Change) -> Stored:
         after = change(before)
         if content_hash(after) == content_hash(before):
             return before
-        after = after.with_columns(revision=before.source.revision + 1, updated_at=datetime.now(UTC))
+        after = after.with_columns(revision=before.source.revision + 1, updated_at=request.gateway.clock())
         if not await data_source_rows.save(connection, before, after, request.caller):
             raise errors.conflict(
                 "edit-conflict", "Somebody else changed this data source just now: try again"

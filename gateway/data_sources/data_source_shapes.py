@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 from msgspec import Meta, field
@@ -80,7 +80,7 @@ class DataSourceShape(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: Caller, body: CreateDataSource, vault: Vault) -> DataSource:
+def made(caller: Caller, body: CreateDataSource, vault: Vault, now: datetime) -> DataSource:
     """Return a new data source of the caller's; raises 422."""
     problems = Problems()
     name = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
@@ -89,7 +89,7 @@ def made(caller: Caller, body: CreateDataSource, vault: Vault) -> DataSource:
     secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
     _require_whole(settings, secrets, problems)
     problems.raise_any()
-    now, source_id = datetime.now(UTC), ids.new("ds")
+    source_id = ids.new("ds")
     kept = sealed(vault, secrets, organization_id=caller.organization_id, source_id=source_id)
     return DataSource(
         id=source_id,
@@ -108,7 +108,7 @@ def made(caller: Caller, body: CreateDataSource, vault: Vault) -> DataSource:
     )
 
 
-def changed(before: Stored, body: UpdateDataSource, vault: Vault) -> Stored:
+def changed(before: Stored, body: UpdateDataSource, vault: Vault, now: datetime) -> Stored:
     """Return what a data source becomes; raises 422."""
     source, problems = before.source, Problems()
     definition = DEFINITIONS[DataSourceType(source.type)]
@@ -134,7 +134,7 @@ def changed(before: Stored, body: UpdateDataSource, vault: Vault) -> Stored:
             "secret_names": sorted(secrets),
             "sealed": kept.content,
             "secret_id": kept.secret_id,
-            "secrets_set_at": datetime.now(UTC),
+            "secrets_set_at": now,
         }
     return before.with_columns(**changes)
 

@@ -144,7 +144,7 @@ async def create_key(request: Request) -> JsonResponse:
     """Make a key, for oneself or, as an admin, for a user of the organisation; this answer alone holds it."""
     body = await decode_body(request, CreateKey)
     caller = request.caller
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
     problems = Problems()
     name = text.line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
     expires_at = _expiry(body, now, problems)
@@ -182,7 +182,7 @@ async def revoke_key(request: Request) -> NoContent:
     caller, key_id = request.caller, request.path_params["id"]
 
     async def revoke(connection: AsyncConnection) -> None:
-        now, user_id = datetime.now(UTC), _own(caller)
+        now, user_id = request.gateway.clock(), _own(caller)
         revoked = await access_store.revoke_key(
             connection, caller.organization_id, key_id, user_id=user_id, now=now
         )
@@ -279,7 +279,7 @@ async def create_user(request: Request) -> JsonResponse:
             email=email,
             name=name,
             role=body.role,
-            now=datetime.now(UTC),
+            now=request.gateway.clock(),
         )
         after = audit.content_hash(user)
         await audit.record(connection, request.caller, Action.USER_CREATED, user.id, before=None, after=after)

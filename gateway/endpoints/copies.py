@@ -29,6 +29,8 @@ from gateway.workflows.workflow_shapes import (
 from models.audit import Action
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from engine.values import Json
     from gateway.workflows.copying import ImportWorkflow
     from gateway.workflows.workflow_rows import Stored
@@ -118,7 +120,7 @@ async def duplicate(request: Request) -> JsonResponse:
     source = await editing.read(request)
     named = source.with_columns(name=copying.name_of_copy(source.workflow.name))
     # In a thread, here and below: others are served while a large graph is gone through.
-    copy = await asyncio.to_thread(copying.copied, named, request.caller)
+    copy = await asyncio.to_thread(copying.copied, named, request.caller, request.gateway.clock())
     return await _create(request, {}, copy, Action.WORKFLOW_DUPLICATED)
 
 
@@ -134,7 +136,9 @@ async def save_as_template(request: Request) -> JsonResponse:
         raise errors.admin_required()
     described = UpdateWorkflow(name=body.name, description=body.description, tags=body.tags)
     changed = workflow_shapes.changed(source, described, request.gateway.catalog)
-    copy = await asyncio.to_thread(copying.copied, changed, request.caller, is_template=True)
+    copy = await asyncio.to_thread(
+        copying.copied, changed, request.caller, request.gateway.clock(), is_template=True
+    )
     return await _create(request, value, copy, Action.TEMPLATE_SAVED)
 
 
@@ -171,7 +175,7 @@ async def use_template(request: Request) -> JsonResponse:
         named = workflow_shapes.changed(template, UpdateWorkflow(name=body.name), catalog)
         if references is not None:
             named = copying.resolved(named, copying.references(named, catalog), references)
-        return copying.copied(named, request.caller)
+        return copying.copied(named, request.caller, request.gateway.clock())
 
     return await _create(request, value, await asyncio.to_thread(copied), Action.TEMPLATE_USED)
 
@@ -180,7 +184,7 @@ async def _to_use(request: Request, body: UseTemplate) -> tuple[Stored, Mapping[
     """Return the template, and what is to take the place of what it names; raises 404."""
     common = shipped.load().get(body.template_id)
     if common is not None:
-        stored = common.stored(request.caller, request.gateway.catalog)
+        stored = common.stored(request.caller, request.gateway.catalog, request.gateway.clock())
         named = copying.references(stored, request.gateway.catalog)
         return stored, {one.id: None for one in named} | (body.references or {})
     async with request.gateway.database.read() as connection:
@@ -224,7 +228,9 @@ async def import_workflow(request: Request) -> JsonResponse:
     """
     value = await read_json(request)
     body = copying.read(value)
-    stored, answer = await asyncio.to_thread(_imported, body, request.caller, request.gateway.catalog)
+    stored, answer = await asyncio.to_thread(
+        _imported, body, request.caller, request.gateway.catalog, request.gateway.clock()
+    )
     if not answer.created:
         idempotency.given(request)  # what is no key is refused, though nothing is created
         return JsonResponse(answer)
@@ -237,9 +243,11 @@ async def import_workflow(request: Request) -> JsonResponse:
     )
 
 
-def _imported(body: ImportWorkflow, caller: Caller, catalog: Catalog) -> tuple[Stored, ImportAnswer]:
+def _imported(
+    body: ImportWorkflow, caller: Caller, catalog: Catalog, now: datetime
+) -> tuple[Stored, ImportAnswer]:
     """Return the workflow that would be created, and what there is to say about it; raises 422."""
-    stored = copying.imported(caller, body, catalog)
+    stored = copying.imported(caller, body, catalog, now)
     named = copying.references(stored, catalog)
     if body.references is not None:
         stored = copying.resolved(stored, named, body.references)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from gateway.data_sources import data_source_editing as editing
@@ -122,7 +122,7 @@ async def create(request: Request) -> JsonResponse:
     """Create a data source."""
     value = await read_json(request)
     body = convert(value, CreateDataSource)
-    source = data_source_shapes.made(request.caller, body, request.gateway.vault)
+    source = data_source_shapes.made(request.caller, body, request.gateway.vault, request.gateway.clock())
     return await editing.create(request, value, source)
 
 
@@ -134,7 +134,7 @@ async def update(request: Request) -> JsonResponse:
         after = await editing.edit(
             request,
             Action.DATA_SOURCE_UPDATED,
-            lambda before: data_source_shapes.changed(before, body, vault),
+            lambda before: data_source_shapes.changed(before, body, vault, request.gateway.clock()),
         )
     except NameTaken as error:
         raise editing.name_taken(error) from error
@@ -163,7 +163,7 @@ async def share(request: Request) -> JsonResponse:
     """Share a data source with a user of the organisation, who may then see, test and use it."""
     body = await decode_body(request, ShareDataSource)
     await _require_user(request, body.user_id)
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
     after = await editing.edit(
         request, Action.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
     )

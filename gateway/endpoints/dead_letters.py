@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -124,7 +123,7 @@ async def _chosen(
 
 
 async def _settle(request: Request, failed: Sequence[Execution]) -> None:
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
 
     async def settle(connection: AsyncConnection) -> None:
         for one in sorted(failed, key=lambda one: one.id):

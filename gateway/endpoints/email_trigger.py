@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -255,7 +254,7 @@ async def _stored(handed: Handed, place: StoredMail) -> StoredObject:
 
 async def _noted(handed: Handed, what: str, told: str) -> JsonResponse:
     gateway = handed.request.gateway
-    await gateway.deliveries.note(handed.note.noted(datetime.now(UTC), status=OK, reason=f"{what}: {told}"))
+    await gateway.deliveries.note(handed.note.noted(gateway.clock(), status=OK, reason=f"{what}: {told}"))
     return JsonResponse(MailNoted(noted=what))
 
 
@@ -301,9 +300,7 @@ async def _take_in(
     if is_large and promise is not None and own_key is None:
         earlier = await acceptance.earlier(gateway.database, workflow.lane, promise)
         if earlier is not None and earlier.verdict is Verdict.REPEATED:
-            repeated = handed.note.repeated(
-                datetime.now(UTC), status=status, execution_id=earlier.execution_id
-            )
+            repeated = handed.note.repeated(gateway.clock(), status=status, execution_id=earlier.execution_id)
             await gateway.deliveries.note(repeated)
             return _answer(handed, earlier, status)
     execution_id = ids.new("exec")

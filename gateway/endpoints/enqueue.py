@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -100,7 +100,7 @@ async def enqueue(request: Request) -> JsonResponse:
     note = await sent.sent(IntakeRoute.ENQUEUE, sender, content, workflow_id=workflow_id)
     async with gateway.deliveries.refusals(note):
         value = await json_of(request, content)
-        now = datetime.now(UTC)
+        now = gateway.clock()
         body = _interpreted(value, now)
         own_key, promise = _keys(request, value, body, vouched)
         message = body.planned(now, promise, body.callback_url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
@@ -116,7 +116,9 @@ async def enqueue(request: Request) -> JsonResponse:
         own_key = vouched_key(vouched, workflow_id)
         given = await patience.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
         given = given or own_key
-        planned, refused = await patience.patiently(_planned, batch.messages, workflow_id, given)
+        planned, refused = await patience.patiently(
+            _planned, batch.messages, workflow_id, given, gateway.clock()
+        )
         if not planned:
             raise _all_wrong(refused)
         first, repeats = _without_repeats(planned)
@@ -129,7 +131,7 @@ async def enqueue(request: Request) -> JsonResponse:
         results[place] = repeated if repeated.error else _duplicate_of(repeated)
     shape = _counted([results[place] for place in range(len(batch.messages))])
     if answers.is_repeated or (not shape.accepted and shape.duplicates):
-        await gateway.deliveries.note(note.repeated(datetime.now(UTC), status=201, execution_id=None))
+        await gateway.deliveries.note(note.repeated(gateway.clock(), status=201, execution_id=None))
     return JsonResponse(shape, status=201, headers=idempotency.REPLAYED if answers.is_repeated else None)
 
 
@@ -142,7 +144,7 @@ async def _taken_in(
     key: IdempotencyKey | None,
 ) -> Answers:
     """Take in all that can be run, or find what became of it the first time; raises 422 for another body then."""
-    gateway, now = request.gateway, datetime.now(UTC)
+    gateway, now = request.gateway, request.gateway.clock()
     runs: list[ArrivedRun] = []
 
     async def arrival() -> Arrival:
@@ -194,10 +196,9 @@ async def _first(request: Request, planned: Sequence[Planned], delivery_id: str)
 
 
 def _planned(
-    messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None
+    messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
 ) -> tuple[list[Planned], dict[int, BatchResult]]:
     """Return the messages that can be run, and the answers to those that can't, by their places."""
-    now = datetime.now(UTC)
     planned: list[Planned] = []
     refused: dict[int, BatchResult] = {}
     for place, value in enumerate(messages):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -114,7 +113,7 @@ async def create(request: Request) -> JsonResponse:
     problems = Problems()
     name = text.line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
     problems.raise_any()
-    caller, now = request.caller, datetime.now(UTC)
+    caller, now = request.caller, request.gateway.clock()
     token, token_id = intake_tokens.new_token(TokenKind.EVENT), ids.new("tok")
     secrets = _secrets(body.secrets or ProviderSecrets())
     row = IntakeToken(
@@ -168,7 +167,7 @@ async def index(request: Request) -> JsonResponse:
 async def revoke(request: Request) -> NoContent:
     """End a token of senders of events: it opens nothing any more, everywhere within a second."""
     _require_admin(request.caller)
-    caller, token_id, now = request.caller, request.path_params["id"], datetime.now(UTC)
+    caller, token_id, now = request.caller, request.path_params["id"], request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> bool:
         is_this = (col(IntakeToken.id) == token_id, *_of(caller))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 from engine import patience
@@ -87,11 +87,13 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Execute) ->
     inputs = body.trigger_inputs or {}
     if override is None and piece == WHOLE:
         kind = workflow.trigger_kind or "manual"
-        run = Run(workflow, kind, trigger_output(kind, inputs, datetime.now(UTC)))
+        run = Run(workflow, kind, trigger_output(kind, inputs, request.gateway.clock()))
     else:
         # In a thread: others are served while a large graph is gone through.
         catalog = request.gateway.catalog
-        run = await asyncio.to_thread(_changed, workflow, override, piece, inputs, catalog)
+        run = await asyncio.to_thread(
+            _changed, workflow, override, piece, inputs, catalog, request.gateway.clock()
+        )
     graph_shapes.require_valid(run.workflow.validation)
     if body.callback_url is None:
         return run
@@ -105,15 +107,16 @@ def _changed(
     piece: Piece,
     inputs: Mapping[str, Json],
     catalog: Catalog,
+    now: datetime,
 ) -> Run:
     """Return the run of another graph, or of a piece of one; nothing of it is saved."""
     if override is None:
         nodes, connections = tries.graph_of(workflow)
-        return tries.run_of_piece(workflow, nodes, connections, piece, inputs, catalog)
+        return tries.run_of_piece(workflow, nodes, connections, piece, inputs, catalog, now)
     problems = Problems()
     nodes = graph_shapes.stored_nodes(override.nodes or [], catalog, problems)
     connections = graph_shapes.stored_connections(override.connections or [], problems)
     if problems.found:
         found = [{**problem, "path": f"definition.{problem['path']}"} for problem in problems.found]
         raise errors.invalid(found)
-    return tries.run_of_piece(workflow, nodes, connections, piece, inputs, catalog)
+    return tries.run_of_piece(workflow, nodes, connections, piece, inputs, catalog, now)

@@ -101,7 +101,9 @@ async def build(request: Request) -> JsonResponse:
     """
     is_dry_run = request.query[DRY_RUN]
     value = await read_json(request)
-    plan = await asyncio.to_thread(building.plan, request.caller, value, request.gateway.catalog)
+    plan = await asyncio.to_thread(
+        building.plan, request.caller, value, request.gateway.catalog, request.gateway.clock()
+    )
     warnings = plan.warnings[: limits.FINDINGS]
     if is_dry_run:
         idempotency.given(request)  # what is no key is refused, though nothing is created

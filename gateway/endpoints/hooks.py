@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs
@@ -206,7 +205,7 @@ def _text_of(trigger: Json) -> str:
 
 
 async def _note_only(request: Request, note: Sent, reason: str) -> None:
-    await request.gateway.deliveries.note(note.noted(datetime.now(UTC), status=OK, reason=reason))
+    await request.gateway.deliveries.note(note.noted(request.gateway.clock(), status=OK, reason=reason))
 
 
 async def _taken_in(request: Request, note: Sent, let_in: LetIn, trigger: Json) -> tuple[Accepted, bool]:

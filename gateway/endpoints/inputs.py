@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -146,7 +145,7 @@ async def _given(
 ) -> Given | None:
     """Give the answer; None where a request with the same key has. Raises 409, and 422 for a key of another body."""
     user_id = request.caller.user_id
-    answered_at = datetime.now(UTC)
+    answered_at = request.gateway.clock()
     told: Json = {"data": body.data, "choice": body.choice, "by": user_id, "at": instant(answered_at)}
     give = partial(
         signals.give,

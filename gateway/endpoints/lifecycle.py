@@ -165,7 +165,7 @@ async def show(request: Request) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
         seen = await activity.look(connection, stored.workflow.id)
-        now = datetime.now(UTC) if seen is None else seen.now
+        now = request.gateway.clock() if seen is None else seen.now
         used = await lifecycle_rows.usage(connection, stored.workflow.id, now)
     return editing.answer(stored, _shape(stored.workflow, seen, used))
 
@@ -203,7 +203,7 @@ async def preview(request: Request) -> JsonResponse:
     long pods would have been up, and what runs would have waited for them.
     """
     body = lifecycle_shapes.stored(await decode_body(request, LifecyclePolicy))
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
         workflow = stored.workflow

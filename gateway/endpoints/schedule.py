@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
@@ -106,7 +106,7 @@ async def show(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         row, status = await _row(connection, stored.workflow.id)
     trigger = pinning.trigger_of(stored.nodes, request.gateway.catalog)
-    shown = _shape(stored.workflow, trigger, row, status, datetime.now(UTC))
+    shown = _shape(stored.workflow, trigger, row, status, request.gateway.clock())
     return editing.answer(stored, shown)
 
 

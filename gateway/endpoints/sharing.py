@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from gateway.errors import ApiError
@@ -68,7 +68,7 @@ async def add(request: Request) -> JsonResponse:
     """Share a workflow with a user of the organisation, who may then read and execute it."""
     body = await decode_body(request, ShareWith)
     await _require_user(request, body.user_id)
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
     edited = await editing.edit(
         request, Action.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from sqlalchemy import delete, insert, select, update
@@ -55,7 +55,7 @@ async def replace(request: Request) -> JsonResponse:
     For a day, messages carry a signature of the one before too, so that receivers can be told in the meantime.
     """
     _require_admin(request)
-    caller, now = request.caller, datetime.now(UTC)
+    caller, now = request.caller, request.gateway.clock()
     secret, secret_id = signing.new_secret(), ids.new("whsec")
     sealed = signing.sealed(
         request.gateway.vault, secret, organization_id=caller.organization_id, object_id=secret_id

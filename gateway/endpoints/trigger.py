@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
@@ -168,7 +167,7 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Trigger, ti
     times.is_cold = not wakes.is_ready(deployment)
     times.definition_hash = deployment.definition_hash
     deployed = await request.gateway.deployed.load(workflow, deployment)
-    inputs = trigger_output(deployed.trigger_kind or "manual", body.inputs or {}, datetime.now(UTC))
+    inputs = trigger_output(deployed.trigger_kind or "manual", body.inputs or {}, request.gateway.clock())
     return Run(deployed, body.trigger_type, inputs, home=workflow.id)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -75,7 +75,7 @@ async def show(request: Request) -> JsonResponse:
     workflow_id = request.path_params["id"]
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
-        rows = await _valid(connection, workflow_id, datetime.now(UTC))
+        rows = await _valid(connection, workflow_id, request.gateway.clock())
     shape = InboundAddress(
         trigger_kind=_kind(request, stored),
         urls=_urls(request, stored, MASK + rows[0].hint if rows else MASK),
@@ -100,7 +100,7 @@ async def replace(request: Request) -> JsonResponse:
     `overlapSeconds`.
     """
     body = await decode_body(request, ReplaceToken)
-    caller, now = request.caller, datetime.now(UTC)
+    caller, now = request.caller, request.gateway.clock()
     token, token_id = intake_tokens.new_token(TokenKind.TRIGGER), ids.new("tok")
     stored: Stored | None = None
 
@@ -145,7 +145,7 @@ async def replace(request: Request) -> JsonResponse:
 
 async def revoke(request: Request) -> NoContent:
     """End the tokens of the workflow's senders, at once."""
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> None:
         stored = await editing.readable(connection, request)

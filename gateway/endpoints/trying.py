@@ -100,7 +100,9 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: TryNode) ->
     acceptance.require_open(workflow.status)
     given = Given(body.input, body.trigger or {}, body.nodes or {}, body.config)
     # In a thread: others are served while a large graph is gone through.
-    run = await asyncio.to_thread(tries.run_of_node, workflow, request.path_params["sub"], given, catalog)
+    run = await asyncio.to_thread(
+        tries.run_of_node, workflow, request.path_params["sub"], given, catalog, request.gateway.clock()
+    )
     graph_shapes.require_valid(run.workflow.validation)
     return run
 

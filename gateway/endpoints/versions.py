@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -224,7 +223,7 @@ async def create(request: Request) -> JsonResponse:
         body.description or "", "description", problems, max_length=limits.DESCRIPTION_LENGTH
     )
     problems.raise_any()
-    now = datetime.now(UTC)
+    now = request.gateway.clock()
 
     async def keep(connection: AsyncConnection, edited: Edited) -> None:
         workflow = edited.after.workflow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -99,7 +98,9 @@ async def create(request: Request) -> JsonResponse:
     value = await read_json(request)
     body = convert(value, CreateWorkflow)
     # In a thread: others are served while a large graph is gone through.
-    made = await asyncio.to_thread(workflow_shapes.made, request.caller, body, request.gateway.catalog)
+    made = await asyncio.to_thread(
+        workflow_shapes.made, request.caller, body, request.gateway.catalog, request.gateway.clock()
+    )
     return await editing.create(request, value, made, Action.WORKFLOW_CREATED)
 
 
@@ -159,7 +160,7 @@ async def delete(request: Request) -> NoContent:
     edited = await editing.edit(
         request,
         Action.WORKFLOW_DELETED,
-        lambda before: before.with_columns(deleted_at=datetime.now(UTC)),
+        lambda before: before.with_columns(deleted_at=request.gateway.clock()),
         also=look_for_runs,
     )
     await deploying.told(request.gateway, edited.after.workflow.id)

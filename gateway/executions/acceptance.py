@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -209,7 +208,7 @@ async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepte
         col(Idempotency.lane) == lane,
         col(Idempotency.scope) == key.scope,
         col(Idempotency.key) == key.key,
-        col(Idempotency.expires_at) > datetime.now(UTC),
+        col(Idempotency.expires_at) > database.clock.now(),
     )
     async with database.read() as connection:
         row = (await connection.execute(statement)).first()
@@ -231,7 +230,7 @@ async def all_earlier(
             statement = select(Idempotency).where(
                 col(Idempotency.lane) == lane,
                 pair.in_(pairs[start : start + KEYS_AT_ONCE]),
-                col(Idempotency.expires_at) > datetime.now(UTC),
+                col(Idempotency.expires_at) > database.clock.now(),
             )
             for row in await connection.execute(statement):
                 key = asked[row.scope, row.key]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -116,7 +115,7 @@ async def begin_retry(request: Request, found: Chosen, about: str, promise: Idem
 
     Raises 422 where that had another body.
     """
-    text, now = _encode(found).decode(), datetime.now(UTC)
+    text, now = _encode(found).decode(), request.gateway.clock()
 
     async def keep(connection: AsyncConnection) -> str:
         bound = text

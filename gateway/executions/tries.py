@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Final
@@ -79,6 +79,7 @@ def run_of_piece(
     piece: Piece,
     inputs: Mapping[str, Json],
     catalog: Catalog,
+    now: datetime,
 ) -> Run:
     """Return the run of a piece of a graph; raises 422 where the piece isn't one of this graph."""
     known = {str(node["id"]) for node in nodes}
@@ -87,11 +88,11 @@ def run_of_piece(
     _require_room(piece.pinned, "pinned")
     node = pinning.trigger_of(nodes, catalog)
     kind = node.kind if node else pinning.MANUAL
-    trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog)
+    trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog, now)
     return Run(_with_definition(workflow, nodes, connections, piece, catalog), kind, trigger)
 
 
-def run_of_node(workflow: LoadedWorkflow, node_id: str, given: Given, catalog: Catalog) -> Run:
+def run_of_node(workflow: LoadedWorkflow, node_id: str, given: Given, catalog: Catalog, now: datetime) -> Run:
     """Return the run of one node, of a loop with its body, behind a node that gives out its input.
 
     A trigger has none before it. Raises 404, 409 where two nodes share the id, and 422.
@@ -109,9 +110,9 @@ def run_of_node(workflow: LoadedWorkflow, node_id: str, given: Given, catalog: C
             raise errors.invalid(
                 [errors.problem("input", "invalid-type", "a trigger's input must be an object")]
             )
-        started_by = trigger_output(kind, given.input or given.trigger, datetime.now(UTC))
+        started_by = trigger_output(kind, given.input or given.trigger, now)
         return Run(_tested(workflow, [tried], [], {}, catalog), TEST, started_by)
-    trigger = _trigger(kind, given.trigger, nodes, given.nodes, catalog)
+    trigger = _trigger(kind, given.trigger, nodes, given.nodes, catalog, now)
     parent, edge = _parent_of(tried, others, catalog)
     body = _body(node_id, nodes, connections, catalog)
     inside = [one for one in connections if one["source"] in {node_id, *body} and one["target"] in body]
@@ -179,12 +180,13 @@ def _trigger(
     nodes: Sequence[StoredNode],
     pinned: Mapping[str, Json],
     catalog: Catalog,
+    now: datetime,
 ) -> Json:
     """Return what the trigger gives out: what it is pinned to, or what it makes of the inputs."""
     for node in nodes if pinned else ():
         if node["id"] in pinned and _is_trigger(node, catalog):
             return pinned[str(node["id"])]
-    return trigger_output(kind, inputs, datetime.now(UTC))
+    return trigger_output(kind, inputs, now)
 
 
 def _body(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Authenticator:
 
     async def _look_up(self, key: str) -> Caller | None:
         asked_at = monotonic()
-        now = datetime.now(UTC)
+        now = self._database.clock.now()
         hashed = key_hash(key, self._secret)
         found = await self._reads.submit([hashed, *(key_hash(key, secret) for secret in self._previous)])
         if found is None or not found.is_valid(now):

@@ -64,6 +64,7 @@ async def contact(request: Request, holder: Holder) -> JsonResponse:
             *found,
             own_database=_own_database(gateway),
             is_stopped=await holding.is_stopped(gateway.database, holder),
+            now=gateway.database.clock.now(),
         )
     )
 
@@ -147,6 +148,7 @@ async def renew(request: Request, holder: Holder) -> JsonResponse:
         RenewedLeases(
             {one.execution_id: one.request for one in renewed if not one.is_locked},
             [one.execution_id for one in renewed if one.is_locked],
+            request.gateway.database.clock.now(),
         )
     )
 

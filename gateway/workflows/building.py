@@ -27,6 +27,8 @@ from gateway.workflows.workflow_shapes import (
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from engine.findings import Finding
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
@@ -74,7 +76,7 @@ class Plan:
     warnings: Sequence[Problem]
 
 
-def plan(caller: Caller, value: Json, catalog: Catalog) -> Plan:
+def plan(caller: Caller, value: Json, catalog: Catalog, now: datetime) -> Plan:
     """Return what a body would create, and what is wrong with it; raises 422 only for one that is no object.
 
     The same body makes the same graph: nodes and connections without ids are numbered.
@@ -84,7 +86,7 @@ def plan(caller: Caller, value: Json, catalog: Catalog) -> Plan:
     _number(body.connections or [], "conn")
     problems = Problems()
     problems.found.extend(wrong.problems)
-    stored = workflow_shapes.drafted(caller, _plain(body), catalog, problems)
+    stored = workflow_shapes.drafted(caller, _plain(body), catalog, problems, now)
     errors = [*wrong.problems, *filter(wrong.is_news, problems.found[len(wrong.problems) :])]
     if problems.is_full or wrong.paths & {"nodes", "connections"}:
         return Plan(stored, errors, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -161,9 +161,8 @@ def _at(part: str, path: str) -> str:
 # ── copies ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def copied(source: Stored, caller: Caller, *, is_template: bool = False) -> Bare:
+def copied(source: Stored, caller: Caller, now: datetime, *, is_template: bool = False) -> Bare:
     """Return a new draft of the caller's with the content of another workflow, and nothing else of it."""
-    now = datetime.now(UTC)
     found = bare(source)
     content = found.stored.workflow
     workflow = Workflow(
@@ -269,7 +268,7 @@ def _unknown_field(name: str) -> dict[str, Json]:
     return errors.problem(path, "unknown-field", f"{path} is no field of a document")
 
 
-def imported(caller: Caller, body: ImportWorkflow, catalog: Catalog) -> Stored:
+def imported(caller: Caller, body: ImportWorkflow, catalog: Catalog, now: datetime) -> Stored:
     """Return the workflow that a document describes, as a draft of the caller's; raises 422 with all that is wrong."""
     given = body.document
     wanted = CreateWorkflow(
@@ -283,7 +282,7 @@ def imported(caller: Caller, body: ImportWorkflow, catalog: Catalog) -> Stored:
     )
     problems = Problems()
     _check_graph(given.nodes or [], given.connections or [], problems)
-    stored = workflow_shapes.drafted(caller, wanted, catalog, problems)
+    stored = workflow_shapes.drafted(caller, wanted, catalog, problems, now)
     if problems.found:
         raise errors.invalid({**found, "path": f"document.{found['path']}"} for found in problems.found)
     stored = replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakValueDictionary
@@ -119,7 +118,9 @@ async def edit(
             if anyway is not None:
                 await anyway(connection, same)
             return same
-        after = wanted.after.with_columns(revision=before.workflow.revision + 1, updated_at=datetime.now(UTC))
+        after = wanted.after.with_columns(
+            revision=before.workflow.revision + 1, updated_at=request.gateway.clock()
+        )
         if not await workflow_rows.save(connection, before, after, request.caller, request.gateway.catalog):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
         edited = Edited(before, after)

@@ -36,13 +36,13 @@ class Shipped:
     id: str
     document: GivenDocument
 
-    def stored(self, caller: Caller, catalog: Catalog) -> Stored:
+    def stored(self, caller: Caller, catalog: Catalog, now: datetime) -> Stored:
         """Return it as a draft of the caller's, with the words for data sources still in it."""
-        return copying.imported(caller, ImportWorkflow(document=self.document), catalog)
+        return copying.imported(caller, ImportWorkflow(document=self.document), catalog, now)
 
     def shown(self, caller: Caller, catalog: Catalog) -> Stored:
         """Return it as it stands in a list of templates."""
-        return self.stored(caller, catalog).with_columns(id=self.id, created_at=SINCE)
+        return self.stored(caller, catalog, SINCE).with_columns(id=self.id)
 
 
 @cache

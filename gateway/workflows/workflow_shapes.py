@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 from msgspec import UNSET, Meta, UnsetType
@@ -154,19 +154,20 @@ class KnownSettings(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: Caller, body: CreateWorkflow, catalog: Catalog) -> Stored:
+def made(caller: Caller, body: CreateWorkflow, catalog: Catalog, now: datetime) -> Stored:
     """Return a new workflow of the caller; raises 422."""
     problems = Problems()
-    stored = drafted(caller, body, catalog, problems)
+    stored = drafted(caller, body, catalog, problems, now)
     problems.raise_any()
     if stored.workflow.status == WorkflowStatus.ACTIVE:
         graph_shapes.require_valid(pinning.check(stored.nodes, stored.connections, catalog))
     return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
 
 
-def drafted(caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Problems) -> Stored:
+def drafted(
+    caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Problems, now: datetime
+) -> Stored:
     """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
-    now = datetime.now(UTC)
     workflow_id = ids.new("wf")
     workflow = Workflow(
         id=workflow_id,

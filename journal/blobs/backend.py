@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from datetime import timedelta
 
 
 class BlobsUnavailable(Exception):
@@ -64,5 +64,5 @@ class Backend(Contents, Protocol):
     async def delete(self, owner: Owner) -> None:
         """Delete all contents of a line of runs, if there are any."""
 
-    def idle_owners(self, since: datetime) -> AsyncIterator[Sequence[Owner]]:
-        """Return, in batches, those to whom nothing has been added since then."""
+    def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[Owner]]:
+        """Return, in batches, those to whom nothing has been added for so long, by the clock of the storage itself."""

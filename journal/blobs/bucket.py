@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
@@ -26,6 +27,8 @@ ANSWER_SECONDS = 30
 RETRY_SECONDS = 20
 CHUNK_BYTES = 1_048_576
 BATCH = 500
+CLOCK_FOLDER = "clock"
+"""Below this, objects are written to read the clock of the bucket."""
 NAME = "name"
 """The piece of an object's own metadata that holds the name, in ASCII."""
 
@@ -69,8 +72,9 @@ class Bucket:
             async for listed in obstore.list(self._store, prefix=_path(owner, "")):
                 await obstore.delete_async(self._store, [entry["path"] for entry in listed])
 
-    async def idle_owners(self, since: datetime) -> AsyncIterator[Sequence[Owner]]:
+    async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[Owner]]:
         """Find the lines whose objects are all older; see `Backend.idle_owners`."""
+        since = await self._now() - age
         newest: dict[Owner, datetime] = {}
         with _translated():
             async for listed in obstore.list(self._store, chunk_size=BATCH):
@@ -83,6 +87,20 @@ class Bucket:
                 complete = list(newest)[:-1]
                 yield [owner for owner in complete if newest.pop(owner) < since]
         yield [owner for owner, added in newest.items() if added < since]
+
+    async def _now(self) -> datetime:
+        """Return the time by which the bucket dates its objects: that of one which is written just now."""
+        probe = f"{CLOCK_FOLDER}/{secrets.token_hex(8)}"
+        with _translated():
+            await obstore.put_async(self._store, probe, b"", use_multipart=False)
+            try:
+                async for listed in obstore.list(self._store, prefix=CLOCK_FOLDER):
+                    for entry in listed:
+                        if entry["path"] == probe:
+                            return entry["last_modified"]
+            finally:
+                await obstore.delete_async(self._store, [probe])
+        raise BlobsUnavailable("The bucket of blobs does not list what was just written")
 
     async def close(self) -> None:
         """Do nothing: connections that are idle close by themselves."""

@@ -9,6 +9,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from json_text import decoding
 from models import ids
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from datetime import timedelta
 
 T = TypeVar("T")
 
@@ -59,9 +60,9 @@ class Folder:
         """Remove a line's folder; see `Backend.delete`."""
         await self._in_thread(lambda: _remove(self._of(owner)))
 
-    async def idle_owners(self, since: datetime) -> AsyncIterator[Sequence[Owner]]:
+    async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[Owner]]:
         """Find the folders that have not changed; see `Backend.idle_owners`."""
-        found = self._idle(since.timestamp())
+        found = self._idle(age.total_seconds())
         while batch := await self._in_thread(lambda: list(islice(found, BATCH))):
             yield batch
 
@@ -95,7 +96,8 @@ class Folder:
         for changed in (folder, folder.parent, self._root):
             _make_last(changed)
 
-    def _idle(self, since: float) -> Iterator[Owner]:
+    def _idle(self, age_seconds: float) -> Iterator[Owner]:
+        since = self._now() - age_seconds
         for organization in _entries(self._root):
             for line in _entries(Path(organization.path)):
                 try:
@@ -104,6 +106,14 @@ class Folder:
                     continue
                 if is_idle:
                     yield Owner(organization.name, line.name)
+
+    def _now(self) -> float:
+        """Return the time by which the file system dates its files: that of one which is written just now."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._root) as probe:
+            probe.write(b"0")
+            probe.flush()
+            return os.fstat(probe.fileno()).st_mtime
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -26,9 +26,8 @@ BATCH: Final = 500
 
 async def sweep(blobs: BlobStore, database: Database) -> None:
     """Delete what has been lying about for a day; raises `BlobsUnavailable` and `DatabaseUnavailable`."""
-    since = datetime.now(UTC) - timedelta(hours=KEPT_HOURS)
     deleted = 0
-    async for owners in blobs.backend.idle_owners(since):
+    async for owners in blobs.backend.idle_owners(timedelta(hours=KEPT_HOURS)):
         deleted += await delete_unused(blobs, database, owners)
     if deleted:
         log.info("orphaned blobs deleted", runs=deleted)

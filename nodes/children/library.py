@@ -28,6 +28,7 @@ ENCODINGS: Final = (
     *("ascii", "idna", "koi8_r", "koi8_u", "latin_1", "mac_roman", "utf_16", "utf_32", "utf_8_sig"),
 )
 """What archives and XML may name: they would be loaded when they are met, and then no file can be read any more."""
+NEVER: Final = datetime(1970, 1, 1, tzinfo=UTC)
 NOBODY: Final = Caller("", "", "", "", "")
 
 _decode = decoding.build_decoder(LibraryJob).decode
@@ -74,7 +75,7 @@ def _call(config: Mapping[str, Json], speaker: Speaker) -> Call:
         iteration="",
         idempotency_key="",
         attempt=1,
-        now=datetime.now(UTC),
+        now=NEVER,
         services=cast("Services", None),
     )
 

@@ -29,8 +29,8 @@ from journal.store import (
 )
 from models import access_store, ids
 from models.access import Organization, Role
-from models.columns import to_microseconds
 from models.database import Database, parse_url
+from models.moments import to_microseconds
 from models.workflow import Workflow
 
 TABLES = (

@@ -16,10 +16,10 @@ from sqlmodel import col
 from journal import scheduled_runs
 from messages import broker as brokers
 from messages.local_broker import LocalBroker
-from models.columns import to_microseconds
 from models.database import Database
 from models.database_time import DatabaseTime
 from models.execution import LIMITED, SHARED, Execution, ExecutionData, ExecutionStatus
+from models.moments import to_microseconds
 from models.schedule import Schedule
 from models.trigger import WorkflowTrigger
 from models.workflow import Definition, Workflow

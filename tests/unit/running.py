@@ -21,6 +21,7 @@ from engine.program import Program
 from engine.run import DEFAULT_LIMITS, Start, run
 from engine.services import Caller, Services
 from engine.values import Json, decode
+from models.database_clock import DatabaseClock
 from tests.calls import NoNetwork
 
 PATIENCE_SECONDS = 5.0
@@ -229,6 +230,7 @@ class Worker:
         self.start = Start(
             caller=Caller("org_1", "user_1", "wf_1", "exec_2", "exec_1"),
             trigger=trigger,
+            clock=DatabaseClock(),
             deadline=now + timedelta(seconds=seconds),
             started_at=now,
             recorded=recorded,

@@ -20,6 +20,7 @@ from engine.run import Start, run
 from engine.services import Services
 from engine.validation import validate
 from engine.values import Json, decode
+from models.database_clock import DatabaseClock
 from nodes import catalog
 from tests.calls import CALLER, NoNetwork
 
@@ -426,7 +427,7 @@ async def spans_of(graph: Graph, trigger: Json) -> dict[str, Span]:
     now = datetime.now(UTC)
     journal = Kept()
     program = Program.of(graph, CATALOG, CATALOG.implementation)
-    start = Start(CALLER, trigger, deadline=now + timedelta(seconds=20), started_at=now)
+    start = Start(CALLER, trigger, DatabaseClock(), deadline=now + timedelta(seconds=20), started_at=now)
     await run(program, start, journal, Control(), Services(NoNetwork()))
     return journal.spans
 

@@ -30,6 +30,7 @@ from gateway.http.text import Problems
 from gateway.http.wire import convert
 from gateway.workflows import graph_shapes
 from journal import pinning
+from models.database_clock import DatabaseClock
 from nodes import catalog
 from nodes.code.backend import Backend
 from nodes.code.runner import CodeRunner
@@ -201,7 +202,7 @@ def taken_in(body: Mapping[str, Json]) -> tuple[Program, Json]:
     piece, inputs = Piece(asked.up_to, asked.pinned or {}), asked.trigger_inputs or {}
     row = SimpleNamespace(**WORKFLOW)
     workflow = pinning.loaded(cast("Any", row), frozenset(), CATALOG)
-    accepted = tries.run_of_piece(workflow, nodes, connections, piece, inputs, CATALOG)
+    accepted = tries.run_of_piece(workflow, nodes, connections, piece, inputs, CATALOG, NOW)
     graph_shapes.require_valid(accepted.workflow.validation)
     definition = msgspec.json.decode(accepted.workflow.definition)
     return Program.of(Graph.of(definition), CATALOG, CATALOG.implementation), accepted.trigger
@@ -225,7 +226,9 @@ async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeTyp
     example = node_type.examples[0]
     program, trigger = taken_in(node_reference.example_run(node_type))
     notes = Notes()
-    start = Start(CALLER, trigger, deadline=datetime.now(UTC) + timedelta(seconds=60), started_at=NOW)
+    start = Start(
+        CALLER, trigger, DatabaseClock(), deadline=datetime.now(UTC) + timedelta(seconds=60), started_at=NOW
+    )
     async with lent(node_type, tmp_path) as services:
         ended = await run(program, start, notes, Control(), services)
         if notes.spans[STEP].awaits is not None:

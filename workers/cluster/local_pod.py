@@ -18,6 +18,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from models.host_time import HOST_TIME
 from workers.cluster import process
 from workers.cluster.driver import (
     HOST_VARIABLE,
@@ -120,7 +121,7 @@ class LocalPod:
     def stop(self) -> None:
         """Ask it to end: by a signal now, and by force after its grace."""
         if not self.is_terminating:
-            self._keep(terminating_since=time.time())
+            self._keep(terminating_since=HOST_TIME.seconds())
             self._stop.set()
 
     async def end(self, patience_seconds: float) -> None:
@@ -167,7 +168,7 @@ class LocalPod:
         self._keep(boot_id=process.boot_id(), port=_free_port())
         if self.ended_at is not None:
             # Anew: should the clock have been set back since, the process that begins now knows that too.
-            self.ended_at = datetime.now(UTC)
+            self.ended_at = datetime.now(UTC)  # noqa: TID251 - compared with its process's own start
         environment = {
             "PATH": PATH,
             "LANG": "C.UTF-8",
@@ -190,7 +191,7 @@ class LocalPod:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
-        self.ended_at = datetime.now(UTC)
+        self.ended_at = datetime.now(UTC)  # noqa: TID251 - as above
         if not self.is_terminating:
             await self._recover(Trouble(Reason.CRASH_LOOP, self._last_words(code)))
 
@@ -208,8 +209,10 @@ class LocalPod:
     async def _drain(self, running: process.Process) -> None:
         await self._stop.wait()
         running.send(signal.SIGTERM)
-        since = self.record.terminating_since or time.time()
-        await asyncio.sleep(since + self._limits.grace_seconds - time.time())
+        # Never longer than its grace, even where the clock was set back since an earlier deployer stopped it.
+        grace_seconds = self._limits.grace_seconds
+        since = self.record.terminating_since or HOST_TIME.seconds()
+        await asyncio.sleep(min(since + grace_seconds - HOST_TIME.seconds(), grace_seconds))
         running.kill_session()
 
     async def _attend(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import uvloop
 
+from journal import timekeeping
 from journal.opening import open_store
 from messages import broker as brokers
 from models import database as databases
@@ -45,7 +46,8 @@ async def _serve(settings: DeployerSettings) -> None:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        store = await open_store(database.url, connections=1)
+        await stack.enter_async_context(timekeeping.kept(database))
+        store = await open_store(database.url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)

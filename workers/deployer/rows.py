@@ -10,11 +10,11 @@ from sqlalchemy import or_, select, update
 from sqlmodel import col
 
 from json_text import decoding
-from models import deployment_token
-from models.columns import from_microseconds
+from models import database_time, deployment_token
 from models.database_time import DatabaseTime
 from models.deployment import BLOCKING_REASONS, Deployment, Observed
 from models.deployment_token import Bearer
+from models.moments import from_microseconds
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
             return False
         if sighting.observed is Observed.ABSENT and not before.is_deployed:
             # No pod is left that could speak by them.
-            now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+            now = await database_time.read(connection)
             await deployment_token.revoke(connection, before.workflow_id, now=now)
         return True
 

@@ -1,0 +1,75 @@
+"""The database's time inside a process: learned from the database's answers, counted on by the monotonic clock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import datetime
+from math import inf, isfinite
+from typing import Final
+
+from models.host_time import HOST_TIME
+from models.moments import from_microseconds, to_microseconds
+
+DRIFT: Final = 0.0005
+"""Seconds by which the clocks of two healthy hosts may drift apart in one second."""
+_SECOND: Final = 1_000_000
+
+
+class DatabaseClock:
+    """Tells the database's time without asking for it; the host's own clock counts only until the first answer.
+
+    Threads may share it. Moments are aware datetimes in UTC, exact to the microsecond.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._offset = HOST_TIME.microseconds() - round(time.monotonic() * _SECOND)
+        """Microseconds between the monotonic clock and 1970 by the database's clock."""
+        self._error = inf
+        """Seconds by which the offset may be wrong, when it was learned."""
+        self._learned_at = time.monotonic()
+
+    def now(self) -> datetime:
+        """Return the database's time."""
+        return self.moment_of(time.monotonic())
+
+    def moment_of(self, monotonic: float) -> datetime:
+        """Return the database's time at a point of `time.monotonic`, in seconds."""
+        return from_microseconds(self._offset + round(monotonic * _SECOND))
+
+    def monotonic_of(self, moment: datetime) -> float:
+        """Return the point of `time.monotonic`, in seconds, at a moment of the database."""
+        return (to_microseconds(moment) - self._offset) / _SECOND
+
+    def seconds_until(self, moment: datetime) -> float:
+        """Return after how many seconds a moment has certainly come for the database too; 0 where it has by now."""
+        now = time.monotonic()
+        with self._lock:
+            error = self._error + DRIFT * (now - self._learned_at)
+            seconds = (to_microseconds(moment) - self._offset) / _SECOND - now
+        return max(seconds + (error if isfinite(error) else 0.0), 0.0)
+
+    def follow_host(self) -> None:
+        """Take the time of this host, exactly: it is that of a database on SQLite."""
+        with self._lock:
+            self._learned_at, self._error = time.monotonic(), 0.0
+            self._offset = HOST_TIME.microseconds() - round(self._learned_at * _SECOND)
+
+    def learn(self, moment: datetime | None, asked_at: float, answered_at: float | None = None) -> None:
+        """Take the database's time from an answer, asked for and received at points of `time.monotonic`.
+
+        Without `answered_at` it was received just now; without `moment` the answer says nothing. The database read its
+        clock in between: at the middle, give or take half the round trip. A less exact answer replaces a more exact one
+        only where they contradict each other, since the database's clock was set then.
+        """
+        if moment is None:
+            return
+        answered_at = time.monotonic() if answered_at is None else answered_at
+        offset = to_microseconds(moment) - round((asked_at + answered_at) / 2 * _SECOND)
+        error = (answered_at - asked_at) / 2
+        with self._lock:
+            known_error = self._error + DRIFT * (answered_at - self._learned_at)
+            is_contradiction = abs(offset - self._offset) > (error + known_error) * _SECOND
+            if error <= known_error or is_contradiction:
+                self._offset, self._error, self._learned_at = offset, error, answered_at
