@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from models import garbage
-from tests import services
+from tests import preloads, services
 
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
@@ -72,6 +72,15 @@ def rabbitmq() -> Iterator[services.RabbitMQ]:
         if server is None:
             pytest.skip("RabbitMQ is not installed, and TEST_RABBITMQ_URL names no server")
         yield server
+
+
+@pytest.fixture(scope="session")
+def shifted_clock() -> Path:
+    """The library by which a process gets a wall clock of its own."""
+    library = preloads.compiled(preloads.SHIFTED_CLOCK)
+    if library is None:
+        pytest.skip("there is no C compiler: nothing can set the clock of a process")
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from tests.system.processes import Fault, Process
 from tests.system.witness import PostgreSQLRecords, Records, SQLiteRecords
 
 if TYPE_CHECKING:
+    from tests.preloads import ShiftedClock
     from tests.system.ledger import Call
     from tests.system.proxy import Proxy
 
@@ -203,8 +204,12 @@ def _is_at_work(process: Process) -> bool:
 
 
 @asynccontextmanager
-async def one_process(folder: Path, **settings: str) -> AsyncIterator[OneProcess]:
+async def one_process(
+    folder: Path, preload: Mapping[str, str] | None = None, /, **settings: str
+) -> AsyncIterator[OneProcess]:
+    """Run it; `preload` is what else stands in its environment."""
     url, environment = _environment(folder, settings)
+    environment |= preload or {}
     await databases.migrated_file(folder / "pilotflame.db")
     records = SQLiteRecords(folder / "pilotflame.db")
     await records.install()
@@ -217,8 +222,13 @@ async def one_process(folder: Path, **settings: str) -> AsyncIterator[OneProcess
 
 @asynccontextmanager
 async def many_processes(
-    folder: Path, postgres: services.PostgreSQL, redis: services.Redis, **settings: str
+    folder: Path,
+    postgres: services.PostgreSQL,
+    redis: services.Redis,
+    clocks: Mapping[str, ShiftedClock] | None = None,
+    **settings: str,
 ) -> AsyncIterator[ManyProcesses]:
+    """Run them; `clocks` are those of processes whose wall clock is wrong, by the names of the processes."""
     database_url = await databases.migrated(postgres, f"system_{uuid4().hex}")
     servers = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
     url, environment = _environment(folder, {**servers, **settings})
@@ -227,7 +237,8 @@ async def many_processes(
     faults: list[Fault] = []
 
     def process(name: str, role: str, **rerouted: str) -> Process:
-        return Process(name, [role], {**environment, **rerouted}, folder, faults)
+        shifted = clocks[name].environment if clocks and name in clocks else {}
+        return Process(name, [role], {**environment, **rerouted, **shifted}, folder, faults)
 
     async with (
         proxy.before(database_url) as gateway_to_database,

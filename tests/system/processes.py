@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -62,7 +63,7 @@ class Process:
         self._has_runs = arguments[0] in {"worker", "dev"}
         self._has_http = arguments[0] in {"gateway", "dev"}
         self._pause: Fault | None = None
-        self._process: Forked | None = None
+        self._process: Forked | subprocess.Popen[bytes] | None = None
 
     @property
     def process_id(self) -> int:
@@ -87,9 +88,17 @@ class Process:
         """Start it, or start it again."""
         assert not self.is_alive
         self._log_start = self._log.stat().st_size
+        if "LD_PRELOAD" in self.environment:
+            self._process = self._loaded_anew()
+            return
         self._process = Forked(
             COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
         )
+
+    def _loaded_anew(self) -> subprocess.Popen[bytes]:
+        typed = ["setpriv", "--pdeathsig=KILL", str(COMMAND), *self._arguments]
+        with self._log.open("ab") as sink:
+            return subprocess.Popen(typed, env=self.environment, stdout=sink, stderr=sink, cwd=self._folder)
 
     def kill(self) -> None:
         """End it as a crash would: SIGKILL."""

@@ -1,0 +1,42 @@
+"""Libraries that change what the system tells a process, made of a C file when a test first needs them."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+SHIFTED_CLOCK = Path(__file__).with_name("shifted_clock.c")
+
+
+@functools.cache
+def compiled(source: Path) -> Path | None:
+    """Return the shared library of a C file; None where there is no compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    library = Path(mkdtemp(prefix="preload-")) / f"{source.stem}.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
+    return library
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftedClock:
+    """The wall clock of one process, which a test sets: also while the process runs."""
+
+    library: Path
+    file: Path
+
+    def set(self, seconds: float) -> None:
+        """Let it be ahead by so much; behind, where it is less than nothing."""
+        with self.file.open("r+b" if self.file.exists() else "wb") as file:
+            file.write(struct.pack("=q", round(seconds * 1_000_000_000)))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process must find in its environment."""
+        return {"LD_PRELOAD": str(self.library), "CLOCK_SHIFT_FILE": str(self.file)}

@@ -1,0 +1,110 @@
+"""Clocks that are wrong: hosts that are a day ahead or behind, and clocks that are set while processes run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import ANY
+
+import pytest
+
+from tests import services
+from tests.preloads import ShiftedClock
+from tests.system import flows, harness, promises
+from tests.system.client import Client, Ended
+from tests.system.harness import Deployment
+from tests.system.ledger import Ledger
+from tests.system.moments import wait_until
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+DAY = 86_400.0
+WAIT_SECONDS = 1.5
+"""Longer than what keeps the worker, so that somebody promotes the run when it is due."""
+LATE_SECONDS = 30.0
+"""No wait ends later than this, however busy the machine is; a wrong clock made it minutes, or a day."""
+QUEUE: flows.Node = {"id": "start", "nodeId": "queue-trigger"}
+
+
+@pytest.fixture(scope="module")
+def clocks(shifted_clock: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShiftedClock]:
+    folder = tmp_path_factory.mktemp("clocks")
+    names = ("gateway", "scheduler", "worker-1", "worker-2", "dev")
+    found = {name: ShiftedClock(shifted_clock, folder / name) for name in names}
+    for clock in found.values():
+        clock.set(0)
+    return found
+
+
+@pytest.fixture(scope="module")
+async def many(
+    clocks: dict[str, ShiftedClock],
+    postgres: services.PostgreSQL,
+    redis_server: services.Redis,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Deployment]:
+    for name, seconds in {"gateway": DAY, "scheduler": -DAY, "worker-1": DAY, "worker-2": -90.0}.items():
+        clocks[name].set(seconds)
+    folder = tmp_path_factory.mktemp("many")
+    async with harness.many_processes(folder, postgres, redis_server, clocks) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+async def dev(
+    clocks: dict[str, ShiftedClock], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Deployment]:
+    async with harness.one_process(tmp_path_factory.mktemp("dev"), clocks["dev"].environment) as deployment:
+        yield deployment
+
+
+async def test_hosts_whose_clocks_are_wrong_and_are_set_fail_no_run_and_move_no_wait(
+    many: Deployment, clocks: dict[str, ShiftedClock], ledger: Ledger
+) -> None:
+    await run_through(
+        many.url,
+        ledger,
+        clocks,
+        {"gateway": -DAY, "scheduler": DAY, "worker-1": -90.0, "worker-2": DAY},
+        {"worker-1": 90.0, "worker-2": -DAY},
+    )
+
+
+async def test_a_clock_that_is_set_under_one_process_on_sqlite_fails_no_run_and_moves_no_wait(
+    dev: Deployment, clocks: dict[str, ShiftedClock], ledger: Ledger
+) -> None:
+    await run_through(dev.url, ledger, clocks, {"dev": DAY}, {"dev": -90.0})
+
+
+async def run_through(
+    url: str, ledger: Ledger, clocks: dict[str, ShiftedClock], *steps: dict[str, float]
+) -> None:
+    """Have runs in hand, asleep and delayed while clocks are set, and see each end well, and in its time."""
+    client = Client(url)
+    works = await client.create(flows.chain(ledger.writes("charge"), flows.sets("done"), timeout=60))
+    sleeps = await client.create(flows.chain(flows.waits("pause", WAIT_SECONDS), timeout=60))
+    delayed = await client.create(flows.workflow([QUEUE, flows.sets("done")], "start>done", timeout=60))
+    for shifts in steps:
+        with ledger.holding("charge") as held:
+            in_hand = [await client.execute(works) for _ in range(2)]
+            for _ in in_hand:
+                await held.arrived()
+            begun_at = time.monotonic()
+            asleep = await client.execute(sleeps)
+            message: Json = {"message": {}, "delaySeconds": WAIT_SECONDS}
+            answer = await client.answer("POST", f"/workflows/{delayed}/enqueue", message)
+            later = str(answer.json()["executionId"])
+            await wait_until(partial(client.has_status, asleep, "waiting"), what="the run waits")
+            for name, seconds in shifts.items():
+                clocks[name].set(seconds)
+            for execution_id in (asleep, later):
+                assert (await client.end(execution_id)).status == "completed"
+                assert WAIT_SECONDS <= time.monotonic() - begun_at < LATE_SECONDS
+        for execution_id in in_hand:
+            assert await client.end(execution_id) == Ended("completed", None, ANY)
+        assert not promises.repeated(ledger.effects())
+    await client.close()
