@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 REF: Final = "#/components/schemas/"
 _SUFFIX: Final = "Shape"
 """What the code adds to a name that means something else in it; clients see that only where both are shown to them."""
+_KINDS: Final = {str: "string", bool: "boolean", int: "integer"}
+"""The types of words that a field must be one of."""
 _NO_DEFAULT: Final = ("default", None)
 """A field that may be left out says so by not being required."""
 
@@ -59,7 +61,21 @@ def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - a
             }
         case {"required": []}:
             del tidied["required"]
-    return tidied
+    return tidied | _spelled_out(tidied)
+
+
+def _spelled_out(schema: Mapping[str, Any]) -> dict[str, Json]:
+    """Return what JSON Schema takes for granted of a schema, and generators of clients take for something else."""
+    kind = schema.get("type", [])
+    kinds = kind if isinstance(kind, list) else [kind]
+    if "object" in kinds and "properties" not in schema and "additionalProperties" not in schema:
+        return {"additionalProperties": True}
+    if "array" in kinds and "items" not in schema and "prefixItems" not in schema:
+        return {"items": {}}
+    match schema:
+        case {"enum": [first, *others]} if not kinds and all(type(one) is type(first) for one in others):
+            return {"type": _KINDS[type(first)]}
+    return {}
 
 
 def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
