@@ -42,6 +42,7 @@ class Application(Starlette):
 
     def build_middleware_stack(self) -> ASGIApp:
         served: dict[str, ASGIApp] = {
+            **routes.endpoints(routes.FOR_BROWSERS),
             **routes.endpoints(routes.TABLE),
             **internal_routes.endpoints(internal_routes.TABLE),
         }

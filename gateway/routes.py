@@ -779,6 +779,13 @@ TABLE: Sequence[Line] = (
     *EXECUTIONS,
 )
 
+FOR_BROWSERS: Sequence[Line] = (
+    Line("GET", "/", Access.PUBLIC, document.home, status=302),
+    Line("GET", "/favicon.svg", Access.PUBLIC, document.icon, answer=bytes),
+    Line("GET", "/favicon.ico", Access.PUBLIC, document.icon, answer=bytes),
+)
+"""What browsers ask for by themselves: no part of the API, nor of its document."""
+
 
 def endpoints(table: Sequence[Line]) -> dict[str, Endpoint]:
     """Return what serves each path: one endpoint, with all of its methods."""

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from gateway.document.openapi import Part
 
 STYLE: Final = resources.files(__package__).joinpath("page.css").read_text()
+ICON: Final = resources.files(__package__).joinpath("favicon.svg").read_bytes()
 POLICY: Final = (
     f"default-src 'none'; style-src 'sha256-{base64.b64encode(sha256(STYLE.encode()).digest()).decode()}'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page's Content-Security-Policy: its own style sheet, and nothing else."""
+"""The page's Content-Security-Policy: its own style sheet and the server's icon, and nothing else."""
 
 _CODE: Final = re.compile(r"`([^`]+)`")
 _CONSTRAINTS: Final[Mapping[str, str]] = {
@@ -55,6 +56,7 @@ def page(document: Part) -> str:
     return "".join(
         [
             f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(info['title'])} API</title>",
+            '<link rel=icon href=favicon.svg type="image/svg+xml">',
             f'<meta name=viewport content="width=device-width,initial-scale=1"><style>{STYLE}</style>',
             "<nav><p><a href=#top>",
             escape(info["title"]),

@@ -36,6 +36,18 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Redirect:
+    """An answer that leads to another address: relative ones stay below the path of a proxy."""
+
+    location: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        headers = [(b"location", self.location.encode()), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 302, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@dataclass(frozen=True, slots=True)
 class Documents:
     """Both forms of the document."""
 
@@ -51,6 +63,16 @@ async def openapi(request: Request) -> Kept:  # noqa: ARG001 - a handler's signa
 async def page(request: Request) -> Kept:  # noqa: ARG001 - a handler's signature
     """Show this document as a page to read."""
     return (await _documents()).page
+
+
+async def home(request: Request) -> Redirect:  # noqa: ARG001 - a handler's signature
+    """Lead from the address of the server to its documentation."""
+    return Redirect("docs")
+
+
+async def icon(request: Request) -> Kept:  # noqa: ARG001 - a handler's signature
+    """Show the icon that browsers ask every server for."""
+    return _icon()
 
 
 async def _documents() -> Documents:
@@ -76,6 +98,14 @@ def _made() -> Documents:
             ),
         ),
     )
+
+
+@cache
+def _icon() -> Kept:
+    from gateway.document import page  # noqa: PLC0415 - see above
+
+    headers = ((b"content-type", b"image/svg+xml"), (b"content-security-policy", page.POLICY.encode()))
+    return _kept(page.ICON, headers)
 
 
 def _kept(body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> Kept:

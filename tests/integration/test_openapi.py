@@ -113,7 +113,13 @@ WORKFLOWS_OF = {
 
 
 @pytest.mark.parametrize(
-    ("path", "media_type"), [("/openapi.json", "application/json"), ("/docs", "text/html; charset=utf-8")]
+    ("path", "media_type"),
+    [
+        ("/openapi.json", "application/json"),
+        ("/docs", "text/html; charset=utf-8"),
+        ("/favicon.svg", "image/svg+xml"),
+        ("/favicon.ico", "image/svg+xml"),
+    ],
 )
 async def test_the_document_needs_no_key_and_is_kept(world: World, path: str, media_type: str) -> None:
     anybody = await world.client()
@@ -136,9 +142,19 @@ async def test_the_document_is_that_of_the_table_and_holds_no_key(people: People
 
 
 async def test_the_page_may_load_and_run_nothing(world: World) -> None:
-    policy = (await (await world.client()).get("/docs")).headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    assert "unsafe" not in policy
+    anybody = await world.client()
+    shown = await anybody.get("/docs")
+    for answer in (shown, await anybody.get("/favicon.svg")):
+        policy = answer.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; style-src 'sha256-")
+        assert "unsafe" not in policy
+    assert "<link rel=icon href=favicon.svg" in shown.text
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_the_address_of_the_server_leads_to_the_page(world: World, method: str) -> None:
+    answer = await (await world.client()).request(method, "/")
+    assert (answer.status_code, answer.headers["Location"], answer.content) == (302, "docs", b"")
 
 
 # ── what it shows is accepted ───────────────────────────────────────────────────────────────────────────────
