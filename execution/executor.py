@@ -23,6 +23,7 @@ from engine.run import Start, run
 from engine.services import Caller
 from engine.values import InvalidJson, decode
 from execution import metrics
+from execution.isolation import POLL_SECONDS, TRIAL_SECONDS, Isolation, SuspectSearch
 from execution.programs import Programs, key_of
 from journal.blobs.backend import Owner
 from journal.large_values import LargeValues, ValueLost
@@ -75,6 +76,12 @@ class Active(msgspec.Struct, frozen=True):
     control: Control
     journal: RunJournal
     task: asyncio.Task[None]
+    begun_at: float
+    """By the monotonic clock."""
+
+    def is_proven(self) -> bool:
+        """Tell whether the run has shown that it doesn't kill its process at once."""
+        return self.journal.has_new_result or time.monotonic() - self.begun_at >= TRIAL_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +120,12 @@ class Executor:
         *,
         blobs: RunBlobs | None = None,
         around: Around | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
-        """Without `blobs`, rows take inputs and outputs of any size."""
+        """Without `blobs`, rows take inputs and outputs of any size.
+
+        Whoever else runs executions in this process shares its `isolation`.
+        """
         self._store = store
         self._around = around or Around()
         self._blobs = blobs
@@ -129,6 +140,10 @@ class Executor:
         )
         self._active: dict[str, Active] = {}
         self._side_tasks: set[asyncio.Task[None]] = set()
+        self._isolation = isolation or Isolation()
+        self._isolation.join(self._is_proven)
+        self._is_claiming = False
+        self._suspects = SuspectSearch(store, settings)
         self._wanted = asyncio.Event()
         self._owes_claim = False
         self._is_draining = False
@@ -195,6 +210,8 @@ class Executor:
         self._wanted.clear()
         if self._is_draining:
             return
+        await self._try_suspects()
+        await self._isolation.pass_gate()
         limit, others_than = self._places()
         if limit <= 0:
             return  # the end of a run says again that a claim is owed
@@ -208,17 +225,26 @@ class Executor:
             self._turns,
             others_than=others_than,
         )
+        self._is_claiming = True
+        try:
+            await self._take(claim, since)
+        finally:
+            self._is_claiming = False
+
+    async def _take(self, claim: Claim, since: float) -> Sequence[Claimed]:
+        """Claim runs and begin them; `since` is when that was begun, by the monotonic clock."""
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
             await self._give_back_unheld()
             raise
         if not claimed:
-            return
+            return ()
         if self._is_draining:
             await self._give_back_unheld()
-            return
-        self._remember_turns(claimed)
+            return ()
+        if not claim.is_trial:
+            self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
         if any(one.may_have_more for one in claimed):
             self.hint()
@@ -233,6 +259,7 @@ class Executor:
         except Exception:
             log.exception("runs not begun together", runs=len(claimed))
             await self._begin_each_alone(claimed, leases)
+        return claimed
 
     def _places(self) -> tuple[int, Sequence[str]]:
         """Return how many runs may be taken, and whose may not.
@@ -287,7 +314,9 @@ class Executor:
             )
             program = programs[key_of(one)]
             task = asyncio.create_task(self._run(one, program, past, journal, control, lease))
-            self._active[one.execution_id] = Active(one.organization_id, lease, control, journal, task)
+            self._active[one.execution_id] = Active(
+                one.organization_id, lease, control, journal, task, time.monotonic()
+            )
             if one.request is not None:
                 self._requested(lease, one.request)
         metrics.ACTIVE.set(len(self._active))
@@ -329,6 +358,46 @@ class Executor:
         if not answered or self._around.answers is None:
             return {}
         return await self._around.answers(answered)
+
+    # ── trials ────────────────────────────────────────────────────────────────────────────────────
+
+    def _is_proven(self) -> bool:
+        """Tell whether nothing here is under way that has not shown that it is harmless."""
+        return not self._is_claiming and all(active.is_proven() for active in self._active.values())
+
+    async def _try_suspects(self) -> None:
+        """Run suspects one after another, apart from what is not proven."""
+        max_trial_losses = await self._suspects.find()
+        if max_trial_losses is None:
+            return
+        async with self._isolation.alone():
+            until = time.monotonic() + TRIAL_SECONDS
+            while not self._is_draining and (since := time.monotonic()) < until:
+                claim = Claim(
+                    self._broker.inbox,
+                    self._settings.lease_seconds,
+                    limit=1,
+                    is_trial=True,
+                    max_trial_losses=max_trial_losses,
+                )
+                claimed = await self._take(claim, since)
+                if not claimed:
+                    break
+                await self._watch_trial(claimed[0])
+        self._suspects.rest()
+
+    async def _watch_trial(self, one: Claimed) -> None:
+        """Return once a run is proven, or has left."""
+        log.info("suspect on trial", execution_id=one.execution_id, attempt=one.attempt)
+        active = self._active.get(one.execution_id)
+        while active is not None and not active.is_proven() and not active.task.done():
+            await asyncio.wait([active.task], timeout=POLL_SECONDS)
+            if active.journal.owes_result and not active.journal.is_committing:
+                await self._quietly(
+                    active.journal.commit
+                )  # others wait, and each moment it may lose a worker
+        if active is not None and not active.task.done() and not active.journal.has_new_result:
+            await self._quietly(active.journal.pass_trial)
 
     # ── running ───────────────────────────────────────────────────────────────────────────────────
 

@@ -14,6 +14,7 @@ import msgspec
 
 from engine.events import Span
 from journal.store import Claimed, RunWrite
+from models.losses import MAX_TRIAL_LOSSES
 
 PREFIX: Final = "/internal/v1"
 RUNNER_HEADER: Final = "X-Runner"
@@ -86,12 +87,27 @@ class ClaimCall(msgspec.Struct, frozen=True):
 
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLAIM)]
     lease_seconds: LeaseSeconds
+    is_trial: bool = False
+    """Suspects, and nothing else."""
+    max_trial_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRIAL_LOSSES)] = MAX_TRIAL_LOSSES
 
 
 class Claims(msgspec.Struct, frozen=True):
     """Runs that are now the pod's."""
 
     runs: Sequence[Claimed]
+
+
+class SuspectsCall(msgspec.Struct, frozen=True):
+    """Look for runs of this deployment to be put on trial."""
+
+    max_trial_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRIAL_LOSSES)]
+
+
+class Suspects(msgspec.Struct, frozen=True):
+    """Whether runs of this deployment wait to be put on trial."""
+
+    has_suspects: bool
 
 
 class RecordCall(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from models import database_time, deployment_token
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.deployment_token import Bearer
-from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
+from models.execution import DELAYED, ISOLATED_UNREAD, LIMITED, UNREAD, Execution, ExecutionStatus
 from models.ids import turn_of
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Definition
@@ -166,10 +166,10 @@ async def _leave_to_workers(connection: AsyncConnection, deployment: Deployment)
         await connection.execute(
             update(Execution)
             .where(of_status, *whose)
-            .values(target=SHARED, home=None, updated_at=DatabaseTime())
+            .values(target=wakes.TARGET_OF_WORKERS, home=None, updated_at=DatabaseTime())
         )
     kept_from_pods = (
-        col(Execution.target).in_([LIMITED, DELAYED, UNREAD]),
+        col(Execution.target).in_([LIMITED, DELAYED, UNREAD, ISOLATED_UNREAD]),
         col(Execution.organization_id) == deployment.organization_id,
         col(Execution.workflow_id) == workflow_id,
         col(Execution.home) == workflow_id,

@@ -22,6 +22,7 @@ from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
+    LOSSES,
     SPAN_COLUMNS,
     SPAN_KEPT,
     SPAN_KEY,
@@ -29,6 +30,7 @@ from journal.rows import (
     claimed_of,
     error_text,
     log_rows,
+    queue_of,
     span_of,
     span_rows,
 )
@@ -58,12 +60,13 @@ from models.database import (
 )
 from models.execution import (
     DELAYED,
+    ISOLATION,
     LIMITED,
-    MAX_LOST_ATTEMPTS,
     SHARED,
     TERMINAL,
     ExecutionStatus,
 )
+from models.losses import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from models.moments import from_microseconds, to_microseconds
 from models.outage import LockWaitTimeout, PartialCommit
 from models.sqlstates import DatabaseFailure, failure_of
@@ -132,21 +135,15 @@ class PostgreSQLStore:
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs; see `Store.claim`."""
         asked_at = monotonic()
-        rows = await self._fetch(
-            _CLAIM,
-            claim.target,
-            claim.after_organization,
-            msgspec.json.encode(claim.turns).decode(),
-            claim.limit,
-            claim.owner,
-            int(claim.lease_seconds * 1_000_000),
-            list(claim.others_than),
-            # Claimed once more, it would take other runs, and nobody would know of the first ones.
-            may_repeat=_was_refused,
-        )
+        # Claimed once more, it would take other runs, and nobody would know of the first ones.
+        rows = await self._fetch(*_claiming(claim), may_repeat=_was_refused)
         claimed = [claimed_of(row) for row in rows]
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
+
+    async def has_suspects(self, max_trial_losses: int, target: str = SHARED) -> bool:
+        """Tell whether suspects wait; see `RunStore.has_suspects`."""
+        return bool(await self._fetch(_HAS_SUSPECTS, ISOLATION.get(target, target), max_trial_losses))
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -243,7 +240,7 @@ class PostgreSQLStore:
     async def sweep(self, limit: int) -> Swept:
         """Take back what dead workers held; see `Store.sweep`."""
         # First, since whoever waits for a dead worker has waited longest: the lease, and now this sweep.
-        rows = await self._fetch(_SWEEP, limit, MAX_LOST_ATTEMPTS, CRASHED)
+        rows = await self._fetch(_SWEEP, limit, CRASHED)
         due = await self.promote_due()
         pending = await self._fetch(_HAS_PENDING)
         ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
@@ -251,7 +248,7 @@ class PostgreSQLStore:
 
     async def take_back(self, owner_prefix: str) -> int:
         """Take back leases; see `Store.take_back`."""
-        return len(await self._fetch(_OF_THE_DEAD, owner_prefix, MAX_LOST_ATTEMPTS, CRASHED))
+        return len(await self._fetch(_OF_THE_DEAD, owner_prefix, CRASHED))
 
     async def give_back(self, owner: str, held: Sequence[str]) -> int:
         """Give back what was never begun; see `Store.give_back`."""
@@ -350,6 +347,26 @@ def _next_turn(least: str) -> str:
     return f"SELECT coalesce(({first} AND turn >= {least} {order}), ({first} {order})) OFFSET 0"
 
 
+def _taking(is_trial: str, target: str) -> str:
+    """Return the end of a claim: `chosen` runs are taken, and come back in the order of their places."""
+    return f"""
+), taken AS (
+    UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
+        lease_owner = $5, lease_until = {NOW} + $6::bigint, started_at = coalesce(started_at, {NOW}),
+        updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds),
+        on_trial = {is_trial}, target = {target}
+    -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
+    -- like the way to the chosen few.
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
+    RETURNING *
+)
+SELECT taken.id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
+    (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.lane = taken.lane),
+    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up, updated_at
+FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
+"""
+
+
 _CLAIM = f"""
 WITH RECURSIVE circle (id, first, place) AS (
     SELECT start.id, start.id, 1 FROM ({_next_organization("$2")}) AS start (id)
@@ -377,23 +394,39 @@ WITH RECURSIVE circle (id, first, place) AS (
         SELECT turn, ceil(organization.share::numeric / count(*) OVER ())::integer AS share, place FROM circle
     ) AS workflow, LATERAL (
         {_PENDING.format(column="id")} AND organization_id = organization.id AND turn = workflow.turn
+            AND attempt < {SUSPECT_LOSSES}
         ORDER BY is_fresh, rank LIMIT workflow.share FOR UPDATE SKIP LOCKED
     ) AS best
     ORDER BY organization.place, workflow.place LIMIT $4::integer
-), taken AS (
-    UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
-        lease_owner = $5, lease_until = {NOW} + $6::bigint, started_at = coalesce(started_at, {NOW}),
-        updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds)
-    -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
-    -- like the way to the chosen few.
-    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
-    RETURNING *
-)
-SELECT taken.id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
-    (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.lane = taken.lane),
-    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up, updated_at
-FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
-"""
+{_taking("false", "target")}"""
+# What was begun stands together in the index, apart from what nobody has begun.
+_IS_SUSPECT = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES} AND trial_losses <= $2::smallint"
+_HAS_SUSPECTS = f"{_PENDING.format(column='1')} AND {_IS_SUSPECT} LIMIT 1"
+_CLAIM_FOR_TRIAL = f"""
+WITH chosen AS MATERIALIZED (
+    SELECT id, row_number() OVER () AS place, false AS is_share_used_up FROM (
+        {_PENDING.format(column="id")} AND {_IS_SUSPECT}
+        ORDER BY trial_losses, attempt, rank LIMIT $4::integer FOR UPDATE SKIP LOCKED
+    ) AS best
+{_taking("true", "$3::text")}"""
+
+
+def _claiming(claim: Claim) -> tuple[Any, ...]:
+    """Return a claim's statement and its arguments."""
+    lease = claim.owner, int(claim.lease_seconds * 1_000_000)
+    if claim.is_trial:
+        queue = ISOLATION.get(claim.target, claim.target)
+        return (_CLAIM_FOR_TRIAL, queue, claim.max_trial_losses, claim.target, claim.limit, *lease)
+    turns = msgspec.json.encode(claim.turns).decode()
+    return (
+        _CLAIM,
+        claim.target,
+        claim.after_organization,
+        turns,
+        claim.limit,
+        *lease,
+        list(claim.others_than),
+    )
 
 
 # ── record and renew ──────────────────────────────────────────────────────────────────────────────
@@ -405,6 +438,7 @@ _WRITE_TYPES = (
     "text",
     "text",
     "integer",
+    "boolean",
     "boolean",
     "text",
     "bigint",
@@ -448,6 +482,8 @@ WITH held AS (
         has_journal = true,
         -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
         attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
+        trial_losses = CASE WHEN write.move = 'gives-back' OR write.has_new_result THEN 0 ELSE trial_losses END,
+        on_trial = on_trial AND write.move = 'goes-on' AND NOT (write.has_new_result OR write.has_passed),
         due_at = CASE WHEN {_WAITS} THEN write.due_at END,
         -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
         deadline_at = CASE WHEN {_WAITS} THEN deadline_at - {NOW} ELSE deadline_at END,
@@ -457,7 +493,7 @@ WITH held AS (
         lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
         updated_at = {NOW}
     FROM unnest({unnest(1, _WRITE_TYPES)}) AS write (
-        id, lane, token, move, status, completed_nodes, has_new_result, error, due_at, signals)
+        id, lane, token, move, status, completed_nodes, has_new_result, has_passed, error, due_at, signals)
     WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
         AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
@@ -506,6 +542,7 @@ def _write_row(write: RunWrite) -> tuple[Any, ...]:
         status,
         write.completed_nodes,
         write.has_new_result,
+        write.has_passed,
         error_text(write.error),
         to_microseconds(write.due_at) if write.due_at else None,
         write.signals if move == "gives-back" else None,
@@ -554,27 +591,30 @@ UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, dead
     target = CASE target WHEN '{DELAYED}' THEN coalesce(home, '{SHARED}') ELSE target END
 WHERE {_unlocked(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
 """
+_TRIAL_LOSSES = "trial_losses + CASE WHEN on_trial THEN 1 ELSE 0 END"
+_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
 _TAKE_BACK = f"""
 UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {NOW},
-    has_journal = true,
+    has_journal = true, on_trial = false, trial_losses = {_TRIAL_LOSSES},
     status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
-        WHEN attempt >= {{most}}::integer THEN 'failed' ELSE 'pending' END,
-    ended_at = CASE WHEN request IS NOT NULL OR attempt >= {{most}}::integer THEN {NOW} END,
-    error = CASE WHEN request IS NULL AND attempt >= {{most}}::integer THEN {{crashed}}::text END
+        WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,
+    ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN {NOW} END,
+    error = CASE WHEN request IS NULL AND {_HAS_CRASHED} THEN replace($2::text, '{LOSSES}', attempt::text) END,
+    target = {queue_of(f"request IS NULL AND NOT {_HAS_CRASHED} AND attempt >= {SUSPECT_LOSSES}")}
 """
 _SWEEP = f"""
-{_TAKE_BACK.format(most="$2", crashed="$3")}
+{_TAKE_BACK}
 WHERE {_unlocked(f"status = 'running' AND lease_until < {NOW}", "LIMIT $1::integer")}
 RETURNING id, status, inbox
 """
 _OF_THE_DEAD = f"""
-{_TAKE_BACK.format(most="$2", crashed="$3")}
+{_TAKE_BACK}
 WHERE {_unlocked("status = 'running' AND starts_with(lease_owner, $1)")}
 RETURNING id
 """
 _GIVE_BACK = f"""
-UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NULL, lease_until = NULL,
-    updated_at = {NOW},
+UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = false, lease_owner = NULL,
+    lease_until = NULL, updated_at = {NOW}, target = {queue_of(f"attempt > {SUSPECT_LOSSES}")},
     status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
     ended_at = CASE WHEN request IS NOT NULL THEN {NOW} END
 WHERE {_unlocked("status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])")}

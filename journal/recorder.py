@@ -111,6 +111,8 @@ class RunJournal:
         self._write = self._empty()
         self._in_turn = asyncio.Lock()
         self._is_broken = False
+        self.has_new_result = False
+        """A result was committed since the run was claimed."""
 
     def record(self, span: Span) -> None:
         """Keep a span for the next commit."""
@@ -143,6 +145,18 @@ class RunJournal:
             return spans
         large = self._large
         return await self._insist(lambda: asyncio.create_task(large.restored(spans)))
+
+    @property
+    def owes_result(self) -> bool:
+        """Whether a new result waits for the next commit."""
+        return self._write.has_new_result
+
+    async def pass_trial(self) -> None:
+        """Make durable that the run has been on trial for long enough; raises `LeaseLost`."""
+        async with self._in_turn:
+            write = self._taken()
+            write.has_passed = True
+            await self._submit(write)
 
     @property
     def is_dirty(self) -> bool:
@@ -197,6 +211,7 @@ class RunJournal:
         # The same write may be repeated: it names the token, and its rows replace themselves.
         if not await self._insist(lambda: self._recorder.submit(write)):
             raise LeaseLost
+        self.has_new_result = self.has_new_result or write.has_new_result
 
     async def _insist(self, begin: Callable[[], asyncio.Future[T]]) -> T:
         """Do what may be repeated until it is done; a run that has waited for that to the end of its lease is lost."""

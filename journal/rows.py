@@ -11,7 +11,7 @@ from engine.events import RunError, RunStatus, Span, SpanStatus
 from journal.store import Claimed
 from json_text import decoding
 from models import ids
-from models.execution import MAX_LOST_ATTEMPTS, ExecutionStatus
+from models.execution import ISOLATION, ExecutionStatus
 from models.moments import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
@@ -70,9 +70,15 @@ def error_text(error: RunError | None) -> str | None:
     return None if error is None else msgspec.json.encode(error.as_json()).decode()
 
 
-CRASHED = error_text(
-    RunError("crashed", f"{MAX_LOST_ATTEMPTS} workers in a row died on this run", attempt=MAX_LOST_ATTEMPTS)
-)
+LOSSES = 987_654_321
+"""Stands in `CRASHED` for the number of lost workers, which the statement knows."""
+CRASHED = error_text(RunError("crashed", f"{LOSSES} workers in a row died on this run", attempt=LOSSES))
+
+
+def queue_of(is_suspect: str) -> str:
+    """Return the SQL of the target at which a released run waits: another where it is a suspect."""
+    apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION.items())
+    return f"CASE WHEN {is_suspect} THEN CASE target {apart} ELSE target END ELSE target END"
 
 
 def span_rows(batch: Sequence[RunWrite]) -> list[Row]:

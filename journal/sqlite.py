@@ -19,6 +19,7 @@ from journal import sqlite_entrance as entrance
 from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
+    LOSSES,
     SPAN_COLUMNS,
     SPAN_KEPT,
     SPAN_KEY,
@@ -26,6 +27,7 @@ from journal.rows import (
     claimed_of,
     error_text,
     log_rows,
+    queue_of,
     span_of,
     span_rows,
 )
@@ -49,13 +51,14 @@ from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
 from models.database_clock import DatabaseClock
 from models.execution import (
     DELAYED,
+    ISOLATION,
     LIMITED,
-    MAX_LOST_ATTEMPTS,
     SHARED,
     TERMINAL,
     ExecutionStatus,
 )
 from models.host_time import HOST_TIME
+from models.losses import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from models.moments import to_microseconds
 
 T = TypeVar("T")
@@ -86,6 +89,10 @@ class SQLiteStore:
         claimed = await self._writer.run(lambda connection: _claim(connection, claim))
         self.clock.follow_host()
         return claimed
+
+    async def has_suspects(self, max_trial_losses: int, target: str = SHARED) -> bool:
+        """Tell whether suspects wait; see `RunStore.has_suspects`."""
+        return await self._reader.run(lambda connection: _has_suspects(connection, target, max_trial_losses))
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -256,6 +263,8 @@ def _now() -> int:
 
 
 def _claim(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
+    if claim.is_trial:
+        return _claim_for_trial(connection, claim)
     chosen: list[tuple[str, bool]] = []
     organizations = _organizations(connection, claim)
     for served, organization_id in enumerate(organizations):
@@ -266,6 +275,15 @@ def _claim(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
         _taken(connection, claim, execution_id, now, may_have_more=may_have_more)
         for execution_id, may_have_more in chosen
     ]
+
+
+def _claim_for_trial(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
+    rows = connection.execute(
+        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY trial_losses, attempt, rank LIMIT ?",
+        (ISOLATION.get(claim.target, claim.target), claim.max_trial_losses, claim.limit),
+    ).fetchall()
+    now = _now()
+    return [_taken(connection, claim, row[0], now, may_have_more=False) for row in rows]
 
 
 def _organizations(connection: sqlite3.Connection, claim: Claim) -> list[str]:
@@ -315,7 +333,7 @@ def _of_organization(
         part = -(-(share - len(chosen)) // (len(turns) - served))
         rows = connection.execute(
             "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn = ?"
-            " ORDER BY is_fresh, rank LIMIT ?",
+            f" AND attempt < {SUSPECT_LOSSES} ORDER BY is_fresh, rank LIMIT ?",
             (claim.target, organization_id, turn, part),
         ).fetchall()
         chosen.extend((row[0], len(rows) == part) for row in rows)
@@ -331,15 +349,32 @@ def _taken(
 ) -> Claimed:
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
+        " on_trial = ?5, target = ?6,"
         " lease_owner = ?1, lease_until = ?2, started_at = coalesce(started_at, ?3), updated_at = ?3,"
         " deadline_at = coalesce(deadline_at, ?3 + timeout_microseconds)"
         " WHERE id = ?4 AND status = 'pending'"
         " RETURNING id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
         " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request,"
         " inbox, user_id, signals, concurrency_key, follow_up",
-        (claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
+        (
+            *(claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
+            *(claim.is_trial, claim.target),
+        ),
     ).fetchone()
     return claimed_of((*row, may_have_more, now))
+
+
+# What was begun stands together in the index, apart from what nobody has begun.
+_IS_SUSPECT = (
+    f"WHERE status = 'pending' AND target = ? AND NOT is_fresh AND attempt >= {SUSPECT_LOSSES}"
+    " AND trial_losses <= ?"
+)
+
+
+def _has_suspects(connection: sqlite3.Connection, target: str, max_trial_losses: int) -> bool:
+    statement = f"SELECT 1 FROM execution {_IS_SUSPECT} LIMIT 1"
+    values = (ISOLATION.get(target, target), max_trial_losses)
+    return connection.execute(statement, values).fetchone() is not None
 
 
 # ── record and renew ──────────────────────────────────────────────────────────────────────────────
@@ -359,7 +394,9 @@ _GUARD = (
 _GOES_ON = (
     "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
     # Attempts lost before a new result are forgiven; the one in hand goes on counting.
-    " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END" + _GUARD
+    " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END,"
+    " trial_losses = CASE WHEN :has_new_result THEN 0 ELSE trial_losses END,"
+    " on_trial = on_trial AND NOT (:has_new_result OR :has_passed)" + _GUARD
 )
 _ENDS = (
     "UPDATE execution SET status = :status, completed_nodes = :completed, error = :error, ended_at = :now,"
@@ -376,7 +413,8 @@ _GIVES_BACK = (
     # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
     f" deadline_at = CASE WHEN {_WAITS} THEN deadline_at - :now ELSE deadline_at END,"
     f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED}' END,"
-    " token = token + 1, attempt = 0, lease_owner = NULL, lease_until = NULL" + _GUARD
+    " token = token + 1, attempt = 0, trial_losses = 0, on_trial = 0, lease_owner = NULL, lease_until = NULL"
+    + _GUARD
 )
 
 
@@ -398,7 +436,7 @@ def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]
         "now": now,
     }
     if write.end is None:
-        return _GOES_ON, values | {"has_new_result": write.has_new_result}
+        return _GOES_ON, values | {"has_new_result": write.has_new_result, "has_passed": write.has_passed}
     values["status"] = STATUS_AFTER[write.end].value
     if write.end in {RunStatus.WAITING, RunStatus.RELEASED}:
         due_at = to_microseconds(write.due_at) if write.due_at else None
@@ -484,19 +522,22 @@ def _promote_due(connection: sqlite3.Connection) -> int:
     ).rowcount
 
 
+_TRIAL_LOSSES = "trial_losses + (CASE WHEN on_trial THEN 1 ELSE 0 END)"
+_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
 _TAKE_BACK = (
     "UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = :now,"
-    " has_journal = 1,"
+    f" has_journal = 1, on_trial = 0, trial_losses = {_TRIAL_LOSSES},"
     " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
-    " WHEN attempt >= :most THEN 'failed' ELSE 'pending' END,"
-    " ended_at = CASE WHEN request IS NOT NULL OR attempt >= :most THEN :now END,"
-    " error = CASE WHEN request IS NULL AND attempt >= :most THEN :crashed END"
+    f" WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,"
+    f" ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN :now END,"
+    f" error = CASE WHEN request IS NULL AND {_HAS_CRASHED} THEN replace(:crashed, '{LOSSES}', attempt) END,"
+    f" target = {queue_of(f'request IS NULL AND NOT {_HAS_CRASHED} AND attempt >= {SUSPECT_LOSSES}')}"
 )
 
 
 _GIVE_BACK = (
-    "UPDATE execution SET token = token + 1, attempt = attempt - 1, lease_owner = NULL, lease_until = NULL,"
-    " updated_at = :now,"
+    "UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = 0, lease_owner = NULL,"
+    f" lease_until = NULL, updated_at = :now, target = {queue_of(f'attempt > {SUSPECT_LOSSES}')},"
     " status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,"
     " ended_at = CASE WHEN request IS NOT NULL THEN :now END WHERE id = :id AND status = 'running'"
 )
@@ -509,7 +550,7 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
         _TAKE_BACK
         + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
         " RETURNING id, status, inbox",
-        {"now": now, "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED, "limit": limit},
+        {"now": now, "crashed": CRASHED, "limit": limit},
     ).fetchall()
     has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
     ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
@@ -519,7 +560,7 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
 def _take_back(connection: sqlite3.Connection, owner_prefix: str) -> int:
     return connection.execute(
         _TAKE_BACK + " WHERE status = 'running' AND substr(lease_owner, 1, length(:owner)) = :owner",
-        {"now": _now(), "most": MAX_LOST_ATTEMPTS, "crashed": CRASHED, "owner": owner_prefix},
+        {"now": _now(), "crashed": CRASHED, "owner": owner_prefix},
     ).rowcount
 
 

@@ -19,6 +19,7 @@ import msgspec
 from engine.events import LogLine, RunError, RunStatus, Span
 from models.database_clock import DatabaseClock
 from models.execution_status import ExecutionStatus
+from models.losses import MAX_TRIAL_LOSSES
 
 
 class ExecutionKey(NamedTuple):
@@ -175,6 +176,10 @@ class Claim:
     target: str = "shared"
     others_than: Sequence[str] = ()
     """Organisations that are to be passed over."""
+    is_trial: bool = False
+    """Take suspects, and put them on trial; without it, only runs that are none are taken."""
+    max_trial_losses: int = MAX_TRIAL_LOSSES
+    """Suspects that have lost more workers on trial are passed over."""
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -231,6 +236,8 @@ class RunWrite(msgspec.Struct):
     """Settled so far, in all."""
     has_new_result: bool = False
     """A node was settled: attempts lost before this don't count against the run any more."""
+    has_passed: bool = False
+    """It has been on trial for long enough: should its worker die, the loss doesn't count as one on trial."""
     end: RunStatus | None = None
     """None: it goes on."""
     inbox: str = ""
@@ -300,6 +307,9 @@ class RunStore(Protocol):
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take the best pending runs, counting the attempt; answers in the order of the turns."""
+
+    async def has_suspects(self, max_trial_losses: int, target: str = "shared") -> bool:
+        """Tell whether suspects wait to be put on trial, which have lost no more workers so."""
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done, at most one write a run; returns the ids of those that still held their token.

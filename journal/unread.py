@@ -214,6 +214,8 @@ async def _leave(connection: AsyncConnection, one: Read, limit: Limit | None) ->
             is_fresh=True,
             has_journal=False,
             attempt=0,
+            on_trial=False,
+            trial_losses=0,
             token=col(Execution.token) + 1,
             lease_owner=None,
             lease_until=None,

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Final
 from zoneinfo import ZoneInfoNotFoundError
 
 import structlog
-from sqlalchemy import and_, bindparam, func, literal, literal_column, select, update
+from sqlalchemy import and_, bindparam, case, func, literal, literal_column, select, update
 from sqlmodel import col
 
 from journal import activity, decisions
 from models import lifecycle
 from models.database_time import DatabaseTime
 from models.deployment import BLOCKING_REASONS, SERVING, Deployment, DeploymentStatus, status_of
-from models.execution import SHARED, Execution, ExecutionStatus
+from models.execution import ISOLATED, SHARED, Execution, ExecutionStatus
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
+from models.losses import SUSPECT_LOSSES
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
@@ -45,6 +46,10 @@ DEFERRED: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
     col(Execution.started_at).is_(None),
 )
+TARGET_OF_WORKERS: Final = case(
+    (and_(PENDING, col(Execution.attempt) >= SUSPECT_LOSSES), ISOLATED), else_=SHARED
+)
+"""The target of a run that pods are to run no more."""
 # Locked in order, so that rivals can't wait for one another.
 _LOCKED: Final = (
     select(col(Deployment.workflow_id))
@@ -208,7 +213,7 @@ async def _see_to_locked(connection: AsyncConnection, *, workflow_id: str) -> Do
     seen = await activity.look(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
         await release(connection, workflow_id)
-        moved = await _change(connection, workflow_id, PENDING, target=SHARED, home=None)
+        moved = await _change(connection, workflow_id, PENDING, target=TARGET_OF_WORKERS, home=None)
         return Done.LEFT_TO_WORKERS if moved else Done.NOTHING
     refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
     if refusal is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, SmallInteger, Text, text
+from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, SmallInteger, Text, text
 from sqlmodel import Field, SQLModel
 
 from models.columns import Instant, JsonText
@@ -20,10 +20,14 @@ DELAYED = "delayed"
 """The target of what may not run before its time; then it gets another. Ids of workflows come after all these words."""
 UNREAD = "intake"
 """The target of what was brought by something that is still to be read."""
+ISOLATED = "isolated"
+"""The target of suspects that any worker may run, one at a time and apart from others."""
+ISOLATED_UNREAD = "isolated-intake"
+"""The target of suspects that are still to be read."""
+ISOLATION = {SHARED: ISOLATED, UNREAD: ISOLATED_UNREAD}
+"""Targets whose suspects wait apart; those of a deployment stay with its other runs, and are told by their losses."""
 PRIORITY_MICROSECONDS = 60_000_000
 """How much earlier one step of priority makes a run count as accepted."""
-MAX_LOST_ATTEMPTS = 3
-"""So many workers may die on one run, with nothing new recorded in between, before it is given up as crashed."""
 
 
 class Execution(SQLModel, table=True):
@@ -137,7 +141,18 @@ class Execution(SQLModel, table=True):
     token: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     """Fencing: goes up with every claim and every release; a write that names an old one changes nothing."""
     attempt: int = 0
-    """Claims since the last recorded node result or release; counted before any work."""
+    """Claims since the last recorded node result or release; counted before any work.
+
+    Of a pending run, this is the number of workers that it has lost since.
+    """
+    on_trial: bool = Field(
+        default=False, sa_column=Column(Boolean, nullable=False, server_default=text("false"))
+    )
+    """It was claimed as a suspect, and has not proved itself since: should its worker die, the loss counts."""
+    trial_losses: int = Field(
+        default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0"))
+    )
+    """Workers that it has lost while on trial, since the last recorded node result or release."""
     lease_owner: str | None = None
     lease_until: datetime | None = Field(default=None, sa_column=Column(Instant))
     timeout_microseconds: int = Field(sa_column=Column(BigInteger, nullable=False))

@@ -28,6 +28,8 @@ from execution.gateway_calls import (
     RunsCall,
     Spans,
     SpansCall,
+    Suspects,
+    SuspectsCall,
 )
 from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Held, Renewed, RunWrite, Swept
 from models.outage import PartialCommit
@@ -50,11 +52,18 @@ class RemoteStore:
 
     async def claim(self, claim: Claim) -> Sequence[Claimed]:
         """Take pending runs of this deployment; see `RunStore.claim`."""
-        call = ClaimCall(min(claim.limit, MAX_CLAIM), claim.lease_seconds)
+        call = ClaimCall(
+            min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_trial_losses
+        )
         asked_at = time.monotonic()
         claimed = (await self._gateway.call("/claim", call, Claims)).runs
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
+
+    async def has_suspects(self, max_trial_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows whose they are
+        """Tell whether suspects of this deployment wait; see `RunStore.has_suspects`."""
+        call = SuspectsCall(max_trial_losses)
+        return (await self._gateway.call("/suspects", call, Suspects)).has_suspects
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
         """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""

@@ -18,6 +18,7 @@ from execution.awaited_events import AwaitedEvents
 from execution.child_runs import ChildRuns
 from execution.data_sources import StoredSources
 from execution.executor import Around, Executor
+from execution.isolation import Isolation
 from execution.node_blobs import NodeBlobs
 from execution.pace import SharedPace
 from execution.user_code import open_code
@@ -121,6 +122,7 @@ async def working(
     )
     webhooks = Webhooks(database, vault, outbound)
     after = AfterRuns(database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds)
+    isolation = Isolation()
     executor = Executor(
         store,
         broker,
@@ -133,6 +135,7 @@ async def working(
             on_left=after.left,
             on_swept=partial(_see_to_others, database, store, broker),
         ),
+        isolation=isolation,
     )
     reader = Reader(
         database,
@@ -142,6 +145,7 @@ async def working(
         Sources(connections, services.pace),
         settings,
         on_left=after.left,
+        isolation=isolation,
     )
     try:
         await executor.start()

@@ -27,6 +27,7 @@ from engine.errors import NodeError
 from engine.events import Ended, RunError, RunStatus
 from engine.services import Caller
 from execution import due_runs
+from execution.isolation import TRIAL_SECONDS, Isolation, SuspectSearch
 from journal import admission, unread
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from journal.grouping import GroupCommit
@@ -110,6 +111,7 @@ class Reading:
 
     one: Claimed
     lease: Lease
+    begun_at: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] = field(init=False)
     is_asked_to_end: bool = False
     is_over: bool = False
@@ -149,6 +151,7 @@ class Reader:
         settings: WorkerSettings,
         *,
         on_left: Callable[[Claimed, Ended], None],
+        isolation: Isolation,
     ) -> None:
         """`on_left` is told of runs that have ended here, if their end is to be followed up."""
         self._database = database
@@ -172,6 +175,10 @@ class Reader:
         self._leaving: GroupCommit[Read, Left | None] = GroupCommit(self._leave)
         self._readings: dict[str, Reading] = {}
         self._side_tasks: set[asyncio.Task[None]] = set()
+        self._isolation = isolation
+        self._isolation.join(self._is_proven)
+        self._is_claiming = False
+        self._suspects = SuspectSearch(store, settings, UNREAD)
         self._wanted = asyncio.Event()
         self._is_draining = False
         self._after_organization = ""
@@ -216,6 +223,7 @@ class Reader:
                     await self._wanted.wait()
             self._wanted.clear()
             try:
+                await self._try_suspects()
                 await self._claim()
             except DatabaseUnavailable as error:
                 log.warning("database not reached", duty="read what has arrived", error=str(error))
@@ -224,11 +232,39 @@ class Reader:
                 log.exception("duty failed", duty="read what has arrived")
                 await asyncio.sleep(PAUSE_SECONDS)
 
+    def _is_proven(self) -> bool:
+        """Tell whether nothing is read here that has not shown that it is harmless."""
+        return not self._is_claiming and all(
+            time.monotonic() - reading.begun_at >= TRIAL_SECONDS for reading in self._readings.values()
+        )
+
+    async def _try_suspects(self) -> None:
+        """Read a suspect apart from whatever else the process does."""
+        max_trial_losses = None if self._is_draining else await self._suspects.find()
+        if max_trial_losses is None:
+            return
+        async with self._isolation.alone():
+            claim = Claim(
+                self._owner,
+                self._settings.lease_seconds,
+                limit=1,
+                target=UNREAD,
+                is_trial=True,
+                max_trial_losses=max_trial_losses,
+            )
+            for reading in await self._take(claim):
+                log.info(
+                    "suspect on trial", execution_id=reading.one.execution_id, attempt=reading.one.attempt
+                )
+                await asyncio.wait([reading.task], timeout=TRIAL_SECONDS)
+                if not reading.task.done():
+                    await self._write(reading, has_passed=True)
+
     async def _claim(self) -> None:
+        await self._isolation.pass_gate()
         places = CLAIMED_AT_ONCE - len(self._readings)
         if self._is_draining or places <= 0:
             return  # whatever is read to its end looks again
-        since = time.monotonic()
         claim = Claim(
             self._owner,
             self._settings.lease_seconds,
@@ -236,12 +272,24 @@ class Reader:
             after_organization=self._after_organization,
             target=UNREAD,
         )
+        self._is_claiming = True
+        try:
+            taken = await self._take(claim)
+        finally:
+            self._is_claiming = False
+        if taken:
+            self._after_organization = taken[-1].one.organization_id
+            self._wanted.set()
+
+    async def _take(self, claim: Claim) -> Sequence[Reading]:
+        since = time.monotonic()
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
             # A claim may be made though its answer was lost.
             await self._store.give_back(self._owner, self._leases.held())
             raise
+        taken: list[Reading] = []
         for one in claimed:
             key = ExecutionKey(one.execution_id, one.lane)
             reading = Reading(one, self._leases.hold(key, one.token, since))
@@ -249,9 +297,8 @@ class Reader:
             reading.task = asyncio.create_task(self._see_to(reading))
             if one.request is not None:
                 self._requested(reading.lease, one.request)
-        if claimed:
-            self._after_organization = claimed[-1].organization_id
-            self._wanted.set()
+            taken.append(reading)
+        return taken
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -27,6 +27,8 @@ from execution.gateway_calls import (
     RunsCall,
     Spans,
     SpansCall,
+    Suspects,
+    SuspectsCall,
     WaitCall,
 )
 from gateway import errors
@@ -100,12 +102,26 @@ async def claim(request: Request, holder: Holder) -> JsonResponse:
     if not await holding.takes_runs(request.gateway.database, holder):
         return JsonResponse(Claims(()))
     claimed = await request.gateway.store.claim(
-        Claim(holder.owner, call.lease_seconds, call.limit, target=holder.workflow_id)
+        Claim(
+            holder.owner,
+            call.lease_seconds,
+            call.limit,
+            target=holder.workflow_id,
+            is_trial=call.is_trial,
+            max_trial_losses=call.max_trial_losses,
+        )
     )
     await beginnings.tell(request.gateway.broker, claimed)
     # What follows the end of a run is not the pod's business, and may name addresses that are nobody else's.
     own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
     return JsonResponse(Claims(own))
+
+
+async def suspects(request: Request, holder: Holder) -> JsonResponse:
+    """Say whether runs of this deployment wait to be put on trial."""
+    call = await decoded(request, SuspectsCall)
+    store = request.gateway.store
+    return JsonResponse(Suspects(await store.has_suspects(call.max_trial_losses, holder.workflow_id)))
 
 
 async def record(request: Request, holder: Holder) -> JsonResponse:

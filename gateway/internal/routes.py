@@ -29,6 +29,7 @@ TABLE: Sequence[InternalLine] = (
     InternalLine("POST", "/contact", journaling.contact),
     InternalLine("POST", "/wait", journaling.wait),
     InternalLine("POST", "/claim", journaling.claim),
+    InternalLine("POST", "/suspects", journaling.suspects),
     InternalLine("POST", "/record", journaling.record),
     InternalLine("POST", "/renew", journaling.renew),
     InternalLine("POST", "/give-back", journaling.give_back),

@@ -17,6 +17,7 @@ from sqlmodel import SQLModel, col
 
 from engine.events import Ended
 from execution.data_sources import StoredSources
+from execution.isolation import Isolation
 from execution.pace import SharedPace
 from gateway import state
 from gateway.arrivals.certificates import Certificates
@@ -223,6 +224,7 @@ class MailWorld:
             Sources(connections, SharedPace(gateway.database)),
             told,
             on_left=lambda one, ended: self.left.append((one, ended)),
+            isolation=Isolation(),
         )
         reader.start()
         try:

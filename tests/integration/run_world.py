@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
@@ -13,6 +13,7 @@ import msgspec
 from sqlalchemy import URL, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from engine.events import RunStatus, Span, SpanStatus
 from journal.opening import open_store
 from journal.store import (
     Acceptance,
@@ -30,6 +31,7 @@ from journal.store import (
 from models import access_store, ids
 from models.access import Organization, Role
 from models.database import Database, parse_url
+from models.losses import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from models.moments import to_microseconds
 from models.workflow import Workflow
 
@@ -200,6 +202,33 @@ class World:
         (one,) = await self.claim()
         assert one.execution_id == key.execution_id
         return one
+
+    async def trial(self, max_trial_losses: int = MAX_TRIAL_LOSSES, **changes: Any) -> Sequence[Claimed]:  # noqa: ANN401 - any field of a Claim
+        """Claim a suspect."""
+        claim = Claim("worker", LEASE_SECONDS, 1, is_trial=True, max_trial_losses=max_trial_losses)
+        return await self.store.claim(replace(claim, **changes))
+
+    async def begun(self, place: Place | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run whose trigger is recorded, and which nobody holds."""
+        one = await self.claimed(place, **changes)
+        now = datetime.now(UTC)
+        trigger = Span(
+            "start", "start", "manual", SpanStatus.COMPLETED, 1, now, now, port="output", output=b"{}"
+        )
+        await self.store.record([write(one, spans=[trigger], end=RunStatus.RELEASED, completed_nodes=1)])
+        return key_of(one)
+
+    async def suspect(self, place: Place | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run, and have as many workers die on it as make it a suspect."""
+        key = await self.begun(place, **changes)
+        (one,) = await self.claim()
+        assert one.execution_id == key.execution_id
+        for losses in range(1, SUSPECT_LOSSES + 1):
+            await self.expire(one)
+            await self.store.sweep(10)
+            if losses < SUSPECT_LOSSES:
+                (one,) = await self.claim()
+        return key_of(one)
 
     async def expire(self, *runs: Claimed) -> None:
         """Let leases run out."""

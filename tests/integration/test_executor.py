@@ -481,6 +481,51 @@ async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
     assert json.loads((await world.row(poison.execution_id))["error"])["code"] == "crashed"
 
 
+# ── suspects ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ON_ONE
+async def test_a_suspect_runs_alone_until_it_has_recorded_a_result(
+    world: World, place: Place, workers: Workers
+) -> None:
+    suspect = await world.suspect(place, definition=chain("hold", "note"))
+    others = await workers.accept(place, "note", count=3)
+    await workers.start(sweep_seconds=0.05)
+    await soon(workers.stage.begun)
+    await asyncio.sleep(0.3)  # it would be claimed by now
+    assert await workers.statuses() == Counter(running=1, pending=3)
+    workers.stage.go_on.set()
+    await until(lambda: workers.are_all("completed"))
+    assert workers.stage.calls[0] == f"{suspect.execution_id}:hold1:0"
+    assert len(workers.stage.calls) == 2 + len(others)
+
+
+@ON_ONE
+async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_too(
+    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [await world.suspect(place, definition=chain("hold")) for _ in range(2)]
+    await world.query("UPDATE execution SET status = 'waiting'")
+    keys = [await world.begun(place, definition=chain("hold")), *keys]
+    await workers.start(sweep_seconds=0.05)
+    await soon(workers.stage.begun)
+    await world.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
+    await asyncio.sleep(0.3)
+    assert await workers.statuses() == Counter(running=1, pending=2)
+    # Whatever has run for so long is proven: others go on, and a later loss is none on trial.
+    monkeypatch.setattr(executors, "TRIAL_SECONDS", 0.1)
+    await until(lambda: workers.are_all("running"))
+    await until(lambda: are_off_trial(world))
+    assert workers.stage.calls == [f"{key.execution_id}:hold1:0" for key in keys]
+    workers.stage.go_on.set()
+    await until(lambda: workers.are_all("completed"))
+
+
+async def are_off_trial(world: World) -> bool:
+    (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE on_trial")
+    return not row["count"]
+
+
 # ── ends on request ───────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -29,7 +29,7 @@ from journal.children import answering
 from journal.store import Claimed
 from messages.local_broker import LocalBroker
 from models import ids, signing
-from models.execution import MAX_LOST_ATTEMPTS
+from models.losses import MAX_LOST_ATTEMPTS
 from models.signing import SigningSecret
 from models.vault import Vault
 from models.workflow import WorkflowGraph

@@ -591,6 +591,7 @@ class Held:
         bodies: dict[str, dict[str, Any]] = {
             "/wait": {"seconds": 0, "wants_work": True},
             "/claim": {"limit": 10, "lease_seconds": 30},
+            "/suspects": {"max_trial_losses": 0},
             "/record": {"writes": [{**lease, "completed_nodes": 2}]},
             "/renew": {"leases": [lease], "lease_seconds": 30},
             "/give-back": {"held": []},
@@ -633,6 +634,7 @@ class Held:
 NOTHING: Mapping[str, Mapping[str, Any]] = {
     "/wait": {"has_work": False, "requests": {}},
     "/claim": {"runs": []},
+    "/suspects": {"has_suspects": False},
     "/record": {"held": []},
     "/renew": {"requests": {}},
     "/give-back": {"count": 0},

@@ -18,7 +18,7 @@ from apscheduler.schedulers import base
 from messages import broker as brokers
 from messages.broker import ExecutionsChanged, Notice
 from models.database import Database, DatabaseUnavailable
-from models.execution import MAX_LOST_ATTEMPTS
+from models.losses import MAX_LOST_ATTEMPTS
 from scheduler import main, recovery, retention
 from scheduler.leadership import Leader
 from scheduler.main import Duty, ticking

@@ -43,7 +43,10 @@ from journal.store import (
     Verdict,
 )
 from models.database import DatabaseUnavailable, is_sqlite, parse_url
-from models.execution import ExecutionStatus
+from models.execution import (
+    UNREAD,  # XX
+    ExecutionStatus,
+)
 from models.ids import turn_of
 from tests.integration.run_world import (
     DEFINITION,
@@ -639,7 +642,7 @@ async def test_attempts_lost_before_a_new_result_are_forgiven(world: World) -> N
     for _ in range(2):
         await world.expire(one)
         await world.store.sweep(10)
-        (one,) = await world.claim()
+        (one,) = await world.claim() or await world.trial()
     assert one.attempt == 3
     await world.store.record([write(one, spans=[span("a", SpanStatus.RUNNING)])])
     assert (await world.row(one.execution_id))["attempt"] == 3
@@ -700,20 +703,96 @@ async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_cou
     assert (again.attempt, again.has_journal) == (2, True)
 
 
-async def test_a_run_on_which_three_workers_died_has_crashed(world: World) -> None:
-    one = await world.claimed()
-    for attempt in (1, 2, 3):
-        assert one.attempt == attempt
+async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_it_as_crashed(
+    world: World, place: Place
+) -> None:
+    key = await world.suspect(place)
+    other = await world.accept(place)
+    assert [one.execution_id for one in await world.claim()] == [other.execution_id]
+    for losses in (0, 1):
+        assert not await world.store.has_suspects(losses - 1)
+        assert await world.store.has_suspects(losses)
+        assert await world.trial(losses - 1) == []
+        (one,) = await world.trial(losses)
+        assert (one.execution_id, one.attempt) == (key.execution_id, 3 + losses)
+        assert (await world.row(one.execution_id))["target"] == "shared"
         await world.expire(one)
         swept = await world.store.sweep(10)
-        if attempt < 3:
-            (one,) = await world.claim()
-    assert swept == Swept(requeued=0, ended={one.execution_id: "gateway"}, due=0, has_pending=False)
-    row = await world.row(one.execution_id)
+    assert swept == Swept(requeued=0, ended={key.execution_id: "gateway"}, due=0, has_pending=False)
+    row = await world.row(key.execution_id)
     assert row["status"] == "failed"
     assert row["ended_at"] is not None
     error = json.loads(row["error"])
-    assert (error["code"], error["attempt"]) == ("crashed", 3)
+    assert (error["code"], error["attempt"]) == ("crashed", 4)
+    assert error["message"].startswith("4 workers")
+
+
+async def test_ten_lost_workers_end_a_run_though_it_was_on_trial_only_once(world: World) -> None:
+    key = await world.suspect()
+    for attempt in range(3, 11):
+        (one,) = await world.trial()
+        assert one.attempt == attempt
+        if attempt > 3:
+            await world.store.record([write(one, has_passed=True)])
+        await world.expire(one)
+        swept = await world.store.sweep(10)
+    assert list(swept.ended) == [key.execution_id]
+    error = json.loads((await world.row(key.execution_id))["error"])
+    assert (error["code"], error["attempt"]) == ("crashed", 10)
+
+
+async def test_a_new_result_or_a_release_clears_a_suspect(world: World, place: Place) -> None:
+    for way in (
+        {"spans": [span("a")], "has_new_result": True},
+        {"end": RunStatus.RELEASED},
+    ):
+        await world.suspect(place)
+        (one,) = await world.trial()
+        await world.expire(one)
+        await world.store.sweep(10)
+        (one,) = await world.trial()
+        await world.store.record([write(one, **way)])
+        if "end" in way:
+            (one,) = await world.claim()
+        await world.expire(one)
+        assert (await world.store.sweep(10)).requeued == 1
+        row = await world.row(one.execution_id)
+        assert (row["attempt"], row["trial_losses"], bool(row["on_trial"])) == (1, 0, False)
+        (one,) = await world.claim()
+        await world.store.record([write(one, end=RunStatus.COMPLETED)])
+
+
+async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: World) -> None:
+    key = await world.suspect()
+    (one,) = await world.trial()
+    assert await world.store.give_back("worker", []) == 1
+    row = await world.row(one.execution_id)
+    assert (row["attempt"], row["trial_losses"], bool(row["on_trial"])) == (2, 0, False)
+    assert await world.claim() == []
+    assert [one.execution_id for one in await world.trial()] == [key.execution_id]
+
+
+async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_on_trial_too(
+    world: World, place: Place
+) -> None:
+    for target in (place.workflow_id, UNREAD):
+        key = await world.accept(place)
+        move = "UPDATE execution SET target = :target, home = :home WHERE id = :id"
+        await world.query(move, target=target, home=place.workflow_id, id=key.execution_id)
+        for _ in range(2):
+            (one,) = await world.store.claim(Claim("worker", LEASE_SECONDS, 5, target=target))
+            await world.expire(one)
+            await world.store.sweep(10)
+        assert await world.store.claim(Claim("worker", LEASE_SECONDS, 5, target=target)) == []
+        assert await world.trial() == []
+        assert await world.store.has_suspects(0, target)
+        for losses in (0, 1):
+            (one,) = await world.trial(losses, target=target)
+            assert (one.execution_id, one.attempt) == (key.execution_id, 3 + losses)
+            await world.expire(one)
+            await world.store.sweep(10)
+        row = await world.row(key.execution_id)
+        assert (row["status"], row["target"]) == ("failed", target)
 
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
@@ -780,11 +859,11 @@ async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
 ) -> None:
     one, other = await world.claimed(place), await world.claimed(place)
     await world.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
-    for attempt in (1, 2, 3):
+    for attempt in (1, 2, 3, 4):
         assert await world.store.take_back("wor") == 1
         row = await world.row(one.execution_id)
-        assert (row["status"], row["attempt"]) == ("pending" if attempt < 3 else "failed", attempt)
-        await world.claim()
+        assert (row["status"], row["attempt"]) == ("pending" if attempt < 4 else "failed", attempt)
+        await (world.claim() if attempt < 2 else world.trial())
     assert (await world.row(other.execution_id))["status"] == "running"
     assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
 

@@ -173,8 +173,7 @@ def _strikes_on_one(deployment: OneProcess, chance: Random) -> list[Strike]:
         with deployment.database_locked():
             await asyncio.sleep(chance.uniform(0, LEASE_SECONDS / 2))
 
-    # Two of what costs a run its lease: with one process they may come right upon each other, and a run that loses
-    # three with nothing done in between ends as crashed, as it should.
+    # Two of what costs a run its lease: with one process they may come right upon each other.
     return [*[lambda: _kill(dev)] * 2, lambda: _terminate(dev), lock_database]
 
 

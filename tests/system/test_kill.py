@@ -3,6 +3,7 @@ import random
 from functools import partial
 
 from engine.values import Json
+from models.losses import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from tests.system import flows, promises
 from tests.system.client import Client
 from tests.system.harness import RECOVERY_SECONDS, Deployment
@@ -12,6 +13,7 @@ from tests.system.moments import after, wait_until
 RUNS = 8
 CALLS = 11 * RUNS
 KILLS = 2
+BESIDE = 10
 
 
 async def test_runs_finish_though_their_worker_is_killed_at_random_points(
@@ -34,25 +36,27 @@ async def test_runs_finish_though_their_worker_is_killed_at_random_points(
         await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
 
 
-async def test_a_run_that_kills_its_worker_three_times_fails_as_crashed(
+async def test_a_run_that_kills_its_worker_fails_as_crashed_after_two_trials(
     deployment: Deployment, client: Client, ledger: Ledger
 ) -> None:
     poison = await client.create(flows.chain(ledger.reads("look"), ledger.writes("poison")))
     harmless = await client.create(
-        flows.chain(ledger.writes("before"), flows.waits("wait", 2), ledger.writes("after"))
+        flows.chain(ledger.reads("before"), ledger.writes("within"), ledger.writes("after"))
     )
+    ledger.delay_seconds = 0.1
 
     def kill(call: Call) -> None:
         deployment.sender(call).kill()
 
     with ledger.on_arrival("poison", kill):
         async with deployment.supervised():
-            beside = await client.execute(harmless)
+            beside = await asyncio.gather(*(client.execute(harmless) for _ in range(BESIDE)))
             run = await client.execute(poison)
             ended = await client.end(run, within=4 * RECOVERY_SECONDS)
-            await promises.assert_kept(deployment, client, ledger, {run: "failed", beside: "completed"})
+            expected = {run: "failed"} | dict.fromkeys(beside, "completed")
+            await promises.assert_kept(deployment, client, ledger, expected)
     assert ended.error_code == "crashed"
-    assert len(ledger.of("poison")) == 3
+    assert len(ledger.of("poison")) == SUSPECT_LOSSES + MAX_TRIAL_LOSSES
 
 
 async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(

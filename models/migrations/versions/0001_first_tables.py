@@ -296,6 +296,8 @@ def _create_runs() -> None:
         sa.Column("due_at", sa.BigInteger(), nullable=True),
         sa.Column("token", sa.BigInteger(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("on_trial", sa.Boolean(), nullable=False, server_default=sa.text("false")),
+        sa.Column("trial_losses", sa.SmallInteger(), nullable=False, server_default=sa.text("0")),
         sa.Column("lease_owner", IDENTIFIER, nullable=True),
         sa.Column("lease_until", sa.BigInteger(), nullable=True),
         sa.Column("timeout_microseconds", sa.BigInteger(), nullable=False),
