@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -20,12 +21,14 @@ import typer
 from typer import Argument, Option, Typer
 
 from models import garbage
-from pilotflame import refusal
+from pilotflame import refusal, run_outputs
 from pilotflame.refusal import Refusal
+from pilotflame.run_outputs import OutputChoice
 
 if TYPE_CHECKING:
     from bridge.settings import BridgeSettings
     from models.settings import Settings
+    from pilotflame.client import Client
     from pilotflame.log_lines import Lines, Render
     from pilotflame.worker_parent import ChildDeath
 
@@ -70,8 +73,18 @@ app.add_typer(keys, name="keys")
 app.add_typer(bridge, name="bridge")
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"pilotflame {metadata.version('pilotflame')}")
+        raise typer.Exit
+
+
 @app.callback()
-def pilotflame() -> None:
+def pilotflame(
+    version: Annotated[  # noqa: ARG001 - its callback has printed it
+        bool, Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """A self-hosted server for durable workflows.
 
     The server reads its settings from variables that begin with PILOTFLAME_. The commands that talk to a running one
@@ -406,10 +419,22 @@ def _settings() -> Settings:
 
 @app.command()
 def apply(file: Annotated[Path, Argument(help="A workflow, as YAML or JSON.")]) -> None:
-    """Make a workflow what a file says, or make it anew if none has its name; prints its id."""
+    """Make a workflow what a file says, or make it anew if none has its name; prints its id.
+
+    Exits with 1 where validation finds errors in it; they are printed on standard error.
+    """
     from pilotflame.client import Client
 
-    typer.echo(Client.from_environment().apply(_definition(file)))
+    client = Client.from_environment()
+    workflow_id = client.apply(_definition(file))
+    typer.echo(workflow_id)
+    found = client.errors_of(workflow_id)
+    for error in found:
+        place = next((f"{error[name]}: " for name in ("nodeId", "connectionId") if name in error), "")
+        told = f"pilotflame: {place}{error['message']} ({error['type']}): {error['suggestion']}"
+        typer.echo(_visible(told), err=True)
+    if found:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -423,20 +448,32 @@ def run(
         ),
     ] = "{}",
     watch: Annotated[bool, Option("--watch", help="Show each node as it goes.")] = False,
+    output: Annotated[
+        OutputChoice,
+        Option(
+            help="Outputs of the nodes that nothing followed, of all nodes, or of none;"
+            " or as JSON: executionId, status, outputs and error.",
+        ),
+    ] = OutputChoice.LAST,
 ) -> None:
-    """Execute a workflow, wait for its end and print the outputs; exits with 1 unless it completed."""
+    """Execute a workflow, wait for its end and print outputs of nodes; exits with 1 unless it completed.
+
+    A terminal is shown the beginning of long outputs; files and pipes get all of them.
+    """
     from pilotflame.client import Client
 
     body = _body(given)
     client = Client.from_environment()
-    execution_id = client.execute(client.find_workflow(workflow), body)
+    workflow_id = client.find_workflow(workflow)
+    connections = _connections(client, workflow_id, body) if output is OutputChoice.LAST else []
+    execution_id = client.execute(workflow_id, body)
     typer.echo(execution_id, err=True)
     if watch:
         from pilotflame import live_view
 
         live_view.show(workflow, client.follow(execution_id))
     result = client.result(execution_id)
-    typer.echo(_visible(json.dumps(result["outputs"], indent=2, ensure_ascii=False)))
+    _print_outputs(execution_id, result, output, connections)
     if result["status"] != "completed":
         error = result["error"]
         reason = f": {error['message']} ({error['code']})" if error else ""
@@ -459,6 +496,39 @@ def logs(
     for line in lines:
         node = line["nodeId"] or "-"
         typer.echo(_visible(f"{line['createdAt']} {line['level']:<7} {node} {line['message']}"))
+
+
+def _connections(client: Client, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the connections of what is about to run; none where the key may execute the workflow and not read it."""
+    try:
+        given = body.get("definition") or {}
+        return given.get("connections") or client.connections_of(workflow_id)
+    except Refusal:
+        return []
+
+
+def _print_outputs(
+    execution_id: str, result: Mapping[str, Any], choice: OutputChoice, connections: list[dict[str, Any]]
+) -> None:
+    outputs = result["outputs"]
+    if choice is OutputChoice.NONE:
+        return
+    if choice is OutputChoice.JSON:
+        shown = {"executionId": execution_id} | {
+            name: result[name] for name in ("status", "outputs", "error")
+        }
+        typer.echo(_visible(run_outputs.render(shown)))
+        return
+    if choice is OutputChoice.LAST:
+        outputs = run_outputs.select_last(outputs, connections)
+    text = _visible(run_outputs.render(outputs))
+    if choice is OutputChoice.LAST and sys.stdout.isatty():
+        text, is_cut = run_outputs.truncate(text)
+        if is_cut:
+            typer.echo(
+                "pilotflame: long outputs are cut on a terminal: --output all prints everything", err=True
+            )
+    typer.echo(text)
 
 
 def _definition(file: Path) -> dict[str, Any]:

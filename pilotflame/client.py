@@ -87,6 +87,16 @@ class Client:
             self._answer("PUT", f"/workflows/{workflow_id}/status", {"status": definition["status"]})
         return workflow_id
 
+    def errors_of(self, workflow_id: str) -> list[dict[str, Any]]:
+        """Return the errors that validation finds in a workflow: each with a message and a suggestion."""
+        found: list[dict[str, Any]] = self._answer("POST", f"{_workflow(workflow_id)}/validate")["errors"]
+        return found
+
+    def connections_of(self, workflow_id: str) -> list[dict[str, Any]]:
+        """Return the connections of a workflow, as it is now."""
+        found: list[dict[str, Any]] = self._answer("GET", _workflow(workflow_id))["connections"]
+        return found
+
     def find_workflow(self, id_or_name: str) -> str:
         """Return a workflow's id; raises `Refusal` where there is none, or more than one of the name."""
         if id_or_name.startswith("wf_"):
@@ -108,7 +118,7 @@ class Client:
     def execute(self, workflow_id: str, body: Mapping[str, Any]) -> str:
         """Start a run, and only one even if the answer is lost; returns its id."""
         headers = {"Idempotency-Key": str(uuid4())}
-        path = f"/workflows/{quote(workflow_id, safe='')}/execute"
+        path = f"{_workflow(workflow_id)}/execute"
         started = self._patiently(lambda: self._answer("POST", path, body, headers))
         return str(started["executionId"])
 
@@ -195,6 +205,10 @@ class Client:
             raise Unreachable(
                 f"No Pilotflame answers at {self._url} ({reason}): start one, or set PILOTFLAME_URL"
             ) from error
+
+
+def _workflow(workflow_id: str) -> str:
+    return f"/workflows/{quote(workflow_id, safe='')}"
 
 
 def _execution(execution_id: str) -> str:

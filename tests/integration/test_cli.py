@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import httpx2
@@ -82,6 +83,61 @@ def test_run_prints_the_outputs_of_a_workflow_that_is_named_by_id_or_name(shell:
         json.loads(shell.output("run", workflow_id, "--input", f"@{of_a_file}"))["greet"]["text"]
         == "Hello Zoë"
     )
+
+
+def test_run_prints_the_outputs_of_the_last_nodes_that_ran_unless_others_are_asked_for(shell: Shell) -> None:
+    nodes = [
+        {"id": "start", "type": "manual"},
+        {"id": "look", "type": "set", "config": {"values": {"found": "{{ data.body.found }}"}}},
+        {
+            "id": "is_known",
+            "type": "conditional",
+            "config": {"condition": {"left": "{{ data.found }}", "operator": "equals", "right": "yes"}},
+        },
+        {"id": "tell", "type": "set", "config": {"values": {"told": "yes"}}},
+        {"id": "note", "type": "set", "config": {"values": {"noted": "yes"}}},
+    ]
+    edges = [
+        {"source": "start", "target": "look"},
+        {"source": "look", "target": "is_known"},
+        {"source": "is_known", "sourcePort": "true", "target": "tell"},
+        {"source": "look", "target": "note"},
+    ]
+    shell.output(
+        "apply", shell.file("b.json", json.dumps({"name": "Branches", "nodes": nodes, "connections": edges}))
+    )
+
+    def outputs(found: str, *options: str) -> str:
+        return shell.output("run", "Branches", "--input", json.dumps({"found": found}), *options)
+
+    assert set(json.loads(outputs("yes"))) == {"tell", "note"}
+    assert set(json.loads(outputs("no"))) == {"is_known", "note"}, "nothing that follows the condition ran"
+    assert set(json.loads(outputs("no", "--output", "all"))) == {"start", "look", "is_known", "note"}
+    assert outputs("no", "--output", "none") == ""
+    told = json.loads(outputs("no", "--output", "json"))
+    assert (told["status"], told["error"], set(told)) == (
+        "completed",
+        None,
+        {"executionId", "status", "outputs", "error"},
+    )
+
+
+def test_apply_prints_the_errors_that_validation_finds_and_ends_with_1(shell: Shell) -> None:
+    nodes = [{"id": "start", "type": "manual"}, {"id": "one", "type": "set"}, {"id": "two", "type": "set"}]
+    edges = [("start", "one"), ("one", "two"), ("two", "one")]
+    connections = [{"source": source, "target": target} for source, target in edges]
+    wrong = {"name": "Wrong", "nodes": nodes, "connections": connections}
+    for _ in range(2):
+        done = commands.run("apply", shell.file("wrong.json", json.dumps(wrong)), given=shell.given)
+        assert done.returncode == 1
+        assert shell.api(f"/api/v1/workflows/{done.stdout.strip()}").json()["name"] == "Wrong"
+        assert done.stderr.startswith("pilotflame: ")
+        assert "cycle" in done.stderr
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    printed = commands.output("--version", given=environment(tmp_path))
+    assert printed == f"pilotflame {metadata.version('pilotflame')}"
 
 
 def test_watch_shows_each_node_beside_the_outputs(shell: Shell) -> None:

@@ -1,0 +1,51 @@
+"""What `pilotflame run` prints of a run that has ended: its outputs, or those that matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+MAX_LINES: Final = 100
+MAX_LINE_CHARACTERS: Final = 500
+
+
+class OutputChoice(StrEnum):
+    """Which outputs are printed."""
+
+    LAST = "last"
+    ALL = "all"
+    NONE = "none"
+    JSON = "json"
+
+
+def select_last(outputs: Mapping[str, Any], connections: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the outputs of the nodes that ran and were followed by none that ran, by node id.
+
+    Connections are as the API shows or takes them: with `sourceNodeId` or `source`, `targetNodeId` or `target`.
+    """
+    ends = [
+        (edge.get("sourceNodeId", edge.get("source")), edge.get("targetNodeId", edge.get("target")))
+        for edge in connections
+    ]
+    followed = {source for source, target in ends if target in outputs}
+    return {node_id: output for node_id, output in outputs.items() if node_id not in followed}
+
+
+def render(value: object) -> str:
+    """Return a value as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def truncate(text: str) -> tuple[str, bool]:
+    """Return as much of a text as a terminal shows at once, and whether that is less than all of it."""
+    lines = text.splitlines()
+    shown = [
+        line if len(line) <= MAX_LINE_CHARACTERS else f"{line[:MAX_LINE_CHARACTERS]}…"
+        for line in lines[:MAX_LINES]
+    ]
+    left_out = len(lines) - len(shown)
+    if left_out:
+        shown.append(f"… {left_out:,} more lines")
+    return "\n".join(shown), shown != lines
