@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asyncmy import converters, errors
 from asyncmy.connection import Connection
@@ -20,9 +19,10 @@ from nodes import sql_text
 from nodes.connections import session, sql_values
 from nodes.connections.endpoint import CONNECT_SECONDS, no_connection
 from nodes.connections.session import Gathering
-from nodes.connections.wire import BufferedWire
+from nodes.connections.wire import BYTES_BESIDE, BufferedWire, WiredLoop
 from nodes.sizes import MAXIMUM_BYTES
 from nodes.sql_text import Dialect
+from nodes.turn import Turn
 
 if TYPE_CHECKING:
     import ssl
@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 
     Convert = Callable[[Any], Json]
 
-FETCHED_ROWS = 500
 MAX_PLACES = 65_535
 WIRE_BYTES_PER_BYTE = 3
 """A small number takes two bytes as JSON, with its comma, and six on the wire, but there it has no name."""
+PLACE_BYTES = 100
+"""On the wire, for what a server says of each place for a value."""
+RETURNED_BYTES = 4_000_000
+"""On the wire, for what a statement that writes returns: nobody gets it, but the driver holds it."""
 RESET_CONNECTION = 0x1F
 BINARY = 63
 """The character set of columns that hold bytes."""
@@ -89,6 +92,8 @@ async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext
         local_infile=False,
         program_name="pilotflame",
     )
+    # It looks for the running loop itself, and takes no other one.
+    loop = connection._loop = WiredLoop(BufferedWire)  # noqa: SLF001 - see above
     try:
         await connection.connect()
     except errors.MySQLError as error:
@@ -100,9 +105,9 @@ async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext
         raise (error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))) from error
     except OSError:
         raise  # of which an untrusted certificate is one, besides being a ValueError
-    except (LookupError, RuntimeError, TypeError, ValueError, struct.error) as error:
+    except (RuntimeError, *session.MISREAD) as error:
         raise no_connection("what answered there is no such database", retryable=False) from error
-    opened = MysqlSession(connection)
+    opened = MysqlSession(connection, cast("BufferedWire", loop.wire))
     try:
         await opened.prepare()
     except BaseException:
@@ -112,11 +117,11 @@ async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext
 
 
 class MysqlSession:
-    def __init__(self, connection: Any) -> None:  # noqa: ANN401 - a `Connection`, whose methods have no types
+    def __init__(self, connection: Any, wire: BufferedWire) -> None:  # noqa: ANN401 - a `Connection`, whose methods have no types
         self._connection = connection
         self._transport = connection._transport  # noqa: SLF001 - the driver lets go of it before it is closed
         self._protocol = connection._proto  # noqa: SLF001 - as above
-        self._wire = BufferedWire(self._transport)
+        self._wire = wire
         self._is_idle = True
         self._is_mariadb = "MariaDB" in connection.get_server_info()
 
@@ -153,7 +158,10 @@ class MysqlSession:
         await self._connection.query("PREPARE pilotflame FROM @query")
         using = f" USING {', '.join(names[1:])}" if parameters else ""
         cursor: Any = self._connection.cursor(SSCursor)
+        self._wire.limit(BYTES_BESIDE)
         await cursor.execute(f"EXECUTE pilotflame{using}")
+        # What is said of the columns has been read by now, and only rows may take more.
+        self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
         description = cursor.description or ()
         gathering = Gathering(
             [str(column[0]) for column in description], max_rows=max_rows, max_bytes=max_bytes
@@ -163,8 +171,10 @@ class MysqlSession:
             for position, column in enumerate(description)
             if (convert := CONVERTERS.get(column[1])) is not None
         ]
-        while description and (fetched := await cursor.fetchmany(FETCHED_ROWS)):
+        fetched_rows, turn = session.fetched_rows(len(description)), Turn()
+        while description and (fetched := await cursor.fetchmany(fetched_rows)):
             gathering.add(_rows_of(fetched, converted))
+            await turn.share()
         return gathering.rows()
 
     async def write(
@@ -203,18 +213,21 @@ class MysqlSession:
             return int(result.affected_rows)
 
     async def reset(self) -> bool:
+        self._wire.limit(0)
         try:
-            await self._connection._execute_command(RESET_CONNECTION, b"")  # noqa: SLF001 - the driver has no name for it
-            await self._connection._read_ok_packet()  # noqa: SLF001 - nor for its answer
+            with _translated():
+                await self._connection._execute_command(RESET_CONNECTION, b"")  # noqa: SLF001 - the driver has no name for it
+                await self._connection._read_ok_packet()  # noqa: SLF001 - nor for its answer
             await self.prepare()
-        except (errors.MySQLError, NodeError, OSError):
+        except NodeError:
             return False
         return True
 
     async def is_alive(self) -> bool:
         try:
-            await self._connection.ping(reconnect=False)
-        except (errors.MySQLError, OSError):
+            with _translated():
+                await self._connection.ping(reconnect=False)
+        except NodeError:
             return False
         return True
 
@@ -233,7 +246,7 @@ class MysqlSession:
     def _at_work(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
         """Translate failures, of which being sent too much is one, and remember when nothing more is to come."""
         self._is_idle = False
-        self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
+        self._wire.limit(0)
         try:
             with _translated(timeout_seconds):
                 yield
@@ -255,6 +268,7 @@ class MysqlSession:
 
     async def _execute(self, text: str, values: Sequence[Json]) -> Any:  # noqa: ANN401 - a result of the driver
         """Run one statement, prepared by the server, with its values bound there."""
+        self._wire.limit(RETURNED_BYTES + PLACE_BYTES * len(values))
         prepared = await self._connection.prepare(text)
         result = await prepared.execute([_bound(value) for value in values])
         await prepared.close()
@@ -381,6 +395,8 @@ def _translated(timeout_seconds: float = 0) -> Iterator[None]:
     except UnicodeError as error:
         message = "A text of the result is not in the character set that its column names"
         raise NodeError(message, code="sql-error") from error
+    except session.MISREAD as error:
+        raise session.not_understood() from error
     except RuntimeError as error:
         # So the driver answers a server that asks for a file of this machine.
         raise NodeError(

@@ -34,15 +34,18 @@ if TYPE_CHECKING:
     Prepared = PreparedStatement[asyncpg.Record]
     Convert = Callable[[Any], Json]
 
-FETCHED_ROWS = 500
 CLOSE_SECONDS = 2
+MAX_RETURNED_ROWS = 1_000_000
+"""Of a statement that writes: nobody gets them, but the driver holds them."""
 WIRE_BYTES_PER_BYTE = 6
 """A small number in an array takes two bytes as JSON, with its comma, and twelve on the wire."""
 TABLE_COLUMNS = "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped"  # noqa: E501 - one statement
 
 # Their own form in asyncpg is another than their text, and less of one: an interval of a month becomes one of 30 days.
+# Of a record it would believe how many fields a server says that it has, and take 8 bytes for each.
 AS_TEXT = (
-    "interval", "point", "line", "lseg", "box", "path", "polygon", "circle", "bit", "varbit", "tid", "inet", "cidr",
+    "record", "interval", "point", "line", "lseg", "box", "path", "polygon", "circle", "bit", "varbit", "tid", "inet",
+    "cidr",
 )  # fmt: skip
 # What such columns give is JSON already.
 PLAIN = frozenset(
@@ -59,7 +62,7 @@ UNAVAILABLE_STATES = ("08", "53", "57P")
 
 async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext | None) -> PostgresqlSession:
     """Connect and log in; raises `OSError` when nobody takes the connection, else `NodeError`."""
-    loop: Any = WiredLoop()
+    loop: Any = WiredLoop(MessageWire)
     try:
         connection: Connection = await asyncpg.connect(
             loop=loop,
@@ -78,7 +81,7 @@ async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext
         raise _refused_login(error) from error
     except OSError:
         raise  # of which an untrusted certificate is one, besides being a ValueError
-    except (asyncpg.InterfaceError, asyncpg.InternalClientError, LookupError, TypeError, ValueError) as error:
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError, *session.MISREAD) as error:
         raise no_connection("what answered there is no such database", retryable=False) from error
     opened = PostgresqlSession(connection, loop.wire)
     try:
@@ -105,11 +108,11 @@ class PostgresqlSession:
 
     async def prepare(self) -> None:
         """Say how values are written, once after connecting."""
-        for name in AS_TEXT:
-            await self._connection.set_type_codec(
-                name, schema="pg_catalog", encoder=str, decoder=str, format="text"
-            )
         with _translated():
+            for name in AS_TEXT:
+                await self._connection.set_type_codec(
+                    name, schema="pg_catalog", encoder=str, decoder=str, format="text"
+                )
             await self._connection.execute(
                 "SET standard_conforming_strings = on; SET intervalstyle = iso_8601; SET client_encoding = 'UTF8'"
             )
@@ -138,6 +141,7 @@ class PostgresqlSession:
         await transaction.start()
         await self._limit_time(timeout_seconds)
         prepared, values = await self._prepared(statement, parameters)
+        self._expect(max_bytes, max_rows)
         attributes = prepared.get_attributes()
         gathering = Gathering([each.name for each in attributes], max_rows=max_rows, max_bytes=max_bytes)
         converted = [
@@ -149,7 +153,8 @@ class PostgresqlSession:
             await prepared.fetch(*values)
         else:
             cursor = await prepared.cursor(*values)
-            while records := await cursor.fetch(FETCHED_ROWS):
+            fetched_rows = session.fetched_rows(len(attributes))
+            while records := await cursor.fetch(fetched_rows):
                 gathering.add(_rows_of(records, converted))
         await transaction.rollback()
         return gathering.rows()
@@ -185,14 +190,16 @@ class PostgresqlSession:
             async with self._connection.transaction():
                 await self._limit_time(timeout_seconds)
                 prepared, values = await self._prepared(statement, parameters)
+                self._expect(MAXIMUM_BYTES, MAX_RETURNED_ROWS)
                 await prepared.fetch(*values)
                 return _count(prepared.get_statusmsg())
 
     async def reset(self) -> bool:
         try:
-            await self._connection.execute("DISCARD ALL")
-            await self.prepare()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            with _translated():
+                await self._connection.execute("DISCARD ALL")
+                await self.prepare()
+        except NodeError:
             return False
         return True
 
@@ -208,10 +215,15 @@ class PostgresqlSession:
     def abort(self) -> None:
         self._connection.terminate()
 
+    def _expect(self, max_bytes: int, max_rows: int) -> None:
+        """Let the server send so much from now on, as JSON, and something besides."""
+        self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
+        self._wire.limit_rows(max_rows)
+
     @contextmanager
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
-        """Translate failures, of which being sent too much is one."""
-        self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
+        """Translate failures, of which being sent too much is one: until rows are due, little is expected."""
+        self._expect(0, 0)
         try:
             with _translated(timeout_seconds):
                 yield
@@ -390,6 +402,8 @@ def _translated(timeout_seconds: float = 0) -> Iterator[None]:
     except (ValueError, OverflowError) as error:
         message = "A value of the result has no form here, as a date before the year 1: select it as a text"
         raise NodeError(message, code="sql-error") from error
+    except session.MISREAD as error:
+        raise session.not_understood() from error
     except OSError as error:
         if isinstance(error, TimeoutError):
             raise

@@ -145,11 +145,8 @@ class S3Bucket:
         token: str | None = ""
         async with self._client(timeout_seconds) as client:
             while token is not None:
-                page = await self._page(client, prefix, token, at_most=max_objects + 1 - len(found))
+                page = await self._page(client, prefix, token, found=len(found), max_objects=max_objects)
                 found += page.objects
-                if len(found) > max_objects:
-                    message = f"More than {max_objects:,} objects are there: take a longer prefix"
-                    raise NodeError(message, code="too-many-objects")
                 token = page.token
         return found
 
@@ -165,16 +162,18 @@ class S3Bucket:
         finally:
             await client.close()
 
-    async def _page(self, client: Outbound, prefix: str, token: str, *, at_most: int) -> Listing:
+    async def _page(
+        self, client: Outbound, prefix: str, token: str, *, found: int, max_objects: int
+    ) -> Listing:
         query = {
             "list-type": "2",
             "prefix": self._place.prefix + object_keys.usable(prefix),
-            "max-keys": str(min(at_most, MAX_PAGE)),
+            "max-keys": str(min(max_objects + 1 - found, MAX_PAGE)),
             "encoding-type": "url",
             **({"continuation-token": token} if token else {}),
         }
         response = await self._send(client, "GET", "", query=query)
-        listing = Listing(self._place.prefix)
+        listing = Listing(self._place.prefix, found=found, max_objects=max_objects)
         await markup.read(response.body, listing, Turn())
         if listing.is_truncated and listing.token in {None, token}:
             raise _not_understood()
@@ -215,9 +214,11 @@ class S3Bucket:
 
 
 class Listing:
-    """One page of a listing, as its XML is read."""
+    """One page of a listing, as its XML is read: no further than to one object too many."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, found: int, max_objects: int) -> None:
+        self._found = found
+        self._max_objects = max_objects
         self.objects: list[StoredObject] = []
         self.is_truncated = False
         self.token: str | None = None
@@ -244,6 +245,9 @@ class Listing:
                 self.token = text
             case "Contents":
                 self.objects.append(self._object())
+                if self._found + len(self.objects) > self._max_objects:
+                    message = f"More than {self._max_objects:,} objects are there: take a longer prefix"
+                    raise NodeError(message, code="too-many-objects")
 
     def _object(self) -> StoredObject:
         try:

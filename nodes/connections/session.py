@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,6 +63,15 @@ class Session(Protocol):
         """Let go at once."""
 
 
+FETCHED_ROWS = 500
+FETCHED_VALUES = 20_000
+
+
+def fetched_rows(columns: int) -> int:
+    """Return how many rows of so many columns are fetched at once: their values are held before they are counted."""
+    return min(FETCHED_ROWS, max(1, FETCHED_VALUES // max(1, columns)))
+
+
 class Gathering:
     """The rows of a query as they arrive, up to its limits."""
 
@@ -112,6 +122,19 @@ def _divided(rows: Sequence[Sequence[Json]]) -> Iterator[Sequence[Sequence[Json]
     middle = len(rows) // 2
     yield from _divided(rows[:middle])
     yield from _divided(rows[middle:])
+
+
+MISREAD = (
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, RecursionError,
+    SystemError, TypeError, ValueError, struct.error,
+)  # fmt: skip
+"""What drivers raise where a server doesn't keep to its protocol."""
+
+
+def not_understood() -> NodeError:
+    """Return the error for a server whose messages the driver can't read."""
+    message = "What the server sent can't be read: it doesn't keep to the protocol of such databases"
+    return NodeError(message, code="invalid-response")
 
 
 def said(message: object) -> str:

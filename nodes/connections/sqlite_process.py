@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from engine.values import Json
     from nodes.children.child import Perform, Speaker
 
-FETCHED_ROWS: Final = 500
 FETCHED_BYTES: Final = 1_000_000
 BUSY_SECONDS: Final = 5
 OPERATIONS_BETWEEN_LOOKS: Final = 10_000
@@ -108,7 +107,7 @@ def _pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]
         if size > max_bytes:
             raise session.too_large(max_bytes)
         rows.append([_as_json(value) for value in row])
-        if len(rows) == FETCHED_ROWS or size > FETCHED_BYTES:
+        if len(rows) == session.FETCHED_ROWS or size > FETCHED_BYTES:
             yield rows
             rows, size = [], 0
     yield rows

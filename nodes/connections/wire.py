@@ -8,17 +8,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 BYTES_BESIDE: Final = 1_000_000
-"""For what a server sends besides rows."""
-HEADER: Final = Struct(">xi")
+"""For what a server sends besides rows. Each may take a hundred times as much memory."""
+ROWS_BESIDE: Final = 2_000
+"""For rows that a server sends about its types, or beyond what was asked for."""
+ROW: Final = ord("D")
+HEADER: Final = Struct(">Bi")
 """Of a message of PostgreSQL: its type, and its length, which counts itself and what follows."""
 SHORTEST_LENGTH: Final = 4
 
 
 class _Meter(asyncio.BaseProtocol):
     """Hands everything on to the protocol of the driver, in whose place it stands."""
+
+    inner: Any
 
     def __init__(self, inner: Any) -> None:  # noqa: ANN401 - of one kind or the other
         self.inner = inner
@@ -55,14 +60,28 @@ class _Meter(asyncio.BaseProtocol):
         self.inner.resume_writing()
 
 
+Wire = TypeVar("Wire", bound=_Meter)
+
+
 class MessageWire(_Meter, asyncio.Protocol):
-    """For PostgreSQL: also looks at the length of each message, since asyncpg would read one below four forever."""
+    """For PostgreSQL: also looks at the length of each message, since asyncpg would read one below four forever.
+
+    Rows are counted besides their bytes: the shortest has 7, and takes 50 in memory. So are the bytes of other
+    messages, of which asyncpg keeps more still.
+    """
 
     def __init__(self, inner: Any) -> None:  # noqa: ANN401 - see `_Meter`
         super().__init__(inner)
+        self._left_rows = ROWS_BESIDE
+        self._left_bytes_beside = BYTES_BESIDE
         self._until_header = 0
         self._begun = b""
         """A header of which the rest is still to come."""
+
+    def limit_rows(self, max_rows: int) -> None:
+        """Allow so many rows from now on, and some besides."""
+        self._left_rows = max_rows + ROWS_BESIDE
+        self._left_bytes_beside = BYTES_BESIDE
 
     def data_received(self, data: bytes) -> None:
         if not self._is_allowed(len(data)):
@@ -75,22 +94,24 @@ class MessageWire(_Meter, asyncio.Protocol):
     def _is_framed(self, data: bytes) -> bool:
         data, position = self._begun + data, self._until_header
         while position + HEADER.size <= len(data):
-            (length,) = HEADER.unpack_from(data, position)
+            kind, length = HEADER.unpack_from(data, position)
             if length < SHORTEST_LENGTH:
                 return False
+            if kind == ROW:
+                self._left_rows -= 1
+            else:
+                self._left_bytes_beside -= length
             position += 1 + length
+        if self._left_rows < 0 or self._left_bytes_beside < 0:
+            self.is_exceeded = True
+            return False
         self._begun = data[position:]
         self._until_header = max(0, position - len(data))
         return True
 
 
 class BufferedWire(_Meter, asyncio.BufferedProtocol):
-    """For a driver that lends its own memory to what arrives; takes its place on a connection that is there."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        super().__init__(transport.get_protocol())
-        self._transport = transport
-        transport.set_protocol(self)
+    """For a driver that lends its own memory to what arrives."""
 
     def get_buffer(self, sizehint: int) -> memoryview:
         buffer: memoryview = self.inner.get_buffer(sizehint)
@@ -101,12 +122,13 @@ class BufferedWire(_Meter, asyncio.BufferedProtocol):
             self.inner.buffer_updated(nbytes)
 
 
-class WiredLoop:
-    """The running loop, with a `MessageWire` before every protocol that is connected through it."""
+class WiredLoop(Generic[Wire]):
+    """The running loop, with a wire before every protocol that is connected through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_wire: Callable[[Any], Wire]) -> None:
         self._loop = asyncio.get_running_loop()
-        self.wire: MessageWire | None = None
+        self._make_wire = make_wire
+        self.wire: Wire | None = None
         """That of the last connection."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the loop has
@@ -121,6 +143,6 @@ class WiredLoop:
         **named: Any,  # noqa: ANN401 - passed on
     ) -> tuple[asyncio.BaseTransport, Any]:
         transport, self.wire = await self._loop.create_connection(
-            lambda: MessageWire(protocol_factory()), *args, **named
+            lambda: self._make_wire(protocol_factory()), *args, **named
         )
         return transport, self.wire.inner

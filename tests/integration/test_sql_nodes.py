@@ -408,6 +408,8 @@ async def test_values_of_postgresql_are_json(postgresql: Place) -> None:
         r"""'"\u0000"'::json""": r'"\u0000"',
         "ARRAY[1.5, NULL]::numeric[]": [1.5, None],
         "int4range(1, 5)": "[1,5)",
+        "ROW(1, 'a b')": '(1,"a b")',
+        "ARRAY[ROW(1, NULL)]": ["(1,)"],
         "inet '10.0.0.1/8'": "10.0.0.1/8",
         "E'it\\'s ?'": "it's ?",
         """'{"a": 1}'::jsonb ?? 'a'""": True,

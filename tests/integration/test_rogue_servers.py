@@ -1,0 +1,471 @@
+"""Servers of users that never end, lie about lengths or say nothing: each costs a clear error and little memory."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import NodeError
+from engine.values import Json
+from nodes.connections.connections import Connections
+from nodes.connections.policy import ConnectionPolicy
+from nodes.connections.source import Source
+from tests.calls import CALLER, call
+
+pytestmark = pytest.mark.anyio
+
+POLICY = ConnectionPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
+SECONDS = 20.0
+"""Of a node; whoever is only slow gets there."""
+SILENT_SECONDS = 0.3
+PATIENCE_SECONDS = 60.0
+MAX_MORE_BYTES = 250 << 20
+MAX_PAUSE_SECONDS = 3.0
+"""Of the loop, on a machine that has other things to do."""
+
+Reply = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Sources:
+    """Gives whoever asks the one source."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    async def find(self, caller: object, source_id: str) -> Source:
+        del caller, source_id
+        return self._source
+
+
+@asynccontextmanager
+async def serving(reply: Reply) -> AsyncIterator[int]:
+    """Serve every connection so; yields the port."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reply(reader, writer)
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.ensure_future(converse(reader, writer)))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=1 << 22)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def endlessly(writer: asyncio.StreamWriter, piece: bytes) -> None:
+    many = piece * max(1, 100_000 // len(piece))
+    while True:
+        writer.write(many)
+        await writer.drain()
+
+
+async def silence() -> None:
+    await asyncio.Event().wait()
+
+
+def memory_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (each for each in status.splitlines() if each.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Check that the process takes little more at any time, even within one call."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
+    before = memory_bytes("VmRSS")
+    yield
+    assert memory_bytes("VmHWM") - before < MAX_MORE_BYTES
+
+
+async def longest_pause(work: Awaitable[Any]) -> float:
+    """Return for how long nobody else had a turn until the work ended."""
+    running = asyncio.ensure_future(work)
+    clock = asyncio.get_running_loop().time
+    longest, last = 0.0, clock()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not running.done():
+            await asyncio.wait([running], timeout=0.01)
+            longest, last = max(longest, clock() - last), clock()
+    return longest
+
+
+async def failure_of(source: Source, node: str, config: dict[str, Json]) -> NodeError:
+    """Return how a node fails with a source."""
+    connections = Connections(Sources(source), POLICY)
+    work = asyncio.ensure_future(call(node, {"dataSource": "ds", **config}, data_sources=connections))
+    try:
+        with little_memory():
+            assert await longest_pause(work) < MAX_PAUSE_SECONDS
+        error = work.exception()
+    finally:
+        await connections.close()
+    assert isinstance(error, NodeError), error
+    return error
+
+
+# ── PostgreSQL ──────────────────────────────────────────────────────────────────────────────────────────────
+
+TEXT, INT4, INT4_ARRAY, RECORD = 25, 23, 1007, 2249
+
+
+def said(kind: bytes, body: bytes = b"") -> bytes:
+    return kind + struct.pack(">i", len(body) + 4) + body
+
+
+def row(*values: bytes | None) -> bytes:
+    body = b"".join(
+        struct.pack(">i", -1) if value is None else struct.pack(">i", len(value)) + value for value in values
+    )
+    return said(b"D", struct.pack(">h", len(values)) + body)
+
+
+def columns(*types: int) -> bytes:
+    each = [b"c%d\0" % at + struct.pack(">ihihih", 0, 0, oid, -1, -1, 1) for at, oid in enumerate(types)]
+    return said(b"T", struct.pack(">h", len(types)) + b"".join(each))
+
+
+READY = said(b"Z", b"I")
+IN_TRANSACTION = said(b"Z", b"T")
+DONE = said(b"C", b"SELECT 1\0")
+
+
+def postgresql(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
+    """Return a server whose queries give one column, and these rows; then, where given, something without end."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        (length,) = struct.unpack(">i", await reader.readexactly(4))
+        await reader.readexactly(length - 4)
+        writer.write(said(b"R", struct.pack(">i", 0)))
+        for setting in (b"server_version\x0016.1\0", b"client_encoding\0UTF8\0"):
+            writer.write(said(b"S", setting))
+        writer.write(said(b"K", b"\0" * 8) + READY)
+        ready = READY
+        while True:
+            kind, length = struct.unpack(">ci", await reader.readexactly(5))
+            query = await reader.readexactly(length - 4)
+            if kind == b"X":
+                return
+            if kind == b"Q":
+                ready = IN_TRANSACTION if query.startswith(b"BEGIN") else ready
+                writer.write(said(b"C", b"SET\0") + ready)
+            elif kind == b"D":
+                writer.write(said(b"1") + said(b"t", b"\0\0") + columns(oid))
+            elif kind == b"S":
+                writer.write(ready)
+            elif kind == b"E":
+                writer.write(said(b"2") + rows)
+                if again:
+                    await endlessly(writer, again)
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("oid", "rows", "again", "code"),
+    [
+        pytest.param(TEXT, b"", row(), "result-too-large", id="rows without fields"),
+        pytest.param(TEXT, b"", row(None), "result-too-large", id="rows of null"),
+        pytest.param(TEXT, b"", row(b"x" * 900), "result-too-large", id="rows"),
+        pytest.param(TEXT, b"D" + struct.pack(">i", 2**31 - 1), b"x", "result-too-large", id="a field"),
+        pytest.param(TEXT, b"", said(b"S", b"name\0value\0"), "result-too-large", id="settings"),
+        pytest.param(TEXT, b"", said(b"N", b"SNOTICE\0\0"), "result-too-large", id="notices"),
+        pytest.param(TEXT, b"", said(b"A", b"\0\0\0\1a\0b\0"), "result-too-large", id="notifications"),
+        pytest.param(TEXT, said(b"D", b"\0\1\x7f\xff\xff\xff"), b"", "invalid-response", id="a long field"),
+        pytest.param(
+            TEXT, said(b"D", b"\0\1\x80\0\0\0"), b"", "invalid-response", id="a field below nothing"
+        ),
+        pytest.param(TEXT, b"D\0\0\0\0", b"", "connection-failed", id="a message without its length"),
+        pytest.param(INT4, row(b"\0"), b"", "invalid-response", id="a short number"),
+        pytest.param(RECORD, row(struct.pack(">I", 2**27)) + DONE, b"", None, id="a record of many fields"),
+    ],
+)
+async def test_a_rogue_postgresql_costs_its_own_node_only(
+    oid: int, rows: bytes, again: bytes, code: str | None
+) -> None:
+    async with serving(postgresql(oid, rows, again=again)) as port:
+        source = source_at("postgresql", port)
+        config: dict[str, Json] = {"query": "SELECT 1", "timeoutSeconds": SECONDS}
+        if code is not None:
+            assert (await failure_of(source, "postgresql-source", config)).code == code
+            return
+        with little_memory():
+            connections = Connections(Sources(source), POLICY)
+            await call("postgresql-source", {"dataSource": "ds", **config}, data_sources=connections)
+            await connections.close()
+
+
+# ── MySQL ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+QUERY, PREPARE, CLOSE = 0x03, 0x16, 0x19
+PROTOCOL_41, SECURE_CONNECTION, PLUGIN_AUTH = 0x200, 0x8000, 0x80000
+CAPABILITIES = PROTOCOL_41 | SECURE_CONNECTION | PLUGIN_AUTH
+TEXT_COLUMN, DATE_TIME_COLUMN, DECIMAL_COLUMN = 0xFD, 0x0C, 0xF6
+OK, END_OF_PART = b"\0\0\0\2\0\0\0", b"\xfe\0\0\2\0"
+
+
+class Packets:
+    """Writes packets whose numbers follow upon each other, as the client looks at them."""
+
+    def __init__(self, writer: asyncio.StreamWriter, number: int = 1) -> None:
+        self._writer = writer
+        self._number = number
+
+    def write(self, *bodies: bytes) -> None:
+        self._writer.write(b"".join(self._packet(body) for body in bodies))
+
+    async def endlessly(self, body: bytes) -> None:
+        while True:
+            self.write(*[body] * max(1, 20_000 // len(body)))
+            await self._writer.drain()
+
+    def _packet(self, body: bytes) -> bytes:
+        head = struct.pack("<IB", min(len(body), 0xFFFFFF), self._number)
+        self._number = (self._number + 1) & 0xFF
+        return head[:3] + head[4:] + body
+
+
+def column(kind: int = TEXT_COLUMN) -> bytes:
+    return b"\3def\0\0\0\1c\0\x0c" + struct.pack("<HIBHBH", 33, 4, kind, 0, 0, 0)
+
+
+def greeting() -> bytes:
+    low, high = CAPABILITIES & 0xFFFF, CAPABILITIES >> 16
+    settings = struct.pack("<HBHHB10x", low, 33, 2, high, 21)
+    return b"\x0a8.0.0\0\1\0\0\0saltsalt\0" + settings + b"saltsaltsalt\0mysql_native_password\0"
+
+
+def mysql(reply: Callable[[Packets], Awaitable[None]], *, greets: bool = True) -> Reply:
+    """Return a server that answers to a query so, or to whoever connects."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not greets:
+            await reply(Packets(writer, 0))
+        Packets(writer, 0).write(greeting())
+        await packet_of(reader)
+        Packets(writer, 2).write(OK)
+        while True:
+            command = await packet_of(reader)
+            packets = Packets(writer)
+            if command[0] == PREPARE:
+                places = command.count(b"?")
+                packets.write(b"\0" + struct.pack("<IHHBH", 1, 0, places, 0, 0))
+                packets.write(*[column()] * places, *[END_OF_PART] * bool(places))
+            elif command.startswith(b"\3EXECUTE"):
+                await reply(packets)
+            elif command[0] != CLOSE:
+                packets.write(OK)
+
+    return serve
+
+
+async def packet_of(reader: asyncio.StreamReader) -> bytes:
+    length, _ = struct.unpack("<HBx", await reader.readexactly(4)), None
+    return await reader.readexactly(length[0] | length[1] << 16)
+
+
+def rows_of(
+    body: bytes, kind: int = TEXT_COLUMN, *, columns: int = 1
+) -> Callable[[Packets], Awaitable[None]]:
+    async def reply(packets: Packets) -> None:
+        head = bytes([columns]) if columns < 251 else b"\xfc" + struct.pack("<H", columns)
+        packets.write(head, *[column(kind)] * columns, END_OF_PART)
+        await packets.endlessly(body)
+
+    return reply
+
+
+def endless(*first: bytes, then: bytes) -> Callable[[Packets], Awaitable[None]]:
+    async def reply(packets: Packets) -> None:
+        packets.write(*first)
+        await packets.endlessly(then)
+
+    return reply
+
+
+LARGEST = b"\0" * 0xFFFFFF
+"""A packet that another one continues."""
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        pytest.param(rows_of(b"\0"), "too-many-rows", id="rows"),
+        pytest.param(rows_of(b"\xfb" * 4_000, columns=4_000), "result-too-large", id="rows of null"),
+        pytest.param(rows_of(b"\xfd\x40\x42\x0f" + b"x" * 1_000_000), "result-too-large", id="large rows"),
+        pytest.param(endless(b"\1", column(), END_OF_PART, then=LARGEST), "result-too-large", id="a row"),
+        pytest.param(
+            endless(b"\xfe" + struct.pack("<Q", 2**30), then=column()), "result-too-large", id="columns"
+        ),
+        pytest.param(rows_of(b"\xfe" + b"\xff" * 8), "invalid-response", id="a field below nothing"),
+        pytest.param(rows_of(b"\xfe" + b"\x7f" * 8), "sql-error", id="a long field"),
+        pytest.param(rows_of(b"\xfc"), "sql-error", id="half a length"),
+        pytest.param(rows_of(b"\1x", DECIMAL_COLUMN), "invalid-response", id="no number"),
+        pytest.param(endless(b"\1\2", then=b"\1"), "invalid-response", id="no column"),
+        pytest.param(endless(b"\xfb/etc/passwd", then=b"\0"), "statement-refused", id="a file"),
+        pytest.param(endless(b"", then=b"\0"), "invalid-response", id="nothing"),
+    ],
+)
+async def test_a_rogue_mysql_costs_its_own_node_only(
+    reply: Callable[[Packets], Awaitable[None]], code: str
+) -> None:
+    async with serving(mysql(reply)) as port:
+        config: dict[str, Json] = {"query": "SELECT 1", "timeoutSeconds": SECONDS}
+        assert (await failure_of(source_at("mysql", port), "mysql-source", config)).code == code
+
+
+async def test_a_greeting_without_end_is_not_kept() -> None:
+    async with serving(mysql(endless(then=LARGEST), greets=False)) as port:
+        error = await failure_of(source_at("mysql", port), "mysql-source", {"query": "SELECT 1"})
+        assert error.code == "connection-failed"
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+async def test_a_silent_database_is_left_when_the_time_is_up(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodes.connections.pool.OPEN_SECONDS", SILENT_SECONDS)
+
+    async def say_nothing(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await silence()
+
+    async with serving(say_nothing) as port:
+        config: dict[str, Json] = {"query": "SELECT 1", "timeoutSeconds": SILENT_SECONDS}
+        assert (await failure_of(source_at(kind, port), f"{kind}-source", config)).code == "timeout"
+
+
+# ── mail servers ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def smtp(*answers: bytes, then: bytes) -> Reply:
+    """Return a server that answers one command after another, and then without end."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in answers:
+            writer.write(answer)
+            await reader.readline()
+        await endlessly(writer, then)
+
+    return serve
+
+
+GREETED = (b"220 hello\r\n", b"250 hello\r\n")
+ASKED = (*GREETED, b"250 ok\r\n", b"250 ok\r\n")
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        pytest.param(smtp(then=b"220-hello\r\n"), "connection-failed", id="greeting"),
+        pytest.param(smtp(then=b"2"), "connection-failed", id="line"),
+        pytest.param(smtp(*GREETED[:1], then=b"250-SIZE 1\r\n"), "connection-failed", id="extensions"),
+        pytest.param(smtp(*GREETED, then=b"250-ok\r\n"), "connection-failed", id="sender"),
+        pytest.param(smtp(*ASKED, then=b"354-go on\r\n"), "connection-failed", id="beginning"),
+        pytest.param(smtp(*ASKED, b"354 go on\r\n", then=b"250-ok\r\n"), "connection-failed", id="end"),
+    ],
+)
+async def test_a_rogue_mail_server_costs_its_own_node_only(reply: Reply, code: str) -> None:
+    async with serving(reply) as port:
+        mail: dict[str, Json] = {"from": "a@example.com", "to": "b@example.com", "timeoutSeconds": SECONDS}
+        assert (await failure_of(source_at("smtp", port, tls="none"), "email-send", mail)).code == code
+
+
+# ── buckets ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def http(head: bytes, *, then: bytes = b"") -> Reply:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 " + head)
+            if then:
+                await endlessly(writer, then)
+
+    return serve
+
+
+def page(*objects: bytes, token: bytes = b"") -> bytes:
+    truncated = b"<IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken>" % token
+    body = b"<ListBucketResult>%s%s</ListBucketResult>" % (b"".join(objects), truncated if token else b"")
+    return b"200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+OBJECT = b"<Contents><Key>a</Key><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+GET: dict[str, Json] = {"key": "a"}
+LIST: dict[str, Json] = {"prefix": "a/", "maxObjects": 10}
+
+
+@pytest.mark.parametrize(
+    ("config", "reply", "code"),
+    [
+        pytest.param(GET, http(b"200 OK\r\n\r\n", then=b"x"), "response-too-large", id="body"),
+        pytest.param(
+            GET,
+            http(b"200 OK\r\nContent-Length: 999999999999\r\n\r\n", then=b"x"),
+            "response-too-large",
+            id="length",
+        ),
+        pytest.param(
+            GET,
+            http(b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", then=b"2\r\nxx\r\n"),
+            "invalid-response",
+            id="chunks",
+        ),
+        pytest.param(
+            GET,
+            http(b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", then=b"x"),
+            "invalid-response",
+            id="length of a chunk",
+        ),
+        pytest.param(GET, http(b"200 OK\r\n", then=b"X-A: b\r\n"), "invalid-response", id="headers"),
+        pytest.param(GET, http(b"200 OK\r\nX-A: ", then=b"x"), "invalid-response", id="header"),
+        pytest.param(
+            GET, http(b"100 Continue\r\n\r\n", then=b"HTTP/1.1 100 Continue\r\n\r\n"), "timed-out", id="100"
+        ),
+        pytest.param(LIST, http(page(*[OBJECT] * 100_000)), "too-many-objects", id="objects"),
+        pytest.param(LIST, http(page(token=b"again")), "invalid-response", id="pages"),
+        pytest.param(LIST, http(b"200 OK\r\n\r\n<L>", then=b"<L>"), "response-too-large", id="elements"),
+    ],
+)
+async def test_a_rogue_bucket_costs_its_own_node_only(
+    config: dict[str, Json], reply: Reply, code: str
+) -> None:
+    async with serving(reply) as port:
+        settings: dict[str, Json] = {
+            "endpoint": f"http://127.0.0.1:{port}",
+            "bucket": "bucket",
+            "accessKeyId": "key",
+        }
+        source = Source("ds", CALLER.organization_id, "s3", 1, settings, {"secretAccessKey": "secret"})
+        seconds = 1.0 if code == "timed-out" else SECONDS
+        error = await failure_of(source, "s3-source", {**config, "timeoutSeconds": seconds})
+        assert error.code == code, error.message
+
+
+def source_at(kind: str, port: int, **settings: Json) -> Source:
+    address: dict[str, Json] = {
+        "host": "127.0.0.1",
+        "port": port,
+        "database": "d",
+        "user": "u",
+        "tls": "disable",
+    }
+    return Source("ds", CALLER.organization_id, kind, 1, address | settings, {"password": "p"})
