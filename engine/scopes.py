@@ -7,7 +7,7 @@ known to a run alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 KEYWORD: Final = "x-resource"
+SOURCE_TYPES: Final = "x-source-types"
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 _Schema: TypeAlias = "Mapping[str, Json]"
@@ -37,6 +38,8 @@ class Reference:
     """The place in the node's config, with dots: `dataSource`."""
     action: str
     """What the node does with it: `read`, `write`, `invoke`."""
+    source_types: Sequence[str] = ()
+    """Types of data sources that the node can use there; empty for other things than data sources."""
 
     @property
     def scope(self) -> str:
@@ -58,9 +61,10 @@ def references(graph: Graph, catalog: Catalog) -> list[Reference]:
             types[key] = _known_type(catalog, *key)
         node_type = types[key]
         if node_type is not None:
-            for path, resource, value in _named("", dict(node_type.config_schema), dict(node.config)):
-                kind, _, action = resource.partition(":")
-                found.append(Reference(kind, value, node.id, path, action))
+            for path, schema, value in _named("", dict(node_type.config_schema), dict(node.config)):
+                kind, _, action = str(schema[KEYWORD]).partition(":")
+                source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
+                found.append(Reference(kind, value, node.id, path, action, source_types))
     return found
 
 
@@ -71,14 +75,13 @@ def _known_type(catalog: Catalog, node_type: str, version: str | None) -> NodeTy
         return None
 
 
-def _named(path: str, schema: Json, value: Json) -> Iterator[tuple[str, str, str]]:
-    """Return the ids in a value, each with its path, and with what its schema says it is the id of."""
+def _named(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
+    """Return the ids in a value, each with its path, and with the schema that says what it is the id of."""
     if not isinstance(schema, dict):
         return
-    resource = schema.get(KEYWORD)
     if isinstance(value, str):
-        if isinstance(resource, str) and _ID.fullmatch(value):
-            yield path, resource, value
+        if isinstance(schema.get(KEYWORD), str) and _ID.fullmatch(value):
+            yield path, schema, value
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _named(_below(path, str(index)), schema.get("items"), item)

@@ -42,6 +42,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     [config.properties.dataSource]
     type = "string"
     x-resource = "datasources:read" # what its value is the id of, and what the node does with that
+    x-source-types = ["postgresql"] # the types of data sources that the node can use there
     x-constant = true               # no expression: it must be known before the run
     x-language = "python"           # a script, `literal` in [compiled]: validation parses it
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakValueDictionary
@@ -16,11 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway import audit, errors
 from gateway.http import idempotency, preconditions
 from gateway.http.responses import JsonResponse
-from gateway.workflows import copying, graph_shapes, workflow_rows
+from gateway.workflows import copying, graph_shapes, source_checks, workflow_rows
 from gateway.workflows.workflow_rows import Stored
 from journal import pinning
 from models.audit import Action
 from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.scopes import Reference
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -47,6 +50,8 @@ class _Applied:
     after: Stored
     hash_before: str
     hash_after: str
+    named_sources: Sequence[Reference] = ()
+    """Data sources that its owner must be able to use."""
 
 
 Change: TypeAlias = Callable[[Stored], Stored]
@@ -123,6 +128,7 @@ async def edit(
         )
         if not await workflow_rows.save(connection, before, after, request.caller, request.gateway.catalog):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
+        await source_checks.require_usable(connection, after, wanted.named_sources, request.gateway.vault)
         edited = Edited(before, after)
         for addition in (also, anyway):
             if addition is not None:
@@ -205,7 +211,11 @@ def _applied(change: Change, before: Stored, catalog: Catalog) -> _Applied | Non
     applied = _Applied(after, content_hash(before), content_hash(after))
     if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
         return None
-    _require_runnable(before, after, catalog)
+    to_check = _unproved_nodes(before, after)
+    if to_check is not None:
+        passed = frozenset(str(node["id"]) for node in after.nodes) - to_check
+        graph_shapes.require_valid(pinning.check(after.nodes, after.connections, catalog, passed=passed))
+        applied = replace(applied, named_sources=source_checks.named_sources(after, catalog, only=to_check))
     _require_bare(after)
     return applied
 
@@ -226,17 +236,19 @@ def _require_bare(stored: Stored) -> None:
         raise errors.invalid(found)
 
 
-def _require_runnable(before: Stored, after: Stored, catalog: Catalog) -> None:
-    """Raise 422 where an active workflow, or one that becomes it, has errors in its graph."""
+def _unproved_nodes(before: Stored, after: Stored) -> frozenset[str] | None:
+    """Return the ids of nodes to check before a workflow becomes active, or stays so with another graph.
+
+    None where nothing is to be checked.
+    """
     if after.workflow.status != WorkflowStatus.ACTIVE:
-        return
+        return None
     is_same_graph = after.nodes is before.nodes and after.connections is before.connections
     was_active = before.workflow.status == WorkflowStatus.ACTIVE
     if is_same_graph and was_active:
-        return
-    passed = _unchanged(before, after) if was_active else ()
-    found = pinning.check(after.nodes, after.connections, catalog, passed=passed)
-    graph_shapes.require_valid(found)
+        return None
+    every = frozenset(str(node["id"]) for node in after.nodes)
+    return every - _unchanged(before, after) if was_active else every
 
 
 def _unchanged(before: Stored, after: Stored) -> frozenset[str]:

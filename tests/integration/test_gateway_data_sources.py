@@ -417,6 +417,50 @@ async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(world: Wor
     assert raised.value.code == "data-source-unreadable"
 
 
+async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_can_use(
+    world: World, people: People
+) -> None:
+    owner = people.owner
+    bearer = {"type": "http-bearer", "settings": {}, "secrets": {"token": "a-token-of-the-tests"}}
+    good, foreign = await made(owner, **bearer), await made(people.stranger, **bearer)
+    secret = await made(
+        owner, name="Signs", type="webhook-secret", settings={}, secrets={"secret": "a secret of webhooks"}
+    )
+    broken = await made(owner, **bearer)
+
+    async def break_it(connection: AsyncConnection) -> None:
+        await connection.execute(update(DataSource).where(col(DataSource.id) == broken).values(sealed=b"x"))
+
+    await world.gateway.database.transaction(break_it)
+
+    def asking(source_id: str) -> list[dict[str, Any]]:
+        config = {"url": "https://a.b", "dataSource": source_id}
+        return [TRIGGER, {"id": "ask", "nodeId": "http-request", "config": config}]
+
+    edges = [{"source": TRIGGER["id"], "target": "ask"}]
+    for source_id, code in (
+        ("SG-a-pasted-signing-key", "data-source-not-found"),
+        (foreign, "data-source-not-found"),
+        (secret, "wrong-data-source"),
+        (broken, "data-source-unreadable"),
+    ):
+        workflow_id = await owner.create(nodes=asking(source_id), connections=edges)
+        answer = await owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
+        refused(answer, 422, "validation-failed")
+        (problem,) = answer.json()["error"]["details"]
+        assert (problem["path"], problem["code"]) == ("nodes.ask.config.dataSource", code)
+
+    workflow_id = await owner.create(nodes=asking(good), connections=edges)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    assert (await owner.api.put(f"{path}/status", json={"status": "active"})).status_code == 200
+    edited = await owner.api.put(path, json={"nodes": asking(secret)})
+    refused(edited, 422, "validation-failed")
+    assert (await owner.api.delete(f"{SOURCES}/{good}?force=true")).status_code == 204
+    # A source that has gone since keeps nobody from mending the rest of an active workflow.
+    more = [*asking(good), {"id": "note", "nodeId": "log", "config": {"message": "x"}}]
+    assert (await owner.api.put(path, json={"nodes": more})).status_code == 200
+
+
 # ── the end of one ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -36,8 +36,8 @@ def test_scopes_are_sorted_and_each_is_there_once() -> None:
 
 def test_every_place_that_names_something_is_told() -> None:
     assert references(graph(source("a", "ds_001"), source("b", "ds_001")), CATALOG) == [
-        Reference("datasources", "ds_001", "a", "dataSource", "read"),
-        Reference("datasources", "ds_001", "b", "dataSource", "read"),
+        Reference("datasources", "ds_001", "a", "dataSource", "read", ["mysql"]),
+        Reference("datasources", "ds_001", "b", "dataSource", "read", ["mysql"]),
     ]
 
 

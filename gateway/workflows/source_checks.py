@@ -1,0 +1,74 @@
+"""Data sources that a workflow names, checked before it becomes active.
+
+Otherwise senders would be refused for the owner's mistake. Nothing is contacted: the test of a data source does that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.graph import Graph
+from engine.scopes import references
+from gateway import errors
+from journal.pinning import definition
+from models.data_source import DataSource, opened, usable_by
+from models.vault import VaultError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.program import Catalog
+    from engine.scopes import Reference
+    from engine.values import Json
+    from gateway.workflows.workflow_rows import Stored
+    from models.vault import Vault
+
+
+def named_sources(stored: Stored, catalog: Catalog, *, only: Collection[str]) -> Sequence[Reference]:
+    """Return every place in these nodes of a workflow that names a data source."""
+    nodes = [node for node in stored.nodes if str(node["id"]) in only]
+    graph = Graph.of(definition(nodes, [], {}))
+    return [one for one in references(graph, catalog) if one.kind == "datasources"]
+
+
+async def require_usable(
+    connection: AsyncConnection, stored: Stored, named: Sequence[Reference], vault: Vault
+) -> None:
+    """Raise 422 unless each data source exists, may be used by the owner, can be decrypted, and has a fitting type."""
+    if not named:
+        return
+    owner = stored.workflow
+    statement = select(DataSource).where(
+        col(DataSource.id).in_({one.id for one in named}), usable_by(owner.organization_id, owner.owner_id)
+    )
+    rows = (await connection.execute(statement)).mappings()
+    found = {row["id"]: DataSource(**row) for row in rows}
+    problems = [problem for one in named if (problem := _problem(one, found.get(one.id), vault)) is not None]
+    if problems:
+        raise errors.invalid(problems)
+
+
+def _problem(reference: Reference, source: DataSource | None, vault: Vault) -> dict[str, Json] | None:
+    path = f"nodes.{reference.node_id}.config.{reference.path}"
+    wanted = " or ".join(reference.source_types)
+    if source is None:
+        message = (
+            f"{path} names no data source that the workflow's owner may use: give one of the type {wanted}"
+        )
+        return errors.problem(path, "data-source-not-found", message)
+    if source.type not in reference.source_types:
+        message = (
+            f"{path} names a data source of the type {source.type}; the node needs one of the type {wanted}"
+        )
+        return errors.problem(path, "wrong-data-source", message)
+    try:
+        opened(vault, source)
+    except VaultError:
+        message = f"{path} names a data source whose secrets can't be decrypted: give them again"
+        return errors.problem(path, "data-source-unreadable", message)
+    return None
