@@ -8,11 +8,12 @@ import structlog
 from sqlalchemy import literal_column, select
 from sqlmodel import col
 
+from journal import memory_deaths
 from models.execution import Execution, ExecutionStatus
 from models.pod_processes import PodProcess, lease_owner, lease_owners
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from journal.store import Store
     from models.database import Database
@@ -37,14 +38,25 @@ async def holders(database: Database, workflow_id: str) -> frozenset[PodProcess]
     return frozenset(process for process in found if process is not None)
 
 
-async def take_back(store: Store, workflow_id: str, gone: Iterable[PodProcess]) -> int:
+async def take_back(
+    database: Database,
+    store: Store,
+    workflow_id: str,
+    gone: Iterable[PodProcess],
+    out_of_memory: Collection[PodProcess] = (),
+) -> int:
     """Take back what processes held that run no more; returns how many runs. Raises `DatabaseUnavailable`.
 
-    Should one of them run all the same, as where a machine is cut off, its writes are refused from then on.
+    Those `out_of_memory` are known to have ended for that. Should one of them run all the same, as where a machine is
+    cut off, its writes are refused from then on.
     """
     count = 0
     for process in gone:
-        count += await store.take_back(lease_owner(workflow_id, process))
+        owner = lease_owner(workflow_id, process)
+        if process in out_of_memory:
+            count += await memory_deaths.take_back(database, store, owner)
+        else:
+            count += await store.take_back(owner)
     if count:
         log.info("executions of pods taken back", workflow_id=workflow_id, count=count)
     return count

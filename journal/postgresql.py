@@ -23,6 +23,7 @@ from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
     LOSSES,
+    OUT_OF_MEMORY,
     SPAN_COLUMNS,
     SPAN_KEPT,
     SPAN_KEY,
@@ -246,9 +247,12 @@ class PostgreSQLStore:
         ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
         return Swept(len(rows) - len(ended), ended, due, bool(pending))
 
-    async def take_back(self, owner_prefix: str) -> int:
+    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
         """Take back leases; see `Store.take_back`."""
-        return len(await self._fetch(_OF_THE_DEAD, owner_prefix, CRASHED))
+        if not out_of_memory:
+            return len(await self._fetch(_OF_THE_DEAD, owner_prefix, CRASHED, False))  # noqa: FBT003 - of a statement
+        counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
+        return len(await self._fetch(_OF_THE_DEAD, owner_prefix, OUT_OF_MEMORY, counts))
 
     async def give_back(self, owner: str, held: Sequence[str]) -> int:
         """Give back what was never begun; see `Store.give_back`."""
@@ -593,22 +597,30 @@ WHERE {_unlocked(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
 """
 _TRIAL_LOSSES = "trial_losses + CASE WHEN on_trial THEN 1 ELSE 0 END"
 _HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
+_IS_NEXT_ON_TRIAL = (
+    f"request IS NULL AND NOT {_HAS_CRASHED} AND greatest(attempt, {{least_losses}}) >= {SUSPECT_LOSSES}"
+)
 _TAKE_BACK = f"""
 UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {NOW},
-    has_journal = true, on_trial = false, trial_losses = {_TRIAL_LOSSES},
+    has_journal = true, on_trial = false, trial_losses = greatest({_TRIAL_LOSSES}, {{least_trial_losses}}),
+    attempt = greatest(attempt, {{least_losses}}),
     status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
         WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,
     ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN {NOW} END,
     error = CASE WHEN request IS NULL AND {_HAS_CRASHED} THEN replace($2::text, '{LOSSES}', attempt::text) END,
-    target = {queue_of(f"request IS NULL AND NOT {_HAS_CRASHED} AND attempt >= {SUSPECT_LOSSES}")}
+    target = {queue_of(_IS_NEXT_ON_TRIAL)}
 """
 _SWEEP = f"""
-{_TAKE_BACK}
+{_TAKE_BACK.format(least_trial_losses=0, least_losses=0)}
 WHERE {_unlocked(f"status = 'running' AND lease_until < {NOW}", "LIMIT $1::integer")}
 RETURNING id, status, inbox
 """
+_HAD_TRIAL = (
+    "SELECT 1 FROM execution WHERE status = 'running' AND starts_with(lease_owner, $1) AND on_trial LIMIT 1"
+)
+_COUNTS = "CASE WHEN $3::boolean THEN {} ELSE 0 END"
 _OF_THE_DEAD = f"""
-{_TAKE_BACK}
+{_TAKE_BACK.format(least_trial_losses=_COUNTS.format(1), least_losses=_COUNTS.format(SUSPECT_LOSSES))}
 WHERE {_unlocked("status = 'running' AND starts_with(lease_owner, $1)")}
 RETURNING id
 """

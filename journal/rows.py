@@ -73,6 +73,13 @@ def error_text(error: RunError | None) -> str | None:
 LOSSES = 987_654_321
 """Stands in `CRASHED` for the number of lost workers, which the statement knows."""
 CRASHED = error_text(RunError("crashed", f"{LOSSES} workers in a row died on this run", attempt=LOSSES))
+OUT_OF_MEMORY = error_text(
+    RunError(
+        "crashed",
+        f"{LOSSES} workers in a row died on this run; the last ran out of memory while it was at work",
+        attempt=LOSSES,
+    )
+)
 
 
 def queue_of(is_suspect: str) -> str:

@@ -20,6 +20,7 @@ from journal.rows import (
     CRASHED,
     LOG_COLUMNS,
     LOSSES,
+    OUT_OF_MEMORY,
     SPAN_COLUMNS,
     SPAN_KEPT,
     SPAN_KEY,
@@ -130,9 +131,11 @@ class SQLiteStore:
         """Take back what dead workers held; see `Store.sweep`."""
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
-    async def take_back(self, owner_prefix: str) -> int:
+    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
         """Take back leases; see `Store.take_back`."""
-        return await self._writer.run(lambda connection: _take_back(connection, owner_prefix))
+        return await self._writer.run(
+            lambda connection: _take_back(connection, owner_prefix, out_of_memory=out_of_memory)
+        )
 
     async def give_back(self, owner: str, held: Sequence[str]) -> int:
         """Give back what was never begun; see `Store.give_back`."""
@@ -524,17 +527,22 @@ def _promote_due(connection: sqlite3.Connection) -> int:
 
 _TRIAL_LOSSES = "trial_losses + (CASE WHEN on_trial THEN 1 ELSE 0 END)"
 _HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
+_IS_NEXT_ON_TRIAL = (
+    f"request IS NULL AND NOT {_HAS_CRASHED} AND max(attempt, :least_losses) >= {SUSPECT_LOSSES}"
+)
 _TAKE_BACK = (
     "UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = :now,"
-    f" has_journal = 1, on_trial = 0, trial_losses = {_TRIAL_LOSSES},"
+    f" has_journal = 1, on_trial = 0, trial_losses = max({_TRIAL_LOSSES}, :least_trial_losses),"
+    " attempt = max(attempt, :least_losses),"
     " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
     f" WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,"
     f" ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN :now END,"
     f" error = CASE WHEN request IS NULL AND {_HAS_CRASHED} THEN replace(:crashed, '{LOSSES}', attempt) END,"
-    f" target = {queue_of(f'request IS NULL AND NOT {_HAS_CRASHED} AND attempt >= {SUSPECT_LOSSES}')}"
+    f" target = {queue_of(_IS_NEXT_ON_TRIAL)}"
 )
 
 
+_NO_LEAST = {"least_trial_losses": 0, "least_losses": 0}
 _GIVE_BACK = (
     "UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = 0, lease_owner = NULL,"
     f" lease_until = NULL, updated_at = :now, target = {queue_of(f'attempt > {SUSPECT_LOSSES}')},"
@@ -550,18 +558,22 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
         _TAKE_BACK
         + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
         " RETURNING id, status, inbox",
-        {"now": now, "crashed": CRASHED, "limit": limit},
+        {"now": now, "crashed": CRASHED, "limit": limit, **_NO_LEAST},
     ).fetchall()
     has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
     ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
     return Swept(len(rows) - len(ended), ended, due, has_pending is not None)
 
 
-def _take_back(connection: sqlite3.Connection, owner_prefix: str) -> int:
-    return connection.execute(
-        _TAKE_BACK + " WHERE status = 'running' AND substr(lease_owner, 1, length(:owner)) = :owner",
-        {"now": _now(), "crashed": CRASHED, "owner": owner_prefix},
-    ).rowcount
+def _take_back(connection: sqlite3.Connection, owner_prefix: str, *, out_of_memory: bool) -> int:
+    of_owner = " WHERE status = 'running' AND substr(lease_owner, 1, length(:owner)) = :owner"
+    values = {"now": _now(), "crashed": CRASHED, "owner": owner_prefix, **_NO_LEAST}
+    if out_of_memory:
+        values["crashed"] = OUT_OF_MEMORY
+        on_trial = f"SELECT 1 FROM execution{of_owner} AND on_trial LIMIT 1"
+        if connection.execute(on_trial, {"owner": owner_prefix}).fetchone() is None:
+            values |= {"least_trial_losses": 1, "least_losses": SUSPECT_LOSSES}
+    return connection.execute(_TAKE_BACK + of_owner, values).rowcount
 
 
 def _give_back(connection: sqlite3.Connection, owner: str, held: Sequence[str]) -> int:

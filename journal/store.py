@@ -363,8 +363,12 @@ class Store(RunStore, Protocol):
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; outputs of those only that have ended."""
 
-    async def take_back(self, owner_prefix: str) -> int:
-        """Take back, at once, the leases of owners that are known to be dead; returns how many."""
+    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
+        """Take back, at once, the leases of owners that are known to be dead; returns how many.
+
+        Of a process that ran out of memory, all that it held are suspects from then on, with a loss that counts; or the
+        one alone that was on trial.
+        """
 
     async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
         """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""

@@ -147,7 +147,10 @@ def _release_leases(death: ChildDeath) -> None:
     _begin(settings)
     from workers import lost_worker
 
-    asyncio.run(lost_worker.release(settings, death.owner, death.exit_code))
+    release = lost_worker.release(
+        settings, death.owner, death.exit_code, is_out_of_memory=death.is_out_of_memory
+    )
+    asyncio.run(release)
 
 
 @app.command()

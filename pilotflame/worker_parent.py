@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from models.oom_kills import LOOK_SECONDS, OomKillWatch
+
 SET_PARENT_DEATH_SIGNAL: Final = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -36,6 +38,8 @@ class ChildDeath:
     """The name in its leases."""
     exit_code: int
     """Minus the number of the signal, where one has ended it."""
+    is_out_of_memory: bool = False
+    """The kernel killed it for want of memory."""
 
 
 def fork(release: Callable[[ChildDeath], None]) -> Announce:
@@ -62,27 +66,29 @@ def fork(release: Callable[[ChildDeath], None]) -> Announce:
 
 
 def _stay(child: int, reads: int, release: Callable[[ChildDeath], None]) -> NoReturn:
-    status = _wait_for(child)
-    code = os.waitstatus_to_exitcode(status)
+    watch = OomKillWatch()
+    code = os.waitstatus_to_exitcode(_wait_for(child, watch))
+    is_out_of_memory = watch.explains(code)
     owner = _announced(reads)
     # From now on a signal ends the parent as it would any process.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
     if code != 0 and owner:
         try:
-            release(ChildDeath(owner, code))
+            release(ChildDeath(owner, code, is_out_of_memory=is_out_of_memory))
         except Exception:  # noqa: BLE001 - the code of the child counts, and a sweep takes its leases back
             sys.excepthook(*sys.exc_info())
     sys.exit(code if code >= 0 else KILLED - code)
 
 
-def _wait_for(child: int) -> int:
+def _wait_for(child: int, watch: OomKillWatch) -> int:
     """Forward signals until the child has ended, and return its status; reaps whatever else is inherited as PID 1."""
     while True:
-        number = signal.sigwaitinfo(AWAITED).si_signo
-        if number != signal.SIGCHLD:
-            os.kill(child, number)  # not reaped yet, so the number is still its own
-            continue
-        if (status := _reaped(child)) is not None:
+        arrived = signal.sigtimedwait(AWAITED, LOOK_SECONDS)
+        if arrived is None:
+            watch.look()
+        elif arrived.si_signo != signal.SIGCHLD:
+            os.kill(child, arrived.si_signo)  # not reaped yet, so the number is still its own
+        elif (status := _reaped(child)) is not None:
             return status
 
 

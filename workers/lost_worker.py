@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from journal import worker_leases
+from journal import memory_deaths, worker_leases
 from journal.opening import open_store
 from messages import broker as brokers
 from messages import hints
 from messages.broker import BrokerError, BrokerUnavailable
 from models import database as databases
-from models.database import DatabaseUnavailable
+from models.database import Database, DatabaseUnavailable
 
 if TYPE_CHECKING:
     from journal.store import Store
     from messages.broker import Broker
-    from models.database import Database
     from workers.settings import WorkerSettings
 
 log = structlog.get_logger()
@@ -28,14 +27,22 @@ RELEASE_SECONDS: Final = 5.0
 """A database that is away for longer finds the leases expired when it is back."""
 
 
-async def release(settings: WorkerSettings, owner: str, exit_code: int) -> None:
+async def release(
+    settings: WorkerSettings, owner: str, exit_code: int, *, is_out_of_memory: bool = False
+) -> None:
     """Release the leases of a dead process of this machine, and wake other workers; bounded in time, raises nothing."""
-    log.warning("worker died", owner=owner, exit_code=exit_code)
+    log.warning("worker died", owner=owner, exit_code=exit_code, is_out_of_memory=is_out_of_memory)
     try:
         async with asyncio.timeout(RELEASE_SECONDS), AsyncExitStack() as stack:
-            store = await open_store(databases.parse_url(settings.database_url), connections=1)
+            url = databases.parse_url(settings.database_url)
+            store = await open_store(url, connections=1)
             stack.push_async_callback(store.close)
-            count = await store.take_back(owner)
+            if is_out_of_memory:
+                database = Database(url)
+                stack.push_async_callback(database.close)
+                count = await memory_deaths.take_back(database, store, owner)
+            else:
+                count = await store.take_back(owner)
             log.warning("executions taken back", owner=owner, count=count)
             if count:
                 broker = await brokers.connect(settings.redis_url)

@@ -79,7 +79,7 @@ async def _take_back_earlier(gateway: State, holder: Holder) -> None:
         for process in held_by
         if process.pod == holder.process.pod and process.started_at < holder.process.started_at
     ]
-    if await pod_leases.take_back(gateway.store, holder.workflow_id, earlier):
+    if await pod_leases.take_back(gateway.database, gateway.store, holder.workflow_id, earlier):
         await gateway.runners.desk.arrived([holder.workflow_id])
 
 

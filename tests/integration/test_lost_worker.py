@@ -7,18 +7,24 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from engine.events import Span, SpanStatus
 from tests import commands, services
 from tests.commands import Started, environment
-from tests.integration.run_world import Place, Where, World, opened
+from tests.integration.run_world import Place, Where, World, opened, write
 from tests.receiver import Receiver, receiving
+from workers import lost_worker
+from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
 LEASE_SECONDS = 600.0
+NOON = datetime(2025, 1, 15, 12, tzinfo=UTC)
 KILLED = 137
 
 
@@ -142,3 +148,23 @@ async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_t
         assert [after[name] for name in ("token", "lease_owner")] == [
             before[name] for name in ("token", "lease_owner")
         ]
+
+
+async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_at_work(
+    on_postgres: Where, redis_server: services.Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with opened(on_postgres) as world:
+        key = await world.begun()
+        await world.accept(await world.workflow())
+        writing, _ = await world.claim()
+        span = Span("charge", "charge", "http-request", SpanStatus.RUNNING, 4, NOON)
+        await world.store.record([write(writing, spans=[span])])
+        settings = WorkerSettings(database_url=on_postgres.url, redis_url=redis_server.url)
+        await lost_worker.release(settings, "worker", -9, is_out_of_memory=True)
+        lines = await world.query("SELECT execution_id, sequence, level, message, node_id FROM log_line")
+        by_id = {line.pop("execution_id"): tuple(line.values()) for line in lines}
+        said = "The process ran out of memory while this execution was at work"
+        assert by_id.pop(key.execution_id) == (5, "warning", f"{said} on charge", "charge")
+        assert list(by_id.values()) == [(1, "warning", said, None)]
+        assert f"{key.execution_id} charge" in capsys.readouterr().out
+        assert (await world.row(key.execution_id))["trial_losses"] == 1

@@ -868,6 +868,29 @@ async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
     assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
 
 
+async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once_and_ends_at_the_second_time(
+    world: World, place: Place
+) -> None:
+    hog, beside = [await world.accept(place) for _ in range(2)]
+    assert len(await world.claim()) == 2
+    assert await world.store.take_back("worker", out_of_memory=True) == 2
+    assert await world.claim() == []
+    for key in (hog, beside):
+        row = await world.row(key.execution_id)
+        assert (row["status"], row["target"], row["trial_losses"]) == ("pending", "isolated", 1)
+    (one,) = await world.trial()
+    await world.accept(place)
+    (other,) = await world.claim()
+    assert await world.store.take_back("worker", out_of_memory=True) == 2
+    row = await world.row(one.execution_id)
+    error = json.loads(row["error"])
+    assert (row["status"], error["code"]) == ("failed", "crashed")
+    assert "out of memory" in error["message"]
+    # What ran beside the one on trial has lost a worker like any other.
+    row = await world.row(other.execution_id)
+    assert (row["status"], row["target"], row["attempt"], row["trial_losses"]) == ("pending", "shared", 1, 0)
+
+
 async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(world: World, place: Place) -> None:
     await world.store.accept([place.run() for _ in range(3)])
     begun, unheld = await world.claim(limit=2, owner="me")

@@ -106,6 +106,8 @@ class Pod:
     """By its machine's clock, a moment between the last end of its program and the next start: no process from before
     runs any more.
     """
+    is_out_of_memory: bool = False
+    """Its program was ended last because it had used more memory than it is granted."""
     trouble: Trouble | None = None
     """Why it is not ready, where the cluster says so."""
 

@@ -19,6 +19,7 @@ import aiohttp
 import msgspec
 
 from models.host_time import HOST_TIME
+from models.oom_kills import OomKillWatch
 from workers.cluster import process
 from workers.cluster.driver import (
     HOST_VARIABLE,
@@ -90,6 +91,8 @@ class LocalPod:
         self.is_gone = False
         self.trouble: Trouble | None = None
         self.ended_at: datetime | None = None
+        self._is_out_of_memory = False
+        self._oom_kills = OomKillWatch()
         self._session = session
         self._limits = limits
         self._changed = changed
@@ -116,6 +119,7 @@ class LocalPod:
             is_ready=self.is_ready and not self.is_terminating,
             is_terminating=self.is_terminating,
             ended_at=self.ended_at,
+            is_out_of_memory=self._is_out_of_memory,
         )
 
     def stop(self) -> None:
@@ -192,8 +196,10 @@ class LocalPod:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
         self.ended_at = datetime.now(UTC)  # noqa: TID251 - as above
+        self._is_out_of_memory = self._oom_kills.explains(code)
         if not self.is_terminating:
-            await self._recover(Trouble(Reason.CRASH_LOOP, self._last_words(code)))
+            reason = Reason.OUT_OF_MEMORY if self._is_out_of_memory else Reason.CRASH_LOOP
+            await self._recover(Trouble(reason, self._last_words(code)))
 
     async def _recover(self, trouble: Trouble) -> None:
         """Say what went wrong, and wait, longer each time."""
@@ -227,6 +233,7 @@ class LocalPod:
                 if misses >= PROBE_FAILURES:
                     self._set_ready(is_ready=False)
             self._rotate_log()
+            self._oom_kills.look()
             await asyncio.sleep(PROBE_SECONDS if self.is_ready else STARTING_PROBE_SECONDS)
 
     async def _answers(self) -> bool:

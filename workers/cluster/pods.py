@@ -93,6 +93,7 @@ def _pod(pod: Manifest, port: int) -> Pod:
         is_ready=is_ready and bool(address) and not is_terminating,
         is_terminating=is_terminating,
         ended_at=_ended_at(pod),
+        is_out_of_memory=_is_out_of_memory(pod),
         trouble=None if is_terminating else _trouble_of_pod(pod),
     )
 
@@ -114,6 +115,11 @@ def _ended_at(pod: Manifest) -> datetime | None:
         elif _end(last) and state["running"].get("startedAt"):
             moments.append(state["running"]["startedAt"])
     return max(map(datetime.fromisoformat, moments), default=None)
+
+
+def _is_out_of_memory(pod: Manifest) -> bool:
+    states = [state for one in _container_statuses(pod) for state in (one.get("state"), one.get("lastState"))]
+    return any(_end(state or {}).get("reason") == "OOMKilled" for state in states)
 
 
 def _end(state: Manifest) -> Manifest:

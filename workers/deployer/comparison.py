@@ -113,6 +113,12 @@ def gone(processes: Collection[PodProcess], observed: Observed) -> Collection[Po
     ]
 
 
+def out_of_memory(processes: Collection[PodProcess], observed: Observed) -> frozenset[PodProcess]:
+    """Return those whose pod has ended last for want of memory."""
+    pods = {pod.name for pod in observed.pods if pod.is_out_of_memory}
+    return frozenset(process for process in processes if process.pod in pods)
+
+
 def unknown(deployment: Deployment, reason: str) -> Sighting:
     """Return what is stored where the cluster did not answer: what is wanted stays wanted."""
     last = last_sighting(deployment)

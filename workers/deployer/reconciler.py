@@ -100,7 +100,8 @@ class Reconciler:
             # Read before the pods are: a holder that is known by then, and is not among the pods, is gone.
             holders = await pod_leases.holders(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
-            await self._take_back(workflow_id, comparison.gone(holders, observed))
+            gone = comparison.gone(holders, observed)
+            await self._take_back(workflow_id, gone, comparison.out_of_memory(gone, observed))
             if found is None:
                 return await self._remove_unknown(driver, observed)
             if self._step(found.deployment, observed) is not Step.NONE:
@@ -192,9 +193,11 @@ class Reconciler:
         log.warning("deployment without a row removed", workflow_id=observed.workflow_id)
         return None if await driver.delete(observed.workflow_id) else LATER
 
-    async def _take_back(self, workflow_id: str, gone: Collection[PodProcess]) -> None:
+    async def _take_back(
+        self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
+    ) -> None:
         """Have what processes that are gone have held go on elsewhere, without waiting for the ends of their leases."""
-        if gone and await pod_leases.take_back(self._store, workflow_id, gone):
+        if gone and await pod_leases.take_back(self._database, self._store, workflow_id, gone, out_of_memory):
             with suppress(BrokerUnavailable):  # pods and workers look for themselves
                 await self._broker.announce({workflow_id: ""})
             # Of what is deployed no more, runs are any worker's.

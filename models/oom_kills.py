@@ -1,0 +1,71 @@
+"""The kernel's count of processes that it killed for want of memory.
+
+Compared before and after the death of a process by SIGKILL, it tells whether memory was the reason. The count is that
+of the control group of this process, or of the whole machine where there is none.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+LOOK_SECONDS: Final = 2.0
+_ROOT = Path("/")
+
+
+def count(root: Path = _ROOT) -> int | None:
+    """Return the count; None where the system tells none."""
+    for file in _files(root):
+        try:
+            lines = file.read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name, _, value = line.partition(" ")
+            if name == "oom_kill" and value.isdecimal():
+                return int(value)
+    return None
+
+
+class OomKillWatch:
+    """Tells whether the kernel has killed a process within the moments before another died."""
+
+    def __init__(self) -> None:
+        # Two looks back: the kernel counts a kill at once, and the process ends once its memory is given back.
+        self._earlier = self._latest = count()
+        self._look_at = time.monotonic() + LOOK_SECONDS
+
+    def look(self) -> None:
+        """Forget kills of long before, which were of others; to be called again and again."""
+        if time.monotonic() >= self._look_at:
+            self._earlier, self._latest = self._latest, count()
+            self._look_at = time.monotonic() + LOOK_SECONDS
+
+    def explains(self, exit_code: int | None) -> bool:
+        """Tell whether a process that has just died with this code was killed for want of memory."""
+        if exit_code != -signal.SIGKILL or self._earlier is None:
+            return False
+        return (count() or 0) > self._earlier
+
+
+def _files(root: Path) -> list[Path]:
+    """Return where the count may stand, the nearest first.
+
+    A container that sees the whole hierarchy finds its group by its path; one with a view of its own, at the top.
+    """
+    groups = root / "sys/fs/cgroup"
+    first: list[Path] = []
+    last: list[Path] = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            first += [top / "memory.oom_control" for top in (groups / f"memory{path}", groups / "memory")]
+        elif not controllers:
+            last += [top / "memory.events" for top in (groups / path.lstrip("/"), groups)]
+    return [*first, *last, root / "proc/vmstat"]
