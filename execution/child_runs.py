@@ -57,6 +57,7 @@ class Parent(NamedTuple):
     root_id: str
     """The first of the runs that have started one another."""
     depth: int
+    is_private: bool
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -161,6 +162,7 @@ class ChildRuns:
             concurrency_limit=limit.runs if limit else None,
             may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
             follow_up=follow_ups.asked({} if is_last else workflow.settings, answering=answering),
+            is_private=parent.is_private,
         )
         async with self._room(parent.root_id):
             (accepted,) = await self._store.accept([child])
@@ -259,11 +261,11 @@ async def _exists(connection: AsyncConnection, caller: Caller, child_id: str) ->
 
 
 async def _parent(connection: AsyncConnection, caller: Caller) -> Parent:
-    statement = select(col(Execution.lane), col(Execution.root_id), col(Execution.depth)).where(
-        col(Execution.id) == caller.execution_id
-    )
-    lane, root_id, depth = (await connection.execute(statement)).one()
-    return Parent(lane, root_id or caller.execution_id, depth)
+    statement = select(
+        col(Execution.lane), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)
+    ).where(col(Execution.id) == caller.execution_id)
+    lane, root_id, depth, is_private = (await connection.execute(statement)).one()
+    return Parent(lane, root_id or caller.execution_id, depth, is_private)
 
 
 async def _reader(connection: AsyncConnection, caller: Caller, lane: int) -> access.Caller:

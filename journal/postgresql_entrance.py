@@ -185,12 +185,12 @@ async def _free(connection: Any, item: Acceptance) -> int:  # noqa: ANN401 - the
 _RUN_TYPES = (
     *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
     *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
-    *("text", "text", "integer", "text", "integer", "text", "text"),
+    *("text", "text", "integer", "text", "integer", "text", "text", "boolean"),
 )
 _RUN_COLUMNS = """
         id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
         timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox, parent_id, root_id, depth,
-        concurrency_key, concurrency_limit, follow_up, home"""
+        concurrency_key, concurrency_limit, follow_up, home, is_private"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
 _ARRIVED_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
 _ARRIVED_COLUMNS = f"{_RUN_COLUMNS}, delivery_id, delay_until, is_unread"
@@ -230,11 +230,11 @@ def _inserts(status: str, target: str, due_at: str, since: str) -> str:
     INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
         definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
         key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,
-        concurrency_limit, follow_up, home, due_at)
+        concurrency_limit, follow_up, home, is_private, due_at)
     SELECT id, lane, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
         definition_hash, {since} - advance, turn, true, 0, 0, timeout, 0, total_nodes,
         id, false, inbox, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
-        concurrency_limit, follow_up, home, {due_at}
+        concurrency_limit, follow_up, home, coalesce(is_private, false), {due_at}
     FROM winner ON CONFLICT DO NOTHING
     RETURNING id
 )"""
@@ -353,6 +353,7 @@ def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
         item.concurrency_limit,
         item.follow_up,
         item.home,
+        item.is_private or None,
     )
 
 

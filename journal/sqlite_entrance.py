@@ -228,8 +228,8 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
         "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
         " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
         " key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,"
-        " concurrency_limit, follow_up, home, due_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?)"
+        " concurrency_limit, follow_up, home, is_private, due_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING",
         [
             (
@@ -257,6 +257,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
                 item.concurrency_limit,
                 item.follow_up,
                 item.home,
+                item.is_private,
                 _delayed_until(item),
             )
             for item in batch

@@ -84,6 +84,8 @@ class Acceptance(msgspec.Struct, frozen=True):
     """JSON text: what is to be done about its end."""
     home: str | None = None
     """The deployment whose pods are to run it; None: any worker."""
+    is_private: bool = False
+    """Only its user and those who may change the workflow see it."""
 
 
 class ArrivedRun(Acceptance, frozen=True):

@@ -5,7 +5,18 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, SmallInteger, Text, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    Text,
+    false,
+    text,
+)
 from sqlmodel import Field, SQLModel
 
 from models.columns import Instant, JsonText
@@ -184,6 +195,10 @@ class Execution(SQLModel, table=True):
     """Not before then, since somebody is at it, or it was tried and failed."""
     follow_up_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
     """How its messages to the outside went so far, for whoever looks; None while there was none."""
+    is_private: bool = Field(
+        default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
+    )
+    """It runs what its user has given, not the workflow alone: others than the workflow's writers don't see it."""
     has_journal: bool = False
     """Spans of an earlier attempt, or of the run it resumes, are to be read before it goes on."""
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))

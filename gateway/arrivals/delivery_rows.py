@@ -120,6 +120,7 @@ async def dead_letters(
         _FAILED,
         col(Execution.trigger_type).in_(INTAKE_KINDS),
         col(Execution.parent_id).is_(None),
+        col(Execution.is_private).is_(False),
         ~IS_RESUMED,
         ~_is_settled(workflow, col(Execution.id)).correlate(Execution),
     ]

@@ -59,7 +59,8 @@ async def start(request: Request) -> JsonResponse:
     """Run a workflow; the answer comes as soon as the run is taken in, for good.
 
     A `definition` is run in the place of the workflow's own graph, and needs the scope `workflows:write` too. With
-    `upTo` and `pinned` only a part of the graph is run, and only that part has to be valid.
+    `upTo` and `pinned` only a part of the graph is run, and only that part has to be valid. Only the caller, the
+    workflow's owner and admins see a run with `definition` or `pinned`.
     """
     value = await read_json(request)
     body = convert(value, Execute)
@@ -94,6 +95,7 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Execute) ->
         run = await asyncio.to_thread(
             _changed, workflow, override, piece, inputs, catalog, request.gateway.clock()
         )
+        run = replace(run, is_private=override is not None or bool(piece.pinned))
     graph_shapes.require_valid(run.workflow.validation)
     if body.callback_url is None:
         return run

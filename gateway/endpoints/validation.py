@@ -48,7 +48,7 @@ async def check(request: Request) -> JsonResponse:
     """Check a workflow's graph: everything that is wrong with it, and what to do about it."""
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
-        past = await past_outputs.recent(connection, stored.workflow)
+        past = await past_outputs.recent(connection, stored.workflow, request.caller)
     # In a thread: others are served while a large graph is gone through.
     validation = await asyncio.to_thread(_checked, stored, past, request.gateway.catalog)
     return editing.answer(stored, _shown(stored, validation))

@@ -25,17 +25,22 @@ MAX_VISIBLE: Final = 20_000
 def visible_to(caller: Caller) -> ColumnElement[bool]:
     """Return the condition under which a caller may see an execution: its workflow is readable.
 
-    Of a deleted workflow, the history stays with admins, the owner, and whoever ran it.
+    Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
     """
     own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.lane) == caller.lane)
     if caller.is_admin:
         return own
+    concerns = or_(col(Workflow.owner_id) == caller.user_id, col(Execution.user_id) == caller.user_id)
     kept = and_(
         col(Workflow.organization_id) == caller.organization_id,
         col(Workflow.deleted_at).is_not(None),
-        or_(col(Workflow.owner_id) == caller.user_id, col(Execution.user_id) == caller.user_id),
+        concerns,
     )
-    workflow = exists().where(col(Workflow.id) == col(Execution.workflow_id), or_(readable_by(caller), kept))
+    workflow = exists().where(
+        col(Workflow.id) == col(Execution.workflow_id),
+        or_(readable_by(caller), kept),
+        or_(col(Execution.is_private).is_(False), concerns),
+    )
     return and_(own, workflow.correlate(Execution))
 
 

@@ -40,6 +40,8 @@ class Run:
     """Who is told of its end."""
     home: str | None = None
     """The deployment whose pods are to run it; None: any worker."""
+    is_private: bool = False
+    """Only its user and those who may change the workflow see it: it runs more than the workflow and its inputs."""
 
 
 Plan: TypeAlias = Callable[[LoadedWorkflow], Awaitable[Run]]
@@ -114,6 +116,7 @@ async def _accepted(
             may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
             follow_up=follow_ups.asked(runnable.settings, callback_url=run.callback_url),
             home=run.home,
+            is_private=run.is_private,
         )
     )
     if accepted.verdict is Verdict.FULL:

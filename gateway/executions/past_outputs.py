@@ -13,14 +13,16 @@ from engine.expressions import ExpressionError
 from engine.node import UnknownNodeType
 from engine.program import compile_node
 from engine.values import InvalidJson
+from gateway.executions.execution_access import visible_to
 from json_text import decoding
-from models.execution import ExecutionData, SpanRow
+from models.execution import Execution, ExecutionData, SpanRow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.graph import Graph, Node
     from engine.values import Json
+    from models.access import Caller
     from models.workflow import Workflow
     from nodes.catalog import Catalog
 
@@ -34,15 +36,21 @@ MAX_CHARACTERS: Final = 2_000_000
 MAX_OUTPUTS: Final = 2_000
 
 
-async def recent(connection: AsyncConnection, workflow: Workflow) -> Sequence[PastOutput]:
-    """Return outputs of a workflow's newest runs, the newest run first."""
+async def recent(connection: AsyncConnection, workflow: Workflow, caller: Caller) -> Sequence[PastOutput]:
+    """Return outputs of a workflow's newest runs that the caller may see, the newest run first."""
     runs = (
         select(
             col(ExecutionData.execution_id).label("id"),
             col(ExecutionData.lane),
             col(ExecutionData.created_at),
         )
+        .join(
+            Execution,
+            (col(Execution.id) == col(ExecutionData.execution_id))
+            & (col(Execution.lane) == col(ExecutionData.lane)),
+        )
         .where(
+            visible_to(caller),
             col(ExecutionData.organization_id) == workflow.organization_id,
             col(ExecutionData.workflow_id) == workflow.id,
             col(ExecutionData.lane) == workflow.lane,

@@ -111,14 +111,14 @@ def run_of_node(workflow: LoadedWorkflow, node_id: str, given: Given, catalog: C
                 [errors.problem("input", "invalid-type", "a trigger's input must be an object")]
             )
         started_by = trigger_output(kind, given.input or given.trigger, now)
-        return Run(_tested(workflow, [tried], [], {}, catalog), TEST, started_by)
+        return Run(_tested(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True)
     trigger = _trigger(kind, given.trigger, nodes, given.nodes, catalog, now)
     parent, edge = _parent_of(tried, others, catalog)
     body = _body(node_id, nodes, connections, catalog)
     inside = [one for one in connections if one["source"] in {node_id, *body} and one["target"] in body]
     taken = [tried, parent, *(others[other] for other in {**given.nodes, **dict.fromkeys(body)})]
     pinned = {**given.nodes, str(parent["id"]): given.input}
-    return Run(_tested(workflow, taken, [edge, *inside], pinned, catalog), TEST, trigger)
+    return Run(_tested(workflow, taken, [edge, *inside], pinned, catalog), TEST, trigger, is_private=True)
 
 
 # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────────

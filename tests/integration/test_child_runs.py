@@ -118,6 +118,15 @@ async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(wo
     assert (await world.row(others[-1]))["follow_up"] is None
 
 
+async def test_a_run_that_a_private_one_starts_is_private_too(world: World) -> None:
+    place = await runnable(world)
+    for is_private in (True, False):
+        parent = await world.claimed(place, is_private=is_private)
+        child = await world.row(await start(runs(world), caller_of(parent, place), place))
+        assert bool(child["is_private"]) is is_private
+        await world.query("UPDATE execution SET status = 'completed'")
+
+
 async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_runs(world: World) -> None:
     place = await runnable(world)
     first, second = await world.claimed(place), await world.claimed(place)

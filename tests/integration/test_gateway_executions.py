@@ -26,7 +26,7 @@ from journal.store import Claim, Claimed, RunWrite
 from messages import broker as brokers
 from messages import redis_broker
 from messages.broker import Broker, Letter, Notice
-from models.access import KeyScope
+from models.access import KeyScope, Organization
 from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, Person, World
@@ -697,6 +697,67 @@ async def test_whoever_may_read_the_workflow_sees_its_executions(world: World, p
         assert execution_id in await listed(person)
         assert (await got(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
     assert await listed(people.stranger) == []
+
+
+async def neighbor(world: World, people: People) -> Person:
+    """Return one more member of the organization."""
+    statement = select(Organization).where(col(Organization.id) == people.owner.user.organization_id)
+    async with world.gateway.database.read() as connection:
+        found = Organization(**(await connection.execute(statement)).mappings().one())
+    return await world.person(found)
+
+
+OWN_GRAPH = {"nodes": [TRIGGER, {**STEP, "config": {"values": {"mine": 1}}}], "connections": [EDGE]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("execute", {"definition": OWN_GRAPH}),
+        ("execute", {"pinned": {"start": {"body": {"mine": 1}}}}),
+        ("execute", {"definition": OWN_GRAPH, "upTo": "step"}),
+        ("nodes/step/test", {"input": {"mine": 1}, "wait": 0}),
+    ],
+)
+async def test_a_run_of_what_its_caller_gave_is_seen_by_caller_owner_and_admins_alone(
+    world: World, people: People, path: str, body: dict[str, Any]
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    url = f"{WORKFLOWS}/{workflow_id}"
+    await people.owner.api.put(f"{url}/visibility", json={"isPublic": True})
+    started = await people.colleague.api.post(f"{url}/{path}", json=body)
+    execution_id = started.json()["executionId"]
+    other = await neighbor(world, people)
+    for method, below in PATHS:
+        refused(await other.api.request(method, f"{EXECUTIONS}/{execution_id}{below}"), 404, "not-found")
+    assert execution_id not in await listed(other)
+    for action in ("cancel", "delete"):
+        found = await other.api.post(
+            f"{EXECUTIONS}/bulk-{action}", json={"filter": {"workflowId": workflow_id}, "dryRun": True}
+        )
+        assert found.json()["matched"] == 0
+    for person in (people.colleague, people.owner, people.admin):
+        assert execution_id in await listed(person)
+        assert (await got(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
+    for plain in ({}, {"upTo": "step"}):
+        seen = await executed(people.colleague, workflow_id, **plain)
+        assert seen in await listed(other)
+
+
+async def test_a_private_run_stays_so_when_it_is_resumed_and_is_no_dead_letter(
+    world: World, people: People
+) -> None:
+    trigger = {**TRIGGER, "nodeId": "queue-trigger"}
+    workflow_id = await people.owner.create(nodes=[trigger, STEP], connections=[EDGE])
+    url = f"{WORKFLOWS}/{workflow_id}"
+    await people.owner.api.put(f"{url}/visibility", json={"isPublic": True})
+    execution_id = await executed(people.colleague, workflow_id, pinned={"start": {"mine": 1}})
+    run = await taken(world, execution_id)
+    await run.write(end=RunStatus.FAILED, error=RunError("node-error", "It broke", "step", 1))
+    letters = await people.admin.api.get(f"{url}/dead-letters")
+    assert (letters.status_code, letters.json()["count"]) == (200, 0)
+    resumed = await people.colleague.api.post(f"{EXECUTIONS}/{execution_id}/resume")
+    assert (await row(world, resumed.json()["executionId"])).is_private
 
 
 async def test_the_history_of_a_deleted_workflow_stays_with_its_owner_and_those_who_ran_it(

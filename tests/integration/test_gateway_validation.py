@@ -20,7 +20,7 @@ from gateway.endpoints import validation
 from gateway.executions import past_outputs
 from gateway.executions.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
 from models import ids
-from models.access import KeyScope
+from models.access import Caller, KeyScope, Role
 from models.execution import Execution, ExecutionData, SpanRow
 from models.workflow import Workflow
 from tests.integration.gateway_world import (
@@ -149,6 +149,7 @@ async def has_run(
     *,
     minutes_ago: int = 1,
     organization_id: str | None = None,
+    is_private: bool = False,
 ) -> None:
     """Write a run of a workflow as it stands, in which nodes gave these outputs."""
     shown = await person.workflow(workflow_id)
@@ -160,6 +161,7 @@ async def has_run(
         organization_id=organization_id or person.user.organization_id,
         workflow_id=workflow_id,
         user_id=person.user.id,
+        is_private=is_private,
         status="completed",
         trigger_type="manual",
         definition_hash="",
@@ -239,6 +241,14 @@ async def test_runs_of_another_organisation_tell_nothing(world: World, people: P
     assert (await validated(people.owner, workflow_id))["warnings"] == []
 
 
+async def test_private_runs_tell_their_callers_and_the_owner_alone(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**CALLING)
+    await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
+    await has_run(world, people.admin, workflow_id, {"call": answer({"nme": "Ada"})}, is_private=True)
+    assert (await validated(people.colleague, workflow_id))["warnings"] == []
+    assert len((await validated(people.owner, workflow_id))["warnings"]) == 1
+
+
 async def test_only_a_few_runs_of_late_and_small_outputs_are_looked_at(world: World, people: People) -> None:
     workflow_id = await people.owner.create(**CALLING)
     for minutes_ago in range(1, 6):
@@ -259,7 +269,9 @@ async def test_all_outputs_that_are_looked_at_have_a_bounded_size(world: World, 
     await has_run(world, people.owner, workflow_id, dict.fromkeys(names, output))
     async with world.gateway.database.read() as connection:
         rows = await connection.execute(select(Workflow).where(col(Workflow.id) == workflow_id))
-        past = await past_outputs.recent(connection, Workflow(**rows.mappings().one()))
+        user = people.owner.user
+        caller = Caller("", user.id, user.organization_id, user.lane, Role.MEMBER, frozenset())
+        past = await past_outputs.recent(connection, Workflow(**rows.mappings().one()), caller)
     assert MAX_CHARACTERS * 0.9 < sum(len(row.output) for row in past) <= MAX_CHARACTERS
 
 

@@ -318,6 +318,7 @@ def _create_runs() -> None:
         sa.Column("follow_up", sa.Text(), nullable=True),
         sa.Column("follow_up_at", sa.BigInteger(), nullable=True),
         sa.Column("follow_up_outcome", sa.Text(), nullable=True),
+        sa.Column("is_private", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("has_journal", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("started_at", sa.BigInteger(), nullable=True),
