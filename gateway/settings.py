@@ -53,7 +53,7 @@ class GatewaySettings(Settings):
         default=None,
         ge=1,
         description=(
-            "Connections that are open at once; idle ones make room for new ones. As many as two thirds of the"
+            "Connections that are open at once; idle ones are closed for new ones. As many as two thirds of the"
             " process's file descriptors, and at most 20,000, unless set."
         ),
     )
