@@ -17,6 +17,7 @@ from benchmarks import (
     claims,
     cluster,
     deployed,
+    durability,
     engine,
     intake,
     machine,
@@ -43,6 +44,7 @@ PARTS = (
     "deployed",
     "cluster",
     "intake",
+    "durability",
 )
 PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
@@ -148,6 +150,10 @@ async def _intake(folder: Path, options: Options) -> dict[str, float]:
         return await intake.measure(postgres, redis, folder, options.seconds)
 
 
+async def _durability(folder: Path, _options: Options) -> dict[str, float]:
+    return await durability.measure(folder)
+
+
 ONCE: Mapping[str, Callable[[Path, Options], Awaitable[dict[str, float]]]] = {
     "engine": _engine,
     "transfer": _transfer,
@@ -156,6 +162,7 @@ ONCE: Mapping[str, Callable[[Path, Options], Awaitable[dict[str, float]]]] = {
     "claims": _claims,
     "authoring": _authoring,
     "intake": _intake,
+    "durability": _durability,
 }
 """What is measured once, however often the rest is repeated."""
 

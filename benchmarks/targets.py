@@ -92,6 +92,7 @@ TARGETS = (
     Target("claims", "sqlite_of_1000_ratio", Bound.BELOW, 1.5),
     Target("claims", "postgresql_of_1_ratio", Bound.BELOW, 1.5),
     Target("claims", "postgresql_of_1000_ratio", Bound.BELOW, 1.5),
+    Target("durability", "answers_lost", Bound.BELOW, 1, Judged.EVERY),
     # Rows through source, map and destination, against the same copy written by hand.
     Target("transfer", "times_by_hand", Bound.BELOW, 3),
     Target("deployed", "warm_above_engine_p50_ms", Bound.BELOW, 10),

@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalEr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from models import database_time
+from models import database_time, durable_folders
 from models.database_clock import DatabaseClock
 from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
 from models.outage import LockWaitTimeout
@@ -156,7 +156,7 @@ def _failure_of(error: Exception) -> DatabaseFailure | None:
 
 def _engine(url: URL) -> AsyncEngine:
     if is_sqlite(url):
-        Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+        durable_folders.make_folder(Path(url.database or "").parent, 0o777)
         engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_immediate)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import SecretStr
 
+from models import durable_folders
 from pilotflame.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _FILE: Final = "secret.key"
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder if it isn't there, and keep all other processes out of it; raises `Refusal` if one is in."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable_folders.make_folder(folder)
     with (folder / "lock").open("a+") as lock:
         try:
             # Let go by the kernel when the process ends, however it ends.
@@ -62,4 +63,5 @@ def make_secret_key(folder: Path) -> SecretStr:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / _FILE)
+    durable_folders.sync_folder(folder)
     return SecretStr(secret)

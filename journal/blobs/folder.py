@@ -22,7 +22,7 @@ import msgspec
 
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
 from json_text import decoding
-from models import ids
+from models import durable_folders, ids
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -40,6 +40,8 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._is_made = False
+        """Whether the root is there, and its name is certain to last."""
         # A disk that hangs holds its threads, so these are nobody else's.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
 
@@ -88,13 +90,15 @@ class Folder:
     def _put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
         folder = self._of(owner)
         if not _is_whole(folder / sha256, sha256):
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._is_made:
+                durable_folders.make_folder(self._root)
+                self._is_made = True
             folder.parent.mkdir(mode=0o700, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
             _write(folder / sha256, msgspec.json.encode(label) + b"\n", content)
         # Whoever made any of them may not have come to this yet.
         for changed in (folder, folder.parent, self._root):
-            _make_last(changed)
+            durable_folders.sync_folder(changed)
 
     def _idle(self, age_seconds: float) -> Iterator[Owner]:
         since = self._now() - age_seconds
@@ -143,14 +147,6 @@ def _write(path: Path, *parts: bytes) -> None:
 
 def _created(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb")
-
-
-def _make_last(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_whole(path: Path, sha256: str) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from engine.errors import NodeError
 from engine.services import StoredObject
+from models import durable_folders
 from nodes.connections import object_keys
 
 if TYPE_CHECKING:
@@ -165,14 +166,15 @@ class Folder:
     def _opened(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
         """Open the organisation's folder and go down from there, step by step."""
         if makes:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable_folders.make_folder(self._root)
         descriptor = os.open(self._root, FOLDER & ~os.O_NOFOLLOW)
         try:
             for name in (self._organization_id, OBJECTS, *folders):
                 if makes:
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o700, dir_fd=descriptor)
-                        os.fsync(descriptor)
+                    # In any case: whoever else has made it may not have come to this yet.
+                    os.fsync(descriptor)
                 below = os.open(name, FOLDER, dir_fd=descriptor)
                 os.close(descriptor)
                 descriptor = below

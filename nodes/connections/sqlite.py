@@ -13,6 +13,7 @@ from engine import patience
 from engine.errors import NodeError
 from engine.services import Rows, Upsert
 from engine.values import encode
+from models import durable_folders
 from nodes import fields, sql_text
 from nodes.connections import session, sqlite_process
 from nodes.connections.sqlite_process import no_file_of_its_own
@@ -143,8 +144,8 @@ class SqliteSession:
         max_bytes: int = 0,
         batch_rows: int = 1,
     ) -> Json:
-        if self._policy.files is not None:
-            self._policy.files.mkdir(mode=0o700, parents=True, exist_ok=True)  # a child is confined to it
+        if self._policy.files is not None and not self._policy.files.is_dir():
+            durable_folders.make_folder(self._policy.files)  # a child is confined to it
         job = SqliteJob(
             file=str(self._file.absolute()),
             own_files=list(self._own_files()),

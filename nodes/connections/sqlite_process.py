@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from engine.errors import NodeError
 from json_text.decoding import build_decoder, decode
+from models import durable_folders
 from nodes.children import confinement, landlock, system_calls
 from nodes.connections import session, sql_values
 from nodes.connections.session import Gathering
@@ -156,7 +157,7 @@ class File:
         """Return a connection whose statements end when the time is up; raises `NodeError` and `sqlite3.Error`."""
         mode = self._mode
         if mode == "rw":
-            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            durable_folders.make_folder(self._file.parent)
         self._check_file(mode)
         if mode == "ro" and self._file.with_name(self._file.name + "-journal").exists():
             # A writer may have died: what it left half done is undone by whoever reads next and may write.

@@ -194,7 +194,7 @@ async def test_a_content_is_on_the_disk_before_its_name_is_and_the_name_before_t
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
     await put(folder)
-    assert done == ["file", "rename", "folder", "folder", "folder"]
+    assert done == ["folder", "file", "rename", "folder", "folder", "folder"], "the root has its name first"
     done.clear()
     await put(folder)
     assert "rename" not in done, "a shared content is written once"

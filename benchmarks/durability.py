@@ -1,0 +1,280 @@
+"""What a power cut takes of what was answered: `pilotflame dev` is recorded, cut off at many points, and started again.
+
+Every change of a file is recorded while clients create workflows and run them. For points in that record, and above all
+for those at which an answer had just come, the disk is made as a power cut may leave it: with nothing that was not
+synced, or with any part of it. Then everything that was answered until then must be there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import shutil
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+
+from journal.blobs.reference import Reference
+from tests import commands, power_loss, preloads
+from tests.power_loss import Disk, Survives
+
+if TYPE_CHECKING:
+    from tests.power_loss import Operation
+
+KEY = "sk-of-the-power-cut-0123456789"
+CLIENTS = 4
+RUNS = 25
+"""Of each client."""
+TEXT_CHARACTERS = 3_000
+ROW_BYTES = 1_024
+"""Outputs that are longer become blobs."""
+CHECKED_POINTS = 120
+STARTED_POINTS = 6
+PARTS_PER_POINT = 2
+"""States with a part of what was not synced, beside the one with nothing of it."""
+PATIENCE_SECONDS = 60.0
+WORKFLOW = {
+    "name": "Power",
+    "nodes": [
+        {"id": "start", "type": "manual"},
+        {"id": "large", "type": "set", "config": {"values": {"text": "{{ data.body.text }}"}}},
+        {
+            "id": "file",
+            "type": "file-destination",
+            "config": {"key": "out/{{ execution.id }}.txt", "content": "{{ data.text }}"},
+        },
+    ],
+    "connections": [{"source": "start", "target": "large"}, {"source": "large", "target": "file"}],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Something that a client was told, and how long the record was by then."""
+
+    at: int
+    kind: str
+    """`workflow`, `accepted` or `completed`."""
+    id: str
+    text: str = ""
+    """What a completed run has written into its file."""
+
+
+@dataclass(slots=True)
+class Recording:
+    """A server's work on one data folder."""
+
+    root: Path
+    log: Path
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def data(self) -> Path:
+        """The data folder, which the server makes, with the one above it."""
+        return self.root / "server" / "data"
+
+    def note(self, kind: str, identity: str, text: str = "") -> None:
+        self.answers.append(Answer(self.log.stat().st_size, kind, identity, text))
+
+
+async def measure(folder: Path) -> dict[str, float]:
+    """Return how many states were checked, how many a server was started on, and how many answers were lost."""
+    library = preloads.compiled(power_loss.RECORDER)
+    if library is None:
+        raise SystemExit("durability needs a C compiler: cc")
+    recording = Recording(folder / "disk", folder / "operations")
+    recording.root.mkdir()
+    given = power_loss.recorder_environment(library, recording.root, recording.log)
+    await _served(recording.data, folder / "recorded.txt", given, lambda url: _work(url, recording))
+    secret = (recording.data / "secret.key").read_bytes()
+    operations = list(power_loss.read_operations(recording.log))
+    checked = started = 0
+    losses: list[str] = []
+    started_at = set(_spread([answer.at for answer in recording.answers], STARTED_POINTS))
+    for point, disk in _cut_off(recording, operations):
+        told = [answer for answer in recording.answers if answer.at <= point]
+        for number in range(1 + PARTS_PER_POINT):
+            survives = power_loss.nothing_more if number == 0 else power_loss.some_more(point + number)
+            left = _made(disk, folder / "left", survives)
+            data = left / recording.data.relative_to(recording.root)
+            found = [*_lost(data, told, secret)]
+            checked += 1
+            if not found and point in started_at:
+                found = await _lost_after_start(data, told, folder / "started.txt")
+                started += 1
+            losses += [f"at {point}, state {number}: {loss}" for loss in found]
+    for loss in losses[:20]:
+        print(f"  lost {loss}")
+    return {
+        "answers": len(recording.answers),
+        "operations": len(operations),
+        "states_checked": checked,
+        "states_started": started,
+        "answers_lost": len(losses),
+    }
+
+
+# ── the work ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _served(
+    data: Path, log: Path, given: dict[str, str], work: Callable[[str], Awaitable[None]]
+) -> None:
+    """Run a server on a data folder for as long as some work takes; then it is killed."""
+    settings = commands.environment(data, BOOTSTRAP_API_KEY=KEY, MAX_ROW_OUTPUT_BYTES=str(ROW_BYTES))
+    with commands.started("dev", "--port", "0", given={**settings, **given}, log=log, anew=True) as server:
+        address = await asyncio.to_thread(lambda: server.says(r"Pilotflame runs on (\S+)")[1])
+        await work(address)
+
+
+def _client(url: str) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(
+        base_url=f"{url}/api/v1", headers={"X-API-Key": KEY}, timeout=PATIENCE_SECONDS, trust_env=False
+    )
+
+
+async def _work(url: str, recording: Recording) -> None:
+    async with _client(url) as client:
+        await asyncio.gather(*(_create_and_run(client, recording, number) for number in range(CLIENTS)))
+
+
+async def _create_and_run(client: httpx2.AsyncClient, recording: Recording, number: int) -> None:
+    created = await client.post("/workflows", json={**WORKFLOW, "name": f"Power {number}"})
+    workflow_id = created.raise_for_status().json()["workflowId"]
+    recording.note("workflow", workflow_id)
+    chance = random.Random(number)
+    for _ in range(RUNS):
+        text = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=TEXT_CHARACTERS))
+        body = {"triggerInputs": {"text": text}}
+        accepted = await client.post(f"/workflows/{workflow_id}/execute", json=body)
+        execution_id = accepted.raise_for_status().json()["executionId"]
+        recording.note("accepted", execution_id)
+        ended = await client.get(f"/executions/{execution_id}/progress", params={"wait": 9})
+        if ended.raise_for_status().json()["status"] == "completed":
+            recording.note("completed", execution_id, text)
+
+
+# ── the power cuts ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _cut_off(recording: Recording, operations: Sequence[Operation]) -> Iterator[tuple[int, Disk]]:
+    """Yield points of the record, and the disk at each: where answers had just come, and some in between."""
+    answered = [answer.at for answer in recording.answers]
+    between = [operation.ends_at for operation in operations if operation.ends_at > min(answered)]
+    points = sorted({*_spread(answered, CHECKED_POINTS // 2), *_spread(between, CHECKED_POINTS // 2)})
+    disk, done = Disk(recording.root), 0
+    for point in points:
+        while done < len(operations) and operations[done].ends_at <= point:
+            disk.apply(operations[done])
+            done += 1
+        yield point, disk
+
+
+def _spread(points: Sequence[int], count: int) -> list[int]:
+    return [points[(len(points) - 1) * number // max(count - 1, 1)] for number in range(count)]
+
+
+def _made(disk: Disk, target: Path, survives: Survives) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    disk.write_out(target, survives)
+    return target
+
+
+def _lost(data: Path, told: Sequence[Answer], secret: bytes) -> Iterator[str]:
+    """Tell what of the answers is not in a data folder."""
+    database = data / "pilotflame.db"
+    if not database.exists():
+        yield "the database itself"
+        return
+    if not (data / "secret.key").exists() or (data / "secret.key").read_bytes() != secret:
+        yield "the secret key"
+    with closing(sqlite3.connect(database)) as connection:
+        yield from _lost_rows(connection, data, told)
+
+
+def _lost_rows(connection: sqlite3.Connection, data: Path, told: Sequence[Answer]) -> Iterator[str]:
+    try:
+        (sound,) = connection.execute("PRAGMA integrity_check").fetchone()
+        workflows = {row[0] for row in connection.execute("SELECT id FROM workflow")}
+        statuses = dict(connection.execute("SELECT id, status FROM execution").fetchall())
+    except sqlite3.DatabaseError as error:
+        yield f"the database: {error}"
+        return
+    if sound != "ok":
+        yield f"the database: {sound}"
+    for answer in told:
+        if answer.kind == "workflow" and answer.id not in workflows:
+            yield f"workflow {answer.id}"
+        if answer.kind == "accepted" and answer.id not in statuses:
+            yield f"execution {answer.id}"
+        if answer.kind == "completed":
+            if statuses.get(answer.id) != "completed":
+                yield f"the end of {answer.id}"
+            yield from _lost_contents(connection, data, answer)
+
+
+def _lost_contents(connection: sqlite3.Connection, data: Path, answer: Answer) -> Iterator[str]:
+    found = [*(data / "files").glob(f"*/objects/out/{answer.id}.txt")]
+    if [path.read_text() for path in found] != [answer.text]:
+        yield f"the file of {answer.id}"
+    statement = "SELECT output_blob FROM span WHERE execution_id = ? AND output_blob IS NOT NULL"
+    blobs = connection.execute(statement, (answer.id,)).fetchall()
+    if not blobs:
+        yield f"the spans of {answer.id}"
+    for (text,) in blobs:
+        reference = Reference.read(text.encode())
+        kept = [*(data / "blobs").glob(f"*/{answer.id}/{reference.sha256}")]
+        if not any(_is_whole(path) for path in kept):
+            yield f"a blob of {answer.id}"
+
+
+def _is_whole(path: Path) -> bool:
+    _, _, content = path.read_bytes().partition(b"\n")
+    return sha256(content).hexdigest() == path.name
+
+
+async def _lost_after_start(data: Path, told: Sequence[Answer], log: Path) -> list[str]:
+    """Start a server on what was left, and tell what it doesn't know, or doesn't bring to its end."""
+    lost: list[str] = []
+
+    async def ask(url: str) -> None:
+        async with _client(url) as client:
+            for answer in told:
+                if answer.kind == "workflow":
+                    response = await client.get(f"/workflows/{answer.id}")
+                    if not response.is_success:
+                        lost.append(f"workflow {answer.id} after a start")
+                elif not await _completes(client, answer):
+                    lost.append(f"execution {answer.id} after a start")
+
+    await _served(data, log, {}, ask)
+    return lost
+
+
+async def _completes(client: httpx2.AsyncClient, answer: Answer) -> bool:
+    progress: dict[str, Any] = {"status": "pending"}
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while progress["status"] in {"pending", "running", "waiting"}:
+            response = await client.get(f"/executions/{answer.id}/progress", params={"wait": 9})
+            if not response.is_success:
+                return False
+            progress = response.json()
+    if progress["status"] != "completed":
+        return False
+    return not answer.text or await _gives_content(client, answer, progress["outputs"])
+
+
+async def _gives_content(client: httpx2.AsyncClient, answer: Answer, outputs: object) -> bool:
+    """Tell whether the large output of a run is still read through the API."""
+    hashes = set(re.findall(r'"sha256": ?"([0-9a-f]{64})"', json.dumps(outputs)))
+    contents = [await client.get(f"/executions/{answer.id}/blobs/{one}") for one in sorted(hashes)]
+    return any(content.is_success and answer.text in content.text for content in contents)

@@ -1,0 +1,31 @@
+"""Folders whose names survive a power cut: a new name lasts only once the folder that it stands in is synced."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+PRIVATE = 0o700
+
+
+def make_folder(folder: Path, mode: int = PRIVATE) -> None:
+    """Make a folder, and those above it that are missing, so that they last; one that is there is kept.
+
+    The folder above is synced in any case: whoever has made this one may not have come to that. Raises OSError.
+    """
+    if not folder.parent.is_dir():
+        make_folder(folder.parent, mode)
+    folder.mkdir(mode=mode, exist_ok=True)
+    # Some users may write below a folder that they may not read; nothing can be synced there.
+    with suppress(PermissionError):
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""What a power cut leaves of files whose writers have said that they last: everything, at the worst rules of POSIX."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests import power_loss, preloads
+from tests.power_loss import Disk, Operation
+
+SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+WRITER = f"""
+import asyncio, os, sys
+from pathlib import Path
+from engine.services import Caller
+from journal import sqlite
+from journal.blobs.backend import Label, Owner
+from journal.blobs.folder import Folder
+from models.database import Database, parse_url
+from nodes.connections.folders import Folders
+from pilotflame import data_dir
+
+folder = Path(sys.argv[1])
+
+def say(what):
+    print(what, os.stat(os.environ["FILE_RECORDER_LOG"]).st_size, flush=True)
+
+async def put():
+    await Folder(folder / "blobs").put(Owner("org_1", "exec_1"), "{SHA256}", b"hello", Label("text/plain", ""))
+    say("blob")
+    files = await Folders(folder / "files").folder(Caller("org_1", "user_1", "wf_1", "exec_1", "exec_1"))
+    await files.put("a/b/c.txt", b"hello", media_type="text/plain", timeout_seconds=60)
+    say("file")
+
+with data_dir.locked(folder):
+    data_dir.make_secret_key(folder)
+    say("key")
+    Database(parse_url(f"sqlite:///{{folder}}/database/pilotflame.db"))
+    connection = sqlite._connect(str(folder / "database/pilotflame.db"))
+    connection.execute("CREATE TABLE told (value TEXT)")
+    for value in "abc":
+        connection.execute("INSERT INTO told VALUES (?)", (value,))
+        say(f"row-{{value}}")
+    asyncio.run(put())
+    (folder / "unsynced").write_bytes(b"hello")
+    say("nothing")
+    os._exit(0)  # as a power cut has it: nothing is closed, and no journal is tidied up
+"""
+
+
+class Record:
+    """What a process did to its files, and how far it had come when it said of something that it lasts."""
+
+    def __init__(self, root: Path, operations: list[Operation], said: dict[str, int]) -> None:
+        self._root = root
+        self._operations = operations
+        self.said = said
+
+    def disk(self, what: str) -> Disk:
+        """Return the disk as it was when something had just been said."""
+        disk = Disk(self._root)
+        for operation in self._operations:
+            if operation.ends_at <= self.said[what]:
+                disk.apply(operation)
+        return disk
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    library = preloads.compiled(power_loss.RECORDER)
+    if library is None:
+        pytest.skip("there is no C compiler: nothing can record what a process does to its files")
+    folder = tmp_path_factory.mktemp("disk")
+    root, log = folder / "root", folder / "log"
+    root.mkdir()
+    written = subprocess.run(
+        [sys.executable, "-c", WRITER, root / "server" / "data"],
+        env={**os.environ, **power_loss.recorder_environment(library, root, log)},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    said = {what: int(size) for what, size in (line.split() for line in written.stdout.splitlines())}
+    return Record(root, [*power_loss.read_operations(log)], said)
+
+
+def kept(data: Path) -> Iterator[str]:
+    """Tell what of all that was said is in a data folder."""
+    if (data / "secret.key").exists() and len((data / "secret.key").read_text().strip()) > 32:
+        yield "key"
+    if (data / "database/pilotflame.db").exists():
+        with closing(sqlite3.connect(data / "database/pilotflame.db")) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            if connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+                yield from (f"row-{value}" for (value,) in connection.execute("SELECT value FROM told"))
+    contents = {"blob": data / "blobs/org_1/exec_1" / SHA256, "file": data / "files/org_1/objects/a/b/c.txt"}
+    yield from (
+        name for name, path in contents.items() if path.exists() and path.read_bytes()[-5:] == b"hello"
+    )
+
+
+def test_what_is_said_to_last_outlasts_a_power_cut_at_that_very_moment(
+    record: Record, tmp_path: Path
+) -> None:
+    for number, what in enumerate(record.said):
+        for seed in (None, 1, 2):
+            left = tmp_path / f"{what}-{seed}"
+            left.mkdir()
+            survives = power_loss.nothing_more if seed is None else power_loss.some_more(seed)
+            record.disk(what).write_out(left, survives)
+            assert {*list(record.said)[: number + 1]} - {"nothing"} <= {*kept(left / "server" / "data")}
+    assert not (tmp_path / "nothing-None/server/data/unsynced").exists()
