@@ -122,6 +122,7 @@ class PostgreSQLStore:
     def __init__(self, url: URL, pool: asyncpg.Pool[Any], clock: DatabaseClock) -> None:
         self.clock = clock
         self._url = url
+        self._address = sessions.address(url)
         self._pool = pool
         self._entrance = Entrance(pool, self._fetch, self._repeated)
 
@@ -299,7 +300,8 @@ class PostgreSQLStore:
         begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):
             try:
-                return await work()
+                with sessions.guard(self._address):
+                    return await work()
             except (
                 asyncpg.PostgresError,
                 asyncpg.InterfaceError,

@@ -48,6 +48,7 @@ from journal.store import (
     Swept,
     TakenIn,
 )
+from models import sqlite_writes
 from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
 from models.database_clock import DatabaseClock
 from models.execution import (
@@ -160,7 +161,7 @@ class _Thread:
 
     def __init__(self, path: str, name: str, *, writes: bool) -> None:
         self._path = path
-        self._begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
+        self._breaker = sqlite_writes.breaker_of(path) if writes else None
         self._works: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -206,24 +207,36 @@ class _Thread:
     def _transact(self, connection: sqlite3.Connection, works: list[tuple[Work[Any], Future[Any]]]) -> None:
         """Run works in one transaction; when one of them fails, each in one of its own."""
         try:
-            connection.execute(self._begin)
-        except sqlite3.Error as error:
+            self._begin(connection)
+        except (sqlite3.Error, DatabaseUnavailable) as error:
             _fail(works, error)  # the fault of none of them, and each would only wait as long again
             return
+        failure: Exception | None = None
+        results: list[Any] = []
         try:
             results = [work(connection) for work, _ in works]
             connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - it belongs to one waiter, and the thread goes on
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            if len(works) == 1:
-                _fail(works, error)
-                return
+            failure = error
+        finally:
+            if self._breaker is not None:
+                self._breaker.end()
+        if failure is None:
+            for (_, future), result in zip(works, results, strict=True):
+                _resolve(future, result)
+        elif len(works) == 1:
+            _fail(works, failure)
+        else:
             for one in works:
                 self._transact(connection, [one])
-            return
-        for (_, future), result in zip(works, results, strict=True):
-            _resolve(future, result)
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        if self._breaker is None:
+            connection.execute("BEGIN")
+        else:
+            self._breaker.begin(connection.execute, busy_seconds=SQLITE_BUSY_SECONDS)
 
 
 def _fail(works: Sequence[tuple[Work[Any], Future[Any]]], error: Exception) -> None:

@@ -10,11 +10,11 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import URL, make_url
@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalEr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from models import database_time, durable_folders
+from models import database_time, durable_folders, sqlite_writes
 from models.database_clock import DatabaseClock
 from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
 from models.outage import LockWaitTimeout
@@ -33,7 +33,8 @@ T = TypeVar("T")
 RETRIES = 5
 RETRY_SECONDS = 2.0
 """What has taken longer than this to fail isn't repeated in place: whoever waits for it has waited long enough."""
-SQLITE_BUSY_SECONDS = 30.0
+SQLITE_BUSY_SECONDS = 2.0
+"""So long a writer waits for other programs that keep the file locked."""
 POOL_SIZE = 5
 CONNECT_SECONDS = 10.0
 STATEMENT_SECONDS = 30.0
@@ -71,15 +72,19 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self.clock = DatabaseClock()
-        self.engine = _engine(url)
+        self._writes = _SQLiteWrites(url.database or "") if is_sqlite(url) else None
+        self.engine, self._guard = (
+            _on_postgresql(url) if self._writes is None else _on_sqlite(url, self._writes)
+        )
         self._under_way: set[asyncio.Task[Any]] = set()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Lend a connection for reading; raises `DatabaseUnavailable`."""
         try:
-            async with self.engine.connect() as connection:
-                yield await connection.execution_options(reads_only=True)
+            with self._guard():
+                async with self.engine.connect() as connection:
+                    yield await connection.execution_options(reads_only=True)
         except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
             if _failure_of(error) is None:
                 raise
@@ -101,8 +106,8 @@ class Database:
         begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):
             try:
-                async with self.engine.connect() as connection, connection.begin():
-                    return await work(connection)
+                with self._guard():
+                    return await self._transact_once(work)
             except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
                 failure = _failure_of(error)
                 if failure is None:
@@ -113,6 +118,15 @@ class Database:
                     raise DatabaseUnavailable("The database would not take the transaction") from error
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
+
+    async def _transact_once(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        async with self.engine.connect() as connection:
+            try:
+                async with connection.begin():
+                    return await work(connection)
+            finally:
+                if self._writes is not None:
+                    self._writes.end(connection)
 
     async def learn_time(self) -> None:
         """Ask the database for its time, and set the clock by the answer; raises `DatabaseUnavailable`."""
@@ -154,13 +168,39 @@ def _failure_of(error: Exception) -> DatabaseFailure | None:
     return DatabaseFailure.UNAVAILABLE if is_passing else None
 
 
-def _engine(url: URL) -> AsyncEngine:
-    if is_sqlite(url):
-        durable_folders.make_folder(Path(url.database or "").parent, 0o777)
-        engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
-        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
-        event.listen(engine.sync_engine, "begin", _begin_immediate)
-        return engine
+Guard: TypeAlias = "Callable[[], AbstractContextManager[None]]"
+"""Returns the context of a call; entering it raises `DatabaseUnavailable` where the database doesn't answer anybody."""
+
+
+class _SQLiteWrites:
+    """The transactions of one pool, among all that write to a file."""
+
+    def __init__(self, path: str) -> None:
+        self._breaker = sqlite_writes.breaker_of(path)
+        self._under_way: set[object] = set()
+
+    def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
+        """Begin one, so that no transaction finds out at its first write that another was faster."""
+        if not connection.get_execution_options().get("reads_only"):
+            self._breaker.begin(connection.exec_driver_sql, busy_seconds=SQLITE_BUSY_SECONDS)
+            self._under_way.add(connection)
+
+    def end(self, connection: AsyncConnection) -> None:
+        """Note that the transaction of a connection has ended, if one was begun."""
+        if connection.sync_connection in self._under_way:
+            self._under_way.remove(connection.sync_connection)
+            self._breaker.end()
+
+
+def _on_sqlite(url: URL, writes: _SQLiteWrites) -> tuple[AsyncEngine, Guard]:
+    durable_folders.make_folder(Path(url.database or "").parent, 0o777)
+    engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", writes.begin)
+    return engine, nullcontext
+
+
+def _on_postgresql(url: URL) -> tuple[AsyncEngine, Guard]:
     from models import postgresql_sessions as sessions  # noqa: PLC0415 - not loaded where there is no PostgreSQL
 
     def set_timeouts(connection: Any) -> None:  # noqa: ANN401 - SQLAlchemy's own
@@ -168,13 +208,11 @@ def _engine(url: URL) -> AsyncEngine:
         if not is_read and not sessions.has_timeouts(connection.connection.driver_connection):
             connection.exec_driver_sql(sessions.local_timeouts())
 
+    address = sessions.address(url)
     engine = create_async_engine(
         url,
         async_creator=partial(
-            sessions.connect_checked,
-            sessions.address(url),
-            timeout=CONNECT_SECONDS,
-            command_timeout=STATEMENT_SECONDS,
+            sessions.connect_checked, address, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
         ),
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
@@ -182,20 +220,14 @@ def _engine(url: URL) -> AsyncEngine:
         pool_pre_ping=True,
     )
     event.listen(engine.sync_engine, "begin", set_timeouts)
-    return engine
+    return engine, partial(sessions.guard, address)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection
-    # The driver's own BEGIN comes late and deferred; `_begin_immediate` says it instead, so that no transaction
-    # finds out at its first write that another was faster.
+    # The driver's own BEGIN comes late and deferred; `_SQLiteWrites` says it instead.
     connection.isolation_level = None
     cursor = connection.cursor()
     # A search through ten thousand workflows takes three times as long where its pages don't stay in memory (8 MB).
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -8000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
-
-
-def _begin_immediate(connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
-    if not connection.get_execution_options().get("reads_only"):
-        connection.exec_driver_sql("BEGIN IMMEDIATE")

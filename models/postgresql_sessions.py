@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import asyncpg
 
+from models.circuit_breaker import CircuitBreaker
+
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Mapping
 
     from sqlalchemy.engine import URL
+
+    from models.circuit_breaker import GuardedCall
 
 LOCK_WAIT_MILLISECONDS: Final = 2_000
 """So long a statement waits for a row or a key that another transaction has locked."""
@@ -31,6 +38,10 @@ _SERVER_SOCKET: Final = {
 # The same on our side, by the names of Linux; other systems have some of them.
 _CLIENT_SOCKET: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
 _without_timeouts: WeakSet[Any] = WeakSet()
+_connections: WeakKeyDictionary[AbstractEventLoop, dict[str, WeakSet[Any]]] = WeakKeyDictionary()
+"""All that were opened, by loop and address."""
+_breakers: WeakKeyDictionary[AbstractEventLoop, dict[str, CircuitBreaker]] = WeakKeyDictionary()
+"""All pools of a loop that lead to one address share one: whoever meets an outage first tells the others."""
 
 
 class MonitoredConnection(asyncpg.Connection):
@@ -48,28 +59,25 @@ def address(url: URL) -> str:
     return url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 
-async def connect(*arguments: Any, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+async def connect(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
     """Open a session with these settings and our timeouts; behind a pooler that passes none on, without them.
 
     Takes what `asyncpg.connect` takes, and raises what that raises.
     """
-    options["connection_class"] = MonitoredConnection
-    try:
-        return await asyncpg.connect(
-            *arguments, server_settings={**SESSION_TIMEOUTS, **_SERVER_SOCKET, **settings}, **options
-        )
-    except asyncpg.ProtocolViolationError as error:
-        if "unsupported startup parameter" not in str(error):
-            raise
-    connection = await asyncpg.connect(*arguments, **options)
-    _without_timeouts.add(connection)
+    connection = await _connect(address, settings, options)
+    of_loop = _connections.setdefault(asyncio.get_running_loop(), {})
+    of_loop.setdefault(address, WeakSet()).add(connection)
     return connection
 
 
-async def connect_checked(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+async def connect_checked(address: str, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
     """Open a session as `connect` does, and see whether a pooler in between has dropped the timeouts in silence."""
-    connection = await connect(*arguments, settings={}, **options)
-    found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
+    connection = await connect(address, settings={}, **options)
+    try:
+        found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
+    except BaseException:
+        connection.terminate()  # nobody else knows of it yet
+        raise
     if found != SESSION_TIMEOUTS["lock_timeout"]:
         _without_timeouts.add(connection)
     return connection
@@ -84,6 +92,50 @@ def local_timeouts() -> str:
 def has_timeouts(connection: object) -> bool:
     """Tell whether the session itself has the timeouts, or each transaction has to set them."""
     return connection not in _without_timeouts
+
+
+def guard(address: str) -> GuardedCall:
+    """Return the context of a call to a server; it raises `DatabaseUnavailable` where that doesn't answer anybody."""
+    of_loop = _breakers.setdefault(asyncio.get_running_loop(), {})
+    breaker = of_loop.get(address)
+    if breaker is None:
+        breaker = of_loop[address] = CircuitBreaker(partial(_probe, address), partial(_terminate, address))
+    return breaker.guard()
+
+
+async def _connect(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
+    options["connection_class"] = MonitoredConnection
+    try:
+        return await asyncpg.connect(
+            address, server_settings={**SESSION_TIMEOUTS, **_SERVER_SOCKET, **settings}, **options
+        )
+    except asyncpg.ProtocolViolationError as error:
+        if "unsupported startup parameter" not in str(error):
+            raise
+    connection = await asyncpg.connect(address, **options)
+    _without_timeouts.add(connection)
+    return connection
+
+
+async def _probe(address: str) -> None:
+    """Return once the server has answered on a connection of its own, be it by a refusal."""
+    try:
+        connection = await _connect(address, {}, {})
+    except asyncpg.PostgresError:
+        return
+    try:
+        # A pooler answers by itself up to here.
+        await connection.fetchval("SELECT 1")
+    except asyncpg.PostgresError:
+        return
+    finally:
+        connection.terminate()
+
+
+def _terminate(address: str) -> None:
+    """Break all connections to a server: each statement on its way there fails at once."""
+    for connection in list(_connections.get(asyncio.get_running_loop(), {}).get(address, ())):
+        connection.terminate()
 
 
 def _keep_alive(found: socket.socket | None) -> None:

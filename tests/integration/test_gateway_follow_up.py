@@ -254,20 +254,22 @@ async def test_never_more_runs_go_on_than_the_limit_and_all_of_them_end(
     }
     settings = {"concurrency": {"limit": 3}}
     workflow_id = await people.owner.create(**graph, settings=settings)
-    async with second_gateway(world) as client_of, worker(world, tmp_path), worker(world, tmp_path):
-        async with client_of(people.owner) as other:
-            clients = [people.owner.api, other]
-            path = f"/api/v1/workflows/{workflow_id}/execute"
-            answers = await asyncio.gather(*(clients[n % 2].post(path, json={}) for n in range(40)))
-        assert {answer.status_code for answer in answers} == {201}
-        most = 0
+    async with (
+        second_gateway(world) as client_of,
+        worker(world, tmp_path),
+        worker(world, tmp_path),
+        client_of(people.owner) as other,
+    ):
+        clients = [people.owner.api, other]
+        path = f"/api/v1/workflows/{workflow_id}/execute"
+        accepting = asyncio.gather(*(clients[n % 2].post(path, json={}) for n in range(40)))
+        most, left = 0, 40
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while True:
+            while left or not accepting.done():
                 running, left = await going_on(world, workflow_id)
                 most = max(most, running)
-                if left == 0:
-                    break
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.001)
+        assert {answer.status_code for answer in await accepting} == {201}
     assert 1 <= most <= 3
 
 

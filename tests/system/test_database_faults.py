@@ -52,6 +52,29 @@ async def test_clients_are_told_to_come_again_while_postgresql_starts(
 
 
 @on_many_processes
+async def test_clients_of_a_gateway_that_is_cut_off_are_told_within_seconds_and_then_at_once(
+    deployment: ManyProcesses, client: Client, ledger: Ledger
+) -> None:
+    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    way = deployment.ways.gateway_to_database
+    way.keep_requests(b"")
+    seconds: list[float] = []
+    for _ in range(5):
+        for method, path in (("POST", f"/workflows/{workflow}/execute"), ("GET", f"/workflows/{workflow}")):
+            asked_at = time.monotonic()
+            refused = await client.send(method, path)
+            seconds.append(time.monotonic() - asked_at)
+            assert refused.status_code == 503
+            assert int(refused.headers["Retry-After"]) > 0
+    # Three seconds, and as long again on a machine that does other things.
+    assert seconds[0] < 6
+    assert max(seconds[1:]) < 2
+    way.let_go()
+    run = await client.execute(workflow)
+    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+
+
+@on_many_processes
 async def test_a_claim_whose_answer_was_lost_is_taken_back_and_made_again(
     deployment: ManyProcesses, client: Client, ledger: Ledger
 ) -> None:

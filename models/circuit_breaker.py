@@ -1,0 +1,146 @@
+"""Fails calls to a server that answers nobody: the first after seconds, and then at once until it answers again.
+
+A slow call is no proof: a statement may take its time. So a call that is late has the server probed, and calls are
+given up only where the probe isn't answered either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from models.outage import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = structlog.get_logger()
+
+LATE_SECONDS: Final = 0.75
+"""A call that has no answer after so long makes the server be probed."""
+CHECK_SECONDS: Final = 0.25
+PROBE_STEPS: Final = 6
+PROBE_STEP_SECONDS: Final = 0.25
+"""A probe is given up after so many steps. One that a busy or frozen loop has missed counts as one, however long."""
+PAUSE_SECONDS: Final = 0.5
+"""Between two probes."""
+GRACE_SECONDS: Final = 0.05
+"""So long calls have to fail by themselves, once their connections are gone."""
+INTEREST_SECONDS: Final = 60.0
+"""Nobody probes for longer than this after the last call: the next one is let through, and watched."""
+MESSAGE: Final = "The database does not answer"
+
+
+class CircuitBreaker:
+    """Watches the calls of one event loop to one server."""
+
+    def __init__(self, probe: Callable[[], Awaitable[object]], terminate: Callable[[], None]) -> None:
+        """`probe` returns once the server has answered, whatever it says; `terminate` breaks all connections."""
+        self._probe = probe
+        self._terminate = terminate
+        self._calls: dict[GuardedCall, None] = {}
+        """In the order in which they began."""
+        self._is_open = False
+        """Whether calls fail at once."""
+        self._last_call_at = 0.0
+        self._next_probe_at = 0.0
+        self._check: asyncio.TimerHandle | None = None
+        self._probing: asyncio.Task[None] | None = None
+
+    def guard(self) -> GuardedCall:
+        """Return the context of a call; entering and leaving it raises `DatabaseUnavailable`."""
+        return GuardedCall(self)
+
+    def begin(self, call: GuardedCall) -> None:
+        """Count a call; raises `DatabaseUnavailable` where the server doesn't answer."""
+        self._last_call_at = monotonic()
+        if self._is_open:
+            raise DatabaseUnavailable(MESSAGE)
+        self._calls[call] = None
+        if self._check is None:
+            self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
+
+    def end(self, call: GuardedCall) -> None:
+        """Count a call no longer."""
+        self._calls.pop(call, None)
+
+    def _look(self) -> None:
+        """Have the server probed where the oldest call is late."""
+        self._check = None
+        if not self._calls:
+            return
+        now = monotonic()
+        oldest = next(iter(self._calls))
+        if self._probing is None and now >= max(oldest.begun_at + LATE_SECONDS, self._next_probe_at):
+            self._probing = asyncio.create_task(self._probe_once())
+        self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
+
+    async def _probe_once(self) -> None:
+        try:
+            if not await self._is_answered():
+                await self._open()
+        finally:
+            self._is_open = False
+            self._next_probe_at = monotonic() + PAUSE_SECONDS
+            self._probing = None
+
+    async def _open(self) -> None:
+        """Give up all calls, and probe until the server answers or nobody asks any more."""
+        log.warning("database does not answer", calls=len(self._calls))
+        self._is_open = True
+        self._terminate()
+        await asyncio.sleep(GRACE_SECONDS)
+        for call in list(self._calls):
+            call.give_up()
+        while monotonic() < self._last_call_at + INTEREST_SECONDS:
+            await asyncio.sleep(PAUSE_SECONDS)
+            if await self._is_answered():
+                log.info("database answers again")
+                return
+
+    async def _is_answered(self) -> bool:
+        probe = asyncio.ensure_future(self._probe())
+        try:
+            for _ in range(PROBE_STEPS):
+                done, _ = await asyncio.wait({probe}, timeout=PROBE_STEP_SECONDS)
+                if done:
+                    return probe.exception() is None
+            return False
+        finally:
+            probe.cancel()
+
+
+class GuardedCall:
+    """One call, as long as the context lasts."""
+
+    __slots__ = ("_breaker", "_is_given_up", "_task", "begun_at")
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self._breaker = breaker
+        self._task: asyncio.Task[object] | None = None
+        self._is_given_up = False
+        self.begun_at = 0.0
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self.begun_at = monotonic()
+        self._breaker.begin(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._breaker.end(self)
+        if self._is_given_up and self._task is not None:
+            self._task.uncancel()
+            if kind is not None and issubclass(kind, asyncio.CancelledError):
+                raise DatabaseUnavailable(MESSAGE) from error
+
+    def give_up(self) -> None:
+        """Break off whatever is awaited in the context."""
+        if self._task is not None and not self._is_given_up:
+            self._is_given_up = True
+            self._task.cancel()

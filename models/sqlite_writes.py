@@ -1,0 +1,94 @@
+"""Write transactions on a SQLite file, as long as no other program keeps it locked.
+
+Writers of one process wait for one another; for other programs they wait two seconds, and then fail at once until
+the file is free: each of them looks.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+from models.outage import DatabaseUnavailable
+
+OWN_WRITES_SECONDS: Final = 30.0
+"""So long a writer waits for others of its own process."""
+PRIMARY_CODE_BITS: Final = 0xFF
+
+_breakers: dict[str, WriteLockBreaker] = {}
+_guard: Final = threading.Lock()
+
+
+class WriteLockBreaker:
+    """Begins the write transactions of one process on one file, in whatever threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._changes = 0
+        """Transactions begun and ended here: a sign that those who wait do so for one another."""
+        self._is_open = False
+
+    def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
+        """Begin a transaction on a connection that waits so long for locks; raises `DatabaseUnavailable`."""
+        if not self._is_open or not self._is_free(execute, busy_seconds):
+            self._wait(execute)
+        with self._lock:
+            self._is_open = False
+            self._under_way += 1
+            self._changes += 1
+
+    def end(self) -> None:
+        """Note that a transaction that was begun here has ended."""
+        with self._lock:
+            self._under_way -= 1
+            self._changes += 1
+
+    def _wait(self, execute: Callable[[str], object]) -> None:
+        give_up_at = monotonic() + OWN_WRITES_SECONDS
+        while True:
+            before = self._changes
+            error = _try(execute)
+            if error is None:
+                return
+            with self._lock:
+                is_ours = self._under_way > 0 or self._changes != before
+                if not is_ours or monotonic() > give_up_at:
+                    self._is_open = True
+                    raise _locked() from error
+
+    def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
+        """Begin without waiting; returns False where another writer of this process was faster to do so."""
+        execute("PRAGMA busy_timeout = 0")
+        try:
+            error = _try(execute)
+        finally:
+            execute(f"PRAGMA busy_timeout = {int(busy_seconds * 1000)}")
+        if error is not None and self._is_open:
+            raise _locked() from error
+        return error is None
+
+
+def breaker_of(path: str) -> WriteLockBreaker:
+    """Return the one of a file in this process."""
+    with _guard:
+        return _breakers.setdefault(path, WriteLockBreaker())
+
+
+def _try(execute: Callable[[str], object]) -> Exception | None:
+    """Begin a transaction; returns the error where the file is locked."""
+    try:
+        execute("BEGIN IMMEDIATE")
+    except Exception as error:
+        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)
+        if code & PRIMARY_CODE_BITS != sqlite3.SQLITE_BUSY:
+            raise
+        return error
+    return None
+
+
+def _locked() -> DatabaseUnavailable:
+    return DatabaseUnavailable("Another program keeps the database file locked")

@@ -1,0 +1,178 @@
+"""Databases that answer nobody: whoever comes first is told within seconds, and everybody after that at once."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from time import monotonic
+
+import pytest
+from sqlalchemy import text
+
+from journal.opening import open_store
+from journal.store import Claim, ExecutionKey, Held, RunWrite, Store
+from models import circuit_breaker
+from models.database import Database, parse_url
+from models.outage import DatabaseUnavailable
+from tests.integration.run_world import Where, World, opened
+from tests.system import proxy
+from tests.system.moments import wait_until
+from tests.system.proxy import Proxy
+
+FIRST_SECONDS = 10.0
+"""Three seconds are promised; far below the half minute that a statement may take, whatever else the machine does."""
+AT_ONCE_SECONDS = 1.0
+CALLS = 20
+
+Calls = list[Callable[[], Awaitable[object]]]
+
+
+def calls_of(store: Store, database: Database) -> Calls:
+    """Return a call of each kind: of the run path, and of the rest."""
+
+    async def write() -> None:
+        await database.transaction(lambda connection: connection.execute(text("DELETE FROM pace")))
+
+    return [
+        lambda: store.sweep(10),
+        lambda: store.claim(Claim("worker", 30.0, 1)),
+        lambda: store.record([RunWrite("exec_1", 1, 1)]),
+        lambda: store.renew([Held("exec_1", 1, 1)], 30.0),
+        lambda: store.request_end(ExecutionKey("exec_1", 1), "stop"),
+        write,
+    ]
+
+
+async def refused(calls: Calls) -> float:
+    """Make calls at the same time, which must all fail; returns how long that took."""
+    begun_at = monotonic()
+    answers = await asyncio.gather(*(call() for call in calls), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {DatabaseUnavailable}
+    return monotonic() - begun_at
+
+
+async def is_answered(call: Callable[[], Awaitable[object]]) -> bool:
+    try:
+        await call()
+    except DatabaseUnavailable:
+        return False
+    return True
+
+
+# ── PostgreSQL ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=["on_postgres", "behind_pgbouncer"])
+def where(request: pytest.FixtureRequest) -> Where:
+    found: Where = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def way(where: Where) -> AsyncIterator[Proxy]:
+    async with proxy.before(where.url) as way:
+        yield way
+
+
+@pytest.fixture
+async def behind(where: Where, way: Proxy) -> AsyncIterator[tuple[Store, Database]]:
+    """Yield a store and a database that reach the server through the proxy."""
+    url = parse_url(way.in_front_of(where.url))
+    store, database = await open_store(url), Database(url)
+    yield store, database
+    way.let_go()
+    await store.close()
+    await database.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test wait longer than it must for what isn't answered."""
+    for name in ("LATE_SECONDS", "CHECK_SECONDS", "PROBE_STEP_SECONDS", "PAUSE_SECONDS"):
+        monkeypatch.setattr(circuit_breaker, name, 0.05)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("connections", ["open", "none"])
+async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_ends(
+    way: Proxy, behind: tuple[Store, Database], connections: str
+) -> None:
+    calls = [*calls_of(*behind), behind[1].ping]
+    if connections == "open":
+        await asyncio.gather(*(call() for call in calls))
+    way.keep_requests(b"")
+    assert await refused(calls[:1]) < FIRST_SECONDS
+    assert await refused(calls * CALLS) < AT_ONCE_SECONDS
+    way.let_go()
+    for call in calls:
+        await wait_until(lambda: is_answered(call))  # noqa: B023 - it is awaited here
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
+    way: Proxy, behind: tuple[Store, Database]
+) -> None:
+    calls = [*calls_of(*behind), behind[1].ping]
+    await asyncio.gather(*(call() for call in calls))
+    way.keep_requests(b"")
+    # More than there are connections: some wait for one of them.
+    assert await refused(calls * CALLS) < FIRST_SECONDS
+
+
+async def test_a_statement_that_takes_its_time_is_waited_for(
+    behind: tuple[Store, Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LATE_SECONDS", "CHECK_SECONDS"):
+        monkeypatch.setattr(circuit_breaker, name, 0.05)
+    async with behind[1].read() as connection:
+        assert await connection.scalar(text("SELECT 1 FROM pg_sleep(0.5)")) == 1
+
+
+# ── SQLite ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def locked(world: World) -> Iterator[None]:
+    """Keep a file locked, as a backup tool might."""
+    locking = sqlite3.connect(world.url.database or "", isolation_level=None)
+    with closing(locking):
+        locking.execute("BEGIN IMMEDIATE")
+        yield
+        locking.execute("ROLLBACK")
+
+
+async def test_a_file_that_another_program_locks_is_told_within_seconds_and_then_at_once(
+    on_sqlite: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("models.database", "journal.sqlite"):
+        monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.2)
+    async with opened(on_sqlite) as world:
+        calls = calls_of(world.store, world.database)
+        with locked(world):
+            assert await refused(calls) < FIRST_SECONDS
+            assert await refused(calls * CALLS) < AT_ONCE_SECONDS
+            await world.database.ping()
+            await world.store.progress([ExecutionKey("exec_1", 1)])
+        for call in calls:
+            await wait_until(lambda: is_answered(call))  # noqa: B023 - it is awaited here
+
+
+async def test_writers_of_one_process_wait_for_one_another_longer(
+    on_sqlite: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("models.database", "journal.sqlite"):
+        monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.05)
+    async with opened(on_sqlite) as world:
+        is_written = asyncio.Event()
+
+        writing = asyncio.create_task(world.database.transaction(lambda _connection: is_written.wait()))
+        begun_at = monotonic()
+        await wait_until(lambda: monotonic() > begun_at + 0.1)
+        calls = calls_of(world.store, world.database)
+        waiting = asyncio.gather(*(call() for call in calls))
+        await wait_until(lambda: monotonic() > begun_at + 0.5)
+        assert not waiting.done()
+        is_written.set()
+        await asyncio.gather(writing, waiting)
