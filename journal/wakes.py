@@ -21,7 +21,14 @@ from sqlmodel import col
 from journal import activity, decisions
 from models import lifecycle
 from models.database_time import DatabaseTime
-from models.deployment import BLOCKING_REASONS, SERVING, Deployment, DeploymentStatus, status_of
+from models.deployment import (
+    BLOCKING_REASONS,
+    SERVING,
+    Deployment,
+    DeploymentStatus,
+    is_serving,
+    status_of,
+)
 from models.execution import ISOLATED, SHARED, Execution, ExecutionStatus
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
 from models.losses import SUSPECT_LOSSES
@@ -98,7 +105,7 @@ def is_wanted(deployment: Deployment) -> bool:
 
 def is_ready(deployment: Deployment) -> bool:
     """Tell whether it is, as far as was seen, and has pods that take runs."""
-    return is_wanted(deployment) and deployment.observed in SERVING
+    return is_wanted(deployment) and is_serving(deployment)
 
 
 def has_failed(deployment: Deployment) -> bool:

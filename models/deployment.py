@@ -48,13 +48,15 @@ class Observed(StrEnum):
     OUTDATED = "outdated"
     """Pods of what was deployed before are ready, and those that are to replace them can't start."""
     UNKNOWN = "unknown"
-    """The cluster did not answer."""
+    """The cluster did not answer, or let nobody ask; pods that were ready before may serve on."""
 
 
 BLOCKING_REASONS: Final = frozenset({"quota", "unschedulable", "node-not-ready"})
 """Codes of reasons that go away when the cluster has room again: pods start then without anybody asking."""
 SERVING: Final = frozenset({Observed.RUNNING, Observed.OUTDATED})
 """What is seen where a pod takes runs."""
+MAY_SERVE: Final = SERVING | {Observed.UNKNOWN}
+"""States in which the pods that were ready last are worth a hint."""
 _FAILED: Final = frozenset({Observed.FAILED, Observed.OUTDATED})
 
 
@@ -159,6 +161,13 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
         return DeploymentStatus.STARTING
     is_current = deployment.observed_definition_hash == deployment.definition_hash
     return DeploymentStatus.RUNNING if is_current else DeploymentStatus.DEPLOYING
+
+
+def is_serving(deployment: Deployment) -> bool:
+    """Tell whether a pod takes runs, as far as was seen: what is out of sight serves on."""
+    if deployment.observed == Observed.UNKNOWN:
+        return deployment.ready_replicas > 0
+    return deployment.observed in SERVING
 
 
 def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:

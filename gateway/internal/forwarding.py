@@ -19,7 +19,7 @@ from gateway.recent import Recent
 from messages import hints
 from models import deployment_token
 from models.database import DatabaseUnavailable
-from models.deployment import SERVING, Deployment
+from models.deployment import MAY_SERVE, Deployment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +106,7 @@ class Forwarder:
         ready = select(col(Deployment.ready_addresses)).where(
             col(Deployment.workflow_id) == workflow_id,
             col(Deployment.is_deployed),
-            col(Deployment.observed).in_(SERVING),
+            col(Deployment.observed).in_(MAY_SERVE),
             col(Deployment.drain_until).is_(None),
         )
         async with self._database.read() as connection:

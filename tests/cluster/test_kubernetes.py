@@ -13,12 +13,22 @@ import pytest
 from models import workflow_names as names
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.ownership import Manager
-from tests.cluster.fake_api.refused import Refused
+from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
 from tests.cluster.fake_api.schema import KINDS
 from tests.cluster.world import NAMESPACE, Cluster, layout, turn_until
-from workers.cluster import kubernetes, pods
-from workers.cluster.driver import ClusterRefused, ClusterUnavailable, Reason, Resources, Trouble
+from workers.cluster import kubernetes, kubernetes_api, pods
+from workers.cluster.driver import (
+    ClusterBusy,
+    ClusterForbidden,
+    ClusterRefused,
+    ClusterUnavailable,
+    Observed,
+    Reason,
+    Resources,
+    Trouble,
+)
 from workers.cluster.kubernetes import DEPLOYER, SCALER, KubernetesDriver
+from workers.cluster.kubernetes_api import RequestBudget
 
 Fake = tuple[Cluster, FakeApi]
 CONFLICT = Refused(409, "Conflict", "the object has been modified")
@@ -172,7 +182,7 @@ async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_witho
     wanted = cluster.wanted()
     for done in range(7):
         await _cut_off(api, done, cluster.driver.apply(wanted))
-    assert await cluster.driver.delete(wanted.workflow_id)
+    await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
     assert objects(api) == []
     await cluster.driver.apply(wanted)
     await cluster.ready(wanted.workflow_id)
@@ -226,7 +236,7 @@ async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake
 async def test_an_api_server_that_says_nothing_is_given_up(fake: Fake) -> None:
     cluster, api = fake
     assert isinstance(cluster.driver, KubernetesDriver)
-    cluster.driver._request_seconds = 0.2  # noqa: SLF001 - ten seconds are too long for a test
+    cluster.driver._api.request_seconds = 0.2  # noqa: SLF001 - ten seconds are too long for a test
     api.is_silent = True
     with pytest.raises(ClusterUnavailable):
         await cluster.driver.observe("wf_1")
@@ -234,14 +244,91 @@ async def test_an_api_server_that_says_nothing_is_given_up(fake: Fake) -> None:
 
 async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(fake: Fake) -> None:
     cluster, api = fake
-    for status, error in ((429, ClusterUnavailable), (500, ClusterUnavailable), (503, ClusterUnavailable)):
-        api.failures.append(Refused(status, "", "not now"))
-        with pytest.raises(error, match="not now"):
+    webhook = 'admission webhook "policy.example.com" denied the request: no'
+    for status, words, error in (
+        (500, "not now", ClusterUnavailable),
+        (503, "not now", ClusterUnavailable),
+        (401, "Unauthorized", ClusterForbidden),
+        (403, "pods is forbidden", ClusterForbidden),
+        (400, webhook, ClusterForbidden),
+        (403, "exceeded quota: services", ClusterRefused),
+        (422, "never", ClusterRefused),
+    ):
+        api.failures.append(Refused(status, "", words))
+        with pytest.raises(error, match=words):
             await cluster.driver.list()
-    for status in (401, 403, 422):
-        api.failures.append(Refused(status, "Forbidden", "never"))
-        with pytest.raises(ClusterRefused, match="never"):
-            await cluster.driver.list()
+
+
+async def test_an_api_server_that_is_busy_is_left_alone_as_long_as_it_asks_and_then_asked_again(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, api = fake
+    wanted = await cluster.start()
+    seen = len(api.requests)
+    api.failures += [too_many_requests(1)]
+    began_at = asyncio.get_running_loop().time()
+    assert (await cluster.driver.observe(wanted.workflow_id)).is_ready
+    await cluster.driver.scale(wanted.workflow_id, 1)
+    assert asyncio.get_running_loop().time() - began_at >= 1
+    assert len(api.requests) - seen == 4
+    monkeypatch.setattr(kubernetes_api, "BUSY_SECONDS", 0)
+    api.failures += [too_many_requests(1)]
+    with pytest.raises(ClusterBusy) as busy:
+        await cluster.driver.scale(wanted.workflow_id, 2)
+    assert busy.value.retry_seconds == 1
+
+
+async def test_requests_beyond_the_budget_wait_their_turn() -> None:
+    budget = RequestBudget(per_second=100, burst_seconds=0.05)
+    loop = asyncio.get_running_loop()
+    began_at = loop.time()
+    await asyncio.gather(*(budget.acquire() for _ in range(5)))
+    burst_seconds = loop.time() - began_at
+    await asyncio.gather(*(budget.acquire() for _ in range(20)))
+    assert burst_seconds < 0.19 <= loop.time() - began_at
+
+
+async def test_a_watched_cluster_is_observed_for_nothing_and_scaled_by_one_request(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = await cluster.start()
+    async with watching(cluster, api) as changes:
+        seen = len(api.requests)
+        for replicas in (0, 1):
+            await cluster.driver.scale(wanted.workflow_id, replicas)
+            written = await cluster.driver.observe(wanted.workflow_id)
+            assert written.replicas == replicas
+            while not _is_done(await cluster.driver.observe(wanted.workflow_id), replicas):
+                await anext(changes)
+            assert [one.replicas for one in await cluster.driver.list()] == [replicas]
+        assert len(api.requests) - seen == 2
+
+
+def _is_done(observed: Observed, replicas: int) -> bool:
+    return observed.is_current and len(observed.pods) == len(observed.ready_pods) == replicas
+
+
+async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = await cluster.start()
+
+    async def is_refused() -> bool:
+        try:
+            await cluster.driver.observe(wanted.workflow_id)
+        except ClusterForbidden as error:
+            return "cannot list" in str(error)
+        return False
+
+    async def is_back() -> bool:
+        return not await is_refused() and (await cluster.driver.observe(wanted.workflow_id)).is_ready
+
+    async with watching(cluster, api):
+        api.refuses = lambda _, path: forbidden("list", "pods") if "/pods" in path else None
+        api.cut_watches()
+        await cluster.until_true(is_refused)
+        api.refuses = lambda *_: None
+        await cluster.until_true(is_back)
 
 
 async def test_a_write_that_meets_another_is_done_again(fake: Fake) -> None:
@@ -274,7 +361,7 @@ async def test_lists_are_whole_over_pages_that_expire(fake: Fake) -> None:
 async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterator[str]]:
     """Watch what is deployed, with nothing left to be told."""
     assert isinstance(cluster.driver, KubernetesDriver)
-    cluster.driver._first_pause_seconds = 0.02  # noqa: SLF001 - half a second is too long for a test
+    cluster.driver.cache.first_pause_seconds = 0.02  # half a second is too long for a test
     changes = cluster.driver.watch()
     try:
         async with asyncio.timeout(cluster.patience_seconds):
@@ -293,10 +380,9 @@ async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterato
 async def test_a_watch_goes_on_after_its_stream(fake: Fake, interrupt: Callable[[FakeApi], None]) -> None:
     cluster, api = fake
     api.node.runs_commands = False
-    wanted = await cluster.start()
+    await cluster.start()
     async with watching(cluster, api) as changes:
         interrupt(api)
-        assert await anext(changes) == wanted.workflow_id  # all are told again
         later = cluster.wanted()
         await cluster.driver.apply(later)
         while await anext(changes) != later.workflow_id:

@@ -41,6 +41,7 @@ from workers.cluster import local
 from workers.cluster.driver import ClusterUnavailable, Driver
 from workers.cluster.driver import Observed as Seen
 from workers.cluster.kubernetes import KubernetesDriver
+from workers.cluster.kubernetes_api import KubernetesApi
 
 PATIENCE_SECONDS = 60.0
 DEATHS = ((1, 1), (4, 2), (6, 4), (7, 6))
@@ -170,7 +171,7 @@ async def test_a_pod_that_is_gone_is_noticed_without_anybody_asking(
 # ── crashes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Mortal(KubernetesDriver):
+class Mortal(KubernetesApi):
     """Belongs to a process that dies at one of its changes: no request is sent from then on, and none is answered."""
 
     dies_at = 0
@@ -178,18 +179,31 @@ class Mortal(KubernetesDriver):
     def __init__(self, api: FakeApi) -> None:
         configured = client.ApiClient(client.Configuration(host=api.url))
         configured.set_default_header("Authorization", f"Bearer {api.token}")
-        super().__init__(configured, layout(), request_seconds=60)
+        super().__init__(configured, request_seconds=60)
         self.changes = 0
         self.is_dead = asyncio.Event()
 
-    async def _send(self, method: str, path: str, **more: Any) -> Any:  # noqa: ANN401 - as it is
+    async def send(self, method: str, path: str, **more: Any) -> Any:  # noqa: ANN401 - as it is
         if method in {"PATCH", "DELETE"}:
             self.changes += 1
             if self.changes == self.dies_at:
                 self.is_dead.set()
         if self.is_dead.is_set():
             await asyncio.Event().wait()
-        return await super()._send(method, path, **more)
+        return await super().send(method, path, **more)
+
+
+class MortalDriver(KubernetesDriver):
+    """Reads nothing from its cache either, once its process is dead."""
+
+    def __init__(self, api: Mortal) -> None:
+        super().__init__(api, layout())
+        self._mortal = api
+
+    async def observe(self, workflow_id: str) -> Seen:
+        if self._mortal.is_dead.is_set():
+            await asyncio.Event().wait()
+        return await super().observe(workflow_id)
 
 
 @pytest.fixture
@@ -222,7 +236,7 @@ async def died(world: World, workflow_id: str, api: FakeApi, stack: AsyncExitSta
     mortal.dies_at = dies_at
 
     async def open_driver() -> Driver:
-        return mortal
+        return MortalDriver(mortal)
 
     found = await stack.enter_async_context(
         deployer(world, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)

@@ -30,6 +30,19 @@ class ClusterUnavailable(ClusterError):
     """The cluster did not answer, or not in time; the same call may succeed later."""
 
 
+class ClusterBusy(ClusterError):
+    """The cluster puts requests off: the same call succeeds later, and nothing is wrong with what runs there."""
+
+    def __init__(self, message: str, *, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+        """How long the cluster asks to be left alone."""
+
+
+class ClusterForbidden(ClusterError):
+    """Rights or an admission webhook are in the way, which says nothing about the pods that run."""
+
+
 class ClusterRefused(ClusterError):
     """The cluster will not do it: the same call fails again until somebody changes something."""
 
@@ -163,8 +176,8 @@ class LogLine:
 class Driver(Protocol):
     """One cluster.
 
-    Every operation raises `ClusterUnavailable` when the cluster can't be reached in time, `ClusterRefused` when it says
-    no.
+    Every operation raises `ClusterUnavailable` when the cluster can't be reached in time, `ClusterBusy` when it puts
+    requests off, `ClusterForbidden` when it lets nobody ask, and `ClusterRefused` when it says no.
     """
 
     async def apply(self, wanted: Wanted) -> None:
@@ -174,16 +187,25 @@ class Driver(Protocol):
         """Ask for so many pods, and wait for none; raises `NotDeployed`."""
 
     async def observe(self, workflow_id: str) -> Observed:
-        """Tell what there is now; what does not exist is an answer too."""
+        """Tell what there is; what does not exist is an answer too.
+
+        While a watch is open it may answer from what that has brought, moments late.
+        """
+
+    async def observe_uncached(self, workflow_id: str) -> Observed:
+        """Tell what there is now, by asking the cluster itself."""
 
     async def list(self) -> tuple[Observed, ...]:
         """Tell of every deployment that was ever applied here and not deleted."""
 
     async def delete(self, workflow_id: str) -> bool:
-        """Remove all that belongs to a deployment; True once nothing is left, False when pods still end: ask again."""
+        """Remove all that belongs to a deployment; True once nothing is left, False when pods still end: ask again.
+
+        What pods need stays until they have ended.
+        """
 
     def watch(self) -> AsyncGenerator[str, None]:
-        """Yield ids of workflows to observe again: all of them at first and after each gap, then each that changes.
+        """Yield ids of workflows to observe again: all of them at first, then each that changes, over all gaps.
 
         A cluster that is away only makes it silent. To give up waiting for the next one ends it.
         """

@@ -147,6 +147,10 @@ class LocalDriver:
         deployment = self._deployments.get(workflow_id)
         return deployment.observed if deployment is not None else Observed(workflow_id, exists=False)
 
+    async def observe_uncached(self, workflow_id: str) -> Observed:
+        """Tell what there is."""
+        return await self.observe(workflow_id)
+
     async def list(self) -> tuple[Observed, ...]:
         """Tell of every deployment."""
         every = (deployment.observed for deployment in self._deployments.values())

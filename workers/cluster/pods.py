@@ -48,7 +48,7 @@ def observed(
     as the reason why none has.
     """
     listed = list(pods)
-    live = [pod for pod in listed if not _has_ended(pod)]
+    live = [pod for pod in listed if not has_ended(pod)]
     seen = tuple(_pod(pod, port) for pod in live)
     if deployment is None:
         return Observed(workflow_id, exists=False, pods=seen)
@@ -98,7 +98,8 @@ def _pod(pod: Manifest, port: int) -> Pod:
     )
 
 
-def _has_ended(pod: Manifest) -> bool:
+def has_ended(pod: Manifest) -> bool:
+    """Tell whether a pod has ended for good, such as an evicted one: it stays listed as long as its Deployment."""
     return (pod.get("status") or {}).get("phase") in {"Failed", "Succeeded"}
 
 

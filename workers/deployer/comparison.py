@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -120,25 +121,19 @@ def out_of_memory(processes: Collection[PodProcess], observed: Observed) -> froz
 
 
 def unknown(deployment: Deployment, reason: str) -> Sighting:
-    """Return what is stored where the cluster did not answer: what is wanted stays wanted."""
+    """Return the sighting where the cluster did not answer: desired state stays, and pods seen last may serve on."""
     last = last_sighting(deployment)
-    return Sighting(
-        observed=Stored.UNKNOWN,
-        observed_generation=last.observed_generation,
-        observed_definition_hash=last.observed_definition_hash,
-        observed_reason=reason,
-        failed_reason=last.failed_reason,
-        failed_reason_code=last.failed_reason_code,
-    )
+    return replace(last, observed=Stored.UNKNOWN, observed_reason=reason, observed_reason_code=None)
 
 
 def refused(deployment: Deployment, reason: str) -> Sighting:
-    """Return what is stored where the cluster will not do what is wanted."""
+    """Return the sighting where the cluster will not do it: ready pods of before serve on."""
     last = last_sighting(deployment)
-    return Sighting(
-        observed=Stored.FAILED,
+    is_serving = deployment.replicas > 0 and last.ready_replicas > 0
+    return replace(
+        last,
+        observed=Stored.OUTDATED if is_serving else Stored.FAILED,
         observed_generation=deployment.generation,
-        observed_definition_hash=last.observed_definition_hash,
         observed_reason=reason,
         observed_reason_code=REFUSED,
         failed_reason=reason,

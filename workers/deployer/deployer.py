@@ -145,7 +145,7 @@ class Deployer:
         sweeps = 0
         while True:
             try:
-                await self._add_unsettled()
+                await self._add_all(rows.unsettled)
                 if sweeps % SWEEPS_PER_COUNT == 0:
                     await self._count()
                 sweeps += 1
@@ -158,31 +158,26 @@ class Deployer:
                 log.exception("deployments not looked for")
             await asyncio.sleep(self._settings.deployer_sweep_seconds)
 
-    async def _add_unsettled(self) -> None:
+    async def _add_all(self, batch: Callable[..., Awaitable[Sequence[tuple[str, int]]]]) -> set[str]:
         """Look at rows of which no message has told; those that wait for a retry keep to it."""
+        found: set[str] = set()
         after = ""
-        while found := await rows.unsettled(self._database, after=after):
-            for workflow_id, generation in found:
+        while some := await batch(self._database, after=after):
+            for workflow_id, generation in some:
                 self._queue.add_unless_scheduled(workflow_id, generation)
-            after = found[-1][0]
-
-    async def _add_present(self) -> bool:
-        """Look at everything that there is, by the rows; tell whether there is anything."""
-        after = ""
-        while found := await rows.present(self._database, after=after):
-            for workflow_id in found:
-                self._queue.add(workflow_id)
-            after = found[-1]
-        return after != ""
+                found.add(workflow_id)
+            after = some[-1][0]
+        return found
 
     async def _count(self) -> None:
         """Look at everything that there is, by the rows and by the cluster."""
-        is_known = await self._add_present()
-        if not is_known and self._connection.current is None:
+        known = await self._add_all(rows.present)
+        if not known and self._connection.current is None:
             return  # nothing is deployed: the cluster need not be opened for that
         driver = await self._connection.driver()
         for observed in await driver.list():
-            self._queue.add(observed.workflow_id)
+            if observed.workflow_id not in known:
+                self._queue.add(observed.workflow_id)
         async with self._database.read() as connection:
             superseded = await deployment_token.superseded(connection)
         for workflow_id in superseded:

@@ -79,10 +79,12 @@ class LookQueue:
         self._enqueue(workflow_id, is_urgent=True)
 
     def add_unless_scheduled(self, workflow_id: str, generation: int) -> None:
-        """Ask for a look, unless a retry is scheduled already for the same generation of its row."""
+        """Ask for a look, unless one is under way, or a retry is scheduled for the same generation of its row."""
         entry = self._entries.get(workflow_id)
         if entry is None:
             self.add(workflow_id)
+        elif entry.is_taken:
+            return
         elif entry.generation is not None and entry.generation != generation:
             self.add_urgent(workflow_id)
         elif entry.timer is None:

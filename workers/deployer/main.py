@@ -89,6 +89,7 @@ async def open_driver(settings: DeployerSettings) -> Driver:
         )
 
     from workers.cluster import kubernetes  # noqa: PLC0415 - its client costs 140 MB, which local pods save
+    from workers.cluster.kubernetes_api import RequestBudget  # noqa: PLC0415 - the same
     from workers.cluster.manifests import Layout  # noqa: PLC0415 - the same
 
     layout = Layout(
@@ -101,4 +102,5 @@ async def open_driver(settings: DeployerSettings) -> Driver:
         image_pull_secrets=settings.kubernetes_image_pull_secrets,
         dns_endpoints=settings.dns_endpoints,
     )
-    return await kubernetes.connect(layout, kubeconfig=settings.kubeconfig)
+    budget = RequestBudget(settings.kubernetes_requests_per_second)
+    return await kubernetes.connect(layout, kubeconfig=settings.kubeconfig, budget=budget)

@@ -18,7 +18,7 @@ from models import deployment_token
 from models.database import DatabaseUnavailable
 from models.deployment import Observed as Stored
 from models.lifecycle import LifecycleAction
-from workers.cluster.driver import ClusterError, ClusterUnavailable, NotDeployed, Resources, Wanted
+from workers.cluster.driver import ClusterBusy, ClusterError, ClusterRefused, NotDeployed, Resources, Wanted
 from workers.deployer import comparison, rows
 from workers.deployer.comparison import Step
 from workers.deployer.look_queue import Backoff, Retry
@@ -42,7 +42,10 @@ WHILE_CHANGING: Final = Backoff(1.0, 30.0)
 """For pods that come and go: the cluster notifies of them, and a retry makes up for what was missed."""
 WHILE_DRAINING: Final = Backoff(1.0, 1.0)
 """For runs of a drain: nothing notifies of their ends."""
+WHILE_REFUSED: Final = Backoff(5.0, 60.0)
+"""For changes that the cluster refuses: each attempt costs up to seven requests, and nothing notifies of a cure."""
 LATER: Final = Retry(WHILE_CHANGING)
+MUCH_LATER: Final = Retry(WHILE_REFUSED)
 AT_ONCE: Final = Retry(WHILE_CHANGING, within_seconds=0)
 """For a row that somebody else has changed since it was read."""
 
@@ -100,19 +103,34 @@ class Reconciler:
             # Read before the pods are: a holder that is known by then, and is not among the pods, is gone.
             holders = await pod_leases.holders(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
-            gone = comparison.gone(holders, observed)
-            await self._take_back(workflow_id, gone, comparison.out_of_memory(gone, observed))
-            if found is None:
-                return await self._remove_unknown(driver, observed)
-            if self._step(found.deployment, observed) is not Step.NONE:
-                return await self._act(driver, workflow_id)
-            if not found.deployment.is_deployed:
-                return None
-            return await self._note(found.deployment, self._sighting(found, observed))
-        except ClusterUnavailable as error:
-            return await self._note_trouble(workflow_id, error, comparison.unknown)
+            if comparison.gone(holders, observed):
+                # A cache may not know a pod yet that has taken a run already.
+                observed = await driver.observe_uncached(workflow_id)
+        except ClusterBusy as error:
+            return _put_off(workflow_id, error)
+        except ClusterError as error:  # a read that is refused says nothing about pods
+            return await self._note_trouble(workflow_id, error, comparison.unknown, LATER)
+        gone = comparison.gone(holders, observed)
+        await self._take_back(workflow_id, gone, comparison.out_of_memory(gone, observed))
+        try:
+            return await self._bring_about(driver, workflow_id, found, observed)
+        except ClusterBusy as error:
+            return _put_off(workflow_id, error)
+        except ClusterRefused as error:
+            return await self._note_trouble(workflow_id, error, comparison.refused, MUCH_LATER)
         except ClusterError as error:
-            return await self._note_trouble(workflow_id, error, comparison.refused)
+            return await self._note_trouble(workflow_id, error, comparison.unknown, MUCH_LATER)
+
+    async def _bring_about(
+        self, driver: Driver, workflow_id: str, found: Found | None, observed: Observed
+    ) -> Retry | None:
+        if found is None:
+            return await self._remove_unknown(driver, observed)
+        if self._step(found.deployment, observed) is not Step.NONE:
+            return await self._act(driver, workflow_id)
+        if not found.deployment.is_deployed:
+            return None
+        return await self._note(found.deployment, self._sighting(found, observed))
 
     def _step(self, deployment: Deployment, observed: Observed) -> Step:
         return comparison.step(deployment, observed, is_applied=deployment.workflow_id in self._applied)
@@ -246,13 +264,15 @@ class Reconciler:
         return retry
 
     async def _note_trouble(
-        self, workflow_id: str, error: ClusterError, told: Callable[[Deployment, str], Sighting]
-    ) -> Retry | None:
+        self, workflow_id: str, error: ClusterError, told: Callable[[Deployment, str], Sighting], retry: Retry
+    ) -> Retry:
+        """Store why nothing is known, or nothing can be done; return when to try again."""
         log.warning("cluster in the way", workflow_id=workflow_id, error=str(error))
         found = await rows.find(self._database, workflow_id)
         if found is None:
-            return LATER
-        return await self._note(found.deployment, told(found.deployment, str(error)))
+            return retry
+        noted = await self._note(found.deployment, told(found.deployment, str(error)))
+        return AT_ONCE if noted is AT_ONCE else retry
 
     async def revoke_superseded(self, driver: Driver, workflow_id: str) -> None:
         """Revoke tokens that no pod has any more: those of pods that were replaced, once they are gone."""
@@ -265,3 +285,9 @@ class Reconciler:
         await self._database.transaction(
             partial(deployment_token.revoke_superseded, workflow_id=workflow_id, before=before, now=found.now)
         )
+
+
+def _put_off(workflow_id: str, error: ClusterBusy) -> Retry:
+    """Return when to try again what the cluster has put off; what was seen last still holds."""
+    log.info("cluster busy", workflow_id=workflow_id, seconds=error.retry_seconds)
+    return Retry(Backoff(error.retry_seconds, max(error.retry_seconds, WHILE_CHANGING.longest_seconds)))

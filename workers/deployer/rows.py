@@ -125,10 +125,13 @@ async def unsettled(database: Database, *, after: str = "") -> Sequence[tuple[st
         return [(row[0], row[1]) for row in await connection.execute(statement)]
 
 
-async def present(database: Database, *, after: str = "") -> Sequence[str]:
-    """Return the workflows of which a cluster has, or may have something, in batches; raises `DatabaseUnavailable`."""
+async def present(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
+    """Return workflows of which a cluster has, or may have something, with the generations of their rows, in batches.
+
+    Raises `DatabaseUnavailable`.
+    """
     statement = (
-        select(col(Deployment.workflow_id))
+        select(col(Deployment.workflow_id), col(Deployment.generation))
         .where(
             col(Deployment.workflow_id) > after,
             or_(col(Deployment.is_deployed), col(Deployment.observed) != Observed.ABSENT),
@@ -137,7 +140,7 @@ async def present(database: Database, *, after: str = "") -> Sequence[str]:
         .limit(BATCH_DEPLOYMENTS)
     )
     async with database.read() as connection:
-        return list(await connection.scalars(statement))
+        return [(row[0], row[1]) for row in await connection.execute(statement)]
 
 
 # ── one deployer at a time ──────────────────────────────────────────────────────────────────────────────────

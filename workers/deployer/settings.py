@@ -59,6 +59,11 @@ class DeployerSettings(ExecutionSettings, Settings):
             " of the DNS pods unless it is 53: `kube-system`, `openshift-dns:5353`, `169.254.20.10`."
         ),
     )
+    kubernetes_requests_per_second: float = Field(
+        default=20.0,
+        gt=0,
+        description="Requests that a deployer sends to the API server of Kubernetes at most; twice as many at once.",
+    )
     runner_image: str = Field(default="pilotflame-runner", description="Image of pods on Kubernetes.")
     runner_gateway_url: str = Field(
         default="",

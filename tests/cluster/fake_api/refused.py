@@ -13,6 +13,7 @@ class Refused(Exception):
         self.status = status
         self.reason = reason
         self.metadata = metadata
+        self.headers: dict[str, str] = {}
 
     @property
     def body(self) -> Json:
@@ -25,6 +26,19 @@ class Refused(Exception):
             "reason": self.reason,
             "code": self.status,
         }
+
+
+def too_many_requests(seconds: int) -> Refused:
+    refused = Refused(429, "TooManyRequests", "too many requests, please try again later")
+    refused.headers["Retry-After"] = str(seconds)
+    return refused
+
+
+def forbidden(verb: str, resource: str) -> Refused:
+    user = "system:serviceaccount:pilotflame:pilotflame-deployer"
+    return Refused(
+        403, "Forbidden", f'{resource} is forbidden: User "{user}" cannot {verb} resource "{resource}"'
+    )
 
 
 def bad_request(message: str) -> Refused:

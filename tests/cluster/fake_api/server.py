@@ -58,6 +58,8 @@ class FakeApi:
     """Answers to the next requests."""
     outage: Refused | None = None
     """The answer to every request, as long as it is set."""
+    refuses: Callable[[str, str], Refused | None] = lambda *_: None
+    """Answer to each request with this method and path with query, until it is changed; None: as usual."""
     is_silent: bool = False
     """It takes requests, and answers none."""
     page_size: int | None = None
@@ -133,6 +135,9 @@ class FakeApi:
                 raise self.failures.pop(0)
             if self.outage is not None:
                 raise self.outage
+            refused = self.refuses(request.method, request.path_qs)
+            if refused is not None:
+                raise refused
             target = _target(request.path)
             self._authorize(request, target)
             if request.method == "GET":
@@ -140,7 +145,7 @@ class FakeApi:
             status, body = self._write(request, target, raw)
             return web.json_response(body, status=status)
         except Refused as refused:
-            return web.json_response(refused.body, status=refused.status)
+            return web.json_response(refused.body, status=refused.status, headers=refused.headers)
 
     def _authorize(self, request: web.Request, target: Target) -> None:
         given = request.headers.get("Authorization")

@@ -1,0 +1,210 @@
+"""The requests that a deployer sends to its cluster, and what it does where they are refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from journal import wakes
+from models.deployment import Deployment, DeploymentStatus, Observed, status_of
+from scheduler import lifecycle
+from tests.cluster.fake_api import FakeApi
+from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
+from tests.cluster.world import Cluster, on_fake, turn_until
+from tests.integration.deployers import asked, deployer, forget_deployments, row, until
+from tests.integration.gateway_world import GRAPH, People, World, open_world
+from tests.integration.test_deployer import is_running
+from tests.services import PostgreSQL
+from workers.cluster.kubernetes import KubernetesDriver
+from workers.deployer import reconciler, rows
+from workers.deployer.look_queue import Backoff, Retry
+
+OFTEN = Backoff(0.02, 0.02)
+SWEEP_SECONDS = 0.05
+DENIED = Refused(400, "BadRequest", 'admission webhook "policy.example.com" denied the request: not here')
+WATCH_REQUESTS = 4
+"""Two lists and two watches, of Deployments and of pods, of whatever number."""
+
+
+class Calls:
+    """Calls of a function, counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def counted(self, function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        def call(*values: Any, **named: Any) -> Awaitable[Any]:  # noqa: ANN401 - as they are
+            self.count += 1
+            return function(*values, **named)
+
+        return call
+
+    async def happen(self, count: int) -> None:
+        """Wait for so many more calls."""
+        before = self.count
+        async with asyncio.timeout(30):
+            while self.count - before < count:  # noqa: ASYNC110 - of a function that sets no event
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+async def world(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """Yield a gateway on one database: requests to a cluster know nothing of it."""
+    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
+@pytest.fixture
+async def fake(tmp_path: Path) -> AsyncIterator[tuple[Cluster, FakeApi]]:
+    async with on_fake(tmp_path) as (cluster, api):
+        api.node.runs_commands = False
+        yield cluster, api
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
+    yield
+    await forget_deployments(world)
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls = Calls()
+    monkeypatch.setattr(rows, "unsettled", calls.counted(rows.unsettled))
+    return calls
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls = Calls()
+    monkeypatch.setattr(KubernetesDriver, "observe", calls.counted(KubernetesDriver.observe))
+    return calls
+
+
+async def deployed(people: People, count: int = 1) -> list[str]:
+    workflow_ids = [await people.owner.create(**GRAPH) for _ in range(count)]
+    for workflow_id in workflow_ids:
+        await asked(people.owner, "deploy", workflow_id, 202)
+    return workflow_ids
+
+
+def is_stopped(deployment: Deployment) -> bool:
+    return status_of(deployment) is DeploymentStatus.STOPPED
+
+
+def is_unknown(deployment: Deployment) -> bool:
+    return status_of(deployment) is DeploymentStatus.UNKNOWN
+
+
+async def test_stops_and_starts_cost_a_request_each_and_rest_costs_none(
+    world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
+) -> None:
+    cluster, api = fake
+    workflow_ids = await deployed(people, 3)
+    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
+        for workflow_id in workflow_ids:
+            await until(world, workflow_id, is_running)
+        seen = len(api.requests)
+        for _ in range(3):
+            await asked(people.owner, "stop", workflow_ids[0], 202)
+            await until(world, workflow_ids[0], is_stopped)
+            await asked(people.owner, "start", workflow_ids[0], 202)
+            await until(world, workflow_ids[0], is_running)
+        assert [one.split(" ")[0] for one in api.requests[seen:]] == ["PATCH"] * 6
+        seen = len(api.requests)
+        await sweeps.happen(30)  # of which two look at everything that there is
+        assert api.requests[seen:] == []
+        api.end_watches()
+        await turn_until(lambda: api.watches == 2 and len(api.requests) - seen >= WATCH_REQUESTS)
+        assert len(api.requests) - seen == WATCH_REQUESTS
+
+
+async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_starts_when_there_is_some(
+    world: World,
+    people: People,
+    fake: tuple[Cluster, FakeApi],
+    looks: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster, api = fake
+    monkeypatch.setattr(reconciler, "LATER", Retry(OFTEN))
+    await cluster.set_quota({"pods": "0"})
+    (workflow_id,) = await deployed(people)
+    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
+        await until(world, workflow_id, lambda one: "quota" in (one.observed_reason or ""))
+        seen = len(api.requests)
+        await looks.happen(20)
+        assert api.requests[seen:] == []
+        await cluster.set_quota(None)
+        await until(world, workflow_id, is_running)
+
+
+async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_tried_again_seldom(
+    world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
+) -> None:
+    cluster, api = fake
+    api.refuses = lambda method, path: DENIED if method == "PATCH" and "/deployments/" in path else None
+    (workflow_id,) = await deployed(people)
+    async with deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ) as found:
+        denied = await until(world, workflow_id, is_unknown)
+        assert "policy.example.com" in (denied.observed_reason or "")
+        seen = len(api.requests)
+        await sweeps.happen(15)
+        assert api.requests[seen:] == [], "the first retry is five seconds away"
+        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+        assert (await row(world, workflow_id)).replicas == 1
+        api.refuses = lambda *_: None
+        found.look_at(workflow_id)
+        await until(world, workflow_id, is_running)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
+    world: World, people: People, fake: tuple[Cluster, FakeApi], status: int
+) -> None:
+    cluster, api = fake
+    refusal = forbidden("list", "pods") if status == 403 else Refused(401, "Unauthorized", "Unauthorized")
+    (workflow_id,) = await deployed(people)
+    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
+        before = await until(world, workflow_id, is_running)
+        seen = len(api.requests)
+        api.refuses = lambda *_: refusal
+        api.cut_watches()
+        unknown = await until(world, workflow_id, is_unknown)
+        assert str(refusal) in (unknown.observed_reason or "")
+        assert (unknown.ready_addresses, wakes.is_ready(unknown)) == (before.ready_addresses, True)
+        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+        kept = await row(world, workflow_id)
+        assert (kept.replicas, kept.generation) == (1, before.generation)
+        api.refuses = lambda *_: None
+        healed = await until(world, workflow_id, is_running)
+        assert (healed.generation, healed.observed_reason) == (before.generation, None)
+        assert all(request.startswith("GET ") for request in api.requests[seen:])
+
+
+async def test_a_busy_api_server_makes_nothing_unknown(
+    world: World, people: People, fake: tuple[Cluster, FakeApi], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, api = fake
+    monkeypatch.setattr("workers.cluster.kubernetes_api.BUSY_SECONDS", 0)
+    monkeypatch.setattr(reconciler.WHILE_CHANGING.__class__, "delay", lambda *_: 0.05)
+    (workflow_id,) = await deployed(people)
+    seen: set[str] = set()
+    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
+        await until(world, workflow_id, is_running)
+        api.refuses = lambda method, _: too_many_requests(0) if method == "PATCH" else None
+        await asked(people.owner, "start", workflow_id, 202, replicas=2)
+        requests = len(api.requests)
+        async with asyncio.timeout(30):
+            while len(api.requests) - requests < 5:
+                seen.add((await row(world, workflow_id)).observed)
+                await asyncio.sleep(0.01)
+        api.refuses = lambda *_: None
+        await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+    assert seen == {Observed.RUNNING}

@@ -1,0 +1,249 @@
+"""Cache of the Deployments and pods of one namespace, kept by list and watch."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from workers.cluster.changes import Changes
+from workers.cluster.driver import ClusterBusy, ClusterError, ClusterUnavailable
+from workers.cluster.kubernetes_api import KubernetesApi, ObjectAbsent, ObjectConflict, VersionExpired
+from workers.cluster.manifests import WORKFLOW_ANNOTATION, WORKFLOW_LABEL, Manifest
+
+WATCH_SECONDS: Final = 120
+"""The API server ends a watch after so long, and everything is listed again: events that were missed show then."""
+FIRST_PAUSE_SECONDS: Final = 0.5
+MAX_PAUSE_SECONDS: Final = 10.0
+MAX_DOUBLINGS: Final = 16
+STEADY_SECONDS: Final = 30.0
+"""A stream that lasted so long is opened again at once; shorter ones after longer and longer pauses."""
+_UNUSED: Final[Mapping[str, Sequence[str]]] = {
+    "metadata": ("managedFields",),
+    "spec": ("template", "containers", "volumes"),
+}
+"""Large parts that no reader needs."""
+
+log = structlog.get_logger()
+
+
+def workflow_of(item: Manifest) -> str | None:
+    """Return the id that an object was made for; None for one that is only labelled like ours."""
+    annotations = item.get("metadata", {}).get("annotations") or {}
+    workflow_id: str | None = annotations.get(WORKFLOW_ANNOTATION)
+    return workflow_id
+
+
+@dataclass
+class WatchedCollection:
+    """Objects of one kind: by the name of their workflow, then by their own."""
+
+    path: str
+    is_synced: bool = False
+    error: ClusterError | None = None
+    """The failure that keeps it from being listed; None while none is known."""
+    _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
+
+    def of(self, name: str) -> tuple[Manifest, ...]:
+        """Return the objects of a workflow, by its name in the cluster."""
+        return tuple(self._objects.get(name, {}).values())
+
+    def __iter__(self) -> Iterator[Manifest]:
+        for objects in self._objects.values():
+            yield from objects.values()
+
+    def replace(self, items: Sequence[Manifest], version: str) -> set[str]:
+        """Take a whole list; return the ids of workflows of which something has changed."""
+        listed = {item["metadata"]["uid"] for item in items}
+        gone = [
+            one
+            for one in self
+            # Written by this process, and answered, after the list was made.
+            if one["metadata"]["uid"] not in listed and _version(one["metadata"]) <= _number(version)
+        ]
+        changed = [*(one for one in gone if self.remove(one)), *(one for one in items if self.put(one))]
+        return {workflow_id for one in changed if (workflow_id := workflow_of(one)) is not None}
+
+    def put(self, item: Manifest) -> bool:
+        """Take an object as it is now; False where this or a later state of it is known."""
+        metadata = item["metadata"]
+        objects = self._objects.setdefault(_owner(item), {})
+        known = objects.get(metadata["name"])
+        if known is not None and 0 < _version(metadata) <= _version(known["metadata"]):
+            return False
+        objects[metadata["name"]] = _slim(item)
+        return True
+
+    def remove(self, item: Manifest) -> bool:
+        """Forget an object; False where another one bears its name by now."""
+        objects = self._objects.get(_owner(item), {})
+        known = objects.get(item["metadata"]["name"])
+        if known is None or known["metadata"]["uid"] != item["metadata"]["uid"]:
+            return False
+        del objects[item["metadata"]["name"]]
+        if not objects:
+            del self._objects[_owner(item)]
+        return True
+
+    def clear(self) -> None:
+        self._objects.clear()
+        self.is_synced, self.error = False, None
+
+
+class WatchCache:
+    """Deployments and pods of ours, as long as anybody watches them."""
+
+    def __init__(
+        self,
+        api: KubernetesApi,
+        *,
+        deployments: str,
+        pods: str,
+        label: str,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
+    ) -> None:
+        self.deployments = WatchedCollection(deployments)
+        self.pods = WatchedCollection(pods)
+        self.first_pause_seconds = first_pause_seconds
+        self._api = api
+        self._label = label
+        self._watchers: set[Changes] = set()
+        self._followers: set[asyncio.Task[Any]] = set()
+        self._outcome = asyncio.Event()
+        """Set when a list has come or failed."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody watches, so that the cache is kept."""
+        return bool(self._followers)
+
+    async def watch(self) -> AsyncGenerator[str, None]:
+        """Yield the ids of workflows of which something has changed, at first of all."""
+        changes = Changes()
+        self._watchers.add(changes)
+        changes.add(
+            workflow_id
+            for collection in (self.deployments, self.pods)
+            for one in collection
+            if (workflow_id := workflow_of(one)) is not None
+        )
+        if not self._followers:
+            for collection in (self.deployments, self.pods):
+                self._followers.add(asyncio.create_task(self._follow(collection)))
+        upcoming: asyncio.Task[str] | None = None
+        try:
+            while True:
+                upcoming = asyncio.create_task(changes.next())
+                done, _ = await asyncio.wait(
+                    {upcoming, *self._followers}, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done - {upcoming}:
+                    task.result()  # a follower has no end but an error that nobody has foreseen
+                yield upcoming.result()
+        finally:
+            if upcoming is not None:
+                upcoming.cancel()
+            self._watchers.discard(changes)
+            if not self._watchers:
+                await self.close()
+
+    async def close(self) -> None:
+        """Stop to follow the API server, and forget everything."""
+        followers, self._followers = self._followers, set()
+        for follower in followers:
+            follower.cancel()
+        await asyncio.gather(*followers, return_exceptions=True)
+        for collection in (self.deployments, self.pods):
+            collection.clear()
+
+    async def synced(self, seconds: float) -> None:
+        """Wait until both collections are known; raises the `ClusterError` that keeps them from it."""
+        await asyncio.sleep(0)  # whoever reads over and over lets the events come in
+        try:
+            async with asyncio.timeout(seconds):
+                for collection in (self.deployments, self.pods):
+                    while not collection.is_synced:
+                        if collection.error is not None:
+                            raise collection.error
+                        self._outcome.clear()
+                        await self._outcome.wait()
+        except TimeoutError as error:
+            message = f"The API server has not listed what there is within {seconds:g} s"
+            raise ClusterUnavailable(message) from error
+
+    async def _follow(self, collection: WatchedCollection) -> None:
+        """List, then take events, over and over: the next list makes up for events that a gap has swallowed."""
+        loop = asyncio.get_running_loop()
+        pauses = 0
+        while True:
+            began_at = loop.time()
+            try:
+                items, version = await self._api.list(collection.path, self._label)
+                self._tell(collection.replace(items, version))
+                self._set_outcome(collection, None)
+                await self._take_events(collection, version)
+            except VersionExpired:
+                log.info("cluster watch expired", path=collection.path)
+            except ClusterBusy as error:
+                log.info("cluster busy", path=collection.path, seconds=error.retry_seconds)
+            except (ClusterError, ObjectAbsent, ObjectConflict) as error:
+                log.warning("cluster not watched", path=collection.path, error=str(error))
+                if collection.is_synced:
+                    collection.is_synced = False  # the next list tells whether it is out of reach
+                elif isinstance(error, ClusterError):
+                    self._set_outcome(collection, error)
+            if loop.time() - began_at > STEADY_SECONDS:
+                pauses = 0
+                continue
+            pause_seconds = min(self.first_pause_seconds * 2**pauses, MAX_PAUSE_SECONDS)
+            pauses = min(pauses + 1, MAX_DOUBLINGS)
+            # Not all that were cut off at once come back at once.
+            await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311
+
+    async def _take_events(self, collection: WatchedCollection, version: str) -> None:
+        def take(event: Manifest) -> None:
+            if event["type"] == "BOOKMARK":
+                return
+            item = event["object"]
+            is_news = collection.remove(item) if event["type"] == "DELETED" else collection.put(item)
+            workflow_id = workflow_of(item)
+            if is_news and workflow_id is not None:
+                self._tell({workflow_id})
+
+        query = {"labelSelector": self._label, "resourceVersion": version}
+        await self._api.watch(collection.path, query, seconds=WATCH_SECONDS, on_event=take)
+
+    def _set_outcome(self, collection: WatchedCollection, error: ClusterError | None) -> None:
+        collection.is_synced, collection.error = error is None, error
+        self._outcome.set()
+
+    def _tell(self, workflow_ids: set[str]) -> None:
+        for watcher in self._watchers:
+            watcher.add(workflow_ids)
+
+
+def _owner(item: Manifest) -> str:
+    owner: str = (item["metadata"].get("labels") or {}).get(WORKFLOW_LABEL, "")
+    return owner
+
+
+def _version(metadata: Manifest) -> int:
+    return _number(metadata.get("resourceVersion", ""))
+
+
+def _number(version: str) -> int:
+    """Return what orders two states of an object: versions are whole numbers, documented so since 1.35."""
+    return int(version) if version.isdecimal() else 0
+
+
+def _slim(item: Manifest) -> Manifest:
+    return {
+        part: {name: one for name, one in value.items() if name not in _UNUSED[part]}
+        if part in _UNUSED
+        else value
+        for part, value in item.items()
+    }
