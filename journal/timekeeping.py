@@ -44,7 +44,7 @@ LEAVE_SECONDS: Final = 3.0
 _IS_RUNNING: Final = col(Execution.status) == ExecutionStatus.RUNNING
 _IS_WAITING: Final = col(Execution.status) == ExecutionStatus.WAITING
 _SLEEPS: Final = col(SpanRow.status).in_([SpanStatus.WAITING.value, SpanStatus.RETRYING.value])
-_ENDS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | None], ...]] = (
+ENDS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | None], ...]] = (
     (Execution, "lease_until", _IS_RUNNING),
     # A run that waits keeps what is left of its time instead.
     (Execution, "deadline_at", ~_IS_WAITING & col(Execution.ended_at).is_(None)),
@@ -85,7 +85,7 @@ async def follow(database: Database) -> None:
 
     async def work(connection: AsyncConnection) -> None:
         nonlocal has_moved
-        for table, name, is_going_on in _ENDS:
+        for table, name, is_going_on in ENDS:
             column = getattr(table, name)
             statement = update(table).values({name: type_coerce(column, BigInteger) + step})
             statement = statement.where(column.is_not(None))

@@ -62,7 +62,7 @@ async def _serve(settings: RunnerSettings) -> None:
         gateway = Gateway(settings)
         orphaned = asyncio.create_task(_stop_when_orphaned(gateway, settings, stop))
         try:
-            contact = await _first_contact(gateway, settings, stop)
+            contact = await make_first_contact(gateway, settings, stop)
             if contact is not None:
                 async with working(settings, gateway, contact, life):
                     garbage.settle()
@@ -83,7 +83,9 @@ async def _stop_when_orphaned(gateway: Gateway, settings: RunnerSettings, stop: 
     stop.set()
 
 
-async def _first_contact(gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event) -> Contact | None:
+async def make_first_contact(
+    gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event
+) -> Contact | None:
     """Return what the gateway says first, as soon as it does; None where this is to stop before."""
     while not stop.is_set():
         try:

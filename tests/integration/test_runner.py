@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,10 +43,13 @@ from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import Bearer
 from models.pod_processes import PodProcess, lease_owner
+from runner import main as runners
 from runner import reporter
 from runner.news import REFUSED_SECONDS, GatewayNews
+from runner.remote_store import RemoteStore
 from runner.settings import RunnerSettings
 from tests import commands
+from tests.integration import run_world
 from tests.integration.gateway_world import SECRET
 from tests.integration.run_world import Place, Where, World, opened
 from tests.receiver import Receiver, receiving
@@ -720,6 +724,37 @@ async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begi
         assert await pods.status(key) == "running"
     assert (await held.ask(line, pods.token, PodProcess(POD.pod, after).name)).status_code == 200
     assert await pods.status(key) == "pending"
+
+
+@ON_POSTGRES
+async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers(pods: Pods) -> None:
+    settings = RunnerSettings(
+        runner_gateway_url=pods.gateway.url,
+        runner_token=SecretStr(pods.token),
+        runner_workflow_id=pods.place.workflow_id,
+    )
+    gateway = reporter.Gateway(settings, POD)
+    store = RemoteStore(gateway)
+    await pods.accept(SIMPLE)
+
+    def mislead(days: int) -> None:
+        wrong = datetime.now(UTC) + timedelta(days=days)
+        gateway.clock.learn(wrong, time.monotonic(), time.monotonic())
+        assert not is_right()
+
+    def is_right() -> bool:
+        return abs(store.clock.now() - datetime.now(UTC)) < timedelta(seconds=PATIENCE_SECONDS)
+
+    mislead(1)
+    await runners.make_first_contact(gateway, settings, asyncio.Event())
+    assert is_right()
+    mislead(-1)
+    (one,) = await store.claim(Claim("pod", LEASE_SECONDS, 1))
+    assert is_right()
+    mislead(1)
+    assert await store.renew([run_world.held(one)], LEASE_SECONDS)
+    assert is_right()
+    await gateway.close()
 
 
 @ON_SQLITE
