@@ -11,6 +11,7 @@ from gateway.http.responses import JsonResponse
 NOT_READY_RETRY_SECONDS = 1
 CONCURRENCY_RETRY_SECONDS = 5
 BLOCKED_RETRY_SECONDS = 15
+TRIGGER_RETRY_SECONDS = 60
 START_RETRY_SECONDS = 60
 """As long as until a start that has failed is tried again anyway."""
 
@@ -38,6 +39,11 @@ class ApiError(Exception):
         """A delivery tells of it."""
         if retry_after_seconds is not None:
             self.headers["Retry-After"] = str(retry_after_seconds)
+
+    @property
+    def is_for_owner(self) -> bool:
+        """Whether the owner of a workflow has to mend something before the same request can be taken in."""
+        return self.code == "trigger-not-ready"
 
     def response(self, request_id: str) -> JsonResponse:
         error = {"code": self.code, "message": self.message, "details": self.details}
@@ -98,6 +104,14 @@ def too_large(limit_bytes: int, setting: str) -> ApiError:
 
 def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
     return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
+
+
+def trigger_not_ready(message: str) -> ApiError:
+    """Return the refusal of a request that waits for the workflow's owner to mend the trigger.
+
+    Its sender comes again, and a delivery tells the owner.
+    """
+    return ApiError(503, "trigger-not-ready", message, retry_after_seconds=TRIGGER_RETRY_SECONDS)
 
 
 def busy(message: str, *, closes: bool = False) -> ApiError:

@@ -90,6 +90,8 @@ class Delivery(SQLModel, table=True):
     """
     payload: str | None = Field(default=None, sa_column=Column(Text))
     """JSON: what the run would have been given, of what was refused and may be tried again."""
+    derived_key: str | None = Field(default=None, sa_column=Column(Text))
+    """JSON of what was refused: the idempotency key that a repetition by its sender has, and that a redrive uses up."""
     redriven_from: str | None = None
     """The delivery that this one repeats."""
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))

@@ -5,8 +5,8 @@ Those that bring something are committed together with that, by the store.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +19,7 @@ from journal.grouping import GroupCommit
 from messages.buckets import Demand, LocalBuckets, Rate
 from models.database import DatabaseUnavailable
 from models.intake import Delivery, Outcome
+from senders.refusals import Refused
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -34,6 +35,8 @@ NOT_FOUND: Final = 404
 SERVER_ERROR: Final = 500
 KEPT: Final = Rate(per_second=100_000, burst=20_000_000)
 """Characters of what is refused that are kept of one organisation: a flood of it fills no disk."""
+UNVERIFIED: Final = Rate(per_second=60 / 3_600, burst=60)
+"""Requests noted for one workflow that nobody could verify."""
 
 
 class Deliveries:
@@ -58,14 +61,20 @@ class Deliveries:
 
     @asynccontextmanager
     async def refusals(self, sent: Sent) -> AsyncIterator[None]:
-        """Note why a request is refused, if it is; faults of ours are no refusals: senders come again with the same."""
+        """Note why a request is refused, if it is.
+
+        Faults of ours are no refusals: senders come again with the same. Those of a workflow's owner are: a delivery
+        tells the owner.
+        """
         try:
             yield
         except ApiError as error:
+            if error.is_noted:
+                raise
             if error.status == NOT_FOUND:
                 raise  # a delivery to what isn't there for its sender is nobody's to look at
             error.is_noted = True
-            if error.status < SERVER_ERROR:
+            if error.status < SERVER_ERROR or error.is_for_owner:
                 delivery = sent.refused(self._database.clock.now(), error)
                 if not self._has_room(delivery):
                     delivery.payload = None
@@ -73,6 +82,23 @@ class Deliveries:
                     await self.note(delivery)
                 elif self._group.depth < MAX_WAITING:
                     self._group.submit(delivery)
+            raise
+
+    @asynccontextmanager
+    async def unverified(self, sent: Sent, describe: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+        """Note a request that can't be verified since its trigger isn't ready; a few of each workflow in an hour.
+
+        Anybody can send such a request. `describe` adds to `sent` what a redrive needs.
+        """
+        try:
+            yield
+        except ApiError as error:
+            bucket = Demand(f"unverified {sent.workflow_id}", UNVERIFIED, needed=1, wanted=1)
+            if error.is_for_owner and self._kept.take(bucket, monotonic()).tokens:
+                error.is_noted = True
+                with suppress(ApiError, Refused, ValueError):
+                    await describe()
+                await self.note(sent.refused(self._database.clock.now(), error))
             raise
 
     def _has_room(self, delivery: Delivery) -> bool:

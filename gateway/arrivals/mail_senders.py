@@ -31,7 +31,6 @@ from senders.refusals import Refused
 if TYPE_CHECKING:
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
-    from nodes.connections.source import Source
     from senders.arrival import Arrival
     from senders.signatures import Verified
 
@@ -250,7 +249,9 @@ async def _signature(gateway: State, addressee: Addressee, arrival: Arrival, kin
         verified = await patience.patiently(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
         return _proof("sendgrid", verified)
     if kind in MAILGUN and trigger.mailgun is not None:
-        source = await secret_of(gateway, addressee, trigger.mailgun.signing_key, "webhook-secret")
+        source = await trigger_secrets.source(
+            gateway, addressee.workflow, trigger.mailgun.signing_key, {"webhook-secret"}
+        )
         verified = await patience.patiently(mailgun.verify, arrival, [source.secrets.get("secret", "")])
         return _proof("mailgun", verified)
     if kind is MailKind.SNS and trigger.ses is not None:
@@ -278,23 +279,13 @@ async def _credentials(gateway: State, addressee: Addressee, arrival: Arrival) -
     trigger = addressee.trigger
     scheme, _, given = (arrival.headers.one("Authorization") or "").partition(" ")
     if scheme.lower() == "basic" and trigger.basic_auth:
-        source = await secret_of(gateway, addressee, trigger.basic_auth, "http-basic")
+        source = await trigger_secrets.source(gateway, addressee.workflow, trigger.basic_auth, {"http-basic"})
         username, password = source.settings.get("username"), source.secrets.get("password", "")
         basic.verify(arrival, [basic.Credentials(str(username), password)])
         return "basic-auth"
     if scheme.lower() == "bearer" and trigger.bearer:
-        source = await secret_of(gateway, addressee, trigger.bearer, "http-bearer")
+        source = await trigger_secrets.source(gateway, addressee.workflow, trigger.bearer, {"http-bearer"})
         expected = sent_signatures.usable([source.secrets.get("token", "")])
         sent_signatures.require_match([sent_signatures.text_of(given.strip())], expected)
         return "bearer"
     return None
-
-
-async def secret_of(gateway: State, addressee: Addressee, source_id: str, source_type: str) -> Source:
-    """Return a data source that the workflow's owner may read; raises `Refused`, and 503 where it can't be had now."""
-    workflow = addressee.workflow
-    source = await trigger_secrets.find(gateway, workflow, source_id, {source_type})
-    if source is None:
-        log.warning("secret of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)
-        raise sent_signatures.no_secret()
-    return source

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from gateway import errors
-from gateway.arrivals import delivery_rows, promises, room, taking_in
+from gateway.arrivals import delivery_rows, promises, room, stored_keys, taking_in
 from gateway.arrivals.sender import Sender
 from gateway.arrivals.sent import Sent
 from gateway.errors import ApiError
@@ -92,7 +92,10 @@ async def delivery(request: Request, one: Delivery, promise: IdempotencyKey | No
         given, source = await _given(request, one.execution_id)
     if given is None:
         raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
-    return await _run(request, str(one.workflow_id), kind, Given(given, source), promise, one), kind
+    # The sender may repeat it, too: whichever comes first makes the run, and the other is answered with it.
+    key = promise if one.derived_key is None else stored_keys.decode(one.derived_key)
+    own_key = promise if one.derived_key is not None else None
+    return await _run(request, str(one.workflow_id), kind, Given(given, source), key, one, own_key), kind
 
 
 async def dead_letter(request: Request, failed: Execution, promise: IdempotencyKey) -> tuple[Accepted, str]:
@@ -111,6 +114,7 @@ async def _run(
     given: Given,
     promise: IdempotencyKey | None,
     origin: Delivery | None,
+    own_key: IdempotencyKey | None = None,
 ) -> Accepted:
     caller = request.caller
     sent = Sent(
@@ -128,7 +132,7 @@ async def _run(
         return await carried_over(request.gateway.blobs, given.text, given.source, promise)
 
     # Nothing is noted of what is refused: it stays where it is, and would be there twice.
-    return await taking_in.one(request.gateway, sent, kind, plan, promise, status=CREATED)
+    return await taking_in.one(request.gateway, sent, kind, plan, promise, status=CREATED, own_key=own_key)
 
 
 async def _given(request: Request, execution_id: str) -> tuple[str | None, Owner | None]:

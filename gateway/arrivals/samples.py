@@ -9,6 +9,7 @@ import asyncio
 from contextlib import suppress
 from datetime import datetime
 from itertools import count
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -18,6 +19,7 @@ from sqlmodel import col
 
 from gateway import metrics
 from gateway.arrivals.sent import REASON_LENGTH, TOO_MANY
+from messages.buckets import Demand, LocalBuckets, Rate
 from models import ids
 from models.database import DatabaseUnavailable
 from models.intake import IntakeRoute, IntakeSample
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 SLOTS: Final = 100
+PER_WORKFLOW: Final = Rate(per_second=20 / 3_600, burst=20)
+"""Samples of one workflow or token: 20 at once, and as many in an hour."""
 WRITE_SECONDS: Final = 1.0
 MAX_HEADERS: Final = 50
 MAX_TEXT: Final = 100
@@ -60,6 +64,7 @@ class Samples:
         self._waiting: dict[tuple[str, int], IntakeSample] = {}
         self._writing: asyncio.Task[None] | None = None
         self._is_urgent = asyncio.Event()
+        self._per_workflow = LocalBuckets()
 
     def note(self, scope: Scope, error: ApiError) -> None:
         """Count a request that is refused and of which no delivery tells, and keep what it looked like."""
@@ -67,12 +72,17 @@ class Samples:
         if route is None or error.is_noted or error.status >= SERVER_ERROR:
             return
         metrics.not_let_in(route, error.code)
-        if error.status == TOO_MANY:
+        if error.status == TOO_MANY or not self._has_turn(scope):
             return  # those before it tell more, and are kept
         slot = next(self._turns[route]) % SLOTS
         self._waiting[route, slot] = _sample(route, slot, scope, error, self._database.clock.now())
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
+
+    def _has_turn(self, scope: Scope) -> bool:
+        """Tell whether a sample may take the place of another: a flood to one workflow leaves those of others."""
+        demand = Demand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
+        return self._per_workflow.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:
         """Write what waits, at once."""
@@ -180,6 +190,7 @@ def _shape(scope: Scope) -> dict[str, Any]:
         "address": scope["client"][0] if scope.get("client") else "",
         "contentType": _text(content_types[0]) if content_types else None,
         "headers": [_text(name) for name, _ in headers[:MAX_HEADERS]],
+        "contentHash": scope.get("content_hash"),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
+from gateway.arrivals import stored_keys
 from journal.store import Arrival
 from models import ids
 from models.intake import Delivery, IntakeRoute, Outcome
@@ -38,6 +39,8 @@ class Sent:
     """None: it is for whatever waits for such an event."""
     payload: str | None = None
     """JSON: what a run would be given, once that is known; kept where it is refused, so that it can be tried again."""
+    derived_key: IdempotencyKey | None = None
+    """By which a repetition is recognized, as its sender names it: a redrive uses up the same key."""
     redriven_from: str | None = None
     delivery_id: str = field(default_factory=lambda: ids.new("dlv"))
 
@@ -89,6 +92,7 @@ class Sent:
             status=error.status,
             reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
             payload=None if is_shed else self.payload,
+            derived_key=None if self.derived_key is None else stored_keys.encode(self.derived_key),
         )
 
     def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import structlog
+
 from engine.errors import NodeError
 from engine.services import Caller
 from gateway import errors
-from gateway.errors import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
     from nodes.connections.source import Source
+
+log = structlog.get_logger()
 
 
 async def find(
@@ -35,17 +38,13 @@ async def find(
 
 
 async def source(gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]) -> Source:
-    """Return what `find` does; raises 422 where there is no such one."""
+    """Return what `find` does; raises 503 where there is no such one, without saying which: its sender reads it."""
     found = await find(gateway, workflow, source_id, types)
     if found is None:
-        raise unusable_secret(types)
+        log.warning("data source of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)
+        wanted = " or ".join(sorted(types))
+        raise errors.trigger_not_ready(
+            f"The trigger names no data source of the type {wanted} that the workflow's owner may use: its owner must"
+            " mend that"
+        )
     return found
-
-
-def unusable_secret(types: Collection[str]) -> ApiError:
-    """Return the refusal of what can't be verified: its sender is not told which data source is meant."""
-    message = (
-        "The secret that the trigger names is no data source that the workflow's owner may use, of the type"
-        f" {' or '.join(sorted(types))}"
-    )
-    return ApiError(422, "unusable-trigger-secret", message)

@@ -122,7 +122,7 @@ async def under_current(
     try:
         return await use(workflow)
     except ApiError as error:
-        if error.status not in _MAY_BE_OLD:
+        if error.status not in _MAY_BE_OLD and not error.is_for_owner:
             raise
         gateway.workflows.forget(workflow.organization_id, workflow.id)
         current = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))

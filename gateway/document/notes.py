@@ -231,7 +231,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
             *("invalid-idempotency-key", "idempotency-mismatch", "no-email-trigger", "queue-full"),
             *("duplicate-header", "malformed-form", "malformed-mail", "malformed-message", "unknown-mail"),
             *("raw-delivery", "unknown-topic", "untrusted-certificate", "invalid-certificate"),
-            *("invalid-signature", "foreign-object", "mail-refused", "replayed-delivery"),
+            *("invalid-signature", "trigger-not-ready", "mail-refused", "replayed-delivery"),
         ),
     ),
     hooks.receive: replace(
@@ -249,7 +249,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
             *ARRIVES.refusals,
             *("not-found", "unauthorized", "rate-limited", "not-ready", "internal-error"),
             *("execution-failed", "queue-full"),
-            *("no-webhook-trigger", "no-verification", "unusable-trigger-secret", "validation-failed"),
+            *("no-webhook-trigger", "no-verification", "trigger-not-ready", "validation-failed"),
             *("invalid-signature", "network-not-allowed", "method-not-allowed", "payload-too-large"),
             *(
                 *JSON_CODES,
@@ -265,7 +265,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
     enqueue_batch.enqueue: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(REPLAYED, *RATES)).refusing(
         *("queue-full", "workflow-paused"),
         *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
-        *("invalid-signature", "duplicate-header", "no-verification", "unusable-trigger-secret"),
+        *("invalid-signature", "duplicate-header", "no-verification", "trigger-not-ready"),
         *("invalid-event", "malformed-form"),
     ),
     events.emit: Note(
@@ -287,7 +287,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
     enqueue.enqueue: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,), sends=(*ARRIVES.sends, *RATES)).refusing(
         *("queue-full", "workflow-paused"),
         *("invalid-idempotency-key", "idempotency-mismatch", "no-queue-trigger", "no-signing-secret"),
-        *("invalid-signature", "duplicate-header", "no-verification", "unusable-trigger-secret"),
+        *("invalid-signature", "duplicate-header", "no-verification", "trigger-not-ready"),
         *("invalid-event", "malformed-form"),
     ),
     health.ready: Note(refusals=("not-ready",)),
@@ -306,7 +306,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
     trying.run_node: replace(
         TAKES_IN, also={202: Also("The wait ended first: the execution goes on.", trying.TryGoesOn)}
     ).refusing("duplicate-node-id"),
-    copies.duplicate: CREATES,
+    copies.duplicate: CREATES.refusing("validation-failed"),
     copies.use_template: CREATES.refusing("not-found"),
     copies.save_as_template: CREATES.refusing("admin-required"),
     copies.export_workflow: Note(sends=(ETAG, DISPOSITION)),

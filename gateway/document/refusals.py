@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gateway import limits
-from gateway.errors import CONCURRENCY_RETRY_SECONDS, NOT_READY_RETRY_SECONDS, START_RETRY_SECONDS
+from gateway.errors import (
+    CONCURRENCY_RETRY_SECONDS,
+    NOT_READY_RETRY_SECONDS,
+    START_RETRY_SECONDS,
+    TRIGGER_RETRY_SECONDS,
+)
 from gateway.executions.backlog import MAX_RETRY_SECONDS
 from gateway.http.wire import Wire
 
@@ -109,7 +114,6 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
         403, "The trigger takes nothing from the address that the request came from."
     ),
     "not-owner": Refusal(403, "Only the object's owner and admins of the organisation may do this."),
-    "foreign-object": Refusal(403, "The mail is stored where the trigger has nothing read from."),
     "not-found": Refusal(404, "There is no such object, or it is none that the caller may see."),
     "method-not-allowed": Refusal(405, "The path takes other methods: see the header `Allow`."),
     "mail-refused": Refusal(
@@ -173,9 +177,11 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     "no-verification": Refusal(
         422, "The trigger doesn't say how its senders are told from others: set `verification` in its config."
     ),
-    "unusable-trigger-secret": Refusal(
-        422,
-        "The secret that the trigger names is no data source of the right type that the workflow's owner may use.",
+    "trigger-not-ready": Refusal(
+        503,
+        "The trigger names a data source that the workflow's owner can't use, or that holds no such mail. The owner"
+        " finds the request among the deliveries; send it again.",
+        retry_after_seconds=TRIGGER_RETRY_SECONDS,
     ),
     "no-signing-secret": Refusal(
         422,

@@ -6,14 +6,16 @@ Mails of services are kept as they came and read by a worker: here they are reco
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from engine import patience
 from gateway import errors
-from gateway.arrivals import mail_senders, promises, sent, taking_in
+from gateway.arrivals import mail_senders, promises, sent, taking_in, trigger_secrets
 from gateway.arrivals.json_attachments import decode_attachments
 from gateway.arrivals.mail_senders import MAILGUN
 from gateway.arrivals.taking_in import Message
@@ -41,13 +43,23 @@ from senders.sns import MessageType
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.arrivals.mail_senders import Addressee, Proof
+    from gateway.arrivals.sender import Sender
     from gateway.arrivals.sent import Sent
     from gateway.arrivals.taking_in import Ground
     from journal.store import Accepted, IdempotencyKey
     from senders.ses import ReceivedMail, StoredMail
 
+UNVERIFIED: Final = "unverified"
+"""The sender of a delivery that could not be verified, since the trigger is not ready for that."""
 CREATED: Final = 201
 OK: Final = 200
+FORMS: Final = frozenset(
+    {
+        *(MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW),
+        *(MailKind.MAILGUN_PARSED, MailKind.MAILGUN_RAW, MailKind.MAILGUN_STORED),
+    }
+)
+_encode = msgspec.json.Encoder().encode
 MAX_INLINE_BYTES: Final = 65_536
 """What is shorter stands in the row itself: as base64 it takes a third more there, and saves a file and its fsync."""
 MAX_MAIL_SETTING: Final = "PILOTFLAME_MAX_MAIL_BYTES"
@@ -115,14 +127,14 @@ async def receive(request: Request) -> JsonResponse:
     content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
     headers = Headers(request.scope["headers"])
     arrival = Arrival(request.method, request.url.path, {}, headers, content, gateway.clock())
-    if known is not None:
-        note = await sent.sent(IntakeRoute.EMAIL, known, content, workflow_id=workflow_id)
-        async with gateway.deliveries.refusals(note):
-            kind, proof = await _let_in(request, addressee, arrival, is_known=True)
-    else:
-        kind, proof = await _let_in(request, addressee, arrival, is_known=False)
-        sender = addressee.sender(proof.label)
-        note = await sent.sent(IntakeRoute.EMAIL, sender, content, workflow_id=workflow_id)
+    sender = addressee.sender(UNVERIFIED) if known is None else known
+    note = await sent.sent(IntakeRoute.EMAIL, sender, content, workflow_id=workflow_id)
+    request.scope["content_hash"] = note.content_hash
+    is_noted = nullcontext() if known is None else gateway.deliveries.refusals(note)
+    async with is_noted, gateway.deliveries.unverified(note, partial(_describe, note, arrival, addressee)):
+        addressee, kind, proof = await _let_in(request, addressee, arrival, known)
+    if known is None:
+        note = replace(note, sender=addressee.sender(proof.label))
     with mail_senders.later(kind):
         async with gateway.deliveries.refusals(note):
             with mail_senders.answered(kind):
@@ -139,16 +151,57 @@ async def receive(request: Request) -> JsonResponse:
 
 
 async def _let_in(
-    request: Request, addressee: Addressee, arrival: Arrival, *, is_known: bool
-) -> tuple[MailKind, Proof]:
-    """Return what was handed in, and why it is let in; raises `ApiError`."""
+    request: Request, addressee: Addressee, arrival: Arrival, known: Sender | None
+) -> tuple[Addressee, MailKind, Proof]:
+    """Return what was handed in, for whom, and why it is let in; raises `ApiError`.
+
+    A trigger that isn't ready is looked up anew: its owner may have mended it a moment ago.
+    """
     kind = await mail_senders.recognised(arrival)
-    address = request.client.host if request.client else ""
-    with mail_senders.later(kind), mail_senders.answered(kind):
-        proof = await mail_senders.proof(
-            request.gateway, addressee, arrival, kind, address=address, is_known=is_known
-        )
-    return kind, proof
+    gateway, address = request.gateway, request.client.host if request.client else ""
+
+    async def prove(addressee: Addressee) -> Proof:
+        with mail_senders.later(kind), mail_senders.answered(kind):
+            return await mail_senders.proof(
+                gateway, addressee, arrival, kind, address=address, is_known=known is not None
+            )
+
+    try:
+        return addressee, kind, await prove(addressee)
+    except ApiError as error:
+        workflow = addressee.workflow
+        if not error.is_for_owner:
+            raise
+        gateway.workflows.forget(workflow.organization_id, workflow.id)
+        current = await mail_senders.addressee(gateway, workflow.id, known)
+        if current.trigger == addressee.trigger:
+            raise
+        return current, kind, await prove(current)
+
+
+async def _describe(note: Sent, arrival: Arrival, addressee: Addressee) -> None:
+    """Put into a delivery what a redrive of an unverified mail needs, and the key that a repetition has."""
+    kind = await mail_senders.recognised(arrival)
+    if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
+        return
+    key = await patience.patiently(mail_kinds.mail_key, arrival, kind)
+    if key is not None:
+        note.derived_key = promises.derived("mail", addressee.workflow.id, key)
+    note.payload = _encode(_unread_form(arrival, kind, addressee, content=arrival.body).as_json()).decode()
+
+
+def _unread_form(arrival: Arrival, kind: MailKind, addressee: Addressee, content: bytes = b"") -> Unread:
+    """Return a form of a mail service as a worker is to read it; raises `Refused`."""
+    envelope = mail_kinds.envelope(arrival.form, kind)
+    return Unread(
+        kind,
+        arrival.at,
+        content_type=arrival.headers.one("Content-Type") or "",
+        content=content,
+        sender=envelope.sender,
+        recipients=envelope.recipients,
+        screening=addressee.trigger.screening,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +250,7 @@ async def _native(handed: Handed) -> JsonResponse:
 
 
 async def _of_form(handed: Handed) -> JsonResponse:
-    form = handed.arrival.form
-    envelope = mail_kinds.envelope(form, handed.kind)
-    unread = handed.unread(
-        content_type=handed.arrival.headers.one("Content-Type") or "",
-        sender=envelope.sender,
-        recipients=envelope.recipients,
-    )
+    unread = _unread_form(handed.arrival, handed.kind, handed.addressee)
     return await _take_in_unread(handed, unread, handed.arrival.body)
 
 
@@ -235,17 +282,20 @@ def _content(mail: ReceivedMail) -> bytes:
 
 
 async def _stored(handed: Handed, place: StoredMail) -> StoredObject:
-    """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it."""
+    """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it.
+
+    Raises 503 otherwise: SNS takes a 4xx as final, and the owner may mend the config.
+    """
     config = handed.addressee.trigger.ses
     if config is None or not config.objects or handed.proof.label != "sns":
-        raise ApiError(403, "foreign-object", "The trigger names no data source to read stored mails from")
-    source = await mail_senders.secret_of(
-        handed.request.gateway, handed.addressee, config.objects, DataSourceType.S3
+        raise errors.trigger_not_ready("The trigger names no data source to read stored mails from")
+    source = await trigger_secrets.source(
+        handed.request.gateway, handed.addressee.workflow, config.objects, {DataSourceType.S3}
     )
     prefix = str(source.settings.get("prefix") or "").strip("/")
     prefix = f"{prefix}/" if prefix else ""
     if place.bucket != source.settings.get("bucket") or not place.key.startswith(prefix):
-        raise ApiError(403, "foreign-object", "The mail is not stored where the trigger's data source reads")
+        raise errors.trigger_not_ready("The mail is not stored where the trigger's data source reads")
     return StoredObject(source.id, place.key.removeprefix(prefix))
 
 
@@ -264,6 +314,7 @@ async def _take_in_unread(handed: Handed, unread: Unread, content: bytes | None 
     if content is not None and len(content) <= MAX_INLINE_BYTES:
         unread = msgspec.structs.replace(unread, content=content)
         content = None
+        handed.note.payload = _encode(unread.as_json()).decode()
     kept: Unread | None = None
 
     async def message(execution_id: str) -> Message:
@@ -293,7 +344,7 @@ async def _take_in(
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
     key = await patience.patiently(mail_kinds.mail_key, handed.arrival, handed.kind)
     if promise is None and key is not None:
-        promise = promises.derived("mail", workflow.id, key)
+        promise = handed.note.derived_key = promises.derived("mail", workflow.id, key)
     own_key = _own_key(handed, key)
     status = OK if handed.kind in MAILGUN else CREATED
     # What is there already needn't be kept once more only to find that out; but a key must be used up.

@@ -229,7 +229,8 @@ def _promise(request: Request, note: Sent, let_in: LetIn) -> IdempotencyKey | No
     """Return the key by which a request is known again: as its sender names it, or as anybody may name one."""
     workflow_id = str(note.workflow_id)
     if let_in.vouched.delivery_key is not None:
-        return promises.derived(DELIVERY, workflow_id, let_in.vouched.delivery_key)
+        note.derived_key = promises.derived(DELIVERY, workflow_id, let_in.vouched.delivery_key)
+        return note.derived_key
     given = idempotency.given(request)
     if given is not None:
         key = promises.derived(NAMED, workflow_id, given)

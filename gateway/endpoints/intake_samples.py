@@ -33,6 +33,8 @@ class SampleShape(Wire):
     content_type: str | None
     content_bytes: int
     """As its header said; of the content nothing is kept."""
+    content_hash: str | None
+    """SHA-256 of the body, where it was read."""
     headers: list[str]
     """Their names."""
     created_at: Instant
@@ -68,6 +70,7 @@ def _shape(sample: IntakeSample) -> SampleShape:
         method=shape["method"],
         address=shape["address"],
         content_type=shape["contentType"],
+        content_hash=shape.get("contentHash"),
         content_bytes=sample.content_bytes,
         headers=shape["headers"],
         created_at=instant(sample.created_at),

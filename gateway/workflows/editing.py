@@ -161,7 +161,11 @@ async def create(
 ) -> JsonResponse:
     """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
     promise = idempotency.requested(request, body, workflow_id=request.path_params.get("id", ""))
-    workflow = made.workflow
+    workflow, catalog = made.workflow, request.gateway.catalog
+    named: Sequence[Reference] = ()
+    if workflow.status == WorkflowStatus.ACTIVE:
+        every = {str(node["id"]) for node in made.nodes}
+        named = await asyncio.to_thread(source_checks.named_sources, made, catalog, only=every)
 
     async def insert(connection: AsyncConnection) -> str:
         if promise is not None:
@@ -172,7 +176,8 @@ async def create(
                 return bound
         # An earlier try may have been committed though its answer was lost.
         if not await workflow_rows.exists(connection, workflow.id):
-            await workflow_rows.add(connection, made, request.gateway.catalog)
+            await source_checks.require_usable(connection, made, named, request.gateway.vault)
+            await workflow_rows.add(connection, made, catalog)
             after = content_hash(made)
             await audit.record(connection, request.caller, action, workflow.id, before=None, after=after)
         return workflow.id

@@ -16,15 +16,17 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
+from gateway.arrivals import deliveries
 from journal import unread
 from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Arrival, Claim, Claimed, ExecutionKey
 from mail import addresses
+from messages.buckets import Rate
 from models.database import DatabaseUnavailable
 from models.execution import UNREAD, Execution
 from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
 from tests import fake_s3
-from tests.integration.gateway_world import People, World, refused
+from tests.integration.gateway_world import STEP, People, World, refused
 from tests.integration.mail_world import MailWorld, mail_world
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
 from workers import mails as worker_mails
@@ -168,7 +170,7 @@ async def test_without_anything_configured_only_keys_and_tokens_let_mail_in(
     # By a token alone, nobody subscribes us to a topic, or has us read from a bucket.
     for name, status, code in (
         ("ses_subscription_confirmation", 400, "unknown-topic"),
-        ("ses_s3_action", 403, "foreign-object"),
+        ("ses_s3_action", 503, "trigger-not-ready"),
     ):
         answer = await mails.post(workflow_id, BY_NAME[name].steps[0], token=made.json()["token"])
         refused(answer, status, code)
@@ -379,7 +381,9 @@ async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
         {"topics": topics, "objects": await mails.bucket(owner, "mai")},
     ):
         workflow_id = await mails.workflow(owner, ses=config)
-        refused(await mails.post(workflow_id, step), 403, "foreign-object")
+        refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
+        (delivery,) = await mails.deliveries(workflow_id)
+        assert delivery.reason.startswith("trigger-not-ready: ")
     # As it is now, the object can't be read; a moment later it can.
     workflow_id = await mails.workflow(
         owner, ses={"topics": topics, "objects": await mails.bucket(owner, "")}
@@ -617,6 +621,68 @@ async def test_a_mail_that_its_trigger_rejects_is_accepted_and_not_run_until_it_
     redriven = (await owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive")).json()["executionId"]
     await mails.read(redriven)
     assert (await mails.run(redriven)).target == "shared"
+
+
+async def test_a_mail_waits_for_the_owner_to_mend_the_trigger_and_runs_once(
+    mails: MailWorld, people: People
+) -> None:
+    owner, step = people.owner, BY_NAME["mg_raw_mime"].steps[0]
+    signing_key = CONFIG["mailgun"]["webhook_signing_key"]
+    gone = await mails.source(owner, "webhook-secret", {}, secret=signing_key)
+    config = {"mailgun": {"signingKey": gone}}
+    workflow_id = await mails.workflow(owner, **config)
+    await owner.api.delete(f"/api/v1/datasources/{gone}?force=true")
+    mails.gateway.runners.sources.forget()
+    for _ in range(2):
+        answer = await mails.post(workflow_id, step)
+        refused(answer, 503, "trigger-not-ready")
+        assert answer.headers["Retry-After"] == "60"
+    first, second = await mails.deliveries(workflow_id)
+    assert (first.sender, first.outcome, first.status) == ("unverified", "rejected", 503)
+
+    mended = await mails.source(owner, "webhook-secret", {}, secret=signing_key)
+    trigger = {"id": "start", "nodeId": "email-trigger", "label": "Start"}
+    nodes = [{**trigger, "config": {"mailgun": {"signingKey": mended}}}, STEP]
+    edited = await owner.api.put(f"/api/v1/workflows/{workflow_id}", json={"nodes": nodes})
+    assert edited.status_code == 200, edited.text
+    redriven = await owner.api.post(f"/api/v1/deliveries/{first.id}/redrive")
+    assert redriven.status_code == 201, redriven.text
+    execution_id = redriven.json()["executionId"]
+    # Mailgun repeats the mail, and the owner redrives the other delivery: both are answered with the same run.
+    assert (await mails.post(workflow_id, step)).json()["executionId"] == execution_id
+    again = await owner.api.post(f"/api/v1/deliveries/{second.id}/redrive")
+    assert again.json()["executionId"] == execution_id
+    assert len(await mails.rows(Execution, workflow_id=workflow_id)) == 1
+    await mails.read(execution_id)
+    assert_is(await mails.given(execution_id), BY_NAME["mg_raw_mime"])
+
+
+async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
+    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, step = people.owner, BY_NAME["mg_raw_mime"].steps[0]
+    gone = await mails.source(owner, "webhook-secret", {}, secret="x" * 20)
+    workflow_id = await mails.workflow(owner, mailgun={"signingKey": gone})
+    await owner.api.delete(f"/api/v1/datasources/{gone}?force=true")
+    mails.gateway.runners.sources.forget()
+    monkeypatch.setattr(deliveries, "UNVERIFIED", Rate(per_second=1 / 3_600, burst=3))
+    for _ in range(5):
+        refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
+    assert len(await mails.deliveries(workflow_id)) == 3
+
+
+async def test_a_mail_for_a_draft_can_be_redriven_once_the_workflow_is_active(
+    mails: MailWorld, people: People
+) -> None:
+    owner, step = people.owner, BY_NAME["sg_parsed_basic"].steps[0]
+    workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
+    await mails.set_status(owner, workflow_id, "draft")
+    refused(await mails.post(workflow_id, step), 409, "workflow-not-active")
+    (delivery,) = await mails.deliveries(workflow_id)
+    await mails.set_status(owner, workflow_id, "active")
+    redriven = await owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
+    assert redriven.status_code == 201, redriven.text
+    assert (await mails.post(workflow_id, step)).json()["executionId"] == redriven.json()["executionId"]
 
 
 BOUNCE = "Content-Type: multipart/report; report-type=delivery-status; boundary=b\r\n"

@@ -265,10 +265,21 @@ async def test_a_hook_that_says_nothing_of_verification_takes_nothing(world: Wor
         await data_source(people.owner, {"type": "http-bearer", "secrets": {"token": "x"}}),
     ):
         config = {"verification": {"provider": "github", "dataSource": source_id}}
-        step = BY_NAME["gh_push"].steps[0]
-        refused(
-            await send(world, step, (await hooked(people.owner, config)).path), 422, "unusable-trigger-secret"
-        )
+        answer = await people.owner.api.post(WORKFLOWS, json={**graph(config), "status": "active"})
+        refused(answer, 422, "validation-failed")
+
+
+async def test_a_data_source_that_is_gone_is_for_the_owner_to_mend_and_the_sender_comes_again(
+    world: World, people: People
+) -> None:
+    source_id = await secret(people.owner, SECRETS["github"][0])
+    hook = await hooked(people.owner, {"verification": {"provider": "github", "dataSource": source_id}})
+    await people.owner.api.delete(f"/api/v1/datasources/{source_id}?force=true")
+    world.gateway.runners.sources.forget()
+    answer = await send(world, BY_NAME["gh_push"].steps[0], hook.path)
+    refused(answer, 503, "trigger-not-ready")
+    assert int(answer.headers["Retry-After"]) == 60
+    assert source_id not in answer.text
 
 
 async def test_an_address_that_opens_nothing_is_like_one_that_never_was(

@@ -713,6 +713,7 @@ def _create_intake() -> None:
         sa.Column("event_id", IDENTIFIER, nullable=True),
         sa.Column("answer", sa.Text(), nullable=True),
         sa.Column("payload", sa.Text(), nullable=True),
+        sa.Column("derived_key", sa.Text(), nullable=True),
         sa.Column("redriven_from", IDENTIFIER, nullable=True),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
