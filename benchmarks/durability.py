@@ -1,4 +1,4 @@
-"""What a power cut takes of what was answered: `pilotflame dev` is recorded, cut off at many points, and started again.
+"""Power-loss experiment: record `pilotflame dev`, cut it off at many points, and start it again on what is left.
 
 Every change of a file is recorded while clients create workflows and run them. For points in that record, and above all
 for those at which an answer had just come, the disk is made as a power cut may leave it: with nothing that was not

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Protocol
 
 
-class Clock(Protocol):
+class RunClock(Protocol):
     """Turns stored moments into points of the monotonic clock, and back.
 
     Whatever counts a duration inside a process counts it by the monotonic clock: no clock that is set moves its end.

@@ -34,7 +34,7 @@ from engine.values import InvalidJson
 from engine.visits import Visits
 
 if TYPE_CHECKING:
-    from engine.clock import Clock
+    from engine.clock import RunClock
     from engine.graph import Node
     from engine.program import Program
     from engine.services import Caller, Services
@@ -59,7 +59,7 @@ class Start(msgspec.Struct, frozen=True):
     caller: Caller
     """For whom it runs, and under which ids."""
     trigger: Json
-    clock: Clock
+    clock: RunClock
     deadline: datetime
     """By the clock, as it is now: how much time is left is counted by the monotonic clock from here on."""
     started_at: datetime

@@ -11,7 +11,7 @@ from engine.outcomes import storable
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.clock import Clock
+    from engine.clock import RunClock
     from engine.events import Journal, RunError
     from engine.frames import Frame, Visit
     from engine.graph import Node
@@ -25,7 +25,7 @@ MAX_PENDING_BYTES = 10_000_000
 class Scribe:
     """One run's own."""
 
-    def __init__(self, journal: Journal, sequence: int, limits: Limits, clock: Clock) -> None:
+    def __init__(self, journal: Journal, sequence: int, limits: Limits, clock: RunClock) -> None:
         self.clock = clock
         self.holds_lease = journal.holds_lease
         self.has_uncommitted_write = False

@@ -12,12 +12,13 @@ PRIVATE = 0o700
 def make_folder(folder: Path, mode: int = PRIVATE) -> None:
     """Make a folder, and those above it that are missing, so that they last; one that is there is kept.
 
-    The folder above is synced in any case: whoever has made this one may not have come to that. Raises OSError.
+    The folder above is synced in any case: another process may have died between making this one and that. Raises
+    OSError.
     """
     if not folder.parent.is_dir():
         make_folder(folder.parent, mode)
     folder.mkdir(mode=mode, exist_ok=True)
-    # Some users may write below a folder that they may not read; nothing can be synced there.
+    # A folder can be synced only by users that may read it.
     with suppress(PermissionError):
         sync_folder(folder.parent)
 

@@ -24,19 +24,19 @@ TURNS = 1024
 _PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _lock = threading.Lock()
-_clock: Clock | None = None
+_clock: IdClock | None = None
 _last_millisecond = 0
 _counter = 0
 
 
-class Clock(Protocol):
+class IdClock(Protocol):
     """Tells the time."""
 
     def now(self) -> datetime:
         """Return the present moment (aware)."""
 
 
-def count_by(clock: Clock) -> None:
+def count_by(clock: IdClock) -> None:
     """Make ids of another clock's time from now on: they sort like those of other hosts that go by the same one."""
     global _clock, _last_millisecond
     with _lock:

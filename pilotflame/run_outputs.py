@@ -1,4 +1,4 @@
-"""What `pilotflame run` prints of a run that has ended: its outputs, or those that matter."""
+"""Outputs that `pilotflame run` prints when a run has ended."""
 
 from __future__ import annotations
 

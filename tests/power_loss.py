@@ -1,4 +1,4 @@
-"""What a power cut leaves of files, by what a process did to them: replayed from the record of `file_recorder.c`.
+"""Replay of a process's file operations, as a power cut may leave them; `file_recorder.c` records them.
 
 The rules are those of POSIX at their worst. What was written lasts once its file was synced, names last once their
 folder was; until then any part of it may be there, in any order, and writes may be torn at a sector.

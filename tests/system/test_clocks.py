@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from tests.system import flows, harness, promises
 from tests.system.client import Client, Ended
 from tests.system.harness import Deployment
 from tests.system.ledger import Ledger
-from tests.system.moments import wait_until
+from tests.system.moments import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -70,14 +71,27 @@ async def test_hosts_whose_clocks_are_wrong_and_are_set_fail_no_run_and_move_no_
         ledger,
         clocks,
         {"gateway": -DAY, "scheduler": DAY, "worker-1": -90.0, "worker-2": DAY},
-        {"worker-1": 90.0, "worker-2": -DAY},
+        {"worker-1": 90.0, "worker-2": -DAY, "scheduler": -DAY},
     )
+    client = Client(many.url)
+    executions = (await client.answer("GET", "/executions?limit=100")).json()["executions"]
+    assert len(executions) == 8
+    for execution in executions:
+        spans = (await client.answer("GET", f"/executions/{execution['id']}/spans")).json()["spans"]
+        shown = [span[name] for span in spans for name in ("startedAt", "endedAt")]
+        assert all(abs(age(moment)) < 2 * PATIENCE_SECONDS for moment in shown), "of the database's clock"
+    await client.close()
 
 
 async def test_a_clock_that_is_set_under_one_process_on_sqlite_fails_no_run_and_moves_no_wait(
     dev: Deployment, clocks: dict[str, ShiftedClock], ledger: Ledger
 ) -> None:
     await run_through(dev.url, ledger, clocks, {"dev": DAY}, {"dev": -90.0})
+
+
+def age(moment: str) -> float:
+    """Return how many seconds ago a moment was, by the clock of this machine, which is PostgreSQL's."""
+    return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
 
 
 async def run_through(
