@@ -17,12 +17,15 @@ SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 WRITER = f"""
 import asyncio, os, sys
 from pathlib import Path
+import msgspec
 from engine.services import Caller
 from journal import sqlite
 from journal.blobs.backend import Label, Owner
 from journal.blobs.folder import Folder
 from models.database import Database, parse_url
+from nodes.connections import sqlite_process
 from nodes.connections.folders import Folders
+from nodes.frames import SqliteJob
 from pilotflame import data_dir
 
 folder = Path(sys.argv[1])
@@ -47,6 +50,21 @@ with data_dir.locked(folder):
         connection.execute("INSERT INTO told VALUES (?)", (value,))
         say(f"row-{{value}}")
     asyncio.run(put())
+    for number, statement in enumerate(("CREATE TABLE told (value TEXT)", "INSERT INTO told VALUES ('a')")):
+        job = SqliteJob(
+            file=str(folder / "files/org_1/own.db"),
+            own_files=[],
+            max_file_bytes=1_000_000,
+            statement=statement,
+            values=msgspec.Raw(b"[]"),
+            timeout_seconds=60,
+            action="execute",
+            max_rows=0,
+            max_bytes=0,
+            batch_rows=1,
+        )
+        sqlite_process.perform(msgspec.json.encode(job), None)
+        say(f"own-{{number}}")
     (folder / "unsynced").write_bytes(b"hello")
     say("nothing")
     os._exit(0)  # as a power cut has it: nothing is closed, and no journal is tidied up
@@ -98,6 +116,11 @@ def kept(data: Path) -> Iterator[str]:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             if connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 yield from (f"row-{value}" for (value,) in connection.execute("SELECT value FROM told"))
+    if (data / "files/org_1/own.db").exists():
+        with closing(sqlite3.connect(data / "files/org_1/own.db")) as connection:
+            if connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+                yield "own-0"
+                yield from ("own-1" for _ in connection.execute("SELECT value FROM told"))
     contents = {"blob": data / "blobs/org_1/exec_1" / SHA256, "file": data / "files/org_1/objects/a/b/c.txt"}
     yield from (
         name for name, path in contents.items() if path.exists() and path.read_bytes()[-5:] == b"hello"
