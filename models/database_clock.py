@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from math import inf, isfinite
 from typing import Final
 
@@ -32,7 +32,8 @@ class DatabaseClock:
 
     def now(self) -> datetime:
         """Return the database's time."""
-        return self.moment_of(time.monotonic())
+        # Asked several times for each node: a float of this size is exact to a quarter of a microsecond.
+        return datetime.fromtimestamp((self._offset + time.monotonic_ns() // 1_000) / _SECOND, UTC)
 
     def moment_of(self, monotonic: float) -> datetime:
         """Return the database's time at a point of `time.monotonic`, in seconds."""
