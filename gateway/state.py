@@ -169,7 +169,7 @@ async def assembled(
                 access=access,
                 live_events=live_events,
                 vault=vault,
-                probes=Probes(vault, settings),
+                probes=Probes(vault, settings, database.clock),
                 forms=forms,
                 runners=for_pods,
                 pod_logs=pod_logs,

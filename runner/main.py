@@ -38,6 +38,7 @@ from runner.reporter import CallRefused, Gateway
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from models.database_clock import DatabaseClock
     from runner.settings import RunnerSettings
 
 log = structlog.get_logger()
@@ -120,7 +121,7 @@ async def working(
     processes = Processes(Kind.LIBRARY, limit=settings.cpu_processes)
     catalog = PooledCatalog(catalogs.load().node_types, processes)
     code = open_code_of_pod(settings)
-    connections = Connections(RemoteSources(gateway), _policy(settings, contact))
+    connections = Connections(RemoteSources(gateway), _policy(settings, contact, gateway.clock))
     services = Services(
         http=outbound,
         data_sources=connections,
@@ -149,11 +150,12 @@ async def working(
         await outbound.close()
 
 
-def _policy(settings: RunnerSettings, contact: Contact) -> ConnectionPolicy:
+def _policy(settings: RunnerSettings, contact: Contact, clock: DatabaseClock) -> ConnectionPolicy:
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,
         own_databases=(OwnDatabase(own.host, own.port, own.database),) if own else (),
+        clock=clock,
     )
 
 

@@ -106,6 +106,7 @@ async def working(
             allowed_networks=settings.outbound_allowed_networks,
             own_databases=(OwnDatabase.of_url(settings.database_url),),
             files=settings.files_dir,
+            clock=database.clock,
             max_sqlite_processes=settings.cpu_processes,
         ),
     )

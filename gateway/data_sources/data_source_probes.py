@@ -17,6 +17,7 @@ from engine.services import Caller
 from gateway import errors, limits
 from models.data_source import opened
 from models.data_source_types import DataSourceType
+from models.database_clock import DatabaseClock
 from models.vault import VaultError
 from nodes.connections.policy import ConnectionPolicy, OwnDatabase
 from nodes.connections.source import Source
@@ -62,7 +63,8 @@ class _Only:
 class Probes:
     """Connects to data sources for whoever wants to know whether that works."""
 
-    def __init__(self, vault: Vault, settings: Settings) -> None:
+    def __init__(self, vault: Vault, settings: Settings, clock: DatabaseClock | None = None) -> None:
+        self._clock = clock or DatabaseClock()
         self._vault = vault
         self._settings = settings
         self._begun: OrderedDict[str, deque[float]] = OrderedDict()
@@ -100,6 +102,7 @@ class Probes:
             allowed_networks=self._settings.outbound_allowed_networks,
             own_databases=(OwnDatabase.of_url(self._settings.database_url),),
             files=self._settings.files_dir,
+            clock=self._clock,
         )
         found = Source(
             source.id, source.organization_id, source.type, source.revision, source.settings, secrets

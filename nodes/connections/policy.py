@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from engine.errors import NodeError
+from models.database_clock import DatabaseClock
 from nodes import addresses
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class ConnectionPolicy:
     """The folder with one for each organisation, for SQLite; None: there are no files where this runs."""
     idle_seconds: float = 60
     max_connections_per_source: int = 5
+    clock: DatabaseClock = field(default_factory=DatabaseClock)
+    """The time that requests are signed with: servers refuse what is some minutes old or ahead."""
     max_file_bytes: int = 1_000_000_000
     """As large as a SQLite file may grow."""
     max_sqlite_processes: int = 2

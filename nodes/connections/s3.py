@@ -11,13 +11,14 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from engine.errors import NodeError
 from engine.services import StoredObject
+from models.database_clock import DatabaseClock
 from nodes import addresses, http_errors, markup
 from nodes.connections import object_keys, signature
 from nodes.connections.signature import Signer
@@ -52,13 +53,15 @@ class Policy(Protocol):
 
     @property
     def allowed_networks(self) -> tuple[Network, ...]: ...
+    @property
+    def clock(self) -> DatabaseClock: ...
 
 
 async def open_bucket(source: Source, policy: Policy) -> S3Bucket:
     """Return the bucket of a data source, which is first asked when it is used; raises `NodeError`."""
     way_out = OutboundPolicy(allowed_networks=policy.allowed_networks, max_response_bytes=MAX_OBJECT_BYTES)
     place = Place.of(source.settings)
-    return S3Bucket(place, _signer(source, place.region), lambda: Outbound(way_out))
+    return S3Bucket(place, _signer(source, place.region), policy.clock, lambda: Outbound(way_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +104,13 @@ class Place:
 class S3Bucket:
     """Keeps the promises of `engine.services.Bucket`; between two operations nothing of it is open."""
 
-    def __init__(self, place: Place, signer: Signer, open_client: Callable[[], Outbound]) -> None:
+    def __init__(
+        self, place: Place, signer: Signer, clock: DatabaseClock, open_client: Callable[[], Outbound]
+    ) -> None:
         """Each operation has a client of its own, and closes it."""
         self._place = place
         self._signer = signer
+        self._clock = clock
         self._open_client = open_client
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
@@ -197,7 +203,8 @@ class S3Bucket:
         """Return the answer to a signed request; raises `NodeError` where it is a refusal of what this is about."""
         place, query = self._place, query or {}
         path = f"/{place.root}{key}"
-        signed = self._signer.headers(method, place.host, path, query, headers or {}, body, datetime.now(UTC))  # noqa: TID251 - a signature of this host
+        now = self._clock.now()
+        signed = self._signer.headers(method, place.host, path, query, headers or {}, body, now)
         url = f"{place.origin}{signature.encoded_path(path)}"
         with http_errors.naming(method, url):
             response = await client.request(

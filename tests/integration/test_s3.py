@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +16,7 @@ from uuid import uuid4
 import pytest
 
 from engine.errors import NodeError
+from models.database_clock import DatabaseClock
 from nodes.connections.policy import ConnectionPolicy
 from nodes.connections.s3 import MAX_OBJECT_BYTES, Place, S3Bucket, open_bucket
 from nodes.connections.signature import Signer
@@ -145,6 +148,16 @@ async def test_a_session_token_is_signed_too(s3: FakeS3) -> None:
         await written(await opened(s3), "a.txt")
 
 
+async def test_requests_are_signed_with_the_time_of_the_database(s3: FakeS3) -> None:
+    clock = DatabaseClock()
+    bucket = await open_bucket(source(s3), replace(LOCAL, clock=clock))
+    clock.learn(datetime.now(UTC) + timedelta(days=1), time.monotonic())
+    with pytest.raises(NodeError):
+        await written(bucket, "a.txt")
+    clock.learn(datetime.now(UTC), time.monotonic())
+    await written(bucket, "a.txt")
+
+
 async def test_a_bucket_is_a_part_of_the_host_unless_it_can_t_be(s3: FakeS3) -> None:
     asked: list[str] = []
 
@@ -156,7 +169,7 @@ async def test_a_bucket_is_a_part_of_the_host_unless_it_can_t_be(s3: FakeS3) -> 
     place = Place.of({"bucket": "bucket", "endpoint": endpoint, "region": s3.region, "prefix": "p"})
     signer = Signer(s3.access_key_id, s3.secret_access_key, s3.region)
     policy = OutboundPolicy(allowed_networks=LOCAL.allowed_networks)
-    bucket = S3Bucket(place, signer, lambda: Outbound(policy, resolve))
+    bucket = S3Bucket(place, signer, DatabaseClock(), lambda: Outbound(policy, resolve))
     await written(bucket, "a b.txt")
     assert await read(bucket, "a b.txt") == b"hello"
     assert [one.key for one in await bucket.list("a", max_objects=1, timeout_seconds=SECONDS)] == ["a b.txt"]
@@ -314,7 +327,7 @@ async def test_a_name_with_a_private_address_is_refused_like_the_address(s3: Fak
 
     place = Place.of({"bucket": "bucket", "endpoint": f"http://s3.test:{s3.port}"})
     signer = Signer(s3.access_key_id, s3.secret_access_key, s3.region)
-    bucket = S3Bucket(place, signer, lambda: Outbound(OutboundPolicy(), resolve))
+    bucket = S3Bucket(place, signer, DatabaseClock(), lambda: Outbound(OutboundPolicy(), resolve))
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a")
     assert raised.value.code == "address-not-allowed"
