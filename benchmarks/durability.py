@@ -87,7 +87,7 @@ class Recording:
 
 async def measure(folder: Path) -> dict[str, float]:
     """Return how many states were checked, how many a server was started on, and how many answers were lost."""
-    library = preloads.compiled(power_loss.RECORDER)
+    library = preloads.compile_library(power_loss.RECORDER)
     if library is None:
         raise SystemExit("durability needs a C compiler: cc")
     recording = Recording(folder / "disk", folder / "operations")
@@ -102,7 +102,7 @@ async def measure(folder: Path) -> dict[str, float]:
     for point, disk in _cut_off(recording, operations):
         told = [answer for answer in recording.answers if answer.at <= point]
         for number in range(1 + PARTS_PER_POINT):
-            survives = power_loss.nothing_more if number == 0 else power_loss.some_more(point + number)
+            survives = power_loss.keep_nothing if number == 0 else power_loss.keep_some(point + number)
             left = _made(disk, folder / "left", survives)
             data = left / recording.data.relative_to(recording.root)
             found = [*_lost(data, told, secret)]

@@ -104,7 +104,7 @@ async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
-        await stack.enter_async_context(timekeeping.kept(database))
+        await stack.enter_async_context(timekeeping.keep_time(database))
         yield await stack.enter_async_context(assembled(settings, database, store, broker))
 
 

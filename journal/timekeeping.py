@@ -62,7 +62,7 @@ ENDS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | None], ...]] 
 
 
 @asynccontextmanager
-async def kept(database: Database, moves: Callable[[], bool] = lambda: False) -> AsyncIterator[None]:
+async def keep_time(database: Database, moves: Callable[[], bool] = lambda: False) -> AsyncIterator[None]:
     """Keep the database's clock, and that of ids, as long as the context lasts.
 
     `moves` tells whether this process is the one that moves rows when the clock of an SQLite host was set. A database
@@ -70,7 +70,7 @@ async def kept(database: Database, moves: Callable[[], bool] = lambda: False) ->
     """
     ids.count_by(database.clock)
     await _learn(database)
-    keep = _follow_host if is_sqlite(database.url) else _keep_asking
+    keep = _watch_host if is_sqlite(database.url) else _keep_asking
     task = asyncio.create_task(keep(database, moves))
     try:
         yield
@@ -78,7 +78,7 @@ async def kept(database: Database, moves: Callable[[], bool] = lambda: False) ->
         task.cancel()
 
 
-async def follow(database: Database) -> None:
+async def follow_host(database: Database) -> None:
     """Take the time of a host whose clock was set, and move the ends of all durations; raises `DatabaseUnavailable`."""
     step = HOST_TIME.step()
     has_moved = False
@@ -104,7 +104,7 @@ async def follow(database: Database) -> None:
     log.warning("the clock of this host was set", seconds=round(step / 1_000_000, 1))
 
 
-async def _follow_host(database: Database, moves: Callable[[], bool]) -> None:
+async def _watch_host(database: Database, moves: Callable[[], bool]) -> None:
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         if abs(HOST_TIME.step()) < SET_MICROSECONDS:
@@ -114,7 +114,7 @@ async def _follow_host(database: Database, moves: Callable[[], bool]) -> None:
             HOST_TIME.move(HOST_TIME.step())
         else:
             try:
-                await follow(database)
+                await follow_host(database)
             except DatabaseUnavailable as error:
                 log.warning("the clock of this host was set, and rows are not moved yet", error=str(error))
                 continue

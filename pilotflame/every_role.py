@@ -102,7 +102,7 @@ async def _run(
         database = Database(url)
         stack.push_async_callback(database.close)
         await _bring_up_to_date(database, migration)
-        await stack.enter_async_context(timekeeping.kept(database, moves=lambda: True))
+        await stack.enter_async_context(timekeeping.keep_time(database, moves=lambda: True))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(None, inbox=ids.new(OWNER))

@@ -121,7 +121,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
         is_leading = await stack.enter_async_context(_standing_for_leader(settings, database))
-        await stack.enter_async_context(timekeeping.kept(database, moves=is_leading))
+        await stack.enter_async_context(timekeeping.keep_time(database, moves=is_leading))
         led = [_only_while(is_leading, duty) for duty in duties(settings, database, store, broker)]
         await stack.enter_async_context(ticking(led))
         log.info("scheduler ready")

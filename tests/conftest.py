@@ -77,7 +77,7 @@ def rabbitmq() -> Iterator[services.RabbitMQ]:
 @pytest.fixture(scope="session")
 def shifted_clock() -> Path:
     """The library by which a process gets a wall clock of its own."""
-    library = preloads.compiled(preloads.SHIFTED_CLOCK)
+    library = preloads.compile_library(preloads.SHIFTED_CLOCK)
     if library is None:
         pytest.skip("there is no C compiler: nothing can set the clock of a process")
     return library

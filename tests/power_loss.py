@@ -161,12 +161,12 @@ class Disk:
         return folder, parts[-1] if parts else ""
 
 
-def nothing_more() -> bool:
+def keep_nothing() -> bool:
     """Let nothing survive but what was synced."""
     return False
 
 
-def some_more(seed: int) -> Survives:
+def keep_some(seed: int) -> Survives:
     """Let any part survive of what was not synced: now most of it, now little."""
     chance = random.Random(seed)
     share = chance.random()

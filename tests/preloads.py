@@ -14,7 +14,7 @@ SHIFTED_CLOCK = Path(__file__).with_name("shifted_clock.c")
 
 
 @functools.cache
-def compiled(source: Path) -> Path | None:
+def compile_library(source: Path) -> Path | None:
     """Return the shared library of a C file; None where there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None:

@@ -70,7 +70,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         database = Database(url)
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        await stack.enter_async_context(timekeeping.kept(database))
+        await stack.enter_async_context(timekeeping.keep_time(database))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)

@@ -90,7 +90,7 @@ class Record:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    library = preloads.compiled(power_loss.RECORDER)
+    library = preloads.compile_library(power_loss.RECORDER)
     if library is None:
         pytest.skip("there is no C compiler: nothing can record what a process does to its files")
     folder = tmp_path_factory.mktemp("disk")
@@ -134,7 +134,7 @@ def test_what_is_said_to_last_outlasts_a_power_cut_at_that_very_moment(
         for seed in (None, 1, 2):
             left = tmp_path / f"{what}-{seed}"
             left.mkdir()
-            survives = power_loss.nothing_more if seed is None else power_loss.some_more(seed)
+            survives = power_loss.keep_nothing if seed is None else power_loss.keep_some(seed)
             record.disk(what).write_out(left, survives)
             assert {*list(record.said)[: number + 1]} - {"nothing"} <= {*kept(left / "server" / "data")}
     assert not (tmp_path / "nothing-None/server/data/unsynced").exists()

@@ -65,7 +65,7 @@ async def test_leases_deadlines_waits_and_keys_last_as_long_as_they_would_have(
 ) -> None:
     await runs(world)
     before = await ends(world)
-    await timekeeping.follow(world.database)
+    await timekeeping.follow_host(world.database)
     assert abs(HOST_TIME.step()) < MOMENT
     after = await ends(world)
     assert {name: moment - before[name] for name, moment in after.items()} == {
@@ -93,7 +93,7 @@ async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
     before = await ends(world)
     monkeypatch.setattr(world.database, "transaction", fails)
     with pytest.raises(DatabaseUnavailable):
-        await timekeeping.follow(world.database)
+        await timekeeping.follow_host(world.database)
     monkeypatch.undo()
     assert abs(HOST_TIME.step() - step) < MOMENT
     assert await ends(world) == before

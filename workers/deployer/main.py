@@ -46,7 +46,7 @@ async def _serve(settings: DeployerSettings) -> None:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
         await migrating.require_current(database)
-        await stack.enter_async_context(timekeeping.kept(database))
+        await stack.enter_async_context(timekeeping.keep_time(database))
         store = await open_store(database.url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
