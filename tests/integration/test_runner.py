@@ -42,6 +42,7 @@ from models import data_source, deployment_token, ids
 from models.data_source import DataSource
 from models.deployment import Deployment
 from models.deployment_token import Bearer
+from models.moments import to_microseconds
 from models.pod_processes import PodProcess, lease_owner
 from runner import main as runners
 from runner import reporter
@@ -52,6 +53,7 @@ from tests import commands
 from tests.integration import run_world
 from tests.integration.gateway_world import SECRET
 from tests.integration.run_world import Place, Where, World, opened
+from tests.preloads import ShiftedClock
 from tests.receiver import Receiver, receiving
 from tests.services import free_port
 
@@ -198,6 +200,7 @@ class Pods:
         lease_seconds: float = LEASE_SECONDS,
         folder: Path | None = None,
         anew: bool = False,
+        preload: Mapping[str, str] | None = None,
         **variables: str,
     ) -> Pod:
         self.count += 1
@@ -215,7 +218,7 @@ class Pods:
         started = self.processes.enter_context(
             commands.started(
                 "runner",
-                given=given,
+                given={**given, **(preload or {})},
                 log=self.folder / f"pod-{self.count}.log",
                 folder=folder,
                 anew=anew,
@@ -378,6 +381,25 @@ async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Pods) -
     process = psutil.Process(pod.started.process.pid)
     memory = sum(one.memory_full_info().pss for one in (process, *process.children(recursive=True)))
     assert memory < 90_000_000
+
+
+@ON_POSTGRES
+async def test_a_pod_whose_clock_is_a_day_ahead_and_then_set_back_runs_like_any(
+    pods: Pods, receiver: Receiver, shifted_clock: Path, tmp_path: Path
+) -> None:
+    clock = ShiftedClock(shifted_clock, tmp_path / "clock")
+    clock.set(86_400)
+    receiver.may_answer.clear()
+    await pods.start(anew=True, preload=clock.environment).ready()
+    pause = {"id": "pause", "type": "wait", "config": {"seconds": 1.2}}
+    key = await pods.accept(chain(call(receiver), pause, GREET))
+    await until(lambda: len(receiver.received) == 1)
+    clock.set(-86_400)
+    receiver.may_answer.set()
+    await pods.reaches(key, "completed")
+    (span,) = await pods.world.query("SELECT started_at, ended_at FROM span WHERE node_id = 'pause'")
+    assert 1_200_000 <= span["ended_at"] - span["started_at"] < PATIENCE_SECONDS * 1_000_000
+    assert abs(span["ended_at"] - to_microseconds(datetime.now(UTC))) < PATIENCE_SECONDS * 1_000_000
 
 
 async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(pods: Pods, receiver: Receiver) -> None:
