@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import structlog
+
+from nodes.children import confinement
 from nodes.code.runner import CodeRunner, RefusedCode
 
 if TYPE_CHECKING:
     from execution.settings import ExecutionSettings
+
+log = structlog.get_logger()
 
 REASONS = {
     "off": "This server runs no code nodes",
@@ -18,7 +23,7 @@ REASONS = {
 def open_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
     """Return what runs code nodes on a shared worker; nothing is started before it is needed."""
     if settings.code_nodes == "on":
-        return CodeRunner(settings.code_backend, limit=settings.cpu_processes)
+        return _opened(settings)
     return RefusedCode(REASONS[settings.code_nodes])
 
 
@@ -26,4 +31,11 @@ def open_code_of_pod(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
     """Return what runs code nodes in a pod, which is one workflow's own."""
     if settings.code_nodes == "off":
         return RefusedCode(REASONS["off"])
+    return _opened(settings)
+
+
+def _opened(settings: ExecutionSettings) -> CodeRunner:
+    missing = confinement.missing_walls()
+    if missing:
+        log.warning("kernel lacks walls around code nodes", missing=missing, backend=settings.code_backend)
     return CodeRunner(settings.code_backend, limit=settings.cpu_processes)

@@ -16,15 +16,24 @@ from contextlib import suppress
 from functools import cache
 from select import poll
 
+from nodes.children import landlock, system_calls
+
 STDIN = 0
 FIRST_USER = 61_184
 USERS = 4_336
 """The user ids that are set aside for processes with a passing one, at least where systemd is."""
 SET_PARENT_DEATH_SIGNAL = 1
+SET_DUMPABLE = 4
 SET_NO_NEW_PRIVILEGES = 38
 NEW_NETWORK = 0x4000_0000
 CPU_SECONDS = 400
 """Of a child's life; it is replaced before it gets there."""
+
+
+def missing_walls() -> list[str]:
+    """Return what the kernel doesn't offer, or this container may not use, of what keeps code from everything else."""
+    walls = {"Landlock": landlock.version() > 0, "seccomp": system_calls.are_filtered()}
+    return [name for name, is_there in walls.items() if not is_there]
 
 
 def limit(
@@ -67,8 +76,14 @@ def limit_cpu(more_seconds: float) -> None:
 
 
 def give_up_rights() -> None:
-    """Never again get more rights than the process has."""
+    """Never again get more rights than the process has, nor be looked into by others of its user."""
     _prctl(SET_NO_NEW_PRIVILEGES, 1)
+    hide()
+
+
+def hide() -> None:
+    """Keep the process's memory, environment and open files from other processes of its user; root sees them all."""
+    _prctl(SET_DUMPABLE, 0)
 
 
 def change_user() -> bool:

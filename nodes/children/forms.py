@@ -10,7 +10,7 @@ from jsonschema_rs import Draft202012Validator, FancyRegexOptions
 from engine.errors import NodeError
 from json_text import decoding
 from nodes import problems
-from nodes.children import confinement, system_calls
+from nodes.children import confinement, landlock, system_calls
 from nodes.frames import FormJob
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def confine(parent: int) -> None:
     confinement.change_user()
     confinement.give_up_rights()
     confinement.die_with(parent)
+    landlock.restrict({})
     system_calls.allow_only(system_calls.COMPUTING)
 
 

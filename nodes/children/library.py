@@ -12,7 +12,7 @@ from engine.node import Call, Outcome, Result
 from engine.services import Caller
 from json_text import decoding
 from nodes import catalog
-from nodes.children import confinement, system_calls
+from nodes.children import confinement, landlock, system_calls
 from nodes.frames import LibraryJob
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def confine(parent: int) -> None:
     confinement.change_user()
     confinement.give_up_rights()
     confinement.die_with(parent)
+    landlock.restrict({})
     system_calls.allow_only(system_calls.COMPUTING)
 
 

@@ -11,7 +11,7 @@ import os
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from errno import EPERM
+from errno import EFAULT, EPERM
 from typing import Final, TypeAlias
 
 Numbers: TypeAlias = Mapping[str, tuple[int | None, int | None]]
@@ -53,31 +53,133 @@ COMPUTING: Final[Numbers] = {
 """What computing needs, with pipes that are open already: no files, no network, no processes, no threads."""
 
 REACHING_OUT: Final[Numbers] = {
+    "acct": (163, 89),
     "add_key": (248, 217),
+    "adjtimex": (159, 171),
     "bpf": (321, 280),
+    "chroot": (161, 51),
+    "clock_adjtime": (305, 266),
+    "clock_settime": (227, 112),
+    "delete_module": (176, 106),
+    "fanotify_init": (300, 262),
+    "finit_module": (313, 273),
+    "fsopen": (430, 430),
+    "init_module": (175, 105),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
+    "kcmp": (312, 272),
+    "kexec_load": (246, 104),
     "keyctl": (250, 219),
+    "memfd_create": (319, 279),
+    "migrate_pages": (256, 238),
     "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "move_pages": (279, 239),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
     "perf_event_open": (298, 241),
+    "personality": (135, 92),
     "pidfd_getfd": (438, 438),
+    "pivot_root": (155, 41),
+    "process_madvise": (440, 440),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "ptrace": (101, 117),
+    "quotactl": (179, 60),
+    "reboot": (169, 142),
     "request_key": (249, 218),
+    "semget": (64, 190),
+    "setdomainname": (171, 162),
+    "sethostname": (170, 161),
     "setns": (308, 268),
+    "settimeofday": (164, 170),
+    "shmget": (29, 194),
     "socket": (41, 198),
+    "swapoff": (168, 225),
+    "swapon": (167, 224),
+    "syslog": (103, 116),
+    "umount2": (166, 39),
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
 }
 """What reaches out to a network, to other processes, or into seldom used parts of the kernel."""
 
+CHANGING_ACCESS: Final[Numbers] = {
+    "chmod": (90, None),
+    "chown": (92, None),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "fchownat": (260, 54),
+    "lchown": (94, None),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "lsetxattr": (189, 6),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
+    "setxattr": (188, 5),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+}
+"""What gives files to others, or other names to files, by their paths: of this Landlock holds a part alone."""
+
+CHANGING_FILES: Final[Numbers] = {
+    **CHANGING_ACCESS,
+    "creat": (85, None),
+    "fallocate": (285, 47),
+    "fchmod": (91, 52),
+    "fchown": (93, 55),
+    "fremovexattr": (199, 16),
+    "fsetxattr": (190, 7),
+    "ftruncate": (77, 46),
+    "futimesat": (261, None),
+    "lremovexattr": (198, 15),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "openat2": (437, 437),
+    "removexattr": (197, 14),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "rmdir": (84, None),
+    "truncate": (76, 45),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "utime": (132, None),
+    "utimensat": (280, 88),
+    "utimes": (235, None),
+}
+"""What changes files and folders, besides opening a file for that."""
+
+STARTING_PROCESSES: Final[Numbers] = {
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "fork": (57, None),
+    "vfork": (58, None),
+}
+"""What makes processes and threads, and runs programs."""
+
+OPENING: Final[Numbers] = {"open": (2, None), "openat": (257, 56)}
+FLAGS_PLACE: Final[Mapping[str, int]] = {"open": 1, "openat": 2}
+"""Which of a call's arguments says what the file is opened for."""
+FOR_CHANGE: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
 SET_FILTER: Final = (22, 2)
 LOAD_WORD: Final = 0x20
 JUMP_IF_EQUAL: Final = 0x15
 JUMP_IF_AT_LEAST: Final = 0x35
+JUMP_IF_SOME_BITS: Final = 0x45
 RETURN: Final = 0x06
 NUMBER_OFFSET: Final = 0
 MACHINE_OFFSET: Final = 4
+ARGUMENTS_OFFSET: Final = 16
+ARGUMENT_BYTES: Final = 8
+"""Of which the lower half comes first, on both machines."""
 KILL: Final = 0x8000_0000
 REFUSE: Final = 0x0005_0000 | EPERM
 ALLOW: Final = 0x7FFF_0000
@@ -95,23 +197,55 @@ def refuse(calls: Numbers) -> bool:
     return _install(calls, named=REFUSE, others=ALLOW)
 
 
+def refuse_changes(calls: Numbers) -> bool:
+    """Refuse these calls, and everything that changes a file, from now on; returns whether that is so."""
+    return _install({**calls, **CHANGING_FILES}, named=REFUSE, others=ALLOW, read_only=True)
+
+
+def are_filtered() -> bool:
+    """Return whether the kernel has such filters, and this module knows the numbers of its calls."""
+    if sys.platform != "linux" or os.uname().machine not in MACHINES:
+        return False
+    # Without a filter it fails: with EFAULT where there could be one, with EINVAL where there is none.
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.prctl(*SET_FILTER, None, 0, 0) != 0 and ctypes.get_errno() == EFAULT)
+
+
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def _install(calls: Numbers, *, named: int, others: int) -> bool:
+def _install(calls: Numbers, *, named: int, others: int, read_only: bool = False) -> bool:
     machine = MACHINES.get(os.uname().machine)
     if sys.platform != "linux" or machine is None:
         return False
     column, mark = machine
     numbers = [each[column] for each in calls.values()]
-    code = _code(mark, [number for number in numbers if number is not None], named, others)
+    checks = _checks(column) if read_only else []
+    code = _code(mark, [number for number in numbers if number is not None], named, others, checks)
     program = _Program(len(code), b"".join(code))
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.prctl(*SET_FILTER, ctypes.byref(program), 0, 0) == 0)
 
 
-def _code(mark: int, numbers: Sequence[int], named: int, others: int) -> list[bytes]:
+def _checks(column: int) -> list[bytes]:
+    """Return the part of a filter that refuses to open a file for change; it goes on with the call's number."""
+    checks: list[bytes] = []
+    for name, numbers in OPENING.items():
+        number = numbers[column]
+        if number is not None:
+            flags = ARGUMENTS_OFFSET + ARGUMENT_BYTES * FLAGS_PLACE[name]
+            checks += [
+                _instruction(JUMP_IF_EQUAL, number, if_not=4),
+                _instruction(LOAD_WORD, flags),
+                _instruction(JUMP_IF_SOME_BITS, FOR_CHANGE, if_not=1),
+                _instruction(RETURN, REFUSE),
+                _instruction(RETURN, ALLOW),
+            ]
+    return checks
+
+
+def _code(mark: int, numbers: Sequence[int], named: int, others: int, checks: Sequence[bytes]) -> list[bytes]:
     """Return the filter: a call of another machine kills, and each of `numbers` jumps to the end."""
     jumps = [
         _instruction(JUMP_IF_EQUAL, number, if_so=len(numbers) - place)
@@ -124,6 +258,7 @@ def _code(mark: int, numbers: Sequence[int], named: int, others: int) -> list[by
         _instruction(LOAD_WORD, NUMBER_OFFSET),
         _instruction(JUMP_IF_AT_LEAST, OTHER_TABLE, if_not=1),
         _instruction(RETURN, REFUSE),
+        *checks,
         *jumps,
         _instruction(RETURN, others),
         _instruction(RETURN, named),

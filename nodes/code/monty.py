@@ -5,8 +5,13 @@ Nothing is handed to the code that would lead out of it: no files, no functions,
 
 from __future__ import annotations
 
+import os
+import re
+import resource
 import stat
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +26,7 @@ from pydantic_monty import (
 
 from engine.errors import NodeError
 from json_text import decoding
-from nodes.children import confinement, system_calls
+from nodes.children import confinement, landlock, system_calls
 from nodes.code import script
 from nodes.code.script import Printed
 from nodes.frames import CodeJob
@@ -37,6 +42,10 @@ PROCESSES: Final = 64
 """Its threads count too."""
 MAX_RECURSION_DEPTH: Final = 500
 MAX_SUSPENSIONS: Final = 1_000
+LOADERS: Final = ("ld-linux", "ld-musl", "ld64")
+LIBRARIES_OF_C: Final = ("libc.", "libc-", "libgcc_s.", "libm.", "libm-")
+FDINFO: Final = "/proc/self/fdinfo"
+PROCESS_ID: Final = re.compile(rb"^Pid:\s*([1-9]\d*)$", re.MULTILINE)
 OUT_OF_TIME: Final = ("feed time limit exceeded", "sleep limit exceeded")
 
 _decode = decoding.build_decoder(CodeJob).decode
@@ -54,13 +63,28 @@ def confine(parent: int) -> None:
     if _is_for_all(_binary()) and confinement.change_user():
         confinement.limit_processes(PROCESSES)
     confinement.give_up_rights()
-    system_calls.refuse(system_calls.REACHING_OUT)
+    landlock.restrict(_needed_files(_binary()))
+    system_calls.refuse_changes(system_calls.REACHING_OUT)
     confinement.die_together()
 
 
 def _binary() -> Path:
     """Return the interpreter, which is installed where Python is; raises `FileNotFoundError`."""
     return Path(sys.executable).with_name("monty").resolve(strict=True)
+
+
+def _needed_files(binary: Path) -> Mapping[str, int]:
+    """Return what the interpreter is started from: itself, the loader of programs, and the libraries of C."""
+    allowed = {str(binary): landlock.RUN, "/etc/ld.so.cache": landlock.READ_FILE}
+    with suppress(FileNotFoundError):  # where Linux is another system's guest
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            library = Path(line.split(maxsplit=5)[-1])
+            if library.name.startswith(LOADERS):
+                allowed[str(library)] = landlock.RUN
+            elif library.name.startswith(LIBRARIES_OF_C):
+                allowed[str(library.parent)] = landlock.READ_FILE
+    allowed[FDINFO] = landlock.READ  # for `_forbid_processes`
+    return allowed
 
 
 def _is_for_all(program: Path) -> bool:
@@ -75,6 +99,7 @@ class Interpreter:
         self._binary = binary
         self._organization_id = ""
         self._pool: Monty | None = None
+        self._has_forbidden_processes = False
 
     def perform(self, raw: bytes, speaker: Speaker) -> Json:
         job = _decode(raw)
@@ -101,6 +126,9 @@ class Interpreter:
         )
         inputs = decoding.decode(job.inputs)
         with self._pool_of(job.organization_id).checkout(limits=limits) as session:
+            if not self._has_forbidden_processes:
+                _forbid_processes()
+                self._has_forbidden_processes = True
             return session.feed_run(job.source, inputs=inputs, print_callback=printed.write)
 
     def _pool_of(self, organization_id: str) -> Monty:
@@ -108,12 +136,26 @@ class Interpreter:
             self._stop()
             self._pool = Monty(binary_path=self._binary, max_processes=1).__enter__()
             self._organization_id = organization_id
+            self._has_forbidden_processes = False
         return self._pool
 
     def _stop(self) -> None:
         if self._pool is not None:
             self._pool.__exit__(None, None, None)
             self._pool = None
+
+
+def _forbid_processes() -> None:
+    """Let the interpreter make no more processes and threads than it has by now.
+
+    It is known by the descriptor that its parent waits for it with. The limit is one of its user, of whom other
+    processes may have any number: so it is nothing, and not a few more than there are.
+    """
+    with suppress(OSError):
+        for entry in os.listdir(FDINFO):  # noqa: PTH208 - names are all that is wanted
+            about = Path(FDINFO, entry).read_bytes()  # no codec can be loaded any more
+            if (found := PROCESS_ID.search(about)) is not None:
+                resource.prlimit(int(found[1]), resource.RLIMIT_NPROC, (0, 0))
 
 
 def _translated(error: MontyError, job: CodeJob) -> NodeError:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from engine.errors import NodeError
 from json_text import decoding
-from nodes.children import confinement, system_calls
+from nodes.children import confinement, landlock, system_calls
 from nodes.code import script
 from nodes.code.script import Printed
 from nodes.frames import CodeJob
@@ -109,6 +109,7 @@ def confine(parent: int) -> None:
     confinement.change_user()
     confinement.give_up_rights()
     confinement.die_with(parent)
+    landlock.restrict({})
 
 
 def perform(raw: bytes, speaker: Speaker) -> Json:

@@ -70,7 +70,9 @@ def confine(parent: int) -> None:
     confinement.give_up_rights()
     confinement.die_with(parent)
     landlock.restrict({os.environ[FOLDER]: landlock.CHANGE, "/dev/urandom": landlock.READ_FILE})
-    system_calls.refuse(system_calls.REACHING_OUT)
+    system_calls.refuse(
+        {**system_calls.REACHING_OUT, **system_calls.STARTING_PROCESSES, **system_calls.CHANGING_ACCESS}
+    )
 
 
 def perform(raw: bytes, _speaker: Speaker) -> Json:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from engine.errors import NodeError
 from engine.services import Caller
@@ -361,3 +362,10 @@ async def test_an_operator_chooses_what_runs_code(monkeypatch: pytest.MonkeyPatc
     runner = open_code(WorkerSettings())
     assert (await call("code", {"source": "import os\nos.sep"}, code=runner)).output == "/"
     await runner.close()
+
+
+async def test_a_worker_says_which_walls_its_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodes.children.landlock.version", lambda: 0)
+    with capture_logs() as lines:
+        await open_code(WorkerSettings()).close()
+    assert [line["missing"] for line in lines] == [["Landlock"]]
