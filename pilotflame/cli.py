@@ -21,7 +21,7 @@ import typer
 from typer import Argument, Option, Typer
 
 from models import garbage
-from pilotflame import refusal, run_outputs
+from pilotflame import refusal, run_outputs, variables
 from pilotflame.refusal import Refusal
 from pilotflame.run_outputs import OutputChoice
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pilotflame.worker_parent import ChildDeath
 
 REFUSED: Final = 2
+PROCESSES: Final = frozenset({"dev", "gateway", "worker", "scheduler", "deployer", "runner", "bridge"})
 SHOWN_IDS: Final = 20
 REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -81,6 +82,7 @@ def _show_version(is_wanted: bool) -> None:
 
 @app.callback()
 def pilotflame(
+    context: typer.Context,
     version: Annotated[  # noqa: ARG001 - its callback has printed it
         bool, Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
@@ -92,6 +94,9 @@ def pilotflame(
     """
     os.umask(0o077)  # whatever is written from here on is its owner's alone
     garbage.begin()
+    if context.invoked_subcommand not in PROCESSES:  # those have a log for it
+        for name, meant in variables.unknown(os.environ).items():
+            typer.echo(_visible(f"pilotflame: {variables.warning(name, meant)}"), err=True)
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────
@@ -305,6 +310,11 @@ def _begin_log(level: str, render: Render | None = None) -> Lines:
     from pilotflame import log_lines
 
     lines = log_lines.begin(level, render or log_lines.as_json)
+    import structlog  # behind `log_lines`, which keeps it from loading what nobody needs
+
+    log = structlog.get_logger()
+    for name, meant in variables.unknown(os.environ).items():
+        log.warning("unknown setting", variable=name, meant=meant)
     for number in (signal.SIGTERM, signal.SIGINT):
         # At once while it starts; and when Uvicorn, having stopped, repeats the signal that stopped it.
         signal.signal(number, lambda *_: sys.exit(0))

@@ -56,10 +56,26 @@ class Shell:
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     folder = tmp_path_factory.mktemp("shell")
     given = environment(folder / "data", BOOTSTRAP_API_KEY=KEY)
-    with commands.started("dev", "--port", "0", given=given, log=folder / "log") as dev:
+    misspelt = {**given, "PILOTFLAME_LOG_LEVLE": "a value that nobody is shown"}
+    with commands.started("dev", "--port", "0", given=misspelt, log=folder / "log") as dev:
         address = dev.says(r"Pilotflame runs on (\S+)")[1]
         yield Shell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
         assert dev.stop() == 0
+
+
+def test_a_misspelt_variable_is_named_when_a_process_or_a_command_starts(shell: Shell) -> None:
+    logged = (shell.folder / "log").read_text()
+    (warning,) = [json.loads(line) for line in logged.splitlines() if "unknown setting" in line]
+    assert (warning["level"], warning["variable"]) == ("warning", "PILOTFLAME_LOG_LEVLE")
+    assert warning["meant"][0] == "PILOTFLAME_LOG_LEVEL"
+    known = {"PILOTFLAME_BRIDGE_WORKFLOW": "wf_1", "PILOTFLAME_RUNNER_TOKEN": "x", "PILOTFLAME_PORT": "1"}
+    listed = commands.run("keys", "list", given={**shell.given, **known, "PILOTFLAME_SECRET": "not shown"})
+    assert (listed.returncode, listed.stderr.splitlines()) == (
+        0,
+        ["pilotflame: PILOTFLAME_SECRET is no setting: did you mean PILOTFLAME_SECRET_KEY?"],
+    )
+    assert "a value" not in logged
+    assert "not shown" not in listed.stderr
 
 
 def test_apply_makes_a_workflow_and_then_changes_the_same_one(shell: Shell) -> None:
