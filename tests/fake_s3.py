@@ -57,6 +57,8 @@ class FakeS3:
     domain: str = "s3.test"
     """What virtual hosts of buckets end in."""
     buckets: dict[str, dict[str, Stored]] = field(default_factory=lambda: {"bucket": {}})
+    behind: timedelta = timedelta()
+    """By so much its objects are dated too early."""
     requests: list[str] = field(default_factory=list)
     """Method, host and raw path of each."""
     failures: list[Refused] = field(default_factory=list)
@@ -150,7 +152,7 @@ class FakeS3:
                     for name, value in request.headers.items()
                     if name.lower() == "content-type" or name.lower().startswith("x-amz-meta-")
                 }
-                objects[key] = Stored(body, kept)
+                objects[key] = Stored(body, kept, datetime.now(UTC) - self.behind)
                 return web.Response(headers={"ETag": objects[key].etag})
             case "DELETE", str() if key:
                 objects.pop(key, None)

@@ -317,6 +317,19 @@ def age(tmp_path: Path, s3: fake_s3.FakeS3, days: float) -> None:
         stored.modified_at = datetime.now(UTC) - timedelta(days=days)
 
 
+async def test_the_age_of_a_content_is_told_by_the_clock_of_its_storage(
+    blobs: BlobStore, on_sqlite: Where, s3: fake_s3.FakeS3
+) -> None:
+    s3.behind = timedelta(days=2)
+    async with opened(on_sqlite):
+        database = Database(parse_url(on_sqlite.url))
+        fresh = Owner("org_1", "exec_fresh")
+        content = await put(blobs, fresh, b"just now")
+        await orphans.sweep(blobs, database)
+        assert await blobs.get(fresh, content.sha256) == b"just now"
+        await database.close()
+
+
 async def test_what_no_run_is_left_for_is_swept_after_a_day(
     blobs: BlobStore, on_sqlite: Where, tmp_path: Path, s3: fake_s3.FakeS3
 ) -> None:
