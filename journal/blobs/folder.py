@@ -101,6 +101,8 @@ class Folder:
             durable_folders.sync_folder(changed)
 
     def _idle(self, age_seconds: float) -> Iterator[Owner]:
+        if not self._root.is_dir():
+            return
         since = self._now() - age_seconds
         for organization in _entries(self._root):
             for line in _entries(Path(organization.path)):
@@ -113,7 +115,6 @@ class Folder:
 
     def _now(self) -> float:
         """Return the time by which the file system dates its files: that of one which is written just now."""
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self._root) as probe:
             probe.write(b"0")
             probe.flush()
