@@ -133,7 +133,9 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
     fake.api.node.terminate_seconds = 0.3
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster) as found:
-        failed = await until(world, workflow_id, has_failed)
+        await until(world, workflow_id, has_failed)
+        # What the kubelet says last is what is kept.
+        failed = await until(world, workflow_id, lambda one: "BackOff" in (one.observed_reason or ""))
         assert failed.observed_reason is not None
         assert fake.cluster.image in failed.observed_reason
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)

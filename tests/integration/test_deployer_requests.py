@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
+from sqlmodel import col
 
 from journal import wakes
-from models.deployment import Deployment, DeploymentStatus, Observed, status_of
+from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, Observed, status_of
 from scheduler import lifecycle
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
@@ -116,7 +118,7 @@ async def test_stops_and_starts_cost_a_request_each_and_rest_costs_none(
             await until(world, workflow_ids[0], is_running)
         assert [one.split(" ")[0] for one in api.requests[seen:]] == ["PATCH"] * 6
         seen = len(api.requests)
-        await sweeps.happen(30)  # of which two look at everything that there is
+        await sweeps.happen(14)  # of which one at least looks at everything that there is
         assert api.requests[seen:] == []
         api.end_watches()
         await turn_until(lambda: api.watches == 2 and len(api.requests) - seen >= WATCH_REQUESTS)
@@ -131,6 +133,7 @@ async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_start
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster, api = fake
+    monkeypatch.setattr(reconciler, "WHILE_CHANGING", OFTEN)
     monkeypatch.setattr(reconciler, "LATER", Retry(OFTEN))
     await cluster.set_quota({"pods": "0"})
     (workflow_id,) = await deployed(people)
@@ -155,7 +158,7 @@ async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_tried_agai
         denied = await until(world, workflow_id, is_unknown)
         assert "policy.example.com" in (denied.observed_reason or "")
         seen = len(api.requests)
-        await sweeps.happen(15)
+        await sweeps.happen(8)
         assert api.requests[seen:] == [], "the first retry is five seconds away"
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
         assert (await row(world, workflow_id)).replicas == 1
@@ -208,3 +211,31 @@ async def test_a_busy_api_server_makes_nothing_unknown(
         api.refuses = lambda *_: None
         await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
     assert seen == {Observed.RUNNING}
+
+
+async def test_mass_starts_are_limited_and_none_is_given_up(
+    world: World, people: People, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, api = fake
+    api.node.start_seconds, api.node.starts_at_once = 0.02, 2
+    workflow_ids = await deployed(people, 12)
+    most = 0
+    async with deployer(
+        world, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
+    ):
+        async with asyncio.timeout(60):
+            while len(running := [one for one in workflow_ids if is_running(await row(world, one))]) < 12:
+                pods = list(api.store.every("pods"))
+                most = max(most, sum(not has_condition(pod, "Ready") for pod in pods))
+        assert len(running) == len(workflow_ids)
+    assert 0 < most <= 3
+    async with world.gateway.database.read() as connection:
+        reasons = select(col(LifecycleDecision.reason)).where(
+            col(LifecycleDecision.workflow_id).in_(workflow_ids)
+        )
+        assert set(await connection.scalars(reasons)) == {"deployed"}
+
+
+def has_condition(pod: dict[str, Any], name: str) -> bool:
+    conditions = (pod.get("status") or {}).get("conditions") or ()
+    return any(one["type"] == name and one["status"] == "True" for one in conditions)

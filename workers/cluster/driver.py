@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Protocol
 
 HOST_VARIABLE = "PILOTFLAME_RUNNER_HOST"
@@ -104,6 +104,17 @@ class Wanted:
     resources: Resources = Resources()
 
 
+class PodStage(IntEnum):
+    """Progress of a pod from its creation until it is ready."""
+
+    CREATED = 0
+    SCHEDULED = 1
+    """A machine was chosen for it, which prepares it and pulls its image."""
+    STARTED = 2
+    """Its program was started, once at least."""
+    READY = 3
+
+
 @dataclass(frozen=True)
 class Pod:
     """One copy of the program, as it is now."""
@@ -115,6 +126,8 @@ class Pod:
     is_ready: bool
     """It has answered its readiness probe, and is not being stopped."""
     is_terminating: bool
+    stage: PodStage = PodStage.READY
+    """How far it has come."""
     ended_at: datetime | None = None
     """By its machine's clock, a moment between the last end of its program and the next start: no process from before
     runs any more.
@@ -140,6 +153,8 @@ class Observed:
     definition_hash: str | None = None
     is_current: bool = False
     """The cluster has taken notice of what it was asked last."""
+    updated: int = 0
+    """How many of its pods are of what was applied last, as far as it has counted."""
     pods: tuple[Pod, ...] = ()
     """Those that are being stopped too: they live until they are gone from here."""
     trouble: Trouble | None = None
@@ -147,6 +162,17 @@ class Observed:
     @property
     def ready_pods(self) -> tuple[Pod, ...]:
         return tuple(pod for pod in self.pods if pod.is_ready)
+
+    @property
+    def is_coming_up(self) -> bool:
+        """Pods that are wanted are still to be made, or to become ready."""
+        live = [pod for pod in self.pods if not pod.is_terminating]
+        is_complete = (
+            self.is_current
+            and self.updated >= self.replicas == len(live)
+            and all(pod.is_ready for pod in live)
+        )
+        return self.exists and self.replicas > 0 and not is_complete
 
     @property
     def is_ready(self) -> bool:

@@ -244,6 +244,10 @@ class LocalDeployment:
         pods = tuple(pod.shown for pod in self.pods.values())
         if self.kept.is_deleted:
             return Observed(wanted.workflow_id, exists=False, pods=pods)
+        template = _template(wanted)
+        updated = sum(
+            pod.record.template == template and not pod.is_terminating for pod in self.pods.values()
+        )
         troubles = (pod.trouble for pod in self.pods.values() if not pod.is_terminating)
         return Observed(
             wanted.workflow_id,
@@ -253,6 +257,7 @@ class LocalDeployment:
             generation=wanted.generation,
             definition_hash=wanted.definition_hash,
             is_current=True,
+            updated=updated,
             pods=pods,
             trouble=next((trouble for trouble in troubles if trouble is not None), None),
         )

@@ -28,6 +28,7 @@ from workers.cluster.driver import (
     READINESS_PATH,
     TOKEN_VARIABLE,
     Pod,
+    PodStage,
     Reason,
     Trouble,
     Wanted,
@@ -118,6 +119,7 @@ class LocalPod:
             address=self.address,
             is_ready=self.is_ready and not self.is_terminating,
             is_terminating=self.is_terminating,
+            stage=PodStage.READY if self.is_ready else PodStage.STARTED,
             ended_at=self.ended_at,
             is_out_of_memory=self._is_out_of_memory,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from ipaddress import IPv6Address, ip_address
 
-from workers.cluster.driver import Observed, Pod, Reason, Trouble
+from workers.cluster.driver import Observed, Pod, PodStage, Reason, Trouble
 from workers.cluster.manifests import DEFINITION_ANNOTATION, GENERATION_ANNOTATION, Manifest
 
 _NEVER_PULLED = re.compile(
@@ -66,6 +66,7 @@ def observed(
         generation=int(generation) if generation.isdecimal() else None,
         definition_hash=annotations.get(DEFINITION_ANNOTATION),
         is_current=(status.get("observedGeneration") or 0) >= metadata.get("generation", 0),
+        updated=status.get("updatedReplicas") or 0,
         pods=seen,
         trouble=trouble,
     )
@@ -92,10 +93,20 @@ def _pod(pod: Manifest, port: int) -> Pod:
         # For its whole grace period a pod that ends goes on saying that it is ready.
         is_ready=is_ready and bool(address) and not is_terminating,
         is_terminating=is_terminating,
+        stage=_stage(pod, is_ready=is_ready),
         ended_at=_ended_at(pod),
         is_out_of_memory=_is_out_of_memory(pod),
         trouble=None if is_terminating else _trouble_of_pod(pod),
     )
+
+
+def _stage(pod: Manifest, *, is_ready: bool) -> PodStage:
+    if is_ready:
+        return PodStage.READY
+    statuses = _container_statuses(pod)
+    if any("running" in (one.get("state") or {}) or one.get("restartCount") for one in statuses):
+        return PodStage.STARTED
+    return PodStage.SCHEDULED if pod.get("spec", {}).get("nodeName") else PodStage.CREATED
 
 
 def has_ended(pod: Manifest) -> bool:

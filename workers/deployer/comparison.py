@@ -54,35 +54,47 @@ def step(deployment: Deployment, observed: Observed, *, is_applied: bool) -> Ste
     return Step.NONE if observed.replicas == deployment.replicas else Step.SCALE
 
 
+def is_start(deployment: Deployment, observed: Observed, taken: Step) -> bool:
+    """Tell whether a step makes pods come up: those of a sleeping workflow, or others in the place of its own."""
+    if deployment.replicas == 0:
+        return False
+    return taken is Step.APPLY or (taken is Step.SCALE and not observed.ready_pods)
+
+
 def sighting(
     deployment: Deployment,
     observed: Observed,
     *,
     now: datetime,
     start_time: timedelta,
-    applied_at: datetime | None,
+    stalled_since: datetime | None,
+    waiting_since: datetime | None,
 ) -> Sighting:
     """Return what is to be stored of what is deployed, once everything was done that was to be done.
 
-    `applied_at` is when the deployer has last asked for such pods.
+    A start has failed whose pods are `stalled_since` before its start time. One that is `waiting_since` then for the
+    cluster to schedule a pod says so, and goes on.
     """
     state = _state(deployment, observed)
     definition_hash = _definition_of(observed) or deployment.observed_definition_hash
     trouble = observed.trouble
     is_final = trouble is not None and trouble.is_final
     is_blocked = trouble is not None and trouble.reason in BLOCKING_REASONS
+    is_stalled = stalled_since is not None and now - stalled_since > start_time
     if state is Stored.STARTING and not is_blocked:
-        was_blocked = deployment.observed_reason_code in BLOCKING_REASONS
-        is_late = not was_blocked and _is_late_to_start(deployment, now=now, start_time=start_time)
-        is_overdue = is_final or is_late
+        is_overdue = is_final or is_stalled or _was_seen(deployment, Stored.FAILED)
         state = Stored.FAILED if is_overdue else state
     elif state is Stored.RUNNING and definition_hash != deployment.definition_hash and not is_blocked:
-        is_overdue = is_final or _is_late_to_be_replaced(
-            deployment, applied_at, now=now, start_time=start_time
-        )
+        is_overdue = is_final or is_stalled or _was_seen(deployment, Stored.OUTDATED)
         state = Stored.OUTDATED if is_overdue else state
     reason = trouble.message if trouble is not None else None
     code = str(trouble.reason) if trouble is not None else None
+    is_unscheduled = stalled_since is None and waiting_since is not None and now - waiting_since > start_time
+    if state is Stored.STARTING and trouble is None and is_unscheduled:
+        reason = (
+            f"No pod was scheduled within {start_time.total_seconds():g} seconds: the cluster is slow or down"
+        )
+        code = SLOW_START
     failed_reason, failed_code = None, None
     if state in {Stored.FAILED, Stored.OUTDATED}:
         reason = reason or f"No pod was ready within {start_time.total_seconds():g} seconds"
@@ -170,25 +182,6 @@ def _state(deployment: Deployment, observed: Observed) -> Stored:
     if deployment.replicas == 0:
         return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
     return Stored.RUNNING if observed.is_ready else Stored.STARTING
-
-
-def _is_late_to_start(deployment: Deployment, *, now: datetime, start_time: timedelta) -> bool:
-    """Tell whether pods have had their time to become ready, since they were wanted or since the last one was."""
-    if _was_seen(deployment, Stored.FAILED):
-        return True
-    since = deployment.updated_at
-    if deployment.observed_at is not None:
-        since = max(since, deployment.observed_at if deployment.observed == Stored.STARTING else now)
-    return now - since > start_time
-
-
-def _is_late_to_be_replaced(
-    deployment: Deployment, applied_at: datetime | None, *, now: datetime, start_time: timedelta
-) -> bool:
-    """Tell whether pods that are to replace others have had their time."""
-    if _was_seen(deployment, Stored.OUTDATED):
-        return True
-    return now - max(deployment.updated_at, applied_at or now) > start_time
 
 
 def _was_seen(deployment: Deployment, state: Stored) -> bool:

@@ -92,7 +92,14 @@ class Deployer:
             open_driver, cluster=settings.cluster, on_open=lambda driver: self._spawn(self._watch(driver))
         )
         self._reconciler = Reconciler(
-            self.name, settings, database, store, broker, self._connection, command=command
+            self.name,
+            settings,
+            database,
+            store,
+            broker,
+            self._connection,
+            command=command,
+            on_admit=self._queue.add_urgent,
         )
         self._tasks: set[asyncio.Task[None]] = set()
 

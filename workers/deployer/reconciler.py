@@ -22,10 +22,10 @@ from workers.cluster.driver import ClusterBusy, ClusterError, ClusterRefused, No
 from workers.deployer import comparison, rows
 from workers.deployer.comparison import Step
 from workers.deployer.look_queue import Backoff, Retry
+from workers.deployer.start_clock import StartClock
+from workers.deployer.start_gate import StartGate
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from journal.store import Store
     from messages.broker import Broker
     from models.database import Database
@@ -44,10 +44,19 @@ WHILE_DRAINING: Final = Backoff(1.0, 1.0)
 """For runs of a drain: nothing notifies of their ends."""
 WHILE_REFUSED: Final = Backoff(5.0, 60.0)
 """For changes that the cluster refuses: each attempt costs up to seven requests, and nothing notifies of a cure."""
+WHILE_WAITING_IN_TURN: Final = Backoff(15.0, 60.0)
+"""For starts that wait for others: the end of one asks for the next look."""
+MARGIN_SECONDS: Final = 0.05
+"""How much later than its due time a start is looked at."""
 LATER: Final = Retry(WHILE_CHANGING)
+IN_TURN: Final = Retry(WHILE_WAITING_IN_TURN)
 MUCH_LATER: Final = Retry(WHILE_REFUSED)
 AT_ONCE: Final = Retry(WHILE_CHANGING, within_seconds=0)
 """For a row that somebody else has changed since it was read."""
+
+
+_TIMED: Final = frozenset({Stored.STARTING, Stored.RUNNING})
+"""States that time alone may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,9 @@ class Reconciler:
         connection: ClusterConnection,
         *,
         command: Sequence[str],
+        on_admit: Callable[[str], None],
     ) -> None:
+        """`on_admit` is called with each workflow whose start has waited for others and may go on."""
         self._name = name
         self._settings = settings
         self._database = database
@@ -79,8 +90,10 @@ class Reconciler:
         self._broker = broker
         self._connection = connection
         self._command = tuple(command)
-        self._applied: dict[str, datetime] = {}
-        """When this process last applied each workflow: others may have done so with other settings."""
+        self._applied: set[str] = set()
+        """Workflows that this process has applied: others may have done so with other settings."""
+        self._clock = StartClock()
+        self._gate = StartGate(settings.starts_at_once, on_admit)
 
     async def look(self, workflow_id: str) -> LookResult:
         """Bring a workflow nearer to what is desired; raises `DatabaseUnavailable`."""
@@ -89,10 +102,15 @@ class Reconciler:
             settled = await decisions.settle(self._database, workflow_id, decisions.by_policy)
             if settled is not None and settled.decision.action is not LifecycleAction.NONE:
                 found = await rows.find(self._database, workflow_id)
-        retry = await self._reconcile(workflow_id, found)
+        try:
+            retry = await self._reconcile(workflow_id, found)
+        except Exception:
+            self._gate.release(workflow_id)
+            raise
         if found is None:
             return LookResult(retry)
-        if retry is LATER and found.deployment.is_deployed and found.deployment.drain_until is not None:
+        is_draining = found.deployment.is_deployed and found.deployment.drain_until is not None
+        if is_draining and retry is not None and retry.backoff is WHILE_CHANGING:
             retry = Retry(WHILE_DRAINING)
         return LookResult(retry, found.deployment.generation)
 
@@ -125,30 +143,34 @@ class Reconciler:
         self, driver: Driver, workflow_id: str, found: Found | None, observed: Observed
     ) -> Retry | None:
         if found is None:
+            self._forget_start(workflow_id)
             return await self._remove_unknown(driver, observed)
-        if self._step(found.deployment, observed) is not Step.NONE:
+        deployment = found.deployment
+        step = self._step(deployment, observed)
+        if comparison.is_start(deployment, observed, step) and not self._gate.admit(
+            workflow_id, deployment.organization_id
+        ):
+            return IN_TURN
+        if step is not Step.NONE:
             return await self._act(driver, workflow_id)
-        if not found.deployment.is_deployed:
+        if not deployment.is_deployed:
+            self._forget_start(workflow_id)
             return None
-        return await self._note(found.deployment, self._sighting(found, observed))
+        return await self._note_observed(found, observed)
 
     def _step(self, deployment: Deployment, observed: Observed) -> Step:
         return comparison.step(deployment, observed, is_applied=deployment.workflow_id in self._applied)
 
-    def _sighting(self, found: Found, observed: Observed) -> Sighting:
-        return comparison.sighting(
-            found.deployment,
-            observed,
-            now=found.now,
-            start_time=timedelta(seconds=self._settings.start_seconds),
-            applied_at=self._applied.get(found.deployment.workflow_id),
-        )
+    def _forget_start(self, workflow_id: str) -> None:
+        self._clock.forget(workflow_id)
+        self._gate.release(workflow_id)
 
     # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _act(self, driver: Driver, workflow_id: str) -> Retry | None:
         """Do what is to be done, unless another deployer is at it."""
         if not await rows.hold(self._database, workflow_id, self._name):
+            self._gate.release(workflow_id)
             return LATER
         try:
             # Another deployer may have been at it since it was read.
@@ -174,7 +196,7 @@ class Reconciler:
             ):
                 return
             await driver.apply(await self._wanted(found))
-            self._applied[workflow_id] = found.now
+            self._applied.add(workflow_id)
         elif step is Step.SCALE:
             try:
                 await driver.scale(workflow_id, deployment.replicas)
@@ -193,12 +215,13 @@ class Reconciler:
         observed = await driver.observe(workflow_id)
         if found is None or self._step(found.deployment, observed) is not Step.NONE:
             return AT_ONCE
-        return await self._note(found.deployment, self._sighting(found, observed))
+        return await self._note_observed(found, observed)
 
     async def _delete(self, driver: Driver, deployment: Deployment) -> Retry | None:
         holders = await pod_leases.holders(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
-        self._applied.pop(deployment.workflow_id, None)
+        self._applied.discard(deployment.workflow_id)
+        self._forget_start(deployment.workflow_id)
         if is_gone:
             log.info("deployment removed", workflow_id=deployment.workflow_id)
             await self._take_back(deployment.workflow_id, holders)
@@ -244,6 +267,30 @@ class Reconciler:
 
     # ── storing ───────────────────────────────────────────────────────────────────────────────────────────
 
+    async def _note_observed(self, found: Found, observed: Observed) -> Retry | None:
+        """Store what is seen of a workflow that is deployed as desired, and keep count of its start."""
+        deployment, now = found.deployment, found.now
+        start_time = timedelta(seconds=self._settings.start_seconds)
+        stalled_since = self._clock.stalled_since(deployment, observed, now)
+        waiting_since = self._clock.waiting_since(deployment.workflow_id)
+        sighting = comparison.sighting(
+            deployment,
+            observed,
+            now=now,
+            start_time=start_time,
+            stalled_since=stalled_since,
+            waiting_since=waiting_since,
+        )
+        if observed.is_coming_up and sighting.observed_reason is None:
+            self._gate.mark_starting(deployment.workflow_id, deployment.organization_id)
+        else:
+            self._gate.release(deployment.workflow_id)
+        retry = await self._note(deployment, sighting)
+        if retry is LATER and waiting_since is not None and sighting.observed in _TIMED:
+            due_seconds = (waiting_since + start_time - now).total_seconds() + MARGIN_SECONDS
+            return Retry(WHILE_CHANGING, due_seconds) if due_seconds > 0 else retry
+        return retry
+
     async def _note(self, deployment: Deployment, sighting: Sighting) -> Retry | None:
         """Store what was seen, and notify whoever waits; None where nothing more is expected."""
         retry = None if comparison.is_settled(deployment, sighting) else LATER
@@ -268,6 +315,7 @@ class Reconciler:
     ) -> Retry:
         """Store why nothing is known, or nothing can be done; return when to try again."""
         log.warning("cluster in the way", workflow_id=workflow_id, error=str(error))
+        self._gate.release(workflow_id)
         found = await rows.find(self._database, workflow_id)
         if found is None:
             return retry

@@ -12,7 +12,7 @@ from sqlmodel import col
 from json_text import decoding
 from models import database_time, deployment_token
 from models.database_time import DatabaseTime
-from models.deployment import BLOCKING_REASONS, Deployment, Observed
+from models.deployment import Deployment, Observed
 from models.deployment_token import Bearer
 from models.moments import from_microseconds
 from models.workflow import Definition
@@ -184,13 +184,7 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
     last = last_sighting(before)
     if sighting == last:
         return True
-    # The time that pods have to become ready does not run while the cluster has no room for them.
-    is_unblocked = (
-        last.observed_reason_code in BLOCKING_REASONS
-        and sighting.observed_reason_code not in BLOCKING_REASONS
-    )
-    is_as_before = sighting.observed is last.observed and not is_unblocked
-    since = before.observed_at if is_as_before else None
+    since = before.observed_at if sighting.observed is last.observed else None
     statement = (
         update(Deployment)
         .where(

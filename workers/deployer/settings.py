@@ -82,7 +82,20 @@ class DeployerSettings(ExecutionSettings, Settings):
         description="A local pod ends itself once its gateway was away, or has refused it, for so long.",
     )
     start_seconds: float = Field(
-        default=120.0, gt=0, description="A deployment has failed that has no ready pod after so long."
+        default=120.0,
+        gt=0,
+        description=(
+            "A deployment has failed whose pods make no progress for so long: from being scheduled to the start of "
+            "their program, and from there until one is ready."
+        ),
+    )
+    starts_at_once: int = Field(
+        default=20,
+        ge=1,
+        description=(
+            "Workflows whose pods a deployer starts or replaces at once; up to twice as many while several "
+            "organizations share it."
+        ),
     )
     deployer_sweep_seconds: float = Field(
         default=5.0, gt=0, description="How often the deployer looks for deployments that it was not told of."

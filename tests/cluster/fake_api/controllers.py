@@ -237,7 +237,7 @@ class Controllers:
             if not pods:
                 self._store.remove(("deployments", metadata["namespace"], metadata["name"]))
             return
-        digest = hashlib.sha256(json.dumps(spec["template"], sort_keys=True).encode()).hexdigest()[:10]
+        digest = _digest(deployment)
         current = [pod for pod in live if pod["metadata"]["labels"][HASH_LABEL] == digest]
         # Of those that are to be replaced, the ones that don't work go first.
         others = sorted((pod for pod in live if pod not in current), key=lambda pod: not _is_ready(pod))
@@ -309,8 +309,10 @@ class Controllers:
         ]
         live = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         ready = sum(_is_ready(pod) for pod in live)
+        digest = _digest(deployment)
         numbers = {
             "replicas": len(live),
+            "updatedReplicas": sum(pod["metadata"]["labels"][HASH_LABEL] == digest for pod in live),
             "readyReplicas": ready,
             "availableReplicas": ready,
             "unavailableReplicas": max(0, wanted - ready),
@@ -331,6 +333,11 @@ class Controllers:
             **{name: number for name, number in numbers.items() if number},
             "conditions": conditions,
         }
+
+
+def _digest(deployment: Json) -> str:
+    template = json.dumps(deployment["spec"]["template"], sort_keys=True)
+    return hashlib.sha256(template.encode()).hexdigest()[:10]
 
 
 def _pod(name: str, digest: str, deployment: Json) -> Json:

@@ -40,6 +40,11 @@ class Node:
     restart_seconds: float = 0.3
     pull_seconds: float = 0.3
     """Until an image that could not be pulled is tried again; the real one takes up to five minutes."""
+    start_seconds: float = 0.0
+    """How long a kubelet prepares a container before it starts it."""
+    starts_at_once: int = 1_000
+    """How many containers all kubelets prepare at once: as many as their processors allow."""
+    preparing: int = 0
     terminate_seconds: float = 0.0
     """How long a kubelet takes to notice that nothing of a pod runs any more that was told to end."""
     probe_seconds: float = 0.03
@@ -144,6 +149,9 @@ class Kubelet:
             words = f'Back-off pulling image "{image}": ErrImagePull: {first}'
             raise _NotStarted("ImagePullBackOff", words)
         environment = self._environment()
+        await self._prepare()
+        if self._stop.is_set():
+            return
         self.has_started = True
         if not self._node.runs_commands:
             self._running = {"running": {"startedAt": now()}}
@@ -166,6 +174,17 @@ class Kubelet:
             raise _NotStarted(
                 "CrashLoopBackOff", f"back-off {self._node.restart_seconds}s restarting failed container"
             )
+
+    async def _prepare(self) -> None:
+        if self._node.start_seconds:
+            self._show({"waiting": {"reason": "ContainerCreating"}})
+        while self._node.preparing >= self._node.starts_at_once and not self._stop.is_set():
+            await self._paused(self._node.delay_seconds)
+        self._node.preparing += 1
+        try:
+            await self._paused(self._node.start_seconds)
+        finally:
+            self._node.preparing -= 1
 
     async def _process_ended(self, command: list[str], environment: dict[str, str], folder: str) -> int:
         """Run the command until it ends or is stopped, and return its exit code."""

@@ -1,0 +1,144 @@
+"""Starts of pods: how many at once, whose turn it is, and when one is given up."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from models.deployment import Deployment
+from models.deployment import Observed as Stored
+from workers.cluster.driver import Observed, Pod, PodStage, Reason, Trouble
+from workers.deployer import comparison
+from workers.deployer.start_clock import StartClock
+from workers.deployer.start_gate import StartGate
+
+NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
+START_TIME = timedelta(seconds=120)
+
+
+def admitted(limit: int) -> tuple[StartGate, list[str]]:
+    calls: list[str] = []
+    return StartGate(limit, calls.append), calls
+
+
+def test_no_more_start_at_once_than_the_limit_and_each_end_admits_the_next() -> None:
+    gate, calls = admitted(2)
+    assert [gate.admit(name, "org") for name in "abcd"] == [True, True, False, False]
+    assert gate.admit("a", "org"), "what is starting may go on"
+    gate.release("a")
+    assert calls == ["c"]
+    assert gate.admit("c", "org")
+    gate.release("d")  # it is wanted no more
+    gate.release("b")
+    assert calls == ["c"]
+
+
+def test_starts_that_others_have_begun_count() -> None:
+    gate, calls = admitted(1)
+    gate.mark_starting("theirs", "org")
+    assert not gate.admit("ours", "org")
+    gate.release("theirs")
+    assert calls == ["ours"]
+
+
+def test_organizations_start_in_turn_and_slow_starts_of_one_hold_up_no_other() -> None:
+    gate, calls = admitted(4)
+    for number in range(8):
+        gate.admit(f"many-{number}", "many")
+    assert gate.admit("few-0", "few"), "its share is free beyond the limit"
+    assert gate.admit("few-1", "few")
+    assert not gate.admit("few-2", "few")
+    gate.release("many-0")
+    gate.release("many-1")
+    assert calls == [], "these ends make up for the starts beyond the limit"
+    gate.release("many-2")
+    gate.release("few-0")
+    assert calls == ["many-4", "few-2"]
+
+
+def deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
+    given: dict[str, Any] = {
+        "workflow_id": "wf",
+        "organization_id": "org",
+        "lane": 0,
+        "definition_hash": "d",
+        "version": 1,
+        "replicas": 1,
+        "generation": 1,
+        "created_at": NOON,
+        "updated_at": NOON,
+        "observed": Stored.STARTING,
+        "observed_generation": 1,
+        "observed_at": NOON,
+    }
+    return Deployment(**{**given, **columns})
+
+
+def seen(*stages: PodStage, trouble: Trouble | None = None) -> Observed:
+    pods = tuple(
+        Pod(f"pod-{number}", "d", None, stage is PodStage.READY, is_terminating=False, stage=stage)
+        for number, stage in enumerate(stages)
+    )
+    return Observed(
+        "wf", exists=True, replicas=1, updated=len(pods), is_current=True, pods=pods, trouble=trouble
+    )
+
+
+class Starts:
+    """A start that is looked at from time to time."""
+
+    def __init__(self) -> None:
+        self._clock = StartClock()
+
+    def state(
+        self, seconds: float, observed: Observed, row: Deployment | None = None
+    ) -> tuple[str, str | None]:
+        row, now = row or deployment(), NOON + timedelta(seconds=seconds)
+        sighting = comparison.sighting(
+            row,
+            observed,
+            now=now,
+            start_time=START_TIME,
+            stalled_since=self._clock.stalled_since(row, observed, now),
+            waiting_since=self._clock.waiting_since("wf"),
+        )
+        return sighting.observed, sighting.observed_reason
+
+
+def test_the_time_of_a_start_runs_from_the_scheduling_of_its_pod() -> None:
+    starts = Starts()
+    assert starts.state(0, seen()) == ("starting", None)
+    state, reason = starts.state(3_600, seen(PodStage.CREATED))
+    assert state == "starting"
+    assert reason is not None
+    assert "scheduled" in reason
+    assert starts.state(3_600, seen(PodStage.SCHEDULED)) == ("starting", None)
+    assert starts.state(3_719, seen(PodStage.SCHEDULED)) == ("starting", None)
+    assert starts.state(3_721, seen(PodStage.SCHEDULED))[0] == "failed"
+
+
+def test_pods_that_make_progress_are_not_given_up() -> None:
+    starts = Starts()
+    starts.state(0, seen(PodStage.SCHEDULED))
+    assert starts.state(119, seen(PodStage.STARTED)) == ("starting", None)
+    assert starts.state(238, seen(PodStage.STARTED)) == ("starting", None)
+    assert starts.state(240, seen(PodStage.STARTED))[0] == "failed"
+
+
+def test_a_program_that_crashes_again_and_again_makes_no_progress() -> None:
+    starts = Starts()
+    crashed = Trouble(Reason.CRASH_LOOP, "it crashed")
+    starts.state(0, seen(PodStage.STARTED))
+    starts.state(60, seen(PodStage.SCHEDULED, trouble=crashed))
+    assert starts.state(121, seen(PodStage.STARTED, trouble=crashed)) == ("failed", "it crashed")
+
+
+def test_no_time_runs_while_the_cluster_has_no_room_or_after_something_else_was_desired() -> None:
+    starts = Starts()
+    full = Trouble(Reason.QUOTA, "exceeded quota")
+    starts.state(0, seen(trouble=full))
+    assert starts.state(3_600, seen(trouble=full)) == ("starting", "exceeded quota")
+    assert starts.state(3_700, seen(PodStage.SCHEDULED))[0] == "starting"
+    assert starts.state(3_900, seen(PodStage.SCHEDULED))[0] == "failed"
+    again = deployment(generation=2)
+    assert starts.state(3_901, seen(PodStage.SCHEDULED), again)[0] == "starting"

@@ -1,0 +1,61 @@
+"""Clock of starts: since when the pods of a workflow have made no progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from models.deployment import BLOCKING_REASONS
+from workers.cluster.driver import PodStage
+
+if TYPE_CHECKING:
+    from models.deployment import Deployment
+    from workers.cluster.driver import Observed
+
+
+@dataclass(slots=True)
+class _Start:
+    generation: int
+    stage: PodStage
+    """The furthest that a pod of it has come."""
+    since: datetime
+
+
+class StartClock:
+    """Progress of all starts that this deployer has seen, by the database's time at which it saw them.
+
+    A deployer that has just begun gives each start its time anew: nothing is given up for a restart.
+    """
+
+    def __init__(self) -> None:
+        self._starts: dict[str, _Start] = {}
+
+    def stalled_since(self, deployment: Deployment, observed: Observed, now: datetime) -> datetime | None:
+        """Return when the pods of a start made their last progress; None where that says nothing against them.
+
+        Nothing is said against pods that the cluster has not scheduled yet, and gives no reason for.
+        """
+        coming = [pod for pod in observed.pods if not pod.is_terminating and not pod.is_ready]
+        if not observed.is_coming_up:
+            self.forget(deployment.workflow_id)
+            return None
+        stage = max((pod.stage for pod in coming), default=PodStage.CREATED)
+        start = self._starts.get(deployment.workflow_id)
+        is_blocked = observed.trouble is not None and observed.trouble.reason in BLOCKING_REASONS
+        if start is None or start.generation != deployment.generation or is_blocked:
+            start = self._starts[deployment.workflow_id] = _Start(deployment.generation, stage, now)
+        elif stage > start.stage:
+            # Lower ones count for nothing: a program that crashes and is started again makes no progress.
+            start.stage, start.since = stage, now
+        is_timed = start.stage >= PodStage.SCHEDULED or observed.trouble is not None
+        return start.since if is_timed else None
+
+    def waiting_since(self, workflow_id: str) -> datetime | None:
+        """Return when the last progress of a start was seen, whatever it waits for; None where none is under way."""
+        start = self._starts.get(workflow_id)
+        return None if start is None else start.since
+
+    def forget(self, workflow_id: str) -> None:
+        """Forget a workflow of which no pod is to start."""
+        self._starts.pop(workflow_id, None)
