@@ -37,6 +37,7 @@ SMALL_PIECE_BYTES = 16
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 REPEATED_WRITES = frozenset({"PUT", "DELETE"})
 """What aiohttp takes for safe to send again, as it does where a connection breaks that was used before."""
+FINAL_STATUSES = range(200, 600)
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DECODED_ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
@@ -179,6 +180,13 @@ def redirected(call: Call, response: OutboundResponse) -> Call | None:
     return Call("GET", target, headers, body=None)
 
 
+def _check_status(target: Target, status: int) -> None:
+    """Refuse what is no final answer: 101 means another protocol, which wasn't asked for (RFC 9110, 15)."""
+    if status not in FINAL_STATUSES:
+        message = f"{target.host} answered {status}, which is no status of a final answer"
+        raise OutboundRefused(Refusal.INVALID_RESPONSE, message)
+
+
 async def send_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
     """Keeps aiohttp from repeating a request whose connection broke: that is the caller's decision."""
     import aiohttp  # noqa: PLC0415 - see Outbound
@@ -295,6 +303,7 @@ class Outbound:
                 allow_redirects=False,
                 middlewares=(send_once,) if call.method in REPEATED_WRITES else (),
             ) as response:
+                _check_status(target, response.status)
                 return OutboundResponse(
                     response.status, self._read_headers(response), await self._read_body(response), target.url
                 )

@@ -466,6 +466,11 @@ async def test_an_encoding_that_was_not_asked_for_is_refused(encoding: str) -> N
         (message("200 OK" + "\r\nX-Many: x" * 200), Refusal.INVALID_RESPONSE),
         (message("200 OK" + f"\r\nX-Large: {'x' * 1000}" * 40), Refusal.RESPONSE_TOO_LARGE),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", Refusal.INVALID_RESPONSE),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n", Refusal.INVALID_RESPONSE),
+        (message("000 Nothing"), Refusal.INVALID_RESPONSE),
+        (message("600 More"), Refusal.INVALID_RESPONSE),
+        (message("999 Denied"), Refusal.INVALID_RESPONSE),
+        (message("20 OK"), Refusal.INVALID_RESPONSE),
         (b"-ERR unknown command\r\n\r\n", Refusal.INVALID_RESPONSE),
     ],
 )
@@ -600,3 +605,10 @@ async def test_https_trusts_the_name_and_not_the_address(tmp_path: Path) -> None
     assert [request.headers["host"] for request in upstream.requests] == [
         f"upstream.test:{upstream.port}"
     ] * 2
+
+
+async def test_answers_on_the_way_are_passed_over_up_to_the_final_one() -> None:
+    early = b"".join(b"HTTP/1.1 %d Early\r\n\r\n" % status for status in (100, 102, 103, 199))
+    async with client() as outbound, serving(always(early + OK)) as upstream:
+        response = await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")
+    assert (response.status, response.body) == (200, b"ok")

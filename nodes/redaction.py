@@ -1,0 +1,61 @@
+"""Secrets in texts from outside: each is replaced by its value, wherever somebody repeats it.
+
+A secret of one to three characters would be found within half of all words, and what is left would show where it stood.
+It is hidden where it stands by itself only: between blanks, quotes, brackets or separators, or as the whole text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from engine.errors import NodeError
+
+HIDDEN: Final = "[hidden]"
+SHORTEST_ANYWHERE: Final = 4
+"""Characters of a secret that is replaced within words too."""
+_BEFORE: Final = r"(?<![^\s\"'`=:,;&?/|(){}\[\]<>])"
+_AFTER: Final = r"(?![^\s\"'`=:,;&?/|(){}\[\]<>.!])"
+_QUOTED_OR_WHOLE: Final = r"(?<=\")%s(?=\")|(?<=')%s(?=')|(?<==)%s(?=[&;\s]|\Z)|\A%s\Z"
+"""Of the body of an answer, where `1` between blanks or after a colon is a number, and JSON without it is none."""
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """Return a text, such as an error's, without the secrets."""
+    for secret in _longest_first(secrets):
+        if len(secret) >= SHORTEST_ANYWHERE:
+            text = text.replace(secret, HIDDEN)
+        else:
+            text = re.sub(f"{_BEFORE}{re.escape(secret)}{_AFTER}", HIDDEN, text)
+    return text
+
+
+@contextmanager
+def hiding(secrets: Iterable[str]) -> Iterator[None]:
+    """Raise a `NodeError` without the secrets: a server that was told them may say them again."""
+    try:
+        yield
+    except NodeError as error:
+        shown = hide(error.message, secrets)
+        if shown == error.message:
+            raise
+        raise NodeError(shown, code=error.code, retryable=error.retryable) from None
+
+
+def hide_in_body(body: bytes, secrets: Iterable[str]) -> bytes:
+    """Return the body of an answer without the secrets; short ones only where they are quoted, or end a field."""
+    for secret in _longest_first(secrets):
+        if len(secret) >= SHORTEST_ANYWHERE:
+            body = body.replace(secret.encode(), HIDDEN.encode())
+        else:
+            escaped = re.escape(secret)
+            pattern = (_QUOTED_OR_WHOLE % ((escaped,) * 4)).encode()
+            body = re.sub(pattern, HIDDEN.encode(), body)
+    return body
+
+
+def _longest_first(secrets: Iterable[str]) -> list[str]:
+    """Return each secret once, so that one which holds another goes whole."""
+    return sorted({secret for secret in secrets if secret}, key=len, reverse=True)

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from nodes import redaction
+
+
+@pytest.mark.parametrize(
+    ("secrets", "text", "shown"),
+    [
+        (["s3cret"], "xs3crety s3cret", "x[hidden]y [hidden]"),
+        (["pass", "password"], "password pass", "[hidden] [hidden]"),
+        (["p"], 'No connection: password "p" is wrong', 'No connection: password "[hidden]" is wrong'),
+        (["p"], "p", "[hidden]"),
+        (["p"], "no p.", "no [hidden]."),
+        (["o"], "No connection to the host", "No connection to the host"),
+        (["1"], "Port 1123 at 10.1.0.1, user=1", "Port 1123 at 10.1.0.1, user=[hidden]"),
+        (["-"], "a-b --", "a-b --"),
+        ([""], "as it was", "as it was"),
+        (["(*"], "one (* two(*", "one [hidden] two(*"),
+    ],
+)
+def test_a_short_secret_is_hidden_where_it_stands_by_itself(
+    secrets: list[str], text: str, shown: str
+) -> None:
+    assert redaction.hide(text, secrets) == shown
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        ('{"key": "1", "n": 1, "m": [1, 12]}', '{"key": "[hidden]", "n": 1, "m": [1, 12]}'),
+        ("<a key='1'>1</a>", "<a key='[hidden]'>1</a>"),
+        ("user=x&key=1&n=12", "user=x&key=[hidden]&n=12"),
+        ("1", "[hidden]"),
+        ("11", "11"),
+    ],
+)
+def test_a_body_stays_what_it_is_around_a_short_secret(body: str, shown: str) -> None:
+    assert redaction.hide_in_body(body.encode(), ["1"]).decode() == shown
+
+
+@pytest.mark.parametrize("secret", ["a", "1", "ab", "{", '"', "\\"])
+def test_a_body_of_json_stays_json(secret: str) -> None:
+    body = json.dumps({"a": "a", "b": 1, "c": ["ab", {"d": 'x"y\\'}]}).encode()
+    json.loads(redaction.hide_in_body(body, [secret]))
