@@ -19,6 +19,7 @@ from models.data_source import opened
 from models.data_source_types import DataSourceType
 from models.database_clock import DatabaseClock
 from models.vault import VaultError
+from nodes import redaction
 from nodes.connections.policy import ConnectionPolicy, OwnDatabase
 from nodes.connections.source import Source
 
@@ -34,7 +35,6 @@ log = structlog.get_logger()
 
 WINDOW_SECONDS: Final = 60.0
 MAX_REMEMBERED_ORGANIZATIONS: Final = 10_000
-HIDDEN: Final = "[hidden]"
 _ADDRESS: Final = re.compile(
     r"(?<![\w.])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?![\w.]*\w)"
 )
@@ -151,8 +151,7 @@ async def _list_one(bucket: Bucket) -> None:
 
 def _told(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
     """Return a driver's message without secrets, and without addresses that only our network knows."""
-    for secret in sorted(secrets.values(), key=len, reverse=True):
-        message = message.replace(secret, HIDDEN)
     return _ADDRESS.sub(
-        lambda found: found[0] if found[0] == settings.get("host") else "its address", message
+        lambda found: found[0] if found[0] == settings.get("host") else "its address",
+        redaction.hide(message, secrets.values()),
     )

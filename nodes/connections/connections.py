@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from engine.errors import NodeError
 from engine.services import Bucket, Caller, Rows, SqlDatabase, Upsert
-from nodes import addresses, fields, sql_text
+from nodes import addresses, fields, redaction, sql_text
 from nodes.connections import session
 from nodes.connections.endpoint import Endpoint, Names
 from nodes.connections.policy import ConnectionPolicy, Resolve
@@ -43,7 +43,7 @@ class Connections:
 
     async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         source = await self._find(caller, source_id, type)
-        return Database(self._pool_of(source), Dialect(type))
+        return Database(self._pool_of(source), Dialect(type), tuple(source.secrets.values()))
 
     async def bucket(self, caller: Caller, source_id: str) -> Bucket:
         from nodes.connections import s3  # noqa: PLC0415 - its library is optional
@@ -140,9 +140,10 @@ class Connections:
 class Database:
     """Implements `engine.services.SqlDatabase` over a pool; its time limits span waiting, connecting and reading."""
 
-    def __init__(self, pool: Pool, dialect: Dialect) -> None:
+    def __init__(self, pool: Pool, dialect: Dialect, secrets: Sequence[str]) -> None:
         self._pool = pool
         self._dialect = dialect
+        self._secrets = secrets
 
     async def query(
         self,
@@ -207,12 +208,13 @@ class Database:
         """Do the work with a session of the pool; after any failure its state is unknown, and it is closed."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                lent = await self._pool.take()
-                try:
-                    done = await work(lent)
-                except BaseException:
-                    self._pool.discard(lent)
-                    raise
+                with redaction.hiding(self._secrets):
+                    lent = await self._pool.take()
+                    try:
+                        done = await work(lent)
+                    except BaseException:
+                        self._pool.discard(lent)
+                        raise
         except TimeoutError as error:
             raise session.timed_out(timeout_seconds) from error
         self._pool.give_back(lent)

@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import ssl
+from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import aiosmtplib
 from engine import patience
 from engine.errors import NodeError
 from models.data_source_types import MailTls
-from nodes import fields
+from nodes import fields, redaction
 from nodes.addresses import MAX_PORT
 from nodes.connections import policy, session
 
@@ -65,6 +66,14 @@ class Place:
             password=source.secrets.get("password", ""),
         )
 
+    def forms_of_login(self) -> Sequence[str]:
+        """Return the password as a server may repeat it: as it is, and in the forms of the login."""
+        plain = f"\0{self.username}\0{self.password}"
+        return [
+            self.password,
+            *(b64encode(text.encode()).decode() for text in (self.password, plain) if text),
+        ]
+
 
 class SmtpServer:
     """Keeps the promises of `engine.services.MailServer`."""
@@ -99,7 +108,7 @@ class SmtpServer:
         """Lend a connection on which everything up to the login is done."""
         client: aiosmtplib.SMTP | None = None
         try:
-            with _translated(timeout_seconds):
+            with redaction.hiding(self._place.forms_of_login()), _translated(timeout_seconds):
                 async with asyncio.timeout(timeout_seconds):
                     client = await self._connected()
                     await self._protect(client)

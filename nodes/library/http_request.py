@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from engine import patience
 from engine.errors import NodeError
 from engine.values import InvalidJson, as_text, decode, encode
-from nodes import addresses, fields, http_errors
+from nodes import addresses, fields, http_errors, redaction
 from nodes.outbound import OutboundResponse
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ FIRST_ERROR_STATUS = 400
 RETRYABLE_BELOW_500 = frozenset({408, 425, 429})
 FIRST_SERVER_ERROR = 500
 SHOWN_BYTES = 200
-SHORTEST_SECRET = 4
-"""Characters; to hide a shorter one would show where it stands."""
-HIDDEN = "[hidden]"
-
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_TYPE = re.compile(r"[\w.+-]+/(?:[\w.+-]+\+)?json\b", re.IGNORECASE)
 CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
@@ -155,15 +151,13 @@ def _without_secrets(response: HttpResponse, secrets: Mapping[str, str]) -> Http
     """Return an answer without the secrets that it repeats: it is read by more people than may know them."""
     if not secrets:
         return response
-    forms = sorted({form for value in secrets.values() for form in _forms(value)}, key=len, reverse=True)
-    if not forms:
-        return response
-    body, headers, url = response.body, dict(response.headers), response.url
-    for form in forms:
-        body = body.replace(form.encode(), HIDDEN.encode())
-        headers = {name: value.replace(form, HIDDEN) for name, value in headers.items()}
-        url = url.replace(form, HIDDEN)
-    return OutboundResponse(response.status, headers, body, url)
+    forms = {form for value in secrets.values() for form in _forms(value)}
+    return OutboundResponse(
+        response.status,
+        {name: redaction.hide(value, forms) for name, value in response.headers.items()},
+        redaction.hide_in_body(response.body, forms),
+        redaction.hide(response.url, forms),
+    )
 
 
 def _forms(value: str) -> Iterator[str]:
@@ -174,8 +168,7 @@ def _forms(value: str) -> Iterator[str]:
         login = b64decode(credentials).decode()
         said |= {login, login.partition(":")[2]}
     for text in said:
-        if len(text) >= SHORTEST_SECRET:
-            yield from (text, encode(text).decode()[1:-1], quote(text, safe=""))
+        yield from (text, encode(text).decode()[1:-1], quote(text, safe=""))
 
 
 def _refusal(response: HttpResponse, url: str) -> NodeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_network
@@ -388,6 +389,19 @@ async def test_a_rogue_mail_server_costs_its_own_node_only(reply: Reply, code: s
         assert (await failure_of(source_at("smtp", port, tls="none"), "email-send", mail)).code == code
 
 
+async def test_a_server_that_repeats_the_password_does_not_show_it_in_errors() -> None:
+    told = said(b"E", b"SERROR\0C42000\0Mthe password p4ssw0rd is wrong\0\0")
+    async with serving(postgresql(TEXT, told)) as port:
+        error = await failure_of(source_at("postgresql", port), "postgresql-source", {"query": "SELECT 1"})
+    assert error.message == "The database refused: the password [hidden] is wrong"
+    refusal = b"550 no p4ssw0rd, %s\r\n" % b64encode(b"p4ssw0rd")
+    login = (GREETED[0], b"250-hello\r\n250 AUTH PLAIN\r\n", b"235 ok\r\n", refusal)
+    async with serving(smtp(*login, then=b"250 ok\r\n")) as port:
+        source = source_at("smtp", port, tls="none", username="u")
+        error = await failure_of(source, "email-send", {"from": "a@example.com", "to": "b@example.com"})
+    assert error.message.endswith("550 no [hidden], [hidden]")
+
+
 # ── buckets ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -468,4 +482,4 @@ def source_at(kind: str, port: int, **settings: Json) -> Source:
         "user": "u",
         "tls": "disable",
     }
-    return Source("ds", CALLER.organization_id, kind, 1, address | settings, {"password": "p"})
+    return Source("ds", CALLER.organization_id, kind, 1, address | settings, {"password": "p4ssw0rd"})
