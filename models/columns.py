@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
 import msgspec
 from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator
+from sqlmodel import SQLModel
 
 from json_text import decoding
 from models.moments import from_microseconds, to_microseconds
+
+
+def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Return what stands in a row's columns, by their names.
+
+    It copies nothing, unlike `model_dump`, which holds the interpreter's lock for 100 ms to copy a graph of 1 MB.
+    """
+    return {name: getattr(row, name) for name in type(row).model_fields if name not in exclude}
 
 
 class Instant(TypeDecorator[datetime]):

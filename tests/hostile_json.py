@@ -19,7 +19,7 @@ def repeated(item: bytes, length: int) -> bytes:
 def members(length: int) -> bytes:
     """Return an object of many short keys in no order."""
     random = Random(1)
-    count = length // 15
+    count = length // 16
     return b"{" + b",".join(b'"%x":0' % random.getrandbits(44) for _ in range(count)) + b"}"
 
 

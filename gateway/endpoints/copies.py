@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from gateway.workflows.workflow_rows import Stored
     from models.access import Caller
     from nodes.catalog import Catalog
+
+
+READABLE_BYTES: Final = 500_000
+"""A document that is longer isn't put into lines."""
 
 
 class UseTemplate(Wire):
@@ -212,11 +216,17 @@ def _template(stored: Stored) -> dict[str, Json]:
 async def export_workflow(request: Request) -> JsonResponse:
     """Give a workflow as a document to keep or to import elsewhere, without credentials."""
     stored = await editing.read(request)
-    document = await asyncio.to_thread(copying.document, stored, request.gateway.catalog)
-    readable = msgspec.json.format(msgspec.json.encode(document), indent=2)
+    written = await asyncio.to_thread(_written, stored, request.gateway.catalog)
     disposition = f'attachment; filename="{copying.file_name(stored.workflow)}"'
     headers = {"Content-Disposition": disposition, **editing.entity_tag(stored)}
-    return JsonResponse(msgspec.Raw(readable), headers=headers)
+    return JsonResponse(msgspec.Raw(written), headers=headers)
+
+
+def _written(stored: Stored, catalog: Catalog) -> bytes:
+    """Return a document as JSON, in lines to be read where it isn't so long that nobody reads it."""
+    written = msgspec.json.encode(copying.document(stored, catalog))
+    # What is nested deeply is sixty times as long with its indents.
+    return written if len(written) > READABLE_BYTES else msgspec.json.format(written, indent=2)
 
 
 async def import_workflow(request: Request) -> JsonResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -153,25 +154,33 @@ async def compare(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         from_, before = await _state(connection, stored, names["version"])
         to, after = await _state(connection, stored, names["other"])
+    # In a thread: others are served while large graphs are gone through.
+    difference = await asyncio.to_thread(_difference, stored, (from_, before), (to, after))
+    return editing.answer(stored, difference)
+
+
+def _difference(
+    stored: Stored, from_: tuple[State, Mapping[str, Any]], to: tuple[State, Mapping[str, Any]]
+) -> VersionDifference:
+    before, after = [_shown(_open_to_all(stored, snapshot)) for _, snapshot in (from_, to)]
     fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]
-    difference = VersionDifference(
+    return VersionDifference(
         workflow_id=stored.workflow.id,
-        from_=from_,
-        to=to,
+        from_=from_[0],
+        to=to[0],
         nodes=graph_difference.of_items(before["nodes"], after["nodes"]),
         connections=graph_difference.of_items(before["connections"], after["connections"]),
         settings=graph_difference.of_fields(before["settings"], after["settings"]),
         config=graph_difference.of_fields(before["config"], after["config"]),
         fields=graph_difference.of_fields(*fields),
     )
-    return editing.answer(stored, difference)
 
 
 async def _state(connection: AsyncConnection, stored: Stored, name: str) -> tuple[State, Mapping[str, Any]]:
     if name == CURRENT:
-        return CURRENT, _shown(workflow_rows.snapshot(stored))
+        return CURRENT, workflow_rows.snapshot(stored)
     version = await _find(connection, stored, name)
-    return version.version, _shown(_open_to_all(stored, version.snapshot))
+    return version.version, version.snapshot
 
 
 async def _find(connection: AsyncConnection, stored: Stored, number: str) -> WorkflowVersion:

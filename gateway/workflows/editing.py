@@ -20,6 +20,7 @@ from gateway.workflows import copying, graph_shapes, source_checks, workflow_row
 from gateway.workflows.workflow_rows import Stored
 from journal import pinning
 from models.audit import Action
+from models.columns import column_values
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -201,10 +202,11 @@ def entity_tag(stored: Stored) -> dict[str, str]:
 
 def content_hash(stored: Stored) -> str:
     """Return the SHA-256 of everything that a change can change, in hexadecimal; alike for alike content."""
-    row = stored.workflow.model_dump(
-        exclude={"id", "revision", "app_id", "search_text", "created_at", "updated_at", "deleted_at"}
+    row = column_values(
+        stored.workflow,
+        exclude={"id", "revision", "app_id", "search_text", "created_at", "updated_at", "deleted_at"},
     )
-    content = [msgspec.to_builtins(row), stored.nodes, stored.connections, sorted(stored.shared_with)]
+    content = [row, stored.nodes, stored.connections, sorted(stored.shared_with)]
     # All of it was screened when it came in: to walk through it again would take longer than the rest of an edit.
     return sha256(_encode_sorted(content)).hexdigest()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import insert, select
 from sqlmodel import col
 
+from models.columns import column_values
 from models.workflow import WorkflowVersion
 
 if TYPE_CHECKING:
@@ -70,4 +71,4 @@ async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str
 
 
 async def add(connection: AsyncConnection, version: WorkflowVersion) -> None:
-    await connection.execute(insert(WorkflowVersion).values(version.model_dump()))
+    await connection.execute(insert(WorkflowVersion).values(column_values(version)))

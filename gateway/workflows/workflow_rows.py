@@ -16,6 +16,7 @@ from gateway.arrivals import trigger_rows
 from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
+from models.columns import column_values
 from models.execution import TERMINAL, Execution, ExecutionData
 from models.workflow import (
     Workflow,
@@ -80,7 +81,7 @@ class Stored:
 
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
         """Return the workflow with other values in its own row."""
-        return replace(self, workflow=Workflow(**{**self.workflow.model_dump(), **changes}))
+        return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))
 
 
 async def lock(connection: AsyncConnection, workflow_id: str, caller: Caller) -> None:
@@ -274,8 +275,8 @@ async def add(connection: AsyncConnection, stored: Stored, catalog: Catalog) -> 
         created_at=workflow.created_at,
     )
     await connection.execute(insert(Workflow).values(_columns(workflow)))
-    await connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
-    await connection.execute(insert(WorkflowVersion).values(version.model_dump()))
+    await connection.execute(insert(WorkflowGraph).values(column_values(graph)))
+    await connection.execute(insert(WorkflowVersion).values(column_values(version)))
     await trigger_rows.add(connection, stored, catalog)
     await _add_tags(connection, workflow)
 
@@ -285,7 +286,7 @@ def _columns(workflow: Workflow) -> dict[str, object]:
     app_id = workflow.config.get("appId")
     is_known = isinstance(app_id, str) and ids.is_id(app_id)
     return {
-        **workflow.model_dump(),
+        **column_values(workflow),
         "search_text": searched_in(workflow.name, workflow.description),
         "app_id": app_id if is_known else None,
     }

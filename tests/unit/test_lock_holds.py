@@ -6,16 +6,23 @@ import gc
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import values
+from engine import layout, values
+from engine.graph import Graph
+from engine.validation import validate
 from engine.values import InvalidJson, Json
+from gateway import limits
+from gateway.workflows import graph_difference
+from nodes import catalog
 from tests import hostile_json, lock_holds
 from tests.hostile_json import TEXTS
 
 MEGABYTE = 1_000_000
+CATALOG = catalog.load()
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -65,3 +72,35 @@ def test_a_larger_text_is_decoded_in_pieces() -> None:
         gc.enable()
     del value  # to let go of it isn't what is measured
     assert holds.longest_seconds < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
+
+
+def test_the_largest_graph_is_checked_arranged_and_compared_step_by_step() -> None:
+    ids = [f"n{number}" for number in range(limits.NODES)]
+    pairs = [(number - 1 - number % 7 if number > 7 else 0, number) for number in range(1, limits.NODES)]
+    pairs += [(number, number + 9) for number in range(limits.CONNECTIONS - len(pairs) - 10)]
+    nodes: list[Any] = [
+        {
+            "id": node_id,
+            "type": "set",
+            "label": "A step",
+            "config": {"values": {"a": "{{ data.b }}", "c": [1]}},
+        }
+        for node_id in ids
+    ]
+    nodes[0] |= {"type": "manual", "config": {}}
+    connections: list[Any] = [
+        {"id": f"c{number}", "source": ids[source], "target": ids[target]}
+        for number, (source, target) in enumerate(pairs)
+    ]
+    with lock_holds.measuring() as holds:
+        validation = validate(Graph.of({"nodes": nodes, "connections": connections}), CATALOG)
+        places = layout.arrange(
+            ids, [(ids[source], ids[target]) for source, target in pairs], [None] * len(ids)
+        )
+        after = [{**node, "position": place} for node, place in zip(nodes, places, strict=True)]
+        difference = graph_difference.of_items(nodes, after)
+        shown = msgspec.json.format(msgspec.json.encode([after, connections, difference]))
+    assert validation.is_valid
+    assert len(difference.changed) == limits.NODES
+    assert len(shown) > MEGABYTE
+    assert holds.longest_seconds < lock_holds.LIMIT_SECONDS * lock_holds.slowness()

@@ -1,0 +1,69 @@
+"""Bodies as large and as hostile as they may be keep nobody else from being answered."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+
+from tests import hostile_json, lock_holds
+from tests.integration.gateway_world import GRAPH, Person, World, open_world
+from tests.services import PostgreSQL
+
+LENGTH = 990_000
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+async def world(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("holds")) as world:
+        yield world
+
+
+@pytest.fixture
+async def owner(world: World) -> Person:
+    return (await world.people()).owner
+
+
+def _workflow(config: bytes) -> bytes:
+    return (
+        b'{"name":"Large","nodes":[{"id":"start","nodeId":"manual","label":"Start"},'
+        b'{"id":"step","nodeId":"set","label":"Step","config":{"values":{"a":%s}}}],'
+        b'"connections":[{"sourceNodeId":"start","targetNodeId":"step"}]}' % config
+    )
+
+
+async def _longest_hold(
+    person: Person, method: str, path: str, body: bytes, headers: Mapping[str, str]
+) -> float:
+    with lock_holds.measuring() as holds:
+        response = await person.api.request(method, path, content=body, headers=headers)
+    assert response.is_success, response.text[:1_000]
+    return holds.longest_seconds
+
+
+@pytest.mark.parametrize("name", ["large floats", "small objects", "nested lists", "keys"])
+async def test_an_input_of_a_megabyte_holds_nobody_up(owner: Person, name: str) -> None:
+    workflow_id = await owner.create(**GRAPH)
+    body = b'{"triggerInputs":{"a":%s}}' % hostile_json.TEXTS[name](LENGTH)
+    path = f"/api/v1/workflows/{workflow_id}/execute"
+    longest = await _longest_hold(
+        owner, "POST", path, body, {**JSON, "Idempotency-Key": name.replace(" ", "-")}
+    )
+    assert longest < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
+
+
+async def test_a_graph_of_a_megabyte_holds_nobody_up(owner: Person) -> None:
+    graph = _workflow(hostile_json.TEXTS["nested lists"](LENGTH))
+    longest = [await _longest_hold(owner, "POST", "/api/v1/workflows", graph, JSON)]
+    (workflow,) = (await owner.api.get("/api/v1/workflows?search=Large")).json()["workflows"]
+    path = f"/api/v1/workflows/{workflow['id']}"
+    for method, below in (
+        ("PUT", ""),
+        ("POST", "/validate"),
+        ("GET", "/versions/1/diff/current"),
+        ("GET", "/export"),
+    ):
+        body = _workflow(b"[]") if method == "PUT" else b""
+        longest.append(await _longest_hold(owner, method, f"{path}{below}", body, JSON))
+    assert max(longest) < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
