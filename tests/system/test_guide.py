@@ -24,6 +24,8 @@ REQUESTS = re.compile(r"```sh\n(.*?)```\n```json\n(.*?)```", re.DOTALL)
 """Commands, and what is shown of the answer to the last of them."""
 COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")
 """How a guide shows an id or a key, which its reader copies from an answer into the commands after it."""
+VARIABLES = "variables"
+"""The one file that the test itself leaves."""
 EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 
 
@@ -31,20 +33,23 @@ EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 async def test_every_request_of_a_guide_is_answered_as_it_shows(tmp_path: Path, guide: str) -> None:
     async with harness.one_process(tmp_path, LIFECYCLE_SECONDS="0.5") as deployment:
         # What a reader has below the project's folder.
-        (tmp_path / "docs").symlink_to(PROJECT / "docs")
-        (tmp_path / ".pilotflame").symlink_to(tmp_path)
+        project = tmp_path / "project"
+        project.mkdir()
+        (project / "docs").symlink_to(PROJECT / "docs")
+        (project / ".pilotflame").symlink_to(tmp_path)
         environment = {**os.environ, "KEY": API_KEY, "API": f"{deployment.url}/api/v1"}
         copied: dict[str, str] = {}
         for commands, shown in REQUESTS.findall(guide):
             script = COPIED.sub(partial(value_of, copied), commands)
             if past.UNTIL_IT_SLEEPS.search(script):
                 past.let_a_minute_pass(tmp_path / "pilotflame.db")
-            printed, environment = await asyncio.to_thread(ran, script, environment, tmp_path)
+            printed, environment = await asyncio.to_thread(ran, script, environment, project)
             *others, last = answers(printed)
             copied = {}
             wrong = [other for other in others if "error" in other]
             wrong += differences(last, json.loads(shown), copied)
             assert not wrong, f"{script}\n{printed}\n\n{shown}"
+    assert {file.name for file in project.iterdir()} == {"docs", ".pilotflame", VARIABLES}
 
 
 def value_of(copied: dict[str, str], placeholder: re.Match[str]) -> str:
@@ -54,7 +59,7 @@ def value_of(copied: dict[str, str], placeholder: re.Match[str]) -> str:
 def ran(script: str, environment: dict[str, str], folder: Path) -> tuple[str, dict[str, str]]:
     """Run a block of commands in a shell; return what it prints, and the variables that there are then."""
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", f"{script}\nenv -0 >variables"],
+        ["bash", "-euo", "pipefail", "-c", f"{script}\nenv -0 >{VARIABLES}"],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -62,7 +67,7 @@ def ran(script: str, environment: dict[str, str], folder: Path) -> tuple[str, di
         check=False,
     )
     assert done.returncode == 0, script + done.stdout + done.stderr
-    variables = (folder / "variables").read_text().split("\0")
+    variables = (folder / VARIABLES).read_text().split("\0")
     return done.stdout, dict(variable.split("=", 1) for variable in variables if variable)
 
 

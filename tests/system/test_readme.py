@@ -35,6 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dev(data: Path) -> Iterator[dict[str, str]]:
     """A first start, as `make run` ends in one; yields the environment of the second terminal."""
+    before = "/".join(_files())
     log = data.with_name("dev.log").open("w+")
     environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data)}
     environment["PILOTFLAME_LIFECYCLE_SECONDS"] = "0.5"
@@ -51,7 +52,13 @@ def dev(data: Path) -> Iterator[dict[str, str]]:
         key = re.search(r"sk-\w+", printed)
         assert address
         assert key
-        yield {**os.environ, "PRINTED_ADDRESS": address[0], "PRINTED_KEY": key[0], "PRINTED": printed}
+        yield {
+            **os.environ,
+            "PRINTED_ADDRESS": address[0],
+            "PRINTED_KEY": key[0],
+            "PRINTED": printed,
+            "FILES": before,
+        }
     finally:
         process.terminate()
         assert process.wait(30) == 0
@@ -118,6 +125,18 @@ def test_a_deployed_workflow_sleeps_and_wakes_as_the_readme_says(dev: dict[str, 
 def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str, str]) -> None:
     lines = dev["PRINTED"].partition("wait for its result:\n")[2]
     assert "Hello, world!" in _run(lines, dev)
+
+
+def test_the_commands_of_the_readme_leave_nothing_in_the_checkout(dev: dict[str, str]) -> None:
+    """Stands behind the tests that have run them."""
+    assert _files() == set(dev["FILES"].split("/"))
+
+
+def _files() -> set[str]:
+    """Return the names in the folders that commands run in, without those that tools of tests make."""
+    folders = (ROOT, ROOT / "docs", ROOT / "docs/examples")
+    names = {file.name for folder in folders for file in folder.iterdir()}
+    return {name for name in names if not name.startswith((".", "__"))}
 
 
 def test_every_command_of_the_readme_exists() -> None:
