@@ -13,6 +13,7 @@ from engine.expressions import ExpressionError
 from execution.insistence import insist
 from journal import admission, event_waits
 from messages import hints
+from models.outage import LockWaitTimeout
 from nodes.turn import Turn
 
 if TYPE_CHECKING:
@@ -57,13 +58,14 @@ class AwaitedEvents:
     async def tell(self, event_ids: Sequence[str]) -> None:
         """Tell events that were committed to the nodes that wait for them; once told, it is harmless to do it again.
 
-        Raises `DatabaseUnavailable`.
+        An event stays untold for which a node waits whose run another transaction has locked. Raises
+        `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
             wanted = await event_waits.waited_for(connection, event_ids)
-        for told in wanted:
-            await self._tell(told)
-        await self._database.transaction(partial(event_waits.note_told, event_ids=event_ids))
+        locked = {told.event_id for told in wanted if not await self._tell(told)}
+        over = [event_id for event_id in event_ids if event_id not in locked]
+        await self._database.transaction(partial(event_waits.note_told, event_ids=over))
 
     async def tell_left(self) -> None:
         """Tell of events whose gateway has not, since it died; raises `DatabaseUnavailable`."""
@@ -101,7 +103,9 @@ class AwaitedEvents:
             "looked back at as many events as may be", execution_id=wait.execution_id, node_id=wait.node_id
         )
 
-    async def _tell(self, told: Told) -> None:
+    async def _tell(self, told: Told) -> bool:
+        """Give an event to all who wait for it; returns False where a run of theirs is locked."""
+        is_complete = True
         after: tuple[str, str, str] | None = None
         data: str | None = None
         trigger: Json = None
@@ -113,15 +117,25 @@ class AwaitedEvents:
                     data = await event_waits.data_of(connection, told.event_id)
                     trigger = values.restored(data.encode()) if data is not None else None
             if not found or data is None:
-                return
+                return is_complete
             chosen = []
             for wait in found:
                 await turn.share()
                 if _passes(wait, trigger):
                     chosen.append(wait)
             for start in range(0, len(chosen), ANSWERED_TOGETHER):
-                await self._answer(chosen[start : start + ANSWERED_TOGETHER], data)
+                is_complete &= await self._answer_unlocked(chosen[start : start + ANSWERED_TOGETHER], data)
             after = event_waits.identity(found[-1])
+
+    async def _answer_unlocked(self, waits: Sequence[EventWait], data: str) -> bool:
+        """Answer nodes, one by one where some of their runs are locked; tells whether all were answered."""
+        try:
+            await self._answer(waits, data)
+        except LockWaitTimeout:
+            if len(waits) == 1:
+                return False
+            return all([await self._answer_unlocked([wait], data) for wait in waits])
+        return True
 
     async def _answer(self, waits: Sequence[EventWait], data: str) -> None:
         async def answer(connection: AsyncConnection) -> list[Given]:

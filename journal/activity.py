@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from sqlalchemy import and_, func, literal_column, or_, select, update
 from sqlmodel import col
@@ -128,16 +128,32 @@ async def look_at_all(connection: AsyncConnection, after: str = "") -> Sequence[
     return [_seen(row) for row in (await connection.execute(wanted)).mappings()]
 
 
-async def lock(connection: AsyncConnection, workflow_id: str) -> None:
+Lock: TypeAlias = "Callable[[AsyncConnection, str], Awaitable[bool]]"
+"""Locks a deployment until the transaction ends; returns False where another transaction keeps it locked."""
+
+
+async def lock(connection: AsyncConnection, workflow_id: str) -> bool:
     """Keep everybody else from changing a deployment, or counting activity of it, until the transaction ends.
 
-    A statement of its own: what PostgreSQL reads together with a lock may be older than the lock.
+    A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. Waits for others;
+    raises `LockWaitTimeout`.
     """
     await connection.execute(
         select(col(Deployment.workflow_id))
         .where(col(Deployment.workflow_id) == workflow_id)
         .with_for_update()
     )
+    return True
+
+
+async def try_lock(connection: AsyncConnection, workflow_id: str) -> bool:
+    """Do the same without waiting: for sweeps, which look again and have others to see to."""
+    statement = (
+        select(col(Deployment.workflow_id))
+        .where(col(Deployment.workflow_id) == workflow_id)
+        .with_for_update(skip_locked=True)
+    )
+    return await connection.scalar(statement) is not None
 
 
 async def count(connection: AsyncConnection, workflow_id: str) -> bool:

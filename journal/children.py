@@ -48,6 +48,8 @@ _ABANDONED: Final[Select[str, int, str]] = (
     )
     .order_by(col(Execution.id))
     .limit(BATCH_RUNS)
+    # Not those that can't be asked now: they are found again by the next sweep.
+    .with_for_update(of=Execution, key_share=True, skip_locked=True)
 )
 
 

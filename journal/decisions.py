@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.activity import Seen
+    from journal.activity import Lock, Seen
     from models.database import Database
 
 log = structlog.get_logger()
@@ -47,13 +47,16 @@ async def settle(
     *,
     replicas: int | None = None,
     user_id: str | None = None,
+    lock: Lock = activity.lock,
 ) -> Settled | None:
     """Look at a deployment, decide, and carry that out, in one transaction; None for what never was deployed.
 
     Whatever comes for it meanwhile is either seen, or finds what was decided here. `decide` may be called again, and
-    whatever it raises comes through. Raises `DatabaseUnavailable`.
+    whatever it raises comes through. None too where `lock` doesn't get the deployment. Raises `DatabaseUnavailable`.
     """
-    work = partial(_settle, workflow_id=workflow_id, decide=decide, replicas=replicas, user_id=user_id)
+    work = partial(
+        _settle, workflow_id=workflow_id, decide=decide, replicas=replicas, user_id=user_id, lock=lock
+    )
     settled = await database.transaction(work)
     if settled is not None and settled.decision.action is not LifecycleAction.NONE:
         log.info(
@@ -133,8 +136,10 @@ async def _settle(
     decide: Callable[[Seen], Decision],
     replicas: int | None,
     user_id: str | None,
+    lock: Lock,
 ) -> Settled | None:
-    await activity.lock(connection, workflow_id)
+    if not await lock(connection, workflow_id):
+        return None
     seen = await activity.look(connection, workflow_id)
     if seen is None:
         return None

@@ -48,13 +48,21 @@ async def delete_runs(
 ) -> dict[str, Owner]:
     """Delete those executions that have ended, and what is left of others; returns whose contents belonged to each.
 
+    Those whose rows another transaction has locked stay. Raises `LockWaitTimeout` for other rows of theirs.
+
     The contents are to be deleted after that, with `journal.blobs.orphans`.
     """
 
     async def delete_rows(connection: AsyncConnection) -> dict[str, Owner]:
+        unlocked = (
+            select(col(Execution.id))
+            .where(col(Execution.id).in_(sorted(execution_ids)), _IS_FINISHED)
+            .with_for_update(skip_locked=True)
+            .cte("unlocked")
+        )
         statement = (
             delete(Execution)
-            .where(col(Execution.id).in_(sorted(execution_ids)), _IS_FINISHED)
+            .where(col(Execution.id).in_(select(unlocked.c.id)))
             .returning(col(Execution.id), col(Execution.organization_id), col(Execution.key_id))
         )
         rows = await connection.execute(statement)

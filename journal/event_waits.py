@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from sqlalchemy import and_, delete, or_, select, type_coerce, update
+from sqlalchemy import and_, delete, or_, select, tuple_, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
@@ -234,7 +234,13 @@ async def forget_over(connection: AsyncConnection, after: tuple[str, str] | None
     rows = (await connection.execute(statement)).all()
     over = {row[0] for row in rows if row[1] is None or row[2] is not None}
     if over:
-        await connection.execute(delete(EventWait).where(col(EventWait.execution_id).in_(over)))
+        unlocked = (
+            select(col(EventWait.execution_id), col(EventWait.node_id), col(EventWait.iteration))
+            .where(col(EventWait.execution_id).in_(over))
+            .with_for_update(skip_locked=True)
+        )
+        identity_ = tuple_(col(EventWait.execution_id), col(EventWait.node_id), col(EventWait.iteration))
+        await connection.execute(delete(EventWait).where(identity_.in_(unlocked)))
     return (rows[-1][0], "") if len(rows) == BATCH_FORGOTTEN else None
 
 

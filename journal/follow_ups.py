@@ -152,17 +152,23 @@ async def find_due(database: Database, limit: int, *, but_of: Collection[str] = 
 
 
 async def claim(database: Database, keys: Collection[ExecutionKey], lease_seconds: float) -> list[Due]:
-    """Take those of the runs that are due and that nobody else has taken."""
+    """Take those of the runs that are due, that nobody else has taken and no other transaction has locked."""
 
     async def take(connection: AsyncConnection) -> list[Due]:
-        statement = (
-            update(Execution)
+        unlocked = (
+            select(col(Execution.id))
             .where(
                 col(Execution.id).in_(sorted(key.execution_id for key in keys)),
                 col(Execution.lane).in_({key.lane for key in keys}),
                 *_IS_QUEUED,
                 col(Execution.follow_up_at).is_(None) | (col(Execution.follow_up_at) <= DatabaseTime()),
             )
+            .with_for_update(key_share=True, skip_locked=True)
+            .cte("unlocked")
+        )
+        statement = (
+            update(Execution)
+            .where(col(Execution.id).in_(select(unlocked.c.id)))
             .values(follow_up_at=DatabaseTime() + int(lease_seconds * 1_000_000))
             .returning(*_COLUMNS)
         )

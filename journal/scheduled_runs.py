@@ -114,6 +114,15 @@ class Started:
     decided: int = 0
     """Schedules that aren't due any more."""
 
+    def add(self, other: Started) -> None:
+        """Add what became of others."""
+        self.runs += other.runs
+        self.passed += other.passed
+        self.problems += other.problems
+        self.concurrency_keys |= other.concurrency_keys
+        self.homes |= other.homes
+        self.decided += other.decided
+
 
 def due(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     """Return the statement that finds schedules that are due, the longest first: one look into an index."""

@@ -57,19 +57,17 @@ TARGET_OF_WORKERS: Final = case(
     (and_(PENDING, col(Execution.attempt) >= SUSPECT_LOSSES), ISOLATED), else_=SHARED
 )
 """The target of a run that pods are to run no more."""
-# Locked in order, so that rivals can't wait for one another.
-_LOCKED: Final = (
+_UNLOCKED: Final = (
     select(col(Deployment.workflow_id))
     .where(
         col(Deployment.workflow_id).in_(bindparam("counted_ids", expanding=True)), col(Deployment.is_deployed)
     )
-    .order_by(col(Deployment.workflow_id))
-    .with_for_update()
-    .cte("locked")
+    .with_for_update(skip_locked=True)
+    .cte("unlocked")
 )
 _COUNT: Final = (
     update(Deployment)
-    .where(col(Deployment.workflow_id).in_(select(_LOCKED.c.workflow_id)), col(Deployment.is_deployed))
+    .where(col(Deployment.workflow_id).in_(select(_UNLOCKED.c.workflow_id)), col(Deployment.is_deployed))
     .values(last_activity_at=DatabaseTime())
     .returning(*Deployment.__table__.columns)  # type: ignore[attr-defined]  # SQLModel adds it
 )
@@ -114,7 +112,11 @@ def has_failed(deployment: Deployment) -> bool:
 
 
 async def count(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
-    """Take down that something has come for each of these, and return those that are deployed, by workflow id."""
+    """Take down that something has come for each of these, and return those that are deployed, by workflow id.
+
+    Nobody waits for a deployment that another transaction has locked: it is counted by that one, or about to stop, and
+    whoever looks after the runs that have come sees it.
+    """
     return await database.transaction(partial(_count, workflow_ids=sorted(set(workflow_ids))))
 
 
@@ -188,6 +190,12 @@ async def _count(connection: AsyncConnection, *, workflow_ids: Sequence[str]) ->
         result = await connection.execute(_COUNT, {"counted_ids": counted_ids})
         for row in result.mappings():
             found[row["workflow_id"]] = Deployment(**row)
+    if locked := [workflow_id for workflow_id in workflow_ids if workflow_id not in found]:
+        statement = select(Deployment).where(
+            col(Deployment.workflow_id).in_(locked), col(Deployment.is_deployed)
+        )
+        for row in (await connection.execute(statement)).mappings():
+            found[row["workflow_id"]] = Deployment(**row)
     return found
 
 
@@ -216,8 +224,11 @@ def _is_as_it_should_be(seen: Seen, condition: ColumnElement[bool]) -> bool:
 
 
 async def _see_to_locked(connection: AsyncConnection, *, workflow_id: str) -> Done:
-    await activity.lock(connection, workflow_id)
     seen = await activity.look(connection, workflow_id)
+    if seen is not None:
+        if not await activity.try_lock(connection, workflow_id):
+            return Done.NOTHING
+        seen = await activity.look(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
         await release(connection, workflow_id)
         moved = await _change(connection, workflow_id, PENDING, target=TARGET_OF_WORKERS, home=None)

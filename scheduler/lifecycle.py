@@ -64,7 +64,7 @@ async def _keep_policy(database: Database, broker: Broker, seen: Seen) -> None:
     try:
         if decide(seen).action is LifecycleAction.NONE:
             return
-        settled = await decisions.settle(database, workflow_id, decide)
+        settled = await decisions.settle(database, workflow_id, decide, lock=activity.try_lock)
     except ZoneInfoNotFoundError as error:
         log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
         return
@@ -88,6 +88,7 @@ async def _forget_batch(connection: AsyncConnection) -> int:
         select(col(LifecycleDecision.id))
         .where(col(LifecycleDecision.at) < kept_since, is_followed)
         .limit(BATCH_ROWS)
+        .with_for_update(skip_locked=True)
     )
     result = await connection.execute(delete(LifecycleDecision).where(col(LifecycleDecision.id).in_(old)))
     return result.rowcount

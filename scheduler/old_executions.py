@@ -17,6 +17,7 @@ from journal.blobs.opening import open_blobs
 from journal.deletion import MAY_GO, delete_runs
 from models.database_time import DatabaseTime
 from models.execution import Execution, ExecutionData
+from models.outage import LockWaitTimeout
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -69,9 +70,13 @@ async def _deleted(database: Database, retention: Retention) -> AsyncIterator[Se
             found = (await connection.execute(workflows(after, retention))).all()
         after = found[-1].id if len(found) == BATCH_WORKFLOWS else None
         for workflow in found:
-            if _may_have_old(workflow, retention, database.clock.now()):
+            if not _may_have_old(workflow, retention, database.clock.now()):
+                continue
+            try:
                 async for owners in _deleted_of(database, workflow.id, workflow.beyond, retention):
                     yield owners
+            except LockWaitTimeout as error:
+                log.warning("old executions locked", workflow_id=workflow.id, error=str(error))
 
 
 def workflows(after: str, retention: Retention) -> Select[*tuple[Any, ...]]:

@@ -51,7 +51,13 @@ async def forget_arrivals(settings: SchedulerSettings, database: Database) -> No
 
 
 async def _forget_earlier(table: type[Event | Delivery], first_kept: str, connection: AsyncConnection) -> int:
-    over = select(col(table.id)).where(col(table.id) < first_kept).order_by(col(table.id)).limit(BATCH_ROWS)
+    over = (
+        select(col(table.id))
+        .where(col(table.id) < first_kept)
+        .order_by(col(table.id))
+        .limit(BATCH_ROWS)
+        .with_for_update(skip_locked=True)
+    )
     result = await connection.execute(delete(table).where(col(table.id).in_(over)))
     return result.rowcount
 

@@ -15,10 +15,11 @@ from sqlmodel import col
 from engine.values import canonical
 from execution import due_runs
 from journal import admission, pinning, scheduled_runs, wakes
-from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable
+from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable, Started
 from json_text import decoding
 from messages import hints
 from models.database_time import DatabaseTime
+from models.outage import LockWaitTimeout
 from models.workflow import Definition, Workflow, WorkflowGraph
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from engine.values import Json
     from journal.pinning import Catalog
-    from journal.scheduled_runs import Started
     from messages.broker import Broker
     from models.database import Database
 
@@ -82,9 +82,7 @@ class Schedules:
         if deployed := [one.workflow_id for one in due if one.deployed_hash]:
             # Before their runs, so that none of them stops in between as idle.
             await wakes.count(self._database, deployed)
-        started = await self._database.transaction(
-            partial(scheduled_runs.start, runnables=runnables, now=self._now)
-        )
+        started = await self._started(runnables)
         _tell(started, lost)
         for key in sorted(started.concurrency_keys):
             await admission.admit(self._database, key)
@@ -93,6 +91,21 @@ class Schedules:
         if any(started.homes):
             await due_runs.see_to(self._database, self._broker)
         started.decided += len(lost)
+        return started
+
+    async def _started(self, runnables: Mapping[str, Runnable]) -> Started:
+        """Start runs, workflow by workflow where another transaction keeps something of one locked: it is due again."""
+        try:
+            return await self._database.transaction(
+                partial(scheduled_runs.start, runnables=runnables, now=self._now)
+            )
+        except LockWaitTimeout:
+            if len(runnables) == 1:
+                log.warning("schedule locked", workflow_id=next(iter(runnables)))
+                return Started()
+        started = Started()
+        for workflow_id, runnable in runnables.items():
+            started.add(await self._started({workflow_id: runnable}))
         return started
 
     # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────

@@ -93,7 +93,12 @@ async def _delete(database: Database, unused: list[tuple[str, str]]) -> int:
         return 0
 
     async def work(connection: AsyncConnection) -> int:
-        result = await connection.execute(delete(Definition).where(tuple_(*_IDENTITY).in_(unused), _is_old()))
+        unlocked = (
+            select(*_IDENTITY)
+            .where(tuple_(*_IDENTITY).in_(unused), _is_old())
+            .with_for_update(skip_locked=True)
+        )
+        result = await connection.execute(delete(Definition).where(tuple_(*_IDENTITY).in_(unlocked)))
         return result.rowcount
 
     return await database.transaction(work)

@@ -28,6 +28,7 @@ from json_text import decoding
 from models import ids
 from models.audit import Action
 from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.outage import LockWaitTimeout
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from gateway.executions.execution_rows import Filter
     from gateway.http.request import Request
     from gateway.state import State
-    from journal.store import IdempotencyKey
+    from journal.store import IdempotencyKey, Requested
     from models.access import Caller
 
 log = structlog.get_logger()
@@ -158,13 +159,21 @@ async def cancel(gateway: State, caller: Caller, execution_ids: Sequence[str]) -
     cancelled: list[str] = []
     for some in _batches(execution_ids, CANCELS_AT_ONCE):
         keys = [ExecutionKey(execution_id, caller.lane) for execution_id in some]
-        answers = await asyncio.gather(*(ask_to_end(gateway, key, "cancel") for key in keys))
+        answers = await asyncio.gather(*(_ask_to_end_unlocked(gateway, key) for key in keys))
         cancelled += [
             execution_id
             for execution_id, answer in zip(some, answers, strict=True)
             if answer is not None and answer.status not in TERMINAL - {ExecutionStatus.CANCELLED}
         ]
     return cancelled
+
+
+async def _ask_to_end_unlocked(gateway: State, key: ExecutionKey) -> Requested | None:
+    """Cancel an execution; None where there is none, or another transaction keeps it locked."""
+    try:
+        return await ask_to_end(gateway, key, "cancel")
+    except LockWaitTimeout:
+        return None
 
 
 async def retry(gateway: State, caller: Caller, chosen: Chosen) -> dict[str, str]:
@@ -175,12 +184,27 @@ async def retry(gateway: State, caller: Caller, chosen: Chosen) -> dict[str, str
     }
     resumed: set[str] = set()
     for some in _batches(chosen.execution_ids, RETRIES_AT_ONCE):
-        resume = partial(_resume, caller=caller, new_ids={one: new_ids[one] for one in some})
-        for execution_id, concurrency_key in (await gateway.database.transaction(resume)).items():
+        keys = await _resumed_unlocked(gateway, caller, {one: new_ids[one] for one in some})
+        for execution_id, concurrency_key in keys.items():
             resumed.add(execution_id)
             gateway.access.allow(new_ids[execution_id], caller)
             gateway.acceptances.follow(concurrency_key)
     return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
+
+
+async def _resumed_unlocked(
+    gateway: State, caller: Caller, new_ids: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Resume what still may be, one by one where another transaction keeps some of it locked; that is left."""
+    try:
+        return await gateway.database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
+    except LockWaitTimeout:
+        if len(new_ids) == 1:
+            return {}
+    resumed: dict[str, str | None] = {}
+    for one, new_id in new_ids.items():
+        resumed |= await _resumed_unlocked(gateway, caller, {one: new_id})
+    return resumed
 
 
 async def _resume(

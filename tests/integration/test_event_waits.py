@@ -26,6 +26,7 @@ from models.event_wait import EventWait
 from models.execution import TERMINAL, Execution, Signal
 from models.intake import Event
 from tests.integration.gateway_world import People, Person, World
+from tests.integration.locks import impatient, left_open, prompt
 from workers.main import working
 from workers.settings import WorkerSettings
 
@@ -211,6 +212,29 @@ async def test_telling_that_breaks_off_is_done_again_and_answers_once(
         await scheduler(world).tell_left()
     assert await count(world, Event, told_at=None) == 0
     assert await count(world, Signal, execution_id=execution_id) == 1
+
+
+async def test_a_locked_run_keeps_an_event_from_no_other(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence(world, monkeypatch)
+    monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
+    lock = "SELECT FROM execution WHERE id = $1 FOR UPDATE"
+    url = world.gateway.database.url
+    async with worker(world), impatient(url, monkeypatch) as database:
+        locked, other = [await started(people.owner, 7) for _ in range(2)]
+        for execution_id in (locked, other):
+            await asleep(world, execution_id)
+        await told(people.owner, "order.paid", order=7, total=1)
+        await aged(world)
+        awaited = AwaitedEvents(database, world.gateway.broker)
+        async with left_open(url, lock, locked):
+            await prompt(awaited.tell_left())
+            assert await came(world, people.owner, other) == ("paid", 1)
+            assert (await row(world, locked))["status"] == "waiting"
+        await awaited.tell_left()
+        assert await came(world, people.owner, locked) == ("paid", 1)
+    assert await count(world, Event, told_at=None) == 0
 
 
 async def test_no_event_falls_between_the_wait_and_the_look_back(

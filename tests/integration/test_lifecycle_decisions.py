@@ -10,14 +10,16 @@ import pytest
 from sqlalchemy import select, update
 from sqlmodel import col
 
-from journal import activity, decisions
+from journal import activity, decisions, wakes
 from journal.decisions import DeploymentChanged, Settled, by_policy
 from models import lifecycle
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution, ExecutionStatus
 from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
+from scheduler.lifecycle import keep_policies
 from tests.integration.deployed import deployed, run
 from tests.integration.gateway_world import GRAPH, People, World
+from tests.integration.locks import impatient, left_open, prompt
 from tests.integration.plans import explained
 
 if TYPE_CHECKING:
@@ -160,6 +162,33 @@ async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
     after = await seen(world, workflow_id)
     assert not after.situation.is_up
     assert lifecycle.may_start(after.policy, after.situation, after.now) is None
+
+
+async def test_a_locked_deployment_holds_up_no_other(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = sorted([await people.owner.create(**GRAPH) for _ in range(2)])
+    for workflow_id in (first, second):
+        await deployed(world, people.owner, workflow_id)
+    lock = "SELECT FROM deployment WHERE workflow_id = $1 FOR UPDATE"
+    url = world.gateway.database.url
+    async with impatient(url, monkeypatch) as database, left_open(url, lock, first):
+        # What comes for it is not counted then, and finds it all the same.
+        assert (await prompt(wakes.count(database, [first, second]))).keys() == {first, second}
+        await world.gateway.database.transaction(
+            lambda connection: connection.execute(
+                update(Deployment)
+                .where(col(Deployment.workflow_id) == second)
+                .values(last_activity_at=datetime.now(UTC) - HOUR)
+            )
+        )
+        await prompt(keep_policies(database, world.gateway.broker))
+        assert [(await seen(world, one)).situation.is_up for one in (first, second)] == [True, False]
+        await run(world, people.owner, second)
+        await prompt(wakes.see_to_waiting(database))
+        assert (await seen(world, second)).situation.is_up
+    await keep_policies(world.gateway.database, world.gateway.broker)
+    assert not (await seen(world, first)).situation.is_up
 
 
 async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import json
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from time import monotonic
-from typing import TypeVar
+from typing import Any
 
 import asyncpg
 import pytest
@@ -18,14 +19,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from engine.events import RunStatus
 from gateway.internal import holding
 from gateway.internal.holding import Holder
-from journal import admission
+from journal import admission, children, follow_ups
+from journal.deletion import delete_runs
 from journal.leases import Lease, LeaseKeeper
 from journal.recorder import Recorder
 from journal.store import ExecutionKey
-from models import postgresql_sessions as sessions
 from models.database import Database
 from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.pod_processes import PodProcess
+from tests.integration.locks import PROMPT_SECONDS, impatient, left_open, prompt
 from tests.integration.run_world import (
     Place,
     Where,
@@ -37,11 +39,6 @@ from tests.integration.run_world import (
     write,
 )
 from tests.system.moments import wait_until
-
-Answer = TypeVar("Answer")
-
-PROMPT_SECONDS = 10.0
-"""Far above the time of any statement on a busy machine, far below waiting for a lock that is never let go."""
 
 
 @pytest.fixture(scope="module", params=["on_postgres", "behind_pgbouncer"])
@@ -75,29 +72,12 @@ async def database(world: World) -> AsyncIterator[Database]:
     await database.close()
 
 
-@asynccontextmanager
-async def left_open(world: World, statement: str, *arguments: object) -> AsyncIterator[None]:
-    """Begin a transaction, as an operator might, or a process that then stands still, and end it after the block."""
-    connection = await asyncpg.connect(sessions.address(world.database.url))
-    try:
-        async with connection.transaction():
-            await connection.execute(statement, *arguments)
-            yield
-    finally:
-        await connection.close()
-
-
 def locked(world: World, execution_id: str) -> AbstractAsyncContextManager[None]:
-    return left_open(world, "SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id)
+    return left_open(world.database.url, "SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id)
 
 
 def frozen_in_admission(world: World, key: str) -> AbstractAsyncContextManager[None]:
-    return left_open(world, "SELECT pg_advisory_xact_lock($1)", admission.lock_number(key))
-
-
-async def prompt(call: Awaitable[Answer]) -> Answer:
-    async with asyncio.timeout(PROMPT_SECONDS):
-        return await call
+    return left_open(world.database.url, "SELECT pg_advisory_xact_lock($1)", admission.lock_number(key))
 
 
 async def status(world: World, execution_id: str) -> str:
@@ -220,20 +200,17 @@ async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
 async def test_a_key_that_a_frozen_process_has_locked_holds_up_no_other_key(
     world: World, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sessions.SESSION_TIMEOUTS, "lock_timeout", "200")
-    database = Database(world.url)
     limits = [{"concurrency_key": key, "concurrency_limit": 1} for key in ("a", "b", "b")]
     runs = [place.run(**limit) for limit in limits]
     await world.store.accept(runs)
-    async with frozen_in_admission(world, "a"):
+    async with impatient(world.url, monkeypatch) as database, frozen_in_admission(world, "a"):
         assert await prompt(admission.admit_waiting(database)) == (1, "")
         # Many at once take one connection, so that others have some.
         waiting = [asyncio.create_task(admission.admit(database, "a")) for _ in range(30)]
         assert await prompt(admission.admit(database, "b")) == 0
         assert not any(task.done() for task in waiting)
         assert await prompt(asyncio.gather(*waiting)) == [0] * 30
-    assert await admission.admit(database, "a") == 1
-    await database.close()
+    assert await admission.admit(world.database, "a") == 1
 
 
 async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(world: World, place: Place) -> None:
@@ -262,7 +239,7 @@ async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
         )
 
     all_rows = "SELECT FROM execution, definition FOR UPDATE"
-    async with left_open(world, all_rows):
+    async with left_open(world.database.url, all_rows):
         started_at = monotonic()
         answers = await asyncio.gather(
             database.transaction(touch),
@@ -319,3 +296,41 @@ async def test_a_value_that_the_driver_refuses_is_no_fault_of_the_server(
         await database.transaction(
             lambda connection: connection.execute(text("SELECT CAST(:n AS bigint)"), {"n": 2**70})
         )
+
+
+# ── what is done to many ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def ended(world: World, place: Place, **changes: Any) -> list[ExecutionKey]:  # noqa: ANN401 - any field of an Acceptance
+    """Return two runs that have completed."""
+    runs = [await world.claimed(place, **changes) for _ in range(2)]
+    await world.store.record([write(one, end=RunStatus.COMPLETED) for one in runs])
+    return [key_of(one) for one in runs]
+
+
+async def test_a_locked_run_holds_up_the_follow_up_of_no_other(world: World, place: Place) -> None:
+    kept, other = keys = await ended(world, place, follow_up='{"callback":{"url":"http://127.0.0.1"}}')
+    async with locked(world, kept.execution_id):
+        due = await prompt(follow_ups.claim(world.database, keys, 30.0))
+        assert [one.key for one in due] == [other]
+    assert [one.key for one in await follow_ups.claim(world.database, keys, 30.0)] == [kept]
+
+
+async def test_a_locked_run_holds_up_the_deletion_of_no_other(world: World, place: Place) -> None:
+    kept, other = [key.execution_id for key in await ended(world, place)]
+    async with locked(world, kept):
+        assert [*await prompt(delete_runs(world.database, [kept, other]))] == [other]
+    assert [*await delete_runs(world.database, [kept, other])] == [kept]
+
+
+async def test_a_locked_child_holds_up_the_end_of_no_other(world: World, place: Place) -> None:
+    parent = await world.claimed(place)
+    follow_up = json.dumps(children.answering(parent.execution_id, "node", ""))
+    family = {"parent_id": parent.execution_id, "root_id": parent.execution_id, "depth": 1}
+    kept, other = [await world.accept(place, follow_up=follow_up, **family) for _ in range(2)]
+    await world.store.record([write(parent, end=RunStatus.STOPPED)])
+    async with locked(world, kept.execution_id):
+        abandoned = await prompt(children.end_abandoned(world.database, world.store))
+        assert [one.execution_id for one in abandoned] == [other.execution_id]
+    abandoned = await children.end_abandoned(world.database, world.store)
+    assert [one.execution_id for one in abandoned] == [kept.execution_id]

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import BigInteger, delete, literal, select, update
 from sqlmodel import col
 
-from journal import scheduled_runs
+from journal import admission, scheduled_runs
 from messages import broker as brokers
 from messages.local_broker import LocalBroker
 from models.database import Database
@@ -28,6 +28,7 @@ from scheduler.schedules import Schedules
 from tests.integration import plans
 from tests.integration.deployed import deployed
 from tests.integration.gateway_world import EDGE, STEP, People, Person, World, refused
+from tests.integration.locks import impatient, left_open, prompt
 
 HOURLY = {"cron": "0 * * * *"}
 HOUR = timedelta(hours=1)
@@ -419,3 +420,23 @@ async def test_what_is_due_is_found_by_an_index(world: World) -> None:
     assert "ix_schedule_due" in plan
     assert "SCAN workflow" not in plan
     assert "Seq Scan" not in plan
+
+
+# ── what others have locked ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_workflow_whose_places_are_locked_holds_up_the_schedule_of_no_other(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"concurrency": {"limit": 1, "onLimit": "reject"}}
+    locked, other = [await active(people.owner, HOURLY, settings=settings) for _ in range(2)]
+    url = world.gateway.database.url
+    lock = "SELECT pg_advisory_xact_lock($1)"
+    async with (
+        impatient(url, monkeypatch) as database,
+        left_open(url, lock, admission.lock_number(locked)),
+    ):
+        assert await prompt(tick(world, datetime.now(UTC) + HOUR, database)) == 1
+        assert len(await runs_of(world, other)) == 1
+    assert await tick(world, datetime.now(UTC) + HOUR) == 1
+    assert len(await runs_of(world, locked)) == 1
