@@ -353,14 +353,13 @@ def _next_turn(least: str) -> str:
     return f"SELECT coalesce(({first} AND turn >= {least} {order}), ({first} {order})) OFFSET 0"
 
 
-def _taking(is_trial: str, target: str) -> str:
+def _taking(also: str = "") -> str:
     """Return the end of a claim: `chosen` runs are taken, and come back in the order of their places."""
     return f"""
 ), taken AS (
     UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
         lease_owner = $5, lease_until = {NOW} + $6::bigint, started_at = coalesce(started_at, {NOW}),
-        updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds),
-        on_trial = {is_trial}, target = {target}
+        updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds){also}
     -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
     -- like the way to the chosen few.
     WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
@@ -404,7 +403,7 @@ WITH RECURSIVE circle (id, first, place) AS (
         ORDER BY is_fresh, rank LIMIT workflow.share FOR UPDATE SKIP LOCKED
     ) AS best
     ORDER BY organization.place, workflow.place LIMIT $4::integer
-{_taking("false", "target")}"""
+{_taking()}"""
 # What was begun stands together in the index, apart from what nobody has begun.
 _IS_SUSPECT = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES} AND trial_losses <= $2::smallint"
 _HAS_SUSPECTS = f"{_PENDING.format(column='1')} AND {_IS_SUSPECT} LIMIT 1"
@@ -414,7 +413,7 @@ WITH chosen AS MATERIALIZED (
         {_PENDING.format(column="id")} AND {_IS_SUSPECT}
         ORDER BY trial_losses, attempt, rank LIMIT $4::integer FOR UPDATE SKIP LOCKED
     ) AS best
-{_taking("true", "$3::text")}"""
+{_taking(", on_trial = true, target = $3::text")}"""
 
 
 def _claiming(claim: Claim) -> tuple[Any, ...]:

@@ -344,12 +344,14 @@ def _of_organization(
         current = _first(following(current + 1), following(0))
         if current == turns[0]:
             break
+    # Elsewhere suspects wait at a target of their own.
+    is_no_suspect = "" if claim.target in ISOLATION else f" AND attempt < {SUSPECT_LOSSES}"
     chosen: list[tuple[str, bool]] = []
     for served, turn in enumerate(turns):
         part = -(-(share - len(chosen)) // (len(turns) - served))
         rows = connection.execute(
             "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn = ?"
-            f" AND attempt < {SUSPECT_LOSSES} ORDER BY is_fresh, rank LIMIT ?",
+            f"{is_no_suspect} ORDER BY is_fresh, rank LIMIT ?",
             (claim.target, organization_id, turn, part),
         ).fetchall()
         chosen.extend((row[0], len(rows) == part) for row in rows)
@@ -360,12 +362,16 @@ def _first(one: int | None, other: int | None) -> int | None:
     return one if one is not None else other
 
 
+# Written only where it changes: `target` stands in several indexes.
+_PUTS_ON_TRIAL = " on_trial = 1, target = ?5,"
+
+
 def _taken(
     connection: sqlite3.Connection, claim: Claim, execution_id: str, now: int, *, may_have_more: bool
 ) -> Claimed:
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
-        " on_trial = ?5, target = ?6,"
+        f"{_PUTS_ON_TRIAL if claim.is_trial else ''}"
         " lease_owner = ?1, lease_until = ?2, started_at = coalesce(started_at, ?3), updated_at = ?3,"
         " deadline_at = coalesce(deadline_at, ?3 + timeout_microseconds)"
         " WHERE id = ?4 AND status = 'pending'"
@@ -374,7 +380,7 @@ def _taken(
         " inbox, user_id, signals, concurrency_key, follow_up",
         (
             *(claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
-            *(claim.is_trial, claim.target),
+            *((claim.target,) if claim.is_trial else ()),
         ),
     ).fetchone()
     return claimed_of((*row, may_have_more, now))
