@@ -84,7 +84,8 @@ def _wait_for(child: int, watch: OomKillWatch) -> int:
     """Forward signals until the child has ended, and return its status; reaps whatever else is inherited as PID 1."""
     while True:
         arrived = signal.sigtimedwait(AWAITED, LOOK_SECONDS)
-        if arrived is None:
+        # A process that was stopped for longer than it waits is given a signal that is none, by a bug of CPython.
+        if arrived is None or arrived.si_signo not in AWAITED:
             watch.look()
         elif arrived.si_signo != signal.SIGCHLD:
             os.kill(child, arrived.si_signo)  # not reaped yet, so the number is still its own
