@@ -20,17 +20,17 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
             async with world.on_this_machine(tmp_path / "pods") as found:
                 yield found
         case "fake":
-            async with world.on_fake(tmp_path) as (found, _):
+            async with world.on_fake(tmp_path) as (found, _), world.watched(found):
                 yield found
         case "real":
             assert world.TEST_KUBECONFIG is not None
-            async with world.on_real(Path(world.TEST_KUBECONFIG)) as found:
+            async with world.on_real(Path(world.TEST_KUBECONFIG)) as found, world.watched(found):
                 yield found
 
 
 @pytest.fixture
 async def fake(tmp_path: Path) -> AsyncIterator[tuple[Cluster, FakeApi]]:
-    """The Kubernetes driver, and the API server that it speaks to."""
+    """The Kubernetes driver without a watch, and the API server that it speaks to."""
     async with world.on_fake(tmp_path) as found:
         yield found
 

@@ -203,6 +203,31 @@ async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster,
             await core.api_client.close()
 
 
+@asynccontextmanager
+async def watched(cluster: Cluster) -> AsyncIterator[Cluster]:
+    """Keep a watch open on each driver of a cluster, as a deployer does: it answers from its cache then."""
+    watches: list[asyncio.Task[None]] = []
+    reopen = cluster.reopen
+
+    async def watch(driver: Driver) -> None:
+        async for _ in driver.watch():
+            pass
+
+    async def reopen_watched() -> Driver:
+        driver = await reopen()
+        watches.append(asyncio.create_task(watch(driver)))
+        return driver
+
+    cluster.reopen = reopen_watched
+    watches.append(asyncio.create_task(watch(cluster.driver)))
+    try:
+        yield cluster
+    finally:
+        for task in watches:
+            task.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+
+
 def kubeconfig(api: FakeApi) -> str:
     return json.dumps(
         {
