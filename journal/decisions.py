@@ -13,7 +13,7 @@ from sqlmodel import col
 from journal import activity
 from models import ids, lifecycle
 from models.deployment import Deployment, LifecycleDecision
-from models.lifecycle import DRAIN_TIME, Decision, LifecycleAction, LifecycleReason
+from models.lifecycle import DRAIN_TIME, Decision, LifecycleAction, LifecycleReason, StoppedReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,21 +155,23 @@ def _wanted(seen: Seen, decision: Decision, replicas: int | None) -> dict[str, A
     before, now = seen.deployment, seen.now
     if decision.action in _UP:
         pods = replicas or before.last_replicas
+        is_by_hand = decision.reason in {LifecycleReason.BY_HAND, LifecycleReason.DEPLOYED}
         return {
             "replicas": pods,
             "last_replicas": pods,
             "drain_until": None,
             "stopped_reason": None,
             "stopped_at": None,
-            "started_by_hand_at": now
-            if decision.reason in {LifecycleReason.BY_HAND, LifecycleReason.DEPLOYED}
-            else None,
+            "started_by_hand_at": now if is_by_hand else None,
+            "start_failures": 0 if is_by_hand else before.start_failures,
             "last_activity_at": now,
         }
+    has_failed = StoppedReason.FAILED == decision.stopped_reason != before.stopped_reason
     stopped: dict[str, Any] = {
         "stopped_reason": decision.stopped_reason,
         "stopped_at": before.stopped_at if decision.stopped_reason == before.stopped_reason else now,
         "started_by_hand_at": None,
+        "start_failures": before.start_failures + has_failed,
     }
     if decision.action is LifecycleAction.DRAIN:
         return {**stopped, "drain_until": before.drain_until or now + DRAIN_TIME}

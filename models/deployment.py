@@ -107,6 +107,8 @@ class Deployment(SQLModel, table=True):
     failed_reason: str | None = None
     """Why its pods could not start, as long as it is down for that, whatever is seen of it meanwhile."""
     failed_reason_code: str | None = None
+    start_failures: int = 0
+    """Starts given up one after the other, without a pod that was ready in between."""
     observed_at: datetime | None = Field(default=None, sa_column=Column(Instant))
     """Since when that is seen."""
     held_by: str | None = None
@@ -190,6 +192,7 @@ def situation_of(
         stopped_at=deployment.stopped_at,
         started_by_hand_at=deployment.started_by_hand_at,
         last_activity_at=max(happened, default=None),
+        start_failures=deployment.start_failures,
         is_waking=status_of(deployment) in {DeploymentStatus.STARTING, DeploymentStatus.DEPLOYING},
         has_due=has_due,
         has_running=has_running,

@@ -23,7 +23,8 @@ ON_DEMAND_TIME: Final = timedelta(seconds=60)
 DRAIN_TIME: Final = timedelta(seconds=60)
 """How long runs that go on may take to end before a stop gives them back."""
 RETRY_TIME: Final = timedelta(seconds=60)
-"""How long a deployment that could not be started is left alone, unless somebody calls it."""
+"""How long a deployment that could not be started is left alone, unless somebody calls it; doubled by each failure."""
+MAX_RETRY_TIME: Final = timedelta(minutes=30)
 
 
 class PolicyType(StrEnum):
@@ -134,6 +135,8 @@ class Situation:
     """The last delivery, end of a run, or start."""
     is_waking: bool = False
     """It is wanted up, and isn't ready."""
+    start_failures: int = 0
+    """Starts that have failed one after the other, without a pod that was ready in between."""
     has_due: bool = False
     """Runs of it could be taken up now; those that wait or are deferred don't count."""
     has_running: bool = False
@@ -222,6 +225,12 @@ def decide(policy: Policy, situation: Situation, now: datetime) -> Decision:
     if situation.is_up:
         return _while_up(policy, situation, now)
     return _while_down(policy, situation, now)
+
+
+def retry_time(start_failures: int) -> timedelta:
+    """Return how long a deployment is left alone after so many failed starts."""
+    doublings = min(max(start_failures - 1, 0), 16)
+    return min(RETRY_TIME * (1 << doublings), MAX_RETRY_TIME)
 
 
 def may_start(policy: Policy, situation: Situation, now: datetime) -> Refusal | None:
@@ -323,7 +332,7 @@ def _while_down(policy: Policy, situation: Situation, now: datetime) -> Decision
     if situation.stopped_reason is StoppedReason.ARCHIVED:
         return Decision(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.stopped_reason is StoppedReason.FAILED:
-        retry_at = (situation.stopped_at or now) + RETRY_TIME
+        retry_at = (situation.stopped_at or now) + retry_time(situation.start_failures)
         if now < retry_at:
             is_wanted = situation.has_due or _wanted(policy, situation, now) is not None
             return Decision(

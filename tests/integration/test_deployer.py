@@ -92,12 +92,13 @@ async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_aga
         await lifecycle.keep_policies(database, broker)
         stopped = await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED)
         assert (stopped.replicas, stopped.stopped_reason) == (0, StoppedReason.FAILED)
+        assert stopped.start_failures == 1
         assert has_failed(stopped)
         assert "it was built broken" in (stopped.observed_reason or "")
     async with on_this_machine(world, tmp_path):
         await asked(people.owner, "start", workflow_id, 202)
         healed = await until(world, workflow_id, is_running)
-        assert (healed.observed_reason, healed.stopped_reason) == (None, None)
+        assert (healed.observed_reason, healed.stopped_reason, healed.start_failures) == (None, None, 0)
 
 
 async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(

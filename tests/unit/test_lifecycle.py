@@ -190,6 +190,14 @@ def test_a_deployment_that_could_not_start_is_tried_again_after_a_while(policy: 
     assert done(policy, failed, INSIDE + MINUTE) is START
 
 
+@pytest.mark.parametrize(("failures", "minutes"), [(0, 1), (1, 1), (2, 2), (4, 8), (6, 30), (1_000, 30)])
+def test_a_start_that_fails_again_and_again_is_tried_less_and_less_often(failures: int, minutes: int) -> None:
+    failed = down(StoppedReason.FAILED, INSIDE, start_failures=failures)
+    tried_at = INSIDE + minutes * MINUTE
+    assert done(AlwaysOn(), failed, tried_at - MINUTE / 2) is NONE
+    assert done(AlwaysOn(), failed, tried_at) is START
+
+
 def test_a_due_run_does_not_have_a_failed_start_tried_again_and_again() -> None:
     failed = down(StoppedReason.FAILED, MONDAY, has_due=True)
     held = decide(OnDemand(), failed, MONDAY)

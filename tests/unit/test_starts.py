@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -142,3 +143,10 @@ def test_no_time_runs_while_the_cluster_has_no_room_or_after_something_else_was_
     assert starts.state(3_900, seen(PodStage.SCHEDULED))[0] == "failed"
     again = deployment(generation=2)
     assert starts.state(3_901, seen(PodStage.SCHEDULED), again)[0] == "starting"
+
+
+def test_a_workflow_that_serves_goes_on_serving_while_the_cluster_takes_notice_of_a_change() -> None:
+    stale = replace(seen(PodStage.READY), is_current=False, available=1)
+    serving = deployment(observed=Stored.RUNNING, generation=2)
+    assert Starts().state(0, stale, serving)[0] == "running"
+    assert Starts().state(0, stale, deployment(observed=Stored.STOPPING))[0] == "starting"

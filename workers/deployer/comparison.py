@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from models.deployment import BLOCKING_REASONS
+from models.deployment import BLOCKING_REASONS, SERVING
 from models.deployment import Observed as Stored
 from models.lifecycle import StoppedReason
 from workers.deployer.rows import Sighting, last_sighting
@@ -181,7 +181,9 @@ def _has_ended(process: PodProcess, last_end_at: datetime | None) -> bool:
 def _state(deployment: Deployment, observed: Observed) -> Stored:
     if deployment.replicas == 0:
         return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
-    return Stored.RUNNING if observed.is_ready else Stored.STARTING
+    # Right after a change the counts are of before it: the pods that served then are there all the same.
+    serves_on = not observed.is_current and bool(observed.ready_pods) and deployment.observed in SERVING
+    return Stored.RUNNING if observed.is_ready or serves_on else Stored.STARTING
 
 
 def _was_seen(deployment: Deployment, state: Stored) -> bool:

@@ -185,6 +185,7 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
     if sighting == last:
         return True
     since = before.observed_at if sighting.observed is last.observed else None
+    failures = 0 if sighting.observed is Observed.RUNNING else col(Deployment.start_failures)
     statement = (
         update(Deployment)
         .where(
@@ -193,7 +194,7 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
             col(Deployment.observed) == last.observed,
             col(Deployment.observed_generation) == last.observed_generation,
         )
-        .values({**asdict(sighting), "observed_at": since or DatabaseTime()})
+        .values({**asdict(sighting), "observed_at": since or DatabaseTime(), "start_failures": failures})
     )
 
     async def work(connection: AsyncConnection) -> bool:

@@ -645,6 +645,7 @@ def _create_deployments() -> None:
         sa.Column("observed_reason_code", sa.String(), nullable=True),
         sa.Column("failed_reason", sa.String(), nullable=True),
         sa.Column("failed_reason_code", sa.String(), nullable=True),
+        sa.Column("start_failures", sa.Integer(), nullable=False),
         sa.Column("observed_at", sa.BigInteger(), nullable=True),
         sa.Column("held_by", IDENTIFIER, nullable=True),
         sa.Column("held_until", sa.BigInteger(), nullable=True),
