@@ -107,21 +107,23 @@ async def follow_host(database: Database) -> None:
 async def _watch_host(database: Database, moves: Callable[[], bool]) -> None:
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        if abs(HOST_TIME.step()) < SET_MICROSECONDS:
-            continue
-        if not moves():
-            await asyncio.sleep(LEAVE_SECONDS)
-            HOST_TIME.move(HOST_TIME.step())
-        else:
-            try:
-                await follow_host(database)
-            except DatabaseUnavailable as error:
-                log.warning("the clock of this host was set, and rows are not moved yet", error=str(error))
-                continue
-            except Exception:
-                log.exception("the clock of this host was set, and rows are not moved yet")
-                continue
-        await _learn(database)
+        if abs(HOST_TIME.step()) > SET_MICROSECONDS:
+            await _follow_once(database, moves)
+        # In any case: the monotonic clock stands still while a machine sleeps, and that of the host goes on.
+        database.clock.follow_host()
+
+
+async def _follow_once(database: Database, moves: Callable[[], bool]) -> None:
+    if not moves():
+        await asyncio.sleep(LEAVE_SECONDS)
+        HOST_TIME.move(HOST_TIME.step())
+        return
+    try:
+        await follow_host(database)
+    except DatabaseUnavailable as error:
+        log.warning("the clock of this host was set, and rows are not moved yet", error=str(error))
+    except Exception:
+        log.exception("the clock of this host was set, and rows are not moved yet")
 
 
 async def _keep_asking(database: Database, _moves: Callable[[], bool]) -> None:

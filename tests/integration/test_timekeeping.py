@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -97,6 +100,19 @@ async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
     monkeypatch.undo()
     assert abs(HOST_TIME.step() - step) < MOMENT
     assert await ends(world) == before
+
+
+async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timekeeping, "LOOK_SECONDS", 0.01)
+    clock = world.database.clock
+    async with timekeeping.keep_time(world.database):
+        # As after a night in which the machine slept, and the monotonic clock stood still.
+        clock.learn(clock.now() - timedelta(hours=8), time.monotonic())
+        async with asyncio.timeout(60):
+            while datetime.now(UTC) - clock.now() > timedelta(hours=1):  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
 
 
 async def runs(world: World) -> None:
