@@ -39,7 +39,8 @@ class SharedPace:
         apart = timedelta(seconds=per_seconds / limit)
         reach = timedelta(seconds=max_wait_seconds)
         take = partial(_take, caller.organization_id, key, apart, reach)
-        place = await insist(lambda: self._database.transaction(take))
+        row = f"pace:{caller.organization_id}:{key}"
+        place = await insist(lambda: self._database.transaction(take, locks=row))
         if place is None:
             message = (
                 f"More than {limit} in {per_seconds:g} s: the next place is over {max_wait_seconds:g} s away"

@@ -33,7 +33,6 @@ from gateway.internal.desk import Desk
 from gateway.internal.forwarding import Forwarder
 from gateway.internal.runners import Runners
 from gateway.settings import GatewaySettings
-from gateway.workflows.editing import Turns
 from gateway.workflows.workflow_cache import WorkflowCache
 from journal import timekeeping
 from journal.blobs.blob_store import BlobStore
@@ -70,7 +69,6 @@ class State:
     samples: Samples
     subscribers: Subscribers
     workflows: WorkflowCache
-    turns: Turns
     acceptances: Acceptances
     rates: Rates
     backlog: Backlog
@@ -159,7 +157,6 @@ async def assembled(
                 samples=samples,
                 subscribers=subscribers,
                 workflows=workflows,
-                turns=Turns(),
                 acceptances=acceptances,
                 rates=rates,
                 backlog=backlog,

@@ -57,7 +57,7 @@ async def settle(
     work = partial(
         _settle, workflow_id=workflow_id, decide=decide, replicas=replicas, user_id=user_id, lock=lock
     )
-    settled = await database.transaction(work)
+    settled = await database.transaction(work, locks=f"deployment:{workflow_id}")
     if settled is not None and settled.decision.action is not LifecycleAction.NONE:
         log.info(
             "deployment decided",

@@ -27,6 +27,7 @@ from models.database_clock import DatabaseClock
 from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
 from models.outage import LockWaitTimeout
 from models.sqlstates import DatabaseFailure, failure_of
+from models.transaction_turns import TransactionTurns
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ class Database:
     def __init__(self, url: URL) -> None:
         self.url = url
         self.clock = DatabaseClock()
+        self._turns = TransactionTurns()
         self._writes = _SQLiteWrites(url.database or "") if is_sqlite(url) else None
         self.engine, self._guard = (
             _on_postgresql(url) if self._writes is None else _on_sqlite(url, self._writes)
@@ -90,17 +92,26 @@ class Database:
                 raise
             raise DatabaseUnavailable("The database did not answer") from error
 
-    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def transaction(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, locks: str | None = None
+    ) -> T:
         """Run `work` in one transaction and commit; it may be called again, so it changes nothing but the database.
 
         Whoever is cancelled while it goes on leaves it to end by itself: SQLite's driver, cut off in the middle, would
-        keep the file locked. Raises `DatabaseUnavailable`, and where another transaction keeps a row or key locked
+        keep the file locked. Transactions of this process that name the same row in `locks` take turns. Raises
+        `DatabaseUnavailable`, and where another transaction keeps a row or key locked
         `LockWaitTimeout`; whatever `work` raises of its own rolls back and comes through.
         """
-        task = asyncio.create_task(self._transact(work))
+        task = asyncio.create_task(
+            self._transact(work) if locks is None else self._transact_in_turn(work, locks)
+        )
         self._under_way.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    async def _transact_in_turn(self, work: Callable[[AsyncConnection], Awaitable[T]], locks: str) -> T:
+        async with self._turns.take(locks):
+            return await self._transact(work)
 
     async def _transact(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         begun_at = monotonic()

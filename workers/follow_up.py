@@ -239,7 +239,7 @@ class AfterRuns:
             await follow_ups.settle(connection, due, left, None, None)
             return given.is_woken
 
-        is_woken = await self._database.transaction(give)
+        is_woken = await self._database.transaction(give, locks=key.execution_id)
         if is_woken and row.concurrency_key is not None:
             await admission.admit(self._database, row.concurrency_key)
         if is_woken:

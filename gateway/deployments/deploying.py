@@ -99,7 +99,7 @@ async def change(
         await _record(connection, request, action, seen.deployment, after)
         return after
 
-    return await request.gateway.database.transaction(work)
+    return await request.gateway.database.transaction(work, locks=f"deployment:{workflow_id}")
 
 
 async def told(gateway: State, workflow_id: str) -> None:

@@ -170,7 +170,7 @@ async def _given(
             raise _refusal(given.reception)
         return given
 
-    return await request.gateway.database.transaction(work)
+    return await request.gateway.database.transaction(work, locks=key.execution_id)
 
 
 def _refusal(reception: Reception) -> ApiError:

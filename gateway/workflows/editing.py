@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, TypeAlias
-from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -59,18 +58,6 @@ Change: TypeAlias = Callable[[Stored], Stored]
 """Returns what a workflow becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
 Addition: TypeAlias = Callable[[AsyncConnection, Edited], Awaitable[None]]
 """Writes what belongs to a change besides the workflow's own rows, in the same transaction."""
-
-
-class Turns:
-    """Lets those who change one workflow take turns within this process, so that they don't hold connections while they
-    wait for each other in the database.
-    """
-
-    def __init__(self) -> None:
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-
-    def of(self, workflow_id: str) -> asyncio.Lock:
-        return self._locks.setdefault(workflow_id, asyncio.Lock())
 
 
 async def readable(connection: AsyncConnection, request: Request) -> Stored:
@@ -145,8 +132,7 @@ async def edit(
         done = edited
         return edited
 
-    async with request.gateway.turns.of(request.path_params["id"]):
-        edited = await request.gateway.database.transaction(work)
+    edited = await request.gateway.database.transaction(work, locks=request.path_params["id"])
     if edited.after is not edited.before:
         log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
     return edited

@@ -616,9 +616,11 @@ async def test_a_change_whose_commit_got_no_answer_is_made_once(
     workflow_id = await people.owner.create()
     transaction = Database.transaction
 
-    async def committed_twice(database: Database, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        await transaction(database, work)
-        return await transaction(database, work)
+    async def committed_twice(
+        database: Database, work: Callable[[AsyncConnection], Awaitable[T]], *, locks: str | None = None
+    ) -> T:
+        await transaction(database, work, locks=locks)
+        return await transaction(database, work, locks=locks)
 
     monkeypatch.setattr(Database, "transaction", committed_twice)
     path = f"/api/v1/workflows/{workflow_id}"

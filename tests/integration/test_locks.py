@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import QueuePool
 
 from engine.events import RunStatus
 from gateway.internal import holding
@@ -24,7 +26,8 @@ from journal.deletion import delete_runs
 from journal.leases import Lease, LeaseKeeper
 from journal.recorder import Recorder
 from journal.store import ExecutionKey
-from models.database import Database
+from models import postgresql_sessions as sessions
+from models.database import Database, parse_url
 from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.pod_processes import PodProcess
 from tests.integration.locks import PROMPT_SECONDS, impatient, left_open, prompt
@@ -78,6 +81,13 @@ def locked(world: World, execution_id: str) -> AbstractAsyncContextManager[None]
 
 def frozen_in_admission(world: World, key: str) -> AbstractAsyncContextManager[None]:
     return left_open(world.database.url, "SELECT pg_advisory_xact_lock($1)", admission.lock_number(key))
+
+
+def connections_of(database: Database) -> int:
+    """Return how many connections are in use."""
+    pool = database.engine.pool
+    assert isinstance(pool, QueuePool)
+    return pool.checkedout()
 
 
 async def status(world: World, execution_id: str) -> str:
@@ -208,7 +218,7 @@ async def test_a_key_that_a_frozen_process_has_locked_holds_up_no_other_key(
         # Many at once take one connection, so that others have some.
         waiting = [asyncio.create_task(admission.admit(database, "a")) for _ in range(30)]
         assert await prompt(admission.admit(database, "b")) == 0
-        assert not any(task.done() for task in waiting)
+        assert connections_of(database) <= 1
         assert await prompt(asyncio.gather(*waiting)) == [0] * 30
     assert await admission.admit(world.database, "a") == 1
 
@@ -252,6 +262,29 @@ async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
         await prompt(world.store.accept([theirs]))
 
 
+async def test_transactions_that_wait_for_one_row_take_one_connection_and_fail_together(
+    world: World, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = place.run()
+    await world.store.accept([run])
+
+    async def touch(connection: AsyncConnection) -> None:
+        await connection.execute(
+            text("UPDATE execution SET lane = lane WHERE id = :id"), {"id": run.execution_id}
+        )
+
+    async with impatient(world.url, monkeypatch) as database:
+        async with locked(world, run.execution_id):
+            waiting = [
+                asyncio.create_task(database.transaction(touch, locks=run.execution_id)) for _ in range(100)
+            ]
+            await prompt(database.ping())
+            assert connections_of(database) <= 1
+            answers = await prompt(asyncio.gather(*waiting, return_exceptions=True))
+            assert {type(answer) for answer in answers} == {LockWaitTimeout}
+        await asyncio.gather(*(database.transaction(touch, locks=run.execution_id) for _ in range(20)))
+
+
 async def test_a_transaction_of_a_frozen_process_ends_by_itself(database: Database) -> None:
     async def timeouts(connection: AsyncConnection) -> list[str]:
         names = ("lock_timeout", "idle_in_transaction_session_timeout")
@@ -261,6 +294,17 @@ async def test_a_transaction_of_a_frozen_process_ends_by_itself(database: Databa
         ]
 
     assert await database.transaction(timeouts) == ["2s", "5s"]
+
+
+async def test_connections_to_a_machine_that_is_gone_end_on_both_sides(on_postgres: Where) -> None:
+    connection = await sessions.connect(sessions.address(parse_url(on_postgres.url)), settings={})
+    try:
+        assert await connection.fetchval("SELECT current_setting('tcp_user_timeout')") == "10000"
+        ours = connection._transport.get_extra_info("socket")  # noqa: SLF001 - nothing else tells
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+    finally:
+        await connection.close()
 
 
 # ── failures of the server ────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,45 @@
+"""Transactions of one process that lock the same row take turns, so that they hold no connections while they wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from models.outage import LockWaitTimeout
+
+
+class TransactionTurns:
+    """Turns by key. Where one of them meets a lock that stays, those behind it fail at once: they need the same one."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, _Queue] = {}
+
+    @asynccontextmanager
+    async def take(self, key: str) -> AsyncIterator[None]:
+        """Wait for the turn, and keep it for the block; raises `LockWaitTimeout`."""
+        queue = self._queues.setdefault(key, _Queue())
+        queue.users += 1
+        timeouts = queue.timeouts
+        try:
+            async with queue.lock:
+                if queue.timeouts > timeouts:
+                    raise LockWaitTimeout("Another transaction keeps what this one needs locked")
+                try:
+                    yield
+                except LockWaitTimeout:
+                    queue.timeouts += 1
+                    raise
+        finally:
+            queue.users -= 1
+            if not queue.users:
+                del self._queues[key]
+
+
+class _Queue:
+    __slots__ = ("lock", "timeouts", "users")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.timeouts = 0
