@@ -68,11 +68,10 @@ class Place:
 
     def forms_of_login(self) -> Sequence[str]:
         """Return the password as a server may repeat it: as it is, and in the forms of the login."""
-        plain = f"\0{self.username}\0{self.password}"
-        return [
-            self.password,
-            *(b64encode(text.encode()).decode() for text in (self.password, plain) if text),
-        ]
+        if not self.password:
+            return []
+        sent = (self.password, f"\0{self.username}\0{self.password}")
+        return [self.password, *(b64encode(text.encode()).decode() for text in sent)]
 
 
 class SmtpServer:
