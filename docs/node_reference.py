@@ -74,6 +74,8 @@ def _described(node_type: NodeType) -> str:
     if node_type.input_description:
         lines.append(f"**Input.** {node_type.input_description}\n")
     lines.append(f"**Output.** {node_type.output.description}\n")
+    for version, earlier in node_type.earlier.items():
+        lines.append(f"**Version {version}**, for nodes pinned to it: {earlier.changes}\n")
     rows = list(_rows(node_type))
     if rows:
         lines += ["| config | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""]

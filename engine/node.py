@@ -132,6 +132,10 @@ class NodeType:
     """
     examples: tuple[Mapping[str, Json], ...] = ()
     """Each: `config`, `input`, `port`, and `output`, or the message of its `error`."""
+    earlier: Mapping[str, NodeType] = field(default_factory=dict)
+    """Versions before this one that nodes may be pinned to, the newest first."""
+    changes: str = ""
+    """Of an earlier version: in what it differs from the one that replaced it."""
 
     @property
     def is_trigger(self) -> bool:

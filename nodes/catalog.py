@@ -53,6 +53,11 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     port = "true"                   # default: output
     error = "…"                     # in the place of an output: the message with which the node fails
 
+    [[earlier]]                     # a version before this one, the newest first: nodes pinned to it go on as they did
+    version = "1.0.0"
+    changes = "…"                   # in what it differs, in a sentence
+    config = {…}                    # the parts of the schema that were others, such as a default
+
 A text with `{{` in it is accepted wherever the schema wants something else and doesn't say `x-constant`: only the run
 will know its value.
 """
@@ -62,7 +67,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -112,7 +117,9 @@ class Catalog:
     """Every node type, by its name."""
 
     node_types: Mapping[str, NodeType]
-    _validators: dict[str, Draft202012Validator] = field(default_factory=dict, init=False, repr=False)
+    _validators: dict[tuple[str, str], Draft202012Validator] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
         """Return a type, in `version` if that is given; raises `UnknownNodeType`."""
@@ -124,12 +131,15 @@ class Catalog:
                 f"did you mean {' or '.join(nearest)}?" if nearest else f"there is {', '.join(self.types())}"
             )
             raise UnknownNodeType(f"There is no node type {name!r}: {known}", nearest=nearest)
-        if version not in (None, node_type.version):
+        if version in (None, node_type.version):
+            return node_type
+        if version not in node_type.earlier:
             wanted = f"{type} has no version {version[:SHOWN_CHARACTERS]!r}"
+            known = " and ".join([node_type.version, *node_type.earlier])
             raise UnknownNodeType(
-                f"{wanted}: the catalogue has {node_type.version}", nearest=[type], version=node_type.version
+                f"{wanted}: the catalogue has {known}", nearest=[type], version=node_type.version
             )
-        return node_type
+        return node_type.earlier[version]
 
     def types(self) -> Sequence[str]:
         """Return the names of all types, sorted."""
@@ -153,9 +163,10 @@ class Catalog:
 
     def _validator(self, node_type: NodeType) -> Draft202012Validator:
         """Return the type's validator, made when it is first needed."""
-        if node_type.type not in self._validators:
-            self._validators[node_type.type] = problems.validator(node_type)
-        return self._validators[node_type.type]
+        key = (node_type.type, node_type.version)
+        if key not in self._validators:
+            self._validators[key] = problems.validator(node_type)
+        return self._validators[key]
 
 
 @cache
@@ -206,6 +217,12 @@ class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("an example has either an output or an error")
 
 
+class _Earlier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: str
+    changes: str
+    config: dict[str, Any]
+
+
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A `.toml`, as it is written."""
 
@@ -228,6 +245,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     input: _Described = _Described()
     output: _Output = _Output()
     examples: list[_Example] = []
+    earlier: list[_Earlier] = []
 
 
 def _read_entry(path: Path) -> NodeType:
@@ -239,6 +257,30 @@ def _read_entry(path: Path) -> NodeType:
         raise InvalidEntry(
             f"{path.name}: it describes {entry.type!r}, so it must be {_stem(entry.type)}.toml"
         )
+    current = _node_type(entry)
+    earlier = {
+        each.version: replace(
+            _node_type(msgspec.structs.replace(entry, config=_laid_over(entry.config, each.config))),
+            version=each.version,
+            changes=each.changes,
+            s3_location=f"{PACKAGES}/{entry.type}/{each.version}",
+            examples=(),
+        )
+        for each in entry.earlier
+    }
+    return replace(current, earlier=earlier)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema with the parts of another in place of its own."""
+    laid = dict(below)
+    for key, value in above.items():
+        own = laid.get(key)
+        laid[key] = _laid_over(own, value) if isinstance(own, dict) and isinstance(value, dict) else value
+    return laid
+
+
+def _node_type(entry: _Entry) -> NodeType:
     return NodeType(
         type=entry.type,
         name=entry.name,

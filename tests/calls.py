@@ -107,6 +107,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     files: Files | None = None,
     events: Events | None = None,
     library: Catalog | None = None,
+    version: str | None = None,
 ) -> Called:
     """Run one node on `data`; raises what it raises."""
     called = Called()
@@ -116,7 +117,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     services = services if blobs is None else replace(services, blobs=blobs)
     services = services if files is None else replace(services, files=files)
     services = services if events is None else replace(services, events=events)
-    program = compile_node(Node(id="node", type=node_type, config=config), library)
+    program = compile_node(Node(id="node", type=node_type, version=version, config=config), library)
     assert program.missing is None, program.missing
     scope: dict[str, Json] = {"data": data, "trigger": data, "nodes": {}, "execution": {"id": "exec"}}
     outcome = library.implementation(node_type)(

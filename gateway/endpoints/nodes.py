@@ -293,6 +293,7 @@ def _resolved(node: StoredNode, catalog: Catalog) -> dict[str, Json]:
     if node_type is None:
         resolved: dict[str, Json] = {"category": UNKNOWN_CATEGORY, "s3Location": "", "resources": {}}
     else:
+        node_type = node_type.earlier.get(str(node.get("version")), node_type)
         resolved = {
             "category": node_type.category,
             "nodeVersion": node_type.version,

@@ -25,7 +25,7 @@ MAXIMUM_VALUES = 2_000_000
 
 FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """How a field begins that a spreadsheet may take for a formula, also in full-width characters."""
-SIGNED_NUMBER = re.compile(r"[+-][0-9]+(\.[0-9]+)?")
+SIGNED_NUMBER = re.compile(r"[+-]([0-9][0-9.,]*|[.,][0-9]+)([eE][+-]?[0-9]+)?%?")
 
 
 class LineEnd(StrEnum):

@@ -239,6 +239,7 @@ async def test_a_file_goes_through_a_run_as_it_is(world: World) -> None:
         ({"content": "x", "format": "json"}, '"x"', "application/json"),
         ({"content": [1, {"a": 2}], "format": "json-lines"}, '1\n{"a":2}\n', "application/x-ndjson"),
         ({"content": [{"a": 1}], "format": "csv"}, "a\n1\n", "text/csv; charset=utf-8"),
+        ({"content": [{"a": "=1"}], "format": "csv"}, "a\n'=1\n", "text/csv; charset=utf-8"),
         (
             {"content": [{"a": 1, "b": 2}], "format": "csv", "csv": {"delimiter": ";", "columns": ["b"]}},
             "b\n2\n",

@@ -172,6 +172,21 @@ def test_a_version_that_the_catalogue_lacks_is_answered_with_the_one_it_has() ->
     assert raised.value.version == "1.0.0"
 
 
+def test_an_earlier_version_differs_where_its_entry_says_so_and_nowhere_else() -> None:
+    now, before = CATALOG.get("csv-format"), CATALOG.get("csv-format", "1.0.0")
+    assert (now.version, before.version, before.s3_location) == (
+        "1.1.0",
+        "1.0.0",
+        "s3://pilotflame-nodes/csv-format/1.0.0",
+    )
+    defaults = CATALOG.with_defaults(now, {})
+    assert CATALOG.with_defaults(before, {}) == defaults | {"formulas": "keep"}
+    assert [CATALOG.config_problems(each, {"formulas": "never"}) for each in (now, before)] != [[], []]
+    with pytest.raises(UnknownNodeType, match=r"the catalogue has 1\.1\.0 and 1\.0\.0") as raised:
+        CATALOG.get("csv-format", "0.9.0")
+    assert raised.value.version == "1.1.0"
+
+
 @pytest.mark.parametrize(
     ("config", "effect"),
     [

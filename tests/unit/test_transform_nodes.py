@@ -262,7 +262,7 @@ async def test_a_json_text_is_read(config: dict[str, Json], text: str, value: Js
             '"x;y";x,y\r\n',
         ),
         ({"columns": ["b", "a.x"]}, [{"a": {"x": 1}, "b": 2, "c": 3}], "b,a.x\n2,1\n"),
-        ({}, [{"=a": "=1+1"}], "=a\n=1+1\n"),
+        ({"formulas": "keep"}, [{"=a": "=1+1"}], "=a\n=1+1\n"),
     ],
 )
 async def test_a_csv_is_written(config: dict[str, Json], data: Json, text: str) -> None:
@@ -282,16 +282,26 @@ async def test_a_csv_is_written(config: dict[str, Json], data: Json, text: str) 
         ('=HYPERLINK("x","y")', '"\'=HYPERLINK(""x"",""y"")"'),
         ("-5", "-5"),
         ("+4.25", "+4.25"),
+        ("-1,234.50", '"-1,234.50"'),
+        ("+1.5e-7", "+1.5e-7"),
+        ("-20%", "-20%"),
+        ("+47 22 00", "'+47 22 00"),
+        ("-1-2", "'-1-2"),
+        ("-.", "'-."),
         (-7, "-7"),
         ("a=1", "a=1"),
     ],
 )
 async def test_no_spreadsheet_computes_what_a_guarded_field_holds(value: Json, field: str) -> None:
-    config: dict[str, Json] = {"formulas": "quote", "hasHeader": False}
-    output = (await call("csv-format", config, [{"a": value, "b": "x"}])).output
+    output = (await call("csv-format", {"hasHeader": False}, [{"a": value, "b": "x"}])).output
     assert cast("dict[str, Any]", output)["text"] == f"{field},x\n"
-    named = (await call("csv-format", {"formulas": "quote"}, [{"=a": 1}])).output
+    named = (await call("csv-format", {}, [{"=a": 1}])).output
     assert cast("dict[str, Any]", named)["text"] == "'=a\n1\n"
+
+
+async def test_a_node_pinned_to_an_earlier_version_goes_on_as_it_did() -> None:
+    pinned = (await call("csv-format", {}, [{"a": "=1+1"}], version="1.0.0")).output
+    assert cast("dict[str, Any]", pinned)["text"] == "a\n=1+1\n"
 
 
 @pytest.mark.parametrize(
@@ -706,7 +716,9 @@ TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 )
 def test_every_csv_that_is_written_is_read_as_it_was(rows: list[Any], delimiter: str, line_end: str) -> None:
     written = outcome(
-        "csv-format", {"delimiter": delimiter, "lineEnd": line_end, "columns": ["a", "b, c"]}, rows
+        "csv-format",
+        {"delimiter": delimiter, "lineEnd": line_end, "columns": ["a", "b, c"], "formulas": "keep"},
+        rows,
     )
     config: dict[str, Json] = {"text": "{{ data }}", "delimiter": delimiter, "types": "text"}
     expected = [{"a": row["a"], "b, c": as_text(row["b, c"])} for row in rows]
