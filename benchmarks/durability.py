@@ -98,8 +98,9 @@ async def measure(folder: Path) -> dict[str, float]:
     operations = list(power_loss.read_operations(recording.log))
     checked = started = 0
     losses: list[str] = []
-    started_at = set(_spread([answer.at for answer in recording.answers], STARTED_POINTS))
-    for point, disk in _cut_off(recording, operations):
+    answered = _spread([answer.at for answer in recording.answers], CHECKED_POINTS // 2)
+    started_at = set(_spread(answered, STARTED_POINTS))
+    for point, disk in _cut_off(recording, operations, answered):
         told = [answer for answer in recording.answers if answer.at <= point]
         for number in range(1 + PARTS_PER_POINT):
             survives = power_loss.keep_nothing if number == 0 else power_loss.keep_some(point + number)
@@ -165,11 +166,12 @@ async def _create_and_run(client: httpx2.AsyncClient, recording: Recording, numb
 # ── the power cuts ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cut_off(recording: Recording, operations: Sequence[Operation]) -> Iterator[tuple[int, Disk]]:
+def _cut_off(
+    recording: Recording, operations: Sequence[Operation], answered: Sequence[int]
+) -> Iterator[tuple[int, Disk]]:
     """Yield points of the record, and the disk at each: where answers had just come, and some in between."""
-    answered = [answer.at for answer in recording.answers]
     between = [operation.ends_at for operation in operations if operation.ends_at > min(answered)]
-    points = sorted({*_spread(answered, CHECKED_POINTS // 2), *_spread(between, CHECKED_POINTS // 2)})
+    points = sorted({*answered, *_spread(between, CHECKED_POINTS // 2)})
     disk, done = Disk(recording.root), 0
     for point in points:
         while done < len(operations) and operations[done].ends_at <= point:
