@@ -63,6 +63,6 @@ lock:
 	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
 	compile="$$tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-annotate --no-config $(LOCK) --group build --extra s3 --extra rabbitmq" && \
+		--no-header --no-annotate --no-config $(LOCK) --group build --extra s3 --extra rabbitmq --extra smtp" && \
 	$$compile --output-file requirements.lock pyproject.toml && \
 	$$compile --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml

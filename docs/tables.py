@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
+from bridge.smtp_settings import SmtpSettings
 from docs import node_reference
 from gateway import limits
 from gateway.settings import GatewaySettings
@@ -31,14 +32,18 @@ PROCESSES: dict[str, type[BaseSettings]] = {
 }
 BRIDGES: tuple[type[BaseSettings], ...] = (RedisBridgeSettings, SqsBridgeSettings, RabbitmqBridgeSettings)
 """One process, by what it takes messages from."""
-WITHOUT_DATABASE: tuple[str, ...] = ("runner", "bridge")
+WITHOUT_DATABASE: tuple[str, ...] = ("runner", "bridge", "smtp")
 
 
 def settings_table() -> str:
     """Return a row for those who read the same, with each variable's name, its default, and what it means."""
     readers: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo] = {}
-    of_processes = [*PROCESSES.items(), *(("bridge", settings) for settings in BRIDGES)]
+    of_processes: list[tuple[str, type[BaseSettings]]] = [
+        *PROCESSES.items(),
+        *[("bridge", settings) for settings in BRIDGES],
+        ("smtp", SmtpSettings),
+    ]
     for process, settings in of_processes:
         for name, field in settings.model_fields.items():
             if process not in readers.setdefault(name, []):
@@ -86,7 +91,7 @@ def _row(*cells: str | None) -> str:
 
 
 def _readers(processes: list[str]) -> str:
-    absent = [process for process in (*PROCESSES, "bridge") if process not in processes]
+    absent = [process for process in (*PROCESSES, "bridge", "smtp") if process not in processes]
     if not absent:
         return "all"
     return f"all but {', '.join(absent)}" if set(absent) <= set(WITHOUT_DATABASE) else ", ".join(processes)

@@ -34,6 +34,7 @@ from gateway.endpoints import (
     inputs,
     intake_samples,
     lifecycle,
+    mail_addresses,
     nodes,
     schedule,
     sharing,
@@ -667,6 +668,16 @@ INTAKE: Sequence[Line] = (
         answer=hooks.HookTaken,
         status=202,
         also_by=("GET", "PUT", "PATCH", "DELETE"),
+    ),
+    Line("GET", "/mail/{id}", Access.PUBLIC, mail_addresses.show, answer=mail_addresses.MailAddress),
+    Line(
+        "POST",
+        "/mail/{id}",
+        Access.PUBLIC,
+        mail_addresses.receive,
+        body=email_trigger.EmailTrigger,
+        answer=email_trigger.MailTakenIn,
+        status=201,
     ),
 )
 """What senders send, and what became of it."""

@@ -273,6 +273,25 @@ def bridge_rabbitmq(
     _bridge(RabbitmqBridgeSettings, {**given, "rabbitmq_queue": queue})
 
 
+@app.command()
+def smtp() -> None:
+    """Take mails by SMTP or LMTP for the addresses of e-mail triggers, and hand them to the gateway."""
+    from bridge.smtp_settings import SmtpSettings
+
+    settings = SmtpSettings()
+    _begin_log(settings.log_level)
+    try:
+        from bridge import smtp_listener
+    except ModuleNotFoundError as error:
+        raise Refusal("The SMTP listener needs a library: pip install 'pilotflame[smtp]'") from error
+    try:
+        smtp_listener.serve(settings)
+    except OSError as error:
+        raise Refusal(
+            f"PILOTFLAME_SMTP_HOST and PILOTFLAME_SMTP_PORT can't be listened on: {error}"
+        ) from error
+
+
 def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
     settings = kind(**{f"bridge_{name}": value for name, value in given.items() if value is not None})
     _begin_log(settings.log_level)

@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Final
 
 from engine.values import Json, fingerprint
+from mail import reading
 from mail.limits import InvalidMail
 from mail.message import Label
 from senders import delivery_keys, forms, mail_forms, ses, sns
@@ -17,6 +18,9 @@ from senders.arrival import Arrival, json_of
 from senders.forms import Form
 from senders.refusals import Refused
 
+RAW_TYPE: Final = "message/rfc822"
+SENDER_HEADER: Final = "X-Envelope-From"
+RECIPIENT_HEADER: Final = "X-Envelope-To"
 MAX_HEADER_BYTES: Final = 262_144
 """Of a mail, in which its Message-ID is looked for."""
 
@@ -45,6 +49,8 @@ class MailKind(StrEnum):
     """Parsed, with links to attachments that Mailgun keeps."""
     MAILGUN_EVENT = "mailgun-event"
     """No mail: what has become of one that was sent, posted to the wrong address."""
+    RAW = "raw"
+    """A mail as it goes over the wire, from a mail server; its envelope stands in headers of the request."""
     SNS = "sns"
     """A message of SNS, which may tell of a mail."""
 
@@ -69,9 +75,12 @@ def recognise(arrival: Arrival) -> MailKind:
         return _kind_of_form(fields(arrival))
     if arrival.media_type.is_json:
         return _kind_of_json(arrival.json)
+    if arrival.media_type.name == RAW_TYPE:
+        return MailKind.RAW
     if not arrival.media_type.name and not arrival.body:
         return MailKind.NATIVE
-    raise Refused("unsupported-media-type", "Send a mail as JSON, or as a form of SendGrid or Mailgun")
+    message = f"Send a mail as JSON, as {RAW_TYPE}, or as a form of SendGrid or Mailgun"
+    raise Refused("unsupported-media-type", message)
 
 
 def fields(arrival: Arrival) -> Form:
@@ -100,6 +109,13 @@ def envelope(form: Form, kind: MailKind) -> Envelope:
     )
 
 
+def raw_envelope(arrival: Arrival) -> Envelope:
+    """Return the envelope in the headers of a request whose body is a mail; raises `Refused` for one given twice."""
+    recipients = (arrival.headers.one(RECIPIENT_HEADER) or "").split(",")
+    sender = (arrival.headers.one(SENDER_HEADER) or "").strip().removeprefix("<").removesuffix(">")
+    return Envelope(sender, [one.strip() for one in recipients if one.strip()])
+
+
 def mail_key(arrival: Arrival, kind: MailKind) -> str | None:
     """Return the key that deduplicates a mail, None where it has none; raises `Refused`.
 
@@ -114,6 +130,8 @@ def mail_key(arrival: Arrival, kind: MailKind) -> str | None:
             return None if mail is None else mail.key
         case MailKind.NATIVE:
             return _native_key(arrival.json if arrival.body else {})
+        case MailKind.RAW:
+            return _raw_key(arrival)
     form = fields(arrival)
     arrival.require_patience()
     content = _content_digest(form, kind)
@@ -140,6 +158,16 @@ def _kind_of_json(body: Json) -> MailKind:
         if {"Type", "MessageId", "TopicArn", "Signature"} <= body.keys():
             return MailKind.SNS
     return MailKind.NATIVE
+
+
+def _raw_key(arrival: Arrival) -> str:
+    arrival.require_patience()
+    try:
+        content = reading.read(arrival.body, _drop_attachment).content_digest
+    except InvalidMail:
+        content = sha256(arrival.body).hexdigest()
+    message_id = message_id_in(memoryview(arrival.body)) or ""
+    return delivery_keys.of("mail", message_id, content, *raw_envelope(arrival).recipients)
 
 
 def _native_key(body: Json) -> str | None:

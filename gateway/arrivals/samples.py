@@ -52,6 +52,7 @@ ROUTES: Final[Mapping[str, IntakeRoute]] = {
     "/api/v1/workflows/{id}/email-trigger": IntakeRoute.EMAIL,
     "/api/v1/workflows/events": IntakeRoute.EVENTS,
     "/hooks/{id}": IntakeRoute.HOOK,
+    "/mail/{id}": IntakeRoute.EMAIL,
 }
 
 

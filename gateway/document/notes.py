@@ -32,6 +32,7 @@ from gateway.endpoints import (
     hooks,
     inputs,
     lifecycle,
+    mail_addresses,
     nodes,
     schedule,
     sharing,
@@ -113,6 +114,7 @@ PLACES: Final[Mapping[str, Place]] = {
     "deliveries": Place("Id of the delivery.", "dlv_abc123"),
     "executions": Place("Id of the execution.", "exec_xyz789"),
     "hooks": Place("The trigger token of the workflow.", "tt-abc123"),
+    "mail": Place("The trigger token of the workflow.", "tt-mail123"),
     "blobs": Place(
         "What stands as `sha256` in the reference to the content.",
         "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
@@ -206,6 +208,26 @@ ARRIVES: Final = Note(
     refusals=("workflow-changed", "workflow-not-active", "concurrency-limit"),
 )
 
+TAKES_MAIL: Final = replace(
+    ARRIVES,
+    takes=(IDEMPOTENCY_KEY,),
+    sends=(replace(LOCATION, is_always_sent=False), REPLAYED, *RATES),
+    also={
+        200: Also(
+            "It is no mail, and was noted; Mailgun is answered so on a mail, with the body of 201.",
+            email_trigger.MailNoted,
+        )
+    },
+    refusals=(
+        *ARRIVES.refusals,
+        *("invalid-idempotency-key", "idempotency-mismatch", "no-email-trigger", "queue-full"),
+        *("duplicate-header", "malformed-form", "malformed-mail", "malformed-message", "unknown-mail"),
+        *("raw-delivery", "unknown-topic", "untrusted-certificate", "invalid-certificate"),
+        *("invalid-signature", "trigger-not-ready", "mail-refused", "replayed-delivery"),
+    ),
+)
+"""Mails are taken in wherever they are handed in."""
+
 NOTES: Final[Mapping[Handler, Note]] = {
     deliveries.redrive: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,)).refusing(
         "invalid-idempotency-key",
@@ -216,24 +238,11 @@ NOTES: Final[Mapping[Handler, Note]] = {
     dead_letters.purge: Note(refusals=("not-owner",)),
     trigger_tokens.replace: Note(refusals=("not-owner",)),
     trigger_tokens.revoke: Note(refusals=("not-owner",)),
-    email_trigger.receive: replace(
-        ARRIVES,
-        takes=(IDEMPOTENCY_KEY,),
-        sends=(replace(LOCATION, is_always_sent=False), REPLAYED, *RATES),
-        also={
-            200: Also(
-                "It is no mail, and was noted; Mailgun is answered so on a mail, with the body of 201.",
-                email_trigger.MailNoted,
-            )
-        },
-        refusals=(
-            *ARRIVES.refusals,
-            *("invalid-idempotency-key", "idempotency-mismatch", "no-email-trigger", "queue-full"),
-            *("duplicate-header", "malformed-form", "malformed-mail", "malformed-message", "unknown-mail"),
-            *("raw-delivery", "unknown-topic", "untrusted-certificate", "invalid-certificate"),
-            *("invalid-signature", "trigger-not-ready", "mail-refused", "replayed-delivery"),
-        ),
+    email_trigger.receive: TAKES_MAIL,
+    mail_addresses.show: Note(
+        refusals=("not-found", "unauthorized", "rate-limited", "not-ready", "internal-error")
     ),
+    mail_addresses.receive: TAKES_MAIL.refusing("not-found", "unauthorized", "rate-limited", "not-ready"),
     hooks.receive: replace(
         ARRIVES,
         takes=(IDEMPOTENCY_KEY,),

@@ -117,12 +117,18 @@ class MailNoted(Wire):
 async def receive(request: Request) -> JsonResponse:
     """Run a workflow on a mail, through its e-mail trigger.
 
-    Takes the body below, and what SendGrid Inbound Parse, Mailgun routes and Amazon SES (through SNS) post: forms and
-    messages of their own. These are let in by the trigger token as `key` in the URL, or by what they sign, if the
-    trigger's config says with what. Mailgun is answered 200, or 406 for what is refused for good.
+    Takes the body below, a whole mail as `message/rfc822`, and the forms and messages that SendGrid Inbound Parse,
+    Mailgun routes and Amazon SES (through SNS) post. These are let in by the trigger token as `key` in the URL, or by
+    what they sign, if the trigger's config says with what. Mailgun is answered 200, or 406 for what is refused for
+    good.
     """
-    gateway, workflow_id = request.gateway, request.path_params["id"]
     known = None if request.known_sender is None else request.sender
+    return await receive_for(request, request.path_params["id"], known)
+
+
+async def receive_for(request: Request, workflow_id: str, known: Sender | None) -> JsonResponse:
+    """Run a workflow on a mail for a sender that a key or token names, or that the mail itself must verify."""
+    gateway = request.gateway
     addressee = await mail_senders.addressee(gateway, workflow_id, known)
     content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
     headers = Headers(request.scope["headers"])
@@ -144,6 +150,8 @@ async def receive(request: Request) -> JsonResponse:
                         return await _native(handed)
                     case MailKind.SNS:
                         return await _of_topic(handed)
+                    case MailKind.RAW:
+                        return await _of_mail_server(handed)
                     case MailKind.MAILGUN_EVENT:
                         raise mail_senders.no_mail()
                     case _:
@@ -251,6 +259,12 @@ async def _native(handed: Handed) -> JsonResponse:
 
 async def _of_form(handed: Handed) -> JsonResponse:
     unread = _unread_form(handed.arrival, handed.kind, handed.addressee)
+    return await _take_in_unread(handed, unread, handed.arrival.body)
+
+
+async def _of_mail_server(handed: Handed) -> JsonResponse:
+    envelope = mail_kinds.raw_envelope(handed.arrival)
+    unread = handed.unread(sender=envelope.sender, recipients=envelope.recipients)
     return await _take_in_unread(handed, unread, handed.arrival.body)
 
 

@@ -15,9 +15,9 @@ from gateway import errors, limits
 from gateway.arrivals import hook_answers, hooks, promises, sent, signatures, taking_in, verification
 from gateway.arrivals.hook_answers import WorkflowAnswer
 from gateway.arrivals.hooks import Respond
+from gateway.arrivals.path_tokens import sender_of_path, workflow_of
 from gateway.arrivals.taking_in import Message
 from gateway.arrivals.verification import Provider
-from gateway.errors import ApiError
 from gateway.executions.rates import Limit
 from gateway.http import idempotency
 from gateway.http.body_limit import BodyLimit
@@ -27,7 +27,7 @@ from gateway.http.wire import Wire
 from journal.store import ExecutionKey, Verdict
 from messages.buckets import Rate
 from models.execution import TERMINAL, ExecutionStatus
-from models.intake import IntakeRoute, TokenKind
+from models.intake import IntakeRoute
 from senders import delivery_keys
 from senders.event import Challenge
 from senders.refusals import Refused
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 DELIVERY: Final = "hook"
 NAMED: Final = "hook-idempotency-key"
-UNAUTHORIZED: Final = 401
 ACCEPTED: Final = 202
 OK: Final = 200
 KEY: Final = "key"
@@ -95,9 +94,9 @@ async def receive(request: Request) -> ASGIApp:
     began = asyncio.get_running_loop().time()
     for name, value in hook_answers.POLICY.items():
         request.send_with_answer(name, value)
-    sender = await _sender(request)
+    sender = await sender_of_path(request)
     let_in = await _let_in(request, sender)
-    note = await sent.sent(IntakeRoute.HOOK, sender, let_in.arrival.body, workflow_id=_workflow_of(sender))
+    note = await sent.sent(IntakeRoute.HOOK, sender, let_in.arrival.body, workflow_id=workflow_of(sender))
     async with request.gateway.deliveries.refusals(note):
         await request.gateway.rates.take(
             request, note.workflow_id, key=sender.caller.key_id, also=_also(let_in, sender)
@@ -129,23 +128,6 @@ async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -
 # ── who sends ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _sender(request: Request) -> Sender:
-    """Return whoever the token in the path stands for; raises 404 for all that stand for nobody here, and 429."""
-    try:
-        sender = await request.gateway.doorkeeper.by_token(request.scope, request.path_params["id"])
-    except ApiError as error:
-        if error.status == UNAUTHORIZED:
-            raise errors.not_found("object") from error
-        raise
-    if sender.token is None or sender.token.kind is not TokenKind.TRIGGER:
-        raise errors.not_found("object")
-    return sender
-
-
-def _workflow_of(sender: Sender) -> str:
-    return str(sender.token and sender.token.workflow_id)
-
-
 async def _let_in(request: Request, sender: Sender) -> LetIn:
     """Return a request that the trigger takes from its sender, with all of its body.
 
@@ -169,7 +151,7 @@ async def _let_in(request: Request, sender: Sender) -> LetIn:
         arrival = verification.arrival_of(request, query, content)
         return LetIn(hook, await verification.verify(gateway, workflow, arrival))
 
-    return await verification.under_current(gateway, sender.caller, _workflow_of(sender), use)
+    return await verification.under_current(gateway, sender.caller, workflow_of(sender), use)
 
 
 def _query(request: Request) -> Mapping[str, Sequence[str]]:

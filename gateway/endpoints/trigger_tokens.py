@@ -213,6 +213,7 @@ def _urls(request: Request, stored: Stored, token: str) -> dict[str, str]:
                 "ses": url,
                 "mailgun": url,
                 "mailgunMime": f"{url}&format=mime",
+                "mailServer": f"{base}/mail/{token}",
             }
         case "webhook":
             return {"webhook": f"{base}/hooks/{token}"}

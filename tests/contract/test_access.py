@@ -281,6 +281,15 @@ async def hook(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Mak
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
     await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
     await cast.owner.api.put(f"{WORKFLOW.format(id=workflow_id)}/status", json={"status": "active"})
+    return await trigger_token(cast, workflow_id)
+
+
+async def mail_address(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    """Make an active one that begins with a mail; returns the token of its address."""
+    return await trigger_token(cast, await email_workflow(cast, is_public))
+
+
+async def trigger_token(cast: Cast, workflow_id: str) -> str:
     made = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/trigger-token", json={})
     token: str = made.json()["token"]
     return token
@@ -360,7 +369,7 @@ async def data_source(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - eve
 MADE: Sequence[Make] = (
     *(workflow, deployed_workflow, queue_workflow, email_workflow, template, delivery),
     *(failed_execution, asking_execution, key, data_source),
-    *(subscribed_workflow, event, event_token),
+    *(subscribed_workflow, event, event_token, mail_address),
 )
 WORKFLOW = "/api/v1/workflows/{id}"
 EXECUTION = "/api/v1/executions/{id}"
@@ -490,6 +499,8 @@ ROWS = [
     Row("GET", "/api/v1/deliveries/{id}", READ, READERS, delivery),
     Row("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, delivery, status=201),
     Row("POST", "/hooks/{id}", None, EVERYBODY, hook, status=202),
+    Row("GET", "/mail/{id}", None, EVERYBODY, mail_address),
+    Row("POST", "/mail/{id}", None, EVERYBODY, mail_address, {"subject": "Hello"}, 201),
     Row("POST", f"{WORKFLOW}/enqueue", EXECUTE, READERS, queue_workflow, {"message": 1}, 201),
     Row("POST", f"{WORKFLOW}/email-trigger", EXECUTE, READERS, email_workflow, {"subject": "Hello"}, 201),
     Row(

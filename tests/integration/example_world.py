@@ -58,6 +58,7 @@ async def cast(world: World, people: People) -> dict[str, str]:
     await _sent(people, "POST", f"workflows/{queue}/enqueue", {"message": 1})
     deliveries = await _sent(people, "GET", f"workflows/{queue}/deliveries", None)
     event = await _sent(people, "POST", "workflows/events", {"event_type": "user.created"})
+    mail_token = await _sent(people, "POST", f"workflows/{mails}/trigger-token", {})
     event_token = await _sent(people, "POST", "auth/event-tokens", {"name": "To be revoked"})
     await _sent(people, "POST", "auth/signing-secret", None)
     await _sent(people, "POST", f"workflows/{workflow_id}/deploy", None)
@@ -85,6 +86,7 @@ async def cast(world: World, people: People) -> dict[str, str]:
         "event_abc123": event["event_id"],
         "tok_abc123": event_token["id"],
         "tt-abc123": token["token"],
+        "tt-mail123": mail_token["token"],
         "exec_xyz789": started["executionId"],
         "exec_asking": waiting["executionId"],
         "key_abc123": key["id"],

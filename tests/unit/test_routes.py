@@ -23,6 +23,8 @@ def test_what_is_public_stands_here() -> None:
     assert public == looked_at | {
         # The token in the path is the key.
         ("POST", "/hooks/{id}"),
+        ("GET", "/mail/{id}"),
+        ("POST", "/mail/{id}"),
         # Asked before anything is sent, by senders who can't add a key to that.
         ("OPTIONS", "/api/v1/workflows/events"),
     }
@@ -31,7 +33,7 @@ def test_what_is_public_stands_here() -> None:
 def test_what_changes_something_needs_more_than_any_key() -> None:
     # Some questions are asked by POST, which then changes nothing.
     asks = {"/api/v1/workflows/{id}/validate", "/api/v1/workflows/{id}/lifecycle/preview"}
-    public = {"/hooks/{id}", "/api/v1/workflows/events"}
+    public = {"/hooks/{id}", "/mail/{id}", "/api/v1/workflows/events"}
     assert {
         line.path
         for line in routes.TABLE

@@ -1,0 +1,213 @@
+"""An SMTP and LMTP listener: mails to the addresses of e-mail triggers become runs.
+
+A recipient is a trigger token in any domain, alone or behind a plus sign: `tt-…@mail.example.com`, `invoices+tt-…@…`.
+A mail is answered 250 once the runs of all of its recipients are committed. A mail that is repeated makes no second
+run, so that a mail server may repeat it for all recipients when only some were taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from aiosmtpd.lmtp import LMTP
+from aiosmtpd.smtp import SMTP
+
+from bridge.mail_gateway import NO_SUCH_ADDRESS, OK, MailGateway, SmtpReply
+from bridge.smtp_settings import MailProtocol
+from models import heartbeat
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aiosmtpd.smtp import Envelope, Session
+
+    from bridge.smtp_settings import SmtpSettings
+
+log = structlog.get_logger()
+
+TOKEN_PREFIX: Final = "tt-"  # noqa: S105 - how trigger tokens begin
+IDLE_SECONDS: Final = 300.0
+"""As RFC 5321, section 4.5.3.2, asks of servers."""
+SHUTDOWN_SECONDS: Final = 20.0
+MAX_RECIPIENTS: Final = 100
+IDENT: Final = "Pilotflame"
+TOO_MANY_CONNECTIONS: Final = b"421 4.3.2 Too many connections: try again later\r\n"
+WRONG_DOMAIN: Final = SmtpReply(550, "5.7.1 No mail is taken for this domain")
+TOO_MANY_RECIPIENTS: Final = SmtpReply(452, "4.5.3 Too many recipients")
+
+
+class MailHandler:
+    """What aiosmtpd calls: it checks recipients and hands mails over."""
+
+    def __init__(self, gateway: MailGateway, domains: Sequence[str], protocol: MailProtocol) -> None:
+        self._gateway = gateway
+        self._domains = frozenset(domains)
+        self._protocol = protocol
+        self._handed_over = 0
+        self.at_rest = asyncio.Event()
+        """No mail is being handed over."""
+        self.at_rest.set()
+
+    async def handle_RCPT(  # noqa: N802 - aiosmtpd's name
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: Sequence[str]
+    ) -> str:
+        del server, session
+        token, domain = split_recipient(address)
+        if self._domains and domain not in self._domains:
+            return WRONG_DOMAIN.line
+        if len(envelope.rcpt_tos) >= MAX_RECIPIENTS:
+            return TOO_MANY_RECIPIENTS.line
+        reply = NO_SUCH_ADDRESS if token is None else await self._gateway.find_address(token)
+        if reply is OK:
+            envelope.rcpt_tos.append(address)
+            envelope.rcpt_options.extend(options)
+        return reply.line
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
+        del server, session
+        content = envelope.content or b""
+        raw = content.encode() if isinstance(content, str) else content
+        self._handed_over += 1
+        self.at_rest.clear()
+        try:
+            replies = [await self._hand_over(address, raw, envelope) for address in envelope.rcpt_tos]
+        finally:
+            self._handed_over -= 1
+            if self._handed_over == 0:
+                self.at_rest.set()
+        for address, reply in zip(envelope.rcpt_tos, replies, strict=True):
+            log.info("mail handed over", recipient_domain=split_recipient(address)[1], code=reply.code)
+        if self._protocol is MailProtocol.LMTP:
+            return "\r\n".join(reply.line for reply in replies)
+        return worst_of(replies).line
+
+    async def _hand_over(self, address: str, content: bytes, envelope: Envelope) -> SmtpReply:
+        token, _ = split_recipient(address)
+        if token is None:
+            return NO_SUCH_ADDRESS
+        sender = envelope.mail_from or ""
+        return await self._gateway.hand_over(token, content, sender=sender, recipient=address)
+
+
+def split_recipient(address: str) -> tuple[str | None, str]:
+    """Return the trigger token in an address, None where it holds none, and the domain in lower case."""
+    local, _, domain = address.strip().removeprefix("<").removesuffix(">").rpartition("@")
+    token = local.strip('"').lower().rpartition("+")[2]
+    return (token if token.startswith(TOKEN_PREFIX) else None), domain.lower()
+
+
+def worst_of(replies: Sequence[SmtpReply]) -> SmtpReply:
+    """Return the one answer of SMTP to a mail for several recipients.
+
+    A passing failure makes the mail server repeat the mail for all of them: those that have it make no second run.
+    """
+    passing = [reply for reply in replies if 400 <= reply.code < 500]  # noqa: PLR2004 - as RFC 5321 divides replies
+    final = [reply for reply in replies if reply.code >= 500]  # noqa: PLR2004 - as above
+    return next(iter([*passing, *final]), OK)
+
+
+class BoundedConnections:
+    """Makes a protocol for each connection, and turns away those beyond a number."""
+
+    def __init__(self, settings: SmtpSettings, handler: MailHandler) -> None:
+        self._limit = settings.smtp_connections
+        self.open = 0
+        protocol = _BoundedLmtp if settings.smtp_protocol is MailProtocol.LMTP else _BoundedSmtp
+        self._make = partial(
+            protocol,
+            handler,
+            connections=self,
+            data_size_limit=settings.smtp_max_bytes,
+            hostname=socket.getfqdn(),
+            ident=IDENT,
+            tls_context=settings.tls_context(),
+            require_starttls=settings.smtp_require_tls,
+            timeout=IDLE_SECONDS,
+        )
+
+    def __call__(self) -> asyncio.BaseProtocol:
+        if self.open >= self._limit:
+            return _TurnedAway()
+        protocol: asyncio.BaseProtocol = self._make(loop=asyncio.get_running_loop())
+        return protocol
+
+
+class _TurnedAway(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.write(TOO_MANY_CONNECTIONS)
+            transport.close()
+
+
+class _BoundedSmtp(SMTP):
+    """aiosmtpd's, counted while its connection is open; TLS makes a second connection of the first."""
+
+    def __init__(self, handler: MailHandler, *, connections: BoundedConnections, **settings: Any) -> None:  # noqa: ANN401 - those of aiosmtpd
+        super().__init__(handler, **settings)
+        self._connections = connections
+        self._is_counted = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self._connections.open += 1
+        super().connection_made(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._is_counted:
+            self._is_counted = False
+            self._connections.open -= 1
+        super().connection_lost(error)
+
+
+class _BoundedLmtp(_BoundedSmtp, LMTP):
+    """The same for LMTP."""
+
+
+@asynccontextmanager
+async def listening(settings: SmtpSettings) -> AsyncIterator[asyncio.Server]:
+    """Listen until the context ends, and let mails that are being handed over end first.
+
+    Raises `InvalidSettings` for TLS files that can't be used, and `OSError` for an address that can't be listened on.
+    """
+    gateway = MailGateway(settings.url)
+    handler = MailHandler(gateway, settings.smtp_domains, settings.smtp_protocol)
+    try:
+        connections = BoundedConnections(settings, handler)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(connections, settings.smtp_host, settings.smtp_port)
+        try:
+            yield server
+        finally:
+            server.close()
+            # A mail whose answer is cut off is repeated by its sender, and makes no second run.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SHUTDOWN_SECONDS):
+                    await handler.at_rest.wait()
+    finally:
+        await gateway.close()
+
+
+def serve(settings: SmtpSettings) -> None:
+    """Run until told to stop; raises what `listening` raises."""
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: SmtpSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        server = await stack.enter_async_context(listening(settings))
+        host, port = server.sockets[0].getsockname()[:2]
+        log.info("SMTP listener ready", host=host, port=port, protocol=settings.smtp_protocol.value)
+        await stop.wait()
+        log.info("SMTP listener stops")

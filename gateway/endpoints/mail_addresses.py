@@ -1,0 +1,40 @@
+"""Addresses of e-mail triggers for mail servers: the trigger token in the path names the workflow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gateway import errors
+from gateway.arrivals.path_tokens import sender_of_path, workflow_of
+from gateway.endpoints import email_trigger
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Wire
+from models.trigger import TriggerKind
+
+if TYPE_CHECKING:
+    from gateway.http.request import Request
+
+
+class MailAddress(Wire):
+    """An address that takes mail."""
+
+    max_bytes: int
+    """The largest mail that is taken."""
+
+
+async def show(request: Request) -> JsonResponse:
+    """Tell whether a token is an address that takes mail, before a mail server sends any."""
+    sender = await sender_of_path(request)
+    workflow = await request.gateway.workflows.load(workflow_of(sender), sender.caller)
+    if workflow.trigger is None or workflow.trigger.kind != TriggerKind.EMAIL:
+        raise errors.not_found("object")
+    return JsonResponse(MailAddress(max_bytes=request.gateway.settings.max_mail_bytes))
+
+
+async def receive(request: Request) -> JsonResponse:
+    """Run a workflow on a mail that a mail server hands over, as `message/rfc822`, to the address of its trigger.
+
+    The envelope stands in the headers `X-Envelope-From` and `X-Envelope-To`. The other forms of mails are taken too.
+    """
+    sender = await sender_of_path(request)
+    return await email_trigger.receive_for(request, workflow_of(sender), sender)
