@@ -138,6 +138,20 @@ async def test_a_pod_that_crashes_is_started_again(cluster: Cluster) -> None:
     await cluster.ready(wanted.workflow_id)
 
 
+async def test_a_pod_that_is_replaced_ends_beside_the_one_that_takes_its_place(cluster: Cluster) -> None:
+    wanted = await cluster.start()
+    (before,) = (await cluster.driver.observe(wanted.workflow_id)).pods
+    await cluster.driver.replace(wanted.workflow_id, [before.name, "it-is-gone"])
+    await cluster.driver.replace("wf_none", [before.name])
+    replaced = await cluster.until(
+        wanted.workflow_id,
+        lambda observed: {pod.name for pod in observed.ready_pods} - {before.name} != set(),
+    )
+    assert replaced.replicas == 1
+    after = await cluster.ready(wanted.workflow_id)
+    assert before.name not in {pod.name for pod in after.pods}
+
+
 async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: Cluster) -> None:
     wanted = cluster.wanted(workflow_id="wf_A", environment={"POD_DRAIN_SECONDS": "0.3"})
     neighbour = cluster.wanted(workflow_id="wf-a")

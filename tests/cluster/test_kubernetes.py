@@ -366,7 +366,7 @@ async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterato
     try:
         async with asyncio.timeout(cluster.patience_seconds):
             await anext(changes)
-            await turn_until(lambda: api.watches == 2)
+            await turn_until(lambda: api.watches == 3)
             yield changes
     finally:
         await changes.aclose()

@@ -37,11 +37,9 @@ async def deployer(
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
     """Run a deployer on a gateway's database and broker."""
-    given = {"cluster": "local", "deployer_sweep_seconds": 0.5, "runner_gateway_url": "http://127.0.0.1:1"}
-    made = DeployerSettings(secret_key=SecretStr(SECRET), **{**given, **settings})
     gateway = world.gateway
     async with deploying(
-        made,
+        deployer_settings(**settings),
         gateway.database,
         gateway.store,
         gateway.broker,
@@ -50,6 +48,30 @@ async def deployer(
         close_driver=end_pods,
     ) as found:
         yield found
+
+
+def deployer_of(
+    world: World,
+    open_driver: Callable[[], Awaitable[Driver]],
+    *,
+    command: Sequence[str] = POD,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> Deployer:
+    """Return a deployer that looks only when it is asked to."""
+    gateway = world.gateway
+    return Deployer(
+        deployer_settings(**settings),
+        gateway.database,
+        gateway.store,
+        gateway.broker,
+        open_driver,
+        command=command,
+    )
+
+
+def deployer_settings(**settings: Any) -> DeployerSettings:  # noqa: ANN401 - any setting
+    given = {"cluster": "local", "deployer_sweep_seconds": 0.5, "runner_gateway_url": "http://127.0.0.1:1"}
+    return DeployerSettings(secret_key=SecretStr(SECRET), **{**given, **settings})
 
 
 @asynccontextmanager

@@ -5,27 +5,40 @@ What an operator can do to any cluster is done to a real one too, where `TEST_KU
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kubernetes.aio import client
 
 from models.deployment import Deployment, DeploymentStatus, Observed, status_of
-from scheduler import lifecycle
+from scheduler import lifecycle, recovery
 from tests.cluster import world as clusters
 from tests.cluster.conftest import REAL
-from tests.cluster.fake_api import FakeApi
+from tests.cluster.fake_api import FakeApi, machines
 from tests.cluster.fake_api.machines import Machine
+from tests.cluster.fake_api.schema import KINDS
 from tests.cluster.world import NAMESPACE, PROGRAM, Cluster, turn_until
-from tests.integration.deployers import asked, deployer, forget_deployments, until
-from tests.integration.gateway_world import GRAPH, People, World, open_world
+from tests.integration.deployers import asked, deployer, deployer_of, forget_deployments, until
+from tests.integration.gateway_world import EDGE, GRAPH, TRIGGER, People, World, open_world
+from tests.integration.standing_cluster import listening
 from tests.integration.test_deployer import has_failed, is_running
+from tests.receiver import receiving
 from tests.services import PostgreSQL
+from workers.cluster.driver import Driver
+from workers.cluster.kubernetes import KubernetesDriver
+from workers.cluster.kubernetes_api import KubernetesApi
+from workers.cluster.manifests import DEFINITION_ANNOTATION
+from workers.deployer import rows
 from workers.deployer.deployer import Deployer
+from workers.deployer.main import LOCAL_COMMAND
 
+PATIENCE_SECONDS = 15.0
 CURED_SECONDS = 5.0
 """How long a start may take to go on after the cure; the real cluster's own part comes on top."""
 
@@ -57,7 +70,7 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     if request.param == "fake":
         async with clusters.on_fake(tmp_path) as (found, api):
             api.node.runs_commands = False
-            api.node.pull_seconds = 3_600  # as good as the five minutes of a real one
+            api.node.first_retry_seconds = 3_600  # a real one gets to a quarter of an hour
             yield found
     else:
         assert clusters.TEST_KUBECONFIG is not None
@@ -90,6 +103,7 @@ class FakeCluster:
 async def fake(tmp_path: Path) -> AsyncIterator[FakeCluster]:
     async with clusters.on_fake(tmp_path, second=0.005) as (found, api):
         api.node.runs_commands = False
+        api.node.pull_seconds = 3_600  # a real one gets to five minutes
         api.node.machines.append(Machine("node-2"))
         yield FakeCluster(found, api)
 
@@ -134,10 +148,9 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster) as found:
         await until(world, workflow_id, has_failed)
-        # What the kubelet says last is what is kept.
-        failed = await until(world, workflow_id, lambda one: "BackOff" in (one.observed_reason or ""))
-        assert failed.observed_reason is not None
-        assert fake.cluster.image in failed.observed_reason
+        # The same in other words, once the kubelet has given up for a while.
+        failed = await until(world, workflow_id, lambda one: "Back-off" in (one.observed_reason or ""))
+        assert fake.cluster.image in str(failed.observed_reason)
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
         seen = [
             await until(world, workflow_id, lambda one: one.observed == Observed.STOPPING),
@@ -157,6 +170,26 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
         assert (shown["deploymentStatus"], shown["reasonCode"]) == ("failed", "image-pull")
 
 
+async def test_a_start_that_has_failed_goes_on_for_the_next_call_after_the_cure(
+    world: World, people: People, workflow_id: str, fake: FakeCluster
+) -> None:
+    image = fake.cluster.image
+    fake.api.node.missing_images.add(image)
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, fake.cluster):
+        failed = await until(world, workflow_id, has_failed)
+        status, code, message = await trigger(people, workflow_id)
+        assert (status, code) == (503, "start-failed")
+        assert image in message
+        again = await until(world, workflow_id, has_failed)
+        assert again.generation > failed.generation, "it was tried once more for the call"
+        fake.api.node.missing_images.discard(image)
+        async with asyncio.timeout(CURED_SECONDS):
+            await asked(people.owner, "start", workflow_id, 202)
+            running = await until(world, workflow_id, is_running)
+        assert (running.observed_reason, running.failed_reason) == (None, None)
+
+
 async def test_a_start_over_the_quota_says_so_at_once_and_goes_on_when_there_is_room(
     world: World, people: People, workflow_id: str, cluster: Cluster
 ) -> None:
@@ -168,8 +201,9 @@ async def test_a_start_over_the_quota_says_so_at_once_and_goes_on_when_there_is_
         assert (status, code) == (503, "not-ready")
         assert blocked.observed_reason is not None
         assert blocked.observed_reason in message
-        await cluster.set_quota(None)
-        running = await until(world, workflow_id, is_running)
+        async with asyncio.timeout(CURED_SECONDS + (cluster.patience_seconds if cluster.is_real else 0)):
+            await cluster.set_quota(None)
+            running = await until(world, workflow_id, is_running)
         assert (running.observed_reason, running.observed_reason_code) == (None, None)
         await undeployed(world, people, workflow_id)
 
@@ -177,8 +211,7 @@ async def test_a_start_over_the_quota_says_so_at_once_and_goes_on_when_there_is_
 async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_when_one_has(
     world: World, people: People, workflow_id: str, fake: FakeCluster
 ) -> None:
-    machines = fake.api.node.machines
-    for machine in machines:
+    for machine in fake.api.node.machines:
         machine.cpu_millicores = 1
     async with deploying(world, fake.cluster, start_seconds=0.1):
         await asked(people.owner, "deploy", workflow_id, 202)
@@ -186,7 +219,7 @@ async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_whe
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert "0/2 nodes are available: 2 Insufficient cpu." in message
-        machines.append(Machine("node-3"))
+        fake.api.node.machines.append(Machine("node-3"))
         fake.api.store.touch()
         running = await until(world, workflow_id, is_running)
         assert (running.observed_reason, running.observed_reason_code) == (None, None)
@@ -208,6 +241,41 @@ async def test_a_drained_node_is_left_for_another_and_nothing_has_failed(
         assert after.generation == before.generation
 
 
+async def test_a_lost_node_is_told_of_and_its_workflow_serves_again_from_another(
+    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By itself, the cluster would wait for the tolerations to be over.
+    monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, fake.cluster):
+        before = await until(world, workflow_id, is_running)
+        (lost,) = fake.pods()
+        await fake.api.controllers.silence("node-1", is_powered=False)
+        told = await until(world, workflow_id, lambda one: one.ready_replicas == 0)
+        assert told.ready_addresses == []
+        after = await until(world, workflow_id, is_running)
+        assert (fake.used, after.generation) == ("node-2", before.generation)
+        shown = fake.api.store.get(KINDS["pods"], NAMESPACE, lost["metadata"]["name"])
+        assert "deletionTimestamp" in shown["metadata"], "its node can't tell yet that it has ended"
+
+
+async def test_a_node_that_is_lost_alone_is_waited_for_with_the_reason(
+    world: World, people: People, workflow_id: str, fake: FakeCluster
+) -> None:
+    fake.api.node.machines.pop()
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, fake.cluster, start_seconds=0.1):
+        await until(world, workflow_id, is_running)
+        await fake.api.controllers.silence("node-1", is_powered=False)
+        blocked = await until(world, workflow_id, is_blocked_by("unschedulable"))
+        assert "untolerated taint {node.kubernetes.io/unreachable" in str(blocked.observed_reason)
+        status, code, _ = await trigger(people, workflow_id)
+        assert (status, code) == (503, "not-ready")
+        fake.api.controllers.mend("node-1")
+        async with asyncio.timeout(CURED_SECONDS):
+            await until(world, workflow_id, is_running)
+
+
 async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
     world: World, people: People, workflow_id: str, tmp_path: Path
 ) -> None:
@@ -226,6 +294,23 @@ async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
 # ── the cluster itself ────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
+    world: World, people: People, workflow_id: str, cluster: Cluster
+) -> None:
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, cluster):
+        before = await until(world, workflow_id, is_running)
+        await cluster.delete_namespace()
+        lost = await until(
+            world, workflow_id, lambda one: not is_running(one) and one.observed_reason is not None
+        )
+        assert cluster.namespace in str(lost.observed_reason)
+        await cluster.create_namespace()
+        again = await until(world, workflow_id, is_running)
+        assert again.generation == before.generation
+        await undeployed(world, people, workflow_id)
+
+
 async def test_an_etcd_that_was_away_has_cost_no_pod_and_no_wish(
     world: World, people: People, workflow_id: str, fake: FakeCluster
 ) -> None:
@@ -240,3 +325,185 @@ async def test_an_etcd_that_was_away_has_cost_no_pod_and_no_wish(
         fake.api.restart_etcd()
         await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
         assert before["metadata"]["uid"] in {pod["metadata"]["uid"] for pod in fake.pods()}
+
+
+# ── deployers that race ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class FreezingApi(KubernetesApi):
+    """An API server's client in a process that is frozen at one of its changes, and thawed later."""
+
+    def __init__(self, api: FakeApi) -> None:
+        configured = client.ApiClient(client.Configuration(host=api.url))
+        configured.set_default_header("Authorization", f"Bearer {api.token}")
+        super().__init__(configured, request_seconds=60)
+        self.changes_left: int | None = None
+        self.is_frozen = asyncio.Event()
+        self.is_thawed = asyncio.Event()
+        self.late: list[str] = []
+        """Changes that were sent after the thaw."""
+
+    async def send(self, method: str, path: str, **more: Any) -> Any:  # noqa: ANN401 - as it is
+        if method in {"PATCH", "DELETE"} and self.changes_left is not None:
+            self.changes_left -= 1
+            if self.changes_left <= 0:
+                self.is_frozen.set()
+                await self.is_thawed.wait()
+                self.late.append(f"{method} {path}")
+        return await super().send(method, path, **more)
+
+
+async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_over(
+    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "HELD_SECONDS", 0.5)
+    frozen_api = FreezingApi(fake.api)
+
+    async def open_frozen() -> Driver:
+        return KubernetesDriver(frozen_api, clusters.layout())
+
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, fake.cluster):
+        first = await until(world, workflow_id, is_running)
+    await edited(people, workflow_id, "second")
+    await asked(people.owner, "deploy", workflow_id, 202)
+    frozen_api.changes_left = 3
+    frozen = deployer_of(world, open_frozen, cluster="kubernetes")
+    look = asyncio.create_task(frozen.reconciler.look(workflow_id))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await frozen_api.is_frozen.wait()
+    async with deploying(world, fake.cluster):
+        second = await until(world, workflow_id, is_running)
+        assert second.definition_hash != first.definition_hash
+        frozen_api.changes_left = None
+        frozen_api.is_thawed.set()
+        await look
+        await turn_until(lambda: len(fake.pods()) == 1)
+        (pod,) = fake.pods()
+        assert pod["metadata"]["annotations"][DEFINITION_ANNOTATION] == second.definition_hash
+    assert frozen_api.late == []
+    await frozen.stop()
+    await frozen_api.close()
+
+
+async def edited(people: People, workflow_id: str, text: str) -> None:
+    edit = {"config": {"values": {"said": text}}}
+    answer = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)
+    assert answer.is_success
+
+
+# ── pods that are the real runner ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def gateway(postgres: PostgreSQL, tmp_path: Path) -> AsyncIterator[World]:
+    """A gateway of its own: it stops for good with the server that pods reach it at."""
+    async with open_world("sqlite", postgres, tmp_path) as world:
+        yield world
+
+
+@asynccontextmanager
+async def running_pods(
+    world: World,
+    folder: Path,
+    *,
+    second: float,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[FakeCluster]:
+    """Bring real runners to two machines of a fake cluster."""
+    async with listening(world) as url, clusters.on_fake(folder, second=second) as (cluster, api):
+        api.node.machines.append(Machine("node-2"))
+        given: dict[str, Any] = {
+            "runner_gateway_url": url,
+            "outbound_allowed_networks": (IPv4Network("127.0.0.1/32"),),
+            **settings,
+        }
+        async with deployer(world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **given):
+            yield FakeCluster(cluster, api)
+
+
+async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
+    gateway: World, tmp_path: Path
+) -> None:
+    people = await gateway.people()
+    answers: list[tuple[int, Any]] = []
+
+    async def call() -> None:
+        while True:
+            answer = await people.owner.api.post(
+                f"/api/v1/workflows/{workflow_id}/trigger", json={"sync": True}
+            )
+            shown = answer.json()
+            # Whoever triggers in the moment of an edit is asked to try again, deployed or not.
+            if answer.status_code != 409 or shown["error"]["code"] != "workflow-changed":
+                answers.append((answer.status_code, shown))
+
+    async def answered(count: int) -> None:
+        wanted = len(answers) + count
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(answers) < wanted:  # noqa: ASYNC110 - a list has no event
+                await asyncio.sleep(0.01)
+
+    said_first = {"id": "step", "nodeId": "set", "config": {"values": {"said": "first"}}}
+    workflow_id = await people.owner.create(nodes=[TRIGGER, said_first], connections=[EDGE])
+    async with running_pods(gateway, tmp_path, second=0.1) as fake:
+        await asked(people.owner, "deploy", workflow_id, 202)
+        first = await until(gateway, workflow_id, is_running)
+        callers = [asyncio.create_task(call()) for _ in range(3)]
+        await answered(5)
+        fake.api.controllers.drain("node-1")
+        await until(gateway, workflow_id, lambda one: one.ready_addresses != first.ready_addresses)
+        await answered(5)
+        await edited(people, workflow_id, "second")
+        await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/versions", json={"versionTag": "v2"})
+        await asked(people.owner, "deploy", workflow_id, 202)
+        second = await until(
+            gateway, workflow_id, lambda one: is_running(one) and one.version > first.version
+        )
+        await answered(5)
+        await asked(people.owner, "deploy-version", workflow_id, 202, version=first.version)
+        await until(gateway, workflow_id, lambda one: is_running(one) and one.version < second.version)
+        await answered(5)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        await undeployed(gateway, people, workflow_id)
+    wrong = [answer for status, answer in answers if (status, answer.get("status")) != (200, "completed")]
+    assert wrong == []
+    said = [answer["output"]["step"]["said"] for _, answer in answers]
+    assert (said[0], said[-1], set(said)) == ("first", "first", {"first", "second"})
+
+
+async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(gateway: World, tmp_path: Path) -> None:
+    people = await gateway.people()
+    async with (
+        receiving() as receiver,
+        running_pods(gateway, tmp_path, second=0.01, lease_seconds=1.5) as fake,
+    ):
+        receiver.may_answer.clear()
+        asks = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
+        workflow_id = await people.owner.create(
+            nodes=[{"id": "start", "nodeId": "manual"}, asks], connections=[EDGE]
+        )
+        await asked(people.owner, "deploy", workflow_id, 202)
+        await until(gateway, workflow_id, is_running)
+        execution_id = (await asked(people.owner, "trigger", workflow_id, 200))["execution_id"]
+
+        async def asked_for(times: int) -> None:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while len(receiver.received) < times:
+                    await recovery.recover(gateway.gateway.store, gateway.gateway.broker)
+                    await asyncio.sleep(0.05)
+
+        await asked_for(1)
+        await fake.api.controllers.silence("node-1", is_powered=False)
+        await asked_for(2)
+        assert len({one.headers["idempotency-key"] for one in receiver.received}) == 1
+        receiver.may_answer.set()
+        progress = f"/api/v1/executions/{execution_id}/progress"
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (await people.owner.api.get(progress)).json()["status"] != "completed":  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert fake.used == "node-2"
+        fake.api.controllers.mend("node-1")
+        await undeployed(gateway, people, workflow_id)

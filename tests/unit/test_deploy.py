@@ -199,7 +199,9 @@ async def test_the_deployer_may_do_what_its_driver_does_and_nothing_else(
             await cluster.driver.list()
             await cluster.driver.endpoint(wanted.workflow_id)
             await cluster.driver.logs(wanted.workflow_id, limit=10)
-            await world.turn_until(lambda: api.watches == 2)
+            (pod, *_) = (await cluster.driver.observe(wanted.workflow_id)).pods
+            await cluster.driver.replace(wanted.workflow_id, [pod.name])
+            await world.turn_until(lambda: api.watches == 3)
         while not await cluster.driver.delete(wanted.workflow_id):
             pass
         asked = {right for line in api.requests for right in rights_for(line)}

@@ -6,7 +6,7 @@ Every operation may be repeated, by another process too, and is bounded in time.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
@@ -229,6 +229,9 @@ class Driver(Protocol):
 
         What pods need stays until they have ended.
         """
+
+    async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
+        """Stop these pods, by their names, so that others take their places; wait for none."""
 
     def watch(self) -> AsyncGenerator[str, None]:
         """Yield ids of workflows to observe again: all of them at first, then each that changes, over all gaps.

@@ -8,8 +8,9 @@ and the next apply would start what was stopped.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+import secrets
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from workers.cluster.kubernetes_api import (
     RequestBudget,
 )
 from workers.cluster.manifests import Layout, Manifest
+from workers.cluster.quota_watch import QuotaWatch
 from workers.cluster.watch_cache import WatchCache, workflow_of
 
 DEPLOYER = "pilotflame-deployer"
@@ -67,6 +69,8 @@ class KubernetesDriver:
         )
         self._api = api
         self._layout = layout
+        quotas = f"{_CORE}/namespaces/{layout.namespace}/resourcequotas"
+        self._quotas = QuotaWatch(api, quotas, self._make_refused_pods)
 
     async def __aenter__(self) -> Self:
         return self
@@ -131,6 +135,16 @@ class KubernetesDriver:
                 if "deletionTimestamp" not in metadata:
                     await self._remove(kind, metadata)
         return False
+
+    async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
+        """Delete these pods: their ReplicaSet makes others at once, beside those that take long to end."""
+        for name in pods:
+            with suppress(ObjectAbsent, ObjectConflict):
+                deleted = await self._api.request("DELETE", _path_of_pods(self._layout, name))
+                known = {pod["metadata"]["name"] for pod in self.cache.pods.of(names.name(workflow_id))}
+                # One that the watch has taken away already must not come back.
+                if name in known and deleted.get("kind") == "Pod":
+                    self.cache.pods.put(deleted)
 
     async def _remove(self, kind: str, metadata: Mapping[str, Any]) -> None:
         # What was made anew under the same name meanwhile is not what was found: its uid differs.
@@ -223,9 +237,30 @@ class KubernetesDriver:
 
     # ── what changes ──────────────────────────────────────────────────────────────────────────────────────
 
-    def watch(self) -> AsyncGenerator[str, None]:
+    async def watch(self) -> AsyncGenerator[str, None]:
         """Yield what to observe, for as long as it is asked for, and keep the cache meanwhile."""
-        return self.cache.watch()
+        quotas = asyncio.create_task(self._quotas.follow())
+        try:
+            async with aclosing(self.cache.watch()) as changes:
+                async for workflow_id in changes:
+                    yield workflow_id
+        finally:
+            quotas.cancel()
+            await asyncio.gather(quotas, return_exceptions=True)
+
+    async def _make_refused_pods(self) -> None:
+        """Have ReplicaSets that a quota has refused try again now: a change of theirs wakes them up."""
+        refused = [one for one in self.cache.deployments if pods.is_over_quota(one)]
+        for one in refused:
+            path = _path(self._layout, "Deployment", one["metadata"]["name"])
+            mark = {manifests.TRIED_ANNOTATION: secrets.token_hex(4)}
+            with suppress(ObjectAbsent):
+                await self._api.patch(
+                    path,
+                    {"metadata": {"annotations": mark}},
+                    content_type=MERGE,
+                    query={"fieldManager": SCALER},
+                )
 
 
 def _path(layout: Layout, kind: str, name: str | None = None) -> str:

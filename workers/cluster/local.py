@@ -10,7 +10,7 @@ import asyncio
 import fcntl
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -173,6 +173,12 @@ class LocalDriver:
             self._changed(workflow_id)
         return True
 
+    async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
+        """Stop these pods; others are started in their places."""
+        deployment = self._deployments.get(workflow_id)
+        if deployment is not None:
+            deployment.replace(pods)
+
     async def watch(self) -> AsyncGenerator[str, None]:
         """Yield what to observe, for as long as it is asked for."""
         changes = Changes()
@@ -275,6 +281,13 @@ class LocalDeployment:
             self.kept = kept
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_file(self.folder / KEPT, msgspec.json.encode(kept))
+        self._bring_about()
+        self._changed()
+
+    def replace(self, names: Collection[str]) -> None:
+        """Stop pods that are still there, and start others."""
+        for name in self.pods.keys() & set(names):
+            self.pods[name].stop()
         self._bring_about()
         self._changed()
 

@@ -34,6 +34,8 @@ WORKFLOW_ANNOTATION = f"{DOMAIN}/workflow-id"
 ORGANIZATION_ANNOTATION = f"{DOMAIN}/organization-id"
 DEFINITION_ANNOTATION = f"{DOMAIN}/definition"
 GENERATION_ANNOTATION = f"{DOMAIN}/generation"
+TRIED_ANNOTATION = f"{DOMAIN}/tried"
+"""Changed to have pods made now that could not be made before."""
 TOKEN_ANNOTATION = f"{DOMAIN}/token-digest"
 CONTAINER = "runner"
 TOKEN_KEY = "token"  # noqa: S105 - where it stands in its Secret

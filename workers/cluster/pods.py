@@ -72,6 +72,12 @@ def observed(
     )
 
 
+def is_over_quota(deployment: Manifest) -> bool:
+    """Tell whether a quota has refused pods of a Deployment."""
+    trouble = _trouble_of_deployment(deployment.get("status") or {})
+    return trouble is not None and trouble.reason is Reason.QUOTA
+
+
 def is_between_crashes(pod: Manifest) -> bool:
     """Tell whether a pod's container waits to be started again: its words are those of its last run."""
     return any(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from models.deployment import BLOCKING_REASONS, SERVING
 from models.deployment import Observed as Stored
 from models.lifecycle import StoppedReason
+from workers.cluster.driver import Reason
 from workers.deployer.rows import Sighting, last_sighting
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from models.deployment import Deployment
     from models.pod_processes import PodProcess
-    from workers.cluster.driver import Observed
+    from workers.cluster.driver import Observed, Pod
 
 
 SLOW_START: Final = "slow-start"
@@ -130,6 +131,28 @@ def out_of_memory(processes: Collection[PodProcess], observed: Observed) -> froz
     """Return those whose pod has ended last for want of memory."""
     pods = {pod.name for pod in observed.pods if pod.is_out_of_memory}
     return frozenset(process for process in processes if process.pod in pods)
+
+
+def replaceable(deployment: Deployment, observed: Observed) -> Collection[Pod]:
+    """Return the pods that will not be ready soon, and whose places others should take now; none while a pod serves.
+
+    A node that is lost comes back late or never. A cluster tries again after minutes what has failed several times, but
+    at once for a new pod: those that have failed are replaced when they are wanted again.
+    """
+    if not deployment.is_deployed or deployment.replicas == 0 or observed.ready_pods:
+        return ()
+    is_wanted_again = (
+        deployment.observed == Stored.FAILED and deployment.observed_generation != deployment.generation
+    )
+    return [pod for pod in observed.pods if _is_replaceable(pod, is_wanted_again=is_wanted_again)]
+
+
+def _is_replaceable(pod: Pod, *, is_wanted_again: bool) -> bool:
+    if pod.is_terminating or pod.trouble is None:
+        return False
+    if pod.trouble.reason is Reason.NODE_NOT_READY:
+        return True
+    return is_wanted_again and (pod.trouble.is_final or pod.trouble.reason is Reason.CRASH_LOOP)
 
 
 def unknown(deployment: Deployment, reason: str) -> Sighting:

@@ -91,7 +91,7 @@ class Deployer:
         self._connection = ClusterConnection(
             open_driver, cluster=settings.cluster, on_open=lambda driver: self._spawn(self._watch(driver))
         )
-        self._reconciler = Reconciler(
+        self.reconciler = Reconciler(
             self.name,
             settings,
             database,
@@ -140,7 +140,7 @@ class Deployer:
             workflow_id = await self._queue.take()
             result = LookResult(Retry(WHILE_CHANGING))
             try:
-                result = await self._reconciler.look(workflow_id)
+                result = await self.reconciler.look(workflow_id)
             except DatabaseUnavailable as error:
                 log.warning("database not reached", workflow_id=workflow_id, error=str(error))
             except Exception:  # this is the outermost loop
@@ -188,7 +188,7 @@ class Deployer:
         async with self._database.read() as connection:
             superseded = await deployment_token.superseded(connection)
         for workflow_id in superseded:
-            await self._reconciler.revoke_superseded(driver, workflow_id)
+            await self.reconciler.revoke_superseded(driver, workflow_id)
 
     async def _watch(self, driver: Driver) -> None:
         while True:

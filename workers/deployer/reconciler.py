@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ from models import deployment_token
 from models.database import DatabaseUnavailable
 from models.deployment import Observed as Stored
 from models.lifecycle import LifecycleAction
-from workers.cluster.driver import ClusterBusy, ClusterError, ClusterRefused, NotDeployed, Resources, Wanted
+from workers.cluster.driver import (
+    ClusterBusy,
+    ClusterError,
+    ClusterRefused,
+    NotDeployed,
+    Reason,
+    Resources,
+    Wanted,
+)
 from workers.deployer import comparison, rows
 from workers.deployer.comparison import Step
 from workers.deployer.look_queue import Backoff, Retry
@@ -31,7 +40,7 @@ if TYPE_CHECKING:
     from models.database import Database
     from models.deployment import Deployment
     from models.pod_processes import PodProcess
-    from workers.cluster.driver import Driver, Observed
+    from workers.cluster.driver import Driver, Observed, Pod
     from workers.deployer.connection import ClusterConnection
     from workers.deployer.rows import Found, Sighting
     from workers.deployer.settings import DeployerSettings
@@ -48,6 +57,8 @@ WHILE_WAITING_IN_TURN: Final = Backoff(15.0, 60.0)
 """For starts that wait for others: the end of one asks for the next look."""
 MARGIN_SECONDS: Final = 0.05
 """How much later than its due time a start is looked at."""
+SHARE_OF_HOLD: Final = 0.9
+"""After so much of the time for which a workflow is held, its changes are cut off."""
 LATER: Final = Retry(WHILE_CHANGING)
 IN_TURN: Final = Retry(WHILE_WAITING_IN_TURN)
 MUCH_LATER: Final = Retry(WHILE_REFUSED)
@@ -156,7 +167,18 @@ class Reconciler:
         if not deployment.is_deployed:
             self._forget_start(workflow_id)
             return None
+        if stale := comparison.replaceable(deployment, observed):
+            observed = await self._replace(driver, workflow_id, stale)
         return await self._note_observed(found, observed)
+
+    async def _replace(self, driver: Driver, workflow_id: str, stale: Collection[Pod]) -> Observed:
+        """Have other pods take the places of these; return what there is then. Two deployers may do so at once."""
+        reasons = {pod.trouble.reason for pod in stale if pod.trouble is not None}
+        await driver.replace(workflow_id, [pod.name for pod in stale])
+        log.info("pods replaced", workflow_id=workflow_id, count=len(stale), reasons=sorted(reasons))
+        if Reason.INVALID_CONFIG in reasons:
+            self._applied.discard(workflow_id)  # something that they need is missing: make it anew
+        return await driver.observe(workflow_id)
 
     def _step(self, deployment: Deployment, observed: Observed) -> Step:
         return comparison.step(deployment, observed, is_applied=deployment.workflow_id in self._applied)
@@ -173,15 +195,20 @@ class Reconciler:
             self._gate.release(workflow_id)
             return LATER
         try:
-            # Another deployer may have been at it since it was read.
-            found = await rows.find(self._database, workflow_id)
-            if found is None:
-                return AT_ONCE
-            observed = await driver.observe(workflow_id)
-            step = self._step(found.deployment, observed)
-            if step is Step.DELETE:
-                return await self._delete(driver, found.deployment)
-            await self._carry_out(driver, found, step)
+            # A process that was frozen must not go on with what another one has taken over meanwhile.
+            async with asyncio.timeout(rows.HELD_SECONDS * SHARE_OF_HOLD):
+                # Another deployer may have been at it since it was read.
+                found = await rows.find(self._database, workflow_id)
+                if found is None:
+                    return AT_ONCE
+                observed = await driver.observe(workflow_id)
+                step = self._step(found.deployment, observed)
+                if step is Step.DELETE:
+                    return await self._delete(driver, found.deployment)
+                await self._carry_out(driver, found, step)
+        except TimeoutError:
+            log.warning("deployment not carried out in time", workflow_id=workflow_id)
+            return LATER
         finally:
             with suppress(DatabaseUnavailable):  # it is free again when its time is up
                 await rows.release(self._database, workflow_id, self._name)

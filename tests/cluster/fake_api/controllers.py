@@ -27,7 +27,6 @@ __all__ = ["Controllers", "Node"]
 
 MANAGER = Manager("kube-controller-manager", "Update")
 HASH_LABEL = "pod-template-hash"
-FIRST_RETRY_SECONDS = 0.005
 MAX_RETRY_SECONDS = 1_000.0
 """A ReplicaSet that could not make a pod tries again later and later, unless it or one of its pods changes."""
 
@@ -264,7 +263,7 @@ class Controllers:
             self.retries.pop(uid, None)
             return None
         failures = retry.failures + 1 if retry is not None else 0
-        pause_seconds = min(FIRST_RETRY_SECONDS * 2**failures, MAX_RETRY_SECONDS)
+        pause_seconds = min(self._node.first_retry_seconds * 2**failures, MAX_RETRY_SECONDS)
         self.retries[uid] = Retry(failures, now_seconds + pause_seconds, seen, failure)
         return failure
 

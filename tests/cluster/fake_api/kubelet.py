@@ -37,6 +37,8 @@ class Node:
     """Without, a container is ready as soon as it is started, and nothing runs."""
     delay_seconds: float = 0.02
     """How long a controller takes to notice a change."""
+    first_retry_seconds: float = 0.005
+    """Until a ReplicaSet tries again to make a pod that was refused; doubled each time."""
     restart_seconds: float = 0.3
     pull_seconds: float = 0.3
     """Until an image that could not be pulled is tried again; the real one takes up to five minutes."""

@@ -1,0 +1,130 @@
+"""Watch of the quotas of one namespace: it notices when they have more room than before.
+
+A ReplicaSet that a quota has refused tries again later and later, up to a quarter of an hour, and nothing of a quota's
+wakes it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import structlog
+
+from workers.cluster.driver import ClusterError
+from workers.cluster.kubernetes_api import KubernetesApi, ObjectAbsent, ObjectConflict, VersionExpired
+from workers.cluster.manifests import Manifest
+
+WATCH_SECONDS: Final = 240
+PAUSE_SECONDS: Final = 2.0
+"""Before quotas are listed again after the end of a stream; doubled by each failure in turn."""
+MAX_DOUBLINGS: Final = 5
+_QUANTITY: Final = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{0,2})\Z")
+_UNITS: Final[Mapping[str, float]] = {
+    "": 1.0,
+    "n": 1e-9,
+    "u": 1e-6,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "P": 1e15,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+    "Pi": 2.0**50,
+}
+Rooms = dict[str, float]
+"""What is left of each resource, by its name."""
+
+log = structlog.get_logger()
+
+
+def rooms(quota: Manifest) -> Rooms:
+    """Return what a quota has left of each resource that it bounds."""
+    status = quota.get("status") or {}
+    used = status.get("used") or {}
+    return {
+        name: _amount(bound) - _amount(used.get(name, "0"))
+        for name, bound in (quota["spec"].get("hard") or {}).items()
+    }
+
+
+def has_grown(before: Rooms, after: Rooms) -> bool:
+    """Tell whether anything that was bounded has more room, or no bound any more."""
+    return any(after.get(name, float("inf")) > left for name, left in before.items())
+
+
+class QuotaWatch:
+    """The quotas of a namespace, by list and watch."""
+
+    def __init__(self, api: KubernetesApi, path: str, on_room: Callable[[], Awaitable[None]]) -> None:
+        self.pause_seconds = PAUSE_SECONDS
+        self._api = api
+        self._path = path
+        self._on_room = on_room
+        self._known: dict[str, Rooms] = {}
+        self._has_room = asyncio.Event()
+
+    async def follow(self) -> None:
+        """Call back whenever there is more room, until cancelled."""
+        telling = asyncio.create_task(self._tell())
+        failures = 0
+        try:
+            while True:  # a stream has no event
+                failures = 0 if await self._listen() else min(failures + 1, MAX_DOUBLINGS)
+                # Longer and longer while nobody answers, or nobody may ask.
+                await asyncio.sleep(self.pause_seconds * 2**failures)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+
+    async def _listen(self) -> bool:
+        """List, then take events until the stream ends; tell whether it ended as usual."""
+        try:
+            items, version = await self._api.list(self._path, "")
+            listed = {item["metadata"]["name"]: rooms(item) for item in items}
+            for name, before in self._known.items():
+                self._compare(before, listed.get(name, {}))
+            self._known = listed
+            query = {"resourceVersion": version}
+            await self._api.watch(self._path, query, seconds=WATCH_SECONDS, on_event=self._take)
+        except VersionExpired:
+            return True
+        except (ClusterError, ObjectAbsent, ObjectConflict) as error:
+            log.info("quotas not watched", path=self._path, error=str(error))
+            return False
+        return True
+
+    def _take(self, event: Manifest) -> None:
+        if event["type"] == "BOOKMARK":
+            return
+        name = event["object"]["metadata"]["name"]
+        before = self._known.pop(name, {})
+        after = {} if event["type"] == "DELETED" else rooms(event["object"])
+        if event["type"] != "DELETED":
+            self._known[name] = after
+        self._compare(before, after)
+
+    def _compare(self, before: Rooms, after: Rooms) -> None:
+        if has_grown(before, after):
+            self._has_room.set()
+
+    async def _tell(self) -> None:
+        while True:
+            await self._has_room.wait()
+            self._has_room.clear()
+            try:
+                await self._on_room()
+            except (ClusterError, ObjectAbsent, ObjectConflict) as error:
+                log.warning("pods over quota not tried again", error=str(error))
+
+
+def _amount(text: str) -> float:
+    """Return a quantity as the API server writes it, in units; 0 for what is none."""
+    match = _QUANTITY.match(str(text))
+    return float(match[1]) * _UNITS.get(match[2], 1.0) if match is not None else 0.0
