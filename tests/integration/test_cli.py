@@ -237,7 +237,7 @@ def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_r
         (["worker"], {"CONCURRENCY": "0"}, "PILOTFLAME_CONCURRENCY"),
         (["gateway"], {}, "PILOTFLAME_SECRET_KEY"),
         (["worker"], {"SECRET_KEY": SECRET}, "PILOTFLAME_REDIS_URL"),
-        (["scheduler"], {"SECRET_KEY": "short"}, "PILOTFLAME_SECRET_KEY"),
+        (["worker"], {"SECRET_KEY": "short"}, "PILOTFLAME_SECRET_KEY"),
         (["scheduler"], {"SECRET_KEY": SECRET, "REDIS_URL": "host:6379"}, "PILOTFLAME_REDIS_URL"),
         (["gateway"], {"SECRET_KEY": SECRET, "REDIS_URL": "redis://127.0.0.1:1"}, "pilotflame migrate"),
         (["worker"], {"SECRET_KEY": SECRET, "REDIS_URL": "redis://127.0.0.1:1"}, "pilotflame migrate"),

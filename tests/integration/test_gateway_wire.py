@@ -247,7 +247,6 @@ async def test_a_query_that_says_little_or_nothing_is_served(people: People, que
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
         "/api",
         "/api/v1",
         "/api/v1/nothing",
