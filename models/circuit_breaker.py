@@ -25,7 +25,9 @@ LATE_SECONDS: Final = 0.75
 CHECK_SECONDS: Final = 0.25
 PROBE_STEPS: Final = 6
 PROBE_STEP_SECONDS: Final = 0.25
-"""A probe is given up after so many steps. One that a busy or frozen loop has missed counts as one, however long."""
+"""A probe is given up after so many steps; those that a busy or frozen loop has lengthened don't count."""
+BUSY_SECONDS: Final = 20.0
+"""A probe is given up after so long in any case."""
 PAUSE_SECONDS: Final = 0.5
 """Between two probes."""
 GRACE_SECONDS: Final = 0.05
@@ -104,11 +106,16 @@ class CircuitBreaker:
 
     async def _is_answered(self) -> bool:
         probe = asyncio.ensure_future(self._probe())
+        now = begun_at = monotonic()
+        steps = 0
         try:
-            for _ in range(PROBE_STEPS):
+            while steps < PROBE_STEPS and now < begun_at + BUSY_SECONDS:
                 done, _ = await asyncio.wait({probe}, timeout=PROBE_STEP_SECONDS)
                 if done:
                     return probe.exception() is None
+                before, now = now, monotonic()
+                # The answer may be there, and the loop too busy to see it.
+                steps += now - before < 2 * PROBE_STEP_SECONDS
             return False
         finally:
             probe.cancel()
