@@ -129,12 +129,12 @@ async def create(request: Request) -> JsonResponse:
 async def update(request: Request) -> JsonResponse:
     """Change a data source: what the body doesn't name stays, its secrets too."""
     body = await decode_body(request, UpdateDataSource)
-    vault = request.gateway.vault
+    vault, now = request.gateway.vault, request.gateway.clock()
     try:
         after = await editing.edit(
             request,
             Action.DATA_SOURCE_UPDATED,
-            lambda before: data_source_shapes.changed(before, body, vault, request.gateway.clock()),
+            lambda before: data_source_shapes.changed(before, body, vault, now),
         )
     except NameTaken as error:
         raise editing.name_taken(error) from error
