@@ -15,6 +15,7 @@ from engine.services import Rows, Upsert
 from engine.values import as_text, identity
 from nodes import sql_text
 from nodes.connections import session, sql_values
+from nodes.connections.binary_values import LearnedTypes
 from nodes.connections.endpoint import no_connection
 from nodes.connections.session import Gathering
 from nodes.connections.wire import MessageWire, WiredLoop
@@ -60,12 +61,26 @@ UNAVAILABLE_STATES = ("08", "53", "57P")
 """Broken connections, a server without room, one that goes down or comes up: by how their states begin."""
 
 
+class WatchedConnection(asyncpg.Connection):
+    """Also keeps what the driver is told of types."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:  # noqa: ANN401 - passed on
+        super().__init__(*args, **named)
+        self.types = LearnedTypes()
+
+    async def _introspect_types(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - passed on
+        types, statement = await super()._introspect_types(*args, **named)  # type: ignore[misc]  # it has no types
+        self.types.learn(types)
+        return types, statement
+
+
 async def open_session(endpoint: Endpoint, address: str, context: ssl.SSLContext | None) -> PostgresqlSession:
     """Connect and log in; raises `OSError` when nobody takes the connection, else `NodeError`."""
     loop: Any = WiredLoop(MessageWire)
     try:
-        connection: Connection = await asyncpg.connect(
+        connection = await asyncpg.connect(
             loop=loop,
+            connection_class=WatchedConnection,
             host=address,
             port=endpoint.port,
             user=endpoint.user,
@@ -102,7 +117,7 @@ def _refused_login(error: asyncpg.PostgresError) -> NodeError:
 
 
 class PostgresqlSession:
-    def __init__(self, connection: Connection, wire: MessageWire) -> None:
+    def __init__(self, connection: WatchedConnection, wire: MessageWire) -> None:
         self._connection = connection
         self._wire = wire
 
@@ -141,8 +156,8 @@ class PostgresqlSession:
         await transaction.start()
         await self._limit_time(timeout_seconds)
         prepared, values = await self._prepared(statement, parameters)
-        self._expect(max_bytes, max_rows)
         attributes = prepared.get_attributes()
+        self._expect(max_bytes, max_rows, [each.type.oid for each in attributes])
         gathering = Gathering([each.name for each in attributes], max_rows=max_rows, max_bytes=max_bytes)
         converted = [
             (position, _converter(each.type.name))
@@ -190,7 +205,8 @@ class PostgresqlSession:
             async with self._connection.transaction():
                 await self._limit_time(timeout_seconds)
                 prepared, values = await self._prepared(statement, parameters)
-                self._expect(MAXIMUM_BYTES, MAX_RETURNED_ROWS)
+                columns = [each.type.oid for each in prepared.get_attributes()]
+                self._expect(MAXIMUM_BYTES, MAX_RETURNED_ROWS, columns)
                 await prepared.fetch(*values)
                 return _count(prepared.get_statusmsg())
 
@@ -215,10 +231,10 @@ class PostgresqlSession:
     def abort(self) -> None:
         self._connection.terminate()
 
-    def _expect(self, max_bytes: int, max_rows: int) -> None:
-        """Let the server send so much from now on, as JSON, and something besides."""
+    def _expect(self, max_bytes: int, max_rows: int, columns: Sequence[int] | None = None) -> None:
+        """Let the server send so much from now on, as JSON, and something besides; `columns`: the types of the rows."""
         self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
-        self._wire.limit_rows(max_rows)
+        self._wire.limit_rows(max_rows, self._connection.types, columns)
 
     @contextmanager
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
@@ -230,6 +246,8 @@ class PostgresqlSession:
         except NodeError:
             if self._wire.is_exceeded:
                 raise session.too_large(max_bytes) from None
+            if self._wire.is_garbled:
+                raise session.not_understood() from None
             raise
 
     async def _limit_time(self, timeout_seconds: float) -> None:

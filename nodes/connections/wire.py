@@ -6,9 +6,11 @@ A row arrives whole, however large it is, and no driver here has a limit for one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any, Final, Generic, TypeVar
+
+from nodes.connections.binary_values import COUNT, LearnedTypes, fields_of, has_room, is_credible
 
 BYTES_BESIDE: Final = 1_000_000
 """For what a server sends besides rows. Each may take a hundred times as much memory."""
@@ -30,6 +32,8 @@ class _Meter(asyncio.BaseProtocol):
         self._transport: Any = None
         self._left_bytes = BYTES_BESIDE
         self.is_exceeded = False
+        self.is_garbled = False
+        """What arrived can't be true."""
 
     def limit(self, max_bytes: int) -> None:
         """Allow so many bytes from now on, and something besides."""
@@ -67,47 +71,90 @@ class MessageWire(_Meter, asyncio.Protocol):
     """For PostgreSQL: also looks at the length of each message, since asyncpg would read one below four forever.
 
     Rows are counted besides their bytes: the shortest has 7, and takes 50 in memory. So are the bytes of other
-    messages, of which asyncpg keeps more still.
+    messages, of which asyncpg keeps more still. Messages are handed on whole, and rows only if what they say of
+    themselves can be true: see `binary_values`.
     """
 
     def __init__(self, inner: Any) -> None:  # noqa: ANN401 - see `_Meter`
         super().__init__(inner)
         self._left_rows = ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
-        self._until_header = 0
-        self._begun = b""
-        """A header of which the rest is still to come."""
+        self._has_messages = not hasattr(inner, "on_data")
+        """Not so of what asks a server whether it speaks TLS: that answers with a single byte."""
+        self._held = bytearray()
+        """A message of which the rest is still to come."""
+        self._needed = 0
+        self._types = LearnedTypes()
+        self._columns: Sequence[int] | None = None
+        """Types of the rows that are awaited; None: the driver asks on its own account."""
+        self._are_checked = True
 
-    def limit_rows(self, max_rows: int) -> None:
-        """Allow so many rows from now on, and some besides."""
+    def limit_rows(
+        self, max_rows: int, types: LearnedTypes | None = None, columns: Sequence[int] | None = None
+    ) -> None:
+        """Allow so many rows from now on, and some besides; `columns` are their types, where that is known."""
         self._left_rows = max_rows + ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
+        self._types = types or LearnedTypes()
+        self._columns = columns
+        self._are_checked = columns is None or any(self._types.container(oid) for oid in columns)
 
     def data_received(self, data: bytes) -> None:
         if not self._is_allowed(len(data)):
             return
-        if self._is_framed(data):
+        if not self._has_messages:
             self.inner.data_received(data)
-        else:
+            return
+        self._held += data
+        if len(self._held) < self._needed:
+            return
+        end = self._end_of_messages()
+        if end is None:
             self._transport.abort()
+        elif end:
+            whole = bytes(self._held[:end])
+            del self._held[:end]
+            self._needed = max(0, self._needed - end)
+            self.inner.data_received(whole)
 
-    def _is_framed(self, data: bytes) -> bool:
-        data, position = self._begun + data, self._until_header
-        while position + HEADER.size <= len(data):
-            kind, length = HEADER.unpack_from(data, position)
+    def _end_of_messages(self) -> int | None:
+        """Return where the last whole message ends; None where one is not to be handed on."""
+        position = 0
+        while position + HEADER.size <= len(self._held):
+            kind, length = HEADER.unpack_from(self._held, position)
             if length < SHORTEST_LENGTH:
-                return False
-            if kind == ROW:
-                self._left_rows -= 1
-            else:
+                return None
+            if kind != ROW and length > self._left_bytes_beside:
+                self.is_exceeded = True
+                return None
+            end = position + 1 + length
+            if end > len(self._held):
+                self._needed = end
+                return position
+            if kind != ROW:
                 self._left_bytes_beside -= length
-            position += 1 + length
-        if self._left_rows < 0 or self._left_bytes_beside < 0:
+            elif not self._is_row_allowed(position + HEADER.size, end):
+                return None
+            position = end
+        self._needed = 0
+        return position
+
+    def _is_row_allowed(self, begin: int, end: int) -> bool:
+        self._left_rows -= 1
+        if self._left_rows < 0:
             self.is_exceeded = True
             return False
-        self._begun = data[position:]
-        self._until_header = max(0, position - len(data))
-        return True
+        if not self._are_checked or end - begin < COUNT.size:
+            return True
+        fields = fields_of(bytes(self._held[begin:end]))
+        if self._columns is None:
+            self.is_garbled = not all(map(has_room, fields))
+        else:
+            self.is_garbled = not all(
+                is_credible(self._types, oid, field)
+                for oid, field in zip(self._columns, fields, strict=False)
+            )
+        return not self.is_garbled
 
 
 class BufferedWire(_Meter, asyncio.BufferedProtocol):

@@ -125,7 +125,9 @@ async def failure_of(source: Source, node: str, config: dict[str, Json]) -> Node
 
 # ── PostgreSQL ──────────────────────────────────────────────────────────────────────────────────────────────
 
-TEXT, INT4, INT4_ARRAY, RECORD = 25, 23, 1007, 2249
+TEXT, INT4, TEXT_ARRAY, RECORD = 25, 23, 1009, 2249
+ARRAY = struct.pack(">iiiii", 1, 0, TEXT, 2**31 - 1, 1)
+"""Of items none of which follows."""
 
 
 def said(kind: bytes, body: bytes = b"") -> bytes:
@@ -196,6 +198,7 @@ def postgresql(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
         ),
         pytest.param(TEXT, b"D\0\0\0\0", b"", "connection-failed", id="a message without its length"),
         pytest.param(INT4, row(b"\0"), b"", "invalid-response", id="a short number"),
+        pytest.param(TEXT_ARRAY, row(ARRAY), b"", "invalid-response", id="an array of two billion"),
         pytest.param(RECORD, row(struct.pack(">I", 2**27)) + DONE, b"", None, id="a record of many fields"),
     ],
 )

@@ -419,6 +419,21 @@ async def test_values_of_postgresql_are_json(postgresql: Place) -> None:
     assert dict(zip(values, read["rows"][0].values(), strict=True)) == values
 
 
+async def test_values_within_values_of_postgresql_are_json(postgresql: Place) -> None:
+    await postgresql.run("CREATE TABLE pairs (n integer, tags text[], grid integer[], spans int4range[])")
+    await postgresql.run(
+        "INSERT INTO pairs VALUES (2147483647, ARRAY['a', NULL], ARRAY[ARRAY[1, 2], ARRAY[3, 4]],"
+        " ARRAY[int4range(1, 5), 'empty']), (NULL, '{}', NULL, NULL)"
+    )
+    query = "SELECT (SELECT p FROM pairs p LIMIT 1) AS one, array_agg(p ORDER BY n) AS all, "
+    multirange = "array_agg(int4multirange(int4range(1, 3), int4range(7, 9))) AS ranges FROM pairs p"
+    one: Json = {"n": 2147483647, "tags": ["a", None], "grid": [[1, 2], [3, 4]], "spans": ["[1,5)", "empty"]}
+    other: Json = {"n": None, "tags": [], "grid": None, "spans": None}
+    (read,) = (await postgresql.read(query + multirange))["rows"]
+    assert (read["one"], read["all"]) == (one, [one, other])
+    assert read["ranges"] == [["[1,3)", "[7,9)"]] * 2
+
+
 async def test_a_value_is_taken_as_the_type_that_stands_in_its_place(postgresql: Place) -> None:
     read = await postgresql.read(
         "SELECT ?::date + 1 AS a, ?::numeric * 2 AS b, ?::bool AS c, ?::jsonb AS d, ?::bytea AS e, ? || '!' AS f",
