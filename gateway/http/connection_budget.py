@@ -30,7 +30,7 @@ _AT_ONCE: Final = 100
 
 
 class ConnectionPhase(IntEnum):
-    """What a connection waits for, in the order in which they are closed for others."""
+    """What a connection waits for, in the order in which those of one client are closed for others."""
 
     CLOSING = 0
     """The last answer to be taken by its client."""
@@ -111,19 +111,20 @@ class ConnectionBudget:
             victim.cut()
 
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:
-        """Return connections that may be closed, in their order: those of a client with many before those of others."""
+        """Return connections that may be closed, in their order: those of clients that have too many first."""
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0
         share = self._limit // (len(counts) or 1)
-        found: list[tuple[ConnectionPhase, int, float, BoundedConnection]] = []
+        found: list[tuple[tuple[bool, bool, ConnectionPhase, int, float], BoundedConnection]] = []
         for one in self._open:
             phase, count, age = one.phase, counts[one.client_key], now - one.since
+            is_over, is_read = count > share, phase is ConnectionPhase.READING
             if phase is ConnectionPhase.SERVED or one is newcomer:
                 continue
-            if phase is ConnectionPhase.READING and (count <= share or age < READ_SECONDS):
+            if is_read and (not is_over or age < READ_SECONDS):
                 continue
-            if phase < ConnectionPhase.READING and count <= share and age < IDLE_SECONDS:
+            if not is_over and age < IDLE_SECONDS:
                 continue
-            found.append((phase, -count, one.since, one))
-        found.sort(key=lambda victim: victim[:3])
-        return [victim[3] for victim in found]
+            found.append(((is_read, not is_over, phase, -count, one.since), one))
+        found.sort(key=lambda victim: victim[0])
+        return [victim[1] for victim in found]

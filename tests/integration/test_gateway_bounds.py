@@ -3,7 +3,8 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gateway import main
 from gateway.http import connection_budget
 from gateway.http.byte_budget import UNCOUNTED_BYTES, ByteBudget, ByteHolding
 from gateway.http.client_address import client_of
-from gateway.http.connection_budget import SPENT_PART, connections_for
+from gateway.http.connection_budget import SPENT_PART, ConnectionBudget, ConnectionPhase, connections_for
 from gateway.http.edge import Edge
 from gateway.http.proxies import TrustedProxies
 from gateway.settings import GatewaySettings
@@ -112,7 +113,10 @@ def test_nobody_is_refused_by_a_budget_in_which_the_largest_body_has_no_room() -
 # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_idle_and_slow_connections_make_room_for_those_that_ask(tmp_path: Path) -> None:
+async def test_idle_and_slow_connections_make_room_for_those_that_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_budget, "IDLE_SECONDS", 0.0)
     async with serving(tmp_path, max_connections=CONNECTIONS) as address:
         kept = await Connection.open(address, LOCAL[1])
         assert await kept.ask("/healthz") == 200
@@ -120,7 +124,8 @@ async def test_idle_and_slow_connections_make_room_for_those_that_ask(tmp_path: 
         slow = [await Connection.open(address, LOCAL[0]) for _ in range(CONNECTIONS)]
         with closing([kept, *idle, *slow]):
             for connection in slow:
-                await connection.send(upload(1_000), b"{")
+                with suppress(ConnectionError):  # others have taken its place
+                    await connection.send(upload(1_000), b"{")
             for _ in range(CONNECTIONS * 2):
                 newcomer = await Connection.open(address, LOCAL[2])
                 assert await newcomer.ask("/api/v1/auth/whoami") == 200
@@ -128,6 +133,50 @@ async def test_idle_and_slow_connections_make_room_for_those_that_ask(tmp_path: 
             await idle[0].until_closed()
             # Those of a client that holds many go first: who has one keeps it.
             assert await kept.ask("/healthz") == 200
+
+
+@dataclass(eq=False)
+class FakeConnection:
+    """A connection whose phase a test chooses."""
+
+    client_key: str
+    phase: ConnectionPhase
+    since: float = 0.0
+    is_cut: bool = False
+
+    def cut(self) -> None:
+        self.is_cut = True
+
+
+def test_connections_are_closed_in_the_order_of_what_they_are_worth() -> None:
+    idle, slow, read, served = (
+        ConnectionPhase.IDLE,
+        ConnectionPhase.WAITING_FOR_CLIENT,
+        ConnectionPhase.READING,
+        ConnectionPhase.SERVED,
+    )
+    in_order = [
+        FakeConnection("many", idle, since=2),
+        FakeConnection("many", idle, since=3),
+        FakeConnection("many", slow, since=1),
+        FakeConnection("few", idle, since=4),
+        FakeConnection("few", slow, since=5),
+        FakeConnection("many", read, since=6),
+    ]
+    stay = [*(FakeConnection("many", served) for _ in range(10)), FakeConnection("few", read)]
+    budget = ConnectionBudget(len(in_order) + len(stay))
+    for connection in (*reversed(in_order), *stay):
+        assert budget.admit(connection)
+    for number in range(len(in_order)):
+        assert [one.is_cut for one in in_order] == [True] * number + [False] * (len(in_order) - number)
+        assert budget.admit(FakeConnection("", served))
+    assert not budget.is_over
+    assert all(one.is_cut for one in in_order)
+    for _ in range(2):  # in the reserve, to be told why not
+        assert budget.admit(FakeConnection("", served))
+    assert budget.is_over
+    assert not budget.admit(FakeConnection("", served))
+    assert not any(one.is_cut for one in stay)
 
 
 async def test_polls_of_one_client_leave_room_for_others(

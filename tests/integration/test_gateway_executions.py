@@ -662,6 +662,7 @@ async def test_logs_are_listed_in_order_and_by_level(world: World, people: Peopl
 
 PATHS = [
     ("GET", ""), ("GET", "/progress?wait=0"), ("GET", "/spans"), ("GET", "/logs"), ("GET", "/events"),
+    ("GET", "/pending-inputs"), ("GET", f"/blobs/{64 * '0'}"),
     ("POST", "/stop"), ("POST", "/cancel"), ("POST", "/resume"),
 ]  # fmt: skip
 
