@@ -129,12 +129,13 @@ _NO_LITERAL: Final = re.compile(
     rf"""
       (?: \$\. )?+ (?: {"|".join(ROOTS)} ) (?: \. [\w-]++ | \[ [^\[\]]*+ \] )*+
     | \$ \{{ [^{{}}]*+ \}} | \$ [A-Z_] [A-Z0-9_]*+ | % [A-Z_] [A-Z0-9_]*+ %
-    | < [^<>]*+ > | [*•]++
+    | < [^<>]*+ > | [*•]++ | ds_[0-9a-z]{{1,40}}
     | (?i: none | null | true | false | basic | bearer | digest | oauth2? | api[_-]?key | header | query | body )
     """,
     re.VERBOSE,
 )
-"""A path, a reference to the environment, what stands for a hidden value, and a kind of authorisation."""
+"""A path, a reference to the environment, the id of a data source, what stands for a hidden value, and a kind of
+authorization."""
 
 
 def _is_literal(text: str) -> bool:

@@ -73,6 +73,9 @@ def serve(settings: GatewaySettings) -> None:
 async def _serve(settings: GatewaySettings) -> None:
     # Opened here, not by the application's lifespan: Uvicorn would wrap what refuses to open in a traceback.
     async with heartbeat.beating(settings.heartbeat_file), state.opened(settings) as opened:
+        if not settings.public_url:
+            effect = "URLs of triggers name the address of each request"
+            log.warning("PILOTFLAME_PUBLIC_URL is not set", effect=effect)
         await server(create_app(lambda: nullcontext(opened)), settings).serve()
 
 

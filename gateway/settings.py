@@ -19,7 +19,10 @@ class GatewaySettings(Settings):
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the gateway listens on.")
     public_url: str = Field(
         default="",
-        description="Address under which clients reach the gateway, for `Location` headers: mere paths unless set.",
+        description=(
+            "Address under which clients and senders reach the gateway: `https://flows.example.com`. It begins the URLs"
+            " of triggers and `Location` headers, which are mere paths unless it is set."
+        ),
     )
     trusted_proxies: str = Field(
         default="127.0.0.1",

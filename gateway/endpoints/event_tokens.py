@@ -15,6 +15,7 @@ from gateway import audit, errors, limits
 from gateway.arrivals import signatures
 from gateway.http import text
 from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.public_address import address_warnings, base_url
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
@@ -92,6 +93,8 @@ class NewEventToken(EventTokenShape):
     token: str
     url: str
     """Where events are sent to: to be given to the sender as it is."""
+    warnings: list[str]
+    """What keeps the sender from reaching that URL."""
 
 
 class EventTokenList(Wire):
@@ -140,10 +143,11 @@ async def create(request: Request) -> JsonResponse:
         await audit.record(connection, caller, Action.EVENT_TOKEN_CREATED, token_id, before=None, after=after)
 
     await request.gateway.database.transaction(make)
-    base = request.gateway.settings.public_url.rstrip("/")
     shown = msgspec.structs.asdict(_shape(row))
-    url = f"{base}/api/v1/workflows/events?key={token}"
-    return JsonResponse(NewEventToken(**shown, token=token, url=url), status=201)
+    url = f"{base_url(request)}/api/v1/workflows/events?key={token}"
+    return JsonResponse(
+        NewEventToken(**shown, token=token, url=url, warnings=address_warnings(request)), status=201
+    )
 
 
 async def index(request: Request) -> JsonResponse:

@@ -11,6 +11,7 @@ from sqlmodel import col
 
 from engine.values import fingerprint
 from gateway import audit, errors, limits
+from gateway.http.public_address import address_warnings, base_url
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
@@ -56,6 +57,8 @@ class InboundAddress(Wire):
     """What kind of trigger the workflow begins with."""
     urls: dict[str, str]
     """By who sends there."""
+    warnings: list[str]
+    """What keeps senders from reaching these URLs."""
     tokens: list[ShownToken]
     """Those that are good, the newest first."""
 
@@ -68,6 +71,8 @@ class NewToken(Wire):
     hint: str
     urls: dict[str, str]
     """By who sends there: to be given to it as they are."""
+    warnings: list[str]
+    """What keeps senders from reaching these URLs."""
 
 
 async def show(request: Request) -> JsonResponse:
@@ -79,6 +84,7 @@ async def show(request: Request) -> JsonResponse:
     shape = InboundAddress(
         trigger_kind=_kind(request, stored),
         urls=_urls(request, stored, MASK + rows[0].hint if rows else MASK),
+        warnings=address_warnings(request),
         tokens=[
             ShownToken(
                 id=row.id,
@@ -138,7 +144,11 @@ async def replace(request: Request) -> JsonResponse:
     if stored is None:
         raise errors.not_found("workflow")
     shape = NewToken(
-        id=token_id, token=token, hint=intake_tokens.hint_of(token), urls=_urls(request, stored, token)
+        id=token_id,
+        token=token,
+        hint=intake_tokens.hint_of(token),
+        urls=_urls(request, stored, token),
+        warnings=address_warnings(request),
     )
     return JsonResponse(shape, status=201)
 
@@ -196,7 +206,7 @@ def _kind(request: Request, stored: Stored) -> str | None:
 
 def _urls(request: Request, stored: Stored, token: str) -> dict[str, str]:
     """Return the URLs that a workflow's trigger is sent to, by who sends there."""
-    base = request.gateway.settings.public_url.rstrip("/")
+    base = base_url(request)
     workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
     match _kind(request, stored):
         case "queue":

@@ -20,12 +20,14 @@ async def test_an_admin_makes_a_token_and_is_shown_it_once(world: World, people:
     assert response.status_code == 201, response.text
     made = response.json()
     assert made["url"].endswith(f"{EVENTS}?key={made['token']}")
+    assert made["url"].startswith("http")
+    assert "PILOTFLAME_PUBLIC_URL" in made["warnings"][0]
     assert made["providers"] == ["github", "standardWebhooks"]
     await people.admin.api.post(TOKENS, json={"name": "Plain"})
 
     listed = (await people.admin.api.get(f"{TOKENS}?limit=1&offset=1")).json()
     assert (listed["count"], listed["limit"], listed["offset"]) == (2, 1, 1)
-    shown = {name: value for name, value in made.items() if name not in {"token", "url"}}
+    shown = {name: value for name, value in made.items() if name not in {"token", "url", "warnings"}}
     assert listed["tokens"] == [shown]
     assert (await people.stranger.api.get(TOKENS)).json()["count"] == 0
 

@@ -47,6 +47,7 @@ def test_names_that_only_sound_like_one_are_none(config: Json) -> None:
     [
         "{{ data.token }}", "Bearer {{ nodes.login.token }}", "data.user.token", "$.trigger.headers['x-token']",
         "${API_KEY}", "$API_KEY", "%API_KEY%", "<your key>", "********", "none", "Bearer", "OAuth2",
+        "ds_01m8gqqrtae0msda9c64bp8v47",
     ],
 )  # fmt: skip
 def test_what_says_where_a_credential_comes_from_is_none(text: str) -> None:

@@ -1,0 +1,24 @@
+"""The address under which clients and senders reach the gateway, and what is missing where nobody has set it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from gateway.http.request import Request
+
+NOT_SET: Final = (
+    "PILOTFLAME_PUBLIC_URL is not set: the URLs begin with the address that this request came to, which senders may not"
+    " reach"
+)
+
+
+def base_url(request: Request) -> str:
+    """Return the beginning of whole URLs: the public URL, or the address that a request came to."""
+    public_url = request.gateway.settings.public_url.rstrip("/")
+    return public_url or f"{request.url.scheme}://{request.url.netloc}"
+
+
+def address_warnings(request: Request) -> list[str]:
+    """Return what to tell beside URLs that are given to senders."""
+    return [] if request.gateway.settings.public_url else [NOT_SET]
