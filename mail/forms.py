@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from json_text import decoding, pieces
 from mail import charsets, headers, message, reading, transfer
 from mail.limits import DEFAULT, Limits
 from mail.message import Attachment, Keep, Label, Mail
@@ -150,9 +151,12 @@ def _list(form: Form, name: str) -> list[Any]:
 
 def _json(form: Form, name: str) -> object:
     """Return what a field holds as JSON; None for what is none: the mail is there without it."""
+    text = charsets.decoded(bytes(form.first(name)), "utf-8")
     try:
+        if len(text) > pieces.LONG_BYTES:
+            return pieces.decode(text.encode(), decoding.decode)
         # Unlike our decoder, it takes half a surrogate pair: no reason to do without the rest of a field.
-        return json.loads(charsets.decoded(bytes(form.first(name)), "utf-8"))  # noqa: TID251
+        return json.loads(text)  # noqa: TID251
     except (ValueError, RecursionError):
         return None
 

@@ -195,7 +195,8 @@ async def _describe(note: Sent, arrival: Arrival, addressee: Addressee) -> None:
     key = await patience.patiently(mail_kinds.mail_key, arrival, kind)
     if key is not None:
         note.derived_key = promises.derived("mail", addressee.workflow.id, key)
-    note.payload = _encode(_unread_form(arrival, kind, addressee, content=arrival.body).as_json()).decode()
+    unread = await patience.patiently(_unread_form, arrival, kind, addressee, content=arrival.body)
+    note.payload = _encode(unread.as_json()).decode()
 
 
 def _unread_form(arrival: Arrival, kind: MailKind, addressee: Addressee, content: bytes = b"") -> Unread:
@@ -241,7 +242,9 @@ async def _native(handed: Handed) -> JsonResponse:
     attachments = await patience.patiently(decode_attachments, mail.attachments)
     promise = None
     if request.known_sender is not None:
-        promise = idempotency.requested(request, value, workflow_id=handed.workflow_id)
+        promise = await patience.patiently(
+            idempotency.requested, request, value, workflow_id=handed.workflow_id
+        )
 
     blobs, organization_id = request.gateway.blobs, handed.addressee.workflow.organization_id
     are_kept = any(one.content is not None for one in attachments)
@@ -258,7 +261,7 @@ async def _native(handed: Handed) -> JsonResponse:
 
 
 async def _of_form(handed: Handed) -> JsonResponse:
-    unread = _unread_form(handed.arrival, handed.kind, handed.addressee)
+    unread = await patience.patiently(_unread_form, handed.arrival, handed.kind, handed.addressee)
     return await _take_in_unread(handed, unread, handed.arrival.body)
 
 

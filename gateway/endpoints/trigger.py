@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlmodel import col
 from starlette.requests import ClientDisconnect
 
+from engine import patience
 from engine.triggers import trigger_output
 from engine.values import encode
 from gateway import errors, limits
@@ -111,7 +112,7 @@ async def start(request: Request) -> JsonResponse:
     workflow_id = request.path_params["id"]
     value = await read_json(request)
     body = _checked(convert(value, Trigger))
-    promise = idempotency.requested(request, value, workflow_id=workflow_id)
+    promise = await patience.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body, times)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta, Raw
 
+from engine import patience
 from gateway import errors, limits
 from gateway.executions import acceptance, execution_rows, execution_shapes, intake, tries
 from gateway.executions.execution_shapes import LogShape, Status
@@ -75,7 +76,9 @@ async def run_node(request: Request) -> JsonResponse:
     value = await read_json(request)
     body = convert(value, TryNode)
     workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
-    promise = idempotency.requested(request, value, workflow_id=f"{workflow_id}/{node_id}")
+    promise = await patience.patiently(
+        idempotency.requested, request, value, workflow_id=f"{workflow_id}/{node_id}"
+    )
 
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body)

@@ -58,6 +58,8 @@ Shape = TypeVar("Shape", bound=msgspec.Struct)
 Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 """A time in an answer, as `instant` writes it."""
 
+MAX_ITEMS: Final = max(limits.NODES, limits.CONNECTIONS)
+"""Items of the longest list that is taken: a longer one is refused for its length, and nobody looks at its items."""
 MAX_WHOLE = 2**53
 """Up to here, a number with a fraction that is zero is what somebody wrote, and not what it was rounded to."""
 MAX_SHOWN_NAME: Final = 64
@@ -118,6 +120,8 @@ def convert(value: Json, kind: type[Shape], path: str = "") -> Shape:
 def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
     """Return a JSON value with 2 for 2.0 wherever `kind` wants a whole number: to JSON they are one number."""
     parts = tuple(_parts(kind))
+    if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
+        return value
     if isinstance(value, float):
         is_whole = int in parts and float not in parts and value.is_integer() and abs(value) <= MAX_WHOLE
         return int(value) if is_whole else value
@@ -181,6 +185,8 @@ def _missing_fields(
 
 def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
     """Return what a type has other types for, each with its type and its path."""
+    if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
+        return
     if isinstance(value, dict) and _is_body(part):
         for name, field in _fields(part).items():
             if name in value:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from typing import Any
+import time
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -16,6 +17,8 @@ from engine.graph import Graph
 from engine.validation import validate
 from engine.values import InvalidJson, Json
 from gateway import limits
+from gateway.errors import ApiError
+from gateway.http.wire import Wire, convert
 from gateway.workflows import graph_difference
 from nodes import catalog
 from tests import hostile_json, lock_holds
@@ -72,6 +75,18 @@ def test_a_larger_text_is_decoded_in_pieces() -> None:
         gc.enable()
     del value  # to let go of it isn't what is measured
     assert holds.longest_seconds < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
+
+
+def test_a_list_that_is_too_long_is_refused_at_a_glance() -> None:
+    class Body(Wire):
+        items: Annotated[list[dict[str, int]], msgspec.Meta(max_length=3)]
+
+    body = values.decode(b'{"items":%s}' % hostile_json.repeated(b'{"a":1.0}', 5 * MEGABYTE))
+    began_at = time.thread_time()
+    with pytest.raises(ApiError) as caught:
+        convert(body, Body)
+    assert time.thread_time() - began_at < 0.3
+    assert [problem["path"] for problem in caught.value.details] == ["items"]
 
 
 def test_the_largest_graph_is_checked_arranged_and_compared_step_by_step() -> None:

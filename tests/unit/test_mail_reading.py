@@ -27,6 +27,7 @@ from mail.form import File, Form
 from mail.limits import InvalidMail, Limits
 from mail.message import Label, Mail
 from mail.parts import Part
+from tests import hostile_json, lock_holds
 
 PAYLOADS = Path(__file__).parent.parent / "payloads"
 S3_OBJECT = "ses/s3/fixture-inbound-mail/mail/c49c250cf75ad2a6f058032ec89a2e21b845f938.eml"
@@ -636,3 +637,15 @@ def test_a_mail_of_25_mb_takes_less_than_two_seconds_and_twice_its_memory(tmp_pa
     assert (found, kept) == (len(content), len(content))
     assert growth < 2 * size, f"{growth / 1e6:.0f} MB for a mail of {size / 1e6:.0f} MB"
     assert seconds < 4
+
+
+def test_a_long_field_of_json_is_read_piece_by_piece() -> None:
+    nested = hostile_json.TEXTS["nested lists"](2_000_000)
+    described = b'{"attachment1":{"filename":"a.txt"},"b":%s}' % nested
+    form = Form({"attachment-info": [described]}, [File("attachment1", "x", "text/plain", b"1")])
+    with lock_holds.measuring() as holds:
+        mail = forms.sendgrid(form, Kept())
+    assert [each.label.filename for each in mail.attachments] == ["a.txt"]
+    assert holds.longest_seconds < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
+    twice = b'{"attachment1":{},%s"attachment1":{}}' % (b'"a":1,' * 30_000)
+    assert not forms.sendgrid(Form({"attachment-info": [twice]}), Kept()).attachments
