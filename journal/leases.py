@@ -92,7 +92,9 @@ class LeaseKeeper:
     async def _keep(self) -> None:
         store = await self._store.for_thread()
         interval_seconds = self._lease_seconds / RENEWALS_PER_LEASE
-        while not await asyncio.to_thread(self._stopping.wait, interval_seconds):
+        begun_at = time.monotonic()
+        while not await asyncio.to_thread(self._stopping.wait, self._until_next(begun_at)):
+            begun_at = time.monotonic()
             leases = list(self._leases.values())
             if not leases:
                 continue
@@ -105,6 +107,10 @@ class LeaseKeeper:
                 log.exception("leases not renewed", leases=len(leases))
         if store is not self._store:
             await store.close()
+
+    def _until_next(self, begun_at: float) -> float:
+        """Return how long the next round is away: no lease waits for another that took long in the last one."""
+        return max(0.0, begun_at + self._lease_seconds / RENEWALS_PER_LEASE - time.monotonic())
 
     async def _renew_unlocked(self, store: RunStore, leases: list[Lease], seconds: float) -> None:
         """Renew leases, and try those again until the next round whose rows another transaction has locked."""

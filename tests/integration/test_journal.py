@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from engine.errors import LeaseLost
 from engine.events import Ended, LogLine, RunError, RunStatus, Span, SpanStatus
 from journal import recorder
 from journal.grouping import GroupCommit
-from journal.leases import Lease, LeaseKeeper
+from journal.leases import RENEWALS_PER_LEASE, Lease, LeaseKeeper
 from journal.recorder import Recorder, RunJournal
 from journal.store import Claimed, Held, Renewed, RunWrite, Store
 from models.database import DatabaseUnavailable
@@ -385,3 +386,32 @@ async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exceptio
                 await asyncio.sleep(0.01)
         kept.keeper.stop()
     assert failures >= 3
+
+
+async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_round(world: World) -> None:
+    kept_back, rounds = await world.claimed(), list[float]()
+
+    class LocksOne:
+        async def for_thread(self) -> Any:  # noqa: ANN401 - any JSON value
+            return self
+
+        async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+            if len(held) > 1:
+                rounds.append(time.monotonic())
+            is_kept_back = {one.execution_id: one.execution_id == kept_back.execution_id for one in held}
+            return [
+                Renewed(key, None, is_locked=locked) for key, locked in is_kept_back.items() if lease_seconds
+            ]
+
+        async def close(self) -> None: ...
+
+    with capture_logs():
+        kept = await keeping(LocksOne(), 0.3)  # type: ignore[arg-type]
+        for one in (kept_back, await world.claimed()):
+            kept.hold(one)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(rounds) < 8:  # noqa: ASYNC110 - they are made by another thread
+                await asyncio.sleep(0.01)
+        kept.keeper.stop()
+    # The shortest, since a busy machine makes any of them longer.
+    assert min(later - earlier for earlier, later in pairwise(rounds)) < 0.3 / RENEWALS_PER_LEASE * 1.5
