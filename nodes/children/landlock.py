@@ -6,7 +6,6 @@ Numbers and structures are those of `linux/landlock.h`; a kernel with a lower AB
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import stat
 import struct
@@ -60,9 +59,10 @@ def version() -> int:
 
 
 def restrict(allowed: Mapping[str, int]) -> bool:
-    """Give up all access to files but these rights below these paths, and all TCP; returns whether that is so.
+    """Give up all access to files but these rights below these paths, and all TCP.
 
-    Paths that don't exist are left out. What is open already stays open.
+    Returns False where the kernel has no Landlock, and raises `OSError` where it has it and refuses: nobody works
+    behind a wall that only seems to stand. Paths that don't exist are left out. What is open already stays open.
     """
     abi = version()
     if abi == 0:
@@ -76,27 +76,33 @@ def restrict(allowed: Mapping[str, int]) -> bool:
     )
     size = 8 if abi < TCP_ABI else 16 if abi < SCOPE_ABI else 24
     ruleset = _call(CREATE_RULESET, attributes, size, 0)
-    if ruleset < 0:
-        return False
+    _require(ruleset >= 0)
     try:
-        are_added = all(_allow(ruleset, path, wanted & rights) for path, wanted in allowed.items())
+        for path, wanted in allowed.items():
+            _allow(ruleset, path, wanted & rights)
         _libc().prctl(SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        return are_added and _call(RESTRICT_SELF, ruleset, 0) == 0
+        _require(_call(RESTRICT_SELF, ruleset, 0) == 0)
     finally:
         os.close(ruleset)
+    return True
 
 
-def _allow(ruleset: int, path: str, rights: int) -> bool:
+def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError as error:
-        return error.errno in {errno.ENOENT, errno.ENOTDIR}
+    except (FileNotFoundError, NotADirectoryError):
+        return
     try:
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         rule = struct.pack("=Qi", rights if is_folder else rights & OF_FILES, descriptor)
-        return _call(ADD_RULE, ruleset, RULE_PATH_BENEATH, rule, 0) == 0
+        _require(_call(ADD_RULE, ruleset, RULE_PATH_BENEATH, rule, 0) == 0)
     finally:
         os.close(descriptor)
+
+
+def _require(is_done: bool) -> None:  # noqa: FBT001 - it reads as a sentence
+    if not is_done:
+        raise OSError(ctypes.get_errno(), "Landlock refused")
 
 
 def _call(number: int, *arguments: bytes | int | None) -> int:

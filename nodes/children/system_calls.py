@@ -225,7 +225,13 @@ def _install(calls: Numbers, *, named: int, others: int, read_only: bool = False
     code = _code(mark, [number for number in numbers if number is not None], named, others, checks)
     program = _Program(len(code), b"".join(code))
     libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.prctl(*SET_FILTER, ctypes.byref(program), 0, 0) == 0)
+    if libc.prctl(*SET_FILTER, ctypes.byref(program), 0, 0) == 0:
+        return True
+    if are_filtered():
+        raise OSError(
+            ctypes.get_errno(), "seccomp refused"
+        )  # nobody works behind a wall that only seems to stand
+    return False
 
 
 def _checks(column: int) -> list[bytes]:
