@@ -23,11 +23,11 @@ from journal.store import Arrival, Claim, Claimed, ExecutionKey
 from mail import addresses
 from messages.buckets import Rate
 from models.database import DatabaseUnavailable
-from models.execution import UNREAD, Execution
+from models.execution import ISOLATED_UNREAD, UNREAD, Execution
 from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
 from tests import fake_s3
 from tests.integration.gateway_world import STEP, People, World, refused
-from tests.integration.mail_world import MailWorld, mail_world
+from tests.integration.mail_world import MailWorld, mail_world, until
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
 from workers import mails as worker_mails
 from workers import reading
@@ -467,6 +467,25 @@ async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others
     }
     assert [one.status for one in left if one is not None] == [run.status for run in runs]
     assert [run.id for run in runs if run.ended_at] == [run.id for run in runs if run.status != "pending"]
+
+
+async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
+    mails: MailWorld, people: People
+) -> None:
+    workflow_id = await mails.workflow(people.owner)
+    execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format("Message-ID: <suspect@x>\r\n"))
+    for _ in range(2):
+        assert execution_id in {one.execution_id for one in await claimed(mails, "dead.reader")}
+        await mails.gateway.store.take_back("dead")
+    assert (await mails.run(execution_id)).target == ISOLATED_UNREAD
+
+    async def is_read() -> bool:
+        return bool((await mails.run(execution_id)).target == "shared")
+
+    async with mails.reading():
+        await until(is_read)
+    run = await mails.run(execution_id)
+    assert (run.status, run.attempt, run.on_trial) == ("pending", 0, False)
 
 
 async def claimed(mails: MailWorld, owner: str) -> Sequence[Claimed]:

@@ -420,6 +420,16 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(pods: Pods, r
 
 
 @ON_POSTGRES
+async def test_a_pod_puts_a_suspect_on_trial(pods: Pods) -> None:
+    suspect = await pods.accept(SIMPLE)
+    await pods.world.query("UPDATE execution SET attempt = 2, is_fresh = false")
+    other = await pods.accept(SIMPLE)
+    pod = await pods.start().ready()
+    await pods.reaches(suspect, "completed")
+    await pods.reaches(other, "completed")
+    assert "suspect on trial" in pod.started.log()
+
+
 async def test_a_run_outlasts_a_restart_of_the_gateway(pods: Pods, receiver: Receiver) -> None:
     receiver.may_answer.clear()
     await pods.start(RUNNER_ORPHAN_SECONDS="10").ready()
