@@ -143,6 +143,7 @@ class Executor:
         self._isolation = isolation or Isolation()
         self._isolation.join(self._is_proven)
         self._is_claiming = False
+        self._has_claimed = False
         self._suspects = SuspectSearch(store, settings)
         self._wanted = asyncio.Event()
         self._owes_claim = False
@@ -210,10 +211,14 @@ class Executor:
         self._wanted.clear()
         if self._is_draining:
             return
-        await self._try_suspects()
+        if not self._has_claimed:
+            self._has_claimed = True
+            await self._try_suspects()  # while nothing else is held, none of them has to wait
+        elif self._suspects.is_due and self._isolation.is_open:
+            self._in_background(self._try_suspects)  # what has just arrived doesn't wait for the look
         await self._isolation.pass_gate()
         limit, others_than = self._places()
-        if limit <= 0:
+        if limit <= 0 or self._is_draining:
             return  # the end of a run says again that a claim is owed
         self._owes_claim = bool(others_than)
         since = time.monotonic()

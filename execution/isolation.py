@@ -32,17 +32,21 @@ class SuspectSearch:
         self._next_at = time.monotonic()
         self._outlived_at = self._next_at + settings.lease_seconds
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to look again."""
+        return time.monotonic() >= self._next_at
+
     async def find(self) -> int | None:
         """Return how many workers a suspect may have lost on trial; None where there is none to be taken now.
 
         One whose trial has ended a process is left to processes that have outlived a lease: where they are ended from
         outside, moments after each start, it is not tried at all. Raises `DatabaseUnavailable`.
         """
-        now = time.monotonic()
-        if now < self._next_at:
+        if not self.is_due:
             return None
         self.rest()
-        max_trial_losses = MAX_TRIAL_LOSSES if now >= self._outlived_at else 0
+        max_trial_losses = MAX_TRIAL_LOSSES if time.monotonic() >= self._outlived_at else 0
         return max_trial_losses if await self._store.has_suspects(max_trial_losses, self._target) else None
 
     def rest(self) -> None:
@@ -62,6 +66,11 @@ class Isolation:
     def join(self, is_proven: Callable[[], bool]) -> None:
         """Have trials wait until `is_proven` tells that all runs of a claimer are, claims under way included."""
         self._are_proven.append(is_proven)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no trial goes on."""
+        return self._is_open.is_set()
 
     async def pass_gate(self) -> None:
         """Wait until no trial goes on; to be awaited before each claim."""
