@@ -8,7 +8,7 @@ from sqlalchemy import and_, func, literal_column, select
 from sqlmodel import col
 
 from models.deployment import Deployment
-from models.execution import DELAYED, ISOLATION, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
+from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
 from models.ids import turn_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-_EVERYWHERE: Final = (SHARED, LIMITED, DELAYED, UNREAD, *ISOLATION.values())
+_EVERYWHERE: Final = (SHARED, LIMITED, DELAYED, UNREAD)
 # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
 _PENDING: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"), col(Execution.is_fresh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -607,6 +608,31 @@ async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
     await workers.start()
     await until(lambda: workers.are_all("completed"))
     assert workers.stage.calls == [f"{execution_id}:hold1:0"] * 2
+
+
+@ON_ONE
+async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_broken_off(
+    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stubborn(call: Call) -> Json:
+        workers.stage.begun.set()
+        while not workers.stage.go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await workers.stage.go_on.wait()
+        return call.data
+
+    library = workers.stage.library()
+    assert isinstance(library, Library)
+    library.runs["hold"] = stubborn
+    workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
+    for name in ("HAND_OVER_SECONDS", "BREAK_OFF_SECONDS"):
+        monkeypatch.setattr(executors, name, 0.1)
+    (execution_id,) = await workers.accept(place, "hold")
+    first = await workers.start()
+    await soon(workers.stage.begun)
+    await first.executor.drain()
+    row = await world.row(execution_id)
+    assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
 
 
 async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
