@@ -502,6 +502,24 @@ async def test_a_suspect_runs_alone_until_it_has_recorded_a_result(
 
 
 @ON_ONE
+async def test_what_arrives_during_a_trial_waits_for_its_end(
+    world: World, place: Place, workers: Workers
+) -> None:
+    await world.suspect(place, definition=chain("hold"))
+    await world.query("UPDATE execution SET status = 'waiting'")
+    await workers.start(sweep_seconds=0.05)
+    await workers.accept(place, "note")
+    await until(lambda: has_completed(world, 1))
+    await world.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
+    await soon(workers.stage.begun)
+    await workers.accept(place, "note")
+    await asyncio.sleep(0.3)
+    assert await workers.statuses() == Counter(completed=1, running=1, pending=1)
+    workers.stage.go_on.set()
+    await until(lambda: workers.are_all("completed"))
+
+
+@ON_ONE
 async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_too(
     world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +538,11 @@ async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_t
     assert workers.stage.calls == [f"{key.execution_id}:hold1:0" for key in keys]
     workers.stage.go_on.set()
     await until(lambda: workers.are_all("completed"))
+
+
+async def has_completed(world: World, count: int) -> bool:
+    rows = await world.query("SELECT id FROM execution WHERE status = 'completed'")
+    return len(rows) == count
 
 
 async def are_off_trial(world: World) -> bool:
