@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
 PREFIX: Final = "PILOTFLAME_"
+OF_COMMANDS: Final = frozenset({"PILOTFLAME_URL", "PILOTFLAME_API_KEY"})
+"""What commands that talk to a server need: known without loading the settings of every process."""
 _SERVICE_HOST: Final = "_SERVICE_HOST"
 """Kubernetes describes each Service of a namespace in variables; ours begin like settings."""
 
 
 def unknown(environment: Iterable[str]) -> Mapping[str, list[str]]:
     """Return the variables that begin like a setting and are none, each with the settings that it may mean."""
-    given = [name for name in environment if name.upper().startswith(PREFIX)]
+    given = [
+        name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in OF_COMMANDS
+    ]
     links = tuple(
         name.removesuffix(_SERVICE_HOST) + kind
         for name in given

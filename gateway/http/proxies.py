@@ -31,7 +31,7 @@ class TrustedProxies:
     def __init__(self, named: str) -> None:
         """`named` are addresses, networks and host names, separated by commas; `*` trusts everybody."""
         parts = [one.strip() for one in named.split(",") if one.strip()]
-        self._addresses = [one for one in parts if _network_size(one)]
+        self._addresses = [_whole_network(one) for one in parts if _network_size(one)]
         self._names = [one for one in parts if not _network_size(one)]
         self._resolved: dict[str, Sequence[str]] = {}
         self._has_warned = False
@@ -98,6 +98,11 @@ class TrustedProxies:
             " your proxy; all of its clients count as one address until then",
             peer=peer[0] if peer else "",
         )
+
+
+def _whole_network(named: str) -> str:
+    """Return a network as it is compared: `10.1.2.3/24` is one too."""
+    return str(ip_network(named, strict=False)) if "/" in named else named
 
 
 def _network_size(named: str) -> int:

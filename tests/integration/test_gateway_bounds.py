@@ -307,9 +307,9 @@ def test_a_network_of_one_ipv6_host_is_one_client(address: str, client: str) -> 
 
 async def test_a_forwarded_address_is_believed_to_a_trusted_proxy_alone() -> None:
     forwarded = [(b"host", b"x"), (b"x-forwarded-for", b"192.0.2.1, 198.51.100.7")]
-    proxies = TrustedProxies("localhost, 203.0.113.9")
+    proxies = TrustedProxies("localhost, 203.0.113.9, 203.0.113.77/28")
     await proxies.resolve()
-    for peer in ("127.0.0.1", "203.0.113.9"):
+    for peer in ("127.0.0.1", "203.0.113.9", "203.0.113.70"):
         assert proxies.client((peer, 1), forwarded) == ("198.51.100.7", 0)
         assert proxies.client((peer, 1), [(b"host", b"x")]) == (peer, 1)
     with structlog.testing.capture_logs() as logs:
