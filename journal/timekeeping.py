@@ -93,6 +93,7 @@ async def follow_host(database: Database) -> None:
         # While this transaction keeps all others from writing: nobody writes the old time behind it.
         if not has_moved:
             HOST_TIME.move(step)
+            database.clock.follow_host()
             has_moved = True
 
     try:
@@ -100,6 +101,7 @@ async def follow_host(database: Database) -> None:
     except BaseException:
         if has_moved:
             HOST_TIME.move(-step)
+            database.clock.follow_host()
         raise
     log.warning("the clock of this host was set", seconds=round(step / 1_000_000, 1))
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 DAY = 86_400.0
+LEASE = "30"
+"""Seconds: no busy machine loses it, and a clock that is set by a day would."""
 WAIT_SECONDS = 1.5
 """Longer than what keeps the worker, so that somebody promotes the run when it is due."""
 LATE_SECONDS = 30.0
@@ -51,7 +53,9 @@ async def many(
     for name, seconds in {"gateway": DAY, "scheduler": -DAY, "worker-1": DAY, "worker-2": -90.0}.items():
         clocks[name].set(seconds)
     folder = tmp_path_factory.mktemp("many")
-    async with harness.many_processes(folder, postgres, redis_server, clocks) as deployment:
+    async with harness.many_processes(
+        folder, postgres, redis_server, clocks, LEASE_SECONDS=LEASE
+    ) as deployment:
         yield deployment
 
 
@@ -59,7 +63,9 @@ async def many(
 async def dev(
     clocks: dict[str, ShiftedClock], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Deployment]:
-    async with harness.one_process(tmp_path_factory.mktemp("dev"), clocks["dev"].environment) as deployment:
+    async with harness.one_process(
+        tmp_path_factory.mktemp("dev"), clocks["dev"].environment, LEASE_SECONDS=LEASE
+    ) as deployment:
         yield deployment
 
 
