@@ -20,6 +20,10 @@ GUIDES = {
     name: (PROJECT / f"docs/{name}.md").read_text()
     for name in ("arriving", "events", "guide", "sleeping", "trying", "work")
 }
+SENDERS = {
+    name: (PROJECT / f"docs/senders/{name}.md").read_text()
+    for name in ("github", "mail-server", "mailgun", "sendgrid", "ses", "slack", "stripe")
+}
 REQUESTS = re.compile(r"```sh\n(.*?)```\n```json\n(.*?)```", re.DOTALL)
 """Commands, and what is shown of the answer to the last of them."""
 COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")
@@ -32,23 +36,35 @@ EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 @EACH
 async def test_every_request_of_a_guide_is_answered_as_it_shows(tmp_path: Path, guide: str) -> None:
     async with harness.one_process(tmp_path, LIFECYCLE_SECONDS="0.5") as deployment:
-        # What a reader has below the project's folder.
-        project = tmp_path / "project"
-        project.mkdir()
-        (project / "docs").symlink_to(PROJECT / "docs")
-        (project / ".pilotflame").symlink_to(tmp_path)
-        environment = {**os.environ, "KEY": API_KEY, "API": f"{deployment.url}/api/v1"}
-        copied: dict[str, str] = {}
-        for commands, shown in REQUESTS.findall(guide):
-            script = COPIED.sub(partial(value_of, copied), commands)
-            if past.UNTIL_IT_SLEEPS.search(script):
-                past.let_a_minute_pass(tmp_path / "pilotflame.db")
-            printed, environment = await asyncio.to_thread(ran, script, environment, project)
-            *others, last = answers(printed)
-            copied = {}
-            wrong = [other for other in others if "error" in other]
-            wrong += differences(last, json.loads(shown), copied)
-            assert not wrong, f"{script}\n{printed}\n\n{shown}"
+        await walk(guide, tmp_path, deployment.url)
+
+
+async def test_every_request_of_the_pages_about_senders_is_answered_as_they_show(tmp_path: Path) -> None:
+    async with harness.one_process(tmp_path) as deployment:
+        for page in SENDERS.values():
+            await walk(page, tmp_path, deployment.url)
+
+
+async def walk(guide: str, folder: Path, url: str) -> None:
+    """Send each request of a guide, and compare the answers with those that it shows."""
+    # What a reader has below the project's folder.
+    project = folder / "project"
+    project.mkdir(exist_ok=True)
+    for name, target in (("docs", PROJECT / "docs"), (".pilotflame", folder)):
+        if not (project / name).exists():
+            (project / name).symlink_to(target)
+    environment = {**os.environ, "KEY": API_KEY, "API": f"{url}/api/v1"}
+    copied: dict[str, str] = {}
+    for commands, shown in REQUESTS.findall(guide):
+        script = COPIED.sub(partial(value_of, copied), commands)
+        if past.UNTIL_IT_SLEEPS.search(script):
+            past.let_a_minute_pass(folder / "pilotflame.db")
+        printed, environment = await asyncio.to_thread(ran, script, environment, project)
+        *others, last = answers(printed)
+        copied = {}
+        wrong = [other for other in others if "error" in other]
+        wrong += differences(last, json.loads(shown), copied)
+        assert not wrong, f"{script}\n{printed}\n\n{shown}"
     assert {file.name for file in project.iterdir()} == {"docs", ".pilotflame", VARIABLES}
 
 
@@ -96,7 +112,7 @@ def differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -
         yield at
 
 
-@EACH
+@pytest.mark.parametrize("guide", [*GUIDES.values(), *SENDERS.values()], ids=[*GUIDES, *SENDERS])
 def test_every_command_of_a_guide_has_an_answer_and_all_of_it_can_be_read_in_one_sitting(guide: str) -> None:
     assert len(REQUESTS.findall(guide)) == guide.count("```sh\n")
     assert len(guide.splitlines()) < 250
