@@ -14,6 +14,8 @@ import msgspec
 
 MAX_DEPTH: Final = 64
 """As deep as values go."""
+MAX_VISITS: Final = 250_000
+"""Values within one that are looked at: to look at more takes too long."""
 MAX_DIMENSIONS: Final = 6
 SMALLEST_ITEM: Final = 4
 """Bytes of the length that every item begins with."""
@@ -93,19 +95,25 @@ def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
 
     Wrong lengths end the look: the driver finds them itself, before it allocates anything.
     """
-    waiting: list[tuple[int, bytes, int]] = [(oid, value, 0)]
-    while waiting:
-        of_type, held, depth = waiting.pop()
+    visits = 0
+    levels: list[Iterator[tuple[int, bytes]]] = [iter([(oid, value)])]
+    while levels:
+        found = next(levels[-1], None)
+        if found is None:
+            levels.pop()
+            continue
+        visits += 1
+        of_type, held = found
         container = types.container(of_type)
         if container is None:
             continue
-        if depth >= MAX_DEPTH:
+        if visits > MAX_VISITS or len(levels) > MAX_DEPTH:
             return False
         if container.kind == "array" and not has_room(held):
             return False
         if container.kind == "multirange" and not _has_room_for_ranges(held):
             return False
-        waiting += [(part, inner, depth + 1) for part, inner in _inside(types, container, held)]
+        levels.append(_inside(types, container, held))
     return True
 
 
@@ -154,9 +162,8 @@ def _items(value: bytes, position: int) -> Iterator[bytes]:
         position += NUMBER.size
         if length > len(value) - position:
             return
-        if length > 0:
-            yield value[position : position + length]
-            position += length
+        yield value[position : position + max(0, length)]
+        position += max(0, length)
 
 
 def _fields_of_composite(parts: Sequence[int], value: bytes) -> Iterator[tuple[int, bytes]]:

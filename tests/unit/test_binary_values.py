@@ -1,4 +1,5 @@
 import struct
+import time
 
 import pytest
 
@@ -87,6 +88,15 @@ def test_values_nested_deeper_than_any_are_refused_in_no_time() -> None:
     for _ in range(2_000):
         value = struct.pack(">iI", 1, NEST) + item(value)
     assert not is_credible(TYPES, NEST, value)
+
+
+def test_a_value_of_too_many_parts_is_not_looked_through() -> None:
+    parts = struct.pack(">i", -1) * 1_000_000
+    value = struct.pack(">iiIii", 1, 0, PAIR, 1_000_000, 1) + parts
+    began = time.process_time()
+    assert not is_credible(TYPES, PAIRS, value)
+    assert time.process_time() - began < 2
+    assert is_credible(TYPES, INT4_ARRAY, struct.pack(">iiIii", 1, 0, INT4, 1_000_000, 1) + parts)
 
 
 @pytest.mark.parametrize("cut", range(0, len(pair(GOOD)), 3))
