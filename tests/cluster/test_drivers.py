@@ -114,6 +114,7 @@ async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(
     assert failed.trouble.reason is Reason.CRASH_LOOP
     assert "code 1" in failed.trouble.message
     assert "the program cannot start" in failed.trouble.message
+    assert failed.trouble in {pod.trouble for pod in failed.pods}
     assert not failed.is_ready
     await cluster.driver.apply(replace(wanted, environment={}, definition_hash="second"))
     mended = await cluster.ready(wanted.workflow_id)

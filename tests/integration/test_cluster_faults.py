@@ -208,6 +208,21 @@ async def test_a_start_over_the_quota_says_so_at_once_and_goes_on_when_there_is_
         await undeployed(world, people, workflow_id)
 
 
+async def test_a_deploy_is_answered_as_soon_as_it_is_known_that_there_is_no_room(
+    postgres: PostgreSQL, tmp_path: Path, cluster: Cluster
+) -> None:
+    async with open_world("sqlite", postgres, tmp_path, settle_seconds=300) as world:
+        owner = (await world.people()).owner
+        workflow_id = await owner.create(**GRAPH)
+        await cluster.set_quota({"pods": "0"})
+        async with deploying(world, cluster):
+            answer = await asked(owner, "deploy", workflow_id, 202)
+            assert answer["deploymentStatus"] == "starting"
+            assert "exceeded quota" in answer["reason"]
+            await cluster.set_quota(None)
+            await asked(owner, "undeploy", workflow_id, 200)
+
+
 async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_when_one_has(
     world: World, people: People, workflow_id: str, fake: FakeCluster
 ) -> None:
@@ -259,6 +274,30 @@ async def test_a_lost_node_is_told_of_and_its_workflow_serves_again_from_another
         assert "deletionTimestamp" in shown["metadata"], "its node can't tell yet that it has ended"
 
 
+async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
+    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for machine in fake.api.node.machines:
+        machine.cpu_millicores = 500  # room for one pod each
+    tolerated = machines.toleration_seconds
+    monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, fake.cluster):
+        await asked(people.owner, "start", workflow_id, 202, replicas=2)
+        await until(world, workflow_id, lambda one: one.ready_replicas == 2)
+        await fake.api.controllers.silence("node-1", is_powered=True)
+        lost = await until(world, workflow_id, lambda one: one.observed_reason_code == "node-not-ready")
+        assert (status_of(lost), lost.ready_replicas) == (DeploymentStatus.RUNNING, 1)
+        assert lost.observed_reason == "The node node-1 of the pod is not ready"
+        assert len(fake.pods()) == 2, "nobody has deleted one"
+        # From its toleration on, another pod is wanted in its place.
+        fake.api.node.machines.append(Machine("node-3", cpu_millicores=500))
+        monkeypatch.setattr(machines, "toleration_seconds", tolerated)
+        whole = await until(world, workflow_id, lambda one: one.ready_replicas == 2)
+        assert whole.observed_reason is None
+        assert {pod["spec"]["nodeName"] for pod in fake.pods()} == {"node-2", "node-3"}
+
+
 async def test_a_node_that_is_lost_alone_is_waited_for_with_the_reason(
     world: World, people: People, workflow_id: str, fake: FakeCluster
 ) -> None:
@@ -298,7 +337,7 @@ async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
     world: World, people: People, workflow_id: str, cluster: Cluster
 ) -> None:
     await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, cluster):
+    async with deploying(world, cluster) as found:
         before = await until(world, workflow_id, is_running)
         await cluster.delete_namespace()
         lost = await until(
@@ -306,6 +345,7 @@ async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
         )
         assert cluster.namespace in str(lost.observed_reason)
         await cluster.create_namespace()
+        found.look_at(workflow_id)  # it would look again within a minute
         again = await until(world, workflow_id, is_running)
         assert again.generation == before.generation
         await undeployed(world, people, workflow_id)

@@ -121,6 +121,7 @@ class LocalPod:
             is_terminating=self.is_terminating,
             stage=PodStage.READY if self.is_ready else PodStage.STARTED,
             ended_at=self.ended_at,
+            trouble=None if self.is_terminating else self.trouble,
             is_out_of_memory=self._is_out_of_memory,
         )
 
@@ -150,7 +151,9 @@ class LocalPod:
             try:
                 running = self._start(wanted)
             except OSError as error:
-                await self._recover(Trouble(Reason.NOT_CREATED, f"The program could not be started: {error}"))
+                message = f"The program could not be started: {error}"
+                is_final = isinstance(error, FileNotFoundError | PermissionError)
+                await self._recover(Trouble(Reason.NOT_CREATED, message, is_final=is_final))
                 continue
             await self._until_ended(running)
         shutil.rmtree(self.folder, ignore_errors=True)
