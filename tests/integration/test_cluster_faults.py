@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from workers.cluster.driver import Driver
 from workers.cluster.kubernetes import KubernetesDriver
 from workers.cluster.kubernetes_api import KubernetesApi
 from workers.cluster.manifests import DEFINITION_ANNOTATION
-from workers.deployer import rows
+from workers.deployer import comparison, rows
 from workers.deployer.deployer import Deployer
 from workers.deployer.main import LOCAL_COMMAND
 
@@ -261,17 +262,37 @@ async def test_a_lost_node_is_told_of_and_its_workflow_serves_again_from_another
 ) -> None:
     # By itself, the cluster would wait for the tolerations to be over.
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
+    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(seconds=0.2))
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster):
         before = await until(world, workflow_id, is_running)
         (lost,) = fake.pods()
         await fake.api.controllers.silence("node-1", is_powered=False)
-        told = await until(world, workflow_id, lambda one: one.ready_replicas == 0)
-        assert told.ready_addresses == []
+        told = await until(world, workflow_id, is_blocked_by("node-not-ready"))
+        assert (told.ready_addresses, fake.used) == ([], "node-1")
         after = await until(world, workflow_id, is_running)
         assert (fake.used, after.generation) == ("node-2", before.generation)
         shown = fake.api.store.get(KINDS["pods"], NAMESPACE, lost["metadata"]["name"])
         assert "deletionTimestamp" in shown["metadata"], "its node can't tell yet that it has ended"
+
+
+async def test_a_node_that_is_back_within_moments_keeps_its_pod(
+    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
+    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(minutes=1))
+    await asked(people.owner, "deploy", workflow_id, 202)
+    async with deploying(world, fake.cluster):
+        await until(world, workflow_id, is_running)
+        (before,) = fake.pods()
+        await fake.api.controllers.silence("node-1", is_powered=True)
+        await until(world, workflow_id, is_blocked_by("node-not-ready"))
+        status, code, message = await trigger(people, workflow_id)
+        assert (status, code) == (503, "not-ready")
+        assert "The node node-1 of the pod is not ready" in message
+        fake.api.controllers.mend("node-1")
+        await until(world, workflow_id, is_running)
+        assert [pod["metadata"]["uid"] for pod in fake.pods()] == [before["metadata"]["uid"]]
 
 
 async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
@@ -299,8 +320,9 @@ async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
 
 
 async def test_a_node_that_is_lost_alone_is_waited_for_with_the_reason(
-    world: World, people: People, workflow_id: str, fake: FakeCluster
+    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(seconds=0.2))
     fake.api.node.machines.pop()
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster, start_seconds=0.1):
@@ -514,7 +536,10 @@ async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
     assert (said[0], said[-1], set(said)) == ("first", "first", {"first", "second"})
 
 
-async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(gateway: World, tmp_path: Path) -> None:
+async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
+    gateway: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(seconds=0.2))
     people = await gateway.people()
     async with (
         receiving() as receiver,

@@ -38,6 +38,15 @@ _UNITS: Final[Mapping[str, float]] = {
     "Ti": 2.0**40,
     "Pi": 2.0**50,
 }
+_OF_PODS: Final = frozenset(
+    {
+        "pods",
+        "cpu",
+        "memory",
+        *(f"{kind}.{name}" for kind in ("requests", "limits") for name in ("cpu", "memory")),
+    }
+)
+"""Resources that a pod takes some of; others, as of Services, say nothing about its room."""
 Rooms = dict[str, float]
 """What is left of each resource, by its name."""
 
@@ -69,6 +78,13 @@ class QuotaWatch:
         self._on_room = on_room
         self._known: dict[str, Rooms] = {}
         self._has_room = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether some quota leaves nothing for another pod."""
+        return any(
+            left <= 0 for known in self._known.values() for name, left in known.items() if name in _OF_PODS
+        )
 
     async def follow(self) -> None:
         """Call back whenever there is more room, until cancelled."""

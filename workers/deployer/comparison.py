@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SLOW_START: Final = "slow-start"
 """Code of the reason of pods that were not ready in time, and say nothing of why."""
+LOST_NODE_TIME: Final = timedelta(seconds=5)
+"""How long a node that is not ready may come back before its pods are replaced: its runtime may just be restarted."""
 REFUSED: Final = "refused"
 """Code of the reason where the cluster will not do what is wanted."""
 
@@ -133,26 +135,46 @@ def out_of_memory(processes: Collection[PodProcess], observed: Observed) -> froz
     return frozenset(process for process in processes if process.pod in pods)
 
 
-def replaceable(deployment: Deployment, observed: Observed) -> Collection[Pod]:
+def replaceable(deployment: Deployment, observed: Observed, *, now: datetime) -> Collection[Pod]:
     """Return the pods that will not be ready soon, and whose places others should take now; none while a pod serves.
 
-    A node that is lost comes back late or never. A cluster tries again after minutes what has failed several times, but
-    at once for a new pod: those that have failed are replaced when they are wanted again.
+    A node that is lost comes back late or never, unless it does within moments. A cluster tries again after minutes
+    what has failed several times, but at once for a new pod: those that have failed are replaced when they are wanted
+    again.
     """
     if not deployment.is_deployed or deployment.replicas == 0 or observed.ready_pods:
         return ()
     is_wanted_again = (
         deployment.observed == Stored.FAILED and deployment.observed_generation != deployment.generation
     )
-    return [pod for pod in observed.pods if _is_replaceable(pod, is_wanted_again=is_wanted_again)]
+    lost_since = _lost_since(deployment)
+    is_lost = lost_since is not None and now - lost_since >= LOST_NODE_TIME
+    return [
+        pod
+        for pod in observed.pods
+        if not pod.is_terminating
+        and pod.trouble is not None
+        and (
+            (is_lost and pod.trouble.reason is Reason.NODE_NOT_READY)
+            or (is_wanted_again and (pod.trouble.is_final or pod.trouble.reason is Reason.CRASH_LOOP))
+        )
+    ]
 
 
-def _is_replaceable(pod: Pod, *, is_wanted_again: bool) -> bool:
-    if pod.is_terminating or pod.trouble is None:
-        return False
-    if pod.trouble.reason is Reason.NODE_NOT_READY:
-        return True
-    return is_wanted_again and (pod.trouble.is_final or pod.trouble.reason is Reason.CRASH_LOOP)
+def seconds_until_replaced(deployment: Deployment, seen: Sighting, *, now: datetime) -> float | None:
+    """Return when pods of a lost node are to be replaced, unless it is back by then; None where there are none."""
+    if seen.observed is not Stored.STARTING or seen.observed_reason_code != Reason.NODE_NOT_READY:
+        return None
+    lost_since = _lost_since(deployment) or now
+    return (lost_since + LOST_NODE_TIME - now).total_seconds()
+
+
+def _lost_since(deployment: Deployment) -> datetime | None:
+    """Return since when it was seen that no pod is ready for the loss of a node."""
+    is_lost = (
+        deployment.observed == Stored.STARTING and deployment.observed_reason_code == Reason.NODE_NOT_READY
+    )
+    return deployment.observed_at if is_lost else None
 
 
 def unknown(deployment: Deployment, reason: str) -> Sighting:

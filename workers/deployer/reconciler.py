@@ -167,7 +167,7 @@ class Reconciler:
         if not deployment.is_deployed:
             self._forget_start(workflow_id)
             return None
-        if stale := comparison.replaceable(deployment, observed):
+        if stale := comparison.replaceable(deployment, observed, now=found.now):
             observed = await self._replace(driver, workflow_id, stale)
         return await self._note_observed(found, observed)
 
@@ -313,6 +313,9 @@ class Reconciler:
         else:
             self._gate.release(deployment.workflow_id)
         retry = await self._note(deployment, sighting)
+        lost_seconds = comparison.seconds_until_replaced(deployment, sighting, now=now)
+        if retry is LATER and lost_seconds is not None:
+            return Retry(WHILE_CHANGING, lost_seconds + MARGIN_SECONDS)
         if retry is LATER and waiting_since is not None and sighting.observed in _TIMED:
             due_seconds = (waiting_since + start_time - now).total_seconds() + MARGIN_SECONDS
             return Retry(WHILE_CHANGING, due_seconds) if due_seconds > 0 else retry
