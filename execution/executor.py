@@ -213,7 +213,7 @@ class Executor:
             return
         if not self._has_claimed:
             self._has_claimed = True
-            await self._try_suspects()  # while nothing else is held, none of them has to wait
+            await self._quietly(self._try_suspects)  # while nothing else is held, none of them has to wait
         elif self._suspects.is_due and self._isolation.is_open:
             self._in_background(self._try_suspects)  # what has just arrived doesn't wait for the look
         await self._isolation.pass_gate()

@@ -55,18 +55,18 @@ def fork(release: Callable[[ChildDeath], None]) -> Announce:
     reads, writes = os.pipe()
     # Blocked before the fork: a signal in between is forwarded too, and PID 1 of a container receives it at all.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
+    watch = OomKillWatch()  # from before there is a child that may be killed
     child = os.fork()
     if child:
         os.close(writes)
-        _stay(child, reads, release)
+        _stay(child, reads, watch, release)
     os.close(reads)
     _die_with(parent)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return lambda owner: _announce(writes, owner)
 
 
-def _stay(child: int, reads: int, release: Callable[[ChildDeath], None]) -> NoReturn:
-    watch = OomKillWatch()
+def _stay(child: int, reads: int, watch: OomKillWatch, release: Callable[[ChildDeath], None]) -> NoReturn:
     code = os.waitstatus_to_exitcode(_wait_for(child, watch))
     is_out_of_memory = watch.explains(code)
     owner = _announced(reads)
