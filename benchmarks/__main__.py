@@ -22,6 +22,7 @@ from benchmarks import (
     engine,
     intake,
     machine,
+    mass_starts,
     postgres_counters,
     processes,
     report,
@@ -46,6 +47,7 @@ PARTS = (
     "cluster",
     "intake",
     "durability",
+    "mass_starts",
 )
 PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
@@ -134,6 +136,11 @@ async def _cluster(folder: Path, _options: Options) -> dict[str, float]:
         return await cluster.measure(postgres, redis, folder)
 
 
+async def _mass_starts(folder: Path, _options: Options) -> dict[str, float]:
+    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
+        return await mass_starts.measure(postgres, redis, folder)
+
+
 async def _claims(folder: Path, _options: Options) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres:
         return await claims.measure(postgres, folder)
@@ -164,6 +171,7 @@ ONCE: Mapping[str, Callable[[Path, Options], Awaitable[dict[str, float]]]] = {
     "authoring": _authoring,
     "intake": _intake,
     "durability": _durability,
+    "mass_starts": _mass_starts,
 }
 """What is measured once, however often the rest is repeated."""
 

@@ -22,6 +22,7 @@ from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.server import serving
 from workers.cluster import kubernetes, local
 from workers.cluster.driver import Driver, Observed, Resources, Wanted
+from workers.cluster.kubernetes_api import RequestBudget
 from workers.cluster.local_pod import Limits
 from workers.cluster.manifests import Layout
 
@@ -29,6 +30,8 @@ PROGRAM = (Path(__file__).parent / "pod.py").read_text()
 NAMESPACE = "user-workflows"
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 20
+FAKE_REQUESTS_PER_SECOND = 1_000.0
+"""So many that no test waits for its budget."""
 DEFAULT_IMAGE = "python:3.13-slim"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TEST_KUBECONFIG = os.environ.get("TEST_KUBECONFIG")
@@ -193,7 +196,8 @@ async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster,
         await core.create_namespace({"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
 
         async def open_driver() -> Driver:
-            return await kubernetes.connect(layout(), kubeconfig=path)
+            budget = RequestBudget(FAKE_REQUESTS_PER_SECOND)
+            return await kubernetes.connect(layout(), kubeconfig=path, budget=budget)
 
         cluster = Cluster(await open_driver(), open_driver, core=core)
         try:

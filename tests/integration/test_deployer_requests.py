@@ -17,7 +17,7 @@ from scheduler import lifecycle
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
 from tests.cluster.world import Cluster, on_fake, turn_until
-from tests.integration.deployers import asked, deployer, forget_deployments, row, until
+from tests.integration.deployers import asked, deployer, forget_deployments, on_this_machine, row, until
 from tests.integration.gateway_world import GRAPH, People, World, open_world
 from tests.integration.test_deployer import is_running
 from tests.services import PostgreSQL
@@ -221,18 +221,14 @@ async def test_mass_starts_are_limited_and_none_is_given_up(
     world: World, people: People, fake: tuple[Cluster, FakeApi]
 ) -> None:
     cluster, api = fake
-    api.node.start_seconds, api.node.starts_at_once = 0.02, 2
+    api.node.start_seconds, api.node.starts_at_once = 0.1, 2
     workflow_ids = await deployed(people, 12)
-    most = 0
     async with deployer(
         world, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        async with asyncio.timeout(60):
-            while len(running := [one for one in workflow_ids if is_running(await row(world, one))]) < 12:
-                pods = list(api.store.every("pods"))
-                most = max(most, sum(not has_condition(pod, "Ready") for pod in pods))
-        assert len(running) == len(workflow_ids)
-    assert 0 < most <= 3
+        for workflow_id in workflow_ids:
+            await until(world, workflow_id, is_running)
+    assert api.node.most_preparing == 3
     async with world.gateway.database.read() as connection:
         reasons = select(col(LifecycleDecision.reason)).where(
             col(LifecycleDecision.workflow_id).in_(workflow_ids)
@@ -240,6 +236,13 @@ async def test_mass_starts_are_limited_and_none_is_given_up(
         assert set(await connection.scalars(reasons)) == {"deployed"}
 
 
-def has_condition(pod: dict[str, Any], name: str) -> bool:
-    conditions = (pod.get("status") or {}).get("conditions") or ()
-    return any(one["type"] == name and one["status"] == "True" for one in conditions)
+async def test_mass_starts_of_local_pods_are_limited_too(
+    world: World, people: People, tmp_path: Path
+) -> None:
+    workflow_ids = await deployed(people, 6)
+    most = 0
+    async with on_this_machine(world, tmp_path / "pods", starts_at_once=2):
+        while len([one for one in workflow_ids if is_running(await row(world, one))]) < len(workflow_ids):
+            starting = [one for one in workflow_ids if (await row(world, one)).observed == Observed.STARTING]
+            most = max(most, len(starting))
+    assert 0 < most <= 2

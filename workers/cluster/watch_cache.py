@@ -46,6 +46,8 @@ class WatchedCollection:
     is_synced: bool = False
     error: ClusterError | None = None
     """The failure that keeps it from being listed; None while none is known."""
+    listed_version: int = 0
+    """Version of the last list."""
     _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
 
     def of(self, name: str) -> tuple[Manifest, ...]:
@@ -58,6 +60,11 @@ class WatchedCollection:
 
     def replace(self, items: Sequence[Manifest], version: str) -> set[str]:
         """Take a whole list; return the ids of workflows of which something has changed."""
+        if _number(version) < self.listed_version:
+            # The API server's own data were restored: its versions count from an earlier one, and ours mean nothing.
+            for one in self:
+                one["metadata"]["resourceVersion"] = ""
+        self.listed_version = _number(version)
         listed = {item["metadata"]["uid"] for item in items}
         gone = [
             one
@@ -73,7 +80,8 @@ class WatchedCollection:
         metadata = item["metadata"]
         objects = self._objects.setdefault(_owner(item), {})
         known = objects.get(metadata["name"])
-        if known is not None and 0 < _version(metadata) <= _version(known["metadata"]):
+        is_same = known is not None and known["metadata"]["uid"] == metadata["uid"]
+        if known is not None and is_same and 0 < _version(metadata) <= _version(known["metadata"]):
             return False
         objects[metadata["name"]] = _slim(item)
         return True
@@ -91,7 +99,7 @@ class WatchedCollection:
 
     def clear(self) -> None:
         self._objects.clear()
-        self.is_synced, self.error = False, None
+        self.is_synced, self.error, self.listed_version = False, None, 0
 
 
 class WatchCache:

@@ -46,7 +46,10 @@ class Node:
     """How long a kubelet prepares a container before it starts it."""
     starts_at_once: int = 1_000
     """How many containers all kubelets prepare at once: as many as their processors allow."""
-    preparing: int = 0
+    preparing: list[str] = field(default_factory=list)
+    """Pods whose containers are to be prepared, those that wait for others last."""
+    most_preparing: int = 0
+    """How many these were at most."""
     terminate_seconds: float = 0.0
     """How long a kubelet takes to notice that nothing of a pod runs any more that was told to end."""
     probe_seconds: float = 0.03
@@ -180,13 +183,15 @@ class Kubelet:
     async def _prepare(self) -> None:
         if self._node.start_seconds:
             self._show({"waiting": {"reason": "ContainerCreating"}})
-        while self._node.preparing >= self._node.starts_at_once and not self._stop.is_set():
-            await self._paused(self._node.delay_seconds)
-        self._node.preparing += 1
+        node, name = self._node, self._pod["metadata"]["name"]
+        node.preparing.append(name)
+        node.most_preparing = max(node.most_preparing, len(node.preparing))
         try:
-            await self._paused(self._node.start_seconds)
+            while name not in node.preparing[: node.starts_at_once] and not self._stop.is_set():
+                await self._paused(node.delay_seconds)
+            await self._paused(node.start_seconds)
         finally:
-            self._node.preparing -= 1
+            node.preparing.remove(name)
 
     async def _process_ended(self, command: list[str], environment: dict[str, str], folder: str) -> int:
         """Run the command until it ends or is stopped, and return its exit code."""

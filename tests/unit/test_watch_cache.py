@@ -1,0 +1,66 @@
+"""The cache of watches: which of two states of an object holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.cluster.watch_cache import WatchedCollection
+
+
+def item(version: int, *, uid: str = "1", workflow_id: str = "wf") -> dict[str, Any]:
+    return {
+        "metadata": {
+            "name": f"pod-{workflow_id}",
+            "uid": uid,
+            "resourceVersion": str(version),
+            "labels": {"pilotflame.dev/workflow": workflow_id},
+            "annotations": {"pilotflame.dev/workflow-id": workflow_id},
+            "managedFields": ["large"],
+        },
+        "spec": {"nodeName": "node", "containers": ["large"]},
+    }
+
+
+def version_of(collection: WatchedCollection, workflow_id: str = "wf") -> str | None:
+    found = collection.of(workflow_id)
+    return found[0]["metadata"]["resourceVersion"] if found else None
+
+
+def test_events_and_lists_from_before_a_write_of_ours_do_not_undo_it() -> None:
+    pods = WatchedCollection("pods")
+    assert pods.replace([item(3)], "4") == {"wf"}
+    assert pods.put(item(9))
+    assert not pods.put(item(5))
+    assert pods.replace([item(5)], "6") == set()
+    assert version_of(pods) == "9"
+
+
+def test_a_list_takes_away_what_is_gone_but_not_what_was_made_after_it() -> None:
+    pods = WatchedCollection("pods")
+    pods.replace([item(3), item(3, uid="2", workflow_id="other")], "4")
+    pods.put(item(8, uid="3", workflow_id="new"))
+    assert pods.replace([item(3)], "7") == {"other"}
+    assert (version_of(pods), version_of(pods, "other"), version_of(pods, "new")) == ("3", None, "8")
+
+
+def test_an_object_made_anew_under_the_same_name_is_another_one() -> None:
+    pods = WatchedCollection("pods")
+    pods.put(item(5))
+    assert pods.put(item(7, uid="2"))
+    assert not pods.remove(item(6)), "the end of the first one is told late"
+    assert version_of(pods) == "7"
+
+
+def test_versions_that_went_back_with_a_restored_store_are_taken() -> None:
+    pods = WatchedCollection("pods")
+    pods.replace([item(900)], "1000")
+    assert pods.replace([item(20)], "30") == {"wf"}
+    assert pods.put(item(31))
+
+
+def test_large_parts_that_nobody_reads_are_not_kept() -> None:
+    pods = WatchedCollection("pods")
+    pods.put(item(1))
+    (kept,) = pods.of("wf")
+    assert kept["spec"] == {"nodeName": "node"}
+    assert "managedFields" not in kept["metadata"]
