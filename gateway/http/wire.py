@@ -169,17 +169,22 @@ def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  
 def _problems_inside(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
     for part in _parts(kind):
         if isinstance(value, dict) and _is_body(part):
-            yield from _missing_fields(value, part, path)
+            yield from _field_problems(value, part, path)
+            continue
         for item, item_kind, below in _inside(value, part, path):
             yield from _problems(item, item_kind, below)
 
 
-def _missing_fields(
+def _field_problems(
     value: Mapping[str, Json], kind: type[msgspec.Struct], path: str
 ) -> Iterator[dict[str, Json]]:
+    """Return what is missing or wrong in a body, in the order of its type's fields."""
     for name, field in _fields(kind).items():
-        if field.required and name not in value:
-            below = _below(path, name)
+        below = _below(path, name)
+        if name in value:
+            if len(value) <= MAX_ITEMS:
+                yield from _problems(value[name], field.type, below)
+        elif field.required:
             yield errors.problem(below, "required", f"{below} is required")
 
 

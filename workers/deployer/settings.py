@@ -85,7 +85,7 @@ class DeployerSettings(ExecutionSettings, Settings):
         default=120.0,
         gt=0,
         description=(
-            "A deployment has failed whose pods make no progress for so long: from being scheduled to the start of "
+            "A deployment has failed whose pods have stood still for so long: from being scheduled to the start of "
             "their program, and from there until one is ready."
         ),
     )
