@@ -19,7 +19,8 @@ from tests.services import PostgreSQL, Redis
 WORKFLOWS = 50
 PREPARE_SECONDS = 5.0
 PREPARED_AT_ONCE = 2
-REST_SECONDS = 60.0
+REST_SECONDS = 240.0
+"""Two renewals of the watches of Deployments and pods, and one of that of quotas."""
 PATIENCE_SECONDS = 600.0
 POLL_SECONDS = 1.0
 

@@ -61,7 +61,7 @@ class DeployerSettings(ExecutionSettings, Settings):
     )
     kubernetes_requests_per_second: float = Field(
         default=20.0,
-        gt=0,
+        ge=5,  # with fewer, eight deploys at once would take longer than a workflow is held for one
         description="Requests that a deployer sends to the API server of Kubernetes at most; twice as many at once.",
     )
     runner_image: str = Field(default="pilotflame-runner", description="Image of pods on Kubernetes.")
