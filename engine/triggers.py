@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -15,35 +15,31 @@ SCHEDULE: Final = "schedule"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The fields that a kind of trigger always gives out, and where inputs go that aren't laid out so."""
+    """Output fields of a kind of trigger, and the one that takes inputs."""
 
     fields: Mapping[str, Json]
-    """With what each holds where nothing was given."""
+    """Fields that every output has, with the value of each where nothing was given."""
     payload: str | None = None
-    """The field that takes such inputs whole; None: inputs are fields as they are."""
-    also_telling: Mapping[str, type] = field(default_factory=dict)
-    """Fields that, like the payload, tell that inputs are laid out already, if they hold something of that type."""
+    """The field that takes inputs whole; None: inputs are fields as they are."""
+    optional: frozenset[str] = frozenset()
+    """Fields that only some outputs have."""
 
     def has(self, inputs: Mapping[str, Json]) -> bool:
-        """Tell whether inputs are laid out so already: one that is merely called `query` is part of the body."""
-        return self.payload in inputs or any(
-            isinstance(inputs.get(name), kind) for name, kind in self.also_telling.items()
-        )
+        """Tell whether inputs are an output already: the payload and, beside it, nothing but other output fields."""
+        return self.payload in inputs and all(name in self.fields or name in self.optional for name in inputs)
 
 
-_HTTP: Final = Layout(
-    {"body": {}, "headers": {}, "query": {}}, payload="body", also_telling={"headers": dict, "query": dict}
-)
+_HTTP: Final[Mapping[str, Json]] = {"body": {}, "headers": {}, "query": {}}
 _MANUAL: Final = Layout({"body": {}}, payload="body")
 _LAYOUTS: Final[Mapping[str, Layout]] = {
-    "webhook": _HTTP,
-    "rest-api": _HTTP,
+    "webhook": Layout(_HTTP, payload="body", optional=frozenset({"method", "respond"})),
+    "rest-api": Layout(_HTTP, payload="body"),
     "manual": _MANUAL,
     "queue": Layout({"message": {}, "priority": 0, "source": "rest_api"}, payload="message"),
     "event": Layout(
         {"event_type": "", "event_data": {}, "source": "platform"},
         payload="event_data",
-        also_telling={"event_type": str},
+        optional=frozenset({"attributes"}),
     ),
     "email": Layout(
         {
@@ -61,12 +57,17 @@ _LAYOUTS: Final[Mapping[str, Layout]] = {
 }
 
 
-def trigger_output(kind: str, inputs: Mapping[str, Json], now: datetime) -> dict[str, Json]:
-    """Return what a trigger of a kind gives out; one that a run was not given the time of is due at `now`."""
+def trigger_output(kind: str, inputs: Json | Mapping[str, Json], now: datetime) -> dict[str, Json]:
+    """Return the output of a trigger of a kind; a run that was not given its time is due at `now`.
+
+    Inputs become the payload, except where they are an output already. `{"title": …, "body": …}` is payload:
+    `title` is no output field.
+    """
     layout = _LAYOUTS.get(kind, _MANUAL)
     fields = dict(layout.fields)
     if kind == SCHEDULE:
         fields["scheduledAt"] = now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    if layout.payload is None or layout.has(inputs):
-        return {**fields, **inputs}
-    return {**fields, layout.payload: dict(inputs)}
+    given: Json = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    if isinstance(given, dict) and (layout.payload is None or layout.has(given)):
+        return {**fields, **given}
+    return {**fields, layout.payload or "body": given}

@@ -137,8 +137,7 @@ class ChildRuns:
             _require_depth(parent, self._max_depth)
             workflow = await self._load(connection, caller, parent.lane, workflow_id)
         kind = workflow.trigger_kind or "manual"
-        given = inputs if isinstance(inputs, dict) else {"body": inputs}
-        trigger = trigger_output(kind, given, self._database.clock.now())
+        trigger = trigger_output(kind, inputs, self._database.clock.now())
         limit = admission.limit_of(workflow.settings, workflow.id, trigger)
         is_last = trigger_type == ABOUT_FAILURE
         child = Acceptance(

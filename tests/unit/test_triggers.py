@@ -19,12 +19,13 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
         ({}, {"body": {}, **HTTP}),
         ({"body": {"city": "Oslo"}}, {"body": {"city": "Oslo"}, **HTTP}),
         ({"body": "text", "query": {"page": "2"}}, {"body": "text", "headers": {}, "query": {"page": "2"}}),
-        ({"query": {"page": "2"}}, {"body": {}, "headers": {}, "query": {"page": "2"}}),
+        ({"query": {"page": "2"}}, {"body": {"query": {"page": "2"}}, **HTTP}),
         ({"query": "cats"}, {"body": {"query": "cats"}, **HTTP}),
-        ({"body": 1, "more": 2}, {"body": 1, "more": 2, **HTTP}),
+        ({"title": "Lost?", "body": "text"}, {"body": {"title": "Lost?", "body": "text"}, **HTTP}),
+        ([1, "a list"], {"body": [1, "a list"], **HTTP}),
     ],
 )
-def test_inputs_become_the_body_of_http_triggers_unless_they_are_laid_out_already(
+def test_inputs_become_the_body_of_http_triggers_unless_they_are_an_output(
     kind: str, inputs: dict[str, Any], output: dict[str, Any]
 ) -> None:
     assert trigger_output(kind, inputs, NOW) == output
@@ -37,6 +38,8 @@ def test_inputs_become_the_body_of_http_triggers_unless_they_are_laid_out_alread
         ({}, {"body": {}}),
         ({"body": [1]}, {"body": [1]}),
         ({"query": {"page": 2}}, {"body": {"query": {"page": 2}}}),
+        ({"title": "Lost?", "body": "text"}, {"body": {"title": "Lost?", "body": "text"}}),
+        ({"body": 1, "headers": {}}, {"body": {"body": 1, "headers": {}}}),
     ],
 )
 def test_a_manual_trigger_knows_only_a_body(inputs: dict[str, Any], output: dict[str, Any]) -> None:
@@ -71,7 +74,23 @@ MAIL: dict[str, Any] = {
         (
             "event",
             {"event_type": "user.created"},
-            {"event_type": "user.created", "event_data": {}, "source": "platform"},
+            {"event_type": "", "event_data": {"event_type": "user.created"}, "source": "platform"},
+        ),
+        (
+            "event",
+            {"event_type": "a.b", "event_data": 1, "attributes": {"id": "1"}},
+            {"event_type": "a.b", "event_data": 1, "source": "platform", "attributes": {"id": "1"}},
+        ),
+        (
+            "queue",
+            {"message": "Hello", "to": "Ada"},
+            {"message": {"message": "Hello", "to": "Ada"}, "priority": 0, "source": "rest_api"},
+        ),
+        ("queue", [7], {"message": [7], "priority": 0, "source": "rest_api"}),
+        (
+            "webhook",
+            {"body": 1, "method": "PUT", "respond": "when-done"},
+            {"body": 1, "method": "PUT", "respond": "when-done", **HTTP},
         ),
         ("event", {"event_data": 1}, {"event_type": "", "event_data": 1, "source": "platform"}),
         ("email", {}, MAIL),
@@ -96,5 +115,10 @@ def test_inputs_of_other_triggers_become_what_their_events_carry(
 
 @pytest.mark.parametrize("node_type", [one for one in catalog.load().node_types.values() if one.is_trigger])
 def test_a_trigger_gives_out_the_fields_that_the_catalogue_names(node_type: NodeType) -> None:
-    given_out = sorted(trigger_output(node_type.trigger_kind or "", {}, NOW))
-    assert given_out == sorted(cast("list[str]", node_type.output.schema["required"]))
+    kind, schema = node_type.trigger_kind or "", node_type.output.schema
+    empty = trigger_output(kind, {}, NOW)
+    assert sorted(empty) == sorted(cast("list[str]", schema["required"]))
+    whole: dict[str, Any] = dict.fromkeys(cast("dict[str, Any]", schema["properties"]))
+    assert trigger_output(kind, whole, NOW) == whole, "its own output is no payload"
+    if kind not in ("email", "schedule"):
+        assert trigger_output(kind, whole | {"other": 1}, NOW).keys() == empty.keys()
