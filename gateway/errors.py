@@ -92,8 +92,8 @@ def method_not_allowed(allowed: Iterable[str]) -> ApiError:
     return ApiError(405, "method-not-allowed", f"This path takes {methods}", headers={"Allow": methods})
 
 
-def conflict(code: str, message: str) -> ApiError:
-    return ApiError(409, code, message)
+def conflict(code: str, message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
+    return ApiError(409, code, message, details=details)
 
 
 def too_large(limit_bytes: int, setting: str) -> ApiError:

@@ -407,7 +407,16 @@ NOTES: Final[Mapping[Handler, Note]] = {
         ),
     ),
     executions.resume: Note(
-        sends=(LOCATION,),
-        refusals=("execution-not-failed", "workflow-deleted", "workflow-paused", "workflow-archived"),
+        takes=(IDEMPOTENCY_KEY,),
+        sends=(LOCATION, REPLAYED),
+        refusals=(
+            "invalid-idempotency-key",
+            "idempotency-mismatch",
+            "execution-not-failed",
+            "already-resumed",
+            "workflow-deleted",
+            "workflow-paused",
+            "workflow-archived",
+        ),
     ),
 }

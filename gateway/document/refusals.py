@@ -128,6 +128,10 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
     "duplicate-connection": Refusal(409, "The workflow has such a connection, or one with this id, already."),
     "duplicate-node-id": Refusal(409, "Another node of the workflow has this id."),
     "email-taken": Refusal(409, "The organisation has a user with this address."),
+    "already-resumed": Refusal(
+        409,
+        "The execution was resumed before: `details` has, as `executionId`, the newest that goes on from it.",
+    ),
     "already-answered": Refusal(409, "Somebody has given the node its answer already."),
     "input-expired": Refusal(409, "The node has waited for input as long as it was to, and goes on without."),
     "no-input-pending": Refusal(409, "No node of this id waits for input."),

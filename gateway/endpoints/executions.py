@@ -16,6 +16,7 @@ from gateway.executions import execution_rows, execution_shapes, live_events, re
 from gateway.executions.ending import ask_to_end
 from gateway.executions.execution_rows import Filter
 from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
+from gateway.http import idempotency
 from gateway.http.downloads import Download
 from gateway.http.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeNumber, sorted_by
 from gateway.http.request import Request
@@ -243,20 +244,32 @@ async def _end(request: Request, wish: str) -> JsonResponse:
 
 
 async def resume(request: Request) -> JsonResponse:
-    """Begin a new execution from what a failed one has committed."""
+    """Begin a new execution from what a failed one has committed.
+
+    It is resumed once: after that, resume the newest execution that goes on from it, which `details` names.
+    """
     caller, gateway = request.caller, request.gateway
     failed = await _visible(request)
-    new_id = ids.new("exec")
+    promise = idempotency.requested(request, None, workflow_id=failed.execution_id)
+    new_id, now = ids.new("exec"), gateway.clock()
 
-    async def insert(connection: AsyncConnection) -> str | None:
-        return await resumption.resume(connection, failed, new_id, caller)
+    async def insert(connection: AsyncConnection) -> tuple[str, str | None]:
+        if promise is not None:
+            bound = await idempotency.reserve(
+                connection, promise, lane=failed.lane, resource_id=new_id, now=now
+            )
+            if bound != new_id:
+                return bound, None
+        return new_id, await resumption.resume(connection, failed, new_id, caller)
 
-    concurrency_key = await gateway.database.transaction(insert)
+    begun_id, concurrency_key = await gateway.database.transaction(insert)
+    headers = location(gateway.settings, begun_id)
+    resumed = Resumed(execution_id=begun_id, resumed_from=failed.execution_id)
+    if begun_id != new_id:
+        return JsonResponse(resumed, status=201, headers={**headers, **idempotency.REPLAYED})
     gateway.access.allow(new_id, caller)
     gateway.acceptances.follow(concurrency_key)
     log.info("execution resumed", execution_id=new_id, resumed_from=failed.execution_id)
-    headers = location(gateway.settings, new_id)
-    resumed = Resumed(execution_id=new_id, resumed_from=failed.execution_id)
     return JsonResponse(resumed, status=201, headers=headers)
 
 

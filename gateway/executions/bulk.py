@@ -19,6 +19,7 @@ from gateway.executions import acceptance, execution_rows, resumption
 from gateway.executions.ending import ask_to_end
 from gateway.executions.execution_access import visible_to
 from gateway.executions.resumption import IS_RESUMED
+from gateway.executions.tries import TEST
 from gateway.http import idempotency
 from journal.blobs import orphans
 from journal.blobs.backend import BlobsUnavailable
@@ -80,9 +81,14 @@ def cancellable(caller: Caller) -> ColumnElement[bool]:
 
 
 def retryable(caller: Caller) -> ColumnElement[bool]:
-    """Return what holds for failed executions that the caller may resume, and that nobody has resumed."""
+    """Return what holds for failed executions that the caller may resume, and that nobody has resumed.
+
+    Tests of nodes are left alone: they were run to be looked at.
+    """
     has_failed = col(Execution.status) == ExecutionStatus.FAILED
-    return and_(visible_to(caller), has_failed, ~IS_RESUMED, _OPEN.correlate(Execution))
+    # Clients may call any run `test`, but only that of a node is private too.
+    is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
+    return and_(visible_to(caller), has_failed, ~is_node_test, ~IS_RESUMED, _OPEN.correlate(Execution))
 
 
 def deletable(caller: Caller) -> ColumnElement[bool]:

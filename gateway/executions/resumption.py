@@ -68,7 +68,7 @@ _NOT_YET: Final = (
 async def resume(
     connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller
 ) -> str | None:
-    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume.
+    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume, or no longer.
 
     Returns its concurrency key, if it waits for a place.
     """
@@ -76,6 +76,7 @@ async def resume(
     concurrency_key: str | None = earlier.concurrency_key
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
         return concurrency_key  # an earlier try was committed, though its answer was lost
+    await _require_untaken(connection, failed)
     await insert_copy(connection, failed, new_id, caller, trigger_type=earlier.trigger_type)
     return concurrency_key
 
@@ -106,7 +107,7 @@ async def insert_copy(
 
 
 async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> Row[Any]:
-    """Return what is known of the failed execution, which is not deleted before the transaction ends."""
+    """Return what is known of the failed execution, which nobody resumes or deletes before the transaction ends."""
     statement: Select[*tuple[Any, ...]] = (
         select(
             *(col(Execution.status), col(Execution.trigger_type), col(Execution.concurrency_key)),
@@ -114,7 +115,7 @@ async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, ca
         )
         .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
         .where(col(Execution.id) == failed.execution_id, visible_to(caller))
-        .with_for_update(read=True, of=Execution)
+        .with_for_update(of=Execution)
     )
     found: Row[Any] | None = (await connection.execute(statement)).first()
     if found is None:
@@ -126,6 +127,23 @@ async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, ca
         raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
     acceptance.require_open(WorkflowStatus(found.workflow_status))
     return found
+
+
+async def _require_untaken(connection: AsyncConnection, failed: ExecutionKey) -> None:
+    """Raise 409 where a failed execution was resumed before; its details name the newest execution of the line."""
+    # In a statement of its own, after the lock: so it sees what a rival has committed.
+    taken_up = select(col(Execution.key_id)).where(col(Execution.id) == failed.execution_id, IS_RESUMED)
+    key_id = await connection.scalar(taken_up)
+    if key_id is None:
+        return
+    line = select(col(Execution.id)).where(
+        col(Execution.key_id) == key_id, col(Execution.resumed_from).is_not(None)
+    )
+    newest_first = (col(Execution.created_at).desc(), col(Execution.id).desc())
+    newest = await connection.scalar(line.order_by(*newest_first).limit(1))
+    message = f"The execution was resumed already: the newest one that goes on from it is {newest}"
+    detail = errors.problem("id", "already-resumed", message)
+    raise errors.conflict("already-resumed", message, details=[{**detail, "executionId": newest}])
 
 
 async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_type: str) -> str | None:

@@ -240,6 +240,14 @@ async def test_failed_runs_go_on_from_what_they_have_committed_once(world: World
     assert await actions(people, workflow_id) == ["executions.retried"]
 
 
+async def test_failed_tests_of_nodes_are_not_retried(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    await started(world, people.owner, workflow_id, 1, **FAILED, trigger_type="test", is_private=True)
+    named_so = await started(world, people.owner, workflow_id, 1, **FAILED, trigger_type="test")
+    answer = await done(people.owner, "retry", filter={"workflowId": workflow_id})
+    assert (answer["matched"], answer["executionIds"]) == (1, named_so)
+
+
 async def test_a_repeated_request_retries_nothing_twice_and_gets_the_same_answer(
     world: World, people: People
 ) -> None:

@@ -1288,6 +1288,45 @@ async def test_a_run_resumed_twice_keeps_the_first_one_s_id_in_its_keys(world: W
     assert (stored.key_id, stored.resumed_from, stored.completed_nodes) == (first, second, 3)
 
 
+async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
+    world: World, people: People
+) -> None:
+    first = await failed(world, people.owner, await people.owner.create(**GRAPH))
+    answers = await asyncio.gather(
+        *(person.api.post(f"{EXECUTIONS}/{first}/resume") for person in (people.owner, people.admin) * 2)
+    )
+    made = {answer.json()["executionId"] for answer in answers if answer.status_code == 201}
+    assert len(made) == 1
+    (second,) = made
+    for answer in answers:
+        if answer.status_code != 201:
+            refused(answer, 409, "already-resumed")
+            assert answer.json()["error"]["details"][0]["executionId"] == second
+    run = await taken(world, second)
+    await run.write(end=RunStatus.FAILED, error=RunError("timeout", "Too long"))
+    third = (await people.owner.api.post(f"{EXECUTIONS}/{second}/resume")).json()["executionId"]
+    for execution_id in (first, second):
+        again = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/resume")
+        refused(again, 409, "already-resumed")
+        assert again.json()["error"]["details"][0]["executionId"] == third
+
+
+async def test_a_repeated_request_to_resume_gets_the_first_answer(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    first, other = [await failed(world, people.owner, workflow_id) for _ in range(2)]
+    once = {"Idempotency-Key": "resume-once"}
+    answers = await asyncio.gather(
+        *(people.owner.api.post(f"{EXECUTIONS}/{first}/resume", headers=once) for _ in range(3))
+    )
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.text for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    without = await people.owner.api.post(f"{EXECUTIONS}/{first}/resume")
+    refused(without, 409, "already-resumed")
+    elsewhere = await people.owner.api.post(f"{EXECUTIONS}/{other}/resume", headers=once)
+    assert (elsewhere.status_code, elsewhere.json()["resumedFrom"]) == (201, other)
+
+
 async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(world: World, people: People) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     pending = await executed(people.owner, workflow_id)
