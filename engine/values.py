@@ -310,9 +310,30 @@ def kind(value: object) -> str:
 
 
 def equal(left: Json, right: Json) -> bool:
-    """Compare as JSON: `1` and `1.0` are equal, `1` and `true` are not, also inside lists and objects."""
-    # Python's own answer only errs towards yes, and only about booleans.
-    return left == right and identity(left) == identity(right)
+    """Compare as JSON: `1` and `1.0` are equal, `1` and `true` are not, also inside lists and objects.
+
+    Goes container by container, since Python's own comparison of large values holds its lock from end to end.
+    """
+    waiting: list[tuple[Any, Any]] = [([left], [right])]
+    while waiting:
+        one, other = waiting.pop()
+        if type(one) is not type(other) or len(one) != len(other):
+            return False
+        if type(one) is dict:
+            if one.keys() != other.keys():
+                return False
+            other = [other[key] for key in one]
+            one = one.values()
+        for item, counterpart in zip(one, other, strict=True):
+            kind = type(item)
+            if kind is dict or kind is list:
+                if type(counterpart) is not kind:
+                    return False
+                if item is not counterpart:
+                    waiting.append((item, counterpart))
+            elif item != counterpart or (kind is bool) is not (type(counterpart) is bool):
+                return False
+    return True
 
 
 def identity(value: Json) -> Hashable:

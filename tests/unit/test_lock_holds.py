@@ -43,8 +43,7 @@ def go_through(text: bytes) -> None:
         return
     raw = values.encode(value)
     values.fingerprint(value)
-    del value
-    values.restored(raw)
+    assert values.equal(value, values.restored(raw))
 
 
 @pytest.mark.parametrize("name", TEXTS)

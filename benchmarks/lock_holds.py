@@ -1,0 +1,61 @@
+"""Measure how long hostile JSON holds the interpreter's lock: `python -m benchmarks.lock_holds [megabytes ...]`.
+
+Prints the longest hold of each step in milliseconds; nobody else in a process does anything meanwhile. Bounds: 50 ms
+for texts of up to 1 MB, 500 ms for those within the limits, on a core as fast as `tests.lock_holds` says.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from engine import values
+from engine.values import InvalidJson
+from tests import lock_holds
+from tests.hostile_json import TEXTS
+
+MEGABYTE: Final = 1_000_000
+SIZES: Final = (1.0, 10.0)
+STEPS: Final[Mapping[str, Callable[[Any], object]]] = {
+    "encode": values.encode,
+    "fingerprint": values.fingerprint,
+    "compare": lambda value: values.equal(value, values.restored(values.encode(value))),
+}
+
+
+def main(arguments: list[str]) -> None:
+    print(f"slowness of this machine: {lock_holds.slowness():.2f}")
+    for size in map(float, arguments or SIZES):
+        print(f"{size:g} MB{'decode':>36}{''.join(f'{name:>13}' for name in STEPS)}{'release':>13}")
+        for name, make in TEXTS.items():
+            held = _measure(make(int(size * MEGABYTE)))
+            print(f"{name:30}{''.join(f'{seconds * 1000:13.1f}' for seconds in held)}", flush=True)
+
+
+def _measure(text: bytes) -> list[float]:
+    """Return the longest hold of each step, as far as the text can be decoded."""
+    found: list[Any] = []
+    held = [_longest(lambda: found.append(_decoded(text)))]
+    if found[0] is not None:
+        held += [_longest(partial(step, found[0])) for step in STEPS.values()]
+        held.append(_longest(found.clear))
+    return held
+
+
+def _decoded(text: bytes) -> object:
+    try:
+        return values.decode(text)
+    except InvalidJson:
+        return None
+
+
+def _longest(step: Callable[[], object]) -> float:
+    with lock_holds.measuring() as holds:
+        step()
+    return holds.longest_seconds
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
