@@ -12,7 +12,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,7 @@ MEGABYTE_SECONDS: Final = 0.05
 """The longest that a body of up to 1 MB may hold the lock, on that core."""
 LIMIT_SECONDS: Final = 0.5
 """The longest that anything within the limits may hold it."""
+ATTEMPTS: Final = 3
 _SCHEDULING: Final = Path("/proc/thread-self/schedstat")
 _TEXT: Final = "[" + ",".join(['{"a":[1,"b"]}'] * 20_000) + "]"
 
@@ -67,6 +68,20 @@ def measuring() -> Iterator[Holds]:
         is_done.set()
         thread.join()
         gc.set_threshold(*before)
+
+
+def holds_longer(work: Callable[[], object], seconds: float) -> bool:
+    """Tell whether some work holds the lock for longer than `seconds` on the machine that the bounds are meant for.
+
+    A hold that the work makes is there each time; one that a busy machine makes is not.
+    """
+    return all(_longest_hold(work) >= seconds * slowness() for _ in range(ATTEMPTS))
+
+
+def _longest_hold(work: Callable[[], object]) -> float:
+    with measuring() as holds:
+        work()
+    return holds.longest_seconds
 
 
 def _queued_seconds() -> float:

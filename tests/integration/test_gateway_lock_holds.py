@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
+from uuid import uuid4
 
 import pytest
 
@@ -33,13 +34,16 @@ def _workflow(config: bytes) -> bytes:
     )
 
 
-async def _longest_hold(
-    person: Person, method: str, path: str, body: bytes, headers: Mapping[str, str]
-) -> float:
-    with lock_holds.measuring() as holds:
-        response = await person.api.request(method, path, content=body, headers=headers)
-    assert response.is_success, response.text[:1_000]
-    return holds.longest_seconds
+async def _assert_holds_nobody_up(person: Person, method: str, path: str, body: bytes = b"") -> None:
+    """Send a request up to three times: a hold that it makes is there each time, one of a busy machine is not."""
+    for _ in range(lock_holds.ATTEMPTS):
+        headers = {**JSON, "Idempotency-Key": uuid4().hex}
+        with lock_holds.measuring() as holds:
+            response = await person.api.request(method, path, content=body, headers=headers)
+        assert response.is_success, response.text[:1_000]
+        if holds.longest_seconds < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness():
+            return
+    pytest.fail(f"{method} {path} held the lock for {holds.longest_seconds:.3f} s")
 
 
 @pytest.mark.parametrize("name", ["large floats", "small objects", "nested lists", "keys"])
@@ -47,16 +51,13 @@ async def test_an_input_of_a_megabyte_holds_nobody_up(owner: Person, name: str) 
     workflow_id = await owner.create(**GRAPH)
     body = b'{"triggerInputs":{"a":%s}}' % hostile_json.TEXTS[name](LENGTH)
     path = f"/api/v1/workflows/{workflow_id}/execute"
-    longest = await _longest_hold(
-        owner, "POST", path, body, {**JSON, "Idempotency-Key": name.replace(" ", "-")}
-    )
-    assert longest < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
+    await _assert_holds_nobody_up(owner, "POST", path, body)
 
 
 async def test_a_graph_of_a_megabyte_holds_nobody_up(owner: Person) -> None:
     graph = _workflow(hostile_json.TEXTS["nested lists"](LENGTH))
-    longest = [await _longest_hold(owner, "POST", "/api/v1/workflows", graph, JSON)]
-    (workflow,) = (await owner.api.get("/api/v1/workflows?search=Large")).json()["workflows"]
+    await _assert_holds_nobody_up(owner, "POST", "/api/v1/workflows", graph)
+    workflow = (await owner.api.get("/api/v1/workflows?search=Large")).json()["workflows"][0]
     path = f"/api/v1/workflows/{workflow['id']}"
     for method, below in (
         ("PUT", ""),
@@ -65,5 +66,4 @@ async def test_a_graph_of_a_megabyte_holds_nobody_up(owner: Person) -> None:
         ("GET", "/export"),
     ):
         body = _workflow(b"[]") if method == "PUT" else b""
-        longest.append(await _longest_hold(owner, method, f"{path}{below}", body, JSON))
-    assert max(longest) < lock_holds.MEGABYTE_SECONDS * lock_holds.slowness()
+        await _assert_holds_nobody_up(owner, method, f"{path}{below}", body)
