@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Part: TypeAlias = dict[str, Any]
 """A part of the document: JSON of many shapes."""
 
+ANY_SERVER: Final = "/"
+"""The server that the document came from, whatever its address."""
 KEY: Final = "X-API-Key"
 SENDERS_KEY: Final = "key"
 REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
@@ -40,8 +42,8 @@ _SENT_WITH: Final[Mapping[int, Header]] = {401: AUTHENTICATE, 412: ETAG, 429: RE
 _NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
 
 
-def document(table: Sequence[Line]) -> Part:
-    """Return the document of the API that a table makes."""
+def document(table: Sequence[Line], *, server: str = ANY_SERVER) -> Part:
+    """Return the document of the API that a table makes; `server` is the URL that paths follow."""
     found, named = schemas.of(
         [kind for line in table for kind in _types(line) if kind is not None] + [Refused, KnownSettings]
     )
@@ -57,7 +59,7 @@ def document(table: Sequence[Line]) -> Part:
             "version": metadata.version("pilotflame"),
             "description": resources.files(__package__).joinpath("introduction.md").read_text(),
         },
-        "servers": [{"url": "/"}],
+        "servers": [{"url": server}],
         "tags": _tags(table),
         "paths": paths,
         "components": {
@@ -108,7 +110,7 @@ def _tags(table: Iterable[Line]) -> list[Part]:
 
 
 def _tag(module_name: str) -> str:
-    return module_name.rpartition(".")[2].capitalize()
+    return module_name.rpartition(".")[2].replace("_", " ").capitalize()
 
 
 # ── an operation ────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from html import escape
@@ -15,6 +16,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from gateway.document.notes import JSON
+from gateway.document.openapi import ANY_SERVER
 from gateway.document.refusals import GENERAL
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def page(document: Part) -> str:
             f"<header id=top><h1>{escape(info['title'])} API <small>{escape(info['version'])}</small></h1>",
             _text(info["description"]),
             "<p>The examples take two variables of the shell:</p>",
-            _block("export SERVER=http://127.0.0.1:8000 KEY=sk-..."),
+            _block(f"export SERVER={_server(document)} KEY=sk-..."),
             "<p>The same for programs: <a href=openapi.json>openapi.json</a>.</p></header>",
             *(_section(tag, by_tag[tag["name"]], document) for tag in document["tags"]),
             _schemas(document["components"]["schemas"]),
@@ -74,6 +76,12 @@ def page(document: Part) -> str:
             "</main></html>",
         ]
     )
+
+
+def _server(document: Part) -> str:
+    """Return the server that examples call, as a word of the shell."""
+    url: str = document["servers"][0]["url"]
+    return "http://127.0.0.1:8000" if url == ANY_SERVER else shlex.quote(url)
 
 
 def _entries(tag: str, operations: Iterable[tuple[str, str, Part]]) -> str:
@@ -297,4 +305,4 @@ def _short(path: str) -> str:
 
 
 def _anchor(tag: str) -> str:
-    return f"tag-{tag.lower()}"
+    return f"tag-{tag.lower().replace(' ', '-')}"

@@ -55,14 +55,14 @@ class Documents:
     page: Kept
 
 
-async def openapi(request: Request) -> Kept:  # noqa: ARG001 - a handler's signature
+async def openapi(request: Request) -> Kept:
     """Show this document as JSON: OpenAPI 3.1."""
-    return (await _documents()).openapi
+    return (await _documents(request)).openapi
 
 
-async def page(request: Request) -> Kept:  # noqa: ARG001 - a handler's signature
+async def page(request: Request) -> Kept:
     """Show this document as a page to read."""
-    return (await _documents()).page
+    return (await _documents(request)).page
 
 
 async def home(request: Request) -> Redirect:  # noqa: ARG001 - a handler's signature
@@ -75,18 +75,18 @@ async def icon(request: Request) -> Kept:  # noqa: ARG001 - a handler's signatur
     return _icon()
 
 
-async def _documents() -> Documents:
+async def _documents(request: Request) -> Documents:
     # In a thread: the first request alone takes some tenths of a second, and others are served meanwhile.
-    return await asyncio.to_thread(_made)
+    return await asyncio.to_thread(_made, request.gateway.settings.public_url.rstrip("/"))
 
 
 @cache
-def _made() -> Documents:
+def _made(public_url: str) -> Documents:
     # Whoever never asks for the document doesn't load what makes it; and the table names these handlers.
     from gateway.document import openapi, page  # noqa: PLC0415 - see above
     from gateway.routes import TABLE  # noqa: PLC0415 - see above
 
-    document = openapi.document(TABLE)
+    document = openapi.document(TABLE, server=public_url or openapi.ANY_SERVER)
     return Documents(
         openapi=_kept(msgspec.json.encode(document), ((b"content-type", b"application/json"),)),
         page=_kept(

@@ -102,6 +102,25 @@ def reaches(line: Line, function: str) -> bool:
     return function in map(str, GRAPH.reached(handler(line)))
 
 
+# ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tags_are_words_and_each_has_a_section_of_the_page() -> None:
+    names = [tag["name"] for tag in DOCUMENT["tags"]]
+    assert [name for name in names if not re.fullmatch(r"[A-Z][a-z]*( [a-z]+)*", name)] == []
+    anchors = re.findall(r"<h2 id=(tag-[a-z-]+)>", PAGE)
+    assert len(set(anchors)) == len(names)
+    assert set(re.findall(r"<a href=#(tag-[^>]*)>", PAGE)) == set(anchors)
+
+
+def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:
+    assert DOCUMENT["servers"] == [{"url": "/"}]
+    assert "export SERVER=http://127.0.0.1:8000 " in PAGE
+    public = openapi.document(routes.TABLE, server="https://flows.example.com/below")
+    assert public["servers"] == [{"url": "https://flows.example.com/below"}]
+    assert "export SERVER=https://flows.example.com/below " in page.page(public)
+
+
 # ── every operation ─────────────────────────────────────────────────────────────────────────────────────────
 
 
