@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -111,6 +111,13 @@ class World:
             lambda connection: _make_person(connection, organization, role, scopes)
         )
         return Person(user, await self.client(key), key)
+
+    async def with_settings(self, **changes: Any) -> World:  # noqa: ANN401 - values of settings
+        """Return this world behind a gateway with other settings, which are not checked."""
+        changed = replace(self.gateway, settings=self.gateway.settings.model_copy(update=changes))
+        app = create_app(lambda: nullcontext(changed))
+        await self._clients.enter_async_context(app.router.lifespan_context(app))
+        return World(app, changed, self._clients)
 
     async def client(self, key: str | None = None, *, address: str = "10.0.0.1") -> httpx2.AsyncClient:
         """Return a client that sends `key`, from `address`."""

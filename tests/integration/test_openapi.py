@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +141,12 @@ async def test_the_document_is_that_of_the_table_and_holds_no_key(people: People
         assert person.key not in served + shown
 
 
-async def test_the_document_names_the_public_url(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    api = people.admin.api
-    settings = world.gateway.settings.model_copy(update={"public_url": "https://flows.example.com/"})
-    monkeypatch.setattr(world.app.state, "gateway", replace(world.gateway, settings=settings))
-    assert (await api.get("/openapi.json")).json()["servers"] == [{"url": "https://flows.example.com"}]
-    assert "export SERVER=https://flows.example.com " in (await api.get("/docs")).text
-    monkeypatch.undo()
-    assert (await api.get("/openapi.json")).json() == DOCUMENT
+async def test_the_document_names_the_public_url(world: World) -> None:
+    public = await world.with_settings(public_url="https://flows.example.com/")
+    anybody = await public.client()
+    assert (await anybody.get("/openapi.json")).json()["servers"] == [{"url": "https://flows.example.com"}]
+    assert "export SERVER=https://flows.example.com " in (await anybody.get("/docs")).text
+    assert (await (await world.client()).get("/openapi.json")).json() == DOCUMENT
 
 
 async def test_the_page_may_load_and_run_nothing(world: World) -> None:
