@@ -122,6 +122,16 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
+async def seen_to(world: World, workflow_id: str) -> wakes.Done:
+    """Return what is done about the runs that wait for a deployment, once nobody has its row locked."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            done = await wakes.see_to_waiting(world.gateway.database)
+            if workflow_id in done:
+                return done[workflow_id]
+            await asyncio.sleep(0.02)
+
+
 async def status(world: World, execution_id: str) -> str:
     async with world.gateway.database.read() as connection:
         found = await connection.scalar(
@@ -442,14 +452,12 @@ async def test_a_stop_that_may_not_be_undone_ends_the_wait_and_keeps_the_run(
     await stop(world, workflow_id)
     told = (await waiting).json()
     assert told["status"] == "pending"
-    done = await wakes.see_to_waiting(world.gateway.database)
-    assert done[workflow_id] is wakes.Done.DEFERRED
+    assert await seen_to(world, workflow_id) is wakes.Done.DEFERRED
     assert await status(world, told["execution_id"]) == "waiting"
     cluster.is_held.clear()
     # Whatever has let it start again, the run goes on.
     await set_policy(people.owner, workflow_id, {"type": "idle-shutdown"})
-    done = await wakes.see_to_waiting(world.gateway.database)
-    assert done[workflow_id] is wakes.Done.WOKEN
+    assert await seen_to(world, workflow_id) is wakes.Done.WOKEN
     await eventually(lambda: has_status(world, told["execution_id"], "completed"))
 
 
@@ -470,7 +478,7 @@ async def accepted(world: World, person: Person, workflow_id: str) -> str:
 async def test_a_run_that_is_due_wakes_its_deployment(world: World, people: People, cluster: Cluster) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     execution_id = await accepted(world, people.owner, workflow_id)
-    assert (await wakes.see_to_waiting(world.gateway.database))[workflow_id] is wakes.Done.WOKEN
+    assert await seen_to(world, workflow_id) is wakes.Done.WOKEN
     await eventually(lambda: has_status(world, execution_id, "completed"))
     assert cluster.starts[workflow_id] == 1
 
@@ -481,7 +489,7 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
     await set_policy(people.owner, workflow_id, closed())
     execution_id = await accepted(world, people.owner, workflow_id)
-    assert (await wakes.see_to_waiting(world.gateway.database))[workflow_id] is wakes.Done.DEFERRED
+    assert await seen_to(world, workflow_id) is wakes.Done.DEFERRED
     due = select(col(Execution.due_at)).where(col(Execution.id) == execution_id)
     async with world.gateway.database.read() as connection:
         due_at = await connection.scalar(due)
@@ -490,7 +498,7 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     assert workflow_id not in await wakes.see_to_waiting(world.gateway.database)
     by_hand = Decision(LifecycleAction.START, LifecycleReason.BY_HAND)
     await decisions.settle(world.gateway.database, workflow_id, lambda _: by_hand)
-    assert (await wakes.see_to_waiting(world.gateway.database))[workflow_id] is wakes.Done.RELEASED
+    assert await seen_to(world, workflow_id) is wakes.Done.RELEASED
     await eventually(lambda: has_status(world, execution_id, "completed"))
 
 

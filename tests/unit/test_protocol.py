@@ -21,6 +21,9 @@ class Wire(asyncio.Transport):
     def close(self) -> None:
         self.is_closed = True
 
+    def abort(self) -> None:
+        """Be cut off: a closed connection is, once its client has had time to take the rest."""
+
 
 def gathering() -> tuple[Gathering, Wire]:
     wire = Wire()
