@@ -8,6 +8,7 @@ import msgspec
 
 from engine import values
 from engine.errors import NodeError
+from engine.events import FailureCause
 from engine.node import OUTPUT, Result
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class _Error(msgspec.Struct):
     code: str
     message: str
+    cause: FailureCause | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -36,7 +38,8 @@ def result(payload: bytes) -> Result:
     """Return what an answer gives its node; raises `NodeError` for the failure that it brings."""
     answer = msgspec.convert(values.decode(payload), _Answer)
     if answer.error is not None:
-        raise NodeError(answer.error.message, code=answer.error.code)
+        error = answer.error
+        raise NodeError(error.message, code=error.code, cause=error.cause)
     return Result(answer.output, answer.port)
 
 

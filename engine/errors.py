@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from engine.events import FailureCause
+
+
+class HttpRequestName(NamedTuple):
+    """An HTTP request as errors name it."""
+
+    method: str
+    url: str
+    """With secrets hidden; empty where the URL is unusable."""
+
 
 class NodeError(Exception):
-    """A node could not do its work; `retryable` says whether another attempt may succeed."""
+    """A node could not do its work; `retryable` says whether another attempt may succeed.
 
-    def __init__(self, message: str, *, code: str = "node-error", retryable: bool = False) -> None:
+    `request` is the HTTP request that failed, `cause` the error inside a sub-workflow that made the node fail.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "node-error",
+        retryable: bool = False,
+        request: HttpRequestName | None = None,
+        cause: FailureCause | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.retryable = retryable
+        self.request = request
+        self.cause = cause
 
 
 class LeaseLost(Exception):

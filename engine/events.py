@@ -30,6 +30,20 @@ class SpanStatus(StrEnum):
 SETTLED = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
 
 
+class FailureCause(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """The error of the node that made a run fail; fields without a value are left out."""
+
+    code: str
+    message: str
+    node_id: str | None
+    method: str | None = None
+    """Of the HTTP request that failed."""
+    url: str | None = None
+    """Of the HTTP request that failed, with secrets hidden."""
+    execution_id: str | None = None
+    """The execution of a sub-workflow that the node belongs to; None: the execution that shows the error."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunError:
     """Why a run, or a node in it, failed."""
@@ -38,8 +52,11 @@ class RunError:
     message: str
     node_id: str | None = None
     attempt: int | None = None
+    cause: FailureCause | None = None
+    """Of a node's failure, only where it says more than `code` and `message`; of a run, the node's failure."""
 
     def as_json(self) -> dict[str, Json]:
+        """Return the error as nodes are given it."""
         return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine import limits, values
 from engine.errors import NodeError
-from engine.events import RunError
+from engine.events import FailureCause, RunError
 from engine.expressions import ExpressionError
 from engine.values import InvalidJson
 
@@ -63,8 +63,20 @@ def too_slow(node: Node) -> NodeError:
 
 
 def end_of_run(reason: RunError) -> RunError:
-    """Return what a node's failure is to its run, which has fewer codes."""
-    return replace(reason, code=TIMEOUT if reason.code == TIMEOUT else "node-error")
+    """Return what a node's failure is to its run, which has fewer codes: a cause keeps the code of the node."""
+    if reason.code == TIMEOUT:
+        return replace(reason, cause=None)
+    cause = reason.cause or FailureCause(reason.code, reason.message, reason.node_id)
+    return replace(reason, code="node-error", cause=cause)
+
+
+def error_of_node(error: NodeError, node_id: str, attempt: int) -> RunError:
+    """Return an error as that of a node, with texts that every database takes."""
+    code, message, cause = error.code, storable(error.message), error.cause
+    if error.request is not None:
+        method, url = map(storable, error.request)
+        cause = FailureCause(code, message, node_id, method=method, url=url or None)
+    return RunError(code, message, node_id, attempt, cause)
 
 
 def storable(text: str) -> str:

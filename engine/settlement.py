@@ -144,7 +144,7 @@ class Settlement:
 
     def reason(self, visit: Visit, error: NodeError) -> RunError:
         """Return an error as that of a node."""
-        return RunError(error.code, outcomes.storable(error.message), visit.node_id, visit.attempt)
+        return outcomes.error_of_node(error, visit.node_id, visit.attempt)
 
     def _pause_seconds(self, visit: Visit, error: NodeError) -> float | None:
         """Return how long to wait before the next attempt; None: there is none.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.events import RunError, RunStatus, Span, SpanStatus
+from engine.events import FailureCause, RunError, RunStatus, Span, SpanStatus
 from journal.store import Claimed
 from json_text import decoding
 from models import ids
@@ -67,7 +67,10 @@ Row = tuple[Any, ...]
 
 def error_text(error: RunError | None) -> str | None:
     """Return an error as the JSON text that is stored and shown."""
-    return None if error is None else msgspec.json.encode(error.as_json()).decode()
+    if error is None:
+        return None
+    shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
+    return msgspec.json.encode(shown).decode()
 
 
 LOSSES = 987_654_321
@@ -208,7 +211,8 @@ def error_of(stored: str | None) -> RunError | None:
     if stored is None:
         return None
     fields = decoding.decode(stored)
-    return RunError(fields["code"], fields["message"], fields.get("nodeId"), fields.get("attempt"))
+    cause = msgspec.convert(fields.get("cause"), FailureCause | None)
+    return RunError(fields["code"], fields["message"], fields.get("nodeId"), fields.get("attempt"), cause)
 
 
 def _microseconds(moment: datetime | None) -> int | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.events import FailureCause
     from engine.values import Json
     from journal.store import ExecutionKey
     from models.database import Database
@@ -77,9 +78,10 @@ def output(value: Json, port: str = OUTPUT) -> bytes:
     return _encode({"output": value, "port": port})
 
 
-def error(code: str, message: str) -> bytes:
-    """Return the answer by which a node fails."""
-    return _encode({"error": {"code": code, "message": message}})
+def error(code: str, message: str, cause: FailureCause | None = None) -> bytes:
+    """Return the answer by which a node fails; `cause` is the error inside the run that it has waited for."""
+    said: dict[str, object] = {"code": code, "message": message}
+    return _encode({"error": said if cause is None else {**said, "cause": cause}})
 
 
 async def give(

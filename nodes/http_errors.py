@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.errors import NodeError
+from engine.errors import HttpRequestName, NodeError
 from nodes import addresses
 from nodes.outbound import OutboundRefused, OutboundUnavailable
 
@@ -24,5 +24,8 @@ def naming(method: str, url: str) -> Iterator[None]:
 
 
 def _naming(method: str, url: str, message: str, code: str, *, retryable: bool) -> NodeError:
-    request = f"{method} {addresses.shown(url)}".rstrip()
-    return NodeError(f"{request}: {message[:1].upper()}{message[1:]}", code=code, retryable=retryable)
+    request = HttpRequestName(method, addresses.shown(url))
+    shown = " ".join(request).rstrip()
+    return NodeError(
+        f"{shown}: {message[:1].upper()}{message[1:]}", code=code, retryable=retryable, request=request
+    )

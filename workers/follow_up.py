@@ -19,7 +19,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine.errors import NodeError
-from engine.events import RunStatus
+from engine.events import FailureCause, RunStatus
 from engine.node import OUTPUT, Awaited
 from engine.services import Caller
 from journal import admission, follow_ups, results, signals
@@ -249,7 +249,7 @@ class AfterRuns:
     async def _answer(self, due: Due, parent: Owner) -> bytes:
         """Return the end of a run as its parent's node is given it: what has come of it, or why nothing has."""
         if due.status is not ExecutionStatus.COMPLETED:
-            return signals.error(*_reason(due))
+            return signals.error(*_reason(due), _cause(due))
         try:
             found = await self._outputs(due, MAX_ANSWER_CHARACTERS)
             texts = {node_id: await self._whole(due, leaf, parent) for node_id, leaf in found.items()}
@@ -380,6 +380,15 @@ def _reason(due: Due) -> tuple[str, str]:
     if due.error is not None:
         return str(due.error["code"]), str(due.error["message"])
     return due.status.value, f"The run {due.key.execution_id} was {due.status}"
+
+
+def _cause(due: Due) -> FailureCause | None:
+    """Return the error of the node that made a run fail, with the execution that the node belongs to."""
+    stored = due.error and due.error.get("cause")
+    if not stored:
+        return None
+    cause = msgspec.convert(stored, FailureCause)
+    return msgspec.structs.replace(cause, execution_id=cause.execution_id or due.key.execution_id)
 
 
 def _references(value: Json) -> list[Reference]:

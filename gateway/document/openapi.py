@@ -16,6 +16,7 @@ from gateway.arrivals.sender import TOKEN
 from gateway.document import examples, schemas
 from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
+from gateway.executions.execution_shapes import ExecutionErrorShape
 from gateway.http.endpoint import Access
 from gateway.workflows.workflow_shapes import KnownSettings
 from models.access import KeyScope
@@ -45,7 +46,8 @@ _NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
 def document(table: Sequence[Line], *, server: str = ANY_SERVER) -> Part:
     """Return the document of the API that a table makes; `server` is the URL that paths follow."""
     found, named = schemas.of(
-        [kind for line in table for kind in _types(line) if kind is not None] + [Refused, KnownSettings]
+        [kind for line in table for kind in _types(line) if kind is not None]
+        + [Refused, KnownSettings, ExecutionErrorShape]
     )
     in_turn = iter(found)
     paths: dict[str, Part] = {}

@@ -10,6 +10,7 @@ import msgspec
 from gateway import audit, limits
 from gateway.arrivals import delivery_rows, promises, redriving
 from gateway.endpoints.deliveries import counted
+from gateway.executions.execution_shapes import ErrorText
 from gateway.http import idempotency
 from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.query import Page
@@ -38,7 +39,7 @@ class DeadLetter(Wire):
     trigger_type: str
     given: msgspec.Raw | None
     """What the trigger gave out; null where that is too large for a list: the execution has it."""
-    error: msgspec.Raw | None
+    error: ErrorText | None
     created_at: Instant
     failed_at: Instant | None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
-from engine.events import SpanStatus
+from engine.events import FailureCause, SpanStatus
 from gateway.http.wire import Instant, Wire, instant, optional_instant
 from journal import unread
 from journal.follow_ups import FollowUp, Outcome
@@ -23,6 +23,31 @@ Status: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": [*ExecutionSt
 _MILLISECOND = timedelta(milliseconds=1)
 _DIGEST_BYTES = 32
 _HASHED_PARTS = ("type", "config", "mappings", "input")
+
+
+class ExecutionErrorShape(Wire):
+    """The reason for which an execution has failed."""
+
+    code: str
+    """`node-error` where a node has failed: `cause` has the code of the node."""
+    message: str
+    node_id: str | None
+    attempt: int | None
+    cause: FailureCause | UnsetType = UNSET
+    """The error of the failed node, only beside `node-error`; executions that ended before it was kept have none.
+
+    `method` and `url` name the HTTP request that failed, without values of the query and secrets. `executionId` is the
+    execution of a sub-workflow that `nodeId` belongs to; without it, `nodeId` is a node of this execution.
+    """
+
+
+ErrorObject: TypeAlias = Annotated[
+    Mapping[str, Any], Meta(extra_json_schema={"$ref": "#/components/schemas/ExecutionErrorShape"})
+]
+ErrorText: TypeAlias = Annotated[
+    Raw, Meta(extra_json_schema={"$ref": "#/components/schemas/ExecutionErrorShape"})
+]
+"""An error as JSON, passed through as it is stored."""
 
 
 class TriggerShape(Wire):
@@ -52,7 +77,7 @@ class ExecutionShape(Wire):
     trigger_type: str
     user_id: str
     organization_id: str
-    error: Mapping[str, Any] | None
+    error: ErrorObject | None
     progress: int
     """Percent of the nodes that are settled."""
     completed_nodes: int
@@ -82,7 +107,7 @@ class ProgressShape(Wire):
     completed_nodes: int
     total_nodes: int
     outputs: Mapping[str, Raw]
-    error: Raw | None
+    error: ErrorText | None
 
 
 class HeadShape(Wire):
@@ -93,7 +118,7 @@ class HeadShape(Wire):
     progress: int
     completed_nodes: int
     total_nodes: int
-    error: Mapping[str, Any] | None
+    error: ErrorObject | None
 
 
 class SpanShape(Wire):

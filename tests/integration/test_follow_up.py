@@ -19,7 +19,7 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
-from engine.events import Ended, RunError, RunStatus, Span, SpanStatus
+from engine.events import Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
 from execution.child_runs import ChildRuns
 from journal import follow_ups, signals
 from journal.blobs.backend import Owner
@@ -450,7 +450,14 @@ async def test_what_is_due_is_found_by_its_index(office: Office) -> None:
 
 # ── about a failure ─────────────────────────────────────────────────────────────────────────────────────────
 
-FAILED = RunError("node-error", "It broke", "step", 1)
+CAUSE = FailureCause("http-503", "It broke", "step", "GET", "http://a.example/")
+FAILED = RunError("node-error", "It broke", "step", 1, CAUSE)
+SHOWN_CAUSE = {
+    "code": "http-503", "message": "It broke", "nodeId": "step", "method": "GET", "url": "http://a.example/",
+}  # fmt: skip
+SHOWN = {
+    "code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 1, "cause": SHOWN_CAUSE,
+}  # fmt: skip
 
 
 async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(office: Office) -> None:
@@ -489,7 +496,7 @@ async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(of
         "workflowId": place.workflow_id,
         "workflowName": "A workflow",
         "status": "failed",
-        "error": {"code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 1},
+        "error": SHOWN,
     }
 
 
@@ -518,7 +525,7 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
     (message,) = receiver.received
     assert message.headers["webhook-id"].endswith("-on-failure")
     assert message.message["type"] == "execution.failed"
-    assert message.message["data"]["error"]["message"] == "It broke"
+    assert message.message["data"]["error"] == SHOWN
     assert message.message["data"]["outputs"] == {}
 
 
@@ -578,7 +585,8 @@ async def test_a_parent_is_told_why_nothing_came_of_its_run(office: Office, stat
     await until(lambda: office.is_done(child))
     told = (await answer(office, parent))["error"]
     if status is RunStatus.FAILED:
-        assert told == {"code": "node-error", "message": "It broke"}
+        cause = {**SHOWN_CAUSE, "executionId": child.execution_id}
+        assert told == {"code": "node-error", "message": "It broke", "cause": cause}
     else:
         assert told == {"code": "stopped", "message": f"The run {child.execution_id} was stopped"}
 

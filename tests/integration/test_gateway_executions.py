@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 from starlette.applications import Starlette
 
-from engine.events import LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.events import FailureCause, LogLine, RunError, RunStatus, Span, SpanStatus
 from gateway import limits, state
 from gateway.executions import live_events, waiting
 from gateway.main import create_app
@@ -530,11 +530,20 @@ async def test_an_execution_is_shown_with_everything_that_belongs_to_it(world: W
 async def test_a_failed_execution_shows_its_error(world: World, people: People) -> None:
     execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
     run = await taken(world, execution_id)
-    error = RunError("node-error", "It broke", "step", 2)
+    cause = FailureCause("http-404", "It broke", "step", "GET", "http://a.example/")
+    error = RunError("node-error", "It broke", "step", 2, cause)
     await run.write(run.span("step", SpanStatus.FAILED, error=error), end=RunStatus.FAILED, error=error)
-    shown = {"code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 2}
+    shown = {
+        "code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 2,
+        "cause": {
+            "code": "http-404", "message": "It broke", "nodeId": "step", "method": "GET",
+            "url": "http://a.example/",
+        },
+    }  # fmt: skip
     assert (await got(people.owner, f"/{execution_id}"))["error"] == shown
     assert (await got(people.owner, f"/{execution_id}/progress"))["error"] == shown
+    told = await followed(world, people.owner, execution_id).rest()
+    assert [event.data["error"] for event in told] == [shown, shown]
     assert (await got(people.owner, f"?workflow_id={run.claimed.workflow_id}"))["executions"][0][
         "error"
     ] == shown

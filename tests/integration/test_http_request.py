@@ -253,6 +253,7 @@ async def test_an_error_behind_a_redirect_names_both_urls_and_no_secret_of_eithe
         await server.output({"url": f"{server.url}/gone/bot123456:AAH3kZ9/send?token=s3cret"})
     first, last = f"{server.url}/gone/…/send?token=…", f"{server.url}/status?status=…"
     assert raised.value.message.startswith(f"GET {first}: The answer of {last} was 404 Not Found")
+    assert raised.value.request == ("GET", first)
 
 
 async def test_an_error_may_be_taken_as_an_answer(server: Server) -> None:

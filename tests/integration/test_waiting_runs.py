@@ -217,6 +217,36 @@ async def test_a_run_goes_on_with_what_came_of_another(world: World, people: Peo
     assert "Refused" in failed["error"]["message"]
 
 
+async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_it(
+    world: World, people: People
+) -> None:
+    url = "http://127.0.0.1:9/orders?token=s3cret"
+    inner = await people.owner.create(
+        nodes=[
+            {"id": "start", "nodeId": "manual"},
+            {"id": "fetch", "nodeId": "http-request", "config": {"url": url}},
+        ],
+        connections=[{"source": "start", "target": "fetch"}],
+    )
+    middle = await people.owner.create(**calling(inner))
+    async with worker(world):
+        outermost = await executed(people.owner, await people.owner.create(**calling(middle)))
+        error = (await ended(people.owner, outermost))["error"]
+    (between,) = await children_of(people.owner, outermost)
+    (innermost,) = await children_of(people.owner, between["id"])
+    cause = innermost["error"]["cause"]
+    assert cause == {
+        "code": "address-not-allowed",
+        "message": innermost["error"]["message"],
+        "nodeId": "fetch",
+        "method": "GET",
+        "url": "http://127.0.0.1:9/orders?token=…",
+    }
+    assert (error["code"], error["nodeId"]) == ("node-error", "sub")
+    assert error["cause"] == between["error"]["cause"] == {**cause, "executionId": innermost["id"]}
+    assert (await got(people.owner, f"/{outermost}"))["error"] == error
+
+
 async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_the_commit(
     world: World, people: People
 ) -> None:

@@ -241,6 +241,15 @@ def test_the_settings_that_runs_obey_are_described() -> None:
     assert {"timeout", "concurrency", "onFailure"} <= described[referred]["properties"].keys()
 
 
+@pytest.mark.parametrize("shape", ["Execution", "Progress", "DeadLetter"])
+def test_the_cause_of_an_error_is_described(shape: str) -> None:
+    schemas = DOCUMENT["components"]["schemas"]
+    assert schemas[shape]["properties"]["error"]["anyOf"][0]["$ref"] == "#/components/schemas/ExecutionError"
+    assert schemas["ExecutionError"]["properties"]["cause"]["$ref"] == "#/components/schemas/FailureCause"
+    fields = {"code", "message", "nodeId", "method", "url", "executionId"}
+    assert schemas["FailureCause"]["properties"].keys() == fields
+
+
 def test_the_contract_is_among_the_examples() -> None:
     shown = {re.sub(r"{\w+}", "{}", f"{line.method} {line.path}"): line for line in routes.TABLE}
     compared = 0

@@ -6,7 +6,7 @@ import asyncio
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 
 from engine import run as engine_run
 from engine.control import Control, Request
-from engine.errors import LeaseLost, NodeError
-from engine.events import SETTLED, Ended, RunError, RunStatus, Span, SpanStatus
+from engine.errors import HttpRequestName, LeaseLost, NodeError
+from engine.events import SETTLED, Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
 from engine.node import Call, Compile, Outcome, Result, Run, Wait
 from engine.program import Program
 from engine.values import Json, decode
+from journal import rows
 from tests.unit.running import (
     FAST_RETRY,
     PATIENCE_SECONDS,
@@ -272,7 +273,8 @@ async def test_a_node_sees_its_data_the_trigger_other_nodes_and_the_execution() 
 async def test_a_node_that_fails_for_good_fails_the_run() -> None:
     worker = Worker(program("start > fail > echo", {"fail": pure(fail)}))
     error = error_of(await worker.work())
-    assert error == RunError("node-error", "exec_1:fail:0 is broken", "fail", 1)
+    cause = FailureCause("node-error", "exec_1:fail:0 is broken", "fail")
+    assert error == RunError("node-error", cause.message, "fail", 1, cause)
     assert worker.notebook.statuses == {"start": "completed", "fail": "failed"}
 
 
@@ -698,6 +700,7 @@ async def test_a_failure_that_was_recorded_before_the_worker_died_ends_the_run_i
     first = Worker(graph)
     ended = await first.work()
     assert error_of(ended).code == code
+    assert (error_of(ended).cause is None) == (code == "timeout")
     assert await Worker(graph, recorded=list(first.notebook.spans.values())).work() == ended
 
 
@@ -705,7 +708,27 @@ async def test_a_failure_with_an_exact_reason_ends_the_run_in_the_same_way_after
     graph = program("start > odd", {"odd": pure(lambda _call: math.nan)})
     first = Worker(graph)
     ended = await first.work()
-    assert await Worker(graph, recorded=list(first.notebook.spans.values())).work() == ended
+    cause = error_of(ended).cause
+    assert cause is not None
+    assert (cause.code, cause.node_id, cause.method) == ("not-finite", "odd", None)
+    assert await Worker(graph, recorded=as_stored(first.notebook.spans.values())).work() == ended
+
+
+async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash() -> None:
+    async def refuse(_call: Call) -> Json:
+        raise NodeError("No", code="http-404", request=HttpRequestName("GET", "http://a.example/?q=…"))
+
+    graph = program("start > call", {"call": read(refuse)})
+    first = Worker(graph)
+    ended = await first.work()
+    cause = FailureCause("http-404", "No", "call", "GET", "http://a.example/?q=…")
+    assert error_of(ended) == RunError("node-error", "No", "call", 1, cause)
+    assert await Worker(graph, recorded=as_stored(first.notebook.spans.values())).work() == ended
+
+
+def as_stored(spans: Iterable[Span]) -> list[Span]:
+    """Return spans with their errors as they are read back from rows."""
+    return [msgspec.structs.replace(span, error=rows.error_of(rows.error_text(span.error))) for span in spans]
 
 
 async def test_sequence_numbers_go_on_where_they_were() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.control import Request
 from engine.errors import NodeError
-from engine.events import SETTLED, Ended, RunError, RunStatus, Span, SpanStatus
+from engine.events import SETTLED, Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
 from engine.frames import Frame
 from engine.limits import Limits
 from engine.node import Await, Awaited, Call, Each, Outcome, Result, Wait
@@ -285,7 +285,8 @@ async def test_a_turn_that_fails_fails_its_loop_and_the_run() -> None:
     worker = Worker(graph, [2, 3, 4])
     ended = await worker.work()
     reason = RunError("node-error", "3 is odd", "odd", 1)
-    assert ended == Ended(RunStatus.FAILED, error=reason)
+    cause = FailureCause("node-error", "3 is odd", "odd")
+    assert ended == Ended(RunStatus.FAILED, error=RunError("node-error", "3 is odd", "odd", 1, cause))
     assert worker.notebook.spans["loop"].error == reason
     assert ("odd", "2") not in worker.notebook.rows
     assert await Worker(graph, [2, 3, 4], recorded=list(worker.notebook.rows.values())).work() == ended
