@@ -8,7 +8,7 @@ from typing import Any
 
 from gateway.arrivals.sender import TOKEN
 from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
-from gateway.deployments.lifecycle_shapes import LifecyclePolicy
+from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PreviewedPolicy
 from gateway.endpoints import (
     access,
     audit,
@@ -444,7 +444,7 @@ DEPLOYMENTS: Sequence[Line] = (
         "/api/v1/workflows/{id}/lifecycle/preview",
         READ,
         lifecycle.preview,
-        body=LifecyclePolicy,
+        body=PreviewedPolicy,
         answer=lifecycle.Preview,
     ),
     Line("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.Trigger, answer=trigger.Triggered),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from msgspec import Meta, field
 
@@ -12,7 +12,7 @@ from gateway import limits
 from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, Wire, convert, instant
+from gateway.http.wire import Instant, StrictWire, Wire, convert, instant
 from models import data_source_types, ids
 from models.data_source import DataSource, sealed
 from models.data_source_types import DEFINITIONS, DataSourceType, Fields, stored
@@ -38,8 +38,16 @@ Secrets: TypeAlias = Annotated[
 ]
 
 
-class CreateDataSource(Wire):
+class CreateDataSource(StrictWire):
     """A data source that somebody wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("id", "secretNames", "secretsSetAt", "organizationId", "ownerId", "createdAt", "updatedAt"), ""
+        ),
+        "isPublic": "PUT /api/v1/datasources/:id/visibility",
+        "sharedWith": "POST /api/v1/datasources/:id/share",
+    }
 
     name: Name
     """None of the caller's other data sources has it."""
@@ -48,8 +56,10 @@ class CreateDataSource(Wire):
     secrets: Secrets = field(default_factory=dict)
 
 
-class UpdateDataSource(Wire):
+class UpdateDataSource(StrictWire):
     """What is to change; the rest stays."""
+
+    read_only: ClassVar[Mapping[str, str]] = {**CreateDataSource.read_only, "type": ""}
 
     name: Name | None = None
     settings: Settings | None = None

@@ -57,6 +57,10 @@ class LifecyclePolicy(GuardedWire):
     """For `scheduled-window`, which needs it; others don't keep it."""
 
 
+class PreviewedPolicy(LifecyclePolicy, forbid_unknown_fields=True):
+    """A policy to look ahead with."""
+
+
 class ShownPolicy(Wire, omit_defaults=True):
     """A policy, with what belongs to its type."""
 

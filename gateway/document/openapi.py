@@ -17,7 +17,7 @@ from gateway.document import examples, schemas
 from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
 from gateway.executions.execution_shapes import ExecutionErrorShape
-from gateway.http.endpoint import Access
+from gateway.http.endpoint import OPEN_QUERIES, Access
 from gateway.workflows.workflow_shapes import KnownSettings
 from models.access import KeyScope
 
@@ -165,7 +165,7 @@ def codes(line: Line) -> list[str]:
         found |= {"admin-required"}
     if "{" in line.path:
         found |= {"not-found"}
-    if set(line.query) - {TOKEN}:
+    if set(line.query) - {TOKEN} or line.access not in OPEN_QUERIES:
         found |= {"invalid-query"}
     if line.body is not None:
         found |= {*BODY_CODES}

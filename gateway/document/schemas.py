@@ -102,6 +102,11 @@ def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
     for field in msgspec.structs.fields(struct):
         if field.name in said:
             schema["properties"][field.encode_name].setdefault("description", said[field.name])
+    if issubclass(struct, Wire):
+        for name, route in struct.read_only.items():
+            changed_by = f" `{route}` changes it." if route else ""
+            description = f"As it was shown, or absent.{changed_by}"
+            schema.setdefault("properties", {})[name] = {"readOnly": True, "description": description}
 
 
 @cache

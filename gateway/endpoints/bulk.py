@@ -17,7 +17,7 @@ from gateway.executions.execution_rows import Filter
 from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import StrictWire, Wire, convert, decode_body, read_json
+from gateway.http.wire import StrictWire, Wire, body_of, decode_body, read_json
 from models.audit import Action
 from models.execution import ExecutionStatus
 
@@ -109,7 +109,7 @@ async def retry(request: Request) -> JsonResponse:
     One that was resumed already is passed over, and so are those of workflows that are closed or gone.
     """
     value = await read_json(request)
-    body = convert(value, Bulk)
+    body = body_of(request, value, Bulk)
     promise = idempotency.requested(request, value)
     earlier = None if promise is None else await bulk.begun(request, promise)
     if earlier is not None:

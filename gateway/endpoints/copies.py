@@ -14,7 +14,7 @@ from gateway import errors, limits
 from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, Wire, convert, read_json
+from gateway.http.wire import Instant, StrictWire, Wire, body_of, read_json
 from gateway.workflows import copying, editing, finding_shapes, shipped, workflow_rows, workflow_shapes
 from gateway.workflows.copying import Bare, Reference, RemovedSecret
 from gateway.workflows.finding_shapes import FindingShape
@@ -42,7 +42,7 @@ READABLE_BYTES: Final = 500_000
 """A document that is longer isn't put into lines."""
 
 
-class UseTemplate(Wire):
+class UseTemplate(StrictWire):
     """A template to begin with."""
 
     template_id: str
@@ -55,7 +55,7 @@ class UseTemplate(Wire):
     """
 
 
-class SaveAsTemplate(Wire):
+class SaveAsTemplate(StrictWire):
     """How a template is to be described; what is absent stays as it is in the workflow."""
 
     name: Name | None = None
@@ -134,7 +134,7 @@ async def save_as_template(request: Request) -> JsonResponse:
     Other than that, a template is a draft like any: whoever reads it may execute it, its owner and admins change it.
     """
     value = await read_json(request)
-    body = convert(value, SaveAsTemplate)
+    body = body_of(request, value, SaveAsTemplate)
     source = await editing.read(request)
     if not request.caller.is_admin:
         raise errors.admin_required()
@@ -171,7 +171,7 @@ async def templates(request: Request) -> JsonResponse:
 async def use_template(request: Request) -> JsonResponse:
     """Create a draft out of a template."""
     value = await read_json(request)
-    body = convert(value, UseTemplate)
+    body = body_of(request, value, UseTemplate)
     catalog = request.gateway.catalog
     template, references = await _to_use(request, body)
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from gateway.data_sources import data_source_editing as editing
 from gateway.data_sources import data_source_rows, data_source_shapes
-from gateway.data_sources.data_source_rows import NameTaken
+from gateway.data_sources.data_source_rows import NameTaken, Stored
 from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
+from gateway.http import read_only
 from gateway.http.parameters import LIMIT, OFFSET, Choice, Flag, sorted_by
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import Instant, StrictWire, Wire, convert, decode_body, instant, read_json
+from gateway.http.wire import Instant, StrictWire, Wire, body_of, decode_body, instant, read_json
 from gateway.workflows import shares
 from models.audit import Action
 from models.data_source_types import DataSourceType
 
 if TYPE_CHECKING:
-    from gateway.data_sources.data_source_rows import Stored
+    from engine.values import Json
     from models.access import Caller
 
 TYPE = Choice("type", "Only data sources of this type.", DataSourceType)
@@ -121,20 +124,27 @@ async def test(request: Request) -> JsonResponse:
 async def create(request: Request) -> JsonResponse:
     """Create a data source."""
     value = await read_json(request)
-    body = convert(value, CreateDataSource)
+    body = body_of(request, value, CreateDataSource)
     source = data_source_shapes.made(request.caller, body, request.gateway.vault, request.gateway.clock())
+    read_only.warn_of_new(request, value, CreateDataSource, lambda: _as_json(Stored(source, {})))
     return await editing.create(request, value, source)
 
 
 async def update(request: Request) -> JsonResponse:
     """Change a data source: what the body doesn't name stays, its secrets too."""
-    body = await decode_body(request, UpdateDataSource)
+    value = await read_json(request)
+    body = body_of(request, value, UpdateDataSource)
     vault, now = request.gateway.vault, request.gateway.clock()
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(value, UpdateDataSource, lambda: _as_json(before))
+        return data_source_shapes.changed(before, body, vault, now)
+
     try:
         after = await editing.edit(
             request,
             Action.DATA_SOURCE_UPDATED,
-            lambda before: data_source_shapes.changed(before, body, vault, now),
+            change,
         )
     except NameTaken as error:
         raise editing.name_taken(error) from error
@@ -208,3 +218,9 @@ def _shared(before: Stored, user_id: str, caller: Caller, now: datetime) -> Stor
 def _unshared(before: Stored, user_id: str) -> Stored:
     """Return a data source that a user may use no longer; raises 404."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
+
+
+def _as_json(stored: Stored) -> Mapping[str, Json]:
+    """Return a data source as clients see it, as JSON."""
+    shown: dict[str, Any] = msgspec.to_builtins(data_source_shapes.shown(stored))
+    return shown

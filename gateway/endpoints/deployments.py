@@ -11,7 +11,7 @@ from gateway import errors, limits
 from gateway.deployments import deploying
 from gateway.http.parameters import WholeNumber
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, Wire, decode_body, optional_instant
+from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, decode_body, optional_instant
 from gateway.workflows import editing, graph_shapes, version_rows, workflow_rows
 from journal import deployments, pinning, wakes
 from models import lifecycle
@@ -35,13 +35,13 @@ LINES: Final = WholeNumber(
 )
 
 
-class DeployVersion(Wire):
+class DeployVersion(StrictWire):
     """The version that is wanted."""
 
     version: Annotated[int, Meta(ge=1, le=limits.VERSIONS)]
 
 
-class StartDeployment(Wire):
+class StartDeployment(GuardedWire):
     """How many pods are wanted."""
 
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] = 1

@@ -25,7 +25,7 @@ from gateway.http import idempotency
 from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
-from gateway.http.wire import Wire, convert, json_of
+from gateway.http.wire import GuardedWire, Wire, body_of, json_of
 from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Verdict
 from journal.unread import StoredObject, Unread
@@ -67,7 +67,7 @@ MEDIA_TYPE: Final = "application/octet-stream"
 NAME: Final = "as-it-came"
 
 
-class EmailTrigger(Wire):
+class EmailTrigger(GuardedWire):
     """A mail that somebody has taken apart."""
 
     from_: str = msgspec.field(default="", name="from")
@@ -238,7 +238,7 @@ async def _native(handed: Handed) -> JsonResponse:
     if len(content) > (most := request.gateway.settings.max_body_bytes):
         raise BodyLimit(most).exceeded()
     value = await json_of(request, content)
-    mail = convert(value, EmailTrigger)
+    mail = body_of(request, value, EmailTrigger)
     attachments = await patience.patiently(decode_attachments, mail.attachments)
     promise = None
     if request.known_sender is not None:

@@ -16,7 +16,7 @@ from gateway.http import idempotency, text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.text import Problems
-from gateway.http.wire import Wire, convert, json_of
+from gateway.http.wire import GuardedWire, Wire, convert, json_of
 from journal.store import Verdict
 from models.intake import IntakeRoute
 
@@ -37,7 +37,7 @@ Queued = TypeVar("Queued", bound="QueueMessage")
 Priority = Annotated[int, msgspec.Meta(ge=limits.LOWEST_PRIORITY, le=limits.HIGHEST_PRIORITY)]
 
 
-class QueueMessage(Wire):
+class QueueMessage(GuardedWire):
     """A message of a queue."""
 
     message: Any = None
@@ -75,6 +75,10 @@ class QueueMessage(Wire):
         )
 
 
+class BatchMessage(QueueMessage, forbid_unknown_fields=True):
+    """A message among others."""
+
+
 class Enqueue(QueueMessage):
     """A message; a body without `message` and `data`, or with null for both, is one as a whole: nothing else counts."""
 
@@ -102,7 +106,7 @@ async def enqueue(request: Request) -> JsonResponse:
     async with gateway.deliveries.refusals(note):
         value = await json_of(request, content)
         now = gateway.clock()
-        body = _interpreted(value, now)
+        body = _interpreted(value, now, request.warnings)
         own_key, promise = await patience.patiently(_keys, request, value, body, vouched)
         message = body.planned(now, promise, body.callback_url)
         note.payload = message.text
@@ -143,9 +147,15 @@ def vouched_key(vouched: Vouched | None, workflow_id: str) -> IdempotencyKey | N
     return promises.derived(DELIVERY, workflow_id, vouched.delivery_key)
 
 
-def checked(value: Json, kind: type[Queued], now: datetime, path: str = "") -> Queued:
+def checked(
+    value: Json,
+    kind: type[Queued],
+    now: datetime,
+    path: str = "",
+    warnings: list[dict[str, Json]] | None = None,
+) -> Queued:
     """Return a message, found at `path`; raises 422."""
-    body = convert(value, kind, path)
+    body = convert(value, kind, path, warnings)
     problems = Problems()
     inside = f"{path}." if path else ""
     body.source = text.line(body.source, f"{inside}source", problems, max_length=limits.SOURCE_LENGTH)
@@ -168,7 +178,7 @@ def _require_name(name: str, path: str, problems: Problems) -> None:
         problems.add(path, "too-long", f"{path} may have at most {limits.DEDUPLICATION_ID_LENGTH} characters")
 
 
-def _interpreted(value: Json, now: datetime) -> Enqueue:
+def _interpreted(value: Json, now: datetime, warnings: list[dict[str, Json]]) -> Enqueue:
     if not isinstance(value, dict) or (value.get("message") is None and value.get("data") is None):
         return Enqueue(message=value)
-    return checked(value, Enqueue, now)
+    return checked(value, Enqueue, now, warnings=warnings)

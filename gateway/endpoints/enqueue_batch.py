@@ -15,13 +15,13 @@ from engine.values import fingerprint
 from gateway import errors, limits
 from gateway.arrivals import promises, room, sent, taking_in, verification
 from gateway.document.refusals import Detail
-from gateway.endpoints.enqueue import QUEUE, QueueMessage, checked, vouched_key
+from gateway.endpoints.enqueue import QUEUE, BatchMessage, QueueMessage, checked, vouched_key
 from gateway.errors import ApiError
 from gateway.executions import acceptance, callbacks
 from gateway.http import idempotency, text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Wire, convert, json_of
+from gateway.http.wire import StrictWire, Wire, body_of, json_of
 from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
 from json_text import decoding
 from models.intake import Delivery, IntakeRoute, Outcome
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from journal.store import ArrivedRun
 
 
-class EnqueueBatch(Wire):
+class EnqueueBatch(StrictWire):
     """Messages, each as `enqueue` takes it."""
 
-    messages: Annotated[list[QueueMessage], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
+    messages: Annotated[list[BatchMessage], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
     callback_url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
     """Is told how each of the runs has ended."""
 
 
-class _Batch(Wire):
+class _Batch(StrictWire):
     """The same, with messages that are still to be looked at, each for itself."""
 
     messages: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
@@ -110,7 +110,7 @@ async def enqueue(request: Request) -> JsonResponse:
     note = await sent.sent(IntakeRoute.ENQUEUE_BATCH, sender, content, workflow_id=workflow_id)
     async with gateway.deliveries.refusals(note):
         value = await json_of(request, content)
-        batch = convert(value, _Batch)
+        batch = body_of(request, value, _Batch)
         if batch.callback_url is not None:
             await callbacks.require(request, batch.callback_url)
         own_key = vouched_key(vouched, workflow_id)
@@ -203,7 +203,7 @@ def _planned(
     refused: dict[int, BatchResult] = {}
     for place, value in enumerate(messages):
         try:
-            body = checked(value, QueueMessage, now, f"messages.{place}")
+            body = checked(value, BatchMessage, now, f"messages.{place}")
             if body.payload is None:
                 raise errors.invalid(
                     [errors.problem(f"messages.{place}.message", "required", "message is required")]

@@ -23,7 +23,7 @@ from gateway.http.parameters import LIMIT, OFFSET, Moment, Text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, Wire, convert, decode_body, instant, json_of
+from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, body_of, decode_body, instant, json_of
 from journal import event_waits
 from journal.store import Verdict
 from json_text import decoding
@@ -57,7 +57,7 @@ LISTED: Final = (EVENT_TYPE, FROM, SINCE, UNTIL, LIMIT, OFFSET)
 _ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
 
 
-class Emit(Wire):
+class Emit(GuardedWire):
     """Something that has happened."""
 
     event_type: Annotated[str, text.allowed(limits.EVENT_TYPE_LENGTH, min_length=1)] = msgspec.field(
@@ -142,7 +142,7 @@ class EventShape(Wire):
     results: Sequence[EventResult]
 
 
-class ReplayEvent(Wire):
+class ReplayEvent(StrictWire):
     """What an event is to run once more."""
 
     workflow_id: Annotated[
@@ -305,7 +305,7 @@ async def _meaning(
     request: Request, arrival: Arrival, provider: Provider | None
 ) -> Event | Batch | Challenge:
     if provider is None:
-        return _plain(convert(await json_of(request, arrival.body), Emit))
+        return _plain(body_of(request, await json_of(request, arrival.body), Emit))
     try:
         return await patience.patiently(events.event_of, arrival, provider)
     except Refused as error:

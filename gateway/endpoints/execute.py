@@ -18,7 +18,7 @@ from gateway.http import idempotency, text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.text import Problems
-from gateway.http.wire import Wire, convert, read_json
+from gateway.http.wire import GuardedWire, Wire, body_of, read_json
 from gateway.workflows import graph_shapes
 from gateway.workflows.graph_shapes import Connections, GraphId, Nodes
 from models.access import KeyScope
@@ -29,18 +29,20 @@ if TYPE_CHECKING:
     from nodes.catalog import Catalog
 
 
-class Override(Wire):
+class Override(GuardedWire):
     """A graph to run in the place of the workflow's own, this once; an empty one replaces nothing."""
 
     nodes: Nodes | None = None
     connections: Connections | None = None
 
 
-class Execute(Wire):
+class Execute(GuardedWire):
     """What a run is to work on."""
 
     definition: Override | None = None
     trigger_inputs: dict[str, Any] | None = None
+    inputs: dict[str, Any] | None = None
+    """The same as `triggerInputs`."""
     up_to: GraphId | None = None
     """The id of a node: it and what leads to it are run, and nothing else."""
     pinned: dict[str, Any] | None = None
@@ -63,7 +65,8 @@ async def start(request: Request) -> JsonResponse:
     workflow's owner and admins see a run with `definition` or `pinned`.
     """
     value = await read_json(request)
-    body = convert(value, Execute)
+    body = body_of(request, value, Execute)
+    intake.require_one_spelling(body.trigger_inputs, body.inputs)
     promise = await patience.patiently(
         idempotency.requested, request, value, workflow_id=request.path_params["id"]
     )
@@ -85,7 +88,7 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Execute) ->
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
     acceptance.require_open(workflow.status)
     piece = Piece(body.up_to, body.pinned or {})
-    inputs = body.trigger_inputs or {}
+    inputs = body.trigger_inputs or body.inputs or {}
     if override is None and piece == WHOLE:
         kind = workflow.trigger_kind or "manual"
         run = Run(workflow, kind, trigger_output(kind, inputs, request.gateway.clock()))

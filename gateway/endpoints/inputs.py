@@ -17,7 +17,7 @@ from gateway.executions import acceptance, input_checks
 from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, Wire, convert, instant, optional_instant, read_json
+from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optional_instant, read_json
 from journal import admission, signals
 from journal.signals import Given, Reception
 from journal.store import Verdict
@@ -59,7 +59,7 @@ class PendingInputs(Wire):
     inputs: Sequence[PendingInput]
 
 
-class Answer(Wire):
+class Answer(StrictWire):
     """What a person has decided."""
 
     node_id: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -90,7 +90,7 @@ async def answer(request: Request) -> JsonResponse:
     gateway, caller = request.gateway, request.caller
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)
-    body = convert(value, Answer)
+    body = body_of(request, value, Answer)
     promise = await patience.patiently(idempotency.requested, request, value, workflow_id=key.execution_id)
     if await _is_repeated(request, key, promise):
         return _taken(key, body, idempotency.REPLAYED)

@@ -5,17 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from zoneinfo import ZoneInfo
 
 from gateway import limits
 from gateway.deployments import lifecycle_rows, lifecycle_shapes
 from gateway.deployments.lifecycle_rows import DAY_SECONDS
-from gateway.deployments.lifecycle_shapes import LifecyclePolicy, ShownPolicy
+from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PreviewedPolicy, ShownPolicy
+from gateway.http import read_only
 from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Instant, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import (
+    GuardedWire,
+    Instant,
+    Wire,
+    body_of,
+    decode_body,
+    instant,
+    optional_instant,
+    read_json,
+)
 from gateway.workflows import editing
 from journal import activity
 from models import forecast, lifecycle
@@ -67,6 +77,20 @@ class LifecycleShape(Wire):
     next_transition_at: Instant | None
     usage: UsageShape | None
     """Null for what never was deployed."""
+
+
+class GivenLifecycle(GuardedWire):
+    """A policy beside what else is shown of a deployment, most of which has changed by the time it is sent."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("workflowId", "stoppedReason", "lastActivityAt", "nextTransition", "nextTransitionAt", "usage"),
+            "",
+        ),
+        "deploymentStatus": "POST /api/v1/workflows/:id/start or /stop",
+    }
+
+    lifecycle_policy: LifecyclePolicy
 
 
 class PolicySet(Wire):
@@ -176,12 +200,26 @@ async def update(request: Request) -> JsonResponse:
     It counts from the next look at the deployment on, within half a minute. What doesn't belong to the policy's type is
     checked, and not kept.
     """
-    policy = lifecycle_shapes.stored(await decode_body(request, LifecyclePolicy))
+    policy = lifecycle_shapes.stored(await _given_policy(request))
     edited = await editing.edit(
         request, Action.WORKFLOW_LIFECYCLE_SET, lambda before: before.with_columns(lifecycle=policy)
     )
     shape = PolicySet(workflow_id=edited.after.workflow.id, lifecycle_policy=lifecycle_shapes.shown(policy))
     return editing.answer(edited.after, shape)
+
+
+async def _given_policy(request: Request) -> LifecyclePolicy:
+    """Return the policy that a body is, or that it has where it is what `GET` answers."""
+    value = await read_json(request)
+    if not isinstance(value, dict) or "type" in value or "lifecyclePolicy" not in value:
+        return body_of(request, value, LifecyclePolicy)
+    given = body_of(request, value, GivenLifecycle)
+    async with request.gateway.database.read() as connection:
+        workflow = (await editing.readable(connection, request)).workflow
+        seen = await activity.look(connection, workflow.id)
+    now = {"workflowId": workflow.id, "deploymentStatus": status_of(seen.deployment if seen else None).value}
+    read_only.require_same({name: value[name] for name in now if name in value}, GivenLifecycle, lambda: now)
+    return given.lifecycle_policy
 
 
 async def history(request: Request) -> JsonResponse:
@@ -202,7 +240,7 @@ async def preview(request: Request) -> JsonResponse:
     When it would start and stop pods in the next two weeks, and what the runs of the last two would have taken: how
     long pods would have been up, and what runs would have waited for them.
     """
-    body = lifecycle_shapes.stored(await decode_body(request, LifecyclePolicy))
+    body = lifecycle_shapes.stored(await decode_body(request, PreviewedPolicy))
     now = request.gateway.clock()
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)

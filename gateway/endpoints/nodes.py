@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from gateway.http import read_only
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Wire, convert, decode_body, read_json
+from gateway.http.wire import GuardedWire, Wire, body_of, convert, decode_body, read_json
 from gateway.workflows import editing, graph_shapes, node_edits
 from gateway.workflows.editing import Edited
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput, Position, RetryShape
@@ -20,18 +22,19 @@ from models.audit import Action
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredNode
+    from gateway.workflows.workflow_rows import Stored
     from nodes.catalog import Catalog
 
 UNKNOWN_CATEGORY = "unknown"
 
 
-class SetMappings(Wire):
+class SetMappings(GuardedWire):
     """Where each field of a node's input comes from: a path, a text with expressions in it, or a constant."""
 
     mappings: dict[str, Any]
 
 
-class SetPassThrough(Wire):
+class SetPassThrough(GuardedWire):
     """What a node passes on unchanged: keys of its output, each with the key of its input."""
 
     values: dict[str, str]
@@ -173,14 +176,19 @@ async def configure(request: Request) -> JsonResponse:
     A body with `config`, or with `label` alone, may change the label too; with `config`, also the position, version,
     retry, timeout and whether it runs at most once. Any other body is taken as the config itself.
     """
-    body = await read_json(request)
-    changes = convert(_wrapped(body), NodeChanges)
+    body = _wrapped(await read_json(request))
+    changes = body_of(request, body, NodeChanges)
     node_id = request.path_params["sub"]
     catalog = request.gateway.catalog
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(body, NodeChanges, lambda: _all_fields(before, node_id, catalog))
+        return node_edits.with_changes(before, node_id, changes, catalog)
+
     edited = await editing.edit(
         request,
         Action.NODE_CONFIGURED,
-        lambda before: node_edits.with_changes(before, node_id, changes, catalog),
+        change,
     )
     return _node_answer(request, edited, node_id)
 
@@ -305,8 +313,23 @@ def _resolved(node: StoredNode, catalog: Catalog) -> dict[str, Json]:
     return node | resolved
 
 
+def _all_fields(stored: Stored, node_id: str, catalog: Catalog) -> dict[str, Json]:
+    """Return every field of a node that some answer shows."""
+    node = node_edits.node_of(stored, node_id)
+    inbound = sum(edge["target"] == node_id for edge in stored.connections)
+    outbound = sum(edge["source"] == node_id for edge in stored.connections)
+    summary: dict[str, Json] = msgspec.to_builtins(_summary(node, catalog, inbound, outbound))
+    shown: dict[str, Json] = msgspec.to_builtins(_shown(node, catalog))
+    return graph_shapes.shown_node(node) | shown | summary
+
+
+def _is_summary(body: Mapping[str, Json]) -> bool:
+    """Tell whether a body is a node as the list of nodes shows it."""
+    return all(field.encode_name in body for field in msgspec.structs.fields(NodeSummary) if field.required)
+
+
 def _wrapped(body: Json) -> Json:
     """Return the body of a change with the config in its place, where the body itself is the config."""
-    if not isinstance(body, dict) or "config" in body or body.keys() == {"label"}:
+    if not isinstance(body, dict) or "config" in body or body.keys() == {"label"} or _is_summary(body):
         return body
     return {"config": body}

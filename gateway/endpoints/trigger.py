@@ -27,7 +27,7 @@ from gateway.http import idempotency, text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.text import Problems
-from gateway.http.wire import Wire, convert, read_json
+from gateway.http.wire import GuardedWire, Wire, body_of, read_json
 from journal import results, wakes
 from journal.results import ResultTooLarge
 from journal.store import DefinitionKey, ExecutionKey, Verdict
@@ -44,7 +44,7 @@ Answer = TypeVar("Answer")
 API: Final = "api"
 
 
-class Trigger(Wire):
+class Trigger(GuardedWire):
     """What a run is to work on, and whether its end is waited for."""
 
     trigger_type: Annotated[str, text.allowed(limits.TRIGGER_TYPE_LENGTH, min_length=1)] = msgspec.field(
@@ -52,6 +52,8 @@ class Trigger(Wire):
     )
     """A label, by which executions can be found again."""
     inputs: dict[str, Any] | None = None
+    trigger_inputs: dict[str, Any] | None = None
+    """The same as `inputs`."""
     sync: bool = False
     """Wait for the end of the run, not just until a pod has taken it."""
 
@@ -111,7 +113,7 @@ async def start(request: Request) -> JsonResponse:
     times = Times(perf_counter())
     workflow_id = request.path_params["id"]
     value = await read_json(request)
-    body = _checked(convert(value, Trigger))
+    body = _checked(body_of(request, value, Trigger))
     promise = await patience.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> Run:
@@ -120,7 +122,8 @@ async def start(request: Request) -> JsonResponse:
     with request.gateway.activation.queue(workflow_id):
         accepted = await intake.take_in(request, plan, promise)
         times.accepted = perf_counter()
-        value, body.inputs = None, None  # committed, and not to be held while the run is waited for
+        # Committed, and not to be held while the run is waited for.
+        value, body.inputs, body.trigger_inputs = None, None, None
         request.release_body()
         seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
         until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
@@ -151,6 +154,7 @@ def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
 
 
 def _checked(body: Trigger) -> Trigger:
+    intake.require_one_spelling(body.trigger_inputs, body.inputs)
     problems = Problems()
     body.trigger_type = text.line(
         body.trigger_type, "trigger_type", problems, max_length=limits.TRIGGER_TYPE_LENGTH
@@ -168,7 +172,8 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Trigger, ti
     times.is_cold = not wakes.is_ready(deployment)
     times.definition_hash = deployment.definition_hash
     deployed = await request.gateway.deployed.load(workflow, deployment)
-    inputs = trigger_output(deployed.trigger_kind or "manual", body.inputs or {}, request.gateway.clock())
+    given = body.inputs or body.trigger_inputs or {}
+    inputs = trigger_output(deployed.trigger_kind or "manual", given, request.gateway.clock())
     return Run(deployed, body.trigger_type, inputs, home=workflow.id)
 
 

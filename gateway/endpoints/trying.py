@@ -18,7 +18,7 @@ from gateway.http import idempotency
 from gateway.http.query import Page
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
-from gateway.http.wire import Wire, convert, read_json
+from gateway.http.wire import StrictWire, Wire, body_of, read_json
 from gateway.workflows import graph_shapes
 from journal.store import ExecutionKey
 from models.access import KeyScope
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from journal.store import Progress
 
 
-class TryNode(Wire):
+class TryNode(StrictWire):
     """What a node is tried on."""
 
     input: Any = None
@@ -74,7 +74,7 @@ async def run_node(request: Request) -> JsonResponse:
     ask for by `trigger` and `nodes`.
     """
     value = await read_json(request)
-    body = convert(value, TryNode)
+    body = body_of(request, value, TryNode)
     workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
     promise = await patience.patiently(
         idempotency.requested, request, value, workflow_id=f"{workflow_id}/{node_id}"

@@ -6,16 +6,16 @@ import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
 
 from gateway import errors, limits
-from gateway.http import text
+from gateway.http import read_only, text
 from gateway.http.parameters import OFFSET, WholeNumber
 from gateway.http.responses import JsonResponse
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, Wire, decode_body, instant
+from gateway.http.wire import GuardedWire, Instant, Wire, body_of, instant, read_json
 from gateway.workflows import (
     copying,
     editing,
@@ -34,6 +34,7 @@ from models.workflow import WorkflowVersion
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from engine.values import Json
     from gateway.http.request import Request
     from gateway.workflows.editing import Edited
     from gateway.workflows.version_rows import Head
@@ -52,8 +53,12 @@ State: TypeAlias = int | Literal["current"]
 """A version's number, or the workflow as it is now."""
 
 
-class CreateVersion(Wire):
+class CreateVersion(GuardedWire):
     """A version that somebody wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("version", "workflowId", "createdBy", "createdAt", "snapshot"), ""
+    )
 
     version_tag: Annotated[str, text.allowed(limits.VERSION_TAG_LENGTH, min_length=1)]
     description: Annotated[str, text.allowed(limits.DESCRIPTION_LENGTH)] | None = None
@@ -225,7 +230,8 @@ def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
 
 async def create(request: Request) -> JsonResponse:
     """Create a version: a snapshot of the workflow as it stands, which never changes."""
-    body = await decode_body(request, CreateVersion)
+    value = await read_json(request)
+    body = body_of(request, value, CreateVersion)
     problems = Problems()
     tag = text.line(body.version_tag, "versionTag", problems, max_length=limits.VERSION_TAG_LENGTH)
     description = text.paragraphs(
@@ -253,6 +259,13 @@ async def create(request: Request) -> JsonResponse:
 
     edited = await editing.edit(request, Action.VERSION_CREATED, _counted, also=keep)
     workflow = edited.after.workflow
+    given_by_server: dict[str, Json] = {
+        "version": workflow.version,
+        "workflowId": workflow.id,
+        "createdBy": request.caller.user_id,
+        "createdAt": instant(now),
+    }
+    read_only.warn_of_new(request, value, CreateVersion, lambda: given_by_server)
     created = CreatedVersion(workflow_id=workflow.id, version=workflow.version, version_tag=tag)
     return editing.answer(edited.after, created, status=201)
 

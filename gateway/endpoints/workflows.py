@@ -10,13 +10,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway import errors
 from gateway.deployments import deploying
 from gateway.executions.ending import ask_to_end
+from gateway.http import read_only
 from gateway.http.parameters import LIMIT, OFFSET, Choice, Flag, Text, sorted_by
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import GuardedWire, Wire, convert, decode_body, read_json
+from gateway.http.wire import GuardedWire, Wire, body_of, decode_body, read_json
 from gateway.workflows import editing, workflow_rows, workflow_shapes
 from gateway.workflows.editing import Edited
-from gateway.workflows.workflow_rows import Filter
+from gateway.workflows.workflow_rows import Filter, Stored
 from gateway.workflows.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
 from journal import deployments
 from journal.store import ExecutionKey
@@ -96,11 +97,12 @@ async def stats(request: Request) -> JsonResponse:
 async def create(request: Request) -> JsonResponse:
     """Create a workflow."""
     value = await read_json(request)
-    body = convert(value, CreateWorkflow)
+    body = body_of(request, value, CreateWorkflow)
     # In a thread: others are served while a large graph is gone through.
     made = await asyncio.to_thread(
         workflow_shapes.made, request.caller, body, request.gateway.catalog, request.gateway.clock()
     )
+    read_only.warn_of_new(request, value, CreateWorkflow, lambda: workflow_shapes.shown(made))
     return await editing.create(request, value, made, Action.WORKFLOW_CREATED)
 
 
@@ -109,12 +111,18 @@ async def update(request: Request) -> JsonResponse:
 
     Nodes, connections and tags are replaced whole; `settings` and `config` are merged, and null takes a key away.
     """
-    body = await decode_body(request, UpdateWorkflow)
+    value = await read_json(request)
+    body = body_of(request, value, UpdateWorkflow)
     catalog = request.gateway.catalog
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(value, UpdateWorkflow, lambda: workflow_shapes.shown(before))
+        return workflow_shapes.changed(before, body, catalog)
+
     edited = await editing.edit(
         request,
         Action.WORKFLOW_UPDATED,
-        lambda before: workflow_shapes.changed(before, body, catalog),
+        change,
     )
     return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 

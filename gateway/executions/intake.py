@@ -48,6 +48,13 @@ Plan: TypeAlias = Callable[[LoadedWorkflow], Awaitable[Run]]
 """Returns the run of a workflow; raises `ApiError`. It may be called again, with another revision."""
 
 
+def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
+    """Raise 422 where a body gives the inputs of a run by both names."""
+    if trigger_inputs is not None and inputs is not None:
+        message = "inputs and triggerInputs mean the same: give one of them"
+        raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
+
+
 async def take_in(request: Request, plan: Plan, promise: IdempotencyKey | None) -> Accepted:
     """Accept a run of the workflow of the path, or return the one that was accepted for the same promise before.
 

@@ -15,6 +15,7 @@ from gateway import errors
 from gateway.errors import ApiError
 from gateway.http.parameters import Parameter
 from gateway.http.request import Request
+from gateway.http.responses import JsonResponse
 from messages.broker import BrokerUnavailable
 from models import ids
 from models.access import KeyScope
@@ -40,6 +41,10 @@ class Access(Enum):
     """An organisation's admin, with a key of the scope `users:write`."""
     SENDER = auto()
     """Whoever has a key of the scope `workflows:execute` or a token in the URL, or signs what it sends."""
+
+
+OPEN_QUERIES = frozenset({Access.PUBLIC, Access.SENDER})
+"""Routes of senders, who add parameters of their own, and of browsers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,13 @@ class Endpoint:
             _check_scope(caller, operation.access)
         if not all(map(ids.is_id, scope["path_params"].values())):
             raise errors.not_found("object")
-        return await operation.handler(Request(scope, receive, gateway, caller, operation.query, sender))
+        request = Request(scope, receive, gateway, caller, operation.query, sender)
+        if operation.access not in OPEN_QUERIES:
+            request.query.require_known()
+        response = await operation.handler(request)
+        if request.warnings and isinstance(response, JsonResponse):
+            response.warn(request.warnings)
+        return response
 
 
 def _check_scope(caller: Caller, access: KeyScope | Access) -> None:

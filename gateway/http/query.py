@@ -8,12 +8,14 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
+from engine import names
 from gateway import limits
-from gateway.errors import ApiError
+from gateway.errors import ApiError, invalid_query
 from gateway.http.parameters import LIMIT, OFFSET, Parameter, Value, WholeNumber
 
 REMEMBERED_BYTES = 100
 """Short queries, such as that of every poll, are taken apart once."""
+MAX_SHOWN_NAME = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +35,29 @@ def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
         raise ApiError(400, "invalid-query", text) from error
     given: dict[str, list[str]] = {}
     for name, value in pairs:
+        values = given.setdefault(name, [])
         if value:
-            given.setdefault(name, []).append(value)
+            values.append(value)
     return given
 
 
 class Query:
-    """What stands behind the question mark; names that nobody reads are ignored."""
+    """What stands behind the question mark."""
 
     def __init__(self, raw: bytes, declared: Collection[Parameter[Any]]) -> None:
         self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
         self._declared = declared
+
+    def require_known(self) -> None:
+        """Raise 400 for a name that no parameter of the route's line has."""
+        known = {parameter.name for parameter in self._declared}
+        for name in self._given:
+            if name not in known:
+                shown, near = name[:MAX_SHOWN_NAME], names.meant(name, known)
+                hint = (
+                    f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
+                )
+                raise invalid_query(shown, "unknown-parameter", f"{shown} is no parameter here: {hint}")
 
     def __getitem__(self, parameter: Parameter[Value]) -> Value:
         """Return what was given for a parameter of the route's line; raises 400 for what it doesn't allow."""

@@ -19,6 +19,7 @@ from gateway.http.query import Query
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
+    from engine.values import Json
     from gateway.arrivals.sender import Sender
     from gateway.http.parameters import Parameter
     from gateway.http.protocol import RequestHolding
@@ -46,6 +47,8 @@ class Request(StarletteRequest):
         self._caller = caller
         self._parameters = parameters
         self._sender = sender
+        self.warnings: list[dict[str, Json]] = []
+        """What the answer is to warn of: fields of the body that mean nothing here."""
 
     @property
     def caller(self) -> Caller:

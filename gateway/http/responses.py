@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -22,6 +22,11 @@ class JsonResponse:
         self.status = status
         self.body = _encode(value)
         self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encoded(headers)]
+
+    def warn(self, warnings: Sequence[object]) -> None:
+        """Add `warnings` to a body that is an object with fields."""
+        self.body = b'%b,"warnings":%b}' % (self.body[:-1], _encode(warnings))
+        self.headers[1] = (b"content-length", b"%d" % len(self.body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         await send({"type": "http.response.start", "status": self.status, "headers": self.headers})

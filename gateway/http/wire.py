@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from datetime import datetime
 from enum import Enum
 from functools import cache
@@ -36,18 +38,20 @@ if TYPE_CHECKING:
 
 
 class Wire(msgspec.Struct, rename="camel", kw_only=True):
-    """Base of every body: what isn't a field here can't be set, and is passed over unless a subclass refuses it."""
+    """Base of every body. Answers derive from it directly; bodies of requests refuse fields that they don't have."""
 
     near_misses_are_refused: ClassVar[bool] = False
-    """Refuse unknown fields whose names are close to known ones; others are passed over."""
+    """Refuse unknown fields whose names are close to known ones; others are warned of."""
+    read_only: ClassVar[Mapping[str, str]] = {}
+    """Fields of answers that a request may repeat, each with the route that changes it, empty where none does."""
 
 
 class StrictWire(Wire, forbid_unknown_fields=True):
-    """Base of bodies in which every unknown field is refused, with the name that is closest to it."""
+    """Base of bodies in which every unknown field is refused, down to all bodies in it."""
 
 
 class GuardedWire(Wire):
-    """Base of bodies that others define, with fields of their own: misspelt ones are refused, unknown ones are not."""
+    """Base of bodies of the contract: fields that may be misspelt are refused, other unknown ones are warned of."""
 
     near_misses_are_refused: ClassVar[bool] = True
 
@@ -79,7 +83,12 @@ _JSON_WORDS = {
 
 async def decode_body(request: Request, kind: type[Body]) -> Body:
     """Return the body as `kind`; raises 400 for what is no JSON, 415 for other types, 422 for wrong fields."""
-    return convert(await read_json(request), kind)
+    return body_of(request, await read_json(request), kind)
+
+
+def body_of(request: Request, value: Json, kind: type[Body]) -> Body:
+    """Return JSON that was read from a request as `kind`; its answer warns of unknown fields. Raises 422."""
+    return convert(value, kind, warnings=request.warnings)
 
 
 async def read_json(request: Request) -> Json:
@@ -100,8 +109,15 @@ async def json_of(request: Request, raw: bytes) -> Json:
         raise ApiError(400, error.code, error.message) from error
 
 
-def convert(value: Json, kind: type[Shape], path: str = "") -> Shape:
-    """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field."""
+def convert(
+    value: Json, kind: type[Shape], path: str = "", warnings: list[dict[str, Json]] | None = None
+) -> Shape:
+    """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field.
+
+    Unknown fields that are no near misses of known ones are added to `warnings`, unless the body is strict.
+    """
+    if isinstance(value, dict) and (read_only := _read_only(kind)):
+        value = {name: item for name, item in value.items() if name not in read_only}
     try:
         shape = msgspec.convert(value, kind)
     except msgspec.ValidationError:
@@ -109,11 +125,14 @@ def convert(value: Json, kind: type[Shape], path: str = "") -> Shape:
         try:
             shape = msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
-            found = chain(_unknown_fields(value, kind, path), _problems(value, kind, path))
+            unknown = _unknown_fields(value, kind, path)
+            found = chain(unknown.refused, _problems(value, kind, path))
             raise errors.invalid(islice(found, limits.FINDINGS)) from error
-    unknown = [*islice(_unknown_fields(value, kind, path), limits.FINDINGS)]
-    if unknown:
-        raise errors.invalid(unknown)
+    unknown = _unknown_fields(value, kind, path)
+    if unknown.refused:
+        raise errors.invalid(unknown.refused)
+    if warnings is not None:
+        warnings.extend(unknown.warned_of.values())
     return shape
 
 
@@ -204,48 +223,100 @@ def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]
             yield item, get_args(part)[0], _below(path, str(index))
 
 
-def _unknown_fields(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
-    """Return the fields that a body refuses, down to those of nested bodies."""
-    if not _refuses_fields(kind):
-        return
-    for part in _parts(kind):
-        if isinstance(value, dict) and _is_body(part):
-            unknown = (name for name in value if name not in _fields(part))
-            # Comparing names takes time, and a body may hold a million of them.
-            for name in islice(unknown, limits.FINDINGS):
-                if (problem := _unknown_field(part, name, path)) is not None:
-                    yield problem
-        for item, item_kind, below in _inside(value, part, path):
-            yield from _unknown_fields(item, item_kind, below)
+@dataclass(slots=True)
+class _UnknownFields:
+    """The fields that a body doesn't have. Comparing names takes time, so that few are: a body may hold a million."""
+
+    refused: list[dict[str, Json]] = dataclass_field(default_factory=list)
+    warned_of: dict[tuple[type, str], dict[str, Json]] = dataclass_field(default_factory=dict)
+    """The first field of each name, by the body that it stands in."""
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.refused) >= limits.FINDINGS
+
+    def add(self, kind: type[msgspec.Struct], name: str, path: str, *, is_strict: bool) -> None:
+        """Note a field of the body at `path`; more names than an answer lists are refused."""
+        if (kind, name) in self.warned_of or name in _read_only(kind):
+            return
+        known = _fields(kind)
+        near = names.meant(name, known)
+        below = _below(path, name[:MAX_SHOWN_NAME])
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
+        problem = errors.problem(below, "unknown-field", f"{below} is no field here: {hint}")
+        if near or is_strict or len(self.warned_of) >= limits.FINDINGS:
+            self.refused.append(problem)
+        else:
+            self.warned_of[kind, name] = problem
 
 
-def _unknown_field(kind: type[msgspec.Struct], name: str, path: str) -> dict[str, Json] | None:
-    """Return the refusal of a field that a body doesn't have; None where it is passed over."""
-    is_strict = _is_strict(kind)
-    if not is_strict and not _is_guarded(kind):
-        return None
-    known = _fields(kind)
-    near = names.meant(name, known)
-    if not near and not is_strict:
-        return None
-    below = _below(path, name[:MAX_SHOWN_NAME])
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
-    return errors.problem(below, "unknown-field", f"{below} is no field here: {hint}")
+@dataclass(frozen=True, slots=True)
+class _Guard:
+    """What a type refuses of a value, found out once: a body may hold ten thousand small objects."""
+
+    container: type
+    """`dict` for bodies too."""
+    inside: Mapping[str, tuple[_Guard, ...]]
+    """What is refused of each field of a body; of every item of a container, by an empty name."""
+    body: type[msgspec.Struct] | None = None
+    names: frozenset[str] = frozenset()
+    """The fields of a body."""
 
 
 @cache
-def _refuses_fields(kind: Any) -> bool:  # noqa: ANN401 - any type annotation
-    """Tell whether a type, or one that it is made of, refuses fields: most bodies needn't be looked through."""
-    return any(
-        _is_strict(part) or _is_guarded(part) or any(map(_refuses_fields, _types_in(part)))
-        if _is_body(part)
-        else any(map(_refuses_fields, get_args(part)))
-        for part in _parts(kind)
-    )
+def _guards(kind: Any) -> tuple[_Guard, ...]:  # noqa: ANN401 - any type annotation
+    """Return what a type refuses, empty where it takes any fields."""
+    found: list[_Guard] = []
+    for part in _parts(kind):
+        if _is_body(part):
+            fields = _fields(part)
+            below = {name: inside for name, field in fields.items() if (inside := _guards(field.type))}
+            if below or _is_strict(part) or _is_guarded(part):
+                found.append(_Guard(dict, below, part, frozenset(fields)))
+        elif get_origin(part) in {dict, list} and (inside := _guards(get_args(part)[-1])):
+            found.append(_Guard(get_origin(part), {"": inside}))
+    return tuple(found)
 
 
-def _types_in(kind: type[msgspec.Struct]) -> Iterator[Any]:
-    return (field.type for field in _fields(kind).values())
+def _unknown_fields(value: Json, kind: Any, path: str) -> _UnknownFields:  # noqa: ANN401 - any type annotation
+    """Return the fields that a body doesn't have, down to those of nested bodies."""
+    found = _UnknownFields()
+    _look_for_unknown_fields(value, _guards(kind), path, found, is_strict=False)
+    return found
+
+
+def _look_for_unknown_fields(
+    value: Json, guards: Sequence[_Guard], path: str, found: _UnknownFields, *, is_strict: bool
+) -> None:
+    for guard in guards:
+        if not isinstance(value, guard.container) or found.is_full:
+            continue
+        if guard.body is not None and isinstance(value, dict):
+            is_strict_here = is_strict or _is_strict(guard.body)
+            if not value.keys() <= guard.names and (is_strict_here or _is_guarded(guard.body)):
+                _note_unknown_fields(value, guard, path, found, is_strict=is_strict_here)
+            for name, inside in guard.inside.items():
+                if name in value:
+                    below = _below(path, name)
+                    _look_for_unknown_fields(value[name], inside, below, found, is_strict=is_strict_here)
+        elif isinstance(value, dict | list) and len(value) <= MAX_ITEMS:
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                below = _below(path, str(key))
+                _look_for_unknown_fields(item, guard.inside[""], below, found, is_strict=is_strict)
+
+
+def _note_unknown_fields(
+    value: Mapping[str, Json], guard: _Guard, path: str, found: _UnknownFields, *, is_strict: bool
+) -> None:
+    for name in value:
+        if found.is_full:
+            return
+        if name not in guard.names and guard.body is not None:
+            found.add(guard.body, name, path, is_strict=is_strict)
+
+
+def _read_only(kind: type) -> Mapping[str, str]:
+    return kind.read_only if issubclass(kind, Wire) else {}
 
 
 def _is_strict(kind: type[msgspec.Struct]) -> bool:

@@ -13,7 +13,7 @@ from engine.validation import validate
 from gateway import limits
 from gateway.errors import ApiError
 from gateway.http.text import Problems
-from gateway.http.wire import Body, Wire, convert
+from gateway.http.wire import Body, StrictWire, Wire, convert
 from gateway.workflows import graph_shapes, workflow_shapes
 from gateway.workflows.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
 from gateway.workflows.workflow_shapes import (
@@ -53,7 +53,7 @@ class FirstStatus(StrEnum):
     ACTIVE = "active"
 
 
-class BuildWorkflow(Wire):
+class BuildWorkflow(StrictWire):
     """A workflow that somebody wants as a whole; connections name the nodes by the ids that these have here."""
 
     name: Name

@@ -18,7 +18,7 @@ from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
-from gateway.http.wire import Wire, convert
+from gateway.http.wire import StrictWire, Wire, convert
 from gateway.workflows import graph_shapes, workflow_shapes
 from gateway.workflows.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
 from gateway.workflows.workflow_rows import Stored
@@ -89,7 +89,7 @@ class Document(Wire):
     removed_secrets: Sequence[RemovedSecret]
 
 
-class GivenDocument(Wire):
+class GivenDocument(StrictWire):
     """An exported workflow, as it is to be imported; its references are those that its nodes name."""
 
     format: str
@@ -105,7 +105,7 @@ class GivenDocument(Wire):
     removed_secrets: list[dict[str, Any]] | None = None
 
 
-class ImportWorkflow(Wire):
+class ImportWorkflow(StrictWire):
     """A document to import. Without `references` nothing is created: the answer tells which there are to resolve."""
 
     document: GivenDocument

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, NamedTuple, TypeAlias, cast
 
 from msgspec import Meta
 
@@ -15,7 +15,7 @@ from gateway import limits
 from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
-from gateway.http.wire import Wire
+from gateway.http.wire import GuardedWire
 from journal import pinning
 from models import ids
 
@@ -34,7 +34,7 @@ StoredConnection: TypeAlias = "dict[str, Json]"
 """`id, source, sourcePort, target, targetPort`."""
 
 
-class Position(Wire):
+class Position(GuardedWire):
     """A place on the canvas."""
 
     x: int | float
@@ -46,7 +46,7 @@ NodeTypeName: TypeAlias = Annotated[str, text.allowed(limits.NODE_TYPE_LENGTH)]
 Label: TypeAlias = Annotated[str, text.allowed(limits.LABEL_LENGTH)]
 
 
-class RetryShape(Wire, omit_defaults=True):
+class RetryShape(GuardedWire, omit_defaults=True):
     """How often a node is tried; delays in seconds."""
 
     max_attempts: Annotated[int, Meta(ge=1, le=limits.RETRIES)] | None = None
@@ -55,8 +55,22 @@ class RetryShape(Wire, omit_defaults=True):
     jitter: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
-class NodeInput(Wire):
+OF_THE_TYPE: Final = (
+    "category",
+    "s3Location",
+    "resources",
+    "data",
+    "hasConfig",
+    "inboundConnections",
+    "outboundConnections",
+)
+"""Fields of a node that its type and its connections give it."""
+
+
+class NodeInput(GuardedWire):
     """A node as clients write it; its type is `nodeId`, `type` or `nodeType`."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_THE_TYPE, "")
 
     id: GraphId | None = None
     """What connections call the node; made up where it is absent."""
@@ -87,7 +101,7 @@ class NodeInput(Wire):
     """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
 
 
-class ConnectionInput(Wire):
+class ConnectionInput(GuardedWire):
     """An edge as clients write it; its ends are `source` or `sourceNodeId`, `target` or `targetNodeId`."""
 
     id: GraphId | None = None

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -22,7 +22,7 @@ from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
-from gateway.http.wire import Wire
+from gateway.http.wire import GuardedWire
 from gateway.workflows import graph_shapes
 from gateway.workflows.graph_shapes import ConnectionInput, Label, NodeInput, Position, RetryShape
 
@@ -39,8 +39,15 @@ SHOWN_OF_A_CYCLE = 6
 _joined = itemgetter("source", "sourcePort", "target", "targetPort")
 
 
-class NodeChanges(Wire):
+class NodeChanges(GuardedWire):
     """What is to change of a node; the rest stays. `config` merges, and null takes a key of it away."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **NodeInput.read_only,
+        **dict.fromkeys(("id", "nodeId", "type", "nodeVersion"), ""),
+        "inputMappings": "PUT /api/v1/workflows/:id/nodes/:sub/input-mappings",
+        "passThroughValues": "PUT /api/v1/workflows/:id/nodes/:sub/passthrough-values",
+    }
 
     config: dict[str, Any] | None = None
     label: Label | None = None

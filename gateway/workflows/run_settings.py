@@ -10,14 +10,14 @@ from engine.expressions import ExpressionError, compile_template
 from gateway import limits
 from gateway.executions import callbacks
 from gateway.http import text
-from gateway.http.wire import Wire
+from gateway.http.wire import StrictWire
 from journal.admission import OnLimit
 
 if TYPE_CHECKING:
     from gateway.http.text import Problems
 
 
-class ConcurrencySettings(Wire):
+class ConcurrencySettings(StrictWire):
     """How many runs go on at once."""
 
     limit: Annotated[int, Meta(ge=1, le=limits.CONCURRENT_RUNS)]
@@ -27,7 +27,7 @@ class ConcurrencySettings(Wire):
     """Whether further runs wait for their turn, or are refused by 429."""
 
 
-class FailureSettings(Wire):
+class FailureSettings(StrictWire):
     """What is done when a run has failed: one of the two."""
 
     workflow_id: str | None = None
@@ -38,7 +38,7 @@ class FailureSettings(Wire):
     """An address that is told, by a message that is signed with the organisation's secret."""
 
 
-class ResourceSettings(Wire):
+class ResourceSettings(StrictWire):
     """What a pod is granted, and may not exceed."""
 
     cpu_millicores: Annotated[int, Meta(ge=50, le=limits.POD_MILLICORES)] = 500

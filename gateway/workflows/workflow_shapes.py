@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, cast
 
+import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from engine.values import encode
@@ -14,7 +15,7 @@ from gateway import limits
 from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, Wire, convert, instant, with_whole_numbers
+from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, convert, instant, with_whole_numbers
 from gateway.workflows import graph_shapes, run_settings
 from gateway.workflows.graph_shapes import Connections, Nodes, Position, RetryShape
 from gateway.workflows.run_settings import ConcurrencySettings, FailureSettings, ResourceSettings
@@ -39,8 +40,22 @@ Settings: TypeAlias = Annotated[
 ]
 
 
-class CreateWorkflow(Wire):
+_SHARE: Final = "POST /api/v1/workflows/:id/share"
+_VISIBILITY: Final = "PUT /api/v1/workflows/:id/visibility"
+
+
+class CreateWorkflow(GuardedWire):
     """A workflow that somebody wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("id", "version", "organizationId", "ownerId", "scopes", "createdAt", "updatedAt"), ""
+        ),
+        "isPublic": _VISIBILITY,
+        "isTemplate": _VISIBILITY,
+        "sharedWith": _SHARE,
+        "warnings": "",
+    }
 
     name: Name
     description: Description | None = None
@@ -50,13 +65,19 @@ class CreateWorkflow(Wire):
     connections: Connections | None = None
     tags: Tags | None = None
     settings: Settings | None = None
-    """What runs obey, and keys of your own."""
+    """What runs obey; keys of your own belong to `config`."""
     config: dict[str, Any] | None = None
     """Whatever is to be kept with the workflow."""
 
 
-class UpdateWorkflow(Wire):
+class UpdateWorkflow(GuardedWire):
     """What is to change; the rest stays."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **CreateWorkflow.read_only,
+        "status": "PUT /api/v1/workflows/:id/status",
+        "version": "POST /api/v1/workflows/:id/versions",
+    }
 
     name: Name | None = None
     description: Description | None = None
@@ -64,7 +85,7 @@ class UpdateWorkflow(Wire):
     connections: Connections | None = None
     tags: Tags | None = None
     settings: dict[str, Any] | None = None
-    """Merged: of `KnownSettings` and keys of your own, null takes one away."""
+    """Merged: of `KnownSettings`, null takes one away. Keys of your own belong to `config`."""
     config: dict[str, Any] | None = None
 
 
@@ -131,7 +152,7 @@ class NewWorkflow(Wire):
     workflow_id: str
 
 
-class KnownSettings(Wire):
+class KnownSettings(StrictWire):
     """The settings that a run obeys."""
 
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
@@ -239,9 +260,17 @@ def _tags(given: Sequence[str], problems: Problems) -> list[str]:
 def _settings(
     workflow_id: str, before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems
 ) -> dict[str, Json]:
-    """Return settings with the given ones merged in, complete; keys that mean nothing here are kept as they are."""
+    """Return settings with the given ones merged in, complete.
+
+    Keys that aren't known are refused, but for those that were stored so when they were still taken.
+    """
     given = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
-    fields: dict[str, Json] = {key: value for key, value in given.items() if value is not None}
+    known_keys = {field.encode_name for field in msgspec.structs.fields(KnownSettings)}
+    fields: dict[str, Json] = {
+        key: value
+        for key, value in given.items()
+        if (value is not None if key in known_keys else key not in before or value not in (None, before[key]))
+    }
     try:
         known = convert(fields, KnownSettings, "settings")
     except ApiError as error:

@@ -63,7 +63,7 @@ async def everything(person: Person, workflow_id: str, user_id: str) -> None:
         ("PUT", "/visibility", {"isPublic": True}),
         ("POST", "/versions", {"versionTag": "v2"}),
         ("POST", "/versions/1/restore", None),
-        ("PUT", "", {"settings": {"timeout": 1.5, "mine": [1.0, True, None, "ü"]}}),
+        ("PUT", "", {"settings": {"timeout": 1.5}, "config": {"mine": [1.0, True, None, "ü"]}}),
         ("DELETE", "", None),
     ):
         response = await person.api.request(method, path + below, json=body)
@@ -127,7 +127,7 @@ async def test_changes_at_the_same_time_form_one_chain(world: World, people: Peo
     async with second_gateway(world) as client, client(people.admin) as other:
         await asyncio.gather(
             *(
-                api.put(f"{WORKFLOWS}/{workflow_id}", json={"settings": {f"key{n}": n}})
+                api.put(f"{WORKFLOWS}/{workflow_id}", json={"config": {f"key{n}": n}})
                 for n, api in enumerate([people.owner.api, other] * 5)
             )
         )

@@ -65,13 +65,13 @@ SECRETIVE: dict[str, Any] = {
     "nodes": [TRIGGER, CALL],
     "connections": [{"id": "edge", "sourceNodeId": "start", "targetNodeId": "call"}],
     "description": f"Calls a shop\nwith sk-{CANARY}-0123456789",
-    "config": {"appId": "app_1", "clientSecret": CANARY},
-    "settings": {"webhookToken": CANARY, "timeout": 60},
+    "config": {"appId": "app_1", "clientSecret": CANARY, "webhookToken": CANARY},
+    "settings": {"timeout": 60},
 }
 REMOVED = [
     {"nodeId": None, "path": "description"},
-    {"nodeId": None, "path": "settings.webhookToken"},
     {"nodeId": None, "path": "config.clientSecret"},
+    {"nodeId": None, "path": "config.webhookToken"},
     {"nodeId": "call", "path": "label"},
     {"nodeId": "call", "path": "config.url"},
     {"nodeId": "call", "path": "config.headers.Authorization"},
@@ -88,7 +88,7 @@ WHOLE: dict[str, Any] = {
         for target in ("source", "other", "third", "step")
     ],
     "config": {"appId": "app_1", "nested": {"b": 1, "a": [1, 2.5, None]}},
-    "settings": {"timeout": 60, "color": "red"},
+    "settings": {"timeout": 60, "maxRetries": 5},
 }
 
 EMPTY: dict[str, Any] = {"format": "pilotflame/workflow", "formatVersion": 1, "name": "Given"}

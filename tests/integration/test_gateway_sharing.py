@@ -96,12 +96,12 @@ async def test_shares_and_edits_at_the_same_time_are_all_kept(world: World, peop
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
     changes: list[Awaitable[httpx2.Response]] = [share(people.owner, workflow_id, user) for user in guests]
-    changes += [people.owner.api.put(path, json={"settings": {f"key{n}": n}}) for n in range(5)]
+    changes += [people.owner.api.put(path, json={"config": {f"key{n}": n}}) for n in range(5)]
     changes.append(show_to(people.owner, workflow_id, isPublic=True))
     assert {answer.status_code for answer in await asyncio.gather(*changes)} == {200}
     shown = await people.owner.workflow(workflow_id)
     assert sorted(shown["sharedWith"]) == sorted(guests)
-    assert [shown["settings"][f"key{n}"] for n in range(5)] == list(range(5))
+    assert [shown["config"][f"key{n}"] for n in range(5)] == list(range(5))
     assert shown["isPublic"]
     gone = await asyncio.gather(*(unshare(people.owner, workflow_id, guests[0]) for _ in range(3)))
     assert sorted(answer.status_code for answer in gone) == [204, 404, 404]

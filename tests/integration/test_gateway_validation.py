@@ -304,7 +304,7 @@ async def test_scopes_are_computed_kept_and_shown(people: People) -> None:
     assert (shown.json()["scopes"], shown.headers["ETag"]) == (scopes, response.headers["ETag"])
     again = await people.owner.api.post(f"{path}/compute-scopes")
     assert again.headers["ETag"] == response.headers["ETag"], "nothing was to change"
-    trail = (await people.admin.api.get(f"/api/v1/audit?object={workflow_id}")).json()
+    trail = (await people.admin.api.get(f"/api/v1/audit?objectId={workflow_id}")).json()
     assert [entry["action"] for entry in trail["entries"]][:1] == ["workflow.scopes-computed"]
 
 

@@ -172,14 +172,14 @@ async def test_a_version_that_is_none_is_not_found(people: People) -> None:
 
 
 async def test_two_versions_are_compared_by_what_came_went_and_changed(people: People) -> None:
-    workflow_id = await people.owner.create(name="Before", settings={"mine": 1}, **GRAPH)
+    workflow_id = await people.owner.create(name="Before", settings={"maxRetries": 1}, **GRAPH)
     last = {"id": "last", "nodeId": "log", "label": "Last", "config": {"message": "x"}}
     edges = [{"sourceNodeId": "start", "targetNodeId": "last"}]
     moved = TRIGGER | {"position": {"x": 7, "y": 8}}
     changed = STEP | {"config": {"values": {"a": 2}}}
     await change(people.owner, workflow_id, nodes=[moved, changed, last], connections=edges)
     await take(people.owner, workflow_id, "v2")
-    await change(people.owner, workflow_id, name="After", settings={"mine": None, "timeout": 60})
+    await change(people.owner, workflow_id, name="After", settings={"maxRetries": None, "timeout": 60})
 
     difference = await read(people.owner, f"{workflow_id}/versions/1/diff/2")
     assert (difference["workflowId"], difference["from"], difference["to"]) == (workflow_id, 1, 2)
@@ -197,7 +197,10 @@ async def test_two_versions_are_compared_by_what_came_went_and_changed(people: P
 
     since = await read(people.owner, f"{workflow_id}/versions/2/diff/current")
     assert (since["from"], since["to"], since["nodes"]["changed"]) == (2, "current", [])
-    assert since["settings"] == {"mine": {"before": 1}, "timeout": {"before": 3600, "after": 60}}
+    assert since["settings"] == {
+        "maxRetries": {"before": 1, "after": 3},
+        "timeout": {"before": 3600, "after": 60},
+    }
     assert since["fields"] == {"name": {"before": "Before", "after": "After"}}
 
 
@@ -213,7 +216,7 @@ async def test_a_restored_version_is_the_workflow_s_present_state(people: People
         workflow_id,
         name="After",
         description="New",
-        settings={"timeout": 5, "mine": 1},
+        settings={"timeout": 5, "maxRetries": 1},
         config={"appId": None},
         tags=["b"],
         nodes=[TRIGGER],

@@ -203,19 +203,28 @@ async def test_an_update_changes_what_it_names_and_nothing_else(people: People) 
 
 
 async def test_settings_merge_and_null_takes_a_key_away(people: People) -> None:
-    workflow_id = await people.owner.create(settings={"timeout": 60, "maxRetries": 1, "mine": {"a": 1}})
+    workflow_id = await people.owner.create(settings={"timeout": 60, "maxRetries": 1, "strictMappings": True})
     path = f"{WORKFLOWS}/{workflow_id}"
-    merged = (await people.owner.api.put(path, json={"settings": {"timeout": None, "yours": 2}})).json()
+    merged = (
+        await people.owner.api.put(
+            path, json={"settings": {"timeout": None, "onFailure": {"url": "https://example.com"}}}
+        )
+    ).json()
     assert merged["settings"] == {
-        "timeout": 3600, "retryOnFailure": False, "maxRetries": 1, "parallelism": 16, "mine": {"a": 1}, "yours": 2,
-    }  # fmt: skip
+        "timeout": 3600,
+        "retryOnFailure": False,
+        "maxRetries": 1,
+        "parallelism": 16,
+        "strictMappings": True,
+        "onFailure": {"url": "https://example.com"},
+    }
     refused(await people.owner.api.put(path, json={"settings": {"timeout": -1}}), 422, "validation-failed")
 
 
 async def test_an_update_without_a_change_changes_nothing(people: People) -> None:
     workflow_id = await people.owner.create()
     before = await people.owner.workflow(workflow_id)
-    for body in ({}, {"name": before["name"]}, {"unknown": 1}):
+    for body in ({}, {"name": before["name"]}, before):
         assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=body)).json() == before
     assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}")).json() == before
 
@@ -224,13 +233,13 @@ async def test_updates_at_the_same_time_are_all_kept(people: People) -> None:
     workflow_id = await people.owner.create()
     answers = await asyncio.gather(
         *(
-            people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"settings": {f"key{number}": number}})
+            people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"config": {f"key{number}": number}})
             for number in range(4)
         )
     )
     assert {answer.status_code for answer in answers} == {200}
-    settings = (await people.owner.workflow(workflow_id))["settings"]
-    assert [settings[f"key{number}"] for number in range(4)] == [0, 1, 2, 3]
+    config = (await people.owner.workflow(workflow_id))["config"]
+    assert [config[f"key{number}"] for number in range(4)] == [0, 1, 2, 3]
 
 
 async def test_every_change_moves_the_revision(world: World, people: People) -> None:

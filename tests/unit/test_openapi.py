@@ -56,6 +56,7 @@ OF_THE_ENDPOINT = {
     "admin-required",
     "internal-error",
     "not-ready",
+    "invalid-query",
 }
 """What an `Endpoint` answers with, before or after it calls a handler."""
 MATCHING = "gateway.http.preconditions.require_match"

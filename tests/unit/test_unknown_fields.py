@@ -1,20 +1,36 @@
-"""Fields that a body doesn't have: refused with the name that was meant, wherever a body says who may do what."""
+"""Fields that a body doesn't have: refused with the name that was meant, whatever the body."""
 
+import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
+from engine.values import Json
 from gateway import routes
 from gateway.errors import ApiError
 from gateway.http.wire import GuardedWire, StrictWire, Wire, convert
 
-CONTROLS_ACCESS = re.compile(r"/(visibility|share|status|lifecycle(/preview)?|trigger-token)$|^/api/v1/auth/")
-BODIES = [
-    pytest.param(line.body, id=f"{line.method} {line.path}")
-    for line in routes.TABLE
-    if line.body is not None and CONTROLS_ACCESS.search(line.path)
-]
+CONTRACT = json.loads((Path(__file__).parents[1] / "contract" / "endpoints.json").read_text())["endpoints"]
+INSIDE = {(one["method"], re.sub(r":(\w+)", r"{\1}", one["path"])) for one in CONTRACT}
+"""Method and path of each endpoint of the contract."""
+OF_SENDERS = {("POST", "/mail/{id}")}
+"""Bodies that mail services define."""
+LINES = [line for line in routes.TABLE if line.body is not None]
+BODIES = [pytest.param(line.body, id=f"{line.method} {line.path}") for line in LINES]
+
+
+def structs_in(kind: Any) -> Iterator[type[msgspec.Struct]]:  # noqa: ANN401 - any type annotation
+    """Return every body that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        yield kind
+        for field in msgspec.structs.fields(kind):
+            yield from structs_in(field.type)
+    for part in get_args(kind):
+        yield from structs_in(part)
 
 
 class Inner(GuardedWire):
@@ -38,16 +54,16 @@ class Closed(StrictWire):
     number: int = 0
 
 
-def problems(value: object, kind: type[msgspec.Struct]) -> dict[str, tuple[str, str]]:
+def problems(value: Json, kind: type[msgspec.Struct]) -> dict[str, tuple[str, str]]:
     """Return code and message of everything that is refused, by path."""
     with pytest.raises(ApiError) as refused:
-        convert(value, kind)  # type: ignore[arg-type]  # any JSON
+        convert(value, kind)
     assert (refused.value.status, refused.value.code) == (422, "validation-failed")
     return {str(one["path"]): (str(one["code"]), str(one["message"])) for one in refused.value.details}
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_body_that_controls_access_refuses_each_misspelt_field(body: type[msgspec.Struct]) -> None:
+def test_every_body_refuses_each_misspelt_field(body: type[msgspec.Struct]) -> None:
     for field in msgspec.structs.fields(body):
         misspelt = f"{field.encode_name}s"
         code, message = problems({misspelt: True}, body)[misspelt]
@@ -55,8 +71,20 @@ def test_a_body_that_controls_access_refuses_each_misspelt_field(body: type[msgs
         assert field.encode_name in message
 
 
-def test_every_part_of_the_access_to_an_organization_is_looked_at() -> None:
-    assert len(BODIES) == 11
+@pytest.mark.parametrize("body", BODIES)
+def test_no_part_of_a_body_passes_over_what_it_does_not_have(body: type[msgspec.Struct]) -> None:
+    for part in structs_in(body):
+        assert part.__struct_config__.forbid_unknown_fields or issubclass(part, GuardedWire), part
+
+
+def test_bodies_outside_of_the_contract_refuse_every_unknown_field() -> None:
+    strict = {
+        (line.method, line.path)
+        for line in LINES
+        for part in structs_in(line.body)
+        if part is line.body and part.__struct_config__.forbid_unknown_fields
+    }
+    assert strict == {(line.method, line.path) for line in LINES} - INSIDE - OF_SENDERS
 
 
 @pytest.mark.parametrize("name", ["is_public", "public", "isPublik", "IsPublic", "ispublic"])
@@ -76,10 +104,32 @@ def test_all_that_is_wrong_is_told_at_once_and_a_long_name_is_cut() -> None:
 
 
 def test_parts_are_looked_at_wherever_they_stand() -> None:
-    value = {"parts": [{}, {"starttime": ""}], "byName": {"a": {"start_time": ""}}, "numbr": 1, "number": 1.0}
+    value: Json = {
+        "parts": [{}, {"starttime": ""}],
+        "byName": {"a": {"start_time": ""}},
+        "numbr": 1,
+        "number": 1.0,
+    }
     assert set(problems(value, Outer)) == {"parts.1.starttime", "byName.a.start_time"}
     assert convert({"parts": [{"color": "red"}], "numbr": 1}, Outer).number == 0
 
 
 def test_many_unknown_fields_make_no_long_answer() -> None:
     assert len(problems({f"field{number}": 1 for number in range(5_000)}, Closed)) == 100
+
+
+def test_other_unknown_fields_of_an_open_body_are_warned_of_once_each() -> None:
+    warnings: list[dict[str, Json]] = []
+    value: list[Json] = [{"color": "red"}, {"color": "blue", "shape": 1}]
+    convert({"parts": value}, Outer, warnings=warnings)
+    assert [one["path"] for one in warnings] == ["parts.0.color", "parts.1.shape"]
+    assert len(problems({"parts": [{f"q{number}": 1} for number in range(5_000)]}, Outer)) == 100
+
+
+def test_every_part_of_a_strict_body_is_strict() -> None:
+    class Whole(StrictWire):
+        """A body of a route of our own, with a part that routes of the contract have too."""
+
+        part: Inner | None = None
+
+    assert set(problems({"part": {"color": "red"}}, Whole)) == {"part.color"}

@@ -1,0 +1,54 @@
+"""Read-only fields that requests repeat: passed over where they are as stored, and refused where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from gateway import errors
+from gateway.http.wire import Wire
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.request import Request
+
+IGNORED: Final = frozenset({"updatedAt", "warnings"})
+"""What every change changes, and what only one answer says."""
+CODE: Final = "read-only"
+
+
+def require_same(given: Json, kind: type[Wire], shown: Callable[[], Mapping[str, Json]]) -> None:
+    """Raise 422 for read-only fields that differ from those that are shown of the object."""
+    found = [*_differing(given, kind, shown)]
+    if found:
+        raise errors.invalid(problem for _, problem in found)
+
+
+def warn_of_new(
+    request: Request, given: Json, kind: type[Wire], shown: Callable[[], Mapping[str, Json]]
+) -> None:
+    """Refuse read-only fields of a new object that another route sets; warn of others, which the server gives it.
+
+    Raises 422.
+    """
+    found = [*_differing(given, kind, shown)]
+    refused = [problem for name, problem in found if kind.read_only[name]]
+    if refused:
+        raise errors.invalid(refused)
+    request.warnings.extend(problem for _, problem in found)
+
+
+def _differing(
+    given: Json, kind: type[Wire], shown: Callable[[], Mapping[str, Json]]
+) -> Iterator[tuple[str, dict[str, Json]]]:
+    if not isinstance(given, dict):
+        return
+    names = [name for name in kind.read_only if name in given and name not in IGNORED]
+    if not names:
+        return
+    stored = shown()
+    for name in names:
+        if given[name] != stored.get(name):
+            route = kind.read_only[name]
+            hint = f"{route} changes it" if route else "the server sets it"
+            yield name, errors.problem(name, CODE, f"{name} is read-only here: {hint}")

@@ -1,0 +1,235 @@
+"""Fields and parameters that mean nothing, and those that answers show: refused, told of, or as they are stored."""
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, refused
+
+WORKFLOWS = "/api/v1/workflows"
+SOURCE = {
+    "name": "Store",
+    "type": "postgresql",
+    "settings": {"host": "db.example.com", "database": "d", "user": "u"},
+    "secrets": {"password": "p"},
+}
+SCHEDULE: dict[str, Any] = {
+    "timezone": "Europe/Berlin",
+    "windows": [{"days": [1], "startTime": "09:00", "endTime": "17:00"}],
+}
+
+
+def wrong_fields(response: httpx2.Response) -> list[dict[str, str]]:
+    """Return the entries of a refusal."""
+    refused(response, 422, "validation-failed")
+    found: list[dict[str, str]] = response.json()["error"]["details"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "wrong", "meant"),
+    [
+        ("POST", "/execute", {"triggerInput": {}}, "triggerInput", "triggerInputs"),
+        ("POST", "/trigger", {"triggertype": "x"}, "triggertype", "trigger_type"),
+        ("POST", "/enqueue", {"message": {}, "priorty": 1}, "priorty", "priority"),
+        ("PUT", "", {"nodes": [TRIGGER, {**STEP, "retries": 3}]}, "nodes.1.retries", "retry"),
+        ("PUT", "", {"settings": {"retries": 3}}, "settings.retries", "maxRetries"),
+        ("PUT", "", {"settings": {"color": "red"}}, "settings.color", "timeout"),
+        (
+            "PUT",
+            "",
+            {"settings": {"concurrency": {"limit": 1, "onlimit": "queue"}}},
+            "settings.concurrency.onlimit",
+            "onLimit",
+        ),
+        ("POST", "/nodes", {"nodeId": "set", "inputMapping": {}}, "inputMapping", "inputMappings"),
+        (
+            "PUT",
+            "/nodes/step",
+            {"config": {}, "retry": {"max_attempts": 3}},
+            "retry.max_attempts",
+            "maxAttempts",
+        ),
+        ("POST", "/connections", {**EDGE, "sourcePrt": "output"}, "sourcePrt", "sourcePort"),
+        (
+            "POST",
+            "/execute",
+            {"definition": {"nodes": [], "connection": []}},
+            "definition.connection",
+            "connections",
+        ),
+        ("POST", "/nodes/step/test", {"inputs": {}}, "inputs", "input"),
+        ("POST", "/nodes/step/test", {"color": "red"}, "color", "input"),
+        ("POST", "/versions", {"versionTag": "v1", "descripton": "d"}, "descripton", "description"),
+    ],
+)
+async def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(
+    people: People,
+    method: str,
+    path: str,
+    body: Any,  # noqa: ANN401 - any JSON value
+    wrong: str,
+    meant: str,
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    before = await people.owner.workflow(workflow_id)
+    response = await people.owner.api.request(method, f"{WORKFLOWS}/{workflow_id}{path}", json=body)
+    (one,) = wrong_fields(response)
+    assert (one["path"], one["code"]) == (wrong, "unknown-field")
+    assert meant in one["message"]
+    assert await people.owner.workflow(workflow_id) == before
+
+
+async def test_other_unknown_fields_of_the_contract_are_told_of_once_each(people: People) -> None:
+    nodes = [{**TRIGGER, "selected": True}, {**STEP, "selected": False}]
+    body = {"name": "Drawn", "canvasZoom": 2, **GRAPH, "nodes": nodes}
+    response = await people.owner.api.post(WORKFLOWS, json=body, headers={"Idempotency-Key": "drawn"})
+    assert response.status_code == 201
+    assert {(one["path"], one["code"]) for one in response.json()["warnings"]} == {
+        ("canvasZoom", "unknown-field"),
+        ("nodes.0.selected", "unknown-field"),
+    }
+    assert int(response.headers["content-length"]) == len(response.content)
+    again = await people.owner.api.post(WORKFLOWS, json=body, headers={"Idempotency-Key": "drawn"})
+    assert again.json() == response.json()
+    many = {"name": "Many", **{f"q{number}": 1 for number in range(5_000)}}
+    error = wrong_fields(await people.owner.api.post(WORKFLOWS, json=many))
+    assert len(error) == 100
+
+
+async def test_bodies_that_the_contract_leaves_to_senders_take_any_field(people: People) -> None:
+    start = {**TRIGGER, "nodeId": "queue-trigger"}
+    workflow_id = await people.owner.create(nodes=[start, STEP], connections=[EDGE])
+    path = f"{WORKFLOWS}/{workflow_id}"
+    assert (await people.owner.api.put(f"{path}/status", json={"status": "active"})).status_code == 200
+    for sent in ({"mesage": {"a": 1}, "priorty": 2}, {"title": "x"}):
+        response = await people.owner.api.post(f"{path}/enqueue", json=sent)
+        assert response.status_code == 201
+        assert "warnings" not in response.json()
+    configured = await people.owner.api.put(f"{path}/nodes/step", json={"values": {"colour": "red"}})
+    assert configured.json()["node"]["config"]["values"]["colour"] == "red"
+    kept = await people.owner.api.put(path, json={"config": {"anything": {"goes": 1}}})
+    assert kept.json()["config"]["anything"] == {"goes": 1}
+
+
+async def test_inputs_have_two_names_of_which_one_is_given(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}/execute"
+    assert (await people.owner.api.post(path, json={"inputs": {"a": 1}})).status_code == 201
+    both = {"inputs": {"a": 1}, "triggerInputs": {"a": 1}}
+    assert wrong_fields(await people.owner.api.post(path, json=both))[0]["code"] == "ambiguous"
+
+
+@pytest.mark.parametrize("query", ["limt=3", "Limit=3", "colour=red", "limt", "limit=3&x="])
+async def test_an_unknown_parameter_is_refused(people: People, query: str) -> None:
+    response = await people.owner.api.get(f"{WORKFLOWS}?{query}")
+    refused(response, 400, "invalid-query")
+    assert response.json()["error"]["details"][0]["code"] == "unknown-parameter"
+
+
+# ── what GET shows, sent back ───────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_workflow_is_taken_as_it_is_shown(people: People) -> None:
+    nodes = [TRIGGER, {**STEP, "retry": {"maxAttempts": 2}, "timeout": 5, "atMostOnce": True}]
+    workflow_id = await people.owner.create(
+        nodes=nodes, connections=[EDGE], tags=["a"], config={"k": 1}, settings={"concurrency": {"limit": 2}}
+    )
+    await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/share", json={"userId": people.colleague.user.id})
+    shown = await people.owner.workflow(workflow_id)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    stale = {**shown, "updatedAt": "2020-01-01T00:00:00Z"}
+    for body in (shown, stale):
+        response = await people.owner.api.put(path, json=body)
+        assert (response.status_code, response.json()) == (200, shown)
+    for name, value, route in (
+        ("status", "active", "PUT /api/v1/workflows/:id/status"),
+        ("isPublic", True, "PUT /api/v1/workflows/:id/visibility"),
+        ("sharedWith", [], "POST /api/v1/workflows/:id/share"),
+        ("ownerId", "user_other", "the server"),
+    ):
+        response = await people.owner.api.put(path, json={**shown, name: value, "name": "Changed"})
+        (problem,) = wrong_fields(response)
+        assert (problem["path"], problem["code"]) == (name, "read-only")
+        assert route in problem["message"]
+    assert await people.owner.workflow(workflow_id) == shown
+
+
+async def test_a_new_workflow_may_be_what_another_is_shown_as(people: People) -> None:
+    shown = await people.owner.workflow(await people.owner.create(**GRAPH))
+    response = await people.owner.api.post(WORKFLOWS, json=shown)
+    assert response.status_code == 201
+    assert {one["code"] for one in response.json()["warnings"]} == {"read-only"}
+    copy = await people.owner.workflow(response.json()["workflowId"])
+    assert copy["nodes"] == shown["nodes"]
+    public = await people.owner.api.post(WORKFLOWS, json={"name": "Public", "isPublic": True})
+    assert wrong_fields(public)[0]["path"] == "isPublic"
+
+
+async def test_a_node_is_taken_as_it_is_shown(people: People) -> None:
+    workflow_id = await people.owner.create(
+        nodes=[TRIGGER, {**STEP, "inputMappings": {"a": "data.a"}, "retry": {"maxAttempts": 2}}],
+        connections=[EDGE],
+    )
+    before = await people.owner.workflow(workflow_id)
+    path = f"{WORKFLOWS}/{workflow_id}/nodes"
+    listed = (await people.owner.api.get(path)).json()["nodes"][1]
+    whole = (await people.owner.api.put(f"{path}/step", json={"label": "Step"})).json()["node"]
+    for body in (listed, whole, before["nodes"][1]):
+        response = await people.owner.api.put(f"{path}/step", json=body)
+        assert (response.status_code, response.json()["node"]) == (200, whole)
+    assert await people.owner.workflow(workflow_id) == before
+    other = await people.owner.api.put(f"{path}/step", json={**whole, "inputMappings": {}})
+    assert "/input-mappings" in wrong_fields(other)[0]["message"]
+    again = {**listed, "id": "another"}
+    assert (await people.owner.api.post(path, json=again)).status_code == 201
+
+
+async def test_a_connection_is_taken_as_it_is_shown(people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}/connections"
+    shown = (await people.owner.workflow(workflow_id))["connections"][0]
+    assert (await people.owner.api.delete(f"{path}/{shown['id']}")).status_code == 200
+    made = await people.owner.api.post(path, json=shown)
+    assert made.status_code == 201
+    assert (await people.owner.workflow(workflow_id))["connections"] == [shown]
+    assert (await people.owner.api.delete(f"{path}/{shown['id']}")).status_code == 200
+    assert (await people.owner.api.post(path, json=made.json()["connection"])).status_code == 201
+
+
+async def test_a_data_source_is_taken_as_it_is_shown(people: People) -> None:
+    made = await people.owner.api.post("/api/v1/datasources", json=SOURCE)
+    path = f"/api/v1/datasources/{made.json()['dataSourceId']}"
+    shown = (await people.owner.api.get(path)).json()
+    assert (await people.owner.api.put(path, json=shown)).json() == shown
+    for name, value in (("type", "mysql"), ("isPublic", True), ("secretNames", [])):
+        error = wrong_fields(await people.owner.api.put(path, json={**shown, name: value}))
+        assert [(one["path"], one["code"]) for one in error] == [(name, "read-only")]
+    for name in ("secret", "colour"):
+        error = wrong_fields(await people.owner.api.put(path, json={name: {}}))
+        assert [(one["path"], one["code"]) for one in error] == [(name, "unknown-field")]
+    copy = {**shown, "name": "Another", "secrets": SOURCE["secrets"]}
+    assert (await people.owner.api.post("/api/v1/datasources", json=copy)).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"type": "always-on"},
+        {"type": "idle-shutdown", "idleTimeoutMinutes": 12},
+        {"type": "scheduled-window", "schedule": SCHEDULE},
+    ],
+)
+async def test_a_policy_is_taken_as_it_is_shown(people: People, policy: dict[str, Any]) -> None:
+    path = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}/lifecycle"
+    assert (await people.owner.api.put(path, json=policy)).status_code == 200
+    shown = (await people.owner.api.get(path)).json()
+    for body in (shown, shown["lifecyclePolicy"]):
+        assert (await people.owner.api.put(path, json=body)).status_code == 200
+        assert (await people.owner.api.get(path)).json() == shown
+    other = await people.owner.api.put(path, json={**shown, "deploymentStatus": "running"})
+    assert wrong_fields(other)[0]["code"] == "read-only"
+    misspelt = {**shown, "lifecyclePolicy": {**policy, "typ": 1}}
+    error = wrong_fields(await people.owner.api.put(path, json=misspelt))
+    assert error[0]["path"] == "lifecyclePolicy.typ"
