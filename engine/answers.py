@@ -35,7 +35,7 @@ class _Awaits(msgspec.Struct):
 
 
 def result(payload: bytes) -> Result:
-    """Return what an answer gives its node; raises `NodeError` for the failure that it brings."""
+    """Return what an answer gives its node; raises `InvalidJson`, and `NodeError` for a failure."""
     answer = msgspec.convert(values.decode(payload), _Answer)
     if answer.error is not None:
         error = answer.error

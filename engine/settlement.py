@@ -307,9 +307,9 @@ class Settlement:
     def _answered(self, visit: Visit, payload: bytes) -> None:
         try:
             result = answers.result(payload)
-        except NodeError as error:
+        except (InvalidJson, NodeError) as error:
             # The first answer counts, and there is no second: another attempt has no other end.
-            self.failed(visit, error, is_final=True)
+            self.failed(visit, as_node_error(error), is_final=True)
         else:
             self.returned(visit, result)
 

@@ -113,6 +113,17 @@ async def test_an_answer_may_be_a_failure_and_is_final(settings: Mapping[str, Js
     assert error.code == "run-failed"
 
 
+async def test_an_answer_that_is_no_value_fails_its_node() -> None:
+    graph = program("start > ask", {"ask": pure(Asking().ask)})
+    first = Worker(graph)
+    await first.work()
+    told = answered(first.notebook, b'{"error":{"code":"run-failed","message":"a\\u0000b"}}')
+    second = Worker(graph, recorded=list(first.notebook.rows.values()), signals=told)
+    cause = error_of(await second.work()).cause
+    assert cause is not None
+    assert (cause.code, cause.node_id) == ("nul-character", "ask")
+
+
 async def test_an_answer_that_came_before_the_node_was_recorded_as_waiting_counts() -> None:
     asking = Asking()
     graph = program("start > ask > echo", {"ask": write(asking.start)})
