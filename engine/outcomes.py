@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import astuple
+
 from engine import limits, values
 from engine.errors import NodeError
 from engine.events import FailureCause, RunError
@@ -72,11 +74,14 @@ def end_of_run(reason: RunError) -> RunError:
 
 def error_of_node(error: NodeError, node_id: str, attempt: int) -> RunError:
     """Return an error as that of a node, with texts that every database takes."""
-    code, message, cause = error.code, storable(error.message), error.cause
+    cause = error.cause
     if error.request is not None:
-        method, url = map(storable, error.request)
-        cause = FailureCause(code, message, node_id, method=method, url=url or None)
-    return RunError(code, message, node_id, attempt, cause)
+        method, url = error.request
+        cause = FailureCause(error.code, error.message, node_id, method=method, url=url or None)
+    if cause is not None:
+        # The runs of other workflows may have written it.
+        cause = FailureCause(*(text and storable(text) for text in astuple(cause)))
+    return RunError(error.code, storable(error.message), node_id, attempt, cause)
 
 
 def storable(text: str) -> str:

@@ -270,7 +270,7 @@ class Signal(SQLModel, table=True):
     iteration: str = Field(primary_key=True, default="")
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
     payload: str = Field(sa_column=Column(Text, nullable=False))
-    """JSON: `{"output": …, "port": "output"}` or `{"error": {code, message}}`."""
+    """JSON: `{"output": …, "port": "output"}` or `{"error": {code, message, cause?}}`."""
     user_id: str | None = None
     """Who has answered, if that was a person."""
     created_at: datetime = Field(sa_column=Column(Instant, nullable=False))

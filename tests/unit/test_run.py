@@ -428,13 +428,16 @@ async def test_a_node_that_cancels_itself_has_failed() -> None:
 async def test_a_message_that_could_not_be_stored_is_made_storable(connected: str) -> None:
     def fail_oddly(call: Call) -> Json:
         call.log("info", "NUL \0, half a pair \ud800")
-        raise NodeError("NUL \0, half a pair \udfff" + "x" * 100_000)
+        text = "NUL \0, half a pair \udfff" + "x" * 100_000
+        raise NodeError(text, cause=FailureCause("no", text, "inner", url=text, execution_id="exec_2"))
 
     worker = Worker(program(f"start > fail; {connected}", {"fail": pure(fail_oddly)}))
     await worker.work()
     error = worker.notebook.spans["fail"].error
     assert error is not None
-    for text in (error.message, worker.notebook.lines[0].message):
+    assert error.cause is not None
+    assert error.cause.url == error.cause.message
+    for text in (error.message, error.cause.message, worker.notebook.lines[0].message):
         assert text.startswith("NUL \ufffd, half a pair \ufffd")
         assert len(text) <= 8_192
 
