@@ -168,7 +168,10 @@ def _is_static(value: Json) -> bool:
 
 
 def _leaves(steps: Steps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
-    """Return the texts of a value that hold expressions, in order; raises `ExpressionError` where it is too deep."""
+    """Return the texts of a value that hold expressions, in order.
+
+    Raises `ExpressionError` where it is too deep, and for an operation where nothing is computed.
+    """
     left: list[tuple[Steps, Json]] = [(steps, value)]
     while left:
         at, inner = left.pop()
@@ -180,6 +183,9 @@ def _leaves(steps: Steps, value: Json, *, needed_only: bool = False) -> Iterator
                 raise ExpressionError(
                     "[…]", f"objects and lists stand more than {MAX_DEPTH} deep in one another"
                 )
+            if not needed_only and "$op" in inner and isinstance(inner, dict):
+                message = "nothing is computed here, but in the fields that docs/nodes.md calls computed"
+                raise ExpressionError(f"$op {inner['$op']}", f"{message}: compute it by a set node before")
             below = _needed(inner) if needed_only else _all(inner)
             left.extend(reversed([((*at, *steps), item) for steps, item in below]))
 

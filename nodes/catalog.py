@@ -77,6 +77,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from engine import names
 from engine.conditions import CONDITION_SCHEMA
 from engine.node import (
     INPUT,
@@ -104,6 +105,8 @@ __all__ = ["Catalog", "InvalidEntry", "UnknownNodeType", "load", "read"]
 LIBRARY = Path(__file__).parent / "library"
 PACKAGES = "s3://pilotflame-nodes"
 RESOURCES: Mapping[str, Json] = {"cpu": "100m", "memory": "128Mi"}
+ALIASES: Mapping[str, str] = {kind: f"{kind}-trigger" for kind in ("queue", "email", "event", "schedule")}
+"""Types by the names of what starts them."""
 SHOWN_CHARACTERS = 100
 """As much of a name that isn't ours as is compared and repeated."""
 
@@ -126,7 +129,7 @@ class Catalog:
         node_type = self.node_types.get(type)
         if node_type is None:
             name = type[:SHOWN_CHARACTERS]
-            nearest = get_close_matches(name, self.node_types)
+            nearest = names.meant(name, self.node_types) or get_close_matches(name, self.node_types)
             known = (
                 f"did you mean {' or '.join(nearest)}?" if nearest else f"there is {', '.join(self.types())}"
             )
@@ -140,6 +143,11 @@ class Catalog:
                 f"{wanted}: the catalogue has {known}", nearest=[type], version=node_type.version
             )
         return node_type.earlier[version]
+
+    def canonical(self, name: str) -> str:
+        """Return the name of the type that an alias stands for; any other name as it is."""
+        alias = ALIASES.get(name)
+        return name if alias is None or name in self.node_types else alias
 
     def types(self) -> Sequence[str]:
         """Return the names of all types, sorted."""

@@ -75,7 +75,7 @@ class NodeInput(GuardedWire):
     id: GraphId | None = None
     """What connections call the node; made up where it is absent."""
     node_id: NodeTypeName | None = None
-    """The node's type, as the catalogue has it."""
+    """The node's type, as the catalogue has it; `queue`, `email`, `event` and `schedule` mean their triggers."""
     type: NodeTypeName | None = None
     """The same as `nodeId`."""
     node_type: NodeTypeName | None = None
@@ -151,7 +151,7 @@ def stored_node(
     """Return one node in the stored form, at `place` unless it has its own; `path`: what the paths of its fields begin
     with.
     """
-    type_name = node.node_id or node.type or node.node_type or ""
+    type_name = catalog.canonical(node.node_id or node.type or node.node_type or "")
     version = node.version or node.node_version
     default_label = ""
     if not type_name:

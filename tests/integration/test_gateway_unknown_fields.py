@@ -233,3 +233,9 @@ async def test_a_policy_is_taken_as_it_is_shown(people: People, policy: dict[str
     misspelt = {**shown, "lifecyclePolicy": {**policy, "typ": 1}}
     error = wrong_fields(await people.owner.api.put(path, json=misspelt))
     assert error[0]["path"] == "lifecyclePolicy.typ"
+
+
+async def test_a_trigger_may_be_named_by_what_starts_it(people: People) -> None:
+    workflow_id = await people.owner.create(nodes=[{**TRIGGER, "nodeId": "queue"}, STEP], connections=[EDGE])
+    start = (await people.owner.workflow(workflow_id))["nodes"][0]
+    assert (start["nodeId"], start["type"]) == ("queue-trigger", "queue-trigger")

@@ -379,3 +379,18 @@ def test_the_outputs_of_a_switch_are_those_of_its_cases_and_one_for_the_rest() -
     broken: list[dict[str, Json]] = [{}, {"cases": {}}, {"cases": [1, {}, {"port": 1}]}]
     assert [switch.outputs_of(config) for config in broken] == [("default",)] * 3
     assert CATALOG.get("set").outputs_of(config) == ("output",)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("mysql", {"mysql-source", "mysql-destination"}), ("if", set())]
+)
+def test_types_that_begin_like_a_name_come_before_those_that_are_alike(given: str, nearest: set[str]) -> None:
+    with pytest.raises(UnknownNodeType) as raised:
+        CATALOG.get(given)
+    assert set(raised.value.nearest) == nearest
+
+
+@pytest.mark.parametrize("alias", ["queue", "email", "event", "schedule"])
+def test_what_starts_a_trigger_names_its_type(alias: str) -> None:
+    assert CATALOG.get(CATALOG.canonical(alias)).is_trigger
+    assert CATALOG.canonical("set") == "set"

@@ -449,3 +449,28 @@ def test_thousands_of_nodes_are_checked_without_recursion_in_linear_time() -> No
         return calls.total()
 
     assert cost(4_000) < 10.5 * cost(400)
+
+
+SUM: Json = {"$op": "add", "args": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"inputMappings": {"total": SUM}},
+        {"inputMappings": {"total": {"inner": [SUM]}}},
+        {
+            "type": "http-request",
+            "config": {"url": "https://example.com", "method": "POST", "body": {"n": SUM}},
+        },
+    ],
+)
+def test_an_operation_where_nothing_is_computed_is_an_error(fields: dict[str, Json]) -> None:
+    error = only_error(check([START, SET | fields], [edge("start", "set")]))
+    assert error.type == "invalid-config"
+    assert "$op add" in error.message
+
+
+def test_an_operation_in_a_computed_field_is_none() -> None:
+    nodes = [START, SET | {"config": {"values": {"total": SUM}}}]
+    assert check(nodes, [edge("start", "set")]).is_valid
