@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from engine import patience, values
 from engine.conditions import Condition, compile_condition
-from engine.expressions import MISSING, ExpressionError, rewritten
+from engine.expressions import MISSING, ExpressionError, Path, rewritten
 from engine.patience import TakesLong
 
 if TYPE_CHECKING:
-    from engine.expressions import Path, Scope
+    from engine.expressions import Expression, Fallback, Scope
     from engine.values import Json
 
 EVENT_ROOT: Final = "item"
@@ -35,19 +36,48 @@ def bound(condition: Condition, scope: Scope, unresolved: list[str]) -> tuple[Js
 
     What it asks of the run is looked up now: a path that finds nothing is null, and is added to `unresolved`.
     """
-    given: list[Json] = []
+    binding = _Binding(scope, unresolved)
+    return rewritten(condition.source, binding.expression), binding.given
 
-    def path_of(path: Path) -> str:
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """Puts values in the places of expressions that read the run."""
+
+    scope: Scope
+    unresolved: list[str]
+    given: list[Json] = field(default_factory=list)
+    """The values, which the condition sees as `data`."""
+
+    def expression(self, expression: Expression) -> str:
+        """Return the text that stands in its place."""
+        return self._path(expression) if isinstance(expression, Path) else self._fallback(expression)
+
+    def _path(self, path: Path) -> str:
         if path.root == EVENT_ROOT:
             return path.text
-        found = path.resolve(scope)
+        found = path.resolve(self.scope)
         if found is MISSING:
-            unresolved.append(path.text)
+            self.unresolved.append(path.text)
             found = None
-        given.append(found)
-        return f"data[{len(given) - 1}]"
+        return self._kept(found)
 
-    return rewritten(condition.source, path_of), given
+    def _fallback(self, expression: Fallback) -> str:
+        texts: list[str] = []
+        for path in expression.paths:
+            if path.root == EVENT_ROOT:
+                texts.append(path.text)
+                continue
+            found = path.resolve(self.scope)
+            if found is not MISSING and found is not None:
+                return " ?? ".join([*texts, self._kept(found)])
+        if expression.otherwise is not MISSING:
+            texts.append(self._kept(expression.otherwise))
+        return " ?? ".join(texts) or self._path(expression.paths[-1])
+
+    def _kept(self, value: Json) -> str:
+        self.given.append(value)
+        return f"data[{len(self.given) - 1}]"
 
 
 @lru_cache(maxsize=MAX_REMEMBERED)

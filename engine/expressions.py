@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 from engine import patience
 from engine.operations import OPERATIONS, Operation, OperationError
-from engine.values import MAX_DEPTH, InvalidJson, Json, as_text, extent
+from engine.values import MAX_DEPTH, InvalidJson, Json, as_text, decode, extent
 
 Scope: TypeAlias = Mapping[str, Json]
 """What a path may begin with, each if there is one; see `ROOTS`."""
@@ -20,6 +20,8 @@ Scope: TypeAlias = Mapping[str, Json]
 ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution")
 MAX_PATH_LENGTH: Final = 1_000
 MAX_PATH_STEPS: Final = 50
+MAX_ALTERNATIVES: Final = 20
+"""Paths that one expression joins by `??`."""
 MAX_OPERATIONS: Final = 1_000
 MAX_WRITTEN: Final = 10_000_000
 """Characters of text, and elements of lists, that one rendering may produce."""
@@ -128,6 +130,78 @@ def _step(match: re.Match[str]) -> Step:
     return re.sub(r"\\(.)", r"\1", quoted), None
 
 
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """Paths joined by `??`, as in `data.nick ?? data.name ?? "you"`: the first value counts that is not null."""
+
+    paths: tuple[Path, ...]
+    otherwise: Json | Missing
+    """The value where no path has one; missing: the last path must find something."""
+
+    @property
+    def text(self) -> str:
+        """The path that must find something."""
+        return self.paths[-1].text
+
+    def resolve(self, scope: Scope) -> Json | Missing:
+        found: Json | Missing = MISSING
+        for path in self.paths:
+            found = path.resolve(scope)
+            if found is not MISSING and found is not None:
+                return found
+        return found if self.otherwise is MISSING else self.otherwise
+
+
+Expression: TypeAlias = Path | Fallback
+"""What stands between braces, or is a mapping of its own."""
+
+_ALTERNATIVE = re.compile(
+    r"""( (?: [^"'?] | "(?: [^"\\] | \\. )*+" | '(?: [^'\\] | \\. )*+' | \?(?!\?) )*+ ) \?\?""",
+    re.VERBOSE | re.DOTALL,
+)
+_LITERAL = re.compile(r"""["\[{0-9-] | (?: true | false | null ) \Z""", re.VERBOSE)
+
+
+def compile_expression(text: str) -> Expression:
+    """Read a path, or paths and a JSON value at the end that are joined by `??`; raises `ExpressionError`."""
+    if "??" not in text:
+        return compile_path(text)
+    paths: list[Path] = []
+    at = 0
+    while len(paths) < MAX_ALTERNATIVES:
+        rest = text[at:].strip()
+        if paths and _LITERAL.match(rest):
+            return Fallback(tuple(paths), _literal_of(rest))
+        match = _ALTERNATIVE.match(text, at)
+        if match is None:
+            paths.append(compile_path(rest))
+            return Fallback(tuple(paths), MISSING) if len(paths) > 1 else paths[0]
+        paths.append(compile_path(match[1]))
+        at = match.end()
+    raise ExpressionError(text.strip(), f"?? joins at most {MAX_ALTERNATIVES} paths")
+
+
+def paths_of(expression: Expression) -> Sequence[Path]:
+    """Return every path of an expression, in the order of the text."""
+    return (expression,) if isinstance(expression, Path) else expression.paths
+
+
+def needed_path(expression: Expression) -> Path | None:
+    """Return the path of an expression that must find something, if there is one."""
+    if isinstance(expression, Path):
+        return expression
+    return expression.paths[-1] if expression.otherwise is MISSING else None
+
+
+def _literal_of(text: str) -> Json:
+    if len(text) > MAX_PATH_LENGTH:
+        raise ExpressionError(text, f"the value after ?? has at most {MAX_PATH_LENGTH:,} characters")
+    try:
+        return decode(text.encode())
+    except (InvalidJson, UnicodeEncodeError) as error:
+        raise ExpressionError(text, f"the value after ?? must be JSON: {error}") from error
+
+
 # ── templates ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -158,6 +232,8 @@ class Template:
     paths: tuple[Path, ...]
     """Every path in it, in the order of the text."""
     _render: _Render | None
+    needed: tuple[Path, ...] = ()
+    """Those of its paths for which nothing stands in where they find nothing."""
 
     @property
     def is_static(self) -> bool:
@@ -186,15 +262,15 @@ def compile_value(value: Json) -> Template:
     return _Compiler(operations=OPERATIONS).template(value)
 
 
-def rewritten(value: Json, path_of: Callable[[Path], str]) -> Json:
-    """Return a value that was compiled before with other paths in the places of those in it."""
+def rewritten(value: Json, text_of: Callable[[Expression], str]) -> Json:
+    """Return a value that was compiled before with other expressions in the places of those in it."""
     if isinstance(value, list):
-        return [rewritten(item, path_of) for item in value]
+        return [rewritten(item, text_of) for item in value]
     if isinstance(value, dict):
-        return {key: rewritten(item, path_of) for key, item in value.items()}
+        return {key: rewritten(item, text_of) for key, item in value.items()}
     if not isinstance(value, str) or "{{" not in value:
         return value
-    return "".join(part if isinstance(part, str) else f"{{{{ {path_of(part)} }}}}" for part in _split(value))
+    return "".join(part if isinstance(part, str) else f"{{{{ {text_of(part)} }}}}" for part in _split(value))
 
 
 def literal(value: Json) -> Template:
@@ -209,10 +285,11 @@ class _Compiler:
         self._operations = operations
         self._operation_count = 0
         self._paths: list[Path] = []
+        self._needed: list[Path] = []
 
     def template(self, value: Json) -> Template:
         render = self._compile(value, depth=0)
-        return Template(value, tuple(self._paths), render)
+        return Template(value, tuple(self._paths), render, tuple(self._needed))
 
     def _compile(self, value: Json, depth: int) -> _Render | None:
         if isinstance(value, str):
@@ -259,10 +336,13 @@ class _Compiler:
 
     def _text(self, text: str) -> _Render:
         parts = _split(text)
-        paths = [part for part in parts if isinstance(part, Path)]
-        self._paths += paths
-        if len(paths) == 1 and all(isinstance(part, Path) or part.isspace() for part in parts):
-            return _reading(paths[0])
+        expressions = [part for part in parts if not isinstance(part, str)]
+        for expression in expressions:
+            self._paths += paths_of(expression)
+            needed = needed_path(expression)
+            self._needed += [needed] if needed else []
+        if len(expressions) == 1 and all(not isinstance(part, str) or part.isspace() for part in parts):
+            return _reading(expressions[0])
         return _joining(parts, text)
 
     def _operation(self, value: dict[str, Json], depth: int) -> _Render:
@@ -295,25 +375,41 @@ _EXPRESSION = re.compile(
 )
 
 
-def _split(text: str) -> Sequence[str | Path]:
-    """Return the paths and the texts between them, none of them empty; short texts recur in many nodes."""
+_BRACES = re.compile(
+    r"""[^{}"']++ | "(?: [^"\\] | \\. )*+" | '(?: [^'\\] | \\. )*+' | [{}]""", re.VERBOSE | re.DOTALL
+)
+
+
+def _split(text: str) -> Sequence[str | Expression]:
+    """Return the expressions and the texts between them, none of them empty; short texts recur in many nodes."""
     return _remembered_parts(text) if len(text) <= MAX_REMEMBERED_LENGTH else _parts(text)
 
 
-def _parts(text: str) -> Sequence[str | Path]:
-    parts: list[str | Path] = []
+def _parts(text: str) -> Sequence[str | Expression]:
+    parts: list[str | Expression] = []
     at = 0
     while (opening := text.find("{{", at)) >= 0:
         match = _EXPRESSION.match(text, opening)
-        if match is None:
-            raise ExpressionError(text[opening:], "after {{ comes a path such as data.user.id, and }}")
+        end = match.end() if match else _end_of_braces(text, opening)
         if opening > at:
             parts.append(text[at:opening])
-        parts.append(compile_path(match[1]))
-        at = match.end()
+        parts.append(compile_expression(text[opening + 2 : end - 2]))
+        at = end
     if at < len(text):
         parts.append(text[at:])
     return tuple(parts)
+
+
+def _end_of_braces(text: str, opening: int) -> int:
+    """Return where an expression ends that holds an object: `{{ data.a ?? {"b": {}} }}`."""
+    depth, at = 0, opening + 2
+    while depth or not text.startswith("}}", at):
+        match = _BRACES.match(text, at)
+        if match is None or (match[0] == "}" and not depth):
+            raise ExpressionError(text[opening:], "after {{ comes a path such as data.user.id, and }}")
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        at = match.end()
+    return at + 2
 
 
 _remembered_parts = lru_cache(maxsize=4_096)(_parts)
@@ -323,7 +419,7 @@ def _constant(value: Json) -> _Render:
     return lambda _scope, _unresolved, _allowance: value
 
 
-def _reading(path: Path) -> _Render:
+def _reading(path: Expression) -> _Render:
     def read(scope: Scope, unresolved: list[str], _allowance: Allowance) -> Json:
         found = path.resolve(scope)
         if found is MISSING:
@@ -334,7 +430,7 @@ def _reading(path: Path) -> _Render:
     return read
 
 
-def _joining(parts: Sequence[str | Path], source: str) -> _Render:
+def _joining(parts: Sequence[str | Expression], source: str) -> _Render:
     def join(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
         texts = []
         for part in parts:
@@ -346,7 +442,7 @@ def _joining(parts: Sequence[str | Path], source: str) -> _Render:
     return join
 
 
-def _found_text(path: Path, scope: Scope, unresolved: list[str]) -> str:
+def _found_text(path: Expression, scope: Scope, unresolved: list[str]) -> str:
     found = path.resolve(scope)
     if found is MISSING:
         unresolved.append(path.text)

@@ -55,6 +55,8 @@ class Frame:
         """What expressions see as `nodes`: in a turn, what had settled outside of it too when it began."""
         self.roots = {**roots, "nodes": self.nodes}
         """The roots of expressions, but for `data`."""
+        self.skipped: set[str] = set()
+        """Its nodes that are not run."""
         self.digests: dict[str, bytes] = {}
         self.texts: dict[str, bytes] = {}
         """Small outputs as JSON, for the nodes that hand on what they were given."""
@@ -83,6 +85,15 @@ class Frame:
         """Return what has come of a turn: the output of the last node reached, of several each under its node's id."""
         found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
         return next(iter(found.values()), None) if len(found) <= 1 else found
+
+    def skips(self, node_id: str) -> bool:
+        """Tell whether a node, of this or what is around it, is not run."""
+        frame = self
+        while node_id not in frame.skipped:
+            if frame.loop is None:
+                return False
+            frame = frame.loop.visit.frame
+        return True
 
     def whole(self) -> Iterator[Frame]:
         """Return this and every turn in progress inside it."""

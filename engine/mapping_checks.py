@@ -214,8 +214,10 @@ class _Checker:
 
 def _mapped(place: Place, arriving: Shape) -> dict[str, Shape]:
     """Return the field that a mapping makes, where it is a whole path into what arrives."""
+    if "{{" in place.text or "??" in place.text:
+        return {}
     (path, *_), (field, *_) = place.paths, place.steps
-    if path.root != "data" or "{{" in place.text:
+    if path.root != "data":
         return {}
     found = shapes.follow(arriving, path.steps)
     return {} if isinstance(found, Lost) else {str(field): found}
@@ -254,9 +256,9 @@ def _finding(node: Node, place: Place, unfound: _Unfound) -> Finding:
 
 def _replaced(place: Place, path: str, meant: str) -> str:
     """Return the text of a place with one of its paths replaced."""
-    if "{{" not in place.text:
+    if "{{" not in place.text and "??" not in place.text:
         return meant
-    expression = rf"(\{{\{{\s*){re.escape(path)}(\s*\}}\}})"
+    expression = rf"((?:\{{\{{|\?\?)\s*){re.escape(path)}(\s*(?:\}}\}}|\?\?|\Z))"
     return re.sub(expression, lambda found: f"{found[1]}{meant}{found[2]}", place.text)
 
 

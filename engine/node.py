@@ -248,6 +248,8 @@ class Call(msgspec.Struct, frozen=True):
     attempt: int
     now: datetime
     services: Services
+    is_strict: bool = False
+    """Whether a node fails where what must be there is missing."""
 
     def scope_of(self, item: Json, index: int) -> dict[str, Json]:
         """Return the scope in which a condition or value sees one item of a list."""

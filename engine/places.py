@@ -8,7 +8,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from engine.conditions import compile_condition
-from engine.expressions import ExpressionError, Path, compile_path, compile_template, compile_value
+from engine.expressions import (
+    ExpressionError,
+    Path,
+    compile_expression,
+    compile_template,
+    compile_value,
+    needed_path,
+)
 from engine.node import OF_EACH, Compile
 from engine.operations import OPERATIONS
 from engine.values import MAX_DEPTH
@@ -37,13 +44,14 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One text with paths in it, which must all lead somewhere."""
+    """One text with expressions in it."""
 
     part: Part
     steps: Steps
     """The way from the part to the text."""
     text: str
     paths: Sequence[Path]
+    """Those that must lead somewhere: what may be missing has its answer in what follows `??`."""
     is_late: bool = False
     """The node renders it itself, once an item if it likes."""
 
@@ -100,7 +108,7 @@ class Reader:
         paths = self._read.get(text)
         try:
             if paths is None:
-                paths = self._read[text] = compile_template(text).paths
+                paths = self._read[text] = compile_template(text).needed
         except ExpressionError as error:
             reading.errors.append((named(part, steps), error))
         else:
@@ -121,11 +129,12 @@ class Reader:
             self._read_text(Part.CONFIG, steps, text, reading, is_late=True)
 
     def _read_path(self, name: str, source: str, reading: Reading) -> None:
-        """Take a mapping that is a path and nothing else."""
+        """Take a mapping that is an expression and nothing else."""
         paths = self._read.get(source)
         try:
             if paths is None:
-                paths = self._read[source] = (compile_path(source),)
+                needed = needed_path(compile_expression(source))
+                paths = self._read[source] = (needed,) if needed else ()
         except ExpressionError as error:
             reading.errors.append((named(Part.INPUT_MAPPINGS, (name,)), error))
         else:

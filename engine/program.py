@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol, Self
 from engine.conditions import Condition, compile_condition
 from engine.errors import InvalidDefinition
 from engine.expressions import (
+    Expression,
     ExpressionError,
-    Path,
     Template,
-    compile_path,
+    compile_expression,
     compile_template,
     compile_value,
     literal,
@@ -66,7 +66,7 @@ class NodeProgram:
     config: Template
     conditions: Mapping[str, Condition]
     values: Mapping[str, Template]
-    mappings: Mapping[str, Template | Path]
+    mappings: Mapping[str, Template | Expression]
     pass_through: Mapping[str, str]
     missing: str | None
     """What the config still lacks: the node fails with this when it is reached."""
@@ -215,8 +215,8 @@ def _without(item: Json, name: str) -> Json:
     return {key: value for key, value in item.items() if key != name} if isinstance(item, dict) else item
 
 
-def compile_mapping(source: Json) -> Template | Path:
-    """Compile what feeds one mapped field: a path, a text with `{{ }}` in it, or a constant."""
+def compile_mapping(source: Json) -> Template | Expression:
+    """Compile what feeds one mapped field: an expression, a text with `{{ }}` in it, or a constant."""
     if isinstance(source, str) and "{{" not in source:
-        return compile_path(source)
+        return compile_expression(source)
     return compile_template(source)

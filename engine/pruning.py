@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from engine.errors import InvalidDefinition
-from engine.expressions import ExpressionError, compile_path, compile_template
+from engine.expressions import ExpressionError, compile_expression, compile_template, paths_of
 from engine.graph import Edge, Graph
 from engine.node import CONTINUE, UnknownNodeType
 from engine.sections import find_bodies
@@ -126,7 +126,7 @@ def _named_nodes(node: Node) -> Iterator[str]:
         if "nodes" not in text:
             continue
         try:
-            paths = compile_template(text).paths if "{{" in text else (compile_path(text),)
+            paths = compile_template(text).paths if "{{" in text else paths_of(compile_expression(text))
         except ExpressionError:
             continue
         for path in paths:

@@ -138,11 +138,21 @@ _NO_LITERAL: Final = re.compile(
 authorization."""
 
 
+_WRITTEN_FALLBACK: Final = re.compile(r"""\?\?\s*+"[^"\s]{8}""")
+"""A text that counts where a path finds nothing: long enough for a credential."""
+_BRIEF_FALLBACK: Final = re.compile(r'-?[0-9.]{1,7}|"[^"]{0,7}"')
+
+
 def _is_literal(text: str) -> bool:
     """Tell whether a text may be a credential itself, and not where one comes from."""
     stripped = text.strip()
-    has_template = "{{" in stripped and "}}" in stripped
-    return stripped != "" and not has_template and _NO_LITERAL.fullmatch(stripped) is None
+    has_template = "{{" in stripped and "}}" in stripped and not _WRITTEN_FALLBACK.search(stripped)
+    if stripped == "" or has_template:
+        return False
+    first, *fallbacks = map(str.strip, stripped.split("??"))
+    return _NO_LITERAL.fullmatch(first) is None or not all(
+        _NO_LITERAL.fullmatch(part) or _BRIEF_FALLBACK.fullmatch(part) for part in fallbacks
+    )
 
 
 # ── by shape ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -242,6 +242,7 @@ class Settlement:
         """Note what has become known of the nodes of a frame."""
         if step.ready:
             self._agenda.add(frame, step.ready)
+        frame.skipped.update(step.skipped)
         for node_id in step.skipped:
             if node_id not in frame.recorded:
                 self._scribe.tell_skipped(self._nodes[node_id].node, frame.iteration)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from engine import values
 from engine.errors import NodeError
 from engine.events import SpanStatus
-from engine.expressions import MISSING, Path
+from engine.expressions import MISSING, ExpressionError, Template, compile_path
 from engine.frames import Visit
 from engine.joins import Mode
 from engine.node import Call
@@ -93,7 +93,7 @@ class Visits:
         else:
             visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
         if visit.unresolved:
-            self.check_resolved(visit)
+            self.check_resolved(visit, scope if visit.hashes is None else None)
         dynamic = visit.input_digest
         if program.is_given_again or not program.config.is_static:
             rendered = visit.resolved_config or values.encode(visit.config)
@@ -119,13 +119,51 @@ class Visits:
             attempt=visit.attempt,
             now=self._scribe.clock.now(),
             services=self._services,
+            is_strict=self._is_strict,
         )
 
-    def check_resolved(self, visit: Visit) -> None:
-        """Raise `NodeError` where a path has found nothing, and the graph's settings make that an error."""
-        if visit.unresolved and self._is_strict:
-            names = ", ".join(dict.fromkeys(visit.unresolved))
-            raise NodeError(f"Nothing was found at {names}", code="unresolved-mapping")
+    def check_resolved(self, visit: Visit, scope: Mapping[str, Json] | None = None) -> None:
+        """Raise `NodeError` where a path has found nothing, and the graph's settings make that an error.
+
+        A field of an item, and what a condition asks for, may be missing. With a `scope` the node has not been called
+        yet: no condition was asked, and there is an item only in a loop. What was skipped is left out of the list.
+        """
+        if not visit.unresolved:
+            return
+        visit.unresolved[:] = [path for path in visit.unresolved if not _is_skipped(visit.frame, path)]
+        if not self._is_strict:
+            return
+        asked: set[str] = set()
+        if scope is None:
+            asked = {path.text for one in visit.program.conditions.values() for path in one.paths}
+        may_lack = scope is None or "item" in scope
+        lost = [
+            path
+            for path in dict.fromkeys(visit.unresolved)
+            if path not in asked and not (may_lack and _is_field_of_item(path))
+        ]
+        if lost:
+            message = (
+                f"Nothing was found at {', '.join(lost)}: where it may be missing, "
+                "write what counts instead, as in {{ data.name ?? null }}"
+            )
+            raise NodeError(message, code="unresolved-mapping")
+
+
+def _is_field_of_item(path: str) -> bool:
+    return path.removeprefix("$.").startswith(("item.", "item["))
+
+
+def _is_skipped(frame: Frame, text: str) -> bool:
+    """Tell whether a path leads into a node that is not run: there is nothing to find, and nothing wrong."""
+    if not text.removeprefix("$.").startswith("nodes"):
+        return False
+    try:
+        path = compile_path(text)
+    except ExpressionError:
+        return False  # the name of a field that should have been passed through
+    node_id = path.steps[0][0] if path.root == "nodes" and path.steps else None
+    return node_id is not None and frame.skips(node_id)
 
 
 def _of_one(frame: Frame, parent: str) -> tuple[Json, str | None]:
@@ -139,7 +177,7 @@ def _mapped(roots: Mapping[str, Json], program: NodeProgram, data: Json, unresol
     scope = {"data": data, **roots}
     mapped: dict[str, Json] = {}
     for name, source in program.mappings.items():
-        if not isinstance(source, Path):
+        if isinstance(source, Template):
             mapped[name] = source.render(scope, unresolved)
             continue
         value = source.resolve(scope)

@@ -111,3 +111,26 @@ async def test_a_node_asks_for_its_event_and_waits() -> None:
 async def test_a_node_refuses_what_is_no_type_of_events(event_type: str) -> None:
     with pytest.raises(Exception, match="event_type"):
         await call("wait-for-event", {"event_type": event_type}, {"order": 7}, events=Ear())
+
+
+def test_fallbacks_of_a_condition_are_looked_up_as_far_as_the_run_knows_them() -> None:
+    source: Json = {
+        "all": [
+            condition(
+                '{{ data.gone ?? data.order ?? "none" }}',
+                "equals",
+                "{{ item.gone ?? item.event_data.order }}",
+            ),
+            condition('{{ data.gone ?? "shop" }}', "equals", "{{ item.gone ?? data.gone ?? nodes.a.name }}"),
+            condition("{{ data.gone ?? data.lost }}", "equals", None),
+        ]
+    }
+    unresolved: list[str] = []
+    scope: dict[str, Json] = {"data": {"order": 7}, "nodes": {"a": {"name": "shop"}}}
+    bound, given = event_filters.bound(compile_condition(source), scope, unresolved)
+    assert given == [7, "shop", "shop", None]
+    assert unresolved == ["data.lost"]
+    assert isinstance(bound, dict)
+    assert isinstance(bound["all"], list)
+    for asked in bound["all"][:2]:
+        assert event_filters.passes(json.dumps(asked), {"item": EVENT, "data": given})

@@ -336,3 +336,53 @@ def test_a_default_that_is_missing_too_is_listed() -> None:
 
 def test_a_default_found_is_as_strict_as_any_json() -> None:
     assert rendered(operation("default", "{{ data.user.vip }}", decode(b"false"))) is True
+
+
+FALLBACKS: dict[str, Json] = {
+    '{{ data.gone ?? "nobody" }}': "nobody",
+    '{{ data.user.note ?? "no note" }}': "no note",
+    '{{ data.user.name ?? "nobody" }}': "Ada",
+    "{{ data.gone ?? data.user.id }}": 7,
+    "{{data.gone??nodes.gone.x??data.user.id??0}}": 7,
+    "{{ data.gone ?? null }}": None,
+    "{{ data.gone ?? -1.5 }}": -1.5,
+    "{{ data.gone ?? [1, {}] }}": [1, {}],
+    '{{ data.gone ?? {"a": {"b": "}} ?? {{"}} }}': {"a": {"b": "}} ?? {{"}},
+    "{{ data.gone ?? true }}": True,
+    '{{ data[\'a ?? b\'] ?? data["odd key"]["}}"] }}': "braces",
+    'Dear {{ data.gone ?? "you" }}, {{ data.user.name }}{{ data.gone ?? {} }}!': "Dear you, Ada{}!",
+}
+
+
+@pytest.mark.parametrize("text", FALLBACKS)
+def test_the_first_value_counts_of_what_question_marks_join(text: str) -> None:
+    assert rendered(text) == FALLBACKS[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """{{ data["a ?? b"] ?? 'data' ?? 1 }}""",
+        "{{ data.gone ?? }}",
+        "{{ ?? 1 }}",
+        "{{ 1 ?? data.gone }}",
+        "{{ data.gone ?? nothing }}",
+        '{{ data.gone ?? {"a": 1, "a": 2} }}',
+        "{{ data.gone ?? NaN }}",
+        '{{ data.gone ?? "a" "b" }}',
+        "{{ data.gone ?? {} }",
+        "{{ " + "data.gone ?? " * 21 + "1 }}",
+    ],
+)
+def test_a_fallback_is_a_path_or_json(text: str) -> None:
+    with pytest.raises(ExpressionError):
+        compile_template(text)
+
+
+def test_the_last_path_must_find_something_unless_a_value_follows_it() -> None:
+    unresolved: list[str] = []
+    template = compile_template(["{{ data.a ?? data.b }}", "{{ data.c ?? null }}"])
+    assert template.render(SCOPE, unresolved) == [None, None]
+    assert unresolved == ["data.b"]
+    assert [path.text for path in template.paths] == ["data.a", "data.b", "data.c"]
+    assert [path.text for path in template.needed] == ["data.b"]

@@ -519,6 +519,48 @@ async def test_a_path_that_finds_nothing_is_listed_or_fails_the_node_of_a_strict
     assert "nothing" in error.message
 
 
+MAY_BE_MISSING: dict[str, tuple[dict[str, Json], tuple[str, ...]]] = {
+    "with a fallback in a config": ({"config": {"a": "{{ data.nothing ?? 1 }}"}}, ()),
+    "with a fallback in a mapping": ({"inputMappings": {"a": "data.nothing ?? data.some"}}, ()),
+    "into a node that was skipped": ({"config": {"a": "{{ nodes.away.x }} {{ nodes.away }}"}}, ()),
+    "mapped from a node that was skipped": ({"inputMappings": {"a": "$.nodes.away.x[0]"}}, ()),
+    "a field of an item": ({"config": {"late": "{{ item.nothing }}"}}, ("item.nothing",)),
+    "in a condition": (
+        {"config": {"asked": {"left": "{{ data.nothing }}", "operator": "equals", "right": 1}}},
+        ("data.nothing",),
+    ),
+}
+
+
+def asking(call: Call) -> Outcome:
+    scope = call.scope_of({"a": 1}, 0)
+    for template in call.values.values():
+        template.render(scope, call.unresolved)
+    for condition in call.conditions.values():
+        condition.test(scope, call.unresolved)
+    return Result({"kept": call.data})
+
+
+@pytest.mark.parametrize(("options", "listed"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)
+async def test_what_may_be_missing_is_null_in_a_strict_graph(
+    options: dict[str, Json], listed: tuple[str, ...]
+) -> None:
+    kinds = {
+        "asking": pure(asking, compiled={"late": Compile.VALUE, "asked": Compile.CONDITION}),
+        "choose": pure(lambda call: Result(call.data, "left")),
+        "away": pure(lambda call: call.data),
+    }
+    drawn = program(
+        "start > choose; choose:right > away; choose:left > asking",
+        kinds,
+        {"asking": options},
+        settings={"strictMappings": True},
+    )
+    notebook = await finished(Worker(drawn, {"some": 1}))
+    assert notebook.spans["away"].status is SpanStatus.SKIPPED
+    assert notebook.spans["asking"].unresolved == listed
+
+
 async def test_values_passed_through_stand_in_the_output_under_their_new_keys() -> None:
     options: dict[str, Json] = {
         "inputMappings": {"id": "trigger.order"},

@@ -164,3 +164,14 @@ def test_the_time_grows_with_the_length_alone(piece: str) -> None:
     started = time.process_time()
     secrets.find({"note": text})
     assert time.process_time() - started < 8, "a pattern that goes back would take minutes"
+
+
+def test_a_credential_that_stands_in_for_a_missing_path_is_one() -> None:
+    assert secrets.find(
+        {"apiKey": '{{ data.key ?? "hunter2-hunter2" }}', "password": "{{ data.password ?? null }}"}
+    ) == ["apiKey"]
+    mappings: Json = {
+        "apiKey": "data.key ?? trigger.body.key ?? null",
+        "token": 'data.token ?? "hunter2-hunter2"',
+    }
+    assert secrets.find(mappings) == ["token"]
