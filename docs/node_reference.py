@@ -17,10 +17,11 @@ HEADING = """\
 # Nodes
 
 Every type of node, as the catalogue of the server has it; `make docs` writes this page. `{{ path }}` may stand
-wherever a config takes a value, and a field marked *computed* takes an [operation](#operations), `{"$op": …}`, besides.
-Each node has the port `error` too, which is taken when it fails for good. *Effect* is what running a node does to the
-world: after a crash, `pure` and `read` nodes may simply run again, while what a `write` node is about to do, and what
-it did, is recorded around it.
+wherever a config takes a value, `{{ path ?? "none" }}` where it may be
+[missing](validation.md#paths-that-find-nothing-in-a-run), and a field marked *computed* takes an
+[operation](#operations), `{"$op": …}`, besides. Each node has the port `error` too, which is taken when it fails for
+good. *Effect* is what running a node does to the world: after a crash, `pure` and `read` nodes may simply run again,
+while what a `write` node is about to do, and what it did, is recorded around it.
 
 Each example is a body for `POST /api/v1/workflows/{id}/execute`, with any workflow of yours that is a draft or active:
 its `definition` is run in the place of that workflow's graph, and what is `pinned` arrives at the node. Below it stands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -25,7 +26,8 @@ class Key:
     call: Call
     source: str | Template
     """The name of a field, or what is rendered of each item."""
-    missing: set[str] = field(default_factory=set)
+    lacking: Counter[str] = field(default_factory=Counter)
+    """By the field that was not there: how many items lack it."""
     size: Size = field(default_factory=lambda: Size("The keys of the items"))
 
     @classmethod
@@ -46,16 +48,31 @@ class Key:
         """Return the key of an item; null where the item lacks the field, which is reported."""
         if isinstance(self.source, str):
             return self._field(self.source, item, index)
-        value = self.source.render(self.call.scope_of(item, index), self.call.unresolved)
+        unresolved: list[str] = []
+        value = self.source.render(self.call.scope_of(item, index), unresolved)
+        for path in set(unresolved):
+            self._note(path)
         self.size.add(value)
         return value
 
+    def absent(self, item_count: int) -> list[str]:
+        """Return the fields that none of so many items had, as paths."""
+        if isinstance(self.source, str):
+            needed = [f"item.{self.source}"]
+        else:
+            needed = [path.text for path in self.source.needed if path.root == "item" and path.steps]
+        return [path for path in needed if self.lacking[path] == item_count]
+
     def _field(self, name: str, item: Json, index: int) -> Json:
         found, is_found = at(name, item, index)
-        if not is_found and name not in self.missing:
-            self.missing.add(name)
-            self.call.unresolved.append(f"item.{name}")
+        if not is_found:
+            self._note(f"item.{name}")
         return found
+
+    def _note(self, path: str) -> None:
+        if path not in self.lacking:
+            self.call.unresolved.append(path)
+        self.lacking[path] += 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     events: Events | None = None,
     library: Catalog | None = None,
     version: str | None = None,
+    is_strict: bool = False,
 ) -> Called:
     """Run one node on `data`; raises what it raises."""
     called = Called()
@@ -136,6 +137,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
             attempt=1,
             now=NOW,
             services=services if data_sources is None else replace(services, data_sources=data_sources),
+            is_strict=is_strict,
         )
     )
     called.outcome = await outcome if inspect.isawaitable(outcome) else outcome

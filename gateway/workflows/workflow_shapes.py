@@ -161,7 +161,7 @@ class KnownSettings(StrictWire):
     """Whether a failed run is begun again from the node that failed."""
     max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
     strict_mappings: bool = False
-    """Whether a node fails where a path finds nothing."""
+    """Whether a node fails where a path finds nothing; a new workflow has true, unless it says otherwise."""
     parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
     """How many nodes of a run may wait for something outside at once."""
     concurrency: ConcurrencySettings | None = None
@@ -199,7 +199,7 @@ def drafted(
         description=_description(body.description or "", problems),
         status=body.status or WorkflowStatus.DRAFT,
         tags=_tags(body.tags or [], problems),
-        settings=_settings(workflow_id, {}, body.settings or {}, problems),
+        settings=_settings(workflow_id, {}, strict(body.settings or {}), problems),
         config=_config({}, body.config or {}, problems),
         scopes=[],
         created_at=now,
@@ -255,6 +255,14 @@ def _tags(given: Sequence[str], problems: Problems) -> list[str]:
             for position, tag in enumerate(given)
         )
     )
+
+
+def strict(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings of a new workflow: nodes fail where a path finds nothing, unless they say otherwise.
+
+    Those that were stored before keep what they have, so that nothing that runs begins to fail.
+    """
+    return {"strictMappings": True, **{key: value for key, value in settings.items() if value is not None}}
 
 
 def _settings(

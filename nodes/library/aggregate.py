@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 from engine.errors import NodeError
 from engine.values import identity
-from nodes import fields, lists
+from nodes import absences, fields, lists
 from nodes.turn import Turn
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Item:
     index: int
     missing: set[str]
     """Names that some item had no field for."""
+    found: set[str]
+    """Names that some item had a field for."""
 
     def at(self, name: str) -> Json:
         """Return the field of just this name, else what the dotted path leads to, else null."""
@@ -65,6 +67,7 @@ class Item:
             message = f"Item {self.index} is {fields.kind_of(self.value)}: it has no field `{name}`"
             raise NodeError(message, code="not-an-object")
         if name in self.value:
+            self.found.add(name)
             return self.value[name]
         found: Json = self.value
         for step in name.split("."):
@@ -72,6 +75,7 @@ class Item:
                 self.missing.add(name)
                 return None
             found = found[step]
+        self.found.add(name)
         return found
 
     def number(self, name: str) -> Number | None:
@@ -132,10 +136,12 @@ async def run(call: Call) -> Json:
         # All items are one group, which is there even when they are none.
         groups[identity([])] = Group([], [*map(Tally, aggregations)])
     missing: set[str] = set()
+    found: set[str] = set()
     turn = Turn()
-    for index, value in enumerate(lists.items(call.config)):
+    items = lists.items(call.config)
+    for index, value in enumerate(items):
         await turn.share()
-        item = Item(value, index, missing)
+        item = Item(value, index, missing, found)
         keys = [item.at(name) for name in group_by]
         group = groups.get(identity(keys))
         if group is None:
@@ -144,6 +150,8 @@ async def run(call: Call) -> Json:
         for tally in group.tallies:
             tally.add(item)
     call.unresolved.extend(f"item.{name}" for name in sorted(missing))
+    named = {*group_by, *(one.field for one in aggregations if one.field is not None)}
+    absences.check(call, [f"item.{name}" for name in sorted(named - found)], len(items))
     return {"groups": [group.row(group_by) for group in groups.values()], "count": len(groups)}
 
 

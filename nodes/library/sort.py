@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from engine.errors import NodeError
 from engine.expressions import compile_value
 from engine.values import canonical
-from nodes import fields, keys, lists
+from nodes import absences, fields, keys, lists
 from nodes.keys import Key
 from nodes.turn import Turn
 
@@ -105,12 +105,15 @@ async def run(call: Call) -> Json:
     places = list(range(len(items)))
     turn = Turn()
     # Sorting is stable: what the last key decides stays decided wherever the keys before it are equal.
-    for criterion in reversed(_criteria(call)):
+    criteria = _criteria(call)
+    for criterion in reversed(criteria):
         ranks: list[Rank] = []
         for index, item in enumerate(items):
             await turn.share()
             ranks.append(criterion.rank(item, index))
         places = await _in_order(places, ranks, turn, descends=criterion.descends)
+    absent = [path for criterion in criteria for path in criterion.key.absent(len(items))]
+    absences.check(call, absent, len(items))
     return {"items": [items[place] for place in places], "count": len(items)}
 
 

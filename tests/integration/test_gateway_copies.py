@@ -570,3 +570,19 @@ async def test_what_is_no_import_is_refused(residents: People, body: Any) -> Non
 async def test_a_document_may_be_as_large_as_any_body(residents: People) -> None:
     huge = {"document": {**EMPTY, "description": "x" * 1_000_001}}
     refused(await post(residents.owner, "/import", huge), 413, "payload-too-large")
+
+
+async def test_copies_are_strict_unless_the_original_says_otherwise(people: People) -> None:
+    async def strictness(path: str, body: Any = None) -> Any:  # noqa: ANN401 - any JSON value
+        workflow = await people.owner.workflow((await made(people.owner, path, body))["workflowId"])
+        return workflow["settings"].get("strictMappings")
+
+    source_id = await people.owner.create()
+    for stored, copied in ((None, True), (False, False)):
+        await people.owner.api.put(f"{WORKFLOWS}/{source_id}", json={"settings": {"strictMappings": stored}})
+        document = (await people.owner.api.get(f"{WORKFLOWS}/{source_id}/export")).json()
+        template_id = (await made(people.admin, f"/{source_id}/save-as-template", {}))["workflowId"]
+        assert await strictness("/import", {"document": document, "references": {}}) is copied
+        assert await strictness(f"/{source_id}/duplicate") is copied
+        assert await strictness("/from-template", {"templateId": template_id}) is copied
+    assert await strictness("/from-template", {"templateId": "wf_tmpl_csv-report"}) is True

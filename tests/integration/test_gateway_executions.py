@@ -510,7 +510,13 @@ async def test_an_execution_is_shown_with_everything_that_belongs_to_it(world: W
     assert set(pending) >= EXECUTION | {"config", "outputs"}
     assert (pending["status"], pending["progress"], pending["outputs"]) == ("pending", 0, {})
     assert pending["startedAt"] is pending["endedAt"] is pending["durationMs"] is pending["error"] is None
-    assert pending["config"] == {"timeout": 60, "retryOnFailure": False, "maxRetries": 3, "parallelism": 16}
+    assert pending["config"] == {
+        "timeout": 60,
+        "retryOnFailure": False,
+        "maxRetries": 3,
+        "parallelism": 16,
+        "strictMappings": True,
+    }
     assert pending["trigger"] == {"type": "manual", "data": {"body": {"x": 1}}}
     assert (pending["userId"], pending["workflowId"]) == (people.owner.user.id, workflow_id)
     run = await taken(world, execution_id)

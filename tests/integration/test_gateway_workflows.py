@@ -85,7 +85,13 @@ async def test_the_contract_s_workflow_is_created_and_shown_as_it_says(people: P
     assert set(shown) >= OBJECT
     assert shown["id"] == workflow_id
     assert (shown["status"], shown["version"], shown["tags"]) == ("draft", 1, ["etl"])
-    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": True, "maxRetries": 3, "parallelism": 16}
+    assert shown["settings"] == {
+        "timeout": 3600,
+        "retryOnFailure": True,
+        "maxRetries": 3,
+        "parallelism": 16,
+        "strictMappings": True,
+    }
     assert (shown["config"], shown["sharedWith"], shown["isPublic"], shown["isTemplate"]) == (
         {},
         [],
@@ -113,7 +119,13 @@ async def test_the_least_that_makes_a_workflow_is_a_name(people: People) -> None
     shown = await people.owner.workflow(await people.owner.create(name="  Bare   "))
     assert (shown["name"], shown["description"], shown["status"]) == ("Bare", "", "draft")
     assert (shown["nodes"], shown["connections"], shown["tags"]) == ([], [], [])
-    assert shown["settings"] == {"timeout": 3600, "retryOnFailure": False, "maxRetries": 3, "parallelism": 16}
+    assert shown["settings"] == {
+        "timeout": 3600,
+        "retryOnFailure": False,
+        "maxRetries": 3,
+        "parallelism": 16,
+        "strictMappings": True,
+    }
 
 
 async def test_optional_fields_may_be_null(people: People) -> None:
@@ -197,7 +209,13 @@ async def test_an_update_changes_what_it_names_and_nothing_else(people: People) 
     after = response.json()
     assert after == await people.owner.workflow(workflow_id)
     assert (after["name"], after["tags"]) == ("Updated ETL Pipeline", ["etl", "v2"])
-    assert after["settings"] == {"timeout": 7200, "retryOnFailure": False, "maxRetries": 3, "parallelism": 16}
+    assert after["settings"] == {
+        "timeout": 7200,
+        "retryOnFailure": False,
+        "maxRetries": 3,
+        "parallelism": 16,
+        "strictMappings": True,
+    }
     assert after["updatedAt"] > before["updatedAt"]
     assert {key for key in after if after[key] != before[key]} == {"name", "tags", "settings", "updatedAt"}
 
@@ -219,6 +237,24 @@ async def test_settings_merge_and_null_takes_a_key_away(people: People) -> None:
         "onFailure": {"url": "https://example.com"},
     }
     refused(await people.owner.api.put(path, json={"settings": {"timeout": -1}}), 422, "validation-failed")
+
+
+async def test_a_new_workflow_is_strict_unless_it_says_otherwise_and_one_that_was_stored_stays_as_it_is(
+    people: People,
+) -> None:
+    async def settings(**given: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+        shown: dict[str, Any] = (await people.owner.workflow(await people.owner.create(**given)))["settings"]
+        return shown
+
+    assert (await settings())["strictMappings"] is True
+    assert (await settings(settings={"strictMappings": None}))["strictMappings"] is True
+    assert (await settings(settings={"strictMappings": False}))["strictMappings"] is False
+    workflow_id = await people.owner.create()
+    path = f"{WORKFLOWS}/{workflow_id}"
+    stored = (await people.owner.api.put(path, json={"settings": {"strictMappings": None}})).json()
+    assert "strictMappings" not in stored["settings"]
+    changed = (await people.owner.api.put(path, json={"name": "Renamed", "settings": {"timeout": 60}})).json()
+    assert "strictMappings" not in changed["settings"]
 
 
 async def test_an_update_without_a_change_changes_nothing(people: People) -> None:

@@ -723,3 +723,50 @@ def test_every_csv_that_is_written_is_read_as_it_was(rows: list[Any], delimiter:
     config: dict[str, Json] = {"text": "{{ data }}", "delimiter": delimiter, "types": "text"}
     expected = [{"a": row["a"], "b, c": as_text(row["b, c"])} for row in rows]
     assert outcome("csv-parse", config, written["text"])["rows"] == expected
+
+
+# ── fields that no item has ─────────────────────────────────────────────────────────────────────────────────
+
+MISSPELT: list[tuple[str, dict[str, Json]]] = [
+    ("aggregate", {"aggregations": [{"function": "sum", "field": "totl", "as": "x"}]}),
+    ("aggregate", {"groupBy": ["totl"], "aggregations": [{"function": "count", "as": "x"}]}),
+    ("aggregate", {"aggregations": [{"function": "count", "field": "totl", "as": "x"}]}),
+    ("sort", {"by": ["totl"]}),
+    ("sort", {"by": ["total", {"key": "{{ item.totl }}"}]}),
+    ("sort", {"by": ["{{ item.a ?? item.totl }}"]}),
+]
+
+
+@pytest.mark.parametrize(("node_type", "config"), MISSPELT)
+async def test_a_field_that_none_of_several_items_has_fails_the_node_of_a_strict_workflow(
+    node_type: str, config: dict[str, Json]
+) -> None:
+    rows: Json = [{"total": 1}, {"total": 2}]
+    with pytest.raises(NodeError, match=r"item\.totl") as raised:
+        await call(node_type, config, rows, is_strict=True)
+    assert raised.value.code == "unresolved-mapping"
+    for chosen, is_strict in ((config, False), ({**config, "missing": "null"}, True)):
+        called = await call(node_type, chosen, rows, is_strict=is_strict)
+        assert called.lines == []
+        assert "item.totl" in called.unresolved
+    assert (
+        await call(node_type, config, [{"total": 1}, {"totl": None, "total": 2}], is_strict=True)
+    ).lines == []
+
+
+@pytest.mark.parametrize(("node_type", "config"), MISSPELT)
+@pytest.mark.parametrize("rows", [[], [{"total": 1}]])
+async def test_a_field_that_one_item_or_none_has_is_null_and_logged(
+    node_type: str, config: dict[str, Json], rows: Json
+) -> None:
+    called = await call(node_type, config, rows, is_strict=True)
+    assert called.unresolved in (["item.totl"], ["item.total", "item.totl"])
+    ((level, message),) = called.lines
+    assert (level, "item.totl" in message) == ("warning", True)
+
+
+async def test_a_fallback_of_a_key_needs_no_field() -> None:
+    called = await call(
+        "sort", {"by": ["{{ item.totl ?? 0 }}"]}, [{"total": 1}, {"total": 2}], is_strict=True
+    )
+    assert (called.unresolved, called.lines) == ([], [])
