@@ -128,7 +128,7 @@ async def _all_have_run(sending: Sending) -> None:
 
 async def _executions(connection: Connection, sending: Sending, *statuses: str) -> int:
     wanted = "".join(f"&status={status}" for status in statuses)
-    path = f"/api/v1/executions?workflow_id={sending.workflow_id}&limit=1{wanted}"
+    path = f"/api/v1/executions?workflowId={sending.workflow_id}&limit=1{wanted}"
     answer = await connection.send(sending.api.get(path))
     return int(_expected(answer, 200)["count"])
 

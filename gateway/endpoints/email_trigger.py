@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
@@ -69,6 +69,8 @@ NAME: Final = "as-it-came"
 
 class EmailTrigger(GuardedWire):
     """A mail that somebody has taken apart."""
+
+    likely_others: ClassVar[frozenset[str]] = frozenset({"bcc", "headers"})
 
     from_: str = msgspec.field(default="", name="from")
     to: str = ""

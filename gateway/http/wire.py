@@ -44,6 +44,8 @@ class Wire(msgspec.Struct, rename="camel", kw_only=True):
     """Refuse unknown fields whose names are close to known ones; others are warned of."""
     read_only: ClassVar[Mapping[str, str]] = {}
     """Fields of answers that a request may repeat, each with the route that changes it, empty where none does."""
+    likely_others: ClassVar[frozenset[str]] = frozenset()
+    """Unknown fields that senders do have, and that only look like misspelt ones: they are warned of."""
 
 
 class StrictWire(Wire, forbid_unknown_fields=True):
@@ -240,7 +242,7 @@ class _UnknownFields:
         if (kind, name) in self.warned_of or name in _read_only(kind):
             return
         known = _fields(kind)
-        near = names.meant(name, known)
+        near = [] if name in _likely_others(kind) else names.meant(name, [*known, *_read_only(kind)])
         below = _below(path, name[:MAX_SHOWN_NAME])
         hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
         problem = errors.problem(below, "unknown-field", f"{below} is no field here: {hint}")
@@ -317,6 +319,10 @@ def _note_unknown_fields(
 
 def _read_only(kind: type) -> Mapping[str, str]:
     return kind.read_only if issubclass(kind, Wire) else {}
+
+
+def _likely_others(kind: type) -> frozenset[str]:
+    return kind.likely_others if issubclass(kind, Wire) else frozenset()
 
 
 def _is_strict(kind: type[msgspec.Struct]) -> bool:

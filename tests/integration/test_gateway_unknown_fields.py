@@ -239,3 +239,13 @@ async def test_a_trigger_may_be_named_by_what_starts_it(people: People) -> None:
     workflow_id = await people.owner.create(nodes=[{**TRIGGER, "nodeId": "queue"}, STEP], connections=[EDGE])
     start = (await people.owner.workflow(workflow_id))["nodes"][0]
     assert (start["nodeId"], start["type"]) == ("queue-trigger", "queue-trigger")
+
+
+async def test_a_version_is_taken_as_another_is_shown(people: People) -> None:
+    path = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}/versions"
+    assert (await people.owner.api.post(path, json={"versionTag": "v2", "description": "d"})).is_success
+    shown = (await people.owner.api.get(f"{path}/2")).json()
+    response = await people.owner.api.post(path, json={**shown, "versionTag": "v3"})
+    assert response.status_code == 201
+    assert {one["code"] for one in response.json()["warnings"]} == {"read-only"}
+    assert (await people.owner.api.get(f"{path}/3")).json()["description"] == "d"

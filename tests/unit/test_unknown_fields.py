@@ -11,8 +11,11 @@ import pytest
 
 from engine.values import Json
 from gateway import routes
+from gateway.endpoints.email_trigger import EmailTrigger
 from gateway.errors import ApiError
 from gateway.http.wire import GuardedWire, StrictWire, Wire, convert
+from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
+from gateway.workflows.workflow_shapes import UpdateWorkflow
 
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract" / "endpoints.json").read_text())["endpoints"]
 INSIDE = {(one["method"], re.sub(r":(\w+)", r"{\1}", one["path"])) for one in CONTRACT}
@@ -133,3 +136,28 @@ def test_every_part_of_a_strict_body_is_strict() -> None:
         part: Inner | None = None
 
     assert set(problems({"part": {"color": "red"}}, Whole)) == {"part.color"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        (
+            NodeInput,
+            "selected dragging width height positionAbsolute sourcePosition targetPosition parentNode zIndex style",
+        ),
+        (ConnectionInput, "sourceHandle targetHandle animated markerEnd style selected"),
+        (EmailTrigger, "bcc headers date sender message_id"),
+    ],
+)
+def test_fields_that_canvases_and_mailers_have_besides_are_no_near_misses(
+    kind: type[msgspec.Struct], others: str
+) -> None:
+    warnings: list[dict[str, Json]] = []
+    convert(dict.fromkeys(others.split()), kind, warnings=warnings)
+    assert [one["path"] for one in warnings] == others.split()
+
+
+def test_a_misspelt_read_only_field_is_refused() -> None:
+    code, message = problems({"isPublik": True}, UpdateWorkflow)["isPublik"]
+    assert code == "unknown-field"
+    assert "isPublic" in message
