@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from gateway import routes, state
 from gateway.http.byte_budget import ByteBudget
 from gateway.http.connection_budget import ConnectionBudget, connections_for
+from gateway.http.cross_origin import CrossOrigin
 from gateway.http.edge import Edge
 from gateway.http.endpoint import unrouted
 from gateway.http.hosts import Hosts
@@ -48,7 +49,8 @@ class Application(Starlette):
         }
         router = Router(served, default=unrouted)
         trigger = Route(routes.TRIGGER, served[routes.TRIGGER])
-        return Edge(Hosts(router, trigger=trigger, default=unrouted), others=self.router)
+        hosts = Hosts(router, trigger=trigger, default=unrouted)
+        return CrossOrigin(Edge(hosts, others=self.router))
 
 
 def create_app(open_state: StateFactory) -> Starlette:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import re
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode
 
-from models.settings import InvalidSettings, Settings
+from models.settings import InvalidSettings, Settings, split_list
 
 LARGEST_BODIES: Final = 3
 LEAST_BODIES_BYTES: Final = 134_217_728
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class GatewaySettings(Settings):
@@ -22,6 +25,13 @@ class GatewaySettings(Settings):
         description=(
             "Address under which clients and senders reach the gateway: `https://flows.example.com`. It begins the URLs"
             " of triggers and `Location` headers, which are mere paths unless it is set."
+        ),
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description=(
+            "Origins of pages in browsers that may use the API, separated by commas: `https://app.example.com`; `*`:"
+            " all pages. None unless set. Cookies are never allowed."
         ),
     )
     trusted_proxies: str = Field(
@@ -124,6 +134,27 @@ class GatewaySettings(Settings):
         ge=0,
         description="How long requests under way are waited for when the process is told to stop.",
     )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return split_list(value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        # Browsers send origins in lower case and without the port that is the scheme's own.
+        found = tuple(origin.lower().removesuffix("/") for origin in origins)
+        for origin in found:
+            own_port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0])
+            if origin != "*" and not (
+                _ORIGIN.fullmatch(origin) and not (own_port and origin.endswith(own_port))
+            ):
+                raise ValueError(
+                    f"{origin} is no origin: write its scheme and host, and its port unless that is the scheme's own,"
+                    " as in https://app.example.com"
+                )
+        return found
 
     @property
     def bodies_bytes(self) -> int:

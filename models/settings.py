@@ -17,6 +17,15 @@ class InvalidSettings(ValueError):
     """A process can't start like this; the text says which variable to mend, and how."""
 
 
+def split_list(value: object) -> object:
+    """Return the parts of a text with commas, or of a JSON list; what is no text stays as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
 def _sqlite_in(data: dict[str, Any]) -> str:
     return f"sqlite:///{data['data_dir']}/pilotflame.db"
 
@@ -100,11 +109,7 @@ class Settings(BaseSettings):
     @field_validator("previous_secret_keys", "outbound_allowed_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            return json.loads(value)
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return split_list(value)
 
     @property
     def files_dir(self) -> Path:

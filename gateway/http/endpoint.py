@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -15,7 +15,7 @@ from gateway import errors
 from gateway.errors import ApiError
 from gateway.http.parameters import Parameter
 from gateway.http.request import Request
-from gateway.http.responses import JsonResponse
+from gateway.http.responses import JsonResponse, NoContent
 from messages.broker import BrokerUnavailable
 from models import ids
 from models.access import KeyScope
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+OPTIONS: Final = "OPTIONS"
+"""The method that every path answers with those that it takes."""
 Handler: TypeAlias = Callable[[Request], Awaitable[ASGIApp]]
 
 
@@ -84,7 +86,11 @@ class Endpoint:
     async def _handled(self, scope: Scope, receive: Receive) -> ASGIApp:
         operation = self.operations.get(scope["method"])
         if operation is None:
-            raise errors.method_not_allowed(self.operations)
+            allowed = {*self.operations, OPTIONS}
+            if scope["method"] != OPTIONS:
+                raise errors.method_not_allowed(allowed)
+            # Before any key is looked at: browsers send none with a preflight request.
+            return NoContent({"Allow": ", ".join(sorted(allowed))})
         gateway: State = scope["app"].state.gateway
         caller = sender = None
         if operation.access is Access.SENDER:

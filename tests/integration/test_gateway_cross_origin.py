@@ -1,0 +1,128 @@
+"""Pages in browsers: which may use the API, and what `OPTIONS` tells them and everybody else of a path."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic import ValidationError
+
+from gateway import routes
+from gateway.document import openapi
+from gateway.http import cross_origin
+from gateway.settings import GatewaySettings
+from tests.integration.gateway_world import People, World, refused
+
+WORKFLOWS = "/api/v1/workflows"
+PAGE = "https://app.example.com"
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
+
+
+def preflight(origin: str, method: str = "POST") -> dict[str, str]:
+    asks = {
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "x-api-key,content-type",
+    }
+    return {"Origin": origin, **asks}
+
+
+def of_cors(answer: httpx2.Response) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
+
+
+async def test_options_of_every_path_tell_the_documented_methods_without_a_key(world: World) -> None:
+    anybody = await world.client()
+    also = {line.path: {*line.also_by} for line in routes.TABLE if line.also_by}
+    for path, methods in DOCUMENT["paths"].items():
+        answer = await anybody.options(path.replace("{", "").replace("}", ""))
+        assert (answer.status_code, answer.content) == (204, b""), path
+        documented = {method.upper() for method in methods} | also.get(path, set()) | {"OPTIONS"}
+        documented |= {"HEAD"} if "get" in methods else set()
+        assert set(answer.headers["Allow"].split(", ")) == documented, path
+    refused(await anybody.options("/api/v1/nothing"), 404, "not-found")
+
+
+async def test_no_page_may_read_answers_unless_a_setting_says_so(people: People) -> None:
+    answer = await people.owner.api.options(WORKFLOWS, headers=preflight(PAGE))
+    assert (answer.status_code, of_cors(answer)) == (204, {})
+    answer = await people.owner.api.get(WORKFLOWS, headers={"Origin": PAGE})
+    assert of_cors(answer) == {}
+    assert "Vary" not in answer.headers
+
+
+async def test_pages_of_named_origins_may_use_the_api(world: World, people: People) -> None:
+    there = await world.with_settings(cors_origins=(PAGE, "https://other.example.com"))
+    anybody, owner = await there.client(), await there.client(people.owner.key)
+
+    asked = await anybody.options(WORKFLOWS, headers=preflight(PAGE))
+    assert (asked.status_code, asked.headers["Vary"]) == (204, "Origin")
+    assert of_cors(asked) == {
+        "access-control-allow-origin": PAGE,
+        "access-control-allow-methods": "GET, HEAD, OPTIONS, POST",
+        "access-control-allow-headers": "*, Authorization",
+        "access-control-max-age": "600",
+    }
+    handshake = await anybody.options(f"{WORKFLOWS}/events", headers=preflight(PAGE))
+    assert handshake.headers["Access-Control-Allow-Methods"] == "OPTIONS, POST"
+
+    unauthorized = await anybody.get(WORKFLOWS, headers={"Origin": PAGE})
+    refused(unauthorized, 401, "unauthorized")
+    unknown = await anybody.get("/api/v1/nothing", headers={"Origin": PAGE})
+    for answer in (await owner.get(WORKFLOWS, headers={"Origin": PAGE}), unauthorized, unknown):
+        assert set(of_cors(answer)) == {"access-control-allow-origin", "access-control-expose-headers"}
+        assert answer.headers["Access-Control-Allow-Origin"] == PAGE
+
+    for origin in ("https://app.example.com.evil.test", "http://app.example.com", "null", ""):
+        for answer in (
+            await owner.get(WORKFLOWS, headers={"Origin": origin}),
+            await anybody.options(WORKFLOWS, headers=preflight(origin)),
+        ):
+            assert (of_cors(answer), answer.headers["Vary"]) == ({}, "Origin"), origin
+    assert of_cors(await anybody.get("/internal/v1/nothing", headers={"Origin": PAGE})) == {}
+
+
+async def test_pages_of_every_origin_may_use_the_api_but_without_credentials(
+    world: World, people: People
+) -> None:
+    there = await world.with_settings(cors_origins=("*",))
+    owner = await there.client(people.owner.key)
+    for answer in (
+        await owner.get(WORKFLOWS, headers={"Origin": "https://anywhere.test"}),
+        await owner.options(WORKFLOWS, headers=preflight("https://anywhere.test")),
+    ):
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_scripts_may_read_every_documented_header() -> None:
+    answers = [
+        response
+        for methods in DOCUMENT["paths"].values()
+        for operation in methods.values()
+        for response in operation["responses"].values()
+    ]
+    documented = {
+        name
+        for response in [*answers, *DOCUMENT["components"]["responses"].values()]
+        for name in response.get("headers", {})
+    }
+    assert documented == set(cross_origin.EXPOSED)
+
+
+def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "PILOTFLAME_CORS_ORIGINS", "https://App.example.com/, http://localhost:5173,http://[::1]:8080"
+    )
+    assert GatewaySettings().cors_origins == (PAGE, "http://localhost:5173", "http://[::1]:8080")
+    for wrong in (
+        "app.example.com",
+        "https://app.example.com/below",
+        "https://app.example.com:443",
+        "null",
+        "https://*",
+    ):
+        monkeypatch.setenv("PILOTFLAME_CORS_ORIGINS", wrong)
+        with pytest.raises(ValidationError, match="is no origin: write its scheme and host"):
+            GatewaySettings()
