@@ -29,7 +29,8 @@ from tests.receiver import Receiver, receiving
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-GREET = {"id": "step", "nodeId": "set", "config": {"values": {"greeting": "Hello, {{ data.body.name }}"}}}
+GREETING = 'Hello, {{ data.body.name ?? "you" }}'
+GREET = {"id": "step", "nodeId": "set", "config": {"values": {"greeting": GREETING}}}
 GREETS: dict[str, Any] = {"nodes": [{"id": "start", "nodeId": "manual"}, GREET], "connections": [EDGE]}
 ASLEEP: dict[str, Any] = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
 BY_HAND: dict[str, Any] = {**ASLEEP, "stopped_reason": StoppedReason.MANUAL}
