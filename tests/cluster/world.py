@@ -70,7 +70,7 @@ class Cluster:
     image: str = "example.com/runner:1"
     python: str = sys.executable
     patience_seconds: float = 10.0
-    drain_seconds: float = 0.8
+    drain_seconds: float = 3.0
     """Longer than a pod takes to come up."""
     is_real: bool = False
     used: list[str] = field(default_factory=list)
