@@ -43,7 +43,7 @@ TOO_MANY_RECIPIENTS: Final = SmtpReply(452, "4.5.3 Too many recipients")
 
 
 class MailHandler:
-    """What aiosmtpd calls: it checks recipients and hands mails over."""
+    """Handler for aiosmtpd: checks recipients and hands mails over."""
 
     def __init__(self, gateway: MailGateway, domains: Sequence[str], protocol: MailProtocol) -> None:
         self._gateway = gateway

@@ -22,7 +22,7 @@ class MailProtocol(StrEnum):
 
 
 class SmtpSettings(BaseSettings):
-    """What `pilotflame smtp` reads: an address to listen on, and the gateway's; no database and no key."""
+    """Settings of `pilotflame smtp`: its own address and the gateway's; no database and no key."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
 

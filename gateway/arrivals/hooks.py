@@ -63,7 +63,7 @@ class Hook:
 
     @property
     def body_limit(self) -> BodyLimit:
-        """How large a body the trigger takes."""
+        """Limit of a body that the trigger takes."""
         return BodyLimit(self.config.max_body_bytes, "`maxBodyBytes` of the trigger")
 
     def require_method(self, method: str) -> None:

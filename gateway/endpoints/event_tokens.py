@@ -94,7 +94,7 @@ class NewEventToken(EventTokenShape):
     url: str
     """Where events are sent to: to be given to the sender as it is."""
     warnings: list[str]
-    """What keeps the sender from reaching that URL."""
+    """Reasons for which the sender may not reach that URL."""
 
 
 class EventTokenList(Wire):

@@ -58,7 +58,7 @@ class InboundAddress(Wire):
     urls: dict[str, str]
     """By who sends there."""
     warnings: list[str]
-    """What keeps senders from reaching these URLs."""
+    """Reasons for which senders may not reach these URLs."""
     tokens: list[ShownToken]
     """Those that are good, the newest first."""
 
@@ -72,7 +72,7 @@ class NewToken(Wire):
     urls: dict[str, str]
     """By who sends there: to be given to it as they are."""
     warnings: list[str]
-    """What keeps senders from reaching these URLs."""
+    """Reasons for which senders may not reach these URLs."""
 
 
 async def show(request: Request) -> JsonResponse:
