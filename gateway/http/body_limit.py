@@ -1,4 +1,4 @@
-"""How large a body may be, and which setting says so."""
+"""Limit of a body, and the setting behind it."""
 
 from __future__ import annotations
 

@@ -567,7 +567,7 @@ async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
         receiver.may_answer.set()
         progress = f"/api/v1/executions/{execution_id}/progress"
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while (await people.owner.api.get(progress)).json()["status"] != "completed":  # noqa: ASYNC110
+            while (await people.owner.api.get(progress)).json()["status"] != "completed":  # noqa: ASYNC110 - an API has no event
                 await asyncio.sleep(0.05)
         assert fake.used == "node-2"
         fake.api.controllers.mend("node-1")
