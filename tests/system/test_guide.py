@@ -18,7 +18,7 @@ from tests.system.client import API_KEY
 PROJECT = Path(__file__).parents[2]
 GUIDES = {
     name: (PROJECT / f"docs/{name}.md").read_text()
-    for name in ("arriving", "events", "guide", "sleeping", "trying", "work")
+    for name in ("events", "getting-started", "scale-to-zero", "testing", "triggers", "tutorials")
 }
 SENDERS = {
     name: (PROJECT / f"docs/senders/{name}.md").read_text()

@@ -1,12 +1,19 @@
-"""The documentation says what the code says."""
+"""The documentation says what the code says, and its links lead somewhere."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 from docs.tables import ROOT, documents
 
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+_HTML_ANCHOR = re.compile(r'<a (?:id|name)="([^"]+)"')
+_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`[^`\n]+`")
 
-def test_the_tables_and_the_reference_of_the_nodes_are_up_to_date() -> None:
+
+def test_the_generated_tables_and_pages_are_up_to_date() -> None:
     outdated = [str(path) for path, text in documents().items() if path.read_text() != text]
     assert not outdated, "run `make docs`"
 
@@ -15,7 +22,47 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
-def test_links_between_documents_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-            assert (document.parent / Path(target)).exists(), f"{document.name} links to {target}"
+def test_every_relative_link_and_anchor_resolves() -> None:
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages()
+        for link in _LINK.findall(_CODE.sub("", _FENCE.sub("", page.read_text())))
+        if not re.match(r"[a-z]+:", link) and not resolves(page, link)
+    ]
+    assert not broken
+
+
+def pages() -> list[Path]:
+    """Return every Markdown page of the project."""
+    return [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]
+
+
+def resolves(page: Path, link: str) -> bool:
+    name, _, anchor = link.partition("#")
+    target = (page.parent / name).resolve() if name else page
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """Return the anchors that GitHub gives to the headings of a page, and those that it sets itself."""
+    text = _FENCE.sub("", page.read_text())
+    found: set[str] = set(_HTML_ANCHOR.findall(text))
+    for heading in _HEADING.findall(text):
+        anchor = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        unique, number = anchor, 0
+        while unique in found:
+            number += 1
+            unique = f"{anchor}-{number}"
+        found.add(unique)
+    return frozenset(found)
+
+
+def test_the_link_check_sees_a_broken_link(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A page: `code`, twice\n\n## Twice\n\n## Twice\n\n```sh\n# No heading\n```\n")
+    assert resolves(page, "#a-page-code-twice")
+    assert resolves(page, "page.md#twice-1")
+    assert not resolves(page, "#no-heading")
+    assert not resolves(page, "page.md#twice-2")
+    assert not resolves(page, "other.md")
