@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import update
+from sqlalchemy import select, update
+from sqlmodel import col
 
 from journal import deployments
 from models.deployment import Deployment, Observed
@@ -99,6 +100,28 @@ async def row(world: World, workflow_id: str) -> Deployment:
     async with world.gateway.database.read() as connection:
         found = await deployments.find(connection, workflow_id)
     assert found is not None
+    return found
+
+
+async def all_rows(world: World, workflow_ids: Sequence[str]) -> list[Deployment]:
+    """Return the rows of deployments as of one moment: read one by one, they would be of several."""
+    statement = select(Deployment).where(col(Deployment.workflow_id).in_(workflow_ids))
+    async with world.gateway.database.read() as connection:
+        return [Deployment(**row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def until_all(
+    world: World, workflow_ids: Sequence[str], holds: Callable[[list[Deployment]], bool]
+) -> list[Deployment]:
+    """Wait until something holds of the rows of deployments as of one moment."""
+    found = await all_rows(world, workflow_ids)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not holds(found):
+                await asyncio.sleep(0.01)
+                found = await all_rows(world, workflow_ids)
+    except TimeoutError as error:
+        raise AssertionError(f"It never came to be so: {found!r}") from error
     return found
 
 

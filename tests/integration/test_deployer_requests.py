@@ -17,7 +17,17 @@ from scheduler import lifecycle
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
 from tests.cluster.world import Cluster, on_fake, turn_until
-from tests.integration.deployers import asked, deployer, forget_deployments, on_this_machine, row, until
+from tests.integration.deployers import (
+    POD,
+    all_rows,
+    asked,
+    deployer,
+    forget_deployments,
+    on_this_machine,
+    row,
+    until,
+    until_all,
+)
 from tests.integration.gateway_world import GRAPH, People, World, open_world
 from tests.integration.test_deployer import is_running
 from tests.services import PostgreSQL
@@ -28,6 +38,12 @@ from workers.deployer.look_queue import Backoff, Retry
 OFTEN = Backoff(0.02, 0.02)
 SWEEP_SECONDS = 0.05
 DENIED = Refused(400, "BadRequest", 'admission webhook "policy.example.com" denied the request: not here')
+WAITING_PROGRAM = """
+import pathlib, time
+while not pathlib.Path({path!r}).exists():
+    time.sleep(0.01)
+"""
+"""Beginning of a pod's program that comes up once a file is there."""
 WATCH_REQUESTS = 4
 """Two lists and two watches, of Deployments and of pods, of whatever number; those of quotas come a moment later."""
 
@@ -218,16 +234,18 @@ async def test_a_busy_api_server_makes_nothing_unknown(
 
 
 async def test_mass_starts_are_limited_and_none_is_given_up(
-    world: World, people: People, fake: tuple[Cluster, FakeApi]
+    world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
 ) -> None:
     cluster, api = fake
-    api.node.start_seconds, api.node.starts_at_once = 0.1, 2
+    api.node.starts_at_once = 0
     workflow_ids = await deployed(people, 12)
     async with deployer(
         world, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        for workflow_id in workflow_ids:
-            await until(world, workflow_id, is_running)
+        await turn_until(lambda: len(api.node.preparing) >= 3)
+        await sweeps.happen(4)  # of which none starts more
+        api.node.starts_at_once = 2
+        await until_all(world, workflow_ids, lambda found: all(map(is_running, found)))
     assert api.node.most_preparing == 3
     async with world.gateway.database.read() as connection:
         reasons = select(col(LifecycleDecision.reason)).where(
@@ -237,12 +255,24 @@ async def test_mass_starts_are_limited_and_none_is_given_up(
 
 
 async def test_mass_starts_of_local_pods_are_limited_too(
-    world: World, people: People, tmp_path: Path
+    world: World, people: People, tmp_path: Path, sweeps: Calls
 ) -> None:
+    may_start = tmp_path / "may_start"
+    command = (*POD[:-1], WAITING_PROGRAM.format(path=str(may_start)) + POD[-1])
     workflow_ids = await deployed(people, 6)
-    most = 0
-    async with on_this_machine(world, tmp_path / "pods", starts_at_once=2):
-        while len([one for one in workflow_ids if is_running(await row(world, one))]) < len(workflow_ids):
-            starting = [one for one in workflow_ids if (await row(world, one)).observed == Observed.STARTING]
-            most = max(most, len(starting))
-    assert 0 < most <= 2
+    most_starting = 0
+
+    def all_run(found: list[Deployment]) -> bool:
+        nonlocal most_starting
+        most_starting = max(most_starting, sum(one.observed == Observed.STARTING for one in found))
+        return all(map(is_running, found))
+
+    async with on_this_machine(
+        world, tmp_path / "pods", command=command, starts_at_once=2, deployer_sweep_seconds=SWEEP_SECONDS
+    ):
+        await until_all(world, workflow_ids, lambda found: all_run(found) or most_starting >= 2)
+        await sweeps.happen(4)  # of which none starts more
+        all_run(await all_rows(world, workflow_ids))
+        may_start.touch()
+        await until_all(world, workflow_ids, all_run)
+    assert most_starting == 2

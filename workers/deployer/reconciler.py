@@ -308,11 +308,13 @@ class Reconciler:
             stalled_since=stalled_since,
             waiting_since=waiting_since,
         )
-        if observed.is_coming_up and sighting.observed_reason is None:
+        is_under_way = observed.is_coming_up and sighting.observed_reason is None
+        if is_under_way:
             self._gate.mark_starting(deployment.workflow_id, deployment.organization_id)
-        else:
-            self._gate.release(deployment.workflow_id)
         retry = await self._note(deployment, sighting)
+        if not is_under_way:
+            # Only now: until its end is stored, a start counts for whoever reads the rows.
+            self._gate.release(deployment.workflow_id)
         lost_seconds = comparison.seconds_until_replaced(deployment, sighting, now=now)
         if retry is LATER and lost_seconds is not None:
             return Retry(WHILE_CHANGING, lost_seconds + MARGIN_SECONDS)
