@@ -41,10 +41,14 @@ class BridgeSettings(BaseSettings):
     url: str = Field(
         default="http://127.0.0.1:8000",
         pattern=r"^https?://[^\s/?#@]+(?:/[^\s?#]*)?$",
-        description="Address under which the bridge, and commands that talk to a server, reach the gateway.",
+        description=(
+            "Address under which the bridge, the SMTP listener and client commands reach the gateway."
+        ),
     )
     api_key: SecretStr = Field(
-        description="Key that they show: the bridge needs the scope `workflows:execute`."
+        description=(
+            "API key of the bridge and of client commands; the bridge needs the scope `workflows:execute`."
+        )
     )
     bridge_workflow: str = Field(
         pattern=r"^[A-Za-z0-9_-]{1,64}$",
@@ -53,35 +57,45 @@ class BridgeSettings(BaseSettings):
     bridge_name: str = Field(
         default="",
         description=(
-            "Tells sources apart where two of one name feed one workflow: messages of the same name and id are taken"
-            " for one. The name of the stream or queue unless set."
+            "Name of the source, which tells two streams or queues of the same name apart when both feed one"
+            " workflow: messages are deduplicated by it and their id. Unset: the name of the stream or queue."
         ),
     )
     bridge_on_refused: OnRefused = Field(
         default=OnRefused.STOP,
-        description="What becomes of messages that can never be handed over: `stop`, `drop` or `dead-letter`.",
+        description=(
+            "Handling of messages that the gateway refuses for good: `stop`, `drop` or `dead-letter`."
+        ),
     )
     bridge_batch: int = Field(
-        default=100, ge=1, le=1_000, description="Messages that are handed over at once."
+        default=100, ge=1, le=1_000, description="Maximum number of messages in one request."
     )
     bridge_wait_seconds: float = Field(
         default=5.0,
         gt=0,
         le=20,
-        description="How long an empty source is waited for at a time, and so the end of the process.",
+        description=(
+            "Seconds that one poll of an empty source waits; a stop of the process waits for it too."
+        ),
     )
     bridge_hold_seconds: int = Field(
         default=60,
         ge=45,
         le=43_200,
-        description="How long a bridge that has died keeps its messages from others; renewed every third of it.",
+        description=(
+            "Seconds after which other bridges get the messages of one that has died; renewed every third of"
+            " it."
+        ),
     )
     heartbeat_file: Path | None = Field(
         default=None,
-        description="File that a process touches every 5 s while its event loop turns: a sign of life for supervisors.",
+        description=(
+            "File that a process touches every 5 s while its event loop turns, for liveness checks of"
+            " supervisors."
+        ),
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least that is logged: `debug`, `info`, `warning` or `error`."
+        default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
 
     @field_validator("api_key")
@@ -110,18 +124,18 @@ class RedisBridgeSettings(BridgeSettings):
     )
     bridge_redis_stream: str = Field(min_length=1, description="Key of the stream.")
     bridge_redis_group: str = Field(
-        default="pilotflame", min_length=1, description="Consumer group; made where there is none."
+        default="pilotflame", min_length=1, description="Consumer group; it is created if missing."
     )
     bridge_redis_consumer: str = Field(
         default_factory=socket.gethostname,
         min_length=1,
-        description="Name in that group, of which there is no second one at a time; that of the machine unless set.",
+        description="Unique name of this consumer in the group. Unset: the name of the machine.",
     )
     bridge_redis_delete: bool = Field(
         default=False, description="Delete entries of the stream once they are handed over."
     )
     bridge_redis_dead_letters: str = Field(
-        default="", description="Stream for entries that are refused: `<stream>.dead-letters` unless set."
+        default="", description="Stream for refused entries. Unset: `<stream>.dead-letters`."
     )
 
     @field_validator("bridge_redis_url")
@@ -137,12 +151,12 @@ class SqsBridgeSettings(BridgeSettings):
 
     bridge_sqs_queue_url: str = Field(
         pattern=rf"^{_ORIGIN}/[^\s?#]+$",
-        description="The queue: `https://sqs.eu-west-1.amazonaws.com/123456789012/orders`.",
+        description="URL of the queue: `https://sqs.eu-west-1.amazonaws.com/123456789012/orders`.",
     )
     bridge_sqs_endpoint: str = Field(
         default="",
         pattern=rf"^(?:{_ORIGIN})?$",
-        description="Address that is asked, where it isn't that of the queue.",
+        description="Address of the SQS-compatible server. Unset: the address of the queue.",
     )
 
     @property

@@ -29,45 +29,55 @@ class SmtpSettings(BaseSettings):
     url: str = Field(
         default="http://127.0.0.1:8000",
         pattern=r"^https?://[^\s/?#@]+(?:/[^\s?#]*)?$",
-        description="Address under which the listener reaches the gateway.",
+        description=(
+            "Address under which the bridge, the SMTP listener and client commands reach the gateway."
+        ),
     )
     smtp_host: str = Field(default="127.0.0.1", description="Address that the SMTP listener listens on.")
     smtp_port: int = Field(
         default=8025,
         ge=0,
         le=65_535,
-        description="Port that the SMTP listener listens on; 25 needs the right to it.",
+        description="Port that the SMTP listener listens on; ports below 1024 need a privilege.",
     )
     smtp_protocol: MailProtocol = Field(
-        default=MailProtocol.SMTP, description="`smtp`, or `lmtp` for a mail server on the same machine."
+        default=MailProtocol.SMTP,
+        description="Protocol of the listener: `smtp`, or `lmtp` for a mail server on the same machine.",
     )
     smtp_domains: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Domains of recipients, separated by commas: others are refused. Any domain unless set.",
+        description="Domains of recipients, separated by commas; others are refused. Unset: any domain.",
     )
     smtp_max_bytes: int = Field(
         default=40_000_000,
         ge=1_000,
-        description="The largest mail that the SMTP listener takes; the gateway's `MAX_MAIL_BYTES` counts too.",
+        description="Maximum size of a mail in bytes; the gateway's `MAX_MAIL_BYTES` applies too.",
     )
     smtp_connections: int = Field(
         default=100,
         ge=1,
-        description="Connections that the SMTP listener serves at once; more are asked to come again.",
+        description="Maximum number of connections served at once; more are asked to try again.",
     )
     smtp_tls_certificate: Path | None = Field(
-        default=None, description="PEM file with the certificate chain for STARTTLS; no STARTTLS unless set."
+        default=None, description="PEM file with the certificate chain for STARTTLS. Unset: no STARTTLS."
     )
-    smtp_tls_key: Path | None = Field(default=None, description="PEM file with the key of that certificate.")
+    smtp_tls_key: Path | None = Field(
+        default=None, description="PEM file with the private key of `SMTP_TLS_CERTIFICATE`."
+    )
     smtp_require_tls: bool = Field(
-        default=False, description="Refuse mails of clients that do not begin TLS."
+        default=False, description="Refuse mails of clients that do not use STARTTLS."
     )
     heartbeat_file: Path | None = Field(
         default=None,
-        description="File that a process touches every 5 s while its event loop turns: a sign of life for supervisors.",
+        description=(
+            "File that a process touches every 5 s while its event loop turns, for liveness checks of"
+            " supervisors."
+        ),
     )
     log_level: str = Field(
-        default="info", pattern="^(debug|info|warning|error)$", description="The least that is logged."
+        default="info",
+        pattern="^(debug|info|warning|error)$",
+        description="Lowest level that is logged: `debug`, `info`, `warning` or `error`.",
     )
 
     @field_validator("smtp_domains", mode="before")

@@ -1,4 +1,4 @@
-"""Writes the parts of the documentation that say what the code says: `make docs` keeps them true."""
+"""Generate the pages and tables that come from the code: run by `make docs`."""
 
 from __future__ import annotations
 
@@ -8,56 +8,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-from pydantic_settings import BaseSettings
-
-from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
-from bridge.smtp_settings import SmtpSettings
-from docs import node_reference
+from docs import node_reference, settings_reference
 from gateway import limits
-from gateway.settings import GatewaySettings
-from runner.settings import RunnerSettings
-from scheduler.settings import SchedulerSettings
-from workers.deployer.settings import DeployerSettings
-from workers.settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
-PROCESSES: dict[str, type[BaseSettings]] = {
-    "gateway": GatewaySettings,
-    "worker": WorkerSettings,
-    "scheduler": SchedulerSettings,
-    "deployer": DeployerSettings,
-    "runner": RunnerSettings,
-}
-BRIDGES: tuple[type[BaseSettings], ...] = (RedisBridgeSettings, SqsBridgeSettings, RabbitmqBridgeSettings)
-"""One process, by what it takes messages from."""
-WITHOUT_DATABASE: tuple[str, ...] = ("runner", "bridge", "smtp")
-
-
-def settings_table() -> str:
-    """Return a row for those who read the same, with each variable's name, its default, and what it means."""
-    readers: dict[str, list[str]] = {}
-    fields: dict[str, FieldInfo] = {}
-    of_processes: list[tuple[str, type[BaseSettings]]] = [
-        *PROCESSES.items(),
-        *[("bridge", settings) for settings in BRIDGES],
-        ("smtp", SmtpSettings),
-    ]
-    for process, settings in of_processes:
-        for name, field in settings.model_fields.items():
-            if process not in readers.setdefault(name, []):
-                readers[name].append(process)
-            fields.setdefault(name, field)
-    groups: dict[str, list[str]] = {}
-    for name in sorted(fields, key=lambda name: (-len(readers[name]), list(fields).index(name))):
-        groups.setdefault(_readers(readers[name]), []).append(_variable(name, fields[name]))
-    rows = [_row(group, "<br>".join(variables)) for group, variables in groups.items()]
-    return "\n".join(["| read by | variable, its default, and what it means |", "| --- | --- |", *rows])
 
 
 def limits_table() -> str:
-    """Return a row for each limit, from the constant and the sentence below it."""
+    """Return a row for each limit, from the constant and its docstring."""
     body = ast.parse(inspect.getsource(limits)).body
     rows = []
     for statement, below in pairwise(body):
@@ -70,44 +28,25 @@ def limits_table() -> str:
 
 
 def with_table(text: str, name: str, table: str) -> str:
-    """Return a document with the table between its two marks."""
+    """Return a document with the table inserted between its two marks."""
     before, _, rest = text.partition(f"<!-- {name} -->\n")
     _, _, after = rest.partition(f"<!-- /{name} -->")
     return f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
 
 
 def documents() -> dict[Path, str]:
-    """Return each document that is written, or holds a table, from the code, as it should read."""
+    """Return the text of each generated page, and of each page with a generated table."""
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
     return {
-        readme: with_table(readme.read_text(), "settings", settings_table()),
+        readme: with_table(readme.read_text(), "settings", settings_reference.short_table()),
         operations: with_table(operations.read_text(), "limits", limits_table()),
         ROOT / "docs/nodes.md": node_reference.reference(),
+        ROOT / "docs/settings.md": settings_reference.page(),
     }
 
 
 def _row(*cells: str | None) -> str:
     return f"| {' | '.join(cell or '' for cell in cells)} |"
-
-
-def _readers(processes: list[str]) -> str:
-    absent = [process for process in (*PROCESSES, "bridge", "smtp") if process not in processes]
-    if not absent:
-        return "all"
-    return f"all but {', '.join(absent)}" if set(absent) <= set(WITHOUT_DATABASE) else ", ".join(processes)
-
-
-def _variable(name: str, field: FieldInfo) -> str:
-    default = _default(name, field)
-    return f"`{name.upper()}`{f' ({default})' if default else ''}: {field.description}"
-
-
-def _default(name: str, field: FieldInfo) -> str:
-    if name == "database_url":
-        return "SQLite in `DATA_DIR`"
-    if field.default in {None, PydanticUndefined, (), ""}:
-        return ""
-    return f"`{field.default}`"
 
 
 if __name__ == "__main__":

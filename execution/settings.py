@@ -22,53 +22,75 @@ class ExecutionSettings(BaseSettings):
         default=100,
         ge=1,
         le=10_000,
-        description="Runs that one process holds at once; up to twice as many while several organisations share it.",
+        description=(
+            "Maximum number of runs that one process holds at once; up to twice as many while several"
+            " organizations share it."
+        ),
     )
     lease_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="Lease of a run; a lost process keeps its runs for so long. Renewed every third of it.",
+        description=(
+            "Lifetime of the lease on a run. The runs of a lost process are free after it; a lease is"
+            " renewed every third of it."
+        ),
     )
     commit_seconds: float = Field(
-        default=1.0, gt=0, description="How long results of nodes without side effects may wait for a commit."
+        default=1.0, gt=0, description="Maximum delay of a commit of results of nodes without side effects."
     )
     max_row_output_bytes: int = Field(
         default=262_144,
         ge=1_024,
-        description="Inputs and outputs of nodes with more bytes are kept as blobs, outside of the database.",
+        description=(
+            "Size in bytes above which the input or output of a node is kept as a blob instead of in the"
+            " database."
+        ),
     )
     max_output_bytes: int = Field(
         default=Limits.max_output_bytes,
         ge=1_024,
         le=10_000_000,
-        description="Bytes of one node's output as JSON; nodes that build lists stop at 10,000,000 in any case.",
+        description=(
+            "Maximum size in bytes of the output of one node, as JSON. Nodes that build lists stop at"
+            " 10,000,000 in any case."
+        ),
     )
     max_log_lines: int = Field(
-        default=Limits.max_log_lines, ge=0, le=1_000_000, description="Lines of one run's log."
+        default=Limits.max_log_lines,
+        ge=0,
+        le=1_000_000,
+        description="Maximum number of log lines of one run.",
     )
     max_loop_items: int = Field(
-        default=Limits.max_loop_items, ge=1, le=1_000_000, description="Items of one loop."
+        default=Limits.max_loop_items, ge=1, le=1_000_000, description="Maximum number of items of one loop."
     )
     max_iterations: int = Field(
-        default=Limits.max_iterations, ge=1, le=10_000_000, description="Turns of all loops of one run."
+        default=Limits.max_iterations,
+        ge=1,
+        le=10_000_000,
+        description="Maximum number of iterations of all loops of one run.",
     )
     cpu_processes: int = Field(
         default_factory=lambda: min(os.cpu_count() or 1, MAX_CPU_PROCESSES),
         ge=1,
         le=MAX_CPU_PROCESSES,
         description=(
-            "Processes for nodes that compute for long, as many for code nodes, as many for SQL on SQLite files; up "
-            "to twice as many while several organisations share them. As many as the machine has processors unless set."
+            "Child processes for nodes that compute for long; as many again for code nodes, and for SQL on"
+            " SQLite files. Up to twice as many while several organizations share them. Unset: the number of"
+            " processors."
         ),
     )
     code_nodes: Literal["on", "pods-only", "off"] = Field(
         default="on",
-        description="Where code nodes run: on the workers that all organisations share, in pods only, or nowhere.",
+        description=(
+            "Place where code nodes run: `on` for shared workers and pods, `pods-only` for pods, `off` for"
+            " nowhere."
+        ),
     )
     code_backend: Backend = Field(
         default=Backend.MONTY,
         description=(
-            "What runs code nodes: `monty`, an interpreter of a part of Python, or `subprocess`, which is all of it."
+            "Interpreter of code nodes: `monty`, a subset of Python, or `subprocess`, all of Python."
         ),
     )
 

@@ -23,116 +23,140 @@ class GatewaySettings(Settings):
     public_url: str = Field(
         default="",
         description=(
-            "Address under which clients and senders reach the gateway: `https://flows.example.com`. It begins the URLs"
-            " of triggers and `Location` headers, which are mere paths unless it is set."
+            "Address under which clients and senders reach the gateway: `https://flows.example.com`. Trigger"
+            " URLs and `Location` headers begin with it. Unset: trigger URLs begin with the address of the"
+            " request, and `Location` headers are paths."
         ),
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description=(
-            "Origins of pages in browsers that may use the API, separated by commas: `https://app.example.com`; `*`:"
-            " all pages. None unless set. Cookies are never allowed."
+            "Origins of browser pages that may call the API, separated by commas: `https://app.example.com`,"
+            " or `*` for all. Cookies are never allowed."
         ),
     )
     trusted_proxies: str = Field(
         default="127.0.0.1",
         description=(
-            "Addresses and host names of proxies, separated by commas, whose `X-Forwarded-For` says where a request"
-            " comes from."
+            "Addresses, networks and host names of proxies, separated by commas, whose `X-Forwarded-For`"
+            " header names the client."
         ),
     )
     bootstrap_api_key: SecretStr | None = Field(
         default=None,
-        description="In an empty database, makes the first organisation, its admin and this key with all scopes.",
+        description=(
+            "API key with all scopes that the gateway creates in an empty database, with the first"
+            " organization and its admin."
+        ),
     )
     max_body_bytes: int = Field(
-        default=10_000_000, ge=1_000, description="The largest body that is accepted."
+        default=10_000_000, ge=1_000, description="Maximum size of a request body in bytes."
     )
     max_mail_bytes: int = Field(
         default=40_000_000,
         ge=1_000,
         le=50_000_000,
-        description="The largest body in which a mail service hands in a mail, attachments and all.",
+        description=(
+            "Maximum size in bytes of a request with which a mail service posts a mail, attachments included."
+        ),
     )
     max_bodies_bytes: int | None = Field(
         default=None,
         ge=1_000,
         description=(
-            "Bytes of all request bodies that are held at once; more get 503. Three of the largest, and at least"
-            " 134,217,728, unless set. One address may hold half of it."
+            "Maximum bytes of all request bodies held at once; more get 503. One client may hold half of it."
+            " Unset: three of the largest allowed bodies, and at least 134,217,728."
         ),
     )
     max_connections: int | None = Field(
         default=None,
         ge=1,
         description=(
-            "Connections that are open at once; idle ones are closed for new ones. As many as two thirds of the"
-            " process's file descriptors, and at most 20,000, unless set."
+            "Maximum number of open connections; idle ones are closed for new ones. Unset: two thirds of the"
+            " file descriptors of the process, and at most 20,000."
         ),
     )
     head_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="How long a client may take to send a request's head, from connecting or its first byte.",
+        description="Seconds that a client may take to send the head of a request.",
     )
     body_seconds: float = Field(
-        default=60.0, gt=0, description="How long a client may take to send a request's body."
+        default=60.0, gt=0, description="Seconds that a client may take to send the body of a request."
     )
     stall_seconds: float = Field(
         default=30.0,
         gt=0,
-        description="How long a client may take nothing of an answer, before its connection is cut.",
+        description="Seconds that a client may stop reading an answer before its connection is closed.",
     )
     run_path_connections: int = Field(
         default=6,
         ge=1,
         le=100,
-        description="Connections to PostgreSQL that accept and follow runs; the rest of the API has up to 10 more.",
+        description=(
+            "PostgreSQL connections that accept and follow runs; the rest of the API has up to 10 more."
+        ),
     )
     rate_per_key: float = Field(
         default=0,
         ge=0,
-        description="Runs that may be asked for a second with one API key; 0: no limit. More get 429.",
+        description=(
+            "Maximum number of runs per second that one API key may request; 0 means no limit. More get 429."
+        ),
     )
     rate_per_key_burst: int | None = Field(
-        default=None, ge=1, description="Of those, how many at once: twice as many as a second, unless set."
+        default=None, ge=1, description="Burst of `RATE_PER_KEY`. Unset: twice the rate."
     )
     rate_per_workflow: float = Field(
         default=0,
         ge=0,
-        description="Runs of one workflow that may be asked for a second, by all together; 0: no limit.",
+        description=(
+            "Maximum number of runs per second that may be requested of one workflow; 0 means no limit. More"
+            " get 429."
+        ),
     )
     rate_per_workflow_burst: int | None = Field(
-        default=None, ge=1, description="Of those, how many at once: twice as many as a second, unless set."
+        default=None, ge=1, description="Burst of `RATE_PER_WORKFLOW`. Unset: twice the rate."
     )
     max_backlog_per_workflow: int = Field(
         default=100_000,
         ge=1,
-        description="Runs of a workflow that may wait to be begun; more get 429 until there are fewer.",
+        description="Maximum number of pending runs of one workflow; more get 429 until there are fewer.",
     )
     max_backlog_per_organization: int = Field(
-        default=1_000_000, ge=1, description="Runs of all workflows of an organisation that may wait so."
+        default=1_000_000,
+        ge=1,
+        description="Maximum number of pending runs of all workflows of one organization; more get 429.",
     )
     settle_seconds: float = Field(
         default=30.0,
         ge=0,
         le=300,
-        description="How long an answer about a deployment waits for the cluster, before it says what is passing.",
+        description=(
+            "Seconds that a request about a deployment waits for the cluster before it answers with the"
+            " current state."
+        ),
     )
     cluster: Literal["kubernetes", "local"] = Field(
         default="kubernetes",
-        description="Where pods of deployed workflows run, and so by what address applications there trigger them.",
+        description=(
+            "Platform on which the pods of deployed workflows run: `kubernetes`, or `local` for processes of"
+            " this machine."
+        ),
     )
     kubernetes_namespace: str = Field(
-        default="user-workflows", description="Where the pods of workflows are on Kubernetes."
+        default="user-workflows", description="Kubernetes namespace of the pods of workflows."
     )
     metrics_port: int | None = Field(
-        default=None, ge=0, le=65_535, description="Port of Prometheus metrics on 127.0.0.1; none unless set."
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Port of the gateway's Prometheus metrics on 127.0.0.1. Unset: no metrics.",
     )
     shutdown_seconds: int = Field(
         default=20,
         ge=0,
-        description="How long requests under way are waited for when the process is told to stop.",
+        description="Seconds that requests in flight have to end when the gateway is stopped.",
     )
 
     @field_validator("cors_origins", mode="before")

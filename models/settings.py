@@ -35,31 +35,37 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
 
-    data_dir: Path = Field(default=Path(".pilotflame"), description="Folder of everything kept on disk.")
+    data_dir: Path = Field(
+        default=Path(".pilotflame"), description="Folder of everything that Pilotflame keeps on disk."
+    )
     database_url: str = Field(
         default_factory=_sqlite_in,
         repr=False,
         description=(
-            "`sqlite:///path` or `postgresql://user:password@host/database`; a file in the data folder unless set."
+            "Database: `sqlite:///path` or `postgresql://user:password@host/database`. Unset: a SQLite file"
+            " in `DATA_DIR`."
         ),
     )
     redis_url: str | None = Field(
         default=None,
         repr=False,
-        description="`redis://host:6379/0`. Only `pilotflame dev` does without: it keeps its messages in the process.",
+        description=(
+            "Redis for wake-ups and shared rate limits: `redis://host:6379/0`. Every process but `pilotflame"
+            " dev` needs it."
+        ),
     )
     secret_key: SecretStr | None = Field(
         default=None,
         description=(
-            "At least 32 random characters, the same in every process: API keys are hashed with it, and the secrets"
-            " of data sources encrypted."
+            "Secret of at least 32 random characters, the same in every process. It hashes API keys and"
+            " encrypts the secrets of data sources."
         ),
     )
     previous_secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(),
         description=(
-            "Earlier values of `SECRET_KEY`, separated by commas (or a JSON list, where one holds a comma): what they"
-            " hashed and encrypted still works."
+            "Earlier values of `SECRET_KEY`, separated by commas (or a JSON list, where a value contains a"
+            " comma). Keys and secrets made with them stay valid."
         ),
     )
     outbound_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
@@ -72,17 +78,23 @@ class Settings(BaseSettings):
     blob_url: str = Field(
         default="",
         description=(
-            "Where outputs too large for a row and files go: `s3://bucket/prefix`, or unless set a folder `blobs` in"
-            " the data folder, which all processes must share then."
+            "Storage of files and of outputs that are too large for a row: `s3://bucket/prefix`. Unset: the"
+            " folder `blobs` in `DATA_DIR`, which all processes must then share."
         ),
     )
     blob_s3_endpoint: str = Field(
-        default="", description="Address of an S3 other than Amazon's: `https://minio.example.com:9000`."
+        default="",
+        description=(
+            "Address of an S3-compatible server: `https://minio.example.com:9000`. Unset: Amazon S3."
+        ),
     )
     blob_s3_region: str = Field(default="us-east-1", description="Region of the bucket in `BLOB_URL`.")
     blob_s3_access_key_id: str = Field(
         default="",
-        description="Key for that bucket; unless set, that of the environment or the machine's role.",
+        description=(
+            "Access key for the bucket in `BLOB_URL`. Unset: the key of the environment or the role of the"
+            " machine."
+        ),
     )
     blob_s3_secret_access_key: SecretStr | None = Field(
         default=None, description="Secret of `BLOB_S3_ACCESS_KEY_ID`."
@@ -91,19 +103,22 @@ class Settings(BaseSettings):
         default=10,
         ge=0,
         le=100,
-        description="How many runs may stand above one that a node of another has started.",
+        description="Maximum nesting depth of sub-workflow runs.",
     )
     max_sub_runs: int = Field(
         default=1_000,
         ge=0,
-        description="Runs that one run may start by its nodes, together with those that they start in turn.",
+        description="Maximum number of sub-workflow runs below one run, at all levels together.",
     )
     heartbeat_file: Path | None = Field(
         default=None,
-        description="File that a process touches every 5 s while its event loop turns: a sign of life for supervisors.",
+        description=(
+            "File that a process touches every 5 s while its event loop turns, for liveness checks of"
+            " supervisors."
+        ),
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least that is logged: `debug`, `info`, `warning` or `error`."
+        default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
 
     @field_validator("previous_secret_keys", "outbound_allowed_networks", mode="before")

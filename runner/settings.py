@@ -26,30 +26,32 @@ class RunnerSettings(ExecutionSettings):
         description="Address under which a pod reaches the gateway: `http://gateway:8000`.",
     )
     runner_token: SecretStr | None = Field(
-        default=None, description="What a pod proves by that it belongs to its deployment."
+        default=None, description="Token with which a pod authenticates to the gateway."
     )
     runner_token_file: Path | None = Field(
-        default=None, description="File that holds the token, where `RUNNER_TOKEN` doesn't."
+        default=None, description="File with the token of the pod, used where `RUNNER_TOKEN` is not set."
     )
     runner_workflow_id: str = Field(
-        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="The workflow whose runs a pod takes."
+        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Id of the workflow whose runs the pod takes."
     )
     runner_pod: str = Field(
         default_factory=lambda: uuid4().hex,
         pattern=r"^[A-Za-z0-9_-]{1,64}$",
-        description="Name of the pod, of which there is no second one at a time; made up unless set.",
+        description="Unique name of the pod. Unset: a random one.",
     )
-    runner_host: str = Field(default="127.0.0.1", description="Address that a pod listens on.")
-    runner_port: int = Field(default=8080, ge=0, le=65_535, description="Port that a pod listens on.")
+    runner_host: str = Field(default="127.0.0.1", description="Address that the pod listens on.")
+    runner_port: int = Field(default=8080, ge=0, le=65_535, description="Port that the pod listens on.")
     runner_drain_seconds: float = Field(
         default=60.0,
         ge=0,
-        description="How long runs may take to end when a pod stops, before they are handed over.",
+        description="Seconds that runs have to end when a pod is stopped, before they are handed over.",
     )
     runner_orphan_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="A pod ends itself once its gateway was away, or has refused it, for so long; never unless set.",
+        description=(
+            "Seconds without a gateway, or of being refused by it, after which the pod exits. Unset: never."
+        ),
     )
     outbound_allowed_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = Field(
         default=(),
@@ -59,7 +61,7 @@ class RunnerSettings(ExecutionSettings):
         ),
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least that is logged: `debug`, `info`, `warning` or `error`."
+        default="info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
     )
 
     @field_validator("outbound_allowed_networks", mode="before")

@@ -13,36 +13,42 @@ class SchedulerSettings(Settings):
     sweep_seconds: float = Field(
         default=2.0,
         gt=0,
-        description="How often the scheduler looks for runs that nobody holds, as each worker does.",
+        description="Interval at which each worker and the scheduler look for runs without an owner.",
     )
     lifecycle_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="How often deployments are started and stopped as their lifecycle policies say.",
+        description="Interval at which deployments are started and stopped by their lifecycle policies.",
     )
     schedule_seconds: float = Field(
         default=0.5,
         gt=0,
-        description="How often due schedules and delayed runs are looked for: they start that much late, at most.",
+        description="Interval at which due schedules and delayed runs are started: their maximum delay.",
     )
     retention_days: int = Field(
-        default=14, ge=1, le=36_500, description="Executions are kept for so many days after their end."
+        default=14, ge=1, le=36_500, description="Days that an execution is kept after its end."
     )
     retention_runs: int = Field(
         default=10_000,
         ge=1,
-        description="Executions of one workflow that are kept: beyond them, the oldest go after a day.",
+        description=(
+            "Maximum number of ended executions that are kept for one workflow; the oldest beyond it are"
+            " deleted once they are a day old."
+        ),
     )
     retention_event_days: int = Field(
         default=14,
         ge=7,
         le=36_500,
-        description="Events, and what is noted of deliveries, are kept for so many days after they came.",
+        description="Days that events and deliveries are kept after their arrival.",
     )
     leadership_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="How long a scheduler that has died keeps others from its duties; renewed every third of it.",
+        description=(
+            "Lifetime of the lease of the leading scheduler: another one takes over after it. It is renewed"
+            " every third of it."
+        ),
     )
 
     def check_for_production(self) -> None:

@@ -17,15 +17,20 @@ class WorkerSettings(ExecutionSettings, Settings):
         default_factory=socket.gethostname,
         pattern=r"^[A-Za-z0-9._-]{1,253}$",
         description=(
-            "Name that a worker keeps when it is started again: it takes back at once what dead processes of its name"
-            " held. The machine's unless set; several workers may share it."
+            "Name that a worker keeps across restarts: it reclaims the runs of dead processes of its name at"
+            " once. Several workers may share a name. Unset: the name of the machine."
         ),
     )
     sweep_seconds: float = Field(
-        default=2.0, gt=0, description="How often each worker looks for runs that nobody holds."
+        default=2.0,
+        gt=0,
+        description="Interval at which each worker and the scheduler look for runs without an owner.",
     )
     worker_metrics_port: int | None = Field(
-        default=None, ge=0, le=65_535, description="Port of the worker's Prometheus metrics on 127.0.0.1."
+        default=None,
+        ge=0,
+        le=65_535,
+        description="Port of the worker's Prometheus metrics on 127.0.0.1. Unset: no metrics.",
     )
 
     @property

@@ -25,7 +25,8 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateTable
 from sqlmodel import SQLModel
 
-from docs.tables import PROCESSES, ROOT
+from docs.settings_reference import PROCESSES
+from docs.tables import ROOT
 from gateway.endpoints import health
 from models import ids
 from models.settings import InvalidSettings, Settings

@@ -1,6 +1,6 @@
 """Variables that look like settings: those of any process are known, and others are named."""
 
-from docs.tables import BRIDGES, PROCESSES
+from docs.settings_reference import BRIDGES, PROCESSES
 from pilotflame import variables
 
 

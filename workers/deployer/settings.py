@@ -23,48 +23,55 @@ class DeployerSettings(ExecutionSettings, Settings):
     cluster: Literal["kubernetes", "local"] = Field(
         default="kubernetes",
         description=(
-            "Where pods of deployed workflows run: `kubernetes`, or `local`, as processes of this machine. "
-            "`pilotflame dev` has local ones."
+            "Platform on which the pods of deployed workflows run: `kubernetes`, or `local` for processes of"
+            " this machine."
         ),
     )
     allow_local_pods: bool = Field(
         default=False,
-        description="Let `pilotflame deployer` run local pods, which nothing isolates from each other or its user.",
+        description=(
+            "Allow `pilotflame deployer` to run local pods, which nothing isolates from each other or from"
+            " its user."
+        ),
     )
     kubeconfig: Path | None = Field(
-        default=None, description="File with the way to Kubernetes; that of the pod it runs in unless set."
+        default=None, description="Kubeconfig file of the deployer. Unset: the service account of its pod."
     )
     kubernetes_namespace: str = Field(
         default="user-workflows",
         pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
-        description="Where the pods of workflows are; of nothing else, for what no row accounts for is deleted.",
+        description="Kubernetes namespace of the pods of workflows.",
     )
     kubernetes_gateway_namespace: str = Field(
-        default="pilotflame", description="Where the gateway's own pods are."
+        default="pilotflame", description="Kubernetes namespace of the gateway's pods."
     )
     kubernetes_gateway_host: str = Field(
         default="pilotflame-gateway.pilotflame.svc.cluster.local",
-        description="Name of the gateway's Service, which listens on port 80 too.",
+        description="Host name of the gateway's Service, which listens on port 80 too.",
     )
     kubernetes_gateway_port: int = Field(
         default=8000, ge=1, le=65_535, description="Port of the gateway's pods."
     )
     kubernetes_image_pull_secrets: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Secrets of that namespace to pull the image with, separated by commas."
+        default=(), description="Image pull Secrets in `KUBERNETES_NAMESPACE`, separated by commas."
     )
     kubernetes_dns: str = Field(
         default="kube-system",
         description=(
-            "Where the pods of workflows look up names, separated by commas: a namespace or an address, with the port"
-            " of the DNS pods unless it is 53: `kube-system`, `openshift-dns:5353`, `169.254.20.10`."
+            "DNS servers of the pods of workflows, separated by commas: a namespace or an address, with the"
+            " port of the DNS pods unless it is 53: `kube-system`, `openshift-dns:5353`, `169.254.20.10`."
         ),
     )
     kubernetes_requests_per_second: float = Field(
         default=20.0,
         ge=5,  # with fewer, eight deploys at once would take longer than a workflow is held for one
-        description="Requests that a deployer sends to the API server of Kubernetes at most; twice as many at once.",
+        description=(
+            "Maximum number of requests per second to the Kubernetes API server; the burst is twice as many."
+        ),
     )
-    runner_image: str = Field(default="pilotflame-runner", description="Image of pods on Kubernetes.")
+    runner_image: str = Field(
+        default="pilotflame-runner", description="Container image of the pods of workflows on Kubernetes."
+    )
     runner_gateway_url: str = Field(
         default="",
         pattern=r"^(https?://[^\s/?#]+(?:/[^\s?#]*)?)?$",
@@ -74,31 +81,33 @@ class DeployerSettings(ExecutionSettings, Settings):
         default=60.0,
         ge=0,
         le=3_600,
-        description="How long runs may take to end when a pod stops, before they are handed over.",
+        description="Seconds that runs have to end when a pod is stopped, before they are handed over.",
     )
     local_pod_orphan_seconds: float = Field(
         default=120.0,
         gt=0,
-        description="A local pod ends itself once its gateway was away, or has refused it, for so long.",
+        description=("Seconds without a gateway, or of being refused by it, after which a local pod exits."),
     )
     start_seconds: float = Field(
         default=120.0,
         gt=0,
         description=(
-            "A deployment has failed whose pods have stood still for so long: from being scheduled to the start of "
-            "their program, and from there until one is ready."
+            "Seconds without progress after which the start of a deployment has failed. They count from the"
+            " scheduling of a pod, and again from the start of its program."
         ),
     )
     starts_at_once: int = Field(
         default=20,
         ge=1,
         description=(
-            "Workflows whose pods a deployer starts or replaces at once; up to twice as many while several "
-            "organizations share it."
+            "Maximum number of workflows whose pods a deployer starts or replaces at once; up to twice as"
+            " many while several organizations share it."
         ),
     )
     deployer_sweep_seconds: float = Field(
-        default=5.0, gt=0, description="How often the deployer looks for deployments that it was not told of."
+        default=5.0,
+        gt=0,
+        description="Interval at which the deployer looks for deployments whose wake-up was lost.",
     )
 
     @field_validator("kubernetes_image_pull_secrets", mode="before")

@@ -1,0 +1,153 @@
+"""The reference of the settings: one row per `PILOTFLAME_` variable, grouped by subject."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
+
+from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
+from bridge.smtp_settings import SmtpSettings
+from gateway.settings import GatewaySettings
+from runner.settings import RunnerSettings
+from scheduler.settings import SchedulerSettings
+from workers.deployer.settings import DeployerSettings
+from workers.settings import WorkerSettings
+
+PROCESSES: Final[Mapping[str, type[BaseSettings]]] = {
+    "gateway": GatewaySettings,
+    "worker": WorkerSettings,
+    "scheduler": SchedulerSettings,
+    "deployer": DeployerSettings,
+    "runner": RunnerSettings,
+}
+BRIDGES: Final[tuple[type[BaseSettings], ...]] = (
+    RedisBridgeSettings,
+    SqsBridgeSettings,
+    RabbitmqBridgeSettings,
+)
+"""The settings of the bridge, one type for each kind of source."""
+READERS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
+    *PROCESSES.items(),
+    *(("bridge", settings) for settings in BRIDGES),
+    ("smtp", SmtpSettings),
+)
+ALL: Final = tuple(dict.fromkeys(process for process, _ in READERS))
+MOST_IMPORTANT: Final = ("database_url", "redis_url", "secret_key", "blob_url", "public_url")
+"""The settings that the README shows."""
+
+SUBJECTS: Final[Mapping[str, str]] = {
+    "Storage": r"data_dir|database_url|redis_url|blob_.*|run_path_connections",
+    "Secrets and access": r"secret_key|previous_secret_keys|bootstrap_api_key",
+    "Addresses": r"host|port|public_url|cors_origins|trusted_proxies|outbound_allowed_networks|url|api_key",
+    "Limits of requests": r"max_body_bytes|max_mail_bytes|max_bodies_bytes|max_connections|(head|body|stall)_seconds",
+    "Rates and backlogs": r"rate_.*|max_backlog_.*",
+    "Limits of runs": r"max_(run_depth|sub_runs|row_output_bytes|output_bytes|log_lines|loop_items|iterations)",
+    "Execution and recovery": (
+        r"concurrency|lease_seconds|commit_seconds|sweep_seconds|cpu_processes|code_.*|worker_name"
+    ),
+    "Schedules and retention": r"(lifecycle|schedule|leadership)_seconds|retention_.*",
+    "Logs, metrics and shutdown": r"log_level|heartbeat_file|(worker_)?metrics_port|shutdown_seconds",
+    "Deployments": (
+        r"cluster|allow_local_pods|local_pod_.*|kubeconfig|kubernetes_.*|runner_(image|gateway_url|drain_seconds)"
+        r"|start_seconds|starts_at_once|settle_seconds|deployer_.*"
+    ),
+    "Pods (set by the deployer)": r"runner_.*",
+    "Bridge": r"bridge_.*",
+    "SMTP listener": r"smtp_.*",
+}
+"""The pattern of the field names of each subject; the first that matches counts."""
+
+HEADING: Final = """\
+# Settings
+
+Every setting is an environment variable that begins with `PILOTFLAME_`. A process reads its settings once, when it
+starts. *Read by* names the processes of the [Procfile](../Procfile) that use a setting, the pods of workflows
+(`runner`), the [bridge](bridge.md) and the [SMTP listener](senders/mail-server.md). `pilotflame dev` reads the settings
+of gateway, worker, scheduler and deployer. Durations are seconds, and sizes are bytes.
+
+Unknown variables with this prefix are logged by name at each start, with the setting that is probably meant. The
+[commands](operations.md#starting-stopping-and-deploying) exit with code 2 and one line that says what to change where a
+setting is missing or invalid. `make docs` generates this page from the code.
+"""
+_NAME_IN_CODE = re.compile(r"`([A-Z][A-Z0-9_]+)`")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One setting with the processes that read it."""
+
+    name: str
+    field: FieldInfo
+    readers: tuple[str, ...]
+
+
+def variables() -> dict[str, Variable]:
+    """Return every setting by the name of its field, in the order of the processes."""
+    found: dict[str, Variable] = {}
+    for process, settings in READERS:
+        for name, field in settings.model_fields.items():
+            known = found.get(name, Variable(name, field, ()))
+            readers = tuple(dict.fromkeys((*known.readers, process)))
+            found[name] = Variable(name, known.field, readers)
+    return found
+
+
+def subject_of(name: str) -> str | None:
+    """Return the subject of a setting; None where no pattern of `SUBJECTS` matches it."""
+    return next((subject for subject, pattern in SUBJECTS.items() if re.fullmatch(pattern, name)), None)
+
+
+def page() -> str:
+    """Return docs/settings.md."""
+    found = variables()
+    parts = [HEADING]
+    for subject in SUBJECTS:
+        of_subject = [each for each in found.values() if subject_of(each.name) == subject]
+        parts += [f"## {subject}\n", *_table(of_subject, found), ""]
+    return "\n".join(parts)
+
+
+def short_table() -> str:
+    """Return the table of the settings that the README shows."""
+    found = variables()
+    return "\n".join(_table([found[name] for name in MOST_IMPORTANT], found))
+
+
+def _table(shown: Iterable[Variable], known: Mapping[str, Variable]) -> list[str]:
+    rows = [
+        f"| `{_whole(each.name)}` | {_default(each)} | {_meaning(each, known)} | {_readers(each)} |"
+        for each in shown
+    ]
+    return ["| variable | default | meaning | read by |", "| --- | --- | --- | --- |", *rows]
+
+
+def _meaning(variable: Variable, known: Mapping[str, Variable]) -> str:
+    """Return the description, with the whole names of the variables in it."""
+
+    def whole(match: re.Match[str]) -> str:
+        return f"`{_whole(match[1])}`" if match[1].lower() in known else match[0]
+
+    return _NAME_IN_CODE.sub(whole, variable.field.description or "").replace("|", r"\|")
+
+
+def _default(variable: Variable) -> str:
+    if variable.field.default in {None, PydanticUndefined, (), ""}:
+        return ""
+    return f"`{variable.field.default}`"
+
+
+def _readers(variable: Variable) -> str:
+    absent = [process for process in ALL if process not in variable.readers]
+    if not absent:
+        return "all"
+    return f"all but {', '.join(absent)}" if len(absent) == 1 else ", ".join(variable.readers)
+
+
+def _whole(name: str) -> str:
+    return f"PILOTFLAME_{name.upper()}"
