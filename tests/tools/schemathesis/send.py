@@ -1,0 +1,45 @@
+"""Send requests that schemathesis derives from an OpenAPI document, and report each status and each failed check.
+
+Reads `{"document": ..., "config": ...}` from standard input and writes `{"statuses": ..., "failures": ...}` to standard
+output. Raises what schemathesis raises where the document is no OpenAPI.
+"""
+
+import json
+import sys
+from collections import defaultdict
+
+import schemathesis
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import events, from_schema
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    schema = schemathesis.openapi.from_dict(
+        job["document"], config=SchemathesisConfig.from_dict(job["config"])
+    )
+    schema.validate()
+    statuses: defaultdict[str, set[int]] = defaultdict(set)
+    failures: list[str] = []
+    for event in from_schema(schema).execute():
+        match event:
+            case events.ScenarioFinished(recorder=recorder):
+                for interaction in recorder.interactions.values():
+                    if interaction.response is not None:
+                        statuses[recorder.label].add(interaction.response.status_code)
+                failures += [
+                    f"{recorder.label}: {check.failure_info.failure}\n{check.failure_info.code_sample}"
+                    for checks in recorder.checks.values()
+                    for check in checks
+                    if check.failure_info is not None
+                ]
+            case events.NonFatalError(label=label, value=error):
+                failures.append(f"{label}: {error!r}")
+            case events.FatalError(exception=error):
+                raise error
+    report = {"statuses": {label: sorted(found) for label, found in statuses.items()}, "failures": failures}
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
