@@ -1,4 +1,4 @@
-# `make run` needs python3 (3.11 or newer), python3-venv and make; everything else comes by the locks.
+# `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
 .PHONY: run install test check bench docs lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
@@ -6,14 +6,20 @@ MAKEFLAGS += --no-print-directory
 unexport PYTHONDONTWRITEBYTECODE
 
 bin := .venv/bin
-pip := $(bin)/python -m pip --quiet --disable-pip-version-check
+# uv installs the same locks in seconds; pip does it where there is no uv, or with `make run UV=`.
+UV := $(shell command -v uv)
+ifeq ($(UV),)
+pip := $(bin)/python -m pip --quiet --disable-pip-version-check install
+else
+pip := $(UV) pip install --quiet --python $(bin)/python --compile-bytecode
+endif
 # Options for `make lock`; LOCK=--upgrade moves every package to its newest release.
 LOCK :=
 # Options for `make test`, such as ARGUMENTS="-k restart -x".
 ARGUMENTS :=
 
 run: install
-	exec $(bin)/pilotflame dev
+	exec $(bin)/pilotflame dev --example docs/examples/penguins.json
 
 install: .venv/installed
 
@@ -33,24 +39,27 @@ check: .venv/installed-for-tests
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
 
-# The tables of settings and limits and the reference of the nodes, from the code.
+# The pages and tables that are generated from the code: settings, limits, nodes, expressions and others.
 docs: .venv/installed
 	$(bin)/python -m docs.tables
 
 # Each stamp is newer than what it was installed from, so a second `make run` installs nothing.
 .venv/installed: $(bin)/python requirements.lock pyproject.toml
 	echo "Installing Pilotflame into .venv ..."
-	$(pip) install --require-hashes --requirement requirements.lock
-	$(pip) install --no-deps --no-build-isolation --editable .
+	$(pip) --require-hashes --requirement requirements.lock
+	$(pip) --no-deps --no-build-isolation --editable .
 	touch $@
 
 .venv/installed-for-tests: .venv/installed requirements-test.lock
 	echo "Installing what the tests need into .venv ..."
-	$(pip) install --require-hashes --requirement requirements-test.lock
+	$(pip) --require-hashes --requirement requirements-test.lock
 	touch $@
 
-# The newest Python that can make a virtual environment; Debian ships some without ensurepip.
+# The newest Python that can make a virtual environment; Debian ships some without ensurepip. uv needs no ensurepip.
 $(bin)/python:
+ifneq ($(UV),)
+	exec $(UV) venv --quiet --clear --seed --python-preference only-system --python '>=3.11' .venv
+else
 	for python in python3.14 python3.13 python3.12 python3.11 python3; do \
 		if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			exec $$python -m venv --clear .venv; \
@@ -58,6 +67,7 @@ $(bin)/python:
 	done; \
 	echo "Pilotflame needs Python 3.11 or newer with venv. On Debian or Ubuntu: apt-get install python3-venv" >&2; \
 	exit 1
+endif
 
 # One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is the same set and more.
 # Each tool that tests run as a program has a lock of its own, so that none holds back a dependency. The packages of

@@ -106,16 +106,25 @@ def pilotflame(
 def run_every_role(
     host: Annotated[str | None, Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, Option(help="Port to listen on; 0 takes any.", show_default="8000")] = None,
+    example: Annotated[
+        Path | None, Option(help="Workflow to load into a new database, as YAML or JSON.")
+    ] = None,
 ) -> None:
     """Run everything in one process, with no service to install."""
     from models.settings import Settings
     from pilotflame import log_lines
 
+    definition = None if example is None else _definition(example)
     lines = _begin(Settings(), log_lines.as_text if sys.stdout.isatty() else log_lines.as_json)
     from pilotflame import dev
 
     given = {"host": host, "port": port}
-    dev.serve({name: value for name, value in given.items() if value is not None}, lines)
+    dev.serve(
+        {name: value for name, value in given.items() if value is not None},
+        lines,
+        definition,
+        _inputs_of(example),
+    )
 
 
 @app.command()
@@ -564,6 +573,12 @@ def _print_outputs(
                 "pilotflame: long outputs are cut on a terminal: --output all prints everything", err=True
             )
     typer.echo(text)
+
+
+def _inputs_of(example: Path | None) -> Path | None:
+    """Return the file beside `NAME.json` that holds inputs for it, `NAME-input.json`, if there is one."""
+    inputs = None if example is None else example.with_name(f"{example.stem}-input.json")
+    return inputs if inputs is not None and inputs.exists() else None
 
 
 def _definition(file: Path) -> dict[str, Any]:

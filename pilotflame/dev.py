@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +19,16 @@ SHUTDOWN_SECONDS: Final = 3
 """How long requests under way are waited for: runs are handed over after that, and all of it takes 20 s at most."""
 
 
-def serve(given: dict[str, Any], lines: Lines) -> None:
-    """Run until told to stop; `given` on the command line goes before the environment. Raises `Refusal`."""
+def serve(
+    given: dict[str, Any],
+    lines: Lines,
+    example: Mapping[str, Any] | None = None,
+    example_inputs: Path | None = None,
+) -> None:
+    """Run until told to stop; `given` on the command line overrides the environment. Raises `Refusal`.
+
+    `example` is the definition of a workflow that is stored in a new database.
+    """
     settings = Settings()
     folder = settings.data_dir
     with data_dir.locked(folder):
@@ -31,7 +40,8 @@ def serve(given: dict[str, Any], lines: Lines) -> None:
         shared: dict[str, Any] = {"secret_key": secret_key, "redis_url": None}
         roles = every_role.Roles.told(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
         with _listening(roles.gateway.host, roles.gateway.port) as listener:
-            every_role.run(roles, listener, migration, lines)
+            loaded = None if example is None else every_role.ExampleWorkflow(example, example_inputs)
+            every_role.run(roles, listener, migration, lines, loaded)
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:

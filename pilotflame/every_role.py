@@ -6,12 +6,15 @@ That is as durable as the rest, for what matters is in the rows.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -31,6 +34,7 @@ from models.database import Database
 from models.migrating import OutdatedDatabase
 from models.pod_processes import POD_OWNERS
 from pilotflame import data_dir
+from pilotflame.client import Client
 from pilotflame.dev import begin_migration
 from pilotflame.log_lines import Lines
 from pilotflame.refusal import Refusal
@@ -57,12 +61,27 @@ Pilotflame runs on {address}
 
 Your API key, shown this once:
   {key}
-
+{loaded}
 Make a workflow, execute it, wait for its result:
   api={address}/api/v1; send() {{ curl -sS -H 'X-API-Key: {key}' -H 'Content-Type: application/json' "$@"; }}
   id=$(send $api/workflows -d '{example}' | cut -d'"' -f4)
   send $api/executions/$(send $api/workflows/$id/execute -d '{input}' | cut -d'"' -f4)/progress
 """
+
+
+RUN_EXAMPLE: Final = """
+Run the example in a second terminal:
+  export PILOTFLAME_API_KEY={key} PILOTFLAME_URL={url}
+  {command} run {name}{given}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleWorkflow:
+    """Workflow that is loaded into a new database, with the file of its inputs if there is one."""
+
+    definition: Mapping[str, Any]
+    inputs: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +107,22 @@ class Roles:
 
 
 def run(
-    roles: Roles, listener: socket.socket, migration: subprocess.Popen[bytes] | None, lines: Lines
+    roles: Roles,
+    listener: socket.socket,
+    migration: subprocess.Popen[bytes] | None,
+    lines: Lines,
+    example: ExampleWorkflow | None,
 ) -> None:
     """Run until told to stop, on a database that `migration` may be making; raises `Refusal`."""
-    uvloop.run(_run(roles, listener, migration, lines))
+    uvloop.run(_run(roles, listener, migration, lines, example))
 
 
 async def _run(
-    roles: Roles, listener: socket.socket, migration: subprocess.Popen[bytes] | None, lines: Lines
+    roles: Roles,
+    listener: socket.socket,
+    migration: subprocess.Popen[bytes] | None,
+    lines: Lines,
+    example: ExampleWorkflow | None,
 ) -> None:
     async with AsyncExitStack() as stack:
         url = databases.parse_url(roles.gateway.database_url)
@@ -129,8 +156,8 @@ async def _run(
             )
         )
         app = gateways.create_app(lambda: nullcontext(gateway))
-        # By way of the log, so that it stands behind what was logged before.
-        lines.put(_greeting(_address(listener), key).encode())
+        loading = asyncio.create_task(_greet(lines, _address(listener), key, example))
+        stack.callback(loading.cancel)
         # It repeats the signal that stops it, whose handler exits: that closes all of this from the inside out.
         server = gateways.server(app, roles.gateway)
         server.before_shutdown = partial(
@@ -168,10 +195,14 @@ async def _first_key(database: Database, settings: GatewaySettings) -> str | Non
 
 def _reached_at(address: str, settings: DeployerSettings) -> DeployerSettings:
     """Return the deployer's settings with the gateway of this process, as its pods reach it."""
-    url = settings.runner_gateway_url or address.replace("//0.0.0.0:", "//127.0.0.1:").replace(
-        "[::]", "[::1]"
+    return settings.model_copy(
+        update={"runner_gateway_url": settings.runner_gateway_url or _local_url(address)}
     )
-    return settings.model_copy(update={"runner_gateway_url": url})
+
+
+def _local_url(address: str) -> str:
+    """Return the URL by which processes of this machine reach the gateway."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
 
 
 def _address(listener: socket.socket) -> str:
@@ -179,7 +210,30 @@ def _address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greeting(address: str, key: str | None) -> str:
+async def _greet(lines: Lines, address: str, key: str | None, example: ExampleWorkflow | None) -> None:
+    """Print the address and, on a first start, the key and what to try; the example is loaded before that."""
     if key is None:
-        return f"Pilotflame runs on {address}\n"
-    return WELCOME.format(address=address, key=key, example=EXAMPLE, input=INPUT)
+        greeting = f"Pilotflame runs on {address}\n"
+    else:
+        url = _local_url(address)
+        is_loaded = example is not None and await asyncio.to_thread(_load, example, url, key)
+        loaded = _command_of(example, url, key) if example is not None and is_loaded else ""
+        greeting = WELCOME.format(address=address, key=key, loaded=loaded, example=EXAMPLE, input=INPUT)
+    # By way of the log, so that it stands behind what was logged before.
+    lines.put(greeting.encode())
+
+
+def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
+    """Store the example through the API, as its user would; return whether it is stored."""
+    try:
+        Client(url, key).apply(example.definition)
+    except Refusal as error:
+        log.warning("example not loaded", error=str(error))
+        return False
+    return True
+
+
+def _command_of(example: ExampleWorkflow, url: str, key: str) -> str:
+    given = f" --input @{example.inputs}" if example.inputs is not None else ""
+    name = shlex.quote(example.definition["name"])
+    return RUN_EXAMPLE.format(command=sys.argv[0], key=key, url=url, name=name, given=given)

@@ -1,5 +1,6 @@
 """What the README tells a newcomer to type does what it says there."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests import commands
-from tests.system import past
 from tests.system.harness import COMMAND
 
 POLL_SECONDS = 0.05
@@ -38,9 +38,12 @@ def dev(data: Path) -> Iterator[dict[str, str]]:
     before = "/".join(_files())
     log = data.with_name("dev.log").open("w+")
     environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data)}
-    environment["PILOTFLAME_LIFECYCLE_SECONDS"] = "0.5"
     process = subprocess.Popen(
-        [COMMAND, "dev", "--port", "0"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        [COMMAND, "dev", "--port", "0", "--example", "docs/examples/penguins.json"],
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     try:
         printed = ""
@@ -78,48 +81,23 @@ def _run(script: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def _exports(dev: dict[str, str]) -> str:
-    (exports,) = _blocks(_section("Start"))[1:]
-    exports = re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), exports)
-    return exports.replace("http://127.0.0.1:8000", dev["PRINTED_ADDRESS"])
+def _second_terminal(dev: dict[str, str]) -> str:
+    """Return the commands of the quick start, for this server."""
+    (commands_shown,) = _blocks(_section("Quick start"))[1:]
+    return (
+        f"export PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
+        + re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), commands_shown)
+    ).replace(".venv/bin/pilotflame", str(COMMAND))
 
 
-def _copied_between(commands: str) -> list[str]:
-    """Cut commands where the reader copies something from an answer into the next one."""
-    return re.split(r"\n# \{.*\}\nexport \w+=\w+\.\.\.\n", commands)
+def test_the_quick_start_prints_the_report_that_the_readme_shows(dev: dict[str, str]) -> None:
+    (report,) = _blocks(_section("Quick start"), kind="text")
+    assert json.loads(_run(_second_terminal(dev), dev))["report"]["text"] == report.rstrip("\n")
 
 
-def test_the_example_gives_the_report_that_the_readme_shows(dev: dict[str, str]) -> None:
-    exports = _exports(dev)
-    curls, command_line = _blocks(_section("Try it"))
-    create, execute, poll = _copied_between(curls)
-    script = (
-        f"{exports}\nexport WORKFLOW=$({create} | cut -d'\"' -f4)\n"
-        f"export EXECUTION=$({execute.strip()} | cut -d'\"' -f4)\n{poll}"
-    )
-    assert _run(script, dev) == _blocks(_section("Try it"), kind="text")[0]
-
-    shown = _run(
-        f"{exports}\nexport PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
-        + command_line.replace(".venv/bin/pilotflame", str(COMMAND)),
-        dev,
-    )
-    assert "Chinstrap on Dream: 68 penguins" in shown
-
-
-def test_a_deployed_workflow_sleeps_and_wakes_as_the_readme_says(dev: dict[str, str], data: Path) -> None:
-    create, *_ = _copied_between(_blocks(_section("Try it"))[0])
-    workflow = f"{_exports(dev)}\nexport WORKFLOW=$({create} | cut -d'\"' -f4)\necho $WORKFLOW"
-    (example,) = _blocks(_section("Deploy it"))
-    waiting = past.UNTIL_IT_SLEEPS.search(example)
-    assert waiting
-    before, after = example[: waiting.start()], example[waiting.start() :]
-    head = f"{_exports(dev)}\nexport WORKFLOW={_run(workflow, dev)}"
-    functions = "".join(line for line in example.splitlines(keepends=True) if "() {" in line)
-    printed = _run(f"{head}\n{before}", dev)
-    past.let_a_minute_pass(data / "pilotflame.db")
-    printed += _run(f"{head}\n{functions}{after}", dev)
-    assert re.findall("x-cold-start: .*", printed) == re.findall("x-cold-start: .*", example)
+def test_the_printed_command_runs_the_example(dev: dict[str, str]) -> None:
+    commands_printed = dev["PRINTED"].partition("second terminal:\n")[2].partition("\n\n")[0]
+    assert "Chinstrap on Dream: 68 penguins" in _run(commands_printed, dev)
 
 
 def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ def test_every_setting_has_a_subject() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+    assert len((ROOT / "README.md").read_text().splitlines()) < 100
 
 
 def test_every_relative_link_and_anchor_resolves() -> None:
