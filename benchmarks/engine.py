@@ -96,6 +96,9 @@ class Unkept:
     def log(self, line: LogLine) -> None:
         """Forget a line."""
 
+    def advance(self, share: float) -> None:
+        """Forget how far the run is."""
+
     async def commit(self) -> None:
         """Have nothing to keep."""
 

@@ -149,6 +149,9 @@ class Journal(Protocol):
     def log(self, line: LogLine) -> None:
         """Keep a log line for the next commit."""
 
+    def advance(self, share: float) -> None:
+        """Count a part of the run as done; all parts of a run make 1."""
+
     async def commit(self) -> None:
         """Make everything recorded so far durable; raises `LeaseLost` when the run is no longer ours."""
 

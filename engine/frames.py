@@ -33,6 +33,10 @@ class Frame:
     """Of the first of its nodes that has failed for good."""
     is_broken_off = False
     """Nothing in it is begun any more, and its end is awaited."""
+    share = 0.0
+    """The part of the run that each of its nodes counts for, once it has settled."""
+    counted = 0.0
+    """The part of the run that was counted in it so far, in a turn."""
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Frame:
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
         frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
+        frame.share = loop.turn_share / (1 + loop.body.size)
         frame.nodes = {**outer.nodes, loop_id: {"item": item, "index": index}}
         frame.roots |= {"nodes": frame.nodes, "item": item, "index": index}
         return frame
@@ -85,6 +90,11 @@ class Frame:
         """Return what has come of a turn: the output of the last node reached, of several each under its node's id."""
         found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
         return next(iter(found.values()), None) if len(found) <= 1 else found
+
+    def share_of(self, node_id: str) -> float:
+        """Return the part of the run that one of its nodes counts for; a loop, with all the nodes of its body."""
+        body = self.section.bodies.get(node_id)
+        return self.share if body is None else self.share * (1 + body.size)
 
     def skips(self, node_id: str) -> bool:
         """Tell whether a node, of this or what is around it, is not run."""
@@ -129,6 +139,8 @@ class Visit(msgspec.Struct, eq=False):
     unresolved: list[str] = []
     written: tuple[Json, bytes, bytes] | None = None
     """Its output, as others see it and as it is kept, and the digest of that."""
+    counted: float = 0.0
+    """The part of the run that was counted for the turns of a loop so far."""
 
     @property
     def node_id(self) -> str:
@@ -201,6 +213,11 @@ class Loop:
             and self.next_index < len(self.items)
             and len(self.turns) < self.concurrency
         )
+
+    @property
+    def turn_share(self) -> float:
+        """The part of the run that one turn counts for."""
+        return self.visit.frame.share_of(self.visit.node_id) / len(self.items)
 
     def iteration(self, index: int) -> str:
         """Return what a turn is called: its number, behind those of the loops around it."""

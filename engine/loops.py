@@ -109,6 +109,8 @@ class Loops:
 
     def _take_over(self, loop: Loop, index: int, span: Span) -> None:
         """Take the end of a turn from the journal: nothing of it is looked at again."""
+        loop.visit.counted += loop.turn_share
+        self._scribe.count(loop.visit.frame, loop.turn_share)
         if span.error is not None:
             self._failed(loop, index, span.error)
             return
@@ -119,6 +121,7 @@ class Loops:
         """Note what has come of a turn in which nothing is left to do."""
         del loop.turns[turn.index]
         self._turns_at_once -= 1
+        self._scribe.count(turn, loop.turn_share - turn.counted)
         if turn.failure is not None:
             self._tell(turn, loop, SpanStatus.FAILED, error=turn.failure)
             self._failed(loop, turn.index, turn.failure)

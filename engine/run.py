@@ -110,6 +110,7 @@ class Runner:
         self._visits = visits = Visits(program, start.caller, services, scribe)
         recorded = _by_iteration(start.recorded)
         self._root = Frame(program.root, start.trigger, _roots(start), recorded.get("", {}), start.started_at)
+        self._root.share = 1 / program.root.size
         self._settlement = Settlement(program, recorded, start.signals, visits, scribe, agenda, limits)
 
     async def run(self) -> Ended:

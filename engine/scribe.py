@@ -28,6 +28,7 @@ class Scribe:
     def __init__(self, journal: Journal, sequence: int, limits: Limits, clock: RunClock) -> None:
         self.clock = clock
         self.holds_lease = journal.holds_lease
+        self._advance = journal.advance
         self.has_uncommitted_write = False
         """Nothing may follow before the next commit."""
         self._journal = journal
@@ -89,6 +90,21 @@ class Scribe:
                 hashes=visit.hashes,
             )
         )
+
+    def count(self, frame: Frame, share: float) -> None:
+        """Count a part of the run as done, in a turn for all loops around it."""
+        while (loop := frame.loop) is not None:
+            frame.counted += share
+            loop.visit.counted += share
+            frame = loop.visit.frame
+        self._advance(share)
+
+    def count_node(self, visit: Visit) -> None:
+        """Count a node as done; a loop, with what is left of its turns."""
+        frame = visit.frame
+        share = frame.share_of(visit.program.node.id) - visit.counted
+        visit.counted += share
+        self.count(frame, share)
 
     def tell_turn(
         self,

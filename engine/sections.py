@@ -45,6 +45,11 @@ class Section:
             node.id for node in self.graph.nodes if not outbound[node.id] and node.id != self.loop_id
         )
 
+    @cached_property
+    def size(self) -> int:
+        """How many nodes it has, with those of all the bodies in it."""
+        return sum(1 for _ in self.inner_nodes())
+
     def inner_nodes(self) -> Iterator[Node]:
         """Return the nodes of it and of all the bodies in it, without the loop whose body it is."""
         for node in self.graph.nodes:

@@ -177,6 +177,7 @@ class Settlement:
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
         self._scribe.tell(visit, SpanStatus.FAILED, ended_at=self._scribe.clock.now(), error=reason)
+        self._scribe.count_node(visit)
         if visit.is_write:
             self._scribe.has_uncommitted_write = True
         self._fail(frame, reason)
@@ -218,6 +219,7 @@ class Settlement:
         self._scribe.tell(
             visit, status, port=port, output=text, ended_at=self._scribe.clock.now(), error=error
         )
+        self._scribe.count_node(visit)
         if visit.program.is_write:
             self._scribe.has_uncommitted_write = True
         if not frame.is_broken_off:
@@ -232,6 +234,7 @@ class Settlement:
         output = values.restored(span.output) if span.output is not None else None
         frame.outputs[span.node_id] = frame.nodes[span.node_id] = output
         frame.digests[span.node_id] = sha256(span.output or b"").digest()
+        self._scribe.count(frame, frame.share_of(span.node_id))
         if span.port is not None:
             self.follow(frame, frame.plan.settle(span.node_id, span.port))
         elif span.error is not None:
@@ -244,6 +247,7 @@ class Settlement:
             self._agenda.add(frame, step.ready)
         frame.skipped.update(step.skipped)
         for node_id in step.skipped:
+            self._scribe.count(frame, frame.share_of(node_id))
             if node_id not in frame.recorded:
                 self._scribe.tell_skipped(self._nodes[node_id].node, frame.iteration)
                 if node_id in frame.section.bodies:

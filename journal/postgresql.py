@@ -231,7 +231,7 @@ class PostgreSQLStore:
                 of_run.append((row[5], row[6]))
         firsts = {row[0]: row for row in reversed(rows)}
         return [
-            Progress(row[0], ExecutionStatus(row[1]), row[2], row[3], row[4], outputs[row[0]])
+            Progress(row[0], ExecutionStatus(row[1]), row[2], row[3], row[4], outputs[row[0]], row[7])
             for row in firsts.values()
         ]
 
@@ -443,6 +443,7 @@ _WRITE_TYPES = (
     "text",
     "text",
     "integer",
+    "smallint",
     "boolean",
     "boolean",
     "text",
@@ -484,6 +485,7 @@ WITH held AS (
             THEN {NOW} END,
         error = write.error,
         completed_nodes = write.completed_nodes,
+        progress = greatest(execution.progress, write.progress),
         has_journal = true,
         -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
         attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
@@ -498,7 +500,7 @@ WITH held AS (
         lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
         updated_at = {NOW}
     FROM unnest({unnest(1, _WRITE_TYPES)}) AS write (
-        id, lane, token, move, status, completed_nodes, has_new_result, has_passed, error, due_at, signals)
+        id, lane, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at, signals)
     WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
         AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
@@ -546,6 +548,7 @@ def _write_row(write: RunWrite) -> tuple[Any, ...]:
         move,
         status,
         write.completed_nodes,
+        write.progress,
         write.has_new_result,
         write.has_passed,
         error_text(write.error),
@@ -573,7 +576,7 @@ GROUP BY execution_id
 """
 _PROGRESS = """
 SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id,
-    coalesce(span.output, span.output_blob)
+    coalesce(span.output, span.output_blob), progress
 FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
 LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lane
     AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.iteration = ''

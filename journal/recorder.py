@@ -16,6 +16,7 @@ from engine.events import SETTLED, UNFINISHED, Ended, LogLine, Span
 from journal.blobs.backend import BlobsUnavailable
 from journal.grouping import GroupCommit
 from journal.store import RunWrite
+from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ log = structlog.get_logger()
 RETRY_SECONDS = 0.25
 MAX_ROWS = 2_000
 """Of one commit, but for a single run's: the others wait for no more than that."""
+
+ROUNDING_PERCENT = 1e-6
+"""Sums of parts may be too small by less than this."""
 
 
 class Recorder:
@@ -76,6 +80,11 @@ class Recorder:
         ]
 
 
+def percent_of(share: float) -> int:
+    """Return the part of a run that is done in percent, rounded down; 99 at most, for only its end makes it 100."""
+    return min(int(share * 100 + ROUNDING_PERCENT), MAX_PERCENT_UNDER_WAY)
+
+
 def _rows(write: RunWrite) -> int:
     return 1 + len(write.spans) + len(write.logs)
 
@@ -111,6 +120,8 @@ class RunJournal:
         self._write = self._empty()
         self._in_turn = asyncio.Lock()
         self._is_broken = False
+        self._done = 0.0
+        """The part of the run that is done, as far as this stretch of work knows."""
         self.has_new_result = False
         """A result was committed since the run was claimed."""
 
@@ -130,6 +141,10 @@ class RunJournal:
     def log(self, line: LogLine) -> None:
         """Keep a log line for the next commit."""
         self._write.logs.append(line)
+
+    def advance(self, share: float) -> None:
+        """Count a part of the run as done."""
+        self._done += share
 
     def saw(self, signals: int) -> None:
         """Count answers that the run has seen since it was claimed."""
@@ -187,6 +202,7 @@ class RunJournal:
     def _taken(self) -> RunWrite:
         write, self._write = self._write, self._empty()
         write.completed_nodes = len(self._settled)
+        write.progress = percent_of(self._done)
         return write
 
     def _empty(self) -> RunWrite:

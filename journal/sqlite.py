@@ -413,21 +413,22 @@ _GUARD = (
     " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
     " AND (:owner = '' OR lease_owner = :owner)"
 )
+_DONE = "completed_nodes = :completed, progress = max(progress, :progress)"
 _GOES_ON = (
-    "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
+    f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
     # Attempts lost before a new result are forgiven; the one in hand goes on counting.
     " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END,"
     " trial_losses = CASE WHEN :has_new_result THEN 0 ELSE trial_losses END,"
     " on_trial = on_trial AND NOT (:has_new_result OR :has_passed)" + _GUARD
 )
 _ENDS = (
-    "UPDATE execution SET status = :status, completed_nodes = :completed, error = :error, ended_at = :now,"
+    f"UPDATE execution SET status = :status, {_DONE}, error = :error, ended_at = :now,"
     " updated_at = :now, lease_owner = NULL, lease_until = NULL" + _GUARD
 )
 _WAITS = "(:status = 'waiting' AND signals <= :signals)"
 """A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer."""
 _GIVES_BACK = (
-    "UPDATE execution SET completed_nodes = :completed, has_journal = 1, updated_at = :now,"
+    f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
     f" due_at = CASE WHEN {_WAITS} THEN :due_at END,"
     " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
     f" WHEN {_WAITS} THEN 'waiting' ELSE 'pending' END,"
@@ -455,6 +456,7 @@ def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]
         "token": write.token,
         "owner": owner,
         "completed": write.completed_nodes,
+        "progress": write.progress,
         "now": now,
     }
     if write.end is None:
@@ -513,14 +515,23 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
     found: list[Progress] = []
     for key in keys:
         row = connection.execute(
-            "SELECT status, completed_nodes, total_nodes, error FROM execution WHERE id = ? AND lane = ?", key
+            "SELECT status, completed_nodes, total_nodes, error, progress FROM execution WHERE id = ? AND lane = ?",
+            key,
         ).fetchone()
         if row is None:
             continue
         outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL else ()
-        status, completed_nodes, total_nodes, error = row
+        status, completed_nodes, total_nodes, error, percent = row
         found.append(
-            Progress(key.execution_id, ExecutionStatus(status), completed_nodes, total_nodes, error, outputs)
+            Progress(
+                key.execution_id,
+                ExecutionStatus(status),
+                completed_nodes,
+                total_nodes,
+                error,
+                outputs,
+                percent,
+            )
         )
     return found
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
 from engine.events import LogLine, RunError, RunStatus, Span
 from models.database_clock import DatabaseClock
-from models.execution_status import ExecutionStatus
+from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.losses import MAX_TRIAL_LOSSES
 
 
@@ -236,6 +236,8 @@ class RunWrite(msgspec.Struct):
     logs: list[LogLine] = []
     completed_nodes: int = 0
     """Settled so far, in all."""
+    progress: Annotated[int, msgspec.Meta(ge=0, le=MAX_PERCENT_UNDER_WAY)] = 0
+    """Percent of the run that is done; what is stored never goes down."""
     has_new_result: bool = False
     """A node was settled: attempts lost before this don't count against the run any more."""
     has_passed: bool = False
@@ -271,6 +273,8 @@ class Progress(msgspec.Struct, frozen=True):
     """JSON text."""
     outputs: Sequence[tuple[str, str]]
     """Node id and JSON text, of nodes that have one."""
+    percent: int = 0
+    """Of the run that is done, while it goes on."""
 
 
 @dataclass(frozen=True, slots=True)

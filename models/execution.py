@@ -172,6 +172,8 @@ class Execution(SQLModel, table=True):
     """`stop` or `cancel`: what a client asked of a run that somebody holds."""
     completed_nodes: int = 0
     total_nodes: int = 0
+    progress: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Percent of it that is done, turns of loops included; never goes down, and is 99 at most."""
     error: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
     key_id: str
     """The execution whose id stands in idempotency keys: its own, or that of the first it was resumed from."""

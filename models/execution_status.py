@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 
 class ExecutionStatus(StrEnum):
@@ -17,6 +18,8 @@ class ExecutionStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
+MAX_PERCENT_UNDER_WAY: Final = 99
+"""Progress of a run that has done everything and has not ended yet; 100 is that of a completed one alone."""
 TERMINAL = frozenset(
     {ExecutionStatus.COMPLETED, ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED}
 )

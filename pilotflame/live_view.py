@@ -59,7 +59,7 @@ class LiveView:
     def _heading(self) -> Text:
         heading = Text.assemble(self._name, " ", _status(self._execution.get("status", "pending")))
         if total := self._execution.get("totalNodes"):
-            heading.append(f" {self._execution['completedNodes']}/{total}")
+            heading.append(f" {self._execution['completedNodes']}/{total} ({self._execution['progress']} %)")
         return heading
 
 

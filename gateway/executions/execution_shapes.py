@@ -79,7 +79,9 @@ class ExecutionShape(Wire):
     organization_id: str
     error: ErrorObject | None
     progress: int
-    """Percent of the nodes that are settled."""
+    """Percent of the nodes that are settled. In a loop of n items, each turn counts for an n-th of the loop and of the
+    nodes in it. It never goes down; only a completed execution has 100.
+    """
     completed_nodes: int
     total_nodes: int
     resumed_from: str | None
@@ -169,7 +171,7 @@ def listed(execution: Execution) -> ExecutionShape:
         user_id=execution.user_id,
         organization_id=execution.organization_id,
         error=execution.error,
-        progress=percent(execution.status, execution.completed_nodes, execution.total_nodes),
+        progress=percent(execution.status, execution.progress),
         completed_nodes=execution.completed_nodes,
         total_nodes=execution.total_nodes,
         resumed_from=execution.resumed_from,
@@ -199,7 +201,7 @@ def progress(found: Progress) -> ProgressShape:
     return ProgressShape(
         execution_id=found.execution_id,
         status=found.status,
-        progress=percent(found.status, found.completed_nodes, found.total_nodes),
+        progress=percent(found.status, found.percent),
         completed_nodes=found.completed_nodes,
         total_nodes=found.total_nodes,
         outputs=_outputs(found.outputs),
@@ -211,7 +213,7 @@ def head(execution: Execution) -> HeadShape:
     return HeadShape(
         execution_id=execution.id,
         status=execution.status,
-        progress=percent(execution.status, execution.completed_nodes, execution.total_nodes),
+        progress=percent(execution.status, execution.progress),
         completed_nodes=execution.completed_nodes,
         total_nodes=execution.total_nodes,
         error=execution.error,
@@ -254,11 +256,9 @@ def log(row: Recorded) -> LogShape:
     )
 
 
-def percent(status: str, completed_nodes: int, total_nodes: int) -> int:
-    """Return how much of a run is done: the share of settled nodes, rounded down, and 100 where it has completed."""
-    if status == ExecutionStatus.COMPLETED:
-        return 100
-    return 100 * completed_nodes // max(total_nodes, 1)
+def percent(status: str, stored: int) -> int:
+    """Return how much of a run is done: as it is stored, and 100 where it has completed."""
+    return 100 if status == ExecutionStatus.COMPLETED else stored
 
 
 def _outputs(stored: Sequence[tuple[str, str]]) -> dict[str, Raw]:

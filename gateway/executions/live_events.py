@@ -135,7 +135,8 @@ class EventStream:
         shown = self._shown
         if shown is not None and shown.updated_at == head.updated_at:
             return
-        if head.status not in TERMINAL and (shown is None or shown.status != head.status):
+        has_moved = shown is None or shown.status != head.status or shown.progress != head.progress
+        if head.status not in TERMINAL and has_moved:
             await self._send(send, _event("execution", execution_shapes.head(head)))
         is_all = False
         while not is_all:

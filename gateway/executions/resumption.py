@@ -32,6 +32,7 @@ from json_text import decoding
 from models import ids
 from models.database_time import DatabaseTime
 from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData, ExecutionStatus, SpanRow
+from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ async def insert_copy(
     settled_nodes = sum(bool(row.is_settled) and not row.iteration for row in spans)
     changes: dict[str, SQLColumnExpression[Any]] = {
         "completed_nodes": literal(settled_nodes),
+        "progress": case(
+            (
+                col(Execution.total_nodes) > 0,
+                MAX_PERCENT_UNDER_WAY * settled_nodes // col(Execution.total_nodes),
+            ),
+            else_=0,
+        ),
         "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
     }
     if await connection.scalar(_is_unread(failed)):

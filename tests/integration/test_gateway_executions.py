@@ -76,6 +76,7 @@ class Run:
     broker: Broker
     sequence: int = 0
     settled: set[str] = field(default_factory=set)
+    percent: int = 0
 
     async def write(
         self,
@@ -95,6 +96,7 @@ class Run:
             spans,
             [record for record in records if isinstance(record, LogLine)],
             completed_nodes=len(self.settled),
+            progress=self.percent or min(50 * len(self.settled), 99),
             end=end,
             error=error,
         )
@@ -1065,6 +1067,10 @@ async def test_events_tell_what_is_committed_in_order_up_to_the_end(world: World
     assert line.data["message"] == "hello"
     [head] = [event for event in events if event.id is None]
     assert (head.name, head.data["status"], head.data["progress"]) == ("execution", "running", 50)
+    run.percent = 75
+    await run.write()
+    moved = await stream.next()
+    assert (moved.name, moved.id, moved.data["progress"]) == ("execution", None, 75)
     await run.write(run.span("step", output=1), end=RunStatus.COMPLETED)
     last, end = await stream.rest()
     assert (last.name, last.id, last.data["nodeId"]) == ("span", "3", "step")
@@ -1282,7 +1288,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     assert after.created_at > before.created_at
     old, new = await rows_of_spans(world, failed_id), await rows_of_spans(world, resumed_id)
     assert set(new) == {"start", "away", "handled", "sent"}
-    assert after.completed_nodes == 3
+    assert (after.completed_nodes, after.progress) == (3, 99 * 3 // after.total_nodes)
     for node_id, span in new.items():
         assert span["id"] != old[node_id]["id"]
         assert span | {"id": 0, "execution_id": 0} == old[node_id] | {"id": 0, "execution_id": 0}

@@ -206,6 +206,24 @@ async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(world: 
     assert await settled(span("loop", 6)) == 2
 
 
+async def test_progress_grows_with_commits_and_is_never_taken_back(world: World, book: Book) -> None:
+    async def progress(share: float, number: int) -> int:
+        book.journal.advance(share)
+        book.journal.record(span("a", number))
+        await book.journal.commit()
+        percent: int = (await world.row(book.run.execution_id))["progress"]
+        return percent
+
+    assert [await progress(share, number) for number, share in enumerate([0.1, 0.2, 0.005])] == [10, 30, 30]
+    # Whoever takes the run up begins to count anew.
+    book.journal.advance(-0.3)
+    assert await progress(0.1, 4) == 30
+    book.journal.advance(1.0)
+    await book.journal.end(Ended(RunStatus.COMPLETED))
+    (shown,) = await world.store.progress([key_of(book.run)])
+    assert (shown.percent, shown.status) == (99, "completed")
+
+
 async def test_the_end_takes_what_is_not_committed_yet_with_it(world: World, book: Book) -> None:
     book.journal.record(span("a", 1))
     error = RunError("node-error", "broken", "a", 1)

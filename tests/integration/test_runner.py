@@ -518,6 +518,7 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods
     spans = await pods.world.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
     assert "large" in {span["node_id"] for span in spans}
     assert await pods.world.count("pace") == 1
+    assert (await pods.world.row(key.execution_id))["progress"] == 99
 
 
 @ON_POSTGRES

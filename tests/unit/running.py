@@ -139,6 +139,8 @@ class Notebook:
         self.rows = {(span.node_id, span.iteration): span for span in recorded}
         self.lines: list[LogLine] = []
         self.commits = 0
+        self.done: list[float] = []
+        """The part of the run that was done after each step of it."""
         self.is_held = True
         self.may_commit = asyncio.Event()
         self.may_commit.set()
@@ -150,6 +152,9 @@ class Notebook:
 
     def log(self, line: LogLine) -> None:
         self._told.append(line)
+
+    def advance(self, share: float) -> None:
+        self.done.append(share + (self.done[-1] if self.done else 0.0))
 
     def holds_lease(self) -> bool:
         return self.is_held

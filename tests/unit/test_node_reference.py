@@ -66,6 +66,9 @@ class Notes:
     def log(self, line: LogLine) -> None:
         """Leave it."""
 
+    def advance(self, share: float) -> None:
+        """Leave it."""
+
     async def commit(self) -> None:
         """Nothing is lost here."""
 

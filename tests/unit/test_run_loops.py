@@ -7,6 +7,8 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from itertools import pairwise
 from typing import cast
 
 import pytest
@@ -692,6 +694,71 @@ class Counting(Notebook):
         await super().commit()
         self.pending = 0
         self.rows = {}
+
+
+# ── progress ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def done(notebook: Notebook) -> list[float]:
+    """Return the part of the run that was done after each step, which only grows and ends as a whole."""
+    assert all(before <= after + 1e-9 for before, after in pairwise(notebook.done))
+    assert notebook.done[-1] == pytest.approx(1)
+    return notebook.done
+
+
+async def test_each_turn_counts_for_its_part_of_the_loop_and_of_its_nodes() -> None:
+    notebook = await finished(Worker(program(SIMPLE, STEPS), cast("Json", list(range(10)))))
+    # Five nodes: the start, then ten turns of a tenth of three nodes each, then the end.
+    steps = done(notebook)
+    assert steps[0] == pytest.approx(1 / 5)
+    turns = [steps[3 * turn] for turn in range(1, 11)]
+    assert turns == pytest.approx([1 / 5 + turn * 3 / 5 / 10 for turn in range(1, 11)])
+
+
+@pytest.mark.parametrize(
+    ("drawing", "items", "loop"),
+    [
+        pytest.param(SIMPLE, [], {}, id="no items"),
+        pytest.param(
+            "start > loop; loop:continue > odd > double", [1, 2, 3], {"onItemError": "continue"}, id="failed"
+        ),
+        pytest.param(
+            "start > loop; loop:continue > odd > double; loop:error > end", [2, 4, 3, 6], {}, id="given up"
+        ),
+        pytest.param(
+            "start > loop; loop:continue > loop2; loop2:continue > double; loop:done > end",
+            [[1, 2], [], [3]],
+            {"concurrency": 2},
+            id="nested",
+        ),
+        pytest.param("start > no; no:yes > loop; loop:continue > double; no:no > end", [1], {}, id="skipped"),
+    ],
+)
+async def test_all_parts_of_a_run_are_counted_however_its_loops_end(
+    drawing: str, items: Json, loop: dict[str, Json]
+) -> None:
+    kinds = {**STEPS, "loop2": pure(each, loops=True), "no": pure(lambda call: Result(call.data, "no"))}
+    graph = program(drawing, kinds, nodes={"loop": {"config": loop}})
+    done(await finished(Worker(graph, items)))
+
+
+async def test_a_run_that_is_taken_up_counts_what_is_in_the_journal() -> None:
+    graph = program(
+        "start > loop; loop:continue > double > wait; loop:done > end", {**STEPS, "wait": pure(wait_for_two)}
+    )
+    first = Worker(graph, [1, 2, 3, 4])
+    assert (await first.work()).status is RunStatus.WAITING
+    second = Worker(graph, [1, 2, 3, 4], recorded=woken(first.notebook))
+    counted = done(await finished(second))
+    # Before anything new has settled, no less is counted than the first had.
+    assert first.notebook.done[-1] == pytest.approx(1 / 5 + 3 / 5 / 4 + 1 / 5 / 4)
+    assert any(part == pytest.approx(first.notebook.done[-1]) for part in counted)
+
+
+def wait_for_two(call: Call) -> Outcome:
+    if call.data != 4:
+        return call.data
+    return Wait(call.now + timedelta(hours=1), call.data)
 
 
 async def test_a_loop_of_ten_thousand_items_keeps_little_in_memory() -> None:

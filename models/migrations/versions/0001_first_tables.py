@@ -305,6 +305,7 @@ def _create_runs() -> None:
         sa.Column("request", sa.String(), nullable=True),
         sa.Column("completed_nodes", sa.Integer(), nullable=False),
         sa.Column("total_nodes", sa.Integer(), nullable=False),
+        sa.Column("progress", sa.SmallInteger(), nullable=False, server_default=sa.text("0")),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("key_id", IDENTIFIER, nullable=False),
         sa.Column("resumed_from", IDENTIFIER, nullable=True),
