@@ -31,6 +31,8 @@ Signals: TypeAlias = Mapping[tuple[str, str], bytes]
 """Answers that waiting nodes were given, by node and iteration: `{output, port}` or `{error: {code, message}}`."""
 
 MAX_KEPT_TEXT_BYTES: Final = 16_384
+WEBHOOK: Final = "webhook"
+"""Kind of the trigger whose output may be as large as a body that the gateway takes in."""
 MAX_ROUND_SECONDS: Final = 60.0
 """Before a run is taken up again from a node that has failed, it rests for a second, then for twice as long, …"""
 
@@ -110,8 +112,19 @@ class Settlement:
             text = visit.input if visit.input_node is None else visit.frame.texts.get(visit.input_node)
             if text is not None and len(text) <= MAX_KEPT_TEXT_BYTES:
                 return output, text, sha256(text).digest()
-        text = outcomes.encoded(output, self._max_output_bytes)
+        text = outcomes.encoded(output, self._max_bytes(visit, output))
         return output, text, sha256(text).digest()
+
+    def _max_bytes(self, visit: Visit, output: Json) -> int:
+        """Return the limit of an output.
+
+        A webhook is limited by `maxBodyBytes` of its trigger alone, when the gateway takes it in; nodes that pass the
+        output of another on unchanged add nothing to it.
+        """
+        is_passed_on = output is visit.data and visit.input_node is not None
+        if is_passed_on or visit.program.node_type.trigger_kind == WEBHOOK:
+            return max(self._max_output_bytes, values.MAX_ENCODED_BYTES)
+        return self._max_output_bytes
 
     def completed(self, visit: Visit, output: Json, port: str) -> None:
         """Settle a node with an output that it has not returned itself."""

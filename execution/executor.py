@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from engine import patience
 from engine.control import Control, Request
 from engine.errors import InvalidDefinition, LeaseLost
 from engine.events import SETTLED, Ended, RunError, RunStatus, Span
 from engine.run import Start, run
 from engine.services import Caller
-from engine.values import InvalidJson, decode
+from engine.values import InvalidJson
 from execution import metrics
 from execution.isolation import POLL_SECONDS, TRIAL_SECONDS, Isolation, SuspectSearch
 from execution.programs import Programs, key_of
@@ -444,11 +443,10 @@ class Executor:
         if isinstance(program, InvalidDefinition):
             return Ended(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
-            trigger = await patience.patiently(decode, one.trigger.encode())
+            trigger = await journal.trigger(one.trigger)
+            recorded = await journal.restored(past.spans)
         except InvalidJson as error:
             return Ended(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
-        try:
-            recorded = await journal.restored(past.spans)
         except ValueLost as error:
             return Ended(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
         start = Start(

@@ -60,6 +60,12 @@ class GatewaySettings(Settings):
             "Maximum size in bytes of a request with which a mail service posts a mail, attachments included."
         ),
     )
+    max_hook_bytes: int = Field(
+        default=25_000_000,
+        ge=1_000,
+        le=25_000_000,
+        description="The largest body of a webhook, where `maxBodyBytes` of its trigger allows as much.",
+    )
     max_bodies_bytes: int | None = Field(
         default=None,
         ge=1_000,
@@ -183,7 +189,7 @@ class GatewaySettings(Settings):
     @property
     def bodies_bytes(self) -> int:
         """Bytes of all request bodies at once; raises `InvalidSettings` where the largest one doesn't fit in."""
-        largest = max(self.max_body_bytes, self.max_mail_bytes)
+        largest = max(self.max_body_bytes, self.max_mail_bytes, self.max_hook_bytes)
         if self.max_bodies_bytes is None:
             return max(LARGEST_BODIES * largest, LEAST_BODIES_BYTES)
         if self.max_bodies_bytes < largest:
@@ -195,4 +201,4 @@ class GatewaySettings(Settings):
     @property
     def body_share_bytes(self) -> int:
         """Bytes of request bodies that one address may hold: half of all, and the largest body in any case."""
-        return max(self.bodies_bytes // 2, self.max_body_bytes, self.max_mail_bytes)
+        return max(self.bodies_bytes // 2, self.max_body_bytes, self.max_mail_bytes, self.max_hook_bytes)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from engine.events import SETTLED, Span
+from journal import trigger_body
 from journal.blobs.backend import BlobLost, Owner
 from journal.blobs.reference import InvalidReference, Reference
 
 if TYPE_CHECKING:
+    from engine.values import Json
     from journal.blobs.blob_store import RunBlobs
 
 JSON: Final = "application/json"
@@ -20,7 +22,7 @@ JSON: Final = "application/json"
 class ValueLost(Exception):
     """What a node had recorded can't be read back, so the run can't go on from there."""
 
-    def __init__(self, message: str, node_id: str) -> None:
+    def __init__(self, message: str, node_id: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.node_id = node_id
@@ -43,6 +45,13 @@ class LargeValues:
     async def restored(self, spans: Sequence[Span]) -> list[Span]:
         """Return spans as they were recorded, one content after another; raises `ValueLost`."""
         return [await self._whole(span) for span in spans]
+
+    async def trigger(self, text: str) -> Json:
+        """Return the whole output of a trigger whose body is kept apart; raises `ValueLost`."""
+        try:
+            return await trigger_body.read(text, self._blobs, self._owner)
+        except (BlobLost, InvalidReference) as error:
+            raise ValueLost(f"The body of the trigger is gone from the blob storage: {error}") from error
 
     async def _without_large(self, span: Span, put: dict[bytes, bytes]) -> Span:
         if self._is_large(span.input):

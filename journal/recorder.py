@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
+from engine import patience, values
 from engine.control import Control, Request
 from engine.errors import LeaseLost
 from engine.events import SETTLED, UNFINISHED, Ended, LogLine, Span
+from journal import trigger_body
 from journal.blobs.backend import BlobsUnavailable
 from journal.grouping import GroupCommit
 from journal.store import RunWrite
@@ -20,6 +22,7 @@ from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 
 if TYPE_CHECKING:
+    from engine.values import Json
     from journal.large_values import LargeValues
     from journal.leases import Lease
     from journal.store import RunStore
@@ -160,6 +163,13 @@ class RunJournal:
             return spans
         large = self._large
         return await self._insist(lambda: asyncio.create_task(large.restored(spans)))
+
+    async def trigger(self, text: str) -> Json:
+        """Return what the trigger node gives out; raises `InvalidJson`, `ValueLost` and `LeaseLost`."""
+        if self._large is None or not trigger_body.is_apart(text):
+            return await patience.patiently(values.decode, text.encode())
+        large = self._large
+        return await self._insist(lambda: asyncio.create_task(large.trigger(text)))
 
     @property
     def owes_result(self) -> bool:

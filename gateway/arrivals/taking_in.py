@@ -16,7 +16,7 @@ from gateway.errors import ApiError
 from gateway.executions import acceptance
 from gateway.http import idempotency
 from gateway.workflows import graph_shapes
-from journal import admission, follow_ups, held_runs
+from journal import admission, follow_ups, held_runs, trigger_body
 from journal.admission import OnLimit
 from journal.store import Accepted, ArrivedRun, DefinitionKey, TakenIn, Verdict
 from models import ids
@@ -158,7 +158,8 @@ async def one(
     async def arrival() -> Arrival:
         place = await ground(gateway, caller, workflow_id, kind)
         runs[:] = [run_of(gateway, place, await plan(place))]
-        sent.payload = runs[0].trigger
+        if not trigger_body.is_apart(runs[0].trigger):
+            sent.payload = runs[0].trigger
         outcome = Outcome.DEFERRED if place.is_deferred else Outcome.ACCEPTED
         return sent.arrival(runs, status=status, outcome=outcome, idempotency=own_key)
 
@@ -184,6 +185,17 @@ async def one(
         see_to(gateway, runs, [accepted])
     gateway.access.allow(accepted.execution_id, caller)
     return accepted
+
+
+async def repetition(gateway: State, sent: Sent, promise: IdempotencyKey, *, status: int) -> Accepted | None:
+    """Return the run that the same request began before, and note this one as a repetition; None for a first one."""
+    earlier = await acceptance.earlier(gateway.database, sent.sender.caller.lane, promise)
+    if earlier is None or earlier.verdict is not Verdict.REPEATED:
+        return None
+    await gateway.deliveries.note(
+        sent.repeated(gateway.clock(), status=status, execution_id=earlier.execution_id)
+    )
+    return earlier
 
 
 def see_to(gateway: State, runs: Sequence[ArrivedRun], answers: Sequence[Accepted]) -> None:

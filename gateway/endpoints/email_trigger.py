@@ -20,7 +20,6 @@ from gateway.arrivals.json_attachments import decode_attachments
 from gateway.arrivals.mail_senders import MAILGUN
 from gateway.arrivals.taking_in import Message
 from gateway.errors import ApiError
-from gateway.executions import acceptance
 from gateway.http import idempotency
 from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
@@ -368,10 +367,8 @@ async def _take_in(
     status = OK if handed.kind in MAILGUN else CREATED
     # What is there already needn't be kept once more only to find that out; but a key must be used up.
     if is_large and promise is not None and own_key is None:
-        earlier = await acceptance.earlier(gateway.database, workflow.lane, promise)
-        if earlier is not None and earlier.verdict is Verdict.REPEATED:
-            repeated = handed.note.repeated(gateway.clock(), status=status, execution_id=earlier.execution_id)
-            await gateway.deliveries.note(repeated)
+        earlier = await taking_in.repetition(gateway, handed.note, promise, status=status)
+        if earlier is not None:
             return _answer(handed, earlier, status)
     execution_id = ids.new("exec")
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs
 
-from engine import patience, values
+from engine import patience
 from engine.values import InvalidJson
 from gateway import errors, limits
 from gateway.arrivals import hook_answers, hooks, promises, sent, signatures, taking_in, verification
@@ -24,8 +24,12 @@ from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Wire
+from journal import trigger_body
+from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import ExecutionKey, Verdict
+from journal.trigger_body import EncodedTrigger
 from messages.buckets import Rate
+from models import ids
 from models.execution import TERMINAL, ExecutionStatus
 from models.intake import IntakeRoute
 from senders import delivery_keys
@@ -49,6 +53,7 @@ DELIVERY: Final = "hook"
 NAMED: Final = "hook-idempotency-key"
 ACCEPTED: Final = 202
 OK: Final = 200
+MAX_HOOK_SETTING: Final = "PILOTFLAME_MAX_HOOK_BYTES"
 KEY: Final = "key"
 
 
@@ -118,8 +123,10 @@ async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -
         await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'none is named'}")
         return JsonResponse(HookTaken(status=HookStatus.IGNORED))
     trigger = await patience.patiently(hooks.given, hook, arrival, meaning.body)
-    note.payload = await patience.patiently(_text_of, trigger)
-    accepted, is_deferred = await _taken_in(request, note, let_in, trigger)
+    encoded = await patience.patiently(_encoded, trigger)
+    if len(encoded.content) <= limits.KEPT_REFUSED_CHARACTERS:
+        note.payload = encoded.content.decode()
+    accepted, is_deferred = await _taken_in(request, note, let_in, trigger, encoded)
     if hook.config.respond is Respond.AT_ONCE or is_deferred:
         return _going_on(request, hook, accepted)
     return await _when_done(request, hook, accepted, note, began + hook.config.deadline_seconds)
@@ -143,7 +150,8 @@ async def _let_in(request: Request, sender: Sender) -> LetIn:
         hook = hooks.hook_of(workflow)
         hook.require_method(request.method)
         hook.require_network(address)
-        limit = min(hook.body_limit, BodyLimit(gateway.settings.max_body_bytes), key=lambda one: one.bytes)
+        most = BodyLimit(gateway.settings.max_hook_bytes, MAX_HOOK_SETTING)
+        limit = min(hook.body_limit, most, key=lambda one: one.bytes)
         if content is None:
             content = await request.body_up_to(limit)
         elif len(content) > limit.bytes:
@@ -179,9 +187,9 @@ def _also(let_in: LetIn, sender: Sender) -> Sequence[Limit]:
 # ── what becomes of it ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _text_of(trigger: Json) -> str:
+def _encoded(trigger: Mapping[str, Json]) -> EncodedTrigger:
     try:
-        return values.encode(trigger).decode()
+        return EncodedTrigger.of(trigger)
     except InvalidJson as error:
         raise Refused(error.code, error.message) from error
 
@@ -190,18 +198,35 @@ async def _note_only(request: Request, note: Sent, reason: str) -> None:
     await request.gateway.deliveries.note(note.noted(request.gateway.clock(), status=OK, reason=reason))
 
 
-async def _taken_in(request: Request, note: Sent, let_in: LetIn, trigger: Json) -> tuple[Accepted, bool]:
-    """Return the run of a request, and whether it has to wait for its workflow's pods to be allowed to start."""
+async def _taken_in(
+    request: Request, note: Sent, let_in: LetIn, trigger: Json, encoded: EncodedTrigger
+) -> tuple[Accepted, bool]:
+    """Return the run of a request, and whether it has to wait for its workflow's pods to be allowed to start.
+
+    A large body is durable as a blob before its run is.
+    """
     gateway = request.gateway
     promise = _promise(request, note, let_in)
     is_deferred = False
+    execution_id, text = ids.new("exec"), None if encoded.is_large else note.payload
+    if encoded.is_large and promise is not None:
+        # What is there already needn't be kept once more only to find that out.
+        earlier = await taking_in.repetition(gateway, note, promise, status=ACCEPTED)
+        if earlier is not None:
+            return earlier, False
 
     async def plan(ground: Ground) -> Message:
-        nonlocal is_deferred
+        nonlocal is_deferred, text
         is_deferred = ground.is_deferred
         await let_in.vouched.require_on(gateway, ground)
         await gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
-        return Message(trigger, note.payload, promise=promise)
+        if text is None:
+            owner = Owner(ground.workflow.organization_id, execution_id)
+            try:
+                text = await trigger_body.put(gateway.blobs, owner, encoded)
+            except BlobsUnavailable as error:
+                raise errors.not_ready(f"{error}: try again") from error
+        return Message(trigger, text, promise=promise, execution_id=execution_id)
 
     accepted = await taking_in.one(gateway, note, hooks.KIND, plan, promise, status=ACCEPTED)
     return accepted, is_deferred

@@ -8,7 +8,7 @@ import msgspec
 
 from gateway import errors
 from gateway.arrivals.taking_in import Message
-from journal import unread
+from journal import trigger_body, unread
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from journal.blobs.reference import InvalidReference, Reference
 from journal.unread import Unread
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from engine.values import Json
+    from gateway.errors import ApiError
     from journal.blobs.blob_store import BlobStore
     from journal.store import IdempotencyKey
 
@@ -31,19 +32,38 @@ async def carried_over(
     A mail that wasn't read is read once more, and run even where the trigger's rules rejected it before. Raises 409
     where its content is gone, and 503.
     """
-    trigger: Json = decoding.decode(given)
     execution_id = ids.new("exec")
+    if trigger_body.is_apart(given):
+        trigger = await _body_copied(blobs, given, source, execution_id)
+        return Message(trigger, given, promise=promise, execution_id=execution_id)
+    trigger = decoding.decode(given)
     is_read = not unread.is_unread(given)
     if not is_read:
         mail = msgspec.structs.replace(Unread.of(given), screening=None)
         trigger, blob = mail.as_json(), mail.blob
         if blob is not None and (source is None or not await _copied(blobs, source, execution_id, blob)):
-            raise errors.conflict("not-redrivable", "What it has brought is not kept any more")
+            raise _gone()
     elif source is not None:
         for reference in _attached(trigger):
             # Where one is gone, the node that wants it says so.
             await _copied(blobs, source, execution_id, reference)
     return Message(trigger=trigger, promise=promise, is_read=is_read, execution_id=execution_id)
+
+
+async def _body_copied(blobs: BlobStore, given: str, source: Owner | None, execution_id: str) -> Json:
+    """Copy the body of a webhook; returns the whole output of its trigger. Raises 409 where it is gone, and 503."""
+    if source is None or not await _copied(blobs, source, execution_id, trigger_body.reference_in(given)):
+        raise _gone()
+    try:
+        return await trigger_body.read(given, blobs, source)
+    except BlobLost as error:
+        raise _gone() from error
+    except BlobsUnavailable as error:
+        raise errors.not_ready(f"{error}: try again") from error
+
+
+def _gone() -> ApiError:
+    return errors.conflict("not-redrivable", "What it has brought is not kept any more")
 
 
 def _attached(trigger: Json) -> Iterator[Reference]:

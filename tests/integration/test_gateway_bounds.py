@@ -58,7 +58,8 @@ def closing(connections: list[Connection]) -> Iterator[list[Connection]]:
 
 
 async def test_unfinished_bodies_of_one_client_take_no_room_from_others(tmp_path: Path) -> None:
-    bounds = {"max_body_bytes": MEGABYTE, "max_mail_bytes": MEGABYTE, "max_bodies_bytes": 2 * MEGABYTE}
+    largest = dict.fromkeys(("max_body_bytes", "max_mail_bytes", "max_hook_bytes"), MEGABYTE)
+    bounds = {**largest, "max_bodies_bytes": 2 * MEGABYTE}
     async with serving(tmp_path, **bounds) as address:
         with closing([await Connection.open(address, LOCAL[0]) for _ in range(8)]) as greedy:
             for connection in greedy:

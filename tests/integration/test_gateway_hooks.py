@@ -22,8 +22,9 @@ from sqlmodel import SQLModel, col
 
 from gateway.http import failed_attempts
 from gateway.workflows import workflow_cache
+from journal.blobs.backend import Owner
 from models.deployment import Deployment, Observed
-from models.execution import Execution, ExecutionData, SpanRow
+from models.execution import TERMINAL, Execution, ExecutionData, SpanRow
 from models.intake import Delivery
 from models.lifecycle import StoppedReason
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
@@ -55,6 +56,7 @@ ANSWERS = {
         "body": {"order": "{{ data.body.order }}"},
     },
 }
+PATIENCE_SECONDS = 60.0
 AFTERWARDS = {"id": "later", "nodeId": "wait", "config": {"seconds": 3600}}
 
 
@@ -479,6 +481,107 @@ async def test_bodies_are_read_as_what_they_are_said_to_be(world: World, people:
     deep = b"[" * 64 + b"]" * 64
     headers = {"Content-Type": "application/json"}
     refused(await nobody.post(hook.path, content=deep, headers=headers), 400, "too-deep")
+
+
+# ── large bodies ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def large(**fields: Any) -> bytes:  # noqa: ANN401 - any JSON value
+    """Return a JSON body of 300 kB and more."""
+    return json.dumps({**fields, "fill": "é" * 150_000}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def shown(person: Person, execution_id: str) -> dict[str, Any]:
+    execution: dict[str, Any] = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
+    return execution
+
+
+async def test_a_large_body_is_a_blob_of_its_run(world: World, people: People) -> None:
+    hook = await hooked(people.owner, WHEN_DONE, ANSWERS)
+    nobody, api = await world.client(), people.owner.api
+    headers = {"Content-Type": "application/json", "Idempotency-Key": uuid4().hex}
+    body = large(order=7)
+    answer = await nobody.post(hook.path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()) == (201, {"order": 7})
+    again = await nobody.post(hook.path, content=body, headers=headers)
+    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (201, "true")
+    refused(
+        await nobody.post(hook.path, content=large(order=8), headers=headers), 422, "idempotency-mismatch"
+    )
+
+    (run,) = await rows(world, Execution, workflow_id=hook.workflow_id)
+    ((data),) = await rows(world, ExecutionData, execution_id=run.id)
+    assert len(data.trigger) < 2_000
+    trigger = (await shown(people.owner, run.id))["trigger"]["data"]
+    reference = trigger["body"]["$blob"]
+    assert (trigger["method"], trigger["headers"]["content-type"]) == ("POST", "application/json")
+    assert (reference["size"], reference["type"]) == (
+        len(body),
+        "application/json",
+    )
+    kept = await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")
+    assert kept.json() == json.loads(body)
+
+    (delivery,) = await rows(world, Delivery, execution_id=run.id, outcome="accepted")
+    redriven = await api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
+    assert redriven.status_code == 201, redriven.text
+    redriven_id = redriven.json()["executionId"]
+    own = (await shown(people.owner, redriven_id))["trigger"]["data"]["body"]["$blob"]
+    assert own == reference
+    await world.gateway.blobs.delete_runs([Owner(run.organization_id, run.id)])
+    assert (await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")).status_code == 404
+    assert (await api.get(f"/api/v1/executions/{redriven_id}/blobs/{own['sha256']}")).status_code == 200
+    refused(await api.post(f"/api/v1/deliveries/{delivery.id}/redrive"), 409, "not-redrivable")
+
+
+async def test_a_body_may_be_as_large_as_its_trigger_says(world: World, people: People) -> None:
+    """Its run gets it whole, and may pass it on unchanged, though no node may make as much."""
+    hook = await hooked(people.owner, {**WHEN_DONE, "maxBodyBytes": 25_000_000}, ANSWERS)
+    nobody = await world.client()
+    headers = {"Content-Type": "application/json"}
+    body = json.dumps({"order": 7, "fill": "x" * 10_500_000}).encode()
+    answer = await nobody.post(hook.path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()) == (201, {"order": 7})
+    narrow = await world.with_settings(max_hook_bytes=1_000_000)
+    too_large = await (await narrow.client()).post(hook.path, content=body, headers=headers)
+    refused(too_large, 413, "payload-too-large")
+    assert "PILOTFLAME_MAX_HOOK_BYTES" in too_large.text
+
+
+async def test_a_run_of_a_large_body_is_resumed_with_it_and_says_when_it_is_gone(
+    world: World, people: People
+) -> None:
+    missing = {"id": "step", "nodeId": "set", "config": {"values": {"x": "{{ trigger.body.missing }}"}}}
+    hook = await hooked(people.owner, ANYBODY, missing)
+    nobody, api = await world.client(), people.owner.api
+    headers = {"Content-Type": "application/json"}
+    sent = (await nobody.post(hook.path, content=large(order=7), headers=headers)).json()["executionId"]
+    assert await failure(people.owner, sent) == "node-error"
+    resumed = (await api.post(f"/api/v1/executions/{sent}/resume")).json()["executionId"]
+    assert await failure(people.owner, resumed) == "node-error"
+    (run,) = await rows(world, Execution, id=sent)
+    await world.gateway.blobs.delete_runs([Owner(run.organization_id, run.key_id)])
+    resumed = (await api.post(f"/api/v1/executions/{resumed}/resume")).json()["executionId"]
+    assert await failure(people.owner, resumed) == "value-lost"
+
+
+async def failure(person: Person, execution_id: str) -> str:
+    """Return the code of the error with which an execution ends."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            answer = await person.api.get(f"/api/v1/executions/{execution_id}/progress")
+            if answer.json()["status"] in TERMINAL:
+                code: str = answer.json()["error"]["code"]
+                return code
+
+
+async def test_a_body_that_looks_like_a_reference_is_data(world: World, people: People) -> None:
+    hook = await hooked(people.owner, WHEN_DONE, ANSWERS)
+    nobody = await world.client()
+    reference = {"$blob": {"sha256": "0" * 64, "size": 1}}
+    answer = await nobody.post(hook.path, json={**reference, "order": 7})
+    assert answer.json() == {"order": 7}
+    assert [one["body"] for one in await given(world, hook.workflow_id)] == [{**reference, "order": 7}]
 
 
 # ── the workflow's answer ───────────────────────────────────────────────────────────────────────────────────

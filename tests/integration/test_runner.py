@@ -25,6 +25,7 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.node import Awaited
+from engine.values import Json
 from execution.gateway_calls import PREFIX, RUNNER_HEADER, News
 from gateway import main as gateways
 from gateway import state
@@ -33,9 +34,10 @@ from gateway.internal import desk as desks
 from gateway.internal import routes
 from gateway.settings import GatewaySettings
 from gateway.state import State
-from journal import signals
+from journal import signals, trigger_body
 from journal.blobs.backend import Owner
 from journal.store import Claim, Claimed, EmittedEvent, ExecutionKey
+from journal.trigger_body import EncodedTrigger
 from messages.deployments import DeployerMessage, LookAtDeployment
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids
@@ -552,6 +554,18 @@ async def test_a_pod_of_a_deployment_that_was_stopped_hands_over_without_waiting
     handed_over = await pods.world.row(key.execution_id)
     assert exit_code == 0
     assert (handed_over["status"], handed_over["attempt"], handed_over["lease_owner"]) == ("pending", 0, None)
+
+
+async def test_a_pod_reads_a_large_body_from_its_blob(pods: Pods) -> None:
+    body: Json = {"name": "Ada", "fill": "x" * 300_000}
+    encoded = EncodedTrigger.of({"body": body, "headers": {}})
+    execution_id = ids.new("exec")
+    owner = Owner(pods.place.organization.id, execution_id)
+    row = await trigger_body.put(pods.gateway.state.blobs, owner, encoded)
+    key = await pods.accept(SIMPLE, execution_id=execution_id, trigger=row)
+    pods.start(MAX_ROW_OUTPUT_BYTES="1000000")
+    await pods.reaches(key, "completed")
+    assert (await pods.outputs(key))["greet"]["greeting"] == "Hello, Ada"
 
 
 @ON_POSTGRES

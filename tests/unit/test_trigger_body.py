@@ -1,0 +1,41 @@
+"""Webhook bodies apart from their rows: what is large, and what can be mistaken for a reference."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from engine import patience
+from engine.patience import TakesLong
+from journal import trigger_body
+from journal.blobs.reference import Reference
+from journal.trigger_body import MAX_ROW_BYTES, EncodedTrigger
+
+REFERENCE = Reference("0" * 64, 1, "application/json")
+REST: dict[str, Any] = {"headers": {"x": "1"}, "query": {}}
+
+
+@pytest.mark.parametrize(("length", "is_large"), [(MAX_ROW_BYTES - 2, False), (MAX_ROW_BYTES - 1, True)])
+def test_a_body_is_large_by_its_bytes_as_json(length: int, *, is_large: bool) -> None:
+    encoded = EncodedTrigger.of({"body": "x" * length, **REST})
+    assert encoded.is_large is is_large
+    assert json.loads(encoded.body) == "x" * length
+
+
+def test_a_row_names_the_body_and_holds_the_rest() -> None:
+    row = EncodedTrigger.of({"body": [1], **REST}).as_row(REFERENCE)
+    assert json.loads(row) == {"body": REFERENCE.as_json(), **REST}
+    assert trigger_body.is_apart(row)
+    assert trigger_body.reference_in(row) == REFERENCE
+
+
+def test_no_body_of_a_sender_passes_for_a_reference() -> None:
+    encoded = EncodedTrigger.of({"body": REFERENCE.as_json(), **REST})
+    assert not trigger_body.is_apart(encoded.content.decode())
+
+
+def test_a_long_body_is_not_written_while_others_wait() -> None:
+    with pytest.raises(TakesLong):
+        patience.quick(EncodedTrigger.of, {"body": "x" * MAX_ROW_BYTES, **REST})
