@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.node import CONTINUE, DONE, OUTPUT, Compile, NodeType
-from engine.operations import OPERATIONS
 from nodes import catalog
 
 if TYPE_CHECKING:
@@ -16,23 +15,20 @@ if TYPE_CHECKING:
 HEADING = """\
 # Nodes
 
-Every type of node, as the catalogue of the server has it; `make docs` writes this page. `{{ path }}` may stand
-wherever a config takes a value, `{{ path ?? "none" }}` where it may be
-[missing](validation.md#paths-that-find-nothing-in-a-run), and a field marked *computed* takes an
-[operation](#operations), `{"$op": …}`, besides. Each node has the port `error` too, which is taken when it fails for
-good. *Effect* is what running a node does to the world: after a crash, `pure` and `read` nodes may simply run again,
-while what a `write` node is about to do, and what it did, is recorded around it.
+This page describes every node type of the server's catalog; `make docs` generates it.
 
-Each example is a body for `POST /api/v1/workflows/{id}/execute`, with any workflow of yours that is a draft or active:
-its `definition` is run in the place of that workflow's graph, and what is `pinned` arrives at the node. Below it stands
-what the node `step` gives out, in the execution's `outputs`. `ds_001` is the id of a data source of yours. Of a node
-that can only be drawn, there is its config, and what it would be given.
-"""
-OPERATIONS_HEADING = """\
-## Operations
+- [Templates](expressions.md#templates) such as `{{ path }}` may stand wherever a config takes a value, and
+  `{{ path ?? "none" }}` where the value may be missing.
+- Fields marked *computed* also take [operations](expressions.md#operations), `{"$op": …}`.
+- Fields of the type *condition* take a [condition](expressions.md#conditions).
+- *Effect* is the effect of a node on the outside world. After a crash, `pure` and `read` nodes may run again. The input
+  of a `write` node is committed before it runs, and its result before anything follows it.
+- Every node also has the port `error`, which is taken when the node fails for good.
 
-A computed field may hold `{"$op": "base64-encode", "args": ["{{ data.user }}:{{ data.password }}"]}`: the name of an
-operation and its arguments, which may be values, templates or operations in turn.
+Each example is the body of a `POST /api/v1/workflows/{id}/execute` request, for any workflow that is a draft or active.
+Its `definition` replaces the graph of that workflow for this run, and `pinned` outputs arrive at the node. The JSON
+below the request is the output of the node `step`, as the execution's `outputs` show it. `ds_001` is the id of a data
+source. Nodes that can only be drawn are shown with their config and input.
 """
 STEP = "step"
 BLOB = "$blob"
@@ -58,19 +54,13 @@ def reference() -> str:
         if described:
             links = ", ".join(f"[{each.type}](#{each.type})" for each in described)
             parts += [f"## {title}\n", f"{links}\n", *map(_described, described)]
-    return "\n".join([*parts, _operations()])
-
-
-def _operations() -> str:
-    """Return the section on what a computed field may hold."""
-    rows = [f"| `{name}` | {each.arity} | {each.summary} |" for name, each in sorted(OPERATIONS.items())]
-    return "\n".join([OPERATIONS_HEADING, "| operation | takes | result |", "| --- | --- | --- |", *rows, ""])
+    return "\n".join(parts)
 
 
 def _described(node_type: NodeType) -> str:
     lines = [f"### {node_type.type}\n", f"{node_type.description}\n"]
     if not node_type.runnable:
-        lines.append("It can be drawn, but not run on this server.\n")
+        lines.append("This node can be drawn, but not run on this server.\n")
     lines.append(f"Version {node_type.version} · effect {_effect(node_type)} · {_ports(node_type)}\n")
     if node_type.input_description:
         lines.append(f"**Input.** {node_type.input_description}\n")

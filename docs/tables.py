@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from docs import node_reference, settings_reference
+from docs import expression_reference, node_reference, settings_reference, workflow_settings_reference
 from gateway import limits
 
 ROOT = Path(__file__).parent.parent
@@ -34,14 +35,34 @@ def with_table(text: str, name: str, table: str) -> str:
     return f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
 
 
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """Return a document with several tables inserted, each between its two marks."""
+    for name, table in tables.items():
+        text = with_table(text, name, table)
+    return text
+
+
 def documents() -> dict[Path, str]:
     """Return the text of each generated page, and of each page with a generated table."""
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
+    expressions, retries = ROOT / "docs/expressions.md", ROOT / "docs/retries.md"
+    workflow_settings = ROOT / "docs/workflow-settings.md"
     return {
         readme: with_table(readme.read_text(), "settings", settings_reference.short_table()),
         operations: with_table(operations.read_text(), "limits", limits_table()),
         ROOT / "docs/nodes.md": node_reference.reference(),
+        expressions: with_tables(expressions.read_text(), expression_reference.parts()),
         ROOT / "docs/settings.md": settings_reference.page(),
+        workflow_settings: with_table(
+            workflow_settings.read_text(), "workflow-settings", workflow_settings_reference.settings_table()
+        ),
+        retries: with_tables(
+            retries.read_text(),
+            {
+                "retry": workflow_settings_reference.retry_table(),
+                "delays": workflow_settings_reference.delays_table(),
+            },
+        ),
     }
 
 

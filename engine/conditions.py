@@ -124,7 +124,7 @@ _OF_TWO: Final[Mapping[str, tuple[_Answer, str]]] = {
     "not-in": (_negated(_swapped(_contains)), "a value and a list, or a text and a text or object"),
     "divisible-by": (_is_divisible, "two numbers, the second other than 0"),
 }
-_SYMBOLS: Final[Mapping[str, str]] = {
+SYMBOLS: Final[Mapping[str, str]] = {
     "==": "equals",
     "!=": "not-equals",
     ">": "greater-than",
@@ -132,6 +132,7 @@ _SYMBOLS: Final[Mapping[str, str]] = {
     "<": "less-than",
     "<=": "less-or-equal",
 }
+"""Short names of operators."""
 
 
 # ── compiling ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,7 +189,7 @@ def _operator(value: dict[str, Json]) -> str:
     if "left" not in value or "operator" not in value:
         raise ExpressionError("condition", "it has left and operator, and mostly right")
     name = str(value["operator"])
-    name = _SYMBOLS.get(name, name)
+    name = SYMBOLS.get(name, name)
     if name in _OF_ONE or name in _OF_TWO:
         return name
     near = get_close_matches(name[:40], _NAMES)
@@ -240,6 +241,11 @@ def _cost(value: Json, allowance: Allowance) -> int:
 # ── as a schema ─────────────────────────────────────────────────────────────────────────────────────────────
 
 _NAMES: Final = (*_OF_TWO, *_OF_ONE)
+OPERATORS: Final[Mapping[str, str | None]] = {
+    **{name: needed for name, (_, needed) in _OF_TWO.items()},
+    **dict.fromkeys(_OF_ONE),
+}
+"""The types that each operator compares; None for the operators of one value."""
 _ID = "urn:pilotflame:condition"
 
 CONDITION_SCHEMA: Final[dict[str, Json]] = {
@@ -248,7 +254,7 @@ CONDITION_SCHEMA: Final[dict[str, Json]] = {
     "type": "object",
     "anyOf": [
         {
-            "properties": {"left": {}, "operator": {"enum": [*_OF_TWO, *_SYMBOLS]}, "right": {}},
+            "properties": {"left": {}, "operator": {"enum": [*_OF_TWO, *SYMBOLS]}, "right": {}},
             "required": ["left", "operator", "right"],
             "additionalProperties": False,
         },

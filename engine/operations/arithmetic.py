@@ -27,7 +27,7 @@ def add(first: Json, second: Json, *more: Json) -> Number:
 
 @operation("subtract")
 def subtract(first: Number, second: Number) -> Number:
-    """Take the second number from the first."""
+    """Subtract the second number from the first."""
     return first - second
 
 
@@ -39,7 +39,7 @@ def multiply(first: Json, second: Json, *more: Json) -> Number:
 
 @operation("divide")
 def divide(dividend: Number, divisor: Number) -> Number:
-    """Divide the first number by the second; the result is whole where whole numbers divide evenly."""
+    """Divide the first number by the second; whole numbers that divide evenly give a whole number."""
     if type(dividend) is int and type(divisor) is int and dividend % divisor == 0:
         return dividend // divisor
     return dividend / divisor
@@ -47,57 +47,57 @@ def divide(dividend: Number, divisor: Number) -> Number:
 
 @operation("modulo")
 def modulo(dividend: Number, divisor: Number) -> Number:
-    """Return what is left when the first number is divided by the second; it has the sign of the second."""
+    """Return the remainder of a division, with the sign of the second number."""
     return dividend % divisor
 
 
 @operation("round")
 def rounded(value: Number, decimals: int = 0) -> Number:
-    """Round a number to so many decimals (by default 0, negative for tens), halves away from zero."""
+    """Round a number, halves away from zero, to a number of decimals: 0 by default, negative for tens and more."""
     result = _to_decimals(value, decimals)
     return int(result) if decimals <= 0 or type(value) is int else float(result)
 
 
 @operation("floor")
 def rounded_down(value: Number) -> Number:
-    """Return the greatest whole number that is not above a number."""
+    """Round a number down to a whole number."""
     return floor(value)
 
 
 @operation("ceil")
 def rounded_up(value: Number) -> Number:
-    """Return the least whole number that is not below a number."""
+    """Round a number up to a whole number."""
     return ceil(value)
 
 
 @operation("abs")
 def absolute(value: Number) -> Number:
-    """Return a number without its sign."""
+    """Return the absolute value of a number."""
     return abs(value)
 
 
 @operation("min")
 def least(first: Json, *more: Json) -> Number:
-    """Return the least of some numbers, or of a list of numbers."""
+    """Return the smallest of several numbers, or of a list of numbers."""
     return min(_numbers(first, more) or _nothing())
 
 
 @operation("max")
 def greatest(first: Json, *more: Json) -> Number:
-    """Return the greatest of some numbers, or of a list of numbers."""
+    """Return the largest of several numbers, or of a list of numbers."""
     return max(_numbers(first, more) or _nothing())
 
 
 @operation("sum")
 def total(first: Json, *more: Json) -> Number:
-    """Add numbers, or a list of numbers; nothing adds up to 0."""
+    """Add numbers, or a list of numbers; an empty list gives 0."""
     numbers = _numbers(first, more)
     return sum(numbers) if all(type(each) is int for each in numbers) else fsum(numbers)
 
 
 @operation("format-number")
 def format_number(value: Number, decimals: int = 0, group: str = ",", point: str = ".") -> str:
-    """Write a number with so many decimals, its thousands set apart: 1234.5, 2 gives 1,234.50."""
+    """Format a number with a number of decimals, a separator of thousands and a decimal mark."""
     if decimals < 0:
         raise OperationError(f"writes 0 to {MAX_DECIMALS} decimals, not {decimals}")
     if max(len(group), len(point)) > MAX_MARK_LENGTH:

@@ -26,25 +26,25 @@ def length(value: Json) -> int:
 
 @operation("first")
 def first(values: list[Json]) -> Json:
-    """Return the first element of a list; an empty list gives null."""
+    """Return the first element of a list, or null for an empty list."""
     return values[0] if values else None
 
 
 @operation("last")
 def last(values: list[Json]) -> Json:
-    """Return the last element of a list; an empty list gives null."""
+    """Return the last element of a list, or null for an empty list."""
     return values[-1] if values else None
 
 
 @operation("slice")
 def part(values: list[Json], start: int, end: int | None = None) -> Json:
-    """Return the elements from one position up to, not including, another; negative ones are from the end."""
+    """Return the elements of a list between two positions, the second excluded; negative ones count from the end."""
     return values[start:end]
 
 
 @operation("get")
 def get(value: Json, key: Json, fallback: Json = None) -> Json:
-    """Return what an object has under a key, or a list at a position, or else the fallback."""
+    """Return the value of an object's key or of a list's position, or a fallback where there is none."""
     if type(value) is list:
         position = whole_number(key)
         return value[position] if -len(value) <= position < len(value) else fallback
@@ -53,13 +53,13 @@ def get(value: Json, key: Json, fallback: Json = None) -> Json:
 
 @operation("flatten")
 def flatten(values: list[Json]) -> Json:
-    """Put the elements of the lists in a list in their place, one level deep."""
+    """Replace the lists in a list with their elements, one level deep."""
     return joined_lists([value if type(value) is list else [value] for value in values])
 
 
 @operation("unique", reads_all=True)
 def unique(values: list[Json]) -> Json:
-    """Keep the first of elements that are equal."""
+    """Remove duplicates from a list; the first of equal elements stays."""
     found: dict[Hashable, Json] = {}
     for value in values:
         found.setdefault(identity(value), value)
@@ -68,7 +68,7 @@ def unique(values: list[Json]) -> Json:
 
 @operation("reverse")
 def backwards(values: list[Json]) -> Json:
-    """Return a list in the opposite order."""
+    """Reverse the order of a list."""
     return values[::-1]
 
 
@@ -86,7 +86,7 @@ def ordered(values: list[Json], by: str | None = None, order: str = "ascending")
 
 @operation("range")
 def numbers_between(start: int, end: int | None = None, step: int = 1) -> Json:
-    """Count from a number up to, not including, another; one number alone is where to end, from 0."""
+    """Return the numbers from a start to an end, which is excluded, by a step; one argument is the end."""
     if step == 0:
         raise OperationError("needs a step other than 0")
     numbers = range(start) if end is None else range(start, end, step)
@@ -96,7 +96,7 @@ def numbers_between(start: int, end: int | None = None, step: int = 1) -> Json:
 
 @operation("merge")
 def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
-    """Return one object with the keys of all; of keys that occur again the last counts."""
+    """Merge objects into one; the last value of a repeated key counts."""
     merged = first.copy()
     for each in more:
         merged |= each
@@ -106,13 +106,13 @@ def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
 
 @operation("pick")
 def pick(value: dict[str, Json], keys: list[Json]) -> Json:
-    """Return an object with these keys alone, as far as it has them."""
+    """Keep only the given keys of an object."""
     return {key: value[key] for key in map(text, keys) if key in value}
 
 
 @operation("omit")
 def omit(value: dict[str, Json], keys: list[Json]) -> Json:
-    """Return an object without these keys."""
+    """Remove the given keys from an object."""
     omitted = set(map(text, keys))
     return {key: item for key, item in value.items() if key not in omitted}
 

@@ -21,7 +21,7 @@ _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 @operation("default", takes_first_found=True)
 def default(value: Json, fallback: Json) -> Json:
-    """Return a value, or the fallback where it is null or missing."""
+    """Return a value, or the fallback where the value is null or missing."""
     return fallback if value is None else value
 
 
@@ -33,7 +33,7 @@ def coalesce(first: Json, *more: Json) -> Json:
 
 @operation("to-number")
 def to_number(value: Json) -> Number:
-    """Read the number that a text holds, written as in JSON; a number stays as it is."""
+    """Parse a number from a text, as JSON writes it; a number stays unchanged."""
     if type(value) is not str:
         return number(value)
     try:
@@ -44,13 +44,13 @@ def to_number(value: Json) -> Number:
 
 @operation("to-text")
 def to_text(value: Json) -> str:
-    """Write a value as text: null as nothing, objects and lists as JSON."""
+    """Convert a value to text: null to the empty text, objects and lists to JSON."""
     return as_text(value, max_bytes=MAX_TEXT_LENGTH)
 
 
 @operation("to-boolean")
 def to_boolean(value: Json) -> bool:
-    """Read true and false from a text, 1 and 0 from a number; a boolean stays as it is."""
+    """Convert the texts true and false, or the numbers 1 and 0, to a boolean."""
     if type(value) is bool:
         return value
     if type(value) is str and value.strip().lower() in _BOOLEANS:
@@ -62,26 +62,26 @@ def to_boolean(value: Json) -> bool:
 
 @operation("from-json", reads_all=True)
 def from_json(value: str) -> Json:
-    """Read the value that a JSON text holds."""
+    """Parse a JSON text."""
     return decode(value.encode())
 
 
 @operation("to-json")
 def to_json(value: Json) -> str:
-    """Write a value as compact JSON."""
+    """Serialize a value as compact JSON."""
     return encode(value, max_bytes=MAX_TEXT_LENGTH).decode()
 
 
 @operation("base64-encode")
 def base64_encode(value: str) -> str:
-    """Write a text, in UTF-8, as base64."""
+    """Encode a text, in UTF-8, as base64."""
     check_text_length(4 * len(value) // 3)
     return b64encode(value.encode()).decode()
 
 
 @operation("base64-decode")
 def base64_decode(value: str) -> str:
-    """Read the text, in UTF-8, that base64 stands for: of the standard or the URL-safe alphabet, padded or not."""
+    """Decode base64 (standard or URL-safe alphabet, padded or not) to a text in UTF-8."""
     check_text_length(len(value))
     digits = "".join(value.split()).translate(_URL_SAFE).rstrip("=")
     try:

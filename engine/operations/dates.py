@@ -29,7 +29,7 @@ _MONTHS = {"months": 1, "years": 12}
 
 @operation("parse-date")
 def parse_date(date: Json, zone: str = "UTC") -> str:
-    """Read an ISO date (in the zone, where it names no offset) or the seconds since 1970; give it in UTC."""
+    """Parse an ISO 8601 date, or seconds since 1970, into UTC; the time zone applies to dates without an offset."""
     if type(date) is str:
         return _written(_moment(date, _zone(zone)))
     return _written(_EPOCH + timedelta(seconds=number(date)))
@@ -37,7 +37,7 @@ def parse_date(date: Json, zone: str = "UTC") -> str:
 
 @operation("format-date")
 def format_date(date: str, form: str, zone: str = "UTC") -> str:
-    """Write a date, as it is in the zone, in a form such as %Y-%m-%d %H:%M."""
+    """Format a date with a pattern such as `%Y-%m-%d %H:%M`, in a time zone."""
     unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - _FORMAT_CODES
     if unknown or len(form) > MAX_FORMAT_LENGTH:
         known = " ".join(f"%{code}" for code in sorted(_FORMAT_CODES))
@@ -47,7 +47,7 @@ def format_date(date: str, form: str, zone: str = "UTC") -> str:
 
 @operation("add-time")
 def add_time(date: str, amount: int, unit: str, zone: str = "UTC") -> str:
-    """Move a date by seconds, minutes, hours, or, by the zone's calendar, days, weeks, months, years."""
+    """Add an amount of time to a date; days, weeks, months and years follow the calendar of the time zone."""
     moment = _moment(date)
     if unit in _CLOCK_UNITS:
         return _written(moment + amount * _UNITS[unit])

@@ -28,25 +28,25 @@ def concat(first: Json, *more: Json) -> Json:
 
 @operation("lower")
 def lower(value: str) -> str:
-    """Return a text in small letters."""
+    """Convert a text to lower case."""
     return value.lower()
 
 
 @operation("upper")
 def upper(value: str) -> str:
-    """Return a text in capital letters."""
+    """Convert a text to upper case."""
     return value.upper()
 
 
 @operation("trim")
 def trim(value: str) -> str:
-    """Return a text without the blanks around it."""
+    """Remove white space from both ends of a text."""
     return value.strip()
 
 
 @operation("replace")
 def replace(value: str, old: str, new: str) -> str:
-    """Put a new text wherever the old one occurs."""
+    """Replace every occurrence of a text with another."""
     _check_not_empty(old)
     check_text_length(len(value) + value.count(old) * (len(new) - len(old)))
     return value.replace(old, new)
@@ -54,7 +54,7 @@ def replace(value: str, old: str, new: str) -> str:
 
 @operation("split")
 def split(value: str, separator: str) -> Json:
-    """Cut a text into a list wherever the separator occurs."""
+    """Split a text at each separator into a list."""
     _check_not_empty(separator)
     check_list_length(value.count(separator) + 1)
     return cast("Json", value.split(separator))
@@ -62,19 +62,19 @@ def split(value: str, separator: str) -> Json:
 
 @operation("join")
 def join(values: list[Json], separator: str = "") -> str:
-    """Join the values of a list into one text, the separator between them."""
+    """Join the values of a list into one text, with an optional separator between them."""
     return _joined(separator, values)
 
 
 @operation("substring")
 def substring(value: str, start: int, end: int | None = None) -> str:
-    """Return the part of a text from one position up to, not including, another."""
+    """Return the part of a text between two positions, the second excluded; negative ones count from the end."""
     return value[start:end]
 
 
 @operation("pad")
 def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
-    """Bring a text to a length by filling it up at its start or end."""
+    """Pad a text to a length, at its `start` or `end`, with a character."""
     check_text_length(length)
     if len(fill) != 1 or side not in ("start", "end"):
         raise OperationError('fills up with one character, at the "start" or the "end"')

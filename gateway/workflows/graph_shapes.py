@@ -47,12 +47,16 @@ Label: TypeAlias = Annotated[str, text.allowed(limits.LABEL_LENGTH)]
 
 
 class RetryShape(GuardedWire, omit_defaults=True):
-    """How often a node is tried; delays in seconds."""
+    """Retries of a failed node: `min(backoff * 2 ** (attempt - 1), maxDelay)` seconds after the failed attempt."""
 
     max_attempts: Annotated[int, Meta(ge=1, le=limits.RETRIES)] | None = None
+    """Attempts in all, the first included; 1, which is no retry, if absent."""
     backoff: Annotated[float, Meta(ge=0, le=limits.RETRY_DELAY_SECONDS)] | None = None
+    """Seconds before the second attempt, 1 if absent; each further delay is twice as long."""
     max_delay: Annotated[float, Meta(ge=0, le=limits.RETRY_DELAY_SECONDS)] | None = None
+    """Longest delay in seconds; 300 if absent."""
     jitter: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Largest share of the delay that is cut off at random; 0.1 if absent."""
 
 
 OF_THE_TYPE: Final = (

@@ -18,31 +18,34 @@ if TYPE_CHECKING:
 
 
 class ConcurrencySettings(StrictWire):
-    """How many runs go on at once."""
+    """Limit of the runs of a workflow that are in progress at once."""
 
     limit: Annotated[int, Meta(ge=1, le=limits.CONCURRENT_RUNS)]
+    """Maximum number of runs at once."""
     key: Annotated[str, text.allowed(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
-    """An expression such as `{{ trigger.body.customer }}`: the limit is that of the runs for which it is the same."""
+    """Expression such as `{{ trigger.body.customer }}`: the limit applies to each of its values apart."""
     on_limit: OnLimit = OnLimit.QUEUE
-    """Whether further runs wait for their turn, or are refused by 429."""
+    """Handling of further runs: `queue` makes them wait, `reject` refuses them with 429."""
 
 
 class FailureSettings(StrictWire):
-    """What is done when a run has failed: one of the two."""
+    """Notification about a failed run: either a workflow or a URL."""
 
     workflow_id: str | None = None
-    """A workflow to be run once, in the name of whoever ran the failed one: `executionId`, `workflowId`,
-    `workflowName`, `status`, `error`, `startedAt` and `endedAt` are its inputs.
+    """Workflow that runs once, for the user of the failed run. Its inputs are `executionId`, `workflowId`,
+    `workflowName`, `status`, `error`, `startedAt` and `endedAt`.
     """
     url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
-    """An address that is told, by a message that is signed with the organisation's secret."""
+    """URL that gets a message, signed with the signing secret of the organization."""
 
 
 class ResourceSettings(StrictWire):
-    """What a pod is granted, and may not exceed."""
+    """Resources of a pod: what it gets and may not exceed."""
 
     cpu_millicores: Annotated[int, Meta(ge=50, le=limits.POD_MILLICORES)] = 500
+    """Thousandths of a processor."""
     memory_mebibytes: Annotated[int, Meta(ge=128, le=limits.POD_MEBIBYTES)] = 256
+    """Memory in MiB."""
 
 
 def check(

@@ -153,23 +153,24 @@ class NewWorkflow(Wire):
 
 
 class KnownSettings(StrictWire):
-    """The settings that a run obeys."""
+    """Settings of the runs of a workflow, and of its pods."""
 
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
-    """Seconds that a run may take."""
+    """Seconds that a run may take. Waiting for a timer, a person, an event or another run does not count."""
     retry_on_failure: bool = False
-    """Whether a failed run is begun again from the node that failed."""
+    """Repeat a failed run from the node that failed, up to `maxRetries` times."""
     max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
+    """Repetitions of a failed run, where `retryOnFailure` is true."""
     strict_mappings: bool = False
-    """Whether a node fails where a path finds nothing; a new workflow has true, unless it says otherwise."""
+    """Fail a node where one of its paths finds nothing. New workflows have true unless they say otherwise."""
     parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
-    """How many nodes of a run may wait for something outside at once."""
+    """Maximum number of nodes of one run that wait for something outside, such as an HTTP answer, at once."""
     concurrency: ConcurrencySettings | None = None
-    """How many runs go on at once; any number, where it is absent."""
+    """Limit of runs at once; absent: no limit."""
     on_failure: FailureSettings | None = None
-    """What is done when a run has failed."""
+    """Notification about failed runs: a workflow to run, or a URL to call."""
     resources: ResourceSettings | None = None
-    """What each pod is granted, once the workflow is deployed; half a processor and 256 MiB, where it is absent."""
+    """Processor and memory of each pod of the deployed workflow."""
 
 
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,94 @@
+"""Tables of the settings of a workflow and of the retries of a node, from their wire types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from engine.graph import Retry
+from gateway.document import schemas
+from gateway.workflows.graph_shapes import RetryShape
+from gateway.workflows.workflow_shapes import KnownSettings
+
+_HEAD: Final = ("| setting | type | default | meaning |", "| --- | --- | --- | --- |")
+RETRY_DEFAULTS: Final[Mapping[str, float]] = {
+    "maxAttempts": Retry().max_attempts,
+    "backoff": int(Retry().backoff_seconds),
+    "maxDelay": int(Retry().max_delay_seconds),
+    "jitter": Retry().jitter,
+}
+RETRY_FAILURES: Final = 5
+"""Failed attempts for which the example of delays shows the delay."""
+
+
+def settings_table() -> str:
+    """Return a row for each setting of a workflow, with the fields of those that are objects below them."""
+    _, named = schemas.of([KnownSettings])
+    return "\n".join([*_HEAD, *_rows(named["KnownSettings"], named)])
+
+
+def retry_table() -> str:
+    """Return a row for each field of a node's `retry`."""
+    _, named = schemas.of([RetryShape])
+    (schema,) = named.values()
+    for name, field in _properties(schema):
+        field["default"] = RETRY_DEFAULTS[name]
+    return "\n".join([*_HEAD, *_rows(schema, named)])
+
+
+def delays_table() -> str:
+    """Return the delays after each failed attempt of the default policy, and of one with a low maximum."""
+    shown = (Retry(max_attempts=6), Retry(max_attempts=6, backoff_seconds=2.0, max_delay_seconds=10.0))
+    rows = ["| retry | " + " | ".join(f"after attempt {n}" for n in range(1, RETRY_FAILURES + 1)) + " |"]
+    rows.append("| --- |" + " --- |" * RETRY_FAILURES)
+    for retry in shown:
+        given = {"maxAttempts": retry.max_attempts}
+        if retry != shown[0]:
+            given |= {"backoff": int(retry.backoff_seconds), "maxDelay": int(retry.max_delay_seconds)}
+        delays = (retry.delay_seconds(attempt, chance=0) for attempt in range(1, RETRY_FAILURES + 1))
+        rows.append(f"| `{json.dumps(given)}` | {' | '.join(f'{delay:g} s' for delay in delays)} |")
+    return "\n".join(rows)
+
+
+def _properties(schema: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    fields: dict[str, dict[str, Any]] = schema["properties"]
+    return fields.items()
+
+
+def _rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, field in _properties(schema):
+        inner = _referred(field, named)
+        is_object = inner is not None and "properties" in inner
+        default = "*required*" if name in schema.get("required", []) else _default(field, is_object=is_object)
+        kind = "object" if is_object else _kind(inner if inner is not None else field)
+        yield f"| `{prefix}{name}` | {kind} | {default} | {field.get('description', '')} |"
+        if inner is not None and is_object:
+            yield from _rows(inner, named, f"{prefix}{name}.")
+
+
+def _referred(field: Mapping[str, Any], named: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the named schema of a field, if it has one."""
+    for option in (field, *field.get("anyOf", ())):
+        if "$ref" in option:
+            found: Mapping[str, Any] = named[option["$ref"].removeprefix(schemas.REF)]
+            return found
+    return None
+
+
+def _kind(field: Mapping[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(f"`{option}`" for option in field["enum"])
+    kinds = field["type"] if isinstance(field["type"], list) else [field["type"]]
+    kind = " or ".join(kind for kind in kinds if kind != "null")
+    least, most = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
+    if most is None:
+        return kind
+    above = "above " if "exclusiveMinimum" in field else ""
+    return f"{kind}, {above}{least:,} to {most:,}"
+
+
+def _default(field: Mapping[str, Any], *, is_object: bool) -> str:
+    if is_object or field.get("default") is None:
+        return ""
+    return f"`{json.dumps(field['default'])}`"
