@@ -306,7 +306,7 @@ GRAPHS: Sequence[Line] = (
         "/api/v1/workflows/{id}/compute-scopes",
         WRITE,
         validation.compute_scopes,
-        answer=validation.ScopesShape,
+        answer=validation.ComputedScopes,
     ),
     Line(
         "GET",

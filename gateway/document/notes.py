@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from gateway.http.endpoint import Handler
 
 JSON: Final = "application/json"
+EVENT_STREAM: Final = "text/event-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +387,7 @@ NOTES: Final[Mapping[Handler, Note]] = {
     ),
     executions.events: Note(
         takes=(LAST_EVENT_ID,),
-        media_type="text/event-stream",
+        media_type=EVENT_STREAM,
         also={204: Also("The client has seen the end of this stream.")},
         refusals=("invalid-last-event-id",),
     ),

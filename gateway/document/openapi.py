@@ -14,7 +14,7 @@ import msgspec
 
 from gateway.arrivals.sender import TOKEN
 from gateway.document import examples, schemas
-from gateway.document.notes import ETAG, JSON, NOTES, PLACES, Header, Note
+from gateway.document.notes import ETAG, EVENT_STREAM, JSON, NOTES, PLACES, Header, Note
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
 from gateway.executions.execution_shapes import ExecutionErrorShape
 from gateway.http.endpoint import OPEN_QUERIES, Access
@@ -231,10 +231,25 @@ def _in_header(header: Header) -> Part:
 
 def _success(meaning: str, note: Note, answer: Part | None, shown: object) -> Part:
     response = _response(meaning, note.sends)
-    if answer is not None:
-        content = {"schema": answer} | ({} if shown is None else {"example": shown})
-        response["content"] = {note.media_type: content}
+    if answer is None:
+        return response
+    if note.media_type == EVENT_STREAM:
+        answer, shown = _stream_of(answer), _written(shown)
+    content = {"schema": answer} | ({} if shown is None else {"example": shown})
+    response["content"] = {note.media_type: content}
     return response
+
+
+def _stream_of(event: Part) -> Part:
+    """Return the schema of a stream, which is a text: clients that read it as one object find nothing in it."""
+    name = str(event["$ref"]).removeprefix(schemas.REF)
+    return {"type": "string", "description": f"Server-sent events, each a `{name}`."}
+
+
+def _written(event: object) -> str:
+    """Return an event as it stands in a stream."""
+    fields: dict[str, str] = msgspec.convert(event, dict[str, str])
+    return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
 
 
 def _by_status(found: Iterable[str]) -> dict[int, list[str]]:

@@ -37,7 +37,7 @@ class ValidationShape(Wire):
     """There is more than is listed."""
 
 
-class ScopesShape(Wire):
+class ComputedScopes(Wire):
     """What a workflow needs to be allowed, each as `resource:action:id`."""
 
     workflow_id: str
@@ -63,7 +63,7 @@ async def compute_scopes(request: Request) -> JsonResponse:
 
     edited = await editing.edit(request, Action.WORKFLOW_SCOPES_COMPUTED, with_scopes)
     workflow = edited.after.workflow
-    return editing.answer(edited.after, ScopesShape(workflow_id=workflow.id, scopes=workflow.scopes))
+    return editing.answer(edited.after, ComputedScopes(workflow_id=workflow.id, scopes=workflow.scopes))
 
 
 def _checked(stored: Stored, past: Sequence[PastOutput], catalog: Catalog) -> Validation:

@@ -95,7 +95,9 @@ class ToolEnvironment:
 
 
 SCHEMATHESIS = ToolEnvironment("schemathesis")
-ALL = (SCHEMATHESIS,)
+PYTHON_CLIENT = ToolEnvironment("python_client")
+TYPESCRIPT_CLIENTS = ToolEnvironment("typescript_clients")
+ALL = (SCHEMATHESIS, PYTHON_CLIENT, TYPESCRIPT_CLIENTS)
 
 
 def _node(folder: Path) -> Path:
