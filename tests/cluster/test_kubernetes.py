@@ -26,6 +26,7 @@ from workers.cluster.driver import (
     Reason,
     Resources,
     Trouble,
+    Wanted,
 )
 from workers.cluster.kubernetes import DEPLOYER, SCALER, KubernetesDriver
 from workers.cluster.kubernetes_api import RequestBudget
@@ -251,6 +252,7 @@ async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(
         (401, "Unauthorized", ClusterForbidden),
         (403, "pods is forbidden", ClusterForbidden),
         (400, webhook, ClusterForbidden),
+        (500, 'Internal error occurred: failed calling webhook "policy.example.com": EOF', ClusterForbidden),
         (403, "exceeded quota: services", ClusterRefused),
         (422, "never", ClusterRefused),
     ):
@@ -331,6 +333,54 @@ async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(f
         await cluster.until_true(is_back)
 
 
+async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake: Fake) -> None:
+    cluster, api = fake
+    assert isinstance(cluster.driver, KubernetesDriver)
+    cache = cluster.driver.cache
+    api.node.runs_commands = False
+    await cluster.start()
+    loop = asyncio.get_running_loop()
+    times: list[float] = []
+
+    def refuse(_: str, path: str) -> Refused | None:
+        if "/resourcequotas" not in path:
+            times.append(loop.time())
+        return forbidden("list", "pods")
+
+    async with watching(cluster, api):
+        cache.first_pause_seconds = 0.001
+        api.refuses = refuse
+        api.cut_watches()
+        await turn_until(lambda: len(times) >= 8)
+        assert times[7] - times[0] >= 6 * cache.probe_seconds, "two at once, and then one at a time"
+
+
+async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake: Fake) -> None:
+    cluster, api = fake
+    api.node.runs_commands = False
+    wanted = cluster.wanted()
+
+    async def requests_of_refused(wanted: Wanted) -> int:
+        seen = len(api.requests)
+        with pytest.raises(ClusterForbidden) as refused:
+            await cluster.driver.apply(wanted)
+        assert refused.value.requests == len(api.requests) - seen
+        return refused.value.requests
+
+    api.refuses = lambda _, path: forbidden("patch", "deployments") if "/deployments/" in path else None
+    assert [await requests_of_refused(wanted) for _ in range(3)] == [6, 1, 1]
+    wanted = replace(wanted, token="another-token")
+    assert [await requests_of_refused(wanted) for _ in range(2)] == [6, 1]
+    api.refuses = lambda _, path: forbidden("patch", "deployments") if SCALER in path else None
+    assert [await requests_of_refused(wanted) for _ in range(2)] == [8, 1]
+    # Nobody knows what others have removed since the first attempt.
+    for kind in ("deployments", "secrets"):
+        api.store.remove((kind, NAMESPACE, names.name(wanted.workflow_id)))
+    api.refuses = lambda *_: None
+    await cluster.driver.apply(wanted)
+    await cluster.ready(wanted.workflow_id)
+
+
 async def test_a_write_that_meets_another_is_done_again(fake: Fake) -> None:
     cluster, api = fake
     wanted = await cluster.start()
@@ -361,7 +411,8 @@ async def test_lists_are_whole_over_pages_that_expire(fake: Fake) -> None:
 async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterator[str]]:
     """Watch what is deployed, with nothing left to be told."""
     assert isinstance(cluster.driver, KubernetesDriver)
-    cluster.driver.cache.first_pause_seconds = 0.02  # half a second is too long for a test
+    cache = cluster.driver.cache
+    cache.first_pause_seconds, cache.probe_seconds = 0.02, 0.05  # the usual ones are too long for a test
     changes = cluster.driver.watch()
     try:
         async with asyncio.timeout(cluster.patience_seconds):

@@ -35,7 +35,7 @@ from workers.cluster.driver import Driver
 from workers.cluster.kubernetes import KubernetesDriver
 from workers.cluster.kubernetes_api import KubernetesApi
 from workers.cluster.manifests import DEFINITION_ANNOTATION
-from workers.deployer import comparison, rows
+from workers.deployer import comparison, refusal_budget, rows
 from workers.deployer.deployer import Deployer
 from workers.deployer.main import LOCAL_COMMAND
 
@@ -356,8 +356,9 @@ async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
 
 
 async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
-    world: World, people: People, workflow_id: str, cluster: Cluster
+    world: World, people: People, workflow_id: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(refusal_budget, "SECONDS_PER_REQUEST", 0.1)
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, cluster) as found:
         before = await until(world, workflow_id, is_running)

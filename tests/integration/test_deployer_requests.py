@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from sqlalchemy import select
@@ -31,13 +32,19 @@ from tests.integration.deployers import (
 from tests.integration.gateway_world import GRAPH, People, World, open_world
 from tests.integration.test_deployer import is_running
 from tests.services import PostgreSQL
+from workers.cluster import quota_watch, watch_cache
 from workers.cluster.kubernetes import KubernetesDriver
-from workers.deployer import reconciler, rows
+from workers.cluster.manifests import WORKFLOW_LABEL
+from workers.deployer import reconciler, refusal_budget, rows
 from workers.deployer.look_queue import Backoff, Retry
 
 OFTEN = Backoff(0.02, 0.02)
 SWEEP_SECONDS = 0.05
 DENIED = Refused(400, "BadRequest", 'admission webhook "policy.example.com" denied the request: not here')
+NO_RIGHT = forbidden("patch", "deployments")
+MINUTE_SECONDS = 0.3
+"""A minute of `brief_minute`."""
+REQUESTS_PER_MINUTE = 6
 WAITING_PROGRAM = """
 import pathlib, time
 while not pathlib.Path({path!r}).exists():
@@ -67,6 +74,53 @@ class Calls:
         async with asyncio.timeout(30):
             while self.count - before < count:  # noqa: ASYNC110 - of a function that sets no event
                 await asyncio.sleep(0.01)
+
+
+class RequestTimes:
+    """When requests arrive that are refused or about one workflow."""
+
+    def __init__(self, api: FakeApi, refusal: Refused, is_refused: Callable[[str, str], bool]) -> None:
+        self._times: list[float] = []
+        self._refusal = refusal
+        self._is_refused = is_refused
+        api.refuses = self._answer
+
+    async def happen(self, count: int, meanwhile: Callable[[], None]) -> None:
+        """Wait for so many requests, and do something else over and over."""
+        async with asyncio.timeout(30):
+            while len(self._times) < count:
+                meanwhile()
+                await asyncio.sleep(0.01)
+
+    def most_in_a_minute(self) -> int:
+        """Return the most requests that arrived within a minute, however it is laid."""
+        return max(sum(since <= at < since + MINUTE_SECONDS for at in self._times) for since in self._times)
+
+    def _answer(self, method: str, path: str) -> Refused | None:
+        refusal = self._refusal if self._is_refused(method, path) else None
+        is_of_one_workflow = method != "GET" or f"{WORKFLOW_LABEL}=" in unquote(path)
+        if refusal is not None or is_of_one_workflow:
+            self._times.append(asyncio.get_running_loop().time())
+        return refusal
+
+
+@pytest.fixture
+def brief_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pauses after refusals be so brief that a minute of them takes a moment."""
+    share = MINUTE_SECONDS / 60
+    for module, name in (
+        (refusal_budget, "SECONDS_PER_REQUEST"),
+        (watch_cache, "PROBE_SECONDS"),
+        (quota_watch, "PAUSE_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name) * share)
+    pauses = reconciler.WHILE_REFUSED
+    brief = Backoff(pauses.first_seconds * share, pauses.longest_seconds * share)
+    monkeypatch.setattr(reconciler, "WHILE_REFUSED", brief)
+
+
+def is_write_of_deployment(method: str, path: str) -> bool:
+    return method == "PATCH" and "/deployments/" in path
 
 
 @pytest.fixture(scope="module")
@@ -166,27 +220,74 @@ async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_start
         await until(world, workflow_id, is_running)
 
 
-async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_tried_again_seldom(
+@pytest.mark.usefixtures("brief_minute")
+async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_after_the_cure(
     world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
 ) -> None:
     cluster, api = fake
-    api.refuses = lambda method, path: DENIED if method == "PATCH" and "/deployments/" in path else None
+    api.refuses = lambda method, path: DENIED if is_write_of_deployment(method, path) else None
+    (workflow_id,) = await deployed(people)
+    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
+        denied = await until(world, workflow_id, is_unknown)
+        assert "policy.example.com" in (denied.observed_reason or "")
+        await sweeps.happen(8)
+        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+        assert (await row(world, workflow_id)).replicas == 1
+        api.refuses = lambda *_: None
+        await until(world, workflow_id, is_running)
+
+
+@pytest.mark.usefixtures("brief_minute")
+@pytest.mark.parametrize(
+    ("refusal", "is_refused"),
+    [
+        pytest.param(DENIED, is_write_of_deployment, id="webhook"),
+        pytest.param(NO_RIGHT, is_write_of_deployment, id="no right to Deployments"),
+        pytest.param(NO_RIGHT, lambda method, _: method == "PATCH", id="no right to write"),
+        pytest.param(NO_RIGHT, lambda *_: True, id="no right at all"),
+    ],
+)
+async def test_a_deploy_that_is_refused_costs_six_requests_a_minute_however_often_it_is_asked_for(
+    world: World,
+    people: People,
+    fake: tuple[Cluster, FakeApi],
+    refusal: Refused,
+    is_refused: Callable[[str, str], bool],
+) -> None:
+    cluster, api = fake
+    times = RequestTimes(api, refusal, is_refused)
     (workflow_id,) = await deployed(people)
     async with deployer(
         world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ) as found:
-        denied = await until(world, workflow_id, is_unknown)
-        assert "policy.example.com" in (denied.observed_reason or "")
-        seen = len(api.requests)
-        await sweeps.happen(8)
-        assert api.requests[seen:] == [], "the first retry is five seconds away"
-        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
-        assert (await row(world, workflow_id)).replicas == 1
+        await times.happen(11, lambda: found.look_at(workflow_id))
+        assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
+        assert str(refusal) in ((await until(world, workflow_id, is_unknown)).observed_reason or "")
         api.refuses = lambda *_: None
-        found.look_at(workflow_id)
         await until(world, workflow_id, is_running)
 
 
+@pytest.mark.usefixtures("brief_minute")
+async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
+    world: World, people: People, fake: tuple[Cluster, FakeApi]
+) -> None:
+    cluster, api = fake
+    (workflow_id,) = await deployed(people)
+    async with deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ) as found:
+        await until(world, workflow_id, is_running)
+        await asked(people.owner, "stop", workflow_id, 202)
+        await until(world, workflow_id, is_stopped)
+        times = RequestTimes(api, NO_RIGHT, lambda method, _: method == "DELETE")
+        await asked(people.owner, "undeploy", workflow_id, 202)
+        await times.happen(11, lambda: found.look_at(workflow_id))
+        assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
+        api.refuses = lambda *_: None
+        await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+
+
+@pytest.mark.usefixtures("brief_minute")
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
     world: World, people: People, fake: tuple[Cluster, FakeApi], status: int

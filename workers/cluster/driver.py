@@ -25,6 +25,9 @@ LIVENESS_PATH = "/healthz"
 class ClusterError(Exception):
     """The cluster did not do what it was asked."""
 
+    requests = 1
+    """Requests that were sent for it, the one that failed included."""
+
 
 class ClusterUnavailable(ClusterError):
     """The cluster did not answer, or not in time; the same call may succeed later."""

@@ -11,11 +11,13 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from models import workflow_names as names
 from workers.cluster import kubernetes_api, manifests, pods
+from workers.cluster.change_attempts import ChangeAttempt, ChangeAttempts
 from workers.cluster.driver import ClusterForbidden, ClusterRefused, LogLine, NotDeployed, Observed, Wanted
 from workers.cluster.kubernetes_api import (
     APPLY,
@@ -46,6 +48,8 @@ _COLLECTIONS = {
     "Deployment": (_APPS, "deployments"),
 }
 """Kinds of objects that a deployment is made of, in the order of removal."""
+_DELETED = "deleted"
+"""Goal of a removal."""
 _OURS = f"{manifests.MANAGED_BY_LABEL}={manifests.MANAGED_BY}"
 
 
@@ -71,6 +75,7 @@ class KubernetesDriver:
         )
         self._api = api
         self._layout = layout
+        self._attempts = ChangeAttempts()
         quotas = f"{_CORE}/namespaces/{layout.namespace}/resourcequotas"
         self._quotas = QuotaWatch(api, quotas, self._make_refused_pods)
 
@@ -93,14 +98,18 @@ class KubernetesDriver:
         Fields that somebody else has set are taken back: the deployer decides about all that it applies, and the number
         of pods is not among it.
         """
-        for manifest in manifests.objects(wanted, self._layout):
-            path = _path(self._layout, manifest["kind"], manifest["metadata"]["name"])
-            query = {"fieldManager": DEPLOYER, "force": "true"}
-            try:
-                await self._api.patch(path, manifest, content_type=APPLY, query=query)
-            except ObjectAbsent as error:  # there is no namespace: an apply makes what is absent itself
-                raise ClusterForbidden(f"The API server has no place for {path}: {error}") from error
-        await self.scale(wanted.workflow_id, wanted.replicas)
+        async with self._attempts.begin(wanted.workflow_id, wanted) as attempt:
+            for manifest in manifests.objects(wanted, self._layout):
+                await attempt.send(partial(self._apply_object, manifest))
+            await attempt.send(partial(self.scale, wanted.workflow_id, wanted.replicas))
+
+    async def _apply_object(self, manifest: Manifest) -> None:
+        path = _path(self._layout, manifest["kind"], manifest["metadata"]["name"])
+        query = {"fieldManager": DEPLOYER, "force": "true"}
+        try:
+            await self._api.patch(path, manifest, content_type=APPLY, query=query)
+        except ObjectAbsent as error:  # there is no namespace: an apply makes what is absent itself
+            raise ClusterForbidden(f"The API server has no place for {path}: {error}") from error
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
         """Ask for so many pods; raises `NotDeployed`."""
@@ -124,18 +133,27 @@ class KubernetesDriver:
                 with suppress(NotDeployed):
                     await self.scale(workflow_id, 0)
             return False
+        async with self._attempts.begin(workflow_id, _DELETED) as attempt:
+            return await self._remove_all(workflow_id, attempt)
+
+    async def _remove_all(self, workflow_id: str, attempt: ChangeAttempt) -> bool:
         label = _selector(manifests.selector(workflow_id))
+
+        async def listed(path: str) -> Sequence[Manifest]:
+            items, _ = await attempt.send(partial(self._api.list, path, label))
+            return items
+
         for _ in range(2):  # the second pass finds out whether the first one has left nothing
             left = [
                 (kind, one["metadata"])
                 for kind in _COLLECTIONS
-                for one in (await self._api.list(_path(self._layout, kind), label))[0]
+                for one in await listed(_path(self._layout, kind))
             ]
             if not left:
-                return not (await self._api.list(_path_of_pods(self._layout), label))[0]
+                return not await listed(_path_of_pods(self._layout))
             for kind, metadata in left:
                 if "deletionTimestamp" not in metadata:
-                    await self._remove(kind, metadata)
+                    await attempt.send(partial(self._remove, kind, metadata))
         return False
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:

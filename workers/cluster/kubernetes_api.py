@@ -38,6 +38,7 @@ WATCH_GRACE_SECONDS = 15.0
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 JSON = "application/json"
+_UNREACHED_WEBHOOK = "failed calling webhook"
 
 
 class ObjectAbsent(Exception):
@@ -296,7 +297,8 @@ def _refusal(status: int, message: str) -> Exception:
             return VersionExpired(message)
         case HTTPStatus.REQUEST_TIMEOUT | HTTPStatus.TOO_MANY_REQUESTS:
             return ClusterUnavailable(message)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status < HTTPStatus.BAD_REQUEST:
+    is_failure = status >= HTTPStatus.INTERNAL_SERVER_ERROR or status < HTTPStatus.BAD_REQUEST
+    if is_failure and _UNREACHED_WEBHOOK not in message:
         return ClusterUnavailable(f"The API server failed ({status}): {message}")
     text = f"The API server refused it ({status}): {message}"
     return ClusterForbidden(text) if _is_forbidden(status, message) else ClusterRefused(text)
@@ -305,9 +307,10 @@ def _refusal(status: int, message: str) -> Exception:
 def _is_forbidden(status: int, message: str) -> bool:
     """Tell whether rights or a webhook are in the way: nothing is wrong with the request, nor known of the pods.
 
-    A webhook chooses its own status; a quota answers 403, and says that the object itself is too much.
+    A webhook chooses its own status, and one that can't be reached makes a 500; a quota answers 403, and says that the
+    object itself is too much.
     """
-    if "admission webhook" in message and "denied the request" in message:
+    if ("admission webhook" in message and "denied the request" in message) or _UNREACHED_WEBHOOK in message:
         return True
     is_quota = "exceeded quota" in message
     return status == HTTPStatus.UNAUTHORIZED or (status == HTTPStatus.FORBIDDEN and not is_quota)

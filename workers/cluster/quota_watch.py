@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from workers.cluster.driver import ClusterError
+from workers.cluster.driver import ClusterError, ClusterForbidden
 from workers.cluster.kubernetes_api import KubernetesApi, ObjectAbsent, ObjectConflict, VersionExpired
 from workers.cluster.manifests import Manifest
 
@@ -92,15 +92,22 @@ class QuotaWatch:
         failures = 0
         try:
             while True:  # a stream has no event
-                failures = 0 if await self._listen() else min(failures + 1, MAX_DOUBLINGS)
-                # Longer and longer while nobody answers, or nobody may ask.
+                try:
+                    failures = 0 if await self._listen() else min(failures + 1, MAX_DOUBLINGS)
+                except ClusterForbidden as error:
+                    log.info("quotas not watched", path=self._path, error=str(error))
+                    failures = MAX_DOUBLINGS
+                # Longer and longer while nobody answers, and long at once where nobody may ask.
                 await asyncio.sleep(self.pause_seconds * 2**failures)
         finally:
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
 
     async def _listen(self) -> bool:
-        """List, then take events until the stream ends; tell whether it ended as usual."""
+        """List, then take events until the stream ends; tell whether it ended as usual.
+
+        Raises `ClusterForbidden`.
+        """
         try:
             items, version = await self._api.list(self._path, "")
             listed = {item["metadata"]["name"]: rooms(item) for item in items}
@@ -111,6 +118,8 @@ class QuotaWatch:
             await self._api.watch(self._path, query, seconds=WATCH_SECONDS, on_event=self._take)
         except VersionExpired:
             return True
+        except ClusterForbidden:
+            raise
         except (ClusterError, ObjectAbsent, ObjectConflict) as error:
             log.info("quotas not watched", path=self._path, error=str(error))
             return False

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import structlog
 
 from workers.cluster.changes import Changes
-from workers.cluster.driver import ClusterBusy, ClusterError, ClusterUnavailable
+from workers.cluster.driver import ClusterBusy, ClusterError, ClusterForbidden, ClusterUnavailable
 from workers.cluster.kubernetes_api import KubernetesApi, ObjectAbsent, ObjectConflict, VersionExpired
 from workers.cluster.manifests import WORKFLOW_ANNOTATION, WORKFLOW_LABEL, Manifest
 
@@ -20,6 +21,8 @@ WATCH_SECONDS: Final = 120
 FIRST_PAUSE_SECONDS: Final = 0.5
 MAX_PAUSE_SECONDS: Final = 10.0
 MAX_DOUBLINGS: Final = 16
+PROBE_SECONDS: Final = 15.0
+"""Between two lists while the API server forbids them, those of all collections together."""
 STEADY_SECONDS: Final = 30.0
 """A stream that lasted so long is opened again at once; shorter ones after longer and longer pauses."""
 _UNUSED: Final[Mapping[str, Sequence[str]]] = {
@@ -123,6 +126,9 @@ class WatchCache:
         self._followers: set[asyncio.Task[Any]] = set()
         self._outcome = asyncio.Event()
         """Set when a list has come or failed."""
+        self.probe_seconds = PROBE_SECONDS
+        self._probe_at = 0.0
+        self._listed = asyncio.Event()
 
     @property
     def is_open(self) -> bool:
@@ -189,6 +195,7 @@ class WatchCache:
         pauses = 0
         while True:
             began_at = loop.time()
+            is_forbidden = False
             try:
                 items, version = await self._api.list(collection.path, self._label)
                 self._tell(collection.replace(items, version))
@@ -200,6 +207,7 @@ class WatchCache:
                 log.info("cluster busy", path=collection.path, seconds=error.retry_seconds)
             except (ClusterError, ObjectAbsent, ObjectConflict) as error:
                 log.warning("cluster not watched", path=collection.path, error=str(error))
+                is_forbidden = isinstance(error, ClusterForbidden)
                 if collection.is_synced:
                     collection.is_synced = False  # the next list tells whether it is out of reach
                 elif isinstance(error, ClusterError):
@@ -207,10 +215,29 @@ class WatchCache:
             if loop.time() - began_at > STEADY_SECONDS:
                 pauses = 0
                 continue
+            if is_forbidden:
+                await self._pause_probe(requests=2 if collection.error is None else 1)
+                continue
             pause_seconds = min(self.first_pause_seconds * 2**pauses, MAX_PAUSE_SECONDS)
             pauses = min(pauses + 1, MAX_DOUBLINGS)
             # Not all that were cut off at once come back at once.
             await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311
+
+    async def _pause_probe(self, *, requests: int) -> None:
+        """Wait until a collection may be asked for again that was forbidden by the last of so many requests.
+
+        The collections take turns. Rights are usually granted for all of them at once: a list that is answered ends the
+        pauses of lists that were forbidden. A list that was answered before its watch was forbidden proves nothing.
+        """
+        loop = asyncio.get_running_loop()
+        probe_at = self._probe_at = max(self._probe_at, loop.time()) + requests * self.probe_seconds
+        if requests > 1:
+            await asyncio.sleep(probe_at - loop.time())
+            return
+        self._listed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(probe_at):
+                await self._listed.wait()
 
     async def _take_events(self, collection: WatchedCollection, version: str) -> None:
         def take(event: Manifest) -> None:
@@ -227,6 +254,8 @@ class WatchCache:
 
     def _set_outcome(self, collection: WatchedCollection, error: ClusterError | None) -> None:
         collection.is_synced, collection.error = error is None, error
+        if error is None:
+            self._listed.set()
         self._outcome.set()
 
     def _tell(self, workflow_ids: set[str]) -> None:

@@ -34,4 +34,5 @@ class ClusterConnection:
                 self.current = await self._open_driver()
                 log.info("cluster opened", cluster=self._cluster)
                 self._on_open(self.current)
+                await asyncio.sleep(0)  # the watch that begins now answers all reads, from the first one on
             return self.current

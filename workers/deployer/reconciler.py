@@ -22,6 +22,7 @@ from models.lifecycle import LifecycleAction
 from workers.cluster.driver import (
     ClusterBusy,
     ClusterError,
+    ClusterForbidden,
     ClusterRefused,
     NotDeployed,
     Reason,
@@ -31,6 +32,7 @@ from workers.cluster.driver import (
 from workers.deployer import comparison, rows
 from workers.deployer.comparison import Step
 from workers.deployer.look_queue import Backoff, Retry
+from workers.deployer.refusal_budget import AttemptDeferred, Refusal, RefusalBudget
 from workers.deployer.start_clock import StartClock
 from workers.deployer.start_gate import StartGate
 
@@ -51,8 +53,10 @@ WHILE_CHANGING: Final = Backoff(1.0, 30.0)
 """For pods that come and go: the cluster notifies of them, and a retry makes up for what was missed."""
 WHILE_DRAINING: Final = Backoff(1.0, 1.0)
 """For runs of a drain: nothing notifies of their ends."""
-WHILE_REFUSED: Final = Backoff(5.0, 60.0)
-"""For changes that the cluster refuses: each attempt costs up to seven requests, and nothing notifies of a cure."""
+WHILE_UNAVAILABLE: Final = Backoff(5.0, 60.0)
+"""For changes that the cluster has not answered."""
+WHILE_REFUSED: Final = Backoff(10.0, 60.0)
+"""For changes that the cluster refuses: nothing notifies of a cure."""
 WHILE_WAITING_IN_TURN: Final = Backoff(15.0, 60.0)
 """For starts that wait for others: the end of one asks for the next look."""
 MARGIN_SECONDS: Final = 0.05
@@ -61,7 +65,7 @@ SHARE_OF_HOLD: Final = 0.9
 """After so much of the time for which a workflow is held, its changes are cut off."""
 LATER: Final = Retry(WHILE_CHANGING)
 IN_TURN: Final = Retry(WHILE_WAITING_IN_TURN)
-MUCH_LATER: Final = Retry(WHILE_REFUSED)
+MUCH_LATER: Final = Retry(WHILE_UNAVAILABLE)
 AT_ONCE: Final = Retry(WHILE_CHANGING, within_seconds=0)
 """For a row that somebody else has changed since it was read."""
 
@@ -105,6 +109,7 @@ class Reconciler:
         """Workflows that this process has applied: others may have done so with other settings."""
         self._clock = StartClock()
         self._gate = StartGate(settings.starts_at_once, on_admit)
+        self._refusals = RefusalBudget()
 
     async def look(self, workflow_id: str) -> LookResult:
         """Bring a workflow nearer to what is desired; raises `DatabaseUnavailable`."""
@@ -145,8 +150,12 @@ class Reconciler:
             return await self._bring_about(driver, workflow_id, found, observed)
         except ClusterBusy as error:
             return _put_off(workflow_id, error)
-        except ClusterRefused as error:
-            return await self._note_trouble(workflow_id, error, comparison.refused, MUCH_LATER)
+        except AttemptDeferred as error:
+            retry = Retry(Backoff(error.seconds, error.seconds))
+            return await self._note_refusal(workflow_id, error.refusal, retry)
+        except (ClusterForbidden, ClusterRefused) as error:
+            self._refusals.charge(workflow_id, _generation(found), error)
+            return await self._note_refusal(workflow_id, error, Retry(WHILE_REFUSED))
         except ClusterError as error:
             return await self._note_trouble(workflow_id, error, comparison.unknown, MUCH_LATER)
 
@@ -158,6 +167,11 @@ class Reconciler:
             return await self._remove_unknown(driver, observed)
         deployment = found.deployment
         step = self._step(deployment, observed)
+        stale = comparison.replaceable(deployment, observed, now=found.now)
+        if step is not Step.NONE or stale:
+            self._refusals.require(workflow_id, deployment.generation)
+        else:
+            self._refusals.forget(workflow_id)
         if comparison.is_start(deployment, observed, step) and not self._gate.admit(
             workflow_id, deployment.organization_id
         ):
@@ -167,7 +181,7 @@ class Reconciler:
         if not deployment.is_deployed:
             self._forget_start(workflow_id)
             return None
-        if stale := comparison.replaceable(deployment, observed, now=found.now):
+        if stale:
             observed = await self._replace(driver, workflow_id, stale)
         return await self._note_observed(found, observed)
 
@@ -257,7 +271,9 @@ class Reconciler:
     async def _remove_unknown(self, driver: Driver, observed: Observed) -> Retry | None:
         """Remove what no row accounts for."""
         if not observed.exists and not observed.pods:
+            self._refusals.forget(observed.workflow_id)
             return None
+        self._refusals.require(observed.workflow_id, None)
         log.warning("deployment without a row removed", workflow_id=observed.workflow_id)
         return None if await driver.delete(observed.workflow_id) else LATER
 
@@ -342,6 +358,10 @@ class Reconciler:
             await self._broker.announce({deployments.changed(deployment.workflow_id): ""})
         return retry
 
+    async def _note_refusal(self, workflow_id: str, refusal: Refusal, retry: Retry) -> Retry:
+        sighting = comparison.refused if isinstance(refusal, ClusterRefused) else comparison.unknown
+        return await self._note_trouble(workflow_id, refusal, sighting, retry)
+
     async def _note_trouble(
         self, workflow_id: str, error: ClusterError, told: Callable[[Deployment, str], Sighting], retry: Retry
     ) -> Retry:
@@ -365,6 +385,10 @@ class Reconciler:
         await self._database.transaction(
             partial(deployment_token.revoke_superseded, workflow_id=workflow_id, before=before, now=found.now)
         )
+
+
+def _generation(found: Found | None) -> int | None:
+    return None if found is None else found.deployment.generation
 
 
 def _put_off(workflow_id: str, error: ClusterBusy) -> Retry:
