@@ -17,6 +17,7 @@ from senders import delivery_keys, forms, mail_forms, ses, sns
 from senders.arrival import Arrival, json_of
 from senders.forms import Form
 from senders.refusals import Refused
+from senders.ses import ReceivedMail
 
 RAW_TYPE: Final = "message/rfc822"
 SENDER_HEADER: Final = "X-Envelope-From"
@@ -127,11 +128,12 @@ def mail_key(arrival: Arrival, kind: MailKind) -> str | None:
             return None
         case MailKind.SNS:
             mail = ses.received(sns.parse(arrival))
-            return None if mail is None else mail.key
+            return None if mail is None else _ses_key(mail)
         case MailKind.NATIVE:
             return _native_key(arrival.json if arrival.body else {})
         case MailKind.RAW:
-            return _raw_key(arrival)
+            arrival.require_patience()
+            return _raw_key(arrival.body, raw_envelope(arrival).recipients)
     form = fields(arrival)
     arrival.require_patience()
     content = _content_digest(form, kind)
@@ -160,14 +162,25 @@ def _kind_of_json(body: Json) -> MailKind:
     return MailKind.NATIVE
 
 
-def _raw_key(arrival: Arrival) -> str:
-    arrival.require_patience()
+def _raw_key(raw: bytes, recipients: Sequence[str]) -> str:
     try:
-        content = reading.read(arrival.body, _drop_attachment).content_digest
+        content = reading.read(raw, _drop_attachment).content_digest
     except InvalidMail:
-        content = sha256(arrival.body).hexdigest()
-    message_id = message_id_in(memoryview(arrival.body)) or ""
-    return delivery_keys.of("mail", message_id, content, *raw_envelope(arrival).recipients)
+        content = sha256(raw).hexdigest()
+    return delivery_keys.of("mail", message_id_in(memoryview(raw)) or "", content, *recipients)
+
+
+def _ses_key(mail: ReceivedMail) -> str:
+    """Return the key of a mail of Amazon SES, which gives the same mail another id each time that it arrives.
+
+    The content of a stored mail is not at hand: its headers take the place, where they prove what it is.
+    """
+    if mail.content is not None:
+        return _raw_key(mail.content, mail.recipients)
+    proven = mail.proven_headers
+    if proven is None:
+        return delivery_keys.of("ses", mail.mail_id)
+    return delivery_keys.of("stored-mail", *proven, *mail.recipients)
 
 
 def _native_key(body: Json) -> str | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from engine.values import Json
-from senders import delivery_keys
 from senders.arrival import json_of
 from senders.refusals import Refused
 from senders.sns import Message, MessageType
 
+_NAMING_HEADERS: Final = ("message-id", "from", "subject", "date")
 _VERDICTS: Final = ("spam", "virus", "spf", "dkim", "dmarc")
 
 
@@ -30,7 +30,7 @@ class ReceivedMail:
     """A mail that SES has received."""
 
     mail_id: str
-    """As SES names it, by which it is known again in another notification."""
+    """Name of SES for this arrival of the mail; the same in each notification of it."""
     sender: str
     """Of the envelope; empty for what is sent automatically."""
     recipients: Sequence[str]
@@ -47,9 +47,22 @@ class ReceivedMail:
     stored: StoredMail | None
 
     @property
-    def key(self) -> str:
-        """By which the mail is known again."""
-        return delivery_keys.of("ses", self.mail_id)
+    def proven_headers(self) -> Sequence[str] | None:
+        """Headers that tell this mail from every other, in a fixed order; None where they prove too little.
+
+        The body hashes of DKIM (RFC 6376, `bh`) stand for the content. They count only where SES has found a signature
+        valid, and where each covers the whole body (no `l`): otherwise a mail with another content could have the same.
+        """
+        if self.verdicts.get("dkim") != "PASS" or self.are_headers_truncated:
+            return None
+        found: dict[str, list[str]] = {}
+        for name, value in self.headers:
+            found.setdefault(name.lower(), []).append(" ".join(value.split()))
+        tags = [dict(_tags(signature)) for signature in found.get("dkim-signature", ())]
+        if not found.get("message-id") or not tags or any("l" in each or "bh" not in each for each in tags):
+            return None
+        named = [value for name in _NAMING_HEADERS for value in [name, *found.get(name, ())]]
+        return [*named, *sorted(each["bh"] for each in tags)]
 
 
 def received(message: Message) -> ReceivedMail | None:
@@ -116,6 +129,14 @@ def _verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
         if isinstance(status, str):
             found[name] = status
     return found
+
+
+def _tags(signature: str) -> Iterator[tuple[str, str]]:
+    """Return the tags of a DKIM signature, without white space."""
+    for tag in "".join(signature.split()).split(";"):
+        name, _, value = tag.partition("=")
+        if value:
+            yield name, value
 
 
 def _object(members: Mapping[str, Json], name: str) -> Mapping[str, Json]:

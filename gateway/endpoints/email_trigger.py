@@ -289,8 +289,9 @@ async def _of_topic(handed: Handed) -> JsonResponse:
     unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
     if mail.stored is not None:
         stored = await _stored(handed, mail.stored)
-        return await _take_in_unread(handed, msgspec.structs.replace(unread, stored=stored))
-    return await _take_in_unread(handed, unread, _content(mail))
+        unread = msgspec.structs.replace(unread, stored=stored)
+        return await _take_in_unread(handed, unread, ses_id=mail.mail_id)
+    return await _take_in_unread(handed, unread, _content(mail), ses_id=mail.mail_id)
 
 
 def _content(mail: ReceivedMail) -> bytes:
@@ -326,7 +327,9 @@ async def _noted(handed: Handed, what: str, told: str) -> JsonResponse:
     return JsonResponse(MailNoted(noted=what))
 
 
-async def _take_in_unread(handed: Handed, unread: Unread, content: bytes | None = None) -> JsonResponse:
+async def _take_in_unread(
+    handed: Handed, unread: Unread, content: bytes | None = None, *, ses_id: str = ""
+) -> JsonResponse:
     """Take in what a worker is to read; a large content is durable before its run is."""
     blobs, organization_id = handed.request.gateway.blobs, handed.addressee.workflow.organization_id
     if content is not None and len(content) <= MAX_INLINE_BYTES:
@@ -347,7 +350,7 @@ async def _take_in_unread(handed: Handed, unread: Unread, content: bytes | None 
             kept = msgspec.structs.replace(unread, blob=blob)
         return Message((kept or unread).as_json(), is_read=False, execution_id=execution_id)
 
-    return await _take_in(handed, message, is_large=content is not None)
+    return await _take_in(handed, message, is_large=content is not None, ses_id=ses_id)
 
 
 async def _take_in(
@@ -356,14 +359,18 @@ async def _take_in(
     promise: IdempotencyKey | None = None,
     *,
     is_large: bool = False,
+    ses_id: str = "",
 ) -> JsonResponse:
-    """Run the workflow on a mail, or answer as to the same mail before; `message` makes what the run is given."""
+    """Run the workflow on a mail, or answer as to the same mail before; `message` makes what the run is given.
+
+    `ses_id` is the name that Amazon SES has given the mail.
+    """
     gateway, workflow = handed.request.gateway, handed.addressee.workflow
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
     key = await patience.patiently(mail_kinds.mail_key, handed.arrival, handed.kind)
     if promise is None and key is not None:
         promise = handed.note.derived_key = promises.derived("mail", workflow.id, key)
-    own_key = _own_key(handed, key)
+    own_key = _own_key(handed, key, ses_id)
     status = OK if handed.kind in MAILGUN else CREATED
     # What is there already needn't be kept once more only to find that out; but a key must be used up.
     if is_large and promise is not None and own_key is None:
@@ -394,8 +401,13 @@ async def _take_in(
     return _answer(handed, accepted, status)
 
 
-def _own_key(handed: Handed, key: str | None) -> IdempotencyKey | None:
-    """Return the key of the delivery itself: what was signed for one mail is good for no other."""
+def _own_key(handed: Handed, key: str | None, ses_id: str) -> IdempotencyKey | None:
+    """Return the key of the delivery itself: what was signed for one mail is good for no other.
+
+    Several actions of a rule of SES may each tell of one mail, which they name alike.
+    """
+    if ses_id:
+        return promises.derived("ses", handed.workflow_id, ses_id)
     if handed.proof.delivery_key is None:
         return None
     return promises.derived(

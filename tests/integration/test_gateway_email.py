@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 from unittest.mock import AsyncMock
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import update
@@ -256,6 +259,50 @@ async def test_a_mail_is_known_again_and_a_token_of_mailgun_is_good_for_one_mail
     fresh = BY_NAME["mg_raw_mime"].steps[0]
     refused(await mails.post(workflow_id, fresh), 406, "mail-refused")
     refused(await mails.post(workflow_id, BY_NAME["sg_parsed_basic"].steps[0]), 409, "workflow-not-active")
+
+
+def notified(step: Step, content: str, ses_id: str) -> Step:
+    """Return another notification of SES, of a mail with a content and the id that SES gives it."""
+    envelope = json.loads(step.body)
+    told = json.loads(envelope["Message"])
+    told["content"] = b64encode(content.encode()).decode()
+    told["mail"]["messageId"] = ses_id
+    envelope |= {"Message": json.dumps(told), "MessageId": str(uuid4())}
+    return replace(step, body=json.dumps(envelope).encode())
+
+
+async def test_a_notification_of_sns_that_is_repeated_is_one_run(mails: MailWorld, people: People) -> None:
+    workflow_id = await mails.workflow(people.owner, **await mails.whole_config(people.owner))
+    for name in ("ses_sns_base64_v2", "ses_s3_action"):
+        step = BY_NAME[name].steps[0]
+        answers = await asyncio.gather(*(mails.post(workflow_id, step) for _ in range(5)))
+        assert {answer.status_code for answer in answers} == {201}
+        (execution_id,) = {answer.json()["executionId"] for answer in answers}
+        await mails.read(execution_id)
+    assert len(await mails.rows(Execution, workflow_id=workflow_id)) == 2
+
+
+async def test_a_mail_that_ses_received_twice_is_one_run(mails: MailWorld, people: People) -> None:
+    """A mail server sends a mail again whose receipt it has not heard of; SES gives it another id."""
+    owner = people.owner
+    workflow_id = await mails.workflow(owner)
+
+    async def run_of(step: Step) -> str:
+        answer = await mails.post(workflow_id, step, owner.key)
+        assert answer.status_code == 201, answer.text
+        execution_id: str = answer.json()["executionId"]
+        return execution_id
+
+    step = BY_NAME["ses_sns_base64_v2"].steps[0]
+    told = json.loads(json.loads(step.body)["Message"])
+    content = b64decode(told["content"]).decode()
+    first = await run_of(step)
+    assert await run_of(notified(step, content, "another-id")) == first
+    assert await run_of(notified(step, f"Received: from elsewhere\r\n{content}", "a-third-id")) == first
+    other = content.replace("Subject: ", "Subject: Re: ")
+    assert await run_of(notified(step, other, "a-fourth-id")) != first
+    # Whoever of several actions of a rule tells of it, it is one mail of SES.
+    assert await run_of(notified(step, other, told["mail"]["messageId"])) == first
 
 
 async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again(

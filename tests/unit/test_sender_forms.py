@@ -1,5 +1,6 @@
 """Forms of senders: whole where they are in order, refused where not, and never the more work for being made so."""
 
+import json
 import time
 from base64 import b64encode
 from binascii import b2a_qp
@@ -333,6 +334,71 @@ def test_a_mail_as_json_is_known_by_the_message_id_that_its_caller_gives() -> No
     assert native(sent % (b"a", b"1")) != native(sent % (b"b", b"1"))
     for body in (b"", b"{}", b"[]", b'{"email_headers": []}', b'{"email_headers": {"Message-ID": 1}}'):
         assert native(body) is None
+
+
+def stored_key(ses_id: str, *, dkim: str = "PASS", **headers: str | None) -> str | None:
+    """Return the key of a mail that SES has stored; `headers` replace the usual ones, or with None remove them."""
+    usual = {
+        "From": "a@example.org",
+        "Subject": "One",
+        "Date": "Tue, 1 Sep 2026 11:59:20 +0000",
+        "Message-ID": "<1@test>",
+        "DKIM-Signature": "v=1; d=example.org; bh=aGFz\r\n aA==; b=c2ln",
+    }
+    told = {
+        "notificationType": "Received",
+        "mail": {
+            "messageId": ses_id,
+            "source": "a@example.org",
+            "headers": [
+                {"name": name, "value": value}
+                for name, value in {**usual, **headers}.items()
+                if value is not None
+            ],
+            "commonHeaders": {},
+        },
+        "receipt": {
+            "recipients": ["b@in.test"],
+            "dkimVerdict": {"status": dkim},
+            "action": {"type": "S3", "bucketName": "b", "objectKey": "k"},
+        },
+    }
+    message = {
+        "Type": "Notification",
+        "MessageId": "1",
+        "TopicArn": "arn:aws:sns:us-east-1:111122223333:inbound-mail",
+        "Message": json.dumps(told),
+        "Timestamp": "2026-09-01T11:59:54.000Z",
+        "SignatureVersion": "2",
+        "Signature": "s",
+        "SigningCertURL": "https://example.org",
+    }
+    return mail_kinds.mail_key(mail(json.dumps(message).encode(), "application/json"), MailKind.SNS)
+
+
+def test_a_stored_mail_is_known_by_headers_that_prove_its_content() -> None:
+    assert stored_key("1") == stored_key("2", Received="from elsewhere")
+    assert stored_key("1") == stored_key("2", **{"DKIM-Signature": "v=1; bh=aGFzaA==; b=new; d=example.org"})
+    for name in ("From", "Subject", "Date", "Message-ID"):
+        assert stored_key("1") != stored_key("1", **{name: "other"})
+    assert stored_key("1") != stored_key("1", **{"DKIM-Signature": "v=1; bh=b3RoZXI=; b=c2ln"})
+
+
+@pytest.mark.parametrize(
+    ("dkim", "headers"),
+    [
+        ("FAIL", {}),
+        ("PASS", {"Message-ID": None}),
+        ("PASS", {"DKIM-Signature": None}),
+        ("PASS", {"DKIM-Signature": "v=1; b=c2ln"}),
+        ("PASS", {"DKIM-Signature": "v=1; bh=aGFzaA==; l=10; b=c2ln"}),
+    ],
+)
+def test_a_stored_mail_whose_headers_prove_nothing_is_known_by_its_id(
+    dkim: str, headers: dict[str, str | None]
+) -> None:
+    assert stored_key("1", dkim=dkim, **headers) == stored_key("1", dkim=dkim, **headers)
+    assert stored_key("1", dkim=dkim, **headers) != stored_key("2", dkim=dkim, **headers)
 
 
 # ── whatever comes ──────────────────────────────────────────────────────────────────────────────────────────
