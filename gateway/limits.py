@@ -155,6 +155,8 @@ TRIGGER_ASYNC_SECONDS: Final = 30
 """Seconds that an asynchronous trigger waits for a pod to take its run, its start included."""
 WAKES_WAITING: Final = 1_000
 """Triggers that wait at one gateway for one deployment to start; more get 503."""
+EXPANDED_BYTES: Final = 10_000_000
+"""Bytes of outputs kept as blobs that one answer shows with `?expand=blobs`; others stay explained."""
 TRIGGER_OUTPUT_CHARACTERS: Final = 20_000_000
 """Characters of the outputs that a synchronous trigger answers with, as JSON; the execution has larger ones."""
 TRIGGER_TYPE_LENGTH: Final = 64

@@ -724,7 +724,14 @@ EXECUTIONS: Sequence[Line] = (
         body=bulk.Bulk,
         answer=bulk.BulkDone,
     ),
-    Line("GET", "/api/v1/executions/{id}", READ, executions.show, answer=ExecutionShape),
+    Line(
+        "GET",
+        "/api/v1/executions/{id}",
+        READ,
+        executions.show,
+        query=(executions.EXPAND,),
+        answer=ExecutionShape,
+    ),
     Line(
         "GET",
         "/api/v1/executions/{id}/progress",

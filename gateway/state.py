@@ -23,6 +23,7 @@ from gateway.deployments.pod_logs import PodLogs
 from gateway.executions.acceptance import Acceptances
 from gateway.executions.backlog import Backlog
 from gateway.executions.execution_access import ExecutionAccess
+from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
 from gateway.executions.rates import Rates
 from gateway.executions.waiting import Waiting
@@ -77,6 +78,7 @@ class State:
     waiting: Waiting
     access: ExecutionAccess
     live_events: LiveEvents
+    large_outputs: LargeOutputs
     vault: Vault
     probes: Probes
     forms: Forms
@@ -131,7 +133,9 @@ async def assembled(
     activation = Activation(database, broker, waiting)
     access = ExecutionAccess(database)
     workflows = WorkflowCache(database, catalog)
-    live_events = LiveEvents(database, waiting, authenticator, access)
+    live_events = LiveEvents(
+        database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
+    )
     forms = Forms()
     pod_logs = PodLogs(broker)
     # Behind an endpoint of a VPC, the address of SNS is a private one.
@@ -165,6 +169,7 @@ async def assembled(
                 waiting=waiting,
                 access=access,
                 live_events=live_events,
+                large_outputs=live_events.large_outputs,
                 vault=vault,
                 probes=Probes(vault, settings, database.clock),
                 forms=forms,

@@ -224,14 +224,24 @@ class PostgreSQLStore:
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
         """Return where runs are; see `Store.progress`."""
         outputs: dict[str, list[tuple[str, str]]] = {}
+        references: dict[str, list[str]] = {}
         rows = await self._fetch(_PROGRESS, *columns(dict.fromkeys(keys), 2))
         for row in rows:
             of_run = outputs.setdefault(row[0], [])
             if row[5] is not None:
                 of_run.append((row[5], row[6]))
+                if row[8]:
+                    references.setdefault(row[0], []).append(row[5])
         firsts = {row[0]: row for row in reversed(rows)}
         return [
-            Progress(row[0], ExecutionStatus(row[1]), row[2], row[3], row[4], outputs[row[0]], row[7])
+            Progress(
+                row[0],
+                ExecutionStatus(row[1]),
+                *(row[2], row[3], row[4]),
+                outputs[row[0]],
+                row[7],
+                references.get(row[0], ()),
+            )
             for row in firsts.values()
         ]
 
@@ -576,7 +586,7 @@ GROUP BY execution_id
 """
 _PROGRESS = """
 SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id,
-    coalesce(span.output, span.output_blob), progress
+    coalesce(span.output, span.output_blob), progress, span.output IS NULL
 FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
 LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lane
     AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.iteration = ''

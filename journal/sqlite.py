@@ -520,7 +520,9 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
         ).fetchone()
         if row is None:
             continue
-        outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL else ()
+        found_outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL else ()
+        outputs = [(node_id, text) for node_id, text, _ in found_outputs]
+        references = [node_id for node_id, _, is_reference in found_outputs if is_reference]
         status, completed_nodes, total_nodes, error, percent = row
         found.append(
             Progress(
@@ -531,13 +533,14 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
                 error,
                 outputs,
                 percent,
+                references,
             )
         )
     return found
 
 
 _OUTPUTS = (
-    "SELECT node_id, coalesce(output, output_blob) AS shown FROM span"
+    "SELECT node_id, coalesce(output, output_blob) AS shown, output IS NULL FROM span"
     " WHERE execution_id = ? AND lane = ? AND iteration = '' AND shown IS NOT NULL AND ended_at IS NOT NULL"
 )
 

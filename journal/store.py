@@ -275,6 +275,8 @@ class Progress(msgspec.Struct, frozen=True):
     """Node id and JSON text, of nodes that have one."""
     percent: int = 0
     """Of the run that is done, while it goes on."""
+    references: Sequence[str] = ()
+    """Ids of the nodes whose text is the reference to a blob."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -517,6 +517,8 @@ def run(
 
         live_view.show(workflow, client.follow(execution_id))
     result = client.result(execution_id)
+    if output is not OutputChoice.NONE and run_outputs.find_omitted(result["outputs"]):
+        result["outputs"] = client.expanded_outputs(execution_id)
     _print_outputs(execution_id, result, output, connections)
     if result["status"] != "completed":
         error = result["error"]
@@ -557,6 +559,9 @@ def _print_outputs(
     outputs = result["outputs"]
     if choice is OutputChoice.NONE:
         return
+    for node_id, note in run_outputs.find_omitted(outputs).items():
+        told = f"pilotflame: the output of {node_id} has {note['bytes']:,} bytes and is not shown: GET {note['url']}"
+        typer.echo(_visible(told), err=True)
     if choice is OutputChoice.JSON:
         shown = {"executionId": execution_id} | {
             name: result[name] for name in ("status", "outputs", "error")

@@ -130,6 +130,12 @@ class Client:
             if progress["status"] in TERMINAL:
                 return progress
 
+    def expanded_outputs(self, execution_id: str) -> dict[str, Any]:
+        """Return the outputs of a run by node id, large ones as far as one answer shows them."""
+        path = f"{_execution(execution_id)}?expand=blobs"
+        found: dict[str, Any] = self._patiently(lambda: self._answer("GET", path))["outputs"]
+        return found
+
     def logs(self, execution_id: str) -> Iterator[dict[str, Any]]:
         """Yield the log of a run, as far as it is written."""
         return self._listed(f"{_execution(execution_id)}/logs", "logs")

@@ -33,6 +33,15 @@ def select_last(outputs: Mapping[str, Any], connections: Iterable[Mapping[str, A
     return {node_id: output for node_id, output in outputs.items() if node_id not in followed}
 
 
+def find_omitted(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the notes about outputs that an answer explains instead of showing them, by node id."""
+    return {
+        node_id: output["omitted"]
+        for node_id, output in outputs.items()
+        if isinstance(output, dict) and output.keys() == {"$blob", "omitted"}
+    }
+
+
 def render(value: object) -> str:
     """Return a value as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)

@@ -22,7 +22,7 @@ from gateway.http.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeN
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import Wire
-from journal.blobs.backend import BlobLost, BlobsUnavailable
+from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from models import ids
 from models.execution import ExecutionStatus
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from starlette.types import ASGIApp
 
+    from gateway.executions.large_outputs import ShownOutputs
     from journal.store import ExecutionKey
 
 log = structlog.get_logger()
@@ -46,6 +47,12 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+class Expansion(StrEnum):
+    """What an answer shows besides what it shows anyway."""
+
+    BLOBS = "blobs"
 
 
 WORKFLOW_ID = Text("workflow_id", "Only executions of this workflow.")
@@ -69,7 +76,12 @@ RECORDS = WholeNumber(
 NODE_ID = Text("node_id", "Only spans of this node.")
 SPAN_STATUS = Choices("status", "Only spans in one of these states.", SpanStatus)
 LEVEL = Choices("level", "Only lines of one of these levels.", LogLevel)
-SPANS = (NODE_ID, SPAN_STATUS, RECORDS, OFFSET)
+EXPAND = Choices(
+    "expand",
+    f"`blobs`: show outputs that are kept as blobs, up to {limits.EXPANDED_BYTES:,} bytes in one answer.",
+    Expansion,
+)
+SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 LOGS = (LEVEL, RECORDS, OFFSET)
 
 
@@ -151,7 +163,10 @@ async def show(request: Request) -> JsonResponse:
         found = await execution_rows.find(connection, request.path_params["id"], request.caller)
     if found is None:
         raise errors.not_found("execution")
-    return JsonResponse(execution_shapes.whole(found))
+    owner = Owner(found.execution.organization_id, found.execution.key_id)
+    texts = [text for node_id, text in found.outputs if node_id in found.references]
+    outputs = await _outputs_shown(request, found.execution.id, owner, texts)
+    return JsonResponse(execution_shapes.whole(found, outputs))
 
 
 async def progress(request: Request) -> JsonResponse:
@@ -161,7 +176,8 @@ async def progress(request: Request) -> JsonResponse:
     found = await request.gateway.waiting.progress(key, wait_seconds)
     if found is None:
         raise errors.not_found("execution")
-    return JsonResponse(execution_shapes.progress(found))
+    outputs = request.gateway.large_outputs.explain(key.execution_id)
+    return JsonResponse(execution_shapes.progress(found, outputs))
 
 
 async def spans(request: Request) -> JsonResponse:
@@ -172,7 +188,11 @@ async def spans(request: Request) -> JsonResponse:
     key = await _visible(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.spans(connection, key, part, node_id=node_id, statuses=statuses)
-    shown = [execution_shapes.span(row) for row in rows]
+    texts = [row.input for row in rows if row.input_is_reference]
+    texts += [row.output for row in rows if row.output_is_reference]
+    owner = await _owner(request, key) if texts else None
+    outputs = await _outputs_shown(request, key.execution_id, owner, texts)
+    shown = [execution_shapes.span(row, outputs) for row in rows]
     return JsonResponse(SpanList(count=count, limit=part.limit, offset=part.offset, spans=shown))
 
 
@@ -209,10 +229,7 @@ async def blob(request: Request) -> Download:
     The kind of content is that of the value; browsers are told to save it and not to show it.
     """
     key = await _visible(request)
-    async with request.gateway.database.read() as connection:
-        owner = await execution_rows.blob_owner(connection, key)
-    if owner is None:
-        raise errors.not_found("execution")
+    owner = await _owner(request, key)
     try:
         return await Download.of(request.gateway.blobs, owner, request.path_params["sha256"])
     except BlobLost as error:
@@ -274,6 +291,25 @@ async def resume(request: Request) -> JsonResponse:
 
 
 # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _owner(request: Request, key: ExecutionKey) -> Owner:
+    """Return under whose name the contents of an execution are kept; raises 404."""
+    async with request.gateway.database.read() as connection:
+        owner = await execution_rows.blob_owner(connection, key)
+    if owner is None:
+        raise errors.not_found("execution")
+    return owner
+
+
+async def _outputs_shown(
+    request: Request, execution_id: str, owner: Owner | None, references: Sequence[str]
+) -> ShownOutputs:
+    """Return the view of an execution's outputs that the query asks for."""
+    large_outputs = request.gateway.large_outputs
+    if owner is None or not references or Expansion.BLOBS not in request.query[EXPAND]:
+        return large_outputs.explain(execution_id)
+    return await large_outputs.expand(execution_id, owner, references)
 
 
 async def _visible(request: Request) -> ExecutionKey:

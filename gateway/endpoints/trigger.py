@@ -238,7 +238,11 @@ async def _output(request: Request, accepted: Accepted, times: Times) -> dict[st
         found = await results.leaves(
             connection, key, definition, max_characters=limits.TRIGGER_OUTPUT_CHARACTERS
         )
-    return {node_id: msgspec.Raw(leaf.text) for node_id, leaf in found.items()}
+    outputs = request.gateway.large_outputs.explain(key.execution_id)
+    return {
+        node_id: outputs.show(leaf.text.decode(), is_reference=leaf.is_blob)
+        for node_id, leaf in found.items()
+    }
 
 
 def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:

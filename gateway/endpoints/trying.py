@@ -123,7 +123,8 @@ async def _tried(request: Request, key: ExecutionKey, progress: Progress) -> Tri
         error=None if progress.error is None else Raw(progress.error),
         logs=[execution_shapes.log(row) for row in lines],
     )
-    for span in (execution_shapes.span(row) for row in spans if not row.iteration):
+    outputs = request.gateway.large_outputs.explain(key.execution_id)
+    for span in (execution_shapes.span(row, outputs) for row in spans if not row.iteration):
         tried.output, tried.port = span.output_data, span.port
         tried.error = span.error or tried.error
         tried.unresolved = span.unresolved

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from sqlalchemy import BigInteger, Row, and_, func, literal, select
+from sqlalchemy import BigInteger, Row, and_, func, literal, or_, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
@@ -44,6 +44,9 @@ SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
 _source = aliased(SpanRow)
 _SHOWN: Final = func.coalesce(col(SpanRow.output), col(SpanRow.output_blob))
 """An output, or the reference to one that is too large for a row."""
+_IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_blob).is_not(None)).label(
+    "output_is_reference"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Whole:
     data: ExecutionData
     outputs: Sequence[tuple[str, str]]
     """Node id and JSON text, of the nodes that have given something out so far."""
+    references: Sequence[str]
+    """Ids of the nodes whose text is the reference to a blob."""
 
 
 async def page(
@@ -151,7 +156,7 @@ async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -
     if data is None:
         return None  # it is being deleted, after all its days
     outputs = (
-        select(col(SpanRow.node_id), _SHOWN.label("output"))
+        select(col(SpanRow.node_id), _SHOWN.label("output"), _IS_REFERENCE)
         .where(
             col(SpanRow.execution_id) == execution_id,
             col(SpanRow.lane) == caller.lane,
@@ -161,8 +166,13 @@ async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -
         )
         .order_by(col(SpanRow.sequence))
     )
-    found = [(row.node_id, row.output) for row in await connection.execute(outputs)]
-    return Whole(Execution(**execution), ExecutionData(**data), found)
+    rows = (await connection.execute(outputs)).all()
+    return Whole(
+        Execution(**execution),
+        ExecutionData(**data),
+        [(row.node_id, row.output) for row in rows],
+        [row.node_id for row in rows if row.output_is_reference],
+    )
 
 
 async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> Owner | None:
@@ -194,7 +204,15 @@ _SPANS: Final = select(
     func.coalesce(
         col(SpanRow.input), col(SpanRow.input_blob), col(_source.output), col(_source.output_blob)
     ).label("input"),
+    and_(
+        col(SpanRow.input).is_(None),
+        or_(
+            col(SpanRow.input_blob).is_not(None),
+            and_(col(_source.output).is_(None), col(_source.output_blob).is_not(None)),
+        ),
+    ).label("input_is_reference"),
     _SHOWN.label("output"),
+    _IS_REFERENCE,
     col(SpanRow.error),
     col(SpanRow.unresolved),
     col(SpanRow.hashes),

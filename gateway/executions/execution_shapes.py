@@ -16,6 +16,7 @@ from models.execution import ExecutionStatus
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded, Whole
+    from gateway.executions.large_outputs import ShownOutputs
     from journal.store import Progress
     from models.execution import Execution
 
@@ -96,6 +97,7 @@ class ExecutionShape(Wire):
     duration_ms: int | None
     config: Raw | UnsetType = UNSET
     outputs: Mapping[str, Raw] | UnsetType = UNSET
+    """By node id. An output over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
     """Null where nobody is to be told of its end."""
 
@@ -109,6 +111,7 @@ class ProgressShape(Wire):
     completed_nodes: int
     total_nodes: int
     outputs: Mapping[str, Raw]
+    """By node id. An output over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
     error: ErrorText | None
 
 
@@ -142,6 +145,7 @@ class SpanShape(Wire):
     duration_ms: int | None
     input_data: Raw | None
     output_data: Raw | None
+    """JSON; over 256 kB it is `{"$blob": …, "omitted": {bytes, reason, message, url}}`, as is `inputData`."""
     error: Raw | None
     unresolved: Raw | Sequence[str]
     hashes: Mapping[str, str] | None
@@ -185,26 +189,26 @@ def listed(execution: Execution) -> ExecutionShape:
     )
 
 
-def whole(found: Whole) -> ExecutionShape:
-    """Return an execution with everything that belongs to it."""
+def whole(found: Whole, outputs: ShownOutputs) -> ExecutionShape:
+    """Return an execution with everything that belongs to it, its outputs as `outputs` shows them."""
     shape = listed(found.execution)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=Raw(unread.shown(found.data.trigger))
     )
     shape.config = Raw(found.data.config)
-    shape.outputs = _outputs(found.outputs)
+    shape.outputs = _outputs(found, outputs)
     shape.follow_up = _follow_up(found.execution)
     return shape
 
 
-def progress(found: Progress) -> ProgressShape:
+def progress(found: Progress, outputs: ShownOutputs) -> ProgressShape:
     return ProgressShape(
         execution_id=found.execution_id,
         status=found.status,
         progress=percent(found.status, found.percent),
         completed_nodes=found.completed_nodes,
         total_nodes=found.total_nodes,
-        outputs=_outputs(found.outputs),
+        outputs=_outputs(found, outputs),
         error=_raw(found.error),
     )
 
@@ -220,7 +224,7 @@ def head(execution: Execution) -> HeadShape:
     )
 
 
-def span(row: Recorded) -> SpanShape:
+def span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
     return SpanShape(
         id=row.id,
         execution_id=row.execution_id,
@@ -236,8 +240,8 @@ def span(row: Recorded) -> SpanShape:
         ended_at=optional_instant(row.ended_at),
         wake_at=optional_instant(row.wake_at),
         duration_ms=_milliseconds(row.started_at, row.ended_at),
-        input_data=_raw(row.input),
-        output_data=_raw(row.output),
+        input_data=_shown(row.input, outputs, is_reference=row.input_is_reference),
+        output_data=_shown(row.output, outputs, is_reference=row.output_is_reference),
         error=_raw(row.error),
         unresolved=_raw(row.unresolved) or (),
         hashes=_hashes(row.hashes),
@@ -261,8 +265,15 @@ def percent(status: str, stored: int) -> int:
     return 100 if status == ExecutionStatus.COMPLETED else stored
 
 
-def _outputs(stored: Sequence[tuple[str, str]]) -> dict[str, Raw]:
-    return {node_id: Raw(output) for node_id, output in stored}
+def _outputs(found: Whole | Progress, outputs: ShownOutputs) -> dict[str, Raw]:
+    references = frozenset(found.references)
+    return {
+        node_id: outputs.show(text, is_reference=node_id in references) for node_id, text in found.outputs
+    }
+
+
+def _shown(text: str | None, outputs: ShownOutputs, *, is_reference: bool) -> Raw | None:
+    return None if text is None else outputs.show(text, is_reference=is_reference)
 
 
 def _raw(text: str | None) -> Raw | None:

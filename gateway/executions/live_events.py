@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from gateway.executions.execution_access import ExecutionAccess
     from gateway.executions.execution_rows import News
+    from gateway.executions.large_outputs import LargeOutputs
     from gateway.executions.waiting import Waiter, Waiting
     from gateway.http.auth import Authenticator
     from gateway.http.wire import Wire
@@ -44,10 +45,16 @@ class LiveEvents:
     """The event streams of one gateway."""
 
     def __init__(
-        self, database: Database, waiting: Waiting, authenticator: Authenticator, access: ExecutionAccess
+        self,
+        database: Database,
+        waiting: Waiting,
+        authenticator: Authenticator,
+        access: ExecutionAccess,
+        large_outputs: LargeOutputs,
     ) -> None:
         self.database = database
         self.waiting = waiting
+        self.large_outputs = large_outputs
         self._authenticator = authenticator
         self._access = access
         self.open = 0
@@ -149,7 +156,8 @@ class EventStream:
             await self._send(send, _event("execution", execution_shapes.head(head), END))
 
     def _events(self, news: News) -> list[bytes]:
-        spans = [(row.sequence, "span", execution_shapes.span(row)) for row in news.spans]
+        outputs = self._live.large_outputs.explain(self._key.execution_id)
+        spans = [(row.sequence, "span", execution_shapes.span(row, outputs)) for row in news.spans]
         lines = [(row.sequence, "log", execution_shapes.log(row)) for row in news.logs]
         in_order = sorted([*spans, *lines], key=lambda event: event[0])
         if in_order:

@@ -138,6 +138,20 @@ def test_run_prints_the_outputs_of_the_last_nodes_that_ran_unless_others_are_ask
     )
 
 
+def test_run_prints_large_outputs_and_tells_where_the_others_are(shell: Shell) -> None:
+    shell.output("apply", shell.file("l.yaml", GREETING.format(name="Large", said="Hello")))
+    name = "x" * 5_100_000
+    given = shell.file("large.json", json.dumps({"name": name}))
+    told = commands.run("run", "Large", "--input", f"@{given}", "--output", "all", given=shell.given)
+    outputs = json.loads(told.stdout)
+    assert outputs.pop("greet") == {"text": f"Hello {name}"}
+    # The input is the output of all others: more than one answer shows.
+    assert {output["omitted"]["reason"] for output in outputs.values()} == {"over-limit"}
+    lines = [line for line in told.stderr.splitlines() if "not shown" in line]
+    assert len(lines) == len(outputs) > 1
+    assert shell.api(lines[0].rpartition("GET ")[2]).json()["body"]["name"] == name
+
+
 def test_apply_prints_the_errors_that_validation_finds_and_ends_with_1(shell: Shell) -> None:
     nodes = [{"id": "start", "type": "manual"}, {"id": "one", "type": "set"}, {"id": "two", "type": "set"}]
     edges = [("start", "one"), ("one", "two"), ("two", "one")]

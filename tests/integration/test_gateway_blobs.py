@@ -4,14 +4,19 @@ import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx2
 import pytest
+from sqlalchemy import update
+from sqlmodel import col
 
 from engine.events import RunError, RunStatus, Span, SpanStatus
+from gateway import limits
 from journal.blobs.backend import Owner
 from journal.blobs.reference import Reference
 from journal.store import Claim, Claimed, RunWrite
+from models.execution import SpanRow
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused
 
 EXECUTIONS = "/api/v1/executions"
@@ -86,15 +91,78 @@ async def got(kept: Kept, path: str) -> Any:  # noqa: ANN401 - any JSON value
     return response.json()
 
 
-async def test_a_reference_stands_wherever_the_output_would(kept: Kept) -> None:
-    reference = kept.reference.as_json()
-    assert (await got(kept, ""))["outputs"] == {"start": reference}
-    assert (await got(kept, "/progress?wait=0"))["outputs"] == {"start": reference}
+def explanation(kept: Kept, reason: str = "too-large", path: str | None = None) -> dict[str, Any]:
+    """Return what stands in the place of the output; the message is for people."""
+    note = {"bytes": len(LARGE), "reason": reason, "message": ANY, "url": path or kept.blob()}
+    return {**kept.reference.as_json(), "omitted": note}
+
+
+async def test_a_large_output_is_explained_wherever_it_would_stand(kept: Kept) -> None:
+    explained = explanation(kept)
+    assert (await got(kept, ""))["outputs"] == {"start": explained}
+    assert (await got(kept, "/progress?wait=0"))["outputs"] == {"start": explained}
     start, step = (await got(kept, "/spans"))["spans"]
-    assert start["outputData"] == step["inputData"] == reference
+    assert start["outputData"] == step["inputData"] == explained
     assert (step["outputData"], start["inputData"]) == (None, None)
+    assert (await kept.person.api.get(start["outputData"]["omitted"]["url"])).content == LARGE
     events = (await kept.person.api.get(f"{kept.path}/events")).text
-    assert json.dumps(reference, separators=(",", ":")) in events
+    told = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if "nodeId" in line]
+    assert [span["outputData"] for span in told if span.get("nodeLabel") == "Start"] == [explained]
+
+
+async def test_large_outputs_are_shown_where_that_is_asked_for(kept: Kept) -> None:
+    large = json.loads(LARGE)
+    assert (await got(kept, "?expand=blobs"))["outputs"] == {"start": large}
+    start, step = (await got(kept, "/spans?expand=blobs&limit=50"))["spans"]
+    assert start["outputData"] == step["inputData"] == large
+
+
+async def test_an_answer_shows_large_outputs_up_to_its_limit(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One fits; the same one at two places does not.
+    monkeypatch.setattr(limits, "EXPANDED_BYTES", len(LARGE) * 2 - 1)
+    assert (await got(kept, "?expand=blobs"))["outputs"] == {"start": json.loads(LARGE)}
+    start, step = (await got(kept, "/spans?expand=blobs"))["spans"]
+    assert start["outputData"] == step["inputData"] == explanation(kept, "over-limit")
+
+
+@pytest.mark.parametrize("spoilt", [b"{} , {}", b'{"a": "\xff"}', b"{" + b" " * len(LARGE), None])
+async def test_a_content_that_is_none_is_explained_instead(kept: Kept, spoilt: bytes | None) -> None:
+    """A pod may have put there what it likes, and a disk may have lost it: the rest of the answer stays whole."""
+    reference = kept.reference
+    if spoilt is not None:
+        put = await kept.world.gateway.blobs.put(kept.owner, spoilt, media_type="application/json")
+        reference = Reference(put.sha256, min(put.size, 9), "application/json")
+    else:
+        reference = Reference("0" * 64, 9, "application/json")
+    text = reference.as_text().decode()
+    statement = update(SpanRow).where(col(SpanRow.node_id) == "start").values(output_blob=text)
+    await kept.world.gateway.database.transaction(lambda connection: connection.execute(statement))
+    (output,) = (await got(kept, "?expand=blobs"))["outputs"].values()
+    assert (output["omitted"]["reason"], output["$blob"]["sha256"]) == ("lost", reference.sha256)
+
+
+@pytest.mark.parametrize("path", ["?expand=blob", "/spans?expand=blobs,outputs", "?expand=BLOBS"])
+async def test_a_misspelt_expansion_is_refused_with_those_that_there_are(kept: Kept, path: str) -> None:
+    response = await kept.person.api.get(kept.path + path)
+    refused(response, 400, "invalid-query")
+    assert "blobs" in response.json()["error"]["details"][0]["message"]
+
+
+async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(world: World, people: People) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    run = await claimed(world, response.json()["executionId"])
+    file = Reference("0" * 64, 1, "text/csv")
+    output = Span(
+        "start", "", "manual", SpanStatus.COMPLETED, 1, run.started_at, run.started_at, output=file.as_text()
+    )
+    write = RunWrite(run.execution_id, run.lane, run.token, [output], end=RunStatus.COMPLETED)
+    await world.gateway.store.record([write])
+    for path in ("?expand=blobs", "/progress?wait=0"):
+        shown = (await people.owner.api.get(f"{EXECUTIONS}/{run.execution_id}{path}")).json()
+        assert shown["outputs"] == {"start": file.as_json()}
 
 
 async def test_a_content_is_given_out_to_be_saved_and_never_to_be_shown(kept: Kept) -> None:
@@ -157,7 +225,7 @@ async def test_a_resumed_run_shows_what_it_went_on_from(kept: Kept) -> None:
     assert response.status_code == 201, response.text
     resumed = f"{EXECUTIONS}/{response.json()['executionId']}"
     (span,) = (await kept.person.api.get(f"{resumed}/spans")).json()["spans"]
-    assert span["outputData"] == kept.reference.as_json()
+    assert span["outputData"] == explanation(kept, path=f"{resumed}/blobs/{kept.reference.sha256}")
     content = await kept.person.api.get(f"{resumed}/blobs/{kept.reference.sha256}")
     assert sha256(content.content).hexdigest() == kept.reference.sha256
 
