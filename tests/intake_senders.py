@@ -22,7 +22,7 @@ Post: TypeAlias = Callable[[str, "dict[str, Json]"], Awaitable[httpx2.Response]]
 """Sends a body to a path below `/api/v1`, with the key of an admin."""
 
 NAMES = ("a producer", "SendGrid", "Mailgun", "SES", "GitHub", "Stripe", "CloudEvents")
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 _numbers = count(1)
 

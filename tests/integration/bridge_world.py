@@ -34,7 +34,7 @@ from tests.fake_sqs import FakeSqs
 from tests.system import proxy
 from tests.system.proxy import Proxy
 
-PATIENCE_SECONDS: Final = 10.0
+PATIENCE_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.01
 WAIT_SECONDS: Final = 0.1
 HOLD_SECONDS: Final = 60

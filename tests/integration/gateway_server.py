@@ -64,7 +64,7 @@ class Connection:
 
     async def answer(self) -> tuple[int, dict[str, str]]:
         """Return the status and the headers of the next answer, whose body is left to be read."""
-        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 20)
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 60)
         first, *lines = head.decode().split("\r\n")
         headers = [line.partition(": ")[::2] for line in lines if line]
         return int(first.split()[1]), dict(headers)
@@ -79,7 +79,7 @@ class Connection:
     async def until_closed(self) -> None:
         """Return when the server has closed the connection."""
         try:
-            while await asyncio.wait_for(self.reader.read(65_536), 20):
+            while await asyncio.wait_for(self.reader.read(65_536), 60):
                 pass
         except ConnectionError:
             pass

@@ -39,7 +39,7 @@ from workers.settings import WorkerSettings
 
 WORKFLOWS: Final = "/api/v1/workflows"
 BUCKET: Final = "fixture-inbound-mail"
-PATIENCE_SECONDS: Final = 10.0
+PATIENCE_SECONDS: Final = 60.0
 PER_CONNECTION: Final = frozenset({b"host", b"connection", b"content-length", b"x-api-key"})
 
 

@@ -39,7 +39,7 @@ from workers.deployer import comparison, refusal_budget, rows
 from workers.deployer.deployer import Deployer
 from workers.deployer.main import LOCAL_COMMAND
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 CURED_SECONDS = 5.0
 """How long a start may take to go on after the cure; the real cluster's own part comes on top."""
 

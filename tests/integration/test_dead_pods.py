@@ -26,7 +26,7 @@ from tests.receiver import receiving
 from tests.services import PostgreSQL
 from workers.deployer.main import LOCAL_COMMAND
 
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 LEASE_SECONDS = 60.0
 """A renewal leaves more than the patience of it: what goes on sooner was taken back."""
 DATABASES = {"local": "sqlite", "kubernetes": "postgresql"}

@@ -559,7 +559,7 @@ async def test_a_run_ends_when_it_is_asked_to(
     world: World, place: Place, workers: Workers, way: str, request_: str, status: str
 ) -> None:
     (execution_id,) = await workers.accept(place, "look", "note")
-    worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 0.6)
+    worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 3.0)
     await soon(workers.stage.begun)
     requested = await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), request_)
     assert requested is not None
@@ -568,7 +568,8 @@ async def test_a_run_ends_when_it_is_asked_to(
         letter = {"execution_id": execution_id, "request": request_}
         await worker.broker.send(worker.broker.inbox, letter)
     if request_ == "stop":
-        await asyncio.sleep(0.3)
+        (active,) = worker.executor._active.values()  # noqa: SLF001 - nobody else knows what it was asked
+        await soon(active.control.changed)
         assert await has_status(world, execution_id, "running")
         workers.stage.go_on.set()
     await until(lambda: has_status(world, execution_id, status))

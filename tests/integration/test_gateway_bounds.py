@@ -65,9 +65,9 @@ async def test_unfinished_bodies_of_one_client_take_no_room_from_others(tmp_path
             for connection in greedy:
                 await connection.send(upload(900_000), b" " * 800_000)
             refused = [asyncio.create_task(connection.answer()) for connection in greedy]
-            done, waiting = await asyncio.wait(refused, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            done, waiting = await asyncio.wait(refused, timeout=60, return_when=asyncio.FIRST_COMPLETED)
             while len(waiting) > 1:  # half of the budget is one such body
-                done, waiting = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+                done, waiting = await asyncio.wait(waiting, timeout=60, return_when=asyncio.FIRST_COMPLETED)
                 assert done
             for one in set(refused) - waiting:
                 status, headers = one.result()

@@ -29,6 +29,7 @@ from models.database import DatabaseUnavailable
 from models.execution import ISOLATED_UNREAD, UNREAD, Execution
 from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
 from tests import fake_s3
+from tests.heartbeat import beating
 from tests.integration.gateway_world import STEP, People, World, refused
 from tests.integration.mail_world import MailWorld, mail_world, until
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
@@ -555,7 +556,7 @@ async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
         patch.setattr(mails.gateway.blobs, "put", put)
         patch.setattr(reading, "CLOSE_SECONDS", 0.01)
         async with mails.reading():
-            await asyncio.wait_for(begun.wait(), 5)
+            await asyncio.wait_for(begun.wait(), 60)
     run = await mails.run(execution_id)
     assert (run.status, run.target, run.attempt, run.lease_owner) == ("pending", UNREAD, 0, None)
 
@@ -817,23 +818,12 @@ async def test_a_large_mail_keeps_nobody_waiting(mails: MailWorld, people: Peopl
     part = b"Content-Type: application/pdf\r\nContent-Transfer-Encoding: base64\r\n\r\n"
     body = b"--b\r\n" + part + (line + b"\r\n") * (25_000_000 // 78) + b"--b--\r\n"
     raw = PLAIN.format("Content-Type: multipart/mixed; boundary=b\r\n").encode() + b"\r\n" + body
-    client, waits, is_over = await mails.world.client(), [], asyncio.Event()
-
-    async def look() -> None:
-        while not is_over.is_set():
-            began = time.perf_counter()
-            assert (await client.get("/healthz")).status_code == 200
-            waits.append(time.perf_counter() - began)
-            await asyncio.sleep(0.002)
-
-    looking = asyncio.create_task(look())
     execution_id = await mails.mail(workflow_id, owner, raw)
-    began = time.perf_counter()
-    await mails.read(execution_id)
-    seconds = time.perf_counter() - began
-    is_over.set()
-    await looking
+    began = time.process_time()
+    async with beating() as heartbeat:
+        await mails.read(execution_id)
+    seconds = time.process_time() - began
     (told,) = (await mails.given(execution_id))["attachments"]
     assert told["size"] == 57 * (25_000_000 // 78)
-    assert seconds < 4  # of a machine that others use too
-    assert sorted(waits)[int(len(waits) * 0.95)] < 0.1
+    assert seconds < 3  # of a processor; most take a twentieth of that
+    assert heartbeat.longest_delay_seconds < 0.25

@@ -334,7 +334,7 @@ async def test_deployed_workflows_take_events_as_they_are_deployed(world: World,
 
 
 async def until_wanted(world: World, workflow_id: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not (await rows(world, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
             await asyncio.sleep(0.02)
 

@@ -45,7 +45,7 @@ async def spoken(address: Address, *pieces: bytes) -> bytes:
     for piece in pieces:
         writer.write(piece)
         await writer.drain()
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), 60)
     writer.close()
     return answer
 
@@ -218,7 +218,7 @@ async def test_the_process_serves_until_it_is_told_to_stop(redis_server: Redis, 
             made = await client.post("/api/v1/workflows", json={"name": "x"}, headers={"X-API-Key": KEY})
             assert made.status_code == 201
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 20) in {0, -signal.SIGTERM}
+        assert await asyncio.wait_for(process.wait(), 60) in {0, -signal.SIGTERM}
     finally:
         if process.returncode is None:
             process.kill()

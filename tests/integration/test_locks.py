@@ -161,12 +161,12 @@ async def test_a_lease_whose_row_is_locked_for_a_moment_is_renewed_before_it_end
 ) -> None:
     one = await world.claimed(place)
     lost: list[Lease] = []
-    keeper = LeaseKeeper(world.store, 3.0, on_lost=lost.append, on_request=lambda _lease, _request: None)
+    keeper = LeaseKeeper(world.store, 6.0, on_lost=lost.append, on_request=lambda _lease, _request: None)
     lease = keeper.hold(key_of(one), one.token, monotonic())
     until = lease.until
     async with locked(world, one.execution_id):
         keeper.start()
-        await wait_until(lambda: monotonic() > until - 1.5)
+        await wait_until(lambda: monotonic() > until - 3)
         assert lease.until == until
     await wait_until(lambda: lease.until > until)
     keeper.stop()

@@ -19,6 +19,7 @@ from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy
 from nodes.connections.source import Source
 from tests.calls import CALLER, call
+from tests.heartbeat import beating
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +30,7 @@ SILENT_SECONDS = 0.3
 PATIENCE_SECONDS = 60.0
 MAX_MORE_BYTES = 250 << 20
 MAX_PAUSE_SECONDS = 3.0
-"""Of the loop, on a machine that has other things to do."""
+"""Of the loop, on a slow machine."""
 
 Reply = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -100,13 +101,9 @@ def little_memory() -> Iterator[None]:
 async def longest_pause(work: Awaitable[Any]) -> float:
     """Return for how long nobody else had a turn until the work ended."""
     running = asyncio.ensure_future(work)
-    clock = asyncio.get_running_loop().time
-    longest, last = 0.0, clock()
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not running.done():
-            await asyncio.wait([running], timeout=0.01)
-            longest, last = max(longest, clock() - last), clock()
-    return longest
+    async with asyncio.timeout(PATIENCE_SECONDS), beating() as heartbeat:
+        await asyncio.wait([running])
+    return heartbeat.longest_delay_seconds
 
 
 async def failure_of(source: Source, node: str, config: dict[str, Json]) -> NodeError:

@@ -89,5 +89,5 @@ with running_redis() as server:
         server = psutil.Process(int(tests.stdout.readline()))
         folder = server.cwd()
         tests.send_signal(signal.SIGKILL)
-        assert psutil.wait_procs([server], timeout=10)[1] == []
+        assert psutil.wait_procs([server], timeout=60)[1] == []
         shutil.rmtree(folder)

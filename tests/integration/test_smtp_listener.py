@@ -124,7 +124,7 @@ async def test_lmtp_answers_for_each_recipient(mails: MailWorld, people: People,
         lines = [b"LHLO here", b"MAIL FROM:<a@example.org>"]
         lines += [f"RCPT TO:<{one}>".encode() for one in (address, of_draft)]
         lines += [b"DATA", MAIL.format(5).encode() + b".", b"QUIT"]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             writer.write(b"\r\n".join(lines) + b"\r\n")
             said = (await reader.read()).decode().splitlines()
         writer.close()

@@ -1241,14 +1241,14 @@ async def sqlite_world(on_sqlite: Where) -> AsyncIterator[World]:
 async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
     sqlite_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "SQLITE_BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(sqlite, "SQLITE_BUSY_SECONDS", 0.5)
     store = await sqlite_world.another_store()
     place = await sqlite_world.workflow()
     locking = sqlite3.connect(sqlite_world.url.database or "", isolation_level=None)
     with closing(locking):
         locking.execute("BEGIN IMMEDIATE")
         calls = [store.accept([place.run()]) for _ in range(60)]
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(15):
             answers = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(answer) for answer in answers} == {DatabaseUnavailable}
         locking.execute("COMMIT")
@@ -1275,7 +1275,7 @@ async def test_a_store_that_was_closed_answers_nobody(sqlite_world: World) -> No
     await store.close()
     for call in (store.sweep(10), store.progress([])):
         with pytest.raises(DatabaseUnavailable):
-            await asyncio.wait_for(call, 5)
+            await asyncio.wait_for(call, 60)
 
 
 async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world: World) -> None:

@@ -12,7 +12,7 @@ from tests.system.client import Client
 from tests.system.harness import Deployment
 from tests.system.ledger import Ledger
 
-LIVELY_SECONDS = 30.0
+LIVELY_SECONDS = 60.0
 """Within this time a fresh run has ended, however bad the time before it was."""
 
 

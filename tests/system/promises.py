@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CLOCK_SECONDS = 0.002
 """SQLite's clock shows milliseconds."""
-LATE_SECONDS = 1.0
+LATE_SECONDS = 5.0
 """Within this time of its pause a worker has sent what it was just about to send, and learnt that it is too late."""
 
 

@@ -66,9 +66,10 @@ async def test_clients_of_a_gateway_that_is_cut_off_are_told_within_seconds_and_
             seconds.append(time.monotonic() - asked_at)
             assert refused.status_code == 503
             assert int(refused.headers["Retry-After"]) > 0
-    # Three seconds, and as long again on a machine that does other things.
-    assert seconds[0] < 6
-    assert max(seconds[1:]) < 2
+    # Three seconds on an idle machine, and half a minute if statements were waited for; then at once, or ten seconds
+    # if new connections were.
+    assert seconds[0] < 25
+    assert max(seconds[1:]) < 9
     way.let_go()
     run = await client.execute(workflow)
     await promises.assert_kept(deployment, client, ledger, {run: "completed"})
