@@ -43,8 +43,7 @@ class Application(Starlette):
 
     def build_middleware_stack(self) -> ASGIApp:
         served: dict[str, ASGIApp] = {
-            **routes.endpoints(routes.FOR_BROWSERS),
-            **routes.endpoints(routes.TABLE),
+            **routes.endpoints([*routes.TABLE, *routes.FOR_BROWSERS]),
             **internal_routes.endpoints(internal_routes.TABLE),
         }
         router = Router(served, default=unrouted)

@@ -667,7 +667,7 @@ INTAKE: Sequence[Line] = (
         hooks.receive,
         answer=hooks.HookTaken,
         status=202,
-        also_by=("GET", "PUT", "PATCH", "DELETE"),
+        also_by=tuple(method for method in hooks.METHODS if method != "POST"),
     ),
     Line("GET", "/mail/{id}", Access.PUBLIC, mail_addresses.show, answer=mail_addresses.MailAddress),
     Line(
@@ -801,6 +801,7 @@ FOR_BROWSERS: Sequence[Line] = (
     Line("GET", "/", Access.PUBLIC, document.home, status=302),
     Line("GET", "/favicon.svg", Access.PUBLIC, document.icon, answer=bytes),
     Line("GET", "/favicon.ico", Access.PUBLIC, document.icon, answer=bytes),
+    Line("OPTIONS", "/hooks/{id}", Access.PUBLIC, hooks.options, status=204),
 )
 """What browsers ask for by themselves: no part of the API, nor of its document."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -18,11 +18,12 @@ from gateway.arrivals.hooks import Respond
 from gateway.arrivals.path_tokens import sender_of_path, workflow_of
 from gateway.arrivals.taking_in import Message
 from gateway.arrivals.verification import Provider
+from gateway.errors import ApiError
 from gateway.executions.rates import Limit
 from gateway.http import idempotency
 from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
-from gateway.http.responses import JsonResponse, location
+from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import Wire
 from journal import trigger_body
 from journal.blobs.backend import BlobsUnavailable, Owner
@@ -55,6 +56,10 @@ ACCEPTED: Final = 202
 OK: Final = 200
 MAX_HOOK_SETTING: Final = "PILOTFLAME_MAX_HOOK_BYTES"
 KEY: Final = "key"
+METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
+"""Methods that a webhook trigger may accept."""
+_OPENS_NOTHING: Final = frozenset({404, 422})
+"""Statuses for an unknown address, and for a workflow without a webhook trigger."""
 
 
 class HookStatus(StrEnum):
@@ -112,6 +117,24 @@ async def receive(request: Request) -> ASGIApp:
             raise signatures.refusal(error) from error
 
 
+async def options(request: Request) -> NoContent:
+    """List the methods that a webhook accepts.
+
+    An address that opens no webhook gets the list of all methods, so that the answer tells strangers nothing. Requests
+    with unknown tokens count as failed attempts here too.
+    """
+    methods: Collection[str] = METHODS
+    try:
+        sender = await sender_of_path(request)
+        methods = await verification.under_current(
+            request.gateway, sender.caller, workflow_of(sender), _accepted_methods
+        )
+    except ApiError as error:
+        if error.status not in _OPENS_NOTHING:
+            raise
+    return NoContent({"Allow": ", ".join(sorted({*methods, "OPTIONS"}))})
+
+
 async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -> ASGIApp:
     """Return the answer to a request that is let in; raises `Refused` for one that says nothing that can be kept."""
     hook, arrival = let_in.hook, let_in.arrival
@@ -160,6 +183,10 @@ async def _let_in(request: Request, sender: Sender) -> LetIn:
         return LetIn(hook, await verification.verify(gateway, workflow, arrival))
 
     return await verification.under_current(gateway, sender.caller, workflow_of(sender), use)
+
+
+async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
+    return hooks.hook_of(workflow).config.methods
 
 
 def _query(request: Request) -> Mapping[str, Sequence[str]]:

@@ -346,6 +346,25 @@ async def test_methods_networks_and_sizes_are_as_the_trigger_says(world: World, 
     assert second["body"] == {"base64": base64.b64encode(b"x" * 100).decode(), "contentType": ""}
 
 
+async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = await hooked(people.owner, {**ANYBODY, "methods": ["PUT", "GET"]})
+    silent = await hooked(people.owner)
+    gone = await hooked(people.owner, ANYBODY)
+    await people.owner.api.delete(f"{WORKFLOWS}/{gone.workflow_id}/trigger-token")
+    nobody = await world.client(address="10.9.9.8")
+    answer = await nobody.options(hook.path)
+    assert (answer.status_code, answer.headers["Allow"]) == (204, "GET, OPTIONS, PUT")
+    for path in (f"{hook.path}x", "/hooks/x", gone.path, silent.path, f"/hooks/{people.owner.key}"):
+        answer = await nobody.options(path)
+        everything = "DELETE, GET, OPTIONS, PATCH, POST, PUT"
+        assert (answer.status_code, answer.headers["Allow"]) == (204, everything)
+    monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 4)
+    refused(await nobody.options("/hooks/x"), 429, "rate-limited")
+    assert (await nobody.options(hook.path)).status_code == 204
+
+
 async def test_what_is_signed_in_ways_of_their_own(world: World, people: People) -> None:
     source_id = await secret(people.owner, "a secret")
     verification = {
