@@ -12,6 +12,10 @@ from models.settings import InvalidSettings, Settings, split_list
 
 LARGEST_BODIES: Final = 3
 LEAST_BODIES_BYTES: Final = 134_217_728
+_PUBLIC_URL: Final = re.compile(
+    r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?(/[!$%&'()*+,./0-9:;=@_a-z~-]*)?",
+    re.IGNORECASE | re.ASCII,
+)
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
@@ -164,6 +168,16 @@ class GatewaySettings(Settings):
         ge=0,
         description="Seconds that requests in flight have to end when the gateway is stopped.",
     )
+
+    @field_validator("public_url")
+    @classmethod
+    def _check_public_url(cls, url: str) -> str:
+        if url and not _PUBLIC_URL.fullmatch(url):
+            raise ValueError(
+                "write an absolute URL with http or https, a host, and no query, fragment or password, as in"
+                " https://flows.example.com"
+            )
+        return url
 
     @field_validator("cors_origins", mode="before")
     @classmethod

@@ -32,4 +32,5 @@ def explained(error: Exception) -> str | None:
 
 def _wrong_setting(location: tuple[int | str, ...], message: str) -> str:
     name = "_".join(str(part) for part in location).upper()
+    message = message.removeprefix("Value error, ")
     return f"PILOTFLAME_{name}: {message[:1].lower()}{message[1:]}"

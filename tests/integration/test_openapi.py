@@ -18,6 +18,7 @@ import httpx2
 import jsonschema_rs
 import pytest
 import uvloop
+from pydantic import ValidationError
 
 from gateway import limits, main, routes
 from gateway.document import openapi
@@ -25,7 +26,9 @@ from gateway.endpoints import trigger
 from gateway.executions.waiting import Waiting
 from gateway.http import failed_attempts
 from gateway.routes import Line
+from gateway.settings import GatewaySettings
 from journal.store import ExecutionKey, Progress
+from pilotflame import refusal
 from tests.integration.deployed import answer_for_pods
 from tests.integration.example_world import cast, in_place
 from tests.integration.gateway_world import (
@@ -137,6 +140,42 @@ async def test_the_document_is_that_of_the_table_and_holds_no_key(people: People
     shown = (await people.admin.api.get("/docs")).text
     for person in (people.admin, people.owner):
         assert person.key not in served + shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "flows.example.com",
+        "/flows",
+        "ftp://flows.example.com",
+        "https://",
+        "https:///flows",
+        "https://flows.example.com?a=1",
+        "https://flows.example.com/?",
+        "https://flows.example.com/#a",
+        "https://flows.example.com:port",
+        "https://user:password@flows.example.com",
+        "https://flows example.com",
+        "https://flows.example.com\n",
+    ],
+)
+def test_a_public_url_that_begins_no_urls_is_refused_at_start(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("PILOTFLAME_PUBLIC_URL", url)
+    with pytest.raises(ValidationError) as raised:
+        GatewaySettings()
+    told = refusal.explained(raised.value)
+    assert told is not None
+    assert told.startswith("PILOTFLAME_PUBLIC_URL: write an absolute URL with http or https")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "http://localhost:8000", "https://flows.example.com/below/", "HTTPS://[2001:db8::1]:8443"]
+)
+def test_a_public_url_is_absolute(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("PILOTFLAME_PUBLIC_URL", url)
+    assert GatewaySettings().public_url == url
 
 
 async def test_the_document_names_the_public_url(world: World) -> None:
