@@ -34,6 +34,8 @@ ANY_SERVER: Final = "/"
 KEY: Final = "X-API-Key"
 SENDERS_KEY: Final = "key"
 REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
+ITEM_SCHEMA: Final = "x-itemSchema"
+"""The schema of each event of a stream."""
 RETRY_AFTER: Final = Header(
     "Retry-After", "Seconds to wait before trying again.", {"type": "integer", "minimum": 1}
 )
@@ -233,21 +235,16 @@ def _success(meaning: str, note: Note, answer: Part | None, shown: object) -> Pa
     response = _response(meaning, note.sends)
     if answer is None:
         return response
-    if note.media_type == EVENT_STREAM:
-        answer, shown = _stream_of(answer), _written(shown)
     content = {"schema": answer} | ({} if shown is None else {"example": shown})
     response["content"] = {note.media_type: content}
     return response
 
 
-def _stream_of(event: Part) -> Part:
-    """Return the schema of a stream, which is a text: clients that read it as one object find nothing in it."""
-    name = str(event["$ref"]).removeprefix(schemas.REF)
-    return {"type": "string", "description": f"Server-sent events, each a `{name}`."}
-
-
 def _written(event: object) -> str:
     """Return an event as it stands in a stream."""
+    if note.media_type == EVENT_STREAM:
+        # The stream is a text, which clients must not read as one event. OpenAPI 3.2 has `itemSchema` for the events.
+        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _written(shown)}
     fields: dict[str, str] = msgspec.convert(event, dict[str, str])
     return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
 

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from gateway.document.notes import JSON
-from gateway.document.openapi import ANY_SERVER
+from gateway.document.openapi import ANY_SERVER, ITEM_SCHEMA
 from gateway.document.refusals import GENERAL
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _answer(status: str, response: Part) -> str:
         if "$ref" not in header
     ]
     shown = [
-        f"<p>{_type(content['schema'])} as <code>{escape(media_type)}</code></p>"
+        f"<p>{_type(content.get(ITEM_SCHEMA, content['schema']))} as <code>{escape(media_type)}</code></p>"
         + (_block(_shown(content["example"])) if "example" in content else "")
         for media_type, content in response.get("content", {}).items()
     ]

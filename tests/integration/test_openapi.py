@@ -392,6 +392,11 @@ def tried(served: Served, *, examples_of_an_operation: int, phases: Collection[s
         },
         # Bodies must obey rules that no schema can tell: the examples show that valid ones are accepted.
         "checks": {"positive_data_acceptance": {"enabled": False}},
+            for response in document["paths"][path][method]["responses"].values():
+                for content in response.get("content", {}).values():
+                    if openapi.ITEM_SCHEMA in content:
+                        # Where OpenAPI 3.1 has one schema, schemathesis checks each event by it.
+                        content["schema"] = content.pop(openapi.ITEM_SCHEMA)
         "operations": [TELLS_WHAT_IS_WRONG, TAKES_OTHERS_HEADERS],
     }
     done = subprocess.run(
