@@ -18,6 +18,7 @@ from gateway.document.notes import ETAG, EVENT_STREAM, JSON, NOTES, PLACES, Head
 from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused, example
 from gateway.executions.execution_shapes import ExecutionErrorShape
 from gateway.http.endpoint import OPEN_QUERIES, Access
+from gateway.http.wire import Wire, is_strict_body
 from gateway.workflows.workflow_shapes import KnownSettings
 from models.access import KeyScope
 
@@ -33,9 +34,9 @@ ANY_SERVER: Final = "/"
 """The server that the document came from, whatever its address."""
 KEY: Final = "X-API-Key"
 SENDERS_KEY: Final = "key"
-REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
 ITEM_SCHEMA: Final = "x-itemSchema"
 """The schema of each event of a stream."""
+REQUEST_ID: Final = Header("X-Request-Id", "The request's id: the one that was sent, or a new one.")
 RETRY_AFTER: Final = Header(
     "Retry-After", "Seconds to wait before trying again.", {"type": "integer", "minimum": 1}
 )
@@ -49,7 +50,8 @@ def document(table: Sequence[Line], *, server: str = ANY_SERVER) -> Part:
     """Return the document of the API that a table makes; `server` is the URL that paths follow."""
     found, named = schemas.of(
         [kind for line in table for kind in _types(line) if kind is not None]
-        + [Refused, KnownSettings, ExecutionErrorShape]
+        + [Refused, KnownSettings, ExecutionErrorShape],
+        warning=[kind for line in table if may_warn(line) for kind in _types(line)[1:]],
     )
     in_turn = iter(found)
     paths: dict[str, Part] = {}
@@ -100,6 +102,16 @@ def document(table: Sequence[Line], *, server: str = ANY_SERVER) -> Part:
 def _types(line: Line) -> list[object]:
     """Return the types of an operation's body, of its answer, and of its other answers."""
     return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
+
+
+def may_warn(line: Line) -> bool:
+    """Tell whether an answer may list fields of the request that were ignored.
+
+    These are unknown fields of a body that isn't strict, and read-only fields of a new object.
+    """
+    if line.body is None or not issubclass(line.body, Wire):
+        return False
+    return not is_strict_body(line.body) or (line.method == "POST" and bool(line.body.read_only))
 
 
 def _note(line: Line) -> Note:
@@ -236,15 +248,15 @@ def _success(meaning: str, note: Note, answer: Part | None, shown: object) -> Pa
     if answer is None:
         return response
     content = {"schema": answer} | ({} if shown is None else {"example": shown})
+    if note.media_type == EVENT_STREAM:
+        # The stream is a text, which clients must not read as one event. OpenAPI 3.2 has `itemSchema` for the events.
+        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _written(shown)}
     response["content"] = {note.media_type: content}
     return response
 
 
 def _written(event: object) -> str:
     """Return an event as it stands in a stream."""
-    if note.media_type == EVENT_STREAM:
-        # The stream is a text, which clients must not read as one event. OpenAPI 3.2 has `itemSchema` for the events.
-        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _written(shown)}
     fields: dict[str, str] = msgspec.convert(event, dict[str, str])
     return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
 

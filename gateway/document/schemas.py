@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
+from types import UnionType
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
+from gateway.document.refusals import Detail
 from gateway.http.wire import Wire
 
 if TYPE_CHECKING:
@@ -22,16 +24,32 @@ _SUFFIX: Final = "Shape"
 """What the code adds to a name that means something else in it; clients see that only where both are shown to them."""
 _KINDS: Final = {str: "string", bool: "boolean", int: "integer"}
 """The types of words that a field must be one of."""
+_WARNINGS: Final = {
+    "type": "array",
+    "items": {"$ref": REF + Detail.__name__},
+    "description": "Fields of the request that were ignored; absent where there are none.",
+}
 _NO_DEFAULT: Final = ("default", None)
 """A field that may be left out says so by not being required."""
 
 
-def of(types: Iterable[object]) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
-    """Return the schema of each type, and those that they refer to by name."""
+def of(
+    types: Iterable[object], *, warning: Iterable[object] = ()
+) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
+    """Return the schema of each type, and those that they refer to by name.
+
+    Args:
+        types: Every type that gets a schema; `Detail` is among those that they refer to.
+        warning: Those of the types whose answers may carry warnings about the body of the request.
+
+    """
     types = list(types)
     schemas, named = msgspec.json.schema_components(types, ref_template=REF + "{name}")
     for struct in _structs(types):
         _describe(struct, named[struct.__name__])
+    for struct in {kind for kind in _parts_of(warning) if isinstance(kind, type)}:
+        if struct.__name__ in named:
+            named[struct.__name__]["properties"].setdefault("warnings", _WARNINGS)
     known_as = {name: name.removesuffix(_SUFFIX) for name in named}
     known_as |= {name: name for name, known in known_as.items() if known != name and known in named}
     tidied = {known_as[name]: _tidied(schema, known_as) for name, schema in named.items()}
@@ -76,6 +94,14 @@ def _spelled_out(schema: Mapping[str, Any]) -> dict[str, Json]:
         case {"enum": [first, *others]} if not kinds and all(type(one) is type(first) for one in others):
             return {"type": _KINDS[type(first)]}
     return {}
+
+
+def _parts_of(types: Iterable[object]) -> Iterator[object]:
+    """Yield types, and the members of those that are unions."""
+    for kind in types:
+        yield kind
+        if isinstance(kind, UnionType):
+            yield from get_args(kind)
 
 
 def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:

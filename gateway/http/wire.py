@@ -273,7 +273,7 @@ def _guards(kind: Any) -> tuple[_Guard, ...]:  # noqa: ANN401 - any type annotat
         if _is_body(part):
             fields = _fields(part)
             below = {name: inside for name, field in fields.items() if (inside := _guards(field.type))}
-            if below or _is_strict(part) or _is_guarded(part):
+            if below or is_strict_body(part) or _is_guarded(part):
                 found.append(_Guard(dict, below, part, frozenset(fields)))
         elif get_origin(part) in {dict, list} and (inside := _guards(get_args(part)[-1])):
             found.append(_Guard(get_origin(part), {"": inside}))
@@ -294,7 +294,7 @@ def _look_for_unknown_fields(
         if not isinstance(value, guard.container) or found.is_full:
             continue
         if guard.body is not None and isinstance(value, dict):
-            is_strict_here = is_strict or _is_strict(guard.body)
+            is_strict_here = is_strict or is_strict_body(guard.body)
             if not value.keys() <= guard.names and (is_strict_here or _is_guarded(guard.body)):
                 _note_unknown_fields(value, guard, path, found, is_strict=is_strict_here)
             for name, inside in guard.inside.items():
@@ -325,7 +325,8 @@ def _likely_others(kind: type) -> frozenset[str]:
     return kind.likely_others if issubclass(kind, Wire) else frozenset()
 
 
-def _is_strict(kind: type[msgspec.Struct]) -> bool:
+def is_strict_body(kind: type[msgspec.Struct]) -> bool:
+    """Tell whether every unknown field of a body is refused."""
     return bool(kind.__struct_config__.forbid_unknown_fields)
 
 

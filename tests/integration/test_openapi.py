@@ -25,6 +25,7 @@ from gateway.document import openapi
 from gateway.endpoints import trigger
 from gateway.executions.waiting import Waiting
 from gateway.http import failed_attempts
+from gateway.http.wire import Wire, is_strict_body
 from gateway.routes import Line
 from gateway.settings import GatewaySettings
 from journal.store import ExecutionKey, Progress
@@ -44,6 +45,9 @@ from tests.services import PostgreSQL
 from tests.tools.environments import SCHEMATHESIS
 
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
+WARNING = [
+    pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE if openapi.may_warn(line)
+]
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
 FOR_SOFTWARE = {
     "cache-control",
@@ -210,26 +214,53 @@ async def test_the_address_of_the_server_leads_to_the_page(world: World, method:
 async def test_documented_examples_are_accepted_and_answered_as_documented(
     stage: Stage, tmp_path: Path, line: Line
 ) -> None:
+    for number, body in enumerate(_example_bodies(line) or [None]):
+        await _check_answered(stage, tmp_path / str(number), line, body)
+
+
+@pytest.mark.usefixtures("unlimited")
+@pytest.mark.parametrize("line", WARNING)
+async def test_answers_warn_of_ignored_fields_as_documented(stage: Stage, tmp_path: Path, line: Line) -> None:
+    kind = line.body
+    assert kind is not None
+    assert issubclass(kind, Wire)
+    given_by_server = (name for name, route in kind.read_only.items() if not route)
+    ignored = next(given_by_server) if is_strict_body(kind) else "colour"
+    body = {**_example_bodies(line)[0], ignored: "red"}
+    shown = await _check_answered(stage, tmp_path / "0", line, body)
+    assert ignored in str(shown["warnings"])
+
+
+async def _check_answered(stage: Stage, folder: Path, line: Line, body: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Send a request about a copy of the stage, and check its answer; returns the JSON of it."""
     said = DOCUMENT["paths"][line.path][line.method.lower()]
-    bodies = said.get("requestBody", {}).get("content", {}).get("application/json", {}).get("examples", {})
     ids = {**stage.ids, "wf_abc123": stage.ids[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
-    for number, body in enumerate([example["value"] for example in bodies.values()] or [None]):
-        folder = shutil.copytree(stage.folder, tmp_path / str(number))
-        async with opened_world(f"sqlite:///{folder / FILE}", folder) as world:
-            answer_for_pods(world)
-            admin = await world.client(stage.admin.key)
-            if line.handler is trigger.start:
-                # The workflow of the examples is a draft, since drafts may be broken.
-                path = f"/api/v1/workflows/{ids['wf_abc123']}/status"
-                assert (await admin.put(path, json={"status": "active"})).is_success
-            response = await admin.request(
-                line.method,
-                line.path.format(**in_place(_examples(said, "path"), ids)),
-                params=in_place(_examples(said, "query"), ids),
-                json=in_place(body, ids),
-            )
-        assert response.status_code // 100 == 2, response.text
-        _check_answer(said["responses"][str(response.status_code)], response)
+    shutil.copytree(stage.folder, folder)
+    async with opened_world(f"sqlite:///{folder / FILE}", folder) as world:
+        answer_for_pods(world)
+        admin = await world.client(stage.admin.key)
+        if line.handler is trigger.start:
+            # The workflow of the examples is a draft, since drafts may be broken.
+            path = f"/api/v1/workflows/{ids['wf_abc123']}/status"
+            assert (await admin.put(path, json={"status": "active"})).is_success
+        response = await admin.request(
+            line.method,
+            line.path.format(**in_place(_examples(said, "path"), ids)),
+            params=in_place(_examples(said, "query"), ids),
+            json=in_place(body, ids),
+        )
+    assert response.status_code // 100 == 2, response.text
+    _check_answer(said["responses"][str(response.status_code)], response)
+    return response.json() if response.headers.get("Content-Type") == "application/json" else None
+
+
+def _example_bodies(line: Line) -> list[Any]:
+    body = DOCUMENT["paths"][line.path][line.method.lower()].get("requestBody", {})
+    return (
+        [example["value"] for example in body["content"]["application/json"]["examples"].values()]
+        if body
+        else []
+    )
 
 
 def _examples(operation: dict[str, Any], place: str) -> dict[str, Any]:
@@ -361,6 +392,11 @@ async def placed(world: World, people: People, ids: Mapping[str, str]) -> dict[s
         for method, operation in methods.items():
             if method == "delete" or operation["operationId"] in UNDOING:
                 document["paths"][path][method] = in_place(operation, await cast(world, people))
+            for response in document["paths"][path][method]["responses"].values():
+                for content in response.get("content", {}).values():
+                    if openapi.ITEM_SCHEMA in content:
+                        # Where OpenAPI 3.1 has one schema, schemathesis checks each event by it.
+                        content["schema"] = content.pop(openapi.ITEM_SCHEMA)
             for parameter in document["paths"][path][method]["parameters"]:
                 if parameter["in"] == "path":
                     # Whatever else is wrong with a request to nowhere, its answer would be 404.
@@ -392,11 +428,6 @@ def tried(served: Served, *, examples_of_an_operation: int, phases: Collection[s
         },
         # Bodies must obey rules that no schema can tell: the examples show that valid ones are accepted.
         "checks": {"positive_data_acceptance": {"enabled": False}},
-            for response in document["paths"][path][method]["responses"].values():
-                for content in response.get("content", {}).values():
-                    if openapi.ITEM_SCHEMA in content:
-                        # Where OpenAPI 3.1 has one schema, schemathesis checks each event by it.
-                        content["schema"] = content.pop(openapi.ITEM_SCHEMA)
         "operations": [TELLS_WHAT_IS_WRONG, TAKES_OTHERS_HEADERS],
     }
     done = subprocess.run(

@@ -22,6 +22,7 @@ from gateway.document.refusals import JSON_CODES, REFUSALS
 from gateway.endpoints import dead_letters, deliveries, events, nodes, trying
 from gateway.http import parameters
 from gateway.http.endpoint import Access
+from gateway.http.wire import Wire, is_strict_body
 from gateway.routes import Line
 from tests.unit.call_graph import CallGraph, Thing
 
@@ -161,6 +162,19 @@ def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Line) -
 @pytest.mark.parametrize("line", LINES)
 def test_a_body_is_read_where_one_is_documented(line: Line) -> None:
     assert (line.body is not None) is reaches(line, "gateway.http.wire.json_of")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_answer_is_documented_with_warnings_where_fields_may_be_ignored(line: Line) -> None:
+    warns_of_new = reaches(line, "gateway.http.read_only.warn_of_new")
+    is_open = line.body is not None and issubclass(line.body, Wire) and not is_strict_body(line.body)
+    assert openapi.may_warn(line) is (is_open or warns_of_new)
+    if openapi.may_warn(line):
+        schema = operation(line)["responses"][str(line.status)]["content"]["application/json"]["schema"]
+        references = [schema["$ref"]] if "$ref" in schema else [one["$ref"] for one in schema["anyOf"]]
+        for reference in references:
+            named = DOCUMENT["components"]["schemas"][reference.rpartition("/")[2]]
+            assert named["properties"]["warnings"]["type"] == "array"
 
 
 @pytest.mark.parametrize("line", [one for one in LINES if one.values[0].query])  # type: ignore[union-attr]
