@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import psutil
 
 from tests.forks import Forked
 
@@ -56,6 +58,7 @@ class Started:
     def __init__(self, process: Forked | subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
         self._log = log
+        self._family: list[psutil.Process] = []
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
@@ -80,8 +83,20 @@ class Started:
 
     def kill(self) -> None:
         """End it as a crash would."""
+        self._note_family()
         self.process.kill()
         self.process.wait()
+
+    def end_family(self) -> None:
+        """End it and all that it has started: what outlives it would keep the tests from their own end."""
+        self.kill()
+        for one in self._family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+    def _note_family(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self._family += psutil.Process(self.process.pid).children(recursive=True)
 
 
 @contextmanager
@@ -98,8 +113,8 @@ def started(
             )
     else:
         process = Forked(COMMAND, arguments, given, (log, log), folder)
+    running = Started(process, log)
     try:
-        yield Started(process, log)
+        yield running
     finally:
-        process.kill()
-        process.wait()
+        running.end_family()

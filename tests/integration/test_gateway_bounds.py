@@ -257,8 +257,9 @@ async def test_a_client_that_does_not_take_its_answer_is_cut_off(tmp_path: Path)
     async with listening(app, settings(tmp_path, stall_seconds=0.2)) as address:
         with socket.create_connection(address) as reader:
             reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-            while _closed("answer-not-taken") == before:  # noqa: ASYNC110 - a count has no event
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(20):
+                while _closed("answer-not-taken") == before:  # noqa: ASYNC110 - a count has no event
+                    await asyncio.sleep(0.01)
             assert len(await asyncio.to_thread(_rest, reader)) < 32 * MEGABYTE
 
 

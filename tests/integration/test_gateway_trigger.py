@@ -14,6 +14,7 @@ from sqlalchemy import func, insert, select, update
 from sqlmodel import col
 
 from gateway import limits
+from gateway.http.byte_budget import ByteHolding
 from journal import activity, decisions, wakes
 from models import lifecycle
 from models.deployment import Deployment, LifecycleDecision, Observed
@@ -36,6 +37,8 @@ ASLEEP: dict[str, Any] = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "
 BY_HAND: dict[str, Any] = {**ASLEEP, "stopped_reason": StoppedReason.MANUAL}
 SYNC = {"inputs": {"name": "Ada"}, "sync": True}
 GREETED = {"step": {"body": {"name": "Ada"}, "greeting": "Hello, Ada"}}
+LARGE_BYTES = 100_000
+"""Of a body that budgets count, and that no other request has."""
 PATIENCE_SECONDS = 60.0
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -261,6 +264,36 @@ async def test_a_client_that_is_gone_changes_nothing(world: World, people: Peopl
     await eventually(lambda: nobody_waits(world))
     cluster.is_held.clear()
     await eventually(lambda: all_have_ended(world, workflow_id, 1))
+
+
+async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
+    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large: set[ByteHolding] = set()
+    add = ByteHolding.add
+
+    def note(holding: ByteHolding, count: int) -> bool:
+        has_room = add(holding, count)
+        if holding.bytes >= LARGE_BYTES:
+            large.add(holding)
+        return has_room
+
+    async def is_released() -> bool:
+        return len(large) == 1 and all(one.bytes == 0 for one in large)
+
+    monkeypatch.setattr(ByteHolding, "add", note)
+    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    path = f"{cluster.gateway_url}/api/v1/workflows/{workflow_id}/trigger"
+    body = {"inputs": {"name": "Ada", "letter": "x" * LARGE_BYTES}, "sync": True}
+    cluster.is_held.set()
+    async with httpx2.AsyncClient(
+        headers={"X-API-Key": people.owner.key}, timeout=PATIENCE_SECONDS
+    ) as client:
+        asking = asyncio.create_task(client.post(path, json=body))
+        await eventually(is_released)
+        assert not asking.done()
+        cluster.is_held.clear()
+        assert (await asking).is_success
 
 
 async def test_the_same_key_waits_on_the_same_run(world: World, people: People) -> None:
