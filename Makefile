@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check bench docs lock
+.PHONY: run install test check check-units check-types check-style check-imports bench docs lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start would take several times as long.
@@ -29,12 +29,23 @@ test: .venv/installed-for-tests
 	$(bin)/python -m tests.tools.environments
 	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
+# Types are checked beside the tests: each leaves a processor idle for some of its time. What was found is shown whole.
 check: .venv/installed-for-tests
+	$(MAKE) --jobs 2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
+		check-units check-types check-style check-imports
+
+check-units: .venv/installed-for-tests
+	$(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/unit
+
+check-types: .venv/installed-for-tests
+	$(bin)/mypy
+
+check-style: .venv/installed-for-tests
 	$(bin)/ruff check --quiet
 	$(bin)/ruff format --check --quiet
-	$(bin)/mypy
+
+check-imports: .venv/installed-for-tests
 	$(bin)/lint-imports --no-logo
-	$(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/unit
 
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
