@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engine.conditions import compile_condition
 from engine.control import Control
-from engine.events import LogLine, RunStatus, Span
+from engine.events import AttemptSpan, LogLine, RunStatus, Span
 from engine.expressions import compile_template, compile_value
 from engine.graph import Graph
 from engine.program import Program
@@ -95,6 +95,9 @@ class Unkept:
 
     def log(self, line: LogLine) -> None:
         """Forget a line."""
+
+    def record_attempt(self, attempt: AttemptSpan) -> None:
+        """Forget an attempt."""
 
     def advance(self, share: float) -> None:
         """Forget how far the run is."""

@@ -104,6 +104,25 @@ class Span(msgspec.Struct, frozen=True):
         return self.port == CONTINUE and self.hashes is None
 
 
+class AttemptSpan(msgspec.Struct, frozen=True):
+    """One attempt of a node that was tried more than once: the newest row replaces the one before it."""
+
+    node_id: str
+    label: str
+    type: str
+    iteration: str
+    attempt: int
+    status: SpanStatus
+    sequence: int
+    """Counts with the spans and log lines of the run."""
+    started_at: datetime | None
+    """None: as it was recorded before, or unknown."""
+    ended_at: datetime | None = None
+    """None: it goes on, or its worker was lost and nobody knows."""
+    next_attempt_at: datetime | None = None
+    error: RunError | None = None
+
+
 class LogLine(msgspec.Struct, frozen=True):
     """One line of an execution's log."""
 
@@ -145,6 +164,9 @@ class Journal(Protocol):
 
     def record(self, span: Span) -> None:
         """Keep a span for the next commit."""
+
+    def record_attempt(self, attempt: AttemptSpan) -> None:
+        """Keep an attempt for the next commit; a span of its node follows."""
 
     def log(self, line: LogLine) -> None:
         """Keep a log line for the next commit."""

@@ -139,6 +139,12 @@ class Visit(msgspec.Struct, eq=False):
     unresolved: list[str] = []
     written: tuple[Json, bytes, bytes] | None = None
     """Its output, as others see it and as it is kept, and the digest of that."""
+    begun_at: datetime | None = None
+    """When the attempt under way has begun; None between two attempts."""
+    lost: Span | None = None
+    """What an earlier stretch of work recorded of an attempt whose end nobody knows, until that is told."""
+    told_attempt: int = 0
+    """The attempt that was recorded last as a span of its own."""
     counted: float = 0.0
     """The part of the run that was counted for the turns of a loop so far."""
 

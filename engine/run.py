@@ -105,7 +105,9 @@ class Runner:
         self._heard_at = time.monotonic()
         self._control = control
         self._broken_off: list[Visit] = []
-        self._scribe = scribe = Scribe(journal, start.sequence, limits, start.clock)
+        self._scribe = scribe = Scribe(
+            journal, start.sequence, limits, start.clock, attempts=_attempts(start.recorded)
+        )
         self._agenda = agenda = Agenda()
         self._visits = visits = Visits(program, start.caller, services, scribe)
         recorded = _by_iteration(start.recorded)
@@ -442,6 +444,11 @@ def _by_iteration(recorded: Sequence[Span]) -> Mapping[str, Mapping[str, Span]]:
     for span in recorded:
         found.setdefault(span.iteration, {})[span.node_id] = span
     return found
+
+
+def _attempts(recorded: Sequence[Span]) -> int:
+    """Return how many attempts were recorded as spans of their own, at most."""
+    return sum(span.attempt for span in recorded if span.attempt > 1)
 
 
 def _roots(start: Start) -> dict[str, Json]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine import limits as engine_limits
-from engine.events import LogLine, Span, SpanStatus
-from engine.outcomes import storable
+from engine.events import AttemptSpan, LogLine, RunError, Span, SpanStatus
+from engine.outcomes import LOST_ATTEMPT, storable
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.clock import RunClock
-    from engine.events import Journal, RunError
+    from engine.events import Journal
     from engine.frames import Frame, Visit
     from engine.graph import Node
     from engine.limits import Limits
@@ -22,10 +22,17 @@ MAX_PENDING = 1_000
 MAX_PENDING_BYTES = 10_000_000
 
 
+MAX_ATTEMPT_SPANS = 10_000
+"""Attempts of one run that are recorded as spans of their own: nodes in loops may have many more."""
+
+
 class Scribe:
     """One run's own."""
 
-    def __init__(self, journal: Journal, sequence: int, limits: Limits, clock: RunClock) -> None:
+    def __init__(
+        self, journal: Journal, sequence: int, limits: Limits, clock: RunClock, *, attempts: int = 0
+    ) -> None:
+        """`sequence` is the highest number that is recorded, and `attempts` how many attempts are, at most."""
         self.clock = clock
         self.holds_lease = journal.holds_lease
         self._advance = journal.advance
@@ -36,6 +43,7 @@ class Scribe:
         self._pending_bytes = 0
         self._max_log_lines = limits.max_log_lines
         self._log_lines = 0
+        self._attempts = attempts
 
     @property
     def has_much(self) -> bool:
@@ -61,6 +69,8 @@ class Scribe:
         awaits: bytes | None = None,
     ) -> None:
         """Record where a node is."""
+        if visit.attempt > 1 or status is SpanStatus.RETRYING:
+            self._tell_attempt(visit, status, ended_at, wake_at, error)
         self._sequence += 1
         node = visit.program.node
         if output is not None:
@@ -88,6 +98,75 @@ class Scribe:
                 awaits=awaits,
                 resolved_config=visit.resolved_config,
                 hashes=visit.hashes,
+            )
+        )
+
+    def _tell_attempt(
+        self,
+        visit: Visit,
+        status: SpanStatus,
+        ended_at: datetime | None,
+        wake_at: datetime | None,
+        error: RunError | None,
+    ) -> None:
+        """Record an attempt of a node that is tried more than once."""
+        if visit.lost is not None:
+            self._tell_lost_attempt(visit, visit.lost)
+            visit.lost = None
+        number, next_attempt_at, begun_at = visit.attempt, None, visit.begun_at
+        if status is SpanStatus.RETRYING:
+            if error is None:
+                return  # announced, and not begun
+            # The number of the visit may be that of the last attempt of a round already.
+            number, status = error.attempt or visit.attempt, SpanStatus.FAILED
+            ended_at, next_attempt_at, visit.begun_at = self.clock.now(), wake_at, None
+        elif status is SpanStatus.CANCELLED and begun_at is None:
+            return  # between two attempts
+        if begun_at is None and number == 1:
+            begun_at = visit.started_at
+        self._record_attempt(visit, number, status, begun_at, ended_at, next_attempt_at, error)
+
+    def _tell_lost_attempt(self, visit: Visit, recorded: Span) -> None:
+        """Record that nobody knows the end of an attempt that an earlier stretch of work has begun."""
+        number = recorded.attempt
+        message = f"The worker stopped or was lost during attempt {number}: its end is unknown"
+        error = RunError(LOST_ATTEMPT, message, visit.program.node.id, number)
+        begun_at = recorded.started_at if number == 1 else None
+        self._record_attempt(visit, number, SpanStatus.FAILED, begun_at, None, None, error)
+
+    def _record_attempt(
+        self,
+        visit: Visit,
+        number: int,
+        status: SpanStatus,
+        begun_at: datetime | None,
+        ended_at: datetime | None,
+        next_attempt_at: datetime | None,
+        error: RunError | None,
+    ) -> None:
+        node = visit.program.node
+        if number != visit.told_attempt:
+            if self._attempts > MAX_ATTEMPT_SPANS:
+                return
+            self._attempts += 1
+            if self._attempts > MAX_ATTEMPT_SPANS:
+                self.log("warning", f"More than {MAX_ATTEMPT_SPANS:,} attempts: no more get spans", node.id)
+                return
+            visit.told_attempt = number
+        self._sequence += 1
+        self._journal.record_attempt(
+            AttemptSpan(
+                node_id=node.id,
+                label=node.label,
+                type=node.type,
+                iteration=visit.frame.iteration,
+                attempt=number,
+                status=status,
+                sequence=self._sequence,
+                started_at=begun_at,
+                ended_at=ended_at,
+                next_attempt_at=next_attempt_at,
+                error=error,
             )
         )
 

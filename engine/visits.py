@@ -85,6 +85,7 @@ class Visits:
         For `roots` see `begin`.
         """
         program, frame = visit.program, visit.frame
+        visit.begun_at = self._scribe.clock.now()
         if program.missing is not None:
             raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
         scope = {"data": visit.data, **(roots or frame.roots)}
@@ -117,7 +118,7 @@ class Visits:
             iteration=frame.iteration,
             idempotency_key=f"{self._caller.key_id}:{node_id}:{frame.iteration or 0}",
             attempt=visit.attempt,
-            now=self._scribe.clock.now(),
+            now=visit.begun_at,
             services=self._services,
             is_strict=self._is_strict,
         )
@@ -196,7 +197,10 @@ def _take_up(visit: Visit, recorded: Span) -> None:
         visit.unresolved = list(recorded.unresolved)
         return
     # A loop that is taken up goes on with its items: that is no other attempt.
-    visit.attempt = recorded.attempt if visit.program.node_type.loops else recorded.attempt + 1
+    is_loop = visit.program.node_type.loops
+    visit.attempt = recorded.attempt if is_loop else recorded.attempt + 1
+    if recorded.status is SpanStatus.RUNNING and not is_loop:
+        visit.lost = recorded
     if recorded.resolved_config is None:
         return
     visit.resolved_config = recorded.resolved_config

@@ -15,7 +15,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from journal.blobs.backend import Owner
-from models.execution import Execution, ExecutionData, LogRow, Signal, SpanRow
+from models.execution import AttemptRow, Execution, ExecutionData, LogRow, Signal, SpanRow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,6 +37,13 @@ MAY_GO: Final = and_(_IS_FINISHED, ~_PARENT_GOES_ON)
 """It has ended, whoever was to be told of that was told, and no execution that goes on has started it."""
 _RECORDS: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[Any]]]]] = (
     (SpanRow, (col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration))),
+    (
+        AttemptRow,
+        (
+            *(col(AttemptRow.execution_id), col(AttemptRow.node_id)),
+            *(col(AttemptRow.iteration), col(AttemptRow.attempt)),
+        ),
+    ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
     (Signal, (col(Signal.execution_id), col(Signal.node_id), col(Signal.iteration))),
 )

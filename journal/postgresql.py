@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,9 @@ from engine.events import RunStatus, Span
 from journal.postgresql_entrance import Entrance
 from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import (
+    ATTEMPT_CHANGES,
+    ATTEMPT_COLUMNS,
+    ATTEMPT_KEY,
     CRASHED,
     LOG_COLUMNS,
     LOSSES,
@@ -28,6 +31,7 @@ from journal.rows import (
     SPAN_KEPT,
     SPAN_KEY,
     STATUS_AFTER,
+    attempt_rows,
     claimed_of,
     error_text,
     log_rows,
@@ -173,13 +177,17 @@ class PostgreSQLStore:
             raise PartialCommit(held, unwritten)
         return frozenset(held)
 
-    async def _record(self, statement: str, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
+    async def _record(
+        self, statements: Mapping[bool, str], batch: Sequence[RunWrite], owner: str
+    ) -> frozenset[str]:
+        attempts = attempt_rows(batch)
         rows = await self._fetch(
-            statement,
+            statements[bool(attempts)],
             *columns(map(_write_row, batch), len(_WRITE_TYPES)),
             *columns(span_rows(batch), len(SPAN_COLUMNS)),
             *columns(log_rows(batch), len(LOG_COLUMNS)),
             owner,
+            *(columns(attempts, len(ATTEMPT_COLUMNS)) if attempts else ()),
         )
         return frozenset(row[0] for row in rows)
 
@@ -482,6 +490,19 @@ _LOG_TYPES = ("text", "integer", "smallint", "text", "text", "text", "text", "bi
 _FIRST_SPAN = len(_WRITE_TYPES) + 1
 _FIRST_LOG = _FIRST_SPAN + len(_SPAN_TYPES)
 _OWNER = _FIRST_LOG + len(_LOG_TYPES)
+_ATTEMPT_TYPES = (
+    *("text", "text", "text", "integer", "smallint", "text", "integer", "text", "text", "text"),
+    *("bigint", "bigint", "bigint", "text"),
+)
+_NEW_ATTEMPTS = f"""
+, new_attempt AS (
+    INSERT INTO attempt_span ({", ".join(ATTEMPT_COLUMNS)})
+    SELECT written.* FROM unnest({unnest(_OWNER + 1, _ATTEMPT_TYPES)}) AS written ({", ".join(ATTEMPT_COLUMNS)})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT ({", ".join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}
+)
+"""
+"""Only in the statements for batches that hold attempts of nodes: most hold none, and are not to pay for it."""
 # A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer.
 _WAITS = "(write.status = 'waiting' AND execution.signals <= write.signals)"
 _RECORD_TEMPLATE = f"""
@@ -527,10 +548,23 @@ WITH held AS (
     JOIN held ON held.id = written.execution_id
     ON CONFLICT DO NOTHING
 )
+{{attempts}}
 SELECT id FROM held
 """
-_RECORD = _RECORD_TEMPLATE.format(lock_wait=waits_for_locks(BATCH_LOCK_MILLISECONDS))
-_RECORD_ALONE = _RECORD_TEMPLATE.format(lock_wait=waits_for_locks(LONE_LOCK_MILLISECONDS))
+
+
+def _recording(lock_milliseconds: int) -> Mapping[bool, str]:
+    """Return the statements that record a batch, by whether it holds attempts of nodes."""
+    return {
+        has_attempts: _RECORD_TEMPLATE.format(
+            lock_wait=waits_for_locks(lock_milliseconds), attempts=_NEW_ATTEMPTS if has_attempts else ""
+        )
+        for has_attempts in (False, True)
+    }
+
+
+_RECORD = _recording(BATCH_LOCK_MILLISECONDS)
+_RECORD_ALONE = _recording(LONE_LOCK_MILLISECONDS)
 _HELD = f"""
 execution JOIN unnest({unnest(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
     ON execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token

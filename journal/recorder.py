@@ -13,7 +13,7 @@ import structlog
 from engine import patience, values
 from engine.control import Control, Request
 from engine.errors import LeaseLost
-from engine.events import SETTLED, UNFINISHED, Ended, LogLine, Span
+from engine.events import SETTLED, UNFINISHED, AttemptSpan, Ended, LogLine, Span
 from journal import trigger_body
 from journal.blobs.backend import BlobsUnavailable
 from journal.grouping import GroupCommit
@@ -89,7 +89,7 @@ def percent_of(share: float) -> int:
 
 
 def _rows(write: RunWrite) -> int:
-    return 1 + len(write.spans) + len(write.logs)
+    return 1 + len(write.spans) + len(write.attempts) + len(write.logs)
 
 
 class RunJournal:
@@ -140,6 +140,10 @@ class RunJournal:
             # A node in a loop counts once, with the first turn in which it settles; the loop, when all are through.
             if not span.is_turn:
                 self._settled.add(span.node_id)
+
+    def record_attempt(self, attempt: AttemptSpan) -> None:
+        """Keep an attempt for the next commit."""
+        self._write.attempts.append(attempt)
 
     def log(self, line: LogLine) -> None:
         """Keep a log line for the next commit."""

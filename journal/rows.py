@@ -48,6 +48,17 @@ SPAN_COLUMNS = (
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_KEPT = (*SPAN_KEY, "lane", "id")
 """What a newer row of the same node leaves as it was."""
+ATTEMPT_COLUMNS = (
+    *("execution_id", "node_id", "iteration", "attempt", "lane", "id", "sequence", "label", "type", "status"),
+    *("started_at", "ended_at", "next_attempt_at", "error"),
+)
+ATTEMPT_KEY = ("execution_id", "node_id", "iteration", "attempt")
+ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.started_at), " + ", ".join(
+    f"{column} = excluded.{column}"
+    for column in ATTEMPT_COLUMNS
+    if column not in {*ATTEMPT_KEY, "lane", "id", "started_at"}
+)
+"""The SQL by which a newer row of the same attempt replaces the one before it."""
 LOG_COLUMNS = ("execution_id", "sequence", "lane", "id", "level", "message", "node_id", "created_at")
 
 TOUCHED_MICROSECONDS = 3_600_000_000
@@ -126,6 +137,34 @@ def span_rows(batch: Sequence[RunWrite]) -> list[Row]:
             _text(span.output_blob),
         )
         for (write, span), span_id in zip(newest, ids.several("span", len(newest)), strict=True)
+    ]
+
+
+def attempt_rows(batch: Sequence[RunWrite]) -> list[Row]:
+    """Return one row an attempt of each run: the last that was recorded."""
+    newest = [
+        (write, one)
+        for write in batch
+        for one in {(one.node_id, one.iteration, one.attempt): one for one in write.attempts}.values()
+    ]
+    return [
+        (
+            write.execution_id,
+            one.node_id,
+            one.iteration,
+            one.attempt,
+            write.lane,
+            span_id,
+            one.sequence,
+            one.label,
+            one.type,
+            one.status.value,
+            _microseconds(one.started_at),
+            _microseconds(one.ended_at),
+            _microseconds(one.next_attempt_at),
+            error_text(one.error),
+        )
+        for (write, one), span_id in zip(newest, ids.several("span", len(newest)), strict=True)
     ]
 
 

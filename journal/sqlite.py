@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 from engine.events import RunStatus, Span
 from journal import sqlite_entrance as entrance
 from journal.rows import (
+    ATTEMPT_CHANGES,
+    ATTEMPT_COLUMNS,
+    ATTEMPT_KEY,
     CRASHED,
     LOG_COLUMNS,
     LOSSES,
@@ -25,6 +28,7 @@ from journal.rows import (
     SPAN_KEPT,
     SPAN_KEY,
     STATUS_AFTER,
+    attempt_rows,
     claimed_of,
     error_text,
     log_rows,
@@ -406,6 +410,10 @@ _UPSERT_SPANS = (
     f" ON CONFLICT ({', '.join(SPAN_KEY)}) DO UPDATE SET "
     + ", ".join(f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_KEPT)
 )
+_UPSERT_ATTEMPTS = (
+    f"INSERT INTO attempt_span ({', '.join(ATTEMPT_COLUMNS)}) VALUES ({', '.join('?' * len(ATTEMPT_COLUMNS))})"
+    f" ON CONFLICT ({', '.join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}"
+)
 _INSERT_LOGS = (
     f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
 )
@@ -445,6 +453,7 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
     now = _now()
     held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
     connection.executemany(_UPSERT_SPANS, span_rows(held))
+    connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
     connection.executemany(_INSERT_LOGS, log_rows(held))
     return frozenset(write.execution_id for write in held)
 

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
-from engine.events import LogLine, RunError, RunStatus, Span
+from engine.events import AttemptSpan, LogLine, RunError, RunStatus, Span
 from models.database_clock import DatabaseClock
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.losses import MAX_TRIAL_LOSSES
@@ -250,6 +250,8 @@ class RunWrite(msgspec.Struct):
     due_at: datetime | None = None
     signals: int = 0
     """Answers that it has seen: a run that waits, and was given more, goes on at once."""
+    attempts: list[AttemptSpan] = []
+    """Each beside a span of its node; the last one of an attempt counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,6 +264,28 @@ class SpanRow(SQLModel, table=True):
     output_blob: str | None = Field(default=None, sa_column=Column(Text))
 
 
+class AttemptRow(SQLModel, table=True):
+    """One attempt of a node that was tried more than once."""
+
+    __tablename__ = "attempt_span"
+
+    execution_id: str = Field(primary_key=True)
+    node_id: str = Field(primary_key=True)
+    iteration: str = Field(primary_key=True, default="")
+    attempt: int = Field(primary_key=True)
+    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    id: str
+    sequence: int
+    label: str
+    type: str
+    status: str
+    started_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    ended_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    next_attempt_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    """When the next one was to begin, as it was said then."""
+    error: str | None = Field(default=None, sa_column=Column(Text))
+
+
 class Signal(SQLModel, table=True):
     """An answer to a node that waits for one; the first counts, and there is no second."""
 

@@ -38,7 +38,7 @@ class LiveView:
     def take(self, event: Event) -> None:
         if event.name == "execution":
             self._execution = event.data
-        elif event.name == "span":
+        elif event.name == "span" and event.data["kind"] != "attempt":
             key = (event.data["nodeId"], event.data["iteration"])
             self._spans.pop(key, None)
             self._spans[key] = event.data

@@ -25,6 +25,7 @@ from models.access import KeyScope
 from models.execution import TERMINAL
 
 if TYPE_CHECKING:
+    from gateway.executions.execution_rows import Recorded
     from journal.pinning import LoadedWorkflow
     from journal.store import Progress
 
@@ -110,6 +111,10 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: TryNode) ->
     return run
 
 
+def _is_of_node(row: Recorded) -> bool:
+    return not row.iteration and row.kind == execution_rows.SpanKind.NODE
+
+
 async def _tried(request: Request, key: ExecutionKey, progress: Progress) -> TriedNode:
     whole = Page(limits.RECORDS_MAX, 0)
     async with request.gateway.database.read() as connection:
@@ -124,7 +129,7 @@ async def _tried(request: Request, key: ExecutionKey, progress: Progress) -> Tri
         logs=[execution_shapes.log(row) for row in lines],
     )
     outputs = request.gateway.large_outputs.explain(key.execution_id)
-    for span in (execution_shapes.span(row, outputs) for row in spans if not row.iteration):
+    for span in (execution_shapes.span(row, outputs) for row in spans if _is_of_node(row)):
         tried.output, tried.port = span.output_data, span.port
         tried.error = span.error or tried.error
         tried.unresolved = span.unresolved

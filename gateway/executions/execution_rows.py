@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from sqlalchemy import BigInteger, Row, and_, func, literal, or_, select
+from sqlalchemy import (
+    BigInteger,
+    LargeBinary,
+    Row,
+    Text,
+    and_,
+    cast,
+    false,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    union_all,
+)
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.executions.execution_access import visible_to
 from journal.blobs.backend import Owner
-from models.execution import Execution, ExecutionData, LogRow, SpanRow
+from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, CompoundSelect, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
@@ -33,6 +48,14 @@ Recorded: TypeAlias = Row[*tuple[Any, ...]]
 def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     """Order what hasn't happened before everything that has; left to themselves the databases disagree."""
     return func.coalesce(moment, literal(0, BigInteger))
+
+
+class SpanKind(StrEnum):
+    """What a span tells of."""
+
+    NODE = "node"
+    TURN = "turn"
+    ATTEMPT = "attempt"
 
 
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
@@ -187,6 +210,7 @@ async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> Owner | 
 # ── spans and log lines ─────────────────────────────────────────────────────────────────────────────────────
 
 _SPANS: Final = select(
+    literal(SpanKind.NODE.value, Text).label("kind"),
     col(SpanRow.id),
     col(SpanRow.execution_id),
     col(SpanRow.node_id),
@@ -226,6 +250,24 @@ _SPANS: Final = select(
     ),
 )
 
+_NO_TEXT: Final = cast(null(), Text)
+_ATTEMPTS: Final = select(
+    literal(SpanKind.ATTEMPT.value, Text).label("kind"),
+    *(col(AttemptRow.id), col(AttemptRow.execution_id), col(AttemptRow.node_id), col(AttemptRow.iteration)),
+    *(col(AttemptRow.sequence), col(AttemptRow.label), col(AttemptRow.type), col(AttemptRow.status)),
+    _NO_TEXT.label("port"),
+    *(col(AttemptRow.attempt), col(AttemptRow.started_at), col(AttemptRow.ended_at)),
+    col(AttemptRow.next_attempt_at),
+    _NO_TEXT.label("input"),
+    false().label("input_is_reference"),
+    _NO_TEXT.label("output"),
+    false().label("output_is_reference"),
+    col(AttemptRow.error),
+    _NO_TEXT.label("unresolved"),
+    cast(null(), LargeBinary).label("hashes"),
+)
+"""The same columns, of attempts."""
+
 
 async def spans(
     connection: AsyncConnection,
@@ -236,15 +278,27 @@ async def spans(
     statuses: Sequence[SpanStatus],
 ) -> tuple[int, Sequence[Recorded]]:
     """Return how many spans a run has, and a page of them, in the order in which they were last recorded."""
-    conditions = list(_of(SpanRow, key))
-    if node_id is not None:
-        conditions.append(col(SpanRow.node_id) == node_id)
-    if statuses:
-        conditions.append(col(SpanRow.status).in_(statuses))
-    statement = _SPANS.where(*conditions).order_by(col(SpanRow.sequence))
-    return await _page(
-        connection, select(func.count()).select_from(SpanRow).where(*conditions), statement, part
-    )
+
+    def conditions(table: type[SpanRow | AttemptRow]) -> Iterable[ColumnElement[bool]]:
+        yield from _of(table, key)
+        if node_id is not None:
+            yield col(table.node_id) == node_id
+        if statuses:
+            yield col(table.status).in_(statuses)
+
+    counts = [
+        select(func.count()).select_from(table).where(*conditions(table)).scalar_subquery()
+        for table in (SpanRow, AttemptRow)
+    ]
+    statement = _spans_and_attempts(conditions(SpanRow), conditions(AttemptRow))
+    return await _page(connection, select(counts[0] + counts[1]), statement, part)
+
+
+def _spans_and_attempts(
+    of_spans: Iterable[ColumnElement[bool]], of_attempts: Iterable[ColumnElement[bool]]
+) -> CompoundSelect[*tuple[Any, ...]]:
+    """Return the statement that reads spans of nodes and of their attempts, in the order of their numbers."""
+    return union_all(_SPANS.where(*of_spans), _ATTEMPTS.where(*of_attempts)).order_by("sequence")
 
 
 async def logs(
@@ -261,14 +315,17 @@ async def logs(
 
 
 async def _page(
-    connection: AsyncConnection, counted: Select[int], statement: Select[*tuple[Any, ...]], part: Page
+    connection: AsyncConnection,
+    counted: Select[int],
+    statement: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]],
+    part: Page,
 ) -> tuple[int, Sequence[Recorded]]:
     count: int | None = await connection.scalar(counted)
     rows = (await connection.execute(statement.limit(part.limit).offset(part.offset))).all()
     return count or 0, rows
 
 
-def _of(table: type[SpanRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
+def _of(table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
     yield col(table.execution_id) == key.execution_id
     yield col(table.lane) == key.lane
 
@@ -301,9 +358,10 @@ async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at
     last = max(newest)
     found_spans = (
         await connection.execute(
-            _SPANS.where(*_of(SpanRow, key), *_between(SpanRow, after, last))
-            .order_by(col(SpanRow.sequence))
-            .limit(at_most)
+            _spans_and_attempts(
+                [*_of(SpanRow, key), *_between(SpanRow, after, last)],
+                [*_of(AttemptRow, key), *_between(AttemptRow, after, last)],
+            ).limit(at_most)
         )
     ).all()
     found_logs = (
@@ -326,7 +384,9 @@ async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at
     )
 
 
-def _between(table: type[SpanRow | LogRow], after: int, last: int) -> Iterable[ColumnElement[bool]]:
+def _between(
+    table: type[SpanRow | AttemptRow | LogRow], after: int, last: int
+) -> Iterable[ColumnElement[bool]]:
     yield col(table.sequence) > after
     yield col(table.sequence) <= last
 

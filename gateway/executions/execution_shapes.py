@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
 from engine.events import FailureCause, SpanStatus
+from engine.node import CONTINUE
+from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, Wire, instant, optional_instant
 from journal import unread
 from journal.follow_ups import FollowUp, Outcome
@@ -127,9 +129,11 @@ class HeadShape(Wire):
 
 
 class SpanShape(Wire):
-    """One node in one run."""
+    """One node in one run, one turn of a loop, or one attempt of a node that was tried more than once."""
 
     id: str
+    kind: SpanKind
+    """`turn`: of the loop `nodeId`; `attempt`: of the node, whose own span has its last state, input and output."""
     execution_id: str
     node_id: str
     node_label: str
@@ -142,6 +146,8 @@ class SpanShape(Wire):
     started_at: Instant | None
     ended_at: Instant | None
     wake_at: Instant | None
+    next_attempt_at: Instant | None
+    """When the next attempt begins, or was to begin; null unless this one has failed and is followed by another."""
     duration_ms: int | None
     input_data: Raw | None
     output_data: Raw | None
@@ -225,8 +231,10 @@ def head(execution: Execution) -> HeadShape:
 
 
 def span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
+    is_retried = row.kind == SpanKind.ATTEMPT or row.status == SpanStatus.RETRYING
     return SpanShape(
         id=row.id,
+        kind=_kind(row),
         execution_id=row.execution_id,
         node_id=row.node_id,
         node_label=row.label,
@@ -239,6 +247,7 @@ def span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         started_at=optional_instant(row.started_at),
         ended_at=optional_instant(row.ended_at),
         wake_at=optional_instant(row.wake_at),
+        next_attempt_at=optional_instant(row.wake_at) if is_retried else None,
         duration_ms=_milliseconds(row.started_at, row.ended_at),
         input_data=_shown(row.input, outputs, is_reference=row.input_is_reference),
         output_data=_shown(row.output, outputs, is_reference=row.output_is_reference),
@@ -246,6 +255,11 @@ def span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
         unresolved=_raw(row.unresolved) or (),
         hashes=_hashes(row.hashes),
     )
+
+
+def _kind(row: Recorded) -> SpanKind:
+    is_turn = row.kind == SpanKind.NODE and row.port == CONTINUE and row.hashes is None
+    return SpanKind.TURN if is_turn else SpanKind(row.kind)
 
 
 def log(row: Recorded) -> LogShape:

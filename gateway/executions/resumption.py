@@ -31,7 +31,16 @@ from journal import follow_ups, unread
 from json_text import decoding
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData, ExecutionStatus, SpanRow
+from models.execution import (
+    LIMITED,
+    SHARED,
+    UNREAD,
+    AttemptRow,
+    Execution,
+    ExecutionData,
+    ExecutionStatus,
+    SpanRow,
+)
 from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.workflow import Workflow, WorkflowStatus
 
@@ -112,6 +121,37 @@ async def insert_copy(
             for row in spans
         ]
         await connection.execute(_new_span(failed, new_id), copies)
+        await _copy_attempts(connection, failed, new_id)
+
+
+async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
+    """Copy the attempts of the nodes whose spans are kept; others are tried from the first attempt on."""
+    identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
+    of_kept = and_(
+        *(
+            col(AttemptRow.execution_id) == col(SpanRow.execution_id),
+            col(AttemptRow.lane) == col(SpanRow.lane),
+        ),
+        *(
+            col(AttemptRow.node_id) == col(SpanRow.node_id),
+            col(AttemptRow.iteration) == col(SpanRow.iteration),
+        ),
+    )
+    kept = select(*identity).join(SpanRow, of_kept).where(_spans_of(failed), or_(_SETTLED, _IN_FLIGHT))
+    copies = [
+        {"new_id": ids.new("span"), "of_node": row[0], "of_iteration": row[1], "of_attempt": row[2]}
+        for row in await connection.execute(kept)
+    ]
+    if not copies:
+        return
+    condition = and_(
+        *(col(AttemptRow.execution_id) == failed.execution_id, col(AttemptRow.lane) == failed.lane),
+        col(AttemptRow.node_id) == bindparam("of_node"),
+        col(AttemptRow.iteration) == bindparam("of_iteration"),
+        col(AttemptRow.attempt) == bindparam("of_attempt"),
+    )
+    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text())}
+    await connection.execute(_copy("attempt_span", changes, condition), copies)
 
 
 async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> Row[Any]:

@@ -75,6 +75,8 @@ def _check_span(span: Span) -> None:
 
 def _moments(write: RunWrite) -> Iterator[datetime]:
     moments = [write.due_at, *(line.created_at for line in write.logs)]
+    for attempt in write.attempts:
+        moments += [attempt.started_at, attempt.ended_at, attempt.next_attempt_at]
     for span in write.spans:
         moments += [span.started_at, span.ended_at, span.wake_at]
     yield from (moment for moment in moments if moment is not None)

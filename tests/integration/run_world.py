@@ -37,7 +37,17 @@ from models.workflow import Workflow
 
 TABLES = (
     *("delivery", "event", "event_wait"),
-    *("execution", "execution_data", "span", "log_line", "signal", "pace", "idempotency", "definition"),
+    *(
+        "execution",
+        "execution_data",
+        "span",
+        "attempt_span",
+        "log_line",
+        "signal",
+        "pace",
+        "idempotency",
+        "definition",
+    ),
     *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source"),
     *("workflow_trigger_match", "workflow_trigger", "schedule"),
     *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),

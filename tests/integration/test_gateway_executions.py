@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 from starlette.applications import Starlette
 
-from engine.events import FailureCause, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.events import AttemptSpan, FailureCause, LogLine, RunError, RunStatus, Span, SpanStatus
 from gateway import limits, state
 from gateway.executions import live_events, waiting
 from gateway.main import create_app
@@ -45,6 +45,7 @@ EXECUTION = {
 SPAN = {
     "id", "executionId", "nodeId", "nodeLabel", "nodeType", "status", "startedAt", "endedAt", "durationMs", "inputData",
     "outputData", "error", "attempt", "port", "iteration", "unresolved", "hashes", "sequence", "wakeAt",
+    "kind", "nextAttemptAt",
 }  # fmt: skip
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 60.0
@@ -80,13 +81,14 @@ class Run:
 
     async def write(
         self,
-        *records: Span | LogLine,
+        *records: Span | AttemptSpan | LogLine,
         end: RunStatus | None = None,
         error: RunError | None = None,
         is_told: bool = True,
     ) -> None:
         """Commit records and perhaps the end, and announce that unless the notice is to be lost."""
         spans = [record for record in records if isinstance(record, Span)]
+        attempts = [record for record in records if isinstance(record, AttemptSpan)]
         self.settled |= {span.node_id for span in spans if span.ended_at is not None}
         claimed = self.claimed
         write = RunWrite(
@@ -99,10 +101,22 @@ class Run:
             progress=self.percent or min(50 * len(self.settled), 99),
             end=end,
             error=error,
+            attempts=attempts,
         )
         assert await self.gateway.store.record([write]) == {claimed.execution_id}
         if is_told:
             await self.broker.announce({claimed.execution_id: claimed.inbox})
+
+    def attempt(
+        self,
+        node_id: str,
+        number: int,
+        status: SpanStatus = SpanStatus.FAILED,
+        **fields: Any,  # noqa: ANN401 - the other fields
+    ) -> AttemptSpan:
+        self.sequence += 1
+        name = node_id.title()
+        return AttemptSpan(node_id, name, "set", "", number, status, self.sequence, NOW, **fields)
 
     async def complete(self, *, is_told: bool = True) -> None:
         await self.write(
@@ -1082,6 +1096,54 @@ async def test_events_tell_what_is_committed_in_order_up_to_the_end(world: World
     )
 
 
+async def test_attempts_of_a_node_are_listed_and_told_as_spans(
+    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 2)
+    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+    run = await taken(world, execution_id)
+    later = NOW + timedelta(seconds=5)
+    cause = FailureCause("http-503", "It was away", "step", "GET", "https://example.com")
+    error = RunError("http-503", "It was away", "step", 1, cause)
+    await run.write(
+        run.span("start", output=1),
+        run.attempt("step", 1, ended_at=NOW, next_attempt_at=later, error=error),
+        run.span("step", SpanStatus.RETRYING, wake_at=later, error=error),
+    )
+    (retrying,) = (await got(people.owner, f"/{execution_id}/spans?node_id=step&status=retrying"))["spans"]
+    assert (retrying["kind"], retrying["nextAttemptAt"]) == ("node", "2026-01-01T00:00:05.000Z")
+    await run.write(
+        run.attempt("step", 2, SpanStatus.COMPLETED, ended_at=later),
+        run.span("step", output=2, attempt=2),
+        end=RunStatus.COMPLETED,
+    )
+
+    listed = await got(people.owner, f"/{execution_id}/spans")
+    assert listed["count"] == 4
+    spans = listed["spans"]
+    assert all(set(span) == SPAN for span in spans)
+    assert [(span["nodeId"], span["kind"], span["attempt"], span["status"]) for span in spans] == [
+        ("start", "node", 1, "completed"),
+        ("step", "attempt", 1, "failed"),
+        ("step", "attempt", 2, "completed"),
+        ("step", "node", 2, "completed"),
+    ]
+    first = spans[1]
+    assert (first["startedAt"], first["endedAt"], first["nextAttemptAt"]) == (
+        "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:05.000Z",
+    )  # fmt: skip
+    assert first["error"]["cause"]["url"] == "https://example.com"
+    pages = [await got(people.owner, f"/{execution_id}/spans?limit=1&offset={n}") for n in range(4)]
+    assert [page["spans"][0] for page in pages] == spans
+    only = await got(people.owner, f"/{execution_id}/spans?node_id=step&status=failed")
+    assert (only["count"], only["spans"]) == (1, [first])
+
+    events = await followed(world, people.owner, execution_id).rest()
+    assert [event.data for event in events if event.name == "span"] == spans
+    shown = await got(people.owner, f"/{execution_id}")
+    assert shown["outputs"] == {"start": 1, "step": 2}
+
+
 async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(world: World, people: People) -> None:
     execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
     run = await taken(world, execution_id)
@@ -1231,7 +1293,10 @@ async def failed(world: World, person: Person, workflow_id: str) -> str:
     await run.write(
         run.span("start", output={"body": {"x": 1}}, hashes=bytes(128)),
         run.span("away", SpanStatus.SKIPPED),
-        run.span("handled", SpanStatus.FAILED, port="error", output={"error": {}}, error=error),
+        run.attempt("handled", 1, error=error),
+        run.attempt("handled", 2, error=error),
+        run.span("handled", SpanStatus.FAILED, port="error", output={"error": {}}, error=error, attempt=2),
+        run.attempt("step", 1, error=error),
         run.span("step", SpanStatus.FAILED, error=error),
         run.span("cut", SpanStatus.CANCELLED),
         run.span("sent", SpanStatus.RUNNING, resolved_config=b'{"body":1}'),
@@ -1288,6 +1353,11 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     assert after.created_at > before.created_at
     old, new = await rows_of_spans(world, failed_id), await rows_of_spans(world, resumed_id)
     assert set(new) == {"start", "away", "handled", "sent"}
+    # What is tried again is tried from its first attempt on.
+    told = (await got(people.owner, f"/{resumed_id}/spans?status=failed"))["spans"]
+    assert [(span["nodeId"], span["kind"], span["attempt"]) for span in told] == [
+        ("handled", "attempt", 1), ("handled", "attempt", 2), ("handled", "node", 2),
+    ]  # fmt: skip
     assert (after.completed_nodes, after.progress) == (3, 99 * 3 // after.total_nodes)
     for node_id, span in new.items():
         assert span["id"] != old[node_id]["id"]

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from engine.events import LogLine, RunStatus, Span, SpanStatus
+from engine.events import AttemptSpan, LogLine, RunStatus, Span, SpanStatus
 from journal import deletion
 from journal.blobs.backend import BlobLost, Owner
 from journal.blobs.opening import open_blobs
@@ -25,7 +25,7 @@ from tests.integration.run_world import Place, Where, World, opened, write
 NOW = datetime.now(UTC)
 DAY = 86_400_000_000
 PATIENCE_SECONDS = 60.0
-RECORDS = ("execution", "execution_data", "span", "log_line", "signal")
+RECORDS = ("execution", "execution_data", "span", "attempt_span", "log_line", "signal")
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
@@ -53,7 +53,9 @@ async def ended(world: World, place: Place, *, days: float, **columns: Any) -> C
         for number in range(3)
     ]
     logs = [LogLine("info", "said", None, 9, NOW)]
-    await world.store.record([write(run, end=RunStatus.COMPLETED, spans=spans, logs=logs)])
+    attempts = [AttemptSpan("n0", "", "set", "", 1, SpanStatus.FAILED, 8, NOW)]
+    done = write(run, end=RunStatus.COMPLETED, spans=spans, logs=logs, attempts=attempts)
+    await world.store.record([done])
     await world.query(
         "INSERT INTO signal (execution_id, node_id, iteration, lane, payload, created_at)"
         " VALUES (:id, 'n0', '', 1, '{}', 1)",

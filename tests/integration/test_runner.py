@@ -643,7 +643,7 @@ class Held:
             "/wait": {"seconds": 0, "wants_work": True},
             "/claim": {"limit": 10, "lease_seconds": 30},
             "/suspects": {"max_trial_losses": 0},
-            "/record": {"writes": [{**lease, "completed_nodes": 2}]},
+            "/record": {"writes": [{**lease, "completed_nodes": 2, "attempts": [ATTEMPT]}]},
             "/renew": {"leases": [lease], "lease_seconds": 30},
             "/give-back": {"held": []},
             "/definitions": {"hashes": [self.definition_hash]},
@@ -698,6 +698,18 @@ NOTHING: Mapping[str, Mapping[str, Any]] = {
 """What whoever holds nothing is answered; of all other routes, that the lease is lost."""
 
 
+ATTEMPT: dict[str, Any] = {
+    "node_id": "greet",
+    "label": "Greet",
+    "type": "set",
+    "iteration": "",
+    "attempt": 1,
+    "status": "failed",
+    "sequence": 9,
+    "started_at": "2026-01-01T00:00:00Z",
+}
+
+
 async def hold(pods: Pods) -> Held:
     """Have the pod named `pod` claim a run, and put something of everything there."""
     world, place = pods.world, pods.place
@@ -728,7 +740,7 @@ async def hold(pods: Pods) -> Held:
 
 
 async def everything(world: World, held: Held) -> list[Any]:
-    tables = ("execution", "span", "signal", "log_line", "pace")
+    tables = ("execution", "span", "attempt_span", "signal", "log_line", "pace")
     return [
         [row for row in await world.query(f"SELECT * FROM {table}") if held.run.lane == row["lane"]]
         for table in tables
@@ -755,6 +767,7 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
     own = {line.path: await held.ask(line, pods.token) for line in routes.TABLE if line.path != "/give-back"}
     assert own.pop("/executions/{id}/runs").json()["error"]["code"] == "workflow-not-found"
     assert {path: response.status_code for path, response in own.items() if response.status_code >= 300} == {}
+    assert await pods.world.count("attempt_span") == 1
     for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
         assert own[path].json() != NOTHING[path]
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from sqlalchemy import make_url
 
-from engine.events import LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.events import AttemptSpan, LogLine, RunError, RunStatus, Span, SpanStatus
 from journal import sqlite
 from journal.grouping import GroupCommit
 from journal.opening import open_store
@@ -552,6 +552,38 @@ async def test_a_newer_span_of_a_node_replaces_the_one_before_it(world: World) -
     assert (await world.store.spans([key_of(one)]))[one.execution_id] == [done[2], done[1]]
     (after,) = await world.query("SELECT id FROM span WHERE node_id = 'pay'")
     assert after == before
+
+
+async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_its_start(world: World) -> None:
+    def attempt(number: int, status: SpanStatus, sequence: int, **more: Any) -> AttemptSpan:  # noqa: ANN401 - the other fields
+        return AttemptSpan("pay", "Pay", "set", "0.1", number, status, sequence, **more)
+
+    one = await world.claimed()
+    begun = attempt(2, SpanStatus.RUNNING, 1, started_at=NOW)
+    await world.store.record([write(one, spans=[span("pay", SpanStatus.RUNNING, 2)], attempts=[begun])])
+    (before,) = await world.query("SELECT id FROM attempt_span")
+    error = RunError("lost-attempt", "Its end is unknown", "pay", 2)
+    lost = attempt(2, SpanStatus.FAILED, 3, started_at=None, error=error)
+    third = [attempt(3, status, 4, started_at=NOW) for status in (SpanStatus.RUNNING, SpanStatus.COMPLETED)]
+    wrote = write(one, spans=[span("pay", sequence=5)], attempts=[lost, *third])
+    assert await world.store.record([wrote]) == await world.store.record([wrote]) == {one.execution_id}
+    rows = await world.query(
+        "SELECT id, attempt, status, started_at, ended_at, error IS NULL AS is_well FROM attempt_span ORDER BY attempt"
+    )
+    assert [(row["attempt"], row["status"], row["ended_at"], bool(row["is_well"])) for row in rows] == [
+        (2, "failed", None, False),
+        (3, "completed", None, True),
+    ]
+    assert rows[0]["id"] == before["id"]
+    assert rows[0]["started_at"] == rows[1]["started_at"] is not None
+    # Whoever has lost the run adds none.
+    await world.expire(one)
+    await world.store.sweep(10)
+    late = write(
+        one, spans=[span("pay", sequence=6)], attempts=[attempt(4, SpanStatus.FAILED, 6, started_at=NOW)]
+    )
+    assert await world.store.record([late]) == frozenset()
+    assert await world.count("attempt_span") == 2
 
 
 async def test_log_lines_are_kept_once(world: World) -> None:

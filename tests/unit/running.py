@@ -13,7 +13,7 @@ import msgspec.structs
 
 from engine.control import Control
 from engine.errors import LeaseLost, NodeError
-from engine.events import Ended, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.events import AttemptSpan, Ended, LogLine, RunError, RunStatus, Span, SpanStatus
 from engine.graph import Definition, Graph
 from engine.limits import Limits
 from engine.node import Call, Compile, Effect, EffectRule, NodeType, Run, Wait
@@ -139,19 +139,23 @@ class Notebook:
         self.rows = {(span.node_id, span.iteration): span for span in recorded}
         self.lines: list[LogLine] = []
         self.commits = 0
+        self.attempts: dict[tuple[str, str, int], AttemptSpan] = {}
         self.done: list[float] = []
         """The part of the run that was done after each step of it."""
         self.is_held = True
         self.may_commit = asyncio.Event()
         self.may_commit.set()
         self.is_committing = asyncio.Event()
-        self._told: list[Span | LogLine] = []
+        self._told: list[Span | AttemptSpan | LogLine] = []
 
     def record(self, span: Span) -> None:
         self._told.append(span)
 
     def log(self, line: LogLine) -> None:
         self._told.append(line)
+
+    def record_attempt(self, attempt: AttemptSpan) -> None:
+        self._told.append(attempt)
 
     def advance(self, share: float) -> None:
         self.done.append(share + (self.done[-1] if self.done else 0.0))
@@ -173,6 +177,8 @@ class Notebook:
         for one in taken:
             if isinstance(one, Span):
                 self.rows[one.node_id, one.iteration] = one
+            elif isinstance(one, AttemptSpan):
+                self.attempts[one.node_id, one.iteration, one.attempt] = one
             else:
                 self.lines.append(one)
 

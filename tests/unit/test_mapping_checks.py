@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.control import Control
-from engine.events import LogLine, Span, SpanStatus
+from engine.events import AttemptSpan, LogLine, Span, SpanStatus
 from engine.findings import Finding
 from engine.graph import Graph
 from engine.mapping_checks import MAX_EXPLAINED
@@ -416,6 +416,8 @@ class Kept:
         self.spans[span.node_id] = span
 
     def log(self, line: LogLine) -> None: ...
+
+    def record_attempt(self, attempt: AttemptSpan) -> None: ...
 
     def advance(self, share: float) -> None: ...
 

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import run as engine_run
+from engine import scribe
 from engine.control import Control, Request
 from engine.errors import HttpRequestName, LeaseLost, NodeError
 from engine.events import SETTLED, Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
@@ -342,6 +343,99 @@ async def test_a_failed_node_is_tried_again_with_the_same_key_and_input() -> Non
     assert calls == [(attempt, "exec_1:write:0", {"n": 7}) for attempt in (1, 2, 3)]
     assert (notebook.spans["write"].attempt, notebook.output("write")) == (3, "done")
     assert [line.message for line in notebook.lines] == [f"Attempt {n} failed: not yet" for n in (1, 2)]
+
+
+def attempts_of(notebook: Notebook, node_id: str) -> list[tuple[int, str, str | None]]:
+    """Return the number, status and error of each attempt that has a span of its own."""
+    return [
+        (number, one.status.value, None if one.error is None else one.error.code)
+        for (node, _, number), one in sorted(notebook.attempts.items())
+        if node == node_id
+    ]
+
+
+async def test_each_attempt_of_a_node_that_is_tried_again_is_a_span() -> None:
+    async def try_hard(call: Call) -> Json:
+        if call.attempt < 3:
+            raise NodeError("not yet", code="away", retryable=True)
+        return "done"
+
+    graph = program("start > again > echo", {"again": read(try_hard)}, {"again": FAST_RETRY})
+    notebook = await finished(Worker(graph))
+    assert attempts_of(notebook, "again") == [
+        (1, "failed", "away"),
+        (2, "failed", "away"),
+        (3, "completed", None),
+    ]
+    assert {node_id for node_id, _, _ in notebook.attempts} == {"again"}, "others have one attempt alone"
+    first, second, third = (notebook.attempts["again", "", number] for number in (1, 2, 3))
+    node = notebook.spans["again"]
+    moments = [
+        *(node.started_at, first.started_at, first.ended_at, second.started_at, second.ended_at),
+        *(third.started_at, third.ended_at, node.ended_at),
+    ]
+    in_order = [moment for moment in moments if moment is not None]
+    assert len(in_order) == len(moments)
+    assert in_order == sorted(in_order)
+    assert None not in {first.next_attempt_at, second.next_attempt_at}
+    assert third.next_attempt_at is None
+    assert third.sequence < node.sequence
+
+
+async def test_rounds_of_attempts_keep_the_number_that_each_had() -> None:
+    def fail_for_good(call: Call) -> Json:
+        raise NodeError("no", code=f"at-{call.attempt}")
+
+    settings: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 1}
+    first = Worker(program("start > step", {"step": pure(fail_for_good)}, {"step": FAST_RETRY}, settings))
+    assert (await first.work()).status in {RunStatus.WAITING, RunStatus.FAILED}
+    kept = attempts_of(first.notebook, "step")
+    assert kept[0] == (1, "failed", "at-1")
+    assert all(code == f"at-{number}" for number, _, code in kept)
+
+
+async def test_an_attempt_that_a_lost_worker_has_begun_is_told_by_the_next() -> None:
+    async def pay(call: Call) -> Json:
+        return call.attempt
+
+    graph = program("start > pay", {"pay": write(pay)})
+    first = Worker(graph)
+    begun = await finished(first)
+    lost = msgspec.structs.replace(
+        begun.spans["pay"], status=SpanStatus.RUNNING, output=None, ended_at=None, port=None
+    )
+    second = await finished(Worker(graph, recorded=[begun.spans["start"], lost]))
+    assert attempts_of(second, "pay") == [(1, "failed", "lost-attempt"), (2, "completed", None)]
+    one, two = second.attempts["pay", "", 1], second.attempts["pay", "", 2]
+    assert (one.started_at, one.ended_at) == (lost.started_at, None)
+    assert one.sequence < two.sequence < second.spans["pay"].sequence
+    third = msgspec.structs.replace(lost, attempt=2)
+    again = await finished(Worker(graph, recorded=[begun.spans["start"], third]))
+    assert attempts_of(again, "pay") == [(2, "failed", "lost-attempt"), (3, "completed", None)]
+    assert again.attempts["pay", "", 2].started_at is None, "its start is recorded already"
+
+
+async def test_attempts_of_a_run_have_spans_up_to_a_limit_over_all_its_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scribe, "MAX_ATTEMPT_SPANS", 5)
+
+    async def try_twice(call: Call) -> Json:
+        if call.attempt == 1:
+            raise NodeError("not yet", retryable=True)
+        return call.data
+
+    names = ["one", "two", "three", "four"]
+    graph = program(
+        "start > one > two > three > four",
+        {name: read(try_twice) for name in names},
+        dict.fromkeys(names, FAST_RETRY),
+    )
+    notebook = await finished(Worker(graph))
+    assert len(notebook.attempts) == 5
+    assert sum("no more get spans" in line.message for line in notebook.lines) == 1
+    recorded = [notebook.spans[name] for name in ("start", "one", "two")]
+    assert len((await finished(Worker(graph, recorded=recorded))).attempts) == 5 - 4
 
 
 async def test_a_node_is_tried_no_more_often_than_it_says() -> None:

@@ -519,6 +519,24 @@ def _create_runs() -> None:
         sa.Column("output_blob", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("execution_id", "node_id", "iteration"),
     )
+    op.create_table(
+        "attempt_span",
+        sa.Column("execution_id", IDENTIFIER, nullable=False),
+        sa.Column("node_id", IDENTIFIER, nullable=False),
+        sa.Column("iteration", IDENTIFIER, nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False, autoincrement=False),
+        sa.Column("lane", sa.SmallInteger(), nullable=False),
+        sa.Column("id", IDENTIFIER, nullable=False),
+        sa.Column("sequence", sa.Integer(), nullable=False),
+        sa.Column("label", sa.String(), nullable=False),
+        sa.Column("type", sa.String(), nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("started_at", sa.BigInteger(), nullable=True),
+        sa.Column("ended_at", sa.BigInteger(), nullable=True),
+        sa.Column("next_attempt_at", sa.BigInteger(), nullable=True),
+        sa.Column("error", sa.Text(), nullable=True),
+        sa.PrimaryKeyConstraint("execution_id", "node_id", "iteration", "attempt"),
+    )
 
 
 def _create_data_sources() -> None:
