@@ -1,24 +1,36 @@
 """Workflows that are deployed at once on a slow node, and the requests that a deployer sends to the API server.
 
-The API server is that of the tests. Its node prepares two pods at a time, five seconds each, and runs no programs: what
-is measured is how starts are spread, and what they cost, not how fast a machine is.
+The API server is that of the tests. Its node runs no programs: the figures show how starts are spread and what they and
+rest cost, not how fast a machine is. At first it prepares two pods at a time, five seconds each. For the many workflows
+at rest it prepares all at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks import deployed, load, processes, workflows
+from benchmarks.http1 import ConnectionLost
 from benchmarks.load import Installed, WrongAnswer
+from benchmarks.processes import Pilotflame
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.world import on_fake
 from tests.services import PostgreSQL, Redis
 
-WORKFLOWS = 50
+WORKFLOWS_AT_ONCE = 50
 PREPARE_SECONDS = 5.0
 PREPARED_AT_ONCE = 2
+WORKFLOWS_AT_REST = 500
+DEPLOYS_AT_ONCE = 10
+"""As many edits as a gateway has connections for; more at once get 503."""
+CONTROLLER_SECONDS = 1.0
+"""How long controllers take to notice a change: looking at so many objects more often would take all of the time."""
+FAST = {"HEAD_SECONDS": "60", "KUBERNETES_REQUESTS_PER_SECOND": "300", "STARTS_AT_ONCE": "300"}
 REST_SECONDS = 240.0
 """Two renewals of the watches of Deployments and pods, and one of that of quotas."""
 PATIENCE_SECONDS = 600.0
@@ -26,43 +38,88 @@ POLL_SECONDS = 1.0
 
 
 async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
-    """Return how many of the workflows run in the end and how many were given up, and requests by what was done."""
-    database_url = await postgres.create_database("mass_starts")
+    """Return figures of workflows that start at once on a slow node, and of many at rest."""
+    (folder / "starts").mkdir()
+    (folder / "rest").mkdir()
+    return {
+        **await _measure_starts(postgres, redis, folder / "starts"),
+        **await _measure_rest(postgres, redis, folder / "rest"),
+    }
+
+
+async def _measure_starts(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+    async with _deploying(postgres, redis, folder) as (api, pilotflame):
+        api.node.start_seconds, api.node.starts_at_once = PREPARE_SECONDS, PREPARED_AT_ONCE
+        installed = [await load.create(pilotflame.api, workflows.pure()) for _ in range(WORKFLOWS_AT_ONCE)]
+        since = perf_counter()
+        await asyncio.gather(*(deployed.sent(one, "POST", "deploy") for one in installed))
+        await _until_all(installed, "running")
+        all_run_seconds = perf_counter() - since
+        histories = [await deployed.sent(one, "GET", "lifecycle/history") for one in installed]
+        given_up = sum(made["reason"] == "failed" for history in histories for made in history["decisions"])
+        return {
+            "all_run_seconds": all_run_seconds,
+            "given_up": float(given_up),
+            "requests_per_deploy": len(api.requests) / WORKFLOWS_AT_ONCE,
+        }
+
+
+async def _measure_rest(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+    async with _deploying(postgres, redis, folder, **FAST) as (api, pilotflame):
+        api.node.delay_seconds = CONTROLLER_SECONDS
+        installed = [await load.create(pilotflame.api, workflows.pure()) for _ in range(WORKFLOWS_AT_REST)]
+        places = asyncio.Semaphore(DEPLOYS_AT_ONCE)
+
+        async def deploy(one: Installed) -> None:
+            async with places:
+                await _sent(one, "POST", "deploy")
+
+        await asyncio.gather(*map(deploy, installed))
+        await _until_all(installed, "running")
+        at_rest = await _requests_in(api, REST_SECONDS)
+        seen = len(api.requests)
+        await deployed.sent(installed[0], "POST", "stop")
+        await _until_all(installed[:1], "stopped")
+        return {
+            "deployed_at_rest": float(len(installed)),
+            "requests_per_minute_at_rest": at_rest,
+            "requests_per_stop": float(len(api.requests) - seen),
+        }
+
+
+@asynccontextmanager
+async def _deploying(
+    postgres: PostgreSQL, redis: Redis, folder: Path, **settings: str
+) -> AsyncIterator[tuple[FakeApi, Pilotflame]]:
+    """Run all processes on an empty database, beside an API server with one large node."""
+    database_url = await postgres.create_database(f"mass_starts_{folder.name}")
     async with on_fake(folder, second=1.0) as (_, api):
         api.node.runs_commands = False
-        api.node.start_seconds, api.node.starts_at_once = PREPARE_SECONDS, PREPARED_AT_ONCE
         api.node.machines[0].cpu_millicores = 1_000_000
         settings = {
             "CLUSTER": "kubernetes",
             "KUBECONFIG": str(folder / "kubeconfig"),
             "SETTLE_SECONDS": "0.1",
+            **settings,
         }
         async with processes.production(folder, database_url, redis.url, **settings) as pilotflame:
-            installed = [await load.create(pilotflame.api, workflows.pure()) for _ in range(WORKFLOWS)]
-            since = perf_counter()
-            await asyncio.gather(*(deployed.sent(one, "POST", "deploy") for one in installed))
-            await _until_all(installed, "running")
-            figures = {"all_run_seconds": perf_counter() - since}
-            histories = [await deployed.sent(one, "GET", "lifecycle/history") for one in installed]
-            figures["given_up"] = float(
-                sum(made["reason"] == "failed" for history in histories for made in history["decisions"])
-            )
-            figures["requests_per_deploy"] = len(api.requests) / WORKFLOWS
-            figures["requests_per_minute_at_rest"] = await _requests_in(api, REST_SECONDS)
-            seen = len(api.requests)
-            await deployed.sent(installed[0], "POST", "stop")
-            await _until_all(installed[:1], "stopped")
-            figures["requests_per_stop"] = float(len(api.requests) - seen)
-    return figures
+            yield api, pilotflame
 
 
 async def _until_all(installed: list[Installed], status: str) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         for one in installed:
-            while (shown := await deployed.sent(one, "GET", "status"))["deploymentStatus"] != status:
+            while (shown := await _sent(one, "GET", "status"))["deploymentStatus"] != status:
                 if shown["deploymentStatus"] in {"failed", "unknown"}:
                     raise WrongAnswer(shown)
                 await asyncio.sleep(POLL_SECONDS)
+
+
+async def _sent(installed: Installed, method: str, what: str) -> dict[str, Any]:
+    """Return an answer about a workflow, although the gateway closes connections on which nothing comes in time."""
+    while True:
+        with suppress(ConnectionLost):
+            return await deployed.sent(installed, method, what)
 
 
 async def _requests_in(api: FakeApi, seconds: float) -> float:
