@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final
 
 from msgspec import UNSET, Meta, UnsetType
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway import audit, errors, limits
-from gateway.http import text
+from gateway.http import read_only, text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optional_instant, read_json
 from models import access_store
 from models.access import ApiKey, Caller, KeyScope, Role, User
 from models.audit import Action
@@ -26,6 +26,10 @@ _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
 
 class CreateKey(StrictWire):
     """A key that somebody wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("id", "prefix", "createdAt", "revokedAt", "lastUsedAt", "key", "warnings"), ""
+    )
 
     name: Annotated[str, text.allowed(limits.KEY_NAME_LENGTH, min_length=1)]
     scopes: list[KeyScope] | None = None
@@ -39,6 +43,10 @@ class CreateKey(StrictWire):
 
 class CreateUser(StrictWire):
     """A user that an admin wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("id", "organizationId", "createdAt", "warnings"), ""
+    )
 
     email: Annotated[str, text.allowed(limits.EMAIL_LENGTH, min_length=3)]
     name: Annotated[str, text.allowed(limits.USER_NAME_LENGTH)] = ""
@@ -142,7 +150,9 @@ async def list_keys(request: Request) -> JsonResponse:
 
 async def create_key(request: Request) -> JsonResponse:
     """Make a key, for oneself or, as an admin, for a user of the organisation; this answer alone holds it."""
-    body = await decode_body(request, CreateKey)
+    value = await read_json(request)
+    body = body_of(request, value, CreateKey)
+    read_only.warn_of_new(request, value, CreateKey, dict)
     caller = request.caller
     now = request.gateway.clock()
     problems = Problems()
@@ -261,7 +271,9 @@ async def list_users(request: Request) -> JsonResponse:
 
 async def create_user(request: Request) -> JsonResponse:
     """Make a user of the organisation; what it may do is told by the keys that are made for it."""
-    body = await decode_body(request, CreateUser)
+    value = await read_json(request)
+    body = body_of(request, value, CreateUser)
+    read_only.warn_of_new(request, value, CreateUser, dict)
     problems = Problems()
     email = text.line(body.email, "email", problems, max_length=limits.EMAIL_LENGTH)
     if email and not _EMAIL.match(email):

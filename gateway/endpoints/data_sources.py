@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -85,6 +85,11 @@ class DataSourceGuests(Wire):
 
 class SetDataSourceVisibility(StrictWire):
     """Who else may use a data source."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("name", "settings"), "PUT /api/v1/datasources/:id"),
+        **{name: route for name, route in UpdateDataSource.read_only.items() if name != "isPublic"},
+    }
 
     is_public: bool
     """Whether everybody in the organisation may see it, test it and run workflows with it."""
@@ -192,10 +197,14 @@ async def unshare(request: Request) -> NoContent:
 
 async def set_visibility(request: Request) -> JsonResponse:
     """Let everybody in the organisation use a data source, or no longer."""
-    is_public = (await decode_body(request, SetDataSourceVisibility)).is_public
-    after = await editing.edit(
-        request, Action.DATA_SOURCE_VISIBILITY_SET, lambda before: before.with_columns(is_public=is_public)
-    )
+    value = await read_json(request)
+    is_public = body_of(request, value, SetDataSourceVisibility).is_public
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(value, SetDataSourceVisibility, lambda: _as_json(before))
+        return before.with_columns(is_public=is_public)
+
+    after = await editing.edit(request, Action.DATA_SOURCE_VISIBILITY_SET, change)
     return editing.answer(after, data_source_shapes.shown(after))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final
 
 import msgspec
 from msgspec import Meta
@@ -13,21 +13,19 @@ from sqlmodel import col
 from engine.values import fingerprint
 from gateway import audit, errors, limits
 from gateway.arrivals import signatures
-from gateway.http import text
+from gateway.http import read_only, text
 from gateway.http.parameters import LIMIT, OFFSET
 from gateway.http.public_address import address_warnings, base_url
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
-from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
+from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optional_instant, read_json
 from models import ids, intake_tokens
 from models.audit import Action
 from models.intake import IntakeToken, TokenKind
 from senders.events import Sender as Provider
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -66,6 +64,14 @@ class CreateEventToken(StrictWire):
     A field that isn't known is refused: were a provider's name misspelt, the token would take what nobody signs.
     """
 
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("id", "hint", "userId", "createdAt", "lastUsedAt", "revokedAt", "token", "url", "warnings"), ""
+        ),
+        # Never ignored: the new token would take unsigned events, where the other one took none.
+        "providers": "`secrets`",
+    }
+
     name: Annotated[str, text.allowed(limits.KEY_NAME_LENGTH, min_length=1)]
     secrets: ProviderSecrets | None = None
     """With any, only what is signed by one of them is let in by this token; they are never shown."""
@@ -94,7 +100,7 @@ class NewEventToken(EventTokenShape):
     url: str
     """Where events are sent to: to be given to the sender as it is."""
     warnings: list[str]
-    """Reasons for which the sender may not reach that URL."""
+    """Reasons for which the sender may not reach that URL, and fields of the request that were ignored."""
 
 
 class EventTokenList(Wire):
@@ -112,13 +118,17 @@ async def create(request: Request) -> JsonResponse:
     It is good for nothing but events. What providers sign, it takes only where it has their secrets.
     """
     _require_admin(request.caller)
-    body = await decode_body(request, CreateEventToken)
+    value = await read_json(request)
+    body = body_of(request, value, CreateEventToken)
+    secrets = _secrets(body.secrets or ProviderSecrets())
+    read_only.warn_of_new(
+        request, value, CreateEventToken, lambda: {"providers": [_NAMES[provider] for provider in secrets]}
+    )
     problems = Problems()
     name = text.line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
     problems.raise_any()
     caller, now = request.caller, request.gateway.clock()
     token, token_id = intake_tokens.new_token(TokenKind.EVENT), ids.new("tok")
-    secrets = _secrets(body.secrets or ProviderSecrets())
     row = IntakeToken(
         id=token_id,
         kind=TokenKind.EVENT,
@@ -145,9 +155,10 @@ async def create(request: Request) -> JsonResponse:
     await request.gateway.database.transaction(make)
     shown = msgspec.structs.asdict(_shape(row))
     url = f"{base_url(request)}/api/v1/workflows/events?key={token}"
-    return JsonResponse(
-        NewEventToken(**shown, token=token, url=url, warnings=address_warnings(request)), status=201
-    )
+    # This answer had texts for warnings before there were any about fields.
+    warnings = [*address_warnings(request), *(str(one["message"]) for one in request.warnings)]
+    request.warnings.clear()
+    return JsonResponse(NewEventToken(**shown, token=token, url=url, warnings=warnings), status=201)
 
 
 async def index(request: Request) -> JsonResponse:

@@ -84,7 +84,15 @@ class GivenLifecycle(GuardedWire):
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
-            ("workflowId", "stoppedReason", "lastActivityAt", "nextTransition", "nextTransitionAt", "usage"),
+            (
+                "workflowId",
+                "stoppedReason",
+                "lastActivityAt",
+                "nextTransition",
+                "nextTransitionAt",
+                "usage",
+                "warnings",
+            ),
             "",
         ),
         "deploymentStatus": "POST /api/v1/workflows/:id/start or /stop",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from gateway import errors
 from gateway.http import read_only
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
@@ -26,18 +27,29 @@ if TYPE_CHECKING:
     from nodes.catalog import Catalog
 
 UNKNOWN_CATEGORY = "unknown"
+_OF_THE_NODE: Final[Mapping[str, str]] = dict.fromkeys(("nodeId", "workflowId", "warnings"), "")
+
+Values = TypeVar("Values", bound=Mapping[str, object])
 
 
 class SetMappings(GuardedWire):
     """Where each field of a node's input comes from: a path, a text with expressions in it, or a constant."""
 
-    mappings: dict[str, Any]
+    read_only: ClassVar[Mapping[str, str]] = _OF_THE_NODE
+
+    mappings: dict[str, Any] | None = None
+    input_mappings: dict[str, Any] | None = None
+    """The same as `mappings`, as answers name it; one of both is needed."""
 
 
 class SetPassThrough(GuardedWire):
     """What a node passes on unchanged: keys of its output, each with the key of its input."""
 
-    values: dict[str, str]
+    read_only: ClassVar[Mapping[str, str]] = _OF_THE_NODE
+
+    values: dict[str, str] | None = None
+    pass_through_values: dict[str, str] | None = None
+    """The same as `values`, as answers name it; one of both is needed."""
 
 
 class NodeSummary(Wire):
@@ -210,14 +222,17 @@ async def remove(request: Request) -> JsonResponse:
 
 async def set_mappings(request: Request) -> JsonResponse:
     """Set where the fields of a node's input come from, in place of what was set before."""
-    mappings = (await decode_body(request, SetMappings)).mappings
+    value = await read_json(request)
+    body = body_of(request, value, SetMappings)
+    mappings = _one_of("mappings", body.mappings, "inputMappings", body.input_mappings)
     node_edits.require_valid_mappings(mappings)
     node_id = request.path_params["sub"]
-    edited = await editing.edit(
-        request,
-        Action.NODE_CONFIGURED,
-        lambda before: node_edits.with_mappings(before, node_id, mappings),
-    )
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(value, SetMappings, lambda: _ids_of_node(before, node_id))
+        return node_edits.with_mappings(before, node_id, mappings)
+
+    edited = await editing.edit(request, Action.NODE_CONFIGURED, change)
     return editing.answer(
         edited.after,
         MappingsAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, input_mappings=mappings),
@@ -226,17 +241,36 @@ async def set_mappings(request: Request) -> JsonResponse:
 
 async def set_pass_through(request: Request) -> JsonResponse:
     """Set what a node passes from its input to its output, in place of what was set before."""
-    values = (await decode_body(request, SetPassThrough)).values
+    value = await read_json(request)
+    body = body_of(request, value, SetPassThrough)
+    values = _one_of("values", body.values, "passThroughValues", body.pass_through_values)
     node_id = request.path_params["sub"]
-    edited = await editing.edit(
-        request,
-        Action.NODE_CONFIGURED,
-        lambda before: node_edits.with_pass_through(before, node_id, values),
-    )
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(value, SetPassThrough, lambda: _ids_of_node(before, node_id))
+        return node_edits.with_pass_through(before, node_id, values)
+
+    edited = await editing.edit(request, Action.NODE_CONFIGURED, change)
     return editing.answer(
         edited.after,
         PassThroughAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, pass_through_values=values),
     )
+
+
+def _one_of(name: str, value: Values | None, other_name: str, other: Values | None) -> Values:
+    """Return the one of two values that was given; raises 422 for none, and for two that differ."""
+    if value is not None and other is not None and value != other:
+        message = f"Give {name} or {other_name}, not both"
+        raise errors.invalid([errors.problem(other_name, "ambiguous", message)])
+    if value is not None:
+        return value
+    if other is not None:
+        return other
+    raise errors.invalid([errors.problem(name, "required", f"{name} is required")])
+
+
+def _ids_of_node(stored: Stored, node_id: str) -> dict[str, Json]:
+    return {"nodeId": node_id, "workflowId": stored.workflow.id}
 
 
 # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from gateway.errors import ApiError
+from gateway.http import read_only
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
-from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, decode_body, instant
+from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, body_of, decode_body, instant, read_json
 from gateway.workflows import editing, shares, workflow_shapes
 from models.audit import Action
 
@@ -51,6 +52,12 @@ class ShareList(Wire):
 class SetVisibility(StrictWire):
     """Who else may see a workflow; what isn't given stays."""
 
+    read_only: ClassVar[Mapping[str, str]] = {
+        name: route
+        for name, route in workflow_shapes.READ_ONLY.items()
+        if name not in {"isPublic", "isTemplate"}
+    }
+
     is_public: bool | None = None
     """Whether everybody in the organisation may read and execute it."""
     is_template: bool | None = None
@@ -88,10 +95,14 @@ async def remove(request: Request) -> NoContent:
 
 async def set_visibility(request: Request) -> JsonResponse:
     """Let everybody in the organisation see a workflow, or no longer; admins make templates too."""
-    body = await decode_body(request, SetVisibility)
-    edited = await editing.edit(
-        request, Action.WORKFLOW_VISIBILITY_SET, lambda before: _visible(before, body, request.caller)
-    )
+    value = await read_json(request)
+    body = body_of(request, value, SetVisibility)
+
+    def change(before: Stored) -> Stored:
+        read_only.require_same(value, SetVisibility, lambda: workflow_shapes.shown(before))
+        return _visible(before, body, request.caller)
+
+    edited = await editing.edit(request, Action.WORKFLOW_VISIBILITY_SET, change)
     _forget_who_may_read(request, edited)
     return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 

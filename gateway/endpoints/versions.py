@@ -57,7 +57,7 @@ class CreateVersion(GuardedWire):
     """A version that somebody wants."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("version", "workflowId", "createdBy", "createdAt", "snapshot"), ""
+        ("version", "workflowId", "createdBy", "createdAt", "snapshot", "warnings"), ""
     )
 
     version_tag: Annotated[str, text.allowed(limits.VERSION_TAG_LENGTH, min_length=1)]

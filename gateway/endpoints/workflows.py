@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -40,6 +41,15 @@ FORCE = Flag(
 
 class SetStatus(GuardedWire):
     """The status that is wanted."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
+            *("workflowId", "deploymentStatus", "stoppedReason", "reason", "reasonCode", "replicas"),
+            *("readyReplicas", "version", "definitionHash", "readyDefinitionHash", "drainUntil"),
+            *("observedAt", "updatedAt", "warnings"),
+        ),
+        "",
+    )
 
     status: WorkflowStatus
 

@@ -146,6 +146,15 @@ class WorkflowShape(WorkflowSummary):
     """Ids of the users that it is shared with."""
 
 
+READ_ONLY: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        (field.encode_name for field in msgspec.structs.fields(WorkflowShape)), "PUT /api/v1/workflows/:id"
+    ),
+    **UpdateWorkflow.read_only,
+}
+"""Every field of a workflow, with the route that changes it, for bodies of routes that change one field alone."""
+
+
 class NewWorkflow(Wire):
     """The id of a workflow that was created."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from gateway import routes
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, refused
 
 WORKFLOWS = "/api/v1/workflows"
@@ -249,3 +250,130 @@ async def test_a_version_is_taken_as_another_is_shown(people: People) -> None:
     assert response.status_code == 201
     assert {one["code"] for one in response.json()["warnings"]} == {"read-only"}
     assert (await people.owner.api.get(f"{path}/3")).json()["description"] == "d"
+
+
+# ── every resource ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_every_resource_is_taken_as_it_is_shown(people: People) -> None:
+    api = people.admin.api
+    step = {**STEP, "inputMappings": {"a": "data.a"}, "passThroughValues": {"b": "b"}}
+    workflow = f"{WORKFLOWS}/{await people.admin.create(nodes=[TRIGGER, step], connections=[EDGE])}"
+    node = f"{workflow}/nodes/step"
+    made = await api.post("/api/v1/datasources", json={**SOURCE, "name": "Of the walk"})
+    source = f"/api/v1/datasources/{made.json()['dataSourceId']}"
+    for path in (workflow, source):
+        share = {"userId": people.colleague.user.id}
+        assert (await api.post(f"{path}/share", json=share)).is_success
+    mappings = await api.put(f"{node}/input-mappings", json={"mappings": {"a": "data.a"}})
+    pass_through = await api.put(f"{node}/passthrough-values", json={"values": {"b": "b"}})
+    lifecycle = await api.put(f"{workflow}/lifecycle", json={"type": "always-on"})
+
+    async def shown() -> dict[str, list[Any]]:
+        """Return all that answers show of what each path puts, as lists of bodies."""
+        whole = (await api.get(workflow)).json()
+        data_source = (await api.get(source)).json()
+        return {
+            workflow: [whole],
+            f"{workflow}/status": [(await api.get(f"{workflow}/status")).json()],
+            f"{workflow}/visibility": [whole],
+            f"{workflow}/lifecycle": [(await api.get(f"{workflow}/lifecycle")).json(), lifecycle.json()],
+            node: [(await api.get(f"{workflow}/nodes")).json()["nodes"][1], whole["nodes"][1]],
+            f"{node}/input-mappings": [mappings.json()],
+            f"{node}/passthrough-values": [pass_through.json()],
+            source: [data_source],
+            f"{source}/visibility": [data_source],
+        }
+
+    before = await shown()
+    named = {
+        path.replace(workflow, f"{WORKFLOWS}/{{id}}").replace(source, "/api/v1/datasources/{id}")
+        for path in before
+    }
+    assert {name.replace("/nodes/step", "/nodes/{sub}") for name in named} == {
+        line.path for line in routes.TABLE if line.method == "PUT"
+    }
+    for path, bodies in before.items():
+        for body in bodies:
+            response = await api.put(path, json=body)
+            assert response.is_success, f"{path}: {response.text}"
+            assert "unknown-field" not in response.text, path
+            assert await shown() == before, path
+
+
+@pytest.mark.parametrize(
+    ("path", "written", "name", "value"),
+    [
+        ("{workflow}/visibility", {"isPublic": False}, "name", "Another"),
+        ("{workflow}/nodes/step/input-mappings", {"mappings": {}}, "nodeId", "another"),
+        ("{workflow}/nodes/step/passthrough-values", {"values": {}}, "workflowId", "wf_another"),
+        ("{source}/visibility", {"isPublic": False}, "settings", {}),
+    ],
+)
+async def test_read_only_fields_that_differ_are_refused(
+    people: People,
+    path: str,
+    written: dict[str, Any],
+    name: str,
+    value: Any,  # noqa: ANN401 - any JSON value
+) -> None:
+    workflow = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}"
+    made = await people.owner.api.post("/api/v1/datasources", json=SOURCE)
+    source = f"/api/v1/datasources/{made.json()['dataSourceId']}"
+    response = await people.owner.api.put(
+        path.format(workflow=workflow, source=source), json={**written, name: value}
+    )
+    assert [(one["path"], one["code"]) for one in wrong_fields(response)] == [(name, "read-only")]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "other"),
+    [("input-mappings", "mappings", "inputMappings"), ("passthrough-values", "values", "passThroughValues")],
+)
+async def test_mappings_have_two_names_of_which_one_is_given(
+    people: People, path: str, name: str, other: str
+) -> None:
+    path = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}/nodes/step/{path}"
+    given = {"a": "data.b"}
+    by_other = await people.owner.api.put(path, json={other: given})
+    assert by_other.json()[other] == given
+    both = await people.owner.api.put(path, json={name: {}, other: given})
+    assert [(one["path"], one["code"]) for one in wrong_fields(both)] == [(other, "ambiguous")]
+    neither = await people.owner.api.put(path, json={})
+    assert [(one["path"], one["code"]) for one in wrong_fields(neither)] == [(name, "required")]
+
+
+async def test_keys_users_and_event_tokens_are_made_like_those_that_are_shown(people: People) -> None:
+    api = people.admin.api
+    key = (await api.post("/api/v1/auth/keys", json={"name": "One", "expiresInSeconds": 600})).json()
+    another = await api.post("/api/v1/auth/keys", json=key)
+    assert another.status_code == 201, another.text
+    ignored = {one["path"]: one["code"] for one in another.json()["warnings"]}
+    assert ignored == dict.fromkeys(("id", "prefix", "createdAt", "key"), "read-only")
+    assert another.json()["id"] != key["id"]
+    assert another.json()["key"] != key["key"]
+    assert another.json()["expiresAt"] == key["expiresAt"]
+
+    user = (await api.get("/api/v1/auth/users", params={"limit": 1})).json()["users"][0]
+    email = f"like.{user['email']}"
+    like = await api.post("/api/v1/auth/users", json={**user, "email": email})
+    assert (like.status_code, like.json()["role"], like.json()["email"]) == (201, user["role"], email)
+    assert {one["path"] for one in like.json()["warnings"]} == {"id", "organizationId", "createdAt"}
+
+    token = (await api.post("/api/v1/auth/event-tokens", json={"name": "Senders"})).json()
+    made = await api.post("/api/v1/auth/event-tokens", json=token)
+    assert made.status_code == 201, made.text
+    assert made.json()["token"] != token["token"]
+    assert any(text.startswith("hint is read-only") for text in made.json()["warnings"])
+    assert made.text.count('"warnings"') == 1
+
+
+async def test_a_token_is_never_made_without_the_secrets_of_the_one_that_is_shown(people: People) -> None:
+    api, path = people.admin.api, "/api/v1/auth/event-tokens"
+    secrets = {"github": ["a-secret-of-github"]}
+    made = await api.post(path, json={"name": "Signed", "secrets": secrets})
+    shown = next(one for one in (await api.get(path)).json()["tokens"] if one["id"] == made.json()["id"])
+    (problem,) = wrong_fields(await api.post(path, json=shown))
+    assert (problem["path"], problem["code"]) == ("providers", "read-only")
+    assert "secrets" in problem["message"]
+    assert (await api.post(path, json={**shown, "secrets": secrets})).status_code == 201
