@@ -333,6 +333,21 @@ async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(f
         await cluster.until_true(is_back)
 
 
+async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once(fake: Fake) -> None:
+    cluster, api = fake
+    assert isinstance(cluster.driver, KubernetesDriver)
+    api.node.runs_commands = False
+    wanted = await cluster.start()
+    async with watching(cluster, api):
+        cluster.driver.cache.probe_seconds = 600
+        api.refuses = lambda *_: forbidden("list", "pods")
+        api.end_watches()
+        cache = cluster.driver.cache
+        await turn_until(lambda: not (cache.pods.is_synced or cache.deployments.is_synced))
+        with pytest.raises(ClusterForbidden):
+            await cluster.driver.observe(wanted.workflow_id)
+
+
 async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake: Fake) -> None:
     cluster, api = fake
     assert isinstance(cluster.driver, KubernetesDriver)

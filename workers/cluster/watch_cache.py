@@ -195,11 +195,12 @@ class WatchCache:
         pauses = 0
         while True:
             began_at = loop.time()
-            is_forbidden = False
+            is_forbidden, is_listed = False, False
             try:
                 items, version = await self._api.list(collection.path, self._label)
                 self._tell(collection.replace(items, version))
                 self._set_outcome(collection, None)
+                is_listed = True
                 await self._take_events(collection, version)
             except VersionExpired:
                 log.info("cluster watch expired", path=collection.path)
@@ -208,7 +209,7 @@ class WatchCache:
             except (ClusterError, ObjectAbsent, ObjectConflict) as error:
                 log.warning("cluster not watched", path=collection.path, error=str(error))
                 is_forbidden = isinstance(error, ClusterForbidden)
-                if collection.is_synced:
+                if collection.is_synced and not is_forbidden:
                     collection.is_synced = False  # the next list tells whether it is out of reach
                 elif isinstance(error, ClusterError):
                     self._set_outcome(collection, error)
@@ -216,7 +217,7 @@ class WatchCache:
                 pauses = 0
                 continue
             if is_forbidden:
-                await self._pause_probe(requests=2 if collection.error is None else 1)
+                await self._pause_probe(requests=2 if is_listed else 1)
                 continue
             pause_seconds = min(self.first_pause_seconds * 2**pauses, MAX_PAUSE_SECONDS)
             pauses = min(pauses + 1, MAX_DOUBLINGS)
