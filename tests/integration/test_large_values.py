@@ -205,6 +205,13 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     (progress,) = await world.store.progress([key])
     shown = {node_id: json.loads(output) for node_id, output in progress.outputs}
     assert shown["start"] == reference.as_json()
+    assert set(progress.references) == {"start", "effect"}
+    attempts = await world.query("SELECT node_id, attempt, status, error FROM attempt_span ORDER BY attempt")
+    assert [(row["node_id"], row["attempt"], row["status"]) for row in attempts] == [
+        ("effect", 1, "failed"),
+        ("effect", 2, "completed"),
+    ]
+    assert json.loads(attempts[0]["error"])["code"] == "lost-attempt"
     owner = Owner(place.organization.id, key.execution_id)
     assert await BlobStore(folder).get(owner, reference.sha256) == content
 
