@@ -164,7 +164,8 @@ async def show(request: Request) -> JsonResponse:
     if found is None:
         raise errors.not_found("execution")
     owner = Owner(found.execution.organization_id, found.execution.key_id)
-    texts = [text for node_id, text in found.outputs if node_id in found.references]
+    large = frozenset(found.references)
+    texts = [text for node_id, text in found.outputs if node_id in large]
     outputs = await _outputs_shown(request, found.execution.id, owner, texts)
     return JsonResponse(execution_shapes.whole(found, outputs))
 
