@@ -23,6 +23,7 @@ from gateway.workflows.workflow_shapes import KnownSettings
 from models.access import KeyScope
 
 if TYPE_CHECKING:
+    from engine.values import Json
     from gateway.document.examples import Example
     from gateway.http.parameters import Parameter
     from gateway.routes import Line
@@ -232,8 +233,21 @@ def _in_path(line: Line, shown: Example) -> Iterator[Part]:
 def _in_query(parameters: Iterable[Parameter[Any]], shown: Example) -> Iterator[Part]:
     for one in parameters:
         parameter = {"name": one.name, "in": "query", "description": one.description, "schema": one.schema}
-        example = {"example": shown.query[one.name]} if one.name in shown.query else {}
+        example = {"example": _value_of(shown.query[one.name], one.schema)} if one.name in shown.query else {}
         yield parameter | {"allowEmptyValue": True} | example
+
+
+def _value_of(text: str, schema: Mapping[str, Json]) -> Json:
+    """Return the value that the text of a query stands for, which its schema describes."""
+    match schema.get("type"):
+        case "integer":
+            return int(text)
+        case "boolean":
+            return text == "true"
+        case "array":
+            return [*text.split(",")]
+        case _:
+            return text
 
 
 def _in_header(header: Header) -> Part:

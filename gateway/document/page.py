@@ -20,6 +20,7 @@ from gateway.document.openapi import ANY_SERVER, ITEM_SCHEMA
 from gateway.document.refusals import GENERAL
 
 if TYPE_CHECKING:
+    from engine.values import Json
     from gateway.document.openapi import Part
 
 STYLE: Final = resources.files(__package__).joinpath("page.css").read_text()
@@ -137,7 +138,7 @@ def curl(path: str, method: str, operation: Part) -> str:
     """Return the command that sends an operation's first example."""
     names, query = (
         {
-            one["name"]: one["example"]
+            one["name"]: _in_url(one["example"])
             for one in operation["parameters"]
             if one["in"] == place and "example" in one
         }
@@ -153,6 +154,17 @@ def curl(path: str, method: str, operation: Part) -> str:
         lines.append("-H 'Content-Type: application/json'")
         lines.append("-d '" + _json(example["value"]).replace("'", "'\\''") + "'")
     return " \\\n  ".join(lines)
+
+
+def _in_url(value: Json) -> str:
+    """Return a value as the text that it has in a URL."""
+    match value:
+        case str():
+            return value
+        case list():
+            return ",".join(map(_in_url, value))
+        case _:
+            return _json(value)
 
 
 def _parameters(parameters: Iterable[Part]) -> str:

@@ -249,6 +249,32 @@ def test_examples_are_what_they_are_examples_of(line: Line) -> None:
         validator(content["schema"]).validate(content["example"])
 
 
+@pytest.mark.parametrize("line", LINES)
+def test_examples_of_parameters_are_what_their_schemas_allow(line: Line) -> None:
+    for parameter in operation(line)["parameters"]:
+        if "example" in parameter:
+            validator(parameter["schema"]).validate(parameter["example"])
+
+
+def test_examples_of_refusals_are_refusals_with_their_own_code() -> None:
+    refused_schema = {"$ref": "#/components/schemas/Refused"}
+    for code, example in DOCUMENT["components"]["examples"].items():
+        validator(refused_schema).validate(example["value"])
+        assert example["value"]["error"]["code"] == code
+    for response in DOCUMENT["components"]["responses"].values():
+        for content in response["content"].values():
+            assert content["schema"] == refused_schema
+            assert {one["$ref"].rpartition("/")[2] for one in content["examples"].values()} == {
+                *content["examples"]
+            }
+
+
+def test_operations_have_the_tags_that_are_described() -> None:
+    used = {tag for line in LINES for tag in operation(line.values[0])["tags"]}  # type: ignore[arg-type]
+    assert used == {tag["name"] for tag in DOCUMENT["tags"]}
+    assert [tag["name"] for tag in DOCUMENT["tags"] if not tag["description"]] == []
+
+
 def test_the_settings_that_runs_obey_are_described() -> None:
     described = DOCUMENT["components"]["schemas"]
     referred = described["CreateWorkflow"]["properties"]["settings"]["anyOf"][0]["$ref"].rpartition("/")[2]
