@@ -208,8 +208,12 @@ class Loop:
     failure: RunError | None = None
     is_broken_off: bool = False
 
+    turn_share: float = 0.0
+    """The part of the run that one turn counts for."""
+
     def __post_init__(self) -> None:
         self.results = [None] * len(self.items)
+        self.turn_share = self.visit.frame.share_of(self.visit.node_id) / len(self.items)
 
     @property
     def wants_a_turn(self) -> bool:
@@ -219,11 +223,6 @@ class Loop:
             and self.next_index < len(self.items)
             and len(self.turns) < self.concurrency
         )
-
-    @property
-    def turn_share(self) -> float:
-        """The part of the run that one turn counts for."""
-        return self.visit.frame.share_of(self.visit.node_id) / len(self.items)
 
     def iteration(self, index: int) -> str:
         """Return what a turn is called: its number, behind those of the loops around it."""

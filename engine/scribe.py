@@ -181,6 +181,9 @@ class Scribe:
     def count_node(self, visit: Visit) -> None:
         """Count a node as done; a loop, with what is left of its turns."""
         frame = visit.frame
+        if not frame.section.bodies:
+            self.count(frame, frame.share)
+            return
         share = frame.share_of(visit.program.node.id) - visit.counted
         visit.counted += share
         self.count(frame, share)
