@@ -80,7 +80,7 @@ async def _reason_of_watch(response: aiohttp.ClientResponse) -> str:
     if response.status != 200:
         return _reason(await response.json())
     try:
-        async with asyncio.timeout(0.1):
+        async with asyncio.timeout(0.5):
             event = json.loads(await response.content.readline() or b"{}")
     except TimeoutError:
         return ""

@@ -69,7 +69,7 @@ class Cluster:
     reopen: Callable[[], Awaitable[Driver]]
     image: str = "example.com/runner:1"
     python: str = sys.executable
-    patience_seconds: float = 10.0
+    patience_seconds: float = 60.0
     drain_seconds: float = 3.0
     """Longer than a pod takes to come up."""
     is_real: bool = False
@@ -163,7 +163,7 @@ class Cluster:
                     pass
 
 
-async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 10.0) -> None:
+async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.0) -> None:
     """Let everything else go on until something holds."""
     async with asyncio.timeout(patience_seconds):
         while not holds():  # noqa: ASYNC110 - of what sets no event

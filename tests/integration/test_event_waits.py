@@ -302,7 +302,7 @@ async def database_time(world: World) -> int:
 
 async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
     """Claim a run for a worker that will never be heard of again."""
-    for _ in range(100):
+    for _ in range(3_000):
         for one in await world.gateway.store.claim(Claim("dead", 0.05, 100)):
             if one.execution_id == execution_id:
                 return one

@@ -24,7 +24,7 @@ from engine.services import Services
 from engine.values import Json
 from execution import executor as executors
 from execution.executor import Executor
-from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Store
+from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Store, Swept
 from messages import broker as brokers
 from messages.broker import Broker, ExecutionsChanged, Notice
 from messages.local_broker import LocalBroker
@@ -803,8 +803,16 @@ async def test_a_sweep_goes_on_until_nothing_is_left_to_take_back(
     monkeypatch.setattr(executors, "SWEEP_ROWS", 5)
     await workers.accept(place, "note", count=12)
     await world.claim(owner="a dead one", lease_seconds=0)
-    await workers.start(sweep_seconds=0.5)
-    await until(lambda: workers.are_all("completed"), seconds=1.1)
+    store, is_swept = await world.another_store(), asyncio.Event()
+
+    async def sweep(limit: int) -> Swept:
+        is_swept.set()
+        return await store.sweep(limit)
+
+    pauses = property(lambda _: LONG_SECONDS if is_swept.is_set() else 0.2)  # there is no second round
+    monkeypatch.setattr(WorkerSettings, "seconds_between_sweeps", pauses)
+    await workers.start(store=Instead(store, sweep=sweep))
+    await until(lambda: workers.are_all("completed"))
 
 
 async def test_runs_outlast_a_restart_of_the_database(

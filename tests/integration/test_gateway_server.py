@@ -108,13 +108,15 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit(address: Address)
             yield b" " * 100_000
 
     headers = {"X-API-Key": KEY, "Content-Type": "application/json"}
-    async with httpx2.AsyncClient(base_url=f"http://{address[0]}:{address[1]}", headers=headers) as client:
+    async with httpx2.AsyncClient(
+        base_url=f"http://{address[0]}:{address[1]}", headers=headers, timeout=60
+    ) as client:
         refused(await client.post("/api/v1/workflows", content=chunks()), 413, "payload-too-large")
         assert (await client.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
 
 
 async def test_a_connection_serves_one_request_after_another(address: Address) -> None:
-    async with httpx2.AsyncClient(base_url=f"http://{address[0]}:{address[1]}") as client:
+    async with httpx2.AsyncClient(base_url=f"http://{address[0]}:{address[1]}", timeout=60) as client:
         for _ in range(3):
             response = await client.get("/healthz")
             assert (response.status_code, response.json()) == (200, {"status": "ok"})
@@ -206,7 +208,7 @@ async def test_the_process_serves_until_it_is_told_to_stop(redis_server: Redis, 
     code = "from gateway.main import serve; from gateway.settings import GatewaySettings; serve(GatewaySettings())"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=environment, cwd=FOLDER)
     try:
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             while True:
                 try:
                     response = await client.get("/readyz")

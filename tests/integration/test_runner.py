@@ -267,7 +267,7 @@ class Pod:
         return self
 
     async def answers(self, path: str, status: int, word: str = "") -> bool:
-        async with httpx2.AsyncClient(base_url=self.url, verify=False) as client:
+        async with httpx2.AsyncClient(base_url=self.url, verify=False, timeout=60) as client:
             try:
                 response = await client.get(path)
             except httpx2.TransportError:
@@ -275,7 +275,7 @@ class Pod:
         return response.status_code == status and word in response.text
 
     async def trigger(self, key: str) -> httpx2.Response:
-        async with httpx2.AsyncClient(base_url=self.url, verify=False) as client:
+        async with httpx2.AsyncClient(base_url=self.url, verify=False, timeout=60) as client:
             return await client.post("/trigger", headers={"Authorization": f"Bearer {key}"})
 
 
@@ -529,7 +529,7 @@ async def test_no_run_enters_a_deployment_that_drains(pods: Pods) -> None:
     far = int(datetime(2100, 1, 1, tzinfo=UTC).timestamp() * 1_000_000)
     for wanted in (f"drain_until = {far}", "drain_until = NULL, replicas = 0"):
         await pods.world.query(f"UPDATE deployment SET {wanted}")
-        async with httpx2.AsyncClient(base_url=pods.gateway.url, verify=False) as client:
+        async with httpx2.AsyncClient(base_url=pods.gateway.url, verify=False, timeout=60) as client:
             claimed = await client.post(
                 f"{PREFIX}/claim",
                 json={"limit": 10, "lease_seconds": 30},
@@ -673,7 +673,7 @@ class Held:
     ) -> httpx2.Response:
         words = {"id": self.run.execution_id, "sub": self.blob}
         content = b"content" if line.method == "PUT" else json.dumps(body or self.body(line.path)).encode()
-        async with httpx2.AsyncClient(base_url=self.gateway.url, verify=False) as client:
+        async with httpx2.AsyncClient(base_url=self.gateway.url, verify=False, timeout=60) as client:
             return await client.request(
                 line.method,
                 PREFIX + line.path.format(**words),
@@ -843,7 +843,9 @@ async def test_a_pod_is_let_in_though_another_guesses_tokens_from_its_address(
 
     async def claim(token: str) -> int:
         headers = {"Authorization": f"Bearer {token}", RUNNER_HEADER: POD.name}
-        async with httpx2.AsyncClient(base_url=pods.gateway.url, verify=False, headers=headers) as client:
+        async with httpx2.AsyncClient(
+            base_url=pods.gateway.url, verify=False, timeout=60, headers=headers
+        ) as client:
             return (await client.post(f"{PREFIX}/claim", json={"limit": 1, "lease_seconds": 30})).status_code
 
     assert [await claim(f"{pods.token}{number}") for number in range(4)] == [401, 401, 401, 429]

@@ -12,7 +12,7 @@ EVERY_SECONDS = 0.01
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110 - of a file, which sets no event
             await asyncio.sleep(EVERY_SECONDS)
 

@@ -12,7 +12,7 @@ NEVER = Retry(Backoff(60, 60))
 
 
 async def look(queue: LookQueue, retry: Retry | None = None, generation: int = 1) -> str:
-    workflow_id = await asyncio.wait_for(queue.take(), 10)
+    workflow_id = await asyncio.wait_for(queue.take(), 60)
     queue.finish(workflow_id, retry, generation=generation)
     return workflow_id
 
@@ -31,11 +31,11 @@ async def test_any_number_of_unsettled_looks_leave_one_timer() -> None:
         await look(queue, SOON)
     looks = 0
     with suppress(TimeoutError):
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(1):
             while True:
                 queue.finish(await queue.take(), SOON)
                 looks += 1
-    assert 1 <= looks <= 10
+    assert 1 <= looks <= 20
     queue.close()
 
 

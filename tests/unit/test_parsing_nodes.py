@@ -360,9 +360,9 @@ async def test_an_expression_that_is_wrong_or_too_costly_is_refused(
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(a*)*(a*)*(a*)*b", "(?:a?){30}a{30}b"])
 async def test_an_expression_that_would_explode_elsewhere_ends_at_once(pattern: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     await output("regex", {"text": "{{ data }}", "pattern": pattern}, "a" * 100_000 + "!")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 async def test_many_searches_of_one_text_have_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

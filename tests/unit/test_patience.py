@@ -106,7 +106,7 @@ async def test_whoever_gives_up_its_turn_keeps_nobody_from_theirs() -> None:
     await asyncio.sleep(0)
     tasks[0].cancel()
     tasks[1].cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await tasks[2]
 
 

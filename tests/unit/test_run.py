@@ -1165,12 +1165,15 @@ async def test_a_stronger_request_replaces_a_weaker_one_and_never_the_other_way_
 
 
 @pytest.mark.parametrize("request_", [Request.STOP, Request.HAND_OVER])
-async def test_a_wait_in_progress_does_not_hold_up_a_request(request_: Request) -> None:
-    worker = Worker(program("start > wait > echo", {"wait": pure(wait_of(0.9))}))
+async def test_a_wait_in_progress_does_not_hold_up_a_request(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.run.SHORT_WAIT_SECONDS", 3_600)
+    worker = Worker(program("start > wait > echo", {"wait": pure(wait_of(3_000))}))
     work = worker.begin()
     await asyncio.sleep(0)
     worker.control.ask(request_)
-    ended = await asyncio.wait_for(work, 0.5)
+    ended = await asyncio.wait_for(work, PATIENCE_SECONDS)
     assert ended.status is (RunStatus.STOPPED if request_ is Request.STOP else RunStatus.RELEASED)
 
 
