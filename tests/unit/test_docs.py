@@ -38,6 +38,21 @@ def test_every_relative_link_and_anchor_resolves() -> None:
     assert not broken
 
 
+def test_every_page_is_reached_from_the_contents() -> None:
+    contents = ROOT / "docs/README.md"
+    reached, waiting = {contents}, [contents]
+    while waiting:
+        page = waiting.pop()
+        links = (link.partition("#")[0] for link in _LINK.findall(_FENCE.sub("", page.read_text())))
+        targets = {
+            (page.parent / link).resolve() for link in links if link and not re.match(r"[a-z]+:", link)
+        }
+        found = {target for target in targets if target.suffix == ".md" and target.exists()} - reached
+        reached |= found
+        waiting += found
+    assert set((ROOT / "docs").glob("**/*.md")) <= reached
+
+
 def pages() -> list[Path]:
     """Return every Markdown page of the project."""
     return [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]
