@@ -72,6 +72,8 @@ TAKES_OTHERS_HEADERS = {
     "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
 }
 """Senders of events have headers of their own, by which they are known: others are no mistake."""
+BUSY = pytest.mark.timeout(600)
+"""For thousands of requests, which take minutes on a busy machine."""
 PROGRESS = Waiting.progress
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
@@ -336,6 +338,7 @@ async def at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> P
     return await PROGRESS(waiting, key, 0)
 
 
+@BUSY
 @pytest.mark.usefixtures("unlimited")
 def test_whatever_is_missing_too_long_or_of_another_kind_is_answered_as_documented(
     postgres: PostgreSQL, tmp_path: Path
@@ -346,6 +349,7 @@ def test_whatever_is_missing_too_long_or_of_another_kind_is_answered_as_document
     assert len(report.statuses) == len(routes.TABLE)
 
 
+@BUSY
 @pytest.mark.usefixtures("unlimited")
 def test_whatever_is_thought_of_is_answered_as_documented(postgres: PostgreSQL, tmp_path: Path) -> None:
     with serving("postgresql", postgres, tmp_path) as served:

@@ -16,6 +16,8 @@ from tests.system import harness
 from tests.system.client import API_KEY
 from tests.tools.environments import PYTHON_CLIENT, TYPESCRIPT_CLIENTS, ToolEnvironment
 
+pytestmark = pytest.mark.timeout(600)
+"""Generators and compilers are slow on a busy machine; the first test builds their environment where it is missing."""
 DOCUMENT = "openapi.json"
 
 
