@@ -9,7 +9,7 @@ from typing import Any, Final
 from engine.graph import Retry
 from gateway.document import schemas
 from gateway.workflows.graph_shapes import RetryShape
-from gateway.workflows.workflow_shapes import KnownSettings
+from gateway.workflows.run_settings import KnownSettings
 
 _HEAD: Final = ("| setting | type | default | meaning |", "| --- | --- | --- | --- |")
 RETRY_DEFAULTS: Final[Mapping[str, float]] = {

@@ -19,7 +19,7 @@ from gateway.document.refusals import BODY_CODES, JSON_CODES, REFUSALS, Refused,
 from gateway.executions.execution_shapes import ExecutionErrorShape
 from gateway.http.endpoint import OPEN_QUERIES, Access
 from gateway.http.wire import Wire, is_strict_body
-from gateway.workflows.workflow_shapes import KnownSettings
+from gateway.workflows.run_settings import KnownSettings
 from models.access import KeyScope
 
 if TYPE_CHECKING:

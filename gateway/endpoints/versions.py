@@ -19,6 +19,7 @@ from gateway.http.wire import GuardedWire, Instant, Wire, body_of, instant, read
 from gateway.workflows import (
     copying,
     editing,
+    foreign_settings,
     graph_difference,
     graph_shapes,
     version_rows,
@@ -217,6 +218,7 @@ def _open_to_all(stored: Stored, snapshot: Mapping[str, Any]) -> Mapping[str, An
 
 def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a snapshot in the form of the Workflow object."""
+    snapshot = foreign_settings.move(snapshot)
     return {
         **snapshot,
         "nodes": [graph_shapes.shown_node(node) for node in snapshot["nodes"]],
@@ -292,6 +294,7 @@ def _counted(before: Stored) -> Stored:
 
 def _restored(before: Stored, snapshot: Mapping[str, Any]) -> Stored:
     """Return a workflow as a snapshot has it."""
+    snapshot = foreign_settings.move(snapshot)
     columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
     return replace(
         before.with_columns(**columns), nodes=snapshot["nodes"], connections=snapshot["connections"]

@@ -48,6 +48,27 @@ class ResourceSettings(StrictWire):
     """Memory in MiB."""
 
 
+class KnownSettings(StrictWire):
+    """Settings of the runs of a workflow, and of its pods."""
+
+    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
+    """Seconds that a run may take. Waiting for a timer, a person, an event or another run does not count."""
+    retry_on_failure: bool = False
+    """Repeat a failed run from the node that failed, up to `maxRetries` times."""
+    max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
+    """Repetitions of a failed run, where `retryOnFailure` is true."""
+    strict_mappings: bool = False
+    """Fail a node where one of its paths finds nothing. New workflows have true unless they say otherwise."""
+    parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
+    """Maximum number of nodes of one run that wait for something outside, such as an HTTP answer, at once."""
+    concurrency: ConcurrencySettings | None = None
+    """Limit of runs at once; absent: no limit."""
+    on_failure: FailureSettings | None = None
+    """Notification about failed runs: a workflow to run, or a URL to call."""
+    resources: ResourceSettings | None = None
+    """Processor and memory of each pod of the deployed workflow."""
+
+
 def check(
     concurrency: ConcurrencySettings | None,
     on_failure: FailureSettings | None,

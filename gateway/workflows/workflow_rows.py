@@ -13,6 +13,7 @@ from sqlalchemy.sql import operators
 from sqlmodel import col
 
 from gateway.arrivals import trigger_rows
+from gateway.workflows import foreign_settings
 from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
@@ -128,7 +129,7 @@ async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) ->
 
 def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> Stored:
     """Return a workflow from its row, joined with that of its graph."""
-    fields = dict(row)
+    fields = foreign_settings.move(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
     return Stored(Workflow(**fields), nodes, connections, shared_with)
 

@@ -15,10 +15,11 @@ from gateway import limits
 from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
-from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, convert, instant, with_whole_numbers
-from gateway.workflows import graph_shapes, run_settings
+from gateway.http.wire import GuardedWire, Instant, Wire, convert, instant, with_whole_numbers
+from gateway.workflows import foreign_settings, graph_shapes, run_settings
+from gateway.workflows.foreign_settings import KNOWN
 from gateway.workflows.graph_shapes import Connections, Nodes, Position, RetryShape
-from gateway.workflows.run_settings import ConcurrencySettings, FailureSettings, ResourceSettings
+from gateway.workflows.run_settings import KnownSettings
 from gateway.workflows.workflow_rows import Stored
 from journal import pinning
 from models import ids
@@ -161,27 +162,6 @@ class NewWorkflow(Wire):
     workflow_id: str
 
 
-class KnownSettings(StrictWire):
-    """Settings of the runs of a workflow, and of its pods."""
-
-    timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] = 3600
-    """Seconds that a run may take. Waiting for a timer, a person, an event or another run does not count."""
-    retry_on_failure: bool = False
-    """Repeat a failed run from the node that failed, up to `maxRetries` times."""
-    max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
-    """Repetitions of a failed run, where `retryOnFailure` is true."""
-    strict_mappings: bool = False
-    """Fail a node where one of its paths finds nothing. New workflows have true unless they say otherwise."""
-    parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
-    """Maximum number of nodes of one run that wait for something outside, such as an HTTP answer, at once."""
-    concurrency: ConcurrencySettings | None = None
-    """Limit of runs at once; absent: no limit."""
-    on_failure: FailureSettings | None = None
-    """Notification about failed runs: a workflow to run, or a URL to call."""
-    resources: ResourceSettings | None = None
-    """Processor and memory of each pod of the deployed workflow."""
-
-
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -209,7 +189,7 @@ def drafted(
         description=_description(body.description or "", problems),
         status=body.status or WorkflowStatus.DRAFT,
         tags=_tags(body.tags or [], problems),
-        settings=_settings(workflow_id, {}, strict(body.settings or {}), problems),
+        settings=_settings(workflow_id, {}, {}, strict(body.settings or {}), problems),
         config=_config({}, body.config or {}, problems),
         scopes=[],
         created_at=now,
@@ -233,7 +213,9 @@ def changed(before: Stored, body: UpdateWorkflow, catalog: Catalog) -> Stored:
     if body.tags is not None:
         changes["tags"] = _tags(body.tags, problems)
     if body.settings is not None:
-        changes["settings"] = _settings(workflow.id, workflow.settings, body.settings, problems)
+        changes["settings"] = _settings(
+            workflow.id, workflow.settings, workflow.config, body.settings, problems
+        )
     if body.config is not None:
         changes["config"] = _config(workflow.config, body.config, problems)
     if body.nodes is not None:
@@ -276,18 +258,23 @@ def strict(settings: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _settings(
-    workflow_id: str, before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems
+    workflow_id: str,
+    before: Mapping[str, Json],
+    config: Mapping[str, Json],
+    given: Mapping[str, Json],
+    problems: Problems,
 ) -> dict[str, Json]:
     """Return settings with the given ones merged in, complete.
 
-    Keys that aren't known are refused, but for those that were stored so when they were still taken.
+    Unknown keys are refused, but for those of older servers, sent back as they are stored or were before they were
+    moved to `config.settings`; null takes away one that could not be moved.
     """
-    given = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
-    known_keys = {field.encode_name for field in msgspec.structs.fields(KnownSettings)}
+    whole = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
+    removed = {key: value for key, value in whole.items() if value is None and key in {*before, *KNOWN}}
     fields: dict[str, Json] = {
         key: value
-        for key, value in given.items()
-        if (value is not None if key in known_keys else key not in before or value not in (None, before[key]))
+        for key, value in whole.items()
+        if key not in removed and (key in KNOWN or not foreign_settings.is_stored(key, value, before, config))
     }
     try:
         known = convert(fields, KnownSettings, "settings")
@@ -295,7 +282,7 @@ def _settings(
         problems.found.extend(error.details)
     else:
         run_settings.check(known.concurrency, known.on_failure, workflow_id, problems)
-    return pinning.effective(_merged(before, given, "settings", problems))
+    return pinning.effective(_merged(before, {**fields, **removed}, "settings", problems))
 
 
 def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:

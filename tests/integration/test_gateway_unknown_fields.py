@@ -4,9 +4,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
 
 from gateway import routes
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, refused
+from gateway.limits import SETTINGS_BYTES
+from models.workflow import Workflow, WorkflowVersion
+from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, World, refused
 
 WORKFLOWS = "/api/v1/workflows"
 SOURCE = {
@@ -377,3 +382,80 @@ async def test_a_token_is_never_made_without_the_secrets_of_the_one_that_is_show
     assert (problem["path"], problem["code"]) == ("providers", "read-only")
     assert "secrets" in problem["message"]
     assert (await api.post(path, json={**shown, "secrets": secrets})).status_code == 201
+
+
+# ── settings that older servers stored ──────────────────────────────────────────────────────────────────────
+
+
+async def store(world: World, workflow_id: str, settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Write columns of a workflow as an older server did."""
+    statement = update(Workflow).where(col(Workflow.id) == workflow_id)
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(statement.values(settings=settings, config=config))
+    )
+
+
+async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first_edit(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    await store(world, workflow_id, {"timeout": 60, "color": {"r": 1}}, {"mine": 1})
+    shown = await people.owner.workflow(workflow_id)
+    assert shown["config"] == {"mine": 1, "settings": {"color": {"r": 1}}}
+    assert "color" not in shown["settings"]
+    as_before = {**shown, "settings": {**shown["settings"], "color": {"r": 1}}}
+    for body in (shown, as_before, shown):
+        response = await people.owner.api.put(path, json=body)
+        assert (response.status_code, response.json() | {"updatedAt": ""}) == (200, shown | {"updatedAt": ""})
+    for value in ({"r": 2}, {"r": True}, None):
+        wrong = await people.owner.api.put(path, json={"settings": {"color": value}})
+        assert wrong_fields(wrong)[0]["path"] == "settings.color"
+    async with world.gateway.database.read() as connection:
+        columns = select(col(Workflow.settings), col(Workflow.config)).where(col(Workflow.id) == workflow_id)
+        row = (await connection.execute(columns)).one()
+    assert "color" not in row.settings
+    assert row.config == shown["config"]
+    exported = await people.owner.api.get(f"{path}/export")
+    imported = await people.owner.api.post(f"{WORKFLOWS}/import", json={"document": exported.json()})
+    assert imported.is_success, imported.text
+
+
+@pytest.mark.parametrize(
+    "config", [{"settings": "text"}, {"settings": {"color": "blue"}}, {"long": "x" * (SETTINGS_BYTES - 20)}]
+)
+async def test_foreign_settings_stay_where_config_has_no_room_for_them(
+    world: World, people: People, config: dict[str, Any]
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+    await store(world, workflow_id, {"timeout": 60, "color": "red"}, config)
+    shown = await people.owner.workflow(workflow_id)
+    assert (shown["settings"]["color"], shown["config"]) == ("red", config)
+    response = await people.owner.api.put(path, json=shown)
+    assert (response.status_code, response.json() | {"updatedAt": ""}) == (200, shown | {"updatedAt": ""})
+    taken = await people.owner.api.put(path, json={"settings": {"color": None}})
+    assert "color" not in taken.json()["settings"]
+
+
+async def test_a_version_with_foreign_settings_is_restored_with_them_in_config(
+    world: World, people: People
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    path = f"{WORKFLOWS}/{workflow_id}"
+
+    older = {"settings": {"timeout": 60, "color": "red"}, "config": {}}
+
+    async def work(connection: AsyncConnection) -> None:
+        condition = col(WorkflowVersion.workflow_id) == workflow_id
+        (snapshot,) = await connection.scalars(select(col(WorkflowVersion.snapshot)).where(condition))
+        await connection.execute(
+            update(WorkflowVersion).where(condition).values(snapshot={**snapshot, **older})
+        )
+
+    await world.gateway.database.transaction(work)
+    version = (await people.owner.api.get(f"{path}/versions/1")).json()
+    assert version["snapshot"]["config"] == {"settings": {"color": "red"}}
+    restored = (await people.owner.api.post(f"{path}/versions/1/restore", json={})).json()
+    assert restored["config"] == {"settings": {"color": "red"}}
+    assert "color" not in restored["settings"]

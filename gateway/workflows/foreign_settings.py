@@ -1,0 +1,50 @@
+"""Settings that are no settings: keys of users' own, which older servers stored in `settings`, belong to `config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from engine import values
+from gateway import limits
+from gateway.workflows.run_settings import KnownSettings
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+PLACE: Final = "settings"
+"""Key of `config` that they are moved to."""
+KNOWN: Final = frozenset(field.encode_name for field in msgspec.structs.fields(KnownSettings))
+
+
+def move(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return columns of a workflow with foreign keys of `settings` in `config.settings`.
+
+    A key stays where it is if `config.settings` has another value under it or is no object, and all stay if `config`
+    would become too large to be sent back: nothing is lost, and what stays is accepted as it was.
+    """
+    settings, config = columns["settings"], columns["config"]
+    place = config.get(PLACE, {})
+    if not isinstance(place, dict):
+        return {**columns}
+    moved = {
+        key: value
+        for key, value in settings.items()
+        if key not in KNOWN and (key not in place or values.equal(place[key], value))
+    }
+    new_config = {**config, PLACE: {**place, **moved}}
+    if not moved or len(values.encode(new_config)) > limits.SETTINGS_BYTES:
+        return {**columns}
+    kept = {key: value for key, value in settings.items() if key not in moved}
+    return {**columns, "settings": kept, "config": new_config}
+
+
+def is_stored(key: str, value: Json, settings: Mapping[str, Json], config: Mapping[str, Json]) -> bool:
+    """Tell whether a foreign key of sent `settings` repeats what is stored, before or after it was moved."""
+    place = config.get(PLACE)
+    return any(
+        key in stored and values.equal(stored[key], value)
+        for stored in (settings, place if isinstance(place, dict) else {})
+    )
