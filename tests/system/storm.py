@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Strike = Callable[[], Awaitable[None]]
 
-PATIENCE_SECONDS = 90.0
+PATIENCE_SECONDS = 180.0
 SLEEP_SECONDS = 1.5 * LEASE_SECONDS
 """How long a worker stands still: longer than its lease."""
 OUTAGE_SECONDS = 0.5

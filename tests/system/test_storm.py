@@ -6,14 +6,14 @@ from tests.system.harness import RECOVERY_SECONDS, Deployment, on_many_processes
 from tests.system.ledger import Ledger
 from tests.system.storm import Storm
 
-LONGEST_RUN_SECONDS = 2.0
-"""What a run of the storm takes in fair weather, its wait included."""
+LONGEST_RUN_SECONDS = 30.0
+"""What a run of the storm takes in fair weather, its wait included, on a machine that does other things."""
 FEW = 3
 """Runs that so many faults in a row may hit, with nothing done in between, that they are given up."""
 
 
 @on_many_processes
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_hundreds_of_runs_end_once_each_though_every_part_fails_meanwhile(
     deployment: Deployment, client: Client, ledger: Ledger
 ) -> None:
