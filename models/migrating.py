@@ -32,10 +32,14 @@ class OutdatedDatabase(Exception):
     """The database's tables are older than this code: `pilotflame migrate` mends that."""
 
 
+class NewerDatabase(Exception):
+    """The database's tables were changed by a newer release in a way that this code cannot use."""
+
+
 async def migrate(url: URL) -> None:
     """Run every migration that the database lacks; safe to repeat, and to run from several processes at once.
 
-    Raises `DatabaseUnavailable`.
+    Raises `DatabaseUnavailable` and `NewerDatabase`.
     """
     database = Database(url)
     try:
@@ -48,17 +52,35 @@ async def migrate(url: URL) -> None:
 async def revision(database: Database) -> str | None:
     """Return the database's revision, or None where it has no tables yet."""
     async with database.read() as connection:
-        if not await connection.run_sync(lambda sync: inspect(sync).has_table("alembic_version")):
-            return None
-        row = (await connection.execute(text("SELECT version_num FROM alembic_version"))).first()
-        return None if row is None else str(row[0])
+        return await connection.run_sync(_revision)
 
 
 async def require_current(database: Database) -> None:
-    """Raise `OutdatedDatabase` unless the tables are at least as new as this code."""
-    found = await revision(database)
-    if found is None or found < HEAD:
-        raise OutdatedDatabase("The database's tables are not up to date: run `pilotflame migrate` first")
+    """Raise `OutdatedDatabase` or `NewerDatabase` unless this code can use the tables."""
+    async with database.read() as connection:
+        found = await connection.run_sync(_revision)
+        if found is None or found < HEAD:
+            raise OutdatedDatabase("The database's tables are not up to date: run `pilotflame migrate` first")
+        await connection.run_sync(_require_support, found)
+
+
+def _revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
+    return None if row is None else str(row[0])
+
+
+def _require_support(connection: Connection, found: str) -> None:
+    """Raise `NewerDatabase` if the tables of a newer revision lack something that this code uses."""
+    if found <= HEAD:
+        return
+    oldest = str(connection.execute(text("SELECT oldest_revision FROM schema_support")).scalar())
+    if oldest > HEAD:
+        raise NewerDatabase(
+            f"The database's tables have revision {found}, which needs a newer release of Pilotflame than this"
+            f" one (revision {HEAD}): install that release"
+        )
 
 
 @asynccontextmanager
@@ -98,6 +120,10 @@ async def _upgrade_when_unlocked(database: Database) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
+    found = _revision(connection)
+    if found is not None and found > HEAD:
+        _require_support(connection, found)
+        return
     from alembic import command  # noqa: PLC0415 - not needed where the database is up to date
     from alembic.config import Config  # noqa: PLC0415 - not needed where the database is up to date
 

@@ -21,12 +21,19 @@ def explained(error: Exception) -> str | None:
     try:
         from messages.broker import BrokerError
         from models.database import DatabaseUnavailable, InvalidDatabaseUrl
-        from models.migrating import OutdatedDatabase
+        from models.migrating import NewerDatabase, OutdatedDatabase
         from models.settings import InvalidSettings
     except ImportError:
         return None  # a pod has no client of a database, and none of their errors
 
-    told = (BrokerError, DatabaseUnavailable, InvalidDatabaseUrl, InvalidSettings, OutdatedDatabase)
+    told = (
+        BrokerError,
+        DatabaseUnavailable,
+        InvalidDatabaseUrl,
+        InvalidSettings,
+        NewerDatabase,
+        OutdatedDatabase,
+    )
     return str(error) if isinstance(error, told) else None
 
 

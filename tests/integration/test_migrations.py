@@ -24,12 +24,13 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     intake,
     migrating,
     schedule,
+    schema_support,
     signing,
     trigger,
     workflow,
 )
 from models.database import Database, parse_url
-from models.migrating import OutdatedDatabase
+from models.migrating import NewerDatabase, OutdatedDatabase
 from tests.services import PostgreSQL
 
 
@@ -109,21 +110,28 @@ async def test_a_database_is_current_from_its_last_migration_on(database: Databa
 
 
 @pytest.mark.parametrize("database", ["SQLite"], indirect=True)
-@pytest.mark.parametrize(("revision", "is_current"), [("0000", False), ("9999", True)])
-async def test_a_database_may_be_newer_than_the_code_but_not_older(
-    database: Database, revision: str, *, is_current: bool
-) -> None:
+async def test_an_older_database_is_refused(database: Database) -> None:
     await migrating.migrate(database.url)
-    await database.transaction(
-        lambda connection: connection.execute(
-            text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision}
-        )
-    )
-    if is_current:
-        await migrating.require_current(database)
-        return
+    await rewrite(database, "UPDATE alembic_version SET version_num = '0000'")
     with pytest.raises(OutdatedDatabase):
         await migrating.require_current(database)
+
+
+async def test_a_newer_database_is_used_as_long_as_it_supports_this_code(database: Database) -> None:
+    await migrating.migrate(database.url)
+    await rewrite(database, "UPDATE alembic_version SET version_num = '9999'")
+    await migrating.migrate(database.url)
+    await migrating.require_current(database)
+    assert await migrating.revision(database) == "9999"
+
+    await rewrite(database, "UPDATE schema_support SET oldest_revision = '9998'")
+    for refused in (migrating.require_current(database), migrating.migrate(database.url)):
+        with pytest.raises(NewerDatabase, match=r"revision 9999.*newer release"):
+            await refused
+
+
+async def rewrite(database: Database, statement: str) -> None:
+    await database.transaction(lambda connection: connection.execute(text(statement)))
 
 
 def test_the_newest_revision_that_the_code_names_is_the_newest_there_is() -> None:

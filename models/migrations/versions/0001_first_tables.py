@@ -18,6 +18,7 @@ IDENTIFIER = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 def upgrade() -> None:
     """Create the tables."""
+    _create_schema_support()
     _create_access()
     _create_workflows()
     _create_runs()
@@ -37,6 +38,15 @@ def upgrade() -> None:
     _create_intake()
     if op.get_bind().dialect.name == "postgresql":
         _tune_postgresql()
+
+
+def _create_schema_support() -> None:
+    table = op.create_table(
+        "schema_support",
+        sa.Column("oldest_revision", IDENTIFIER, nullable=False),
+        sa.PrimaryKeyConstraint("oldest_revision"),
+    )
+    op.bulk_insert(table, [{"oldest_revision": revision}])
 
 
 def _create_access() -> None:
