@@ -20,6 +20,7 @@ from pilotflame.refusal import Refusal
 T = TypeVar("T")
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
+LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 POLL_SECONDS: Final = 30
 ANSWER_SECONDS: Final = POLL_SECONDS + 15
 """More than a long poll lasts, and than an event stream is ever silent."""
@@ -57,7 +58,9 @@ class Client:
     def __init__(self, url: str, key: str) -> None:
         self._url = url.rstrip("/")
         self._key = key
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        # A proxy of the environment does not reach a server on this machine.
+        no_proxies = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
+        self._opener = urllib.request.build_opener(_NoRedirects, *no_proxies)
         self._has_answered = False
 
     @classmethod

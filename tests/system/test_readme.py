@@ -37,7 +37,8 @@ def dev(data: Path) -> Iterator[dict[str, str]]:
     """A first start, as `make run` ends in one; yields the environment of the second terminal."""
     before = "/".join(_files())
     log = data.with_name("dev.log").open("w+")
-    environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data)}
+    # The server and its commands talk to each other without the proxy.
+    environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data), "http_proxy": "http://127.0.0.1:9"}
     process = subprocess.Popen(
         [COMMAND, "dev", "--port", "0", "--example", "docs/examples/penguins.json"],
         cwd=ROOT,
@@ -85,7 +86,7 @@ def _second_terminal(dev: dict[str, str]) -> str:
     """Return the commands of the quick start, for this server."""
     (commands_shown,) = _blocks(_section("Quick start"))[1:]
     return (
-        f"export PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
+        f"export http_proxy=http://127.0.0.1:9\nexport PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
         + re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), commands_shown)
     ).replace(".venv/bin/pilotflame", str(COMMAND))
 

@@ -1,6 +1,7 @@
 """The documentation says what the code says, and its links lead somewhere."""
 
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def test_every_setting_has_a_subject() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 100
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    released = re.findall(
+        r"^## (\d\S*) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert released[0] == version
+    assert f"Version {version}." in (ROOT / "README.md").read_text()
 
 
 def test_every_relative_link_and_anchor_resolves() -> None:
