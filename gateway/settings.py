@@ -68,7 +68,7 @@ class GatewaySettings(Settings):
         default=25_000_000,
         ge=1_000,
         le=25_000_000,
-        description="The largest body of a webhook, where `maxBodyBytes` of its trigger allows as much.",
+        description="Maximum size of a webhook body in bytes; `maxBodyBytes` of its trigger applies too.",
     )
     max_bodies_bytes: int | None = Field(
         default=None,

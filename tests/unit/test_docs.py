@@ -12,6 +12,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 _HTML_ANCHOR = re.compile(r'<a (?:id|name)="([^"]+)"')
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_CELL_BORDER = re.compile(r"(?<!\\)\|")
 _CODE = re.compile(r"`[^`\n]+`")
 
 
@@ -46,6 +47,15 @@ def test_every_relative_link_and_anchor_resolves() -> None:
         if not re.match(r"[a-z]+:", link) and not resolves(page, link)
     ]
     assert not broken
+
+
+def test_every_row_of_a_table_has_a_cell_for_each_column() -> None:
+    for page in pages():
+        columns = 0
+        for line in _FENCE.sub("", page.read_text()).splitlines():
+            cells = len(_CELL_BORDER.findall(line)) if line.startswith("|") else 0
+            assert not (cells and columns) or cells == columns, f"{page.relative_to(ROOT)}: {line}"
+            columns = cells
 
 
 def test_every_page_is_reached_from_the_contents() -> None:
