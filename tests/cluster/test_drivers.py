@@ -8,7 +8,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from tests.cluster.world import PROGRAM, Cluster
+from tests.cluster.world import GRACE_SECONDS, PROGRAM, Cluster
 from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, Observed, Reason
 
 
@@ -92,7 +92,7 @@ async def test_another_definition_replaces_the_pods_and_leaves_none_missing(clus
 
 
 async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(cluster: Cluster) -> None:
-    wanted = await cluster.start(environment={"POD_DRAIN_SECONDS": str(cluster.drain_seconds)})
+    wanted = await cluster.start(environment={"POD_DRAIN_SECONDS": str(GRACE_SECONDS)})
     (draining,) = await cluster.driver.endpoint(wanted.workflow_id)
     await cluster.driver.scale(wanted.workflow_id, 0)
     ends = await cluster.until(
@@ -102,8 +102,13 @@ async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(clu
     await cluster.driver.scale(wanted.workflow_id, 1)
     awake = await cluster.until(wanted.workflow_id, lambda observed: observed.is_ready)
     assert len(awake.pods) == 2
-    assert draining not in await cluster.driver.endpoint(wanted.workflow_id)
+    urls = await cluster.driver.endpoint(wanted.workflow_id)
+    assert draining not in urls
+    await cluster.end_drain(draining)
     await cluster.until(wanted.workflow_id, lambda observed: len(observed.pods) == 1)
+    await cluster.driver.scale(wanted.workflow_id, 0)
+    await cluster.until(wanted.workflow_id, lambda observed: observed.pods[0].is_terminating)
+    await cluster.end_drain(*urls)
 
 
 async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(cluster: Cluster) -> None:
