@@ -13,7 +13,7 @@ from sqlmodel import col
 from engine.errors import NodeError
 from execution.joint import Joint
 from models.data_source import DataSource, opened, usable_by
-from models.database import DatabaseUnavailable
+from models.outage import DatabaseUnavailable
 from models.vault import VaultError
 from nodes.connections.source import Source
 

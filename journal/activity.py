@@ -13,7 +13,8 @@ from sqlmodel import col
 from models import lifecycle
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, situation_of
-from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from models.execution import LIMITED, SHARED, Execution
+from models.execution_status import ExecutionStatus
 from models.lifecycle import Policy, Situation
 from models.moments import from_microseconds
 from models.workflow import Workflow

@@ -23,7 +23,8 @@ from engine.expressions import ExpressionError, compile_template
 from engine.values import fingerprint
 from journal.grouping import GroupCommit
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, Execution, ExecutionStatus
+from models.execution import LIMITED, SHARED, Execution
+from models.execution_status import ExecutionStatus
 from models.outage import LockWaitTimeout
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from sqlalchemy import and_, func, literal_column, select
 from sqlmodel import col
 
 from models.deployment import Deployment
-from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
+from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution
+from models.execution_status import ExecutionStatus
 from models.ids import turn_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from journal.store import ExecutionKey
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import Select

@@ -14,7 +14,8 @@ from models import database_time, deployment_token
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, status_of
 from models.deployment_token import Bearer
-from models.execution import DELAYED, ISOLATED_UNREAD, LIMITED, UNREAD, Execution, ExecutionStatus
+from models.execution import DELAYED, ISOLATED_UNREAD, LIMITED, UNREAD, Execution
+from models.execution_status import ExecutionStatus
 from models.ids import turn_of
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Definition

@@ -18,7 +18,8 @@ from sqlmodel import col
 from journal.store import DefinitionKey, ExecutionKey
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, CompoundSelect, Row, Select

@@ -9,7 +9,8 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from models.database_time import DatabaseTime
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

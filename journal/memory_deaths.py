@@ -12,7 +12,8 @@ from sqlmodel import col
 from engine.events import SpanStatus
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import Execution, ExecutionStatus, LogRow, SpanRow
+from models.execution import Execution, LogRow, SpanRow
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

@@ -9,7 +9,8 @@ from sqlalchemy import literal_column, select
 from sqlmodel import col
 
 from journal import memory_deaths
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.pod_processes import PodProcess, lease_owner, lease_owners
 
 if TYPE_CHECKING:

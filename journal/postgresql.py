@@ -56,24 +56,12 @@ from journal.store import (
     TakenIn,
 )
 from models import postgresql_sessions as sessions
-from models.database import (
-    CONNECT_SECONDS,
-    RETRIES,
-    RETRY_SECONDS,
-    STATEMENT_SECONDS,
-    DatabaseUnavailable,
-)
-from models.execution import (
-    DELAYED,
-    ISOLATION,
-    LIMITED,
-    SHARED,
-    TERMINAL,
-    ExecutionStatus,
-)
+from models.database import CONNECT_SECONDS, RETRIES, RETRY_SECONDS, STATEMENT_SECONDS
+from models.execution import DELAYED, ISOLATION, LIMITED, SHARED
+from models.execution_status import TERMINAL, ExecutionStatus
 from models.losses import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from models.moments import from_microseconds, to_microseconds
-from models.outage import LockWaitTimeout, PartialCommit
+from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.sqlstates import DatabaseFailure, failure_of
 
 if TYPE_CHECKING:

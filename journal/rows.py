@@ -11,7 +11,8 @@ from engine.events import FailureCause, RunError, RunStatus, Span, SpanStatus
 from journal.store import Claimed
 from json_text import decoding
 from models import ids
-from models.execution import ISOLATION, ExecutionStatus
+from models.execution import ISOLATION
+from models.execution_status import ExecutionStatus
 from models.moments import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:

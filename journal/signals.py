@@ -20,7 +20,8 @@ from engine.events import SpanStatus
 from engine.node import OUTPUT, Awaited
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import TERMINAL, Execution, ExecutionStatus, Signal, SpanRow
+from models.execution import Execution, Signal, SpanRow
+from models.execution_status import TERMINAL, ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement

@@ -53,19 +53,14 @@ from journal.store import (
     TakenIn,
 )
 from models import sqlite_writes
-from models.database import SQLITE_BUSY_SECONDS, DatabaseUnavailable
+from models.database import SQLITE_BUSY_SECONDS
 from models.database_clock import DatabaseClock
-from models.execution import (
-    DELAYED,
-    ISOLATION,
-    LIMITED,
-    SHARED,
-    TERMINAL,
-    ExecutionStatus,
-)
+from models.execution import DELAYED, ISOLATION, LIMITED, SHARED
+from models.execution_status import TERMINAL, ExecutionStatus
 from models.host_time import HOST_TIME
 from models.losses import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from models.moments import to_microseconds
+from models.outage import DatabaseUnavailable
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]

@@ -8,7 +8,8 @@ import msgspec
 
 from journal.rows import TOUCHED_MICROSECONDS
 from journal.store import Acceptance, Accepted, Arrival, ArrivedRun, TakenIn, Verdict
-from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD, ExecutionStatus
+from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD
+from models.execution_status import ExecutionStatus
 from models.ids import turn_of
 from models.moments import to_microseconds
 

@@ -22,7 +22,8 @@ from models import ids
 from models.database import is_sqlite
 from models.deployment import Deployment
 from models.event_wait import EventWait
-from models.execution import Execution, ExecutionStatus, Idempotency, Leadership, PaceRow, SpanRow
+from models.execution import Execution, Idempotency, Leadership, PaceRow, SpanRow
+from models.execution_status import ExecutionStatus
 from models.host_time import HOST_TIME
 from models.outage import DatabaseUnavailable
 

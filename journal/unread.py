@@ -20,7 +20,8 @@ from journal.admission import OnLimit
 from journal.blobs.reference import Reference
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData, ExecutionStatus
+from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData
+from models.execution_status import ExecutionStatus
 from models.intake import Delivery
 from senders.mail_kinds import MailKind
 

@@ -29,7 +29,8 @@ from models.deployment import (
     is_serving,
     status_of,
 )
-from models.execution import ISOLATED, SHARED, Execution, ExecutionStatus
+from models.execution import ISOLATED, SHARED, Execution
+from models.execution_status import ExecutionStatus
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
 from models.losses import SUSPECT_LOSSES
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, literal_column, select
 from sqlmodel import col
 
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.worker_processes import lease_owners
 
 if TYPE_CHECKING:

@@ -24,8 +24,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from models import database_time, durable_folders, sqlite_writes
 from models.database_clock import DatabaseClock
-from models.outage import DatabaseUnavailable as DatabaseUnavailable  # noqa: PLC0414 - most know it by this module
-from models.outage import LockWaitTimeout
+from models.outage import (
+    DatabaseUnavailable,
+    LockWaitTimeout,
+)
 from models.sqlstates import DatabaseFailure, failure_of
 from models.transaction_turns import TransactionTurns
 

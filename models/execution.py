@@ -20,8 +20,9 @@ from sqlalchemy import (
 from sqlmodel import Field, SQLModel
 
 from models.columns import Instant, JsonText
-from models.execution_status import TERMINAL as TERMINAL  # noqa: PLC0414 - most know it by this module
-from models.execution_status import ExecutionStatus as ExecutionStatus  # noqa: PLC0414 - most know it by this module
+from models.execution_status import (
+    ExecutionStatus,
+)
 
 SHARED = "shared"
 """The target of what any worker may run."""
@@ -288,6 +289,8 @@ class AttemptRow(SQLModel, table=True):
 
 class Signal(SQLModel, table=True):
     """An answer to a node that waits for one; the first counts, and there is no second."""
+
+    __tablename__ = "signal"
 
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)

@@ -20,8 +20,9 @@ def explained(error: Exception) -> str | None:
         return "; ".join(_wrong_setting(one["loc"], one["msg"]) for one in error.errors(include_input=False))
     try:
         from messages.broker import BrokerError
-        from models.database import DatabaseUnavailable, InvalidDatabaseUrl
+        from models.database import InvalidDatabaseUrl
         from models.migrating import NewerDatabase, OutdatedDatabase
+        from models.outage import DatabaseUnavailable
         from models.settings import InvalidSettings
     except ImportError:
         return None  # a pod has no client of a database, and none of their errors

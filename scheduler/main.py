@@ -27,7 +27,8 @@ from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
 from models import heartbeat, migrating
-from models.database import Database, DatabaseUnavailable
+from models.database import Database
+from models.outage import DatabaseUnavailable
 from nodes import catalog as catalogs
 from scheduler import (
     lifecycle,

@@ -33,8 +33,9 @@ from journal.store import ExecutionKey
 from json_text import decoding
 from messages import hints
 from models import moments
-from models.database import DatabaseUnavailable
-from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import TERMINAL, ExecutionStatus
+from models.outage import DatabaseUnavailable
 from models.workflow import Workflow
 from workers import webhooks
 from workers.webhooks import MAX_OUTPUT_CHARACTERS, Failure

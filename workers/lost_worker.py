@@ -14,7 +14,8 @@ from messages import broker as brokers
 from messages import hints
 from messages.broker import BrokerError, BrokerUnavailable
 from models import database as databases
-from models.database import Database, DatabaseUnavailable
+from models.database import Database
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from journal.store import Store

@@ -38,8 +38,9 @@ from mail import addresses, message
 from mail.limits import InvalidMail
 from messages import hints
 from messages.broker import BrokerUnavailable
-from models.database import DatabaseUnavailable
-from models.execution import TERMINAL, UNREAD
+from models.execution import UNREAD
+from models.execution_status import TERMINAL
+from models.outage import DatabaseUnavailable
 from workers import mails
 
 if TYPE_CHECKING:

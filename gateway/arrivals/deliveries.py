@@ -17,8 +17,8 @@ from gateway import limits
 from gateway.errors import ApiError
 from journal.grouping import GroupCommit
 from messages.buckets import Demand, LocalBuckets, Rate
-from models.database import DatabaseUnavailable
 from models.intake import Delivery, Outcome
+from models.outage import DatabaseUnavailable
 from senders.refusals import Refused
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from sqlmodel import col
 
 from gateway.arrivals import promises
 from gateway.executions.resumption import IS_RESUMED
-from models.execution import Execution, ExecutionData, ExecutionStatus, Idempotency
+from models.execution import Execution, ExecutionData, Idempotency
+from models.execution_status import ExecutionStatus
 from models.intake import Delivery, IntakeRoute, Outcome
 
 if TYPE_CHECKING:

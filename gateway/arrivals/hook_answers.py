@@ -15,7 +15,8 @@ from engine.errors import NodeError
 from engine.events import SpanStatus
 from gateway import errors, limits
 from json_text import decoding
-from models.execution import TERMINAL, Execution, ExecutionStatus, SpanRow
+from models.execution import Execution, SpanRow
+from models.execution_status import TERMINAL, ExecutionStatus
 from nodes import http_answers
 
 if TYPE_CHECKING:

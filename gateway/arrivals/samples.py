@@ -21,8 +21,8 @@ from gateway import metrics
 from gateway.arrivals.sent import REASON_LENGTH, TOO_MANY
 from messages.buckets import Demand, LocalBuckets, Rate
 from models import ids
-from models.database import DatabaseUnavailable
 from models.intake import IntakeRoute, IntakeSample
+from models.outage import DatabaseUnavailable
 from models.workflow import Workflow
 
 if TYPE_CHECKING:

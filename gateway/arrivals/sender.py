@@ -21,9 +21,9 @@ from gateway.recent import Recent
 from journal.grouping import GroupCommit
 from models import intake_tokens
 from models.access import Caller, KeyScope
-from models.database import DatabaseUnavailable
 from models.intake import TOKEN_PREFIXES, TokenKind
 from models.intake_tokens import FoundToken
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

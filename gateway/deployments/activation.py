@@ -28,9 +28,9 @@ from journal.grouping import GroupCommit
 from journal.wakes import StartRefused
 from messages import beginnings, hints
 from models import lifecycle
-from models.database import DatabaseUnavailable
-from models.execution import TERMINAL, ExecutionStatus
+from models.execution_status import TERMINAL, ExecutionStatus
 from models.lifecycle import LifecycleAction, Refusal, RefusalCode, StoppedReason
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from gateway.executions.waiting import Waiting

@@ -19,7 +19,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, Wire, body_of, decode_body, read_json
 from models.audit import Action
-from models.execution import ExecutionStatus
+from models.execution_status import ExecutionStatus
 
 log = structlog.get_logger()
 

@@ -24,7 +24,7 @@ from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import Wire
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from models import ids
-from models.execution import ExecutionStatus
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

@@ -31,7 +31,7 @@ from journal.store import ExecutionKey, Verdict
 from journal.trigger_body import EncodedTrigger
 from messages.buckets import Rate
 from models import ids
-from models.execution import TERMINAL, ExecutionStatus
+from models.execution_status import TERMINAL, ExecutionStatus
 from models.intake import IntakeRoute
 from senders import delivery_keys
 from senders.event import Challenge

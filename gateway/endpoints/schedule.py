@@ -17,7 +17,8 @@ from gateway.http.wire import Instant, Wire, instant
 from gateway.workflows import editing
 from journal import pinning
 from models import timetable
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.schedule import Schedule
 from models.timetable import InvalidTimetable, Misfire, Overlap, Passed
 from models.workflow import Workflow, WorkflowStatus

@@ -31,7 +31,8 @@ from gateway.http.wire import GuardedWire, Wire, body_of, read_json
 from journal import results, wakes
 from journal.results import ResultTooLarge
 from journal.store import DefinitionKey, ExecutionKey, Verdict
-from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import TERMINAL, ExecutionStatus
 from models.lifecycle import Refusal
 from models.workflow import WorkflowStatus
 

@@ -22,7 +22,7 @@ from gateway.http.wire import StrictWire, Wire, body_of, read_json
 from gateway.workflows import graph_shapes
 from journal.store import ExecutionKey
 from models.access import KeyScope
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded

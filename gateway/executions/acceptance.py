@@ -16,8 +16,8 @@ from journal import admission
 from journal.grouping import GroupCommit
 from journal.store import Accepted, DefinitionKey, Verdict
 from messages import hints
-from models.database import DatabaseUnavailable
 from models.execution import Idempotency
+from models.outage import DatabaseUnavailable
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:

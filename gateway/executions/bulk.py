@@ -28,7 +28,8 @@ from journal.store import ExecutionKey, Verdict
 from json_text import decoding
 from models import ids
 from models.audit import Action
-from models.execution import TERMINAL, Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import TERMINAL, ExecutionStatus
 from models.outage import LockWaitTimeout
 from models.workflow import Workflow, WorkflowStatus
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gateway.http.query import Page
     from journal.store import ExecutionKey
     from models.access import Caller
-    from models.execution import ExecutionStatus
+    from models.execution_status import ExecutionStatus
 
 Recorded: TypeAlias = Row[*tuple[Any, ...]]
 """A span or a log line, its columns by their names."""

@@ -14,7 +14,7 @@ from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, Wire, instant, optional_instant
 from journal import unread
 from journal.follow_ups import FollowUp, Outcome
-from models.execution import ExecutionStatus
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded, Whole

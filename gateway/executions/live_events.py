@@ -16,8 +16,8 @@ from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.executions import execution_rows, execution_shapes
 from journal.grouping import GroupCommit
-from models.database import DatabaseUnavailable
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

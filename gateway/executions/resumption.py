@@ -31,17 +31,8 @@ from journal import follow_ups, unread
 from json_text import decoding
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import (
-    LIMITED,
-    SHARED,
-    UNREAD,
-    AttemptRow,
-    Execution,
-    ExecutionData,
-    ExecutionStatus,
-    SpanRow,
-)
-from models.execution_status import MAX_PERCENT_UNDER_WAY
+from models.execution import LIMITED, SHARED, UNREAD, AttemptRow, Execution, ExecutionData, SpanRow
+from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from gateway import errors, limits
 from gateway.recent import Recent
 from journal.grouping import GroupCommit
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
 
 if TYPE_CHECKING:
     from journal.store import ExecutionKey, Progress, Store

@@ -21,7 +21,7 @@ from gateway.http.failed_attempts import FailedAttempts
 from journal.grouping import GroupCommit
 from models import access_store
 from models.access import key_hash
-from models.database import DatabaseUnavailable
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence

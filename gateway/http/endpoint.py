@@ -19,7 +19,7 @@ from gateway.http.responses import JsonResponse, NoContent
 from messages.broker import BrokerUnavailable
 from models import ids
 from models.access import KeyScope
-from models.database import DatabaseUnavailable
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from gateway.state import State

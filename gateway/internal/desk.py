@@ -20,8 +20,9 @@ from execution.gateway_calls import News, WaitCall
 from gateway import errors
 from gateway.recent import Recent
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
-from models.database import DatabaseUnavailable
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Collection

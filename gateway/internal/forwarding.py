@@ -18,8 +18,8 @@ from sqlmodel import col
 from gateway.recent import Recent
 from messages import hints
 from models import deployment_token
-from models.database import DatabaseUnavailable
 from models.deployment import MAY_SERVE, Deployment
+from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

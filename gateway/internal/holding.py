@@ -17,7 +17,8 @@ from gateway.errors import ApiError
 from journal.rows import SPAN_COLUMNS, span_of
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
-from models.execution import Execution, ExecutionStatus, LogRow, Signal, SpanRow
+from models.execution import Execution, LogRow, Signal, SpanRow
+from models.execution_status import ExecutionStatus
 from models.pod_processes import PodProcess, lease_owner
 from models.workflow import Definition
 

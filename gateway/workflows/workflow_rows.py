@@ -18,7 +18,8 @@ from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
 from models.columns import column_values
-from models.execution import TERMINAL, Execution, ExecutionData
+from models.execution import Execution, ExecutionData
+from models.execution_status import TERMINAL
 from models.workflow import (
     Workflow,
     WorkflowGraph,

@@ -24,7 +24,8 @@ from journal.blobs.backend import Owner
 from models import access_store
 from models.access import ALL_SCOPES, KeyScope, Role, User
 from models.data_source import DataSource, DataSourceShare
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowShare
 from tests.integration import asking
 from tests.integration.deployed import answer_for_pods, come_up, taking

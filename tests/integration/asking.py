@@ -14,7 +14,8 @@ from engine.events import SpanStatus
 from models import ids
 from models.database import Database
 from models.database_time import DatabaseTime
-from models.execution import Execution, ExecutionStatus, SpanRow
+from models.execution import Execution, SpanRow
+from models.execution_status import ExecutionStatus
 
 REQUEST: Final[dict[str, Any]] = {
     "title": "Write 120 rows?",

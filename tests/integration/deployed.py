@@ -15,7 +15,8 @@ from journal.store import Claim
 from messages import beginnings
 from messages.deployments import DeployerMessage, ReadPodLogs
 from models.deployment import Deployment, Observed
-from models.execution import Execution, ExecutionData, ExecutionStatus
+from models.execution import Execution, ExecutionData
+from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

@@ -9,7 +9,8 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from journal.blobs.backend import Owner
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from tests.integration import asking
 from tests.integration.deployed import answer_for_pods, come_up
 from tests.integration.gateway_world import People, World

@@ -20,11 +20,12 @@ from execution.awaited_events import AwaitedEvents
 from journal import event_waits
 from journal.store import Claim, Claimed, RunWrite
 from messages.local_broker import LocalBroker
-from models.database import DatabaseUnavailable
 from models.database_time import DatabaseTime
 from models.event_wait import EventWait
-from models.execution import TERMINAL, Execution, Signal
+from models.execution import Execution, Signal
+from models.execution_status import TERMINAL
 from models.intake import Event
+from models.outage import DatabaseUnavailable
 from tests.integration.gateway_world import People, Person, World
 from tests.integration.locks import impatient, left_open, prompt
 from workers.main import working

@@ -14,7 +14,8 @@ from sqlmodel import col
 from models.audit import AuditEntry
 from models.deployment import LifecycleDecision, Observed
 from models.deployment_token import DeploymentToken
-from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution, ExecutionStatus
+from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution
+from models.execution_status import ExecutionStatus
 from tests.integration.deployed import run
 from tests.integration.deployers import asked, on_this_machine, row, until
 from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, World, open_world, refused

@@ -25,8 +25,8 @@ from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Arrival, Claim, Claimed, ExecutionKey
 from mail import addresses
 from messages.buckets import Rate
-from models.database import DatabaseUnavailable
 from models.execution import ISOLATED_UNREAD, UNREAD, Execution
+from models.outage import DatabaseUnavailable
 from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
 from tests import fake_s3
 from tests.heartbeat import beating

@@ -18,7 +18,8 @@ from gateway.executions import acceptance
 from journal.store import Arrival, TakenIn
 from models import ids, intake_tokens
 from models.deployment import Deployment, Observed
-from models.execution import DELAYED, Execution, ExecutionData, ExecutionStatus
+from models.execution import DELAYED, Execution, ExecutionData
+from models.execution_status import ExecutionStatus
 from models.intake import Delivery, IntakeToken, TokenKind
 from models.lifecycle import StoppedReason
 from tests.integration.deployed import deployed

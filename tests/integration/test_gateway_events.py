@@ -20,10 +20,10 @@ from sqlmodel import SQLModel, col
 from gateway.arrivals import signatures
 from journal.store import Arrival
 from models import ids, intake_tokens
-from models.database import DatabaseUnavailable
 from models.deployment import Deployment
 from models.execution import Execution, ExecutionData
 from models.intake import Delivery, Event, IntakeToken, TokenKind
+from models.outage import DatabaseUnavailable
 from models.trigger import WorkflowTrigger, WorkflowTriggerMatch
 from models.workflow import Workflow, WorkflowGraph
 from scheduler import retention

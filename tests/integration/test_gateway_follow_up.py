@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from messages import broker as brokers
 from models.access import ALL_SCOPES, KeyScope, Role
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
 from tests.integration.gateway_world import GRAPH, SECRET, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
 from tests.receiver import receiving

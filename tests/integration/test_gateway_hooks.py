@@ -24,7 +24,8 @@ from gateway.http import failed_attempts
 from gateway.workflows import workflow_cache
 from journal.blobs.backend import Owner
 from models.deployment import Deployment, Observed
-from models.execution import TERMINAL, Execution, ExecutionData, SpanRow
+from models.execution import Execution, ExecutionData, SpanRow
+from models.execution_status import TERMINAL
 from models.intake import Delivery
 from models.lifecycle import StoppedReason
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused

@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from models import ids
 from models.deployment import Deployment, LifecycleDecision, Observed
-from models.execution import ExecutionStatus
+from models.execution_status import ExecutionStatus
 from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Workflow
 from tests.integration.deployed import deployed, run

@@ -18,7 +18,8 @@ from gateway.http.byte_budget import ByteHolding
 from journal import activity, decisions, wakes
 from models import lifecycle
 from models.deployment import Deployment, LifecycleDecision, Observed
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Definition
 from tests.integration.deployed import deployed

@@ -15,7 +15,8 @@ from sqlmodel import col
 from journal.store import Acceptance, Verdict
 from models import ids
 from models.database import Database
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowShare, WorkflowTag, WorkflowVersion
 from tests.integration.gateway_world import (
     EDGE,

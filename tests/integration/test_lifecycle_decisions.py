@@ -14,7 +14,8 @@ from journal import activity, decisions, wakes
 from journal.decisions import DeploymentChanged, Settled, by_policy
 from models import lifecycle
 from models.deployment import Deployment, LifecycleDecision
-from models.execution import Execution, ExecutionStatus
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
 from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
 from scheduler.lifecycle import keep_policies
 from tests.integration.deployed import deployed, run

@@ -18,7 +18,8 @@ from messages import broker as brokers
 from messages.local_broker import LocalBroker
 from models.database import Database
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, Execution, ExecutionData, ExecutionStatus
+from models.execution import LIMITED, SHARED, Execution, ExecutionData
+from models.execution_status import ExecutionStatus
 from models.moments import to_microseconds
 from models.schedule import Schedule
 from models.trigger import WorkflowTrigger

@@ -15,7 +15,7 @@ from journal import signals
 from journal.signals import Given, Reception
 from journal.store import Claimed, ExecutionKey
 from models.database import Database
-from models.execution import ExecutionStatus
+from models.execution_status import ExecutionStatus
 from tests.integration import asking
 from tests.integration.run_world import Where, World, key_of, microseconds_from_now, opened, write
 

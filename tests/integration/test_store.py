@@ -42,12 +42,11 @@ from journal.store import (
     Swept,
     Verdict,
 )
-from models.database import DatabaseUnavailable, is_sqlite, parse_url
-from models.execution import (
-    UNREAD,  # XX
-    ExecutionStatus,
-)
+from models.database import is_sqlite, parse_url
+from models.execution import UNREAD
+from models.execution_status import ExecutionStatus
 from models.ids import turn_of
+from models.outage import DatabaseUnavailable
 from tests.integration.run_world import (
     DEFINITION,
     LEASE_SECONDS,

@@ -19,7 +19,8 @@ from engine.services import Caller
 from execution.child_runs import ChildRuns
 from journal.store import Claim, Claimed, RunWrite
 from messages.local_broker import LocalBroker
-from models.execution import TERMINAL, Execution
+from models.execution import Execution
+from models.execution_status import TERMINAL
 from nodes import catalog
 from tests.integration.gateway_world import People, Person, World
 from tests.receiver import receiving

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import httpx2
 
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
 from tests.system.moments import PATIENCE_SECONDS, POLL_SECONDS
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from models.access import KeyScope, Role
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
 from models.settings import Settings
 from pilotflame import accounts
 from tests.system import flows, harness

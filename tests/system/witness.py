@@ -19,7 +19,7 @@ from typing import Any
 import asyncpg
 
 from engine.events import SETTLED
-from models.execution import TERMINAL
+from models.execution_status import TERMINAL
 
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.02

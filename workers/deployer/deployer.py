@@ -16,7 +16,7 @@ import structlog
 from messages.broker import BrokerUnavailable
 from messages.deployments import DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
-from models.database import DatabaseUnavailable
+from models.outage import DatabaseUnavailable
 from workers.cluster.driver import ClusterError, LogLine
 from workers.deployer import rows
 from workers.deployer.connection import ClusterConnection, OpenDriver

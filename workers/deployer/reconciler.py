@@ -16,9 +16,9 @@ from journal import decisions, pod_leases
 from messages import deployments, hints
 from messages.broker import BrokerUnavailable
 from models import deployment_token
-from models.database import DatabaseUnavailable
 from models.deployment import Observed as Stored
 from models.lifecycle import LifecycleAction
+from models.outage import DatabaseUnavailable
 from workers.cluster.driver import (
     ClusterBusy,
     ClusterError,
