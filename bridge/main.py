@@ -13,7 +13,7 @@ from bridge.gateway import Gateway
 from bridge.settings import BridgeSettings, RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
 from bridge.source import Source
 from bridge.transfer import Transfer
-from models import heartbeat
+from concurrency import heartbeat
 
 log = structlog.get_logger()
 

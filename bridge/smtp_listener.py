@@ -20,7 +20,7 @@ from aiosmtpd.smtp import SMTP
 
 from bridge.mail_gateway import NO_SUCH_ADDRESS, OK, MailGateway, SmtpReply
 from bridge.smtp_settings import MailProtocol
-from models import heartbeat
+from concurrency import heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from engine import patience, values
+from concurrency import offload
+from concurrency.offload import TakesLong
+from engine import values
 from engine.conditions import Condition, compile_condition
 from engine.expressions import MISSING, ExpressionError, Path, rewritten
-from engine.patience import TakesLong
 
 if TYPE_CHECKING:
     from engine.expressions import Expression, Fallback, Scope
@@ -26,7 +27,7 @@ def passes(condition: str, scope: Scope) -> bool:
     Raises `ExpressionError` where it can't be read or answered, or not within some milliseconds.
     """
     try:
-        return patience.quick(_compiled(condition).test, scope, [])
+        return offload.quick(_compiled(condition).test, scope, [])
     except TakesLong as error:
         raise ExpressionError("filter", "it takes too long for an event") from error
 

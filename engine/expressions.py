@@ -10,7 +10,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from engine import patience
+from concurrency import offload
 from engine.operations import OPERATIONS, Operation, OperationError
 from engine.values import MAX_DEPTH, InvalidJson, Json, as_text, decode, extent
 
@@ -211,13 +211,13 @@ class Allowance:
     __slots__ = ("left",)
 
     def __init__(self) -> None:
-        self.left = patience.allowed(MAX_WRITTEN, BRIEF_WRITTEN)
+        self.left = offload.allowed(MAX_WRITTEN, BRIEF_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
         """Take some of it; raises `ExpressionError` where that is too much."""
         self.left -= amount
         if self.left < 0:
-            patience.require()
+            offload.require()
             raise ExpressionError(expression, f"more than {MAX_WRITTEN:,} characters or elements come of it")
 
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from engine import outcomes, patience
+from concurrency import offload
+from concurrency.offload import TakesLong
+from engine import outcomes
 from engine.agenda import Agenda
 from engine.control import Control, Request
 from engine.errors import LeaseLost, NodeError
@@ -27,7 +29,6 @@ from engine.frames import Frame, Then, Visit
 from engine.limits import Limits
 from engine.node import Call, Outcome
 from engine.outcomes import LOST_ATTEMPT, TIMEOUT, as_node_error
-from engine.patience import TakesLong
 from engine.scribe import Scribe
 from engine.settlement import Settlement, Signals
 from engine.values import InvalidJson
@@ -133,7 +134,7 @@ class Runner:
                 if time.monotonic() > turn_ends:
                     if scribe.has_much:
                         await scribe.commit()
-                    await patience.rest()
+                    await offload.rest()
                     turn_ends = time.monotonic() + TURN_SECONDS
         finally:
             await self._break_off()
@@ -208,7 +209,7 @@ class Runner:
         """Reach a node, and begin it unless it sleeps on or has failed."""
         visit: Visit | None
         try:
-            visit = patience.quick(self._visits.begin, frame, node_id)
+            visit = offload.quick(self._visits.begin, frame, node_id)
         except TakesLong:
             begin = partial(self._visits.begin, frame, node_id, frame.roots_of_now())
             visit = await self._prepared(frame, node_id, begin)
@@ -235,7 +236,7 @@ class Runner:
 
     async def _begin(self, visit: Visit) -> None:
         try:
-            call = patience.quick(self._visits.call, visit)
+            call = offload.quick(self._visits.call, visit)
         except TakesLong:
             prepare = partial(self._visits.call, visit, visit.frame.roots_of_now())
             prepared = await self._prepared(visit.frame, visit.node_id, prepare, visit)
@@ -263,7 +264,7 @@ class Runner:
     ) -> T | None:
         """Prepare a node in a thread; None: nothing comes of it now."""
         try:
-            prepared = await patience.elsewhere(prepare)
+            prepared = await offload.elsewhere(prepare)
         except (ExpressionError, InvalidJson, NodeError) as error:
             self._settlement.failed(visit or self._visits.unreached(frame, node_id), as_node_error(error))
             return None
@@ -280,7 +281,7 @@ class Runner:
     def _call_in_place(self, visit: Visit, call: Call) -> None:
         run = cast("Callable[[Call], Outcome]", self._program.runs[visit.node_id])
         try:
-            outcome = patience.quick(run, call)
+            outcome = offload.quick(run, call)
         except TakesLong:
             self._start(visit, self._called_elsewhere(visit, run, call))
             return
@@ -288,7 +289,7 @@ class Runner:
             self._settlement.failed(visit, as_node_error(error))
             return
         try:
-            patience.quick(self._settlement.write, visit, outcome)
+            offload.quick(self._settlement.write, visit, outcome)
         except TakesLong:
             self._start(visit, _given(outcome))
         except (InvalidJson, NodeError) as error:
@@ -334,7 +335,7 @@ class Runner:
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
             outcome = await self._in_time(visit.program.node, coming, task)
-            await patience.patiently(self._settlement.write, visit, outcome)
+            await offload.patiently(self._settlement.write, visit, outcome)
         except asyncio.CancelledError:
             self._leave(task)
             if visit.frame.is_broken_off:
@@ -364,7 +365,7 @@ class Runner:
     async def _called(self, visit: Visit, call: Call) -> Outcome:
         run = self._program.runs[visit.node_id]
         if visit.node_id in self._program.repeatable:
-            return await patience.whole(lambda: cast("Coroutine[Any, Any, Outcome]", run(call)))
+            return await offload.whole(lambda: cast("Coroutine[Any, Any, Outcome]", run(call)))
         outcome = run(call)
         return await outcome if asyncio.iscoroutine(outcome) else cast("Outcome", outcome)
 
@@ -372,7 +373,7 @@ class Runner:
         """Call a node in a thread; what it logs is told afterwards, where everything is numbered."""
         lines: list[tuple[str, str]] = []
         call = msgspec.structs.replace(call, log=lambda level, message: lines.append((level, message)))
-        outcome = await patience.elsewhere(run, call)
+        outcome = await offload.elsewhere(run, call)
         for level, message in lines:
             self._scribe.log(level, message, visit.node_id)
         return outcome

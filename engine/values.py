@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from json_text import decoding, pieces
 from json_text.pieces import DuplicateName
 
@@ -82,7 +82,7 @@ def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -
     raw = bytes(raw)
     if len(raw) <= BRIEF_BYTES:
         return _decoded(raw, max_depth)
-    patience.require()
+    offload.require()
     try:
         value: Json = pieces.decode(raw, lambda piece: _decoded(piece, max_depth))
     except InvalidJson:
@@ -240,7 +240,7 @@ def _check(value: object, max_bytes: int) -> None:
     it can take is added up on the way.
     """
     least_bytes = depth = 0
-    most_bytes = patience.allowed(max_bytes, BRIEF_BYTES)
+    most_bytes = offload.allowed(max_bytes, BRIEF_BYTES)
     level: list[Any] = [(value,)]
     while level:
         if depth > MAX_DEPTH:
@@ -250,7 +250,7 @@ def _check(value: object, max_bytes: int) -> None:
         for container in level:
             least_bytes += 2 * len(container)
             if least_bytes > most_bytes:
-                patience.require()
+                offload.require()
                 raise _too_large(max_bytes)
             items = container
             if type(container) is dict:
@@ -265,7 +265,7 @@ def _check(value: object, max_bytes: int) -> None:
                 else:
                     _check_scalar(item)
             if least_bytes > most_bytes:
-                patience.require()
+                offload.require()
                 raise _too_large(max_bytes)
         level = below
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from concurrency.loop_share import Turn
 from engine import event_filters, values
 from engine.expressions import ExpressionError
 from execution.insistence import insist
 from journal import admission, event_waits
 from messages import hints
 from models.outage import LockWaitTimeout
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from datetime import datetime

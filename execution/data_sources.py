@@ -10,8 +10,8 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import col
 
+from concurrency.single_flight import Joint
 from engine.errors import NodeError
-from execution.joint import Joint
 from models.data_source import DataSource, opened, usable_by
 from models.outage import DatabaseUnavailable
 from models.vault import VaultError

@@ -16,6 +16,7 @@ from prometheus_client import start_http_server
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
+from concurrency import gc_tuning, heartbeat
 from gateway import routes, state
 from gateway.http.byte_budget import ByteBudget
 from gateway.http.connection_budget import ConnectionBudget, connections_for
@@ -29,7 +30,6 @@ from gateway.http.router import Route, Router
 from gateway.internal import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
-from models import garbage, heartbeat
 from models.descriptors import raise_descriptor_limit
 
 log = structlog.get_logger()
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         if self.proxies is not None and self.proxies.has_names:
             self._following = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)
-        garbage.settle()
+        gc_tuning.settle()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._following is not None:

@@ -21,7 +21,7 @@ from sqlmodel import col
 
 from engine.expressions import ExpressionError, compile_template
 from engine.values import fingerprint
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from models.database_time import DatabaseTime
 from models.execution import LIMITED, SHARED, Execution
 from models.execution_status import ExecutionStatus

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from engine import patience, values
+from concurrency import offload
+from engine import values
 from engine.control import Control, Request
 from engine.errors import LeaseLost
 from engine.events import SETTLED, UNFINISHED, AttemptSpan, Ended, LogLine, Span
 from journal import trigger_body
 from journal.blobs.backend import BlobsUnavailable
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from journal.store import RunWrite
 from models.execution_status import MAX_PERCENT_UNDER_WAY
 from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
@@ -171,7 +172,7 @@ class RunJournal:
     async def trigger(self, text: str) -> Json:
         """Return what the trigger node gives out; raises `InvalidJson`, `ValueLost` and `LeaseLost`."""
         if self._large is None or not trigger_body.is_apart(text):
-            return await patience.patiently(values.decode, text.encode())
+            return await offload.patiently(values.decode, text.encode())
         large = self._large
         return await self._insist(lambda: asyncio.create_task(large.trigger(text)))
 

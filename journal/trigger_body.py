@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from engine import patience, values
+from concurrency import offload
+from engine import values
 from journal.blobs.reference import Reference
 from json_text import decoding
 
@@ -71,7 +72,7 @@ async def read(trigger: str, blobs: RunBlobs, owner: Owner) -> dict[str, Json]:
     """
     row: dict[str, Any] = decoding.decode(trigger)
     content = await blobs.get(owner, Reference.of(row[BODY]).sha256)
-    return {**row, BODY: await patience.patiently(values.decode, content)}
+    return {**row, BODY: await offload.patiently(values.decode, content)}
 
 
 async def put(blobs: RunBlobs, owner: Owner, encoded: EncodedTrigger) -> str:

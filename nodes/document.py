@@ -11,7 +11,7 @@ from lxml import etree
 from engine.errors import NodeError
 
 if TYPE_CHECKING:
-    from nodes.turn import Turn
+    from concurrency.loop_share import Turn
 
 CHUNK_CHARACTERS = 8_192
 MAXIMUM_CHARACTERS = 3_000_000

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.values import encode
 from nodes.frames import FormJob
@@ -41,7 +41,7 @@ class Forms:
 
     async def check(self, organization_id: str, schema: Mapping[str, Json], data: Json) -> Sequence[Wrong]:
         """Return what is wrong with data; raises `InvalidSchema`, and `NodeError` where no process is free."""
-        job = await patience.patiently(_job, schema, data)
+        job = await offload.patiently(_job, schema, data)
         try:
             result = await self._processes.run(
                 job, Listener(_unheard, []), organization_id=organization_id, seconds=SECONDS

@@ -9,7 +9,7 @@ from xml.parsers import expat
 from engine.errors import NodeError
 
 if TYPE_CHECKING:
-    from nodes.turn import Turn
+    from concurrency.loop_share import Turn
 
 CHUNK_BYTES = 16_384
 MAXIMUM_TOKEN_BYTES = 1_000_000

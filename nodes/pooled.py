@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from engine.node import Cpu
 from engine.values import encode
 from nodes.catalog import Catalog
@@ -42,7 +42,7 @@ class PooledCatalog(Catalog):
     def _elsewhere(self, type: str) -> Run:  # noqa: A002 - the field's own word
         async def run(call: Call) -> Outcome:
             return await self.processes.run(
-                await patience.patiently(_job, type, call),
+                await offload.patiently(_job, type, call),
                 Listener(call.log, call.unresolved),
                 organization_id=call.caller.organization_id,
                 seconds=DEADLINE_SECONDS,
@@ -64,6 +64,6 @@ def _job(type: str, call: Call) -> bytes:  # noqa: A002 - the field's own word
 
 def _is_small(call: Call) -> bool:
     try:
-        return len(patience.quick(encode, call.config)) <= IN_PLACE_BYTES
-    except patience.TakesLong:
+        return len(offload.quick(encode, call.config)) <= IN_PLACE_BYTES
+    except offload.TakesLong:
         return False

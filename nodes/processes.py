@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.node import Result
 from nodes.fairness import Places
 from nodes.frames import FAILURE, HEADER, LINE, PATHS, PORT, Assembly, Garbled, Tag, frame, header, read
 from nodes.sizes import MAXIMUM_BYTES
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process

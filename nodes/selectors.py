@@ -13,7 +13,7 @@ from engine.errors import NodeError
 from nodes.document import MAXIMUM_DEPTH, Element
 
 if TYPE_CHECKING:
-    from nodes.turn import Turn
+    from concurrency.loop_share import Turn
 
 Test: TypeAlias = Callable[[Element], bool]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.services import Upsert
 from nodes import fields, lists
 from nodes.sizes import MAXIMUM_BYTES
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -21,8 +21,8 @@ from engine.errors import NodeError
 from nodes import markup, sizes
 
 if TYPE_CHECKING:
+    from concurrency.loop_share import Turn
     from engine.values import Json
-    from nodes.turn import Turn
 
 MAXIMUM_FILE_BYTES = 10_000_000
 MAXIMUM_UNPACKED_BYTES = 50_000_000

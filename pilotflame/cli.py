@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 from typer import Argument, Option, Typer
 
-from models import garbage
+from concurrency import gc_tuning
 from pilotflame import refusal, run_outputs, variables
 from pilotflame.refusal import Refusal
 from pilotflame.run_outputs import OutputChoice
@@ -93,7 +93,7 @@ def pilotflame(
     find it by PILOTFLAME_URL (http://127.0.0.1:8000 unless set) and PILOTFLAME_API_KEY.
     """
     os.umask(0o077)  # whatever is written from here on is its owner's alone
-    garbage.begin()
+    gc_tuning.begin()
     if context.invoked_subcommand not in PROCESSES:  # those have a log for it
         for name, meant in variables.unknown(os.environ).items():
             typer.echo(_visible(f"pilotflame: {variables.warning(name, meant)}"), err=True)

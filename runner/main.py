@@ -13,6 +13,7 @@ import structlog
 import uvicorn
 import uvloop
 
+from concurrency import gc_tuning
 from engine.services import Services
 from execution.executor import Around, Executor
 from execution.gateway_calls import Contact
@@ -20,7 +21,6 @@ from execution.node_blobs import NodeBlobs
 from execution.user_code import open_code_of_pod
 from journal.blobs.blob_store import RunBlobs
 from journal.store import DefinitionKey
-from models import garbage
 from models.outage import DatabaseUnavailable
 from nodes import catalog as catalogs
 from nodes.connections.connections import Connections
@@ -66,7 +66,7 @@ async def _serve(settings: RunnerSettings) -> None:
             contact = await make_first_contact(gateway, settings, stop)
             if contact is not None:
                 async with working(settings, gateway, contact, life):
-                    garbage.settle()
+                    gc_tuning.settle()
                     log.info("runner ready", workflow_id=settings.runner_workflow_id, pod=settings.runner_pod)
                     await stop.wait()
                     life.stage = Stage.DRAINING

@@ -18,6 +18,7 @@ import uvloop
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
+from concurrency import heartbeat
 from execution import abandoned, due_runs
 from execution.awaited_events import AwaitedEvents
 from journal import timekeeping
@@ -26,7 +27,7 @@ from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import heartbeat, migrating
+from models import migrating
 from models.database import Database
 from models.outage import DatabaseUnavailable
 from nodes import catalog as catalogs

@@ -8,7 +8,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Final
 
-from engine import patience, values
+from concurrency import offload
+from engine import values
 from engine.values import InvalidJson, Json
 from senders import forms, media_types
 from senders.forms import Form
@@ -79,7 +80,7 @@ class Arrival:
     def require_patience(self) -> None:
         """Raise `TakesLong` where others wait and the body is long; before each look at the whole of it."""
         if len(self.body) >= LONG_BODY_BYTES:
-            patience.require()
+            offload.require()
 
 
 def json_of(text: bytes | memoryview) -> Json:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
-from engine import patience
+from concurrency import offload
 from senders import media_types
 from senders.media_types import MediaType
 from senders.refusals import Refused
@@ -229,7 +229,7 @@ def _unescaped(body: bytes, start: int, end: int) -> memoryview:
     while start < end:
         stop = min(start + _UNESCAPED_BYTES, end)
         if stop < end:
-            patience.require()
+            offload.require()
             if (escape := body.rfind(b"%", stop - 2, stop)) != -1:
                 stop = escape
         piece = body[start:stop]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from models import garbage
+from concurrency import gc_tuning
 
 BEAT_SECONDS: Final = 0.0005
 REFERENCE_SECONDS: Final = 0.0035
@@ -43,7 +43,7 @@ def measuring() -> Iterator[Holds]:
     """
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(garbage.YOUNG_OBJECTS, garbage.YOUNG_COLLECTIONS, garbage.MOST_MIDDLE_COLLECTIONS)
+    gc.set_threshold(gc_tuning.YOUNG_OBJECTS, gc_tuning.YOUNG_COLLECTIONS, gc_tuning.MOST_MIDDLE_COLLECTIONS)
     holds = Holds()
     is_done = threading.Event()
     started = threading.Event()

@@ -12,6 +12,7 @@ import structlog
 import uvloop
 from prometheus_client import start_http_server
 
+from concurrency import gc_tuning, heartbeat
 from engine.services import Services
 from execution import abandoned, due_runs
 from execution.awaited_events import AwaitedEvents
@@ -29,7 +30,7 @@ from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import garbage, heartbeat, migrating
+from models import migrating
 from models.database import Database
 from models.vault import Vault
 from models.worker_processes import new_lease_owner
@@ -79,7 +80,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         await lost_worker.take_back_of_predecessors(database, store, broker, settings.worker_name)
         announce(owner)
         await stack.enter_async_context(working(settings, store, broker, database))
-        garbage.settle()
+        gc_tuning.settle()
         log.info("worker ready", inbox=broker.inbox)
         await stop.wait()
         log.info("worker stops")

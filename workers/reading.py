@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import structlog
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.events import Ended, RunError, RunStatus
 from engine.services import Caller
@@ -30,7 +30,7 @@ from execution import due_runs
 from execution.isolation import TRIAL_SECONDS, Isolation, SuspectSearch
 from journal import admission, unread
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from journal.leases import Lease, LeaseKeeper
 from journal.store import Claim, ExecutionKey, RunWrite
 from journal.unread import Left, Read, Unread
@@ -170,7 +170,7 @@ class Reader:
         self._threads = ThreadPoolExecutor(
             THREADS,
             thread_name_prefix="mail-reading",
-            initializer=lambda: sys.setswitchinterval(patience.SWITCH_SECONDS),
+            initializer=lambda: sys.setswitchinterval(offload.SWITCH_SECONDS),
         )
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._leaving: GroupCommit[Read, Left | None] = GroupCommit(self._leave)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Final, TypeAlias
 
-from engine import patience
+from concurrency import offload
 from engine.values import MAX_NUMBER, InvalidJson, Json, kind
 
 Number: TypeAlias = int | float
@@ -171,13 +171,13 @@ def _check_size(result: Json) -> None:
 
 def check_text_length(length: int) -> None:
     if length > BRIEF_LENGTH:
-        patience.require()
+        offload.require()
     if length > MAX_TEXT_LENGTH:
         raise OperationError(f"gives a text of more than {MAX_TEXT_LENGTH:,} characters")
 
 
 def check_list_length(length: int) -> None:
     if length > BRIEF_LENGTH:
-        patience.require()
+        offload.require()
     if length > MAX_LIST_LENGTH:
         raise OperationError(f"gives more than {MAX_LIST_LENGTH:,} elements")

@@ -15,7 +15,7 @@ from sqlalchemy import insert
 
 from gateway import limits
 from gateway.errors import ApiError
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from messages.buckets import Demand, LocalBuckets, Rate
 from models.intake import Delivery, Outcome
 from models.outage import DatabaseUnavailable

@@ -10,7 +10,9 @@ import msgspec
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine import event_filters, patience, values
+from concurrency import offload
+from concurrency.loop_share import Turn
+from engine import event_filters, values
 from engine.expressions import ExpressionError
 from engine.values import InvalidJson
 from gateway import errors, limits
@@ -30,7 +32,6 @@ from models.intake import Delivery, Outcome
 from models.intake import Event as EventRow
 from models.trigger import TriggerKind, patterns_for, patterns_of
 from models.workflow import WorkflowStatus
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -122,7 +123,7 @@ async def emit(gateway: State, sent: Sent, event: Event, promise: IdempotencyKey
     """
     trigger = given(event)
     try:
-        text = (await patience.patiently(values.encode, trigger)).decode()
+        text = (await offload.patiently(values.encode, trigger)).decode()
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
     told = EmittedEvent(ids.new("event"), event.event_type, event.source, text)

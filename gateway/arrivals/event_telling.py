@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 
 if TYPE_CHECKING:
     from execution.awaited_events import AwaitedEvents

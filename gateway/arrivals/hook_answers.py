@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import and_, bindparam, select
 from sqlmodel import col
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.events import SpanStatus
 from gateway import errors, limits
@@ -97,7 +97,7 @@ async def _standing(gateway: State, key: ExecutionKey) -> Standing | None:
     answer = None
     if row.resolved_config is not None:
         try:
-            answer = await patience.patiently(_answer, row.resolved_config)
+            answer = await offload.patiently(_answer, row.resolved_config)
         except NodeError as error:
             raise errors.execution_failed(key.execution_id) from error
     return Standing(ExecutionStatus(row.status), answer)

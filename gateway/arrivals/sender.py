@@ -11,14 +11,14 @@ from urllib.parse import parse_qsl
 
 import structlog
 
-from execution.joint import Joint
+from concurrency.single_flight import Joint
+from concurrency.ttl_cache import TTLCache
 from gateway import errors
 from gateway.errors import ApiError
 from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.parameters import Text
-from gateway.recent import Recent
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from models import intake_tokens
 from models.access import Caller, KeyScope
 from models.intake import TOKEN_PREFIXES, TokenKind
@@ -70,12 +70,12 @@ class Doorkeeper:
     def __init__(self, database: Database, authenticator: Authenticator) -> None:
         self._database = database
         self._authenticator = authenticator
-        self._kept: Recent[str, tuple[float, FoundToken]] = Recent(KEPT_SECONDS, MAX_KEPT)
+        self._kept: TTLCache[str, tuple[float, FoundToken]] = TTLCache(KEPT_SECONDS, MAX_KEPT)
         """Tokens and when they were asked for, by their hashes."""
         self._lookups: Joint[str, FoundToken | None] = Joint(self._look_up)
         self._reads: GroupCommit[str, FoundToken | None] = GroupCommit(self._read)
         """One query at a time, for all tokens that wait."""
-        self._recorded: Recent[str, bool] = Recent(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
+        self._recorded: TTLCache[str, bool] = TTLCache(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
         """Tokens whose use was noted from here."""
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
         self._background: set[asyncio.Task[None]] = set()

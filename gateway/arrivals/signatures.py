@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
-from engine import patience
+from concurrency import offload
 from gateway import errors
 from gateway.errors import ApiError
 from json_text import decoding
@@ -53,7 +53,7 @@ async def verify(arrival: Arrival, sender: Sender, vault: Vault) -> Provider | N
     try:
         claimed = events.recognise(arrival)
         if sender.token is not None:
-            await patience.patiently(_require_signature, arrival, claimed, _opened(sender, vault))
+            await offload.patiently(_require_signature, arrival, claimed, _opened(sender, vault))
     except Refused as error:
         raise refusal(error) from error
     return claimed

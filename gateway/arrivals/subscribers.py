@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from gateway.arrivals import subscriptions
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from models.deployment import Deployment
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import msgspec
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine import patience
+from concurrency import offload
 from gateway import errors
 from gateway.arrivals import signatures, trigger_secrets
 from gateway.errors import ApiError
@@ -188,7 +188,7 @@ async def verify(gateway: State, workflow: LoadedWorkflow, arrival: Arrival) -> 
         for source_id in verification.data_sources
     ]
     try:
-        verified = await patience.patiently(_verified, arrival, verification, sources)
+        verified = await offload.patiently(_verified, arrival, verification, sources)
     except Refused as error:
         refusal = signatures.refusal(error)
         if is_basic and refusal.status == errors.unauthorized().status:

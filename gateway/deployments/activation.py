@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import structlog
 from starlette.requests import ClientDisconnect
 
+from concurrency.ttl_cache import TTLCache
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.http.wire import optional_instant
-from gateway.recent import Recent
 from journal import activity, decisions, wakes
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from journal.wakes import StartRefused
 from messages import beginnings, hints
 from models import lifecycle
@@ -109,7 +109,7 @@ class Activation:
         self._queues: Counter[str] = Counter()
         self._lookouts: dict[str, Lookout] = {}
         self._waiters: dict[str, set[asyncio.Future[bool]]] = {}
-        self._heard: Recent[str, bool] = Recent(HEARD_SECONDS, MAX_HEARD)
+        self._heard: TTLCache[str, bool] = TTLCache(HEARD_SECONDS, MAX_HEARD)
         """Runs that were taken, maybe before anybody waited for that."""
         self._is_released = False
 

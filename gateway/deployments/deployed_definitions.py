@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import select
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from engine.findings import Validation
 from engine.graph import Settings
 from engine.values import encode
-from gateway.recent import Recent
 from journal import pinning
 from journal.store import DefinitionKey
 from json_text import decoding
@@ -53,7 +53,7 @@ class DeployedDefinitions:
     def __init__(self, database: Database, catalog: Catalog) -> None:
         self._database = database
         self._catalog = catalog
-        self._kept: Recent[DefinitionKey, Deployed] = Recent(KEPT_SECONDS, MAX_KEPT)
+        self._kept: TTLCache[DefinitionKey, Deployed] = TTLCache(KEPT_SECONDS, MAX_KEPT)
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
         """Return a workflow with what is deployed in the place of its own definition; raises `DefinitionLost`."""

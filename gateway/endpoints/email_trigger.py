@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from gateway import errors
 from gateway.arrivals import mail_senders, promises, sent, taking_in, trigger_secrets
 from gateway.arrivals.json_attachments import decode_attachments
@@ -193,10 +193,10 @@ async def _describe(note: Sent, arrival: Arrival, addressee: Addressee) -> None:
     kind = await mail_senders.recognised(arrival)
     if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
         return
-    key = await patience.patiently(mail_kinds.mail_key, arrival, kind)
+    key = await offload.patiently(mail_kinds.mail_key, arrival, kind)
     if key is not None:
         note.derived_key = promises.derived("mail", addressee.workflow.id, key)
-    unread = await patience.patiently(_unread_form, arrival, kind, addressee, content=arrival.body)
+    unread = await offload.patiently(_unread_form, arrival, kind, addressee, content=arrival.body)
     note.payload = _encode(unread.as_json()).decode()
 
 
@@ -240,10 +240,10 @@ async def _native(handed: Handed) -> JsonResponse:
         raise BodyLimit(most).exceeded()
     value = await json_of(request, content)
     mail = body_of(request, value, EmailTrigger)
-    attachments = await patience.patiently(decode_attachments, mail.attachments)
+    attachments = await offload.patiently(decode_attachments, mail.attachments)
     promise = None
     if request.known_sender is not None:
-        promise = await patience.patiently(
+        promise = await offload.patiently(
             idempotency.requested, request, value, workflow_id=handed.workflow_id
         )
 
@@ -262,7 +262,7 @@ async def _native(handed: Handed) -> JsonResponse:
 
 
 async def _of_form(handed: Handed) -> JsonResponse:
-    unread = await patience.patiently(_unread_form, handed.arrival, handed.kind, handed.addressee)
+    unread = await offload.patiently(_unread_form, handed.arrival, handed.kind, handed.addressee)
     return await _take_in_unread(handed, unread, handed.arrival.body)
 
 
@@ -274,7 +274,7 @@ async def _of_mail_server(handed: Handed) -> JsonResponse:
 
 async def _of_topic(handed: Handed) -> JsonResponse:
     """Do what a message of SNS asks for, or run what it tells of."""
-    message = await patience.patiently(sns.parse, handed.arrival)
+    message = await offload.patiently(sns.parse, handed.arrival)
     match message.type:
         case MessageType.SUBSCRIPTION:
             if handed.proof.label != "sns":
@@ -283,7 +283,7 @@ async def _of_topic(handed: Handed) -> JsonResponse:
             return await _noted(handed, "subscription-confirmed", message.topic_arn)
         case MessageType.UNSUBSCRIPTION:
             return await _noted(handed, "subscription-ended", message.topic_arn)
-    mail = await patience.patiently(ses.received, message)
+    mail = await offload.patiently(ses.received, message)
     if mail is None:
         return await _noted(handed, "no-mail", "The message of the topic tells of no mail that was received")
     unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
@@ -367,7 +367,7 @@ async def _take_in(
     """
     gateway, workflow = handed.request.gateway, handed.addressee.workflow
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
-    key = await patience.patiently(mail_kinds.mail_key, handed.arrival, handed.kind)
+    key = await offload.patiently(mail_kinds.mail_key, handed.arrival, handed.kind)
     if promise is None and key is not None:
         promise = handed.note.derived_key = promises.derived("mail", workflow.id, key)
     own_key = _own_key(handed, key, ses_id)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from gateway import limits
 from gateway.arrivals import promises, room, sent, taking_in, verification
 from gateway.arrivals.taking_in import Message
@@ -107,7 +107,7 @@ async def enqueue(request: Request) -> JsonResponse:
         value = await json_of(request, content)
         now = gateway.clock()
         body = _interpreted(value, now, request.warnings)
-        own_key, promise = await patience.patiently(_keys, request, value, body, vouched)
+        own_key, promise = await offload.patiently(_keys, request, value, body, vouched)
         message = body.planned(now, promise, body.callback_url)
         note.payload = message.text
 

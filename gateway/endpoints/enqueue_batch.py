@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine import patience
+from concurrency import offload
 from engine.values import fingerprint
 from gateway import errors, limits
 from gateway.arrivals import promises, room, sent, taking_in, verification
@@ -114,9 +114,9 @@ async def enqueue(request: Request) -> JsonResponse:
         if batch.callback_url is not None:
             await callbacks.require(request, batch.callback_url)
         own_key = vouched_key(vouched, workflow_id)
-        given = await patience.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
+        given = await offload.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
         given = given or own_key
-        planned, refused = await patience.patiently(
+        planned, refused = await offload.patiently(
             _planned, batch.messages, workflow_id, given, gateway.clock()
         )
         if not planned:

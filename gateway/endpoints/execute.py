@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
-from engine import patience
+from concurrency import offload
 from engine.triggers import trigger_output
 from gateway import errors, limits
 from gateway.executions import acceptance, callbacks, intake, tries
@@ -67,7 +67,7 @@ async def start(request: Request) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, Execute)
     intake.require_one_spelling(body.trigger_inputs, body.inputs)
-    promise = await patience.patiently(
+    promise = await offload.patiently(
         idempotency.requested, request, value, workflow_id=request.path_params["id"]
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import structlog
 from msgspec import Meta
 
-from engine import patience
+from concurrency import offload
 from engine.node import OUTPUT, Awaited
 from gateway import errors, limits
 from gateway.errors import ApiError
@@ -91,7 +91,7 @@ async def answer(request: Request) -> JsonResponse:
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)
     body = body_of(request, value, Answer)
-    promise = await patience.patiently(idempotency.requested, request, value, workflow_id=key.execution_id)
+    promise = await offload.patiently(idempotency.requested, request, value, workflow_id=key.execution_id)
     if await _is_repeated(request, key, promise):
         return _taken(key, body, idempotency.REPLAYED)
     try:

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlmodel import col
 from starlette.requests import ClientDisconnect
 
-from engine import patience
+from concurrency import offload
 from engine.triggers import trigger_output
 from engine.values import encode
 from gateway import errors, limits
@@ -115,7 +115,7 @@ async def start(request: Request) -> JsonResponse:
     workflow_id = request.path_params["id"]
     value = await read_json(request)
     body = _checked(body_of(request, value, Trigger))
-    promise = await patience.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
+    promise = await offload.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body, times)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta, Raw
 
-from engine import patience
+from concurrency import offload
 from gateway import errors, limits
 from gateway.executions import acceptance, execution_rows, execution_shapes, intake, tries
 from gateway.executions.execution_shapes import LogShape, Status
@@ -77,7 +77,7 @@ async def run_node(request: Request) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, TryNode)
     workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
-    promise = await patience.patiently(
+    promise = await offload.patiently(
         idempotency.requested, request, value, workflow_id=f"{workflow_id}/{node_id}"
     )
 

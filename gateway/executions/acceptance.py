@@ -10,10 +10,10 @@ import structlog
 from sqlalchemy import select, tuple_
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from gateway import errors, limits
-from gateway.recent import Recent
 from journal import admission
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from journal.store import Accepted, DefinitionKey, Verdict
 from messages import hints
 from models.execution import Idempotency
@@ -79,7 +79,7 @@ class Acceptances:
         self._hints: GroupCommit[None, None] = GroupCommit(self._wake)
         self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
         self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
-        self._stored: Recent[DefinitionKey, bool] = Recent(STORED_SECONDS, MAX_STORED)
+        self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: Acceptance) -> Accepted:
         """Return what became of a run once that is committed; raises 503 where too many wait."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from gateway import errors
-from gateway.recent import Recent
 from journal.store import ExecutionKey
 from models.execution import Execution
 from models.workflow import Workflow, readable_by
@@ -49,7 +49,7 @@ class ExecutionAccess:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._visible: Recent[tuple[str, str, Role], bool] = Recent(VISIBLE_SECONDS, MAX_VISIBLE)
+        self._visible: TTLCache[tuple[str, str, Role], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
     async def key(self, execution_id: str, caller: Caller) -> ExecutionKey:
         """Return where the rows of an execution are that the caller may see; raises 404."""
@@ -67,4 +67,4 @@ class ExecutionAccess:
 
     def forget(self) -> None:
         """Ask about everything again: somebody may see less than before."""
-        self._visible = Recent(VISIBLE_SECONDS, MAX_VISIBLE)
+        self._visible = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)

@@ -15,7 +15,7 @@ import msgspec
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.executions import execution_rows, execution_shapes
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from models.execution_status import TERMINAL
 from models.outage import DatabaseUnavailable
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from gateway.errors import ApiError
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from messages.broker import BrokerUnavailable
 from messages.buckets import Demand, Grant, LocalBuckets, Rate
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from concurrency.ttl_cache import TTLCache
 from gateway import errors, limits
-from gateway.recent import Recent
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
 from models.execution_status import TERMINAL
 
@@ -62,8 +62,8 @@ class Waiting:
         """How many polls wait."""
         self._reads: GroupCommit[ExecutionKey, Progress | None] = GroupCommit(self._read)
         self._watches: GroupCommit[Watch, bool] = GroupCommit(self._watch)
-        self._watched: Recent[str, Watch] = Recent(WATCH_SECONDS / 2, MAX_WATCHED)
-        self._expected: Recent[str, bool] = Recent(WATCH_SECONDS / 2, MAX_WATCHED)
+        self._watched: TTLCache[str, Watch] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
+        self._expected: TTLCache[str, bool] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
         self._waiters: dict[str, set[Waiter]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._is_released = False

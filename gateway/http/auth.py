@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from execution.joint import Joint
+from concurrency.single_flight import Joint
 from gateway import errors
 from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from models import access_store
 from models.access import key_hash
 from models.outage import DatabaseUnavailable

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from time import monotonic
 
+from concurrency.ttl_cache import TTLCache
 from gateway.errors import ApiError
-from gateway.recent import Recent
 
 MAX_FAILURES = 50
 """Failures of one client within a window that are answered as such."""
@@ -75,7 +75,7 @@ class PasswordAttempts:
     def __init__(self, message: str) -> None:
         """`message` is what a refused client is told."""
         self._failures = FailedAttempts(message)
-        self._right: Recent[bytes, bool] = Recent(RIGHT_SECONDS, MAX_REMEMBERED_CLIENTS)
+        self._right: TTLCache[bytes, bool] = TTLCache(RIGHT_SECONDS, MAX_REMEMBERED_CLIENTS)
         self._hashing_key = secrets.token_bytes(32)
 
     def require_allowed(self, client: str, offered: str) -> None:

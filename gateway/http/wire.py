@@ -27,7 +27,8 @@ from typing import (
 
 import msgspec
 
-from engine import names, patience, values
+from concurrency import offload
+from engine import names, values
 from engine.values import InvalidJson, Json
 from gateway import errors, limits
 from gateway.errors import ApiError
@@ -106,7 +107,7 @@ async def json_of(request: Request, raw: bytes) -> Json:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(415, "unsupported-media-type", "Send the body as Content-Type: application/json")
     try:
-        return await patience.patiently(values.decode, raw)
+        return await offload.patiently(values.decode, raw)
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
 

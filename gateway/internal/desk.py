@@ -16,9 +16,9 @@ import structlog
 from sqlalchemy import literal_column, select
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from execution.gateway_calls import News, WaitCall
 from gateway import errors
-from gateway.recent import Recent
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -70,9 +70,9 @@ class Desk:
         self._waiters: dict[str, set[Waiter]] = {}
         """By workflow id."""
         self._arrivals: OrderedDict[str, int] = OrderedDict()
-        self._watched: Recent[str, bool] = Recent(WATCH_SECONDS / 2, MAX_COUNTED)
+        self._watched: TTLCache[str, bool] = TTLCache(WATCH_SECONDS / 2, MAX_COUNTED)
         """Deployments whose next arrival at another gateway will be heard of."""
-        self._polled: Recent[str, bool] = Recent(POLL_SECONDS, MAX_COUNTED)
+        self._polled: TTLCache[str, bool] = TTLCache(POLL_SECONDS, MAX_COUNTED)
         """Deployments of which a pod was here a moment ago: it will be told when it asks again."""
         self._looking: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()

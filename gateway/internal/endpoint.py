@@ -23,7 +23,7 @@ from gateway.http.endpoint import Access, Endpoint, Operation
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.request import Request
 from gateway.internal.holding import Holder
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from json_text import decoding
 from models import deployment_token
 from models.deployment_token import Bearer

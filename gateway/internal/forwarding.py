@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway.recent import Recent
+from concurrency.ttl_cache import TTLCache
 from messages import hints
 from models import deployment_token
 from models.deployment import MAY_SERVE, Deployment
@@ -53,7 +53,7 @@ class Forwarder:
     def __init__(self, database: Database, broker: Broker) -> None:
         self._database = database
         self._broker = broker
-        self._remembered: Recent[str, Pods] = Recent(REMEMBERED_SECONDS, MAX_REMEMBERED)
+        self._remembered: TTLCache[str, Pods] = TTLCache(REMEMBERED_SECONDS, MAX_REMEMBERED)
         self._under_way: dict[str, asyncio.Task[None]] = {}
         self._again: set[str] = set()
         self._session: aiohttp.ClientSession | None = None

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine import patience
+from concurrency import offload
 from gateway import audit, errors
 from gateway.http import idempotency, preconditions
 from gateway.http.responses import JsonResponse
@@ -148,7 +148,7 @@ async def create(
     shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:
     """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
-    promise = await patience.patiently(
+    promise = await offload.patiently(
         idempotency.requested, request, body, workflow_id=request.path_params.get("id", "")
     )
     workflow, catalog = made.workflow, request.gateway.catalog

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from sqlmodel import col
 
+from concurrency.ttl_cache import TTLCache
 from gateway import errors
-from gateway.recent import Recent
 from journal import pinning
 from models.deployment import Deployment
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare
@@ -67,7 +67,7 @@ class WorkflowCache:
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
         self._characters = 0
         self._loads: dict[tuple[str, str], asyncio.Task[LoadedWorkflow | None]] = {}
-        self._organizations: Recent[str, str] = Recent(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
+        self._organizations: TTLCache[str, str] = TTLCache(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
 
     async def load(self, workflow_id: str, caller: Caller) -> LoadedWorkflow:
         """Return a workflow that the caller may read and execute; raises 404."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.values import encode
 from nodes.code.backend import Backend
@@ -64,7 +64,7 @@ class CodeRunner:
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
-        written = msgspec.Raw(await patience.patiently(encode, inputs))
+        written = msgspec.Raw(await offload.patiently(encode, inputs))
         job = CodeJob(caller.organization_id, source, written, timeout_seconds, max_memory_bytes)
         result = await self._processes.run(
             msgspec.json.encode(job),

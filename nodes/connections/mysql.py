@@ -13,6 +13,7 @@ from asyncmy.connection import Connection
 from asyncmy.constants import CR, ER, FIELD_TYPE
 from asyncmy.cursors import SSCursor
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.services import Rows, Upsert
 from nodes import sql_text
@@ -22,7 +23,6 @@ from nodes.connections.session import Gathering
 from nodes.connections.wire import BYTES_BESIDE, BufferedWire, WiredLoop
 from nodes.sizes import MAXIMUM_BYTES
 from nodes.sql_text import Dialect
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     import ssl

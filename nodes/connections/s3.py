@@ -16,6 +16,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.services import StoredObject
 from models.database_clock import DatabaseClock
@@ -23,7 +24,6 @@ from nodes import addresses, http_errors, markup
 from nodes.connections import object_keys, signature
 from nodes.connections.signature import Signer
 from nodes.outbound import Network, Outbound, OutboundPolicy
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.values import Json

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.services import Rows, Upsert
 from engine.values import encode
@@ -151,7 +151,7 @@ class SqliteSession:
             own_files=list(self._own_files()),
             max_file_bytes=self._policy.max_file_bytes,
             statement=statement,
-            values=msgspec.Raw(await patience.patiently(encode, [*values])),
+            values=msgspec.Raw(await offload.patiently(encode, [*values])),
             timeout_seconds=timeout_seconds,
             action=action,
             max_rows=max_rows,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.values import identity
 from nodes import absences, fields, lists
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from msgspec import structs
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from mail import charsets, message
 from nodes import fields
@@ -82,12 +82,12 @@ def _fitting(content: bytes, name: str, media_type: str) -> As:
 
 async def _read(call: Call, content: bytes, wanted: As, media_type: str) -> Mapping[str, Json]:
     if wanted is As.BASE64:
-        return {"base64": (await patience.elsewhere(b64encode, content)).decode()}
+        return {"base64": (await offload.elsewhere(b64encode, content)).decode()}
     charset = fields.text(call.config, "encoding")
     if charset == As.AUTO:
         said = _CHARSET.search(media_type)
         charset = said[1] if said else ""
-    text = (await patience.elsewhere(charsets.decoded, content, charset)).removeprefix("\ufeff")
+    text = (await offload.elsewhere(charsets.decoded, content, charset)).removeprefix("\ufeff")
     match wanted:
         case As.CSV:
             options = fields.mapping(call.config, "csv")

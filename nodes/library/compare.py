@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.values import equal, identity
 from nodes import fields, lists
 from nodes.keys import Keys
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.values import as_text
 from nodes import fields, keys, lists
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -12,9 +12,9 @@ from enum import StrEnum
 from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from nodes import fields
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

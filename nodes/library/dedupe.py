@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.values import identity
 from nodes import fields, lists
 from nodes.keys import Keys
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

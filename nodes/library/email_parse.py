@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from mail import message, reading
 from mail.limits import InvalidMail
@@ -34,7 +34,7 @@ async def run(call: Call) -> Json:
     def keep(label: Label, pieces: Iterator[bytes]) -> None:
         contents.append((label, message.whole(pieces)))
 
-    mail = await patience.elsewhere(_read, raw, keep)
+    mail = await offload.elsewhere(_read, raw, keep)
     attachments: list[dict[str, Any]] = []
     for found, (label, content) in zip(mail.attachments, contents, strict=True):
         reference = await call.services.blobs.put(

@@ -7,7 +7,7 @@ from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.values import as_text
 from mail import addresses, message, writing
@@ -50,7 +50,7 @@ async def run(call: Call) -> Json:
     await server.send(
         outgoing.sender.address,
         recipients,
-        await patience.elsewhere(_composed, outgoing),
+        await offload.elsewhere(_composed, outgoing),
         timeout_seconds=fields.timeout_seconds(config),
     )
     return {"messageId": outgoing.message_id, "recipients": [*recipients], "count": len(recipients)}

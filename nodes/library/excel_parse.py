@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from nodes import fields
-from nodes.turn import Turn
 from nodes.workbook import MAXIMUM_FILE_BYTES, Archive, Row, Workbook
 
 if TYPE_CHECKING:

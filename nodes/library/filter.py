@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from nodes import lists
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from nodes import document, fields, selectors
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

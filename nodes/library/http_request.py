@@ -10,7 +10,7 @@ from http.client import responses as reasons
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
-from engine import patience
+from concurrency import offload
 from engine.errors import NodeError
 from engine.values import InvalidJson, as_text, decode, encode
 from nodes import addresses, fields, http_errors, redaction
@@ -68,7 +68,7 @@ async def run(call: Call) -> Json:
         response = _without_secrets(await _send(call, method, url, secrets), secrets)
         if fails_on_error and response.status >= FIRST_ERROR_STATUS:
             raise _refusal(response, url)
-        body = await patience.patiently(_body, response, response_type)
+        body = await offload.patiently(_body, response, response_type)
     return {
         "status": response.status,
         "headers": dict(response.headers),
@@ -79,7 +79,7 @@ async def run(call: Call) -> Json:
 
 async def _send(call: Call, method: Method, url: str, secrets: Mapping[str, str]) -> HttpResponse:
     config = call.config
-    body, content_type = await patience.patiently(_request_body, config)
+    body, content_type = await offload.patiently(_request_body, config)
     headers = _headers(config)
     if content_type is not None:
         _set_unless_given(headers, "Content-Type", content_type)

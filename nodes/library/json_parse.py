@@ -5,10 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.values import InvalidJson, decode
 from nodes import fields, lists
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.values import identity
 from nodes import fields, keys, lists
 from nodes.keys import Keys
 from nodes.sizes import Size
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from nodes import fields, keys, lists
 from nodes.sizes import Size
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

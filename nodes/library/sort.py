@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.expressions import compile_value
 from engine.values import canonical
 from nodes import absences, fields, keys, lists
 from nodes.keys import Key
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

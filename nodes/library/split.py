@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from nodes import fields, keys, lists
 from nodes.sizes import Size
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from engine.values import as_text
 from nodes import fields, lists
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from concurrency.loop_share import Turn
 from engine.errors import NodeError
 from nodes import fields, markup
-from nodes.turn import Turn
 
 if TYPE_CHECKING:
     from engine.node import Call

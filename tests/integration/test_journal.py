@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from engine.errors import LeaseLost
 from engine.events import Ended, LogLine, RunError, RunStatus, Span, SpanStatus
 from journal import recorder
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from journal.leases import RENEWALS_PER_LEASE, Lease, LeaseKeeper
 from journal.recorder import Recorder, RunJournal
 from journal.store import Claimed, Held, Renewed, RunWrite, Store

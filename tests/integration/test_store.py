@@ -23,7 +23,7 @@ from sqlalchemy import make_url
 
 from engine.events import AttemptSpan, LogLine, RunError, RunStatus, Span, SpanStatus
 from journal import sqlite
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 from journal.opening import open_store
 from journal.postgresql import SESSION
 from journal.store import (

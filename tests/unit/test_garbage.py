@@ -7,9 +7,9 @@ import sys
 
 SCRIPT = """
 import asyncio, gc, weakref
-from models import garbage
+from concurrency import gc_tuning
 
-garbage.CHECK_SECONDS, garbage.REMEMBERED_CHECKS = 0.01, 10_000
+gc_tuning.CHECK_SECONDS, gc_tuning.REMEMBERED_CHECKS = 0.01, 10_000
 
 class Cycle:
     pass
@@ -18,21 +18,21 @@ def full_collections():
     return gc.get_stats()[2]["collections"]
 
 async def main():
-    garbage.settle()
+    gc_tuning.settle()
     begun = full_collections()
     cycle = Cycle()
     cycle.itself = cycle
     reference = weakref.ref(cycle)
     large = [[number] for number in range(1_500_000)]
     del cycle
-    assert gc.get_count()[2] >= garbage.MIDDLE_COLLECTIONS
+    assert gc.get_count()[2] >= gc_tuning.MIDDLE_COLLECTIONS
     for _ in range(10):
-        await asyncio.sleep(garbage.CHECK_SECONDS)
+        await asyncio.sleep(gc_tuning.CHECK_SECONDS)
     assert full_collections() == begun, "looked through while a large value is there"
     del large
     async with asyncio.timeout(30):
         while reference() is not None:
-            await asyncio.sleep(garbage.CHECK_SECONDS)
+            await asyncio.sleep(gc_tuning.CHECK_SECONDS)
     assert full_collections() == begun + 1
 
 asyncio.run(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from journal.grouping import GroupCommit
+from journal.group_commit import GroupCommit
 
 
 async def batches(*weights: int, max_weight: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models import heartbeat
+from concurrency import heartbeat
 
 EVERY_SECONDS = 0.01
 

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 
-from engine import patience, values
+from concurrency import offload
+from concurrency.offload import TakesLong
+from engine import values
 from engine.expressions import ExpressionError, compile_value
-from engine.patience import TakesLong
 from engine.values import InvalidJson
 from tests.heartbeat import beating
 
@@ -18,22 +19,22 @@ LONGEST_DELAY_SECONDS = 0.15
 
 
 def thread() -> str:
-    patience.require()
+    offload.require()
     return threading.current_thread().name
 
 
 async def test_what_takes_long_is_done_over_in_a_thread() -> None:
-    assert (await patience.patiently(thread)).startswith("long-work")
-    assert await patience.patiently(len, "short") == 5
+    assert (await offload.patiently(thread)).startswith("long-work")
+    assert await offload.patiently(len, "short") == 5
 
 
 def test_nobody_waits_unless_it_is_said() -> None:
     assert values.encode([0] * MANY)
     with pytest.raises(TakesLong):
-        patience.quick(values.encode, [0] * MANY)
+        offload.quick(values.encode, [0] * MANY)
     with pytest.raises(TakesLong):
-        patience.quick(values.decode, b"[" + b"1," * MANY + b"1]")
-    assert patience.quick(values.encode, [0] * 1_000)
+        offload.quick(values.decode, b"[" + b"1," * MANY + b"1]")
+    assert offload.quick(values.encode, [0] * 1_000)
 
 
 def test_a_limit_is_the_same_however_the_work_is_begun() -> None:
@@ -41,7 +42,7 @@ def test_a_limit_is_the_same_however_the_work_is_begun() -> None:
         values.encode([0] * MANY, max_bytes=1_000_000)
     bomb = compile_value([{"$op": "length", "args": [{"$op": "unique", "args": ["{{ data }}"]}]}] * 400)
     with pytest.raises(TakesLong):
-        patience.quick(bomb.render, {"data": [0] * MANY}, [])
+        offload.quick(bomb.render, {"data": [0] * MANY}, [])
     with pytest.raises(ExpressionError, match="more than 10,000,000"):
         bomb.render({"data": [0] * MANY}, [])
 
@@ -51,11 +52,11 @@ async def test_a_coroutine_that_takes_long_goes_on_in_the_thread_turn_by_turn() 
 
     async def work() -> int:
         for _ in range(3):
-            await patience.rest()
+            await offload.rest()
             threads.append(thread())
         return 7
 
-    assert await patience.whole(work) == 7
+    assert await offload.whole(work) == 7
     assert len(threads) == 3
     assert all(name.startswith("long-work") for name in threads)
 
@@ -64,15 +65,15 @@ async def test_a_coroutine_in_the_thread_ends_with_whoever_waits_for_it() -> Non
     begun, ended = threading.Event(), threading.Event()
 
     async def work() -> None:
-        patience.require()
+        offload.require()
         begun.set()
         try:
             while True:
-                await patience.rest()
+                await offload.rest()
         finally:
             ended.set()
 
-    task = asyncio.create_task(patience.whole(work))
+    task = asyncio.create_task(offload.whole(work))
     assert await asyncio.to_thread(begun.wait, 5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -85,7 +86,7 @@ async def test_however_many_have_much_to_do_the_loop_waits_for_one_at_a_time() -
 
     async def work(number: int) -> None:
         for _ in range(3):
-            await patience.rest()
+            await offload.rest()
             order.append(number)
 
     passes = 0
@@ -102,7 +103,7 @@ async def test_however_many_have_much_to_do_the_loop_waits_for_one_at_a_time() -
 
 
 async def test_whoever_gives_up_its_turn_keeps_nobody_from_theirs() -> None:
-    tasks = [asyncio.create_task(patience.rest()) for _ in range(3)]
+    tasks = [asyncio.create_task(offload.rest()) for _ in range(3)]
     await asyncio.sleep(0)
     tasks[0].cancel()
     tasks[1].cancel()
@@ -112,5 +113,5 @@ async def test_whoever_gives_up_its_turn_keeps_nobody_from_theirs() -> None:
 
 async def test_the_loop_goes_on_while_a_large_value_is_written() -> None:
     async with beating() as heartbeat:
-        await patience.patiently(values.encode, [0] * MANY)
+        await offload.patiently(values.encode, [0] * MANY)
     assert heartbeat.longest_delay_seconds < LONGEST_DELAY_SECONDS

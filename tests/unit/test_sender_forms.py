@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import patience
+from concurrency import offload
 from senders import events, forms, mail_kinds, media_types, ses, sns
 from senders.arrival import Arrival, Refused
 from senders.events import Sender
@@ -200,8 +200,8 @@ def test_an_escape_is_read_whole_wherever_a_large_value_is_cut(shift: int) -> No
 
 def test_a_large_value_is_not_read_while_others_wait() -> None:
     found = form(b"a=" + b"x" * 2_000_000, URLENCODED)
-    with pytest.raises(patience.TakesLong):
-        patience.quick(found.first, "a")
+    with pytest.raises(offload.TakesLong):
+        offload.quick(found.first, "a")
     assert first(found) == b"x" * 2_000_000
 
 

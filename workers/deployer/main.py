@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import uvloop
 
+from concurrency import gc_tuning, heartbeat
 from journal import timekeeping
 from journal.opening import open_store
 from messages import broker as brokers
 from models import database as databases
-from models import garbage, heartbeat, migrating
+from models import migrating
 from models.database import Database
 from workers.deployer.deployer import deploying
 
@@ -55,7 +56,7 @@ async def _serve(settings: DeployerSettings) -> None:
         await stack.enter_async_context(
             deploying(settings, database, store, broker, to_cluster, command=command(settings))
         )
-        garbage.settle()
+        gc_tuning.settle()
         log.info("deployer ready", cluster=settings.cluster)
         await stop.wait()
         log.info("deployer stops")

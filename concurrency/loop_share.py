@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from engine import patience
+from concurrency import offload
 
 TURN_SECONDS = 0.005
 
@@ -18,5 +18,5 @@ class Turn:
     async def share(self) -> None:
         """Let other work run, when this turn has lasted long enough; a cancellation arrives here too."""
         if time.monotonic() >= self._ends_at:
-            await patience.rest()
+            await offload.rest()
             self._ends_at = time.monotonic() + TURN_SECONDS

@@ -11,7 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
+class TTLCache(Generic[Key, Value]):
     """Remembers each value for so many seconds; of more than it may hold, the oldest go first."""
 
     def __init__(self, seconds: float, max_items: int) -> None:

@@ -1,0 +1,1 @@
+"""Building blocks for asynchronous work: offloading, single flight, caches with an expiry, heartbeat."""
