@@ -12,14 +12,14 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engine.conditions import compile_condition
-from engine.control import Control
-from engine.events import AttemptSpan, LogLine, RunStatus, Span
 from engine.expressions import compile_template, compile_value
-from engine.graph import Graph
-from engine.program import Program
-from engine.run import Start, run
-from engine.services import Caller, Services
-from engine.validation import validate
+from engine.graph import ParsedGraph
+from engine.program import WorkflowProgram
+from engine.run_control import RunControl
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
+from engine.services import NodeServices, RunCaller
+from engine.validation import validate_graph
+from engine.workflow_runner import RunStart, run_workflow
 from models.database_clock import DatabaseClock
 from nodes import catalog as catalogs
 from tests.calls import NoNetwork, call
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 CATALOG = catalogs.load()
-CALLER = Caller("org", "user", "wf", "exec", "exec")
+CALLER = RunCaller("org", "user", "wf", "exec", "exec")
 ROUNDS = 7
 EXPRESSIONS_PER_ROUND = 20_000
 CALLS_PER_ROUND = 200
@@ -90,7 +90,7 @@ class Unkept:
     def __init__(self) -> None:
         self.spans = 0
 
-    def record(self, _span: Span) -> None:
+    def record(self, _span: NodeSpan) -> None:
         self.spans += 1
 
     def log(self, line: LogLine) -> None:
@@ -169,23 +169,23 @@ def _chain(nodes: int) -> Nodes:
     ]
 
 
-def _graph(nodes: Nodes, connections: Connections | None = None) -> Graph:
+def _graph(nodes: Nodes, connections: Connections | None = None) -> ParsedGraph:
     """Return a graph of nodes, in a row unless it is said how they are connected."""
     if connections is None:
         connections = [{"source": one["id"], "target": other["id"]} for one, other in pairwise(nodes)]
     edges: Any = [{"id": f"edge-{number}", **edge} for number, edge in enumerate(connections)]
     drawn: Any = nodes
-    return Graph.of({"nodes": drawn, "connections": edges, "settings": {}})
+    return ParsedGraph.from_stored({"nodes": drawn, "connections": edges, "settings": {}})
 
 
-def _compiled(graph: Graph) -> Program:
-    return Program.of(graph, CATALOG, CATALOG.implementation)
+def _compiled(graph: ParsedGraph) -> WorkflowProgram:
+    return WorkflowProgram.compile(graph, CATALOG, CATALOG.implementation)
 
 
-async def _run(program: Program, trigger: Json) -> int:
+async def _run(program: WorkflowProgram, trigger: Json) -> int:
     """Run once; returns how many spans that left."""
     now = datetime.now(UTC)
-    start = Start(
+    start = RunStart(
         caller=CALLER,
         trigger=trigger,
         clock=DatabaseClock(),
@@ -193,7 +193,7 @@ async def _run(program: Program, trigger: Json) -> int:
         started_at=now,
     )
     journal = Unkept()
-    ended = await run(program, start, journal, Control(), Services(http=NoNetwork()))
+    ended = await run_workflow(program, start, journal, RunControl(), NodeServices(http=NoNetwork()))
     assert ended.status is RunStatus.COMPLETED, ended
     return journal.spans
 
@@ -252,18 +252,18 @@ async def _large_graph() -> dict[str, float]:
     return figures
 
 
-async def _whole_life(graph: Graph) -> dict[str, float]:
+async def _whole_life(graph: ParsedGraph) -> dict[str, float]:
     trigger: Json = {"body": {"x": 1}}
     program = _compiled(graph)
     return {
-        "validate": await _milliseconds(lambda: validate(graph, CATALOG), rounds=3),
+        "validate": await _milliseconds(lambda: validate_graph(graph, CATALOG), rounds=3),
         "compile": await _milliseconds(lambda: _compiled(graph), rounds=3),
         "run": await _milliseconds(lambda: _run(program, trigger), rounds=3),
         "longest_pause_in": await _longest_pause(_run(program, trigger)),
     }
 
 
-def _diamonds() -> Graph:
+def _diamonds() -> ParsedGraph:
     nodes: Nodes = [{"id": "start", "type": "manual"}]
     connections: Connections = []
     before = "start"

@@ -19,9 +19,9 @@ from tests.hostile_json import TEXTS
 MEGABYTE: Final = 1_000_000
 SIZES: Final = (1.0, 10.0)
 STEPS: Final[Mapping[str, Callable[[Any], object]]] = {
-    "encode": values.encode,
+    "encode": values.encode_json,
     "fingerprint": values.fingerprint,
-    "compare": lambda value: values.equal(value, values.restored(values.encode(value))),
+    "compare": lambda value: values.equal_json(value, values.restore_json(values.encode_json(value))),
 }
 
 
@@ -46,7 +46,7 @@ def _measure(text: bytes) -> list[float]:
 
 def _decoded(text: bytes) -> object:
     try:
-        return values.decode(text)
+        return values.decode_json(text)
     except InvalidJson:
         return None
 

@@ -18,5 +18,5 @@ class Turn:
     async def share(self) -> None:
         """Let other work run, when this turn has lasted long enough; a cancellation arrives here too."""
         if time.monotonic() >= self._ends_at:
-            await offload.rest()
+            await offload.yield_to_loop()
             self._ends_at = time.monotonic() + TURN_SECONDS

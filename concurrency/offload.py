@@ -20,7 +20,7 @@ Made = TypeVar("Made")
 
 SWITCH_SECONDS: Final = 0.001
 """So long the loop waits for the thread whenever it has something to do, where Python would have it wait for five."""
-_is_brief: Final = ContextVar("is_brief", default=False)
+_is_inline: Final = ContextVar("is_brief", default=False)
 # One: work of Python's own is no faster in several, and each more would keep the loop waiting.
 _thread: Final = ThreadPoolExecutor(
     max_workers=1,
@@ -29,55 +29,55 @@ _thread: Final = ThreadPoolExecutor(
 )
 
 
-class TakesLong(Exception):
+class BudgetExceeded(Exception):
     """More is to be done than others should wait for."""
 
 
-def allowed(most: int, brief: int) -> int:
+def budget(most: int, brief: int) -> int:
     """Return how much may be done: `brief` where others wait, and otherwise `most`."""
-    return min(most, brief) if _is_brief.get() else most
+    return min(most, brief) if _is_inline.get() else most
 
 
-def require() -> None:
+def require_offloaded() -> None:
     """Raise `TakesLong` where others wait: what goes on is long."""
-    if _is_brief.get():
-        raise TakesLong
+    if _is_inline.get():
+        raise BudgetExceeded
 
 
-def quick(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
+def try_inline(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
     """Call a function while others wait; raises `TakesLong`."""
-    before = _is_brief.set(True)
+    before = _is_inline.set(True)
     try:
         return function(*args, **kwargs)
     finally:
-        _is_brief.reset(before)
+        _is_inline.reset(before)
 
 
-async def elsewhere(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
+async def run_in_thread(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
     """Call a function in the thread for long work."""
     return await asyncio.wrap_future(_thread.submit(function, *args, **kwargs))
 
 
-async def patiently(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
+async def run(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
     """Call a function here, or in the thread where it turns out to take long."""
     try:
-        return quick(function, *args, **kwargs)
-    except TakesLong:
-        return await elsewhere(function, *args, **kwargs)
+        return try_inline(function, *args, **kwargs)
+    except BudgetExceeded:
+        return await run_in_thread(function, *args, **kwargs)
 
 
-async def whole(begin: Callable[[], Coroutine[Any, Any, Made]]) -> Made:
+async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, Made]]) -> Made:
     """Run a coroutine that waits for nothing but its turns here, or all over in the thread, turn by turn."""
-    before = _is_brief.set(True)
+    before = _is_inline.set(True)
     try:
         return await begin()
-    except TakesLong:
+    except BudgetExceeded:
         pass
     finally:
-        _is_brief.reset(before)
+        _is_inline.reset(before)
     coroutine = begin()
     while True:
-        step = _thread.submit(_step, coroutine)
+        step = _thread.submit(_advance, coroutine)
         try:
             if ended := await asyncio.wrap_future(step):
                 return ended[0]
@@ -87,7 +87,7 @@ async def whole(begin: Callable[[], Coroutine[Any, Any, Made]]) -> Made:
             raise
 
 
-def _step(coroutine: Coroutine[Any, Any, Made]) -> tuple[Made] | None:
+def _advance(coroutine: Coroutine[Any, Any, Made]) -> tuple[Made] | None:
     """Take a coroutine to its next turn, or to its end."""
     try:
         coroutine.send(None)
@@ -99,7 +99,7 @@ def _step(coroutine: Coroutine[Any, Any, Made]) -> tuple[Made] | None:
 # ── turns on the loop ───────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Line:
+class _LoopQueue:
     """Those that wait on one loop for their next turn: in each pass of the loop, one has it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -121,17 +121,17 @@ class _Line:
             self._loop.call_soon(self._call_next)
 
 
-_lines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = WeakKeyDictionary()
+_loop_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopQueue] = WeakKeyDictionary()
 
 
-async def rest() -> None:
+async def yield_to_loop() -> None:
     """End a stretch of work on the loop: however many have much to do, the others wait for one stretch at a time."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         await asyncio.sleep(0)  # whoever drives this takes it up again
         return
-    line = _lines.get(loop)
+    line = _loop_queues.get(loop)
     if line is None:
-        line = _lines[loop] = _Line(loop)
+        line = _loop_queues[loop] = _LoopQueue(loop)
     await line.join()

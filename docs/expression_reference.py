@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from engine import conditions, expressions
-from engine.node import Compile
+from engine.node_api import FieldCompilation
 from engine.operations import OPERATIONS
 from nodes import catalog
 
@@ -156,9 +156,9 @@ def parts() -> dict[str, str]:
         "paths": _table(("path", "value"), map(_example, PATHS)),
         "templates": _table(("template", "value"), map(_example, TEMPLATES)),
         "fallbacks": _table(("template", "value"), map(_example, FALLBACKS)),
-        "computed-fields": _table(("node", "fields"), _fields(Compile.VALUE)),
+        "computed-fields": _table(("node", "fields"), _fields(FieldCompilation.VALUE)),
         "operations": _table(("operation", "arguments", "result", "example: `args`", "value"), _operations()),
-        "condition-fields": _table(("node", "fields"), _fields(Compile.CONDITION)),
+        "condition-fields": _table(("node", "fields"), _fields(FieldCompilation.CONDITION)),
         "operators": _table(("operator", "symbol", "compares", "example"), _operators()),
         "joined-condition": _block(JOINED_CONDITION),
         "expression-limits": _table(
@@ -180,7 +180,7 @@ def _example(example: tuple[Json, Json]) -> tuple[str, str]:
     return _code(source if isinstance(source, str) else _json(source)), _code(_json(value))
 
 
-def _fields(kind: Compile) -> Iterator[tuple[str, str]]:
+def _fields(kind: FieldCompilation) -> Iterator[tuple[str, str]]:
     """Return a row for each node type that has fields of a kind."""
     for node_type in catalog.load().node_types.values():
         fields = [name for name, compiled in node_type.compiled.items() if compiled is kind]

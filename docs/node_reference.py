@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.node import CONTINUE, DONE, OUTPUT, Compile, NodeType
+from engine.node_api import CONTINUE, DONE, OUTPUT, FieldCompilation, NodeType
 from nodes import catalog
 
 if TYPE_CHECKING:
@@ -93,21 +93,23 @@ def _ports(node_type: NodeType) -> str:
 def _rows(node_type: NodeType) -> Iterator[str]:
     for name, schema in _properties(node_type.config_schema).items():
         compiled = node_type.compiled.get(name)
-        kind = "condition" if compiled is Compile.CONDITION else _kind(schema)
-        if compiled is Compile.VALUE:
+        kind = "condition" if compiled is FieldCompilation.CONDITION else _kind(schema)
+        if compiled is FieldCompilation.VALUE:
             kind += ", computed"
         yield _row(name, schema, kind, is_required=name in _required(node_type.config_schema))
-        if compiled is not Compile.CONDITION:
+        if compiled is not FieldCompilation.CONDITION:
             yield from _inner_rows(name, schema, node_type.compiled)
 
 
-def _inner_rows(name: str, schema: Mapping[str, Any], compiled: Mapping[str, Compile]) -> Iterator[str]:
+def _inner_rows(
+    name: str, schema: Mapping[str, Any], compiled: Mapping[str, FieldCompilation]
+) -> Iterator[str]:
     """Return the rows of the fields of an object, and of the objects in a list."""
     items = schema.get("items")
     for prefix, inner in ((name, schema), (f"{name}[]", items if isinstance(items, dict) else {})):
         for field, of_field in _properties(inner).items():
             path = f"{prefix}.{field}"
-            is_condition = compiled.get(path) is Compile.CONDITION
+            is_condition = compiled.get(path) is FieldCompilation.CONDITION
             kind = "condition" if is_condition else _kind(of_field)
             yield _row(path, of_field, kind, is_required=field in _required(inner))
             if not is_condition:

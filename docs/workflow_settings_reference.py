@@ -6,17 +6,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from engine.graph import Retry
+from engine.graph import RetryPolicy
 from gateway.document import schemas
 from gateway.workflows.graph_shapes import RetryShape
 from gateway.workflows.run_settings import KnownSettings
 
 _HEAD: Final = ("| setting | type | default | meaning |", "| --- | --- | --- | --- |")
 RETRY_DEFAULTS: Final[Mapping[str, float]] = {
-    "maxAttempts": Retry().max_attempts,
-    "backoff": int(Retry().backoff_seconds),
-    "maxDelay": int(Retry().max_delay_seconds),
-    "jitter": Retry().jitter,
+    "maxAttempts": RetryPolicy().max_attempts,
+    "backoff": int(RetryPolicy().backoff_seconds),
+    "maxDelay": int(RetryPolicy().max_delay_seconds),
+    "jitter": RetryPolicy().jitter,
 }
 RETRY_FAILURES: Final = 5
 """Failed attempts for which the example of delays shows the delay."""
@@ -39,7 +39,10 @@ def retry_table() -> str:
 
 def delays_table() -> str:
     """Return the delays after each failed attempt of the default policy, and of one with a low maximum."""
-    shown = (Retry(max_attempts=6), Retry(max_attempts=6, backoff_seconds=2.0, max_delay_seconds=10.0))
+    shown = (
+        RetryPolicy(max_attempts=6),
+        RetryPolicy(max_attempts=6, backoff_seconds=2.0, max_delay_seconds=10.0),
+    )
     rows = ["| retry | " + " | ".join(f"after attempt {n}" for n in range(1, RETRY_FAILURES + 1)) + " |"]
     rows.append("| --- |" + " --- |" * RETRY_FAILURES)
     for retry in shown:

@@ -7,63 +7,69 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from concurrency import offload
-from concurrency.offload import TakesLong
+from concurrency.offload import BudgetExceeded
 from engine import values
-from engine.conditions import Condition, compile_condition
-from engine.expressions import MISSING, ExpressionError, Path, rewritten
+from engine.conditions import CompiledCondition, compile_condition
+from engine.expressions import MISSING, ExpressionError, ExpressionPath, rewrite_expressions
 
 if TYPE_CHECKING:
-    from engine.expressions import Expression, Fallback, Scope
+    from engine.expressions import Expression, ExpressionScope, FallbackExpression
     from engine.values import Json
 
 EVENT_ROOT: Final = "item"
 """By which the condition of a node that waits for an event sees that; all other paths lead into the run."""
-MAX_REMEMBERED: Final = 4_096
+MAX_CACHED: Final = 4_096
 
 
-def passes(condition: str, scope: Scope) -> bool:
+def matches_event(condition: str, scope: ExpressionScope) -> bool:
     """Tell whether a condition, which is JSON, holds; what isn't there is null.
 
     Raises `ExpressionError` where it can't be read or answered, or not within some milliseconds.
     """
     try:
-        return offload.quick(_compiled(condition).test, scope, [])
-    except TakesLong as error:
+        return offload.try_inline(_compile_cached(condition).test, scope, [])
+    except BudgetExceeded as error:
         raise ExpressionError("filter", "it takes too long for an event") from error
 
 
-def bound(condition: Condition, scope: Scope, unresolved: list[str]) -> tuple[Json, list[Json]]:
+def bind_condition(
+    condition: CompiledCondition, scope: ExpressionScope, unresolved: list[str]
+) -> tuple[Json, list[Json]]:
     """Return a condition on an event that needs nothing of its run any more, and the values that it sees as `data`.
 
     What it asks of the run is looked up now: a path that finds nothing is null, and is added to `unresolved`.
     """
-    binding = _Binding(scope, unresolved)
-    return rewritten(condition.source, binding.expression), binding.given
+    binding = _ConditionBinder(scope, unresolved)
+    return rewrite_expressions(condition.source, binding.bind), binding.given
 
 
 @dataclass(frozen=True, slots=True)
-class _Binding:
+class _ConditionBinder:
     """Puts values in the places of expressions that read the run."""
 
-    scope: Scope
+    scope: ExpressionScope
     unresolved: list[str]
     given: list[Json] = field(default_factory=list)
     """The values, which the condition sees as `data`."""
 
-    def expression(self, expression: Expression) -> str:
+    def bind(self, expression: Expression) -> str:
         """Return the text that stands in its place."""
-        return self._path(expression) if isinstance(expression, Path) else self._fallback(expression)
+        return (
+            self._bind_path(expression)
+            if isinstance(expression, ExpressionPath)
+            else self._bind_fallback(expression)
+        )
 
-    def _path(self, path: Path) -> str:
+    def _bind_path(self, path: ExpressionPath) -> str:
         if path.root == EVENT_ROOT:
             return path.text
         found = path.resolve(self.scope)
         if found is MISSING:
             self.unresolved.append(path.text)
             found = None
-        return self._kept(found)
+        return self._bind_value(found)
 
-    def _fallback(self, expression: Fallback) -> str:
+    def _bind_fallback(self, expression: FallbackExpression) -> str:
         texts: list[str] = []
         for path in expression.paths:
             if path.root == EVENT_ROOT:
@@ -71,16 +77,16 @@ class _Binding:
                 continue
             found = path.resolve(self.scope)
             if found is not MISSING and found is not None:
-                return " ?? ".join([*texts, self._kept(found)])
+                return " ?? ".join([*texts, self._bind_value(found)])
         if expression.otherwise is not MISSING:
-            texts.append(self._kept(expression.otherwise))
-        return " ?? ".join(texts) or self._path(expression.paths[-1])
+            texts.append(self._bind_value(expression.otherwise))
+        return " ?? ".join(texts) or self._bind_path(expression.paths[-1])
 
-    def _kept(self, value: Json) -> str:
+    def _bind_value(self, value: Json) -> str:
         self.given.append(value)
         return f"data[{len(self.given) - 1}]"
 
 
-@lru_cache(maxsize=MAX_REMEMBERED)
-def _compiled(text: str) -> Condition:
-    return compile_condition(values.restored(text.encode()))
+@lru_cache(maxsize=MAX_CACHED)
+def _compile_cached(text: str) -> CompiledCondition:
+    return compile_condition(values.restore_json(text.encode()))

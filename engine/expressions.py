@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import Final, TypeAlias
 
 from concurrency import offload
-from engine.operations import OPERATIONS, Operation, OperationError
-from engine.values import MAX_DEPTH, InvalidJson, Json, as_text, decode, extent
+from engine.operations import OPERATIONS, ExpressionOperation, OperationError
+from engine.values import MAX_DEPTH, InvalidJson, Json, count_values, decode_json, value_as_text
 
-Scope: TypeAlias = Mapping[str, Json]
+ExpressionScope: TypeAlias = Mapping[str, Json]
 """What a path may begin with, each if there is one; see `ROOTS`."""
 
 ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution")
@@ -25,7 +25,7 @@ MAX_ALTERNATIVES: Final = 20
 MAX_OPERATIONS: Final = 1_000
 MAX_WRITTEN: Final = 10_000_000
 """Characters of text, and elements of lists, that one rendering may produce."""
-BRIEF_WRITTEN: Final = 200_000
+INLINE_WRITTEN: Final = 200_000
 """Of those, what is produced while others wait: some milliseconds' work."""
 READING_DISCOUNT: Final = 4
 """An operation is charged for what it produces and, at a fraction of that, for what it reads."""
@@ -34,23 +34,23 @@ READING_ALL: Final = 4
 KEY_SIZE: Final = 8
 """A key of an object takes about as much memory as this many elements of a list."""
 MAX_EXCERPT_LENGTH: Final = 80
-MAX_REMEMBERED_LENGTH: Final = 200
+MAX_CACHED_LENGTH: Final = 200
 
 
-class Missing(Enum):
+class MissingType(Enum):
     """The type of `MISSING`: what a path gives that found nothing, since null may be found."""
 
     MISSING = "missing"
 
 
-MISSING: Final = Missing.MISSING
+MISSING: Final = MissingType.MISSING
 
 
 class ExpressionError(ValueError):
     """An expression can't be read, or not be computed from this data; `expression` is the part at fault."""
 
     def __init__(self, expression: str, reason: str) -> None:
-        super().__init__(f"{_shortened(expression)}: {reason}")
+        super().__init__(f"{_shorten(expression)}: {reason}")
         self.expression = expression[:MAX_PATH_LENGTH]
 
 
@@ -66,21 +66,21 @@ _STEP = re.compile(
 )
 _POSITION = re.compile(r"[0-9]{1,9}")
 
-Step: TypeAlias = tuple[str | None, int | None]
+PathStep: TypeAlias = tuple[str | None, int | None]
 """A key of an object, a position in a list, or, for a number after a dot, whichever it meets."""
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class ExpressionPath:
     """A way into a scope, such as `data.rows[0].name`."""
 
     text: str
     root: str
-    steps: tuple[Step, ...]
+    steps: tuple[PathStep, ...]
     """Where it goes from its root."""
 
-    def resolve(self, scope: Scope) -> Json | Missing:
-        found: Json | Missing = scope.get(self.root, MISSING)
+    def resolve(self, scope: ExpressionScope) -> Json | MissingType:
+        found: Json | MissingType = scope.get(self.root, MISSING)
         for key, position in self.steps:
             if type(found) is dict:
                 found = found.get(key, MISSING)  # type: ignore[arg-type]  # None is no key, and finds nothing
@@ -91,37 +91,37 @@ class Path:
         return found
 
 
-def compile_path(text: str) -> Path:
+def compile_path(text: str) -> ExpressionPath:
     """Read `data.user.id`, `data["odd key"][0]`, `$.item.tags[-1]`; raises `ExpressionError`."""
     source = text.strip()
     if len(source) > MAX_PATH_LENGTH:
         raise ExpressionError(source, f"a path has at most {MAX_PATH_LENGTH:,} characters")
     if not source:
         raise ExpressionError(text, "there is no path: write one such as data.user.id")
-    (root, _), *steps = _steps(source)
+    (root, _), *steps = _parse_steps(source)
     if root not in ROOTS:
         near = f"data.{source.removeprefix('$.')}"
         raise ExpressionError(source, f"a path begins with {', '.join(ROOTS)}: did you mean {near}?")
     if len(steps) >= MAX_PATH_STEPS:
         raise ExpressionError(source, f"a path has at most {MAX_PATH_STEPS} steps")
-    return Path(source, root, tuple(steps))
+    return ExpressionPath(source, root, tuple(steps))
 
 
-def _steps(source: str) -> list[Step]:
+def _parse_steps(source: str) -> list[PathStep]:
     dotted = "." + source.removeprefix("$.")
-    steps: list[Step] = []
+    steps: list[PathStep] = []
     at = 0
     while at < len(dotted):
         match = _STEP.match(dotted, at)
         if match is None:
             hint = 'names are joined by dots, other keys stand as ["odd key"], positions as [0]'
-            raise ExpressionError(source, f"can't be read from {_shortened(dotted[at:])!r} on: {hint}")
-        steps.append(_step(match))
+            raise ExpressionError(source, f"can't be read from {_shorten(dotted[at:])!r} on: {hint}")
+        steps.append(_parse_step(match))
         at = match.end()
     return steps
 
 
-def _step(match: re.Match[str]) -> Step:
+def _parse_step(match: re.Match[str]) -> PathStep:
     if (name := match["name"]) is not None:
         return name, int(name) if _POSITION.fullmatch(name) else None
     if (position := match["position"]) is not None:
@@ -131,11 +131,11 @@ def _step(match: re.Match[str]) -> Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Fallback:
+class FallbackExpression:
     """Paths joined by `??`, as in `data.nick ?? data.name ?? "you"`: the first value counts that is not null."""
 
-    paths: tuple[Path, ...]
-    otherwise: Json | Missing
+    paths: tuple[ExpressionPath, ...]
+    otherwise: Json | MissingType
     """The value where no path has one; missing: the last path must find something."""
 
     @property
@@ -143,8 +143,8 @@ class Fallback:
         """The path that must find something."""
         return self.paths[-1].text
 
-    def resolve(self, scope: Scope) -> Json | Missing:
-        found: Json | Missing = MISSING
+    def resolve(self, scope: ExpressionScope) -> Json | MissingType:
+        found: Json | MissingType = MISSING
         for path in self.paths:
             found = path.resolve(scope)
             if found is not MISSING and found is not None:
@@ -152,7 +152,7 @@ class Fallback:
         return found if self.otherwise is MISSING else self.otherwise
 
 
-Expression: TypeAlias = Path | Fallback
+Expression: TypeAlias = ExpressionPath | FallbackExpression
 """What stands between braces, or is a mapping of its own."""
 
 _ALTERNATIVE = re.compile(
@@ -166,38 +166,38 @@ def compile_expression(text: str) -> Expression:
     """Read a path, or paths and a JSON value at the end that are joined by `??`; raises `ExpressionError`."""
     if "??" not in text:
         return compile_path(text)
-    paths: list[Path] = []
+    paths: list[ExpressionPath] = []
     at = 0
     while len(paths) < MAX_ALTERNATIVES:
         rest = text[at:].strip()
         if paths and _LITERAL.match(rest):
-            return Fallback(tuple(paths), _literal_of(rest))
+            return FallbackExpression(tuple(paths), _parse_literal(rest))
         match = _ALTERNATIVE.match(text, at)
         if match is None:
             paths.append(compile_path(rest))
-            return Fallback(tuple(paths), MISSING) if len(paths) > 1 else paths[0]
+            return FallbackExpression(tuple(paths), MISSING) if len(paths) > 1 else paths[0]
         paths.append(compile_path(match[1]))
         at = match.end()
     raise ExpressionError(text.strip(), f"?? joins at most {MAX_ALTERNATIVES} paths")
 
 
-def paths_of(expression: Expression) -> Sequence[Path]:
+def list_paths(expression: Expression) -> Sequence[ExpressionPath]:
     """Return every path of an expression, in the order of the text."""
-    return (expression,) if isinstance(expression, Path) else expression.paths
+    return (expression,) if isinstance(expression, ExpressionPath) else expression.paths
 
 
-def needed_path(expression: Expression) -> Path | None:
+def needed_path(expression: Expression) -> ExpressionPath | None:
     """Return the path of an expression that must find something, if there is one."""
-    if isinstance(expression, Path):
+    if isinstance(expression, ExpressionPath):
         return expression
     return expression.paths[-1] if expression.otherwise is MISSING else None
 
 
-def _literal_of(text: str) -> Json:
+def _parse_literal(text: str) -> Json:
     if len(text) > MAX_PATH_LENGTH:
         raise ExpressionError(text, f"the value after ?? has at most {MAX_PATH_LENGTH:,} characters")
     try:
-        return decode(text.encode())
+        return decode_json(text.encode())
     except (InvalidJson, UnicodeEncodeError) as error:
         raise ExpressionError(text, f"the value after ?? must be JSON: {error}") from error
 
@@ -205,113 +205,117 @@ def _literal_of(text: str) -> Json:
 # ── templates ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Allowance:
+class OutputAllowance:
     """What one rendering, or one answer to a condition, may still produce."""
 
     __slots__ = ("left",)
 
     def __init__(self) -> None:
-        self.left = offload.allowed(MAX_WRITTEN, BRIEF_WRITTEN)
+        self.left = offload.budget(MAX_WRITTEN, INLINE_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
         """Take some of it; raises `ExpressionError` where that is too much."""
         self.left -= amount
         if self.left < 0:
-            offload.require()
+            offload.require_offloaded()
             raise ExpressionError(expression, f"more than {MAX_WRITTEN:,} characters or elements come of it")
 
 
-_Render: TypeAlias = Callable[[Scope, list[str], Allowance], Json]
+_Render: TypeAlias = Callable[[ExpressionScope, list[str], OutputAllowance], Json]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Template:
+class ValueTemplate:
     """A JSON value with expressions in it."""
 
     source: Json
-    paths: tuple[Path, ...]
+    paths: tuple[ExpressionPath, ...]
     """Every path in it, in the order of the text."""
     _render: _Render | None
-    needed: tuple[Path, ...] = ()
+    needed: tuple[ExpressionPath, ...] = ()
     """Those of its paths for which nothing stands in where they find nothing."""
 
     @property
     def is_static(self) -> bool:
         return self._render is None
 
-    def render(self, scope: Scope, unresolved: list[str], allowance: Allowance | None = None) -> Json:
+    def render(
+        self, scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance | None = None
+    ) -> Json:
         """Return the value; a path that finds nothing is null, and its text is added to `unresolved`.
 
         Parts without expressions are shared by all results: change none. Raises `ExpressionError`.
         """
         if self._render is None:
             return self.source
-        return self._render(scope, unresolved, allowance or Allowance())
+        return self._render(scope, unresolved, allowance or OutputAllowance())
 
 
-def compile_template(value: Json) -> Template:
+def compile_template(value: Json) -> ValueTemplate:
     """Compile the `{{ path }}` in the texts of `value` (not in its keys); raises `ExpressionError`.
 
     A text that is nothing but one expression becomes the value that is found, of whatever type.
     """
-    return _Compiler(operations={}).template(value)
+    return _TemplateCompiler(operations={}).compile(value)
 
 
-def compile_value(value: Json) -> Template:
+def compile_value(value: Json) -> ValueTemplate:
     """Compile like `compile_template`, and `{"$op": name, "args": [...]}` too, wherever it stands."""
-    return _Compiler(operations=OPERATIONS).template(value)
+    return _TemplateCompiler(operations=OPERATIONS).compile(value)
 
 
-def rewritten(value: Json, text_of: Callable[[Expression], str]) -> Json:
+def rewrite_expressions(value: Json, text_of: Callable[[Expression], str]) -> Json:
     """Return a value that was compiled before with other expressions in the places of those in it."""
     if isinstance(value, list):
-        return [rewritten(item, text_of) for item in value]
+        return [rewrite_expressions(item, text_of) for item in value]
     if isinstance(value, dict):
-        return {key: rewritten(item, text_of) for key, item in value.items()}
+        return {key: rewrite_expressions(item, text_of) for key, item in value.items()}
     if not isinstance(value, str) or "{{" not in value:
         return value
-    return "".join(part if isinstance(part, str) else f"{{{{ {text_of(part)} }}}}" for part in _split(value))
+    return "".join(
+        part if isinstance(part, str) else f"{{{{ {text_of(part)} }}}}" for part in _split_text(value)
+    )
 
 
-def literal(value: Json) -> Template:
+def literal_template(value: Json) -> ValueTemplate:
     """Return a value as it is, with whatever braces it has."""
-    return Template(value, (), None)
+    return ValueTemplate(value, (), None)
 
 
-class _Compiler:
+class _TemplateCompiler:
     """Turns a value into a closure, or None where it has nothing to render."""
 
-    def __init__(self, operations: Mapping[str, Operation]) -> None:
+    def __init__(self, operations: Mapping[str, ExpressionOperation]) -> None:
         self._operations = operations
         self._operation_count = 0
-        self._paths: list[Path] = []
-        self._needed: list[Path] = []
+        self._paths: list[ExpressionPath] = []
+        self._needed: list[ExpressionPath] = []
 
-    def template(self, value: Json) -> Template:
+    def compile(self, value: Json) -> ValueTemplate:
         render = self._compile(value, depth=0)
-        return Template(value, tuple(self._paths), render, tuple(self._needed))
+        return ValueTemplate(value, tuple(self._paths), render, tuple(self._needed))
 
     def _compile(self, value: Json, depth: int) -> _Render | None:
         if isinstance(value, str):
-            return self._text(value) if "{{" in value else None
+            return self._compile_text(value) if "{{" in value else None
         if not isinstance(value, list | dict):
             return None
         if depth >= MAX_DEPTH:
             raise ExpressionError("[…]", f"objects and lists stand more than {MAX_DEPTH} deep in one another")
         if isinstance(value, list):
-            return self._list(value, depth + 1)
+            return self._compile_list(value, depth + 1)
         if "$op" in value and self._operations:
-            return self._operation(value, depth + 1)
-        return self._object(value, depth + 1)
+            return self._compile_operation(value, depth + 1)
+        return self._compile_object(value, depth + 1)
 
-    def _list(self, value: list[Json], depth: int) -> _Render | None:
+    def _compile_list(self, value: list[Json], depth: int) -> _Render | None:
         compiled = ((index, self._compile(item, depth)) for index, item in enumerate(value))
         dynamic = [(index, render) for index, render in compiled if render is not None]
         if not dynamic:
             return None
         static = value.copy()
 
-        def render_list(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
+        def render_list(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> Json:
             result = static.copy()
             for index, render in dynamic:
                 result[index] = render(scope, unresolved, allowance)
@@ -319,14 +323,14 @@ class _Compiler:
 
         return render_list
 
-    def _object(self, value: dict[str, Json], depth: int) -> _Render | None:
+    def _compile_object(self, value: dict[str, Json], depth: int) -> _Render | None:
         compiled = ((key, self._compile(item, depth)) for key, item in value.items())
         dynamic = [(key, render) for key, render in compiled if render is not None]
         if not dynamic:
             return None
         static = value.copy()
 
-        def render_object(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
+        def render_object(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> Json:
             result = static.copy()
             for key, render in dynamic:
                 result[key] = render(scope, unresolved, allowance)
@@ -334,23 +338,29 @@ class _Compiler:
 
         return render_object
 
-    def _text(self, text: str) -> _Render:
-        parts = _split(text)
+    def _compile_text(self, text: str) -> _Render:
+        parts = _split_text(text)
         expressions = [part for part in parts if not isinstance(part, str)]
         for expression in expressions:
-            self._paths += paths_of(expression)
+            self._paths += list_paths(expression)
             needed = needed_path(expression)
             self._needed += [needed] if needed else []
         if len(expressions) == 1 and all(not isinstance(part, str) or part.isspace() for part in parts):
-            return _reading(expressions[0])
-        return _joining(parts, text)
+            return _path_renderer(expressions[0])
+        return _text_renderer(parts, text)
 
-    def _operation(self, value: dict[str, Json], depth: int) -> _Render:
+    def _compile_operation(self, value: dict[str, Json], depth: int) -> _Render:
         operation, arguments = self._checked_operation(value)
-        renders = [self._compile(argument, depth + 1) or _constant(argument) for argument in arguments]
-        return _first_found(renders) if operation.takes_first_found else _computing(operation, renders)
+        renders = [
+            self._compile(argument, depth + 1) or _constant_renderer(argument) for argument in arguments
+        ]
+        return (
+            _coalesce_renderer(renders)
+            if operation.takes_first_found
+            else _operation_renderer(operation, renders)
+        )
 
-    def _checked_operation(self, value: dict[str, Json]) -> tuple[Operation, list[Json]]:
+    def _checked_operation(self, value: dict[str, Json]) -> tuple[ExpressionOperation, list[Json]]:
         name, arguments = value["$op"], value.get("args")
         if not isinstance(name, str) or name not in self._operations:
             near = get_close_matches(str(name)[:MAX_EXCERPT_LENGTH], self._operations)
@@ -380,17 +390,17 @@ _BRACES = re.compile(
 )
 
 
-def _split(text: str) -> Sequence[str | Expression]:
+def _split_text(text: str) -> Sequence[str | Expression]:
     """Return the expressions and the texts between them, none of them empty; short texts recur in many nodes."""
-    return _remembered_parts(text) if len(text) <= MAX_REMEMBERED_LENGTH else _parts(text)
+    return _parse_text_cached(text) if len(text) <= MAX_CACHED_LENGTH else _parse_text(text)
 
 
-def _parts(text: str) -> Sequence[str | Expression]:
+def _parse_text(text: str) -> Sequence[str | Expression]:
     parts: list[str | Expression] = []
     at = 0
     while (opening := text.find("{{", at)) >= 0:
         match = _EXPRESSION.match(text, opening)
-        end = match.end() if match else _end_of_braces(text, opening)
+        end = match.end() if match else _find_end_of_braces(text, opening)
         if opening > at:
             parts.append(text[at:opening])
         parts.append(compile_expression(text[opening + 2 : end - 2]))
@@ -400,7 +410,7 @@ def _parts(text: str) -> Sequence[str | Expression]:
     return tuple(parts)
 
 
-def _end_of_braces(text: str, opening: int) -> int:
+def _find_end_of_braces(text: str, opening: int) -> int:
     """Return where an expression ends that holds an object: `{{ data.a ?? {"b": {}} }}`."""
     depth, at = 0, opening + 2
     while depth or not text.startswith("}}", at):
@@ -412,15 +422,15 @@ def _end_of_braces(text: str, opening: int) -> int:
     return at + 2
 
 
-_remembered_parts = lru_cache(maxsize=4_096)(_parts)
+_parse_text_cached = lru_cache(maxsize=4_096)(_parse_text)
 
 
-def _constant(value: Json) -> _Render:
+def _constant_renderer(value: Json) -> _Render:
     return lambda _scope, _unresolved, _allowance: value
 
 
-def _reading(path: Expression) -> _Render:
-    def read(scope: Scope, unresolved: list[str], _allowance: Allowance) -> Json:
+def _path_renderer(path: Expression) -> _Render:
+    def read(scope: ExpressionScope, unresolved: list[str], _allowance: OutputAllowance) -> Json:
         found = path.resolve(scope)
         if found is MISSING:
             unresolved.append(path.text)
@@ -430,11 +440,11 @@ def _reading(path: Expression) -> _Render:
     return read
 
 
-def _joining(parts: Sequence[str | Expression], source: str) -> _Render:
-    def join(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
+def _text_renderer(parts: Sequence[str | Expression], source: str) -> _Render:
+    def join(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> Json:
         texts = []
         for part in parts:
-            text = part if isinstance(part, str) else _found_text(part, scope, unresolved)
+            text = part if isinstance(part, str) else _resolve_text(part, scope, unresolved)
             allowance.spend(len(text), source)
             texts.append(text)
         return "".join(texts)
@@ -442,21 +452,21 @@ def _joining(parts: Sequence[str | Expression], source: str) -> _Render:
     return join
 
 
-def _found_text(path: Expression, scope: Scope, unresolved: list[str]) -> str:
+def _resolve_text(path: Expression, scope: ExpressionScope, unresolved: list[str]) -> str:
     found = path.resolve(scope)
     if found is MISSING:
         unresolved.append(path.text)
         return ""
     try:
-        return as_text(found, max_bytes=MAX_WRITTEN)
+        return value_as_text(found, max_bytes=MAX_WRITTEN)
     except InvalidJson as error:
         raise ExpressionError(path.text, error.message) from error
 
 
-def _first_found(renders: list[_Render]) -> _Render:
+def _coalesce_renderer(renders: list[_Render]) -> _Render:
     *attempts, last = renders
 
-    def find(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
+    def find(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> Json:
         for render in attempts:
             value = render(scope, [], allowance)  # what is missing here has its answer in what follows
             if value is not None:
@@ -466,37 +476,39 @@ def _first_found(renders: list[_Render]) -> _Render:
     return find
 
 
-def _computing(operation: Operation, renders: list[_Render]) -> _Render:
+def _operation_renderer(operation: ExpressionOperation, renders: list[_Render]) -> _Render:
     expression = f"$op {operation.name}"
 
-    def compute(scope: Scope, unresolved: list[str], allowance: Allowance) -> Json:
+    def compute(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> Json:
         arguments = [render(scope, unresolved, allowance) for render in renders]
         if operation.reads_all:
-            allowance.spend(sum(read(argument, allowance) for argument in arguments), expression)
+            allowance.spend(sum(reading_cost(argument, allowance) for argument in arguments), expression)
         else:
-            allowance.spend(sum(map(_size, arguments)) // READING_DISCOUNT, expression)
+            allowance.spend(sum(map(_value_size, arguments)) // READING_DISCOUNT, expression)
         try:
             result = operation.apply(arguments)
         except OperationError as error:
             raise ExpressionError(expression, str(error)) from error
-        allowance.spend(_size(result), expression)
+        allowance.spend(_value_size(result), expression)
         return result
 
     return compute
 
 
-def read(value: Json, allowance: Allowance) -> int:
+def reading_cost(value: Json, allowance: OutputAllowance) -> int:
     """Return what it costs to look at all of a value, whatever it holds."""
     return (
-        len(value) if type(value) is str else READING_ALL * extent(value, allowance.left // READING_ALL + 1)
+        len(value)
+        if type(value) is str
+        else READING_ALL * count_values(value, allowance.left // READING_ALL + 1)
     )
 
 
-def _size(value: Json) -> int:
+def _value_size(value: Json) -> int:
     if type(value) is str or type(value) is list:
         return len(value)
     return KEY_SIZE * len(value) if type(value) is dict else 1
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= MAX_EXCERPT_LENGTH else text[: MAX_EXCERPT_LENGTH - 1] + "…"

@@ -37,7 +37,7 @@ class FindingType(StrEnum):
     INLINE_SECRET = "inline-secret"  # noqa: S105 - the name of a finding
 
 
-WARNINGS: Final = frozenset({
+WARNING_TYPES: Final = frozenset({
     FindingType.DISCONNECTED_NODE,
     FindingType.MISSING_CONFIG,
     FindingType.UNRESOLVED_MAPPING,
@@ -65,7 +65,7 @@ class FixAction(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fix:
+class SuggestedFix:
     """An edit that mends a finding: of a node or a connection, where in it, and what is to stand there."""
 
     action: FixAction
@@ -76,7 +76,7 @@ class Fix:
     """Null for what is removed."""
 
     def as_json(self) -> dict[str, Json]:
-        said: dict[str, Json] = {"action": self.action, **_ids(self.node_id, self.connection_id)}
+        said: dict[str, Json] = {"action": self.action, **_id_fields(self.node_id, self.connection_id)}
         if self.path:
             said["path"] = list(self.path)
         if self.value is not None:
@@ -85,7 +85,7 @@ class Fix:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class GraphFinding:
     """One thing to mend."""
 
     type: FindingType
@@ -93,22 +93,22 @@ class Finding:
     suggestion: str
     node_id: str | None = None
     connection_id: str | None = None
-    fix: Fix | None = None
+    fix: SuggestedFix | None = None
 
     def as_json(self) -> dict[str, Json]:
         found: dict[str, Json] = {"type": self.type, "message": self.message, "suggestion": self.suggestion}
-        found |= _ids(self.node_id, self.connection_id)
+        found |= _id_fields(self.node_id, self.connection_id)
         if self.fix is not None:
             found["fix"] = self.fix.as_json()
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
+class ValidationResult:
     """The findings: a graph with warnings alone is valid."""
 
-    errors: tuple[Finding, ...] = ()
-    warnings: tuple[Finding, ...] = ()
+    errors: tuple[GraphFinding, ...] = ()
+    warnings: tuple[GraphFinding, ...] = ()
     is_truncated: bool = False
     """There is, or may be, more than is listed."""
 
@@ -117,16 +117,16 @@ class Validation:
         return not self.errors
 
 
-class Findings:
+class FindingCollector:
     """Collects findings on their way to a `Validation`."""
 
     def __init__(self, *, is_draft: bool) -> None:
-        self._warning_types = WARNINGS | {FindingType.NOT_RUNNABLE} if is_draft else WARNINGS
-        self._errors: list[Finding] = []
-        self._warnings: list[Finding] = []
+        self._warning_types = WARNING_TYPES | {FindingType.NOT_RUNNABLE} if is_draft else WARNING_TYPES
+        self._errors: list[GraphFinding] = []
+        self._warnings: list[GraphFinding] = []
         self._is_truncated = False
 
-    def add(self, finding: Finding) -> None:
+    def add(self, finding: GraphFinding) -> None:
         kept = self._warnings if finding.type in self._warning_types else self._errors
         if len(kept) < MAX_FINDINGS:
             kept.append(finding)
@@ -134,19 +134,19 @@ class Findings:
             self._is_truncated = True
 
     @property
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Tell whether one more error would be listed."""
         return len(self._errors) < MAX_FINDINGS
 
-    def break_off(self) -> None:
+    def truncate(self) -> None:
         """Note that the rest of the graph was left alone."""
         self._is_truncated = True
 
-    def result(self) -> Validation:
-        return Validation(tuple(self._errors), tuple(self._warnings), self._is_truncated)
+    def result(self) -> ValidationResult:
+        return ValidationResult(tuple(self._errors), tuple(self._warnings), self._is_truncated)
 
 
-def _ids(node_id: str | None, connection_id: str | None) -> dict[str, Json]:
+def _id_fields(node_id: str | None, connection_id: str | None) -> dict[str, Json]:
     ids: dict[str, Json] = {}
     if node_id is not None:
         ids["nodeId"] = node_id

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.node import CONTINUE, ERROR, Result
-from engine.plan import Plan, Step
+from engine.node_api import CONTINUE, ERROR, NodeResult
+from engine.readiness import ReadinessChange, ReadinessTracker
 
 if TYPE_CHECKING:
-    from engine.events import RunError, Span
     from engine.program import NodeProgram
-    from engine.sections import Section
+    from engine.run_records import NodeSpan, RunError
+    from engine.sections import GraphSection
     from engine.values import Json
 
 
-class Frame:
+class SectionFrame:
     """One walk through a section: the run's own, or one turn of a loop."""
 
     iteration = ""
-    loop: Loop | None = None
+    loop: LoopProgress | None = None
     index = 0
     """The place of the item, in a turn."""
     open = 0
@@ -40,14 +40,14 @@ class Frame:
 
     def __init__(
         self,
-        section: Section,
+        section: GraphSection,
         given: Json,
         roots: Mapping[str, Json],
-        recorded: Mapping[str, Span],
+        recorded: Mapping[str, NodeSpan],
         started_at: datetime,
     ) -> None:
         self.section = section
-        self.plan = Plan(section.graph, section.first, section.eager)
+        self.plan = ReadinessTracker(section.graph, section.first, section.eager)
         self.given = given
         """What its first nodes are given: the trigger's data, or an item."""
         self.recorded = recorded
@@ -64,11 +64,13 @@ class Frame:
         self.digests: dict[str, bytes] = {}
         self.texts: dict[str, bytes] = {}
         """Small outputs as JSON, for the nodes that hand on what they were given."""
-        self.loops: set[Loop] = set()
+        self.loops: set[LoopProgress] = set()
         """Those of its loops that are in progress."""
 
     @classmethod
-    def of_turn(cls, loop: Loop, index: int, recorded: Mapping[str, Span], started_at: datetime) -> Frame:
+    def for_turn(
+        cls, loop: LoopProgress, index: int, recorded: Mapping[str, NodeSpan], started_at: datetime
+    ) -> SectionFrame:
         """Return a turn of a loop, from its beginning."""
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
@@ -78,11 +80,11 @@ class Frame:
         frame.roots |= {"nodes": frame.nodes, "item": item, "index": index}
         return frame
 
-    def roots_of_now(self) -> Mapping[str, Json]:
+    def current_roots(self) -> Mapping[str, Json]:
         """Return the roots as they are, whatever comes."""
         return {**self.roots, "nodes": self.nodes.copy()}
 
-    def start(self) -> Step:
+    def start(self) -> ReadinessChange:
         """Return what is ready at first."""
         return self.plan.start() if self.loop is None else self.plan.settle(self.loop.visit.node_id, CONTINUE)
 
@@ -96,7 +98,7 @@ class Frame:
         body = self.section.bodies.get(node_id)
         return self.share if body is None else self.share * (1 + body.size)
 
-    def skips(self, node_id: str) -> bool:
+    def is_skipped(self, node_id: str) -> bool:
         """Tell whether a node, of this or what is around it, is not run."""
         frame = self
         while node_id not in frame.skipped:
@@ -105,27 +107,27 @@ class Frame:
             frame = frame.loop.visit.frame
         return True
 
-    def whole(self) -> Iterator[Frame]:
+    def with_inner_turns(self) -> Iterator[SectionFrame]:
         """Return this and every turn in progress inside it."""
         yield self
         for loop in self.loops:
             for turn in loop.turns.values():
-                yield from turn.whole()
+                yield from turn.with_inner_turns()
 
-    def fails_the_run(self) -> bool:
+    def is_fatal(self) -> bool:
         """Tell whether no loop around it takes up a failure that is left to it."""
         frame = self
         while frame.loop is not None:
-            if frame.loop.goes_on or frame.loop.visit.has_error_edge:
+            if frame.loop.continues_on_error or frame.loop.visit.has_error_edge:
                 return False
             frame = frame.loop.visit.frame
         return True
 
 
-class Visit(msgspec.Struct, eq=False):
+class NodeVisit(msgspec.Struct, eq=False):
     """One node on its way through a frame."""
 
-    frame: Frame
+    frame: SectionFrame
     program: NodeProgram
     data: Json
     input_node: str | None
@@ -141,7 +143,7 @@ class Visit(msgspec.Struct, eq=False):
     """Its output, as others see it and as it is kept, and the digest of that."""
     begun_at: datetime | None = None
     """When the attempt under way has begun; None between two attempts."""
-    lost: Span | None = None
+    lost: NodeSpan | None = None
     """What an earlier stretch of work recorded of an attempt whose end nobody knows, until that is told."""
     told_attempt: int = 0
     """The attempt that was recorded last as a span of its own."""
@@ -167,7 +169,7 @@ class Visit(msgspec.Struct, eq=False):
         return any(edge.source_port == ERROR for edge in edges)
 
 
-class Then(Enum):
+class WakeAction(Enum):
     """What becomes of a node when it wakes by the clock."""
 
     DONE = "done"
@@ -176,30 +178,30 @@ class Then(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Sleeping:
+class SleepingNode:
     """A node that goes on at a set time, or when it is answered."""
 
-    visit: Visit
+    visit: NodeVisit
     wakes_at: float | None
     """By `time.monotonic`, in seconds; None: only an answer wakes it."""
-    then: Then
+    then: WakeAction
     output: bytes | None = None
     """What a wait ends with."""
-    expired: Result | None = None
+    expired: NodeResult | None = None
     """What the node gives when nobody has answered; None: it fails."""
 
 
 @dataclass(slots=True, eq=False)
-class Loop:
+class LoopProgress:
     """A loop in progress."""
 
-    visit: Visit
-    body: Section
+    visit: NodeVisit
+    body: GraphSection
     items: Sequence[Json]
     concurrency: int
-    goes_on: bool
+    continues_on_error: bool
     """Whether an item whose turn fails is listed with its error, and the loop goes on."""
-    turns: dict[int, Frame] = field(default_factory=dict)
+    turns: dict[int, SectionFrame] = field(default_factory=dict)
     """Those in progress."""
     next_index: int = 0
     results: list[Json] = field(default_factory=list)
@@ -216,7 +218,7 @@ class Loop:
         self.turn_share = self.visit.frame.share_of(self.visit.node_id) / len(self.items)
 
     @property
-    def wants_a_turn(self) -> bool:
+    def can_start_turn(self) -> bool:
         return (
             self.failure is None
             and not self.is_broken_off

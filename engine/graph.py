@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeAlias, cast
 
-from engine.node import INPUT, OUTPUT
+from engine.node_api import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -22,7 +22,7 @@ without being run.
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
+class RetryPolicy:
     """How often a failed node is tried, and how long between: `backoff * 2 ** (attempt - 1)`, at most `max_delay`."""
 
     max_attempts: int = 1
@@ -32,12 +32,12 @@ class Retry:
     """The share of the delay that is drawn at random, 0 to 1."""
 
     @classmethod
-    def of(cls, stored: Mapping[str, Json]) -> Self:
+    def from_stored(cls, stored: Mapping[str, Json]) -> Self:
         return cls(
-            max_attempts=int(_number(stored, "maxAttempts", 1)),
-            backoff_seconds=_number(stored, "backoff", 1.0),
-            max_delay_seconds=_number(stored, "maxDelay", 300.0),
-            jitter=_number(stored, "jitter", 0.1),
+            max_attempts=int(_number_field(stored, "maxAttempts", 1)),
+            backoff_seconds=_number_field(stored, "backoff", 1.0),
+            max_delay_seconds=_number_field(stored, "maxDelay", 300.0),
+            jitter=_number_field(stored, "jitter", 0.1),
         )
 
     def delay_seconds(self, attempt: int, chance: float) -> float:
@@ -47,7 +47,7 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class GraphNode:
     """One box of the graph."""
 
     id: str
@@ -57,13 +57,13 @@ class Node:
     config: Mapping[str, Json] = field(default_factory=dict)
     input_mappings: Mapping[str, Json] = field(default_factory=dict)
     pass_through_values: Mapping[str, Json] = field(default_factory=dict)
-    retry: Retry = field(default_factory=Retry)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     timeout_seconds: float | None = None
     at_most_once: bool = False
     """Where it writes, an attempt of which nobody knows what came fails it instead of being made again."""
 
     @classmethod
-    def of(cls, stored: Mapping[str, Json]) -> Self:
+    def from_stored(cls, stored: Mapping[str, Json]) -> Self:
         timeout = stored.get("timeout")
         version = stored.get("version")
         return cls(
@@ -71,17 +71,19 @@ class Node:
             type=str(stored["type"]),
             version=str(version) if version is not None else None,
             label=str(stored.get("label") or stored["id"]),
-            config=_object(stored, "config"),
-            input_mappings=_object(stored, "inputMappings"),
-            pass_through_values=_object(stored, "passThroughValues"),
-            retry=Retry.of(_object(stored, "retry")) if "retry" in stored else Retry(),
+            config=_object_field(stored, "config"),
+            input_mappings=_object_field(stored, "inputMappings"),
+            pass_through_values=_object_field(stored, "passThroughValues"),
+            retry=RetryPolicy.from_stored(_object_field(stored, "retry"))
+            if "retry" in stored
+            else RetryPolicy(),
             timeout_seconds=float(timeout) if isinstance(timeout, int | float) else None,
             at_most_once=stored.get("atMostOnce") is True,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class GraphEdge:
     """One arrow, from a port of a node to a port of another."""
 
     id: str
@@ -91,7 +93,7 @@ class Edge:
     target_port: str = INPUT
 
     @classmethod
-    def of(cls, stored: Mapping[str, Json]) -> Self:
+    def from_stored(cls, stored: Mapping[str, Json]) -> Self:
         return cls(
             id=str(stored["id"]),
             source=str(stored["source"]),
@@ -102,7 +104,7 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class RunSettings:
     """What a run obeys."""
 
     timeout_seconds: float = 3600.0
@@ -114,47 +116,47 @@ class Settings:
     """With `retry_on_failure`, how often a node that has failed for good, and the run with it, is taken up again."""
 
     @classmethod
-    def of(cls, stored: Mapping[str, Json]) -> Self:
+    def from_stored(cls, stored: Mapping[str, Json]) -> Self:
         return cls(
-            timeout_seconds=_number(stored, "timeout", 3600.0),
+            timeout_seconds=_number_field(stored, "timeout", 3600.0),
             strict_mappings=stored.get("strictMappings") is True,
-            parallelism=int(_number(stored, "parallelism", 16)),
+            parallelism=int(_number_field(stored, "parallelism", 16)),
             retry_on_failure=stored.get("retryOnFailure") is True,
-            max_retries=int(_number(stored, "maxRetries", 3)),
+            max_retries=int(_number_field(stored, "maxRetries", 3)),
         )
 
 
 @dataclass(frozen=True)
-class Graph:
+class ParsedGraph:
     """Nodes and edges as drawn, broken ones included; the indexes leave out edges that lead nowhere."""
 
-    nodes: Sequence[Node]
-    edges: Sequence[Edge]
-    settings: Settings = field(default_factory=Settings)
+    nodes: Sequence[GraphNode]
+    edges: Sequence[GraphEdge]
+    settings: RunSettings = field(default_factory=RunSettings)
     up_to: str | None = None
     """The node that a trial ends with."""
     pinned: Mapping[str, Json] = field(default_factory=dict)
     """Outputs of nodes that aren't run, by their ids."""
 
     @classmethod
-    def of(cls, definition: Definition) -> Self:
+    def from_stored(cls, definition: Definition) -> Self:
         nodes = cast("list[Mapping[str, Json]]", definition.get("nodes") or [])
         edges = cast("list[Mapping[str, Json]]", definition.get("connections") or [])
         return cls(
-            nodes=tuple(map(Node.of, nodes)),
-            edges=tuple(map(Edge.of, edges)),
-            settings=Settings.of(_object(definition, "settings")),
+            nodes=tuple(map(GraphNode.from_stored, nodes)),
+            edges=tuple(map(GraphEdge.from_stored, edges)),
+            settings=RunSettings.from_stored(_object_field(definition, "settings")),
             up_to=str(definition["upTo"]) if definition.get("upTo") is not None else None,
-            pinned=_object(definition, "pinned"),
+            pinned=_object_field(definition, "pinned"),
         )
 
     @cached_property
-    def by_id(self) -> Mapping[str, Node]:
+    def by_id(self) -> Mapping[str, GraphNode]:
         return {node.id: node for node in self.nodes}
 
     @cached_property
-    def inbound(self) -> Mapping[str, Sequence[Edge]]:
-        edges: dict[str, list[Edge]] = {node.id: [] for node in self.nodes}
+    def inbound(self) -> Mapping[str, Sequence[GraphEdge]]:
+        edges: dict[str, list[GraphEdge]] = {node.id: [] for node in self.nodes}
         for edge in self._whole_edges:
             edges[edge.target].append(edge)
         return edges
@@ -164,8 +166,8 @@ class Graph:
         return {node_id: len(edges) for node_id, edges in self.inbound.items()}
 
     @cached_property
-    def outbound(self) -> Mapping[str, Sequence[Edge]]:
-        edges: dict[str, list[Edge]] = {node.id: [] for node in self.nodes}
+    def outbound(self) -> Mapping[str, Sequence[GraphEdge]]:
+        edges: dict[str, list[GraphEdge]] = {node.id: [] for node in self.nodes}
         for edge in self._whole_edges:
             edges[edge.source].append(edge)
         return edges
@@ -186,15 +188,15 @@ class Graph:
         return order
 
     @cached_property
-    def _whole_edges(self) -> Sequence[Edge]:
+    def _whole_edges(self) -> Sequence[GraphEdge]:
         return [edge for edge in self.edges if edge.source in self.by_id and edge.target in self.by_id]
 
 
-def _object(stored: Mapping[str, Json], key: str) -> Mapping[str, Json]:
+def _object_field(stored: Mapping[str, Json], key: str) -> Mapping[str, Json]:
     value = stored.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def _number(stored: Mapping[str, Json], key: str, default: float) -> float:
+def _number_field(stored: Mapping[str, Json], key: str, default: float) -> float:
     value = stored.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default

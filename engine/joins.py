@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from engine.errors import NodeError
 from engine.expressions import ExpressionError
-from engine.values import kind
+from engine.run_errors import NodeError
+from engine.values import type_name
 
 if TYPE_CHECKING:
     from engine.values import Json
 
 
-class Mode(StrEnum):
+class JoinMode(StrEnum):
     """Which branches a node waits for."""
 
     ALL = "all"
@@ -24,7 +24,7 @@ class Mode(StrEnum):
     """The one that arrives first; those that arrive later change nothing."""
 
 
-class Combine(StrEnum):
+class JoinCombination(StrEnum):
     """How the outputs of several branches are laid together."""
 
     BY_NODE = "by-node"
@@ -33,39 +33,38 @@ class Combine(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class JoinConfig:
     """What the config of a node that joins branches says."""
 
-    mode: Mode = Mode.ALL
-    combine: Combine = Combine.BY_NODE
+    mode: JoinMode = JoinMode.ALL
+    combine: JoinCombination = JoinCombination.BY_NODE
 
     @classmethod
-    def of(cls, config: Mapping[str, Json]) -> Self:
+    def from_config(cls, config: Mapping[str, Json]) -> Self:
         """Read the fields `mode` and `combine`; raises `ExpressionError` for a value that means nothing."""
-        mode, combine = config.get("mode", Mode.ALL), config.get("combine", Combine.BY_NODE)
+        mode, combine = config.get("mode", JoinMode.ALL), config.get("combine", JoinCombination.BY_NODE)
         try:
-            return cls(Mode(str(mode)), Combine(str(combine)))
+            return cls(JoinMode(str(mode)), JoinCombination(str(combine)))
         except ValueError as error:
             raise ExpressionError("merge", str(error)) from error
 
     def data(self, outputs: Mapping[str, Json]) -> Json:
         """Return what a node that waited for all is given of their outputs, by node id, in the order of their edges."""
         match self.combine:
-            case Combine.BY_NODE:
+            case JoinCombination.BY_NODE:
                 return dict(outputs)
-            case Combine.LIST:
+            case JoinCombination.LIST:
                 return list(outputs.values())
-            case Combine.MERGED:
-                return _merged(outputs)
+            case JoinCombination.MERGED:
+                return _merge_objects(outputs)
 
 
-def _merged(outputs: Mapping[str, Json]) -> Json:
+def _merge_objects(outputs: Mapping[str, Json]) -> Json:
     merged: dict[str, Json] = {}
     for node_id, output in outputs.items():
         if not isinstance(output, dict):
-            message = (
-                f"Only objects can be merged, and node {node_id} gave {kind(output)}: combine by-node or list"
-            )
+            given = f"node {node_id} gave {type_name(output)}"
+            message = f"Only objects can be merged, and {given}: combine by-node or list"
             raise NodeError(message, code="not-mergeable")
         merged.update(output)
     return merged

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from engine import names, shapes
-from engine.dataflow import Flow, Samples
-from engine.findings import Finding, FindingType, Fix, FixAction
-from engine.node import CONTINUE
-from engine.places import Part, Place, Reading
-from engine.shapes import SCALAR, UNKNOWN, Lost, Rest, Shape
+from engine import name_suggestions, shapes
+from engine.dataflow import DataFlow, OutputSamples
+from engine.expression_places import ExpressionPlace, NodeExpressions, NodeSection
+from engine.findings import FindingType, FixAction, GraphFinding, SuggestedFix
+from engine.node_api import CONTINUE
+from engine.shapes import SCALAR, UNKNOWN, OtherFields, PathDeadEnd, ValueShape
 
 if TYPE_CHECKING:
-    from engine.expressions import Path, Step
-    from engine.graph import Graph, Node
-    from engine.node import NodeType
-    from engine.sections import Bodies
-    from engine.shapes import Steps
+    from engine.expressions import ExpressionPath, PathStep
+    from engine.graph import GraphNode, ParsedGraph
+    from engine.node_api import NodeType
+    from engine.sections import LoopBodies
+    from engine.shapes import ShapeSteps
 
 MAX_EXPLAINED: Final = 50
 """Paths for which another that may have been meant is looked for; of those after them only that they find nothing."""
@@ -30,31 +30,31 @@ MAX_COMPARED: Final = 100
 SHOWN_NAMES: Final = 8
 SHOWN_CHARACTERS: Final = 100
 
-_EXECUTION: Final = Shape({"id": SCALAR, "workflowId": SCALAR, "startedAt": SCALAR})
-_TURN: Final = Shape({"item": UNKNOWN, "index": SCALAR})
+_EXECUTION_SHAPE: Final = ValueShape({"id": SCALAR, "workflowId": SCALAR, "startedAt": SCALAR})
+_LOOP_TURN: Final = ValueShape({"item": UNKNOWN, "index": SCALAR})
 """What is seen of a loop from inside its body."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _ACTIONS: Final = {
-    Part.CONFIG: FixAction.SET_CONFIG,
-    Part.INPUT_MAPPINGS: FixAction.SET_INPUT_MAPPING,
-    Part.PASS_THROUGH_VALUES: FixAction.SET_PASS_THROUGH_VALUE,
+    NodeSection.CONFIG: FixAction.SET_CONFIG,
+    NodeSection.INPUT_MAPPINGS: FixAction.SET_INPUT_MAPPING,
+    NodeSection.PASS_THROUGH_VALUES: FixAction.SET_PASS_THROUGH_VALUE,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class InspectedGraph:
     """A graph, and what has been read of it."""
 
-    graph: Graph
-    bodies: Bodies
+    graph: ParsedGraph
+    bodies: LoopBodies
     """Of its loops."""
     types: Mapping[str, NodeType]
     """By node; those that the catalogue lacks are left out."""
-    readings: Mapping[str, Reading]
+    readings: Mapping[str, NodeExpressions]
     """By node, of those that have a type."""
 
 
-def check(drawn: Drawn, samples: Samples) -> Iterator[Finding]:
+def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[GraphFinding]:
     """Return a finding for each path that is certain to find nothing.
 
     Of what `item` holds nothing is said, which is known to the run alone. And nothing of a graph with a cycle, or with
@@ -65,13 +65,13 @@ def check(drawn: Drawn, samples: Samples) -> Iterator[Finding]:
     reads = any(reading.mappings or reading.config for reading in drawn.readings.values())
     if not reads and not any(node.pass_through_values for node in drawn.graph.nodes):
         return
-    checker = _Checker(drawn, Flow(drawn.graph, drawn.types, samples))
+    checker = _PathChecker(drawn, DataFlow(drawn.graph, drawn.types, samples))
     for node_id in drawn.graph.order:
         yield from checker.findings(drawn.graph.by_id[node_id])
 
 
 @dataclass(frozen=True, slots=True)
-class _Unfound:
+class _UnresolvedPath:
     """A path that finds nothing: why, what there is instead, and the paths that may have been meant."""
 
     path: str
@@ -80,111 +80,123 @@ class _Unfound:
     meant: Sequence[str] = ()
 
 
-class _Checker:
+class _PathChecker:
     """Goes through a graph along with its data."""
 
-    def __init__(self, drawn: Drawn, flow: Flow) -> None:
+    def __init__(self, drawn: InspectedGraph, flow: DataFlow) -> None:
         self._graph = drawn.graph
         self._bodies = drawn.bodies
         self._readings = drawn.readings
         self._flow = flow
-        self._bits = {node_id: 1 << place for place, node_id in enumerate(_named_nodes(drawn))}
+        self._bits = {node_id: 1 << place for place, node_id in enumerate(_referenced_nodes(drawn))}
         self._before: dict[str, int] = {}
         """Of the nodes that paths name, those that run before each node, as a set of bits: one for each of them."""
         self._explained = 0
 
-    def findings(self, node: Node) -> Iterator[Finding]:
+    def findings(self, node: GraphNode) -> Iterator[GraphFinding]:
         """Return what the paths of one node don't find; those before it come first."""
         self._before[node.id] = self._runs_before(node)
-        reading = self._readings.get(node.id, Reading())
+        reading = self._readings.get(node.id, NodeExpressions())
         given = arriving = self._flow.enter(node)
         if node.input_mappings:
-            mapped: dict[str, Shape] = dict.fromkeys(node.input_mappings, UNKNOWN)
+            mapped: dict[str, ValueShape] = dict.fromkeys(node.input_mappings, UNKNOWN)
             for place in reading.mappings:
-                yield from self._in_place(node, place, arriving)
-                mapped |= _mapped(place, arriving)
-            given = shapes.with_fields(arriving, mapped)
+                yield from self._check_place(node, place, arriving)
+                mapped |= _mapped_field(place, arriving)
+            given = shapes.add_fields(arriving, mapped)
         for place in reading.config:
-            yield from self._in_place(node, place, given)
-        yield from self._in_pass_through(node, given)
+            yield from self._check_place(node, place, given)
+        yield from self._check_pass_through(node, given)
         self._flow.leave(node, given)
 
-    def _runs_before(self, node: Node) -> int:
+    def _runs_before(self, node: GraphNode) -> int:
         before = 0
         if self._bits:
             for edge in self._graph.inbound[node.id]:
                 before |= self._before[edge.source] | self._bits.get(edge.source, 0)
         return before
 
-    def _in_place(self, node: Node, place: Place, data: Shape) -> Iterator[Finding]:
+    def _check_place(
+        self, node: GraphNode, place: ExpressionPlace, data: ValueShape
+    ) -> Iterator[GraphFinding]:
         for path in {path.text: path for path in place.paths}.values():
-            unfound = self._unfound(node, place, path, data)
+            unfound = self._explain_path(node, place, path, data)
             if unfound is not None:
-                yield _finding(node, place, unfound)
+                yield _unresolved_finding(node, place, unfound)
 
-    def _in_pass_through(self, node: Node, given: Shape) -> Iterator[Finding]:
+    def _check_pass_through(self, node: GraphNode, given: ValueShape) -> Iterator[GraphFinding]:
         for key, source in node.pass_through_values.items():
             name = str(source)
             steps = ((name, None),)
-            lost = shapes.follow(given, steps)
-            if isinstance(lost, Lost):
-                place = Place(Part.PASS_THROUGH_VALUES, (key,), name, ())
-                near = shapes.near(steps, lost) if self._may_explain() else []
+            lost = shapes.follow_path(given, steps)
+            if isinstance(lost, PathDeadEnd):
+                place = ExpressionPlace(NodeSection.PASS_THROUGH_VALUES, (key,), name, ())
+                near = shapes.suggest_paths(steps, lost) if self._may_explain() else []
                 meant = [str(way[0][0]) for way in near if len(way) == 1]
-                yield _finding(
-                    node, place, _Unfound(name, _reason(lost), _what_there_is("the input", lost.shape), meant)
+                yield _unresolved_finding(
+                    node,
+                    place,
+                    _UnresolvedPath(
+                        name, _dead_end_reason(lost), _describe_shape("the input", lost.shape), meant
+                    ),
                 )
 
-    def _unfound(self, node: Node, place: Place, path: Path, data: Shape) -> _Unfound | None:
+    def _explain_path(
+        self, node: GraphNode, place: ExpressionPlace, path: ExpressionPath, data: ValueShape
+    ) -> _UnresolvedPath | None:
         match path.root:
             case "data":
                 shape = data
             case "trigger":
                 shape = self._flow.trigger
             case "execution":
-                shape = _EXECUTION
+                shape = _EXECUTION_SHAPE
             case "nodes":
-                return self._unfound_node(node, path)
+                return self._explain_node_path(node, path)
             case root:
-                is_known = place.is_late or self._bodies.holders.get(node.id) is not None
-                return None if is_known else self._outside_of_loops(path, root)
-        lost = shapes.follow(shape, path.steps)
-        return self._lost(path, lost) if isinstance(lost, Lost) else None
+                is_known = place.is_evaluated_late or self._bodies.holders.get(node.id) is not None
+                return None if is_known else self._explain_loop_root(path, root)
+        lost = shapes.follow_path(shape, path.steps)
+        return self._explain_dead_end(path, lost) if isinstance(lost, PathDeadEnd) else None
 
-    def _unfound_node(self, node: Node, path: Path) -> _Unfound | None:
+    def _explain_node_path(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath | None:
         if not path.steps:
             return None
         node_id = path.steps[0][0]
         if node_id is None or node_id not in self._graph.by_id:
-            return self._unknown_node(node, path)
+            return self._explain_unknown_node(node, path)
         if node_id == node.id:
-            return _Unfound(path.text, "is this node itself", "A node has its output only when it has run.")
+            return _UnresolvedPath(
+                path.text, "is this node itself", "A node has its output only when it has run."
+            )
         if not self._before[node.id] & self._bits[node_id]:
             label = self._graph.by_id[node_id].label
             reason = f"does not run before this one: no connection leads here from {label!r}"
-            return _Unfound(path.text, reason, "Connect it to this node, directly or through others.")
+            return _UnresolvedPath(path.text, reason, "Connect it to this node, directly or through others.")
         is_around = node_id in self._bodies.around(node.id)
-        shape = _TURN if is_around else self._flow.result(node_id)
-        lost = shapes.follow(Shape({node_id: shape}), path.steps)
-        return self._lost(path, lost) if isinstance(lost, Lost) else None
+        shape = _LOOP_TURN if is_around else self._flow.node_shape(node_id)
+        lost = shapes.follow_path(ValueShape({node_id: shape}), path.steps)
+        return self._explain_dead_end(path, lost) if isinstance(lost, PathDeadEnd) else None
 
-    def _outside_of_loops(self, path: Path, root: str) -> _Unfound:
+    def _explain_loop_root(self, path: ExpressionPath, root: str) -> _UnresolvedPath:
         hint = f"Put the node behind the port {CONTINUE} of a loop, or read from data."
-        return _Unfound(path.text, f"finds nothing: {root} is there in the body of a loop alone", hint)
+        return _UnresolvedPath(path.text, f"finds nothing: {root} is there in the body of a loop alone", hint)
 
-    def _unknown_node(self, node: Node, path: Path) -> _Unfound:
+    def _explain_unknown_node(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath:
         reason = "names no node of the workflow"
         if not self._may_explain():
-            return _Unfound(path.text, reason)
+            return _UnresolvedPath(path.text, reason)
         ids: dict[str, str] = {}
         for earlier in islice(self._ancestors(node), MAX_COMPARED):
             ids.setdefault(earlier.label, earlier.id)
             ids[earlier.id] = earlier.id
-        near = dict.fromkeys(ids[name] for name in names.meant(path.steps[0][0] or "", ids))
-        meant = [_written("nodes", ((node_id, None), *path.steps[1:])) for node_id in near]
-        return _Unfound(path.text, reason, f"Before this node run {_listed(ids.values())}.", meant)
+        near = dict.fromkeys(
+            ids[name] for name in name_suggestions.suggest_names(path.steps[0][0] or "", ids)
+        )
+        meant = [_format_path("nodes", ((node_id, None), *path.steps[1:])) for node_id in near]
+        return _UnresolvedPath(path.text, reason, f"Before this node run {_join_names(ids.values())}.", meant)
 
-    def _ancestors(self, node: Node) -> Iterator[Node]:
+    def _ancestors(self, node: GraphNode) -> Iterator[GraphNode]:
         """Return the nodes that lead to a node, the nearest first."""
         seen = {node.id}
         queue = deque([node.id])
@@ -195,35 +207,35 @@ class _Checker:
                     queue.append(edge.source)
                     yield self._graph.by_id[edge.source]
 
-    def _lost(self, path: Path, lost: Lost) -> _Unfound:
+    def _explain_dead_end(self, path: ExpressionPath, lost: PathDeadEnd) -> _UnresolvedPath:
         if not self._may_explain():
-            return _Unfound(path.text, _reason(lost))
-        where = _written(path.root, path.steps[: lost.at])
-        hint = _what_there_is(where, lost.shape)
-        meant = [_written(path.root, steps) for steps in shapes.near(path.steps, lost)]
-        inside = shapes.open_field(lost.shape)
+            return _UnresolvedPath(path.text, _dead_end_reason(lost))
+        where = _format_path(path.root, path.steps[: lost.at])
+        hint = _describe_shape(where, lost.shape)
+        meant = [_format_path(path.root, steps) for steps in shapes.suggest_paths(path.steps, lost)]
+        inside = shapes.find_open_field(lost.shape)
         if inside is not None and not meant:
-            guess = _written(where, ((inside, None), *path.steps[lost.at :]))
+            guess = _format_path(where, ((inside, None), *path.steps[lost.at :]))
             hint = f"{hint.removesuffix('.')}: is it {guess}?"
-        return _Unfound(path.text, _reason(lost), hint, meant)
+        return _UnresolvedPath(path.text, _dead_end_reason(lost), hint, meant)
 
     def _may_explain(self) -> bool:
         self._explained += 1
         return self._explained <= MAX_EXPLAINED
 
 
-def _mapped(place: Place, arriving: Shape) -> dict[str, Shape]:
+def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, ValueShape]:
     """Return the field that a mapping makes, where it is a whole path into what arrives."""
     if "{{" in place.text or "??" in place.text:
         return {}
     (path, *_), (field, *_) = place.paths, place.steps
     if path.root != "data":
         return {}
-    found = shapes.follow(arriving, path.steps)
-    return {} if isinstance(found, Lost) else {str(field): found}
+    found = shapes.follow_path(arriving, path.steps)
+    return {} if isinstance(found, PathDeadEnd) else {str(field): found}
 
 
-def _named_nodes(drawn: Drawn) -> list[str]:
+def _referenced_nodes(drawn: InspectedGraph) -> list[str]:
     """Return the nodes that paths begin with, as `nodes.<id>`."""
     named = {
         path.steps[0][0]
@@ -238,14 +250,14 @@ def _named_nodes(drawn: Drawn) -> list[str]:
 # ── in words ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _finding(node: Node, place: Place, unfound: _Unfound) -> Finding:
-    message = f'Node "{node.label}" ({node.type}): {place.name}: {_short(unfound.path)} {unfound.reason}'
+def _unresolved_finding(node: GraphNode, place: ExpressionPlace, unfound: _UnresolvedPath) -> GraphFinding:
+    message = f'Node "{node.label}" ({node.type}): {place.name}: {_shorten(unfound.path)} {unfound.reason}'
     suggestion = f"Did you mean {' or '.join(unfound.meant)}?" if unfound.meant else unfound.hint
     fix = None
     if len(unfound.meant) == 1:
-        value = _replaced(place, unfound.path, unfound.meant[0])
-        fix = Fix(_ACTIONS[place.part], node.id, path=place.steps, value=value)
-    return Finding(
+        value = _replace_path(place, unfound.path, unfound.meant[0])
+        fix = SuggestedFix(_ACTIONS[place.part], node.id, path=place.steps, value=value)
+    return GraphFinding(
         FindingType.UNRESOLVED_MAPPING,
         message,
         suggestion or "Read it from another path, or leave it out.",
@@ -254,7 +266,7 @@ def _finding(node: Node, place: Place, unfound: _Unfound) -> Finding:
     )
 
 
-def _replaced(place: Place, path: str, meant: str) -> str:
+def _replace_path(place: ExpressionPlace, path: str, meant: str) -> str:
     """Return the text of a place with one of its paths replaced."""
     if "{{" not in place.text and "??" not in place.text:
         return meant
@@ -262,33 +274,33 @@ def _replaced(place: Place, path: str, meant: str) -> str:
     return re.sub(expression, lambda found: f"{found[1]}{meant}{found[2]}", place.text)
 
 
-def _reason(lost: Lost) -> str:
-    return "found nothing in past runs" if lost.shape.rest is Rest.NOTHING_SEEN else "finds nothing"
+def _dead_end_reason(lost: PathDeadEnd) -> str:
+    return "found nothing in past runs" if lost.shape.rest is OtherFields.NOTHING_SEEN else "finds nothing"
 
 
-def _what_there_is(where: str, shape: Shape) -> str:
+def _describe_shape(where: str, shape: ValueShape) -> str:
     if shape.fields:
-        return f"{where} has {_listed(shape.fields)}."
+        return f"{where} has {_join_names(shape.fields)}."
     if shape.items is not None:
         return f"{where} is a list: {where}[0] is its first item."
     return f"{where} has no fields."
 
 
-def _listed(texts: Iterable[str]) -> str:
-    shown = [_short(name) for name in islice(dict.fromkeys(texts), SHOWN_NAMES + 1)]
+def _join_names(texts: Iterable[str]) -> str:
+    shown = [_shorten(name) for name in islice(dict.fromkeys(texts), SHOWN_NAMES + 1)]
     return ", ".join([*shown[:SHOWN_NAMES], "…"] if len(shown) > SHOWN_NAMES else shown) or "none"
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
-def _written(root: str, steps: Steps) -> str:
+def _format_path(root: str, steps: ShapeSteps) -> str:
     """Return a path as it is written."""
-    return root + "".join(map(_written_step, steps))
+    return root + "".join(map(_format_step, steps))
 
 
-def _written_step(step: Step) -> str:
+def _format_step(step: PathStep) -> str:
     key, position = step
     if key is None:
         return f"[{position}]"

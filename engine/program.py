@@ -8,29 +8,38 @@ from hashlib import sha256
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Protocol, Self
 
-from engine.conditions import Condition, compile_condition
-from engine.errors import InvalidDefinition
+from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
     Expression,
     ExpressionError,
-    Template,
+    ValueTemplate,
     compile_expression,
     compile_template,
     compile_value,
-    literal,
+    literal_template,
 )
-from engine.joins import Join, Mode
-from engine.node import CONTINUE, OF_EACH, OUTPUT, Compile, Effect, NodeType, Result, Run
-from engine.pruning import pruned
-from engine.sections import Section, divide
-from engine.values import canonical
+from engine.joins import JoinConfig, JoinMode
+from engine.node_api import (
+    CONTINUE,
+    OF_EACH,
+    OUTPUT,
+    FieldCompilation,
+    NodeEffect,
+    NodeResult,
+    NodeType,
+    RunNode,
+)
+from engine.pruning import prune_graph
+from engine.run_errors import InvalidDefinition
+from engine.sections import GraphSection, divide_graph
+from engine.values import encode_canonical
 
 if TYPE_CHECKING:
-    from engine.graph import Graph, Node
+    from engine.graph import GraphNode, ParsedGraph
     from engine.values import Json
 
 
-class ConfigProblem(Protocol):
+class ConfigProblemView(Protocol):
     """One thing wrong with a config: where, what, and the schema keyword that says so."""
 
     @property
@@ -47,47 +56,49 @@ class ConfigProblem(Protocol):
     def keyword(self) -> str: ...
 
 
-class Catalog(Protocol):
+class NodeTypeLookup(Protocol):
     """Where node types are looked up; raises `UnknownNodeType` for one that isn't there."""
 
     def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
-    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> Sequence[ConfigProblem]: ...
+    def config_problems(
+        self, node_type: NodeType, config: Mapping[str, Json]
+    ) -> Sequence[ConfigProblemView]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class NodeProgram:
     """One node, compiled."""
 
-    node: Node
+    node: GraphNode
     node_type: NodeType
     is_write: bool
     """It changes something outside."""
-    config: Template
-    conditions: Mapping[str, Condition]
-    values: Mapping[str, Template]
-    mappings: Mapping[str, Template | Expression]
+    config: ValueTemplate
+    conditions: Mapping[str, CompiledCondition]
+    values: Mapping[str, ValueTemplate]
+    mappings: Mapping[str, ValueTemplate | Expression]
     pass_through: Mapping[str, str]
     missing: str | None
     """What the config still lacks: the node fails with this when it is reached."""
     static_hashes: bytes
     """Digests of type and version, of the config after defaults, and of the mappings."""
-    join: Join | None = None
+    join: JoinConfig | None = None
     is_given_again: bool = False
     """What it is given the first time is recorded, and given to it whenever it is taken up again."""
     is_pinned: bool = False
 
 
 @dataclass(frozen=True)
-class Program:
+class WorkflowProgram:
     """A whole graph, compiled; shared by all runs of the same definition."""
 
-    graph: Graph
+    graph: ParsedGraph
     """What is run of the definition."""
-    root: Section
+    root: GraphSection
     """What lies outside of all loops, and in it their bodies."""
     nodes: Mapping[str, NodeProgram]
-    runs: Mapping[str, Run]
+    runs: Mapping[str, RunNode]
     """The implementation of each node."""
     inline: frozenset[str]
     """Nodes whose implementation returns at once: it is called without a task of its own."""
@@ -95,24 +106,28 @@ class Program:
     """Of the others, those that have no effect, and may be done over elsewhere where they take long."""
 
     @classmethod
-    def of(cls, graph: Graph, catalog: Catalog, implementation: Callable[[str], Run]) -> Self:
+    def compile(
+        cls, graph: ParsedGraph, catalog: NodeTypeLookup, implementation: Callable[[str], RunNode]
+    ) -> Self:
         """Compile `graph`; raises `InvalidDefinition` for what validation would have refused."""
         try:
-            graph = pruned(graph, catalog)
-            nodes = {node.id: _compiled(node, graph, catalog) for node in graph.nodes}
+            graph = prune_graph(graph, catalog)
+            nodes = {node.id: _compile_pinned_or_node(node, graph, catalog) for node in graph.nodes}
             run = {node.type for node in graph.nodes if node.id not in graph.pinned}
             kinds = {kind: implementation(kind) for kind in run}
         except (LookupError, ExpressionError) as error:
             raise InvalidDefinition(str(error)) from error
-        pinned = {node_id: _giving(nodes[node_id], graph) for node_id in graph.pinned if node_id in nodes}
+        pinned = {
+            node_id: _pinned_runner(nodes[node_id], graph) for node_id in graph.pinned if node_id in nodes
+        }
         runs = {node_id: pinned.get(node_id) or kinds[each.node.type] for node_id, each in nodes.items()}
         return cls(
             graph=graph,
-            root=divide(
+            root=divide_graph(
                 graph,
                 loops=[key for key, each in nodes.items() if each.node_type.loops and not each.is_pinned],
                 first=[key for key, each in nodes.items() if each.node_type.is_trigger or each.is_pinned],
-                eager=[key for key, each in nodes.items() if each.join and each.join.mode is Mode.ANY],
+                eager=[key for key, each in nodes.items() if each.join and each.join.mode is JoinMode.ANY],
             ),
             nodes=nodes,
             runs=runs,
@@ -120,12 +135,12 @@ class Program:
             repeatable=frozenset(
                 node_id
                 for node_id, run in runs.items()
-                if iscoroutinefunction(run) and nodes[node_id].node_type.effect.of({}) is Effect.PURE
+                if iscoroutinefunction(run) and nodes[node_id].node_type.effect.of({}) is NodeEffect.PURE
             ),
         )
 
 
-def _compiled(node: Node, graph: Graph, catalog: Catalog) -> NodeProgram:
+def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup) -> NodeProgram:
     """Compile a node; what is pinned has nothing left to render, to wait for or to fail by, whatever its config is."""
     if node.id not in graph.pinned:
         return compile_node(node, catalog)
@@ -143,21 +158,21 @@ def _compiled(node: Node, graph: Graph, catalog: Catalog) -> NodeProgram:
     )
 
 
-def _giving(program: NodeProgram, graph: Graph) -> Run:
+def _pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
     """Return what stands for a pinned node: its output leaves as usual, or by the first port that leads on."""
     node_id = program.node.id
     ports = program.node_type.outputs_of(graph.by_id[node_id].config)
     connected = {edge.source_port for edge in graph.outbound[node_id]} - {CONTINUE}
     port = OUTPUT if OUTPUT in ports else next((port for port in ports if port in connected), OUTPUT)
-    result = Result(graph.pinned[node_id], port)
+    result = NodeResult(graph.pinned[node_id], port)
     return lambda _call: result
 
 
-def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
+def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     """Compile one node; raises `LookupError` for an unknown type, `ExpressionError` for a bad expression."""
     node_type = catalog.get(node.type, node.version)
     config = catalog.with_defaults(node_type, node.config)
-    early, late = _divided(config, node_type.compiled)
+    early, late = _divide_config(config, node_type.compiled)
     problems = catalog.config_problems(node_type, node.config)
     effect = node_type.effect.of(config)
     mappings = {key: compile_mapping(value) for key, value in node.input_mappings.items()}
@@ -169,33 +184,33 @@ def compile_node(node: Node, catalog: Catalog) -> NodeProgram:
     return NodeProgram(
         node=node,
         node_type=node_type,
-        is_write=effect is Effect.WRITE,
+        is_write=effect is NodeEffect.WRITE,
         config=compile_template(early),
         conditions={
             place: compile_condition(value)
             for place, (kind, value) in late.items()
-            if kind is Compile.CONDITION
+            if kind is FieldCompilation.CONDITION
         },
         values={
-            place: literal(value) if kind is Compile.LITERAL else compile_value(value)
+            place: literal_template(value) if kind is FieldCompilation.LITERAL else compile_value(value)
             for place, (kind, value) in late.items()
-            if kind is not Compile.CONDITION
+            if kind is not FieldCompilation.CONDITION
         },
         mappings=mappings,
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
-        static_hashes=b"".join(sha256(canonical(part)).digest() for part in parts),
-        join=Join.of(config) if node_type.joins else None,
-        is_given_again=effect is Effect.WRITE or node_type.loops,
+        static_hashes=b"".join(sha256(encode_canonical(part)).digest() for part in parts),
+        join=JoinConfig.from_config(config) if node_type.joins else None,
+        is_given_again=effect is NodeEffect.WRITE or node_type.loops,
     )
 
 
-def _divided(
-    config: Mapping[str, Json], compiled: Mapping[str, Compile]
-) -> tuple[dict[str, Json], dict[str, tuple[Compile, Json]]]:
+def _divide_config(
+    config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
+) -> tuple[dict[str, Json], dict[str, tuple[FieldCompilation, Json]]]:
     """Return what is rendered before the call, and what the node evaluates itself, by its place in the config."""
     early = dict(config)
-    late: dict[str, tuple[Compile, Json]] = {}
+    late: dict[str, tuple[FieldCompilation, Json]] = {}
     for place, kind in compiled.items():
         field, of_each, name = place.partition(OF_EACH)
         if field not in early:
@@ -207,15 +222,15 @@ def _divided(
             for index, item in enumerate(value):
                 if isinstance(item, dict) and name in item:
                     late[f"{field}.{index}.{name}"] = kind, item[name]
-            early[field] = [_without(item, name) for item in value]
+            early[field] = [_without_fields(item, name) for item in value]
     return early, late
 
 
-def _without(item: Json, name: str) -> Json:
+def _without_fields(item: Json, name: str) -> Json:
     return {key: value for key, value in item.items() if key != name} if isinstance(item, dict) else item
 
 
-def compile_mapping(source: Json) -> Template | Expression:
+def compile_mapping(source: Json) -> ValueTemplate | Expression:
     """Compile what feeds one mapped field: an expression, a text with `{{ }}` in it, or a constant."""
     if isinstance(source, str) and "{{" not in source:
         return compile_expression(source)

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from engine.errors import InvalidDefinition
-from engine.expressions import ExpressionError, compile_expression, compile_template, paths_of
-from engine.graph import Edge, Graph
-from engine.node import CONTINUE, UnknownNodeType
+from engine.expressions import ExpressionError, compile_expression, compile_template, list_paths
+from engine.graph import GraphEdge, ParsedGraph
+from engine.node_api import CONTINUE, UnknownNodeType
+from engine.run_errors import InvalidDefinition
 from engine.sections import find_bodies
 
 if TYPE_CHECKING:
-    from engine.graph import Node
-    from engine.program import Catalog
-    from engine.sections import Bodies
+    from engine.graph import GraphNode
+    from engine.program import NodeTypeLookup
+    from engine.sections import LoopBodies
     from engine.values import Json
 
 
-def pruned(graph: Graph, catalog: Catalog) -> Graph:
+def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
     """Return the part of a graph that is run: all of it, where it neither ends with a node nor has pinned ones.
 
     Raises `InvalidDefinition` for a node that isn't there.
@@ -32,9 +32,9 @@ def pruned(graph: Graph, catalog: Catalog) -> Graph:
     for node_id in (*graph.pinned, *([] if graph.up_to is None else [graph.up_to])):
         if node_id not in graph.by_id:
             raise InvalidDefinition(f"There is no node {node_id!r} to be pinned, or to end with")
-    bodies = find_bodies(graph, [node.id for node in graph.nodes if _loops(node, catalog)])
-    needed = _Needed(graph, bodies).all()
-    return Graph(
+    bodies = find_bodies(graph, [node.id for node in graph.nodes if _is_loop(node, catalog)])
+    needed = _NeededNodes(graph, bodies).collect()
+    return ParsedGraph(
         nodes=[node for node in graph.nodes if node.id in needed],
         edges=[
             *(
@@ -42,7 +42,7 @@ def pruned(graph: Graph, catalog: Catalog) -> Graph:
                 for edge in graph.edges
                 if edge.source in needed and edge.target in needed and edge.target not in graph.pinned
             ),
-            *_into_bodies(graph.pinned, bodies),
+            *_pin_loop_bodies(graph.pinned, bodies),
         ],
         settings=graph.settings,
         up_to=graph.up_to,
@@ -50,18 +50,18 @@ def pruned(graph: Graph, catalog: Catalog) -> Graph:
     )
 
 
-def _into_bodies(pinned: Collection[str], bodies: Bodies) -> Iterator[Edge]:
+def _pin_loop_bodies(pinned: Collection[str], bodies: LoopBodies) -> Iterator[GraphEdge]:
     """Return what keeps pinned nodes in the bodies in which they are: they give their output at once in each turn."""
     for node_id in pinned:
         loop_id = bodies.holders.get(node_id)
         if loop_id is not None:
-            yield Edge(f"pinned {node_id}", loop_id, node_id, source_port=CONTINUE)
+            yield GraphEdge(f"pinned {node_id}", loop_id, node_id, source_port=CONTINUE)
 
 
-class _Needed:
+class _NeededNodes:
     """Goes back from what is wanted to all that it takes."""
 
-    def __init__(self, graph: Graph, bodies: Bodies) -> None:
+    def __init__(self, graph: ParsedGraph, bodies: LoopBodies) -> None:
         self._graph = graph
         self._bodies = bodies
         self._loops = bodies.loops - graph.pinned.keys()
@@ -71,7 +71,7 @@ class _Needed:
         """Loops whose whole body is needed, and not only the way to a node in it."""
         self._left: list[str] = []
 
-    def all(self) -> set[str]:
+    def collect(self) -> set[str]:
         if self._graph.up_to is not None:
             self._need(self._graph.up_to)
         else:
@@ -94,7 +94,7 @@ class _Needed:
                 last.setdefault(self._bodies.holders.get(node.id), []).append(node.id)
         return last
 
-    def _enters_body(self, port: str, node: Node) -> bool:
+    def _enters_body(self, port: str, node: GraphNode) -> bool:
         return port == CONTINUE and node.id in self._loops
 
     def _need(self, node_id: str, *, whole: bool = True) -> None:
@@ -106,7 +106,7 @@ class _Needed:
             for last in self._last_of_bodies.get(node_id, ()):
                 self._need(last)
 
-    def _go_back_from(self, node: Node) -> None:
+    def _go_back_from(self, node: GraphNode) -> None:
         for loop_id in self._bodies.around(node.id):
             self._need(loop_id, whole=False)
         if node.id in self._graph.pinned:
@@ -114,19 +114,19 @@ class _Needed:
         for edge in self._graph.inbound[node.id]:
             is_from_around = self._enters_body(edge.source_port, self._graph.by_id[edge.source])
             self._need(edge.source, whole=not is_from_around)
-        for named in _named_nodes(node):
+        for named in _referenced_nodes(node):
             if named in self._graph.by_id:
                 self._need(named, whole=named not in self._bodies.around(node.id))
 
 
-def _named_nodes(node: Node) -> Iterator[str]:
+def _referenced_nodes(node: GraphNode) -> Iterator[str]:
     """Return the nodes that the expressions of a node name: `nodes.<id>`."""
-    texts = [*_texts(dict(node.config)), *_texts(dict(node.input_mappings))]
+    texts = [*_collect_texts(dict(node.config)), *_collect_texts(dict(node.input_mappings))]
     for text in texts:
         if "nodes" not in text:
             continue
         try:
-            paths = compile_template(text).paths if "{{" in text else paths_of(compile_expression(text))
+            paths = compile_template(text).paths if "{{" in text else list_paths(compile_expression(text))
         except ExpressionError:
             continue
         for path in paths:
@@ -134,7 +134,7 @@ def _named_nodes(node: Node) -> Iterator[str]:
                 yield path.steps[0][0]
 
 
-def _texts(value: Json) -> Iterator[str]:
+def _collect_texts(value: Json) -> Iterator[str]:
     left = [value]
     while left:
         inner = left.pop()
@@ -146,7 +146,7 @@ def _texts(value: Json) -> Iterator[str]:
             left.extend(inner)
 
 
-def _loops(node: Node, catalog: Catalog) -> bool:
+def _is_loop(node: GraphNode, catalog: NodeTypeLookup) -> bool:
     try:
         return catalog.get(node.type, node.version).loops
     except UnknownNodeType:

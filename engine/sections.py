@@ -11,28 +11,28 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from engine.errors import InvalidDefinition
-from engine.graph import Graph
-from engine.node import CONTINUE
+from engine.graph import ParsedGraph
+from engine.node_api import CONTINUE
+from engine.run_errors import InvalidDefinition
 
 if TYPE_CHECKING:
-    from engine.graph import Edge, Node
+    from engine.graph import GraphEdge, GraphNode
 
 MAX_LOOP_DEPTH: Final = 4
 """Loops inside one another."""
 
 
 @dataclass(frozen=True)
-class Section:
+class GraphSection:
     """One part of a graph, ready to be walked through."""
 
-    graph: Graph
+    graph: ParsedGraph
     """Its nodes and edges; that of a body begins with the loop itself, and the edges from its port `continue`."""
     first: tuple[str, ...] = ()
     """Nodes that nothing leads to and that are ready all the same."""
     eager: frozenset[str] = frozenset()
     """Nodes that go on with the first branch that arrives."""
-    bodies: Mapping[str, Section] = field(default_factory=dict)
+    bodies: Mapping[str, GraphSection] = field(default_factory=dict)
     """Of the loops in it that have one."""
     loop_id: str | None = None
     """The loop whose body it is."""
@@ -50,7 +50,7 @@ class Section:
         """How many nodes it has, with those of all the bodies in it."""
         return sum(1 for _ in self.inner_nodes())
 
-    def inner_nodes(self) -> Iterator[Node]:
+    def inner_nodes(self) -> Iterator[GraphNode]:
         """Return the nodes of it and of all the bodies in it, without the loop whose body it is."""
         for node in self.graph.nodes:
             if node.id != self.loop_id:
@@ -60,7 +60,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
-class Bodies:
+class LoopBodies:
     """Which loop's body each node is in."""
 
     loops: frozenset[str]
@@ -68,7 +68,7 @@ class Bodies:
     """By node: the innermost loop around it; None: it is in no body."""
     depths: Mapping[str, int]
     """By node: how many loops are around it."""
-    crossing: Sequence[Edge]
+    crossing: Sequence[GraphEdge]
     """Edges that lead into a body from outside of it."""
 
     def around(self, node_id: str) -> Iterator[str]:
@@ -79,63 +79,69 @@ class Bodies:
             holder = self.holders.get(holder)
 
 
-def find_bodies(graph: Graph, loops: Collection[str]) -> Bodies:
+def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
     """Look for the bodies of `loops`, in one pass; where bodies overlap, a node is in the deepest that reaches it."""
     if not loops:
-        return Bodies(frozenset(), {}, {}, ())
+        return LoopBodies(frozenset(), {}, {}, ())
     holders: dict[str, str | None] = {}
     depths: dict[str, int] = {}
-    crossing: list[Edge] = []
+    crossing: list[GraphEdge] = []
     for node_id in graph.order:
         arriving = [(edge, _holder_behind(edge, holders, loops)) for edge in graph.inbound[node_id]]
         # Loops come before what is in their bodies: the depth of each is known.
-        holder = max((found for _, found in arriving), key=lambda found: _depth(found, depths), default=None)
-        holders[node_id], depths[node_id] = holder, _depth(holder, depths)
+        holder = max(
+            (found for _, found in arriving), key=lambda found: _holder_depth(found, depths), default=None
+        )
+        holders[node_id], depths[node_id] = holder, _holder_depth(holder, depths)
         crossing += [edge for edge, found in arriving if found != holder]
-    return Bodies(frozenset(loops), holders, depths, crossing)
+    return LoopBodies(frozenset(loops), holders, depths, crossing)
 
 
-def _holder_behind(edge: Edge, holders: Mapping[str, str | None], loops: Collection[str]) -> str | None:
+def _holder_behind(edge: GraphEdge, holders: Mapping[str, str | None], loops: Collection[str]) -> str | None:
     is_entry = edge.source_port == CONTINUE and edge.source in loops
     return edge.source if is_entry else holders[edge.source]
 
 
-def _depth(holder: str | None, depths: Mapping[str, int]) -> int:
+def _holder_depth(holder: str | None, depths: Mapping[str, int]) -> int:
     return 0 if holder is None else depths[holder] + 1
 
 
-def divide(graph: Graph, loops: Collection[str], first: Collection[str], eager: Collection[str]) -> Section:
+def divide_graph(
+    graph: ParsedGraph, loops: Collection[str], first: Collection[str], eager: Collection[str]
+) -> GraphSection:
     """Return the outermost section, with all others in it; raises `InvalidDefinition` for what can't be divided."""
     if not loops:
-        return Section(graph, tuple(first), frozenset(eager))
+        return GraphSection(graph, tuple(first), frozenset(eager))
     bodies = find_bodies(graph, loops)
     if bodies.crossing:
         raise InvalidDefinition(f"Connection {bodies.crossing[0].id!r} leads into the body of a loop")
     if max(bodies.depths.values(), default=0) > MAX_LOOP_DEPTH:
         raise InvalidDefinition(f"More than {MAX_LOOP_DEPTH} loops stand in one another")
-    return _Divider(graph, bodies, frozenset(first), frozenset(eager)).section(None)
+    return _SectionDivider(graph, bodies, frozenset(first), frozenset(eager)).section(None)
 
 
-class _Divider:
+class _SectionDivider:
     """Sorts nodes and edges by the section that they are in, once for all sections."""
 
-    def __init__(self, graph: Graph, bodies: Bodies, first: frozenset[str], eager: frozenset[str]) -> None:
+    def __init__(
+        self, graph: ParsedGraph, bodies: LoopBodies, first: frozenset[str], eager: frozenset[str]
+    ) -> None:
         self._graph = graph
         self._first = first
         self._eager = eager
-        self._nodes: dict[str | None, list[Node]] = {}
-        self._edges: dict[str | None, list[Edge]] = {}
+        self._nodes: dict[str | None, list[GraphNode]] = {}
+        self._edges: dict[str | None, list[GraphEdge]] = {}
         for node in graph.nodes:
             self._nodes.setdefault(bodies.holders.get(node.id), []).append(node)
         for node_id, edges in graph.inbound.items():
             self._edges.setdefault(bodies.holders.get(node_id), []).extend(edges)
 
-    def section(self, loop_id: str | None) -> Section:
+    def section(self, loop_id: str | None) -> GraphSection:
         nodes = self._nodes.get(loop_id, [])
         head = [] if loop_id is None else [self._graph.by_id[loop_id]]
         ids = {node.id for node in nodes}
-        return Section(
-            graph=Graph([*head, *nodes], self._edges.get(loop_id, []), self._graph.settings),
+        return GraphSection(
+            graph=ParsedGraph([*head, *nodes], self._edges.get(loop_id, []), self._graph.settings),
             first=tuple(node.id for node in nodes if node.id in self._first),
             eager=self._eager & ids,
             bodies={node.id: self.section(node.id) for node in nodes if node.id in self._nodes},

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import msgspec
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
     from engine.values import Json
 
 
-class Caller(msgspec.Struct, frozen=True):
+class RunCaller(msgspec.Struct, frozen=True):
     """For whom a node works: what it may use is decided by this, never by what stands in its config."""
 
     organization_id: str
@@ -43,7 +43,7 @@ class HttpResponse(Protocol):
     def url(self) -> str: ...
 
 
-class HttpClient(Protocol):
+class HttpClientService(Protocol):
     """The guarded way out: refuses private networks unless the operator allowed them."""
 
     async def request(
@@ -58,7 +58,7 @@ class HttpClient(Protocol):
     ) -> HttpResponse: ...
 
 
-class Rows(msgspec.Struct, frozen=True):
+class QueryRows(msgspec.Struct, frozen=True):
     """What a query gave."""
 
     columns: Sequence[str]
@@ -66,7 +66,7 @@ class Rows(msgspec.Struct, frozen=True):
     """Values as JSON has them: what it lacks is text (dates as ISO 8601, exact decimals, UUIDs), bytes are Base64."""
 
 
-class Upsert(msgspec.Struct, frozen=True):
+class UpsertRule(msgspec.Struct, frozen=True):
     """What is done where a row with the same key is there already."""
 
     key: Sequence[str]
@@ -86,7 +86,7 @@ class SqlDatabase(Protocol):
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows:
+    ) -> QueryRows:
         """Run one statement that reads, with its values bound; a `?` stands for each. More than it may give fails."""
 
     async def write(
@@ -95,7 +95,7 @@ class SqlDatabase(Protocol):
         columns: Sequence[str],
         rows: Sequence[Sequence[Json]],
         *,
-        upsert: Upsert,
+        upsert: UpsertRule,
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
@@ -114,7 +114,7 @@ class StoredObject(msgspec.Struct, frozen=True):
     modified_at: datetime
 
 
-class Bucket(Protocol):
+class ObjectBucket(Protocol):
     """One bucket of a user, or the part of one below a prefix."""
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes: ...
@@ -126,7 +126,7 @@ class Bucket(Protocol):
     ) -> Sequence[StoredObject]: ...
 
 
-class MailServer(Protocol):
+class MailServerService(Protocol):
     """A mail server of a user, which sends what it takes."""
 
     async def send(
@@ -135,41 +135,41 @@ class MailServer(Protocol):
         """Hand in one mail for all recipients, or for none of them; addresses are bare and in ASCII, as is the mail."""
 
 
-class DataSources(Protocol):
+class DataSourceService(Protocol):
     """Data sources by id, as far as the caller may use them."""
 
-    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase: ...  # noqa: A002 - the field's own word
-    async def bucket(self, caller: Caller, source_id: str) -> Bucket: ...
-    async def mail_server(self, caller: Caller, source_id: str) -> MailServer: ...
-    async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
+    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase: ...  # noqa: A002 - the field's own word
+    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket: ...
+    async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService: ...
+    async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         """Return what a request to `url` carries: of http-bearer, http-basic or api-key, if it is for that host."""
 
 
-class Files(Protocol):
+class FileFolderService(Protocol):
     """The folders that the operator keeps for organisations, each like a bucket."""
 
-    async def folder(self, caller: Caller) -> Bucket:
+    async def folder(self, caller: RunCaller) -> ObjectBucket:
         """Return the folder of the caller's organisation."""
 
 
-class Blobs(Protocol):
+class BlobService(Protocol):
     """Contents too large, or too raw, for JSON; each belongs to one line of runs and goes with it."""
 
     async def put(
-        self, caller: Caller, content: bytes, *, media_type: str, name: str = ""
+        self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
         """Keep a content, durably; returns its reference: `{"$blob": {sha256, size, type, name}}`."""
 
-    async def get(self, caller: Caller, reference: Json, *, max_bytes: int) -> bytes:
+    async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
         """Return the content behind a reference that this line of runs was given."""
 
 
-class Code(Protocol):
+class CodeService(Protocol):
     """User code, run where it can do nothing but compute."""
 
     async def run(
         self,
-        caller: Caller,
+        caller: RunCaller,
         source: str,
         inputs: Mapping[str, Json],
         /,
@@ -187,12 +187,12 @@ class PrintLine(Protocol):
     def __call__(self, level: str, message: str, /) -> None: ...
 
 
-class Runs(Protocol):
+class SubRunService(Protocol):
     """Other workflows, run for this one."""
 
     async def start(
         self,
-        caller: Caller,
+        caller: RunCaller,
         workflow_id: str,
         trigger_inputs: Json,
         *,
@@ -206,16 +206,16 @@ class Runs(Protocol):
         """
 
 
-class Pace(Protocol):
+class ThrottleService(Protocol):
     """How often something may happen, over all runs of an organisation."""
 
     async def reserve(
-        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+        self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
         """Return when (aware, UTC) one more may pass, and take that place, unless it is too far away."""
 
 
-class WantedEvent(msgspec.Struct, frozen=True):
+class EventWaitRequest(msgspec.Struct, frozen=True):
     """What a node waits for."""
 
     event_type: str
@@ -229,11 +229,11 @@ class WantedEvent(msgspec.Struct, frozen=True):
     timeout_seconds: float | None = None
 
 
-class Events(Protocol):
+class EventWaitService(Protocol):
     """What happens in the organisation."""
 
     async def expect(
-        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+        self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         """See to it that the first such event answers the node; returns when (aware, UTC) it has waited long enough.
 
@@ -241,7 +241,7 @@ class Events(Protocol):
         """
 
 
-class _Absent:
+class _MissingService:
     """Stands for what a process doesn't lend."""
 
     def __init__(self, what: str) -> None:
@@ -251,19 +251,19 @@ class _Absent:
         raise NodeError(f"{self._what} are not to be had where this runs", code="not-available")
 
 
-def _absent(what: str) -> Callable[[], Any]:
-    return lambda: _Absent(what)
+def _missing_service(what: str) -> Callable[[], Any]:
+    return lambda: _MissingService(what)
 
 
 @dataclass(frozen=True, slots=True)
-class Services:
+class NodeServices:
     """All of them; what a process doesn't have raises `NodeError` when it is used."""
 
-    http: HttpClient
-    data_sources: DataSources = field(default_factory=_absent("Data sources"))
-    files: Files = field(default_factory=_absent("Files"))
-    blobs: Blobs = field(default_factory=_absent("Blobs"))
-    code: Code = field(default_factory=_absent("Code nodes"))
-    runs: Runs = field(default_factory=_absent("Other workflows"))
-    pace: Pace = field(default_factory=_absent("Shared rates"))
-    events: Events = field(default_factory=_absent("Events"))
+    http: HttpClientService
+    data_sources: DataSourceService = field(default_factory=_missing_service("Data sources"))
+    files: FileFolderService = field(default_factory=_missing_service("Files"))
+    blobs: BlobService = field(default_factory=_missing_service("Blobs"))
+    code: CodeService = field(default_factory=_missing_service("Code nodes"))
+    runs: SubRunService = field(default_factory=_missing_service("Other workflows"))
+    pace: ThrottleService = field(default_factory=_missing_service("Shared rates"))
+    events: EventWaitService = field(default_factory=_missing_service("Events"))

@@ -11,13 +11,13 @@ from enum import IntEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
-from engine import names
+from engine import name_suggestions
 
 if TYPE_CHECKING:
-    from engine.expressions import Step
+    from engine.expressions import PathStep
     from engine.values import Json
 
-Steps: TypeAlias = "Sequence[Step]"
+ShapeSteps: TypeAlias = "Sequence[PathStep]"
 
 MAX_FIELDS: Final = 250
 """An object with more fields than these is taken for anything, so that shapes stay cheap to put together."""
@@ -26,7 +26,7 @@ MAX_ITEMS: Final = 50
 """Items of a past list that are looked at."""
 
 
-class Rest(IntEnum):
+class OtherFields(IntEnum):
     """What there may be beside the fields that a shape names; of two, the larger allows more."""
 
     NOTHING = 0
@@ -38,39 +38,39 @@ class Rest(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shape:
+class ValueShape:
     """An object with these fields, a list of these items, or, with neither, whatever `rest` says."""
 
-    fields: Mapping[str, Shape] = field(default_factory=dict)
-    items: Shape | None = None
-    rest: Rest = Rest.NOTHING
+    fields: Mapping[str, ValueShape] = field(default_factory=dict)
+    items: ValueShape | None = None
+    rest: OtherFields = OtherFields.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class PathDeadEnd:
     """A path leads nowhere from its step number `at`, which isn't in `shape`."""
 
     at: int
-    shape: Shape
+    shape: ValueShape
 
 
-UNKNOWN: Final = Shape(rest=Rest.UNKNOWN)
-SCALAR: Final = Shape()
+UNKNOWN: Final = ValueShape(rest=OtherFields.UNKNOWN)
+SCALAR: Final = ValueShape()
 
 
-def follow(shape: Shape, steps: Steps) -> Shape | Lost:
+def follow_path(shape: ValueShape, steps: ShapeSteps) -> ValueShape | PathDeadEnd:
     """Return the shape at the end of a path, or where the path is lost."""
     for at, step in enumerate(steps):
-        below = _below(shape, step)
-        if below is None and shape.rest >= Rest.UNKNOWN:
+        below = _child_shape(shape, step)
+        if below is None and shape.rest >= OtherFields.UNKNOWN:
             return UNKNOWN
         if below is None:
-            return Lost(at, shape)
+            return PathDeadEnd(at, shape)
         shape = below
     return shape
 
 
-def _below(shape: Shape, step: Step) -> Shape | None:
+def _child_shape(shape: ValueShape, step: PathStep) -> ValueShape | None:
     key, position = step
     if key is not None and key in shape.fields:
         return shape.fields[key]
@@ -80,48 +80,48 @@ def _below(shape: Shape, step: Step) -> Shape | None:
 # ── made of schemas ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def of_schema(schema: Json) -> Shape:
+def shape_of_schema(schema: Json) -> ValueShape:
     """Return what a JSON Schema says of a value, by its types, properties and items; other keywords say nothing."""
     if not isinstance(schema, dict):
         return UNKNOWN
     match schema.get("type"):
         case "object":
             properties = cast("Mapping[str, Json]", schema.get("properties", {}))
-            fields = {name: of_schema(each) for name, each in properties.items()}
-            return Shape(fields, rest=_rest(schema.get("additionalProperties")))
+            fields = {name: shape_of_schema(each) for name, each in properties.items()}
+            return ValueShape(fields, rest=_other_fields(schema.get("additionalProperties")))
         case "array":
-            return Shape(items=of_schema(schema.get("items")))
+            return ValueShape(items=shape_of_schema(schema.get("items")))
         case "string" | "number" | "integer" | "boolean" | "null":
             return SCALAR
         case _:
             return UNKNOWN
 
 
-def _rest(additional: Json) -> Rest:
+def _other_fields(additional: Json) -> OtherFields:
     if additional is None:
-        return Rest.UNKNOWN
-    return Rest.NOTHING if additional is False else Rest.ANYTHING
+        return OtherFields.UNKNOWN
+    return OtherFields.NOTHING if additional is False else OtherFields.ANYTHING
 
 
 # ── made of values ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def of_config(value: Json, levels: int = MAX_LEVELS) -> Shape:
+def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
     """Return what is known of a value in a config, before the templates in it are rendered."""
     match value:
         case dict() if levels == 0 or "$op" in value or len(value) > MAX_FIELDS:
             return UNKNOWN
         case dict():
-            return Shape({name: of_config(each, levels - 1) for name, each in value.items()})
+            return ValueShape({name: shape_of_config(each, levels - 1) for name, each in value.items()})
         case list():
-            return Shape(items=UNKNOWN)
+            return ValueShape(items=UNKNOWN)
         case str() if "{{" in value:
             return UNKNOWN
         case _:
             return SCALAR
 
 
-def of_past(past: Sequence[Json], levels: int = MAX_LEVELS) -> Shape:
+def shape_of_samples(past: Sequence[Json], levels: int = MAX_LEVELS) -> ValueShape:
     """Return what any of the past values had; those that are empty or null tell nothing."""
     telling = [value for value in past if value not in (None, [], {})]
     if levels == 0 or not telling:
@@ -135,37 +135,39 @@ def of_past(past: Sequence[Json], levels: int = MAX_LEVELS) -> Shape:
     if len(found) > MAX_FIELDS:
         return UNKNOWN
     items = [item for value in lists for item in islice(value, MAX_ITEMS)]
-    return Shape(
-        {name: of_past(each, levels - 1) for name, each in found.items()},
-        of_past(items, levels - 1) if lists else None,
-        Rest.NOTHING_SEEN,
+    return ValueShape(
+        {name: shape_of_samples(each, levels - 1) for name, each in found.items()},
+        shape_of_samples(items, levels - 1) if lists else None,
+        OtherFields.NOTHING_SEEN,
     )
 
 
 # ── put together ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_past(shape: Shape, past: Shape) -> Shape:
+def merge_samples(shape: ValueShape, past: ValueShape) -> ValueShape:
     """Return a shape in which past values tell of what nobody knew, and add what nobody expected."""
-    if past.rest is Rest.UNKNOWN:
+    if past.rest is OtherFields.UNKNOWN:
         return shape
     known = {
-        name: with_past(each, past.fields[name]) if name in past.fields else each
+        name: merge_samples(each, past.fields[name]) if name in past.fields else each
         for name, each in shape.fields.items()
     }
-    items = with_past(shape.items, past.items) if shape.items and past.items else shape.items or past.items
-    rest = past.rest if shape.rest is Rest.UNKNOWN else shape.rest
-    return Shape({**past.fields, **known}, items, rest)
+    items = (
+        merge_samples(shape.items, past.items) if shape.items and past.items else shape.items or past.items
+    )
+    rest = past.rest if shape.rest is OtherFields.UNKNOWN else shape.rest
+    return ValueShape({**past.fields, **known}, items, rest)
 
 
-def with_fields(shape: Shape, fields: Mapping[str, Shape]) -> Shape:
+def add_fields(shape: ValueShape, fields: Mapping[str, ValueShape]) -> ValueShape:
     """Return an object with other fields laid over it."""
     if len(shape.fields) + len(fields) > MAX_FIELDS:
         return UNKNOWN
-    return Shape({**shape.fields, **fields}, rest=shape.rest)
+    return ValueShape({**shape.fields, **fields}, rest=shape.rest)
 
 
-def either(shapes: Sequence[Shape]) -> Shape:
+def union_shapes(shapes: Sequence[ValueShape]) -> ValueShape:
     """Return a shape that is any of these: it has whatever one of them has."""
     first, *others = shapes
     if not others:
@@ -180,57 +182,63 @@ def either(shapes: Sequence[Shape]) -> Shape:
         if shape.items is not items:
             items = UNKNOWN if items and shape.items else items or shape.items
         rest = max(rest, shape.rest)
-    if rest >= Rest.UNKNOWN:
+    if rest >= OtherFields.UNKNOWN:
         # What one of them may have, nobody knows how, can't be told by how another has it.
         fields = {
-            name: each for name, each in fields.items() if all(_agrees(shape, name, each) for shape in shapes)
+            name: each
+            for name, each in fields.items()
+            if all(_accepts_field(shape, name, each) for shape in shapes)
         }
         items = UNKNOWN if items else None
-    return Shape(fields, items, rest)
+    return ValueShape(fields, items, rest)
 
 
-def _agrees(shape: Shape, name: str, expected: Shape) -> bool:
-    return shape.rest < Rest.UNKNOWN or shape.fields.get(name) is expected
+def _accepts_field(shape: ValueShape, name: str, expected: ValueShape) -> bool:
+    return shape.rest < OtherFields.UNKNOWN or shape.fields.get(name) is expected
 
 
 # ── paths that were meant ───────────────────────────────────────────────────────────────────────────────────
 
 
-def near(steps: Steps, lost: Lost) -> list[Steps]:
+def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
     """Return paths that lead somewhere and may have been meant, by a name like it, or a step more or less."""
     head, (key, _), tail = steps[: lost.at], steps[lost.at], steps[lost.at + 1 :]
     fields = lost.shape.fields
-    meant = names.meant(key, fields) if key is not None else []
-    alike: list[Steps] = [(*head, (name, None), *tail) for name in meant if _leads_on(fields[name], tail)]
+    meant = name_suggestions.suggest_names(key, fields) if key is not None else []
+    alike: list[ShapeSteps] = [
+        (*head, (name, None), *tail) for name in meant if _resolves(fields[name], tail)
+    ]
     if alike:
         return alike
     if tail and _is_known(lost.shape, tail):
         return [(*head, *tail)]
-    below = (way for way, shape in _ways(lost.shape) if _is_known(shape, steps[lost.at :]))
+    below = (way for way, shape in _list_paths(lost.shape) if _is_known(shape, steps[lost.at :]))
     return [(*head, *way, *steps[lost.at :]) for way in islice(below, 2)]
 
 
-def open_field(shape: Shape) -> str | None:
+def find_open_field(shape: ValueShape) -> str | None:
     """Return the one field that may hold anything, if there is just one: what isn't beside it may be in it."""
-    found = [name for name, each in shape.fields.items() if each.rest is Rest.UNKNOWN and not each.fields]
+    found = [
+        name for name, each in shape.fields.items() if each.rest is OtherFields.UNKNOWN and not each.fields
+    ]
     return found[0] if len(found) == 1 else None
 
 
-def _leads_on(shape: Shape, steps: Steps) -> bool:
-    return not isinstance(follow(shape, steps), Lost)
+def _resolves(shape: ValueShape, steps: ShapeSteps) -> bool:
+    return not isinstance(follow_path(shape, steps), PathDeadEnd)
 
 
-def _is_known(shape: Shape, steps: Steps) -> bool:
+def _is_known(shape: ValueShape, steps: ShapeSteps) -> bool:
     """Tell whether every step of a path is one that the shape names."""
     for step in steps:
-        below = _below(shape, step)
+        below = _child_shape(shape, step)
         if below is None:
             return False
         shape = below
     return True
 
 
-def _ways(shape: Shape) -> Iterator[tuple[Steps, Shape]]:
+def _list_paths(shape: ValueShape) -> Iterator[tuple[ShapeSteps, ValueShape]]:
     """Return the fields of a shape, and theirs, with the way to each; the nearest first."""
     inner = [(((name, None),), each) for name, each in islice(shape.fields.items(), MAX_FIELDS)]
     yield from inner

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from engine.values import Json
 
-SCHEDULE: Final = "schedule"
+SCHEDULE_KIND: Final = "schedule"
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TriggerLayout:
     """Output fields of a kind of trigger, and the one that takes inputs."""
 
     fields: Mapping[str, Json]
@@ -30,18 +30,18 @@ class Layout:
 
 
 _HTTP: Final[Mapping[str, Json]] = {"body": {}, "headers": {}, "query": {}}
-_MANUAL: Final = Layout({"body": {}}, payload="body")
-_LAYOUTS: Final[Mapping[str, Layout]] = {
-    "webhook": Layout(_HTTP, payload="body", optional=frozenset({"method", "respond"})),
-    "rest-api": Layout(_HTTP, payload="body"),
+_MANUAL: Final = TriggerLayout({"body": {}}, payload="body")
+_LAYOUTS: Final[Mapping[str, TriggerLayout]] = {
+    "webhook": TriggerLayout(_HTTP, payload="body", optional=frozenset({"method", "respond"})),
+    "rest-api": TriggerLayout(_HTTP, payload="body"),
     "manual": _MANUAL,
-    "queue": Layout({"message": {}, "priority": 0, "source": "rest_api"}, payload="message"),
-    "event": Layout(
+    "queue": TriggerLayout({"message": {}, "priority": 0, "source": "rest_api"}, payload="message"),
+    "event": TriggerLayout(
         {"event_type": "", "event_data": {}, "source": "platform"},
         payload="event_data",
         optional=frozenset({"attributes"}),
     ),
-    "email": Layout(
+    "email": TriggerLayout(
         {
             **dict.fromkeys(("from", "to", "cc", "reply_to", "subject", "body_text", "body_html"), ""),
             "attachments": [],
@@ -53,7 +53,7 @@ _LAYOUTS: Final[Mapping[str, Layout]] = {
             "senderIp": None,
         }
     ),
-    SCHEDULE: Layout({"timezone": "UTC"}),
+    SCHEDULE_KIND: TriggerLayout({"timezone": "UTC"}),
 }
 
 
@@ -65,7 +65,7 @@ def trigger_output(kind: str, inputs: Json | Mapping[str, Json], now: datetime) 
     """
     layout = _LAYOUTS.get(kind, _MANUAL)
     fields = dict(layout.fields)
-    if kind == SCHEDULE:
+    if kind == SCHEDULE_KIND:
         fields["scheduledAt"] = now.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     given: Json = dict(inputs) if isinstance(inputs, Mapping) else inputs
     if isinstance(given, dict) and (layout.payload is None or layout.has(given)):

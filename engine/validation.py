@@ -9,88 +9,101 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from engine import mapping_checks, names, secrets
-from engine.dataflow import Samples
-from engine.findings import Finding, Findings, FindingType, Fix, FixAction, Validation
-from engine.mapping_checks import Drawn
-from engine.node import CONTINUE, DONE, ERROR, UnknownNodeType
-from engine.places import Reader, Reading
-from engine.scripts import Scripts
+from engine import inline_secrets, mapping_checks, name_suggestions
+from engine.dataflow import OutputSamples
+from engine.expression_places import ExpressionReader, NodeExpressions
+from engine.findings import (
+    FindingCollector,
+    FindingType,
+    FixAction,
+    GraphFinding,
+    SuggestedFix,
+    ValidationResult,
+)
+from engine.mapping_checks import InspectedGraph
+from engine.node_api import CONTINUE, DONE, ERROR, UnknownNodeType
+from engine.script_checks import ScriptChecker
 from engine.sections import MAX_LOOP_DEPTH, find_bodies
 
 if TYPE_CHECKING:
     from engine.expressions import ExpressionError
-    from engine.graph import Edge, Graph, Node
-    from engine.node import NodeType
-    from engine.program import Catalog, ConfigProblem
-    from engine.sections import Bodies
+    from engine.graph import GraphEdge, GraphNode, ParsedGraph
+    from engine.node_api import NodeType
+    from engine.program import ConfigProblemView, NodeTypeLookup
+    from engine.sections import LoopBodies
 
-NO_SAMPLES: Final[Samples] = MappingProxyType({})
-SHOWN_OF_A_CYCLE: Final = 6
+NO_SAMPLES: Final[OutputSamples] = MappingProxyType({})
+SHOWN_CYCLE_NODES: Final = 6
 SHOWN_PLACES: Final = 5
 
 
-def validate(
-    graph: Graph, catalog: Catalog, *, is_draft: bool = False, samples: Samples = NO_SAMPLES
-) -> Validation:
+def validate_graph(
+    graph: ParsedGraph,
+    catalog: NodeTypeLookup,
+    *,
+    is_draft: bool = False,
+    samples: OutputSamples = NO_SAMPLES,
+) -> ValidationResult:
     """Check a graph against the catalogue, and its paths against `samples` too: what nodes gave out in past runs."""
-    findings = Findings(is_draft=is_draft)
-    drawn = _inspected(graph, catalog, findings)
+    findings = FindingCollector(is_draft=is_draft)
+    drawn = _inspect_graph(graph, catalog, findings)
     if drawn is not None:
-        for finding in (*mapping_checks.check(drawn, samples), *_inline_secrets(graph)):
+        for finding in (*mapping_checks.check_paths(drawn, samples), *_inline_secret_findings(graph)):
             findings.add(finding)
     return findings.result()
 
 
-def find_errors(graph: Graph, catalog: Catalog, *, passed: Collection[str] = ()) -> Validation:
+def find_errors(
+    graph: ParsedGraph, catalog: NodeTypeLookup, *, passed: Collection[str] = ()
+) -> ValidationResult:
     """Check only whether a graph can run: in a fraction of the time, and without most of the warnings.
 
     The configs of the nodes with the ids in `passed`, which were found good before, aren't read again.
     """
-    findings = Findings(is_draft=False)
-    _inspected(graph, catalog, findings, passed)
+    findings = FindingCollector(is_draft=False)
+    _inspect_graph(graph, catalog, findings, passed)
     return findings.result()
 
 
-def _inspected(
-    graph: Graph, catalog: Catalog, findings: Findings, passed: Collection[str] = ()
-) -> Drawn | None:
+def _inspect_graph(
+    graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector, passed: Collection[str] = ()
+) -> InspectedGraph | None:
     """Look for everything but doubtful paths and secrets; returns None where it was broken off."""
     if not graph.nodes:
-        findings.add(_empty())
+        findings.add(_empty_graph_finding())
         return None
     known = _look_up(graph, catalog, findings)
     types = {node.id: node_type for node, node_type in known}
     loops = {node_id for node_id, node_type in types.items() if node_type.loops}
     bodies = find_bodies(graph, loops)
     for finding in (
-        *_duplicates(graph),
-        *_triggers(graph, types),
-        *_connections(graph, types),
-        *_cycle(graph, loops),
-        *_overlaps(graph, bodies),
-        *_disconnected(graph, types),
+        *_duplicate_findings(graph),
+        *_trigger_findings(graph, types),
+        *_connection_findings(graph, types),
+        *_cycle_finding(graph, loops),
+        *_overlap_findings(graph, bodies),
+        *_disconnected_findings(graph, types),
     ):
         findings.add(finding)
-    reader, scripts = Reader(), Scripts()
-    readings: dict[str, Reading] = {}
+    reader, scripts = ExpressionReader(), ScriptChecker()
+    readings: dict[str, NodeExpressions] = {}
     for node, node_type in known:
-        if not findings.has_room:
-            findings.break_off()
+        if not findings.has_capacity:
+            findings.truncate()
             return None
         if node.id in passed:
             continue
         readings[node.id] = reader.read(node, node_type)
         problems = catalog.config_problems(node_type, node.config)
-        for finding in _of_config(node, problems, readings[node.id]):
+        for finding in _config_findings(node, problems, readings[node.id]):
             findings.add(finding)
         for finding in scripts.findings(node, node_type):
             findings.add(finding)
-    return Drawn(graph, bodies, types, readings)
+    return InspectedGraph(graph, bodies, types, readings)
 
 
-def _empty() -> Finding:
-    return Finding(
+def _empty_graph_finding() -> GraphFinding:
+    return GraphFinding(
         FindingType.EMPTY_WORKFLOW,
         "The workflow has no nodes",
         "Add a trigger node and a node that it leads to.",
@@ -100,133 +113,139 @@ def _empty() -> Finding:
 # ── nodes and their types ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _look_up(graph: Graph, catalog: Catalog, findings: Findings) -> list[tuple[Node, NodeType]]:
+def _look_up(
+    graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector
+) -> list[tuple[GraphNode, NodeType]]:
     """Return the nodes whose types there are, each with its own: two of them may have one id."""
     asked: dict[tuple[str, str | None], NodeType | UnknownNodeType] = {}
-    known: list[tuple[Node, NodeType]] = []
+    known: list[tuple[GraphNode, NodeType]] = []
     for node in graph.nodes:
         key = (node.type, node.version)
         if key not in asked:
-            asked[key] = _found(catalog, *key)
+            asked[key] = _find_node_type(catalog, *key)
         found = asked[key]
         if isinstance(found, UnknownNodeType):
-            findings.add(_unknown_type(node, found))
+            findings.add(_unknown_type_finding(node, found))
             continue
         known.append((node, found))
         if not found.runnable:
-            findings.add(_not_runnable(node))
+            findings.add(_not_runnable_finding(node))
     return known
 
 
-def _found(catalog: Catalog, node_type: str, version: str | None) -> NodeType | UnknownNodeType:
+def _find_node_type(
+    catalog: NodeTypeLookup, node_type: str, version: str | None
+) -> NodeType | UnknownNodeType:
     try:
         return catalog.get(node_type, version)
     except UnknownNodeType as error:
         return error
 
 
-def _unknown_type(node: Node, error: UnknownNodeType) -> Finding:
+def _unknown_type_finding(node: GraphNode, error: UnknownNodeType) -> GraphFinding:
     suggestion = "Choose a type and version from the catalogue."
     fix = None
     if error.version is not None:
         suggestion = f"Use version {error.version}."
-        fix = Fix(FixAction.SET_VERSION, node.id, value=error.version)
-    elif len(meant := names.meant(node.type, error.nearest)) == 1:
+        fix = SuggestedFix(FixAction.SET_VERSION, node.id, value=error.version)
+    elif len(meant := name_suggestions.suggest_names(node.type, error.nearest)) == 1:
         suggestion = f"Use the type {meant[0]}."
-        fix = Fix(FixAction.SET_NODE_TYPE, node.id, value=meant[0])
-    return Finding(FindingType.UNKNOWN_NODE_TYPE, error.message, suggestion, node.id, fix=fix)
+        fix = SuggestedFix(FixAction.SET_NODE_TYPE, node.id, value=meant[0])
+    return GraphFinding(FindingType.UNKNOWN_NODE_TYPE, error.message, suggestion, node.id, fix=fix)
 
 
-def _not_runnable(node: Node) -> Finding:
+def _not_runnable_finding(node: GraphNode) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}) can be drawn and connected, but this server can\'t run it'
     suggestion = "Replace it by a type that the catalogue shows as runnable before you run the workflow."
-    return Finding(FindingType.NOT_RUNNABLE, message, suggestion, node.id)
+    return GraphFinding(FindingType.NOT_RUNNABLE, message, suggestion, node.id)
 
 
-def _duplicates(graph: Graph) -> Iterator[Finding]:
+def _duplicate_findings(graph: ParsedGraph) -> Iterator[GraphFinding]:
     for node_id, count in Counter(node.id for node in graph.nodes).items():
         if count > 1:
             message = f"{count} nodes have the id {node_id!r}"
             suggestion = "Give each node an id of its own."
-            yield Finding(FindingType.DUPLICATE_NODE_ID, message, suggestion, node_id)
+            yield GraphFinding(FindingType.DUPLICATE_NODE_ID, message, suggestion, node_id)
     for edge_id, count in Counter(edge.id for edge in graph.edges).items():
         if count > 1:
             message = f"{count} connections have the id {edge_id!r}"
             suggestion = "Give each an id of its own."
-            yield Finding(FindingType.BROKEN_CONNECTION, message, suggestion, connection_id=edge_id)
+            yield GraphFinding(FindingType.BROKEN_CONNECTION, message, suggestion, connection_id=edge_id)
 
 
-def _triggers(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
+def _trigger_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
     triggers = [node for node in graph.nodes if node.id in types and types[node.id].is_trigger]
     if not triggers and len(types) == len(graph.by_id):
         suggestion = "Add a trigger: manual, rest-api or webhook."
-        yield Finding(FindingType.MISSING_TRIGGER, "The workflow has no trigger node", suggestion)
+        yield GraphFinding(FindingType.MISSING_TRIGGER, "The workflow has no trigger node", suggestion)
     for extra in triggers[1:]:
         message = f'Node "{extra.label}" ({extra.type}) is a second trigger beside "{triggers[0].label}"'
-        yield Finding(FindingType.MULTIPLE_TRIGGERS, message, "Keep one trigger.", extra.id)
+        yield GraphFinding(FindingType.MULTIPLE_TRIGGERS, message, "Keep one trigger.", extra.id)
 
 
 # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _connections(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
+def _connection_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
     by_id = graph.by_id
     outputs: dict[str, Sequence[str]] = {}
     for edge in graph.edges:
         if edge.source not in by_id or edge.target not in by_id:
-            yield _broken(edge, [end for end in (edge.source, edge.target) if end not in by_id])
+            yield _broken_edge_finding(edge, [end for end in (edge.source, edge.target) if end not in by_id])
             continue
         source, target = types.get(edge.source), types.get(edge.target)
         if source and edge.source_port != ERROR:
             if edge.source not in outputs:
                 outputs[edge.source] = source.outputs_of(by_id[edge.source].config)
             if edge.source_port not in outputs[edge.source]:
-                yield _no_output(edge, by_id[edge.source], outputs[edge.source])
+                yield _unknown_output_finding(edge, by_id[edge.source], outputs[edge.source])
         if target and edge.target_port not in target.inputs:
-            yield _no_input(edge, by_id[edge.target], target)
+            yield _unknown_input_finding(edge, by_id[edge.target], target)
 
 
-def _broken(edge: Edge, missing: Sequence[str]) -> Finding:
+def _broken_edge_finding(edge: GraphEdge, missing: Sequence[str]) -> GraphFinding:
     message = f"Connection {edge.id!r} names {' and '.join(map(repr, missing))}, which the workflow lacks"
-    return Finding(
+    return GraphFinding(
         FindingType.BROKEN_CONNECTION,
         message,
         "Remove the connection, or add the node.",
         connection_id=edge.id,
-        fix=_removal(edge),
+        fix=_removal_fix(edge),
     )
 
 
-def _no_output(edge: Edge, node: Node, ports: Sequence[str]) -> Finding:
+def _unknown_output_finding(edge: GraphEdge, node: GraphNode, ports: Sequence[str]) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}) has no output port {edge.source_port!r}'
     suggestion = f"Use one of: {', '.join((*ports, ERROR))}."
-    fix = _port_fix(edge, "sourcePort", edge.source_port, ports)
-    return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)
+    fix = _suggest_port(edge, "sourcePort", edge.source_port, ports)
+    return GraphFinding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)
 
 
-def _no_input(edge: Edge, node: Node, node_type: NodeType) -> Finding:
+def _unknown_input_finding(edge: GraphEdge, node: GraphNode, node_type: NodeType) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}) has no input port {edge.target_port!r}'
     if not node_type.inputs:
         suggestion = "Nothing can lead into this node: remove the connection."
-        return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, _removal(edge))
+        return GraphFinding(
+            FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, _removal_fix(edge)
+        )
     suggestion = f"Use one of: {', '.join(node_type.inputs)}."
-    fix = _port_fix(edge, "targetPort", edge.target_port, node_type.inputs)
-    return Finding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)
+    fix = _suggest_port(edge, "targetPort", edge.target_port, node_type.inputs)
+    return GraphFinding(FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, fix)
 
 
-def _port_fix(edge: Edge, field: str, port: str, ports: Sequence[str]) -> Fix | None:
+def _suggest_port(edge: GraphEdge, field: str, port: str, ports: Sequence[str]) -> SuggestedFix | None:
     """Return the one port that can be meant, if there is just one."""
-    meant = ports if len(ports) == 1 else names.meant(port, ports)
+    meant = ports if len(ports) == 1 else name_suggestions.suggest_names(port, ports)
     if len(meant) != 1:
         return None
-    return Fix(FixAction.SET_PORT, connection_id=edge.id, path=(field,), value=meant[0])
+    return SuggestedFix(FixAction.SET_PORT, connection_id=edge.id, path=(field,), value=meant[0])
 
 
-def _removal(edge: Edge) -> Fix:
-    return Fix(FixAction.REMOVE_CONNECTION, connection_id=edge.id)
+def _removal_fix(edge: GraphEdge) -> SuggestedFix:
+    return SuggestedFix(FixAction.REMOVE_CONNECTION, connection_id=edge.id)
 
 
-def _cycle(graph: Graph, loops: Collection[str]) -> Iterator[Finding]:
+def _cycle_finding(graph: ParsedGraph, loops: Collection[str]) -> Iterator[GraphFinding]:
     if len(graph.order) == len(graph.by_id):
         return
     placed = set(graph.order)
@@ -243,29 +262,29 @@ def _cycle(graph: Graph, loops: Collection[str]) -> Iterator[Finding]:
             next(edge for edge in graph.outbound[source] if edge.target == target)
             for source, target in pairwise(around)
         ]
-        message = f"The connections form a cycle: {' → '.join(_some(around, SHOWN_OF_A_CYCLE + 1))}"
-        back = _back_to_its_loop(edges, loops)
+        message = f"The connections form a cycle: {' → '.join(_join_some(around, SHOWN_CYCLE_NODES + 1))}"
+        back = _find_loop_back_edge(edges, loops)
         if back is not None:
             suggestion = (
                 f"Remove connection {back.id}: the body of a loop ends by itself, and what has come of all items"
                 f" leaves by the loop's port {DONE}."
             )
-            yield Finding(FindingType.CYCLE, message, suggestion, back.target, fix=_removal(back))
+            yield GraphFinding(FindingType.CYCLE, message, suggestion, back.target, fix=_removal_fix(back))
             return
-        shown = ", ".join(_some([edge.id for edge in edges], SHOWN_OF_A_CYCLE))
-        fix = _removal(edges[0]) if len(edges) == 1 else None
-        yield Finding(
+        shown = ", ".join(_join_some([edge.id for edge in edges], SHOWN_CYCLE_NODES))
+        fix = _removal_fix(edges[0]) if len(edges) == 1 else None
+        yield GraphFinding(
             FindingType.CYCLE, message, f"Remove one of these connections: {shown}.", around[0], fix=fix
         )
 
 
-def _back_to_its_loop(around: Sequence[Edge], loops: Collection[str]) -> Edge | None:
+def _find_loop_back_edge(around: Sequence[GraphEdge], loops: Collection[str]) -> GraphEdge | None:
     """Return the edge of a cycle that leads back from a loop's body to the loop."""
     entered = {edge.source for edge in around if edge.source_port == CONTINUE and edge.source in loops}
     return next((edge for edge in around if edge.target in entered), None)
 
 
-def _overlaps(graph: Graph, bodies: Bodies) -> Iterator[Finding]:
+def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphFinding]:
     """Return what keeps the bodies of loops from being parts of their own."""
     by_id = graph.by_id
     for edge in bodies.crossing:
@@ -279,7 +298,7 @@ def _overlaps(graph: Graph, bodies: Bodies) -> Iterator[Finding]:
             f"Remove it, or the connections by which the body leads to this node: what has come of a loop leaves it"
             f" by its port {DONE}."
         )
-        yield Finding(FindingType.LOOP_BODY_ENTERED, message, suggestion, target.id, edge.id)
+        yield GraphFinding(FindingType.LOOP_BODY_ENTERED, message, suggestion, target.id, edge.id)
     for node_id in {holder for holder in bodies.holders.values() if holder is not None}:
         if bodies.depths[node_id] == MAX_LOOP_DEPTH:
             message = (
@@ -287,10 +306,10 @@ def _overlaps(graph: Graph, bodies: Bodies) -> Iterator[Finding]:
                 f" at most {MAX_LOOP_DEPTH} loops stand in one another"
             )
             suggestion = "Run its body in a workflow of its own, by a sub-workflow node."
-            yield Finding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
+            yield GraphFinding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
 
 
-def _disconnected(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Finding]:
+def _disconnected_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> Iterator[GraphFinding]:
     for node in graph.nodes:
         node_type = types.get(node.id)
         if graph.inbound[node.id] or (node_type and node_type.is_trigger):
@@ -298,34 +317,38 @@ def _disconnected(graph: Graph, types: Mapping[str, NodeType]) -> Iterator[Findi
         if node_type and not node_type.inputs:
             if not graph.outbound[node.id]:
                 message = f'Node "{node.label}" ({node.type}) leads to no node: nobody uses it'
-                yield Finding(FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id)
+                yield GraphFinding(
+                    FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id
+                )
             continue
         message = f'Nothing leads to node "{node.label}" ({node.type}): it will be skipped'
-        yield Finding(FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id)
+        yield GraphFinding(FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id)
 
 
 # ── configs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _of_config(node: Node, problems: Sequence[ConfigProblem], reading: Reading) -> Iterator[Finding]:
+def _config_findings(
+    node: GraphNode, problems: Sequence[ConfigProblemView], reading: NodeExpressions
+) -> Iterator[GraphFinding]:
     missing = [problem for problem in problems if problem.keyword == "required"]
     if missing:
-        yield _missing_config(node, missing)
+        yield _missing_config_finding(node, missing)
     for problem in problems:
         if problem.keyword != "required":
-            yield _invalid_config(node, problem)
+            yield _invalid_config_finding(node, problem)
     for name, error in reading.errors:
-        yield _invalid_expression(node, name, error)
+        yield _invalid_expression_finding(node, name, error)
 
 
-def _missing_config(node: Node, missing: Sequence[ConfigProblem]) -> Finding:
+def _missing_config_finding(node: GraphNode, missing: Sequence[ConfigProblemView]) -> GraphFinding:
     needed = "; ".join(problem.message for problem in missing)
     message = f'Node "{node.label}" ({node.type}) needs configuration: {needed}'
     fields = " and ".join(problem.path for problem in missing)
-    return Finding(FindingType.MISSING_CONFIG, message, f"Set {fields} in its config.", node.id)
+    return GraphFinding(FindingType.MISSING_CONFIG, message, f"Set {fields} in its config.", node.id)
 
 
-def _invalid_config(node: Node, problem: ConfigProblem) -> Finding:
+def _invalid_config_finding(node: GraphNode, problem: ConfigProblemView) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}): {problem.path}: {problem.message}'
     suggestion = "See the schema of the node type."
     fix = None
@@ -333,26 +356,26 @@ def _invalid_config(node: Node, problem: ConfigProblem) -> Finding:
         is_unknown_field = problem.keyword == "additionalProperties"
         action = FixAction.RENAME_CONFIG if is_unknown_field else FixAction.SET_CONFIG
         suggestion = f"Call it {problem.meant}." if is_unknown_field else f"Write {problem.meant}."
-        fix = Fix(action, node.id, path=problem.steps, value=problem.meant)
-    return Finding(FindingType.INVALID_CONFIG, message, suggestion, node.id, fix=fix)
+        fix = SuggestedFix(action, node.id, path=problem.steps, value=problem.meant)
+    return GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, node.id, fix=fix)
 
 
-def _invalid_expression(node: Node, name: str, error: ExpressionError) -> Finding:
+def _invalid_expression_finding(node: GraphNode, name: str, error: ExpressionError) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}): {name}: {error}'
-    return Finding(FindingType.INVALID_CONFIG, message, "Mend the expression.", node.id)
+    return GraphFinding(FindingType.INVALID_CONFIG, message, "Mend the expression.", node.id)
 
 
-def _inline_secrets(graph: Graph) -> Iterator[Finding]:
+def _inline_secret_findings(graph: ParsedGraph) -> Iterator[GraphFinding]:
     for node in graph.nodes:
-        found = secrets.find(dict(node.config))
+        found = inline_secrets.find_secrets(dict(node.config))
         if found:
-            shown = ", ".join(_some(found, SHOWN_PLACES))
+            shown = ", ".join(_join_some(found, SHOWN_PLACES))
             message = f'Node "{node.label}" ({node.type}) seems to hold a credential in its config: {shown}'
             suggestion = (
                 "Hand it in with the run's data instead: whoever may read the workflow can read it here."
             )
-            yield Finding(FindingType.INLINE_SECRET, message, suggestion, node.id)
+            yield GraphFinding(FindingType.INLINE_SECRET, message, suggestion, node.id)
 
 
-def _some(texts: Sequence[str], most: int) -> Sequence[str]:
+def _join_some(texts: Sequence[str], most: int) -> Sequence[str]:
     return [*texts[:most], "…"] if len(texts) > most else texts

@@ -18,7 +18,7 @@ from json_text.pieces import DuplicateName
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-Code: TypeAlias = Literal[
+JsonErrorCode: TypeAlias = Literal[
     "duplicate-key",
     "lone-surrogate",
     "malformed-json",
@@ -34,7 +34,7 @@ MAX_DEPTH: Final = 64
 """Objects and lists inside one another: `[]` has a depth of 1."""
 MAX_ENCODED_BYTES: Final = 50_000_000
 """More than any body that is accepted: a larger value was multiplied on its way through a workflow."""
-BRIEF_BYTES: Final = 131_072
+INLINE_BYTES: Final = 131_072
 """What is written while others wait: some milliseconds' work."""
 MAX_NUMBER: Final = sys.float_info.max
 """Integers stay exact up to here; larger ones, from 309 digits on, are infinite to whoever reads floats."""
@@ -63,7 +63,7 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 class InvalidJson(ValueError):
     """Refused, and would be refused again: `code` names the rule, `message` says what to mend."""
 
-    def __init__(self, code: Code, message: str) -> None:
+    def __init__(self, code: JsonErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -72,7 +72,7 @@ class InvalidJson(ValueError):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
+def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
     """Return the value of one JSON text; raises `InvalidJson` for what couldn't be kept exactly as it came.
 
     The decoder itself lets duplicate keys, NUL and depth pass. They are found afterwards, which costs less
@@ -80,37 +80,37 @@ def decode(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -
     outside strings.
     """
     raw = bytes(raw)
-    if len(raw) <= BRIEF_BYTES:
-        return _decoded(raw, max_depth)
-    offload.require()
+    if len(raw) <= INLINE_BYTES:
+        return _decode_at_once(raw, max_depth)
+    offload.require_offloaded()
     try:
-        value: Json = pieces.decode(raw, lambda piece: _decoded(piece, max_depth))
+        value: Json = pieces.decode(raw, lambda piece: _decode_at_once(piece, max_depth))
     except InvalidJson:
         raise
     except DuplicateName as error:
-        raise _duplicate_key(error.name) from error
+        raise _duplicate_key_error(error.name) from error
     except RecursionError as error:
-        raise _too_deep(max_depth) from error
+        raise _too_deep_error(max_depth) from error
     except ValueError as error:
-        raise _refusal(raw, error) from error
+        raise _decode_error(raw, error) from error
     return value
 
 
-def _decoded(raw: bytes, max_depth: int) -> Json:
+def _decode_at_once(raw: bytes, max_depth: int) -> Json:
     """Return the value of a text that is decoded at once."""
     try:
         value: Json = _decode(raw)
     except RecursionError as error:
-        raise _too_deep(max_depth) from error
+        raise _too_deep_error(max_depth) from error
     except ValueError as error:
-        raise _refusal(raw, error) from error
+        raise _decode_error(raw, error) from error
     keys = _count_keys(value, max_depth)
     if raw.count(b":") != keys or _ESCAPED_NUL in raw:
-        _screen(raw, keys)
+        _refuse_ambiguous(raw, keys)
     return value
 
 
-def restored(raw: bytes) -> Json:
+def restore_json(raw: bytes) -> Json:
     """Return the value of a text that `encode` has written."""
     value: Json = decoding.decode(raw)
     return value
@@ -122,7 +122,7 @@ def _count_keys(value: Json, max_depth: int) -> int:
     level: list[Any] = [[value]]
     while level:
         if depth > max_depth:
-            raise _too_deep(max_depth)
+            raise _too_deep_error(max_depth)
         depth += 1
         below: list[Any] = []
         for container in level:
@@ -135,12 +135,12 @@ def _count_keys(value: Json, max_depth: int) -> int:
                 if kind is dict or kind is list:
                     below.append(item)
                 elif kind is int and not -MAX_NUMBER <= item <= MAX_NUMBER:
-                    raise _number_too_long()
+                    raise _number_too_long_error()
         level = below
     return keys
 
 
-def _screen(raw: bytes, keys: int) -> None:
+def _refuse_ambiguous(raw: bytes, keys: int) -> None:
     """Refuse NUL and duplicate keys in a text that is JSON and whose value has `keys` keys."""
     text = raw
     if b"\\" in text:
@@ -148,7 +148,7 @@ def _screen(raw: bytes, keys: int) -> None:
         # with one before it is inside its string.
         text = text.replace(rb"\\", b"")
         if _ESCAPED_NUL in text:
-            raise _nul_character()
+            raise _nul_character_error()
         text = text.replace(rb"\"", b"")
     outside_strings = text.split(b'"')[::2]
     if b"".join(outside_strings).count(b":") != keys:
@@ -159,11 +159,11 @@ def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:
     seen = set()
     for key, _ in pairs:
         if key in seen:
-            raise _duplicate_key(key)
+            raise _duplicate_key_error(key)
         seen.add(key)
 
 
-def _refusal(raw: bytes, error: ValueError) -> InvalidJson:
+def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
     """Return what is wrong with a text that the decoder did not take."""
     reason = str(error)
     position = _ERROR_POSITION.search(reason)
@@ -173,7 +173,7 @@ def _refusal(raw: bytes, error: ValueError) -> InvalidJson:
     if raw.startswith(_BYTE_ORDER_MARK):
         return InvalidJson("malformed-json", "The JSON begins with a byte order mark: send it without one")
     if reason.startswith("Integer value out of range"):
-        return _number_too_long()
+        return _number_too_long_error()
     if reason.startswith("Number out of range"):
         return InvalidJson("not-finite", "A number is too large: it would be read as infinite")
     if raw.startswith(_NO_NUMBERS, at) or raw.startswith(_NO_NUMBERS, max(at - 1, 0)):
@@ -185,7 +185,7 @@ def _refusal(raw: bytes, error: ValueError) -> InvalidJson:
         or (is_unicode_error and _RAW_SURROGATE.search(raw))
         or (position is None and _UNPAIRED_AT_END.search(raw, max(len(raw) - 20, 0)))
     ):
-        return _lone_surrogate()
+        return _lone_surrogate_error()
     if is_unicode_error:
         return InvalidJson("malformed-json", f"The JSON is not valid UTF-8: {reason}")
     if position is None:
@@ -196,65 +196,65 @@ def _refusal(raw: bytes, error: ValueError) -> InvalidJson:
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def encode(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
+def encode_json(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
     """Return `value` as compact JSON; raises `InvalidJson` for what `decode` wouldn't give back as it was."""
-    return _checked(value, _encode, max_bytes)
+    return _encode_checked(value, _encode, max_bytes)
 
 
-def canonical(value: object) -> bytes:
+def encode_canonical(value: object) -> bytes:
     """Return the one JSON text of a value: compact, keys sorted. `1` and `1.0` stay different texts."""
-    return _checked(value, _encode_sorted, MAX_ENCODED_BYTES)
+    return _encode_checked(value, _encode_sorted, MAX_ENCODED_BYTES)
 
 
 def fingerprint(value: object) -> str:
     """Return the SHA-256 of the canonical text, in hexadecimal."""
-    return sha256(canonical(value)).hexdigest()
+    return sha256(encode_canonical(value)).hexdigest()
 
 
-def as_text(value: Json, *, max_bytes: int = MAX_ENCODED_BYTES) -> str:
+def value_as_text(value: Json, *, max_bytes: int = MAX_ENCODED_BYTES) -> str:
     """Return how a value reads in a text: texts as they are, null as nothing, the rest as compact JSON."""
     if type(value) is str:
         return value
     if type(value) is int:
         return str(value)
-    return "" if value is None else encode(value, max_bytes=max_bytes).decode()
+    return "" if value is None else encode_json(value, max_bytes=max_bytes).decode()
 
 
-def _checked(value: object, encoder: Callable[[object], bytes], max_bytes: int) -> bytes:
-    _check(value, max_bytes)
+def _encode_checked(value: object, encoder: Callable[[object], bytes], max_bytes: int) -> bytes:
+    _check_value(value, max_bytes)
     try:
         raw = encoder(value)
     except UnicodeEncodeError as error:
-        raise _lone_surrogate() from error
+        raise _lone_surrogate_error() from error
     if len(raw) > max_bytes:
-        raise _too_large(max_bytes)
+        raise _too_large_error(max_bytes)
     if _ESCAPED_NUL in raw and _ESCAPED_NUL in raw.replace(rb"\\", b""):
-        raise _nul_character()
+        raise _nul_character_error()
     return raw
 
 
-def _check(value: object, max_bytes: int) -> None:
+def _check_value(value: object, max_bytes: int) -> None:
     """Refuse what the encoder would silently turn into something else, and what would fill the memory.
 
     A list may occur many times in a value, which then is far larger as JSON than it is here: the least that
     it can take is added up on the way.
     """
     least_bytes = depth = 0
-    most_bytes = offload.allowed(max_bytes, BRIEF_BYTES)
+    most_bytes = offload.budget(max_bytes, INLINE_BYTES)
     level: list[Any] = [(value,)]
     while level:
         if depth > MAX_DEPTH:
-            raise _too_deep(MAX_DEPTH)
+            raise _too_deep_error(MAX_DEPTH)
         depth += 1
         below: list[Any] = []
         for container in level:
             least_bytes += 2 * len(container)
             if least_bytes > most_bytes:
-                offload.require()
-                raise _too_large(max_bytes)
+                offload.require_offloaded()
+                raise _too_large_error(max_bytes)
             items = container
             if type(container) is dict:
-                least_bytes += _keys_length(container)
+                least_bytes += _count_key_characters(container)
                 items = container.values()
             for item in items:
                 kind = type(item)
@@ -265,27 +265,27 @@ def _check(value: object, max_bytes: int) -> None:
                 else:
                     _check_scalar(item)
             if least_bytes > most_bytes:
-                offload.require()
-                raise _too_large(max_bytes)
+                offload.require_offloaded()
+                raise _too_large_error(max_bytes)
         level = below
 
 
 def _check_scalar(value: object) -> None:
     if type(value) is int or type(value) is float:
         if not -MAX_NUMBER <= value <= MAX_NUMBER:
-            raise _number_too_long() if type(value) is int else _not_finite(value)
+            raise _number_too_long_error() if type(value) is int else _not_finite_error(value)
     elif value is not None and type(value) is not bool:
         raise InvalidJson("not-json", f"A value of the type {type(value).__name__} is not JSON")
 
 
-def _keys_length(keys: Iterable[str]) -> int:
+def _count_key_characters(keys: Iterable[str]) -> int:
     try:
         return len("".join(keys))
     except TypeError as error:
         raise InvalidJson("not-json", "A key of an object is not a text") from error
 
 
-def extent(value: Json, most: int) -> int:
+def count_values(value: Json, most: int) -> int:
     """Return how many values there are in a value, itself included; from `most` on nobody counts."""
     count = 1
     level = [value]
@@ -304,12 +304,12 @@ def extent(value: Json, most: int) -> int:
 # ── compared ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def kind(value: object) -> str:
+def type_name(value: object) -> str:
     """Return the name of a value's type, as users know it."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def equal(left: Json, right: Json) -> bool:
+def equal_json(left: Json, right: Json) -> bool:
     """Compare as JSON: `1` and `1.0` are equal, `1` and `true` are not, also inside lists and objects.
 
     Goes container by container, since Python's own comparison of large values holds its lock from end to end.
@@ -336,41 +336,41 @@ def equal(left: Json, right: Json) -> bool:
     return True
 
 
-def identity(value: Json) -> Hashable:
+def identity_key(value: Json) -> Hashable:
     """Return a key that two values share if, and only if, they are equal."""
     if type(value) is list:
-        return ("list", *map(identity, value))
+        return ("list", *map(identity_key, value))
     if type(value) is dict:
-        return ("object", frozenset((key, identity(item)) for key, item in value.items()))
+        return ("object", frozenset((key, identity_key(item)) for key, item in value.items()))
     return (bool, value) if type(value) is bool else value  # type: ignore[return-value]  # a scalar
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _too_deep(max_depth: int) -> InvalidJson:
+def _too_deep_error(max_depth: int) -> InvalidJson:
     return InvalidJson("too-deep", f"Objects and lists stand inside one another more than {max_depth} deep")
 
 
-def _too_large(max_bytes: int) -> InvalidJson:
+def _too_large_error(max_bytes: int) -> InvalidJson:
     return InvalidJson("too-large", f"The value takes more than {max_bytes:,} bytes as JSON")
 
 
-def _duplicate_key(key: str) -> InvalidJson:
+def _duplicate_key_error(key: str) -> InvalidJson:
     return InvalidJson("duplicate-key", f"The key {key[:100]!r} is given more than once in one object")
 
 
-def _number_too_long() -> InvalidJson:
+def _number_too_long_error() -> InvalidJson:
     return InvalidJson("number-too-long", "A whole number has more than 308 digits: send it as a text")
 
 
-def _not_finite(number: object) -> InvalidJson:
+def _not_finite_error(number: object) -> InvalidJson:
     return InvalidJson("not-finite", f"JSON can't hold the number {number}: use null")
 
 
-def _nul_character() -> InvalidJson:
+def _nul_character_error() -> InvalidJson:
     return InvalidJson("nul-character", "A text holds the character NUL (U+0000), which can't be stored")
 
 
-def _lone_surrogate() -> InvalidJson:
+def _lone_surrogate_error() -> InvalidJson:
     return InvalidJson("lone-surrogate", "A text holds half of a surrogate pair, which is no character")

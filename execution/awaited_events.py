@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.services import Caller, WantedEvent
+    from engine.services import EventWaitRequest, RunCaller
     from engine.values import Json
     from journal.event_waits import Told
     from journal.signals import Given
@@ -38,14 +38,14 @@ ANSWERED_TOGETHER: Final = 50
 
 
 class AwaitedEvents:
-    """Brings events and those together who wait for them; keeps the promises of `engine.services.Events`."""
+    """Brings events and those together who wait for them; keeps the promises of `engine.services.EventWaitService`."""
 
     def __init__(self, database: Database, broker: Broker) -> None:
         self._database = database
         self._broker = broker
 
     async def expect(
-        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+        self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         """Have a node wait for an event, then look back for one; returns when it has waited long enough."""
         add = partial(event_waits.add, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration)
@@ -93,7 +93,7 @@ class AwaitedEvents:
                 found = await event_waits.come_since(connection, wait, after)
             for event in found:
                 await turn.share()
-                if _passes(wait, values.restored(event.data.encode())):
+                if _passes(wait, values.restore_json(event.data.encode())):
                     await self._answer([wait], event.data)
                     return
             if len(found) < event_waits.BATCH_LOOKED_AT:
@@ -115,7 +115,7 @@ class AwaitedEvents:
                 found = await event_waits.waiting(connection, told, after)
                 if found and data is None:
                     data = await event_waits.data_of(connection, told.event_id)
-                    trigger = values.restored(data.encode()) if data is not None else None
+                    trigger = values.restore_json(data.encode()) if data is not None else None
             if not found or data is None:
                 return is_complete
             chosen = []
@@ -158,10 +158,10 @@ def _passes(wait: EventWait, event: Json) -> bool:
         return True
     scope: dict[str, Json] = {
         event_filters.EVENT_ROOT: event,
-        "data": values.restored(wait.given.encode()),
+        "data": values.restore_json(wait.given.encode()),
     }
     try:
-        return event_filters.passes(wait.condition, scope)
+        return event_filters.matches_event(wait.condition, scope)
     except ExpressionError as error:
         log.debug(
             "event passed over", execution_id=wait.execution_id, node_id=wait.node_id, reason=str(error)

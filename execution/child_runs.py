@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import func, select
 from sqlmodel import col
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from engine.triggers import trigger_output
 from execution.insistence import insist
 from journal import admission, children, follow_ups, pinning
@@ -31,7 +31,7 @@ from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, readable_by
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.services import Caller
+    from engine.services import RunCaller
     from engine.values import Json
     from journal.pinning import Catalog, LoadedWorkflow
     from journal.store import Store
@@ -69,7 +69,7 @@ class Family:
 
 
 class ChildRuns:
-    """The way in for runs that come from runs; keeps the promises of `engine.services.Runs`."""
+    """The way in for runs that come from runs; keeps the promises of `engine.services.SubRunService`."""
 
     def __init__(
         self, database: Database, store: Store, broker: Broker, catalog: Catalog, settings: Settings
@@ -86,7 +86,7 @@ class ChildRuns:
 
     async def start(
         self,
-        caller: Caller,
+        caller: RunCaller,
         workflow_id: str,
         trigger_inputs: Json,
         *,
@@ -108,7 +108,7 @@ class ChildRuns:
                 return child_id
         raise _changing(workflow_id)
 
-    async def start_about_failure(self, caller: Caller, workflow_id: str, inputs: Json) -> None:
+    async def start_about_failure(self, caller: RunCaller, workflow_id: str, inputs: Json) -> None:
         """Start the one run of a workflow that is to be run because the caller's has failed.
 
         Nothing is run about its own failure, and it counts among the runs that have started one another: two workflows
@@ -122,7 +122,7 @@ class ChildRuns:
 
     async def _started(
         self,
-        caller: Caller,
+        caller: RunCaller,
         workflow_id: str,
         inputs: Json,
         child_id: str,
@@ -203,7 +203,7 @@ class ChildRuns:
             return await connection.scalar(counted) or 0
 
     async def _load(
-        self, connection: AsyncConnection, caller: Caller, lane: int, workflow_id: str
+        self, connection: AsyncConnection, caller: RunCaller, lane: int, workflow_id: str
     ) -> LoadedWorkflow:
         """Return a workflow that may be run for whom the node works; raises `NodeError`."""
         readable = (
@@ -252,14 +252,14 @@ def _too_many(most: int) -> NodeError:
     return NodeError(message, code="too-many-sub-runs")
 
 
-async def _exists(connection: AsyncConnection, caller: Caller, child_id: str) -> bool:
+async def _exists(connection: AsyncConnection, caller: RunCaller, child_id: str) -> bool:
     statement = select(col(Execution.id)).where(
         col(Execution.id) == child_id, col(Execution.organization_id) == caller.organization_id
     )
     return await connection.scalar(statement) is not None
 
 
-async def _parent(connection: AsyncConnection, caller: Caller) -> Parent:
+async def _parent(connection: AsyncConnection, caller: RunCaller) -> Parent:
     statement = select(
         col(Execution.lane), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)
     ).where(col(Execution.id) == caller.execution_id)
@@ -267,7 +267,7 @@ async def _parent(connection: AsyncConnection, caller: Caller) -> Parent:
     return Parent(lane, root_id or caller.execution_id, depth, is_private)
 
 
-async def _reader(connection: AsyncConnection, caller: Caller, lane: int) -> access.Caller:
+async def _reader(connection: AsyncConnection, caller: RunCaller, lane: int) -> access.Caller:
     """Return for whom the node works as whoever asks for workflows: what is readable goes by the user's role."""
     statement = select(col(User.role)).where(
         col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id

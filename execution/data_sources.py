@@ -11,14 +11,14 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency.single_flight import Joint
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from models.data_source import DataSource, opened, usable_by
 from models.outage import DatabaseUnavailable
 from models.vault import VaultError
 from nodes.connections.source import Source
 
 if TYPE_CHECKING:
-    from engine.services import Caller
+    from engine.services import RunCaller
     from models.database import Database
     from models.vault import Vault
 
@@ -41,7 +41,7 @@ class StoredSources:
         self._remembered: OrderedDict[_Asked, tuple[float, Source]] = OrderedDict()
         self._lookups: Joint[_Asked, Source] = Joint(self._find)
 
-    async def find(self, caller: Caller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> Source:
         """Return a data source; raises `NodeError`."""
         key = (caller.organization_id, caller.user_id, source_id)
         known = self._remembered.get(key)

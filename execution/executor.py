@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from engine.control import Control, Request
-from engine.errors import InvalidDefinition, LeaseLost
-from engine.events import SETTLED, Ended, RunError, RunStatus, Span
-from engine.run import Start, run
-from engine.services import Caller
+from engine.run_control import ControlRequest, RunControl
+from engine.run_errors import InvalidDefinition, LeaseLost
+from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus
+from engine.services import RunCaller
 from engine.values import InvalidJson
+from engine.workflow_runner import RunStart, run_workflow
 from execution import metrics
 from execution.isolation import POLL_SECONDS, TRIAL_SECONDS, Isolation, SuspectSearch
 from execution.programs import Programs, key_of
@@ -35,8 +35,8 @@ from models.ids import turn_of
 from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from engine.program import Program
-    from engine.services import Services
+    from engine.program import WorkflowProgram
+    from engine.services import NodeServices
     from execution.settings import ExecutionSettings
     from journal.blobs.blob_store import RunBlobs
     from journal.store import RunStore
@@ -63,7 +63,7 @@ PAUSE_SECONDS = 0.5
 Answers = Callable[[Sequence[ExecutionKey]], Awaitable[dict[str, dict[tuple[str, str], bytes]]]]
 """Returns what nodes of runs were answered, by execution id, then by node id and iteration."""
 
-REQUESTS = {"stop": Request.STOP, "cancel": Request.CANCEL}
+REQUESTS = {"stop": ControlRequest.STOP, "cancel": ControlRequest.CANCEL}
 """What clients may ask of a run, by the word for it in rows and letters."""
 
 
@@ -72,7 +72,7 @@ class Active(msgspec.Struct, frozen=True):
 
     organization_id: str
     lease: Lease
-    control: Control
+    control: RunControl
     journal: RunJournal
     task: asyncio.Task[None]
     begun_at: float
@@ -87,7 +87,7 @@ class Active(msgspec.Struct, frozen=True):
 class Past:
     """What earlier attempts at a run have recorded."""
 
-    spans: Sequence[Span] = ()
+    spans: Sequence[NodeSpan] = ()
     last_sequence: int = 0
     """Of spans and log lines, which are counted together."""
     signals: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Around:
 
     answers: Answers | None = None
     """Reads what nodes were answered; without it, nobody answers any."""
-    on_left: Callable[[Claimed, Ended], None] | None = None
+    on_left: Callable[[Claimed, RunOutcome], None] | None = None
     """Told of runs that have left, if their end is to be followed up or their place is another's."""
     on_swept: Callable[[], Awaitable[None]] | None = None
     """Called after each sweep."""
@@ -114,7 +114,7 @@ class Executor:
         store: RunStore,
         broker: RunBroker,
         catalog: Catalog,
-        services: Services,
+        services: NodeServices,
         settings: ExecutionSettings,
         *,
         blobs: RunBlobs | None = None,
@@ -180,8 +180,8 @@ class Executor:
         # A claim under way is waited for: cancelled, it might leave runs with a lease and nobody to run them.
         await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
         await self._wait_for_runs(patience_seconds)
-        await self._hand_over(Request.HAND_OVER, HAND_OVER_SECONDS)
-        await self._hand_over(Request.HAND_OVER_NOW, BREAK_OFF_SECONDS)
+        await self._hand_over(ControlRequest.HAND_OVER, HAND_OVER_SECONDS)
+        await self._hand_over(ControlRequest.HAND_OVER_NOW, BREAK_OFF_SECONDS)
         for loop in self._loops:
             loop.cancel()
         with contextlib.suppress(TimeoutError):
@@ -194,7 +194,7 @@ class Executor:
                 await self._store.give_back(self._broker.inbox, [])
         await hints.wake(self._broker)
 
-    async def _hand_over(self, request: Request, seconds: float) -> None:
+    async def _hand_over(self, request: ControlRequest, seconds: float) -> None:
         for active in self._active.values():
             active.control.ask(request)
         await self._wait_for_runs(seconds)
@@ -305,8 +305,10 @@ class Executor:
         pasts = await self._pasts([run for run in claimed if run.has_journal])
         for one, lease in zip(claimed, leases, strict=True):
             past = pasts.get(one.execution_id, Past())
-            settled = [span.node_id for span in past.spans if span.status in SETTLED and not span.is_turn]
-            control = Control()
+            settled = [
+                span.node_id for span in past.spans if span.status in SETTLED_STATUSES and not span.is_turn
+            ]
+            control = RunControl()
             journal = RunJournal(
                 self._recorder,
                 lease,
@@ -408,10 +410,10 @@ class Executor:
     async def _run(
         self,
         one: Claimed,
-        program: Program | InvalidDefinition,
+        program: WorkflowProgram | InvalidDefinition,
         past: Past,
         journal: RunJournal,
-        control: Control,
+        control: RunControl,
         lease: Lease,
     ) -> None:
         try:
@@ -435,22 +437,22 @@ class Executor:
     async def _ended(
         self,
         one: Claimed,
-        program: Program | InvalidDefinition,
+        program: WorkflowProgram | InvalidDefinition,
         past: Past,
         journal: RunJournal,
-        control: Control,
-    ) -> Ended:
+        control: RunControl,
+    ) -> RunOutcome:
         if isinstance(program, InvalidDefinition):
-            return Ended(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
+            return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
             trigger = await journal.trigger(one.trigger)
             recorded = await journal.restored(past.spans)
         except InvalidJson as error:
-            return Ended(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
+            return RunOutcome(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
         except ValueLost as error:
-            return Ended(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
-        start = Start(
-            caller=Caller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id),
+            return RunOutcome(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
+        start = RunStart(
+            caller=RunCaller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id),
             trigger=trigger,
             clock=self._store.clock,
             deadline=one.deadline_at,
@@ -461,9 +463,9 @@ class Executor:
             signals=past.signals,
             listen=partial(self._listen, one, journal),
         )
-        return await run(program, start, journal, control, self._services, self._limits)
+        return await run_workflow(program, start, journal, control, self._services, self._limits)
 
-    def _ended_well(self, one: Claimed, ended: Ended) -> None:
+    def _ended_well(self, one: Claimed, ended: RunOutcome) -> None:
         metrics.ENDED[ended.status].inc()
         on_left = self._around.on_left
         if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
@@ -498,7 +500,7 @@ class Executor:
     def _lost(self, lease: Lease) -> None:
         active = self._holder_of(lease)
         if active is not None:
-            active.control.ask(Request.ABANDON)
+            active.control.ask(ControlRequest.ABANDON)
 
     def _holder_of(self, lease: Lease) -> Active | None:
         """Return the run under this very lease: an execution that was lost may be back here under another."""

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from engine.events import Span
+from engine.run_records import NodeSpan
 from journal.store import Claimed, RunWrite
 from models.losses import MAX_TRIAL_LOSSES
 
@@ -190,7 +190,7 @@ class SpansCall(msgspec.Struct, frozen=True):
 class Spans(msgspec.Struct, frozen=True):
     """A page; a full one may have another behind it."""
 
-    spans: Sequence[Span]
+    spans: Sequence[NodeSpan]
 
 
 class LogEnds(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge
 
-from engine.events import RunStatus
+from engine.run_records import RunStatus
 
 ACTIVE = Gauge("pilotflame_runs_active", "Runs that this process holds.")
 _ENDED = Counter("pilotflame_runs_ended_total", "Stretches of work that ended, by how.", ["status"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from journal.blobs.blob_store import BlobTooLarge
 from journal.blobs.reference import InvalidReference, Reference
 
 if TYPE_CHECKING:
-    from engine.services import Caller
+    from engine.services import RunCaller
     from engine.values import Json
     from journal.blobs.blob_store import RunBlobs
 
@@ -19,13 +19,13 @@ MAX_BLOB_BYTES: Final = 50_000_000
 
 
 class NodeBlobs:
-    """Keeps the promises of `engine.services.Blobs`."""
+    """Keeps the promises of `engine.services.BlobService`."""
 
     def __init__(self, blobs: RunBlobs) -> None:
         self._blobs = blobs
 
     async def put(
-        self, caller: Caller, content: bytes, *, media_type: str, name: str = ""
+        self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
         """Keep a content; see `Blobs.put`."""
         if len(content) > MAX_BLOB_BYTES:
@@ -36,7 +36,7 @@ class NodeBlobs:
             raise _unavailable() from error
         return reference.as_json()
 
-    async def get(self, caller: Caller, reference: Json, *, max_bytes: int) -> bytes:
+    async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
         """Return a content; see `Blobs.get`."""
         max_bytes = min(max_bytes, MAX_BLOB_BYTES)
         try:
@@ -54,7 +54,7 @@ class NodeBlobs:
             raise _unavailable() from error
 
 
-def _owner(caller: Caller) -> Owner:
+def _owner(caller: RunCaller) -> Owner:
     return Owner(caller.organization_id, caller.key_id)
 
 

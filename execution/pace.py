@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, case, type_coerce
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from execution.insistence import insist
 from models import ids
 from models.database_time import DatabaseTime
@@ -19,18 +19,18 @@ from models.execution import PaceRow
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.services import Caller
+    from engine.services import RunCaller
     from models.database import Database
 
 
 class SharedPace:
-    """Spreads what happens evenly, by the database's clock; keeps the promises of `engine.services.Pace`."""
+    """Spreads what happens evenly, by the database's clock; keeps the promises of `engine.services.ThrottleService`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def reserve(
-        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+        self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
         """Return when one more may pass, and take that place; raises `NodeError` where it is too far away.
 

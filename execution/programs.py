@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from engine.errors import InvalidDefinition
-from engine.graph import Graph
-from engine.program import Program
+from engine.graph import ParsedGraph
+from engine.program import WorkflowProgram
+from engine.run_errors import InvalidDefinition
 from journal.store import Claimed, DefinitionKey
 from json_text import decoding
 
@@ -32,7 +32,7 @@ CHARACTERS_OF_A_NODE = 1_000
 class Kept(NamedTuple):
     """A program, and as how many nodes it counts."""
 
-    program: Program | InvalidDefinition
+    program: WorkflowProgram | InvalidDefinition
     nodes: int
 
 
@@ -45,14 +45,14 @@ class Programs:
         self._kept: OrderedDict[DefinitionKey, Kept] = OrderedDict()
         self._kept_nodes = 0
 
-    async def load(self, runs: Sequence[Claimed]) -> dict[DefinitionKey, Program | InvalidDefinition]:
+    async def load(self, runs: Sequence[Claimed]) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
         """Return the program of each run's definition, or why it can't run."""
         wanted = {key_of(run) for run in runs}
         missing = [key for key in wanted if key not in self._kept]
         texts = await self._store.definitions(missing) if missing else {}
         for key, text in texts.items():
             await self.prepare(key, text)
-        found: dict[DefinitionKey, Program | InvalidDefinition] = {}
+        found: dict[DefinitionKey, WorkflowProgram | InvalidDefinition] = {}
         for key in wanted:
             kept = self._kept.get(key)
             if kept is not None:
@@ -68,9 +68,11 @@ class Programs:
         program = await asyncio.to_thread(self._compile, text) if is_long else self._compile(text)
         self._keep(key, program, len(text))
 
-    def _compile(self, text: str) -> Program | InvalidDefinition:
+    def _compile(self, text: str) -> WorkflowProgram | InvalidDefinition:
         try:
-            return Program.of(Graph.of(decoding.decode(text)), self._catalog, self._catalog.implementation)
+            return WorkflowProgram.compile(
+                ParsedGraph.from_stored(decoding.decode(text)), self._catalog, self._catalog.implementation
+            )
         except InvalidDefinition as error:
             return error
         except Exception as error:
@@ -78,7 +80,9 @@ class Programs:
             log.exception("definition not compiled")
             return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
 
-    def _keep(self, key: DefinitionKey, program: Program | InvalidDefinition, characters: int) -> None:
+    def _keep(
+        self, key: DefinitionKey, program: WorkflowProgram | InvalidDefinition, characters: int
+    ) -> None:
         if key in self._kept:
             self._kept_nodes -= self._kept[key].nodes
         nodes = 1 if isinstance(program, InvalidDefinition) else len(program.nodes)

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings
 
-from engine.limits import Limits
+from engine.run_limits import RunLimits
 from nodes.code.backend import Backend
 
 MAX_CPU_PROCESSES = 64
@@ -47,7 +47,7 @@ class ExecutionSettings(BaseSettings):
         ),
     )
     max_output_bytes: int = Field(
-        default=Limits.max_output_bytes,
+        default=RunLimits.max_output_bytes,
         ge=1_024,
         le=10_000_000,
         description=(
@@ -56,16 +56,19 @@ class ExecutionSettings(BaseSettings):
         ),
     )
     max_log_lines: int = Field(
-        default=Limits.max_log_lines,
+        default=RunLimits.max_log_lines,
         ge=0,
         le=1_000_000,
         description="Maximum number of log lines of one run.",
     )
     max_loop_items: int = Field(
-        default=Limits.max_loop_items, ge=1, le=1_000_000, description="Maximum number of items of one loop."
+        default=RunLimits.max_loop_items,
+        ge=1,
+        le=1_000_000,
+        description="Maximum number of items of one loop.",
     )
     max_iterations: int = Field(
-        default=Limits.max_iterations,
+        default=RunLimits.max_iterations,
         ge=1,
         le=10_000_000,
         description="Maximum number of iterations of all loops of one run.",
@@ -100,9 +103,9 @@ class ExecutionSettings(BaseSettings):
         """How often to look for runs that nobody holds."""
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RunLimits:
         """What one run may take."""
-        return Limits(
+        return RunLimits(
             max_output_bytes=self.max_output_bytes,
             max_log_lines=self.max_log_lines,
             max_loop_items=self.max_loop_items,

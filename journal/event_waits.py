@@ -16,7 +16,7 @@ from sqlalchemy import and_, delete, or_, select, tuple_, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from engine.node import OUTPUT, Awaited
+from engine.node_api import OUTPUT, AnswerSource
 from journal import signals
 from journal.store import ExecutionKey
 from models import database_time
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.services import Caller, WantedEvent
+    from engine.services import EventWaitRequest, RunCaller
     from journal.signals import Given
 
 BATCH_WAITS: Final = 500
@@ -60,7 +60,7 @@ class Told:
 
 
 async def add(
-    connection: AsyncConnection, caller: Caller, wanted: WantedEvent, node_id: str, iteration: str
+    connection: AsyncConnection, caller: RunCaller, wanted: EventWaitRequest, node_id: str, iteration: str
 ) -> EventWait | None:
     """Have a node wait, as part of a transaction, and return how it does: as it began to, if it did before.
 
@@ -190,7 +190,9 @@ async def answer(connection: AsyncConnection, waits: Sequence[EventWait], data: 
     for wait in sorted(waits, key=identity):  # in order, so that rivals can't wait for one another
         key = ExecutionKey(wait.execution_id, wait.lane)
         given.append(
-            await signals.give(connection, key, wait.node_id, wait.iteration, payload, kind=Awaited.EVENT)
+            await signals.give(
+                connection, key, wait.node_id, wait.iteration, payload, kind=AnswerSource.EVENT
+            )
         )
         await connection.execute(
             delete(EventWait).where(*_of_node(EventWait, wait.execution_id, wait.node_id, wait.iteration))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from engine.events import SETTLED, Span
+from engine.run_records import SETTLED_STATUSES, NodeSpan
 from journal import trigger_body
 from journal.blobs.backend import BlobLost, Owner
 from journal.blobs.reference import InvalidReference, Reference
@@ -36,13 +36,13 @@ class LargeValues:
         self._blobs = blobs
         self._owner = owner
 
-    async def kept(self, spans: Sequence[Span]) -> list[Span]:
+    async def kept(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
         """Return the newest span of each node as its row is to be, once what it leaves out is durable elsewhere."""
         newest = {(span.node_id, span.iteration): span for span in spans}
         put: dict[bytes, bytes] = {}
         return [await self._without_large(span, put) for span in newest.values()]
 
-    async def restored(self, spans: Sequence[Span]) -> list[Span]:
+    async def restored(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
         """Return spans as they were recorded, one content after another; raises `ValueLost`."""
         return [await self._whole(span) for span in spans]
 
@@ -53,7 +53,7 @@ class LargeValues:
         except (BlobLost, InvalidReference) as error:
             raise ValueLost(f"The body of the trigger is gone from the blob storage: {error}") from error
 
-    async def _without_large(self, span: Span, put: dict[bytes, bytes]) -> Span:
+    async def _without_large(self, span: NodeSpan, put: dict[bytes, bytes]) -> NodeSpan:
         if self._is_large(span.input):
             span = msgspec.structs.replace(
                 span, input=None, input_blob=await self._reference(span.input or b"", put)
@@ -72,9 +72,9 @@ class LargeValues:
             put[content] = (await self._blobs.put(self._owner, content, media_type=JSON)).as_text()
         return put[content]
 
-    async def _whole(self, span: Span) -> Span:
+    async def _whole(self, span: NodeSpan) -> NodeSpan:
         # Of a node that has settled, nobody asks for the input again.
-        if span.input_blob is not None and span.status not in SETTLED:
+        if span.input_blob is not None and span.status not in SETTLED_STATUSES:
             span = msgspec.structs.replace(
                 span, input=await self._content(span, "input", span.input_blob), input_blob=None
             )
@@ -84,7 +84,7 @@ class LargeValues:
             )
         return span
 
-    async def _content(self, span: Span, what: str, reference: bytes) -> bytes:
+    async def _content(self, span: NodeSpan, what: str, reference: bytes) -> bytes:
         try:
             return await self._blobs.get(self._owner, Reference.read(reference).sha256)
         except (BlobLost, InvalidReference) as error:

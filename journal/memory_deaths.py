@@ -9,7 +9,7 @@ import structlog
 from sqlalchemy import func, insert, literal_column, select
 from sqlmodel import col
 
-from engine.events import SpanStatus
+from engine.run_records import SpanStatus
 from models import ids
 from models.database_time import DatabaseTime
 from models.execution import Execution, LogRow, SpanRow

@@ -8,23 +8,23 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine import program
-from engine.graph import Graph, Settings
+from engine.graph import ParsedGraph, RunSettings
 from engine.validation import find_errors
-from engine.values import canonical, encode
+from engine.values import encode_canonical, encode_json
 from models.workflow import DEFAULT_SETTINGS, WorkflowStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
-    from engine.findings import Validation
-    from engine.node import NodeType
+    from engine.findings import ValidationResult
+    from engine.node_api import NodeType
     from engine.values import Json
     from models.access import Caller
 
 MANUAL: Final = "manual"
 
 
-class Catalog(program.Catalog, Protocol):
+class Catalog(program.NodeTypeLookup, Protocol):
     """Every node type."""
 
     @property
@@ -64,7 +64,7 @@ class LoadedWorkflow:
     """The one JSON text of nodes, connections and settings."""
     definition_hash: str
     """The SHA-256 of that text, in hexadecimal."""
-    validation: Validation
+    validation: ValidationResult
     trigger: TriggerNode | None
     """None where there is no trigger."""
     total_nodes: int
@@ -91,7 +91,7 @@ def loaded(
     row: Row[Any], readers: frozenset[str], catalog: Catalog, *, is_deployed: bool = False
 ) -> LoadedWorkflow:
     """Return what it takes to run a workflow, from its row joined with that of its graph; a large one takes a while."""
-    text = canonical(definition(row.nodes, row.connections, row.settings))
+    text = encode_canonical(definition(row.nodes, row.connections, row.settings))
     settings = effective(row.settings)
     return LoadedWorkflow(
         id=row.id,
@@ -105,8 +105,8 @@ def loaded(
         status=WorkflowStatus(row.status),
         revision=row.revision,
         settings=settings,
-        config=encode(settings).decode(),
-        timeout_seconds=Settings.of(settings).timeout_seconds,
+        config=encode_json(settings).decode(),
+        timeout_seconds=RunSettings.from_stored(settings).timeout_seconds,
         definition=text.decode(),
         definition_hash=sha256(text).hexdigest(),
         validation=check(row.nodes, row.connections, catalog),
@@ -131,12 +131,12 @@ def definition(
 def check(
     nodes: Sequence[dict[str, Json]],
     connections: Sequence[dict[str, Json]],
-    catalog: program.Catalog,
+    catalog: program.NodeTypeLookup,
     *,
     passed: Collection[str] = (),
-) -> Validation:
+) -> ValidationResult:
     """Return the errors of a stored graph: what keeps it from running; configs of nodes in `passed` were found good."""
-    return find_errors(Graph.of(definition(nodes, connections, {})), catalog, passed=passed)
+    return find_errors(ParsedGraph.from_stored(definition(nodes, connections, {})), catalog, passed=passed)
 
 
 def trigger_of(nodes: Sequence[Mapping[str, Json]], catalog: Catalog) -> TriggerNode | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import asyncpg
 import msgspec
 
-from engine.events import RunStatus, Span
+from engine.run_records import NodeSpan, RunStatus
 from journal.postgresql_entrance import Entrance
 from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import (
@@ -205,10 +205,10 @@ class PostgreSQLStore:
         rows = await self._fetch(_DEFINITIONS, *columns(keys, 3))
         return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
 
-    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return what was recorded; see `Store.spans`."""
         asked = dict.fromkeys(keys)
-        found: dict[str, list[Span]] = {key.execution_id: [] for key in asked}
+        found: dict[str, list[NodeSpan]] = {key.execution_id: [] for key in asked}
         for row in await self._fetch(_SPANS, *columns(asked, 2)):
             found[row[0]].append(span_of(row))
         return found

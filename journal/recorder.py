@@ -12,9 +12,16 @@ import structlog
 
 from concurrency import offload
 from engine import values
-from engine.control import Control, Request
-from engine.errors import LeaseLost
-from engine.events import SETTLED, UNFINISHED, AttemptSpan, Ended, LogLine, Span
+from engine.run_control import ControlRequest, RunControl
+from engine.run_errors import LeaseLost
+from engine.run_records import (
+    SETTLED_STATUSES,
+    UNFINISHED_STATUSES,
+    AttemptSpan,
+    LogLine,
+    NodeSpan,
+    RunOutcome,
+)
 from journal import trigger_body
 from journal.blobs.backend import BlobsUnavailable
 from journal.group_commit import GroupCommit
@@ -105,7 +112,7 @@ class RunJournal:
         inbox: str = "",
         signals: int = 0,
         large: LargeValues | None = None,
-        control: Control | None = None,
+        control: RunControl | None = None,
     ) -> None:
         """`inbox` is told when the run has ended; `signals` are the answers that the run was given so far.
 
@@ -119,7 +126,7 @@ class RunJournal:
         self._large = large
         self._max_row_bytes = sys.maxsize if large is None else large.max_row_bytes
         self._has_large = False
-        self._control = control or Control()
+        self._control = control or RunControl()
         self._settled = set(settled)
         self._write = self._empty()
         self._in_turn = asyncio.Lock()
@@ -129,14 +136,14 @@ class RunJournal:
         self.has_new_result = False
         """A result was committed since the run was claimed."""
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         """Keep a span for the next commit."""
         self._write.spans.append(span)
         if (span.output is not None and len(span.output) > self._max_row_bytes) or (
             span.input is not None and len(span.input) > self._max_row_bytes
         ):
             self._has_large = True
-        if span.status in SETTLED:
+        if span.status in SETTLED_STATUSES:
             self._write.has_new_result = True
             # A node in a loop counts once, with the first turn in which it settles; the loop, when all are through.
             if not span.is_turn:
@@ -162,7 +169,7 @@ class RunJournal:
         """Tell whether the lease is certain to last a moment longer."""
         return not self._is_broken and self._lease.is_held()
 
-    async def restored(self, spans: Sequence[Span]) -> Sequence[Span]:
+    async def restored(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
         """Return spans with what their rows leave out; raises `ValueLost` and `LeaseLost`."""
         if self._large is None or not any(span.output_blob or span.input_blob for span in spans):
             return spans
@@ -172,7 +179,7 @@ class RunJournal:
     async def trigger(self, text: str) -> Json:
         """Return what the trigger node gives out; raises `InvalidJson`, `ValueLost` and `LeaseLost`."""
         if self._large is None or not trigger_body.is_apart(text):
-            return await offload.patiently(values.decode, text.encode())
+            return await offload.run(values.decode_json, text.encode())
         large = self._large
         return await self._insist(lambda: asyncio.create_task(large.trigger(text)))
 
@@ -204,13 +211,13 @@ class RunJournal:
             if self.is_dirty or self._is_broken:
                 await self._submit(self._taken())
 
-    async def end(self, ended: Ended) -> None:
+    async def end(self, ended: RunOutcome) -> None:
         """Commit the end of this stretch of work, with all that came before it; raises `LeaseLost`."""
         async with self._in_turn:
             write = self._taken()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
             write.signals = self._signals
-            if ended.status not in UNFINISHED:
+            if ended.status not in UNFINISHED_STATUSES:
                 write.inbox = self._inbox
             await self._submit(write)
 
@@ -265,7 +272,7 @@ class RunJournal:
 
     def _is_broken_off(self) -> bool:
         request = self._control.request
-        return request is not None and request >= Request.HAND_OVER_NOW
+        return request is not None and request >= ControlRequest.HAND_OVER_NOW
 
     async def _within_lease(self, future: asyncio.Future[T]) -> T:
         self._break_off_without_lease(future)

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import and_, bindparam, func, select
 from sqlmodel import col
 
-from engine.node import OUTPUT
+from engine.node_api import OUTPUT
 from json_text import decoding
 from models.execution import SpanRow
 from models.workflow import Definition

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.events import FailureCause, RunError, RunStatus, Span, SpanStatus
+from engine.run_records import FailureCause, NodeSpan, RunError, RunStatus, SpanStatus
 from journal.store import Claimed
 from json_text import decoding
 from models import ids
@@ -187,12 +187,12 @@ def log_rows(batch: Sequence[RunWrite]) -> list[Row]:
     ]
 
 
-def span_of(row: Sequence[Any]) -> Span:
+def span_of(row: Sequence[Any]) -> NodeSpan:
     """Return the span that a row of `SPAN_COLUMNS` holds."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
     awaits, resolved_config, hashes, input_blob, output_blob = rest
-    return Span(
+    return NodeSpan(
         node_id=node_id,
         label=label,
         type=kind,

@@ -16,9 +16,9 @@ from sqlalchemy import BigInteger, and_, bindparam, insert, select, type_coerce,
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from engine.graph import Settings
-from engine.triggers import SCHEDULE, trigger_output
-from engine.values import encode
+from engine.graph import RunSettings
+from engine.triggers import SCHEDULE_KIND, trigger_output
+from engine.values import encode_json
 from journal import admission, backlog, follow_ups
 from journal.admission import Limit, OnLimit
 from journal.rows import TOUCHED_MICROSECONDS
@@ -363,11 +363,13 @@ class _Entrance:
             "user_id": row["owner_id"],
             "target": LIMITED if limit else home or SHARED,
             "home": home,
-            "trigger_type": SCHEDULE,
+            "trigger_type": SCHEDULE_KIND,
             "definition_hash": runnable.hash,
             "rank": row["now"],
             "turn": ids.turn_of(due.workflow_id),
-            "timeout_microseconds": int(Settings.of(runnable.settings).timeout_seconds * 1_000_000),
+            "timeout_microseconds": int(
+                RunSettings.from_stored(runnable.settings).timeout_seconds * 1_000_000
+            ),
             "total_nodes": runnable.total_nodes,
             "key_id": execution_id,
             "inbox": "",
@@ -376,7 +378,7 @@ class _Entrance:
             "follow_up": decoding.decode(follow_up) if follow_up else None,
             "updated_at": now,
         }
-        config = encode(runnable.settings).decode()
+        config = encode_json(runnable.settings).decode()
         data = {
             **common,
             "execution_id": execution_id,
@@ -426,4 +428,4 @@ def _limit(runnable: Runnable, wanted: Timetable, trigger: Json) -> Limit | None
     limit = admission.limit_of(runnable.settings, workflow_id, trigger)
     if wanted.overlap is not Overlap.QUEUE:
         return limit
-    return Limit(limit.key if limit else f"{workflow_id}:{SCHEDULE}", 1, OnLimit.QUEUE)
+    return Limit(limit.key if limit else f"{workflow_id}:{SCHEDULE_KIND}", 1, OnLimit.QUEUE)

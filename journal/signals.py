@@ -16,8 +16,8 @@ import msgspec
 from sqlalchemy import BigInteger, and_, insert, select, type_coerce, update
 from sqlmodel import col
 
-from engine.events import SpanStatus
-from engine.node import OUTPUT, Awaited
+from engine.node_api import OUTPUT, AnswerSource
+from engine.run_records import SpanStatus
 from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import Execution, Signal, SpanRow
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.events import FailureCause
+    from engine.run_records import FailureCause
     from engine.values import Json
     from journal.store import ExecutionKey
     from models.database import Database
@@ -92,7 +92,7 @@ async def give(
     iteration: str,
     payload: bytes,
     *,
-    kind: Awaited,
+    kind: AnswerSource,
     user_id: str | None = None,
 ) -> Given:
     """Give a node its answer, as a part of a transaction: the first counts.
@@ -183,14 +183,14 @@ async def waiting_for_input(connection: AsyncConnection, key: ExecutionKey) -> l
     found: list[Waiting] = []
     for row in await connection.execute(statement):
         awaits = decoding.decode(row.awaits)
-        if awaits["kind"] == Awaited.INPUT:
+        if awaits["kind"] == AnswerSource.INPUT:
             place = (row.node_id, row.iteration, row.label)
             found.append(Waiting(*place, awaits["request"], row.started_at, row.wake_at))
     return found
 
 
 async def _reception(
-    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: Awaited
+    connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: AnswerSource
 ) -> Reception:
     """Tell what becomes of an answer that is the first one, by the span of the node."""
     has_expired = type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + CLOCKS_APART_MICROSECONDS
@@ -200,13 +200,13 @@ async def _reception(
     span = (await connection.execute(statement)).first()
     if span is None:
         return Reception.UNAWAITED
-    if kind is not Awaited.INPUT and span.status == SpanStatus.RUNNING:
+    if kind is not AnswerSource.INPUT and span.status == SpanStatus.RUNNING:
         return Reception.TAKEN
     if span.status != SpanStatus.WAITING or not span.awaits:
         return Reception.UNAWAITED
     if decoding.decode(span.awaits)["kind"] != kind:
         return Reception.UNAWAITED
-    return Reception.EXPIRED if kind is Awaited.INPUT and span.has_expired else Reception.TAKEN
+    return Reception.EXPIRED if kind is AnswerSource.INPUT and span.has_expired else Reception.TAKEN
 
 
 async def is_answered(

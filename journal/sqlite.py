@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from engine.events import RunStatus, Span
+from engine.run_records import NodeSpan, RunStatus
 from journal import sqlite_entrance as entrance
 from journal.rows import (
     ATTEMPT_CHANGES,
@@ -111,7 +111,7 @@ class SQLiteStore:
         """Return definitions; see `Store.definitions`."""
         return await self._reader.run(lambda connection: _definitions(connection, keys))
 
-    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return what was recorded; see `Store.spans`."""
         return await self._reader.run(lambda connection: _spans(connection, keys))
 
@@ -502,7 +502,7 @@ def _definitions(connection: sqlite3.Connection, keys: Sequence[DefinitionKey]) 
     return {key: row[0] for key, row in found.items() if row is not None}
 
 
-def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
     statement = (
         f"SELECT {', '.join(SPAN_COLUMNS)} FROM span WHERE execution_id = ? AND lane = ? ORDER BY sequence"
     )

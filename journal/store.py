@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 
-from engine.events import AttemptSpan, LogLine, RunError, RunStatus, Span
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
 from models.database_clock import DatabaseClock
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.losses import MAX_TRIAL_LOSSES
@@ -231,7 +231,7 @@ class RunWrite(msgspec.Struct):
     execution_id: str
     lane: int
     token: int
-    spans: list[Span] = []
+    spans: list[NodeSpan] = []
     """In the order in which they were recorded; the last one of a node counts."""
     logs: list[LogLine] = []
     completed_nodes: int = 0
@@ -336,7 +336,7 @@ class RunStore(Protocol):
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return the texts of definitions."""
 
-    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return what was recorded of runs, by execution id, in the order of their sequence numbers."""
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:

@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import BigInteger, and_, type_coerce, update
 from sqlmodel import SQLModel, col
 
-from engine.events import SpanStatus
+from engine.run_records import SpanStatus
 from journal.held_runs import UNTIL_RESUMED
 from models import ids
 from models.database import is_sqlite

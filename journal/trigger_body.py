@@ -37,7 +37,7 @@ class EncodedTrigger:
     def of(cls, trigger: Mapping[str, Json]) -> Self:
         """Encode an output; raises `InvalidJson`, and `TakesLong` where others wait."""
         rest = {name: value for name, value in trigger.items() if name != BODY}
-        return cls(values.encode({BODY: trigger[BODY], **rest}), values.encode(rest))
+        return cls(values.encode_json({BODY: trigger[BODY], **rest}), values.encode_json(rest))
 
     @property
     def is_large(self) -> bool:
@@ -72,7 +72,7 @@ async def read(trigger: str, blobs: RunBlobs, owner: Owner) -> dict[str, Json]:
     """
     row: dict[str, Any] = decoding.decode(trigger)
     content = await blobs.get(owner, Reference.of(row[BODY]).sha256)
-    return {**row, BODY: await offload.patiently(values.decode, content)}
+    return {**row, BODY: await offload.run(values.decode_json, content)}
 
 
 async def put(blobs: RunBlobs, owner: Owner, encoded: EncodedTrigger) -> str:

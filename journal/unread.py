@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy import case, func, null, select, update
 from sqlmodel import col
 
-from engine.events import RunError
+from engine.run_records import RunError
 from journal import admission
 from journal.admission import OnLimit
 from journal.blobs.reference import Reference

@@ -5,13 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from engine.node import Call
+    from engine.node_api import NodeCall
 
 TELLING_ITEMS: Final = 2
 """So many items without a field are no accident."""
@@ -24,7 +24,7 @@ class Missing(StrEnum):
     NULL = "null"
 
 
-def check(call: Call, paths: Sequence[str], item_count: int) -> None:
+def check(call: NodeCall, paths: Sequence[str], item_count: int) -> None:
     """Raise `NodeError` for `paths` into items that none of several has; of one item or none, log a warning.
 
     Nothing is said where the config says that they may be missing, or where the settings of the workflow do.

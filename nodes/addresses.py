@@ -8,7 +8,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import quote, urljoin
 
-from engine import limits
+from engine import run_limits
 
 Address = IPv4Address | IPv6Address
 
@@ -73,13 +73,13 @@ def not_public(host: str) -> str:
 
     Never the address that a name leads to: names inside the network are nobody's to learn.
     """
-    setting = limits.setting("outbound_allowed_networks")
+    setting = run_limits.setting_name("outbound_allowed_networks")
     return f"{host[:100]} is not a public address; an operator allows its network with {setting}"
 
 
 def port_not_allowed(port: int) -> str:
     """Return the refusal of a port below 1024; it names the setting with which an operator allows one."""
-    setting = limits.setting("outbound_allowed_networks")
+    setting = run_limits.setting_name("outbound_allowed_networks")
     return f"Port {port} is not allowed; an operator allows the network of its host with {setting}"
 
 

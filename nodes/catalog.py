@@ -12,7 +12,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     trigger = "webhook"             # only on a node that starts a graph: what kind of event it takes
     joins = true                    # branches meet in it as its config's `mode` and `combine` say; see engine/joins.py
     loops = true                    # what is behind its port `continue` runs once for each item; see engine/sections.py
-    cpu = "large"                   # it computes for long, when its config is large or `always`; see engine.node.Cpu
+    cpu = "large"                   # long computations: for `large` configs or `always`; see engine.node_api.CpuDemand
     runnable = true                 # false: it may be drawn, but there is no `.py`
     resources = { cpu = "500m", memory = "256Mi" }  # what a pod that runs it asks for; default: 100m and 128Mi
     s3_location = "s3://…"          # the address of its package; default: by type and version
@@ -77,19 +77,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from engine import names
+from engine import name_suggestions
 from engine.conditions import CONDITION_SCHEMA
-from engine.node import (
+from engine.node_api import (
     INPUT,
     OF_EACH,
     OUTPUT,
-    Compile,
-    Cpu,
-    Effect,
+    CpuDemand,
     EffectRule,
+    FieldCompilation,
+    NodeEffect,
     NodeType,
-    Output,
-    Run,
+    OutputDescription,
+    RunNode,
     UnknownNodeType,
 )
 from nodes import problems
@@ -129,7 +129,9 @@ class Catalog:
         node_type = self.node_types.get(type)
         if node_type is None:
             name = type[:SHOWN_CHARACTERS]
-            nearest = names.meant(name, self.node_types) or get_close_matches(name, self.node_types)
+            nearest = name_suggestions.suggest_names(name, self.node_types) or get_close_matches(
+                name, self.node_types
+            )
             known = (
                 f"did you mean {' or '.join(nearest)}?" if nearest else f"there is {', '.join(self.types())}"
             )
@@ -164,10 +166,10 @@ class Catalog:
         """
         return problems.find(self._validator(node_type), config, node_type.config_schema)
 
-    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+    def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         """Import and return the function that runs a type; for processes that run nodes."""
         module = import_module(f"nodes.library.{_stem(self.get(type).type)}")
-        return cast("Run", module.run)
+        return cast("RunNode", module.run)
 
     def _validator(self, node_type: NodeType) -> Draft202012Validator:
         """Return the type's validator, made when it is first needed."""
@@ -190,9 +192,9 @@ def read(folder: Path) -> Catalog:
 
 
 class _EffectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    default: Effect
+    default: NodeEffect
     field: str
-    cases: dict[str, Effect]
+    cases: dict[str, NodeEffect]
 
 
 class _Ports(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -239,17 +241,19 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     category: str
     description: str
-    effect: Effect | _EffectTable
+    effect: NodeEffect | _EffectTable
     config: dict[str, Any]
     trigger: str | None = None
     joins: bool = False
     loops: bool = False
-    cpu: Cpu | None = None
+    cpu: CpuDemand | None = None
     runnable: bool = True
     s3_location: str = ""
     resources: dict[str, Any] = {}
     ports: _Ports = _Ports()
-    compiled: dict[Annotated[str, msgspec.Meta(pattern=rf"^\w+({re.escape(OF_EACH)}\w+)?$")], Compile] = {}
+    compiled: dict[
+        Annotated[str, msgspec.Meta(pattern=rf"^\w+({re.escape(OF_EACH)}\w+)?$")], FieldCompilation
+    ] = {}
     input: _Described = _Described()
     output: _Output = _Output()
     examples: list[_Example] = []
@@ -314,14 +318,14 @@ def _node_type(entry: _Entry) -> NodeType:
     )
 
 
-def _effect_rule(effect: Effect | _EffectTable) -> EffectRule:
-    if isinstance(effect, Effect):
+def _effect_rule(effect: NodeEffect | _EffectTable) -> EffectRule:
+    if isinstance(effect, NodeEffect):
         return EffectRule(effect)
     return EffectRule(effect.default, effect.field, effect.cases)
 
 
-def _output(written: _Output) -> Output:
-    return Output(
+def _output(written: _Output) -> OutputDescription:
+    return OutputDescription(
         description=written.description,
         schema=written.schema,
         keeps_input=written.keeps_input,
@@ -330,11 +334,13 @@ def _output(written: _Output) -> Output:
     )
 
 
-def _with_conditions(schema: Mapping[str, Json], compiled: Mapping[str, Compile]) -> Mapping[str, Json]:
+def _with_conditions(
+    schema: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
+) -> Mapping[str, Json]:
     """Put the schema of a condition beside what the file says about each field that holds one."""
     schema = {"properties": {}, **schema}
     for place, kind in compiled.items():
-        if kind is Compile.CONDITION:
+        if kind is FieldCompilation.CONDITION:
             schema = problems.changed_at(schema, place, lambda said: {**CONDITION_SCHEMA, **said})
     return schema
 

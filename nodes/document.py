@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lxml import etree
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
     from concurrency.loop_share import Turn

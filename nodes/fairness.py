@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 MAX_WAITING = 1_000
 """Of one organisation."""

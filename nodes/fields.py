@@ -10,7 +10,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
     from engine.values import Json

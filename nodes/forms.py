@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.values import encode
+from engine.run_errors import NodeError
+from engine.values import encode_json
 from nodes.frames import FormJob
 from nodes.processes import Kind, Listener, Processes
 
@@ -41,7 +41,7 @@ class Forms:
 
     async def check(self, organization_id: str, schema: Mapping[str, Json], data: Json) -> Sequence[Wrong]:
         """Return what is wrong with data; raises `InvalidSchema`, and `NodeError` where no process is free."""
-        job = await offload.patiently(_job, schema, data)
+        job = await offload.run(_job, schema, data)
         try:
             result = await self._processes.run(
                 job, Listener(_unheard, []), organization_id=organization_id, seconds=SECONDS
@@ -65,7 +65,7 @@ _REASONS: Final[Mapping[str, str]] = {
 
 
 def _job(schema: Mapping[str, Json], data: Json) -> bytes:
-    return msgspec.json.encode(FormJob(msgspec.Raw(encode(schema)), msgspec.Raw(encode(data))))
+    return msgspec.json.encode(FormJob(msgspec.Raw(encode_json(schema)), msgspec.Raw(encode_json(data))))
 
 
 def _unheard(_level: str, _message: str) -> None:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from engine import values
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _headers(given: Mapping[str, Json]) -> dict[str, str]:
                 f" not {name[:100]!r}"
             )
             raise NodeError(message, code="invalid-config")
-        text = values.as_text(value)
+        text = values.value_as_text(value)
         if len(text) > MAX_HEADER_LENGTH or not _VALUE.fullmatch(text):
             message = (
                 f"`headers.{lower}` must be one line of Latin-1 of at most {MAX_HEADER_LENGTH:,} characters"
@@ -107,9 +107,9 @@ def _is_permitted(name: str) -> bool:
 
 def _body(body_type: BodyType, value: Json) -> bytes:
     if body_type is BodyType.JSON:
-        return values.encode(value)
+        return values.encode_json(value)
     if body_type is BodyType.TEXT:
-        return values.as_text(value).encode()
+        return values.value_as_text(value).encode()
     if not isinstance(value, str):
         raise fields.unfit("body", "a text in Base64", value)
     try:

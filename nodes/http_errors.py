@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from engine.errors import HttpRequestName, NodeError
+from engine.run_errors import HttpRequestName, NodeError
 from nodes import addresses
 from nodes.outbound import OutboundRefused, OutboundUnavailable
 

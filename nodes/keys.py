@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from engine.errors import NodeError
-from engine.expressions import Template, compile_value
+from engine.expressions import ValueTemplate, compile_value
+from engine.run_errors import NodeError
 from nodes import fields
 from nodes.sizes import Size
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_KEYS = 20
@@ -23,15 +23,15 @@ ITEM_ROOTS = ("item", "index")
 class Key:
     """One value of each item: its field of a name, or what an expression makes of the item."""
 
-    call: Call
-    source: str | Template
+    call: NodeCall
+    source: str | ValueTemplate
     """The name of a field, or what is rendered of each item."""
     lacking: Counter[str] = field(default_factory=Counter)
     """By the field that was not there: how many items lack it."""
     size: Size = field(default_factory=lambda: Size("The keys of the items"))
 
     @classmethod
-    def written(cls, name: str, call: Call, source: Json) -> Self:
+    def written(cls, name: str, call: NodeCall, source: Json) -> Self:
         """Return the key that stands in the config; what names no item is the same for all: the name of a field."""
         template = compile_value(source)
         if any(path.root in ITEM_ROOTS for path in template.paths):
@@ -39,7 +39,7 @@ class Key:
         return cls.named(name, call, template.render(call.scope, call.unresolved))
 
     @classmethod
-    def named(cls, name: str, call: Call, value: Json) -> Self:
+    def named(cls, name: str, call: NodeCall, value: Json) -> Self:
         if not isinstance(value, str) or not value:
             raise fields.unfit(name, "names of fields, or templates of `item`", value)
         return cls(call, value)
@@ -82,7 +82,7 @@ class Keys:
     parts: list[Key]
 
     @classmethod
-    def of_config(cls, call: Call, name: str) -> Self:
+    def of_config(cls, call: NodeCall, name: str) -> Self:
         """Return the keys that the compiled field `name` lists."""
         template = call.values[name]
         if isinstance(template.source, list):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:

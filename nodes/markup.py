@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 from xml.parsers import expat
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
     from concurrency.loop_share import Turn

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from concurrency import offload
-from engine.node import Cpu
-from engine.values import encode
+from engine.node_api import CpuDemand
+from engine.values import encode_json
 from nodes.catalog import Catalog
 from nodes.frames import LibraryJob
 from nodes.processes import Listener
 
 if TYPE_CHECKING:
-    from engine.node import Call, Outcome, Run
+    from engine.node_api import NodeCall, NodeOutcome, RunNode
     from nodes.processes import Processes
 
 IN_PLACE_BYTES: Final = 4_096
@@ -30,19 +30,19 @@ class PooledCatalog(Catalog):
 
     processes: Processes
 
-    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+    def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         match self.get(type).cpu:
             case None:
                 return super().implementation(type)
-            case Cpu.ALWAYS:
+            case CpuDemand.ALWAYS:
                 return self._elsewhere(type)
-            case Cpu.LARGE:
+            case CpuDemand.LARGE:
                 return self._where_it_fits(super().implementation(type), self._elsewhere(type))
 
-    def _elsewhere(self, type: str) -> Run:  # noqa: A002 - the field's own word
-        async def run(call: Call) -> Outcome:
+    def _elsewhere(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
+        async def run(call: NodeCall) -> NodeOutcome:
             return await self.processes.run(
-                await offload.patiently(_job, type, call),
+                await offload.run(_job, type, call),
                 Listener(call.log, call.unresolved),
                 organization_id=call.caller.organization_id,
                 seconds=DEADLINE_SECONDS,
@@ -50,20 +50,20 @@ class PooledCatalog(Catalog):
 
         return run
 
-    def _where_it_fits(self, here: Run, elsewhere: Run) -> Run:
-        async def run(call: Call) -> Outcome:
+    def _where_it_fits(self, here: RunNode, elsewhere: RunNode) -> RunNode:
+        async def run(call: NodeCall) -> NodeOutcome:
             outcome = here(call) if _is_small(call) else elsewhere(call)
             return await outcome if isawaitable(outcome) else outcome
 
         return run
 
 
-def _job(type: str, call: Call) -> bytes:  # noqa: A002 - the field's own word
-    return msgspec.json.encode(LibraryJob(type, msgspec.Raw(encode(call.config))))
+def _job(type: str, call: NodeCall) -> bytes:  # noqa: A002 - the field's own word
+    return msgspec.json.encode(LibraryJob(type, msgspec.Raw(encode_json(call.config))))
 
 
-def _is_small(call: Call) -> bool:
+def _is_small(call: NodeCall) -> bool:
     try:
-        return len(offload.quick(encode, call.config)) <= IN_PLACE_BYTES
-    except offload.TakesLong:
+        return len(offload.try_inline(encode_json, call.config)) <= IN_PLACE_BYTES
+    except offload.BudgetExceeded:
         return False

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from engine import names
-from engine.node import OF_EACH, Compile
-from engine.values import encode
+from engine import name_suggestions
+from engine.node_api import OF_EACH, FieldCompilation
+from engine.values import encode_json
 from nodes import fields
 from nodes.formats import FORMATS
 
 if TYPE_CHECKING:
     from jsonschema_rs import Draft202012Validator, ValidationError
 
-    from engine.node import NodeType
+    from engine.node_api import NodeType
     from engine.values import Json
 
 Schema: TypeAlias = "Mapping[str, Json]"
@@ -74,7 +74,7 @@ def validator(node_type: NodeType) -> Draft202012Validator:
 
     schema = node_type.config_schema
     for place, kind in node_type.compiled.items():
-        if kind is Compile.CONDITION:
+        if kind is FieldCompilation.CONDITION:
             schema = changed_at(schema, place, lambda _said: {"type": "object"})
     fits = {name: form.fits for name, form in FORMATS.items()}
     return Draft202012Validator(accepting_templates(schema), validate_formats=True, formats=fits)
@@ -174,7 +174,7 @@ def _missing(alternatives: Sequence[Path]) -> Problem:
 
 
 def _unknown(path: Path, known: Sequence[str], beside: Mapping[str, Json]) -> Problem:
-    meant = names.meant(str(path[-1]), known)
+    meant = name_suggestions.suggest_names(str(path[-1]), known)
     message = "there is no such field"
     if meant:
         message += f": did you mean {' or '.join(meant)}?"
@@ -190,7 +190,7 @@ def _option_meant(given: Json, options: Sequence[Json]) -> Json:
     """Return the one option that a text comes near to; None where none does, or two."""
     if not isinstance(given, str):
         return None
-    meant = names.meant(given, [option for option in options if isinstance(option, str)])
+    meant = name_suggestions.suggest_names(given, [option for option in options if isinstance(option, str)])
     return meant[0] if len(meant) == 1 else None
 
 
@@ -200,7 +200,7 @@ def _message(error: ValidationError, facts: Mapping[str, Any]) -> str:
             wanted = " or ".join(TYPES[name] for name in facts["types"])
             return f"must be {wanted}, not {fields.kind_of(cast('Json', error.instance))}"
         case "enum":
-            return f"must be one of {', '.join(encode(option).decode() for option in facts['options'])}"
+            return f"must be one of {', '.join(encode_json(option).decode() for option in facts['options'])}"
         case "format" if facts["format"] in FORMATS:
             return f"must be {FORMATS[facts['format']].wanted}"
         case "not" if facts["schema"] == {"pattern": TEMPLATE["pattern"]}:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.node import Result
+from engine.node_api import NodeResult
+from engine.run_errors import NodeError
 from nodes.fairness import Places
 from nodes.frames import FAILURE, HEADER, LINE, PATHS, PORT, Assembly, Garbled, Tag, frame, header, read
 from nodes.sizes import MAXIMUM_BYTES
@@ -93,7 +93,9 @@ class Processes:
         self._idle: list[Child] = []
         self._ends: set[asyncio.Task[None]] = set()
 
-    async def run(self, job: bytes, listener: Listener, *, organization_id: str, seconds: float) -> Result:
+    async def run(
+        self, job: bytes, listener: Listener, *, organization_id: str, seconds: float
+    ) -> NodeResult:
         """Have a job done; raises `NodeError`: what the job raised, or `timeout`, `crashed` or `busy`."""
         async with self._places.taken(organization_id):
             child = await self._take()
@@ -214,7 +216,7 @@ class Child:
         if tag is not Tag.READY:
             raise Garbled("it isn't ready")
 
-    async def perform(self, job: bytes, listener: Listener) -> Result | NodeError:
+    async def perform(self, job: bytes, listener: Listener) -> NodeResult | NodeError:
         """Have a job done; raises `Garbled`, `EOFError` or `OSError` where the child doesn't answer as it should."""
         await self._send(frame(Tag.JOB, job))
         assembly = Assembly()
@@ -235,7 +237,7 @@ class Child:
                     paths = read(PATHS, body)
                     listener.unresolved.extend(paths)
                 case Tag.DONE:
-                    return Result(assembly.value(), read(PORT, body))
+                    return NodeResult(assembly.value(), read(PORT, body))
                 case Tag.FAILED:
                     failure = read(FAILURE, body)
                     return NodeError(failure.message, code=failure.code, retryable=failure.retryable)

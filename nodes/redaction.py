@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 HIDDEN: Final = "[hidden]"
 SHORTEST_ANYWHERE: Final = 4

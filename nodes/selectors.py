@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from cssselect import parser as css
 from cssselect.parser import SelectorError
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes.document import MAXIMUM_DEPTH, Element
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
-from engine.values import InvalidJson, encode
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, encode_json
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -37,7 +37,7 @@ class Size:
         if not isinstance(value, dict | list):
             return SCALAR_BYTES
         try:
-            return len(encode(value, max_bytes=MAXIMUM_BYTES))
+            return len(encode_json(value, max_bytes=MAXIMUM_BYTES))
         except InvalidJson as error:
             if error.code != "too-large":
                 raise

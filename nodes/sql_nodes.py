@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.services import Upsert
+from engine.run_errors import NodeError
+from engine.services import UpsertRule
 from nodes import fields, lists
 from nodes.sizes import MAXIMUM_BYTES
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.services import SqlDatabase
     from engine.values import Json
     from nodes.sql_text import Dialect
@@ -27,7 +27,7 @@ LISTS = ("rows", "items", "groups")
 """Where nodes that give a list keep it in their output."""
 
 
-async def read(call: Call, dialect: Dialect) -> Json:
+async def read(call: NodeCall, dialect: Dialect) -> Json:
     """Run the query of a source node."""
     statement = constant(call, "query")
     parameters = _parameters(call.config)
@@ -48,7 +48,7 @@ async def read(call: Call, dialect: Dialect) -> Json:
     return {"rows": rows, "columns": list(found.columns), "count": len(rows)}
 
 
-async def write(call: Call, dialect: Dialect) -> Json:
+async def write(call: NodeCall, dialect: Dialect) -> Json:
     """Write the rows of a destination node, or run its statement."""
     timeout_seconds = fields.timeout_seconds(call.config)
     if "statement" in call.values:
@@ -68,7 +68,7 @@ async def write(call: Call, dialect: Dialect) -> Json:
     return {"written": written}
 
 
-def constant(call: Call, name: str) -> str:
+def constant(call: NodeCall, name: str) -> str:
     """Return SQL as its author wrote it; raises `NodeError` if anything in it comes from the run."""
     unresolved: list[str] = []
     text = call.values[name].render({}, unresolved)
@@ -78,7 +78,7 @@ def constant(call: Call, name: str) -> str:
     return fields.text({name: text}, name)
 
 
-async def _database(call: Call, dialect: Dialect) -> SqlDatabase:
+async def _database(call: NodeCall, dialect: Dialect) -> SqlDatabase:
     source_id = fields.text(call.config, "dataSource")
     return await call.services.data_sources.database(call.caller, source_id, dialect.value)
 
@@ -103,7 +103,7 @@ def _check_names(columns: Sequence[str]) -> None:
 # ── rows of a table ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _table(call: Call) -> tuple[list[str], list[list[Json]]]:
+async def _table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
     """Return the columns that the rows have together, as they first occur, and each row's values of them."""
     template = call.values.get("columns")
     turn = Turn()
@@ -126,7 +126,7 @@ async def _table(call: Call) -> tuple[list[str], list[list[Json]]]:
     return columns, rows
 
 
-def _items(call: Call) -> list[Json]:
+def _items(call: NodeCall) -> list[Json]:
     if "rows" in call.config:
         value = call.config["rows"]
     else:
@@ -136,12 +136,12 @@ def _items(call: Call) -> list[Json]:
     return lists.items({"rows": [value] if isinstance(value, dict) else value}, "rows")
 
 
-def _upsert(config: Mapping[str, Json]) -> Upsert:
+def _upsert(config: Mapping[str, Json]) -> UpsertRule:
     given = config.get("upsert")
     if given is None:
-        return Upsert(key=())
+        return UpsertRule(key=())
     upsert = {"update": True, **fields.mapping(config, "upsert")}
     key = [fields.text({"key": name}, "key") for name in fields.sequence(upsert, "key")]
     if not key:
         raise NodeError("`upsert.key` must name a column", code="invalid-config")
-    return Upsert(key=key, update=fields.flag(upsert, "update"))
+    return UpsertRule(key=key, update=fields.flag(upsert, "update"))

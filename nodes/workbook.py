@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import markup, sizes
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from engine import names
+from engine import name_suggestions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,7 +40,7 @@ def unknown(environment: Iterable[str]) -> Mapping[str, list[str]]:
 def _meant(name: str) -> list[str]:
     """Return the settings that a variable may mean: the beginning that all share makes none of them alike."""
     bare = [one.removeprefix(PREFIX) for one in sorted(known())]
-    return [PREFIX + one for one in names.meant(name.upper().removeprefix(PREFIX), bare)]
+    return [PREFIX + one for one in name_suggestions.suggest_names(name.upper().removeprefix(PREFIX), bare)]
 
 
 def warning(name: str, meant: Iterable[str]) -> str:

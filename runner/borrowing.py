@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from execution.gateway_calls import (
     DataSourceCall,
     ExpectedEvent,
@@ -30,7 +30,7 @@ from runner.reporter import CallRefused
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.services import Caller, WantedEvent
+    from engine.services import EventWaitRequest, RunCaller
     from engine.values import Json
     from runner.reporter import Gateway
 
@@ -48,7 +48,7 @@ class RemoteSources:
         self._gateway = gateway
         self._remembered: OrderedDict[tuple[str, str], tuple[float, Source]] = OrderedDict()
 
-    async def find(self, caller: Caller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> Source:
         """Return a data source; raises `NodeError`."""
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
@@ -62,7 +62,7 @@ class RemoteSources:
             self._remembered.popitem(last=False)
         return source
 
-    async def _look_up(self, caller: Caller, source_id: str) -> Source:
+    async def _look_up(self, caller: RunCaller, source_id: str) -> Source:
         path = f"/executions/{caller.execution_id}/data-sources"
         try:
             found = await self._gateway.call(path, DataSourceCall(source_id), dict[str, Any])
@@ -73,14 +73,14 @@ class RemoteSources:
 
 
 class RemoteRuns:
-    """Starts runs of other workflows; keeps the promises of `engine.services.Runs`."""
+    """Starts runs of other workflows; keeps the promises of `engine.services.SubRunService`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def start(
         self,
-        caller: Caller,
+        caller: RunCaller,
         workflow_id: str,
         trigger_inputs: Json,
         *,
@@ -96,13 +96,13 @@ class RemoteRuns:
 
 
 class RemotePace:
-    """Takes places at limited rates; keeps the promises of `engine.services.Pace`."""
+    """Takes places at limited rates; keeps the promises of `engine.services.ThrottleService`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def reserve(
-        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+        self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
         """Return when one more may pass, and take that place."""
         call = ReserveCall(key, limit, per_seconds, max_wait_seconds)
@@ -111,13 +111,13 @@ class RemotePace:
 
 
 class RemoteEvents:
-    """Has nodes wait for events; keeps the promises of `engine.services.Events`."""
+    """Has nodes wait for events; keeps the promises of `engine.services.EventWaitService`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def expect(
-        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+        self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         """Have a node wait for an event; returns when it has waited long enough."""
         call = ExpectEventCall(

@@ -14,7 +14,7 @@ import uvicorn
 import uvloop
 
 from concurrency import gc_tuning
-from engine.services import Services
+from engine.services import NodeServices
 from execution.executor import Around, Executor
 from execution.gateway_calls import Contact
 from execution.node_blobs import NodeBlobs
@@ -122,7 +122,7 @@ async def working(
     catalog = PooledCatalog(catalogs.load().node_types, processes)
     code = open_code_of_pod(settings)
     connections = Connections(RemoteSources(gateway), _policy(settings, contact, gateway.clock))
-    services = Services(
+    services = NodeServices(
         http=outbound,
         data_sources=connections,
         blobs=NodeBlobs(blobs),

@@ -35,7 +35,7 @@ from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Held, Ren
 from models.outage import PartialCommit
 
 if TYPE_CHECKING:
-    from engine.events import Span
+    from engine.run_records import NodeSpan
     from runner.reporter import Gateway
 
 RECORD_SECONDS: Final = 60.0
@@ -99,12 +99,12 @@ class RemoteStore:
         texts = (await self._gateway.call("/definitions", call, Definitions)).texts
         return {key: texts[key.hash] for key in keys if key.hash in texts}
 
-    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[Span]]:
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return what was recorded, page by page; see `RunStore.spans`."""
         return {key.execution_id: await self._spans_of(key.execution_id) for key in keys}
 
-    async def _spans_of(self, execution_id: str) -> list[Span]:
-        found: list[Span] = []
+    async def _spans_of(self, execution_id: str) -> list[NodeSpan]:
+        found: list[NodeSpan] = []
         while True:
             after = found[-1].sequence if found else 0
             page = (await self._gateway.call("/spans", SpansCall(execution_id, after), Spans)).spans

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import aiohttp
 import msgspec
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from json_text import decoding
 from models.database_clock import DatabaseClock

@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.values import canonical
+from engine.values import encode_canonical
 from execution import due_runs
 from journal import admission, pinning, scheduled_runs, wakes
 from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable, Started
@@ -181,7 +181,7 @@ def _runnables(
         row = own.get(one.workflow_id)
         if row is not None and row["revision"] == one.revision:
             definition = pinning.definition(row["nodes"], row["connections"], row["settings"])
-            encoded = canonical(definition)
+            encoded = encode_canonical(definition)
             found.append(_runnable(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog))
     return found
 

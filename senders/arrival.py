@@ -80,12 +80,12 @@ class Arrival:
     def require_patience(self) -> None:
         """Raise `TakesLong` where others wait and the body is long; before each look at the whole of it."""
         if len(self.body) >= LONG_BODY_BYTES:
-            offload.require()
+            offload.require_offloaded()
 
 
 def json_of(text: bytes | memoryview) -> Json:
     """Return a part of a request as JSON; raises `Refused`."""
     try:
-        return values.decode(text)
+        return values.decode_json(text)
     except InvalidJson as error:
         raise Refused(error.code, error.message) from error

@@ -229,7 +229,7 @@ def _unescaped(body: bytes, start: int, end: int) -> memoryview:
     while start < end:
         stop = min(start + _UNESCAPED_BYTES, end)
         if stop < end:
-            offload.require()
+            offload.require_offloaded()
             if (escape := body.rfind(b"%", stop - 2, stop)) != -1:
                 stop = escape
         piece = body[start:stop]

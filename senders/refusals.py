@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from engine.values import Code as JsonCode
+from engine.values import JsonErrorCode as JsonCode
 
 Code: TypeAlias = Literal[
     JsonCode,

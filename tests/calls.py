@@ -6,28 +6,28 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
 
-from engine.graph import Node
-from engine.node import Await, Call, Each, Outcome, Result, Wait
+from engine.graph import GraphNode
+from engine.node_api import AnswerWait, LoopRequest, NodeCall, NodeOutcome, NodeResult, TimerWait
 from engine.program import compile_node
 from engine.services import (
-    Blobs,
-    Caller,
-    Code,
-    DataSources,
-    Events,
-    Files,
-    HttpClient,
+    BlobService,
+    CodeService,
+    DataSourceService,
+    EventWaitRequest,
+    EventWaitService,
+    FileFolderService,
+    HttpClientService,
     HttpResponse,
-    Pace,
-    Services,
-    WantedEvent,
+    NodeServices,
+    RunCaller,
+    ThrottleService,
 )
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-CALLER = Caller("org_1", "user_1", "wf_1", "exec", "exec")
+CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
 
 
 class NoEvents:
@@ -35,8 +35,8 @@ class NoEvents:
 
     async def expect(
         self,
-        caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
-        wanted: WantedEvent,  # noqa: ARG002 - as above
+        caller: RunCaller,  # noqa: ARG002 - here and below, the protocol's parameters
+        wanted: EventWaitRequest,  # noqa: ARG002 - as above
         *,
         node_id: str,  # noqa: ARG002 - as above
         iteration: str,  # noqa: ARG002 - as above
@@ -69,7 +69,7 @@ class EmptyRoad:
         self.asked: list[tuple[str, int, float, float]] = []
 
     async def reserve(
-        self, caller: Caller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+        self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
         assert caller is CALLER
         self.asked.append((key, limit, per_seconds, max_wait_seconds))
@@ -80,18 +80,18 @@ class EmptyRoad:
 class Called:
     """What came of a call, and what it left behind."""
 
-    outcome: Outcome = None
+    outcome: NodeOutcome = None
     unresolved: list[str] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def output(self) -> Json:
-        assert not isinstance(self.outcome, Await | Each)
-        return self.outcome.output if isinstance(self.outcome, Result | Wait) else self.outcome
+        assert not isinstance(self.outcome, AnswerWait | LoopRequest)
+        return self.outcome.output if isinstance(self.outcome, NodeResult | TimerWait) else self.outcome
 
     @property
     def port(self) -> str:
-        return self.outcome.port if isinstance(self.outcome, Result) else "output"
+        return self.outcome.port if isinstance(self.outcome, NodeResult) else "output"
 
 
 async def call(  # noqa: PLR0913 - whichever services a node asks for
@@ -99,13 +99,13 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     config: Mapping[str, Json],
     data: Json = None,
     *,
-    http: HttpClient | None = None,
-    pace: Pace | None = None,
-    data_sources: DataSources | None = None,
-    code: Code | None = None,
-    blobs: Blobs | None = None,
-    files: Files | None = None,
-    events: Events | None = None,
+    http: HttpClientService | None = None,
+    pace: ThrottleService | None = None,
+    data_sources: DataSourceService | None = None,
+    code: CodeService | None = None,
+    blobs: BlobService | None = None,
+    files: FileFolderService | None = None,
+    events: EventWaitService | None = None,
     library: Catalog | None = None,
     version: str | None = None,
     is_strict: bool = False,
@@ -113,16 +113,16 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     """Run one node on `data`; raises what it raises."""
     called = Called()
     library = library or catalog.load()
-    services = Services(http=http or NoNetwork(), pace=pace or EmptyRoad())
+    services = NodeServices(http=http or NoNetwork(), pace=pace or EmptyRoad())
     services = services if code is None else replace(services, code=code)
     services = services if blobs is None else replace(services, blobs=blobs)
     services = services if files is None else replace(services, files=files)
     services = services if events is None else replace(services, events=events)
-    program = compile_node(Node(id="node", type=node_type, version=version, config=config), library)
+    program = compile_node(GraphNode(id="node", type=node_type, version=version, config=config), library)
     assert program.missing is None, program.missing
     scope: dict[str, Json] = {"data": data, "trigger": data, "nodes": {}, "execution": {"id": "exec"}}
     outcome = library.implementation(node_type)(
-        Call(
+        NodeCall(
             config=cast("Mapping[str, Json]", program.config.render(scope, called.unresolved)),
             data=data,
             scope=scope,

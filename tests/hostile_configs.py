@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Final
 
-from engine.graph import Edge, Graph, Node
-from engine.validation import validate
-from engine.values import InvalidJson, Json, decode
+from engine.graph import GraphEdge, GraphNode, ParsedGraph
+from engine.validation import validate_graph
+from engine.values import InvalidJson, Json, decode_json
 from nodes import catalog
 
 CATALOG: Final = catalog.load()
@@ -68,7 +68,7 @@ def check_every_field(text: str) -> CheckedFields:
             checked.fields += 1
             since = perf_counter()
             try:
-                findings = _findings(node_type.type, {**example, name: decode(text.encode())})
+                findings = _findings(node_type.type, {**example, name: decode_json(text.encode())})
             except InvalidJson:
                 findings = []
             except Exception as error:  # noqa: BLE001 - none is expected, whatever it is
@@ -82,11 +82,13 @@ def check_every_field(text: str) -> CheckedFields:
 
 def _findings(type_name: str, config: dict[str, Json]) -> list[str]:
     node_type = CATALOG.get(type_name)
-    start = [] if node_type.is_trigger else [Node("start", "manual")]
+    start = [] if node_type.is_trigger else [GraphNode("start", "manual")]
     edges = (
-        [Edge("edge", "start", "node", target_port=node_type.inputs[0])] if start and node_type.inputs else []
+        [GraphEdge("edge", "start", "node", target_port=node_type.inputs[0])]
+        if start and node_type.inputs
+        else []
     )
-    found = validate(Graph([*start, Node("node", type_name, config=config)], edges), CATALOG)
+    found = validate_graph(ParsedGraph([*start, GraphNode("node", type_name, config=config)], edges), CATALOG)
     return [
         part for finding in (*found.errors, *found.warnings) for part in (finding.message, finding.suggestion)
     ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from engine.services import Bucket, Caller, MailServer, SqlDatabase
+from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase
 from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy
 from nodes.connections.source import Source
@@ -24,7 +24,7 @@ class SampleDataSources:
         self.connections = Connections(self, ConnectionPolicy(files=folder))
         self._folder = folder
 
-    async def find(self, caller: Caller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> Source:
         assert source_id == SOURCE_ID
         file = self._folder / caller.organization_id / "sample.db"
         if not file.exists():
@@ -33,15 +33,15 @@ class SampleDataSources:
                 connection.executescript(TABLES)
         return Source(source_id, caller.organization_id, "sqlite", 1, {"file": "sample.db"}, {})
 
-    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
+    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         assert type in {"postgresql", "mysql", "sqlite"}
         return await self.connections.database(caller, source_id, "sqlite")
 
-    async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
         raise AssertionError(f"{caller} asked for the bucket of {source_id}")
 
-    async def mail_server(self, caller: Caller, source_id: str) -> MailServer:
+    async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
         raise AssertionError(f"{caller} asked for the mail server {source_id}")
 
-    async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
+    async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         raise AssertionError(f"{caller} asked for what {source_id} sends to {url}")

@@ -18,10 +18,10 @@ from msgspec import Raw
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.errors import NodeError
-from engine.events import FailureCause, RunStatus
-from engine.node import OUTPUT, Awaited
-from engine.services import Caller
+from engine.node_api import OUTPUT, AnswerSource
+from engine.run_errors import NodeError
+from engine.run_records import FailureCause, RunStatus
+from engine.services import RunCaller
 from journal import admission, follow_ups, results, signals
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
 from journal.blobs.blob_store import BlobTooLarge
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.events import Ended
+    from engine.run_records import RunOutcome
     from engine.values import Json
     from execution.child_runs import ChildRuns
     from journal.blobs.blob_store import BlobStore
@@ -118,7 +118,7 @@ class AfterRuns:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def left(self, one: Claimed, ended: Ended) -> None:
+    def left(self, one: Claimed, ended: RunOutcome) -> None:
         """See to what comes after a run that has left this process: at once, and beside what else it does."""
         status = STATUS_AFTER[ended.status]
         key = one.concurrency_key
@@ -235,7 +235,7 @@ class AfterRuns:
 
         async def give(connection: AsyncConnection) -> bool:
             given = await signals.give(
-                connection, key, parent.node_id, parent.iteration, payload, kind=Awaited.RUN
+                connection, key, parent.node_id, parent.iteration, payload, kind=AnswerSource.RUN
             )
             await follow_ups.settle(connection, due, left, None, None)
             return given.is_woken
@@ -316,7 +316,9 @@ class AfterRuns:
             return None
 
     async def _run_about_failure(self, due: Due, workflow_id: str) -> Failure | None:
-        caller = Caller(due.organization_id, due.user_id, due.workflow_id, due.key.execution_id, due.key_id)
+        caller = RunCaller(
+            due.organization_id, due.user_id, due.workflow_id, due.key.execution_id, due.key_id
+        )
         async with self._database.read() as connection:
             name = await connection.scalar(
                 select(col(Workflow.name)).where(col(Workflow.id) == due.workflow_id)

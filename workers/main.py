@@ -13,7 +13,7 @@ import uvloop
 from prometheus_client import start_http_server
 
 from concurrency import gc_tuning, heartbeat
-from engine.services import Services
+from engine.services import NodeServices
 from execution import abandoned, due_runs
 from execution.awaited_events import AwaitedEvents
 from execution.child_runs import ChildRuns
@@ -112,7 +112,7 @@ async def working(
         ),
     )
     runs = ChildRuns(database, store, broker, catalog, settings)
-    services = Services(
+    services = NodeServices(
         http=outbound,
         data_sources=connections,
         files=files,

@@ -23,9 +23,9 @@ import msgspec
 import structlog
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.events import Ended, RunError, RunStatus
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.run_records import RunError, RunOutcome, RunStatus
+from engine.services import RunCaller
 from execution import due_runs
 from execution.isolation import TRIAL_SECONDS, Isolation, SuspectSearch
 from journal import admission, unread
@@ -44,7 +44,7 @@ from models.outage import DatabaseUnavailable
 from workers import mails
 
 if TYPE_CHECKING:
-    from engine.services import DataSources, Pace
+    from engine.services import DataSourceService, ThrottleService
     from journal.blobs.blob_store import BlobStore
     from journal.store import Claimed, Store
     from journal.unread import MailScreening
@@ -89,8 +89,8 @@ class AttachmentNotStored(Exception):
 class Sources:
     """What is read from besides blobs, and how often."""
 
-    data_sources: DataSources
-    pace: Pace
+    data_sources: DataSourceService
+    pace: ThrottleService
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,9 @@ class Reading:
         return Owner(self.one.organization_id, self.one.key_id)
 
     @property
-    def caller(self) -> Caller:
+    def caller(self) -> RunCaller:
         one = self.one
-        return Caller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id)
+        return RunCaller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id)
 
     def give_up(self) -> None:
         """Let the thread at work on it end with its next attachment."""
@@ -151,7 +151,7 @@ class Reader:
         sources: Sources,
         settings: WorkerSettings,
         *,
-        on_left: Callable[[Claimed, Ended], None],
+        on_left: Callable[[Claimed, RunOutcome], None],
         isolation: Isolation,
     ) -> None:
         """`on_left` is told of runs that have ended here, if their end is to be followed up."""
@@ -473,7 +473,7 @@ class Reader:
         """Tell those who go on with a run; what fails here, a sweep sees to."""
         if left.status in TERMINAL:
             status = RunStatus(left.status.value)
-            await self._ended(reading, Ended(status, left.error), left.inbox)
+            await self._ended(reading, RunOutcome(status, left.error), left.inbox)
         elif left.concurrency_key is not None:
             if await admission.admit(self._database, left.concurrency_key):
                 await hints.wake(self._broker)
@@ -488,7 +488,7 @@ class Reader:
         if error.code in {LOOP, REJECTED}:
             reason = f"{error.code}: {error.message}"
             await self._database.transaction(partial(unread.note, key=reading.key, reason=reason))
-        await self._ended(reading, Ended(status, error), reading.one.inbox)
+        await self._ended(reading, RunOutcome(status, error), reading.one.inbox)
 
     async def _put_off(self, reading: Reading, reason: str) -> None:
         """Let a mail be read later, and ever later; after a day it has failed."""
@@ -508,7 +508,7 @@ class Reader:
         write = RunWrite(one.execution_id, one.lane, one.token, **fields)
         return one.execution_id in await self._store.record([write], owner=self._owner)
 
-    async def _ended(self, reading: Reading, ended: Ended, inbox: str) -> None:
+    async def _ended(self, reading: Reading, ended: RunOutcome, inbox: str) -> None:
         one = reading.one
         log.info(
             "mail not run",

@@ -17,7 +17,7 @@ from models.vault import VaultError
 from nodes.outbound import OutboundError, OutboundRefused, Refusal
 
 if TYPE_CHECKING:
-    from engine.services import HttpClient
+    from engine.services import HttpClientService
     from journal.follow_ups import Due
     from journal.results import Leaf
     from models.database import Database
@@ -83,7 +83,7 @@ def body_about(due: Due, outputs: Mapping[str, Leaf] | None) -> bytes:
 class Webhooks:
     """Signs messages by the secrets of an organisation, and sends them by the guarded way out."""
 
-    def __init__(self, database: Database, vault: Vault, http: HttpClient) -> None:
+    def __init__(self, database: Database, vault: Vault, http: HttpClientService) -> None:
         self._database = database
         self._vault = vault
         self._http = http

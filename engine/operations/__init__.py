@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from engine.operations import arithmetic, containers, conversions, dates, texts
-from engine.operations.operation import Operation, OperationError
+from engine.operations.operation import ExpressionOperation, OperationError
 
-__all__ = ["OPERATIONS", "Operation", "OperationError"]
+__all__ = ["OPERATIONS", "ExpressionOperation", "OperationError"]
 
-OPERATIONS: Final[Mapping[str, Operation]] = {
+OPERATIONS: Final[Mapping[str, ExpressionOperation]] = {
     entry.name: entry
     for module in (arithmetic, texts, containers, dates, conversions)
     for entry in vars(module).values()
-    if isinstance(entry, Operation)
+    if isinstance(entry, ExpressionOperation)
 }

@@ -8,84 +8,84 @@ from typing import Any, cast
 from engine.operations.operation import (
     OperationError,
     check_list_length,
-    object_of_values,
-    operation,
-    text,
-    whole_number,
+    define_operation,
+    require_object,
+    require_text,
+    require_whole_number,
 )
-from engine.values import Json, identity, kind
+from engine.values import Json, identity_key, type_name
 
 
-@operation("length")
-def length(value: Json) -> int:
+@define_operation("length")
+def count_elements(value: Json) -> int:
     """Count the characters of a text, the elements of a list or the keys of an object."""
     if isinstance(value, str | list | dict):
         return len(value)
-    raise OperationError(f"needs a text, a list or an object, not {kind(value)}")
+    raise OperationError(f"needs a text, a list or an object, not {type_name(value)}")
 
 
-@operation("first")
-def first(values: list[Json]) -> Json:
+@define_operation("first")
+def first_element(values: list[Json]) -> Json:
     """Return the first element of a list, or null for an empty list."""
     return values[0] if values else None
 
 
-@operation("last")
-def last(values: list[Json]) -> Json:
+@define_operation("last")
+def last_element(values: list[Json]) -> Json:
     """Return the last element of a list, or null for an empty list."""
     return values[-1] if values else None
 
 
-@operation("slice")
-def part(values: list[Json], start: int, end: int | None = None) -> Json:
+@define_operation("slice")
+def slice_list(values: list[Json], start: int, end: int | None = None) -> Json:
     """Return the elements of a list between two positions, the second excluded; negative ones count from the end."""
     return values[start:end]
 
 
-@operation("get")
-def get(value: Json, key: Json, fallback: Json = None) -> Json:
+@define_operation("get")
+def get_element(value: Json, key: Json, fallback: Json = None) -> Json:
     """Return the value of an object's key or of a list's position, or a fallback where there is none."""
     if type(value) is list:
-        position = whole_number(key)
+        position = require_whole_number(key)
         return value[position] if -len(value) <= position < len(value) else fallback
-    return object_of_values(value).get(text(key), fallback)
+    return require_object(value).get(require_text(key), fallback)
 
 
-@operation("flatten")
+@define_operation("flatten")
 def flatten(values: list[Json]) -> Json:
     """Replace the lists in a list with their elements, one level deep."""
-    return joined_lists([value if type(value) is list else [value] for value in values])
+    return concat_lists([value if type(value) is list else [value] for value in values])
 
 
-@operation("unique", reads_all=True)
-def unique(values: list[Json]) -> Json:
+@define_operation("unique", reads_all=True)
+def remove_duplicates(values: list[Json]) -> Json:
     """Remove duplicates from a list; the first of equal elements stays."""
     found: dict[Hashable, Json] = {}
     for value in values:
-        found.setdefault(identity(value), value)
+        found.setdefault(identity_key(value), value)
     return list(found.values())
 
 
-@operation("reverse")
-def backwards(values: list[Json]) -> Json:
+@define_operation("reverse")
+def reverse_list(values: list[Json]) -> Json:
     """Reverse the order of a list."""
     return values[::-1]
 
 
-@operation("sort")
-def ordered(values: list[Json], by: str | None = None, order: str = "ascending") -> Json:
+@define_operation("sort")
+def sort_list(values: list[Json], by: str | None = None, order: str = "ascending") -> Json:
     """Sort numbers or texts, or objects by one of their keys, in ascending or descending order."""
     if order not in ("ascending", "descending"):
         raise OperationError(f'sorts in "ascending" or "descending" order, not {order[:40]!r}')
-    key = _field(by)
-    kinds = {kind(key(value)) for value in values}
+    key = _sort_field(by)
+    kinds = {type_name(key(value)) for value in values}
     if kinds not in ({"number"}, {"text"}, set()):
         raise OperationError(f"sorts numbers or texts, not {' and '.join(sorted(kinds))}")
     return sorted(values, key=key, reverse=order == "descending")
 
 
-@operation("range")
-def numbers_between(start: int, end: int | None = None, step: int = 1) -> Json:
+@define_operation("range")
+def number_range(start: int, end: int | None = None, step: int = 1) -> Json:
     """Return the numbers from a start to an end, which is excluded, by a step; one argument is the end."""
     if step == 0:
         raise OperationError("needs a step other than 0")
@@ -94,7 +94,7 @@ def numbers_between(start: int, end: int | None = None, step: int = 1) -> Json:
     return list(numbers)
 
 
-@operation("merge")
+@define_operation("merge")
 def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
     """Merge objects into one; the last value of a repeated key counts."""
     merged = first.copy()
@@ -104,38 +104,38 @@ def merge(first: dict[str, Json], *more: dict[str, Json]) -> Json:
     return merged
 
 
-@operation("pick")
+@define_operation("pick")
 def pick(value: dict[str, Json], keys: list[Json]) -> Json:
     """Keep only the given keys of an object."""
-    return {key: value[key] for key in map(text, keys) if key in value}
+    return {key: value[key] for key in map(require_text, keys) if key in value}
 
 
-@operation("omit")
+@define_operation("omit")
 def omit(value: dict[str, Json], keys: list[Json]) -> Json:
     """Remove the given keys from an object."""
-    omitted = set(map(text, keys))
+    omitted = set(map(require_text, keys))
     return {key: item for key, item in value.items() if key not in omitted}
 
 
-@operation("keys")
-def keys_of(value: dict[str, Json]) -> Json:
+@define_operation("keys")
+def object_keys(value: dict[str, Json]) -> Json:
     """List the keys of an object."""
     return cast("Json", list(value))
 
 
-@operation("values")
-def values_of(value: dict[str, Json]) -> Json:
+@define_operation("values")
+def object_values(value: dict[str, Json]) -> Json:
     """List the values of an object."""
     return list(value.values())
 
 
-def joined_lists(lists: list[list[Json]]) -> list[Json]:
+def concat_lists(lists: list[list[Json]]) -> list[Json]:
     check_list_length(sum(map(len, lists)))
     return [item for each in lists for item in each]
 
 
-def _field(name: str | None) -> Callable[[Json], Any]:
+def _sort_field(name: str | None) -> Callable[[Json], Any]:
     """Return what elements are sorted by."""
     if name is None:
         return lambda value: value
-    return lambda value: object_of_values(value).get(name)
+    return lambda value: require_object(value).get(name)

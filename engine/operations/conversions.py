@@ -10,45 +10,45 @@ from engine.operations.operation import (
     Number,
     OperationError,
     check_text_length,
-    number,
-    operation,
+    define_operation,
+    require_number,
 )
-from engine.values import InvalidJson, Json, as_text, decode, encode, kind
+from engine.values import InvalidJson, Json, decode_json, encode_json, type_name, value_as_text
 
 _BOOLEANS = {"true": True, "false": False}
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 
-@operation("default", takes_first_found=True)
-def default(value: Json, fallback: Json) -> Json:
+@define_operation("default", takes_first_found=True)
+def default_value(value: Json, fallback: Json) -> Json:
     """Return a value, or the fallback where the value is null or missing."""
     return fallback if value is None else value
 
 
-@operation("coalesce", takes_first_found=True)
+@define_operation("coalesce", takes_first_found=True)
 def coalesce(first: Json, *more: Json) -> Json:
     """Return the first value that is neither null nor missing."""
     return next((value for value in (first, *more) if value is not None), None)
 
 
-@operation("to-number")
+@define_operation("to-number")
 def to_number(value: Json) -> Number:
     """Parse a number from a text, as JSON writes it; a number stays unchanged."""
     if type(value) is not str:
-        return number(value)
+        return require_number(value)
     try:
-        return number(decode(value.encode()))
+        return require_number(decode_json(value.encode()))
     except (InvalidJson, OperationError) as error:
         raise OperationError(f"finds no number in the text {value[:40]!r}") from error
 
 
-@operation("to-text")
+@define_operation("to-text")
 def to_text(value: Json) -> str:
     """Convert a value to text: null to the empty text, objects and lists to JSON."""
-    return as_text(value, max_bytes=MAX_TEXT_LENGTH)
+    return value_as_text(value, max_bytes=MAX_TEXT_LENGTH)
 
 
-@operation("to-boolean")
+@define_operation("to-boolean")
 def to_boolean(value: Json) -> bool:
     """Convert the texts true and false, or the numbers 1 and 0, to a boolean."""
     if type(value) is bool:
@@ -57,29 +57,29 @@ def to_boolean(value: Json) -> bool:
         return _BOOLEANS[value.strip().lower()]
     if value in (0, 1):
         return value == 1
-    raise OperationError(f"finds neither true nor false in a value of the type {kind(value)}")
+    raise OperationError(f"finds neither true nor false in a value of the type {type_name(value)}")
 
 
-@operation("from-json", reads_all=True)
+@define_operation("from-json", reads_all=True)
 def from_json(value: str) -> Json:
     """Parse a JSON text."""
-    return decode(value.encode())
+    return decode_json(value.encode())
 
 
-@operation("to-json")
+@define_operation("to-json")
 def to_json(value: Json) -> str:
     """Serialize a value as compact JSON."""
-    return encode(value, max_bytes=MAX_TEXT_LENGTH).decode()
+    return encode_json(value, max_bytes=MAX_TEXT_LENGTH).decode()
 
 
-@operation("base64-encode")
+@define_operation("base64-encode")
 def base64_encode(value: str) -> str:
     """Encode a text, in UTF-8, as base64."""
     check_text_length(4 * len(value) // 3)
     return b64encode(value.encode()).decode()
 
 
-@operation("base64-decode")
+@define_operation("base64-decode")
 def base64_decode(value: str) -> str:
     """Decode base64 (standard or URL-safe alphabet, padded or not) to a text in UTF-8."""
     check_text_length(len(value))

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Final
 from zoneinfo import ZoneInfo, available_timezones
 
-from engine.operations.operation import Number, OperationError, number, operation
+from engine.operations.operation import Number, OperationError, define_operation, require_number
 from engine.values import Json
 
 MAX_FORMAT_LENGTH: Final = 1_000
@@ -27,44 +27,44 @@ _CLOCK_UNITS = ("seconds", "minutes", "hours")
 _MONTHS = {"months": 1, "years": 12}
 
 
-@operation("parse-date")
+@define_operation("parse-date")
 def parse_date(date: Json, zone: str = "UTC") -> str:
     """Parse an ISO 8601 date, or seconds since 1970, into UTC; the time zone applies to dates without an offset."""
     if type(date) is str:
-        return _written(_moment(date, _zone(zone)))
-    return _written(_EPOCH + timedelta(seconds=number(date)))
+        return _format_moment(_parse_moment(date, _load_zone(zone)))
+    return _format_moment(_EPOCH + timedelta(seconds=require_number(date)))
 
 
-@operation("format-date")
+@define_operation("format-date")
 def format_date(date: str, form: str, zone: str = "UTC") -> str:
     """Format a date with a pattern such as `%Y-%m-%d %H:%M`, in a time zone."""
     unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - _FORMAT_CODES
     if unknown or len(form) > MAX_FORMAT_LENGTH:
         known = " ".join(f"%{code}" for code in sorted(_FORMAT_CODES))
         raise OperationError(f"takes a form of at most {MAX_FORMAT_LENGTH:,} characters with {known}")
-    return _moment(date).astimezone(_zone(zone)).strftime(form)
+    return _parse_moment(date).astimezone(_load_zone(zone)).strftime(form)
 
 
-@operation("add-time")
+@define_operation("add-time")
 def add_time(date: str, amount: int, unit: str, zone: str = "UTC") -> str:
     """Add an amount of time to a date; days, weeks, months and years follow the calendar of the time zone."""
-    moment = _moment(date)
+    moment = _parse_moment(date)
     if unit in _CLOCK_UNITS:
-        return _written(moment + amount * _UNITS[unit])
-    local = moment.astimezone(_zone(zone))
+        return _format_moment(moment + amount * _UNITS[unit])
+    local = moment.astimezone(_load_zone(zone))
     if unit in _MONTHS:
-        return _written(_months_later(local, amount * _MONTHS[unit]))
-    return _written(local + amount * _unit(unit))
+        return _format_moment(_add_months(local, amount * _MONTHS[unit]))
+    return _format_moment(local + amount * _parse_unit(unit))
 
 
-@operation("date-diff")
+@define_operation("date-diff")
 def date_diff(start: str, end: str, unit: str = "seconds") -> Number:
     """Count the seconds, minutes, hours, days or weeks from one date to another."""
-    difference, step = _moment(end) - _moment(start), _unit(unit)
+    difference, step = _parse_moment(end) - _parse_moment(start), _parse_unit(unit)
     return difference // step if difference % step == timedelta() else difference / step
 
 
-def _moment(date: str, zone: tzinfo = UTC) -> datetime:
+def _parse_moment(date: str, zone: tzinfo = UTC) -> datetime:
     try:
         moment = datetime.fromisoformat(date)
     except ValueError as error:
@@ -72,11 +72,11 @@ def _moment(date: str, zone: tzinfo = UTC) -> datetime:
     return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
 
 
-def _written(moment: datetime) -> str:
+def _format_moment(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def _months_later(local: datetime, months: int) -> datetime:
+def _add_months(local: datetime, months: int) -> datetime:
     """Return the same day of another month, or its last day where it is shorter."""
     year, month = divmod(local.year * 12 + local.month - 1 + months, 12)
     if not MINYEAR <= year <= MAXYEAR:
@@ -84,20 +84,20 @@ def _months_later(local: datetime, months: int) -> datetime:
     return local.replace(year=year, month=month + 1, day=min(local.day, monthrange(year, month + 1)[1]))
 
 
-def _unit(name: str) -> timedelta:
+def _parse_unit(name: str) -> timedelta:
     if name not in _UNITS:
         raise OperationError(f"counts in {', '.join(_UNITS)}, not {name[:40]!r}")
     return _UNITS[name]
 
 
-def _zone(name: str) -> tzinfo:
+def _load_zone(name: str) -> tzinfo:
     if name == "UTC":
         return UTC
-    if name not in _zones():
+    if name not in _zone_names():
         raise OperationError(f"needs an IANA time zone such as Europe/Berlin, not {name[:40]!r}")
     return ZoneInfo(name)
 
 
 @cache
-def _zones() -> frozenset[str]:
+def _zone_names() -> frozenset[str]:
     return frozenset(available_timezones())

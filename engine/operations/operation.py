@@ -8,13 +8,13 @@ from inspect import Parameter, signature
 from typing import Final, TypeAlias
 
 from concurrency import offload
-from engine.values import MAX_NUMBER, InvalidJson, Json, kind
+from engine.values import MAX_NUMBER, InvalidJson, Json, type_name
 
 Number: TypeAlias = int | float
-Converter: TypeAlias = Callable[[Json], Json]
+ArgumentConverter: TypeAlias = Callable[[Json], Json]
 
 MAX_ARGUMENTS: Final = 100
-BRIEF_LENGTH: Final = 200_000
+INLINE_LENGTH: Final = 200_000
 """Of a text or list that is made while others wait."""
 MAX_LIST_LENGTH: Final = 1_000_000
 MAX_TEXT_LENGTH: Final = 10_000_000
@@ -25,7 +25,7 @@ class OperationError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class ExpressionOperation:
     """One entry of the table."""
 
     name: str
@@ -37,7 +37,7 @@ class Operation:
     reads_all: bool
     """It looks at whatever its arguments hold, however deep."""
     _function: Callable[..., Json]
-    _converters: tuple[Converter, ...]
+    _converters: tuple[ArgumentConverter, ...]
 
     def takes(self, count: int) -> bool:
         return self.min_arguments <= count <= self.max_arguments
@@ -64,22 +64,22 @@ class Operation:
         return result
 
 
-def operation(
+def define_operation(
     name: str, *, takes_first_found: bool = False, reads_all: bool = False
-) -> Callable[[Callable[..., Json]], Operation]:
+) -> Callable[[Callable[..., Json]], ExpressionOperation]:
     """Make an operation of a function: its parameters say what it takes, its docstring what it is for."""
 
-    def make(function: Callable[..., Json]) -> Operation:
+    def make(function: Callable[..., Json]) -> ExpressionOperation:
         parameters = signature(function).parameters.values()
-        return Operation(
+        return ExpressionOperation(
             name=name,
             summary=(function.__doc__ or "").strip(),
             min_arguments=sum(_is_required(parameter) for parameter in parameters),
-            max_arguments=min(sum(map(_most, parameters)), MAX_ARGUMENTS),
+            max_arguments=min(sum(map(_max_arguments, parameters)), MAX_ARGUMENTS),
             takes_first_found=takes_first_found,
             reads_all=reads_all,
             _function=function,
-            _converters=tuple(_converters(parameters)),
+            _converters=tuple(_argument_converters(parameters)),
         )
 
     return make
@@ -89,70 +89,70 @@ def _is_required(parameter: Parameter) -> bool:
     return parameter.kind is not Parameter.VAR_POSITIONAL and parameter.default is Parameter.empty
 
 
-def _most(parameter: Parameter) -> int:
+def _max_arguments(parameter: Parameter) -> int:
     return MAX_ARGUMENTS if parameter.kind is Parameter.VAR_POSITIONAL else 1
 
 
-def _converters(parameters: Iterable[Parameter]) -> Iterator[Converter]:
+def _argument_converters(parameters: Iterable[Parameter]) -> Iterator[ArgumentConverter]:
     """Yield what each argument goes through, by the annotation of its parameter."""
     for parameter in parameters:
         converter = _CONVERTERS[str(parameter.annotation)]
-        yield from [converter] * _most(parameter)
+        yield from [converter] * _max_arguments(parameter)
 
 
 # ── arguments ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def number(value: Json) -> Number:
+def require_number(value: Json) -> Number:
     if type(value) is int or type(value) is float:
         return value
-    raise OperationError(f"needs a number, not {kind(value)}")
+    raise OperationError(f"needs a number, not {type_name(value)}")
 
 
-def whole_number(value: Json) -> int:
+def require_whole_number(value: Json) -> int:
     if type(value) is int:
         return value
     if type(value) is float and value.is_integer():
         return int(value)
-    found = value if type(value) is float else kind(value)
+    found = value if type(value) is float else type_name(value)
     raise OperationError(f"needs a whole number, not {found}")
 
 
-def text(value: Json) -> str:
+def require_text(value: Json) -> str:
     if type(value) is str:
         return value
-    raise OperationError(f"needs a text, not {kind(value)}")
+    raise OperationError(f"needs a text, not {type_name(value)}")
 
 
-def list_of_values(value: Json) -> list[Json]:
+def require_list(value: Json) -> list[Json]:
     if type(value) is list:
         return value
-    raise OperationError(f"needs a list, not {kind(value)}")
+    raise OperationError(f"needs a list, not {type_name(value)}")
 
 
-def object_of_values(value: Json) -> dict[str, Json]:
+def require_object(value: Json) -> dict[str, Json]:
     if type(value) is dict:
         return value
-    raise OperationError(f"needs an object, not {kind(value)}")
+    raise OperationError(f"needs an object, not {type_name(value)}")
 
 
-def _unchanged(value: Json) -> Json:
+def _keep_value(value: Json) -> Json:
     return value
 
 
-def _optional(convert: Converter) -> Converter:
+def _optional_converter(convert: ArgumentConverter) -> ArgumentConverter:
     return lambda value: None if value is None else convert(value)
 
 
-_CONVERTERS: Final[Mapping[str, Converter]] = {
-    "Json": _unchanged,
-    "Number": number,
-    "dict[str, Json]": object_of_values,
-    "int": whole_number,
-    "int | None": _optional(whole_number),
-    "list[Json]": list_of_values,
-    "str": text,
-    "str | None": _optional(text),
+_CONVERTERS: Final[Mapping[str, ArgumentConverter]] = {
+    "Json": _keep_value,
+    "Number": require_number,
+    "dict[str, Json]": require_object,
+    "int": require_whole_number,
+    "int | None": _optional_converter(require_whole_number),
+    "list[Json]": require_list,
+    "str": require_text,
+    "str | None": _optional_converter(require_text),
 }
 
 
@@ -170,14 +170,14 @@ def _check_size(result: Json) -> None:
 
 
 def check_text_length(length: int) -> None:
-    if length > BRIEF_LENGTH:
-        offload.require()
+    if length > INLINE_LENGTH:
+        offload.require_offloaded()
     if length > MAX_TEXT_LENGTH:
         raise OperationError(f"gives a text of more than {MAX_TEXT_LENGTH:,} characters")
 
 
 def check_list_length(length: int) -> None:
-    if length > BRIEF_LENGTH:
-        offload.require()
+    if length > INLINE_LENGTH:
+        offload.require_offloaded()
     if length > MAX_LIST_LENGTH:
         raise OperationError(f"gives more than {MAX_LIST_LENGTH:,} elements")

@@ -4,47 +4,47 @@ from __future__ import annotations
 
 from typing import cast
 
-from engine.operations.containers import joined_lists
+from engine.operations.containers import concat_lists
 from engine.operations.operation import (
     MAX_TEXT_LENGTH,
     OperationError,
     check_list_length,
     check_text_length,
-    operation,
+    define_operation,
 )
-from engine.values import Json, as_text, kind
+from engine.values import Json, type_name, value_as_text
 
 
-@operation("concat")
+@define_operation("concat")
 def concat(first: Json, *more: Json) -> Json:
     """Join values into one text, or lists into one list."""
     values = [first, *more]
     if all(type(value) is list for value in values):
-        return joined_lists(cast("list[list[Json]]", values))
+        return concat_lists(cast("list[list[Json]]", values))
     if any(type(value) in (list, dict) for value in values):
-        raise OperationError(f"joins texts or lists, not {' and '.join(map(kind, values))}")
-    return _joined("", values)
+        raise OperationError(f"joins texts or lists, not {' and '.join(map(type_name, values))}")
+    return _join_texts("", values)
 
 
-@operation("lower")
-def lower(value: str) -> str:
+@define_operation("lower")
+def lowercase(value: str) -> str:
     """Convert a text to lower case."""
     return value.lower()
 
 
-@operation("upper")
-def upper(value: str) -> str:
+@define_operation("upper")
+def uppercase(value: str) -> str:
     """Convert a text to upper case."""
     return value.upper()
 
 
-@operation("trim")
+@define_operation("trim")
 def trim(value: str) -> str:
     """Remove white space from both ends of a text."""
     return value.strip()
 
 
-@operation("replace")
+@define_operation("replace")
 def replace(value: str, old: str, new: str) -> str:
     """Replace every occurrence of a text with another."""
     _check_not_empty(old)
@@ -52,7 +52,7 @@ def replace(value: str, old: str, new: str) -> str:
     return value.replace(old, new)
 
 
-@operation("split")
+@define_operation("split")
 def split(value: str, separator: str) -> Json:
     """Split a text at each separator into a list."""
     _check_not_empty(separator)
@@ -60,19 +60,19 @@ def split(value: str, separator: str) -> Json:
     return cast("Json", value.split(separator))
 
 
-@operation("join")
+@define_operation("join")
 def join(values: list[Json], separator: str = "") -> str:
     """Join the values of a list into one text, with an optional separator between them."""
-    return _joined(separator, values)
+    return _join_texts(separator, values)
 
 
-@operation("substring")
+@define_operation("substring")
 def substring(value: str, start: int, end: int | None = None) -> str:
     """Return the part of a text between two positions, the second excluded; negative ones count from the end."""
     return value[start:end]
 
 
-@operation("pad")
+@define_operation("pad")
 def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
     """Pad a text to a length, at its `start` or `end`, with a character."""
     check_text_length(length)
@@ -81,11 +81,11 @@ def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
     return value.rjust(length, fill) if side == "start" else value.ljust(length, fill)
 
 
-def _joined(separator: str, values: list[Json]) -> str:
+def _join_texts(separator: str, values: list[Json]) -> str:
     texts = []
     length = 0
     for value in values:
-        texts.append(as_text(value, max_bytes=MAX_TEXT_LENGTH))
+        texts.append(value_as_text(value, max_bytes=MAX_TEXT_LENGTH))
         length += len(texts[-1]) + len(separator)
         check_text_length(length - len(separator))
     return separator.join(texts)

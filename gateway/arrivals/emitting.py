@@ -123,7 +123,7 @@ async def emit(gateway: State, sent: Sent, event: Event, promise: IdempotencyKey
     """
     trigger = given(event)
     try:
-        text = (await offload.patiently(values.encode, trigger)).decode()
+        text = (await offload.run(values.encode_json, trigger)).decode()
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
     told = EmittedEvent(ids.new("event"), event.event_type, event.source, text)
@@ -218,7 +218,7 @@ def _takes(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
 
 
 def _passes(condition: Json, trigger: Json) -> bool:
-    return condition is None or event_filters.passes(
+    return condition is None or event_filters.matches_event(
         _encode(condition).decode(), {"data": trigger, "trigger": trigger}
     )
 

@@ -11,8 +11,8 @@ from sqlalchemy import and_, bindparam, select
 from sqlmodel import col
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.events import SpanStatus
+from engine.run_errors import NodeError
+from engine.run_records import SpanStatus
 from gateway import errors, limits
 from json_text import decoding
 from models.execution import Execution, SpanRow
@@ -97,7 +97,7 @@ async def _standing(gateway: State, key: ExecutionKey) -> Standing | None:
     answer = None
     if row.resolved_config is not None:
         try:
-            answer = await offload.patiently(_answer, row.resolved_config)
+            answer = await offload.run(_answer, row.resolved_config)
         except NodeError as error:
             raise errors.execution_failed(key.execution_id) from error
     return Standing(ExecutionStatus(row.status), answer)

@@ -142,7 +142,7 @@ async def addressee(gateway: State, workflow_id: str, known: Sender | None) -> A
 async def recognised(arrival: Arrival) -> MailKind:
     """Return what is handed in; raises what a caller is answered for what is no mail of any kind."""
     try:
-        return await offload.patiently(mail_kinds.recognise, arrival)
+        return await offload.run(mail_kinds.recognise, arrival)
     except Refused as error:
         raise refusal(error) from error
 
@@ -246,13 +246,13 @@ async def _signature(gateway: State, addressee: Addressee, arrival: Arrival, kin
     if kind in SENDGRID and trigger.sendgrid is not None:
         if sendgrid.SIGNATURE_HEADER not in arrival.headers and sendgrid.TIME_HEADER not in arrival.headers:
             return None
-        verified = await offload.patiently(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
+        verified = await offload.run(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
         return _proof("sendgrid", verified)
     if kind in MAILGUN and trigger.mailgun is not None:
         source = await trigger_secrets.source(
             gateway, addressee.workflow, trigger.mailgun.signing_key, {"webhook-secret"}
         )
-        verified = await offload.patiently(mailgun.verify, arrival, [source.secrets.get("secret", "")])
+        verified = await offload.run(mailgun.verify, arrival, [source.secrets.get("secret", "")])
         return _proof("mailgun", verified)
     if kind is MailKind.SNS and trigger.ses is not None:
         return _proof("sns", await _of_sns(gateway, arrival, trigger.ses.topics))
@@ -264,7 +264,7 @@ def _proof(label: str, verified: Verified) -> Proof:
 
 
 async def _of_sns(gateway: State, arrival: Arrival, topics: Sequence[str]) -> Verified:
-    message = await offload.patiently(sns.parse, arrival)
+    message = await offload.run(sns.parse, arrival)
     # Anybody can have a topic: nothing is fetched for one that nobody here has named.
     sns.require_topic(message, topics)
     pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.at)

@@ -53,7 +53,7 @@ async def verify(arrival: Arrival, sender: Sender, vault: Vault) -> Provider | N
     try:
         claimed = events.recognise(arrival)
         if sender.token is not None:
-            await offload.patiently(_require_signature, arrival, claimed, _opened(sender, vault))
+            await offload.run(_require_signature, arrival, claimed, _opened(sender, vault))
     except Refused as error:
         raise refusal(error) from error
     return claimed

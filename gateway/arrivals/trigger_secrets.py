@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from engine.errors import NodeError
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.services import RunCaller
 from gateway import errors
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ async def find(
 
     None where there is no such one of these types; raises 503 where that can't be told, so that senders come again.
     """
-    owner = Caller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
+    owner = RunCaller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
     try:
         found = await gateway.runners.sources.find(owner, source_id)
     except NodeError as error:

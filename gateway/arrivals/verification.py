@@ -188,7 +188,7 @@ async def verify(gateway: State, workflow: LoadedWorkflow, arrival: Arrival) -> 
         for source_id in verification.data_sources
     ]
     try:
-        verified = await offload.patiently(_verified, arrival, verification, sources)
+        verified = await offload.run(_verified, arrival, verification, sources)
     except Refused as error:
         refusal = signatures.refusal(error)
         if is_basic and refusal.status == errors.unauthorized().status:

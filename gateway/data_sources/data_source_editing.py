@@ -10,7 +10,7 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine.values import canonical, fingerprint
+from engine.values import encode_canonical, fingerprint
 from gateway import audit, errors, limits
 from gateway.data_sources import data_source_rows
 from gateway.data_sources.data_source_rows import NameTaken, Stored
@@ -192,5 +192,5 @@ def _without_secrets(request: Request, body: Json) -> Json:
     """Return a body to compare others with, that says nothing of the secrets to whoever sees what is kept of it."""
     if not isinstance(body, dict) or "secrets" not in body:
         return body
-    hashed = hmac.digest(request.gateway.settings.secret, canonical(body["secrets"]), "sha256")
+    hashed = hmac.digest(request.gateway.settings.secret, encode_canonical(body["secrets"]), "sha256")
     return {**body, "secrets": hashed.hex()}

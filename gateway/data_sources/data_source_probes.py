@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from engine.errors import NodeError
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.services import RunCaller
 from gateway import errors, limits
 from models.data_source import opened
 from models.data_source_types import DataSourceType
@@ -26,7 +26,7 @@ from nodes.connections.source import Source
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from engine.services import Bucket
+    from engine.services import ObjectBucket
     from models.data_source import DataSource
     from models.settings import Settings
     from models.vault import Vault
@@ -56,7 +56,7 @@ class _Only:
 
     source: Source
 
-    async def find(self, caller: Caller, source_id: str) -> Source:  # noqa: ARG002 - the protocol's signature
+    async def find(self, caller: RunCaller, source_id: str) -> Source:  # noqa: ARG002 - the protocol's signature
         return self.source
 
 
@@ -97,7 +97,7 @@ class Probes:
         """Return what was found; raises `NodeError`."""
         from nodes.connections.connections import Connections  # noqa: PLC0415 - most gateways never need the drivers
 
-        caller = Caller(source.organization_id, source.owner_id, "", "", "")
+        caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
         policy = ConnectionPolicy(
             allowed_networks=self._settings.outbound_allowed_networks,
             own_databases=(OwnDatabase.of_url(self._settings.database_url),),
@@ -141,7 +141,7 @@ class Probes:
             self._begun.popitem(last=False)
 
 
-async def _list_one(bucket: Bucket) -> None:
+async def _list_one(bucket: ObjectBucket) -> None:
     try:
         await bucket.list("", max_objects=1, timeout_seconds=float(limits.DATA_SOURCE_TEST_SECONDS))
     except NodeError as error:

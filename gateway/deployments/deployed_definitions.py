@@ -10,9 +10,9 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
-from engine.findings import Validation
-from engine.graph import Settings
-from engine.values import encode
+from engine.findings import ValidationResult
+from engine.graph import RunSettings
+from engine.values import encode_json
 from journal import pinning
 from journal.store import DefinitionKey
 from json_text import decoding
@@ -58,19 +58,19 @@ class DeployedDefinitions:
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
         """Return a workflow with what is deployed in the place of its own definition; raises `DefinitionLost`."""
         if workflow.definition_hash == deployment.definition_hash:
-            return replace(workflow, validation=Validation())
+            return replace(workflow, validation=ValidationResult())
         deployed = await self._load(
             DefinitionKey(deployment.organization_id, deployment.definition_hash, deployment.lane)
         )
         return replace(
             workflow,
             settings=deployed.settings,
-            config=encode(deployed.settings).decode(),
-            timeout_seconds=Settings.of(deployed.settings).timeout_seconds,
+            config=encode_json(deployed.settings).decode(),
+            timeout_seconds=RunSettings.from_stored(deployed.settings).timeout_seconds,
             definition=deployed.text,
             definition_hash=deployment.definition_hash,
             # It was valid when it was deployed.
-            validation=Validation(),
+            validation=ValidationResult(),
             trigger=deployed.trigger,
             total_nodes=deployed.total_nodes,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from engine.values import canonical, fingerprint
+from engine.values import encode_canonical, fingerprint
 from gateway import audit, errors
 from gateway.workflows import editing
 from journal import activity, decisions, deployments, pinning, wakes
@@ -142,7 +142,9 @@ def fresh_token_id() -> str:
 
 
 def _pinned(snapshot: Mapping[str, Any]) -> bytes:
-    return canonical(pinning.definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"]))
+    return encode_canonical(
+        pinning.definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"])
+    )
 
 
 async def _record(

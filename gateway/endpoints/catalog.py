@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, UnsetType
 
-from engine.node import Effect, UnknownNodeType
+from engine.node_api import NodeEffect, UnknownNodeType
 from gateway.errors import ApiError
 from gateway.http.parameters import LIMIT, OFFSET, Text
 from gateway.http.request import Request
@@ -15,7 +15,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Wire
 
 if TYPE_CHECKING:
-    from engine.node import EffectRule, NodeType, Output
+    from engine.node_api import EffectRule, NodeType, OutputDescription
 
 SEARCH = Text("search", "Only types with this text in their type, name or description.")
 CATEGORY = Text(
@@ -28,9 +28,9 @@ LISTED = (SEARCH, CATEGORY, TYPE, LIMIT, OFFSET)
 class EffectShape(Wire):
     """What running a node does to the world: `default`, unless the config's `field` has a value that is in `cases`."""
 
-    default: Effect
+    default: NodeEffect
     field: str | UnsetType = UNSET
-    cases: Mapping[str, Effect] | UnsetType = UNSET
+    cases: Mapping[str, NodeEffect] | UnsetType = UNSET
 
 
 class PortsShape(Wire):
@@ -170,7 +170,7 @@ def _effect(rule: EffectRule) -> EffectShape:
     return EffectShape(default=rule.default, field=rule.deciding_field, cases=rule.cases)
 
 
-def _output(output: Output) -> OutputShape:
+def _output(output: OutputDescription) -> OutputShape:
     return OutputShape(
         description=output.description,
         schema=output.schema,

@@ -193,10 +193,10 @@ async def _describe(note: Sent, arrival: Arrival, addressee: Addressee) -> None:
     kind = await mail_senders.recognised(arrival)
     if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
         return
-    key = await offload.patiently(mail_kinds.mail_key, arrival, kind)
+    key = await offload.run(mail_kinds.mail_key, arrival, kind)
     if key is not None:
         note.derived_key = promises.derived("mail", addressee.workflow.id, key)
-    unread = await offload.patiently(_unread_form, arrival, kind, addressee, content=arrival.body)
+    unread = await offload.run(_unread_form, arrival, kind, addressee, content=arrival.body)
     note.payload = _encode(unread.as_json()).decode()
 
 
@@ -240,12 +240,10 @@ async def _native(handed: Handed) -> JsonResponse:
         raise BodyLimit(most).exceeded()
     value = await json_of(request, content)
     mail = body_of(request, value, EmailTrigger)
-    attachments = await offload.patiently(decode_attachments, mail.attachments)
+    attachments = await offload.run(decode_attachments, mail.attachments)
     promise = None
     if request.known_sender is not None:
-        promise = await offload.patiently(
-            idempotency.requested, request, value, workflow_id=handed.workflow_id
-        )
+        promise = await offload.run(idempotency.requested, request, value, workflow_id=handed.workflow_id)
 
     blobs, organization_id = request.gateway.blobs, handed.addressee.workflow.organization_id
     are_kept = any(one.content is not None for one in attachments)
@@ -262,7 +260,7 @@ async def _native(handed: Handed) -> JsonResponse:
 
 
 async def _of_form(handed: Handed) -> JsonResponse:
-    unread = await offload.patiently(_unread_form, handed.arrival, handed.kind, handed.addressee)
+    unread = await offload.run(_unread_form, handed.arrival, handed.kind, handed.addressee)
     return await _take_in_unread(handed, unread, handed.arrival.body)
 
 
@@ -274,7 +272,7 @@ async def _of_mail_server(handed: Handed) -> JsonResponse:
 
 async def _of_topic(handed: Handed) -> JsonResponse:
     """Do what a message of SNS asks for, or run what it tells of."""
-    message = await offload.patiently(sns.parse, handed.arrival)
+    message = await offload.run(sns.parse, handed.arrival)
     match message.type:
         case MessageType.SUBSCRIPTION:
             if handed.proof.label != "sns":
@@ -283,7 +281,7 @@ async def _of_topic(handed: Handed) -> JsonResponse:
             return await _noted(handed, "subscription-confirmed", message.topic_arn)
         case MessageType.UNSUBSCRIPTION:
             return await _noted(handed, "subscription-ended", message.topic_arn)
-    mail = await offload.patiently(ses.received, message)
+    mail = await offload.run(ses.received, message)
     if mail is None:
         return await _noted(handed, "no-mail", "The message of the topic tells of no mail that was received")
     unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
@@ -367,7 +365,7 @@ async def _take_in(
     """
     gateway, workflow = handed.request.gateway, handed.addressee.workflow
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
-    key = await offload.patiently(mail_kinds.mail_key, handed.arrival, handed.kind)
+    key = await offload.run(mail_kinds.mail_key, handed.arrival, handed.kind)
     if promise is None and key is not None:
         promise = handed.note.derived_key = promises.derived("mail", workflow.id, key)
     own_key = _own_key(handed, key, ses_id)

@@ -107,7 +107,7 @@ async def enqueue(request: Request) -> JsonResponse:
         value = await json_of(request, content)
         now = gateway.clock()
         body = _interpreted(value, now, request.warnings)
-        own_key, promise = await offload.patiently(_keys, request, value, body, vouched)
+        own_key, promise = await offload.run(_keys, request, value, body, vouched)
         message = body.planned(now, promise, body.callback_url)
         note.payload = message.text
 

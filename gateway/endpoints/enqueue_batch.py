@@ -114,11 +114,9 @@ async def enqueue(request: Request) -> JsonResponse:
         if batch.callback_url is not None:
             await callbacks.require(request, batch.callback_url)
         own_key = vouched_key(vouched, workflow_id)
-        given = await offload.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
+        given = await offload.run(idempotency.requested, request, value, workflow_id=workflow_id)
         given = given or own_key
-        planned, refused = await offload.patiently(
-            _planned, batch.messages, workflow_id, given, gateway.clock()
-        )
+        planned, refused = await offload.run(_planned, batch.messages, workflow_id, given, gateway.clock())
         if not planned:
             raise _all_wrong(refused)
         first, repeats = _without_repeats(planned)

@@ -185,7 +185,7 @@ async def emit(request: Request) -> JsonResponse:
             await gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
             return JsonResponse(Echo(challenge=meaning.text))
         if isinstance(meaning, Event):
-            promise = await offload.patiently(_promise, request, sender, meaning)
+            promise = await offload.run(_promise, request, sender, meaning)
             emission = await emitting.emit(gateway, note, meaning, promise)
             headers = idempotency.REPLAYED if emission.is_repeated else None
             return JsonResponse(_shape(emission), headers=headers)
@@ -288,7 +288,7 @@ async def _each(request: Request, note: Sent, batch: Batch) -> JsonResponse:
     if not batch.events:
         await request.gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
     whole: Json = [emitting.given(one) for one in batch.events]
-    given = await offload.patiently(idempotency.requested, request, whole)
+    given = await offload.run(idempotency.requested, request, whole)
     emissions: list[Emission] = []
     for place, event in enumerate(batch.events):
         of_event = replace(note, delivery_id=ids.new("dlv"))
@@ -307,7 +307,7 @@ async def _meaning(
     if provider is None:
         return _plain(body_of(request, await json_of(request, arrival.body), Emit))
     try:
-        return await offload.patiently(events.event_of, arrival, provider)
+        return await offload.run(events.event_of, arrival, provider)
     except Refused as error:
         raise signatures.refusal(error) from error
 

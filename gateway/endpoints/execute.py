@@ -67,9 +67,7 @@ async def start(request: Request) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, Execute)
     intake.require_one_spelling(body.trigger_inputs, body.inputs)
-    promise = await offload.patiently(
-        idempotency.requested, request, value, workflow_id=request.path_params["id"]
-    )
+    promise = await offload.run(idempotency.requested, request, value, workflow_id=request.path_params["id"])
 
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import structlog
 from msgspec import UNSET, UnsetType
 
-from engine.events import SpanStatus
+from engine.run_records import SpanStatus
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.executions import execution_rows, execution_shapes, live_events, resumption

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
-from engine import layout as layouts
+from engine import canvas_layout as layouts
 from engine.findings import FindingType
 from gateway import limits
 from gateway.http import idempotency
@@ -79,11 +79,11 @@ async def layout(request: Request) -> JsonResponse:
     editing.require_writer(request, stored.workflow)
     seen = graph_shapes.drawing(stored.nodes, stored.connections)
     # In a thread, here and below: others are served while a large graph is gone through.
-    places = await asyncio.to_thread(layouts.arrange, *seen)
+    places = await asyncio.to_thread(layouts.arrange_cards, *seen)
 
     def arranged(before: Stored) -> Stored:
         current = graph_shapes.drawing(before.nodes, before.connections)
-        wanted = places if current == seen else layouts.arrange(*current)
+        wanted = places if current == seen else layouts.arrange_cards(*current)
         return replace(before, nodes=graph_shapes.moved(before.nodes, wanted))
 
     edited = await editing.edit(request, Action.WORKFLOW_LAID_OUT, arranged)

@@ -138,15 +138,15 @@ async def options(request: Request) -> NoContent:
 async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -> ASGIApp:
     """Return the answer to a request that is let in; raises `Refused` for one that says nothing that can be kept."""
     hook, arrival = let_in.hook, let_in.arrival
-    meaning = await offload.patiently(hooks.understood, hook, arrival)
+    meaning = await offload.run(hooks.understood, hook, arrival)
     if isinstance(meaning, Challenge):
         await _note_only(request, note, "challenge: the sender looks whether it is heard")
         return JsonResponse(HookTaken(status=HookStatus.IGNORED, challenge=meaning.text or None))
     if not hook.runs_for(meaning.event_type):
         await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'none is named'}")
         return JsonResponse(HookTaken(status=HookStatus.IGNORED))
-    trigger = await offload.patiently(hooks.given, hook, arrival, meaning.body)
-    encoded = await offload.patiently(_encoded, trigger)
+    trigger = await offload.run(hooks.given, hook, arrival, meaning.body)
+    encoded = await offload.run(_encoded, trigger)
     if len(encoded.content) <= limits.KEPT_REFUSED_CHARACTERS:
         note.payload = encoded.content.decode()
     accepted, is_deferred = await _taken_in(request, note, let_in, trigger, encoded)

@@ -10,7 +10,7 @@ import structlog
 from msgspec import Meta
 
 from concurrency import offload
-from engine.node import OUTPUT, Awaited
+from engine.node_api import OUTPUT, AnswerSource
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.executions import acceptance, input_checks
@@ -91,7 +91,7 @@ async def answer(request: Request) -> JsonResponse:
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)
     body = body_of(request, value, Answer)
-    promise = await offload.patiently(idempotency.requested, request, value, workflow_id=key.execution_id)
+    promise = await offload.run(idempotency.requested, request, value, workflow_id=key.execution_id)
     if await _is_repeated(request, key, promise):
         return _taken(key, body, idempotency.REPLAYED)
     try:
@@ -154,7 +154,7 @@ async def _given(
         node_id=asked.node_id,
         iteration=asked.iteration,
         payload=signals.output(told, body.choice or OUTPUT),
-        kind=Awaited.INPUT,
+        kind=AnswerSource.INPUT,
         user_id=user_id,
     )
     answer_id = ids.new("answer")

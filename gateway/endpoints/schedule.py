@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.triggers import SCHEDULE
+from engine.triggers import SCHEDULE_KIND
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, Wire, instant
@@ -144,7 +144,7 @@ def _shape(
         last_run=_last_run(row, status),
         last_passed_over=_last_passed_over(row),
     )
-    if trigger is None or trigger.kind != SCHEDULE:
+    if trigger is None or trigger.kind != SCHEDULE_KIND:
         shape.inactive_reason = InactiveReason.NO_SCHEDULE
         return shape
     shape.node_id = trigger.id

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from concurrency import offload
 from engine.triggers import trigger_output
-from engine.values import encode
+from engine.values import encode_json
 from gateway import errors, limits
 from gateway.deployments.activation import BadNews, NoPod, StartBlocked, StartFailed
 from gateway.errors import ApiError
@@ -115,7 +115,7 @@ async def start(request: Request) -> JsonResponse:
     workflow_id = request.path_params["id"]
     value = await read_json(request)
     body = _checked(body_of(request, value, Trigger))
-    promise = await offload.patiently(idempotency.requested, request, value, workflow_id=workflow_id)
+    promise = await offload.run(idempotency.requested, request, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body, times)
@@ -222,7 +222,7 @@ async def _shape(
         shape.output = await _output(request, accepted, times)
     except ResultTooLarge as error:
         message = f"{error}, more than an answer holds: they are to be read at the execution"
-        shape.error = msgspec.Raw(encode({"code": "output-too-large", "message": message}))
+        shape.error = msgspec.Raw(encode_json({"code": "output-too-large", "message": message}))
     return shape
 
 
@@ -247,7 +247,7 @@ async def _output(request: Request, accepted: Accepted, times: Times) -> dict[st
 
 
 def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
-    return msgspec.Raw(encode({"code": status.value, "message": f"Somebody has {status.value} the run"}))
+    return msgspec.Raw(encode_json({"code": status.value, "message": f"Somebody has {status.value} the run"}))
 
 
 def _key(request: Request, accepted: Accepted) -> ExecutionKey:

@@ -77,9 +77,7 @@ async def run_node(request: Request) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, TryNode)
     workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
-    promise = await offload.patiently(
-        idempotency.requested, request, value, workflow_id=f"{workflow_id}/{node_id}"
-    )
+    promise = await offload.run(idempotency.requested, request, value, workflow_id=f"{workflow_id}/{node_id}")
 
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body)

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine import scopes
-from engine.findings import Validation
-from engine.validation import validate
+from engine import resource_scopes
+from engine.findings import ValidationResult
+from engine.validation import validate_graph
 from gateway.executions import past_outputs
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
@@ -59,20 +59,24 @@ async def compute_scopes(request: Request) -> JsonResponse:
     catalog = request.gateway.catalog
 
     def with_scopes(before: Stored) -> Stored:
-        return before.with_columns(scopes=scopes.scopes(graph_shapes.graph_of(before), catalog))
+        return before.with_columns(
+            scopes=resource_scopes.required_scopes(graph_shapes.graph_of(before), catalog)
+        )
 
     edited = await editing.edit(request, Action.WORKFLOW_SCOPES_COMPUTED, with_scopes)
     workflow = edited.after.workflow
     return editing.answer(edited.after, ComputedScopes(workflow_id=workflow.id, scopes=workflow.scopes))
 
 
-def _checked(stored: Stored, past: Sequence[PastOutput], catalog: Catalog) -> Validation:
+def _checked(stored: Stored, past: Sequence[PastOutput], catalog: Catalog) -> ValidationResult:
     graph = graph_shapes.graph_of(stored)
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
-    return validate(graph, catalog, is_draft=is_draft, samples=past_outputs.samples(past, graph, catalog))
+    return validate_graph(
+        graph, catalog, is_draft=is_draft, samples=past_outputs.samples(past, graph, catalog)
+    )
 
 
-def _shown(stored: Stored, validation: Validation) -> ValidationShape:
+def _shown(stored: Stored, validation: ValidationResult) -> ValidationShape:
     return ValidationShape(
         workflow_id=stored.workflow.id,
         valid=validation.is_valid,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from engine.events import SpanStatus
+    from engine.run_records import SpanStatus
     from gateway.http.query import Page
     from journal.store import ExecutionKey
     from models.access import Caller

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
-from engine.events import FailureCause, SpanStatus
-from engine.node import CONTINUE
+from engine.node_api import CONTINUE
+from engine.run_records import FailureCause, SpanStatus
 from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, Wire, instant, optional_instant
 from journal import unread

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from gateway import errors, limits
 from gateway.http.text import Problems
 from nodes.forms import InvalidSchema

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from sqlalchemy import Row, func, select
 from sqlmodel import col
 
-from engine.events import SpanStatus
 from engine.expressions import ExpressionError
-from engine.node import UnknownNodeType
+from engine.node_api import UnknownNodeType
 from engine.program import compile_node
+from engine.run_records import SpanStatus
 from engine.values import InvalidJson
 from gateway.executions.execution_access import visible_to
 from json_text import decoding
@@ -20,7 +20,7 @@ from models.execution import Execution, ExecutionData, SpanRow
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.graph import Graph, Node
+    from engine.graph import GraphNode, ParsedGraph
     from engine.values import Json
     from models.access import Caller
     from models.workflow import Workflow
@@ -81,7 +81,7 @@ async def recent(connection: AsyncConnection, workflow: Workflow, caller: Caller
     return (await connection.execute(few)).all()
 
 
-def samples(past: Sequence[PastOutput], graph: Graph, catalog: Catalog) -> dict[str, list[Json]]:
+def samples(past: Sequence[PastOutput], graph: ParsedGraph, catalog: Catalog) -> dict[str, list[Json]]:
     """Return the outputs by node; a node that has been configured anew since then has none."""
     present: dict[str, bytes | None] = {}
     found: dict[str, list[Json]] = {}
@@ -97,7 +97,7 @@ def samples(past: Sequence[PastOutput], graph: Graph, catalog: Catalog) -> dict[
     return found
 
 
-def _hashes(node: Node, catalog: Catalog) -> bytes | None:
+def _hashes(node: GraphNode, catalog: Catalog) -> bytes | None:
     """Return the digests of a node's type, config and mappings; None for one that can't run."""
     try:
         return compile_node(node, catalog).static_hashes

@@ -22,8 +22,8 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
-from engine.events import SpanStatus
-from engine.node import ERROR
+from engine.node_api import ERROR
+from engine.run_records import SpanStatus
 from gateway import errors
 from gateway.executions import acceptance
 from gateway.executions.execution_access import visible_to

@@ -9,14 +9,14 @@ from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from engine import names, pruning
-from engine.findings import FindingType, Validation
-from engine.graph import Graph
-from engine.node import INPUT, OUTPUT
+from engine import name_suggestions, pruning
+from engine.findings import FindingType, ValidationResult
+from engine.graph import ParsedGraph
+from engine.node_api import INPUT, OUTPUT
 from engine.sections import find_bodies
 from engine.triggers import trigger_output
 from engine.validation import find_errors
-from engine.values import InvalidJson, canonical, encode
+from engine.values import InvalidJson, encode_canonical, encode_json
 from gateway import errors, limits
 from gateway.executions.intake import Run
 from gateway.workflows import graph_shapes, node_edits
@@ -24,7 +24,7 @@ from journal import pinning
 from json_text import decoding
 
 if TYPE_CHECKING:
-    from engine.findings import Finding
+    from engine.findings import GraphFinding
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
     from journal.pinning import LoadedWorkflow
@@ -132,7 +132,7 @@ def _tested(
     catalog: Catalog,
 ) -> LoadedWorkflow:
     settings = {name: value for name, value in workflow.settings.items() if name not in ABOUT_WHOLE_RUNS}
-    tested = replace(workflow, settings=settings, config=encode(settings).decode())
+    tested = replace(workflow, settings=settings, config=encode_json(settings).decode())
     return _with_definition(tested, nodes, connections, Piece(pinned=pinned), catalog)
 
 
@@ -146,12 +146,12 @@ def _with_definition(
     definition = pinning.definition(nodes, connections, workflow.settings)
     if piece.up_to is not None:
         definition["upTo"] = piece.up_to
-    text = canonical(definition)
+    text = encode_canonical(definition)
     if piece.pinned:
         definition["pinned"] = dict(piece.pinned)
         # Not in canonical order: nodes give out the fields of an object as they stand, and so must what is pinned.
-        text = b'%b,"pinned":%b}' % (text[:-1], encode(definition["pinned"]))
-    graph = pruning.pruned(Graph.of(definition), catalog)
+        text = b'%b,"pinned":%b}' % (text[:-1], encode_json(definition["pinned"]))
+    graph = pruning.prune_graph(ParsedGraph.from_stored(definition), catalog)
     return replace(
         workflow,
         definition=text.decode(),
@@ -161,10 +161,10 @@ def _with_definition(
     )
 
 
-def _of_what_runs(found: Validation, piece: Piece) -> Validation:
+def _of_what_runs(found: ValidationResult, piece: Piece) -> ValidationResult:
     """Leave out findings about nodes that aren't run; where some are pinned, no other trigger is missing."""
 
-    def matters(finding: Finding) -> bool:
+    def matters(finding: GraphFinding) -> bool:
         if finding.type is FindingType.MISSING_TRIGGER:
             return not piece.pinned
         if finding.type is FindingType.UNKNOWN_NODE_TYPE or finding.connection_id is not None:
@@ -197,7 +197,7 @@ def _body(
     loops = {each for each, node_type in types.items() if node_type and node_type.loops}
     if node_id not in loops:
         return frozenset()
-    bodies = find_bodies(Graph.of(pinning.definition(nodes, connections, {})), loops)
+    bodies = find_bodies(ParsedGraph.from_stored(pinning.definition(nodes, connections, {})), loops)
     return frozenset(inner for inner in bodies.holders if node_id in bodies.around(inner))
 
 
@@ -243,7 +243,7 @@ def _require(known: Collection[str], asked: Mapping[str, str]) -> None:
 
 
 def _absent(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
-    meant = names.meant(node_id, [*islice(known, COMPARED_IDS)])
+    meant = name_suggestions.suggest_names(node_id, [*islice(known, COMPARED_IDS)])
     hint = f": did you mean {' or '.join(meant)}?" if meant else ""
     message = f"There is no such node as {node_id[:SHOWN_CHARACTERS]}{hint}"
     return errors.problem(path, "unknown-node", message)
@@ -251,7 +251,7 @@ def _absent(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
 
 def _require_room(given: Mapping[str, Json], path: str) -> None:
     try:
-        encode(dict(given), max_bytes=limits.PINNED_BYTES)
+        encode_json(dict(given), max_bytes=limits.PINNED_BYTES)
     except InvalidJson as error:
         message = f"{path} may have at most {limits.PINNED_BYTES:,} bytes as JSON, all together"
         raise errors.invalid([errors.problem(path, "too-large", message)]) from error

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
-from engine import names
+from engine import name_suggestions
 from gateway import limits
 from gateway.errors import ApiError, invalid_query
 from gateway.http.parameters import LIMIT, OFFSET, Parameter, Value, WholeNumber
@@ -53,7 +53,7 @@ class Query:
         known = {parameter.name for parameter in self._declared}
         for name in self._given:
             if name not in known:
-                shown, near = name[:MAX_SHOWN_NAME], names.meant(name, known)
+                shown, near = name[:MAX_SHOWN_NAME], name_suggestions.suggest_names(name, known)
                 hint = (
                     f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
                 )

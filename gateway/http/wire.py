@@ -28,7 +28,7 @@ from typing import (
 import msgspec
 
 from concurrency import offload
-from engine import names, values
+from engine import name_suggestions, values
 from engine.values import InvalidJson, Json
 from gateway import errors, limits
 from gateway.errors import ApiError
@@ -107,7 +107,7 @@ async def json_of(request: Request, raw: bytes) -> Json:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(415, "unsupported-media-type", "Send the body as Content-Type: application/json")
     try:
-        return await offload.patiently(values.decode, raw)
+        return await offload.run(values.decode_json, raw)
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
 
@@ -243,7 +243,11 @@ class _UnknownFields:
         if (kind, name) in self.warned_of or name in _read_only(kind):
             return
         known = _fields(kind)
-        near = [] if name in _likely_others(kind) else names.meant(name, [*known, *_read_only(kind)])
+        near = (
+            []
+            if name in _likely_others(kind)
+            else name_suggestions.suggest_names(name, [*known, *_read_only(kind)])
+        )
         below = _below(path, name[:MAX_SHOWN_NAME])
         hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
         problem = errors.problem(below, "unknown-field", f"{below} is no field here: {hint}")

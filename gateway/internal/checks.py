@@ -23,7 +23,7 @@ from models import ids
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.events import Span
+    from engine.run_records import NodeSpan
     from execution.gateway_calls import ExpectEventCall
     from journal.store import RunWrite
 
@@ -52,22 +52,22 @@ def require_readable(call: ExpectEventCall) -> None:
     """Raise 422 for the filter of a wait that nobody could look through events by."""
     try:
         if call.condition is not None:
-            compile_condition(values.decode(call.condition.encode()))
-        if not isinstance(values.decode(call.given.encode()), list):
+            compile_condition(values.decode_json(call.condition.encode()))
+        if not isinstance(values.decode_json(call.given.encode()), list):
             raise _refused("What the filter is given is no list")
     except (InvalidJson, ExpressionError) as error:
         raise _refused(f"The filter can't be read: {error}") from error
 
 
-def _check_span(span: Span) -> None:
+def _check_span(span: NodeSpan) -> None:
     for text in (span.input, span.output, span.resolved_config):
         if text is not None:
-            values.decode(text)
+            values.decode_json(text)
     for reference in (span.input_blob, span.output_blob):
         if reference is not None:
             Reference.read(reference)
     if span.awaits is not None:
-        values.decode(span.awaits)
+        values.decode_json(span.awaits)
         decoding.decode(span.awaits, _Awaits)
     if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
         raise _refused("The hashes are too long")

@@ -112,7 +112,7 @@ async def decoded(request: Request, kind: type[Call], *, max_bytes: int = MAX_CA
 
 def _decoded(raw: bytes, kind: type[Call]) -> Call:
     try:
-        values.decode(raw)
+        values.decode_json(raw)
         return decoding.decode(raw, kind)
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error

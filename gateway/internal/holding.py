@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, func, literal_column, select, update
 from sqlmodel import col
 
-from engine.services import Caller
+from engine.services import RunCaller
 from execution.gateway_calls import SPANS_PER_PAGE, Answer
 from gateway.errors import ApiError
 from journal.rows import SPAN_COLUMNS, span_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.events import Span
+    from engine.run_records import NodeSpan
     from models.database import Database
 
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
@@ -74,7 +74,7 @@ def is_held(holder: Holder) -> Sequence[ColumnElement[bool]]:
     )
 
 
-async def caller(database: Database, holder: Holder, execution_id: str) -> Caller:
+async def caller(database: Database, holder: Holder, execution_id: str) -> RunCaller:
     """Return for whom a run works; raises 409 `lease-lost`."""
     statement = select(col(Execution.user_id), col(Execution.key_id)).where(
         col(Execution.id) == execution_id, *is_held(holder)
@@ -83,7 +83,7 @@ async def caller(database: Database, holder: Holder, execution_id: str) -> Calle
         row = (await connection.execute(statement)).first()
     if row is None:
         raise lease_lost()
-    return Caller(holder.organization_id, row.user_id, holder.workflow_id, execution_id, row.key_id)
+    return RunCaller(holder.organization_id, row.user_id, holder.workflow_id, execution_id, row.key_id)
 
 
 async def require_line(database: Database, holder: Holder, key_id: str) -> None:
@@ -143,7 +143,7 @@ async def definitions(database: Database, holder: Holder, hashes: Sequence[str])
         return {row.hash: row.body for row in await connection.execute(statement)}
 
 
-async def spans(database: Database, holder: Holder, execution_id: str, after: int) -> list[Span]:
+async def spans(database: Database, holder: Holder, execution_id: str, after: int) -> list[NodeSpan]:
     """Return a page of what was recorded of a run."""
     # As they are stored: that is what `span_of` reads.
     columns: list[ColumnElement[Any]] = [literal_column(f"span.{column}") for column in SPAN_COLUMNS]

@@ -12,8 +12,8 @@ from hashlib import sha256 as hash_of
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
-from engine.errors import NodeError
-from engine.services import WantedEvent
+from engine.run_errors import NodeError
+from engine.services import EventWaitRequest
 from execution.gateway_calls import (
     FINAL,
     NODE_ERROR_HEADER,
@@ -112,7 +112,7 @@ async def expect_event(request: Request, holder: Holder) -> JsonResponse:
     async with _told():
         expires_at = await request.gateway.runners.events.expect(
             caller,
-            WantedEvent(
+            EventWaitRequest(
                 call.event_type, call.condition, call.given, call.look_back_seconds, call.timeout_seconds
             ),
             node_id=call.node_id,

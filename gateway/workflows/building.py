@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from engine.findings import FindingType
-from engine.validation import validate
+from engine.validation import validate_graph
 from gateway import limits
 from gateway.errors import ApiError
 from gateway.http.text import Problems
@@ -29,7 +29,7 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.findings import Finding
+    from engine.findings import GraphFinding
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
     from models.access import Caller
@@ -91,7 +91,7 @@ def plan(caller: Caller, value: Json, catalog: Catalog, now: datetime) -> Plan:
     if problems.is_full or wrong.paths & {"nodes", "connections"}:
         return Plan(stored, errors, [])
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
-    validation = validate(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
+    validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
     # Validation says the same of these, and what to do about it.
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
     errors = [*errors, *_told(validation.errors, stored, wrong, errors)]
@@ -130,7 +130,7 @@ def _plain(body: BuildWorkflow) -> CreateWorkflow:
 
 
 def _told(
-    findings: Iterable[Finding], stored: Stored, wrong: Wrong, told: Iterable[Problem]
+    findings: Iterable[GraphFinding], stored: Stored, wrong: Wrong, told: Iterable[Problem]
 ) -> Iterator[Problem]:
     """Return the findings, each with its place in the body, but for those that follow from what is told already."""
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from engine import scopes, secrets
-from engine.findings import Finding, FindingType, Validation
-from engine.validation import validate
+from engine import inline_secrets, resource_scopes
+from engine.findings import FindingType, GraphFinding, ValidationResult
+from engine.validation import validate_graph
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.http import text
@@ -132,7 +132,7 @@ def bare(stored: Stored) -> Bare:
     removed: list[RemovedSecret] = []
 
     def kept(value: Json, part: str, node_id: str | None) -> Json:
-        left, paths = secrets.without(value)
+        left, paths = inline_secrets.remove_secrets(value)
         room = limits.REMOVED_SECRETS - len(removed)
         removed.extend(RemovedSecret(node_id=node_id, path=_at(part, path)) for path in paths[:room])
         return left
@@ -224,7 +224,7 @@ def file_name(workflow: Workflow) -> str:
 def references(stored: Stored, catalog: Catalog) -> list[Reference]:
     """Return what the nodes name, sorted, each once."""
     uses: dict[tuple[str, str], list[Use]] = {}
-    for found in scopes.references(graph_shapes.graph_of(stored), catalog):
+    for found in resource_scopes.list_references(graph_shapes.graph_of(stored), catalog):
         uses.setdefault((found.kind, found.id), []).append(Use(node_id=found.node_id, path=found.path))
     return [
         Reference(kind=kind, id=resource_id, used_by=used)
@@ -363,16 +363,16 @@ def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -
     return replacements.get(path, value)
 
 
-def findings(stored: Stored, catalog: Catalog) -> Validation:
+def findings(stored: Stored, catalog: Catalog) -> ValidationResult:
     """Return what validation finds in a draft, and the credentials that stand outside of its nodes."""
-    validation = validate(graph_shapes.graph_of(stored), catalog, is_draft=True)
+    validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [
-        Finding(
+        GraphFinding(
             FindingType.INLINE_SECRET,
             f"{_at(part, path)} looks like a credential: everybody who may read the workflow can see it",
             "Keep it in a data source, and name that.",
         )
         for part, value in _parts(stored.workflow)
-        for path in secrets.find(value)
+        for path in inline_secrets.find_secrets(value)
     ]
     return replace(validation, warnings=(*validation.warnings, *inline))

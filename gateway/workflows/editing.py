@@ -24,7 +24,7 @@ from models.columns import column_values
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
-    from engine.scopes import Reference
+    from engine.resource_scopes import ResourceReference
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -51,7 +51,7 @@ class _Applied:
     after: Stored
     hash_before: str
     hash_after: str
-    named_sources: Sequence[Reference] = ()
+    named_sources: Sequence[ResourceReference] = ()
     """Data sources that its owner must be able to use."""
 
 
@@ -148,11 +148,11 @@ async def create(
     shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:
     """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
-    promise = await offload.patiently(
+    promise = await offload.run(
         idempotency.requested, request, body, workflow_id=request.path_params.get("id", "")
     )
     workflow, catalog = made.workflow, request.gateway.catalog
-    named: Sequence[Reference] = ()
+    named: Sequence[ResourceReference] = ()
     if workflow.status == WorkflowStatus.ACTIVE:
         every = {str(node["id"]) for node in made.nodes}
         named = await asyncio.to_thread(source_checks.named_sources, made, catalog, only=every)

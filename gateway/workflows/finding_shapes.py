@@ -12,7 +12,7 @@ from engine.findings import FindingType, FixAction
 from gateway.http.wire import Wire
 
 if TYPE_CHECKING:
-    from engine.findings import Finding
+    from engine.findings import GraphFinding
 
 
 class FixShape(Wire):
@@ -36,5 +36,5 @@ class FindingShape(Wire):
     fix: FixShape | UnsetType = UNSET
 
 
-def shown(findings: Sequence[Finding]) -> list[FindingShape]:
+def shown(findings: Sequence[GraphFinding]) -> list[FindingShape]:
     return [msgspec.convert(finding.as_json(), FindingShape) for finding in findings]

@@ -32,10 +32,10 @@ def move(columns: Mapping[str, Any]) -> dict[str, Any]:
     moved = {
         key: value
         for key, value in settings.items()
-        if key not in KNOWN and (key not in place or values.equal(place[key], value))
+        if key not in KNOWN and (key not in place or values.equal_json(place[key], value))
     }
     new_config = {**config, PLACE: {**place, **moved}}
-    if not moved or len(values.encode(new_config)) > limits.SETTINGS_BYTES:
+    if not moved or len(values.encode_json(new_config)) > limits.SETTINGS_BYTES:
         return {**columns}
     kept = {key: value for key, value in settings.items() if key not in moved}
     return {**columns, "settings": kept, "config": new_config}
@@ -45,6 +45,6 @@ def is_stored(key: str, value: Json, settings: Mapping[str, Json], config: Mappi
     """Tell whether a foreign key of sent `settings` repeats what is stored, before or after it was moved."""
     place = config.get(PLACE)
     return any(
-        key in stored and values.equal(stored[key], value)
+        key in stored and values.equal_json(stored[key], value)
         for stored in (settings, place if isinstance(place, dict) else {})
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, UnsetType
 
-from engine.values import equal
+from engine.values import equal_json
 from gateway.http.wire import Wire
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def of_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str
     return {
         key: Change(before=before.get(key, UNSET), after=after.get(key, UNSET))
         for key in {**before, **after}
-        if not (key in before and key in after and equal(before[key], after[key]))
+        if not (key in before and key in after and equal_json(before[key], after[key]))
     }
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, NamedTuple, T
 
 from msgspec import Meta
 
-from engine import layout
-from engine.graph import Graph
-from engine.node import INPUT, OUTPUT, UnknownNodeType
+from engine import canvas_layout
+from engine.graph import ParsedGraph
+from engine.node_api import INPUT, OUTPUT, UnknownNodeType
 from gateway import limits
 from gateway.errors import ApiError
 from gateway.http import text
@@ -20,8 +20,8 @@ from journal import pinning
 from models import ids
 
 if TYPE_CHECKING:
-    from engine.findings import Finding, Validation
-    from engine.layout import Edge, Place
+    from engine.canvas_layout import CardEdge, CardPosition
+    from engine.findings import GraphFinding, ValidationResult
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
     from nodes.catalog import Catalog
@@ -243,8 +243,8 @@ class Drawing(NamedTuple):
     """What a layout depends on: `layout.arrange(*drawing)`."""
 
     node_ids: list[str]
-    edges: list[Edge]
-    places: list[Place | None]
+    edges: list[CardEdge]
+    places: list[CardPosition | None]
     """Where each node is, if anywhere."""
 
 
@@ -254,7 +254,7 @@ def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]
     return Drawing([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
 
 
-def moved(nodes: Sequence[StoredNode], places: Sequence[Place]) -> list[StoredNode]:
+def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
     """Return nodes with each at its place."""
     return [
         {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
@@ -273,10 +273,10 @@ def placed(
     for node in nodes:
         position = node.get("position") or known.pop(str(node["id"]), None)
         kept.append(node if position is None else {**node, "position": position})
-    return moved(kept, layout.completed(*drawing(kept, connections)))
+    return moved(kept, canvas_layout.complete_layout(*drawing(kept, connections)))
 
 
-def _place(node: StoredNode) -> Place | None:
+def _place(node: StoredNode) -> CardPosition | None:
     position = node.get("position")
     if position is None:
         return None
@@ -287,12 +287,12 @@ def _place(node: StoredNode) -> Place | None:
 # ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def graph_of(stored: Stored) -> Graph:
+def graph_of(stored: Stored) -> ParsedGraph:
     """Return the graph of a workflow as the engine sees it."""
-    return Graph.of(pinning.definition(stored.nodes, stored.connections, {}))
+    return ParsedGraph.from_stored(pinning.definition(stored.nodes, stored.connections, {}))
 
 
-def require_valid(validation: Validation) -> None:
+def require_valid(validation: ValidationResult) -> None:
     """Raise 422 with the findings where a graph can't run."""
     if validation.is_valid:
         return
@@ -302,7 +302,7 @@ def require_valid(validation: Validation) -> None:
     raise ApiError(422, "validation-failed", message, details=map(_detail, shown))
 
 
-def _detail(finding: Finding) -> dict[str, Json]:
+def _detail(finding: GraphFinding) -> dict[str, Json]:
     where = f"nodes.{finding.node_id}" if finding.node_id else f"connections.{finding.connection_id}"
     if finding.node_id is None and finding.connection_id is None:
         where = "nodes"

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from engine import names
+from engine import name_suggestions
+from engine.canvas_layout import find_free_position
 from engine.expressions import ExpressionError
-from engine.layout import free_place
-from engine.node import ERROR, UnknownNodeType
+from engine.node_api import ERROR, UnknownNodeType
 from engine.program import compile_mapping
-from engine.values import InvalidJson, encode
+from engine.values import InvalidJson, encode_json
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.http import text
@@ -192,7 +192,7 @@ def _with_replaced(before: Stored, node: StoredNode, after: StoredNode) -> Store
 def _require_room(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
     """Raise 422 unless the graph with a changed node could be sent again in one body."""
     try:
-        encode({"nodes": [changed]})
+        encode_json({"nodes": [changed]})
     except InvalidJson as error:
         raise _refusal("nodes", error.code, f"{error.message}, as the graph would be sent") from error
     if len(msgspec.json.encode(nodes)) > limits.GRAPH_BYTES:
@@ -202,7 +202,7 @@ def _require_room(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
 
 def _free_position(nodes: Iterable[StoredNode]) -> Position:
     places = (cast("Mapping[str, float]", node["position"]) for node in nodes)
-    x, y = free_place((place["x"], place["y"]) for place in places)
+    x, y = find_free_position((place["x"], place["y"]) for place in places)
     return Position(x=x, y=y)
 
 
@@ -241,7 +241,7 @@ def _require_ends(edge: StoredConnection, nodes: Collection[str]) -> None:
 
 
 def _absent(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
-    meant = names.meant(node_id, [*islice(nodes, COMPARED_IDS)])
+    meant = name_suggestions.suggest_names(node_id, [*islice(nodes, COMPARED_IDS)])
     suggestion = (
         f"Did you mean {' or '.join(meant)}?"
         if meant

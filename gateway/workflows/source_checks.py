@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.graph import Graph
-from engine.scopes import references
+from engine.graph import ParsedGraph
+from engine.resource_scopes import list_references
 from gateway import errors
 from journal.pinning import definition
 from models.data_source import DataSource, opened, usable_by
@@ -22,22 +22,24 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.program import Catalog
-    from engine.scopes import Reference
+    from engine.program import NodeTypeLookup
+    from engine.resource_scopes import ResourceReference
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
     from models.vault import Vault
 
 
-def named_sources(stored: Stored, catalog: Catalog, *, only: Collection[str]) -> Sequence[Reference]:
+def named_sources(
+    stored: Stored, catalog: NodeTypeLookup, *, only: Collection[str]
+) -> Sequence[ResourceReference]:
     """Return every place in these nodes of a workflow that names a data source."""
     nodes = [node for node in stored.nodes if str(node["id"]) in only]
-    graph = Graph.of(definition(nodes, [], {}))
-    return [one for one in references(graph, catalog) if one.kind == "datasources"]
+    graph = ParsedGraph.from_stored(definition(nodes, [], {}))
+    return [one for one in list_references(graph, catalog) if one.kind == "datasources"]
 
 
 async def require_usable(
-    connection: AsyncConnection, stored: Stored, named: Sequence[Reference], vault: Vault
+    connection: AsyncConnection, stored: Stored, named: Sequence[ResourceReference], vault: Vault
 ) -> None:
     """Raise 422 unless each data source exists, may be used by the owner, can be decrypted, and has a fitting type."""
     if not named:
@@ -53,7 +55,7 @@ async def require_usable(
         raise errors.invalid(problems)
 
 
-def _problem(reference: Reference, source: DataSource | None, vault: Vault) -> dict[str, Json] | None:
+def _problem(reference: ResourceReference, source: DataSource | None, vault: Vault) -> dict[str, Json] | None:
     path = f"nodes.{reference.node_id}.config.{reference.path}"
     wanted = " or ".join(reference.source_types)
     if source is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeAlias, ca
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from engine.values import encode
+from engine.values import encode_json
 from gateway import limits
 from gateway.errors import ApiError
 from gateway.http import text
@@ -298,7 +298,7 @@ def _merged(
 ) -> dict[str, Json]:
     """Return `before` with the given keys set; null takes a key away."""
     merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
-    if len(encode(merged)) > limits.SETTINGS_BYTES:
+    if len(encode_json(merged)) > limits.SETTINGS_BYTES:
         problems.add(path, "too-large", f"{path} may take at most {limits.SETTINGS_BYTES:,} bytes")
     return merged
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
 import msgspec
 
-from engine import limits
-from engine.errors import NodeError
-from engine.node import OUTPUT, Result
-from engine.values import InvalidJson, encode
+from engine import run_limits
+from engine.node_api import OUTPUT, NodeResult
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, encode_json
 from nodes.frames import HEADER, Failure, Tag, frame, header, value_frames
 from nodes.sizes import MAXIMUM_BYTES
 
@@ -42,7 +42,7 @@ class Speaker:
         _write(frame(Tag.UNRESOLVED, msgspec.json.encode(paths)))
 
 
-Perform: TypeAlias = "Callable[[bytes, Speaker], Json | Result]"
+Perform: TypeAlias = "Callable[[bytes, Speaker], Json | NodeResult]"
 """Does one job; raises `NodeError`."""
 
 
@@ -78,8 +78,8 @@ def _close_log() -> None:
 def _answer(perform: Perform, job: bytes, speaker: Speaker) -> None:
     try:
         outcome = perform(job, speaker)
-        port = outcome.port if isinstance(outcome, Result) else OUTPUT
-        value = outcome.output if isinstance(outcome, Result) else outcome
+        port = outcome.port if isinstance(outcome, NodeResult) else OUTPUT
+        value = outcome.output if isinstance(outcome, NodeResult) else outcome
         _check(value)
         for each in value_frames(value):
             _write(each)
@@ -98,11 +98,11 @@ def _answer(perform: Perform, job: bytes, speaker: Speaker) -> None:
 def _check(value: Json) -> None:
     """Refuse what is no JSON, or more of it than is kept."""
     try:
-        encode(value, max_bytes=MAXIMUM_BYTES)
+        encode_json(value, max_bytes=MAXIMUM_BYTES)
     except InvalidJson as error:
         if error.code != "too-large":
             raise
-        name = limits.setting("max_output_bytes")
+        name = run_limits.setting_name("max_output_bytes")
         message = f"The output takes more than the {MAXIMUM_BYTES:,} bytes that can be kept ({name})"
         raise NodeError(message, code="output-too-large") from error
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from jsonschema_rs import Draft202012Validator, FancyRegexOptions
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from json_text import decoding
 from nodes import problems
 from nodes.children import confinement, landlock, system_calls

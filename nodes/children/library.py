@@ -8,15 +8,15 @@ from importlib import import_module
 from inspect import iscoroutine
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from engine.node import Call, Outcome, Result
-from engine.services import Caller
+from engine.node_api import NodeCall, NodeOutcome, NodeResult
+from engine.services import RunCaller
 from json_text import decoding
 from nodes import catalog
 from nodes.children import confinement, landlock, system_calls
 from nodes.frames import LibraryJob
 
 if TYPE_CHECKING:
-    from engine.services import Services
+    from engine.services import NodeServices
     from engine.values import Json
     from nodes.children.child import Perform, Speaker
 
@@ -29,7 +29,7 @@ ENCODINGS: Final = (
 )
 """What archives and XML may name: they would be loaded when they are met, and then no file can be read any more."""
 NEVER: Final = datetime(1970, 1, 1, tzinfo=UTC)
-NOBODY: Final = Caller("", "", "", "", "")
+NOBODY: Final = RunCaller("", "", "", "", "")
 
 _decode = decoding.build_decoder(LibraryJob).decode
 
@@ -40,13 +40,13 @@ def load() -> Perform:
     for encoding in ENCODINGS:
         import_module(f"encodings.{encoding}")
 
-    def perform(raw: bytes, speaker: Speaker) -> Json | Result:
+    def perform(raw: bytes, speaker: Speaker) -> Json | NodeResult:
         job = _decode(raw)
         call = _call(decoding.decode(job.config), speaker)
         outcome = _finished(runs[job.type](call))
         if call.unresolved:
             speaker.unresolved(call.unresolved)
-        return cast("Json | Result", outcome)
+        return cast("Json | NodeResult", outcome)
 
     return perform
 
@@ -61,9 +61,9 @@ def confine(parent: int) -> None:
     system_calls.allow_only(system_calls.COMPUTING)
 
 
-def _call(config: Mapping[str, Json], speaker: Speaker) -> Call:
+def _call(config: Mapping[str, Json], speaker: Speaker) -> NodeCall:
     """Return a call that has nothing but a config and a log: no other part of it is for nodes that run here."""
-    return Call(
+    return NodeCall(
         config=config,
         data=None,
         scope={},
@@ -77,16 +77,16 @@ def _call(config: Mapping[str, Json], speaker: Speaker) -> Call:
         idempotency_key="",
         attempt=1,
         now=NEVER,
-        services=cast("Services", None),
+        services=cast("NodeServices", None),
     )
 
 
-def _finished(outcome: Any) -> Outcome:  # noqa: ANN401 - what a node returns, or a coroutine of it
+def _finished(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - what a node returns, or a coroutine of it
     """Run a coroutine that waits for nothing but its next turn, of which there is always one here."""
     if not iscoroutine(outcome):
-        return cast("Outcome", outcome)
+        return cast("NodeOutcome", outcome)
     while True:
         try:
             outcome.send(None)
         except StopIteration as end:
-            return cast("Outcome", end.value)
+            return cast("NodeOutcome", end.value)

@@ -24,7 +24,7 @@ from pydantic_monty import (
     ResourceLimits,
 )
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from json_text import decoding
 from nodes.children import confinement, landlock, system_calls
 from nodes.code import script

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.values import encode
+from engine.run_errors import NodeError
+from engine.values import encode_json
 from nodes.code.backend import Backend
 from nodes.frames import CodeJob
 from nodes.processes import Kind, Listener, Processes
 
 if TYPE_CHECKING:
-    from engine.services import Caller, PrintLine
+    from engine.services import PrintLine, RunCaller
     from engine.values import Json
 
 
@@ -30,7 +30,7 @@ class RefusedCode:
 
     async def run(
         self,
-        _caller: Caller,
+        _caller: RunCaller,
         _source: str,
         _inputs: Mapping[str, Json],
         /,
@@ -47,7 +47,7 @@ class RefusedCode:
 
 
 class CodeRunner:
-    """Keeps the promise of `engine.services.Code`."""
+    """Keeps the promise of `engine.services.CodeService`."""
 
     def __init__(self, backend: Backend, *, limit: int) -> None:
         """Run up to `limit` scripts at once, or more for the sake of fairness: see `nodes.fairness`."""
@@ -55,7 +55,7 @@ class CodeRunner:
 
     async def run(
         self,
-        caller: Caller,
+        caller: RunCaller,
         source: str,
         inputs: Mapping[str, Json],
         /,
@@ -64,7 +64,7 @@ class CodeRunner:
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
-        written = msgspec.Raw(await offload.patiently(encode, inputs))
+        written = msgspec.Raw(await offload.run(encode_json, inputs))
         job = CodeJob(caller.organization_id, source, written, timeout_seconds, max_memory_bytes)
         result = await self._processes.run(
             msgspec.json.encode(job),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 if TYPE_CHECKING:
     from engine.values import Json

@@ -16,7 +16,7 @@ from importlib import import_module
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from json_text import decoding
 from nodes.children import confinement, landlock, system_calls
 from nodes.code import script

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.errors import NodeError
-from engine.services import Bucket, Caller, Rows, SqlDatabase, Upsert
+from engine.run_errors import NodeError
+from engine.services import ObjectBucket, QueryRows, RunCaller, SqlDatabase, UpsertRule
 from nodes import addresses, fields, redaction, sql_text
 from nodes.connections import session
 from nodes.connections.endpoint import Endpoint, Names
@@ -30,7 +30,7 @@ BEARER, BASIC, API_KEY = "http-bearer", "http-basic", "api-key"
 
 
 class Connections:
-    """Implements `engine.services.DataSources`; a driver is imported with the first data source that needs it."""
+    """Implements `engine.services.DataSourceService`; a driver is imported with the first data source that needs it."""
 
     def __init__(self, sources: Sources, policy: ConnectionPolicy, resolve: Resolve | None = None) -> None:
         self._sources = sources
@@ -41,21 +41,21 @@ class Connections:
         self._closing: set[asyncio.Task[None]] = set()
         self._sqlite_processes: Processes | None = None
 
-    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
+    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         source = await self._find(caller, source_id, type)
         return Database(self._pool_of(source), Dialect(type), tuple(source.secrets.values()))
 
-    async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
         from nodes.connections import s3  # noqa: PLC0415 - its library is optional
 
         return await s3.open_bucket(await self._find(caller, source_id, "s3"), self._policy)
 
-    async def mail_server(self, caller: Caller, source_id: str) -> SmtpServer:
+    async def mail_server(self, caller: RunCaller, source_id: str) -> SmtpServer:
         from nodes.connections import smtp  # noqa: PLC0415 - see the class
 
         return smtp.open_server(await self._find(caller, source_id, "smtp"), self._policy, self._resolve)
 
-    async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
+    async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         source = await self._find(caller, source_id, BEARER, BASIC, API_KEY)
         _check_host(source, url)
         match source.type:
@@ -80,7 +80,7 @@ class Connections:
             await self._sqlite_processes.close()
         self._names.close()
 
-    async def _find(self, caller: Caller, source_id: str, *types: str) -> Source:
+    async def _find(self, caller: RunCaller, source_id: str, *types: str) -> Source:
         source = await self._sources.find(caller, source_id)
         if source.type not in types:
             wanted = " or ".join(types)
@@ -153,7 +153,7 @@ class Database:
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows:
+    ) -> QueryRows:
         try:
             read = sql_text.reading(statement, self._dialect, len(parameters))
         except StatementRefused as error:
@@ -171,7 +171,7 @@ class Database:
         columns: Sequence[str],
         rows: Sequence[Sequence[Json]],
         *,
-        upsert: Upsert,
+        upsert: UpsertRule,
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from models.data_source_types import DatabaseTls
 from nodes import fields
 from nodes.addresses import MAX_PORT

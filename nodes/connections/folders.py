@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from engine.services import StoredObject
 from models import durable_folders
 from nodes.connections import object_keys
 
 if TYPE_CHECKING:
-    from engine.services import Caller
+    from engine.services import RunCaller
 
 T = TypeVar("T")
 
@@ -41,14 +41,14 @@ NO_WAY = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
 
 
 class Folders:
-    """Implements `engine.services.Files`."""
+    """Implements `engine.services.FileFolderService`."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         # A disk that hangs holds its threads, so these are nobody else's.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="files")
 
-    async def folder(self, caller: Caller) -> Folder:
+    async def folder(self, caller: RunCaller) -> Folder:
         return Folder(self._root, caller.organization_id, self._threads)
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class Folders:
 
 
 class Folder:
-    """Keeps the promises of `engine.services.Bucket`."""
+    """Keeps the promises of `engine.services.ObjectBucket`."""
 
     def __init__(self, root: Path, organization_id: str, threads: ThreadPoolExecutor) -> None:
         self._root = root

@@ -14,8 +14,8 @@ from asyncmy.constants import CR, ER, FIELD_TYPE
 from asyncmy.cursors import SSCursor
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.services import Rows, Upsert
+from engine.run_errors import NodeError
+from engine.services import QueryRows, UpsertRule
 from nodes import sql_text
 from nodes.connections import session, sql_values
 from nodes.connections.endpoint import CONNECT_SECONDS, no_connection
@@ -138,7 +138,7 @@ class MysqlSession:
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows:
+    ) -> QueryRows:
         with self._at_work(timeout_seconds, max_bytes):
             await self._limit_time(timeout_seconds)
             await self._connection.query("START TRANSACTION READ ONLY")
@@ -148,7 +148,7 @@ class MysqlSession:
 
     async def _read(
         self, statement: Statement, parameters: Sequence[Json], max_rows: int, max_bytes: int
-    ) -> Rows:
+    ) -> QueryRows:
         # The driver binds values on the server or streams rows, never both. So the text and the values are bound to
         # variables, and the server prepares the statement, of which it takes one only, and runs it from there.
         names = ["@query", *(f"@value{number}" for number in range(len(parameters)))]
@@ -183,7 +183,7 @@ class MysqlSession:
         columns: Sequence[str],
         rows: Sequence[Sequence[Json]],
         *,
-        upsert: Upsert,
+        upsert: UpsertRule,
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
@@ -274,7 +274,7 @@ class MysqlSession:
         await prepared.close()
         return result
 
-    async def _check_key(self, table: str, upsert: Upsert) -> None:
+    async def _check_key(self, table: str, upsert: UpsertRule) -> None:
         """Refuse a key that the table doesn't hold unique: the server would add rows instead of changing them."""
         if not upsert.key:
             return
@@ -365,7 +365,7 @@ CONVERTERS: dict[int, Convert] = {
 }  # fmt: skip
 
 
-def _on_duplicate(columns: Sequence[str], upsert: Upsert) -> str:
+def _on_duplicate(columns: Sequence[str], upsert: UpsertRule) -> str:
     if not upsert.key:
         return ""
     others = [sql_text.quoted(column, Dialect.MYSQL) for column in columns if column not in upsert.key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 
 MAX_KEY_BYTES = 1_024
 UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")

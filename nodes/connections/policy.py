@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from models.database_clock import DatabaseClock
 from nodes import addresses
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from engine.errors import NodeError
-from engine.services import Rows, Upsert
-from engine.values import as_text, identity
+from engine.run_errors import NodeError
+from engine.services import QueryRows, UpsertRule
+from engine.values import identity_key, value_as_text
 from nodes import sql_text
 from nodes.connections import session, sql_values
 from nodes.connections.binary_values import LearnedTypes
@@ -140,7 +140,7 @@ class PostgresqlSession:
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows:
+    ) -> QueryRows:
         with self._limited(max_bytes, timeout_seconds):
             return await self._read(statement, parameters, max_rows, max_bytes, timeout_seconds)
 
@@ -151,7 +151,7 @@ class PostgresqlSession:
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows:
+    ) -> QueryRows:
         transaction = self._connection.transaction(readonly=True)
         await transaction.start()
         await self._limit_time(timeout_seconds)
@@ -180,7 +180,7 @@ class PostgresqlSession:
         columns: Sequence[str],
         rows: Sequence[Sequence[Json]],
         *,
-        upsert: Upsert,
+        upsert: UpsertRule,
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
@@ -284,7 +284,7 @@ def _bound(value: Json, type_name: str) -> str | None:
         return None
     if type_name in {"json", "jsonb"}:
         return sql_values.to_json_text(value)
-    return as_text(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return value_as_text(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _rows_of(records: Sequence[asyncpg.Record], converted: Sequence[tuple[int, Convert]]) -> list[list[Json]]:
@@ -324,7 +324,9 @@ def _as_json(value: Any) -> Json:  # noqa: ANN401 - whatever asyncpg makes of a 
 def _range(value: asyncpg.Range[Any]) -> str:
     if value.isempty:
         return "empty"
-    lower, upper = ("" if bound is None else as_text(_as_json(bound)) for bound in (value.lower, value.upper))
+    lower, upper = (
+        "" if bound is None else value_as_text(_as_json(bound)) for bound in (value.lower, value.upper)
+    )
     return f"{'[' if value.lower_inc else '('}{lower},{upper}{']' if value.upper_inc else ')'}"
 
 
@@ -343,7 +345,7 @@ CONVERTERS: dict[str, Convert] = {
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _insertion(table: str, columns: Sequence[str], types: dict[str, str], upsert: Upsert) -> str:
+def _insertion(table: str, columns: Sequence[str], types: dict[str, str], upsert: UpsertRule) -> str:
     """Return the statement for a batch: one value, JSON, whose parts the server reads as the types of the columns."""
     places, definitions = [], []
     for column in [*columns, *upsert.key]:
@@ -361,7 +363,7 @@ def _insertion(table: str, columns: Sequence[str], types: dict[str, str], upsert
     return statement + _on_conflict(columns, upsert)
 
 
-def _on_conflict(columns: Sequence[str], upsert: Upsert) -> str:
+def _on_conflict(columns: Sequence[str], upsert: UpsertRule) -> str:
     if not upsert.key:
         return ""
     key = ", ".join(_name(column) for column in upsert.key)
@@ -389,13 +391,13 @@ def _recordset(columns: Sequence[str], rows: Sequence[Sequence[Json]], numbers: 
 
 
 def _last_of_each_key(
-    columns: Sequence[str], rows: Sequence[Sequence[Json]], upsert: Upsert
+    columns: Sequence[str], rows: Sequence[Sequence[Json]], upsert: UpsertRule
 ) -> Sequence[Sequence[Json]]:
     """Return the rows that stay where several have one key: a single statement can't update a row twice."""
     if not upsert.key or not upsert.update:
         return rows
     places = [columns.index(name) for name in upsert.key]
-    return list({tuple(identity(row[place]) for place in places): row for row in rows}.values())
+    return list({tuple(identity_key(row[place]) for place in places): row for row in rows}.values())
 
 
 def _count(status: str | None) -> int:

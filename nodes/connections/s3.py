@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from engine.services import StoredObject
 from models.database_clock import DatabaseClock
 from nodes import addresses, http_errors, markup
@@ -102,7 +102,7 @@ class Place:
 
 
 class S3Bucket:
-    """Keeps the promises of `engine.services.Bucket`; between two operations nothing of it is open."""
+    """Keeps the promises of `engine.services.ObjectBucket`; between two operations nothing of it is open."""
 
     def __init__(
         self, place: Place, signer: Signer, clock: DatabaseClock, open_client: Callable[[], Outbound]

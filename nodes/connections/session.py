@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from engine.errors import NodeError
-from engine.services import Rows, Upsert
+from engine.run_errors import NodeError
+from engine.services import QueryRows, UpsertRule
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -35,7 +35,7 @@ class Session(Protocol):
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows: ...
+    ) -> QueryRows: ...
 
     async def write(
         self,
@@ -43,7 +43,7 @@ class Session(Protocol):
         columns: Sequence[str],
         rows: Sequence[Sequence[Json]],
         *,
-        upsert: Upsert,
+        upsert: UpsertRule,
         batch_rows: int,
         timeout_seconds: float,
     ) -> int: ...
@@ -94,8 +94,8 @@ class Gathering:
             raise too_large(self._max_bytes)
         self._rows += [_without_nul(row) for row in rows] if ESCAPED_NUL in raw else rows
 
-    def rows(self) -> Rows:
-        return Rows(self._columns, self._rows)
+    def rows(self) -> QueryRows:
+        return QueryRows(self._columns, self._rows)
 
 
 def too_large(max_bytes: int) -> NodeError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Self
 import aiosmtplib
 
 from concurrency import offload
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from models.data_source_types import MailTls
 from nodes import fields, redaction
 from nodes.addresses import MAX_PORT
@@ -75,7 +75,7 @@ class Place:
 
 
 class SmtpServer:
-    """Keeps the promises of `engine.services.MailServer`."""
+    """Keeps the promises of `engine.services.MailServerService`."""
 
     def __init__(self, place: Place, connection_policy: ConnectionPolicy, resolve: Resolve) -> None:
         self._place = place
@@ -86,7 +86,7 @@ class SmtpServer:
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
         """Hand in one mail; see `MailServer.send`."""
-        written = await offload.elsewhere(_stuffed, message)
+        written = await offload.run_in_thread(_stuffed, message)
         async with self._session(timeout_seconds) as client:
             _check_size(client, len(message))
             with _refused("sender-refused", f"the sender {sender}"):
@@ -129,7 +129,9 @@ class SmtpServer:
             database="",
             privileged_ports=PORTS,
         )
-        context = None if place.tls is MailTls.NONE else await offload.elsewhere(ssl.create_default_context)
+        context = (
+            None if place.tls is MailTls.NONE else await offload.run_in_thread(ssl.create_default_context)
+        )
         client = aiosmtplib.SMTP(
             hostname=place.host,  # which the certificate must name
             sock=await _socket(found, place.port),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from engine.services import Caller
+    from engine.services import RunCaller
     from engine.values import Json
 
 
@@ -32,5 +32,5 @@ class Source(msgspec.Struct, frozen=True):
 class Sources(Protocol):
     """Finds data sources, as far as a caller may use them."""
 
-    async def find(self, caller: Caller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> Source:
         """Return a data source; `NodeError` `data-source-not-found` for one that the caller may not read."""

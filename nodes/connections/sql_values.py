@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.errors import NodeError
-from engine.values import MAX_DEPTH, InvalidJson, decode
+from engine.run_errors import NodeError
+from engine.values import MAX_DEPTH, InvalidJson, decode_json
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -50,7 +50,7 @@ def of_json(text: str | bytes) -> Json:
     """Return the value of a column that holds JSON; where it isn't JSON as it is kept here, its text."""
     raw = text.encode() if isinstance(text, str) else text
     try:
-        return decode(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)
+        return decode_json(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)
     except InvalidJson:
         return raw.decode(errors="replace")
 

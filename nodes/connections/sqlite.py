@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.services import Rows, Upsert
-from engine.values import encode
+from engine.run_errors import NodeError
+from engine.services import QueryRows, UpsertRule
+from engine.values import encode_json
 from models import durable_folders
 from nodes import fields, sql_text
 from nodes.connections import session, sqlite_process
@@ -87,7 +87,7 @@ class SqliteSession:
         max_rows: int,
         max_bytes: int,
         timeout_seconds: float,
-    ) -> Rows:
+    ) -> QueryRows:
         found = await self._run(
             "query",
             _text(statement),
@@ -97,7 +97,7 @@ class SqliteSession:
             timeout_seconds=timeout_seconds,
         )
         result = msgspec.convert(found, SqliteResult)
-        return Rows(result.columns, result.rows)
+        return QueryRows(result.columns, result.rows)
 
     async def write(
         self,
@@ -105,7 +105,7 @@ class SqliteSession:
         columns: Sequence[str],
         rows: Sequence[Sequence[Json]],
         *,
-        upsert: Upsert,
+        upsert: UpsertRule,
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
@@ -151,7 +151,7 @@ class SqliteSession:
             own_files=list(self._own_files()),
             max_file_bytes=self._policy.max_file_bytes,
             statement=statement,
-            values=msgspec.Raw(await offload.patiently(encode, [*values])),
+            values=msgspec.Raw(await offload.run(encode_json, [*values])),
             timeout_seconds=timeout_seconds,
             action=action,
             max_rows=max_rows,
@@ -187,7 +187,7 @@ def _text(statement: Statement) -> str:
     return statement.with_places("?" * statement.values)
 
 
-def _insertion(table: str, columns: Sequence[str], upsert: Upsert) -> str:
+def _insertion(table: str, columns: Sequence[str], upsert: UpsertRule) -> str:
     names = [sql_text.quoted(column, Dialect.SQLITE) for column in columns]
     insertion = (
         f"INSERT INTO {sql_text.quoted_table(table, Dialect.SQLITE)} "  # noqa: S608 - names are quoted, values are bound

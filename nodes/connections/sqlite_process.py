@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from json_text.decoding import build_decoder, decode
 from models import durable_folders
 from nodes.children import confinement, landlock, system_calls

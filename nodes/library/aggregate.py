@@ -9,12 +9,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.values import identity
+from engine.run_errors import NodeError
+from engine.values import identity_key
 from nodes import absences, fields, lists
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 Number: TypeAlias = int | float
@@ -128,13 +128,13 @@ class Group:
         return {**dict(zip(group_by, self.keys, strict=True)), **results}
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     group_by = _group_by(call.config)
     aggregations = _aggregations(call.config, group_by)
     groups: dict[Hashable, Group] = {}
     if not group_by:
         # All items are one group, which is there even when they are none.
-        groups[identity([])] = Group([], [*map(Tally, aggregations)])
+        groups[identity_key([])] = Group([], [*map(Tally, aggregations)])
     missing: set[str] = set()
     found: set[str] = set()
     turn = Turn()
@@ -143,10 +143,10 @@ async def run(call: Call) -> Json:
         await turn.share()
         item = Item(value, index, missing, found)
         keys = [item.at(name) for name in group_by]
-        group = groups.get(identity(keys))
+        group = groups.get(identity_key(keys))
         if group is None:
             _check_size((len(groups) + 1) * len(aggregations))
-            group = groups[identity(keys)] = Group(keys, [*map(Tally, aggregations)])
+            group = groups[identity_key(keys)] = Group(keys, [*map(Tally, aggregations)])
         for tally in group.tallies:
             tally.add(item)
     call.unresolved.extend(f"item.{name}" for name in sorted(missing))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Final, cast
 from msgspec import structs
 
 from concurrency import offload
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from mail import charsets, message
 from nodes import fields
 from nodes.library import csv_parse, file_parse, json_parse
 from nodes.library.file_parse import Format
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 7_000_000
@@ -35,7 +35,7 @@ class As(StrEnum):
     CSV = "csv"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     reference = _reference(call.config)
     maximum = int(fields.number(call.config, "maxBytes", minimum=1, maximum=MAXIMUM_BYTES))
     content = await call.services.blobs.get(call.caller, reference, max_bytes=maximum)
@@ -80,14 +80,14 @@ def _fitting(content: bytes, name: str, media_type: str) -> As:
             return As.BASE64
 
 
-async def _read(call: Call, content: bytes, wanted: As, media_type: str) -> Mapping[str, Json]:
+async def _read(call: NodeCall, content: bytes, wanted: As, media_type: str) -> Mapping[str, Json]:
     if wanted is As.BASE64:
-        return {"base64": (await offload.elsewhere(b64encode, content)).decode()}
+        return {"base64": (await offload.run_in_thread(b64encode, content)).decode()}
     charset = fields.text(call.config, "encoding")
     if charset == As.AUTO:
         said = _CHARSET.search(media_type)
         charset = said[1] if said else ""
-    text = (await offload.elsewhere(charsets.decoded, content, charset)).removeprefix("\ufeff")
+    text = (await offload.run_in_thread(charsets.decoded, content, charset)).removeprefix("\ufeff")
     match wanted:
         case As.CSV:
             options = fields.mapping(call.config, "csv")

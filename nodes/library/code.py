@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_SECONDS = 60
@@ -17,7 +17,7 @@ SMALLEST_MEGABYTES = 8
 OF_A_LOOP = ("item", "index")
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     config = call.config
     source = call.values["source"].render(call.scope, call.unresolved)
     seconds = fields.number(config, "timeoutSeconds", minimum=SMALLEST_SECONDS, maximum=MAXIMUM_SECONDS)

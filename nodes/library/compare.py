@@ -6,17 +6,17 @@ from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.values import equal, identity
+from engine.run_errors import NodeError
+from engine.values import equal_json, identity_key
 from nodes import fields, lists
 from nodes.keys import Keys
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     ignored = {fields.text({"ignore": name}, "ignore") for name in fields.sequence(call.config, "ignore")}
     keys = Keys.of_config(call, "by")
     turn = Turn()
@@ -56,7 +56,7 @@ async def _by_key(config: Mapping[str, Json], name: str, keys: Keys, turn: Turn)
     places: dict[Hashable, int] = {}
     for index, item in enumerate(items):
         await turn.share()
-        key = identity(keys.of(item, index))
+        key = identity_key(keys.of(item, index))
         if key in found:
             message = (
                 f"Items {places[key]} and {index} of `{name}` have the same key: dedupe leaves one of them"
@@ -68,7 +68,7 @@ async def _by_key(config: Mapping[str, Json], name: str, keys: Keys, turn: Turn)
 
 def _changes(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
     """Return the names of the fields that differ, none where the items have no fields; None: nothing differs."""
-    if equal(before, after):
+    if equal_json(before, after):
         return None
     if not isinstance(before, dict) or not isinstance(after, dict):
         return []
@@ -79,4 +79,4 @@ def _changes(before: Json, after: Json, ignored: Collection[str]) -> list[Json] 
 
 
 def _same_field(before: Mapping[str, Json], after: Mapping[str, Json], name: str) -> bool:
-    return name in before and name in after and equal(before[name], after[name])
+    return name in before and name in after and equal_json(before[name], after[name])

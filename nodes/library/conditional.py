@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.node import Result
+from engine.node_api import NodeResult
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
 
 
-def run(call: Call) -> Result:
+def run(call: NodeCall) -> NodeResult:
     holds = call.conditions["condition"].test(call.scope, call.unresolved)
-    return Result(call.data, port="true" if holds else "false")
+    return NodeResult(call.data, port="true" if holds else "false")

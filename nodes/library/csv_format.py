@@ -10,12 +10,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.values import as_text
+from engine.run_errors import NodeError
+from engine.values import value_as_text
 from nodes import fields, keys, lists
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_CHARACTERS = 10_000_000
@@ -64,7 +64,7 @@ class Dialect:
         return (written or '""') + self.line_end
 
     def _field(self, value: Json) -> str:
-        text = as_text(value)
+        text = value_as_text(value)
         if self.guards and isinstance(value, str) and _may_be_formula(text):
             text = f"'{text}"
         if any(special in text for special in (self.delimiter, '"', "\r", "\n")):
@@ -73,7 +73,7 @@ class Dialect:
         return text
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     items = lists.items(call.config)
     dialect = Dialect.of(call.config)
     turn = Turn()

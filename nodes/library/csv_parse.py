@@ -13,11 +13,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 Record: TypeAlias = tuple[int, list[str]]
@@ -47,7 +47,7 @@ class OnRaggedRow(StrEnum):
     PAD = "pad"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     config = call.config
     text = fields.text(config, "text").removeprefix(BYTE_ORDER_MARK)
     columns, records = _columns(config, _records(text, _delimiter(config, text)))

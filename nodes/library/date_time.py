@@ -10,14 +10,14 @@ from functools import cache
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, available_timezones
 
-from engine.errors import NodeError
 from engine.operations import dates
-from engine.operations.operation import Operation as Computation
+from engine.operations.operation import ExpressionOperation as Computation
 from engine.operations.operation import OperationError
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_FORM_CHARACTERS = 100
@@ -53,7 +53,7 @@ LENGTHS: Mapping[Unit, timedelta] = {Unit.DAYS: timedelta(days=1), Unit.WEEKS: t
 MONTHS: Mapping[Unit, int] = {Unit.MONTHS: 1, Unit.YEARS: 12}
 
 
-def run(call: Call) -> Json:
+def run(call: NodeCall) -> Json:
     config = call.config
     zone = _zone(config, "zone")
     unit = fields.choice(config, "unit", Unit)
@@ -84,7 +84,7 @@ def run(call: Call) -> Json:
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _date(call: Call, name: str, zone: ZoneInfo) -> datetime:
+def _date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
     """Return the moment in a field, in UTC."""
     if name not in call.config:
         return call.now.astimezone(UTC)

@@ -7,12 +7,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.values import identity
+from engine.values import identity_key
 from nodes import fields, lists
 from nodes.keys import Keys
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
@@ -21,7 +21,7 @@ class Keep(StrEnum):
     LAST = "last"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     items = lists.items(call.config)
     keys = Keys.of_config(call, "by")
     keeps_last = fields.choice(call.config, "keep", Keep) is Keep.LAST
@@ -29,7 +29,7 @@ async def run(call: Call) -> Json:
     turn = Turn()
     for index, item in enumerate(items):
         await turn.share()
-        key = identity(keys.of(item, index))
+        key = identity_key(keys.of(item, index))
         if keeps_last or key not in kept:
             kept[key] = index
     places = sorted(kept.values())

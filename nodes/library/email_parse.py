@@ -9,14 +9,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from concurrency import offload
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from mail import message, reading
 from mail.limits import InvalidMail
 from mail.message import Label, Mail
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 50_000_000
@@ -27,14 +27,14 @@ class Encoding(StrEnum):
     BASE64 = "base64"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     raw = await _raw(call)
     contents: list[tuple[Label, bytes]] = []
 
     def keep(label: Label, pieces: Iterator[bytes]) -> None:
         contents.append((label, message.whole(pieces)))
 
-    mail = await offload.elsewhere(_read, raw, keep)
+    mail = await offload.run_in_thread(_read, raw, keep)
     attachments: list[dict[str, Any]] = []
     for found, (label, content) in zip(mail.attachments, contents, strict=True):
         reference = await call.services.blobs.put(
@@ -44,7 +44,7 @@ async def run(call: Call) -> Json:
     return {**mail.as_json(attachments), "message_id": mail.message_id}
 
 
-async def _raw(call: Call) -> bytes:
+async def _raw(call: NodeCall) -> bytes:
     given = call.config.get("mail")
     if isinstance(given, dict):
         return await call.services.blobs.get(call.caller, given, max_bytes=MAXIMUM_BYTES)

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.values import as_text
+from engine.run_errors import NodeError
+from engine.values import value_as_text
 from mail import addresses, message, writing
 from mail.message import Label
 from mail.writing import Enclosed, Outgoing
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
     from mail.addresses import Mailbox
 
@@ -42,7 +42,7 @@ TEXT_TYPES: Final[Mapping[str, str]] = {
 """By how the name of a file that is given as a text ends."""
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     config = call.config
     server = await call.services.data_sources.mail_server(call.caller, fields.text(config, "dataSource"))
     outgoing = await _outgoing(call)
@@ -50,13 +50,13 @@ async def run(call: Call) -> Json:
     await server.send(
         outgoing.sender.address,
         recipients,
-        await offload.elsewhere(_composed, outgoing),
+        await offload.run_in_thread(_composed, outgoing),
         timeout_seconds=fields.timeout_seconds(config),
     )
     return {"messageId": outgoing.message_id, "recipients": [*recipients], "count": len(recipients)}
 
 
-async def _outgoing(call: Call) -> Outgoing:
+async def _outgoing(call: NodeCall) -> Outgoing:
     config = call.config
     senders = _mailboxes(config, "from")
     if len(senders) != 1:
@@ -121,7 +121,7 @@ def _headers(config: Mapping[str, Json]) -> dict[str, str]:
     for name, value in fields.mapping(config, "headers").items():
         if value is None:
             continue
-        text = as_text(value)
+        text = value_as_text(value)
         try:
             writing.check_header(name, text)
         except ValueError as error:
@@ -138,7 +138,7 @@ def _body(config: Mapping[str, Json], name: str) -> str:
     return text
 
 
-async def _enclosed(call: Call) -> Sequence[Enclosed]:
+async def _enclosed(call: NodeCall) -> Sequence[Enclosed]:
     given = fields.sequence(call.config, "attachments")
     if len(given) > MAXIMUM_ATTACHMENTS:
         message_ = f"The mail has {len(given):,} attachments; it may have {MAXIMUM_ATTACHMENTS}"
@@ -157,7 +157,7 @@ async def _enclosed(call: Call) -> Sequence[Enclosed]:
     return enclosed
 
 
-async def _content(call: Call, given: dict[str, Json]) -> bytes:
+async def _content(call: NodeCall, given: dict[str, Json]) -> bytes:
     reference, written, text = _reference(given), given.get("base64"), given.get(TEXT)
     if text is not None and (reference is not None or written is not None):
         message_ = "An attachment takes one of `text`, `base64` and `blob`, not two"

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 from nodes.workbook import MAXIMUM_FILE_BYTES, Archive, Row, Workbook
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_ROWS = 100_000
@@ -24,7 +24,7 @@ MAXIMUM_SHEET_ROWS = 1_048_576
 SHOWN_SHEETS = 10
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     config = call.config
     turn = Turn()
     workbook = Workbook(Archive(_file(config), turn))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from nodes.library import s3_destination
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     written = await s3_destination.write(call, await call.services.files.folder(call.caller))
     return {name: written[name] for name in ("key", "size", "contentType")}

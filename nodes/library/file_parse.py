@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, cast
 
 from msgspec import structs
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 from nodes.library import csv_parse, excel_parse, json_parse, xml_parse
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 20_000_000
@@ -77,7 +77,7 @@ BY_BEGINNING: Mapping[bytes, Format] = {
 }
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     reference = call.config.get("blob")
     content = await call.services.blobs.get(call.caller, reference, max_bytes=MAXIMUM_BYTES)
     wanted = fields.choice(call.config, "format", Format)
@@ -97,7 +97,7 @@ def guessed(content: bytes, *, name: str, media_type: str = "") -> Format:
     return next((found for begin, found in BY_BEGINNING.items() if head.startswith(begin)), Format.TEXT)
 
 
-async def parsed(call: Call, content: bytes, wanted: Format) -> dict[str, Json]:
+async def parsed(call: NodeCall, content: bytes, wanted: Format) -> dict[str, Json]:
     """Return what the node for a format makes of a file, by the `encoding`, `csv`, `excel` and `xml` of the config."""
     config = call.config
     match wanted:
@@ -118,7 +118,7 @@ async def parsed(call: Call, content: bytes, wanted: Format) -> dict[str, Json]:
     return cast("dict[str, Json]", output)
 
 
-def _with(call: Call, options: Mapping[str, Json], **given: Json) -> Call:
+def _with(call: NodeCall, options: Mapping[str, Json], **given: Json) -> NodeCall:
     """Return the call of another node, with a config of its own."""
     return structs.replace(call, config={**options, **given})
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from nodes.library import s3_source
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     return await s3_source.read(call, await call.services.files.folder(call.caller))

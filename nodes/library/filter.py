@@ -8,11 +8,11 @@ from concurrency.loop_share import Turn
 from nodes import lists
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     condition = call.conditions["condition"]
     items = lists.items(call.config)
     kept: list[Json] = []

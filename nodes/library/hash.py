@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
-from engine.values import InvalidJson, canonical, encode
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, encode_canonical, encode_json
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 10_000_000
@@ -46,7 +46,7 @@ class Written(StrEnum):
     BASE64 = "base64"
 
 
-def run(call: Call) -> Json:
+def run(call: NodeCall) -> Json:
     config = call.config
     algorithm = fields.choice(config, "algorithm", Algorithm)
     value = _value(config)
@@ -82,8 +82,8 @@ def _value(config: Mapping[str, Json]) -> bytes:
 def _canonical(value: Json) -> bytes:
     try:
         # This one stops where it becomes too long.
-        encode(value, max_bytes=MAXIMUM_BYTES)
-        return canonical(value)
+        encode_json(value, max_bytes=MAXIMUM_BYTES)
+        return encode_canonical(value)
     except InvalidJson as error:
         code = "input-too-large" if error.code == "too-large" else "invalid-value"
         raise NodeError(f"`value` can't be hashed: {error.message}", code=code) from error

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import document, fields, selectors
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
     from nodes.document import Document, Element
     from nodes.selectors import Selector, Steps
@@ -45,7 +45,7 @@ class Field:
         )
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     taken = [Field.of(name, each) for name, each in fields.mapping(call.config, "fields").items()]
     if len(taken) > MAXIMUM_FIELDS:
         message = f"`fields` has {len(taken):,} fields; at most {MAXIMUM_FIELDS} are taken"

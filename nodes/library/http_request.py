@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 from concurrency import offload
-from engine.errors import NodeError
-from engine.values import InvalidJson, as_text, decode, encode
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, decode_json, encode_json, value_as_text
 from nodes import addresses, fields, http_errors, redaction
 from nodes.outbound import OutboundResponse
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.services import HttpResponse
     from engine.values import Json
 
@@ -58,7 +58,7 @@ class ResponseType(StrEnum):
 READS = frozenset({Method.GET, Method.HEAD, Method.OPTIONS})
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     response_type = fields.choice(call.config, "responseType", ResponseType)
     fails_on_error = fields.flag(call.config, "failOnError")
     method = fields.choice(call.config, "method", Method)
@@ -68,7 +68,7 @@ async def run(call: Call) -> Json:
         response = _without_secrets(await _send(call, method, url, secrets), secrets)
         if fails_on_error and response.status >= FIRST_ERROR_STATUS:
             raise _refusal(response, url)
-        body = await offload.patiently(_body, response, response_type)
+        body = await offload.run(_body, response, response_type)
     return {
         "status": response.status,
         "headers": dict(response.headers),
@@ -77,9 +77,9 @@ async def run(call: Call) -> Json:
     }
 
 
-async def _send(call: Call, method: Method, url: str, secrets: Mapping[str, str]) -> HttpResponse:
+async def _send(call: NodeCall, method: Method, url: str, secrets: Mapping[str, str]) -> HttpResponse:
     config = call.config
-    body, content_type = await offload.patiently(_request_body, config)
+    body, content_type = await offload.run(_request_body, config)
     headers = _headers(config)
     if content_type is not None:
         _set_unless_given(headers, "Content-Type", content_type)
@@ -103,7 +103,7 @@ def _url(config: Mapping[str, Json]) -> str:
     parameters: list[tuple[str, str]] = []
     for name, given in fields.mapping(config, "query").items():
         values = given if isinstance(given, list) else [given]
-        parameters.extend((name, as_text(value)) for value in values if value is not None)
+        parameters.extend((name, value_as_text(value)) for value in values if value is not None)
     if not parameters:
         return url
     before_fragment = url.partition("#")[0]
@@ -113,10 +113,10 @@ def _url(config: Mapping[str, Json]) -> str:
 
 def _headers(config: Mapping[str, Json]) -> dict[str, str]:
     given = fields.mapping(config, "headers")
-    return {name: as_text(value) for name, value in given.items() if value is not None}
+    return {name: value_as_text(value) for name, value in given.items() if value is not None}
 
 
-async def _secret_headers(call: Call, url: str) -> Mapping[str, str]:
+async def _secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
     """Return what the data source adds to a request to `url`: never part of what is recorded."""
     if call.config.get("dataSource") is None:
         return {}
@@ -136,7 +136,7 @@ def _request_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]
         return None, None
     if isinstance(body, str):
         return body.encode(), "text/plain; charset=utf-8"
-    return encode(body), "application/json"
+    return encode_json(body), "application/json"
 
 
 def _set_unless_given(headers: dict[str, str], name: str, value: str) -> None:
@@ -168,7 +168,7 @@ def _forms(value: str) -> Iterator[str]:
         login = b64decode(credentials).decode()
         said |= {login, login.partition(":")[2]}
     for text in said:
-        yield from (text, encode(text).decode()[1:-1], quote(text, safe=""))
+        yield from (text, encode_json(text).decode()[1:-1], quote(text, safe=""))
 
 
 def _refusal(response: HttpResponse, url: str) -> NodeError:
@@ -197,7 +197,7 @@ def _body(response: HttpResponse, response_type: ResponseType) -> Json:
 
 def _json(response: HttpResponse) -> Json:
     try:
-        return decode(response.body.removeprefix(BYTE_ORDER_MARK)) if response.body else None
+        return decode_json(response.body.removeprefix(BYTE_ORDER_MARK)) if response.body else None
     except InvalidJson as error:
         message = (
             f"The answer can't be taken as JSON: {error.message}. With `responseType: auto` it is a text"
@@ -215,7 +215,7 @@ def _whatever_it_is(response: HttpResponse) -> Json:
         return None
     if JSON_TYPE.match(_content_type(response)):
         try:
-            return decode(response.body.removeprefix(BYTE_ORDER_MARK))
+            return decode_json(response.body.removeprefix(BYTE_ORDER_MARK))
         except InvalidJson:
             pass
     try:

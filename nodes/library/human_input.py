@@ -6,14 +6,14 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, cast
 
-from engine.node import Await, Awaited, Result
+from engine.node_api import AnswerSource, AnswerWait, NodeResult
 from nodes import fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 LONGEST_SECONDS: Final = 31_536_000
@@ -28,13 +28,13 @@ class OnExpiry(StrEnum):
     CONTINUE = "continue"
 
 
-def run(call: Call) -> Await:
+def run(call: NodeCall) -> AnswerWait:
     on_expiry = fields.choice(call.config, "onExpiry", OnExpiry)
-    return Await(
-        Awaited.INPUT,
+    return AnswerWait(
+        AnswerSource.INPUT,
         request=_request(call.config),
         expires_at=_expires_at(call),
-        expired=Result(dict(NO_ANSWER), port=EXPIRED) if on_expiry is OnExpiry.CONTINUE else None,
+        expired=NodeResult(dict(NO_ANSWER), port=EXPIRED) if on_expiry is OnExpiry.CONTINUE else None,
     )
 
 
@@ -53,7 +53,7 @@ def _request(config: Mapping[str, Json]) -> Json:
     return request
 
 
-def _expires_at(call: Call) -> datetime | None:
+def _expires_at(call: NodeCall) -> datetime | None:
     if "expiresInSeconds" not in call.config:
         return None
     seconds = fields.number(call.config, "expiresInSeconds", minimum=1, maximum=LONGEST_SECONDS)

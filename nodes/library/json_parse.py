@@ -6,12 +6,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.values import InvalidJson, decode
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, decode_json
 from nodes import fields, lists
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -25,7 +25,7 @@ class Format(StrEnum):
     LINES = "lines"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     text = fields.text(call.config, "text").removeprefix(BYTE_ORDER_MARK)
     # What is no character at all is left for the decoder, which says what is wrong with it.
     raw = text.encode(errors="surrogatepass")
@@ -57,6 +57,6 @@ async def _lines(raw: bytes) -> list[Json]:
 
 def _parsed(raw: bytes, place: str) -> Json:
     try:
-        return decode(raw)
+        return decode_json(raw)
     except InvalidJson as error:
         raise NodeError(f"{place} can't be read as JSON: {error.message}", code="invalid-json") from error

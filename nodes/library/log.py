@@ -5,11 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from engine.values import as_text
+from engine.values import value_as_text
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 8_192
@@ -23,8 +23,8 @@ class Level(StrEnum):
     ERROR = "error"
 
 
-def run(call: Call) -> Json:
-    message = as_text(call.config.get("message"))
+def run(call: NodeCall) -> Json:
+    message = value_as_text(call.config.get("message"))
     call.log(fields.choice(call.config, "level", Level), _bounded(message))
     return call.data
 

@@ -8,14 +8,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.values import identity
+from engine.run_errors import NodeError
+from engine.values import identity_key
 from nodes import fields, keys, lists
 from nodes.keys import Keys
 from nodes.sizes import Size
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 Table: TypeAlias = "Mapping[Hashable, list[Json]]"
@@ -85,7 +85,7 @@ class Join:
         return own | {name: value for name, value in found.items() if name not in own}
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     items = lists.items(call.config)
     join = Join.of(call.config)
     turn = Turn()
@@ -110,7 +110,7 @@ async def run(call: Call) -> Json:
     return {"items": joined, "count": len(joined), "unmatched": unmatched}
 
 
-async def _table(call: Call, by: Keys, turn: Turn) -> Table:
+async def _table(call: NodeCall, by: Keys, turn: Turn) -> Table:
     table_by = Keys.of_config(call, "tableBy" if "tableBy" in call.values else "by")
     if len(table_by.parts) != len(by.parts):
         message = f"`tableBy` has {len(table_by.parts)} parts, but `by` has {len(by.parts)}"
@@ -126,4 +126,4 @@ async def _table(call: Call, by: Keys, turn: Turn) -> Table:
 
 def _identity(key: list[Json]) -> Hashable:
     """Return what equal keys share; None for one with a null in it, which equals nothing, as in SQL."""
-    return None if None in key else identity(key)
+    return None if None in key else identity_key(key)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from engine.node import Each
+from engine.node_api import LoopRequest
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
 
 MAX_CONCURRENCY: Final = 100
 
@@ -21,10 +21,10 @@ class OnItemError(StrEnum):
     CONTINUE = "continue"
 
 
-def run(call: Call) -> Each:
+def run(call: NodeCall) -> LoopRequest:
     items = {"items": call.config.get("items", call.data)}
-    return Each(
+    return LoopRequest(
         fields.sequence(items, "items"),
         concurrency=int(fields.number(call.config, "concurrency", minimum=1, maximum=MAX_CONCURRENCY)),
-        goes_on=fields.choice(call.config, "onItemError", OnItemError) is OnItemError.CONTINUE,
+        continues_on_error=fields.choice(call.config, "onItemError", OnItemError) is OnItemError.CONTINUE,
     )

@@ -10,7 +10,7 @@ from nodes import fields, keys, lists
 from nodes.sizes import Size
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
@@ -19,7 +19,7 @@ class Mode(StrEnum):
     MERGE = "merge"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     value = call.values["value"]
     merges = fields.choice(call.config, "mode", Mode) is Mode.MERGE
     mapped: list[Json] = []

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import re2
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields, sizes
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_CHARACTERS = 1_000_000
@@ -63,7 +63,7 @@ class Pattern(Protocol):
     def finditer(self, text: str) -> Iterator[Match]: ...
 
 
-def run(call: Call) -> Json:
+def run(call: NodeCall) -> Json:
     config = call.config
     text = fields.text(config, "text")
     pattern = _compiled(config)

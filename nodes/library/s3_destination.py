@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 
 from msgspec import structs
 
-from engine.values import encode
+from engine.values import encode_json
 from nodes import fields
 from nodes.library import csv_format
 
 if TYPE_CHECKING:
-    from engine.node import Call
-    from engine.services import Bucket
+    from engine.node_api import NodeCall
+    from engine.services import ObjectBucket
     from engine.values import Json
 
 MAXIMUM_BYTES = 50_000_000
@@ -39,12 +39,12 @@ MEDIA_TYPES: Mapping[Format, str] = {
 }
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     data_source = fields.text(call.config, "dataSource")
     return await write(call, await call.services.data_sources.bucket(call.caller, data_source))
 
 
-async def write(call: Call, bucket: Bucket) -> dict[str, Json]:
+async def write(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
     """Write an object to a bucket, or to what is like one, as the config says."""
     config = call.config
     key = fields.text(config, "key")
@@ -54,7 +54,7 @@ async def write(call: Call, bucket: Bucket) -> dict[str, Json]:
     return {"key": key, "size": len(content), "etag": etag, "contentType": media_type}
 
 
-async def _written(call: Call) -> tuple[bytes, str]:
+async def _written(call: NodeCall) -> tuple[bytes, str]:
     """Return the `content` of the config as bytes, by its `format`, and its type."""
     value = call.config.get("content")
     wanted = fields.choice(call.config, "format", Format)
@@ -74,7 +74,7 @@ def _fitting(value: Json) -> Format:
     return Format.TEXT if isinstance(value, str) else Format.JSON
 
 
-async def _bytes(call: Call, value: Json, wanted: Format) -> bytes:
+async def _bytes(call: NodeCall, value: Json, wanted: Format) -> bytes:
     match wanted:
         case Format.BLOB:
             return await call.services.blobs.get(call.caller, value, max_bytes=MAXIMUM_BYTES)
@@ -88,7 +88,7 @@ async def _bytes(call: Call, value: Json, wanted: Format) -> bytes:
             return fields.text(cast("dict[str, Json]", await csv_format.run(called)), "text").encode()
         case Format.JSON_LINES:
             lines = fields.sequence(call.config, "content")
-            _ = encode(lines, max_bytes=MAXIMUM_BYTES)
-            return b"".join(encode(line) + b"\n" for line in lines)
+            _ = encode_json(lines, max_bytes=MAXIMUM_BYTES)
+            return b"".join(encode_json(line) + b"\n" for line in lines)
         case _:
-            return encode(value, max_bytes=MAXIMUM_BYTES)
+            return encode_json(value, max_bytes=MAXIMUM_BYTES)

@@ -6,14 +6,14 @@ import mimetypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 from nodes.library import file_parse
 from nodes.library.file_parse import Format
 
 if TYPE_CHECKING:
-    from engine.node import Call
-    from engine.services import Bucket
+    from engine.node_api import NodeCall
+    from engine.services import ObjectBucket
     from engine.values import Json
 
 MAXIMUM_BYTES = 50_000_000
@@ -21,12 +21,12 @@ MAXIMUM_OBJECTS = 10_000
 BLOB = "blob"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     data_source = fields.text(call.config, "dataSource")
     return await read(call, await call.services.data_sources.bucket(call.caller, data_source))
 
 
-async def read(call: Call, bucket: Bucket) -> Json:
+async def read(call: NodeCall, bucket: ObjectBucket) -> Json:
     """Return an object, or a listing, of a bucket or of what is like one, as the config says."""
     config = call.config
     timeout_seconds = fields.timeout_seconds(config)
@@ -38,7 +38,7 @@ async def read(call: Call, bucket: Bucket) -> Json:
     return {"key": key, "size": len(content), **await _made_of(call, key, content)}
 
 
-async def _listed(config: Mapping[str, Json], bucket: Bucket, timeout_seconds: float) -> Json:
+async def _listed(config: Mapping[str, Json], bucket: ObjectBucket, timeout_seconds: float) -> Json:
     maximum = fields.number(config, "maxObjects", minimum=1, maximum=MAXIMUM_OBJECTS)
     prefix = fields.text(config, "prefix")
     found = await bucket.list(prefix, max_objects=int(maximum), timeout_seconds=timeout_seconds)
@@ -54,7 +54,7 @@ async def _listed(config: Mapping[str, Json], bucket: Bucket, timeout_seconds: f
     return {"objects": objects, "count": len(objects)}
 
 
-async def _made_of(call: Call, key: str, content: bytes) -> dict[str, Json]:
+async def _made_of(call: NodeCall, key: str, content: bytes) -> dict[str, Json]:
     wanted = fields.text(call.config, "as")
     if wanted == BLOB or (wanted == Format.AUTO and b"\0" in content[: file_parse.HEAD_BYTES]):
         return {"format": BLOB, "blob": await _kept(call, key, content)}
@@ -68,6 +68,6 @@ async def _made_of(call: Call, key: str, content: bytes) -> dict[str, Json]:
     return {"format": known.value, **await file_parse.parsed(call, content, known)}
 
 
-async def _kept(call: Call, key: str, content: bytes) -> Json:
+async def _kept(call: NodeCall, key: str, content: bytes) -> Json:
     media_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
     return await call.services.blobs.put(call.caller, content, media_type=media_type, name=key)

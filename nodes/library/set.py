@@ -5,11 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
@@ -18,7 +18,7 @@ class Mode(StrEnum):
     REPLACE = "replace"
 
 
-def run(call: Call) -> Json:
+def run(call: NodeCall) -> Json:
     values = call.values["values"].render(call.scope, call.unresolved)
     if not isinstance(values, dict):
         raise fields.unfit("values", "an object", values)

@@ -10,14 +10,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
 from engine.expressions import compile_value
-from engine.values import canonical
+from engine.run_errors import NodeError
+from engine.values import encode_canonical
 from nodes import absences, fields, keys, lists
 from nodes.keys import Key
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 Rank: TypeAlias = tuple[int, Any]
@@ -55,7 +55,7 @@ class Criterion:
     text: Text
 
     @classmethod
-    def written(cls, call: Call, source: Json) -> Self:
+    def written(cls, call: NodeCall, source: Json) -> Self:
         """Return what one entry of `by` says; its key is read as it is written, the rest as it is rendered."""
         if not isinstance(source, dict):
             return cls._of({}, Key.written("by", call, source))
@@ -64,7 +64,7 @@ class Criterion:
         return cls._of(fields.mapping({"by": rendered}, "by"), Key.written("by", call, source.get("key")))
 
     @classmethod
-    def arrived(cls, call: Call, value: Json) -> Self:
+    def arrived(cls, call: NodeCall, value: Json) -> Self:
         """Return what an entry of data says, in which nothing is an expression."""
         if isinstance(value, dict):
             return cls._of(value, Key.named("by", call, value.get("key")))
@@ -95,12 +95,12 @@ class Criterion:
             case str():
                 return (2, COMPARED[self.text](value))
             case list():
-                return (3, canonical(value))
+                return (3, encode_canonical(value))
             case dict():
-                return (4, canonical(value))
+                return (4, encode_canonical(value))
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     items = lists.items(call.config)
     places = list(range(len(items)))
     turn = Turn()
@@ -133,7 +133,7 @@ async def _in_order(places: list[int], ranks: list[Rank], turn: Turn, *, descend
     return merged
 
 
-def _criteria(call: Call) -> list[Criterion]:
+def _criteria(call: NodeCall) -> list[Criterion]:
     template = call.values["by"]
     if isinstance(template.source, list):
         criteria = [Criterion.written(call, entry) for entry in template.source]

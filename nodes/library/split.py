@@ -7,12 +7,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields, keys, lists
 from nodes.sizes import Size
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
@@ -22,7 +22,7 @@ class Mode(StrEnum):
     FIELD = "field"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     match fields.choice(call.config, "mode", Mode):
         case Mode.TEXT:
             items = _parts(call.config)
@@ -55,7 +55,7 @@ def _batches(config: Mapping[str, Json]) -> list[Json]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-async def _elements(call: Call) -> list[Json]:
+async def _elements(call: NodeCall) -> list[Json]:
     """Return an item for each element of the list that each item has in the field."""
     name = fields.text(call.config, "field")
     keeps_fields = fields.flag(call.config, "keepFields")

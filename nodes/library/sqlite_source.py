@@ -8,9 +8,9 @@ from nodes import sql_nodes
 from nodes.sql_text import Dialect
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     return await sql_nodes.read(call, Dialect.SQLITE)

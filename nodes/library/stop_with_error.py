@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from engine.errors import NodeError
-from engine.values import as_text
+from engine.run_errors import NodeError
+from engine.values import value_as_text
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
 
 SAYS_NOTHING = "The workflow stopped itself, and its message is empty"
 
 
-def run(call: Call) -> NoReturn:
-    raise NodeError(as_text(call.config["message"]) or SAYS_NOTHING)
+def run(call: NodeCall) -> NoReturn:
+    raise NodeError(value_as_text(call.config["message"]) or SAYS_NOTHING)

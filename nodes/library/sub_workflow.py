@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.node import Await, Awaited
+from engine.node_api import AnswerSource, AnswerWait
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 
-async def run(call: Call) -> Json | Await:
+async def run(call: NodeCall) -> Json | AnswerWait:
     is_awaited = fields.flag(call.config, "wait")
     execution_id = await call.services.runs.start(
         call.caller,
@@ -23,4 +23,4 @@ async def run(call: Call) -> Json | Await:
         awaited=is_awaited,
     )
     started: Json = {"executionId": execution_id}
-    return Await(Awaited.RUN, request=started) if is_awaited else started
+    return AnswerWait(AnswerSource.RUN, request=started) if is_awaited else started

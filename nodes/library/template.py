@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
-from engine.values import as_text
+from engine.run_errors import NodeError
+from engine.values import value_as_text
 from nodes import fields, lists
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_CHARACTERS = 10_000_000
@@ -26,7 +26,7 @@ class Parts:
 
     def add(self, value: Json) -> None:
         """Append a rendered value; raises `NodeError` when it all becomes too long."""
-        text = as_text(value)
+        text = value_as_text(value)
         self._texts.append(text)
         self._characters += len(text) + len(self._separator)
         if self._characters > MAXIMUM_CHARACTERS:
@@ -38,7 +38,7 @@ class Parts:
         return self._separator.join(self._texts)
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     parts = Parts(fields.text(call.config, "separator"))
     parts.add(call.config["text"])
     if "items" in call.config:
@@ -48,7 +48,7 @@ async def run(call: Call) -> Json:
     return {"text": parts.joined()}
 
 
-async def _add_items(parts: Parts, call: Call) -> None:
+async def _add_items(parts: Parts, call: NodeCall) -> None:
     each = call.values["each"]
     turn = Turn()
     for index, item in enumerate(lists.items(call.config)):

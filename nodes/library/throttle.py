@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from engine.errors import NodeError
-from engine.node import Wait
+from engine.node_api import TimerWait
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAX_LIMIT: Final = 100_000
@@ -19,7 +19,7 @@ MAX_WAIT_SECONDS: Final = 604_800
 MAX_KEY_LENGTH: Final = 200
 
 
-async def run(call: Call) -> Json | Wait:
+async def run(call: NodeCall) -> Json | TimerWait:
     place = await call.services.pace.reserve(
         call.caller,
         _key(call),
@@ -27,10 +27,10 @@ async def run(call: Call) -> Json | Wait:
         per_seconds=fields.number(call.config, "perSeconds", minimum=MIN_SECONDS, maximum=MAX_SECONDS),
         max_wait_seconds=fields.number(call.config, "maxWaitSeconds", minimum=0, maximum=MAX_WAIT_SECONDS),
     )
-    return call.data if place <= call.now else Wait(place, output=call.data)
+    return call.data if place <= call.now else TimerWait(place, output=call.data)
 
 
-def _key(call: Call) -> str:
+def _key(call: NodeCall) -> str:
     """Return what the rate is shared by; keys that were chosen and those that weren't can't be the same."""
     if "key" not in call.config:
         return f"node:{call.caller.workflow_id}:{call.node_id}"

@@ -5,27 +5,27 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from engine.errors import NodeError
-from engine.node import Wait
+from engine.node_api import TimerWait
+from engine.run_errors import NodeError
 from nodes import fields
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 LONGEST = timedelta(days=365)
 
 
-def run(call: Call) -> Json | Wait:
+def run(call: NodeCall) -> Json | TimerWait:
     until = _until(call)
     if until <= call.now:
         return call.data
     if until > call.now + LONGEST:
         raise NodeError(f"A wait ends within {LONGEST.days} days, so not at {until}", code="wait-too-long")
-    return Wait(until.astimezone(UTC), output=call.data)
+    return TimerWait(until.astimezone(UTC), output=call.data)
 
 
-def _until(call: Call) -> datetime:
+def _until(call: NodeCall) -> datetime:
     if "seconds" in call.config:
         seconds = fields.number(call.config, "seconds", minimum=0, maximum=LONGEST.total_seconds())
         return call.now + timedelta(seconds=seconds)

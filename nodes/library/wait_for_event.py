@@ -6,15 +6,15 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from engine import event_filters, values
-from engine.errors import NodeError
-from engine.node import Await, Awaited, Result
-from engine.services import WantedEvent
+from engine.node_api import AnswerSource, AnswerWait, NodeResult
+from engine.run_errors import NodeError
+from engine.services import EventWaitRequest
 from nodes import fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 TIMEOUT: Final = "timeout"
@@ -25,20 +25,20 @@ MAX_FILTER_BYTES: Final = 65_536
 _PATTERN: Final = re.compile(r"[^\s*]{1,200}(?:\.\*)?")
 
 
-async def run(call: Call) -> Await:
+async def run(call: NodeCall) -> AnswerWait:
     wanted = _wanted(call)
     expires_at = await call.services.events.expect(
         call.caller, wanted, node_id=call.node_id, iteration=call.iteration
     )
-    return Await(
-        Awaited.EVENT,
+    return AnswerWait(
+        AnswerSource.EVENT,
         request={"event_type": wanted.event_type},
         expires_at=expires_at,
-        expired=Result(dict(NO_EVENT), port=TIMEOUT),
+        expired=NodeResult(dict(NO_EVENT), port=TIMEOUT),
     )
 
 
-def _wanted(call: Call) -> WantedEvent:
+def _wanted(call: NodeCall) -> EventWaitRequest:
     event_type = fields.text(call.config, "event_type")
     if not _PATTERN.fullmatch(event_type):
         message = "`event_type` must be a type such as order.paid or order.*, without spaces"
@@ -47,7 +47,7 @@ def _wanted(call: Call) -> WantedEvent:
     timeout_seconds = None
     if "timeoutSeconds" in call.config:
         timeout_seconds = fields.number(call.config, "timeoutSeconds", minimum=1, maximum=LONGEST_SECONDS)
-    return WantedEvent(
+    return EventWaitRequest(
         event_type,
         condition,
         given,
@@ -56,13 +56,13 @@ def _wanted(call: Call) -> WantedEvent:
     )
 
 
-def _filter(call: Call) -> tuple[str | None, str]:
+def _filter(call: NodeCall) -> tuple[str | None, str]:
     """Return the condition on events, and what it needs of the run."""
     condition = call.conditions.get("filter")
     if condition is None:
         return None, "[]"
-    source, given = event_filters.bound(condition, call.scope, call.unresolved)
-    text, values_given = values.encode(source), values.encode(given)
+    source, given = event_filters.bind_condition(condition, call.scope, call.unresolved)
+    text, values_given = values.encode_json(source), values.encode_json(given)
     if len(text) + len(values_given) > MAX_FILTER_BYTES:
         message = f"The filter and what it looks up have more than {MAX_FILTER_BYTES:,} bytes"
         raise NodeError(message, code="filter-too-large")

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Final
 from nodes import http_answers
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 WHEN_DONE: Final = "when-done"
 
 
-def run(call: Call) -> Json:
+def run(call: NodeCall) -> Json:
     answer = http_answers.of(call.config)
     if _is_awaited(call.scope.get("trigger")):
         call.log("info", f"The sender is answered with the status {answer.status}")

@@ -8,11 +8,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from concurrency.loop_share import Turn
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fields, markup
 
 if TYPE_CHECKING:
-    from engine.node import Call
+    from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 5_000_000
@@ -29,7 +29,7 @@ class Prefixes(StrEnum):
     DROP = "drop"
 
 
-async def run(call: Call) -> Json:
+async def run(call: NodeCall) -> Json:
     text = fields.text(call.config, "text").strip()
     _check_size(len(text))
     raw = text.encode()

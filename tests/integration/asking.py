@@ -10,7 +10,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from engine.events import SpanStatus
+from engine.run_records import SpanStatus
 from models import ids
 from models.database import Database
 from models.database_time import DatabaseTime

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.services import Services
+from engine.services import NodeServices
 from execution.executor import Executor
 from journal.blobs.opening import open_blobs
 from journal.opening import open_store
@@ -33,7 +33,7 @@ async def main(url: str, folder: str) -> None:
 
     store.record = record_or_die  # type: ignore[method-assign]  # in the place of what it does
     blobs = open_blobs(settings)
-    services = Services(http=NoNetwork())
+    services = NodeServices(http=NoNetwork())
     executor = Executor(store, LocalBroker(inbox="dies"), library(), services, settings, blobs=blobs)
     await executor.start()
     await asyncio.Event().wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from engine.node import Call, Effect, EffectRule, NodeType, Run
+from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog
@@ -15,30 +15,32 @@ from nodes.catalog import Catalog
 class Library(Catalog):
     """The library, and nodes made up for a test."""
 
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, RunNode] = field(default_factory=dict)
 
-    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+    def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         return self.runs[type] if type in self.runs else super().implementation(type)
 
 
-def unlike(_call: Call) -> Json:
+def unlike(_call: NodeCall) -> Json:
     """Give out a large text that is another one in every attempt."""
     return {"text": os.urandom(500_000).hex()}
 
 
-def length(call: Call) -> Json:
+def length(call: NodeCall) -> Json:
     """Give out how long the text is that arrives."""
     data = call.data
     text = data.get("text") if isinstance(data, dict) else None
     return {"length": len(text) if isinstance(text, str) else None}
 
 
-def node_type(name: str, effect: Effect = Effect.PURE) -> NodeType:
+def node_type(name: str, effect: NodeEffect = NodeEffect.PURE) -> NodeType:
     return NodeType(name, name, "1.0.0", "test", "", EffectRule(effect), {"type": "object"})
 
 
-def library(**runs: Run) -> Catalog:
+def library(**runs: RunNode) -> Catalog:
     """Return the library with `unlike`, `length`, and others, all of them pure but `effect`."""
     runs = {"unlike": unlike, "length": length, **runs}
-    types = {name: node_type(name, Effect.WRITE if name == "effect" else Effect.PURE) for name in runs}
+    types = {
+        name: node_type(name, NodeEffect.WRITE if name == "effect" else NodeEffect.PURE) for name in runs
+    }
     return Library({**catalog.load().node_types, **types}, runs)

@@ -15,7 +15,7 @@ import httpx2
 from sqlalchemy import select
 from sqlmodel import SQLModel, col
 
-from engine.events import Ended
+from engine.run_records import RunOutcome
 from execution.data_sources import StoredSources
 from execution.isolation import Isolation
 from execution.pace import SharedPace
@@ -81,7 +81,7 @@ class MailWorld:
     s3: FakeS3
     now: list[datetime]
     """The gateway's clock; tests set it."""
-    left: list[tuple[Claimed, Ended]] = field(default_factory=list)
+    left: list[tuple[Claimed, RunOutcome]] = field(default_factory=list)
 
     @property
     def gateway(self) -> State:

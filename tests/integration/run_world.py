@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import URL, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine.events import RunStatus, Span, SpanStatus
+from engine.run_records import NodeSpan, RunStatus, SpanStatus
 from journal.opening import open_store
 from journal.store import (
     Acceptance,
@@ -222,7 +222,7 @@ class World:
         """Accept a run whose trigger is recorded, and which nobody holds."""
         one = await self.claimed(place, **changes)
         now = datetime.now(UTC)
-        trigger = Span(
+        trigger = NodeSpan(
             "start", "start", "manual", SpanStatus.COMPLETED, 1, now, now, port="output", output=b"{}"
         )
         await self.store.record([write(one, spans=[trigger], end=RunStatus.RELEASED, completed_nodes=1)])

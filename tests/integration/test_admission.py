@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.events import RunStatus
+from engine.run_records import RunStatus
 from journal import admission
 from journal.admission import Limit, OnLimit
 from journal.store import Acceptance, Accepted, IdempotencyKey, Verdict

@@ -17,8 +17,8 @@ from uuid import uuid4
 import pytest
 from pydantic import SecretStr
 
-from engine.errors import NodeError
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.services import RunCaller
 from execution.node_blobs import NodeBlobs
 from journal.blobs import orphans
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
@@ -262,8 +262,8 @@ def test_an_address_that_names_no_bucket_is_refused_at_the_start(url: str) -> No
 # ── what nodes see ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def caller(organization_id: str = "org_ours", key_id: str = "exec_1") -> Caller:
-    return Caller(organization_id, "user_1", "wf_1", f"exec_{uuid4().hex}", key_id)
+def caller(organization_id: str = "org_ours", key_id: str = "exec_1") -> RunCaller:
+    return RunCaller(organization_id, "user_1", "wf_1", f"exec_{uuid4().hex}", key_id)
 
 
 async def test_a_node_reads_what_its_own_line_of_runs_was_given_and_nothing_else(blobs: BlobStore) -> None:

@@ -14,9 +14,9 @@ from sqlalchemy import insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from engine.errors import NodeError
-from engine.events import RunStatus
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.run_records import RunStatus
+from engine.services import RunCaller
 from engine.values import Json
 from execution.child_runs import ChildRuns
 from journal import children
@@ -71,13 +71,13 @@ def runs(world: World, **settings: Any) -> ChildRuns:  # noqa: ANN401 - a field 
     return ChildRuns(world.database, world.store, broker, catalog.load(), WorkerSettings(**settings))
 
 
-def caller_of(run: Claimed, place: Place) -> Caller:
-    return Caller(run.organization_id, place.user_id, run.workflow_id, run.execution_id, run.key_id)
+def caller_of(run: Claimed, place: Place) -> RunCaller:
+    return RunCaller(run.organization_id, place.user_id, run.workflow_id, run.execution_id, run.key_id)
 
 
 async def start(
     starter: ChildRuns,
-    caller: Caller,
+    caller: RunCaller,
     workflow: Place,
     inputs: Json = None,
     **changes: Any,  # noqa: ANN401 - any argument
@@ -86,7 +86,7 @@ async def start(
     return await starter.start(caller, workflow.workflow_id, inputs, **options)
 
 
-async def refusal(starter: ChildRuns, caller: Caller, workflow: Place) -> NodeError:
+async def refusal(starter: ChildRuns, caller: RunCaller, workflow: Place) -> NodeError:
     with pytest.raises(NodeError) as refused:
         await start(starter, caller, workflow, node_id="another")
     return refused.value

@@ -11,8 +11,8 @@ from typing import Any, Final
 import pytest
 from structlog.testing import capture_logs
 
-from engine.node import Call, Effect, EffectRule, NodeType, Run
-from engine.services import Services
+from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
+from engine.services import NodeServices
 from engine.values import Json
 from execution.executor import Executor
 from messages.broker import Broker, connect
@@ -58,18 +58,18 @@ async def world(where: Where) -> AsyncIterator[World]:
 class Library(Catalog):
     """The library, and a node that ends when the test does."""
 
-    hold: Run = field(kw_only=True)
+    hold: RunNode = field(kw_only=True)
 
-    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+    def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         return self.hold if type == "hold" else super().implementation(type)
 
 
 def library(until: asyncio.Event) -> Catalog:
-    async def hold(call: Call) -> Json:
+    async def hold(call: NodeCall) -> Json:
         await until.wait()
         return call.data
 
-    held = NodeType("hold", "Hold", "1.0.0", "test", "", EffectRule(Effect.PURE), {"type": "object"})
+    held = NodeType("hold", "Hold", "1.0.0", "test", "", EffectRule(NodeEffect.PURE), {"type": "object"})
     return Library({**catalog.load().node_types, "hold": held}, hold=hold)
 
 
@@ -94,7 +94,7 @@ async def worker(world: World) -> AsyncIterator[Broker]:
     """Run what waits, until the context ends; yields what it is woken by."""
     broker, end = await connect(None), asyncio.Event()
     settings = WorkerSettings(lease_seconds=30, concurrency=20)
-    store, services = await world.another_store(), Services(http=NoNetwork())
+    store, services = await world.another_store(), NodeServices(http=NoNetwork())
     executor = Executor(store, broker, library(end), services, settings)
     await executor.start()
     try:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from engine.errors import NodeError
-from engine.services import Caller
-from engine.values import Json, encode
+from engine.run_errors import NodeError
+from engine.services import RunCaller
+from engine.values import Json, encode_json
 from execution.user_code import open_code
 from nodes import catalog
 from nodes.code.backend import Backend
@@ -26,7 +26,7 @@ LONGEST_DELAY_SECONDS = 0.5
 """For the other work of the worker; the promise is a second."""
 SHORT_SECONDS = 0.15
 SOON_SECONDS = 30.0
-OTHERS = Caller("org_2", "user_2", "wf_2", "exec_2", "exec_2")
+OTHERS = RunCaller("org_2", "user_2", "wf_2", "exec_2", "exec_2")
 EXAMPLES = catalog.load().get("code").examples
 
 
@@ -45,7 +45,7 @@ class Bench:
 
     async def output(self, source: str, data: Json = None, **config: Json) -> Json:
         output = (await self.called(source, data, **config)).output
-        encode(output)
+        encode_json(output)
         return output
 
     async def failure(self, source: str, data: Json = None, **config: Json) -> tuple[str, str]:
@@ -106,7 +106,7 @@ async def test_the_last_expression_or_what_is_returned_is_the_result(
 async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(bench: Bench) -> None:
     names: dict[str, Json] = {"data": None, "inputs": {}, "item": {"n": 3}, "index": 2}
 
-    async def run(source: str, caller: Caller) -> Json:
+    async def run(source: str, caller: RunCaller) -> Json:
         return await bench.runner.run(
             caller, source, names, timeout_seconds=5, max_memory_bytes=2**26, print_line=print
         )

@@ -14,8 +14,8 @@ from sqlalchemy import BigInteger, func, select, type_coerce
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from engine.events import Span, SpanStatus
-from engine.services import Caller, WantedEvent
+from engine.run_records import NodeSpan, SpanStatus
+from engine.services import EventWaitRequest, RunCaller
 from execution.awaited_events import AwaitedEvents
 from journal import event_waits
 from journal.store import Claim, Claimed, RunWrite
@@ -267,11 +267,11 @@ async def test_a_run_whose_worker_died_has_what_came_meanwhile(
     if dies == "before it looks back":
         monkeypatch.setattr(AwaitedEvents, "_look_back", died)
     if dies != "before it waits":
-        caller = Caller(
+        caller = RunCaller(
             *(claimed.organization_id, claimed.user_id, claimed.workflow_id, execution_id, execution_id)
         )
         condition = '{"left":"{{ item.event_data.order }}","operator":"equals","right":"{{ data[0] }}"}'
-        wanted = WantedEvent("order.paid", condition, "[7]")
+        wanted = EventWaitRequest("order.paid", condition, "[7]")
         try:
             await scheduler(world).expect(caller, wanted, node_id="wait", iteration="")
         except Died:
@@ -315,9 +315,9 @@ async def begun(world: World, claimed: Claimed) -> None:
     """Have a run come as far as the node that waits."""
     now = datetime.now(UTC)
     given = b'{"body":{"order":7}}'
-    start = Span(
+    start = NodeSpan(
         "start", "start", "manual", SpanStatus.COMPLETED, 1, now, ended_at=now, port="output", output=given
     )
-    wait = Span("wait", "wait", "wait-for-event", SpanStatus.RUNNING, 2, now, input_node="start")
+    wait = NodeSpan("wait", "wait", "wait-for-event", SpanStatus.RUNNING, 2, now, input_node="start")
     write = RunWrite(claimed.execution_id, claimed.lane, claimed.token, spans=[start, wait])
     assert await world.gateway.store.record([write])

@@ -15,12 +15,12 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from engine import run as engine_run
-from engine.control import Request
-from engine.errors import NodeError
-from engine.events import RunStatus
-from engine.node import Call, Effect, EffectRule, NodeType, Run
-from engine.services import Services
+from engine import workflow_runner as engine_run
+from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
+from engine.run_control import ControlRequest
+from engine.run_errors import NodeError
+from engine.run_records import RunStatus
+from engine.services import NodeServices
 from engine.values import Json
 from execution import executor as executors
 from execution.executor import Executor
@@ -98,11 +98,11 @@ class Stage:
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: int = 0
 
-    def note(self, call: Call) -> Json:
+    def note(self, call: NodeCall) -> Json:
         self.calls.append(call.idempotency_key)
         return call.data
 
-    async def hold(self, call: Call) -> Json:
+    async def hold(self, call: NodeCall) -> Json:
         self.calls.append(call.idempotency_key)
         self.begun.set()
         try:
@@ -112,7 +112,7 @@ class Stage:
             raise
         return call.data
 
-    async def effect(self, call: Call) -> Json:
+    async def effect(self, call: NodeCall) -> Json:
         self.calls.append(call.idempotency_key)
         await asyncio.sleep(0)
         return call.data
@@ -124,10 +124,10 @@ class Stage:
                 **{
                     name: node_type(name, effect)
                     for name, effect in (
-                        ("note", Effect.PURE),
-                        ("look", Effect.READ),
-                        ("hold", Effect.WRITE),
-                        ("effect", Effect.WRITE),
+                        ("note", NodeEffect.PURE),
+                        ("look", NodeEffect.READ),
+                        ("hold", NodeEffect.WRITE),
+                        ("effect", NodeEffect.WRITE),
                     )
                 },
             },
@@ -139,13 +139,13 @@ class Stage:
 class Library(Catalog):
     """The library, and nodes made up for a test."""
 
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, RunNode] = field(default_factory=dict)
 
-    def implementation(self, type: str) -> Run:  # noqa: A002 - the field's own word
+    def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         return self.runs[type] if type in self.runs else super().implementation(type)
 
 
-def node_type(name: str, effect: Effect) -> NodeType:
+def node_type(name: str, effect: NodeEffect) -> NodeType:
     return NodeType(name, name, "1.0.0", "test", "", EffectRule(effect), {"type": "object"})
 
 
@@ -204,7 +204,7 @@ class Workers:
             store,
             broker,
             self.stage.library(),
-            Services(http=NoNetwork()),
+            NodeServices(http=NoNetwork()),
             WorkerSettings(**{**defaults, **settings}),
         )
         await executor.start()
@@ -605,7 +605,7 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
     (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else is told
     draining = asyncio.create_task(first.executor.drain())
     await soon(active.control.changed)
-    assert active.control.request is Request.HAND_OVER
+    assert active.control.request is ControlRequest.HAND_OVER
     workers.stage.go_on.set()
     await draining
     row = await world.row(execution_id)
@@ -638,7 +638,7 @@ async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
 async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_broken_off(
     world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def stubborn(call: Call) -> Json:
+    async def stubborn(call: NodeCall) -> Json:
         workers.stage.begun.set()
         while not workers.stage.go_on.is_set():
             with contextlib.suppress(asyncio.CancelledError):
@@ -781,7 +781,7 @@ async def test_a_claim_in_doubt_is_given_back_uncounted(
 async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_other(
     world: World, place: Place, workers: Workers
 ) -> None:
-    def unstorable(_call: Call) -> Json:
+    def unstorable(_call: NodeCall) -> Json:
         raise NodeError("broken", code="code\ud800")
 
     library = workers.stage.library()

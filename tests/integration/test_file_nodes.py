@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from engine.errors import NodeError
-from engine.services import Bucket, Caller, MailServer, SqlDatabase
+from engine.run_errors import NodeError
+from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from journal.blobs.opening import open_blobs
@@ -63,7 +63,7 @@ class World:
 
     # ── as data sources ───────────────────────────────────────────────────────────────────────────────────
 
-    async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
         assert (caller, source_id) == (CALLER, "ds_001")
         settings: dict[str, Json] = {
             "bucket": "bucket",
@@ -75,13 +75,13 @@ class World:
         source = Source(source_id, caller.organization_id, "s3", 1, settings, secrets)
         return await open_bucket(source, ConnectionPolicy(allowed_networks=(ip_network("127.0.0.0/8"),)))
 
-    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
+    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         raise AssertionError(f"{caller} asked for {type} {source_id}")
 
-    async def mail_server(self, caller: Caller, source_id: str) -> MailServer:
+    async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
         raise AssertionError(f"{caller} asked for the mail server {source_id}")
 
-    async def headers(self, caller: Caller, source_id: str, url: str) -> Mapping[str, str]:
+    async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
         raise AssertionError(f"{caller} asked for what {source_id} sends to {url}")
 
 
@@ -202,7 +202,7 @@ async def test_a_spoilt_file_says_what_is_wrong_with_it(
 
 
 async def test_no_node_reads_a_file_of_another_run(world: World) -> None:
-    other = Caller("org_1", "user_1", "wf_1", "exec_2", "exec_2")
+    other = RunCaller("org_1", "user_1", "wf_1", "exec_2", "exec_2")
     reference = await world.blobs.put(other, CITIES, media_type="text/csv")
     assert await world.refused("file-parse", {"blob": "{{ data }}"}, reference) == "blob-not-found"
     config: dict[str, Json] = {"key": "a", "content": "{{ data }}"}
@@ -342,7 +342,7 @@ async def test_no_link_is_followed_and_nothing_but_a_file_is_read(world: World, 
 
 async def test_another_organisation_has_another_folder(world: World) -> None:
     await world.call("file-destination", {"key": "a.txt", "content": "ours"})
-    folder = await world.files.folder(Caller("org_2", "user_1", "wf_1", "exec", "exec"))
+    folder = await world.files.folder(RunCaller("org_2", "user_1", "wf_1", "exec", "exec"))
     with pytest.raises(NodeError) as raised:
         await folder.get("a.txt", max_bytes=10, timeout_seconds=5)
     assert raised.value.code == "object-not-found"

@@ -19,7 +19,7 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
-from engine.events import Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
+from engine.run_records import FailureCause, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from execution.child_runs import ChildRuns
 from journal import follow_ups, signals
 from journal.blobs.backend import Owner
@@ -145,7 +145,7 @@ class Office:
         follow_up: str | None,
         status: RunStatus = RunStatus.COMPLETED,
         *,
-        spans: list[Span] | None = None,
+        spans: list[NodeSpan] | None = None,
         error: RunError | None = None,
         definition: str | None = None,
         **fields: Any,  # noqa: ANN401 - any field of an Acceptance
@@ -189,13 +189,13 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-def span(node_id: str, output: Any, **fields: Any) -> Span:  # noqa: ANN401 - any JSON value, any field
+def span(node_id: str, output: Any, **fields: Any) -> NodeSpan:  # noqa: ANN401 - any JSON value, any field
     given = {"output": json.dumps(output).encode(), "port": "output", **fields}
-    return Span(node_id, node_id, "set", SpanStatus.COMPLETED, 1, NOW, NOW, **given)
+    return NodeSpan(node_id, node_id, "set", SpanStatus.COMPLETED, 1, NOW, NOW, **given)
 
 
-def skipped(node_id: str) -> Span:
-    return Span(node_id, node_id, "set", SpanStatus.SKIPPED, 1, NOW, NOW)
+def skipped(node_id: str) -> NodeSpan:
+    return NodeSpan(node_id, node_id, "set", SpanStatus.SKIPPED, 1, NOW, NOW)
 
 
 def graph(*edges: str) -> str:
@@ -227,7 +227,7 @@ async def test_the_end_of_a_run_is_told_once_signed_and_with_its_outputs(
         spans=[span("start", {"body": 1}), span("one", {"a": 1}), span("two", [2])],
         definition=graph("start>one", "start>two", "one>never-reached"),
     )
-    office.after_runs().left(run, Ended(RunStatus.COMPLETED))
+    office.after_runs().left(run, RunOutcome(RunStatus.COMPLETED))
     assert await office.outcome(run) == {"attempts": 1, "error": None}
     assert await office.is_done(run)
     (message,) = receiver.received
@@ -266,7 +266,7 @@ async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
     after = office.after_runs()
     receiver.answers = ["500 Broken", "302 Found\r\nLocation: /elsewhere"]
     run = await office.ended(await office.place(), callback(receiver.url()))
-    after.left(run, Ended(RunStatus.COMPLETED))
+    after.left(run, RunOutcome(RunStatus.COMPLETED))
     assert await office.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
     row = await office.world.row(run.execution_id)
     assert 4_000_000 < row["follow_up_at"] - row["ended_at"] < 9_000_000
@@ -298,7 +298,7 @@ async def test_who_is_gone_or_inside_is_not_tried_again(office: Office, receiver
     }
     for url, error in wishes.items():
         run = await office.ended(place, callback(url))
-        after.left(run, Ended(RunStatus.COMPLETED))
+        after.left(run, RunOutcome(RunStatus.COMPLETED))
         assert await office.outcome(run) == {"attempts": 1, "error": error}
         assert await office.is_done(run)
     assert len(receiver.received) == 1
@@ -328,7 +328,7 @@ async def test_without_a_secret_nothing_is_sent_until_there_is_one(
     place = await office.place(signs=False)
     after = office.after_runs()
     run = await office.ended(place, callback(receiver.url()))
-    after.left(run, Ended(RunStatus.COMPLETED))
+    after.left(run, RunOutcome(RunStatus.COMPLETED))
     assert "signing secret" in (await office.outcome(run))["error"]
     assert not await office.is_done(run)
     secret = await office.secret(place)
@@ -359,7 +359,7 @@ async def test_workers_that_look_at_once_send_each_message_once(office: Office, 
     runs = [await office.ended(place, callback(receiver.url())) for _ in range(6)]
     workers = [office.after_runs() for _ in range(3)]
     for run in runs:
-        workers[0].left(run, Ended(RunStatus.COMPLETED))
+        workers[0].left(run, RunOutcome(RunStatus.COMPLETED))
     await asyncio.gather(*(worker.sweep() for worker in workers))
     for run in runs:
         await office.outcome(run)
@@ -406,7 +406,7 @@ async def test_slow_receivers_of_one_organisation_hold_up_no_other(
     after = office.after_runs()
     runs = [await office.ended(slow, callback(receiver.url("/slow"))) for _ in range(4)]
     for run in runs:
-        after.left(run, Ended(RunStatus.COMPLETED))
+        after.left(run, RunOutcome(RunStatus.COMPLETED))
 
     async def two_wait() -> bool:
         return len(receiver.received) == 2
@@ -474,11 +474,11 @@ async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(of
     )
     wish = on_failure(workflowId=about.workflow_id)
     well = await office.ended(place, wish)
-    after.left(well, Ended(RunStatus.COMPLETED))
+    after.left(well, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(well))
     failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
     for _ in range(2):
-        after.left(failed, Ended(RunStatus.FAILED, FAILED))
+        after.left(failed, RunOutcome(RunStatus.FAILED, FAILED))
         await until(lambda: office.is_done(failed))
         await world.query(
             "UPDATE execution SET follow_up = :wish WHERE id = :id", wish=wish, id=failed.execution_id
@@ -504,7 +504,7 @@ async def test_a_workflow_that_the_user_may_not_run_is_not_run_and_that_is_told(
     place, foreign = await office.place(), await office.place()
     wish = on_failure(workflowId=foreign.workflow_id)
     failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
-    office.after_runs().left(failed, Ended(RunStatus.FAILED, FAILED))
+    office.after_runs().left(failed, RunOutcome(RunStatus.FAILED, FAILED))
     outcome = await office.outcome(failed)
     assert outcome["error"] == f"settings.onFailure: There is no workflow {foreign.workflow_id}"
     assert await office.is_done(failed)
@@ -520,7 +520,7 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
     for status in (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.FAILED):
         error = FAILED if status is RunStatus.FAILED else None
         run = await office.ended(place, wish, status, error=error)
-        after.left(run, Ended(status, error))
+        after.left(run, RunOutcome(status, error))
         await until(partial(office.is_done, run))
     (message,) = receiver.received
     assert message.headers["webhook-id"].endswith("-on-failure")
@@ -536,7 +536,7 @@ async def waiting_parent(office: Office, place: Place) -> Claimed:
     """Have a run go to sleep until its node `sub` is answered."""
     parent = await office.world.claimed(place)
     awaits = b'{"kind":"run","request":null,"expired":null}'
-    asleep = Span("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
+    asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
     assert await office.world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
     return parent
 
@@ -561,13 +561,13 @@ CASES = {
 @ON_ONE
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
-    office: Office, case: tuple[list[Span], list[str], Any]
+    office: Office, case: tuple[list[NodeSpan], list[str], Any]
 ) -> None:
     spans, edges, expected = case
     place = await office.place()
     parent = await waiting_parent(office, place)
     child = await office.ended(place, asked_by(parent), spans=spans, definition=graph(*edges))
-    office.after_runs().left(child, Ended(RunStatus.COMPLETED))
+    office.after_runs().left(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     assert await answer(office, parent) == {"output": expected, "port": "output"}
     row = await office.world.row(parent.execution_id)
@@ -601,7 +601,7 @@ async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_i
     kept = await office.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
     done = structs.replace(span("start", None), output=None, output_blob=kept.as_text())
     assert await office.world.store.record([write(child, end=RunStatus.COMPLETED, spans=[done])])
-    office.after_runs().left(child, Ended(RunStatus.COMPLETED))
+    office.after_runs().left(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     assert (await answer(office, parent))["output"] == value
     parents = Owner(place.organization.id, parent.key_id)
@@ -617,10 +617,10 @@ async def test_a_parent_that_is_limited_waits_for_a_place_again(office: Office) 
     await after.admit("key")
     (parent,) = await world.claim()
     awaits = b'{"kind":"run","request":null,"expired":null}'
-    asleep = Span("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
+    asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
     assert await world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
     child = await office.ended(place, asked_by(parent))
-    after.left(child, Ended(RunStatus.COMPLETED))
+    after.left(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     await until(lambda: _is_admitted(world, parent.execution_id))
 
@@ -638,5 +638,5 @@ async def test_a_run_that_was_asleep_gets_a_place_when_it_is_due(office: Office)
     (run,) = await world.claim()
     due_at = datetime.now(UTC) + timedelta(seconds=0.05)
     await world.store.record([write(run, end=RunStatus.WAITING, due_at=due_at)])
-    after.left(run, Ended(RunStatus.WAITING, due_at=due_at))
+    after.left(run, RunOutcome(RunStatus.WAITING, due_at=due_at))
     await until(lambda: _is_admitted(world, run.execution_id))

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
-from engine.events import RunError, RunStatus, Span, SpanStatus
+from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus
 from gateway import limits
 from journal.blobs.backend import Owner
 from journal.blobs.reference import Reference
@@ -59,7 +59,7 @@ async def kept(world: World, people: People) -> Kept:
     owner = Owner(run.organization_id, run.key_id)
     reference = await world.gateway.blobs.put(owner, LARGE, media_type="application/json")
     spans = [
-        Span(
+        NodeSpan(
             "start",
             "Start",
             "manual",
@@ -70,7 +70,9 @@ async def kept(world: World, people: People) -> Kept:
             port="output",
             output_blob=reference.as_text(),
         ),
-        Span("step", "Step", "set", SpanStatus.FAILED, 2, run.started_at, run.started_at, input_node="start"),
+        NodeSpan(
+            "step", "Step", "set", SpanStatus.FAILED, 2, run.started_at, run.started_at, input_node="start"
+        ),
     ]
     write = RunWrite(
         run.execution_id,
@@ -155,7 +157,7 @@ async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(world: Worl
     response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     run = await claimed(world, response.json()["executionId"])
     file = Reference("0" * 64, 1, "text/csv")
-    output = Span(
+    output = NodeSpan(
         "start", "", "manual", SpanStatus.COMPLETED, 1, run.started_at, run.started_at, output=file.as_text()
     )
     write = RunWrite(run.execution_id, run.lane, run.token, [output], end=RunStatus.COMPLETED)

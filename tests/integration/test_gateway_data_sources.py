@@ -11,8 +11,8 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from engine.errors import NodeError
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.services import RunCaller
 from engine.values import fingerprint
 from execution.data_sources import StoredSources
 from models.data_source import DataSource
@@ -59,9 +59,9 @@ async def share(person: Person, source_id: str, user_id: object) -> httpx2.Respo
     return await person.api.post(f"{SOURCES}/{source_id}/share", json={"userId": user_id})
 
 
-def caller(person: Person) -> Caller:
+def caller(person: Person) -> RunCaller:
     """Return for whom a run of this person's works."""
-    return Caller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
+    return RunCaller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
 
 
 def sources(world: World, *secrets: str) -> StoredSources:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 from starlette.applications import Starlette
 
-from engine.events import AttemptSpan, FailureCause, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.run_records import AttemptSpan, FailureCause, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from gateway import limits, state
 from gateway.executions import live_events, waiting
 from gateway.main import create_app
@@ -81,13 +81,13 @@ class Run:
 
     async def write(
         self,
-        *records: Span | AttemptSpan | LogLine,
+        *records: NodeSpan | AttemptSpan | LogLine,
         end: RunStatus | None = None,
         error: RunError | None = None,
         is_told: bool = True,
     ) -> None:
         """Commit records and perhaps the end, and announce that unless the notice is to be lost."""
-        spans = [record for record in records if isinstance(record, Span)]
+        spans = [record for record in records if isinstance(record, NodeSpan)]
         attempts = [record for record in records if isinstance(record, AttemptSpan)]
         self.settled |= {span.node_id for span in spans if span.ended_at is not None}
         claimed = self.claimed
@@ -126,14 +126,14 @@ class Run:
             is_told=is_told,
         )
 
-    def span(self, node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> Span:  # noqa: ANN401 - any JSON value
+    def span(self, node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> NodeSpan:  # noqa: ANN401 - any JSON value
         """Return a node's next record; `output` and `input` are given as values."""
         self.sequence += 1
         for name in ("input", "output"):
             if name in fields:
                 fields[name] = json.dumps(fields[name]).encode()
         has_ended = status in {SpanStatus.COMPLETED, SpanStatus.FAILED}
-        return Span(
+        return NodeSpan(
             node_id=node_id,
             label=node_id.title(),
             type="manual" if node_id == "start" else "set",

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.layout import CARD_HEIGHT, CARD_WIDTH
+from engine.canvas_layout import CARD_HEIGHT, CARD_WIDTH
 from gateway.workflows import graph_shapes
 from journal import pinning
 from models.audit import AuditEntry

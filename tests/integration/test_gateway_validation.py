@@ -12,10 +12,10 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from engine.findings import Validation
-from engine.graph import Node
+from engine.findings import ValidationResult
+from engine.graph import GraphNode
 from engine.program import compile_node
-from engine.validation import validate
+from engine.validation import validate_graph
 from gateway.endpoints import validation
 from gateway.executions import past_outputs
 from gateway.executions.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
@@ -153,7 +153,7 @@ async def has_run(
 ) -> None:
     """Write a run of a workflow as it stands, in which nodes gave these outputs."""
     shown = await person.workflow(workflow_id)
-    nodes = {node["id"]: Node.of(node) for node in shown["nodes"]}
+    nodes = {node["id"]: GraphNode.from_stored(node) for node in shown["nodes"]}
     created_at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
     execution = Execution(
         id=ids.new("exec"),
@@ -280,11 +280,11 @@ async def test_a_graph_is_checked_beside_the_loop_that_serves_others(
 ) -> None:
     threads: list[threading.Thread] = []
 
-    def noted(*arguments: Any, **named: Any) -> Validation:  # noqa: ANN401 - whatever it is asked
+    def noted(*arguments: Any, **named: Any) -> ValidationResult:  # noqa: ANN401 - whatever it is asked
         threads.append(threading.current_thread())
-        return validate(*arguments, **named)
+        return validate_graph(*arguments, **named)
 
-    monkeypatch.setattr(validation, "validate", noted)
+    monkeypatch.setattr(validation, "validate_graph", noted)
     assert (await validated(people.owner, await people.owner.create(**GRAPH)))["valid"]
     assert threads
     assert threading.current_thread() not in threads

@@ -9,8 +9,8 @@ import anyio
 import pytest
 from aiohttp import web
 
-from engine.errors import NodeError
-from engine.services import Bucket, Caller, DataSources, MailServer, SqlDatabase
+from engine.run_errors import NodeError
+from engine.services import DataSourceService, MailServerService, ObjectBucket, RunCaller, SqlDatabase
 from engine.values import Json
 from nodes import catalog
 from nodes.outbound import Outbound, OutboundPolicy
@@ -33,7 +33,7 @@ class Server:
         self.outbound = Outbound(OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),)))
 
     async def output(
-        self, config: dict[str, Json], data: Json = None, *, data_sources: DataSources | None = None
+        self, config: dict[str, Json], data: Json = None, *, data_sources: DataSourceService | None = None
     ) -> dict[str, Any]:
         called = await call("http-request", config, data, http=self.outbound, data_sources=data_sources)
         output = called.output
@@ -315,18 +315,18 @@ class Headers:
     added: dict[str, str]
     asked: list[tuple[str, str]] = field(default_factory=list)
 
-    async def headers(self, caller: Caller, source_id: str, url: str) -> dict[str, str]:
+    async def headers(self, caller: RunCaller, source_id: str, url: str) -> dict[str, str]:
         assert caller is CALLER
         self.asked.append((source_id, url))
         return self.added
 
-    async def database(self, caller: Caller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the protocol's own word
+    async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the protocol's own word
         raise AssertionError((caller, source_id, type))
 
-    async def bucket(self, caller: Caller, source_id: str) -> Bucket:
+    async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket:
         raise AssertionError((caller, source_id))
 
-    async def mail_server(self, caller: Caller, source_id: str) -> MailServer:
+    async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService:
         raise AssertionError((caller, source_id))
 
 

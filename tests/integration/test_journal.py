@@ -14,8 +14,8 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from engine.errors import LeaseLost
-from engine.events import Ended, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.run_errors import LeaseLost
+from engine.run_records import LogLine, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from journal import recorder
 from journal.group_commit import GroupCommit
 from journal.leases import RENEWALS_PER_LEASE, Lease, LeaseKeeper
@@ -166,8 +166,8 @@ async def book(world: World, monkeypatch: pytest.MonkeyPatch) -> Book:
     return Book(run, lease, journal, store, committed)
 
 
-def span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPLETED) -> Span:
-    return Span(node_id, node_id, "set", status, sequence, NOW, NOW)
+def span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPLETED) -> NodeSpan:
+    return NodeSpan(node_id, node_id, "set", status, sequence, NOW, NOW)
 
 
 async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
@@ -188,17 +188,17 @@ async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
 
 
 async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(world: World, book: Book) -> None:
-    async def settled(*spans: Span) -> int:
+    async def settled(*spans: NodeSpan) -> int:
         for one in spans:
             book.journal.record(one)
         await book.journal.commit()
         completed: int = (await world.row(book.run.execution_id))["completed_nodes"]
         return completed - 1
 
-    def turn(number: int) -> Span:
+    def turn(number: int) -> NodeSpan:
         return replace(span("loop", number), iteration=str(number), port="continue")
 
-    def step(number: int) -> Span:
+    def step(number: int) -> NodeSpan:
         return replace(span("a", number), iteration=str(number), port="output", hashes=b"hashes")
 
     assert await settled(span("loop", 1, SpanStatus.RUNNING), turn(2), step(3)) == 1
@@ -219,7 +219,7 @@ async def test_progress_grows_with_commits_and_is_never_taken_back(world: World,
     book.journal.advance(-0.3)
     assert await progress(0.1, 4) == 30
     book.journal.advance(1.0)
-    await book.journal.end(Ended(RunStatus.COMPLETED))
+    await book.journal.end(RunOutcome(RunStatus.COMPLETED))
     (shown,) = await world.store.progress([key_of(book.run)])
     assert (shown.percent, shown.status) == (99, "completed")
 
@@ -227,7 +227,7 @@ async def test_progress_grows_with_commits_and_is_never_taken_back(world: World,
 async def test_the_end_takes_what_is_not_committed_yet_with_it(world: World, book: Book) -> None:
     book.journal.record(span("a", 1))
     error = RunError("node-error", "broken", "a", 1)
-    await book.journal.end(Ended(RunStatus.FAILED, error=error))
+    await book.journal.end(RunOutcome(RunStatus.FAILED, error=error))
     row = await world.row(book.run.execution_id)
     assert (row["status"], row["completed_nodes"]) == ("failed", 2)
     assert await world.count("span") == 1
@@ -241,7 +241,7 @@ async def test_commits_of_one_run_keep_their_order(world: World, book: Book) -> 
     book.journal.record(span("a", 30))
     commits.append(asyncio.create_task(book.journal.commit()))
     await asyncio.sleep(0)
-    ending = asyncio.create_task(book.journal.end(Ended(RunStatus.COMPLETED)))
+    ending = asyncio.create_task(book.journal.end(RunOutcome(RunStatus.COMPLETED)))
     await asyncio.gather(*commits, ending)
     (kept,) = (await world.store.spans([key_of(book.run)]))[book.run.execution_id]
     assert kept.sequence == 30
@@ -307,7 +307,11 @@ async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_aga
     book.lease.until = time.monotonic() + 60
     assert not book.journal.holds_lease()
     book.journal.record(span("b", 2))
-    for late in (book.journal.commit(), book.journal.commit(), book.journal.end(Ended(RunStatus.COMPLETED))):
+    for late in (
+        book.journal.commit(),
+        book.journal.commit(),
+        book.journal.end(RunOutcome(RunStatus.COMPLETED)),
+    ):
         with pytest.raises(LeaseLost):
             await late
     assert await world.count("span") == 0

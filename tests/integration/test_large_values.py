@@ -19,11 +19,11 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from engine.control import Control, Request
-from engine.errors import LeaseLost
-from engine.events import Ended, RunStatus, Span, SpanStatus
-from engine.node import Call
-from engine.services import Services
+from engine.node_api import NodeCall
+from engine.run_control import ControlRequest, RunControl
+from engine.run_errors import LeaseLost
+from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.services import NodeServices
 from engine.values import Json
 from execution.executor import Executor
 from journal import recorder
@@ -112,7 +112,7 @@ class Stage:
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     keys: list[str] = field(default_factory=list)
 
-    async def effect(self, call: Call) -> Json:
+    async def effect(self, call: NodeCall) -> Json:
         self.keys.append(call.idempotency_key)
         self.begun.set()
         await self.go_on.wait()
@@ -133,7 +133,7 @@ class Workers:
             await self._world.another_store(),
             LocalBroker(inbox=uuid4().hex),
             library(effect=self.stage.effect),
-            Services(http=NoNetwork()),
+            NodeServices(http=NoNetwork()),
             WorkerSettings(lease_seconds=3600, sweep_seconds=3600, commit_seconds=0.02),
             blobs=BlobStore(self._folder),
         )
@@ -277,7 +277,7 @@ class Book:
     run: Claimed
     lease: Lease
     journal: RunJournal
-    control: Control
+    control: RunControl
 
 
 @pytest.fixture
@@ -285,17 +285,17 @@ async def book(world: World, folder: Counted, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
     run = await world.claimed()
     lease = Lease(key_of(run), run.token, time.monotonic() + 60)
-    control = Control()
+    control = RunControl()
     large = LargeValues(BlobStore(folder), Owner(run.organization_id, run.key_id), 1_024)
     writer = Recorder(world.store, lambda _: None)
     return Book(run, lease, RunJournal(writer, lease, large=large, control=control), control)
 
 
-def span(node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> Span:  # noqa: ANN401 - fields of a span
-    return Span(node_id, node_id, "set", status, int(fields.pop("sequence", 1)), None, **fields)
+def span(node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> NodeSpan:  # noqa: ANN401 - fields of a span
+    return NodeSpan(node_id, node_id, "set", status, int(fields.pop("sequence", 1)), None, **fields)
 
 
-async def stored(world: World, book: Book) -> dict[str, Span]:
+async def stored(world: World, book: Book) -> dict[str, NodeSpan]:
     found = await world.store.spans([key_of(book.run)])
     return {one.node_id: one for one in found[book.run.execution_id]}
 
@@ -343,7 +343,7 @@ async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
 ) -> None:
     folder.is_away = True
     book.journal.record(span("a", output=b"1" * 5_000))
-    ending = asyncio.create_task(book.journal.end(Ended(RunStatus.COMPLETED)))
+    ending = asyncio.create_task(book.journal.end(RunOutcome(RunStatus.COMPLETED)))
     await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
     assert not ending.done()
     assert await world.count("span") == 0
@@ -355,15 +355,15 @@ async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
 
 
 @ON_SQLITE
-@pytest.mark.parametrize("reason", ["lease", *(Request(number) for number in (3, 4, 5))])
+@pytest.mark.parametrize("reason", ["lease", *(ControlRequest(number) for number in (3, 4, 5))])
 async def test_a_storage_that_stays_away_holds_no_run_whose_lease_is_over_or_that_was_broken_off(
-    world: World, folder: Counted, book: Book, reason: str | Request
+    world: World, folder: Counted, book: Book, reason: str | ControlRequest
 ) -> None:
     folder.is_away = True
     book.journal.record(span("a", output=b"1" * 5_000))
     commit = asyncio.create_task(book.journal.commit())
     await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
-    if isinstance(reason, Request):
+    if isinstance(reason, ControlRequest):
         book.control.ask(reason)
     else:
         book.lease.until = time.monotonic()

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import QueuePool
 
-from engine.events import RunStatus
+from engine.run_records import RunStatus
 from gateway.internal import holding
 from gateway.internal.holding import Holder
 from journal import admission, children, follow_ups

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.events import Span, SpanStatus
+from engine.run_records import NodeSpan, SpanStatus
 from tests import commands, services
 from tests.commands import Started, environment
 from tests.integration.run_world import Place, Where, World, opened, write
@@ -162,7 +162,7 @@ async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_
         key = await world.begun()
         await world.accept(await world.workflow())
         writing, _ = await world.claim()
-        span = Span("charge", "charge", "http-request", SpanStatus.RUNNING, 4, NOON)
+        span = NodeSpan("charge", "charge", "http-request", SpanStatus.RUNNING, 4, NOON)
         await world.store.record([write(writing, spans=[span])])
         settings = WorkerSettings(database_url=on_postgres.url, redis_url=redis_server.url)
         await lost_worker.release(settings, "worker", -9, is_out_of_memory=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from engine.errors import NodeError
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.services import RunCaller
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from gateway.data_sources.data_source_probes import Probes
@@ -45,7 +45,7 @@ class Post:
     source: Source
     blobs: NodeBlobs
 
-    async def find(self, caller: Caller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> Source:
         assert (caller, source_id) == (CALLER, "ds_001")
         return self.source
 

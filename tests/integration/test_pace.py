@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from msgspec import structs
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from execution.pace import SharedPace
 from models.database import Database
 from scheduler import retention

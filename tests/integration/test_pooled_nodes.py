@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine.errors import NodeError
-from engine.node import NodeType
-from engine.values import Json, encode
+from engine.node_api import NodeType
+from engine.run_errors import NodeError
+from engine.values import Json, encode_json
 from nodes import catalog, pooled
 from nodes.pooled import IN_PLACE_BYTES, PooledCatalog
 from nodes.processes import Kind, Processes
@@ -119,7 +119,7 @@ LARGE: dict[str, Callable[[], str]] = {
 @pytest.mark.parametrize("kind", LARGE)
 async def test_nobody_waits_while_ten_megabytes_are_read(kind: str, shared: PooledCatalog) -> None:
     config: dict[str, Json] = {"text": LARGE[kind]()}
-    assert len(encode(config)) > 8_000_000
+    assert len(encode_json(config)) > 8_000_000
     await call("regex", {"text": "a", "pattern": "a"}, library=shared)
     run = shared.implementation(kind)
     assert asyncio.iscoroutinefunction(run)

@@ -18,7 +18,7 @@ WRITER = f"""
 import asyncio, os, sys
 from pathlib import Path
 import msgspec
-from engine.services import Caller
+from engine.services import RunCaller
 from journal import sqlite
 from journal.blobs.backend import Label, Owner
 from journal.blobs.folder import Folder

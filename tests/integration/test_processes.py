@@ -10,7 +10,7 @@ import anyio
 import psutil
 import pytest
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from engine.values import Json
 from nodes import catalog, pooled
 from nodes.pooled import PooledCatalog
@@ -123,7 +123,7 @@ async def test_a_child_that_dies_ends_its_job_alone(processes: Processes) -> Non
 
 PARENT = """
 import asyncio, os, sys
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes.code.backend import Backend
 from nodes.code.runner import CodeRunner
 from nodes.processes import Kind, Processes

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from engine.events import AttemptSpan, LogLine, RunStatus, Span, SpanStatus
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus, SpanStatus
 from journal import deletion
 from journal.blobs.backend import BlobLost, Owner
 from journal.blobs.opening import open_blobs
@@ -49,7 +49,7 @@ async def ended(world: World, place: Place, *, days: float, **columns: Any) -> C
     """Have a run accepted and ended so many days ago, with a row in every table."""
     run = await world.claimed(place)
     spans = [
-        Span(f"n{number}", "", "set", SpanStatus.COMPLETED, number, NOW, NOW, output=b"1")
+        NodeSpan(f"n{number}", "", "set", SpanStatus.COMPLETED, number, NOW, NOW, output=b"1")
         for number in range(3)
     ]
     logs = [LogLine("info", "said", None, 9, NOW)]

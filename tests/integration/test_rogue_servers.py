@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from engine.values import Json
 from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine.node import Awaited
+from engine.node_api import AnswerSource
 from engine.values import Json
 from execution.gateway_calls import PREFIX, RUNNER_HEADER, News
 from gateway import main as gateways
@@ -506,7 +506,7 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods
     first.started.kill()
     given = await pods.world.database.transaction(
         lambda connection: signals.give(
-            connection, key, "ask", "", signals.output({"data": None}), kind=Awaited.INPUT
+            connection, key, "ask", "", signals.output({"data": None}), kind=AnswerSource.INPUT
         )
     )
     pods.start(MAX_ROW_OUTPUT_BYTES="1024")

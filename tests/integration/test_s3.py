@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import pytest
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from models.database_clock import DatabaseClock
 from nodes.connections.policy import ConnectionPolicy
 from nodes.connections.s3 import MAX_OBJECT_BYTES, Place, S3Bucket, open_bucket

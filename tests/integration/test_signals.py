@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from engine.events import RunStatus, Span, SpanStatus
-from engine.node import Awaited
+from engine.node_api import AnswerSource
+from engine.run_records import NodeSpan, RunStatus, SpanStatus
 from journal import signals
 from journal.signals import Given, Reception
 from journal.store import Claimed, ExecutionKey
@@ -40,7 +40,7 @@ async def give(
     payload: bytes = YES,
     *,
     iteration: str = "",
-    kind: Awaited = Awaited.INPUT,
+    kind: AnswerSource = AnswerSource.INPUT,
     database: Database | None = None,
 ) -> Given:
     return await (database or world.database).transaction(
@@ -50,10 +50,10 @@ async def give(
     )
 
 
-def waiting(*, kind: str = "input", expires_at: datetime | None = None) -> Span:
+def waiting(*, kind: str = "input", expires_at: datetime | None = None) -> NodeSpan:
     """Return what a run records of a node that waits for an answer."""
     awaits = json.dumps({"kind": kind, "request": {}, "expired": None}).encode()
-    return Span(
+    return NodeSpan(
         "approval",
         "Approval",
         "human-input",
@@ -137,7 +137,7 @@ async def test_what_nobody_waits_for_is_refused(world: World) -> None:
     assert (await give(world, key)).reception is Reception.EXPIRED
     await asking.ask(world.database, key.execution_id, iteration="1", kind="run")
     assert (await give(world, key, iteration="1")).reception is Reception.UNAWAITED
-    assert (await give(world, key, iteration="1", kind=Awaited.RUN)).reception is Reception.TAKEN
+    assert (await give(world, key, iteration="1", kind=AnswerSource.RUN)).reception is Reception.TAKEN
 
     ended = await world.accept(place)
     await asking.ask(world.database, ended.execution_id, status=ExecutionStatus.STOPPED)
@@ -146,12 +146,12 @@ async def test_what_nobody_waits_for_is_refused(world: World) -> None:
 
 async def test_a_run_may_answer_before_the_one_that_started_it_has_gone_to_sleep(world: World) -> None:
     run = await world.claimed()
-    starting = Span(
+    starting = NodeSpan(
         "approval", "Sub", "sub-workflow", SpanStatus.RUNNING, sequence=1, started_at=datetime.now(UTC)
     )
     await world.store.record([write(run, spans=[starting])])
     assert (await give(world, key_of(run))).reception is Reception.UNAWAITED
-    assert (await give(world, key_of(run), kind=Awaited.RUN)).reception is Reception.TAKEN
+    assert (await give(world, key_of(run), kind=AnswerSource.RUN)).reception is Reception.TAKEN
     await go_to_sleep(world, run)
     assert (await world.row(run.execution_id))["status"] == "pending"
 

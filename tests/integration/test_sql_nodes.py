@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from sqlalchemy import URL, make_url
 
-from engine.errors import NodeError
-from engine.services import Caller
+from engine.run_errors import NodeError
+from engine.services import RunCaller
 from engine.values import Json
 from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy, OwnDatabase
@@ -69,7 +69,7 @@ class Sources:
 
     found: dict[str, Source] = field(default_factory=dict)
 
-    async def find(self, caller: Caller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> Source:
         assert caller == CALLER
         if source_id not in self.found:
             raise NodeError("There is no such data source", code="data-source-not-found")

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from sqlalchemy import make_url
 
-from engine.events import AttemptSpan, LogLine, RunError, RunStatus, Span, SpanStatus
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from journal import sqlite
 from journal.group_commit import GroupCommit
 from journal.opening import open_store
@@ -494,7 +494,7 @@ async def test_a_worker_takes_only_what_is_meant_for_it(world: World, place: Pla
 # ── record ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-FULL_SPAN = Span(
+FULL_SPAN = NodeSpan(
     node_id="pay",
     label="Pay",
     type="http-request",
@@ -521,9 +521,9 @@ def span(
     status: SpanStatus = SpanStatus.COMPLETED,
     sequence: int = 1,
     **more: Any,  # noqa: ANN401 - the other fields of a Span
-) -> Span:
+) -> NodeSpan:
     ended_at = NOW if status is not SpanStatus.RUNNING else None
-    return Span(node_id, node_id, "set", status, sequence, NOW, ended_at, **more)
+    return NodeSpan(node_id, node_id, "set", status, sequence, NOW, ended_at, **more)
 
 
 def line(sequence: int = 1, message: str = "hello") -> LogLine:
@@ -532,7 +532,7 @@ def line(sequence: int = 1, message: str = "hello") -> LogLine:
 
 async def test_spans_are_read_back_as_they_were_written(world: World) -> None:
     one = await world.claimed()
-    bare = Span("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
+    bare = NodeSpan("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
     await world.store.record([write(one, spans=[FULL_SPAN, bare])])
     unknown = ExecutionKey("exec_unknown", one.lane)
     assert await world.store.spans([key_of(one), unknown, key_of(one)]) == {

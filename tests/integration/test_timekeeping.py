@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel
 
-from engine.events import RunStatus
+from engine.run_records import RunStatus
 from journal import timekeeping
 from journal.store import IdempotencyKey
 from models import access, deployment, event_wait, execution, intake, schedule, signing

@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from engine.events import Span, SpanStatus
-from engine.services import Caller
+from engine.run_records import NodeSpan, SpanStatus
+from engine.services import RunCaller
 from execution.child_runs import ChildRuns
 from journal.store import Claim, Claimed, RunWrite
 from messages.local_broker import LocalBroker
@@ -256,7 +256,7 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
     execution_id = await executed(people.owner, outer)
     gateway = world.gateway
     run = await dead_workers_claim(world, execution_id)
-    starting = Span(
+    starting = NodeSpan(
         "sub",
         "Sub",
         "sub-workflow",
@@ -268,7 +268,7 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
     )
     assert await gateway.store.record([RunWrite(execution_id, run.lane, run.token, spans=[starting])])
     starter = ChildRuns(gateway.database, gateway.store, gateway.broker, catalog.load(), WorkerSettings())
-    caller = Caller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)
+    caller = RunCaller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)
     await starter.start(caller, inner, {}, node_id="sub", iteration="", awaited=True)
     async with worker(world):
         shown = await ended(people.owner, execution_id)

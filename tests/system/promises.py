@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from engine.events import SpanStatus
+from engine.run_records import SpanStatus
 from tests.system.moments import PATIENCE_SECONDS
 from tests.system.witness import Kind
 

@@ -11,16 +11,16 @@ from typing import Any, cast
 
 import msgspec.structs
 
-from engine.control import Control
-from engine.errors import LeaseLost, NodeError
-from engine.events import AttemptSpan, Ended, LogLine, RunError, RunStatus, Span, SpanStatus
-from engine.graph import Definition, Graph
-from engine.limits import Limits
-from engine.node import Call, Compile, Effect, EffectRule, NodeType, Run, Wait
-from engine.program import Program
-from engine.run import DEFAULT_LIMITS, Start, run
-from engine.services import Caller, Services
-from engine.values import Json, decode
+from engine.graph import Definition, ParsedGraph
+from engine.node_api import EffectRule, FieldCompilation, NodeCall, NodeEffect, NodeType, RunNode, TimerWait
+from engine.program import WorkflowProgram
+from engine.run_control import RunControl
+from engine.run_errors import LeaseLost, NodeError
+from engine.run_limits import RunLimits
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from engine.services import NodeServices, RunCaller
+from engine.values import Json, decode_json
+from engine.workflow_runner import DEFAULT_LIMITS, RunStart, run_workflow
 from models.database_clock import DatabaseClock
 from tests.calls import NoNetwork
 
@@ -32,24 +32,24 @@ FAST_RETRY: dict[str, Json] = {"retry": {"maxAttempts": 3, "backoff": 0.01}}
 class Kind:
     """A node type made up for a test."""
 
-    effect: Effect
-    run: Run
-    compiled: Mapping[str, Compile] = field(default_factory=dict)
+    effect: NodeEffect
+    run: RunNode
+    compiled: Mapping[str, FieldCompilation] = field(default_factory=dict)
     version: str = "1.0.0"
     joins: bool = False
     loops: bool = False
 
 
-def pure(run: Run, **more: Any) -> Kind:  # noqa: ANN401 - the other fields of Kind
-    return Kind(Effect.PURE, run, **more)
+def pure(run: RunNode, **more: Any) -> Kind:  # noqa: ANN401 - the other fields of Kind
+    return Kind(NodeEffect.PURE, run, **more)
 
 
-def read(run: Run) -> Kind:
-    return Kind(Effect.READ, run)
+def read(run: RunNode) -> Kind:
+    return Kind(NodeEffect.READ, run)
 
 
-def write(run: Run) -> Kind:
-    return Kind(Effect.WRITE, run)
+def write(run: RunNode) -> Kind:
+    return Kind(NodeEffect.WRITE, run)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def program(
     nodes: Mapping[str, Mapping[str, Json]] | None = None,
     settings: Mapping[str, Json] | None = None,
     trial: Mapping[str, Json] | None = None,
-) -> Program:
+) -> WorkflowProgram:
     """Compile a graph drawn as `start > look > pay1; look:error > pay2`: a node's type is its id without digits."""
     paths = [[step.strip() for step in path.split(">")] for path in drawing.split(";")]
     edges = [edge for path in paths for edge in pairwise(path)]
@@ -112,30 +112,32 @@ def program(
         **(trial or {}),
     }
     known: dict[str, Kind] = {"start": pure(echo), "echo": pure(echo), **(kinds or {})}
-    return Program.of(Graph.of(stored), Kinds(known), lambda kind: known[kind].run)
+    return WorkflowProgram.compile(
+        ParsedGraph.from_stored(stored), Kinds(known), lambda kind: known[kind].run
+    )
 
 
-def echo(call: Call) -> Json:
+def echo(call: NodeCall) -> Json:
     return call.data
 
 
-async def pause(call: Call) -> Json:
+async def pause(call: NodeCall) -> Json:
     await asyncio.sleep(0)
     return call.data
 
 
-async def for_ever(_call: Call) -> Json:
+async def for_ever(_call: NodeCall) -> Json:
     return await asyncio.Event().wait()
 
 
-def fail(call: Call) -> Json:
+def fail(call: NodeCall) -> Json:
     raise NodeError(f"{call.idempotency_key} is broken", retryable=True)
 
 
 class Notebook:
     """The journal: `rows` and `lines` are durable, the rest would be lost with the worker."""
 
-    def __init__(self, recorded: Sequence[Span] = ()) -> None:
+    def __init__(self, recorded: Sequence[NodeSpan] = ()) -> None:
         self.rows = {(span.node_id, span.iteration): span for span in recorded}
         self.lines: list[LogLine] = []
         self.commits = 0
@@ -146,9 +148,9 @@ class Notebook:
         self.may_commit = asyncio.Event()
         self.may_commit.set()
         self.is_committing = asyncio.Event()
-        self._told: list[Span | AttemptSpan | LogLine] = []
+        self._told: list[NodeSpan | AttemptSpan | LogLine] = []
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         self._told.append(span)
 
     def log(self, line: LogLine) -> None:
@@ -175,7 +177,7 @@ class Notebook:
             raise LeaseLost
         self.commits += 1
         for one in taken:
-            if isinstance(one, Span):
+            if isinstance(one, NodeSpan):
                 self.rows[one.node_id, one.iteration] = one
             elif isinstance(one, AttemptSpan):
                 self.attempts[one.node_id, one.iteration, one.attempt] = one
@@ -183,7 +185,7 @@ class Notebook:
                 self.lines.append(one)
 
     @property
-    def spans(self) -> dict[str, Span]:
+    def spans(self) -> dict[str, NodeSpan]:
         """Those of nodes outside of loops, and of loops as a whole."""
         return {node_id: span for (node_id, iteration), span in self.rows.items() if not iteration}
 
@@ -193,7 +195,7 @@ class Notebook:
 
     def output(self, node_id: str, iteration: str = "") -> Json:
         output = self.rows[node_id, iteration].output
-        return None if output is None else decode(output)
+        return None if output is None else decode_json(output)
 
     @property
     def statuses(self) -> dict[str, str]:
@@ -203,11 +205,11 @@ class Notebook:
 class Stream(Notebook):
     """A notebook that keeps every span in the order in which it was recorded."""
 
-    def __init__(self, recorded: Sequence[Span] = ()) -> None:
+    def __init__(self, recorded: Sequence[NodeSpan] = ()) -> None:
         super().__init__(recorded)
-        self.stream: list[Span] = []
+        self.stream: list[NodeSpan] = []
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         super().record(span)
         self.stream.append(span)
 
@@ -223,23 +225,23 @@ class Worker:
 
     def __init__(
         self,
-        program: Program,
+        program: WorkflowProgram,
         trigger: Json = None,
         *,
-        recorded: Sequence[Span] = (),
+        recorded: Sequence[NodeSpan] = (),
         seconds: float = 60.0,
         signals: Mapping[tuple[str, str], bytes] | None = None,
-        limits: Limits = DEFAULT_LIMITS,
-        services: Services | None = None,
+        limits: RunLimits = DEFAULT_LIMITS,
+        services: NodeServices | None = None,
     ) -> None:
         self.program = program
         self.limits = limits
-        self.services = services or Services(http=NoNetwork())
+        self.services = services or NodeServices(http=NoNetwork())
         self.notebook = Notebook(recorded)
-        self.control = Control()
+        self.control = RunControl()
         now = datetime.now(UTC)
-        self.start = Start(
-            caller=Caller("org_1", "user_1", "wf_1", "exec_2", "exec_1"),
+        self.start = RunStart(
+            caller=RunCaller("org_1", "user_1", "wf_1", "exec_2", "exec_1"),
             trigger=trigger,
             clock=DatabaseClock(),
             deadline=now + timedelta(seconds=seconds),
@@ -249,18 +251,20 @@ class Worker:
             signals=signals or {},
         )
 
-    async def work(self) -> Ended:
-        ended = await run(self.program, self.start, self.notebook, self.control, self.services, self.limits)
+    async def work(self) -> RunOutcome:
+        ended = await run_workflow(
+            self.program, self.start, self.notebook, self.control, self.services, self.limits
+        )
         await self.notebook.commit()
         return ended
 
-    def begin(self) -> asyncio.Task[Ended]:
+    def begin(self) -> asyncio.Task[RunOutcome]:
         return asyncio.create_task(self.work())
 
 
 async def finished(worker: Worker) -> Notebook:
     """Work to the end, which must be a good one."""
-    assert await worker.work() == Ended(RunStatus.COMPLETED)
+    assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
     return worker.notebook
 
 
@@ -268,7 +272,7 @@ async def soon(event: asyncio.Event) -> None:
     await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
 
 
-def error_of(ended: Ended) -> RunError:
+def error_of(ended: RunOutcome) -> RunError:
     assert ended.status is RunStatus.FAILED
     assert ended.error is not None
     return ended.error
@@ -277,15 +281,15 @@ def error_of(ended: Ended) -> RunError:
 # ── waits ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def woken(notebook: Notebook) -> list[Span]:
+def woken(notebook: Notebook) -> list[NodeSpan]:
     """Return what was recorded, as it reads when every wait is over."""
     past = datetime.now(UTC) - timedelta(seconds=1)
     return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
 
 
-def wait_of(seconds: float) -> Run:
-    def wait(call: Call) -> Wait:
-        return Wait(call.now + timedelta(seconds=seconds), output=call.data)
+def wait_of(seconds: float) -> RunNode:
+    def wait(call: NodeCall) -> TimerWait:
+        return TimerWait(call.now + timedelta(seconds=seconds), output=call.data)
 
     return wait
 
@@ -306,10 +310,10 @@ class Ledger:
 
     def __init__(self) -> None:
         self.effects: list[Outside] = []
-        self.moments: list[tuple[list[Span], list[Outside]]] = []
+        self.moments: list[tuple[list[NodeSpan], list[Outside]]] = []
         self.notebook = Notebook()
 
-    async def write(self, call: Call) -> Json:
+    async def write(self, call: NodeCall) -> Json:
         self.look()
         body: Json = {"config": dict(call.config), "data": call.data}
         self.effects.append(Outside(call.idempotency_key, body))
@@ -325,12 +329,12 @@ class Ledger:
 class WatchedNotebook(Notebook):
     """A notebook whose every step is a moment at which the worker might die."""
 
-    def __init__(self, ledger: Ledger, recorded: Sequence[Span]) -> None:
+    def __init__(self, ledger: Ledger, recorded: Sequence[NodeSpan]) -> None:
         super().__init__(recorded)
         self._ledger = ledger
         ledger.notebook = self
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         super().record(span)
         self._ledger.look()
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import NodeError
 from engine.expressions import ExpressionError
-from engine.graph import Edge, Graph, Node
-from engine.node import NodeType
-from engine.program import Program
+from engine.graph import GraphEdge, GraphNode, ParsedGraph
+from engine.node_api import NodeType
+from engine.program import WorkflowProgram
+from engine.run_errors import NodeError
 from engine.services import HttpResponse
-from engine.validation import validate
+from engine.validation import validate_graph
 from engine.values import InvalidJson, Json
 from nodes import catalog
 from tests.calls import call
@@ -118,16 +118,18 @@ def _names(schema: Mapping[str, Json]) -> Mapping[str, Json]:
 @given(data=st.data())
 def test_a_broken_config_is_found_or_fails_with_a_reason(node_type: NodeType, data: st.DataObject) -> None:
     config = data.draw(broken(node_type))
-    node = Node("node", node_type.type, config=config)
-    start = [] if node_type.is_trigger else [Node("start", "manual")]
+    node = GraphNode("node", node_type.type, config=config)
+    start = [] if node_type.is_trigger else [GraphNode("start", "manual")]
     edges = (
-        [Edge("edge", "start", "node", target_port=node_type.inputs[0])] if start and node_type.inputs else []
+        [GraphEdge("edge", "start", "node", target_port=node_type.inputs[0])]
+        if start and node_type.inputs
+        else []
     )
-    found = validate(Graph([*start, node], edges), CATALOG)
+    found = validate_graph(ParsedGraph([*start, node], edges), CATALOG)
     assert all(finding.message and finding.suggestion for finding in (*found.errors, *found.warnings))
     if not found.is_valid or not node_type.runnable:
         return
-    program = Program.of(Graph([*start, node], edges), CATALOG, CATALOG.implementation)
+    program = WorkflowProgram.compile(ParsedGraph([*start, node], edges), CATALOG, CATALOG.implementation)
     if program.nodes["node"].missing is None:
         arriving = data.draw(st.sampled_from([example["input"] for example in node_type.examples]) | VALUES)
         with contextlib.suppress(*FAILURES):

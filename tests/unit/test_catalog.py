@@ -8,7 +8,7 @@ import jsonschema_rs
 import pytest
 
 import nodes.library
-from engine.node import OF_EACH, Compile, Effect, NodeType
+from engine.node_api import OF_EACH, FieldCompilation, NodeEffect, NodeType
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog, InvalidEntry, UnknownNodeType
@@ -190,14 +190,14 @@ def test_an_earlier_version_differs_where_its_entry_says_so_and_nowhere_else() -
 @pytest.mark.parametrize(
     ("config", "effect"),
     [
-        ({"method": "GET"}, Effect.READ),
-        ({"method": "HEAD"}, Effect.READ),
-        ({"method": "POST"}, Effect.WRITE),
-        ({"method": "{{ data.method }}"}, Effect.WRITE),
-        ({}, Effect.READ),
+        ({"method": "GET"}, NodeEffect.READ),
+        ({"method": "HEAD"}, NodeEffect.READ),
+        ({"method": "POST"}, NodeEffect.WRITE),
+        ({"method": "{{ data.method }}"}, NodeEffect.WRITE),
+        ({}, NodeEffect.READ),
     ],
 )
-def test_the_method_of_a_request_decides_its_effect(config: dict[str, Json], effect: Effect) -> None:
+def test_the_method_of_a_request_decides_its_effect(config: dict[str, Json], effect: NodeEffect) -> None:
     node_type = CATALOG.get("http-request")
     assert node_type.effect.of(CATALOG.with_defaults(node_type, config)) is effect
 
@@ -363,7 +363,7 @@ def test_a_template_may_stand_for_a_value_of_any_type(node_type: str, config: di
 
 def test_a_condition_has_its_schema_and_its_description() -> None:
     node_type = CATALOG.get("filter")
-    assert node_type.compiled == {"condition": Compile.CONDITION}
+    assert node_type.compiled == {"condition": FieldCompilation.CONDITION}
     properties = node_type.config_schema["properties"]
     assert isinstance(properties, dict)
     condition = properties["condition"]

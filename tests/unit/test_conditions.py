@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 
 from engine.conditions import CONDITION_SCHEMA, compile_condition
-from engine.expressions import ExpressionError, Scope
+from engine.expressions import ExpressionError, ExpressionScope
 from engine.values import Json
 
-SCOPE: Scope = {"data": {"x": 41, "name": "Ada", "tags": ["a", 1], "empty": [], "note": None}}
+SCOPE: ExpressionScope = {"data": {"x": 41, "name": "Ada", "tags": ["a", 1], "empty": [], "note": None}}
 
 
 def comparison(left: Json, operator: str, right: Json) -> dict[str, Json]:

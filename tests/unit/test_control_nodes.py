@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from engine.errors import NodeError
-from engine.events import Ended, RunStatus
-from engine.graph import Graph
-from engine.node import Await, Awaited, Each, NodeType, Result
-from engine.program import Program
-from engine.services import Caller, Services
-from engine.values import Json, encode
+from engine.graph import ParsedGraph
+from engine.node_api import AnswerSource, AnswerWait, LoopRequest, NodeResult, NodeType
+from engine.program import WorkflowProgram
+from engine.run_errors import NodeError
+from engine.run_records import RunOutcome, RunStatus
+from engine.services import NodeServices, RunCaller
+from engine.values import Json, encode_json
 from nodes import catalog
 from tests.calls import NOW, NoEvents, NoNetwork, call
 from tests.unit.running import Notebook, Worker, error_of
@@ -36,7 +36,7 @@ class OtherRuns:
 
     async def start(
         self,
-        caller: Caller,
+        caller: RunCaller,
         workflow_id: str,
         trigger_inputs: Json,
         *,
@@ -49,7 +49,7 @@ class OtherRuns:
         return "exec_2"
 
 
-def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> Program:
+def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> WorkflowProgram:
     """Compile a graph with one node; in the body of a loop each item goes on as it is."""
     nodes: list[Json] = [
         {"id": "start", "type": "manual"},
@@ -59,18 +59,22 @@ def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> Prog
     edges: list[Json] = [{"id": "1", "source": "start", "target": "node"}]
     if kind == "loop" and body:
         edges.append({"id": "2", "source": "node", "sourcePort": "continue", "target": "body"})
-    return Program.of(Graph.of({"nodes": nodes, "connections": edges}), CATALOG, CATALOG.implementation)
+    return WorkflowProgram.compile(
+        ParsedGraph.from_stored({"nodes": nodes, "connections": edges}), CATALOG, CATALOG.implementation
+    )
 
 
-async def run(program: Program, data: Json, answer: Json = None) -> tuple[Ended, Notebook, OtherRuns]:
+async def run(
+    program: WorkflowProgram, data: Json, answer: Json = None
+) -> tuple[RunOutcome, Notebook, OtherRuns]:
     """Run to the end; what is waited for comes when it is asked for."""
     runs = OtherRuns()
-    services = replace(Services(http=NoNetwork()), runs=runs, events=NoEvents())
+    services = replace(NodeServices(http=NoNetwork()), runs=runs, events=NoEvents())
     worker = Worker(program, data, services=services)
     ended = await worker.work()
     if ended.status is RunStatus.WAITING:
         rows = list(worker.notebook.rows.values())
-        signals = {("node", ""): encode(answer)}
+        signals = {("node", ""): encode_json(answer)}
         worker = Worker(program, data, recorded=rows, signals=signals, services=services)
         ended = await worker.work()
     return ended, worker.notebook, runs
@@ -83,7 +87,7 @@ async def test_every_example_comes_true(node_type: NodeType, example: dict[str, 
     if "error" in example:
         assert error_of(ended).message == example["error"]
         return
-    assert ended == Ended(RunStatus.COMPLETED)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
     assert notebook.output("node") == example["output"]
     expected = "done" if node_type.loops else example["port"]
     assert notebook.spans["node"].port == expected
@@ -95,15 +99,15 @@ async def test_every_example_comes_true(node_type: NodeType, example: dict[str, 
 @pytest.mark.parametrize(
     ("config", "data", "expected"),
     [
-        ({}, [1, 2], Each([1, 2])),
-        ({"items": [3]}, [1, 2], Each([3])),
-        ({"items": "{{ data.rows }}", "concurrency": 100}, {"rows": []}, Each([], concurrency=100)),
-        ({"onItemError": "continue"}, [], Each([], goes_on=True)),
-        ({"concurrency": "{{ data[0] }}"}, [7], Each([7], concurrency=7)),
+        ({}, [1, 2], LoopRequest([1, 2])),
+        ({"items": [3]}, [1, 2], LoopRequest([3])),
+        ({"items": "{{ data.rows }}", "concurrency": 100}, {"rows": []}, LoopRequest([], concurrency=100)),
+        ({"onItemError": "continue"}, [], LoopRequest([], continues_on_error=True)),
+        ({"concurrency": "{{ data[0] }}"}, [7], LoopRequest([7], concurrency=7)),
     ],
 )
 async def test_a_loop_takes_its_items_from_its_config_or_from_the_data(
-    config: dict[str, Json], data: Json, expected: Each
+    config: dict[str, Json], data: Json, expected: LoopRequest
 ) -> None:
     assert (await call("loop", config, data)).outcome == expected
 
@@ -139,8 +143,8 @@ async def test_a_person_is_asked_in_the_words_of_the_config() -> None:
         "onExpiry": "continue",
     }
     called = await call("human-input", config, {"order": 7, "price": 9.5, "seconds": 60})
-    assert called.outcome == Await(
-        Awaited.INPUT,
+    assert called.outcome == AnswerWait(
+        AnswerSource.INPUT,
         request={
             "title": "Refund order 7?",
             "description": "It cost 9.5.",
@@ -148,13 +152,13 @@ async def test_a_person_is_asked_in_the_words_of_the_config() -> None:
             "choices": [{"port": "yes", "label": "Refund"}, {"port": "no", "label": "no"}],
         },
         expires_at=NOW + timedelta(seconds=60),
-        expired=Result({"data": None, "choice": None, "by": None, "at": None}, port="expired"),
+        expired=NodeResult({"data": None, "choice": None, "by": None, "at": None}, port="expired"),
     )
 
 
 async def test_a_question_waits_for_ever_unless_it_says_otherwise() -> None:
     called = await call("human-input", {"title": "Really?"})
-    assert called.outcome == Await(Awaited.INPUT, request={"title": "Really?"})
+    assert called.outcome == AnswerWait(AnswerSource.INPUT, request={"title": "Really?"})
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import pytest
 from engine import event_filters
 from engine.conditions import compile_condition
 from engine.expressions import ExpressionError
-from engine.node import Await, Awaited, Result
-from engine.services import WantedEvent
+from engine.node_api import AnswerSource, AnswerWait, NodeResult
+from engine.services import EventWaitRequest
 from tests.calls import call
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.services import Caller
+    from engine.services import RunCaller
     from engine.values import Json
 
 EVENT: Json = {"event_type": "order.paid", "event_data": {"order": 7, "tags": ["a"]}, "source": "shop"}
@@ -29,17 +29,17 @@ def condition(left: Json, operator: str, right: Json) -> dict[str, Json]:
 
 def test_a_condition_is_tested_on_an_event() -> None:
     large = json.dumps(condition("{{ data.event_data.order }}", "greater-than", 5))
-    assert event_filters.passes(large, {"data": EVENT})
-    assert not event_filters.passes(large, {"data": {"event_data": {"order": 5}}})
+    assert event_filters.matches_event(large, {"data": EVENT})
+    assert not event_filters.matches_event(large, {"data": {"event_data": {"order": 5}}})
     with pytest.raises(ExpressionError, match="two numbers"):
-        event_filters.passes(large, {"data": {}})
+        event_filters.matches_event(large, {"data": {}})
 
 
 def test_a_condition_that_takes_long_is_not_answered() -> None:
     joined: Json = {"$op": "join", "args": ["{{ data.texts }}", ","]}
     asked = json.dumps(condition(joined, "equals", ""))
     with pytest.raises(ExpressionError, match="too long"):
-        event_filters.passes(asked, {"data": {"texts": ["x" * 1_000] * 1_000}})
+        event_filters.matches_event(asked, {"data": {"texts": ["x" * 1_000] * 1_000}})
 
 
 def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
@@ -52,7 +52,7 @@ def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
     }
     unresolved: list[str] = []
     scope: dict[str, Json] = {"data": {"order": 7}, "nodes": {"a": {"name": "{{ item.source }}"}}}
-    bound, given = event_filters.bound(compile_condition(source), scope, unresolved)
+    bound, given = event_filters.bind_condition(compile_condition(source), scope, unresolved)
     assert given == [7, "{{ item.source }}", None]
     assert unresolved == ["data.missing"]
     assert bound == {
@@ -65,20 +65,20 @@ def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
     assert isinstance(bound, dict)
     assert isinstance(bound["all"], list)
     first, second, _ = bound["all"]
-    assert event_filters.passes(json.dumps(first), {"item": EVENT, "data": given})
+    assert event_filters.matches_event(json.dumps(first), {"item": EVENT, "data": given})
     # What the run has is no expression, whatever it looks like.
-    assert not event_filters.passes(json.dumps(second), {"item": EVENT, "data": given})
+    assert not event_filters.matches_event(json.dumps(second), {"item": EVENT, "data": given})
 
 
 class Ear:
     """Remembers what is waited for."""
 
     def __init__(self, expires_at: datetime | None = None) -> None:
-        self.wanted: list[tuple[str, str, str, WantedEvent]] = []
+        self.wanted: list[tuple[str, str, str, EventWaitRequest]] = []
         self._expires_at = expires_at
 
     async def expect(
-        self, caller: Caller, wanted: WantedEvent, *, node_id: str, iteration: str
+        self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         self.wanted.append((caller.execution_id, node_id, iteration, wanted))
         return self._expires_at
@@ -95,7 +95,7 @@ async def test_a_node_asks_for_its_event_and_waits() -> None:
     called = await call("wait-for-event", config, {"order": 7}, events=ear)
     ((_, node_id, iteration, wanted),) = ear.wanted
     assert (node_id, iteration) == ("node", "")
-    assert wanted == WantedEvent(
+    assert wanted == EventWaitRequest(
         "order.7.*",
         '{"left":"{{ item.event_data.order }}","operator":"equals","right":"{{ data[0] }}"}',
         "[7]",
@@ -104,7 +104,9 @@ async def test_a_node_asks_for_its_event_and_waits() -> None:
     )
     nothing: Json = {"event_type": None, "event_data": None, "source": None}
     request: Json = {"event_type": "order.7.*"}
-    assert called.outcome == Await(Awaited.EVENT, request, None, Result(nothing, port="timeout"))
+    assert called.outcome == AnswerWait(
+        AnswerSource.EVENT, request, None, NodeResult(nothing, port="timeout")
+    )
 
 
 @pytest.mark.parametrize("event_type", ["{{ data }}", "a {{ data.order }}", "*"])
@@ -127,10 +129,10 @@ def test_fallbacks_of_a_condition_are_looked_up_as_far_as_the_run_knows_them() -
     }
     unresolved: list[str] = []
     scope: dict[str, Json] = {"data": {"order": 7}, "nodes": {"a": {"name": "shop"}}}
-    bound, given = event_filters.bound(compile_condition(source), scope, unresolved)
+    bound, given = event_filters.bind_condition(compile_condition(source), scope, unresolved)
     assert given == [7, "shop", "shop", None]
     assert unresolved == ["data.lost"]
     assert isinstance(bound, dict)
     assert isinstance(bound["all"], list)
     for asked in bound["all"][:2]:
-        assert event_filters.passes(json.dumps(asked), {"item": EVENT, "data": given})
+        assert event_filters.matches_event(json.dumps(asked), {"item": EVENT, "data": given})

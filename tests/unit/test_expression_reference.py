@@ -8,7 +8,7 @@ from docs import expression_reference as reference
 from engine.conditions import OPERATORS, compile_condition
 from engine.expressions import compile_path, compile_template, compile_value
 from engine.operations import OPERATIONS
-from engine.values import Json, equal
+from engine.values import Json, equal_json
 
 
 @pytest.mark.parametrize(("path", "value"), reference.PATHS)
@@ -29,7 +29,7 @@ def test_a_template_gives_its_value(template: Json, value: Json) -> None:
 def test_every_operation_has_an_example_that_gives_its_value(name: str) -> None:
     arguments, value = reference.OPERATION_EXAMPLES[name]
     computed = compile_value({"$op": name, "args": arguments}).render({}, [])
-    assert equal(computed, value)
+    assert equal_json(computed, value)
     assert type(computed) is type(value)
 
 

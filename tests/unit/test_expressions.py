@@ -11,14 +11,14 @@ from engine.expressions import (
     MAX_WRITTEN,
     MISSING,
     ExpressionError,
-    Scope,
+    ExpressionScope,
     compile_path,
     compile_template,
     compile_value,
 )
-from engine.values import Json, decode
+from engine.values import Json, decode_json
 
-SCOPE: Scope = {
+SCOPE: ExpressionScope = {
     "data": {
         "user": {"id": 7, "name": "Ada", "vip": True, "note": None},
         "rows": [{"name": "first"}, {"name": "last"}],
@@ -37,7 +37,7 @@ SCOPE: Scope = {
 braceless = st.text(st.characters(exclude_characters="{"))
 
 
-def rendered(value: Json, scope: Scope = SCOPE) -> Json:
+def rendered(value: Json, scope: ExpressionScope = SCOPE) -> Json:
     unresolved: list[str] = []
     result = compile_value(value).render(scope, unresolved)
     assert unresolved == []
@@ -246,7 +246,7 @@ def test_a_template_is_as_deep_as_json_may_be() -> None:
 
 
 def test_what_a_rendering_produces_is_bounded() -> None:
-    scope: Scope = {"data": "x" * (MAX_WRITTEN // 4)}
+    scope: ExpressionScope = {"data": "x" * (MAX_WRITTEN // 4)}
     assert len(rendered("{{ data }}{{ data }}{{ data }}", scope)) == MAX_WRITTEN * 3 // 4  # type: ignore[arg-type]
     assert rendered(["{{ data }}"] * 100, scope) == [scope["data"]] * 100
     for value in ("-{{ data }}", operation("upper", "{{ data }}")):
@@ -335,7 +335,7 @@ def test_a_default_that_is_missing_too_is_listed() -> None:
 
 
 def test_a_default_found_is_as_strict_as_any_json() -> None:
-    assert rendered(operation("default", "{{ data.user.vip }}", decode(b"false"))) is True
+    assert rendered(operation("default", "{{ data.user.vip }}", decode_json(b"false"))) is True
 
 
 FALLBACKS: dict[str, Json] = {

@@ -3,7 +3,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from nodes import fairness
 from nodes.fairness import Places
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from engine.values import Json
 from nodes import catalog, http_answers
 

@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.layout import (
+from engine.canvas_layout import (
     CARD_HEIGHT,
     CARD_WIDTH,
-    COLUMN,
+    COLUMN_WIDTH,
     ORIGIN,
-    ROW,
-    Edge,
-    Place,
-    arrange,
-    completed,
-    free_place,
+    ROW_HEIGHT,
+    CardEdge,
+    CardPosition,
+    arrange_cards,
+    complete_layout,
+    find_free_position,
 )
 
-Graph = tuple[list[str], list[Edge]]
+Graph = tuple[list[str], list[CardEdge]]
 
 MOMENT_SECONDS = 4.0
 """What was quadratic would take minutes."""
@@ -37,7 +37,7 @@ COORDINATES = st.one_of(
 PLACES = st.lists(st.tuples(COORDINATES, COORDINATES), min_size=12, max_size=12)
 
 
-def edges_of(text: str) -> list[Edge]:
+def edges_of(text: str) -> list[CardEdge]:
     """Read `a>b b>c`."""
     return [(source, target) for source, _, target in (edge.partition(">") for edge in text.split())]
 
@@ -47,21 +47,21 @@ def of(text: str) -> Graph:
     return list(dict.fromkeys(node for edge in edges for node in edge)), edges
 
 
-def drawn(graph: Graph, current: Sequence[Place | None] = ()) -> dict[str, Place]:
+def drawn(graph: Graph, current: Sequence[CardPosition | None] = ()) -> dict[str, CardPosition]:
     """Arrange a graph."""
     node_ids, edges = graph
-    places = arrange(node_ids, edges, current or [None] * len(node_ids))
+    places = arrange_cards(node_ids, edges, current or [None] * len(node_ids))
     return dict(zip(node_ids, places, strict=True))
 
 
-def overlap(one: Place, other: Place) -> bool:
+def overlap(one: CardPosition, other: CardPosition) -> bool:
     return abs(one[0] - other[0]) < CARD_WIDTH and abs(one[1] - other[1]) < CARD_HEIGHT
 
 
-def crossings(places: dict[str, Place], edges: Sequence[Edge]) -> int:
+def crossings(places: dict[str, CardPosition], edges: Sequence[CardEdge]) -> int:
     """Count the pairs of straight edges that cross."""
 
-    def side(start: Place, end: Place, point: Place) -> float:
+    def side(start: CardPosition, end: CardPosition, point: CardPosition) -> float:
         return (end[0] - start[0]) * (point[1] - start[1]) - (end[1] - start[1]) * (point[0] - start[0])
 
     lines = [(places[source], places[target]) for source, target in edges]
@@ -75,7 +75,7 @@ def flow(count: int, seed: int) -> Graph:
     """Return a workflow such as people draw: it branches now and then, and some branches meet again."""
     chance = random.Random(seed)
     node_ids = [f"n{number}" for number in range(count)]
-    edges: list[Edge] = []
+    edges: list[CardEdge] = []
     ends = node_ids[:1]
     for node in node_ids[1:]:
         joined = chance.sample(ends, 2) if len(ends) > 1 and chance.random() < 0.15 else [chance.choice(ends)]
@@ -98,14 +98,14 @@ def tangle(count: int, edges: int) -> Graph:
 
 def test_a_chain_is_one_straight_row() -> None:
     places = drawn(of("a>b b>c c>d"))
-    assert list(places.values()) == [(ORIGIN[0] + COLUMN * column, ORIGIN[1]) for column in range(4)]
+    assert list(places.values()) == [(ORIGIN[0] + COLUMN_WIDTH * column, ORIGIN[1]) for column in range(4)]
 
 
 def test_the_first_branch_runs_straight_on_and_the_other_beneath_it() -> None:
     places = drawn(of("start>if if>yes if>no yes>join no>join join>end"))
     heights = {node: y for node, (_, y) in places.items()}
     assert heights == dict.fromkeys(["start", "if", "yes", "join", "end"], ORIGIN[1]) | {
-        "no": ORIGIN[1] + ROW
+        "no": ORIGIN[1] + ROW_HEIGHT
     }
     assert places["yes"][0] == places["no"][0]
 
@@ -113,12 +113,12 @@ def test_the_first_branch_runs_straight_on_and_the_other_beneath_it() -> None:
 def test_a_node_stands_in_the_middle_of_its_children() -> None:
     places = drawn(of("a>b b>c b>d b>e"))
     assert places["b"][1] == places["d"][1] == places["a"][1]
-    assert [places["e"][1] - places["d"][1], places["d"][1] - places["c"][1]] == [ROW, ROW]
+    assert [places["e"][1] - places["d"][1], places["d"][1] - places["c"][1]] == [ROW_HEIGHT, ROW_HEIGHT]
 
 
 def test_what_only_leads_to_a_join_stands_just_before_it() -> None:
     places = drawn(of("start>a a>b b>agent tool>agent agent>end"))
-    assert places["tool"][0] == places["b"][0] == places["agent"][0] - COLUMN
+    assert places["tool"][0] == places["b"][0] == places["agent"][0] - COLUMN_WIDTH
 
 
 def test_a_long_edge_passes_beside_the_nodes_between_its_ends() -> None:
@@ -143,12 +143,12 @@ def test_parts_stand_below_one_another_and_single_nodes_in_rows_below_them() -> 
 
 
 def test_nodes_of_one_id_have_places_of_their_own() -> None:
-    places = arrange(["a", "b", "b", "b"], edges_of("a>b"), [None] * 4)
+    places = arrange_cards(["a", "b", "b", "b"], edges_of("a>b"), [None] * 4)
     assert not any(overlap(*pair) for pair in combinations(places, 2))
 
 
 def test_there_may_be_no_nodes_at_all() -> None:
-    assert arrange([], [("a", "b")], []) == completed([], [], []) == []
+    assert arrange_cards([], [("a", "b")], []) == complete_layout([], [], []) == []
 
 
 # ── rules ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,28 +157,28 @@ def test_there_may_be_no_nodes_at_all() -> None:
 @given(EDGES, PLACES)
 @settings(max_examples=50)
 def test_cards_never_overlap_and_arranging_twice_is_arranging_once(
-    edges: list[Edge], current: list[Place]
+    edges: list[CardEdge], current: list[CardPosition]
 ) -> None:
-    places = arrange(IDS, edges, current)
+    places = arrange_cards(IDS, edges, current)
     assert not any(overlap(*pair) for pair in combinations(places, 2))
-    assert arrange(IDS, edges, places) == places
-    assert arrange(IDS, edges, current) == places
+    assert arrange_cards(IDS, edges, places) == places
+    assert arrange_cards(IDS, edges, current) == places
 
 
 @given(FORWARD)
 @settings(max_examples=50)
-def test_without_cycles_every_edge_leads_to_the_right(edges: list[Edge]) -> None:
+def test_without_cycles_every_edge_leads_to_the_right(edges: list[CardEdge]) -> None:
     places = drawn((IDS, edges))
-    assert all(places[target][0] - places[source][0] >= COLUMN for source, target in edges)
+    assert all(places[target][0] - places[source][0] >= COLUMN_WIDTH for source, target in edges)
 
 
 @given(EDGES, PLACES, st.lists(st.booleans(), min_size=12, max_size=12))
 @settings(max_examples=50)
 def test_what_has_a_place_keeps_it_and_what_has_none_gets_a_free_one(
-    edges: list[Edge], places: list[Place], is_known: list[bool]
+    edges: list[CardEdge], places: list[CardPosition], is_known: list[bool]
 ) -> None:
     known = [place if is_there else None for place, is_there in zip(places, is_known, strict=True)]
-    whole = completed(IDS, edges, known)
+    whole = complete_layout(IDS, edges, known)
     assert [place for place, is_there in zip(whole, is_known, strict=True) if is_there] == [
         place for place in known if place is not None
     ]
@@ -188,15 +188,17 @@ def test_what_has_a_place_keeps_it_and_what_has_none_gets_a_free_one(
 
 @given(PLACES)
 @settings(max_examples=50)
-def test_one_more_node_is_put_where_no_other_is(places: list[Place]) -> None:
-    assert not any(overlap(free_place(places), place) for place in places)
+def test_one_more_node_is_put_where_no_other_is(places: list[CardPosition]) -> None:
+    assert not any(overlap(find_free_position(places), place) for place in places)
 
 
 @given(FORWARD, st.integers(-5_000, 5_000), st.integers(-5_000, 5_000))
 @settings(max_examples=50)
-def test_a_graph_that_is_arranged_may_be_moved_as_a_whole(edges: list[Edge], right: int, down: int) -> None:
-    elsewhere = [(x + right, y + down) for x, y in arrange(IDS, edges, [None] * len(IDS))]
-    assert arrange(IDS, edges, elsewhere) == elsewhere
+def test_a_graph_that_is_arranged_may_be_moved_as_a_whole(
+    edges: list[CardEdge], right: int, down: int
+) -> None:
+    elsewhere = [(x + right, y + down) for x, y in arrange_cards(IDS, edges, [None] * len(IDS))]
+    assert arrange_cards(IDS, edges, elsewhere) == elsewhere
 
 
 # ── crossings ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,9 +212,9 @@ TWISTED_LADDER = of("s>a s>b s>c a>f b>d c>e a>e b>f c>d d>t e>t f>t")
 def test_edges_cross_as_seldom_as_they_can(graph: Graph, expected: int) -> None:
     tidy = drawn(graph)
     columns: dict[float, int] = {}
-    messy: list[Place] = []
+    messy: list[CardPosition] = []
     for node in sorted(tidy):
-        columns[tidy[node][0]] = columns.get(tidy[node][0], 0) + ROW
+        columns[tidy[node][0]] = columns.get(tidy[node][0], 0) + ROW_HEIGHT
         messy.append((tidy[node][0], columns[tidy[node][0]]))
     by_name = sorted(tidy)
     assert crossings(dict(zip(by_name, messy, strict=True)), graph[1]) > expected
@@ -233,9 +235,9 @@ def test_no_arrangement_has_more_crossings_than_the_one_before_it(seed: int) -> 
 # ── little moved ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def moved(graph: Graph, before: dict[str, Place]) -> int:
+def moved(graph: Graph, before: dict[str, CardPosition]) -> int:
     """Return how many nodes stand elsewhere when a graph is arranged that has changed since `before`."""
-    now = [before.get(node) or free_place(before.values()) for node in graph[0]]
+    now = [before.get(node) or find_free_position(before.values()) for node in graph[0]]
     after = drawn(graph, now)
     return sum(after[node] != place for node, place in before.items() if node in after)
 
@@ -275,5 +277,7 @@ def test_a_thousand_nodes_take_a_moment(graph: Graph) -> None:
 
 def test_thousands_of_nodes_in_a_ring_are_one_row() -> None:
     node_ids = [f"n{number}" for number in range(5_000)]
-    places = arrange(node_ids, [*pairwise(node_ids), (node_ids[-1], node_ids[0])], [None] * len(node_ids))
-    assert [x for x, _ in places] == [ORIGIN[0] + COLUMN * number for number in range(5_000)]
+    places = arrange_cards(
+        node_ids, [*pairwise(node_ids), (node_ids[-1], node_ids[0])], [None] * len(node_ids)
+    )
+    assert [x for x, _ in places] == [ORIGIN[0] + COLUMN_WIDTH * number for number in range(5_000)]

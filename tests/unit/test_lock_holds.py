@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import layout, values
-from engine.graph import Graph
-from engine.validation import validate
+from engine import canvas_layout, values
+from engine.graph import ParsedGraph
+from engine.validation import validate_graph
 from engine.values import InvalidJson, Json
 from gateway import limits
 from gateway.errors import ApiError
@@ -39,12 +39,12 @@ items = st.recursive(
 def go_through(text: bytes) -> None:
     """Do with a text what is done with bodies, outputs and rows."""
     try:
-        value: Json = values.decode(text)
+        value: Json = values.decode_json(text)
     except InvalidJson:
         return
-    raw = values.encode(value)
+    raw = values.encode_json(value)
     values.fingerprint(value)
-    assert values.equal(value, values.restored(raw))
+    assert values.equal_json(value, values.restore_json(raw))
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -67,7 +67,7 @@ def test_a_larger_text_is_decoded_in_pieces() -> None:
     decoded: list[Json] = []  # to let go of it isn't what is measured
     try:
         assert not lock_holds.holds_longer(
-            lambda: decoded.append(values.decode(text)), lock_holds.MEGABYTE_SECONDS
+            lambda: decoded.append(values.decode_json(text)), lock_holds.MEGABYTE_SECONDS
         )
     finally:
         gc.enable()
@@ -77,7 +77,7 @@ def test_a_list_that_is_too_long_is_refused_at_a_glance() -> None:
     class Body(Wire):
         items: Annotated[list[dict[str, int]], msgspec.Meta(max_length=3)]
 
-    body = values.decode(b'{"items":%s}' % hostile_json.repeated(b'{"a":1.0}', 5 * MEGABYTE))
+    body = values.decode_json(b'{"items":%s}' % hostile_json.repeated(b'{"a":1.0}', 5 * MEGABYTE))
     began_at = time.thread_time()
     with pytest.raises(ApiError) as caught:
         convert(body, Body)
@@ -105,8 +105,10 @@ def test_the_largest_graph_is_checked_arranged_and_compared_step_by_step() -> No
     ]
 
     def go_through_graph() -> None:
-        validation = validate(Graph.of({"nodes": nodes, "connections": connections}), CATALOG)
-        places = layout.arrange(
+        validation = validate_graph(
+            ParsedGraph.from_stored({"nodes": nodes, "connections": connections}), CATALOG
+        )
+        places = canvas_layout.arrange_cards(
             ids, [(ids[source], ids[target]) for source, target in pairs], [None] * len(ids)
         )
         after = [{**node, "position": place} for node, place in zip(nodes, places, strict=True)]

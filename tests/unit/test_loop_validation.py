@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from engine.errors import InvalidDefinition
-from engine.findings import MAX_FINDINGS, Finding
-from engine.graph import Graph
-from engine.program import Program
-from engine.validation import find_errors, validate
+from engine.findings import MAX_FINDINGS, GraphFinding
+from engine.graph import ParsedGraph
+from engine.program import WorkflowProgram
+from engine.run_errors import InvalidDefinition
+from engine.validation import find_errors, validate_graph
 from engine.values import Json
 from nodes import catalog
 
 CATALOG = catalog.load()
 
 
-def graph(drawing: str, **configs: Json) -> Graph:
+def graph(drawing: str, **configs: Json) -> ParsedGraph:
     """Return a graph drawn as `start > loop; loop:continue > text`: a node's type is its id without digits."""
     ids: dict[str, None] = {"start": None}
     edges: list[Json] = []
@@ -38,10 +38,10 @@ def graph(drawing: str, **configs: Json) -> Graph:
         kind = node_id.rstrip("0123456789")
         config = configs.get(node_id, standard.get(kind, {}))
         nodes.append({"id": node_id, "type": types.get(kind, kind), "config": config})
-    return Graph.of({"nodes": nodes, "connections": edges})
+    return ParsedGraph.from_stored({"nodes": nodes, "connections": edges})
 
 
-def errors_of(drawn: Graph) -> list[Finding]:
+def errors_of(drawn: ParsedGraph) -> list[GraphFinding]:
     return list(find_errors(drawn, CATALOG).errors)
 
 
@@ -59,7 +59,7 @@ SOUND = [
 def test_the_body_of_a_loop_is_a_part_of_its_own(drawing: str) -> None:
     drawn = graph(drawing)
     assert errors_of(drawn) == []
-    Program.of(drawn, CATALOG, CATALOG.implementation)
+    WorkflowProgram.compile(drawn, CATALOG, CATALOG.implementation)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_nothing_leads_into_a_body_from_outside(drawing: str, connection_id: str
     assert (error.type, error.connection_id) == ("loop-body-entered", connection_id)
     assert "done" in error.suggestion
     with pytest.raises(InvalidDefinition, match="body of a loop"):
-        Program.of(drawn, CATALOG, CATALOG.implementation)
+        WorkflowProgram.compile(drawn, CATALOG, CATALOG.implementation)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_loops_stand_four_deep_at_most() -> None:
     (error,) = errors_of(drawn)
     assert (error.type, error.node_id) == ("loops-too-deep", "loop5")
     with pytest.raises(InvalidDefinition, match="More than 4 loops"):
-        Program.of(drawn, CATALOG, CATALOG.implementation)
+        WorkflowProgram.compile(drawn, CATALOG, CATALOG.implementation)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,14 @@ def test_loops_stand_four_deep_at_most() -> None:
     ],
 )
 def test_paths_are_checked_by_where_they_stand(drawing: str, path: str, is_found: bool) -> None:  # noqa: FBT001 - a parameter
-    validation = validate(graph(drawing, text={"text": f"{{{{ {path} }}}}"}), CATALOG)
+    validation = validate_graph(graph(drawing, text={"text": f"{{{{ {path} }}}}"}), CATALOG)
     assert validation.errors == ()
     assert [finding.type for finding in validation.warnings] == ([] if is_found else ["unresolved-mapping"])
 
 
 def test_item_is_there_outside_of_loops_in_what_a_node_evaluates_for_each_item() -> None:
     config: Json = {"text": "", "items": [1], "each": "{{ item }} at {{ index }}"}
-    assert validate(graph("start > text", text=config), CATALOG).warnings == ()
+    assert validate_graph(graph("start > text", text=config), CATALOG).warnings == ()
 
 
 def test_ten_thousand_loops_are_checked_in_linear_time() -> None:

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.control import Control
-from engine.events import AttemptSpan, LogLine, Span, SpanStatus
-from engine.findings import Finding
-from engine.graph import Graph
+from engine.findings import GraphFinding
+from engine.graph import ParsedGraph
 from engine.mapping_checks import MAX_EXPLAINED
-from engine.program import Program
-from engine.run import Start, run
-from engine.services import Services
-from engine.validation import validate
-from engine.values import Json, decode
+from engine.program import WorkflowProgram
+from engine.run_control import RunControl
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, SpanStatus
+from engine.services import NodeServices
+from engine.validation import validate_graph
+from engine.values import Json, decode_json
+from engine.workflow_runner import RunStart, run_workflow
 from models.database_clock import DatabaseClock
 from nodes import catalog
 from tests.calls import CALLER, NoNetwork
@@ -52,19 +52,21 @@ def chain(*nodes: dict[str, Json]) -> tuple[Nodes, list[str]]:
 
 def found(
     nodes: Nodes, edges: Sequence[str], samples: Mapping[str, Sequence[Json]] | None = None
-) -> list[Finding]:
+) -> list[GraphFinding]:
     """Return what is found of paths in a graph; an edge is `source:port > target`."""
     connections = []
     for edge in edges:
         source, target = edge.split(" > ")
         source_id, _, port = source.partition(":")
         connections.append({"id": edge, "source": source_id, "sourcePort": port, "target": target})
-    drawn = Graph.of({"nodes": cast("Json", list(nodes)), "connections": cast("Json", connections)})
-    validation = validate(drawn, CATALOG, samples=samples or {})
+    drawn = ParsedGraph.from_stored(
+        {"nodes": cast("Json", list(nodes)), "connections": cast("Json", connections)}
+    )
+    validation = validate_graph(drawn, CATALOG, samples=samples or {})
     return [warning for warning in validation.warnings if warning.type == "unresolved-mapping"]
 
 
-def only(findings: list[Finding]) -> Finding:
+def only(findings: list[GraphFinding]) -> GraphFinding:
     assert len(findings) == 1, findings
     return findings[0]
 
@@ -410,9 +412,9 @@ class Kept:
     """A journal that keeps the spans of one run."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, Span] = {}
+        self.spans: dict[str, NodeSpan] = {}
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         self.spans[span.node_id] = span
 
     def log(self, line: LogLine) -> None: ...
@@ -427,12 +429,12 @@ class Kept:
         return True
 
 
-async def spans_of(graph: Graph, trigger: Json) -> dict[str, Span]:
+async def spans_of(graph: ParsedGraph, trigger: Json) -> dict[str, NodeSpan]:
     now = datetime.now(UTC)
     journal = Kept()
-    program = Program.of(graph, CATALOG, CATALOG.implementation)
-    start = Start(CALLER, trigger, DatabaseClock(), deadline=now + timedelta(seconds=20), started_at=now)
-    await run(program, start, journal, Control(), Services(NoNetwork()))
+    program = WorkflowProgram.compile(graph, CATALOG, CATALOG.implementation)
+    start = RunStart(CALLER, trigger, DatabaseClock(), deadline=now + timedelta(seconds=20), started_at=now)
+    await run_workflow(program, start, journal, RunControl(), NodeServices(NoNetwork()))
     return journal.spans
 
 
@@ -495,12 +497,12 @@ def test_what_is_said_to_find_nothing_finds_nothing_when_it_is_run(
     drawn: tuple[Nodes, list[dict[str, Json]]], body: Json
 ) -> None:
     nodes, edges = drawn
-    graph = Graph.of({"nodes": cast("Json", list(nodes)), "connections": cast("Json", edges)})
+    graph = ParsedGraph.from_stored({"nodes": cast("Json", list(nodes)), "connections": cast("Json", edges)})
     spans = asyncio.run(spans_of(graph, {"body": body, "headers": {}, "query": {}}))
     done = {name: span for name, span in spans.items() if span.status is SpanStatus.COMPLETED}
-    past = {name: [decode(span.output)] for name, span in done.items() if span.output is not None}
+    past = {name: [decode_json(span.output)] for name, span in done.items() if span.output is not None}
     for samples in ({}, past):
-        for finding in validate(graph, CATALOG, samples=samples).warnings:
+        for finding in validate_graph(graph, CATALOG, samples=samples).warnings:
             if (
                 finding.type == "unresolved-mapping"
                 and finding.node_id in done

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine import names
+from engine import name_suggestions
 
 FIELDS = ["id", "maxAttempts", "retry", "timeout", "inputMappings", "position"]
 TYPES = ["email-parse", "email-send", "manual", "mysql-destination", "mysql-source", "queue-trigger", "set"]
@@ -30,4 +30,4 @@ TYPES = ["email-parse", "email-send", "manual", "mysql-destination", "mysql-sour
 def test_names_that_begin_so_come_before_those_that_are_alike(
     given: str, known: list[str], meant: list[str]
 ) -> None:
-    assert names.meant(given, known) == meant
+    assert name_suggestions.suggest_names(given, known) == meant

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.layout import CARD_HEIGHT, CARD_WIDTH
+from engine.canvas_layout import CARD_HEIGHT, CARD_WIDTH
 from engine.values import Json
 from gateway import limits
 from gateway.errors import ApiError

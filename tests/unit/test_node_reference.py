@@ -16,13 +16,13 @@ import pytest
 
 from docs import node_reference
 from docs.node_reference import STEP
-from engine.control import Control
-from engine.events import AttemptSpan, LogLine, RunStatus, Span
-from engine.graph import Graph
-from engine.program import Program
-from engine.run import Start, run
-from engine.services import Services, StoredObject
-from engine.values import decode
+from engine.graph import ParsedGraph
+from engine.program import WorkflowProgram
+from engine.run_control import RunControl
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
+from engine.services import NodeServices, StoredObject
+from engine.values import decode_json
+from engine.workflow_runner import RunStart, run_workflow
 from gateway.endpoints.execute import Execute
 from gateway.executions import tries
 from gateway.executions.tries import Piece
@@ -38,8 +38,8 @@ from tests.calls import CALLER, EmptyRoad, NoEvents
 from tests.sample_data import SampleDataSources
 
 if TYPE_CHECKING:
-    from engine.node import NodeType
-    from engine.services import Caller, HttpClient
+    from engine.node_api import NodeType
+    from engine.services import HttpClientService, RunCaller
     from engine.values import Json
 
 pytestmark = pytest.mark.anyio
@@ -58,9 +58,9 @@ class Notes:
     """A journal that is read when all is over."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, Span] = {}
+        self.spans: dict[str, NodeSpan] = {}
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         self.spans[span.node_id] = span
 
     def log(self, line: LogLine) -> None:
@@ -132,7 +132,7 @@ class Drawer:
 
     async def put(
         self,
-        caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
+        caller: RunCaller,  # noqa: ARG002 - here and below, the protocol's parameters
         content: bytes,
         *,
         media_type: str,
@@ -142,7 +142,7 @@ class Drawer:
         self._contents[digest] = content
         return {"$blob": {"sha256": digest, "size": len(content), "type": media_type, "name": name}}
 
-    async def get(self, caller: Caller, reference: Json, *, max_bytes: int) -> bytes:  # noqa: ARG002
+    async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:  # noqa: ARG002
         return self._contents[cast("Any", reference)["$blob"]["sha256"]]
 
 
@@ -158,7 +158,7 @@ class Elsewhere:
 
     async def start(
         self,
-        caller: Caller,  # noqa: ARG002 - here and below, the protocol's parameters
+        caller: RunCaller,  # noqa: ARG002 - here and below, the protocol's parameters
         workflow_id: str,  # noqa: ARG002
         trigger_inputs: Json,  # noqa: ARG002
         *,
@@ -172,32 +172,32 @@ class Elsewhere:
 class Sources(SampleDataSources):
     """The sample databases, a bucket, a folder like it, and a mail server."""
 
-    async def bucket(self, caller: Caller, source_id: str) -> Shelf:
+    async def bucket(self, caller: RunCaller, source_id: str) -> Shelf:
         await self.find(caller, source_id)
         return Shelf()
 
-    async def mail_server(self, caller: Caller, source_id: str) -> Mailbox:
+    async def mail_server(self, caller: RunCaller, source_id: str) -> Mailbox:
         await self.find(caller, source_id)
         return Mailbox()
 
-    async def folder(self, _caller: Caller) -> Shelf:
+    async def folder(self, _caller: RunCaller) -> Shelf:
         return Shelf(has_tags=False)
 
 
 @asynccontextmanager
-async def lent(node_type: NodeType, folder: Path) -> AsyncIterator[Services]:
+async def lent(node_type: NodeType, folder: Path) -> AsyncIterator[NodeServices]:
     """Lend what the example of a type asks for."""
     sources, code = Sources(folder), CodeRunner(Backend.MONTY, limit=1)
     output = node_type.examples[0].get("output")
-    http = cast("HttpClient", Server(output if isinstance(output, dict) else {}))
+    http = cast("HttpClientService", Server(output if isinstance(output, dict) else {}))
     try:
-        yield Services(http, sources, sources, Drawer(), code, Elsewhere(), EmptyRoad(), NoEvents())
+        yield NodeServices(http, sources, sources, Drawer(), code, Elsewhere(), EmptyRoad(), NoEvents())
     finally:
         await code.close()
         await sources.connections.close()
 
 
-def taken_in(body: Mapping[str, Json]) -> tuple[Program, Json]:
+def taken_in(body: Mapping[str, Json]) -> tuple[WorkflowProgram, Json]:
     """Return the program and the trigger of an execute."""
     asked = convert(dict(body), Execute)
     assert asked.definition is not None
@@ -211,7 +211,9 @@ def taken_in(body: Mapping[str, Json]) -> tuple[Program, Json]:
     accepted = tries.run_of_piece(workflow, nodes, connections, piece, inputs, CATALOG, NOW)
     graph_shapes.require_valid(accepted.workflow.validation)
     definition = msgspec.json.decode(accepted.workflow.definition)
-    return Program.of(Graph.of(definition), CATALOG, CATALOG.implementation), accepted.trigger
+    return WorkflowProgram.compile(
+        ParsedGraph.from_stored(definition), CATALOG, CATALOG.implementation
+    ), accepted.trigger
 
 
 WORKFLOW = {
@@ -232,21 +234,21 @@ async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeTyp
     example = node_type.examples[0]
     program, trigger = taken_in(node_reference.example_run(node_type))
     notes = Notes()
-    start = Start(
+    start = RunStart(
         CALLER, trigger, DatabaseClock(), deadline=datetime.now(UTC) + timedelta(seconds=60), started_at=NOW
     )
     async with lent(node_type, tmp_path) as services:
-        ended = await run(program, start, notes, Control(), services)
+        ended = await run_workflow(program, start, notes, RunControl(), services)
         if notes.spans[STEP].awaits is not None:
             answer = msgspec.json.encode({"output": example["output"], "port": example["port"]})
             recorded = list(notes.spans.values())
             again = msgspec.structs.replace(start, recorded=recorded, signals={(STEP, ""): answer})
-            ended = await run(program, again, notes, Control(), services)
+            ended = await run_workflow(program, again, notes, RunControl(), services)
     step = notes.spans[STEP]
     if "error" in example:
         assert step.error is not None
         assert (ended.status, step.error.message) == (RunStatus.FAILED, example["error"])
         return
     assert ended.status in {RunStatus.COMPLETED, RunStatus.WAITING}
-    assert decode(step.output or b"") == example["output"]
+    assert decode_json(step.output or b"") == example["output"]
     assert step.port in {node_reference.port_of(node_type), None}

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import NodeError
-from engine.node import NodeType, Wait
+from engine.node_api import NodeType, TimerWait
+from engine.run_errors import NodeError
 from engine.values import Json
 from nodes import catalog
 from tests.calls import NOW, call
@@ -408,7 +408,7 @@ async def test_a_node_fails_with_a_reason(
     ],
 )
 async def test_a_wait_says_when_it_ends(config: dict[str, Json], until: datetime) -> None:
-    assert (await call("wait", config, {"a": 1})).outcome == Wait(until, {"a": 1})
+    assert (await call("wait", config, {"a": 1})).outcome == TimerWait(until, {"a": 1})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.operations import OPERATIONS, OperationError
-from engine.values import MAX_NUMBER, Json, decode, encode, equal
+from engine.values import MAX_NUMBER, Json, decode_json, encode_json, equal_json
 
 json_values = st.recursive(
     st.none()
@@ -133,7 +133,7 @@ CASES: list[tuple[str, list[Json], Json]] = [
 @pytest.mark.parametrize(("name", "arguments", "result"), CASES)
 def test_an_operation_computes(name: str, arguments: list[Json], result: Json) -> None:
     computed = compute(name, *arguments)
-    assert equal(computed, result)
+    assert equal_json(computed, result)
     assert type(computed) is type(result)
 
 
@@ -229,13 +229,13 @@ def test_what_can_not_be_computed_is_an_error_with_a_reason(
 def test_any_arguments_give_json_or_an_operation_error(name: str, arguments: list[Json]) -> None:
     if not OPERATIONS[name].takes(len(arguments)):
         return
-    before = encode(arguments)
+    before = encode_json(arguments)
     try:
         result = OPERATIONS[name].apply(arguments)
     except OperationError:
         return
-    assert equal(decode(encode(result)), result)
-    assert encode(arguments) == before
+    assert equal_json(decode_json(encode_json(result)), result)
+    assert encode_json(arguments) == before
 
 
 @given(st.floats(-1e15, 1e15), st.integers(0, 6))

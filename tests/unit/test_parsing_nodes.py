@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import NodeError
-from engine.values import Json, encode
+from engine.run_errors import NodeError
+from engine.values import Json, encode_json
 from tests.calls import call
 
 pytestmark = pytest.mark.anyio
@@ -37,7 +37,7 @@ async def output(node_type: str, config: Mapping[str, Json], data: Json = None) 
     other = asyncio.create_task(other_work())
     try:
         found = (await call(node_type, config, data)).output
-        encode(found)
+        encode_json(found)
         return found
     finally:
         other.cancel()
@@ -435,7 +435,7 @@ async def test_xml_that_is_hostile_or_broken_is_refused(text: str, code: str, sa
 async def test_the_deepest_xml_that_is_taken_is_json_in_lists_all_the_way() -> None:
     text = "<a>" * 30 + "</a>" * 30
     found = await output("xml-parse", {"text": "{{ data }}", "lists": ["a"]}, text)
-    assert encode(found).count(b"[") == 29
+    assert encode_json(found).count(b"[") == 29
 
 
 @settings(max_examples=50)
@@ -447,7 +447,7 @@ def test_nothing_that_pretends_to_be_markup_does_more_than_fail(text: str) -> No
     ):
         node_type = "xml-parse" if "text" in config else "html-extract"
         try:
-            encode(asyncio.run(call(node_type, config, text)).output)  # type: ignore[arg-type]  # both are configs
+            encode_json(asyncio.run(call(node_type, config, text)).output)  # type: ignore[arg-type]  # both are configs
         except NodeError as error:
             assert error.code in {"invalid-xml", "document-type-refused"}  # noqa: PT017 - it may also succeed
 

@@ -51,9 +51,9 @@ def test_what_is_no_json_is_none_in_pieces_either(value: Any, piece_bytes: int, 
         whole = repr(json.loads(wrong, object_pairs_hook=_unique))
     except ValueError:
         with pytest.raises(ValueError, match=r".+"):
-            pieces.decode(wrong, values.decode, piece_bytes=piece_bytes)
+            pieces.decode(wrong, values.decode_json, piece_bytes=piece_bytes)
     else:
-        assert repr(pieces.decode(wrong, values.decode, piece_bytes=piece_bytes)) == whole
+        assert repr(pieces.decode(wrong, values.decode_json, piece_bytes=piece_bytes)) == whole
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,11 +69,11 @@ def test_of_two_members_of_one_name_the_second_wins_or_both_are_refused(value: A
     with suppress(DuplicateName):
         assert in_pieces(text, piece_bytes) == json.loads(text)
     with pytest.raises(ValueError, match=r"name|more than once"):
-        pieces.decode(text, values.decode, piece_bytes=piece_bytes)
+        pieces.decode(text, values.decode_json, piece_bytes=piece_bytes)
 
 
 def test_a_long_text_is_refused_for_what_a_short_one_is_refused_for() -> None:
-    filler = b'"' + b"x" * values.BRIEF_BYTES + b'",'
+    filler = b'"' + b"x" * values.INLINE_BYTES + b'",'
     faults = [
         (b'{"a":1,"b":%s"a":2}' % (b'2,"c":' + filler), "duplicate-key"),
         (b'[%s{"user:id":1,"user\\u003aid":2}]' % filler, "duplicate-key"),
@@ -92,20 +92,20 @@ def test_a_long_text_is_refused_for_what_a_short_one_is_refused_for() -> None:
     ]
     for text, code in faults:
         with pytest.raises(InvalidJson) as caught:
-            values.decode(text)
+            values.decode_json(text)
         assert caught.value.code == code, text[-50:]
     deep = b"[%s%s1,2%s]" % (filler, b"[" * 63, b"]" * 63)
-    assert values.decode(deep) == decoding.decode(deep) == json.loads(deep)
+    assert values.decode_json(deep) == decoding.decode(deep) == json.loads(deep)
 
 
 def test_a_long_text_without_a_place_to_cut_is_decoded() -> None:
     for inner in ('"' * 300_000, "\\" * 300_001, ",:{[" * 100_000, "é😀" * 50_000):
         for value in (inner, [inner], {inner: {"a": [inner]}}, [[], inner, {}]):
-            assert values.decode(msgspec.json.encode(value)) == value
+            assert values.decode_json(msgspec.json.encode(value)) == value
 
 
 def test_two_names_far_apart_are_told_by_name() -> None:
     text = b'{"first":1,%s"first":2}' % b"".join(b'"k%d":0,' % number for number in range(50_000))
     with pytest.raises(InvalidJson, match="'first' is given more than once"):
-        values.decode(text)
+        values.decode_json(text)
     assert decoding.decode(text)["first"] == 2

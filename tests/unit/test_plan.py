@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.graph import Edge, Graph, Node
-from engine.plan import Plan, Step
+from engine.graph import GraphEdge, GraphNode, ParsedGraph
+from engine.readiness import ReadinessChange, ReadinessTracker
 
 PORTS = ("output", "other")
 
@@ -17,7 +17,7 @@ PORTS = ("output", "other")
 class Walk:
     """A graph without cycles, and the port by which each node leaves once it is reached."""
 
-    graph: Graph
+    graph: ParsedGraph
     ports: Mapping[str, str]
     eager: frozenset[str]
 
@@ -39,24 +39,24 @@ def walks(draw: st.DrawFn) -> Walk:
     pairs = [(source, target) for place, target in enumerate(ids) for source in ids[:place]]
     drawn = draw(st.lists(st.tuples(st.sampled_from(pairs), st.sampled_from(PORTS)))) if pairs else []
     edges = [
-        Edge(f"e{number}", source, target, source_port=port)
+        GraphEdge(f"e{number}", source, target, source_port=port)
         for number, ((source, target), port) in enumerate(drawn)
     ]
     ports = {node_id: draw(st.sampled_from(PORTS)) for node_id in ids}
     eager = draw(st.frozensets(st.sampled_from(ids)))
-    return Walk(Graph([Node(node_id, "any") for node_id in ids], edges), ports, eager)
+    return Walk(ParsedGraph([GraphNode(node_id, "any") for node_id in ids], edges), ports, eager)
 
 
 @given(walks(), st.randoms(use_true_random=False))
 def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
     walk: Walk, random: st.DataObject
 ) -> None:
-    plan = Plan(walk.graph, ["n0"], walk.eager)
+    plan = ReadinessTracker(walk.graph, ["n0"], walk.eager)
     settled: dict[str, None] = {}
     told: Counter[str] = Counter()
     skipped: set[str] = set()
 
-    def follow(step: Step) -> None:
+    def follow(step: ReadinessChange) -> None:
         told.update([*step.ready, *step.skipped])
         skipped.update(step.skipped)
         waiting.extend(step.ready)
@@ -72,7 +72,7 @@ def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
                 assert list(plan.parents(node_id)) == arrived
 
     waiting: list[str] = []
-    first_of: dict[str, list[Edge]] = {}
+    first_of: dict[str, list[GraphEdge]] = {}
     follow(plan.start())
     while waiting:
         node_id = waiting.pop(random.randrange(len(waiting)))  # type: ignore[attr-defined]
@@ -86,18 +86,26 @@ def test_each_node_is_reached_or_skipped_once_in_whatever_order_nodes_settle(
 
 
 def test_an_eager_node_is_ready_by_the_first_branch_and_the_others_change_nothing() -> None:
-    nodes = [Node(node_id, "any") for node_id in ("a", "b", "c", "end")]
-    edges = [Edge("1", "a", "end"), Edge("2", "b", "end"), Edge("3", "c", "end", source_port="other")]
-    plan = Plan(Graph(nodes, edges), ["a", "b", "c"], {"end"})
+    nodes = [GraphNode(node_id, "any") for node_id in ("a", "b", "c", "end")]
+    edges = [
+        GraphEdge("1", "a", "end"),
+        GraphEdge("2", "b", "end"),
+        GraphEdge("3", "c", "end", source_port="other"),
+    ]
+    plan = ReadinessTracker(ParsedGraph(nodes, edges), ["a", "b", "c"], {"end"})
     plan.start()
     assert [plan.settle(node_id, "output").ready for node_id in ("c", "b", "a")] == [[], ["end"], []]
     assert plan.parents("end") == [edges[1]]
 
 
 def test_parents_come_in_the_order_in_which_their_edges_were_drawn() -> None:
-    nodes = [Node(node_id, "any") for node_id in ("a", "b", "c", "end")]
-    edges = [Edge("1", "c", "end"), Edge("2", "a", "end"), Edge("3", "b", "end", source_port="other")]
-    plan = Plan(Graph(nodes, edges), ["a", "b", "c"])
+    nodes = [GraphNode(node_id, "any") for node_id in ("a", "b", "c", "end")]
+    edges = [
+        GraphEdge("1", "c", "end"),
+        GraphEdge("2", "a", "end"),
+        GraphEdge("3", "b", "end", source_port="other"),
+    ]
+    plan = ReadinessTracker(ParsedGraph(nodes, edges), ["a", "b", "c"])
     plan.start()
     for node_id in ("b", "a", "c"):
         step = plan.settle(node_id, "output")

@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import InvalidDefinition
-from engine.graph import Edge, Graph, Node
-from engine.node import Call, Each, Result
-from engine.pruning import pruned
+from engine.graph import GraphEdge, GraphNode, ParsedGraph
+from engine.node_api import LoopRequest, NodeCall, NodeResult
+from engine.pruning import prune_graph
+from engine.run_errors import InvalidDefinition
 from engine.values import Json
 from tests.unit.running import Kind, Kinds, Notebook, Worker, echo, finished, program, pure, write
 
 
-def each(call: Call) -> Each:
-    return Each(cast("list[Json]", call.data))
+def each(call: NodeCall) -> LoopRequest:
+    return LoopRequest(cast("list[Json]", call.data))
 
 
 KINDS: dict[str, Kind] = {
     "loop": pure(each, loops=True),
-    "route": pure(lambda call: Result(call.data, port="left")),
+    "route": pure(lambda call: NodeResult(call.data, port="left")),
     "show": pure(lambda call: dict(call.config)),
     "merge": pure(echo, joins=True),
     "pay": write(lambda call: call.data),
@@ -76,7 +76,7 @@ async def test_where_all_that_is_needed_is_pinned_no_trigger_runs() -> None:
 
 
 async def test_a_pinned_write_writes_nothing_and_a_pinned_merge_waits_for_nobody() -> None:
-    def fail(_call: Call) -> Json:
+    def fail(_call: NodeCall) -> Json:
         raise AssertionError
 
     graph = program("start > pay > echo", {"pay": write(fail)}, trial={"pinned": {"pay": "paid"}})
@@ -132,21 +132,21 @@ def test_what_a_trial_names_must_be_there(trial: dict[str, Json]) -> None:
 
 
 @st.composite
-def trials(draw: st.DrawFn) -> Graph:
+def trials(draw: st.DrawFn) -> ParsedGraph:
     ids = [f"n{number}" for number in range(draw(st.integers(1, 9)))]
     pairs = [(source, target) for place, target in enumerate(ids) for source in ids[:place]]
     drawn = draw(st.lists(st.sampled_from(pairs))) if pairs else []
-    edges = [Edge(f"e{number}", *ends) for number, ends in enumerate(drawn)]
+    edges = [GraphEdge(f"e{number}", *ends) for number, ends in enumerate(drawn)]
     pinned = draw(st.dictionaries(st.sampled_from(ids), st.none(), max_size=3))
     up_to = draw(st.sampled_from([None, *ids]))
-    return Graph([Node(node_id, "echo") for node_id in ids], edges, up_to=up_to, pinned=pinned)
+    return ParsedGraph([GraphNode(node_id, "echo") for node_id in ids], edges, up_to=up_to, pinned=pinned)
 
 
 @given(trials())
 @settings(max_examples=100)
-def test_what_is_left_is_what_leads_to_the_end_without_passing_a_pinned_node(graph: Graph) -> None:
+def test_what_is_left_is_what_leads_to_the_end_without_passing_a_pinned_node(graph: ParsedGraph) -> None:
     kinds = Kinds({"echo": pure(echo)})
-    left = {node.id for node in pruned(graph, kinds).nodes}
+    left = {node.id for node in prune_graph(graph, kinds).nodes}
 
     def is_wanted(node_id: str) -> bool:
         if graph.up_to is not None:

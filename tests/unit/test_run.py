@@ -20,14 +20,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import run as engine_run
-from engine import scribe
-from engine.control import Control, Request
-from engine.errors import HttpRequestName, LeaseLost, NodeError
-from engine.events import SETTLED, Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
-from engine.node import Call, Compile, Outcome, Result, Run, Wait
-from engine.program import Program
-from engine.values import Json, decode
+from engine import span_recorder
+from engine import workflow_runner as engine_run
+from engine.node_api import FieldCompilation, NodeCall, NodeOutcome, NodeResult, RunNode, TimerWait
+from engine.program import WorkflowProgram
+from engine.run_control import ControlRequest, RunControl
+from engine.run_errors import HttpRequestName, LeaseLost, NodeError
+from engine.run_records import (
+    SETTLED_STATUSES,
+    FailureCause,
+    NodeSpan,
+    RunError,
+    RunOutcome,
+    RunStatus,
+    SpanStatus,
+)
+from engine.values import Json, decode_json
 from journal import rows
 from tests.unit.running import (
     FAST_RETRY,
@@ -57,9 +65,9 @@ from tests.unit.running import (
 
 
 async def test_a_write_starts_after_its_ancestors_its_input_and_its_attempt_are_committed() -> None:
-    seen: dict[str, Span] = {}
+    seen: dict[str, NodeSpan] = {}
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         seen.update(worker.notebook.spans)
         return call.config["amount"]
 
@@ -72,19 +80,21 @@ async def test_a_write_starts_after_its_ancestors_its_input_and_its_attempt_are_
     await finished(worker)
     assert [seen[node_id].status for node_id in ("start", "look")] == [SpanStatus.COMPLETED] * 2
     assert (seen["pay"].status, seen["pay"].attempt) == (SpanStatus.RUNNING, 1)
-    assert decode(seen["pay"].input or b"") == {"amount": 3, "name": "Ada", "to": "Ada"}
-    assert decode(seen["pay"].resolved_config or b"") == {"amount": 3}
+    assert decode_json(seen["pay"].input or b"") == {"amount": 3, "name": "Ada", "to": "Ada"}
+    assert decode_json(seen["pay"].resolved_config or b"") == {"amount": 3}
 
 
-@pytest.mark.parametrize("outcome", ["done", Result("done", port="other"), NodeError("no")])
-async def test_nothing_follows_a_write_before_its_result_is_committed(outcome: Outcome | NodeError) -> None:
-    async def pay(_call: Call) -> Outcome:
+@pytest.mark.parametrize("outcome", ["done", NodeResult("done", port="other"), NodeError("no")])
+async def test_nothing_follows_a_write_before_its_result_is_committed(
+    outcome: NodeOutcome | NodeError,
+) -> None:
+    async def pay(_call: NodeCall) -> NodeOutcome:
         await asyncio.sleep(0)
         if isinstance(outcome, NodeError):
             raise outcome
         return outcome
 
-    def follow(_call: Call) -> Json:
+    def follow(_call: NodeCall) -> Json:
         return str(worker.notebook.status("pay"))
 
     graph = program(
@@ -103,7 +113,7 @@ async def test_the_result_of_a_write_is_committed_though_another_branch_goes_on(
     async with asyncio.timeout(PATIENCE_SECONDS):
         while worker.notebook.status("pay") is not SpanStatus.COMPLETED:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)
-    worker.control.ask(Request.CANCEL)
+    worker.control.ask(ControlRequest.CANCEL)
     await work
 
 
@@ -123,7 +133,7 @@ async def test_nodes_without_effects_wait_for_no_commit() -> None:
 async def test_a_node_that_returns_at_once_is_called_in_place() -> None:
     tasks: set[asyncio.Task[Any] | None] = set()
 
-    def where(_call: Call) -> Json:
+    def where(_call: NodeCall) -> Json:
         tasks.add(asyncio.current_task())
         return None
 
@@ -136,7 +146,7 @@ async def test_a_node_that_returns_at_once_is_called_in_place() -> None:
 async def test_branches_run_at_once() -> None:
     meeting = asyncio.Barrier(3)
 
-    async def meet(call: Call) -> Json:
+    async def meet(call: NodeCall) -> Json:
         await asyncio.wait_for(meeting.wait(), PATIENCE_SECONDS)
         return call.data
 
@@ -153,7 +163,7 @@ async def test_no_more_nodes_run_at_once_than_the_settings_allow(
 ) -> None:
     now_running = most_running = 0
 
-    async def count(call: Call) -> Json:
+    async def count(call: NodeCall) -> Json:
         nonlocal now_running, most_running
         if retry and call.attempt == 1:
             raise NodeError("not yet", retryable=True)
@@ -175,7 +185,7 @@ async def test_no_more_nodes_run_at_once_than_the_settings_allow(
 
 
 async def test_other_work_gets_a_turn_during_a_long_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_run, "TURN_SECONDS", 0)
+    monkeypatch.setattr(engine_run, "SLICE_SECONDS", 0)
     turns = 0
 
     async def elsewhere() -> None:
@@ -196,7 +206,7 @@ async def test_branches_not_taken_are_skipped_and_a_merge_waits_for_the_others()
     graph = program(
         "start > choose; choose:left > slow > merge; choose:right > echo1 > echo2 > merge; echo2 > echo3",
         {
-            "choose": pure(lambda call: Result(call.data, port="left")),
+            "choose": pure(lambda call: NodeResult(call.data, port="left")),
             "slow": read(pause),
             "merge": pure(echo),
         },
@@ -232,7 +242,7 @@ async def test_a_merge_gets_each_parent_under_its_id_and_all_of_them_merged() ->
 
 
 async def test_a_parent_joined_by_two_edges_is_one_parent() -> None:
-    both = {"choose": pure(lambda call: Result(call.data, port="left")), "echo": pure(echo)}
+    both = {"choose": pure(lambda call: NodeResult(call.data, port="left")), "echo": pure(echo)}
     notebook = await finished(
         Worker(program("start > choose; choose:left > echo; choose:left > echo", both), 5)
     )
@@ -305,12 +315,12 @@ async def test_a_failure_whose_data_would_not_fit_into_the_output_leaves_without
 async def test_a_failed_run_lets_writes_finish_breaks_off_the_rest_and_starts_nothing() -> None:
     is_waiting = asyncio.Event()
 
-    async def pay(_call: Call) -> Json:
+    async def pay(_call: NodeCall) -> Json:
         is_waiting.set()
         await asyncio.sleep(0.02)
         return "paid"
 
-    async def fail_late(call: Call) -> Json:
+    async def fail_late(call: NodeCall) -> Json:
         await soon(is_waiting)
         return fail(call)
 
@@ -331,7 +341,7 @@ async def test_a_failed_run_lets_writes_finish_breaks_off_the_rest_and_starts_no
 async def test_a_failed_node_is_tried_again_with_the_same_key_and_input() -> None:
     calls: list[tuple[int, str, Json]] = []
 
-    async def try_hard(call: Call) -> Json:
+    async def try_hard(call: NodeCall) -> Json:
         calls.append((call.attempt, call.idempotency_key, dict(call.config)))
         if call.attempt < 3:
             raise NodeError("not yet", retryable=True)
@@ -355,7 +365,7 @@ def attempts_of(notebook: Notebook, node_id: str) -> list[tuple[int, str, str | 
 
 
 async def test_each_attempt_of_a_node_that_is_tried_again_is_a_span() -> None:
-    async def try_hard(call: Call) -> Json:
+    async def try_hard(call: NodeCall) -> Json:
         if call.attempt < 3:
             raise NodeError("not yet", code="away", retryable=True)
         return "done"
@@ -383,7 +393,7 @@ async def test_each_attempt_of_a_node_that_is_tried_again_is_a_span() -> None:
 
 
 async def test_rounds_of_attempts_keep_the_number_that_each_had() -> None:
-    def fail_for_good(call: Call) -> Json:
+    def fail_for_good(call: NodeCall) -> Json:
         raise NodeError("no", code=f"at-{call.attempt}")
 
     settings: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 1}
@@ -395,7 +405,7 @@ async def test_rounds_of_attempts_keep_the_number_that_each_had() -> None:
 
 
 async def test_an_attempt_that_a_lost_worker_has_begun_is_told_by_the_next() -> None:
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         return call.attempt
 
     graph = program("start > pay", {"pay": write(pay)})
@@ -418,9 +428,9 @@ async def test_an_attempt_that_a_lost_worker_has_begun_is_told_by_the_next() -> 
 async def test_attempts_of_a_run_have_spans_up_to_a_limit_over_all_its_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scribe, "MAX_ATTEMPT_SPANS", 5)
+    monkeypatch.setattr(span_recorder, "MAX_ATTEMPT_SPANS", 5)
 
-    async def try_twice(call: Call) -> Json:
+    async def try_twice(call: NodeCall) -> Json:
         if call.attempt == 1:
             raise NodeError("not yet", retryable=True)
         return call.data
@@ -441,7 +451,7 @@ async def test_attempts_of_a_run_have_spans_up_to_a_limit_over_all_its_workers(
 async def test_a_node_is_tried_no_more_often_than_it_says() -> None:
     calls: Counter[str] = Counter()
 
-    def count(call: Call) -> Json:
+    def count(call: NodeCall) -> Json:
         calls[call.idempotency_key] += 1
         raise NodeError("never", retryable="again" in call.idempotency_key)
 
@@ -455,7 +465,7 @@ async def test_a_node_is_tried_no_more_often_than_it_says() -> None:
 
 
 async def test_a_node_that_takes_too_long_is_broken_off_and_tried_again() -> None:
-    async def slow_at_first(call: Call) -> Json:
+    async def slow_at_first(call: NodeCall) -> Json:
         if call.attempt == 1:
             await for_ever(call)
         return "in time"
@@ -474,7 +484,7 @@ async def test_a_timeout_of_a_node_names_itself_as_the_reason() -> None:
 
 
 async def test_a_timeout_inside_a_node_is_not_taken_for_the_node_s_own() -> None:
-    async def ask(_call: Call) -> Json:
+    async def ask(_call: NodeCall) -> Json:
         raise TimeoutError("the other side said nothing")
 
     worker = Worker(program("start > ask", {"ask": read(ask)}, {"ask": {"timeout": 30}}))
@@ -498,11 +508,11 @@ async def test_a_run_that_is_late_before_it_begins_starts_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", [pure, read, write])
-async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[Run], Kind]) -> None:
-    def divide(_call: Call) -> Json:
+async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[RunNode], Kind]) -> None:
+    def divide(_call: NodeCall) -> Json:
         return 1 // 0
 
-    async def divide_later(call: Call) -> Json:
+    async def divide_later(call: NodeCall) -> Json:
         return divide(call)
 
     worker = Worker(program("start > divide", {"divide": kind(divide if kind is pure else divide_later)}))
@@ -511,7 +521,7 @@ async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[Run], Kind]
 
 
 async def test_a_node_that_cancels_itself_has_failed() -> None:
-    async def give_up(_call: Call) -> Json:
+    async def give_up(_call: NodeCall) -> Json:
         raise asyncio.CancelledError
 
     error = error_of(await Worker(program("start > up > echo", {"up": read(give_up)})).work())
@@ -520,7 +530,7 @@ async def test_a_node_that_cancels_itself_has_failed() -> None:
 
 @pytest.mark.parametrize("connected", ["fail:error > echo", "fail > echo"])
 async def test_a_message_that_could_not_be_stored_is_made_storable(connected: str) -> None:
-    def fail_oddly(call: Call) -> Json:
+    def fail_oddly(call: NodeCall) -> Json:
         call.log("info", "NUL \0, half a pair \ud800")
         text = "NUL \0, half a pair \udfff" + "x" * 100_000
         raise NodeError(text, cause=FailureCause("no", text, "inner", url=text, execution_id="exec_2"))
@@ -589,7 +599,7 @@ UNRESOLVED: dict[str, dict[str, Json]] = {
 }
 
 
-def late(call: Call) -> Json:
+def late(call: NodeCall) -> Json:
     for template in call.values.values():
         template.render(dict(call.scope), call.unresolved)
     return {"kept": call.data}
@@ -599,7 +609,7 @@ def late(call: Call) -> Json:
 async def test_a_path_that_finds_nothing_is_listed_or_fails_the_node_of_a_strict_graph(
     options: dict[str, Json],
 ) -> None:
-    kinds = {"late": pure(late, compiled={"late": Compile.VALUE})}
+    kinds = {"late": pure(late, compiled={"late": FieldCompilation.VALUE})}
     notebook = await finished(Worker(program("start > late", kinds, {"late": options}), {"some": 1}))
     (path,) = notebook.spans["late"].unresolved
     assert path.removeprefix("data.") == "nothing"
@@ -626,13 +636,13 @@ MAY_BE_MISSING: dict[str, tuple[dict[str, Json], tuple[str, ...]]] = {
 }
 
 
-def asking(call: Call) -> Outcome:
+def asking(call: NodeCall) -> NodeOutcome:
     scope = call.scope_of({"a": 1}, 0)
     for template in call.values.values():
         template.render(scope, call.unresolved)
     for condition in call.conditions.values():
         condition.test(scope, call.unresolved)
-    return Result({"kept": call.data})
+    return NodeResult({"kept": call.data})
 
 
 @pytest.mark.parametrize(("options", "listed"), MAY_BE_MISSING.values(), ids=MAY_BE_MISSING)
@@ -640,8 +650,10 @@ async def test_what_may_be_missing_is_null_in_a_strict_graph(
     options: dict[str, Json], listed: tuple[str, ...]
 ) -> None:
     kinds = {
-        "asking": pure(asking, compiled={"late": Compile.VALUE, "asked": Compile.CONDITION}),
-        "choose": pure(lambda call: Result(call.data, "left")),
+        "asking": pure(
+            asking, compiled={"late": FieldCompilation.VALUE, "asked": FieldCompilation.CONDITION}
+        ),
+        "choose": pure(lambda call: NodeResult(call.data, "left")),
         "away": pure(lambda call: call.data),
     }
     drawn = program(
@@ -666,7 +678,7 @@ async def test_values_passed_through_stand_in_the_output_under_their_new_keys() 
 
 
 async def test_a_log_has_a_bounded_number_of_lines_and_says_when_it_is_cut() -> None:
-    def chatter(call: Call) -> Json:
+    def chatter(call: NodeCall) -> Json:
         for number in range(10_010):
             call.log("info", str(number))
         return None
@@ -705,10 +717,10 @@ async def test_a_long_wait_frees_the_worker_when_nothing_else_is_left_to_do() ->
 async def test_a_wait_goes_on_where_another_worker_left_it() -> None:
     calls = 0
 
-    def wait(call: Call) -> Wait:
+    def wait(call: NodeCall) -> TimerWait:
         nonlocal calls
         calls += 1
-        return Wait(call.now + timedelta(hours=1), output=call.data)
+        return TimerWait(call.now + timedelta(hours=1), output=call.data)
 
     graph = program(
         "start > wait > echo", {"wait": pure(wait)}, {"wait": {"config": {"note": "{{ data.nothing }}"}}}
@@ -716,7 +728,9 @@ async def test_a_wait_goes_on_where_another_worker_left_it() -> None:
     first = Worker(graph, {"n": 7})
     due_at = (await first.work()).due_at
     spans = list(first.notebook.spans.values())
-    assert await Worker(graph, {"n": 7}, recorded=spans).work() == Ended(RunStatus.WAITING, due_at=due_at)
+    assert await Worker(graph, {"n": 7}, recorded=spans).work() == RunOutcome(
+        RunStatus.WAITING, due_at=due_at
+    )
 
     notebook = await finished(Worker(graph, {"n": 7}, recorded=woken(first.notebook)))
     assert calls == 1
@@ -744,14 +758,14 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
     ledger = Ledger()
     attempts: Counter[str] = Counter()
 
-    async def flaky(call: Call) -> Json:
+    async def flaky(call: NodeCall) -> Json:
         outcome = await ledger.write(call)
         attempts[call.idempotency_key] += 1
         if attempts[call.idempotency_key] == 1:
             raise NodeError("once more", retryable=True)
         return outcome
 
-    def random(_call: Call) -> Json:
+    def random(_call: NodeCall) -> Json:
         # Another value on every attempt: what a write was given must be what it is given again.
         return {"value": len(ledger.moments)}
 
@@ -770,7 +784,7 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
         },
     )
 
-    async def work(recorded: Sequence[Span]) -> Notebook:
+    async def work(recorded: Sequence[NodeSpan]) -> Notebook:
         worker = Worker(graph, {"n": 1}, recorded=recorded)
         worker.notebook = WatchedNotebook(ledger, recorded)
         return await finished(worker)
@@ -787,8 +801,10 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
 
         states = {f"exec_1:{span.node_id}:0": span.status for span in durable}
         repeated = {effect.key for effect in before} & {effect.key for effect in ledger.effects}
-        assert repeated <= {key for key, status in states.items() if status not in SETTLED}
-        assert not {effect.key for effect in ledger.effects} & {k for k, s in states.items() if s in SETTLED}
+        assert repeated <= {key for key, status in states.items() if status not in SETTLED_STATUSES}
+        assert not {effect.key for effect in ledger.effects} & {
+            k for k, s in states.items() if s in SETTLED_STATUSES
+        }
         assert {effect.key for effect in before + ledger.effects} == {
             f"exec_1:{node_id}:0" for node_id in ("write1", "write2", "write3", "flaky")
         }
@@ -800,11 +816,11 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
 async def test_a_write_that_is_tried_again_elsewhere_gets_the_recorded_input_and_config() -> None:
     calls: list[tuple[int, Json, Json]] = []
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         calls.append((call.attempt, call.data, dict(call.config)))
         return None
 
-    async def look_up(_call: Call) -> Json:
+    async def look_up(_call: NodeCall) -> Json:
         await asyncio.sleep(0)
         return {"value": 2}
 
@@ -832,7 +848,7 @@ async def test_a_write_that_is_tried_again_elsewhere_gets_the_recorded_input_and
 async def test_a_failure_that_was_recorded_before_the_worker_died_ends_the_run_in_the_same_way(
     raised: Exception, code: str
 ) -> None:
-    async def fail_so(_call: Call) -> Json:
+    async def fail_so(_call: NodeCall) -> Json:
         raise raised
 
     graph = program("start > fail", {"fail": read(fail_so)})
@@ -854,7 +870,7 @@ async def test_a_failure_with_an_exact_reason_ends_the_run_in_the_same_way_after
 
 
 async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash() -> None:
-    async def refuse(_call: Call) -> Json:
+    async def refuse(_call: NodeCall) -> Json:
         raise NodeError("No", code="http-404", request=HttpRequestName("GET", "http://a.example/?q=…"))
 
     graph = program("start > call", {"call": read(refuse)})
@@ -865,7 +881,7 @@ async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash(
     assert await Worker(graph, recorded=as_stored(first.notebook.spans.values())).work() == ended
 
 
-def as_stored(spans: Iterable[Span]) -> list[Span]:
+def as_stored(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
     """Return spans with their errors as they are read back from rows."""
     return [msgspec.structs.replace(span, error=rows.error_of(rows.error_text(span.error))) for span in spans]
 
@@ -900,7 +916,7 @@ async def test_a_merge_lays_together_what_was_not_skipped(combine: dict[str, Jso
             "one": pure(lambda _: {"a": 1, "both": 1}),
             "two": pure(lambda _: {"b": 2, "both": 2}),
             "slow": read(pause),
-            "choose": pure(lambda call: Result(call.data, port="right")),
+            "choose": pure(lambda call: NodeResult(call.data, port="right")),
             "merge": pure(echo, joins=True),
         },
         {"merge": {"config": combine}},
@@ -926,11 +942,11 @@ async def test_what_is_no_object_can_not_be_merged() -> None:
 async def test_a_merge_of_any_goes_on_with_the_first_and_the_others_run_on_and_change_nothing() -> None:
     may_end, follows = asyncio.Event(), Counter[str]()
 
-    async def hold(call: Call) -> Json:
+    async def hold(call: NodeCall) -> Json:
         await soon(may_end)
         return call.data
 
-    def follow(call: Call) -> Json:
+    def follow(call: NodeCall) -> Json:
         follows[str(call.data)] += 1
         may_end.set()
         return None
@@ -940,7 +956,7 @@ async def test_a_merge_of_any_goes_on_with_the_first_and_the_others_run_on_and_c
         {
             "held": read(hold),
             "fast": pure(lambda _: "fast"),
-            "choose": pure(lambda call: Result(call.data, port="right")),
+            "choose": pure(lambda call: NodeResult(call.data, port="right")),
             "merge": pure(echo, joins=True),
             "follow": pure(follow),
         },
@@ -956,7 +972,7 @@ async def test_a_merge_of_any_is_skipped_when_no_branch_arrives() -> None:
     graph = program(
         "start > choose; choose:left > merge; choose:other > merge > echo",
         {
-            "choose": pure(lambda call: Result(call.data, port="right")),
+            "choose": pure(lambda call: NodeResult(call.data, port="right")),
             "merge": pure(echo, joins=True),
         },
         {"merge": {"config": {"mode": "any"}}},
@@ -968,7 +984,7 @@ async def test_a_merge_of_any_is_skipped_when_no_branch_arrives() -> None:
 async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earlier_attempt_too() -> None:
     has_arrived = asyncio.Event()
 
-    async def arrive(call: Call) -> Json:
+    async def arrive(call: NodeCall) -> Json:
         if call.config:
             await soon(has_arrived)
         has_arrived.set()
@@ -988,16 +1004,16 @@ async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earl
 
 
 @st.composite
-def races(draw: st.DrawFn) -> tuple[Program, Counter[str]]:
+def races(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
     """Draw a graph in which branches of different lengths meet in merges of both modes, and what counts its calls."""
     calls: Counter[str] = Counter()
 
-    async def step(call: Call) -> Outcome:
+    async def step(call: NodeCall) -> NodeOutcome:
         node_id = call.idempotency_key.split(":")[1]
         calls[node_id] += 1
         for _ in range(cast("int", call.config["turns"])):
             await asyncio.sleep(0)
-        return Result(node_id, port=str(call.config["port"]))
+        return NodeResult(node_id, port=str(call.config["port"]))
 
     ids = ["start"]
     paths: list[str] = []
@@ -1036,21 +1052,21 @@ def races(draw: st.DrawFn) -> tuple[Program, Counter[str]]:
 @given(races())
 @settings(max_examples=50)
 def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
-    race: tuple[Program, Counter[str]],
+    race: tuple[WorkflowProgram, Counter[str]],
 ) -> None:
     graph, calls = race
     edges = graph.graph.inbound
 
-    def work(recorded: Sequence[Span]) -> Stream:
+    def work(recorded: Sequence[NodeSpan]) -> Stream:
         worker = Worker(graph, recorded=recorded)
         worker.notebook = stream = Stream(recorded)
-        assert asyncio.run(worker.work()) == Ended(RunStatus.COMPLETED)
+        assert asyncio.run(worker.work()) == RunOutcome(RunStatus.COMPLETED)
         return stream
 
     whole = work([])
     for length in range(len(whole.stream)):
         durable = {span.node_id: span for span in whole.stream[:length]}
-        settled = {node_id: span.port for node_id, span in durable.items() if span.status in SETTLED}
+        settled = {node_id: span.port for node_id, span in durable.items() if span.status in SETTLED_STATUSES}
         calls.clear()
         after = work(list(durable.values()))
         assert after.statuses == whole.statuses
@@ -1067,7 +1083,7 @@ def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
                 assert after.spans[node_id].output == whole.spans[node_id].output
 
 
-def _lies_behind(node_id: str, others: set[str], graph: Program) -> bool:
+def _lies_behind(node_id: str, others: set[str], graph: WorkflowProgram) -> bool:
     sources = {edge.source for edge in graph.graph.inbound[node_id]}
     return node_id in others or any(_lies_behind(source, others, graph) for source in sources)
 
@@ -1079,12 +1095,12 @@ def _lies_behind(node_id: str, others: set[str], graph: Program) -> bool:
 class Held:
     """A graph with one node in flight, a branch not begun behind it, and a wait."""
 
-    kind: Callable[[Run], Kind] = write
+    kind: Callable[[RunNode], Kind] = write
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: int = 0
 
-    async def node(self, _call: Call) -> Json:
+    async def node(self, _call: NodeCall) -> Json:
         self.begun.set()
         try:
             await self.go_on.wait()
@@ -1100,26 +1116,26 @@ class Held:
 @pytest.mark.parametrize(
     ("request_", "status", "held_span"),
     [
-        (Request.HAND_OVER, RunStatus.RELEASED, "completed"),
-        (Request.STOP, RunStatus.STOPPED, "completed"),
-        (Request.HAND_OVER_NOW, RunStatus.RELEASED, "running"),
-        (Request.CANCEL, RunStatus.CANCELLED, "cancelled"),
+        (ControlRequest.HAND_OVER, RunStatus.RELEASED, "completed"),
+        (ControlRequest.STOP, RunStatus.STOPPED, "completed"),
+        (ControlRequest.HAND_OVER_NOW, RunStatus.RELEASED, "running"),
+        (ControlRequest.CANCEL, RunStatus.CANCELLED, "cancelled"),
     ],
 )
 @pytest.mark.parametrize("kind", [read, write])
 async def test_a_request_ends_a_run_as_it_says(
-    request_: Request, status: RunStatus, held_span: str, kind: Callable[[Run], Kind]
+    request_: ControlRequest, status: RunStatus, held_span: str, kind: Callable[[RunNode], Kind]
 ) -> None:
     held = Held(kind)
     worker = held.worker()
     work = worker.begin()
     await soon(held.begun)
     worker.control.ask(request_)
-    if request_ in {Request.HAND_OVER, Request.STOP}:
+    if request_ in {ControlRequest.HAND_OVER, ControlRequest.STOP}:
         await asyncio.sleep(0)
         assert not work.done()
         held.go_on.set()
-    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == Ended(status)
+    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(status)
     assert worker.notebook.status("echo") is None
     expected = None if held_span == "running" and kind is read else held_span
     assert worker.notebook.statuses.get("held") == expected
@@ -1132,7 +1148,7 @@ async def test_a_run_whose_lease_is_lost_is_broken_off_and_writes_nothing() -> N
     work = worker.begin()
     await soon(held.begun)
     before = dict(worker.notebook.statuses)
-    worker.control.ask(Request.ABANDON)
+    worker.control.ask(ControlRequest.ABANDON)
     with pytest.raises(LeaseLost):
         await asyncio.wait_for(work, PATIENCE_SECONDS)
     assert held.cancelled == 1
@@ -1150,44 +1166,50 @@ async def test_a_run_looks_at_its_lease_by_the_clock_while_a_node_is_in_flight()
 
 
 async def test_a_stronger_request_replaces_a_weaker_one_and_never_the_other_way_round() -> None:
-    control = Control()
-    asked: list[Request | None] = []
+    control = RunControl()
+    asked: list[ControlRequest | None] = []
     for request in (
-        Request.STOP,
-        Request.HAND_OVER,
-        Request.CANCEL,
-        Request.HAND_OVER_NOW,
-        Request.ABANDON,
+        ControlRequest.STOP,
+        ControlRequest.HAND_OVER,
+        ControlRequest.CANCEL,
+        ControlRequest.HAND_OVER_NOW,
+        ControlRequest.ABANDON,
     ):
         control.ask(request)
         asked.append(control.request)
-    assert asked == [Request.STOP, Request.STOP, Request.CANCEL, Request.CANCEL, Request.ABANDON]
+    assert asked == [
+        ControlRequest.STOP,
+        ControlRequest.STOP,
+        ControlRequest.CANCEL,
+        ControlRequest.CANCEL,
+        ControlRequest.ABANDON,
+    ]
 
 
-@pytest.mark.parametrize("request_", [Request.STOP, Request.HAND_OVER])
+@pytest.mark.parametrize("request_", [ControlRequest.STOP, ControlRequest.HAND_OVER])
 async def test_a_wait_in_progress_does_not_hold_up_a_request(
-    request_: Request, monkeypatch: pytest.MonkeyPatch
+    request_: ControlRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.run.SHORT_WAIT_SECONDS", 3_600)
+    monkeypatch.setattr("engine.workflow_runner.SHORT_WAIT_SECONDS", 3_600)
     worker = Worker(program("start > wait > echo", {"wait": pure(wait_of(3_000))}))
     work = worker.begin()
     await asyncio.sleep(0)
     worker.control.ask(request_)
     ended = await asyncio.wait_for(work, PATIENCE_SECONDS)
-    assert ended.status is (RunStatus.STOPPED if request_ is Request.STOP else RunStatus.RELEASED)
+    assert ended.status is (RunStatus.STOPPED if request_ is ControlRequest.STOP else RunStatus.RELEASED)
 
 
 @pytest.mark.parametrize(
     ("request_", "span"),
     [
-        (Request.STOP, "cancelled"),
-        (Request.CANCEL, "cancelled"),
-        (Request.HAND_OVER, "running"),
-        (Request.HAND_OVER_NOW, "running"),
+        (ControlRequest.STOP, "cancelled"),
+        (ControlRequest.CANCEL, "cancelled"),
+        (ControlRequest.HAND_OVER, "running"),
+        (ControlRequest.HAND_OVER_NOW, "running"),
     ],
 )
 async def test_a_write_is_not_begun_when_something_was_asked_during_the_commit_before_it(
-    request_: Request, span: str
+    request_: ControlRequest, span: str
 ) -> None:
     held = Held()
     worker = held.worker()
@@ -1204,7 +1226,7 @@ async def test_a_write_is_not_begun_when_something_was_asked_during_the_commit_b
 async def test_a_write_is_not_begun_when_the_lease_ran_out_during_the_commit_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_run, "TURN_SECONDS", 0)
+    monkeypatch.setattr(engine_run, "SLICE_SECONDS", 0)
     held = Held()
     worker = held.worker()
     work = worker.begin()
@@ -1222,11 +1244,11 @@ async def test_a_write_is_not_begun_when_another_branch_failed_during_the_commit
     is_paid = asyncio.Event()
     may_fail = asyncio.Event()
 
-    async def fail_late(call: Call) -> Json:
+    async def fail_late(call: NodeCall) -> Json:
         await soon(may_fail)
         return fail(call)
 
-    async def pay(_call: Call) -> Json:
+    async def pay(_call: NodeCall) -> Json:
         is_paid.set()
         return None
 
@@ -1247,7 +1269,7 @@ async def test_a_write_is_not_begun_when_another_branch_failed_during_the_commit
 async def test_a_node_that_ends_well_while_it_is_broken_off_has_ended_well() -> None:
     begun = asyncio.Event()
 
-    async def pay(_call: Call) -> Json:
+    async def pay(_call: NodeCall) -> Json:
         begun.set()
         try:
             await for_ever(_call)
@@ -1258,8 +1280,8 @@ async def test_a_node_that_ends_well_while_it_is_broken_off_has_ended_well() -> 
     worker = Worker(program("start > pay > echo", {"pay": write(pay)}))
     work = worker.begin()
     await soon(begun)
-    worker.control.ask(Request.CANCEL)
-    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == Ended(RunStatus.CANCELLED)
+    worker.control.ask(ControlRequest.CANCEL)
+    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(RunStatus.CANCELLED)
     assert worker.notebook.output("pay") == "paid at the last moment"
     assert worker.notebook.statuses == {"start": "completed", "pay": "completed"}
 
@@ -1269,7 +1291,7 @@ async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: 
     begun, end = asyncio.Event(), asyncio.Event()
     ignored: list[asyncio.Task[Any] | None] = []
 
-    async def ignore(_call: Call) -> Json:
+    async def ignore(_call: NodeCall) -> Json:
         begun.set()
         ignored.append(asyncio.current_task())
         while not end.is_set():
@@ -1282,8 +1304,8 @@ async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: 
     worker = Worker(program("start > stubborn", {"stubborn": read(ignore)}))
     work = worker.begin()
     await soon(begun)
-    worker.control.ask(Request.CANCEL)
-    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == Ended(RunStatus.CANCELLED)
+    worker.control.ask(ControlRequest.CANCEL)
+    assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(RunStatus.CANCELLED)
     assert worker.notebook.statuses["stubborn"] == "cancelled"
     end.set()
     (task,) = ignored

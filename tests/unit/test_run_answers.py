@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 import msgspec.structs
 import pytest
 
-from engine.control import Request
-from engine.errors import NodeError
-from engine.events import Ended, RunStatus, Span, SpanStatus
-from engine.node import Await, Awaited, Call, Result
-from engine.values import Json, encode
+from engine.node_api import AnswerSource, AnswerWait, NodeCall, NodeResult
+from engine.run_control import ControlRequest
+from engine.run_errors import NodeError
+from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.values import Json, encode_json
 from tests.unit.running import (
     FAST_RETRY,
     Notebook,
@@ -29,23 +29,23 @@ from tests.unit.running import (
     write,
 )
 
-YES = encode({"output": {"said": "yes"}, "port": "output"})
+YES = encode_json({"output": {"said": "yes"}, "port": "output"})
 
 
 class Asking:
     """A node that asks, and counts how often it does."""
 
-    def __init__(self, *, seconds: float | None = None, expired: Result | None = None) -> None:
+    def __init__(self, *, seconds: float | None = None, expired: NodeResult | None = None) -> None:
         self.calls = 0
         self._seconds = seconds
         self._expired = expired
 
-    def ask(self, call: Call) -> Await:
+    def ask(self, call: NodeCall) -> AnswerWait:
         self.calls += 1
         expires_at = None if self._seconds is None else call.now + timedelta(seconds=self._seconds)
-        return Await(Awaited.INPUT, {"title": "Really?"}, expires_at, self._expired)
+        return AnswerWait(AnswerSource.INPUT, {"title": "Really?"}, expires_at, self._expired)
 
-    async def start(self, call: Call) -> Await:
+    async def start(self, call: NodeCall) -> AnswerWait:
         return self.ask(call)
 
 
@@ -56,7 +56,7 @@ def answered(notebook: Notebook, payload: bytes = YES) -> dict[tuple[str, str], 
     return {key: payload for key, span in notebook.rows.items() if span.awaits is not None}
 
 
-def overdue(notebook: Notebook) -> list[Span]:
+def overdue(notebook: Notebook) -> list[NodeSpan]:
     past = datetime.now(UTC) - timedelta(seconds=1)
     return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
 
@@ -65,7 +65,7 @@ async def test_a_node_that_asks_frees_the_worker_for_as_long_as_nobody_answers()
     asking = Asking()
     graph = program(GRAPH, {"ask": pure(asking.ask), "late": pure(echo)})
     first = Worker(graph)
-    assert await first.work() == Ended(RunStatus.WAITING)
+    assert await first.work() == RunOutcome(RunStatus.WAITING)
     span = first.notebook.spans["ask"]
     assert (span.status, span.wake_at) == (SpanStatus.WAITING, None)
     assert json.loads(span.awaits or b"") == {
@@ -74,7 +74,7 @@ async def test_a_node_that_asks_frees_the_worker_for_as_long_as_nobody_answers()
         "expired": None,
     }
     rows = list(first.notebook.rows.values())
-    assert await Worker(graph, recorded=rows).work() == Ended(RunStatus.WAITING)
+    assert await Worker(graph, recorded=rows).work() == RunOutcome(RunStatus.WAITING)
     notebook = await finished(Worker(graph, recorded=rows, signals=answered(first.notebook)))
     assert notebook.output("echo") == {"said": "yes"}
     assert (notebook.spans["ask"].hashes, asking.calls) == (span.hashes, 1)
@@ -88,7 +88,7 @@ async def test_an_answer_says_by_which_port_it_leaves() -> None:
     graph = program("start > ask > echo1; ask:no > echo2", {"ask": pure(Asking().ask)})
     first = Worker(graph)
     await first.work()
-    no = answered(first.notebook, encode({"output": 7, "port": "no"}))
+    no = answered(first.notebook, encode_json({"output": 7, "port": "no"}))
     notebook = await finished(Worker(graph, recorded=list(first.notebook.rows.values()), signals=no))
     assert notebook.status("echo1") is SpanStatus.SKIPPED
     assert notebook.output("echo2") == 7
@@ -101,7 +101,7 @@ async def test_an_answer_may_be_a_failure_and_is_final(settings: Mapping[str, Js
     graph = program("start > ask", {"ask": write(Asking().start)}, {"ask": FAST_RETRY}, settings)
     first = Worker(graph)
     await first.work()
-    failed = encode({"error": {"code": "run-failed", "message": "It did not work"}})
+    failed = encode_json({"error": {"code": "run-failed", "message": "It did not work"}})
     second = Worker(
         graph,
         recorded=list(first.notebook.rows.values()),
@@ -140,7 +140,7 @@ async def test_what_was_passed_through_stands_in_an_answer_too() -> None:
 
 @pytest.mark.parametrize("seconds", [3600, 0.02], ids=["later", "while the worker still waits"])
 async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_fails(seconds: float) -> None:
-    async def late(graph: str, expired: Result | None) -> tuple[Ended, Notebook]:
+    async def late(graph: str, expired: NodeResult | None) -> tuple[RunOutcome, Notebook]:
         asking = Asking(seconds=seconds, expired=expired)
         worker = Worker(program(graph, {"ask": pure(asking.ask), "late": pure(echo)}))
         ended = await worker.work()
@@ -152,7 +152,7 @@ async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_
         assert asking.calls == 1
         return ended, worker.notebook
 
-    ended, notebook = await late(GRAPH, Result({"said": None}, port="expired"))
+    ended, notebook = await late(GRAPH, NodeResult({"said": None}, port="expired"))
     assert ended.status is RunStatus.COMPLETED
     assert notebook.output("late") == {"said": None}
     assert notebook.status("echo") is SpanStatus.SKIPPED
@@ -178,11 +178,11 @@ async def test_an_answer_counts_though_its_time_is_over() -> None:
 async def test_what_a_write_asks_is_committed_before_anything_follows() -> None:
     seen: list[SpanStatus | None] = []
 
-    async def look(_call: Call) -> Json:
+    async def look(_call: NodeCall) -> Json:
         seen.append(worker.notebook.status("ask"))
         return None
 
-    async def slowly(call: Call) -> Json:
+    async def slowly(call: NodeCall) -> Json:
         for _ in range(10):
             await asyncio.sleep(0)
         return call.data
@@ -199,7 +199,7 @@ async def test_what_a_write_asks_is_committed_before_anything_follows() -> None:
 async def test_an_unanswered_question_does_not_hold_up_a_stop() -> None:
     begun, end = asyncio.Event(), asyncio.Event()
 
-    async def hold(call: Call) -> Json:
+    async def hold(call: NodeCall) -> Json:
         begun.set()
         await soon(end)
         return call.data
@@ -207,14 +207,14 @@ async def test_an_unanswered_question_does_not_hold_up_a_stop() -> None:
     worker = Worker(program("start > ask; start > hold", {"ask": pure(Asking().ask), "hold": read(hold)}))
     work = worker.begin()
     await soon(begun)
-    worker.control.ask(Request.STOP)
+    worker.control.ask(ControlRequest.STOP)
     end.set()
-    assert await work == Ended(RunStatus.STOPPED)
+    assert await work == RunOutcome(RunStatus.STOPPED)
 
 
 async def test_a_question_that_can_not_be_kept_fails_its_node() -> None:
-    def ask(_call: Call) -> Await:
-        return Await(Awaited.INPUT, {"title": "\0"})
+    def ask(_call: NodeCall) -> AnswerWait:
+        return AnswerWait(AnswerSource.INPUT, {"title": "\0"})
 
     worker = Worker(program("start > ask", {"ask": pure(ask)}))
     assert error_of(await worker.work()).node_id == "ask"
@@ -223,7 +223,7 @@ async def test_a_question_that_can_not_be_kept_fails_its_node() -> None:
 async def test_a_node_that_fails_before_it_asks_is_tried_again() -> None:
     asking = Asking()
 
-    async def flaky(call: Call) -> Await:
+    async def flaky(call: NodeCall) -> AnswerWait:
         if call.attempt == 1:
             raise NodeError("not yet", retryable=True)
         return asking.ask(call)

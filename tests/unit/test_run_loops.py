@@ -15,14 +15,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.control import Request
-from engine.errors import NodeError
-from engine.events import SETTLED, Ended, FailureCause, RunError, RunStatus, Span, SpanStatus
-from engine.frames import Frame
-from engine.limits import Limits
-from engine.node import Await, Awaited, Call, Each, Outcome, Result, Wait
-from engine.program import Program
-from engine.values import Json, encode
+from engine.frames import SectionFrame
+from engine.node_api import (
+    AnswerSource,
+    AnswerWait,
+    LoopRequest,
+    NodeCall,
+    NodeOutcome,
+    NodeResult,
+    TimerWait,
+)
+from engine.program import WorkflowProgram
+from engine.run_control import ControlRequest
+from engine.run_errors import NodeError
+from engine.run_limits import RunLimits
+from engine.run_records import (
+    SETTLED_STATUSES,
+    FailureCause,
+    NodeSpan,
+    RunError,
+    RunOutcome,
+    RunStatus,
+    SpanStatus,
+)
+from engine.values import Json, encode_json
 from tests.unit.running import (
     FAST_RETRY,
     Kind,
@@ -47,22 +63,22 @@ from tests.unit.running import (
 from tests.unit.running import program as drawn
 
 
-def each(call: Call) -> Each:
+def each(call: NodeCall) -> LoopRequest:
     items = cast("list[Json]", call.config.get("items", call.data))
-    return Each(
+    return LoopRequest(
         items,
         concurrency=cast("int", call.config.get("concurrency", 1)),
-        goes_on=call.config.get("onItemError") == "continue",
+        continues_on_error=call.config.get("onItemError") == "continue",
     )
 
 
-def fail_odd(call: Call) -> Json:
+def fail_odd(call: NodeCall) -> Json:
     if cast("int", call.scope["item"]) % 2:
         raise NodeError(f"{call.scope['item']} is odd")
     return call.data
 
 
-def double(call: Call) -> Json:
+def double(call: NodeCall) -> Json:
     return 2 * cast("int", call.data)
 
 
@@ -73,7 +89,7 @@ def program(
     *,
     nodes: Mapping[str, Mapping[str, Json]] | None = None,
     **loop: Json,
-) -> Program:
+) -> WorkflowProgram:
     """Compile a graph with a node `loop`, whose config is `loop`."""
     known = {"loop": pure(each, loops=True), "double": pure(double), "odd": pure(fail_odd), **(kinds or {})}
     return drawn(drawing, known, {"loop": {"config": loop}, **(nodes or {})}, settings)
@@ -111,7 +127,7 @@ async def test_turns_follow_one_another_unless_more_are_allowed_at_once() -> Non
     begun: list[Json] = []
     now = most = 0
 
-    async def count(call: Call) -> Json:
+    async def count(call: NodeCall) -> Json:
         nonlocal now, most
         begun.append(call.data)
         now += 1
@@ -172,7 +188,7 @@ async def test_a_turn_sees_its_item_its_own_nodes_and_all_that_was_before_the_lo
 async def test_of_several_last_nodes_those_that_were_reached_are_the_result() -> None:
     graph = program(
         "start > loop; loop:continue > route; route:both > echo1; route:both > echo2; route:one > echo1",
-        {"route": pure(lambda call: Result(call.data, port=str(call.data)))},
+        {"route": pure(lambda call: NodeResult(call.data, port=str(call.data)))},
     )
     notebook = await finished(Worker(graph, ["both", "one", "none"]))
     assert results(notebook) == [{"echo1": "both", "echo2": "both"}, "one", None]
@@ -207,7 +223,7 @@ async def test_the_body_of_a_loop_without_turns_is_skipped_once(is_empty: bool) 
     graph = program(
         "start > route; route:loop > loop; loop:continue > echo1 > loop1; loop1:continue > echo2;"
         "loop1:done > echo3; loop:done > end",
-        {**STEPS, "route": pure(lambda call: Result(call.data, port="loop" if is_empty else "none"))},
+        {**STEPS, "route": pure(lambda call: NodeResult(call.data, port="loop" if is_empty else "none"))},
     )
     notebook = await finished(Worker(graph, []))
     skipped = {key for key, span in notebook.rows.items() if span.status is SpanStatus.SKIPPED}
@@ -220,7 +236,7 @@ async def test_the_body_of_a_loop_without_turns_is_skipped_once(is_empty: bool) 
 async def test_loops_stand_in_one_another() -> None:
     keys: list[str] = []
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         await asyncio.sleep(0)
         keys.append(call.idempotency_key)
         return {"row": call.scope["index"], "of": cast("Mapping[str, Json]", call.scope["nodes"])["loop"]}
@@ -251,7 +267,7 @@ def results_of(output: Json) -> Json:
 async def test_what_has_come_of_a_write_in_a_loop_is_committed_before_the_next_turn() -> None:
     seen: list[int] = []
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         await asyncio.sleep(0)
         paid = [span for (node_id, _), span in worker.notebook.rows.items() if node_id == "pay"]
         seen.append(sum(span.status is SpanStatus.COMPLETED for span in paid))
@@ -288,7 +304,7 @@ async def test_a_turn_that_fails_fails_its_loop_and_the_run() -> None:
     ended = await worker.work()
     reason = RunError("node-error", "3 is odd", "odd", 1)
     cause = FailureCause("node-error", "3 is odd", "odd")
-    assert ended == Ended(RunStatus.FAILED, error=RunError("node-error", "3 is odd", "odd", 1, cause))
+    assert ended == RunOutcome(RunStatus.FAILED, error=RunError("node-error", "3 is odd", "odd", 1, cause))
     assert worker.notebook.spans["loop"].error == reason
     assert ("odd", "2") not in worker.notebook.rows
     assert await Worker(graph, [2, 3, 4], recorded=list(worker.notebook.rows.values())).work() == ended
@@ -306,20 +322,20 @@ async def test_the_failure_of_a_loop_leaves_by_its_error_port() -> None:
 async def test_when_a_loop_fails_its_writes_end_and_its_other_turns_are_broken_off(inner: bool) -> None:  # noqa: FBT001 - a parameter
     begun, may_end = asyncio.Event(), asyncio.Event()
 
-    async def fail_late(call: Call) -> Json:
+    async def fail_late(call: NodeCall) -> Json:
         if call.data != "fails":
             return call.data
         await soon(begun)
         asyncio.get_running_loop().call_later(0.01, may_end.set)
         raise NodeError("no")
 
-    async def pay(_call: Call) -> Json:
+    async def pay(_call: NodeCall) -> Json:
         begun.set()
         await soon(may_end)
         return "paid"
 
     route: dict[str, Kind] = {
-        "route": pure(lambda call: Result(call.data, port=str(call.data))),
+        "route": pure(lambda call: NodeResult(call.data, port=str(call.data))),
         "late": read(fail_late),
         "pay": write(pay),
         "look": read(for_ever),
@@ -363,7 +379,7 @@ async def test_a_failure_in_a_turn_can_be_taken_up_inside_of_it() -> None:
 async def test_nodes_in_a_turn_are_tried_again() -> None:
     attempts: Counter[str] = Counter()
 
-    async def flaky(call: Call) -> Json:
+    async def flaky(call: NodeCall) -> Json:
         attempts[call.iteration] += 1
         if attempts[call.iteration] < 2:
             raise NodeError("not yet", retryable=True)
@@ -382,13 +398,13 @@ async def test_nodes_in_a_turn_are_tried_again() -> None:
 @pytest.mark.parametrize(
     ("limits", "items", "code", "name"),
     [
-        (Limits(max_loop_items=3), [1] * 4, "too-many-items", "PILOTFLAME_MAX_LOOP_ITEMS"),
-        (Limits(max_iterations=3), [1] * 4, "too-many-iterations", "PILOTFLAME_MAX_ITERATIONS"),
-        (Limits(max_output_bytes=99), ["x" * 40] * 4, "output-too-large", "PILOTFLAME_MAX_OUTPUT_BYTES"),
+        (RunLimits(max_loop_items=3), [1] * 4, "too-many-items", "PILOTFLAME_MAX_LOOP_ITEMS"),
+        (RunLimits(max_iterations=3), [1] * 4, "too-many-iterations", "PILOTFLAME_MAX_ITERATIONS"),
+        (RunLimits(max_output_bytes=99), ["x" * 40] * 4, "output-too-large", "PILOTFLAME_MAX_OUTPUT_BYTES"),
     ],
 )
 async def test_a_limit_that_is_reached_fails_the_loop_and_names_its_setting(
-    limits: Limits, items: list[Json], code: str, name: str
+    limits: RunLimits, items: list[Json], code: str, name: str
 ) -> None:
     graph = program(
         "start > list > loop; loop:continue > echo", {"list": pure(lambda _call: None)}, items=items
@@ -402,7 +418,7 @@ async def test_a_limit_that_is_reached_fails_the_loop_and_names_its_setting(
 
 
 async def test_what_is_no_list_fails_the_loop() -> None:
-    def choosy(call: Call) -> Each:
+    def choosy(call: NodeCall) -> LoopRequest:
         if not isinstance(call.data, list):
             raise NodeError("no list")
         return each(call)
@@ -417,18 +433,18 @@ async def test_what_is_no_list_fails_the_loop() -> None:
 @pytest.mark.parametrize(
     ("request_", "status", "loop_status"),
     [
-        (Request.STOP, RunStatus.STOPPED, SpanStatus.CANCELLED),
-        (Request.CANCEL, RunStatus.CANCELLED, SpanStatus.CANCELLED),
-        (Request.HAND_OVER, RunStatus.RELEASED, SpanStatus.RUNNING),
-        (Request.HAND_OVER_NOW, RunStatus.RELEASED, SpanStatus.RUNNING),
+        (ControlRequest.STOP, RunStatus.STOPPED, SpanStatus.CANCELLED),
+        (ControlRequest.CANCEL, RunStatus.CANCELLED, SpanStatus.CANCELLED),
+        (ControlRequest.HAND_OVER, RunStatus.RELEASED, SpanStatus.RUNNING),
+        (ControlRequest.HAND_OVER_NOW, RunStatus.RELEASED, SpanStatus.RUNNING),
     ],
 )
 async def test_a_request_ends_a_run_in_the_middle_of_a_loop(
-    request_: Request, status: RunStatus, loop_status: SpanStatus
+    request_: ControlRequest, status: RunStatus, loop_status: SpanStatus
 ) -> None:
     begun = asyncio.Event()
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         begun.set()
         await asyncio.sleep(0.01)
         return call.data
@@ -449,28 +465,28 @@ async def test_a_wait_in_each_turn_frees_the_worker_and_goes_on_elsewhere() -> N
     while (ended := await worker.work()).status is RunStatus.WAITING:
         waits += 1
         worker = Worker(graph, [1, 2, 3, 4], recorded=woken(worker.notebook))
-    assert ended == Ended(RunStatus.COMPLETED)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
     assert (results(worker.notebook), waits) == ([1, 2, 3, 4], 2)
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(call: Call) -> Await:
-    return Await(Awaited.INPUT, {"about": call.data})
+def ask(call: NodeCall) -> AnswerWait:
+    return AnswerWait(AnswerSource.INPUT, {"about": call.data})
 
 
 class Outsider:
     """Answers what waits, each once, and wakes what sleeps, until the run has ended."""
 
-    def __init__(self, graph: Program, trigger: Json, ledger: Ledger) -> None:
+    def __init__(self, graph: WorkflowProgram, trigger: Json, ledger: Ledger) -> None:
         self.graph = graph
         self.trigger = trigger
         self.ledger = ledger
 
     async def work(
-        self, recorded: Sequence[Span], signals: Mapping[tuple[str, str], bytes]
-    ) -> tuple[Ended, Notebook]:
+        self, recorded: Sequence[NodeSpan], signals: Mapping[tuple[str, str], bytes]
+    ) -> tuple[RunOutcome, Notebook]:
         given = dict(signals)
         rows = list(recorded)
         while True:
@@ -483,7 +499,7 @@ class Outsider:
                 if span.awaits is not None and span.status is SpanStatus.WAITING:
                     assert key not in given
                     about = json.loads(span.awaits)["request"]["about"]
-                    given[key] = encode({"output": {"answer": about}, "port": "output"})
+                    given[key] = encode_json({"output": {"answer": about}, "port": "output"})
             rows = woken(worker.notebook)
 
 
@@ -512,11 +528,11 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
     ledger = Ledger()
     attempts: Counter[str] = Counter()
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         await ledger.write(call)
         return call.data
 
-    async def flaky(call: Call) -> Json:
+    async def flaky(call: NodeCall) -> Json:
         await ledger.write(call)
         attempts[call.idempotency_key] += 1
         if attempts[call.idempotency_key] == 1:
@@ -565,19 +581,19 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
 
 def answers_in(notebook: Notebook) -> dict[tuple[str, str], bytes]:
     return {
-        key: encode({"output": notebook.output(*key)})
+        key: encode_json({"output": notebook.output(*key)})
         for key, span in notebook.rows.items()
         if span.type == "ask"
     }
 
 
 def _assert_nothing_was_done_twice(
-    known: Mapping[tuple[str, str], Span], before: Sequence[Outside], after: Sequence[Outside]
+    known: Mapping[tuple[str, str], NodeSpan], before: Sequence[Outside], after: Sequence[Outside]
 ) -> None:
     settled = {
         f"exec_1:{node_id}:{iteration or 0}"
         for (node_id, iteration), span in known.items()
-        if span.status in SETTLED
+        if span.status in SETTLED_STATUSES
     }
     begun = {f"exec_1:{node_id}:{iteration or 0}" for node_id, iteration in known}
     repeated = {effect.key for effect in before} & {effect.key for effect in after}
@@ -591,14 +607,14 @@ def _assert_nothing_was_done_twice(
 async def test_a_loop_that_is_taken_up_again_has_the_items_that_it_had() -> None:
     seen: list[Json] = []
 
-    async def pay(call: Call) -> Json:
+    async def pay(call: NodeCall) -> Json:
         seen.append(call.data)
         await asyncio.sleep(0)
         return call.data
 
     made = 0
 
-    def make(_call: Call) -> Json:
+    def make(_call: NodeCall) -> Json:
         nonlocal made
         made += 1
         return [made, made + 1]
@@ -614,7 +630,7 @@ async def test_a_loop_that_is_taken_up_again_has_the_items_that_it_had() -> None
     # What was committed when the first turn was: not what `make` gave, to which nothing leads from the loop.
     begun = [
         rows["start", ""],
-        _begun_again(rows["loop", ""], encode({"items": [1, 2]})),
+        _begun_again(rows["loop", ""], encode_json({"items": [1, 2]})),
         rows["pay", "0"],
         rows["loop", "0"],
     ]
@@ -623,7 +639,7 @@ async def test_a_loop_that_is_taken_up_again_has_the_items_that_it_had() -> None
     assert seen == [2]
 
 
-def _begun_again(span: Span, config: bytes) -> Span:
+def _begun_again(span: NodeSpan, config: bytes) -> NodeSpan:
     import msgspec.structs  # noqa: PLC0415
 
     return msgspec.structs.replace(
@@ -653,7 +669,9 @@ ANY_BODY: dict[str, Kind] = {
     "triple": pure(lambda call: [call.data] * 3),
     "slow": read(pause),
     "write": write(pause),
-    "route": pure(lambda call: Result(call.data, "odd" if cast("int", call.scope["item"]) % 2 else "even")),
+    "route": pure(
+        lambda call: NodeResult(call.data, "odd" if cast("int", call.scope["item"]) % 2 else "even")
+    ),
 }
 
 
@@ -664,10 +682,10 @@ def test_a_loop_gives_what_its_body_gives_for_each_item_alone_from_wherever_it_g
 ) -> None:
     graph = program(f"start > loop; {body}", ANY_BODY, concurrency=concurrency)
 
-    def looped(some: list[Json], recorded: Sequence[Span] = ()) -> Stream:
+    def looped(some: list[Json], recorded: Sequence[NodeSpan] = ()) -> Stream:
         worker = Worker(graph, some, recorded=recorded)
         worker.notebook = stream = Stream(recorded)
-        assert asyncio.run(worker.work()) == Ended(RunStatus.COMPLETED)
+        assert asyncio.run(worker.work()) == RunOutcome(RunStatus.COMPLETED)
         return stream
 
     whole = looped(items)
@@ -685,7 +703,7 @@ class Counting(Notebook):
 
     pending = most_pending = most_frames = 0
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         super().record(span)
         self.pending += 1
         self.most_pending = max(self.most_pending, self.pending)
@@ -737,7 +755,7 @@ async def test_each_turn_counts_for_its_part_of_the_loop_and_of_its_nodes() -> N
 async def test_all_parts_of_a_run_are_counted_however_its_loops_end(
     drawing: str, items: Json, loop: dict[str, Json]
 ) -> None:
-    kinds = {**STEPS, "loop2": pure(each, loops=True), "no": pure(lambda call: Result(call.data, "no"))}
+    kinds = {**STEPS, "loop2": pure(each, loops=True), "no": pure(lambda call: NodeResult(call.data, "no"))}
     graph = program(drawing, kinds, nodes={"loop": {"config": loop}})
     done(await finished(Worker(graph, items)))
 
@@ -755,26 +773,26 @@ async def test_a_run_that_is_taken_up_counts_what_is_in_the_journal() -> None:
     assert any(part == pytest.approx(first.notebook.done[-1]) for part in counted)
 
 
-def wait_for_two(call: Call) -> Outcome:
+def wait_for_two(call: NodeCall) -> NodeOutcome:
     if call.data != 4:
         return call.data
-    return Wait(call.now + timedelta(hours=1), call.data)
+    return TimerWait(call.now + timedelta(hours=1), call.data)
 
 
 async def test_a_loop_of_ten_thousand_items_keeps_little_in_memory() -> None:
     graph = program("start > loop; loop:continue > echo1 > echo2; loop:done > end", STEPS)
     worker = Worker(graph, cast("Json", list(range(10_000))))
     worker.notebook = notebook = Counting()
-    assert await worker.work() == Ended(RunStatus.COMPLETED)
+    assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
     assert notebook.most_pending < 5_000
     gc.collect()
-    assert sum(isinstance(one, Frame) for one in gc.get_objects()) < 50
+    assert sum(isinstance(one, SectionFrame) for one in gc.get_objects()) < 50
 
 
 async def test_turns_that_have_ended_are_taken_from_the_journal_without_being_entered() -> None:
     calls = 0
 
-    def count(call: Call) -> Outcome:
+    def count(call: NodeCall) -> NodeOutcome:
         nonlocal calls
         calls += 1
         return call.data
@@ -785,7 +803,7 @@ async def test_turns_that_have_ended_are_taken_from_the_journal_without_being_en
     assert (await first.work()).status is RunStatus.WAITING
     assert calls == 2_000
     recorded = woken(first.notebook)
-    ended = {span.iteration for span in recorded if span.is_turn and span.status in SETTLED}
+    ended = {span.iteration for span in recorded if span.is_turn and span.status in SETTLED_STATUSES}
     # What its nodes have left isn't needed of a turn that has ended.
     needed = [span for span in recorded if span.node_id == "loop" or span.iteration not in ended]
     assert len(needed) < len(recorded) - 2_000
@@ -794,8 +812,8 @@ async def test_turns_that_have_ended_are_taken_from_the_journal_without_being_en
     assert results(notebook) == items
 
 
-def once(call: Call) -> Outcome:
-    return Wait(call.now.replace(year=call.now.year + 1), call.data) if call.data == 1_999 else call.data
+def once(call: NodeCall) -> NodeOutcome:
+    return TimerWait(call.now.replace(year=call.now.year + 1), call.data) if call.data == 1_999 else call.data
 
 
 async def test_a_node_that_is_broken_off_before_it_has_begun_leaves_its_turn() -> None:

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 import msgspec.structs
 import pytest
 
-from engine.control import Request
-from engine.errors import NodeError
-from engine.events import RunStatus, Span, SpanStatus
-from engine.node import Call, Each
+from engine.node_api import LoopRequest, NodeCall
+from engine.run_control import ControlRequest
+from engine.run_errors import NodeError
+from engine.run_records import NodeSpan, RunStatus, SpanStatus
 from engine.values import Json
 from tests.unit.running import (
     Notebook,
@@ -40,7 +40,7 @@ class Failing:
         self._times = times
         self._error = error or NodeError("no")
 
-    async def run(self, call: Call) -> Json:
+    async def run(self, call: NodeCall) -> Json:
         self.attempts.append(call.attempt)
         if len(self.attempts) <= self._times:
             raise self._error
@@ -61,7 +61,7 @@ async def to_the_end(worker: Worker) -> tuple[Worker, list[float]]:
 
 @pytest.fixture(autouse=True)
 def _every_pause_frees_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.run.SHORT_WAIT_SECONDS", 0)
+    monkeypatch.setattr("engine.workflow_runner.SHORT_WAIT_SECONDS", 0)
 
 
 # ── rounds ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -127,7 +127,7 @@ async def test_a_failure_that_does_not_fail_the_run_is_not_repeated(
     goes_on = "error > echo" not in drawing
     kinds = {
         "fails": write(failing.run),
-        "loop": pure(lambda _call: Each([1], goes_on=goes_on), loops=True),
+        "loop": pure(lambda _call: LoopRequest([1], continues_on_error=goes_on), loops=True),
     }
     await Worker(program(drawing, kinds, None, settings)).work()
     assert failing.attempts == [1]
@@ -135,19 +135,19 @@ async def test_a_failure_that_does_not_fail_the_run_is_not_repeated(
 
 async def test_a_failure_in_a_loop_that_would_fail_the_run_is_repeated() -> None:
     failing = Failing(times=1)
-    kinds = {"fails": write(failing.run), "loop": pure(lambda _call: Each([1, 2]), loops=True)}
+    kinds = {"fails": write(failing.run), "loop": pure(lambda _call: LoopRequest([1, 2]), loops=True)}
     last, _ = await to_the_end(Worker(program("start > loop; loop:continue > fails", kinds, None, AGAIN)))
     assert failing.attempts == [1, 2, 1]
     assert last.notebook.output("loop") == {"results": ["done", "done"], "count": 2, "errors": []}
 
 
-@pytest.mark.parametrize("request_", [Request.STOP, Request.CANCEL])
-async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_: Request) -> None:
+@pytest.mark.parametrize("request_", [ControlRequest.STOP, ControlRequest.CANCEL])
+async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_: ControlRequest) -> None:
     begun = asyncio.Event()
 
-    async def hang(call: Call) -> Json:
+    async def hang(call: NodeCall) -> Json:
         begun.set()
-        await (asyncio.sleep(0.01) if request_ is Request.STOP else for_ever(call))
+        await (asyncio.sleep(0.01) if request_ is ControlRequest.STOP else for_ever(call))
         raise NodeError("no")
 
     worker = Worker(program("start > hang", {"hang": write(hang)}, None, AGAIN))
@@ -162,7 +162,7 @@ async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_:
 # ── at most once ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def running(notebook: Notebook) -> list[Span]:
+def running(notebook: Notebook) -> list[NodeSpan]:
     """Return what was recorded, as it was while the write was under way."""
     return [
         msgspec.structs.replace(span, status=SpanStatus.RUNNING, output=None, port=None, ended_at=None)
@@ -216,8 +216,8 @@ async def test_only_what_is_known_not_to_have_happened_is_tried_again(
     assert len(failing.attempts) == attempts
 
 
-@pytest.mark.parametrize("request_", [Request.HAND_OVER, Request.STOP])
-async def test_what_was_announced_and_never_begun_is_not_lost(request_: Request) -> None:
+@pytest.mark.parametrize("request_", [ControlRequest.HAND_OVER, ControlRequest.STOP])
+async def test_what_was_announced_and_never_begun_is_not_lost(request_: ControlRequest) -> None:
     paying = Failing(times=0)
     graph = program("start > pay > echo", {"pay": write(paying.run)}, {"pay": ONCE})
     worker = Worker(graph)
@@ -228,7 +228,7 @@ async def test_what_was_announced_and_never_begun_is_not_lost(request_: Request)
     worker.notebook.may_commit.set()
     ended = await work
     assert paying.attempts == []
-    if request_ is Request.STOP:
+    if request_ is ControlRequest.STOP:
         assert worker.notebook.status("pay") is SpanStatus.CANCELLED
         return
     assert ended.status is RunStatus.RELEASED

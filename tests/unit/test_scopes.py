@@ -5,8 +5,8 @@ from typing import cast
 
 import pytest
 
-from engine.graph import Graph
-from engine.scopes import Reference, references, scopes
+from engine.graph import ParsedGraph
+from engine.resource_scopes import ResourceReference, list_references, required_scopes
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog
@@ -14,8 +14,8 @@ from nodes.catalog import Catalog
 CATALOG = catalog.load()
 
 
-def graph(*nodes: dict[str, Json]) -> Graph:
-    return Graph.of({"nodes": cast("Json", list(nodes)), "connections": []})
+def graph(*nodes: dict[str, Json]) -> ParsedGraph:
+    return ParsedGraph.from_stored({"nodes": cast("Json", list(nodes)), "connections": []})
 
 
 def source(name: str, data_source: Json) -> dict[str, Json]:
@@ -26,7 +26,7 @@ def test_scopes_are_sorted_and_each_is_there_once() -> None:
     model: dict[str, Json] = {"id": "model", "type": "llm", "config": {"model": "model_001"}}
     agent: dict[str, Json] = {"id": "agent", "type": "agent", "config": {"model": "model_000", "prompt": "p"}}
     drawn = graph(model, source("b", "ds_002"), source("a", "ds_001"), source("c", "ds_001"), agent)
-    assert scopes(drawn, CATALOG) == [
+    assert required_scopes(drawn, CATALOG) == [
         "datasources:read:ds_001",
         "datasources:read:ds_002",
         "models:invoke:model_000",
@@ -35,9 +35,9 @@ def test_scopes_are_sorted_and_each_is_there_once() -> None:
 
 
 def test_every_place_that_names_something_is_told() -> None:
-    assert references(graph(source("a", "ds_001"), source("b", "ds_001")), CATALOG) == [
-        Reference("datasources", "ds_001", "a", "dataSource", "read", ["mysql"]),
-        Reference("datasources", "ds_001", "b", "dataSource", "read", ["mysql"]),
+    assert list_references(graph(source("a", "ds_001"), source("b", "ds_001")), CATALOG) == [
+        ResourceReference("datasources", "ds_001", "a", "dataSource", "read", ["mysql"]),
+        ResourceReference("datasources", "ds_001", "b", "dataSource", "read", ["mysql"]),
     ]
 
 
@@ -45,13 +45,13 @@ def test_every_place_that_names_something_is_told() -> None:
     "data_source", ["{{ data.source }}", "", "a b", "x" * 65, "ds:001", 7, None, ["ds_001"]]
 )
 def test_what_is_no_id_or_known_to_a_run_alone_is_left_out(data_source: Json) -> None:
-    assert scopes(graph(source("a", data_source)), CATALOG) == []
+    assert required_scopes(graph(source("a", data_source)), CATALOG) == []
 
 
 def test_a_graph_that_uses_nothing_and_types_that_nobody_knows_have_no_scopes() -> None:
     odd: dict[str, Json] = {"id": "odd", "type": "no-such-type", "config": {"dataSource": "ds_001"}}
     other: dict[str, Json] = {"id": "set", "type": "set", "config": {"values": {"dataSource": "ds_001"}}}
-    assert scopes(graph(odd, other, {**source("a", "ds_001"), "version": "9.9.9"}), CATALOG) == []
+    assert required_scopes(graph(odd, other, {**source("a", "ds_001"), "version": "9.9.9"}), CATALOG) == []
 
 
 def test_ids_are_found_in_lists_and_objects_too() -> None:
@@ -69,7 +69,7 @@ def test_ids_are_found_in_lists_and_objects_too() -> None:
         "type": "set",
         "config": {"targets": [{"store": "ds_001"}, {"store": "{{ data.x }}"}, {"store": "ds_002"}]},
     }
-    assert references(graph(node), copying) == [
-        Reference("datasources", "ds_001", "copy", "targets.0.store", "write"),
-        Reference("datasources", "ds_002", "copy", "targets.2.store", "write"),
+    assert list_references(graph(node), copying) == [
+        ResourceReference("datasources", "ds_001", "copy", "targets.0.store", "write"),
+        ResourceReference("datasources", "ds_002", "copy", "targets.2.store", "write"),
     ]

@@ -2,14 +2,14 @@ import time
 
 import pytest
 
-from engine.findings import Validation
-from engine.graph import Graph
+from engine.findings import ValidationResult
+from engine.graph import ParsedGraph
 from engine.validation import find_errors
 from engine.values import Json
 from nodes import catalog
 
 
-def validated(*sources: str) -> Validation:
+def validated(*sources: str) -> ValidationResult:
     nodes: list[Json] = [
         {"id": f"n{number}", "type": "code", "config": {"source": text}}
         for number, text in enumerate(sources)
@@ -18,7 +18,9 @@ def validated(*sources: str) -> Validation:
     edges: list[Json] = [
         {"id": f"e{number}", "source": "start", "target": f"n{number}"} for number in range(len(sources))
     ]
-    return find_errors(Graph.of({"nodes": [trigger, *nodes], "connections": edges}), catalog.load())
+    return find_errors(
+        ParsedGraph.from_stored({"nodes": [trigger, *nodes], "connections": edges}), catalog.load()
+    )
 
 
 def messages(*sources: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import secrets
+from engine import inline_secrets
 from engine.values import Json
 from models.access import new_key
 
@@ -25,7 +25,7 @@ PRIVATE_KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA P
     ],
 )  # fmt: skip
 def test_a_literal_under_the_name_of_a_credential_is_one(name: str) -> None:
-    assert secrets.find({"a": {name: "hunter2"}}) == [f"a.{name}"]
+    assert inline_secrets.find_secrets({"a": {name: "hunter2"}}) == [f"a.{name}"]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_literal_under_the_name_of_a_credential_is_one(name: str) -> None:
     ],
 )  # fmt: skip
 def test_names_that_only_sound_like_one_are_none(config: Json) -> None:
-    assert secrets.without(config) == (config, [])
+    assert inline_secrets.remove_secrets(config) == (config, [])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,9 @@ def test_names_that_only_sound_like_one_are_none(config: Json) -> None:
     ],
 )  # fmt: skip
 def test_what_says_where_a_credential_comes_from_is_none(text: str) -> None:
-    assert secrets.find({"token": text, "headers": {"authorization": text}, "note": text}) == []
+    assert (
+        inline_secrets.find_secrets({"token": text, "headers": {"authorization": text}, "note": text}) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,11 +72,14 @@ def test_what_says_where_a_credential_comes_from_is_none(text: str) -> None:
     ],
 )  # fmt: skip
 def test_the_shape_of_a_credential_tells_it_under_any_name(text: str) -> None:
-    assert secrets.without({"note": text, "other": [1, text]}) == ({"other": [1, ""]}, ["note", "other.1"])
+    assert inline_secrets.remove_secrets({"note": text, "other": [1, text]}) == (
+        {"other": [1, ""]},
+        ["note", "other.1"],
+    )
 
 
 def test_a_key_of_our_own_is_told_by_its_shape() -> None:
-    assert secrets.find({"note": new_key()}) == ["note"]
+    assert inline_secrets.find_secrets({"note": new_key()}) == ["note"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def test_a_key_of_our_own_is_told_by_its_shape() -> None:
     ],
 )  # fmt: skip
 def test_what_only_looks_a_little_like_one_stays(text: str) -> None:
-    assert secrets.find({"note": text}) == []
+    assert inline_secrets.find_secrets({"note": text}) == []
 
 
 @pytest.mark.parametrize(
@@ -103,27 +108,27 @@ def test_what_only_looks_a_little_like_one_stays(text: str) -> None:
     ],
 )
 def test_the_name_may_stand_beside_or_above_the_value(config: Json, paths: list[str]) -> None:
-    assert secrets.find(config) == paths
+    assert inline_secrets.find_secrets(config) == paths
 
 
 def test_of_a_text_of_several_lines_only_the_credential_goes() -> None:
     program = (
         f'import api\nkey = "{JWT}"\npassword = "hunter2"\ncall("https://ada:hunter2@example.com/x", key)\n'
     )
-    kept, paths = secrets.without({"code": program, "certificate": f"{PRIVATE_KEY}\n"})
+    kept, paths = inline_secrets.remove_secrets({"code": program, "certificate": f"{PRIVATE_KEY}\n"})
     assert kept == {"code": 'import api\nkey = ""\npassword = ""\ncall("https://example.com/x", key)\n'}
     assert paths == ["code", "certificate"]
 
 
 def test_more_credentials_than_are_told_are_left_out_all_the_same() -> None:
-    kept, paths = secrets.without([{"password": "hunter2"}] * (secrets.MAX_PATHS + 5))
-    assert kept == [{}] * (secrets.MAX_PATHS + 5)
-    assert len(paths) == secrets.MAX_PATHS
+    kept, paths = inline_secrets.remove_secrets([{"password": "hunter2"}] * (inline_secrets.MAX_PATHS + 5))
+    assert kept == [{}] * (inline_secrets.MAX_PATHS + 5)
+    assert len(paths) == inline_secrets.MAX_PATHS
 
 
 def test_a_value_is_left_as_it_was() -> None:
     value: Json = {"a": {"password": "hunter2", "b": 1}}
-    assert secrets.without(value) == ({"a": {"b": 1}}, ["a.password"])
+    assert inline_secrets.remove_secrets(value) == ({"a": {"b": 1}}, ["a.password"])
     assert value == {"a": {"password": "hunter2", "b": 1}}
 
 
@@ -140,8 +145,8 @@ PIECES = [
     max_leaves=10,
 ))  # fmt: skip
 def test_nothing_is_found_in_what_is_left(value: Json) -> None:
-    kept, _ = secrets.without(value)
-    assert secrets.without(kept) == (kept, [])
+    kept, _ = inline_secrets.remove_secrets(value)
+    assert inline_secrets.remove_secrets(kept) == (kept, [])
 
 
 @pytest.mark.parametrize(
@@ -162,16 +167,16 @@ def test_nothing_is_found_in_what_is_left(value: Json) -> None:
 def test_the_time_grows_with_the_length_alone(piece: str) -> None:
     text = piece * (500_000 // len(piece))
     started = time.process_time()
-    secrets.find({"note": text})
+    inline_secrets.find_secrets({"note": text})
     assert time.process_time() - started < 8, "a pattern that goes back would take minutes"
 
 
 def test_a_credential_that_stands_in_for_a_missing_path_is_one() -> None:
-    assert secrets.find(
+    assert inline_secrets.find_secrets(
         {"apiKey": '{{ data.key ?? "hunter2-hunter2" }}', "password": "{{ data.password ?? null }}"}
     ) == ["apiKey"]
     mappings: Json = {
         "apiKey": "data.key ?? trigger.body.key ?? null",
         "token": 'data.token ?? "hunter2-hunter2"',
     }
-    assert secrets.find(mappings) == ["token"]
+    assert inline_secrets.find_secrets(mappings) == ["token"]

@@ -1,6 +1,6 @@
 import pytest
 
-from engine.errors import NodeError
+from engine.run_errors import NodeError
 from tests.calls import EmptyRoad, call
 
 pytestmark = pytest.mark.anyio

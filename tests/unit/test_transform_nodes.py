@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import NodeError
-from engine.graph import Graph
-from engine.validation import validate
-from engine.values import Json, as_text, encode, equal, identity
+from engine.graph import ParsedGraph
+from engine.run_errors import NodeError
+from engine.validation import validate_graph
+from engine.values import Json, encode_json, equal_json, identity_key, value_as_text
 from nodes import catalog
 from tests.calls import call
 
@@ -143,7 +143,7 @@ PEOPLE: Json = [ADA, BOB, ADA_AGAIN]
     ],
 )
 async def test_a_list_becomes(node_type: str, config: dict[str, Json], data: Json, expected: Json) -> None:
-    assert encode(await items(node_type, config, data)) == encode(expected)
+    assert encode_json(await items(node_type, config, data)) == encode_json(expected)
 
 
 ROWS: Json = [{"key": 1, "x": "a"}, {"key": 1, "x": "b"}, {"key": None, "x": "c"}]
@@ -562,7 +562,9 @@ def test_validation_finds_what_is_wrong_with_a_config(
         {"id": "node", "type": node_type, "config": config},
     ]
     edges: list[Json] = [{"id": "edge", "source": "start", "target": "node"}]
-    validation = validate(Graph.of({"nodes": nodes, "connections": edges}), catalog.load())
+    validation = validate_graph(
+        ParsedGraph.from_stored({"nodes": nodes, "connections": edges}), catalog.load()
+    )
     (found,) = [*validation.errors, *validation.warnings]
     assert found.type == finding
     assert said in found.message
@@ -625,7 +627,7 @@ def test_a_sort_by_several_keys_is_that_of_one_comparison_and_stable(records: li
 @given(values=MANY_VALUES)
 def test_whatever_is_sorted_has_one_order(values: list[Json]) -> None:
     once = outcome("sort", {}, values)["items"]
-    assert sorted(map(encode, once)) == sorted(map(encode, values))
+    assert sorted(map(encode_json, once)) == sorted(map(encode_json, values))
     assert outcome("sort", {}, once)["items"] == once
     downwards = outcome(
         "sort", {"by": [{"key": "{{ item }}", "order": "descending", "nulls": "first"}]}, values
@@ -636,7 +638,7 @@ def test_whatever_is_sorted_has_one_order(values: list[Json]) -> None:
 
 def _key(value: Json) -> object:
     """Return what a sort can tell two values apart by: numbers count by their value, the rest as it is written."""
-    return identity(value) if not isinstance(value, list | dict) else encode(value)
+    return identity_key(value) if not isinstance(value, list | dict) else encode_json(value)
 
 
 @A_FEW
@@ -645,8 +647,8 @@ def test_of_equal_values_one_is_left_and_all_others_stay(values: list[Json]) -> 
     output = outcome("dedupe", {}, values)
     left = output["items"]
     assert len(left) + output["removed"] == len(values)
-    assert {*map(identity, left)} == {*map(identity, values)}
-    assert len({*map(identity, left)}) == len(left)
+    assert {*map(identity_key, left)} == {*map(identity_key, values)}
+    assert len({*map(identity_key, left)}) == len(left)
     assert outcome("dedupe", {}, left)["removed"] == 0
 
 
@@ -699,10 +701,12 @@ def test_what_is_split_can_be_put_together_again(values: list[Json], size: int, 
 @A_FEW
 @given(values=MANY_VALUES)
 def test_whatever_was_written_as_json_is_read_as_it_was(values: list[Json]) -> None:
-    read = outcome("json-parse", {"text": "{{ data }}"}, encode(values).decode())["value"]
-    assert equal(read, values)
-    lines = "\n".join(encode(value).decode() for value in values)
-    assert equal(outcome("json-parse", {"text": "{{ data }}", "format": "lines"}, lines)["value"], values)
+    read = outcome("json-parse", {"text": "{{ data }}"}, encode_json(values).decode())["value"]
+    assert equal_json(read, values)
+    lines = "\n".join(encode_json(value).decode() for value in values)
+    assert equal_json(
+        outcome("json-parse", {"text": "{{ data }}", "format": "lines"}, lines)["value"], values
+    )
 
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -721,7 +725,7 @@ def test_every_csv_that_is_written_is_read_as_it_was(rows: list[Any], delimiter:
         rows,
     )
     config: dict[str, Json] = {"text": "{{ data }}", "delimiter": delimiter, "types": "text"}
-    expected = [{"a": row["a"], "b, c": as_text(row["b, c"])} for row in rows]
+    expected = [{"a": row["a"], "b, c": value_as_text(row["b, c"])} for row in rows]
     assert outcome("csv-parse", config, written["text"])["rows"] == expected
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from concurrency import offload
-from concurrency.offload import TakesLong
+from concurrency.offload import BudgetExceeded
 from journal import trigger_body
 from journal.blobs.reference import Reference
 from journal.trigger_body import MAX_ROW_BYTES, EncodedTrigger
@@ -37,5 +37,5 @@ def test_no_body_of_a_sender_passes_for_a_reference() -> None:
 
 
 def test_a_long_body_is_not_written_while_others_wait() -> None:
-    with pytest.raises(TakesLong):
-        offload.quick(EncodedTrigger.of, {"body": "x" * MAX_ROW_BYTES, **REST})
+    with pytest.raises(BudgetExceeded):
+        offload.try_inline(EncodedTrigger.of, {"body": "x" * MAX_ROW_BYTES, **REST})

@@ -3,7 +3,7 @@ from typing import Any, cast
 
 import pytest
 
-from engine.node import NodeType
+from engine.node_api import NodeType
 from engine.triggers import trigger_output
 from nodes import catalog
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from docs.tables import ROOT
-from engine.findings import MAX_FINDINGS, Finding, FindingType, FixAction, Validation
-from engine.graph import Graph
-from engine.validation import find_errors, validate
+from engine.findings import MAX_FINDINGS, FindingType, FixAction, GraphFinding, ValidationResult
+from engine.graph import ParsedGraph
+from engine.validation import find_errors, validate_graph
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import Catalog
@@ -35,21 +35,21 @@ def edge(source: str, target: str, **ports: str) -> dict[str, Json]:
     return {"id": f"{source} > {target}", "source": source_id, "sourcePort": port, "target": target, **ports}
 
 
-def graph(nodes: list[dict[str, Json]], edges: list[dict[str, Json]]) -> Graph:
-    return Graph.of({"nodes": cast("Json", nodes), "connections": cast("Json", edges)})
+def graph(nodes: list[dict[str, Json]], edges: list[dict[str, Json]]) -> ParsedGraph:
+    return ParsedGraph.from_stored({"nodes": cast("Json", nodes), "connections": cast("Json", edges)})
 
 
 def check(
     nodes: list[dict[str, Json]], edges: list[dict[str, Json]], catalogue: Catalog = CATALOG
-) -> Validation:
-    return validate(graph(nodes, edges), catalogue)
+) -> ValidationResult:
+    return validate_graph(graph(nodes, edges), catalogue)
 
 
-def fix_of(finding: Finding) -> Json:
+def fix_of(finding: GraphFinding) -> Json:
     return finding.as_json().get("fix")
 
 
-def only_error(validation: Validation) -> Finding:
+def only_error(validation: ValidationResult) -> GraphFinding:
     assert len(validation.errors) == 1, validation.errors
     assert not validation.is_valid
     return validation.errors[0]
@@ -64,7 +64,7 @@ def test_a_sound_graph_has_no_findings() -> None:
         edge("choose:false", "no"),
         edge("choose:error", "on error"),
     ]
-    assert check(nodes, edges) == Validation()
+    assert check(nodes, edges) == ValidationResult()
 
 
 def test_a_workflow_without_nodes_is_empty() -> None:
@@ -168,7 +168,7 @@ def test_the_outputs_of_a_switch_are_read_from_its_config() -> None:
         [START, switch, SET],
         [edge("start", "choose"), *(edge(f"choose:{port}", "set") for port in ("gold", "default", "error"))],
     )
-    assert found == Validation()
+    assert found == ValidationResult()
     error = only_error(check([START, switch, SET], [edge("start", "choose"), edge("choose:sliver", "set")]))
     assert (error.type, error.suggestion) == ("invalid-port", "Use one of: gold, silver, default, error.")
     fix = {"action": "set-port", "connectionId": "choose:sliver > set"}
@@ -276,10 +276,10 @@ def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
 def test_what_cannot_run_is_a_warning_in_a_draft() -> None:
     agent: dict[str, Json] = {"id": "agent", "type": "agent", "config": {"prompt": "hello"}}
     drawn = graph([START, agent], [edge("start", "agent")])
-    validation = validate(drawn, CATALOG, is_draft=True)
+    validation = validate_graph(drawn, CATALOG, is_draft=True)
     assert validation.is_valid
     assert [warning.type for warning in validation.warnings] == ["not-runnable"]
-    assert not validate(drawn, CATALOG).is_valid
+    assert not validate_graph(drawn, CATALOG).is_valid
 
 
 def test_a_language_model_and_tools_are_connected_to_an_agent() -> None:
@@ -311,7 +311,7 @@ def test_a_config_that_lacks_something_is_a_warning() -> None:
 
 def test_what_a_node_needs_is_one_warning_that_begins_as_clients_know_it() -> None:
     source: dict[str, Json] = {"id": "node_1", "type": "mysql-source", "label": "Extract Orders"}
-    validation = validate(graph([START, source], [edge("start", "node_1")]), CATALOG, is_draft=True)
+    validation = validate_graph(graph([START, source], [edge("start", "node_1")]), CATALOG, is_draft=True)
     (warning,) = [warning for warning in validation.warnings if warning.type == "missing-config"]
     assert warning.message.startswith('Node "Extract Orders" (mysql-source) needs configuration')
     assert "dataSource" in warning.message
@@ -331,9 +331,9 @@ def test_what_looks_like_a_credential_in_a_config_is_a_warning() -> None:
 def test_errors_can_be_had_without_the_warnings_that_take_time() -> None:
     nodes = [START, SET | {"config": {"values": {"a": "{{ data.nothing }}"}, "extra": 1}}]
     drawn = graph(nodes, [edge("start", "set"), edge("set", "gone")])
-    assert find_errors(drawn, CATALOG).errors == validate(drawn, CATALOG).errors
+    assert find_errors(drawn, CATALOG).errors == validate_graph(drawn, CATALOG).errors
     assert find_errors(drawn, CATALOG).warnings == ()
-    assert [warning.type for warning in validate(drawn, CATALOG).warnings] == ["unresolved-mapping"]
+    assert [warning.type for warning in validate_graph(drawn, CATALOG).warnings] == ["unresolved-mapping"]
 
 
 def test_more_findings_than_anybody_reads_are_cut_off_and_that_is_told() -> None:
@@ -416,7 +416,7 @@ def test_whatever_a_graph_is_it_has_findings_and_never_an_accident(
     nodes: list[dict[str, Json]], edges: list[dict[str, Json]], samples: dict[str, list[Json]]
 ) -> None:
     drawn = graph(nodes, edges)
-    validation = validate(drawn, CATALOG, samples=samples)
+    validation = validate_graph(drawn, CATALOG, samples=samples)
     for finding in (*validation.errors, *validation.warnings):
         assert finding.message
         assert finding.suggestion
@@ -443,7 +443,7 @@ def test_thousands_of_nodes_are_checked_without_recursion_in_linear_time() -> No
 
         sys.setprofile(count)
         try:
-            assert validate(drawn, CATALOG).is_valid
+            assert validate_graph(drawn, CATALOG).is_valid
         finally:
             sys.setprofile(None)
         return calls.total()

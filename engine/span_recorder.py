@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine import limits as engine_limits
-from engine.events import AttemptSpan, LogLine, RunError, Span, SpanStatus
-from engine.outcomes import LOST_ATTEMPT, storable
+from engine import run_limits as engine_limits
+from engine.outcomes import LOST_ATTEMPT_CODE, make_storable
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, SpanStatus
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from engine.clock import RunClock
-    from engine.events import Journal
-    from engine.frames import Frame, Visit
-    from engine.graph import Node
-    from engine.limits import Limits
+    from engine.frames import NodeVisit, SectionFrame
+    from engine.graph import GraphNode
+    from engine.run_clock import RunClock
+    from engine.run_limits import RunLimits
+    from engine.run_records import RunJournalWriter
 
 MAX_PENDING = 1_000
 """Spans and log lines, in round numbers, that wait for a commit."""
@@ -26,11 +26,17 @@ MAX_ATTEMPT_SPANS = 10_000
 """Attempts of one run that are recorded as spans of their own: nodes in loops may have many more."""
 
 
-class Scribe:
+class SpanRecorder:
     """One run's own."""
 
     def __init__(
-        self, journal: Journal, sequence: int, limits: Limits, clock: RunClock, *, attempts: int = 0
+        self,
+        journal: RunJournalWriter,
+        sequence: int,
+        limits: RunLimits,
+        clock: RunClock,
+        *,
+        attempts: int = 0,
     ) -> None:
         """`sequence` is the highest number that is recorded, and `attempts` how many attempts are, at most."""
         self.clock = clock
@@ -46,7 +52,7 @@ class Scribe:
         self._attempts = attempts
 
     @property
-    def has_much(self) -> bool:
+    def needs_commit(self) -> bool:
         """Whether what waits for a commit had better not grow any further."""
         return self._sequence - self._committed > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES
 
@@ -56,9 +62,9 @@ class Scribe:
         self._committed, self._pending_bytes = self._sequence, 0
         await self._journal.commit()
 
-    def tell(
+    def record_node(
         self,
-        visit: Visit,
+        visit: NodeVisit,
         status: SpanStatus,
         *,
         port: str | None = None,
@@ -78,7 +84,7 @@ class Scribe:
         if visit.input is not None:
             self._pending_bytes += len(visit.input)
         self._journal.record(
-            Span(
+            NodeSpan(
                 node_id=node.id,
                 label=node.label,
                 type=node.type,
@@ -103,7 +109,7 @@ class Scribe:
 
     def _tell_attempt(
         self,
-        visit: Visit,
+        visit: NodeVisit,
         status: SpanStatus,
         ended_at: datetime | None,
         wake_at: datetime | None,
@@ -126,17 +132,17 @@ class Scribe:
             begun_at = visit.started_at
         self._record_attempt(visit, number, status, begun_at, ended_at, next_attempt_at, error)
 
-    def _tell_lost_attempt(self, visit: Visit, recorded: Span) -> None:
+    def _tell_lost_attempt(self, visit: NodeVisit, recorded: NodeSpan) -> None:
         """Record that nobody knows the end of an attempt that an earlier stretch of work has begun."""
         number = recorded.attempt
         message = f"The worker stopped or was lost during attempt {number}: its end is unknown"
-        error = RunError(LOST_ATTEMPT, message, visit.program.node.id, number)
+        error = RunError(LOST_ATTEMPT_CODE, message, visit.program.node.id, number)
         begun_at = recorded.started_at if number == 1 else None
         self._record_attempt(visit, number, SpanStatus.FAILED, begun_at, None, None, error)
 
     def _record_attempt(
         self,
-        visit: Visit,
+        visit: NodeVisit,
         number: int,
         status: SpanStatus,
         begun_at: datetime | None,
@@ -170,7 +176,7 @@ class Scribe:
             )
         )
 
-    def count(self, frame: Frame, share: float) -> None:
+    def count(self, frame: SectionFrame, share: float) -> None:
         """Count a part of the run as done, in a turn for all loops around it."""
         while (loop := frame.loop) is not None:
             frame.counted += share
@@ -178,7 +184,7 @@ class Scribe:
             frame = loop.visit.frame
         self._advance(share)
 
-    def count_node(self, visit: Visit) -> None:
+    def count_node(self, visit: NodeVisit) -> None:
         """Count a node as done; a loop, with what is left of its turns."""
         frame = visit.frame
         if not frame.section.bodies:
@@ -188,10 +194,10 @@ class Scribe:
         visit.counted += share
         self.count(frame, share)
 
-    def tell_turn(
+    def record_turn(
         self,
-        turn: Frame,
-        node: Node,
+        turn: SectionFrame,
+        node: GraphNode,
         status: SpanStatus,
         port: str,
         output: bytes | None,
@@ -201,7 +207,7 @@ class Scribe:
         self._sequence += 1
         self._pending_bytes += len(output or b"")
         self._journal.record(
-            Span(
+            NodeSpan(
                 node_id=node.id,
                 label=node.label,
                 type=node.type,
@@ -216,11 +222,11 @@ class Scribe:
             )
         )
 
-    def tell_skipped(self, node: Node, iteration: str) -> None:
+    def record_skipped(self, node: GraphNode, iteration: str) -> None:
         """Record that a node is not run."""
         self._sequence += 1
         self._journal.record(
-            Span(
+            NodeSpan(
                 node.id,
                 node.label,
                 node.type,
@@ -237,8 +243,8 @@ class Scribe:
             return
         self._log_lines += 1
         if self._log_lines > self._max_log_lines:
-            name = engine_limits.setting("max_log_lines")
+            name = engine_limits.setting_name("max_log_lines")
             level = "warning"
             message = f"More than {self._max_log_lines:,} log lines ({name}): the rest is left out"
         self._sequence += 1
-        self._journal.log(LogLine(level, storable(message), node_id, self._sequence, self.clock.now()))
+        self._journal.log(LogLine(level, make_storable(message), node_id, self._sequence, self.clock.now()))

@@ -8,26 +8,26 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from engine import answers, outcomes, values
-from engine.errors import NodeError
-from engine.events import RunError, Span, SpanStatus
-from engine.frames import Frame, Sleeping, Then, Visit
-from engine.loops import Loops
-from engine.node import ERROR, OUTPUT, Await, Directive, Outcome, Result, Wait
-from engine.outcomes import EXPIRED, as_node_error
+from engine import answer_payloads, outcomes, values
+from engine.frames import NodeVisit, SectionFrame, SleepingNode, WakeAction
+from engine.loops import LoopScheduler
+from engine.node_api import ERROR, OUTPUT, AnswerWait, NodeDirective, NodeOutcome, NodeResult, TimerWait
+from engine.outcomes import EXPIRED_CODE, to_node_error
+from engine.run_errors import NodeError
+from engine.run_records import NodeSpan, RunError, SpanStatus
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:
-    from engine.agenda import Agenda
-    from engine.limits import Limits
-    from engine.plan import Step
-    from engine.program import Program
-    from engine.scribe import Scribe
-    from engine.sections import Section
+    from engine.node_inputs import NodeInputs
+    from engine.program import WorkflowProgram
+    from engine.readiness import ReadinessChange
+    from engine.run_limits import RunLimits
+    from engine.sections import GraphSection
+    from engine.span_recorder import SpanRecorder
     from engine.values import Json
-    from engine.visits import Visits
+    from engine.worklist import Worklist
 
-Signals: TypeAlias = Mapping[tuple[str, str], bytes]
+NodeAnswers: TypeAlias = Mapping[tuple[str, str], bytes]
 """Answers that waiting nodes were given, by node and iteration: `{output, port}` or `{error: {code, message}}`."""
 
 MAX_KEPT_TEXT_BYTES: Final = 16_384
@@ -37,18 +37,18 @@ MAX_ROUND_SECONDS: Final = 60.0
 """Before a run is taken up again from a node that has failed, it rests for a second, then for twice as long, …"""
 
 
-class Settlement:
+class RunProgress:
     """Carries one run from node to node; calls none."""
 
     def __init__(
         self,
-        program: Program,
-        recorded: Mapping[str, Mapping[str, Span]],
-        signals: Signals,
-        visits: Visits,
-        scribe: Scribe,
-        agenda: Agenda,
-        limits: Limits,
+        program: WorkflowProgram,
+        recorded: Mapping[str, Mapping[str, NodeSpan]],
+        signals: NodeAnswers,
+        visits: NodeInputs,
+        scribe: SpanRecorder,
+        agenda: Worklist,
+        limits: RunLimits,
     ) -> None:
         self.failure: RunError | None = None
         """That of the run."""
@@ -61,47 +61,47 @@ class Settlement:
         self._limits = limits
         self._max_output_bytes = limits.max_output_bytes
         self._recorded = recorded
-        self._begun_loops: Loops | None = None
+        self._begun_loops: LoopScheduler | None = None
 
     @property
-    def _loops(self) -> Loops:
+    def _loops(self) -> LoopScheduler:
         # Made when it is needed: the two know one another, and so only the garbage collector frees them.
         if self._begun_loops is None:
-            self._begun_loops = Loops(self, self._agenda, self._scribe, self._limits, self._recorded)
+            self._begun_loops = LoopScheduler(self, self._agenda, self._scribe, self._limits, self._recorded)
         return self._begun_loops
 
     # ── what nodes gave ───────────────────────────────────────────────────────────────────────────
 
-    def returned(self, visit: Visit, outcome: Outcome) -> None:
+    def apply_outcome(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
         """Take what a node returned."""
         try:
-            if not isinstance(outcome, Directive):
-                self._completed(visit, OUTPUT, outcome)
-            elif isinstance(outcome, Result):
-                self._completed(visit, outcome.port, outcome.output)
-            elif isinstance(outcome, Wait):
-                self._wait(visit, outcome)
-            elif isinstance(outcome, Await):
-                self._await(visit, outcome)
+            if not isinstance(outcome, NodeDirective):
+                self._on_completed(visit, OUTPUT, outcome)
+            elif isinstance(outcome, NodeResult):
+                self._on_completed(visit, outcome.port, outcome.output)
+            elif isinstance(outcome, TimerWait):
+                self._begin_wait(visit, outcome)
+            elif isinstance(outcome, AnswerWait):
+                self._begin_answer_wait(visit, outcome)
             else:
                 self._visits.check_resolved(visit)
                 self._loops.begin(visit, outcome)
         except (InvalidJson, NodeError) as error:
-            self.failed(visit, as_node_error(error))
+            self.fail(visit, to_node_error(error))
 
-    def write(self, visit: Visit, outcome: Outcome) -> None:
+    def write_output(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
         """Write down the output that a node returned, if it has; raises `InvalidJson`, `NodeError` and `TakesLong`."""
-        if isinstance(outcome, Result | Wait):
-            visit.written = self._kept(visit, outcome.output)
-        elif not isinstance(outcome, Directive):
-            visit.written = self._kept(visit, outcome)
+        if isinstance(outcome, NodeResult | TimerWait):
+            visit.written = self._encode_output(visit, outcome.output)
+        elif not isinstance(outcome, NodeDirective):
+            visit.written = self._encode_output(visit, outcome)
 
-    def _completed(self, visit: Visit, port: str, output: Json) -> None:
-        output, text, digest = visit.written or self._kept(visit, output)
+    def _on_completed(self, visit: NodeVisit, port: str, output: Json) -> None:
+        output, text, digest = visit.written or self._encode_output(visit, output)
         visit.written = None
         self._settle(visit, SpanStatus.COMPLETED, port, output, text, digest)
 
-    def _kept(self, visit: Visit, output: Json) -> tuple[Json, bytes, bytes]:
+    def _encode_output(self, visit: NodeVisit, output: Json) -> tuple[Json, bytes, bytes]:
         """Return an output as others see it and as it is kept, and its digest; raises `InvalidJson` and `NodeError`."""
         if visit.program.pass_through:
             output = self._pass_through(visit, output)
@@ -112,10 +112,10 @@ class Settlement:
             text = visit.input if visit.input_node is None else visit.frame.texts.get(visit.input_node)
             if text is not None and len(text) <= MAX_KEPT_TEXT_BYTES:
                 return output, text, sha256(text).digest()
-        text = outcomes.encoded(output, self._max_bytes(visit, output))
+        text = outcomes.encode_output(output, self._max_bytes(visit, output))
         return output, text, sha256(text).digest()
 
-    def _max_bytes(self, visit: Visit, output: Json) -> int:
+    def _max_bytes(self, visit: NodeVisit, output: Json) -> int:
         """Return the limit of an output.
 
         A webhook is limited by `maxBodyBytes` of its trigger alone, when the gateway takes it in; nodes that pass the
@@ -126,11 +126,11 @@ class Settlement:
             return max(self._max_output_bytes, values.MAX_ENCODED_BYTES)
         return self._max_output_bytes
 
-    def completed(self, visit: Visit, output: Json, port: str) -> None:
+    def complete(self, visit: NodeVisit, output: Json, port: str) -> None:
         """Settle a node with an output that it has not returned itself."""
-        self.returned(visit, Result(output, port))
+        self.apply_outcome(visit, NodeResult(output, port))
 
-    def _pass_through(self, visit: Visit, output: Json) -> Json:
+    def _pass_through(self, visit: NodeVisit, output: Json) -> Json:
         if not isinstance(output, dict):
             return output
         given = visit.data if isinstance(visit.data, dict) else {}
@@ -142,24 +142,24 @@ class Settlement:
 
     # ── failures ──────────────────────────────────────────────────────────────────────────────────
 
-    def failed(self, visit: Visit, error: NodeError, *, is_final: bool = False) -> None:
+    def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None:
         """Take the failure of a node: it is tried again, unless that is ruled out or was done often enough."""
-        reason = self.reason(visit, error)
+        reason = self.to_run_error(visit, error)
         pause = None if is_final or visit.frame.is_broken_off else self._pause_seconds(visit, error)
         if pause is None:
             self.give_up(visit, reason)
             return
         self._scribe.log("warning", f"Attempt {reason.attempt} failed: {error.message}", visit.node_id)
         wake_at = self._scribe.clock.now() + timedelta(seconds=pause)
-        self._scribe.tell(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
+        self._scribe.record_node(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
         visit.attempt += 1
-        self._sleep(visit, wake_at, Then.TRIED_AGAIN)
+        self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN)
 
-    def reason(self, visit: Visit, error: NodeError) -> RunError:
+    def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
         """Return an error as that of a node."""
-        return outcomes.error_of_node(error, visit.node_id, visit.attempt)
+        return outcomes.to_node_run_error(error, visit.node_id, visit.attempt)
 
-    def _pause_seconds(self, visit: Visit, error: NodeError) -> float | None:
+    def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:
         """Return how long to wait before the next attempt; None: there is none.
 
         Attempts come in rounds. Where the settings say so, the run is taken up again from a node that has used up one
@@ -169,9 +169,7 @@ class Settlement:
         is_known = error.retryable and error.code not in outcomes.UNKNOWN_OUTCOMES
         if visit.is_at_most_once and not is_known:
             return None
-        has_rounds = (
-            self._settings.retry_on_failure and visit.frame.fails_the_run() and not visit.has_error_edge
-        )
+        has_rounds = self._settings.retry_on_failure and visit.frame.is_fatal() and not visit.has_error_edge
         attempts = node.retry.max_attempts
         rounds, attempt = divmod(visit.attempt - 1, attempts) if has_rounds else (0, visit.attempt - 1)
         if error.retryable and attempt + 1 < attempts:
@@ -181,7 +179,7 @@ class Settlement:
         visit.attempt = (rounds + 1) * attempts
         return min(2.0**rounds, MAX_ROUND_SECONDS)
 
-    def give_up(self, visit: Visit, reason: RunError) -> None:
+    def give_up(self, visit: NodeVisit, reason: RunError) -> None:
         """Let a node fail for good: by its error port, or with all that it is a part of."""
         frame = visit.frame
         if visit.has_error_edge and not frame.is_broken_off:
@@ -189,32 +187,32 @@ class Settlement:
             digest = sha256(text).digest()
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
-        self._scribe.tell(visit, SpanStatus.FAILED, ended_at=self._scribe.clock.now(), error=reason)
+        self._scribe.record_node(visit, SpanStatus.FAILED, ended_at=self._scribe.clock.now(), error=reason)
         self._scribe.count_node(visit)
         if visit.is_write:
             self._scribe.has_uncommitted_write = True
-        self._fail(frame, reason)
-        self._left(frame)
+        self._fail_frame(frame, reason)
+        self._on_node_settled(frame)
 
-    def _fail(self, frame: Frame, reason: RunError) -> None:
+    def _fail_frame(self, frame: SectionFrame, reason: RunError) -> None:
         if frame.failure is not None or frame.is_broken_off:
             return
         frame.failure = reason
         if frame.loop is None:
-            self.failure = outcomes.end_of_run(reason)
+            self.failure = outcomes.to_run_error(reason)
         else:
-            self._loops.break_off(frame)
+            self._loops.cancel_turn(frame)
 
-    def cancelled(self, visit: Visit) -> None:
+    def record_cancelled(self, visit: NodeVisit) -> None:
         """Note that a node of a part that was broken off has been cut short."""
-        self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
-        self._left(visit.frame)
+        self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
+        self._on_node_settled(visit.frame)
 
     # ── on to the next ────────────────────────────────────────────────────────────────────────────
 
     def _settle(
         self,
-        visit: Visit,
+        visit: NodeVisit,
         status: SpanStatus,
         port: str,
         output: Json,
@@ -229,32 +227,32 @@ class Settlement:
             frame.texts[node_id] = text
         if frame.loop is not None:
             frame.nodes[node_id] = output
-        self._scribe.tell(
+        self._scribe.record_node(
             visit, status, port=port, output=text, ended_at=self._scribe.clock.now(), error=error
         )
         self._scribe.count_node(visit)
         if visit.program.is_write:
             self._scribe.has_uncommitted_write = True
         if not frame.is_broken_off:
-            self.follow(frame, frame.plan.settle(node_id, port))
-        self._left(frame)
+            self.schedule_successors(frame, frame.plan.settle(node_id, port))
+        self._on_node_settled(frame)
 
-    def restore(self, frame: Frame, span: Span) -> None:
+    def restore(self, frame: SectionFrame, span: NodeSpan) -> None:
         """Take a settled node from the journal instead of running it.
 
         They come in the order in which they settled, so that an eager node is reached by the branch that was first.
         """
-        output = values.restored(span.output) if span.output is not None else None
+        output = values.restore_json(span.output) if span.output is not None else None
         frame.outputs[span.node_id] = frame.nodes[span.node_id] = output
         frame.digests[span.node_id] = sha256(span.output or b"").digest()
         self._scribe.count(frame, frame.share_of(span.node_id))
         if span.port is not None:
-            self.follow(frame, frame.plan.settle(span.node_id, span.port))
+            self.schedule_successors(frame, frame.plan.settle(span.node_id, span.port))
         elif span.error is not None:
-            self._fail(frame, span.error)
-        self._left(frame)
+            self._fail_frame(frame, span.error)
+        self._on_node_settled(frame)
 
-    def follow(self, frame: Frame, step: Step) -> None:
+    def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
         """Note what has become known of the nodes of a frame."""
         if step.ready:
             self._agenda.add(frame, step.ready)
@@ -262,17 +260,17 @@ class Settlement:
         for node_id in step.skipped:
             self._scribe.count(frame, frame.share_of(node_id))
             if node_id not in frame.recorded:
-                self._scribe.tell_skipped(self._nodes[node_id].node, frame.iteration)
+                self._scribe.record_skipped(self._nodes[node_id].node, frame.iteration)
                 if node_id in frame.section.bodies:
                     self.skip_body(frame.section.bodies[node_id], frame)
 
-    def skip_body(self, body: Section, frame: Frame) -> None:
+    def skip_body(self, body: GraphSection, frame: SectionFrame) -> None:
         """Record of each node in a body without turns that it is not run."""
         for node in body.inner_nodes():
             if node.id not in frame.recorded:
-                self._scribe.tell_skipped(node, frame.iteration)
+                self._scribe.record_skipped(node, frame.iteration)
 
-    def _left(self, frame: Frame) -> None:
+    def _on_node_settled(self, frame: SectionFrame) -> None:
         """Note that one node of a frame is through."""
         frame.open -= 1
         if frame.open == 0 and frame.loop is not None:
@@ -280,77 +278,77 @@ class Settlement:
 
     # ── pauses and answers ────────────────────────────────────────────────────────────────────────
 
-    def _wait(self, visit: Visit, outcome: Wait) -> None:
-        _, text, _ = visit.written or self._kept(visit, outcome.output)
+    def _begin_wait(self, visit: NodeVisit, outcome: TimerWait) -> None:
+        _, text, _ = visit.written or self._encode_output(visit, outcome.output)
         visit.written = None
-        self._scribe.tell(visit, SpanStatus.WAITING, output=text, wake_at=outcome.until)
-        self._sleep(visit, outcome.until, Then.DONE, output=text)
+        self._scribe.record_node(visit, SpanStatus.WAITING, output=text, wake_at=outcome.until)
+        self._sleep(visit, outcome.until, WakeAction.DONE, output=text)
 
-    def _await(self, visit: Visit, outcome: Await) -> None:
+    def _begin_answer_wait(self, visit: NodeVisit, outcome: AnswerWait) -> None:
         self._visits.check_resolved(visit)
-        payload = self._answer_to(visit)
+        payload = self._find_answer(visit)
         if payload is not None:
-            self._answered(visit, payload)
+            self._apply_answer(visit, payload)
             return
-        text = outcomes.encoded(answers.awaits(outcome), self._max_output_bytes)
-        self._scribe.tell(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
+        text = outcomes.encode_output(answer_payloads.encode_wait(outcome), self._max_output_bytes)
+        self._scribe.record_node(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
         if visit.is_write:
             self._scribe.has_uncommitted_write = True
-        self._sleep(visit, outcome.expires_at, Then.EXPIRED, expired=outcome.expired)
+        self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
-    def sleep_on(self, visit: Visit, recorded: Span) -> None:
+    def resume_sleep(self, visit: NodeVisit, recorded: NodeSpan) -> None:
         """Go on with a pause of an earlier attempt, which an answer may have ended meanwhile."""
         if recorded.status is SpanStatus.RETRYING:
-            self._sleep(visit, recorded.wake_at, Then.TRIED_AGAIN)
+            self._sleep(visit, recorded.wake_at, WakeAction.TRIED_AGAIN)
         elif recorded.awaits is None:
-            self._sleep(visit, recorded.wake_at, Then.DONE, output=recorded.output)
-        elif (payload := self._answer_to(visit)) is not None:
-            self._answered(visit, payload)
+            self._sleep(visit, recorded.wake_at, WakeAction.DONE, output=recorded.output)
+        elif (payload := self._find_answer(visit)) is not None:
+            self._apply_answer(visit, payload)
         else:
-            expired = answers.expired(recorded.awaits)
-            self._sleep(visit, recorded.wake_at, Then.EXPIRED, expired=expired)
+            expired = answer_payloads.decode_expired(recorded.awaits)
+            self._sleep(visit, recorded.wake_at, WakeAction.EXPIRED, expired=expired)
 
-    def hear(self, signals: Signals) -> None:
+    def apply_answers(self, signals: NodeAnswers) -> None:
         """Take the answers of now."""
         self._signals, sleeping = signals, self._agenda.sleeping
-        for visit in [one.visit for one in sleeping.values() if one.then is Then.EXPIRED]:
-            payload = self._answer_to(visit)
+        for visit in [one.visit for one in sleeping.values() if one.then is WakeAction.EXPIRED]:
+            payload = self._find_answer(visit)
             # What came of one of them may have broken off another.
             if payload is not None and sleeping.pop(visit, None) is not None:
-                self._answered(visit, payload)
+                self._apply_answer(visit, payload)
 
-    def _answer_to(self, visit: Visit) -> bytes | None:
+    def _find_answer(self, visit: NodeVisit) -> bytes | None:
         return self._signals.get((visit.node_id, visit.frame.iteration))
 
-    def _answered(self, visit: Visit, payload: bytes) -> None:
+    def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
         try:
-            result = answers.result(payload)
+            result = answer_payloads.decode_answer(payload)
         except (InvalidJson, NodeError) as error:
             # The first answer counts, and there is no second: another attempt has no other end.
-            self.failed(visit, as_node_error(error), is_final=True)
+            self.fail(visit, to_node_error(error), is_final=True)
         else:
-            self.returned(visit, result)
+            self.apply_outcome(visit, result)
 
-    def woken(self, sleeping: Sleeping) -> None:
+    def wake(self, sleeping: SleepingNode) -> None:
         """End a wait whose time has come."""
         visit = sleeping.visit
-        if sleeping.then is Then.DONE:
+        if sleeping.then is WakeAction.DONE:
             text = sleeping.output or b"null"
             digest = sha256(text).digest()
-            self._settle(visit, SpanStatus.COMPLETED, OUTPUT, values.restored(text), text, digest)
+            self._settle(visit, SpanStatus.COMPLETED, OUTPUT, values.restore_json(text), text, digest)
         elif sleeping.expired is not None:
-            self.returned(visit, sleeping.expired)
+            self.apply_outcome(visit, sleeping.expired)
         else:
-            self.failed(visit, NodeError("Nobody has answered in time", code=EXPIRED), is_final=True)
+            self.fail(visit, NodeError("Nobody has answered in time", code=EXPIRED_CODE), is_final=True)
 
     def _sleep(
         self,
-        visit: Visit,
+        visit: NodeVisit,
         wake_at: datetime | None,
-        then: Then,
+        then: WakeAction,
         *,
         output: bytes | None = None,
-        expired: Result | None = None,
+        expired: NodeResult | None = None,
     ) -> None:
         wakes_at = None if wake_at is None else self._scribe.clock.monotonic_of(wake_at)
-        self._agenda.sleeping[visit] = Sleeping(visit, wakes_at, then, output, expired)
+        self._agenda.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired)

@@ -6,7 +6,7 @@ import asyncio
 from enum import IntEnum
 
 
-class Request(IntEnum):
+class ControlRequest(IntEnum):
     """Ordered by force: a stronger request replaces a weaker one, never the other way round."""
 
     HAND_OVER = 1
@@ -21,14 +21,14 @@ class Request(IntEnum):
     """The lease is lost: break off and write nothing."""
 
 
-class Control:
+class RunControl:
     """One run's switch; safe to use from its event loop only."""
 
     def __init__(self) -> None:
-        self.request: Request | None = None
+        self.request: ControlRequest | None = None
         self.changed = asyncio.Event()
 
-    def ask(self, request: Request) -> None:
+    def ask(self, request: ControlRequest) -> None:
         """Make a request, unless a stronger one was made before."""
         if self.request is None or request > self.request:
             self.request = request

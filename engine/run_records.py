@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from engine.node import CONTINUE
+from engine.node_api import CONTINUE
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -27,7 +27,7 @@ class SpanStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
-SETTLED = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
+SETTLED_STATUSES = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
 
 
 class FailureCause(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
@@ -60,7 +60,7 @@ class RunError:
         return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
 
 
-class Span(msgspec.Struct, frozen=True):
+class NodeSpan(msgspec.Struct, frozen=True):
     """One node in one run: the newest row replaces the one before it."""
 
     node_id: str
@@ -145,12 +145,12 @@ class RunStatus(StrEnum):
     """Handed over to whoever claims it next."""
 
 
-UNFINISHED = frozenset({RunStatus.WAITING, RunStatus.RELEASED})
+UNFINISHED_STATUSES = frozenset({RunStatus.WAITING, RunStatus.RELEASED})
 """After these the run goes on, sooner or later."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunOutcome:
     """The end of one stretch of work."""
 
     status: RunStatus
@@ -159,10 +159,10 @@ class Ended:
     """When a waiting run wants to go on."""
 
 
-class Journal(Protocol):
+class RunJournalWriter(Protocol):
     """Where a run writes what happened. Nothing counts before `commit` has returned."""
 
-    def record(self, span: Span) -> None:
+    def record(self, span: NodeSpan) -> None:
         """Keep a span for the next commit."""
 
     def record_attempt(self, attempt: AttemptSpan) -> None:

@@ -18,46 +18,46 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import msgspec
 
 from concurrency import offload
-from concurrency.offload import TakesLong
+from concurrency.offload import BudgetExceeded
 from engine import outcomes
-from engine.agenda import Agenda
-from engine.control import Control, Request
-from engine.errors import LeaseLost, NodeError
-from engine.events import Ended, Journal, RunError, RunStatus, Span, SpanStatus
 from engine.expressions import ExpressionError
-from engine.frames import Frame, Then, Visit
-from engine.limits import Limits
-from engine.node import Call, Outcome
-from engine.outcomes import LOST_ATTEMPT, TIMEOUT, as_node_error
-from engine.scribe import Scribe
-from engine.settlement import Settlement, Signals
+from engine.frames import NodeVisit, SectionFrame, WakeAction
+from engine.node_api import NodeCall, NodeOutcome
+from engine.node_inputs import NodeInputs
+from engine.outcomes import LOST_ATTEMPT_CODE, TIMEOUT_CODE, to_node_error
+from engine.run_control import ControlRequest, RunControl
+from engine.run_errors import LeaseLost, NodeError
+from engine.run_limits import RunLimits
+from engine.run_progress import NodeAnswers, RunProgress
+from engine.run_records import NodeSpan, RunError, RunJournalWriter, RunOutcome, RunStatus, SpanStatus
+from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
-from engine.visits import Visits
+from engine.worklist import Worklist
 
 if TYPE_CHECKING:
-    from engine.clock import RunClock
-    from engine.graph import Node
-    from engine.program import Program
-    from engine.services import Caller, Services
+    from engine.graph import GraphNode
+    from engine.program import WorkflowProgram
+    from engine.run_clock import RunClock
+    from engine.services import NodeServices, RunCaller
     from engine.values import Json
 
 T = TypeVar("T")
 
 SHORT_WAIT_SECONDS = 1.0
 """Waits up to this long keep the worker: giving the run back and claiming it again would cost more."""
-HEAR_SECONDS = 2.0
+ANSWER_POLL_SECONDS = 2.0
 """How long an answer may go unheard by a run that is at work elsewhere."""
 CANCEL_SECONDS = 10.0
 """How long a node may take to notice that it was cancelled, before it is left behind."""
-TURN_SECONDS = 0.005
+SLICE_SECONDS = 0.005
 """After this long without a pause, the other runs on the loop get a turn."""
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = RunLimits()
 
 
-class Start(msgspec.Struct, frozen=True):
+class RunStart(msgspec.Struct, frozen=True):
     """Where a stretch of work begins."""
 
-    caller: Caller
+    caller: RunCaller
     """For whom it runs, and under which ids."""
     trigger: Json
     clock: RunClock
@@ -65,38 +65,38 @@ class Start(msgspec.Struct, frozen=True):
     """By the clock, as it is now: how much time is left is counted by the monotonic clock from here on."""
     started_at: datetime
     attempt: int = 1
-    recorded: Sequence[Span] = ()
+    recorded: Sequence[NodeSpan] = ()
     """Spans of earlier attempts; settled ones are not run again."""
     sequence: int = 0
     """The highest sequence number that the journal holds."""
-    signals: Signals = {}
-    listen: Callable[[], Awaitable[Signals | None]] | None = None
+    signals: NodeAnswers = {}
+    listen: Callable[[], Awaitable[NodeAnswers | None]] | None = None
     """Returns the answers of now, or None where it can't: some come while the run is at work elsewhere."""
 
 
-async def run(
-    program: Program,
-    start: Start,
-    journal: Journal,
-    control: Control,
-    services: Services,
-    limits: Limits = DEFAULT_LIMITS,
-) -> Ended:
+async def run_workflow(
+    program: WorkflowProgram,
+    start: RunStart,
+    journal: RunJournalWriter,
+    control: RunControl,
+    services: NodeServices,
+    limits: RunLimits = DEFAULT_LIMITS,
+) -> RunOutcome:
     """Run until something ends this stretch of work; raises `LeaseLost` when it is no longer ours to end."""
-    return await Runner(program, start, journal, control, services, limits).run()
+    return await WorkflowRunner(program, start, journal, control, services, limits).run()
 
 
-class Runner:
+class WorkflowRunner:
     """One stretch of work on one run."""
 
     def __init__(
         self,
-        program: Program,
-        start: Start,
-        journal: Journal,
-        control: Control,
-        services: Services,
-        limits: Limits,
+        program: WorkflowProgram,
+        start: RunStart,
+        journal: RunJournalWriter,
+        control: RunControl,
+        services: NodeServices,
+        limits: RunLimits,
     ) -> None:
         self._program = program
         self._parallelism = program.graph.settings.parallelism
@@ -105,79 +105,81 @@ class Runner:
         self._listen = start.listen
         self._heard_at = time.monotonic()
         self._control = control
-        self._broken_off: list[Visit] = []
-        self._scribe = scribe = Scribe(
-            journal, start.sequence, limits, start.clock, attempts=_attempts(start.recorded)
+        self._broken_off: list[NodeVisit] = []
+        self._scribe = scribe = SpanRecorder(
+            journal, start.sequence, limits, start.clock, attempts=_count_attempts(start.recorded)
         )
-        self._agenda = agenda = Agenda()
-        self._visits = visits = Visits(program, start.caller, services, scribe)
-        recorded = _by_iteration(start.recorded)
-        self._root = Frame(program.root, start.trigger, _roots(start), recorded.get("", {}), start.started_at)
+        self._agenda = agenda = Worklist()
+        self._visits = visits = NodeInputs(program, start.caller, services, scribe)
+        recorded = _group_by_iteration(start.recorded)
+        self._root = SectionFrame(
+            program.root, start.trigger, _build_roots(start), recorded.get("", {}), start.started_at
+        )
         self._root.share = 1 / program.root.size
-        self._settlement = Settlement(program, recorded, start.signals, visits, scribe, agenda, limits)
+        self._settlement = RunProgress(program, recorded, start.signals, visits, scribe, agenda, limits)
 
-    async def run(self) -> Ended:
+    async def run(self) -> RunOutcome:
         """Run to the end of this stretch of work."""
         agenda, scribe = self._agenda, self._scribe
-        self._settlement.follow(self._root, self._root.start())
-        turn_ends = time.monotonic() + TURN_SECONDS
+        self._settlement.schedule_successors(self._root, self._root.start())
+        turn_ends = time.monotonic() + SLICE_SECONDS
         try:
-            while (ended := self._ended()) is None:
+            while (ended := self._determine_end()) is None:
                 if agenda.settled_before:
                     _, node_id, frame = heappop(agenda.settled_before)
                     self._settlement.restore(frame, frame.recorded[node_id])
                 elif agenda.ready and self._may_start():
-                    await self._enter(*agenda.ready.popleft())
+                    await self._reach_node(*agenda.ready.popleft())
                 else:
                     await self._wait_for_change()
                     continue
                 if time.monotonic() > turn_ends:
-                    if scribe.has_much:
+                    if scribe.needs_commit:
                         await scribe.commit()
-                    await offload.rest()
-                    turn_ends = time.monotonic() + TURN_SECONDS
+                    await offload.yield_to_loop()
+                    turn_ends = time.monotonic() + SLICE_SECONDS
         finally:
-            await self._break_off()
-        self._tell_of_what_was_broken_off(ended)
+            await self._cancel_tasks()
+        self._record_cancelled(ended)
         return ended
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────
 
-    def _ended(self) -> Ended | None:  # noqa: C901 - one guard for each way to end, in order of precedence
+    def _determine_end(self) -> RunOutcome | None:  # noqa: C901 - one guard for each way to end, in order of precedence
         request, agenda = self._control.request, self._agenda
-        if request is Request.ABANDON or not self._scribe.holds_lease():
+        if request is ControlRequest.ABANDON or not self._scribe.holds_lease():
             raise LeaseLost
-        if request is Request.CANCEL:
-            return Ended(RunStatus.CANCELLED)
-        if request is Request.HAND_OVER_NOW:
-            return Ended(RunStatus.RELEASED)
+        if request is ControlRequest.CANCEL:
+            return RunOutcome(RunStatus.CANCELLED)
+        if request is ControlRequest.HAND_OVER_NOW:
+            return RunOutcome(RunStatus.RELEASED)
         if self._settlement.failure is not None and not agenda.has_write_at_work:
-            return Ended(RunStatus.FAILED, error=self._settlement.failure)
+            return RunOutcome(RunStatus.FAILED, error=self._settlement.failure)
         if agenda.tasks:
-            return self._timed_out()
-        if request is Request.STOP:
-            return Ended(RunStatus.STOPPED)
+            return self._timeout_error()
+        if request is ControlRequest.STOP:
+            return RunOutcome(RunStatus.STOPPED)
         is_idle = not agenda.ready and not agenda.settled_before
         if is_idle and not agenda.sleeping:
-            return Ended(RunStatus.COMPLETED)
-        if request is Request.HAND_OVER:
-            return Ended(RunStatus.RELEASED)
+            return RunOutcome(RunStatus.COMPLETED)
+        if request is ControlRequest.HAND_OVER:
+            return RunOutcome(RunStatus.RELEASED)
         if is_idle:
             wakes_at = agenda.next_wake
             if wakes_at is None:
-                return Ended(RunStatus.WAITING)
+                return RunOutcome(RunStatus.WAITING)
             if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
-                return Ended(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
-        return self._timed_out()
+                return RunOutcome(RunStatus.WAITING, due_at=self._clock.moment_of(wakes_at))
+        return self._timeout_error()
 
-    def _timed_out(self) -> Ended | None:
+    def _timeout_error(self) -> RunOutcome | None:
         if time.monotonic() < self._deadline:
             return None
         seconds = self._program.graph.settings.timeout_seconds
         message = f"The run took longer than its {seconds:g} s"
-        return Ended(RunStatus.FAILED, error=RunError(TIMEOUT, message))
+        return RunOutcome(RunStatus.FAILED, error=RunError(TIMEOUT_CODE, message))
 
-    async def _break_off(self) -> None:
+    async def _cancel_tasks(self) -> None:
         """Cancel whatever still runs; what doesn't notice within ten seconds is left behind."""
         if not self._agenda.tasks:
             return
@@ -188,13 +190,13 @@ class Runner:
         # A node that ended all the same has said itself how.
         self._broken_off += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
 
-    def _tell_of_what_was_broken_off(self, ended: Ended) -> None:
+    def _record_cancelled(self, ended: RunOutcome) -> None:
         """Say of what was cut short that it was; a run that goes on elsewhere leaves it as it stands."""
         if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
             return
-        loops = [loop.visit for frame in self._root.whole() for loop in frame.loops]
+        loops = [loop.visit for frame in self._root.with_inner_turns() for loop in frame.loops]
         for visit in (*self._broken_off, *loops):
-            self._scribe.tell(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
+            self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
 
     # ── one node ──────────────────────────────────────────────────────────────────────────────────
 
@@ -205,104 +207,104 @@ class Runner:
             and len(self._agenda.tasks) < self._parallelism
         )
 
-    async def _enter(self, frame: Frame, node_id: str) -> None:
+    async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
         """Reach a node, and begin it unless it sleeps on or has failed."""
-        visit: Visit | None
+        visit: NodeVisit | None
         try:
-            visit = offload.quick(self._visits.begin, frame, node_id)
-        except TakesLong:
-            begin = partial(self._visits.begin, frame, node_id, frame.roots_of_now())
-            visit = await self._prepared(frame, node_id, begin)
+            visit = offload.try_inline(self._visits.reach_node, frame, node_id)
+        except BudgetExceeded:
+            begin = partial(self._visits.reach_node, frame, node_id, frame.current_roots())
+            visit = await self._prepare_in_thread(frame, node_id, begin)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._settlement.failed(self._visits.unreached(frame, node_id), as_node_error(error))
+            self._settlement.fail(self._visits.unreached(frame, node_id), to_node_error(error))
             return
-        if visit is not None and not self._is_taken_up(visit):
+        if visit is not None and not self._resume_node(visit):
             await self._begin(visit)
 
-    def _is_taken_up(self, visit: Visit) -> bool:
+    def _resume_node(self, visit: NodeVisit) -> bool:
         """Go on with a node where an earlier attempt has left it, unless it is to be begun."""
         frame = visit.frame
         if not frame.recorded or (recorded := frame.recorded.get(visit.node_id)) is None:
             return False
         if recorded.status in {SpanStatus.WAITING, SpanStatus.RETRYING}:
-            self._settlement.sleep_on(visit, recorded)
+            self._settlement.resume_sleep(visit, recorded)
             return True
         if recorded.status is SpanStatus.RUNNING and visit.is_at_most_once:
             visit.attempt = recorded.attempt
             message = f"Nobody knows what came of attempt {visit.attempt}, and the node runs at most once"
-            self._settlement.failed(visit, NodeError(message, code=LOST_ATTEMPT), is_final=True)
+            self._settlement.fail(visit, NodeError(message, code=LOST_ATTEMPT_CODE), is_final=True)
             return True
         return False
 
-    async def _begin(self, visit: Visit) -> None:
+    async def _begin(self, visit: NodeVisit) -> None:
         try:
-            call = offload.quick(self._visits.call, visit)
-        except TakesLong:
-            prepare = partial(self._visits.call, visit, visit.frame.roots_of_now())
-            prepared = await self._prepared(visit.frame, visit.node_id, prepare, visit)
+            call = offload.try_inline(self._visits.build_call, visit)
+        except BudgetExceeded:
+            prepare = partial(self._visits.build_call, visit, visit.frame.current_roots())
+            prepared = await self._prepare_in_thread(visit.frame, visit.node_id, prepare, visit)
             if prepared is None:
                 return
             call = prepared
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._settlement.failed(visit, as_node_error(error))
+            self._settlement.fail(visit, to_node_error(error))
             return
         is_write = visit.program.is_write
         if is_write:
-            self._scribe.tell(visit, SpanStatus.RUNNING)
+            self._scribe.record_node(visit, SpanStatus.RUNNING)
             self._scribe.has_uncommitted_write = True
         if self._scribe.has_uncommitted_write:
             await self._scribe.commit()
-            if not self._may_go_on_with(visit):
+            if not self._may_continue(visit):
                 return
         if is_write or visit.node_id not in self._program.inline:
-            self._start(visit, self._called(visit, call))
+            self._start(visit, self._call_node(visit, call))
             return
         self._call_in_place(visit, call)
 
-    async def _prepared(
-        self, frame: Frame, node_id: str, prepare: Callable[[], T], visit: Visit | None = None
+    async def _prepare_in_thread(
+        self, frame: SectionFrame, node_id: str, prepare: Callable[[], T], visit: NodeVisit | None = None
     ) -> T | None:
         """Prepare a node in a thread; None: nothing comes of it now."""
         try:
-            prepared = await offload.elsewhere(prepare)
+            prepared = await offload.run_in_thread(prepare)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._settlement.failed(visit or self._visits.unreached(frame, node_id), as_node_error(error))
+            self._settlement.fail(visit or self._visits.unreached(frame, node_id), to_node_error(error))
             return None
         if not self._scribe.holds_lease():
             raise LeaseLost
         if frame.is_broken_off:
-            self._settlement.cancelled(visit or self._visits.unreached(frame, node_id))
+            self._settlement.record_cancelled(visit or self._visits.unreached(frame, node_id))
             return None
         if not self._may_start():
             self._agenda.ready.appendleft((frame, node_id))
             return None
         return prepared
 
-    def _call_in_place(self, visit: Visit, call: Call) -> None:
-        run = cast("Callable[[Call], Outcome]", self._program.runs[visit.node_id])
+    def _call_in_place(self, visit: NodeVisit, call: NodeCall) -> None:
+        run = cast("Callable[[NodeCall], NodeOutcome]", self._program.runs[visit.node_id])
         try:
-            outcome = offload.quick(run, call)
-        except TakesLong:
-            self._start(visit, self._called_elsewhere(visit, run, call))
+            outcome = offload.try_inline(run, call)
+        except BudgetExceeded:
+            self._start(visit, self._call_in_thread(visit, run, call))
             return
         except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
-            self._settlement.failed(visit, as_node_error(error))
+            self._settlement.fail(visit, to_node_error(error))
             return
         try:
-            offload.quick(self._settlement.write, visit, outcome)
-        except TakesLong:
-            self._start(visit, _given(outcome))
+            offload.try_inline(self._settlement.write_output, visit, outcome)
+        except BudgetExceeded:
+            self._start(visit, _output_of(outcome))
         except (InvalidJson, NodeError) as error:
-            self._settlement.failed(visit, as_node_error(error))
+            self._settlement.fail(visit, to_node_error(error))
         else:
-            self._settlement.returned(visit, outcome)
+            self._settlement.apply_outcome(visit, outcome)
 
-    def _may_go_on_with(self, visit: Visit) -> bool:
+    def _may_continue(self, visit: NodeVisit) -> bool:
         """Look again after a commit: the lease may have run out, something may have failed or been asked."""
         if not self._scribe.holds_lease():
             raise LeaseLost
         if visit.frame.is_broken_off:
-            self._settlement.cancelled(visit)
+            self._settlement.record_cancelled(visit)
             return False
         if self._may_start():
             return True
@@ -310,47 +312,47 @@ class Runner:
         if visit.is_at_most_once:
             # It was announced and not begun: whoever goes on may still begin it.
             visit.attempt -= 1
-            self._scribe.tell(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
+            self._scribe.record_node(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
         if visit.is_write:
             self._broken_off.append(visit)
         return False
 
-    def _start(self, visit: Visit, coming: Coroutine[Any, Any, Outcome]) -> None:
-        task = asyncio.create_task(self._perform(visit, coming))
+    def _start(self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome]) -> None:
+        task = asyncio.create_task(self._perform_node(visit, coming))
         self._agenda.tasks[task] = visit
-        task.add_done_callback(partial(self._see_that_it_left, visit, coming))
+        task.add_done_callback(partial(self._finish_cancelled, visit, coming))
 
-    def _see_that_it_left(
-        self, visit: Visit, coming: Coroutine[Any, Any, Outcome], task: asyncio.Task[None]
+    def _finish_cancelled(
+        self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> None:
         """Take leave of a node for a task that was cancelled before it had begun, and so can't do it itself."""
         coming.close()
         if task in self._agenda.tasks:
-            self._leave(task)
+            self._finish_task(task)
             if visit.frame.is_broken_off:
-                self._settlement.cancelled(visit)
+                self._settlement.record_cancelled(visit)
 
-    async def _perform(self, visit: Visit, coming: Coroutine[Any, Any, Outcome]) -> None:
+    async def _perform_node(self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome]) -> None:
         """See a node through in a task of its own."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
-            outcome = await self._in_time(visit.program.node, coming, task)
-            await offload.patiently(self._settlement.write, visit, outcome)
+            outcome = await self._limit_time(visit.program.node, coming, task)
+            await offload.run(self._settlement.write_output, visit, outcome)
         except asyncio.CancelledError:
-            self._leave(task)
+            self._finish_task(task)
             if visit.frame.is_broken_off:
-                self._settlement.cancelled(visit)
+                self._settlement.record_cancelled(visit)
             raise
         except (InvalidJson, NodeError) as error:
-            self._leave(task)
-            self._settlement.failed(visit, as_node_error(error))
+            self._finish_task(task)
+            self._settlement.fail(visit, to_node_error(error))
         else:
-            self._leave(task)
-            self._settlement.returned(visit, outcome)
+            self._finish_task(task)
+            self._settlement.apply_outcome(visit, outcome)
 
-    async def _in_time(
-        self, node: Node, coming: Coroutine[Any, Any, Outcome], task: asyncio.Task[None]
-    ) -> Outcome:
+    async def _limit_time(
+        self, node: GraphNode, coming: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
+    ) -> NodeOutcome:
         limit = asyncio.timeout(node.timeout_seconds)
         try:
             async with limit:
@@ -360,25 +362,27 @@ class Runner:
                 raise
             raise NodeError("The node cancelled itself") from None
         except Exception as error:
-            raise (outcomes.too_slow(node) if limit.expired() else as_node_error(error)) from error
+            raise (outcomes.node_timed_out(node) if limit.expired() else to_node_error(error)) from error
 
-    async def _called(self, visit: Visit, call: Call) -> Outcome:
+    async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:
         run = self._program.runs[visit.node_id]
         if visit.node_id in self._program.repeatable:
-            return await offload.whole(lambda: cast("Coroutine[Any, Any, Outcome]", run(call)))
+            return await offload.run_coroutine(lambda: cast("Coroutine[Any, Any, NodeOutcome]", run(call)))
         outcome = run(call)
-        return await outcome if asyncio.iscoroutine(outcome) else cast("Outcome", outcome)
+        return await outcome if asyncio.iscoroutine(outcome) else cast("NodeOutcome", outcome)
 
-    async def _called_elsewhere(self, visit: Visit, run: Callable[[Call], Outcome], call: Call) -> Outcome:
+    async def _call_in_thread(
+        self, visit: NodeVisit, run: Callable[[NodeCall], NodeOutcome], call: NodeCall
+    ) -> NodeOutcome:
         """Call a node in a thread; what it logs is told afterwards, where everything is numbered."""
         lines: list[tuple[str, str]] = []
         call = msgspec.structs.replace(call, log=lambda level, message: lines.append((level, message)))
-        outcome = await offload.elsewhere(run, call)
+        outcome = await offload.run_in_thread(run, call)
         for level, message in lines:
             self._scribe.log(level, message, visit.node_id)
         return outcome
 
-    def _leave(self, task: asyncio.Task[None]) -> None:
+    def _finish_task(self, task: asyncio.Task[None]) -> None:
         # First: what follows may break off whatever is still at work.
         del self._agenda.tasks[task]
         self._control.changed.set()
@@ -406,53 +410,53 @@ class Runner:
     async def _wake(self) -> None:
         now, sleeping = time.monotonic(), self._agenda.sleeping
         due = [one for one in sleeping.values() if one.wakes_at is not None and one.wakes_at <= now]
-        if not await self._hear(is_due=any(one.then is Then.EXPIRED for one in due)):
-            due = [one for one in due if one.then is not Then.EXPIRED]
+        if not await self._read_new_answers(is_due=any(one.then is WakeAction.EXPIRED for one in due)):
+            due = [one for one in due if one.then is not WakeAction.EXPIRED]
         for one in due:
             if not self._may_start():
                 return
             # What came of one of them may have broken off another.
             if sleeping.pop(one.visit, None) is None:
                 continue
-            if one.then is Then.TRIED_AGAIN:
+            if one.then is WakeAction.TRIED_AGAIN:
                 await self._begin(one.visit)
             else:
-                self._settlement.woken(one)
+                self._settlement.wake(one)
 
-    async def _hear(self, *, is_due: bool) -> bool:
+    async def _read_new_answers(self, *, is_due: bool) -> bool:
         """Take answers that came since the run was taken up, now and then, and before any wait for one has expired.
 
         Returns False where nobody can tell whether there are any.
         """
-        awaits = any(one.then is Then.EXPIRED for one in self._agenda.sleeping.values())
-        is_time = is_due or time.monotonic() > self._heard_at + HEAR_SECONDS
+        awaits = any(one.then is WakeAction.EXPIRED for one in self._agenda.sleeping.values())
+        is_time = is_due or time.monotonic() > self._heard_at + ANSWER_POLL_SECONDS
         if self._listen is None or not awaits or not is_time:
             return True
         self._heard_at = time.monotonic()
         signals = await self._listen()
         if signals is None:
             return False
-        self._settlement.hear(signals)
+        self._settlement.apply_answers(signals)
         return True
 
 
-async def _given(outcome: Outcome) -> Outcome:
+async def _output_of(outcome: NodeOutcome) -> NodeOutcome:
     return outcome
 
 
-def _by_iteration(recorded: Sequence[Span]) -> Mapping[str, Mapping[str, Span]]:
-    found: dict[str, dict[str, Span]] = {}
+def _group_by_iteration(recorded: Sequence[NodeSpan]) -> Mapping[str, Mapping[str, NodeSpan]]:
+    found: dict[str, dict[str, NodeSpan]] = {}
     for span in recorded:
         found.setdefault(span.iteration, {})[span.node_id] = span
     return found
 
 
-def _attempts(recorded: Sequence[Span]) -> int:
+def _count_attempts(recorded: Sequence[NodeSpan]) -> int:
     """Return how many attempts were recorded as spans of their own, at most."""
     return sum(span.attempt for span in recorded if span.attempt > 1)
 
 
-def _roots(start: Start) -> dict[str, Json]:
+def _build_roots(start: RunStart) -> dict[str, Json]:
     """Return the roots of expressions that are the same for all nodes."""
     return {
         "trigger": start.trigger,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from engine.events import FailureCause
+    from engine.run_records import FailureCause
 
 
 class HttpRequestName(NamedTuple):

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappush
 from typing import TYPE_CHECKING
 
-from engine.events import SETTLED
+from engine.run_records import SETTLED_STATUSES
 
 if TYPE_CHECKING:
-    from engine.frames import Frame, Sleeping, Visit
+    from engine.frames import NodeVisit, SectionFrame, SleepingNode
 
 
 @dataclass(slots=True)
-class Agenda:
+class Worklist:
     """All of it, whatever loop it is in."""
 
-    settled_before: list[tuple[int, str, Frame]] = field(default_factory=list)
+    settled_before: list[tuple[int, str, SectionFrame]] = field(default_factory=list)
     """Nodes that are ready and have settled in an earlier attempt, by when: a heap."""
-    ready: deque[tuple[Frame, str]] = field(default_factory=deque)
-    tasks: dict[asyncio.Task[None], Visit] = field(default_factory=dict)
-    sleeping: dict[Visit, Sleeping] = field(default_factory=dict)
+    ready: deque[tuple[SectionFrame, str]] = field(default_factory=deque)
+    tasks: dict[asyncio.Task[None], NodeVisit] = field(default_factory=dict)
+    sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
 
-    def add(self, frame: Frame, node_ids: Sequence[str]) -> None:
+    def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
         """Note nodes that are ready."""
         frame.open += len(node_ids)
         if not frame.recorded:
@@ -34,12 +34,12 @@ class Agenda:
             return
         for node_id in node_ids:
             recorded = frame.recorded.get(node_id)
-            if recorded is not None and recorded.status in SETTLED:
+            if recorded is not None and recorded.status in SETTLED_STATUSES:
                 heappush(self.settled_before, (recorded.sequence, node_id, frame))
             else:
                 self.ready.append((frame, node_id))
 
-    def drop(self, frames: Collection[Frame]) -> list[Visit]:
+    def drop_frames(self, frames: Collection[SectionFrame]) -> list[NodeVisit]:
         """Forget what hasn't begun in some frames and cancel what only looks there; returns what was asleep."""
         dropped = [frame for frame, _ in self.ready if frame in frames]
         dropped += [frame for _, _, frame in self.settled_before if frame in frames]

@@ -6,28 +6,30 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, cast
 
 from engine import values
-from engine.errors import NodeError
-from engine.events import SpanStatus
-from engine.expressions import MISSING, ExpressionError, Template, compile_path
-from engine.frames import Visit
-from engine.joins import Mode
-from engine.node import Call
+from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_path
+from engine.frames import NodeVisit
+from engine.joins import JoinMode
+from engine.node_api import NodeCall
+from engine.run_errors import NodeError
+from engine.run_records import SpanStatus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from engine.events import Span
-    from engine.frames import Frame
-    from engine.program import NodeProgram, Program
-    from engine.scribe import Scribe
-    from engine.services import Caller, Services
+    from engine.frames import SectionFrame
+    from engine.program import NodeProgram, WorkflowProgram
+    from engine.run_records import NodeSpan
+    from engine.services import NodeServices, RunCaller
+    from engine.span_recorder import SpanRecorder
     from engine.values import Json
 
 
-class Visits:
+class NodeInputs:
     """Prepares the nodes of one run."""
 
-    def __init__(self, program: Program, caller: Caller, services: Services, scribe: Scribe) -> None:
+    def __init__(
+        self, program: WorkflowProgram, caller: RunCaller, services: NodeServices, scribe: SpanRecorder
+    ) -> None:
         self._program = program
         self._nodes = program.nodes
         self._is_strict = program.graph.settings.strict_mappings
@@ -35,51 +37,53 @@ class Visits:
         self._services = services
         self._scribe = scribe
 
-    def begin(self, frame: Frame, node_id: str, roots: Mapping[str, Json] | None = None) -> Visit:
+    def reach_node(
+        self, frame: SectionFrame, node_id: str, roots: Mapping[str, Json] | None = None
+    ) -> NodeVisit:
         """Return a node as it is reached; raises `ExpressionError`, `InvalidJson`, `NodeError` and `TakesLong`.
 
         In a thread `roots` are those of the frame as they are when it begins: others go on meanwhile.
         """
         program = self._nodes[node_id]
-        data, input_node = self._gather(frame, program)
+        data, input_node = self._gather_input(frame, program)
         unresolved: list[str] = []
         if program.mappings:
-            data, input_node = _mapped(roots or frame.roots, program, data, unresolved), None
-        encoded = None if input_node is not None else values.encode(data)
+            data, input_node = _apply_mappings(roots or frame.roots, program, data, unresolved), None
+        encoded = None if input_node is not None else values.encode_json(data)
         digest = frame.digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
-        visit = Visit(
+        visit = NodeVisit(
             frame, program, data, input_node, encoded, digest, self._scribe.clock.now(), unresolved=unresolved
         )
         recorded = frame.recorded.get(node_id)
         if recorded is not None:
-            _take_up(visit, recorded)
+            _resume_visit(visit, recorded)
         return visit
 
-    def unreached(self, frame: Frame, node_id: str) -> Visit:
+    def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
         """Return a node that could not even be reached."""
-        return Visit(frame, self._nodes[node_id], None, None, None, b"", self._scribe.clock.now())
+        return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._scribe.clock.now())
 
-    def _gather(self, frame: Frame, program: NodeProgram) -> tuple[Json, str | None]:
+    def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
         """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
         edges = frame.plan.parents(program.node.id)
         if not edges:
             return (None if program.is_pinned else frame.given), None
         if program.join is None and len(edges) == 1:
-            return _of_one(frame, edges[0].source)
+            return _parent_output(frame, edges[0].source)
         parents = list(dict.fromkeys(edge.source for edge in edges))
-        if program.join is not None and program.join.mode is Mode.ALL:
-            return program.join.data({parent: _of_one(frame, parent)[0] for parent in parents}), None
+        if program.join is not None and program.join.mode is JoinMode.ALL:
+            return program.join.data({parent: _parent_output(frame, parent)[0] for parent in parents}), None
         if len(parents) == 1:
-            return _of_one(frame, parents[0])
+            return _parent_output(frame, parents[0])
         merged: dict[str, Json] = {}
         for parent in parents:
-            output, _ = _of_one(frame, parent)
+            output, _ = _parent_output(frame, parent)
             if isinstance(output, dict):
                 merged.update(output)
-        merged.update({parent: _of_one(frame, parent)[0] for parent in parents})
+        merged.update({parent: _parent_output(frame, parent)[0] for parent in parents})
         return merged, None
 
-    def call(self, visit: Visit, roots: Mapping[str, Json] | None = None) -> Call:
+    def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
         """Render the config; raises `ExpressionError`, `InvalidJson`, `TakesLong`, and `NodeError` for what is missing.
 
         For `roots` see `begin`.
@@ -90,22 +94,22 @@ class Visits:
             raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
         scope = {"data": visit.data, **(roots or frame.roots)}
         if visit.resolved_config is not None:
-            visit.config = cast("Mapping[str, Json]", values.restored(visit.resolved_config))
+            visit.config = cast("Mapping[str, Json]", values.restore_json(visit.resolved_config))
         else:
             visit.config = cast("Mapping[str, Json]", program.config.render(scope, visit.unresolved))
         if visit.unresolved:
             self.check_resolved(visit, scope if visit.hashes is None else None)
         dynamic = visit.input_digest
         if program.is_given_again or not program.config.is_static:
-            rendered = visit.resolved_config or values.encode(visit.config)
+            rendered = visit.resolved_config or values.encode_json(visit.config)
             visit.resolved_config = rendered if program.is_given_again else None
             if program.is_given_again and not program.config.is_static:
                 # What is sent is what is recorded: `nodes` may grow while that is being committed.
-                visit.config = cast("Mapping[str, Json]", values.restored(rendered))
+                visit.config = cast("Mapping[str, Json]", values.restore_json(rendered))
             dynamic = sha256(dynamic + rendered).digest()
         visit.hashes = program.static_hashes + dynamic
         node_id, log = program.node.id, self._scribe.log
-        return Call(
+        return NodeCall(
             config=visit.config,
             data=visit.data,
             scope=scope,
@@ -123,7 +127,7 @@ class Visits:
             is_strict=self._is_strict,
         )
 
-    def check_resolved(self, visit: Visit, scope: Mapping[str, Json] | None = None) -> None:
+    def check_resolved(self, visit: NodeVisit, scope: Mapping[str, Json] | None = None) -> None:
         """Raise `NodeError` where a path has found nothing, and the graph's settings make that an error.
 
         A field of an item, and what a condition asks for, may be missing. With a `scope` the node has not been called
@@ -131,7 +135,7 @@ class Visits:
         """
         if not visit.unresolved:
             return
-        visit.unresolved[:] = [path for path in visit.unresolved if not _is_skipped(visit.frame, path)]
+        visit.unresolved[:] = [path for path in visit.unresolved if not _leads_to_skipped(visit.frame, path)]
         if not self._is_strict:
             return
         asked: set[str] = set()
@@ -155,7 +159,7 @@ def _is_field_of_item(path: str) -> bool:
     return path.removeprefix("$.").startswith(("item.", "item["))
 
 
-def _is_skipped(frame: Frame, text: str) -> bool:
+def _leads_to_skipped(frame: SectionFrame, text: str) -> bool:
     """Tell whether a path leads into a node that is not run: there is nothing to find, and nothing wrong."""
     if not text.removeprefix("$.").startswith("nodes"):
         return False
@@ -164,21 +168,23 @@ def _is_skipped(frame: Frame, text: str) -> bool:
     except ExpressionError:
         return False  # the name of a field that should have been passed through
     node_id = path.steps[0][0] if path.root == "nodes" and path.steps else None
-    return node_id is not None and frame.skips(node_id)
+    return node_id is not None and frame.is_skipped(node_id)
 
 
-def _of_one(frame: Frame, parent: str) -> tuple[Json, str | None]:
+def _parent_output(frame: SectionFrame, parent: str) -> tuple[Json, str | None]:
     """Return what comes from a parent, and its id: from the loop around it comes the item, which no node gave out."""
     if frame.loop is not None and parent == frame.section.loop_id:
         return frame.given, None
     return frame.outputs[parent], parent
 
 
-def _mapped(roots: Mapping[str, Json], program: NodeProgram, data: Json, unresolved: list[str]) -> Json:
+def _apply_mappings(
+    roots: Mapping[str, Json], program: NodeProgram, data: Json, unresolved: list[str]
+) -> Json:
     scope = {"data": data, **roots}
     mapped: dict[str, Json] = {}
     for name, source in program.mappings.items():
-        if isinstance(source, Template):
+        if isinstance(source, ValueTemplate):
             mapped[name] = source.render(scope, unresolved)
             continue
         value = source.resolve(scope)
@@ -189,7 +195,7 @@ def _mapped(roots: Mapping[str, Json], program: NodeProgram, data: Json, unresol
     return {**data, **mapped} if isinstance(data, dict) else mapped
 
 
-def _take_up(visit: Visit, recorded: Span) -> None:
+def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
     """Go on with a node where an earlier attempt left it: what must not change is given as it was given before."""
     visit.started_at = recorded.started_at or visit.started_at
     if recorded.status is SpanStatus.WAITING:
@@ -205,5 +211,5 @@ def _take_up(visit: Visit, recorded: Span) -> None:
         return
     visit.resolved_config = recorded.resolved_config
     if recorded.input is not None:
-        visit.input, visit.data = recorded.input, values.restored(recorded.input)
+        visit.input, visit.data = recorded.input, values.restore_json(recorded.input)
         visit.input_digest = sha256(recorded.input).digest()

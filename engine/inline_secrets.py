@@ -22,60 +22,61 @@ SHORTEST_SHAPE: Final = 6
 """Characters of the shortest text that any shape fits: `://:p@`."""
 
 
-class _Gone(Enum):
+class _RemovedType(Enum):
     """The type of `_GONE`: what becomes of a credential."""
 
     GONE = "gone"
 
 
-_GONE: Final = _Gone.GONE
+_REMOVED: Final = _RemovedType.GONE
 _Steps: TypeAlias = "list[str]"
 
 
-def find(value: Json) -> list[str]:
+def find_secrets(value: Json) -> list[str]:
     """Return where the credentials of a value stand, such as `headers.authorization` or `args.0`."""
-    return without(value)[1]
+    return remove_secrets(value)[1]
 
 
-def without(value: Json) -> tuple[Json, list[str]]:
+def remove_secrets(value: Json) -> tuple[Json, list[str]]:
     """Return a value with its credentials left out, and where they stood.
 
     A field goes with its name. In a list an empty text takes its place, so that the other items keep theirs. Of a text
     of several lines (a program, a letter) only the credential goes, unless the name says that all of it is one.
     """
     found: list[str] = []
-    kept = _kept(value, "", [], found)
-    return "" if kept is _GONE else kept, found
+    kept = _filter_value(value, "", [], found)
+    return "" if kept is _REMOVED else kept, found
 
 
-def _kept(value: Json, name: str, steps: _Steps, found: list[str]) -> Json | _Gone:
+def _filter_value(value: Json, name: str, steps: _Steps, found: list[str]) -> Json | _RemovedType:
     """Return what stays of a value that is called `name` and stands at the end of `steps`."""
     if isinstance(value, str):
-        rest = _rest(value, name)
+        rest = _filter_text(value, name)
         if rest == value:
             return value
         if len(found) < MAX_PATHS:
             found.append(".".join(steps))
-        return rest or _GONE
+        return rest or _REMOVED
     if isinstance(value, list):
-        items = [_below(item, name, str(index), steps, found) for index, item in enumerate(value)]
-        return ["" if item is _GONE else item for item in items]
+        items = [_filter_child(item, name, str(index), steps, found) for index, item in enumerate(value)]
+        return ["" if item is _REMOVED else item for item in items]
     if isinstance(value, dict):
         fields = [
-            (key, _below(item, _name(key, value, name), key, steps, found)) for key, item in value.items()
+            (key, _filter_child(item, _field_name(key, value, name), key, steps, found))
+            for key, item in value.items()
         ]
-        return {key: item for key, item in fields if item is not _GONE}
+        return {key: item for key, item in fields if item is not _REMOVED}
     return value
 
 
-def _below(value: Json, name: str, step: str, steps: _Steps, found: list[str]) -> Json | _Gone:
+def _filter_child(value: Json, name: str, step: str, steps: _Steps, found: list[str]) -> Json | _RemovedType:
     steps.append(step[:MAX_NAME_LENGTH])
-    kept = _kept(value, name, steps, found)
+    kept = _filter_value(value, name, steps, found)
     steps.pop()
     return kept
 
 
-def _name(key: str, siblings: dict[str, Json], above: str) -> str:
+def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
     """Return what a field is called, which isn't always its key.
 
     Known are `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and what is computed from
@@ -87,23 +88,23 @@ def _name(key: str, siblings: dict[str, Json], above: str) -> str:
     return named if isinstance(named, str) else above
 
 
-def _rest(text: str, name: str) -> str:
+def _filter_text(text: str, name: str) -> str:
     """Return what stays of a text: all of it where it holds no credential, nothing where it is one."""
     if _is_secret_name(name[: MAX_NAME_LENGTH + 1]) and _is_literal(text):
         return ""
-    rest = _cut(text)
+    rest = _cut_secrets(text)
     if rest == text:
         return text
     # What is left of one line is seldom of use, and two halves may make a whole.
-    return rest if "\n" in text and rest.strip() and _cut(rest) == rest else ""
+    return rest if "\n" in text and rest.strip() and _cut_secrets(rest) == rest else ""
 
 
 # ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-_NAMES: Final = frozenset({
+_SECRET_NAMES: Final = frozenset({
     "adminpass", "dbpass", "dbpwd", "dsn", "ftppass", "pass", "pwd", "rootpass", "smtppass", "userpass",
 })  # fmt: skip
-_ENDINGS: Final = (
+_SECRET_ENDINGS: Final = (
     "accesskey", "accesstokens", "apikey", "apikeys", "authkey", "authorization", "clientkey", "connectionstring",
     "cookie", "encryptionkey", "masterkey", "passphrase", "passwd", "password", "passwords", "privatekey", "secret",
     "secretkey", "secrets", "sharedkey", "signingkey", "subscriptionkey", "token",
@@ -122,7 +123,7 @@ def _is_secret_name(name: str) -> bool:
     if len(name) > MAX_NAME_LENGTH:
         return False
     plain = _SPELLING.sub("", name.lower()).rstrip("0123456789")
-    return plain in _NAMES or (plain.endswith(_ENDINGS) and not plain.endswith(_OTHER_TOKENS))
+    return plain in _SECRET_NAMES or (plain.endswith(_SECRET_ENDINGS) and not plain.endswith(_OTHER_TOKENS))
 
 
 _NO_LITERAL: Final = re.compile(
@@ -161,7 +162,7 @@ def _is_literal(text: str) -> bool:
 # they begin at a boundary, repeat without going back, or repeat a limited number of times. Their first group stays.
 _BOUNDARY: Final = r"((?<![A-Za-z0-9_-]))"
 _UP_TO_ITS_END: Final = r"(?:[^-]++|-(?!----END ))*+(?:-----END [A-Z0-9 ]{0,50}-----)?"
-_SHAPES: Final = [
+_SECRET_SHAPES: Final = [
     (marker, re.compile(pattern))
     for marker, pattern in (
         ("sk-", _BOUNDARY + r"sk-[\w-]{16,}+"),
@@ -203,7 +204,7 @@ _SHAPES: Final = [
         ("accountkey", r"((?i:accountkey)[ ]?=[ ]?)[\w+/=-]{16,}+"),
     )
 ]
-_NAMED: Final = [
+_NAMED_SECRETS: Final = [
     (marker, re.compile(pattern))
     for marker, pattern in (
         # password = "…", in a program or in JSON
@@ -216,20 +217,20 @@ _NAMED: Final = [
 """What is named inside a text: what stays, the name, the value."""
 
 
-def _cut(text: str) -> str:
+def _cut_secrets(text: str) -> str:
     """Return a text without what has the shape of a credential."""
     if len(text) < SHORTEST_SHAPE:
         return text
     rest, lowered = text, text.lower()
-    for marker, pattern in _SHAPES:
+    for marker, pattern in _SECRET_SHAPES:
         if marker in lowered:
             rest = pattern.sub(r"\1", rest)
-    for marker, pattern in _NAMED:
+    for marker, pattern in _NAMED_SECRETS:
         if marker in rest:
-            rest = pattern.sub(_cut_named, rest)
+            rest = pattern.sub(_cut_named_secret, rest)
     return rest
 
 
-def _cut_named(match: re.Match[str]) -> str:
+def _cut_named_secret(match: re.Match[str]) -> str:
     before, name, value = match.groups()
     return before if _is_secret_name(name) and _is_literal(value) else match[0]

@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from engine.conditions import compile_condition
 from engine.expressions import (
     ExpressionError,
-    Path,
+    ExpressionPath,
     compile_expression,
     compile_template,
     compile_value,
     needed_path,
 )
-from engine.node import OF_EACH, Compile
+from engine.node_api import OF_EACH, FieldCompilation
 from engine.operations import OPERATIONS
 from engine.values import MAX_DEPTH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from engine.graph import Node
-    from engine.node import NodeType
+    from engine.graph import GraphNode
+    from engine.node_api import NodeType
     from engine.values import Json
 
-Steps: TypeAlias = "tuple[str | int, ...]"
-_Leaf: TypeAlias = "tuple[Steps, str]"
+PlaceSteps: TypeAlias = "tuple[str | int, ...]"
+_Leaf: TypeAlias = "tuple[PlaceSteps, str]"
 
-_QUESTIONS: Final = ("exists", "not-exists")
+_EXISTENCE_OPERATORS: Final = ("exists", "not-exists")
 """Operators that may well find nothing on their left: that is what they ask."""
 
 
-class Part(StrEnum):
+class NodeSection(StrEnum):
     """The parts of a node that hold paths."""
 
     CONFIG = "config"
@@ -43,92 +43,102 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ExpressionPlace:
     """One text with expressions in it."""
 
-    part: Part
-    steps: Steps
+    part: NodeSection
+    steps: PlaceSteps
     """The way from the part to the text."""
     text: str
-    paths: Sequence[Path]
+    paths: Sequence[ExpressionPath]
     """Those that must lead somewhere: what may be missing has its answer in what follows `??`."""
-    is_late: bool = False
+    is_evaluated_late: bool = False
     """The node renders it itself, once an item if it likes."""
 
     @property
     def name(self) -> str:
-        return named(self.part, self.steps)
+        return format_place(self.part, self.steps)
 
 
 @dataclass(slots=True)
-class Reading:
+class NodeExpressions:
     """The places of one node, and the expressions of it that can't be read."""
 
-    mappings: list[Place] = field(default_factory=list)
-    config: list[Place] = field(default_factory=list)
+    mappings: list[ExpressionPlace] = field(default_factory=list)
+    config: list[ExpressionPlace] = field(default_factory=list)
     errors: list[tuple[str, ExpressionError]] = field(default_factory=list)
     """Each with the name of its place."""
 
 
-class Reader:
+class ExpressionReader:
     """Reads nodes, a text that many of them share only once."""
 
     def __init__(self) -> None:
-        self._read: dict[str, Sequence[Path]] = {}
+        self._read: dict[str, Sequence[ExpressionPath]] = {}
 
-    def read(self, node: Node, node_type: NodeType) -> Reading:
-        reading = Reading()
+    def read(self, node: GraphNode, node_type: NodeType) -> NodeExpressions:
+        reading = NodeExpressions()
         for name, source in node.input_mappings.items():
             if isinstance(source, str) and "{{" not in source:
                 self._read_path(name, source, reading)
             else:
-                self._read_templates(Part.INPUT_MAPPINGS, (name,), source, reading)
-        for steps, value, kind in _fields(node.config, node_type.compiled):
-            if kind is Compile.LITERAL:
+                self._read_templates(NodeSection.INPUT_MAPPINGS, (name,), source, reading)
+        for steps, value, kind in _config_fields(node.config, node_type.compiled):
+            if kind is FieldCompilation.LITERAL:
                 continue
             if kind is None:
-                self._read_templates(Part.CONFIG, steps, value, reading)
-            elif kind is Compile.CONDITION or not _is_static(value):
+                self._read_templates(NodeSection.CONFIG, steps, value, reading)
+            elif kind is FieldCompilation.CONDITION or not _is_static(value):
                 self._read_compiled(steps, value, kind, reading)
         return reading
 
-    def _read_templates(self, part: Part, place: Steps, value: Json, reading: Reading) -> None:
+    def _read_templates(
+        self, part: NodeSection, place: PlaceSteps, value: Json, reading: NodeExpressions
+    ) -> None:
         """Take a value in whose texts paths stand between braces."""
         if _is_static(value):
             return
         try:
-            for steps, text in _leaves(place, value):
+            for steps, text in _expression_leaves(place, value):
                 self._read_text(part, steps, text, reading)
         except ExpressionError as error:
-            reading.errors.append((named(part, place), error))
+            reading.errors.append((format_place(part, place), error))
 
     def _read_text(
-        self, part: Part, steps: Steps, text: str, reading: Reading, *, is_late: bool = False
+        self,
+        part: NodeSection,
+        steps: PlaceSteps,
+        text: str,
+        reading: NodeExpressions,
+        *,
+        is_late: bool = False,
     ) -> None:
         paths = self._read.get(text)
         try:
             if paths is None:
                 paths = self._read[text] = compile_template(text).needed
         except ExpressionError as error:
-            reading.errors.append((named(part, steps), error))
+            reading.errors.append((format_place(part, steps), error))
         else:
-            places = reading.config if part is Part.CONFIG else reading.mappings
-            places.append(Place(part, steps, text, paths, is_late))
+            places = reading.config if part is NodeSection.CONFIG else reading.mappings
+            places.append(ExpressionPlace(part, steps, text, paths, is_late))
 
-    def _read_compiled(self, place: Steps, value: Json, kind: Compile, reading: Reading) -> None:
+    def _read_compiled(
+        self, place: PlaceSteps, value: Json, kind: FieldCompilation, reading: NodeExpressions
+    ) -> None:
         """Take a condition or a value that may be computed: it can be wrong as a whole, not only in its texts."""
         try:
-            if kind is Compile.CONDITION:
+            if kind is FieldCompilation.CONDITION:
                 compile_condition(value)
             else:
                 compile_value(value)
         except ExpressionError as error:
-            reading.errors.append((named(Part.CONFIG, place), error))
+            reading.errors.append((format_place(NodeSection.CONFIG, place), error))
             return
-        for steps, text in _leaves(place, value, needed_only=True):
-            self._read_text(Part.CONFIG, steps, text, reading, is_late=True)
+        for steps, text in _expression_leaves(place, value, needed_only=True):
+            self._read_text(NodeSection.CONFIG, steps, text, reading, is_late=True)
 
-    def _read_path(self, name: str, source: str, reading: Reading) -> None:
+    def _read_path(self, name: str, source: str, reading: NodeExpressions) -> None:
         """Take a mapping that is an expression and nothing else."""
         paths = self._read.get(source)
         try:
@@ -136,21 +146,21 @@ class Reader:
                 needed = needed_path(compile_expression(source))
                 paths = self._read[source] = (needed,) if needed else ()
         except ExpressionError as error:
-            reading.errors.append((named(Part.INPUT_MAPPINGS, (name,)), error))
+            reading.errors.append((format_place(NodeSection.INPUT_MAPPINGS, (name,)), error))
         else:
-            reading.mappings.append(Place(Part.INPUT_MAPPINGS, (name,), source, paths))
+            reading.mappings.append(ExpressionPlace(NodeSection.INPUT_MAPPINGS, (name,), source, paths))
 
 
-def named(part: Part, steps: Steps) -> str:
+def format_place(part: NodeSection, steps: PlaceSteps) -> str:
     """Return how a place is called: `config.values.total`."""
     return ".".join([part, *map(str, steps)])
 
 
-def _fields(
-    config: Mapping[str, Json], compiled: Mapping[str, Compile]
-) -> Iterator[tuple[Steps, Json, Compile | None]]:
+def _config_fields(
+    config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
+) -> Iterator[tuple[PlaceSteps, Json, FieldCompilation | None]]:
     """Return the fields of a config, one by one also in the items of a list where some of these are compiled."""
-    of_items: dict[str, dict[str, Compile]] = {}
+    of_items: dict[str, dict[str, FieldCompilation]] = {}
     for place, kind in compiled.items():
         field, of_each, name = place.partition(OF_EACH)
         if of_each:
@@ -176,12 +186,12 @@ def _is_static(value: Json) -> bool:
     return not isinstance(value, list) or all(map(_is_static, value))
 
 
-def _leaves(steps: Steps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
+def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
     """Return the texts of a value that hold expressions, in order.
 
     Raises `ExpressionError` where it is too deep, and for an operation where nothing is computed.
     """
-    left: list[tuple[Steps, Json]] = [(steps, value)]
+    left: list[tuple[PlaceSteps, Json]] = [(steps, value)]
     while left:
         at, inner = left.pop()
         if isinstance(inner, str):
@@ -195,23 +205,23 @@ def _leaves(steps: Steps, value: Json, *, needed_only: bool = False) -> Iterator
             if not needed_only and "$op" in inner and isinstance(inner, dict):
                 message = "nothing is computed here, but in the fields that docs/nodes.md calls computed"
                 raise ExpressionError(f"$op {inner['$op']}", f"{message}: compute it by a set node before")
-            below = _needed(inner) if needed_only else _all(inner)
+            below = _needed_texts(inner) if needed_only else _all_texts(inner)
             left.extend(reversed([((*at, *steps), item) for steps, item in below]))
 
 
-def _all(value: dict[str, Json] | list[Json]) -> list[tuple[Steps, Json]]:
+def _all_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Json]]:
     if isinstance(value, list):
         return [((index,), item) for index, item in enumerate(value)]
     return [((key,), item) for key, item in value.items()]
 
 
-def _needed(value: dict[str, Json] | list[Json]) -> list[tuple[Steps, Json]]:
+def _needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Json]]:
     """Return the parts of a condition or a computed value in which it matters that a path finds something."""
     if isinstance(value, list):
-        return _all(value)
+        return _all_texts(value)
     operation, arguments = OPERATIONS.get(str(value.get("$op"))), value.get("args")
     if operation is not None and operation.takes_first_found and isinstance(arguments, list):
         return [(("args", len(arguments) - 1), arguments[-1])] if arguments else []
-    if value.get("operator") in _QUESTIONS:
+    if value.get("operator") in _EXISTENCE_OPERATORS:
         return []
-    return _all(value)
+    return _all_texts(value)

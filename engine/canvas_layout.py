@@ -16,22 +16,22 @@ from math import inf, isqrt
 from operator import itemgetter
 from typing import Final, TypeAlias
 
-Place: TypeAlias = "tuple[float, float]"
+CardPosition: TypeAlias = "tuple[float, float]"
 """The upper left corner of a node's card: `x` to the right, `y` down, in pixels."""
-Edge: TypeAlias = "tuple[str, str]"
+CardEdge: TypeAlias = "tuple[str, str]"
 """The ids of two nodes: from the first to the second."""
-Neighbours: TypeAlias = "list[list[int]]"
+NeighborLists: TypeAlias = "list[list[int]]"
 """For each node those at the other ends of its edges, on one side."""
-Order: TypeAlias = "list[list[int]]"
+ColumnOrder: TypeAlias = "list[list[int]]"
 """For each column what is in it, from top to bottom."""
 
 CARD_WIDTH: Final = 200
 CARD_HEIGHT: Final = 80
-COLUMN: Final = 250
+COLUMN_WIDTH: Final = 250
 """From one column of cards to the next."""
-ROW: Final = 120
+ROW_HEIGHT: Final = 120
 """From one card to the next below it."""
-LANE: Final = 40
+LANE_HEIGHT: Final = 40
 """What is kept free between cards for an edge that passes their column."""
 ORIGIN: Final = (100, 200)
 """Where the first card is put."""
@@ -47,12 +47,12 @@ WORTH_STARTING_ANEW: Final = 0.5
 """The same for an order that has nothing to do with the present one, in a graph that was arranged before."""
 WORTH_KEEPING: Final = 1.15
 """How much more disorder than new heights the present ones may have to be kept."""
-HIDDEN_EDGE: Final = 4 * ROW
+HIDDEN_EDGE: Final = 4 * ROW_HEIGHT
 """The disorder of an edge that runs behind a card."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Effort:
+class _LayoutEffort:
     """How much is tried for a graph of up to so many nodes."""
 
     nodes: float
@@ -65,30 +65,32 @@ class _Effort:
 
 
 _EFFORTS: Final = (
-    _Effort(50, starts=8, sweeps=16, longest_routed=20),
-    _Effort(200, starts=3, sweeps=8, longest_routed=20),
-    _Effort(1_000, starts=1, sweeps=4, longest_routed=10),
-    _Effort(3_000, starts=1, sweeps=3, longest_routed=6),
-    _Effort(inf, starts=1, sweeps=1, longest_routed=3),
+    _LayoutEffort(50, starts=8, sweeps=16, longest_routed=20),
+    _LayoutEffort(200, starts=3, sweeps=8, longest_routed=20),
+    _LayoutEffort(1_000, starts=1, sweeps=4, longest_routed=10),
+    _LayoutEffort(3_000, starts=1, sweeps=3, longest_routed=6),
+    _LayoutEffort(inf, starts=1, sweeps=1, longest_routed=3),
 )
-_HASTE: Final = (*_EFFORTS[:2], _Effort(inf, starts=0, sweeps=0, longest_routed=3))
+_QUICK_EFFORTS: Final = (*_EFFORTS[:2], _LayoutEffort(inf, starts=0, sweeps=0, longest_routed=3))
 """For whoever has to wait: in 10,000 nodes no crossings are looked for."""
 
 
 # ── places for what has none ────────────────────────────────────────────────────────────────────────────────
 
 
-def free_place(placed: Iterable[Place]) -> Place:
+def find_free_position(placed: Iterable[CardPosition]) -> CardPosition:
     """Return a place for one more card: right of what there is, in the row of the rightmost, and free."""
     cards = list(placed)
-    near = [card for card in cards if _is_near(card)]
+    near = [card for card in cards if _is_on_canvas(card)]
     if not near:
-        return _free_from(ORIGIN, cards)
+        return _find_free_from(ORIGIN, cards)
     x, y = max(near, key=lambda card: (card[0], -card[1]))
-    return _free_from((x + COLUMN, y), cards)
+    return _find_free_from((x + COLUMN_WIDTH, y), cards)
 
 
-def completed(node_ids: Sequence[str], edges: Sequence[Edge], current: Sequence[Place | None]) -> list[Place]:
+def complete_layout(
+    node_ids: Sequence[str], edges: Sequence[CardEdge], current: Sequence[CardPosition | None]
+) -> list[CardPosition]:
     """Return a place for each node, in the order of `node_ids`: those that have one keep it, the others get a free one.
 
     That is beside their neighbours; what has no neighbours that are placed, or comes in large numbers, is arranged by
@@ -96,105 +98,122 @@ def completed(node_ids: Sequence[str], edges: Sequence[Edge], current: Sequence[
     """
     missing = [number for number, place in enumerate(current) if place is None]
     if len(missing) == len(node_ids):
-        return _arranged(_graph(node_ids, edges), current, _HASTE)
+        return _arrange_parts(_build_layout_graph(node_ids, edges), current, _QUICK_EFFORTS)
     places = {number: place for number, place in enumerate(current) if place is not None}
     if not missing:
         return [*places.values()]
     if len(missing) <= BESIDE_NEIGHBOURS:
-        _put_beside_neighbours(_graph(node_ids, edges), missing, places)
+        _place_beside_neighbors(_build_layout_graph(node_ids, edges), missing, places)
     rest = [number for number in missing if number not in places]
-    block = _arranged(_graph([node_ids[number] for number in rest], edges), [None] * len(rest), _HASTE)
-    places |= zip(rest, _below(places.values(), block), strict=True)
+    block = _arrange_parts(
+        _build_layout_graph([node_ids[number] for number in rest], edges), [None] * len(rest), _QUICK_EFFORTS
+    )
+    places |= zip(rest, _stack_below(places.values(), block), strict=True)
     return [places[number] for number in range(len(node_ids))]
 
 
-def _put_beside_neighbours(graph: _Graph, missing: Sequence[int], places: dict[int, Place]) -> None:
+def _place_beside_neighbors(
+    graph: _LayoutGraph, missing: Sequence[int], places: dict[int, CardPosition]
+) -> None:
     """Add places right of parents, or left of children, for nodes that are joined to others through any of these."""
     to_the_right = sorted(missing, key=graph.columns.__getitem__)
-    sides = ((to_the_right, graph.parents, max, COLUMN), (to_the_right[::-1], graph.children, min, -COLUMN))
+    sides = (
+        (to_the_right, graph.parents, max, COLUMN_WIDTH),
+        (to_the_right[::-1], graph.children, min, -COLUMN_WIDTH),
+    )
     count = -1
     while count < len(places):
         count = len(places)
         for nodes, neighbours, outermost, step in sides:
             for node in nodes:
                 found = [places[other] for other in neighbours[node] if other in places]
-                near = sorted((card for card in found if _is_near(card)), key=itemgetter(1))
+                near = sorted((card for card in found if _is_on_canvas(card)), key=itemgetter(1))
                 if near and node not in places:
                     wanted = outermost(x for x, _ in near) + step, near[(len(near) - 1) // 2][1]
-                    places[node] = _free_from(wanted, places.values())
+                    places[node] = _find_free_from(wanted, places.values())
 
 
-def _below(cards: Iterable[Place], block: Sequence[Place]) -> list[Place]:
+def _stack_below(cards: Iterable[CardPosition], block: Sequence[CardPosition]) -> list[CardPosition]:
     """Return the places of a block, which begins at the origin, below the cards."""
     cards = list(cards)
-    near = [card for card in cards if _is_near(card)]
-    wanted = (min(x for x, _ in near), max(y for _, y in near) + ROW) if near else ORIGIN
+    near = [card for card in cards if _is_on_canvas(card)]
+    wanted = (min(x for x, _ in near), max(y for _, y in near) + ROW_HEIGHT) if near else ORIGIN
     right, bottom = (max((place[axis] - ORIGIN[axis] for place in block), default=0) for axis in (0, 1))
-    x, y = _free_from(wanted, cards, width=right + CARD_WIDTH, height=bottom + CARD_HEIGHT)
+    x, y = _find_free_from(wanted, cards, width=right + CARD_WIDTH, height=bottom + CARD_HEIGHT)
     return [(x + place[0] - ORIGIN[0], y + place[1] - ORIGIN[1]) for place in block]
 
 
-def _is_near(card: Place) -> bool:
+def _is_on_canvas(card: CardPosition) -> bool:
     return max(map(abs, card)) <= CANVAS
 
 
-def _free_from(
-    wanted: Place, cards: Iterable[Place], *, width: float = CARD_WIDTH, height: float = CARD_HEIGHT
-) -> Place:
+def _find_free_from(
+    wanted: CardPosition,
+    cards: Iterable[CardPosition],
+    *,
+    width: float = CARD_WIDTH,
+    height: float = CARD_HEIGHT,
+) -> CardPosition:
     """Return the first place at or below `wanted` where something of that size lies on no card."""
     x, y = wanted
     for other in sorted(card[1] for card in cards if x - CARD_WIDTH < card[0] < x + width):
         if y - CARD_HEIGHT < other < y + height:
-            y = other + ROW
+            y = other + ROW_HEIGHT
     return x, y
 
 
 # ── all of them ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arrange(node_ids: Sequence[str], edges: Iterable[Edge], current: Sequence[Place | None]) -> list[Place]:
+def arrange_cards(
+    node_ids: Sequence[str], edges: Iterable[CardEdge], current: Sequence[CardPosition | None]
+) -> list[CardPosition]:
     """Return a place for each node, in the order of `node_ids`; `current` says where they are now.
 
     Their order from top to bottom is kept where another hasn't clearly fewer crossings, and as many as possible stay
     exactly where they are. Edges that lead nowhere or to their own start are passed over; of several nodes with one id
     the first has its edges.
     """
-    return _arranged(_graph(node_ids, edges), current, _EFFORTS)
+    return _arrange_parts(_build_layout_graph(node_ids, edges), current, _EFFORTS)
 
 
-def _arranged(graph: _Graph, current: Sequence[Place | None], efforts: Iterable[_Effort]) -> list[Place]:
+def _arrange_parts(
+    graph: _LayoutGraph, current: Sequence[CardPosition | None], efforts: Iterable[_LayoutEffort]
+) -> list[CardPosition]:
     """Return the places of connected parts below one another, then of what has no edges, in rows."""
     effort = next(effort for effort in efforts if len(current) <= effort.nodes)
-    parts = sorted(_parts(graph), key=lambda part: _corner(part, current))
+    parts = sorted(_connected_parts(graph), key=lambda part: _part_corner(part, current))
     places: list[tuple[int, int]] = [(0, 0)] * len(current)
     top, columns = 0, SINGLES_IN_A_ROW
     for part in (part for part in parts if len(part) > 1):
-        drawn = _Part(graph, part, effort.longest_routed)
-        heights = _heights(drawn, [current[node] for node in part], effort)
+        drawn = _ConnectedPart(graph, part, effort.longest_routed)
+        heights = _assign_heights(drawn, [current[node] for node in part], effort)
         highest = min(heights)
         for node, height in zip(part, heights, strict=True):
-            places[node] = (graph.columns[node] * COLUMN, top + height - highest)
-        top += max(heights) - highest + ROW
+            places[node] = (graph.columns[node] * COLUMN_WIDTH, top + height - highest)
+        top += max(heights) - highest + ROW_HEIGHT
         columns = max(columns, 1 + max(graph.columns[node] for node in part))
     singles = [part[0] for part in parts if len(part) == 1]
     columns = max(columns, isqrt(len(singles)))
     for index, node in enumerate(singles):
-        places[node] = (index % columns * COLUMN, top + index // columns * ROW)
-    return _anchored(places, current)
+        places[node] = (index % columns * COLUMN_WIDTH, top + index // columns * ROW_HEIGHT)
+    return _anchor_layout(places, current)
 
 
-def _corner(part: Sequence[int], current: Sequence[Place | None]) -> tuple[float, float, int]:
+def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) -> tuple[float, float, int]:
     """Return by what unconnected parts are put below one another: where they are, or else how they came."""
     placed = [place for node in part if (place := current[node])]
     return min((y for _, y in placed), default=0), min((x for x, _ in placed), default=0), min(part)
 
 
-def _anchored(places: Sequence[tuple[int, int]], current: Sequence[Place | None]) -> list[Place]:
+def _anchor_layout(
+    places: Sequence[tuple[int, int]], current: Sequence[CardPosition | None]
+) -> list[CardPosition]:
     """Return the places shifted so that most nodes stay where they are, or else to the origin."""
     shifts = Counter(
         (round(now[0] - x), round(now[1] - y))
         for (x, y), now in zip(places, current, strict=True)
-        if now and _is_near(now)
+        if now and _is_on_canvas(now)
     )
     ((shift, count),) = shifts.most_common(1) or [(ORIGIN, 0)]
     if 2 * count <= len(places):
@@ -206,17 +225,17 @@ def _anchored(places: Sequence[tuple[int, int]], current: Sequence[Place | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class _LayoutGraph:
     """Nodes as numbers, and edges that all lead to the right."""
 
     met: list[int]
     """The nodes in depth-first order."""
-    parents: Neighbours
-    children: Neighbours
+    parents: NeighborLists
+    children: NeighborLists
     columns: list[int]
 
 
-def _graph(node_ids: Sequence[str], edges: Iterable[Edge]) -> _Graph:
+def _build_layout_graph(node_ids: Sequence[str], edges: Iterable[CardEdge]) -> _LayoutGraph:
     numbers: dict[str, int] = {}
     for number, node_id in enumerate(node_ids):
         numbers.setdefault(node_id, number)
@@ -225,26 +244,26 @@ def _graph(node_ids: Sequence[str], edges: Iterable[Edge]) -> _Graph:
         for source, target in edges
         if source in numbers and target in numbers and source != target
     }
-    met, left, back = _depth_first(*_neighbours(len(node_ids), known))
+    met, left, back = _search_depth_first(*_build_neighbors(len(node_ids), known))
     turned = {
         (target, source) if (source, target) in back else (source, target): None for source, target in known
     }
-    parents, children = _neighbours(len(node_ids), turned)
-    return _Graph(met, parents, children, _columns(left, parents, children))
+    parents, children = _build_neighbors(len(node_ids), turned)
+    return _LayoutGraph(met, parents, children, _assign_columns(left, parents, children))
 
 
-def _neighbours(count: int, edges: Iterable[tuple[int, int]]) -> tuple[Neighbours, Neighbours]:
+def _build_neighbors(count: int, edges: Iterable[tuple[int, int]]) -> tuple[NeighborLists, NeighborLists]:
     """Return the parents and the children of each node."""
-    parents: Neighbours = [[] for _ in range(count)]
-    children: Neighbours = [[] for _ in range(count)]
+    parents: NeighborLists = [[] for _ in range(count)]
+    children: NeighborLists = [[] for _ in range(count)]
     for source, target in edges:
         parents[target].append(source)
         children[source].append(target)
     return parents, children
 
 
-def _depth_first(
-    parents: Neighbours, children: Neighbours
+def _search_depth_first(
+    parents: NeighborLists, children: NeighborLists
 ) -> tuple[list[int], list[int], set[tuple[int, int]]]:
     """Return the nodes as they are met, as they are left, and the edges that close a cycle."""
     met: list[int] = []
@@ -271,7 +290,7 @@ def _depth_first(
     return met, left, back
 
 
-def _columns(left: Sequence[int], parents: Neighbours, children: Neighbours) -> list[int]:
+def _assign_columns(left: Sequence[int], parents: NeighborLists, children: NeighborLists) -> list[int]:
     """Return the column of each node: right of all its parents; what only leads to a join stands just before it."""
     columns = [0] * len(left)
     is_tributary = [True] * len(left)
@@ -285,7 +304,7 @@ def _columns(left: Sequence[int], parents: Neighbours, children: Neighbours) -> 
     return columns
 
 
-def _parts(graph: _Graph) -> list[list[int]]:
+def _connected_parts(graph: _LayoutGraph) -> list[list[int]]:
     """Return the connected parts, each node in depth-first order."""
     part_of = [-1] * len(graph.met)
     count = 0
@@ -309,18 +328,18 @@ def _parts(graph: _Graph) -> list[list[int]]:
 # ── order ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Part:
+class _ConnectedPart:
     """A connected part: its nodes by numbers of their own, then the bends of edges in the columns that these pass."""
 
-    def __init__(self, graph: _Graph, members: Sequence[int], longest_routed: int) -> None:
+    def __init__(self, graph: _LayoutGraph, members: Sequence[int], longest_routed: int) -> None:
         number_of = {node: number for number, node in enumerate(members)}
         self.nodes = len(members)
         self.columns = [graph.columns[node] for node in members]
         self.parents = [[number_of[parent] for parent in graph.parents[node]] for node in members]
         self.children = [[number_of[child] for child in graph.children[node]] for node in members]
-        self.before: Neighbours = [[] for _ in members]
+        self.before: NeighborLists = [[] for _ in members]
         """For each node and bend what it is joined with in the column before."""
-        self.after: Neighbours = [[] for _ in members]
+        self.after: NeighborLists = [[] for _ in members]
         self.bends: list[tuple[int, int, float]] = []
         """The ends of the edge, and how much of its way lies before the bend."""
         for source, children in enumerate(self.children):
@@ -341,25 +360,25 @@ class _Part:
             self.after[one].append(other)
             self.before[other].append(one)
 
-    def order(self, heights: Sequence[float]) -> Order:
+    def order(self, heights: Sequence[float]) -> ColumnOrder:
         """Return the columns sorted by the heights of nodes, or of nodes and bends."""
-        order: Order = [[] for _ in range(1 + max(self.columns))]
+        order: ColumnOrder = [[] for _ in range(1 + max(self.columns))]
         for number in sorted(range(len(heights)), key=heights.__getitem__):
             order[self.columns[number]].append(number)
         return order
 
-    def routed(self, order: Order) -> Order:
+    def routed(self, order: ColumnOrder) -> ColumnOrder:
         """Return the order that the nodes have in `order`, with bends where edges that run straight have them."""
         nodes = [[number for number in column if number < self.nodes] for column in order]
-        heights: list[float] = [*_settled(nodes, self.parents, self.children, self.nodes)]
+        heights: list[float] = [*_straighten_edges(nodes, self.parents, self.children, self.nodes)]
         heights += [
             heights[source] + (heights[target] - heights[source]) * way for source, target, way in self.bends
         ]
         order = self.order(heights)
         if self.bends:
-            position = _positions(order, len(self.columns))
+            position = _index_positions(order, len(self.columns))
             for column in (*order, *reversed(order)):
-                _exchange(column, self, position, fixed=self.nodes)
+                _exchange_neighbors(column, self, position, fixed=self.nodes)
         return order
 
     def disorder(self, heights: Sequence[int]) -> int:
@@ -380,10 +399,10 @@ class _Part:
         )
         return max(heights) - min(heights) + slopes + hidden * HIDDEN_EDGE
 
-    def crossings(self, order: Order) -> int:
+    def crossings(self, order: ColumnOrder) -> int:
         """Return how often edges cross between neighbouring columns."""
         crossings = 0
-        position = _positions(order, len(self.columns))
+        position = _index_positions(order, len(self.columns))
         for column in order:
             ends: list[int] = []
             for number in column:
@@ -394,31 +413,35 @@ class _Part:
         return crossings
 
 
-def _heights(part: _Part, present: Sequence[Place | None], effort: _Effort) -> list[int]:
+def _assign_heights(
+    part: _ConnectedPart, present: Sequence[CardPosition | None], effort: _LayoutEffort
+) -> list[int]:
     """Return how far down each node of a part is put."""
-    standing = _standing(part, present)
+    standing = _current_heights(part, present)
     order = part.routed(part.order([place[1] if place else 0 for place in present]))
     if effort.sweeps:
-        order = _best(part, order, effort, WORTH_STARTING_ANEW if standing else WORTH_REFINING)
-    heights = _settled(order, part.before, part.after, part.nodes)[: part.nodes]
+        order = _find_best_order(part, order, effort, WORTH_STARTING_ANEW if standing else WORTH_REFINING)
+    heights = _straighten_edges(order, part.before, part.after, part.nodes)[: part.nodes]
     if not standing:
         return heights
-    kept = _kept(part, order, standing)
+    kept = _keep_heights(part, order, standing)
     return kept if part.disorder(kept) <= part.disorder(heights) * WORTH_KEEPING else heights
 
 
-def _standing(part: _Part, present: Sequence[Place | None]) -> dict[int, int]:
+def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None]) -> dict[int, int]:
     """Return the heights of the nodes that stand in one grid of columns; none where most nodes don't."""
     grids: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     for number, place in enumerate(present):
-        if place and _is_near(place):
+        if place and _is_on_canvas(place):
             x, y = round(place[0]), round(place[1])
-            grids[x - part.columns[number] * COLUMN, y % LANE][number] = y // LANE * LANE
+            grids[x - part.columns[number] * COLUMN_WIDTH, y % LANE_HEIGHT][number] = (
+                y // LANE_HEIGHT * LANE_HEIGHT
+            )
     largest = max(grids.values(), key=len, default={})
     return largest if 2 * len(largest) > part.nodes else {}
 
 
-def _kept(part: _Part, order: Order, standing: Mapping[int, int]) -> list[int]:
+def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[int, int]) -> list[int]:
     """Return heights for which nodes that stand move as little as the order allows; others go to their neighbours."""
     heights = [standing.get(number, 0) for number in range(part.nodes)]
     for column in order:
@@ -426,34 +449,36 @@ def _kept(part: _Part, order: Order, standing: Mapping[int, int]) -> list[int]:
         wanted = [
             standing[number]
             if number in standing
-            else _upper_middle(heights, number, part.parents[number] or part.children[number])
+            else _upper_median(heights, number, part.parents[number] or part.children[number])
             for number in nodes
         ]
-        _settle(nodes, _offsets(nodes, part.nodes), wanted, heights)
+        _fit_column(nodes, _column_offsets(nodes, part.nodes), wanted, heights)
     return heights
 
 
-def _best(part: _Part, order: Order, effort: _Effort, worth_starting_anew: float) -> Order:
+def _find_best_order(
+    part: _ConnectedPart, order: ColumnOrder, effort: _LayoutEffort, worth_starting_anew: float
+) -> ColumnOrder:
     """Return the order with the fewest crossings that is found, if that is worth the upheaval."""
-    order = _tidied(part, order, effort.sweeps)
+    order = _tidy_order(part, order, effort.sweeps)
     fewest = part.crossings(order)
     for start in range(effort.starts):
         if not fewest:
             break
         # The first is depth-first order, the others are scrambled: Knuth's multiplicative hashing.
         scrambled = [number * (1 + start * 2_654_435_761) % (1 << 32) for number in range(part.nodes)]
-        found = _tidied(part, part.routed(part.order(scrambled)), effort.sweeps)
+        found = _tidy_order(part, part.routed(part.order(scrambled)), effort.sweeps)
         crossings = part.crossings(found)
         if crossings <= fewest * worth_starting_anew:
             order, fewest = found, crossings
     return order
 
 
-def _tidied(part: _Part, order: Order, sweeps: int) -> Order:
+def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
     """Return an order that can't be bettered any more in the ways that are tried."""
     fewest = part.crossings(order)
     while fewest:
-        found = part.routed(_untangled(part, order, sweeps))
+        found = part.routed(_reduce_crossings(part, order, sweeps))
         crossings = part.crossings(found)
         if crossings > fewest * WORTH_REFINING:
             break
@@ -461,26 +486,26 @@ def _tidied(part: _Part, order: Order, sweeps: int) -> Order:
     return order
 
 
-def _untangled(part: _Part, order: Order, sweeps: int) -> Order:
+def _reduce_crossings(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
     """Return the order with the fewest crossings that some sweeps over the columns meet."""
     best, fewest = order, part.crossings(order)
     order = [[*column] for column in order]
-    position = _positions(order, len(part.columns))
+    position = _index_positions(order, len(part.columns))
     for sweep in range(sweeps + 1):
         if not fewest:
             break
         columns, neighbours = (order, part.before) if sweep % 2 else (order[::-1], part.after)
         for column in columns:
             if sweep:
-                _sort(column, neighbours, position, turn=sweep % 4 in {3, 0})
-            _exchange(column, part, position)
+                _sort_column(column, neighbours, position, turn=sweep % 4 in {3, 0})
+            _exchange_neighbors(column, part, position)
         crossings = part.crossings(order)
         if crossings < fewest:
             best, fewest = [[*column] for column in order], crossings
     return best
 
 
-def _positions(order: Order, count: int) -> list[int]:
+def _index_positions(order: ColumnOrder, count: int) -> list[int]:
     position = [0] * count
     for column in order:
         for index, number in enumerate(column):
@@ -488,7 +513,7 @@ def _positions(order: Order, count: int) -> list[int]:
     return position
 
 
-def _sort(column: list[int], neighbours: Neighbours, position: list[int], *, turn: bool) -> None:
+def _sort_column(column: list[int], neighbours: NeighborLists, position: list[int], *, turn: bool) -> None:
     """Sort a column by the mean position of the neighbours; what has none stays where it is."""
     mean = {
         number: sum([position[other] for other in neighbours[number]]) / len(neighbours[number])
@@ -502,7 +527,9 @@ def _sort(column: list[int], neighbours: Neighbours, position: list[int], *, tur
         position[number] = index
 
 
-def _exchange(column: list[int], part: _Part, position: list[int], *, fixed: int = 0) -> None:
+def _exchange_neighbors(
+    column: list[int], part: _ConnectedPart, position: list[int], *, fixed: int = 0
+) -> None:
     """Let neighbours in a column change places where that saves crossings; numbers below `fixed` keep their order."""
     before = {number: sorted([position[other] for other in part.before[number]]) for number in column}
     after = {number: sorted([position[other] for other in part.after[number]]) for number in column}
@@ -510,13 +537,13 @@ def _exchange(column: list[int], part: _Part, position: list[int], *, fixed: int
         upper, lower = column[index], column[index + 1]
         if upper < fixed and lower < fixed:
             continue
-        if _saved(before[upper], before[lower]) + _saved(after[upper], after[lower]) > 0:
+        if _crossings_saved(before[upper], before[lower]) + _crossings_saved(after[upper], after[lower]) > 0:
             column[index], column[index + 1] = lower, upper
     for index, number in enumerate(column):
         position[number] = index
 
 
-def _saved(upper: Sequence[int], lower: Sequence[int]) -> int:
+def _crossings_saved(upper: Sequence[int], lower: Sequence[int]) -> int:
     """Return how many crossings fewer there are when two neighbours, whose edges end there, change places."""
     if not upper or not lower:
         return 0
@@ -525,14 +552,16 @@ def _saved(upper: Sequence[int], lower: Sequence[int]) -> int:
     if upper[0] > lower[-1]:
         return len(upper) * len(lower)
     if len(lower) > len(upper):
-        return -_saved(lower, upper)
+        return -_crossings_saved(lower, upper)
     return sum([len(upper) - bisect_left(upper, end) - bisect_right(upper, end) for end in lower])
 
 
 # ── heights ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _settled(order: Order, before: Neighbours, after: Neighbours, nodes: int) -> list[int]:
+def _straighten_edges(
+    order: ColumnOrder, before: NeighborLists, after: NeighborLists, nodes: int
+) -> list[int]:
     """Return heights that keep an order and its distances, with edges as straight as can be.
 
     Numbers from `nodes` on are bends, which take less room. They count twice, so that a long edge is straight rather
@@ -543,35 +572,35 @@ def _settled(order: Order, before: Neighbours, after: Neighbours, nodes: int) ->
         for neighbours in (before, after)
     )
     heights = [0] * len(before)
-    columns = [(column, _offsets(column, nodes)) for column in order]
+    columns = [(column, _column_offsets(column, nodes)) for column in order]
     for column, offsets in columns:
         for number, offset in zip(column, offsets, strict=True):
             heights[number] = offset
     for sweep, neighbours in ((columns, before), (columns[::-1], after)):
         for column, offsets in sweep:
-            wanted = [_upper_middle(heights, number, neighbours[number]) for number in column]
-            _settle(column, offsets, wanted, heights)
+            wanted = [_upper_median(heights, number, neighbours[number]) for number in column]
+            _fit_column(column, offsets, wanted, heights)
     for sweep in (columns, columns[::-1]):
         for column, offsets in sweep:
-            wanted = [_nearest_middle(heights, number, before[number] + after[number]) for number in column]
-            _settle(column, offsets, wanted, heights)
+            wanted = [_nearest_median(heights, number, before[number] + after[number]) for number in column]
+            _fit_column(column, offsets, wanted, heights)
     return heights
 
 
-def _offsets(column: Sequence[int], nodes: int) -> list[int]:
+def _column_offsets(column: Sequence[int], nodes: int) -> list[int]:
     """Return how far below the first of a column each of it is, at the least."""
-    sizes = [ROW if number < nodes else LANE for number in column]
+    sizes = [ROW_HEIGHT if number < nodes else LANE_HEIGHT for number in column]
     return [0, *accumulate((one + other) // 2 for one, other in pairwise(sizes))]
 
 
-def _upper_middle(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
+def _upper_median(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
     """Return the height of the middle one of a node's neighbours, of two in the middle the upper."""
     if not others:
         return heights[number]
     return sorted([heights[other] for other in others])[(len(others) - 1) // 2]
 
 
-def _nearest_middle(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
+def _nearest_median(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
     """Return the height nearest to a node's own that has as many neighbours above as below."""
     if not others:
         return heights[number]
@@ -579,20 +608,22 @@ def _nearest_middle(heights: Sequence[int], number: int, others: Sequence[int]) 
     return min(max(heights[number], ends[(len(ends) - 1) // 2]), ends[len(ends) // 2])
 
 
-def _settle(column: Sequence[int], offsets: Sequence[int], wanted: Sequence[int], heights: list[int]) -> None:
+def _fit_column(
+    column: Sequence[int], offsets: Sequence[int], wanted: Sequence[int], heights: list[int]
+) -> None:
     """Put a column as near to the wanted heights as its distances allow: an isotonic regression, by medians."""
     blocks: list[list[int]] = []
     for height, offset in zip(wanted, offsets, strict=True):
         block = [height - offset]
         while blocks and blocks[-1][len(blocks[-1]) // 2] > block[len(block) // 2]:
-            block = _merged(blocks.pop(), block)
+            block = _merge_sorted(blocks.pop(), block)
         blocks.append(block)
     tops = [block[len(block) // 2] for block in blocks for _ in block]
     for number, offset, top in zip(column, offsets, tops, strict=True):
         heights[number] = top + offset
 
 
-def _merged(one: list[int], other: list[int]) -> list[int]:
+def _merge_sorted(one: list[int], other: list[int]) -> list[int]:
     """Return two sorted lists as one."""
     shorter, longer = sorted((one, other), key=len)
     for value in shorter:

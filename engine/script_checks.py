@@ -7,45 +7,45 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from engine.findings import Finding, FindingType
+from engine.findings import FindingType, GraphFinding
 
 if TYPE_CHECKING:
-    from engine.graph import Node
-    from engine.node import NodeType
+    from engine.graph import GraphNode
+    from engine.node_api import NodeType
 
 MAX_SCRIPT_CHARACTERS: Final = 65_536
 MAX_CHARACTERS: Final = 262_144
 """Of all scripts of one graph that are parsed, which takes a microsecond each: the rest is left to the run."""
 
 
-class Scripts:
+class ScriptChecker:
     """Parses the scripts of one graph, as far as its share of time goes."""
 
     def __init__(self) -> None:
         self._characters = 0
         self._read: dict[str, str | None] = {}
 
-    def findings(self, node: Node, node_type: NodeType) -> Iterator[Finding]:
+    def findings(self, node: GraphNode, node_type: NodeType) -> Iterator[GraphFinding]:
         """Return a finding for each field that should hold Python and doesn't."""
         properties = node_type.config_schema.get("properties")
         for name, schema in properties.items() if isinstance(properties, dict) else ():
             source = node.config.get(name)
             if not isinstance(schema, dict) or schema.get("x-language") != "python":
                 continue
-            if isinstance(source, str) and (wrong := self._wrong(source)) is not None:
+            if isinstance(source, str) and (wrong := self._syntax_problem(source)) is not None:
                 message = f'Node "{node.label}" ({node.type}): config.{name}: {wrong}'
-                yield Finding(FindingType.INVALID_CONFIG, message, "Mend the script.", node.id)
+                yield GraphFinding(FindingType.INVALID_CONFIG, message, "Mend the script.", node.id)
 
-    def _wrong(self, source: str) -> str | None:
+    def _syntax_problem(self, source: str) -> str | None:
         if source not in self._read:
             self._characters += len(source)
             if len(source) > MAX_SCRIPT_CHARACTERS or self._characters > MAX_CHARACTERS:
                 return None
-            self._read[source] = _syntax_error(source)
+            self._read[source] = _syntax_error_of(source)
         return self._read[source]
 
 
-def _syntax_error(source: str) -> str | None:
+def _syntax_error_of(source: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import msgspec
 
 if TYPE_CHECKING:
-    from engine.conditions import Condition
-    from engine.expressions import Template
-    from engine.services import Caller, Services
+    from engine.conditions import CompiledCondition
+    from engine.expressions import ValueTemplate
+    from engine.services import NodeServices, RunCaller
     from engine.values import Json
 
 OUTPUT = "output"
@@ -32,7 +32,7 @@ OF_EACH = "[]."
 """Stands in `cases[].port` between a list in a config and a field of each of its items."""
 
 
-class Effect(StrEnum):
+class NodeEffect(StrEnum):
     """What running a node does to the world; the journal protects writes, and reads ride along."""
 
     PURE = "pure"
@@ -44,11 +44,11 @@ class Effect(StrEnum):
 class EffectRule:
     """A node's effect: a constant, or decided by one field of its config (an HTTP method, say)."""
 
-    default: Effect
+    default: NodeEffect
     deciding_field: str | None = None
-    cases: Mapping[str, Effect] = field(default_factory=dict)
+    cases: Mapping[str, NodeEffect] = field(default_factory=dict)
 
-    def of(self, config: Mapping[str, Json]) -> Effect:
+    def of(self, config: Mapping[str, Json]) -> NodeEffect:
         """Return the effect under `config`; a value that is still a template gets the default."""
         if self.deciding_field is None:
             return self.default
@@ -56,7 +56,7 @@ class EffectRule:
         return self.cases.get(value.upper(), self.default) if isinstance(value, str) else self.default
 
 
-class Compile(StrEnum):
+class FieldCompilation(StrEnum):
     """How a config field reaches the node when it isn't rendered before the call."""
 
     CONDITION = "condition"
@@ -67,7 +67,7 @@ class Compile(StrEnum):
     """A `Template` of what is written, whatever that looks like: braces are no expression in it."""
 
 
-class Cpu(StrEnum):
+class CpuDemand(StrEnum):
     """Which calls of a node take so long to compute that a process with other runs must not do them itself.
 
     Such a node has no `compiled` fields, and of its call it uses `config`, `unresolved` and `log` alone. What its
@@ -80,7 +80,7 @@ class Cpu(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputDescription:
     """What is known of a node's output before it runs."""
 
     description: str = ""
@@ -113,15 +113,15 @@ class NodeType:
     """`webhook`, `rest-api`, `manual`, …: the node starts a graph. None: it doesn't."""
     outputs_from: str | None = None
     """Where in the config the names of further outputs stand: `cases[].port`."""
-    compiled: Mapping[str, Compile] = field(default_factory=dict)
+    compiled: Mapping[str, FieldCompilation] = field(default_factory=dict)
     """Config fields that the node evaluates itself: `condition`, or `cases[].condition` for each item of a list."""
     joins: bool = False
     """Branches meet in it as its config says; see `Join`."""
     loops: bool = False
     """The nodes behind its port `continue` are run once for each item; see `Each`."""
     input_description: str = ""
-    output: Output = field(default_factory=Output)
-    cpu: Cpu | None = None
+    output: OutputDescription = field(default_factory=OutputDescription)
+    cpu: CpuDemand | None = None
     runnable: bool = True
     """False: it may be drawn and connected, but has no implementation to run."""
     resources: Mapping[str, Json] = field(default_factory=dict)
@@ -164,14 +164,14 @@ class UnknownNodeType(LookupError):
         """The version that it has of the type, where that is what doesn't fit."""
 
 
-class Directive:
+class NodeDirective:
     """What a node returns that is more than its output."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Result(Directive):
+class NodeResult(NodeDirective):
     """An output and the port it leaves by."""
 
     output: Json
@@ -179,14 +179,14 @@ class Result(Directive):
 
 
 @dataclass(frozen=True, slots=True)
-class Wait(Directive):
+class TimerWait(NodeDirective):
     """The node is done when `until` (aware, UTC) has passed; the worker is free meanwhile."""
 
     until: datetime
     output: Json
 
 
-class Awaited(StrEnum):
+class AnswerSource(StrEnum):
     """Whose answer a node waits for."""
 
     INPUT = "input"
@@ -198,32 +198,32 @@ class Awaited(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Await(Directive):
+class AnswerWait(NodeDirective):
     """The node is done when somebody has answered; the worker is free meanwhile."""
 
-    kind: Awaited
+    kind: AnswerSource
     request: Json
     """What is asked: shown to those who may answer."""
     expires_at: datetime | None = None
-    expired: Result | None = None
+    expired: NodeResult | None = None
     """What the node gives when nobody has answered by then; None: it fails, with the code `expired`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Each(Directive):
+class LoopRequest(NodeDirective):
     """The node, a loop, is done when what is behind its port `continue` has been run for each item."""
 
     items: Sequence[Json]
     concurrency: int = 1
     """Turns at once."""
-    goes_on: bool = False
+    continues_on_error: bool = False
     """An item whose turn fails is listed with its error; False: the loop fails with it."""
 
 
-Outcome: TypeAlias = "Json | Result | Wait | Await | Each"
+NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest"
 
 
-class Call(msgspec.Struct, frozen=True):
+class NodeCall(msgspec.Struct, frozen=True):
     """One call of a node."""
 
     config: Mapping[str, Json]
@@ -232,14 +232,14 @@ class Call(msgspec.Struct, frozen=True):
     """What arrived from the parents, with the mapped fields laid over it."""
     scope: Mapping[str, Json]
     """The roots of expressions: `data`, `trigger`, `nodes`, `execution`; in a loop `item` and `index` too."""
-    conditions: Mapping[str, Condition]
+    conditions: Mapping[str, CompiledCondition]
     """By the field that holds one, or by the place: `cases.0.condition`."""
-    values: Mapping[str, Template]
+    values: Mapping[str, ValueTemplate]
     unresolved: list[str]
     """Paths that found nothing; handed to whatever is evaluated late."""
     log: Callable[[str, str], None]
     """`log(level, message)`: a line in the execution's log."""
-    caller: Caller
+    caller: RunCaller
     node_id: str
     iteration: str
     """Which turn of the loops around it this is: empty outside of any, `3`, or `3.0` in a loop in a loop."""
@@ -247,7 +247,7 @@ class Call(msgspec.Struct, frozen=True):
     """The same on every attempt of this node in this execution: `execution:node:iteration`."""
     attempt: int
     now: datetime
-    services: Services
+    services: NodeServices
     is_strict: bool = False
     """Whether a node fails where what must be there is missing."""
 
@@ -256,4 +256,4 @@ class Call(msgspec.Struct, frozen=True):
         return {**self.scope, "item": item, "index": index}
 
 
-Run: TypeAlias = Callable[[Call], "Outcome | Awaitable[Outcome]"]
+RunNode: TypeAlias = Callable[[NodeCall], "NodeOutcome | Awaitable[NodeOutcome]"]

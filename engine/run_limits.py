@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class RunLimits:
     """Each is a setting of the process that runs nodes: `max_loop_items` is `PILOTFLAME_MAX_LOOP_ITEMS`."""
 
     max_output_bytes: int = 10_000_000
@@ -19,6 +19,6 @@ class Limits:
     """Turns of all loops of one run."""
 
 
-def setting(name: str) -> str:
+def setting_name(name: str) -> str:
     """Return the environment variable that a limit is set by."""
     return f"PILOTFLAME_{name.upper()}"

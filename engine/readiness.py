@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.graph import Edge, Graph
+    from engine.graph import GraphEdge, ParsedGraph
 
 
 @dataclass(slots=True)
-class Step:
+class ReadinessChange:
     """What became known by one step: nodes that may start now, and nodes that never will."""
 
     ready: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
-class Plan:
+class ReadinessTracker:
     """Follows one run through its graph.
 
     A node is ready when every edge into it is decided and at least one was taken; when none was, it is skipped, and so
@@ -27,7 +27,7 @@ class Plan:
     eager node is ready as soon as one edge into it was taken, and what is decided later changes nothing for it.
     """
 
-    def __init__(self, graph: Graph, triggers: Iterable[str], eager: Collection[str] = ()) -> None:
+    def __init__(self, graph: ParsedGraph, triggers: Iterable[str], eager: Collection[str] = ()) -> None:
         self._inbound = graph.inbound
         self._outbound = graph.outbound
         self._undecided = dict(graph.inbound_counts)
@@ -35,43 +35,43 @@ class Plan:
         self._ports: dict[str, str] = {}
         self._triggers = frozenset(triggers)
         self._eager = eager
-        self._first: dict[str, Edge] = {}
+        self._first: dict[str, GraphEdge] = {}
         """By which edge each eager node was reached."""
 
-    def start(self) -> Step:
+    def start(self) -> ReadinessChange:
         """Return the triggers as ready; whatever else nothing leads to is skipped."""
-        step = Step()
+        step = ReadinessChange()
         roots = [node_id for node_id, count in self._undecided.items() if count == 0]
         step.ready = [node_id for node_id in roots if node_id in self._triggers]
         self._skip((node_id for node_id in roots if node_id not in self._triggers), step)
         return step
 
-    def settle(self, node_id: str, port: str) -> Step:
+    def settle(self, node_id: str, port: str) -> ReadinessChange:
         """Record that a node has left by `port`: the edges from there are taken, its others are not."""
-        step = Step()
+        step = ReadinessChange()
         unreachable: list[str] = []
         self._ports[node_id] = port
         for edge in self._outbound[node_id]:
             if edge.source_port == port:
-                self._reach(edge, step)
+                self._mark_reached(edge, step)
             self._decide(edge.target, step, unreachable)
         self._skip(unreachable, step)
         return step
 
-    def parents(self, node_id: str) -> Sequence[Edge]:
+    def parents(self, node_id: str) -> Sequence[GraphEdge]:
         """Return the taken edges into a node, in the order in which they were drawn; into an eager one, the first."""
         if node_id in self._first:
             return [self._first[node_id]]
         return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]
 
-    def _reach(self, edge: Edge, step: Step) -> None:
+    def _mark_reached(self, edge: GraphEdge, step: ReadinessChange) -> None:
         target = edge.target
         if target in self._eager and target not in self._reached:
             self._first[target] = edge
             step.ready.append(target)
         self._reached.add(target)
 
-    def _decide(self, target: str, step: Step, unreachable: list[str]) -> None:
+    def _decide(self, target: str, step: ReadinessChange, unreachable: list[str]) -> None:
         self._undecided[target] -= 1
         if self._undecided[target] > 0:
             return
@@ -80,7 +80,7 @@ class Plan:
         elif target not in self._eager:
             step.ready.append(target)
 
-    def _skip(self, node_ids: Iterable[str], step: Step) -> None:
+    def _skip(self, node_ids: Iterable[str], step: ReadinessChange) -> None:
         queue = deque(node_ids)
         while queue:
             node_id = queue.popleft()

@@ -7,43 +7,43 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from engine import values
-from engine.errors import NodeError
-from engine.events import FailureCause
-from engine.node import OUTPUT, Result
+from engine.node_api import OUTPUT, NodeResult
+from engine.run_errors import NodeError
+from engine.run_records import FailureCause
 
 if TYPE_CHECKING:
-    from engine.node import Await
+    from engine.node_api import AnswerWait
     from engine.values import Json
 
 
-class _Error(msgspec.Struct):
+class _AnswerError(msgspec.Struct):
     code: str
     message: str
     cause: FailureCause | None = None
 
 
-class _Answer(msgspec.Struct):
+class _AnswerRecord(msgspec.Struct):
     """One of the two."""
 
     output: Any = None
     port: str = OUTPUT
-    error: _Error | None = None
+    error: _AnswerError | None = None
 
 
-class _Awaits(msgspec.Struct):
-    expired: _Answer | None = None
+class _WaitRecord(msgspec.Struct):
+    expired: _AnswerRecord | None = None
 
 
-def result(payload: bytes) -> Result:
+def decode_answer(payload: bytes) -> NodeResult:
     """Return what an answer gives its node; raises `InvalidJson`, and `NodeError` for a failure."""
-    answer = msgspec.convert(values.decode(payload), _Answer)
+    answer = msgspec.convert(values.decode_json(payload), _AnswerRecord)
     if answer.error is not None:
         error = answer.error
         raise NodeError(error.message, code=error.code, cause=error.cause)
-    return Result(answer.output, answer.port)
+    return NodeResult(answer.output, answer.port)
 
 
-def awaits(outcome: Await) -> Json:
+def encode_wait(outcome: AnswerWait) -> Json:
     """Return what is kept of a node that waits for an answer."""
     expired = outcome.expired
     return {
@@ -53,7 +53,7 @@ def awaits(outcome: Await) -> Json:
     }
 
 
-def expired(kept: bytes) -> Result | None:
+def decode_expired(kept: bytes) -> NodeResult | None:
     """Return what a node gives when nobody has answered in time; None: it fails."""
-    found = msgspec.convert(values.decode(kept), _Awaits).expired
-    return None if found is None else Result(found.output, found.port)
+    found = msgspec.convert(values.decode_json(kept), _WaitRecord).expired
+    return None if found is None else NodeResult(found.output, found.port)

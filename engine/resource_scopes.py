@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
-from engine.node import UnknownNodeType
+from engine.node_api import UnknownNodeType
 
 if TYPE_CHECKING:
-    from engine.graph import Graph
-    from engine.node import NodeType
-    from engine.program import Catalog
+    from engine.graph import ParsedGraph
+    from engine.node_api import NodeType
+    from engine.program import NodeTypeLookup
     from engine.values import Json
 
-KEYWORD: Final = "x-resource"
+RESOURCE_KEYWORD: Final = "x-resource"
 SOURCE_TYPES: Final = "x-source-types"
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -27,7 +27,7 @@ _Schema: TypeAlias = "Mapping[str, Json]"
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ResourceReference:
     """One place in a config that names something."""
 
     kind: str
@@ -46,50 +46,50 @@ class Reference:
         return f"{self.kind}:{self.action}:{self.id}"
 
 
-def scopes(graph: Graph, catalog: Catalog) -> list[str]:
+def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
     """Return what a graph needs to be allowed: sorted, each once, such as `datasources:read:ds_001`."""
-    return sorted({reference.scope for reference in references(graph, catalog)})
+    return sorted({reference.scope for reference in list_references(graph, catalog)})
 
 
-def references(graph: Graph, catalog: Catalog) -> list[Reference]:
+def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
     """Return every place of a graph that names something, in order; types that the catalogue lacks name nothing."""
-    found: list[Reference] = []
+    found: list[ResourceReference] = []
     types: dict[tuple[str, str | None], NodeType | None] = {}
     for node in graph.nodes:
         key = (node.type, node.version)
         if key not in types:
-            types[key] = _known_type(catalog, *key)
+            types[key] = _find_node_type(catalog, *key)
         node_type = types[key]
         if node_type is not None:
-            for path, schema, value in _named("", dict(node_type.config_schema), dict(node.config)):
-                kind, _, action = str(schema[KEYWORD]).partition(":")
+            for path, schema, value in _named_ids("", dict(node_type.config_schema), dict(node.config)):
+                kind, _, action = str(schema[RESOURCE_KEYWORD]).partition(":")
                 source_types = cast("Sequence[str]", schema.get(SOURCE_TYPES, ()))
-                found.append(Reference(kind, value, node.id, path, action, source_types))
+                found.append(ResourceReference(kind, value, node.id, path, action, source_types))
     return found
 
 
-def _known_type(catalog: Catalog, node_type: str, version: str | None) -> NodeType | None:
+def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None) -> NodeType | None:
     try:
         return catalog.get(node_type, version)
     except UnknownNodeType:
         return None
 
 
-def _named(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
+def _named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
     """Return the ids in a value, each with its path, and with the schema that says what it is the id of."""
     if not isinstance(schema, dict):
         return
     if isinstance(value, str):
-        if isinstance(schema.get(KEYWORD), str) and _ID.fullmatch(value):
+        if isinstance(schema.get(RESOURCE_KEYWORD), str) and _ID.fullmatch(value):
             yield path, schema, value
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _named(_below(path, str(index)), schema.get("items"), item)
+            yield from _named_ids(_child_path(path, str(index)), schema.get("items"), item)
     elif isinstance(value, dict):
         properties = cast("_Schema", schema.get("properties", {}))
         for name, inner in value.items():
-            yield from _named(_below(path, name), properties.get(name), inner)
+            yield from _named_ids(_child_path(path, name), properties.get(name), inner)
 
 
-def _below(path: str, step: str) -> str:
+def _child_path(path: str, step: str) -> str:
     return f"{path}.{step}" if path else step
