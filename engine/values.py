@@ -84,7 +84,7 @@ def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEP
         return _decode_at_once(raw, max_depth)
     offload.require_offloaded()
     try:
-        value: Json = pieces.decode(raw, lambda piece: _decode_at_once(piece, max_depth))
+        value: Json = pieces.decode_in_pieces(raw, lambda piece: _decode_at_once(piece, max_depth))
     except InvalidJson:
         raise
     except DuplicateName as error:

@@ -35,10 +35,10 @@ def build_decoder(kind: object = Any) -> Decoder[Any]:
     msgspec calls the hook for `Any` alone, and decodes a field that is said to be a float by itself: one is no matter,
     a list of them is. Where a stranger might give one field many times, screen the text first, as `engine.values` does.
     """
-    for part in _parts(inspect.type_info(kind), set()):
-        if isinstance(part, _COLLECTIONS) and any(_is_float(inner) for inner in _parts(part, set())):
+    for part in _iterate_types(inspect.type_info(kind), set()):
+        if isinstance(part, _COLLECTIONS) and any(_is_float(inner) for inner in _iterate_types(part, set())):
             raise TypeError(f"{kind} holds a collection of floats: decode it as Any, then convert it")
-    return Decoder(kind, float_hook=_finite_float)
+    return Decoder(kind, float_hook=_parse_finite_float)
 
 
 @overload
@@ -52,37 +52,37 @@ def decode(text: bytes | str, kind: object = Any) -> Any:
 
     A long text of any value is decoded in pieces; of two members of one name, the second wins.
     """
-    decode_whole = _decoder(kind).decode
+    decode_whole = _cached_decoder(kind).decode
     if kind is not Any or len(text) <= pieces.LONG_BYTES:
         return decode_whole(text)
     try:
-        return pieces.decode(text.encode() if isinstance(text, str) else bytes(text), decode_whole)
+        return pieces.decode_in_pieces(text.encode() if isinstance(text, str) else bytes(text), decode_whole)
     except pieces.DuplicateName:
         return decode_whole(text)
 
 
 @cache
-def _decoder(kind: object) -> Decoder[Any]:
+def _cached_decoder(kind: object) -> Decoder[Any]:
     return build_decoder(kind)
 
 
-def _parts(node: object, seen: set[int]) -> Iterator[object]:
+def _iterate_types(node: object, seen: set[int]) -> Iterator[object]:
     """Yield a type and all types that it is made of, each once."""
     if isinstance(node, tuple):
         for item in node:
-            yield from _parts(item, seen)
+            yield from _iterate_types(item, seen)
     elif isinstance(node, inspect.Type | inspect.Field) and id(node) not in seen:
         seen.add(id(node))
         yield node
         for name in node.__struct_fields__:
-            yield from _parts(getattr(node, name), seen)
+            yield from _iterate_types(getattr(node, name), seen)
 
 
 def _is_float(part: object) -> bool:
     return type(part) is inspect.FloatType
 
 
-def _finite_float(text: str) -> float:
+def _parse_finite_float(text: str) -> float:
     """Return a number; raises `ValueError` where it would be infinite, as msgspec does by itself.
 
     A function of Python's own, unlike `float`, lets other threads go on between two numbers.

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from msgspec import Raw
 from msgspec.json import Decoder  # noqa: TID251 - it makes no value: see `_require_syntax`
 
-Container: TypeAlias = "dict[str, Any] | list[Any]"
+JsonContainer: TypeAlias = "dict[str, Any] | list[Any]"
 
 LONG_BYTES: Final = 131_072
 """A longer text is worth the effort: others are decoded in some milliseconds, whatever they hold."""
@@ -23,10 +23,10 @@ PIECE_BYTES: Final = 32_768
 _SECRET: Final = token_hex(16)
 """Makes the names of members that are added to pieces: nobody can write a text in which they occur."""
 _NAME: Final = f"continued-{_SECRET}"
-_MARK: Final = f"open-{_SECRET}"
+_OPEN_MARK: Final = f"open-{_SECRET}"
 _OPENING: Final = {"[": b"[", "{": b'{"%s":' % _NAME.encode()}
 _CLOSING: Final = {"[": b"]", "{": b"}"}
-_MARKS: Final = {"[": b'"%s"' % _MARK.encode(), "{": b'"%s":0' % _MARK.encode()}
+_MARKS: Final = {"[": b'"%s"' % _OPEN_MARK.encode(), "{": b'"%s":0' % _OPEN_MARK.encode()}
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _MATCHES: Final = 3
 """Times that pairs of brackets are taken out: what is closed at once is most of what there is."""
@@ -42,7 +42,9 @@ class DuplicateName(ValueError):
         self.name = name
 
 
-def decode(text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: int = PIECE_BYTES) -> Any:  # noqa: ANN401 - any JSON value
+def decode_in_pieces(
+    text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: int = PIECE_BYTES
+) -> Any:  # noqa: ANN401 - any JSON value
     """Return the value of a text, each piece of which `decode_piece` decodes.
 
     Raises what `decode_piece` raises, `DecodeError` and `RecursionError` for what is no JSON, and `DuplicateName`
@@ -51,23 +53,23 @@ def decode(text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: in
     # Takes 4 ns a byte at most, with the interpreter's lock held. What it lets through can be cut without a doubt.
     _require_syntax(text)
     root: Any = None
-    path: list[Container] = []
+    path: list[JsonContainer] = []
     kinds: list[str] = []
-    for segment, brackets in _segments(text, piece_bytes):
+    for segment, brackets in _iterate_segments(text, piece_bytes):
         before = b"".join([_OPENING[kind] for kind in kinds[:-1]]) + b"".join(map(str.encode, kinds[-1:]))
-        lowest = _walk(kinds, brackets)
+        lowest = _track_brackets(kinds, brackets)
         mark = _MARKS[kinds[-1]] if kinds else b""
         after = b"".join([_CLOSING[kind] for kind in reversed(kinds)])
         piece = decode_piece(before + segment + mark + after)
         if path:
-            _add(path, piece)
+            _add_piece(path, piece)
         else:
             root = piece
         path = _open_path(root, path[:lowest], len(kinds))
     return root
 
 
-def _segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
+def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
     """Yield a text in segments that end behind a comma, each with the brackets in it that are no part of a string."""
     begin = 0
     size = piece_bytes
@@ -75,7 +77,7 @@ def _segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
         block = text[begin : begin + size]
         # Behind its escapes are blanked, each second part is a string, and the last one may be the half of one.
         parts = block.replace(rb"\\", b"__").replace(rb"\"", b"__").split(b'"')
-        cut = len(block) if begin + size >= len(text) else _last_comma(parts)
+        cut = len(block) if begin + size >= len(text) else _cut_at_last_comma(parts)
         if not cut:
             size *= 2  # a long string, mostly
             continue
@@ -84,7 +86,7 @@ def _segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
         size = piece_bytes
 
 
-def _last_comma(parts: list[bytes]) -> int:
+def _cut_at_last_comma(parts: list[bytes]) -> int:
     """Return how many bytes there are up to the last comma outside of strings, and drop what is behind it."""
     while parts:
         if len(parts) % 2 and (at := parts[-1].rfind(b",")) >= 0:
@@ -94,7 +96,7 @@ def _last_comma(parts: list[bytes]) -> int:
     return 0
 
 
-def _walk(kinds: list[str], brackets: bytes) -> int:
+def _track_brackets(kinds: list[str], brackets: bytes) -> int:
     """Bring the kinds of the open containers to where they are behind `brackets`; returns how few were open between."""
     lowest = len(kinds)
     for _ in range(_MATCHES):
@@ -108,7 +110,7 @@ def _walk(kinds: list[str], brackets: bytes) -> int:
     return lowest
 
 
-def _add(path: list[Container], piece: Any) -> None:  # noqa: ANN401 - any JSON value
+def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 - any JSON value
     """Add what a piece holds to the containers that were open before it, from the outermost on."""
     for container in path:
         is_innermost = container is path[-1]
@@ -127,7 +129,7 @@ def _add(path: list[Container], piece: Any) -> None:  # noqa: ANN401 - any JSON 
         piece = inner
 
 
-def _open_path(root: Any, path: list[Container], depth: int) -> list[Container]:  # noqa: ANN401 - any JSON value
+def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonContainer]:  # noqa: ANN401 - any JSON value
     """Return the open containers, of which `path` were open all the time, and take the mark out of the innermost."""
     if not depth:
         return []
@@ -136,15 +138,15 @@ def _open_path(root: Any, path: list[Container], depth: int) -> list[Container]:
         path.append(_last_item(path[-1]))
     innermost = path[-1]
     if isinstance(innermost, list):
-        is_marked = bool(innermost) and innermost.pop() == _MARK
+        is_marked = bool(innermost) and innermost.pop() == _OPEN_MARK
     else:
-        is_marked = innermost.pop(_MARK, None) == 0
+        is_marked = innermost.pop(_OPEN_MARK, None) == 0
     if not is_marked:
         raise DuplicateName
     return path
 
 
-def _last_item(container: Container) -> Container:
+def _last_item(container: JsonContainer) -> JsonContainer:
     """Return what was opened last; raises `DuplicateName` where it has taken the place of an earlier member."""
     item = container[-1] if isinstance(container, list) else next(reversed(container.values()))
     if not isinstance(item, dict | list):

@@ -154,7 +154,7 @@ def _json(form: Form, name: str) -> object:
     text = charsets.decoded(bytes(form.first(name)), "utf-8")
     try:
         if len(text) > pieces.LONG_BYTES:
-            return pieces.decode(text.encode(), decoding.decode)
+            return pieces.decode_in_pieces(text.encode(), decoding.decode)
         # Unlike our decoder, it takes half a surrogate pair: no reason to do without the rest of a field.
         return json.loads(text)  # noqa: TID251 - takes half a surrogate pair
     except (ValueError, RecursionError):

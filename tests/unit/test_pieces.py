@@ -28,7 +28,7 @@ sizes = st.integers(1, 40)
 
 
 def in_pieces(text: bytes, piece_bytes: int) -> Any:  # noqa: ANN401 - any JSON value
-    return pieces.decode(text, decoding.decode, piece_bytes=piece_bytes)
+    return pieces.decode_in_pieces(text, decoding.decode, piece_bytes=piece_bytes)
 
 
 @given(json_values, sizes, st.booleans(), st.sampled_from([None, 1]))
@@ -51,9 +51,9 @@ def test_what_is_no_json_is_none_in_pieces_either(value: Any, piece_bytes: int, 
         whole = repr(json.loads(wrong, object_pairs_hook=_unique))
     except ValueError:
         with pytest.raises(ValueError, match=r".+"):
-            pieces.decode(wrong, values.decode_json, piece_bytes=piece_bytes)
+            pieces.decode_in_pieces(wrong, values.decode_json, piece_bytes=piece_bytes)
     else:
-        assert repr(pieces.decode(wrong, values.decode_json, piece_bytes=piece_bytes)) == whole
+        assert repr(pieces.decode_in_pieces(wrong, values.decode_json, piece_bytes=piece_bytes)) == whole
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_of_two_members_of_one_name_the_second_wins_or_both_are_refused(value: A
     with suppress(DuplicateName):
         assert in_pieces(text, piece_bytes) == json.loads(text)
     with pytest.raises(ValueError, match=r"name|more than once"):
-        pieces.decode(text, values.decode_json, piece_bytes=piece_bytes)
+        pieces.decode_in_pieces(text, values.decode_json, piece_bytes=piece_bytes)
 
 
 def test_a_long_text_is_refused_for_what_a_short_one_is_refused_for() -> None:
