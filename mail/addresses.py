@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from email.utils import getaddresses
 from typing import Final
 
-from mail import headers, message
+from mail import headers, mail_content
 
-HEADERS: Final = frozenset({"from", "sender", "reply-to", "to", "cc", "bcc"})
+ADDRESS_HEADERS: Final = frozenset({"from", "sender", "reply-to", "to", "cc", "bcc"})
 """Those that hold addresses."""
 _SPECIAL: Final = re.compile(r'[][\\()<>@,:;".]')
 _TO_ESCAPE: Final = re.compile(r'([\\"])')
@@ -22,30 +22,30 @@ _MAX_LOCAL_CHARACTERS: Final = 64
 _MAX_DOMAIN_CHARACTERS: Final = 253
 
 
-def shown(value: str) -> str:
+def format_addresses(value: str) -> str:
     """Return the value of From, To and the like for reading.
 
     What was encoded is quoted where it would look like another address.
     """
-    pairs = _pairs(value)
+    pairs = _parse_pairs(value)
     if not pairs or ("", "") in pairs:
-        return headers.decoded(value)
-    return ", ".join(_formatted(headers.decoded(name), address) for name, address in pairs)
+        return headers.decode_value(value)
+    return ", ".join(_format_address(headers.decode_value(name), address) for name, address in pairs)
 
 
-def bare(value: str) -> list[str]:
+def bare_addresses(value: str) -> list[str]:
     """Return the addresses alone, such as `ada@example.org`."""
-    return [address for _, address in _pairs(value) if address]
+    return [address for _, address in _parse_pairs(value) if address]
 
 
-def _pairs(value: str) -> Sequence[tuple[str, str]]:
+def _parse_pairs(value: str) -> Sequence[tuple[str, str]]:
     try:
         return getaddresses([value])
     except (RecursionError, IndexError, ValueError):
         return []
 
 
-def _formatted(name: str, address: str) -> str:
+def _format_address(name: str, address: str) -> str:
     if not name:
         return address
     quoted = _TO_ESCAPE.sub(r"\\\1", name)
@@ -69,25 +69,25 @@ class Mailbox:
         return f"{self.local}@{self.domain}"
 
 
-def mailboxes(text: str) -> list[Mailbox]:
+def parse_mailboxes(text: str) -> list[Mailbox]:
     """Return the addresses in a text, separated by commas; raises `ValueError` for anything else."""
-    if message.CONTROL.search(text):
+    if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError("it holds a control character")
-    pairs = _pairs(text)
+    pairs = _parse_pairs(text)
     # An address that isn't there as it was read was mended, and may be somebody else's.
     if not pairs or any(address not in text for _, address in pairs):
         raise ValueError("it is no address")
-    return [_mailbox(name, address) for name, address in pairs]
+    return [_build_mailbox(name, address) for name, address in pairs]
 
 
-def _mailbox(name: str, address: str) -> Mailbox:
+def _build_mailbox(name: str, address: str) -> Mailbox:
     local, at, domain = address.rpartition("@")
     if not at or not _LOCAL.fullmatch(local) or len(local) > _MAX_LOCAL_CHARACTERS:
         raise ValueError(f"{address[:100]!r} is no address such as ada@example.org")
-    return Mailbox(name, local, _ascii(domain))
+    return Mailbox(name, local, _encode_domain(domain))
 
 
-def _ascii(domain: str) -> str:
+def _encode_domain(domain: str) -> str:
     if len(domain) <= _MAX_DOMAIN_CHARACTERS and not domain.isascii():
         import idna  # noqa: PLC0415 - large tables that few domains need
 

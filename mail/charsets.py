@@ -19,7 +19,7 @@ CODECS: Final = (
 """Those whose decoders take no more time than a text is long, and make nothing that is no character."""
 
 # Each is a part of the other, whose characters its name is used for all the same: browsers read them so too.
-_MEANT: Final[Mapping[str, str]] = {
+_CODEC_ALIASES: Final[Mapping[str, str]] = {
     "latin_1": "cp1252",
     "gb2312": "gb18030",
     "shift_jis": "cp932",
@@ -36,31 +36,31 @@ _NO_LETTER: Final = re.compile(r"[^a-z0-9]+")
 _MAX_NAME_CHARACTERS: Final = 40
 
 
-def _known() -> Mapping[str, str]:
+def _codec_names() -> Mapping[str, str]:
     names = {name: name for name in CODECS}
     names |= {alias: name for alias, name in aliases.items() if name in names}
-    return {alias: _MEANT.get(name, name) for alias, name in names.items()}
+    return {alias: _CODEC_ALIASES.get(name, name) for alias, name in names.items()}
 
 
-_KNOWN: Final = _known()
+_CODEC_NAMES: Final = _codec_names()
 """Looked up here alone: Python would look for a module of any name that a mail gives."""
 
 
-def known(name: str) -> str | None:
+def find_codec(name: str) -> str | None:
     """Return the codec for the name of a charset; None for one that tells nothing: it is unknown, or just ASCII."""
-    return _KNOWN.get(_NO_LETTER.sub("_", name[:_MAX_NAME_CHARACTERS].lower()).strip("_"))
+    return _CODEC_NAMES.get(_NO_LETTER.sub("_", name[:_MAX_NAME_CHARACTERS].lower()).strip("_"))
 
 
-def decoded(raw: bytes, charset: str = "") -> str:
+def decode_text(raw: bytes, charset: str = "") -> str:
     """Return a text, with U+FFFD for what is no character, and for NUL, which no JSON of ours holds."""
-    return decoded_pieces((raw,), charset)
+    return decode_text_pieces((raw,), charset)
 
 
-def decoded_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
+def decode_text_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
     """Return a text that comes in pieces; see `decoded`."""
-    codec = known(charset)
+    codec = find_codec(charset)
     if codec is None:
-        return _guessed(b"".join(pieces)).replace("\0", "\ufffd")
+        return _guess_codec(b"".join(pieces)).replace("\0", "\ufffd")
     # A piece at a time: no call may take so long that another thread's work is kept waiting.
     return "".join(_decode_pieces(iter(pieces), codec)).replace("\0", "\ufffd")
 
@@ -69,7 +69,7 @@ def _decode_pieces(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
     """Yield the text of each piece; a character may be cut in two between pieces."""
     if codec in _UNIT_BYTES:
         first = next(pieces, b"")
-        codec, pieces = _with_byte_order(first, codec), chain((first,), pieces)
+        codec, pieces = _resolve_byte_order(first, codec), chain((first,), pieces)
     decoder = codecs.getincrementaldecoder(codec)("replace")
     for piece in pieces:
         yield _decode_piece(decoder, codec, piece)
@@ -90,7 +90,7 @@ def _decode_piece(
         return piece.decode(codec, "replace") or "\ufffd"
 
 
-def _with_byte_order(beginning: bytes, codec: str) -> str:
+def _resolve_byte_order(beginning: bytes, codec: str) -> str:
     """Return the codec with the byte order of a text, by its byte order mark, or else by its zero bytes.
 
     Most texts have more zeros in the high byte of a unit. Where that tells nothing, the order is big-endian (RFC 2781,
@@ -104,7 +104,7 @@ def _with_byte_order(beginning: bytes, codec: str) -> str:
     return f"{codec}_le" if zeros_last > zeros_first else f"{codec}_be"
 
 
-def _guessed(raw: bytes) -> str:
+def _guess_codec(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:

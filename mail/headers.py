@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from mail import charsets
-from mail.limits import DEFAULT, InvalidMail, Limits
+from mail.mail_limits import DEFAULT_LIMITS, InvalidMail, MailLimits
 
 if TYPE_CHECKING:
     import mmap
 
     Raw: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
-Shown: TypeAlias = "dict[str, str | list[str]]"
+HeaderValues: TypeAlias = "dict[str, str | list[str]]"
 
 _BLOCK: Final = re.compile(
     rb"(?:(?:[\x21-\x39\x3b-\x7e]++[ \t]*+:|[ \t]|>?From )[^\n]*+(?:\n|\Z))*+",
@@ -36,7 +36,7 @@ _MAX_DIGITS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Headers:
+class MailHeaders:
     """In the order of the mail, each name as it is spelt there."""
 
     fields: Sequence[tuple[str, str]] = ()
@@ -44,14 +44,14 @@ class Headers:
     omitted: int = 0
     """Headers beyond `Limits.max_headers`, which were left out."""
 
-    def all(self, name: str) -> list[str]:
+    def values(self, name: str) -> list[str]:
         """Return every value of a name, whatever its case."""
         return [value for each, value in self.fields if each.lower() == name]
 
     def first(self, name: str) -> str:
-        return next(iter(self.all(name)), "")
+        return next(iter(self.values(name)), "")
 
-    def shown(self, show: Callable[[str, str], str]) -> Shown:
+    def display_values(self, show: Callable[[str, str], str]) -> HeaderValues:
         """Return values by the first spelling of their names, of a name that occurs often all of them.
 
         `show` is given a name in lower case and a value, and decodes that.
@@ -63,17 +63,17 @@ class Headers:
         return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
 
-def of_pairs(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT) -> Headers:
+def headers_of_pairs(pairs: Iterable[tuple[str, str]], limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
     """Return headers that somebody else has taken apart."""
-    return _limited([(name, _unfolded(value)) for name, value in pairs], limits)
+    return _limit_headers([(name, _unfold(value)) for name, value in pairs], limits)
 
 
-def of_block(raw: bytes, limits: Limits = DEFAULT) -> Headers:
+def parse_header_block(raw: bytes, limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
     """Return the headers that a text of nothing else holds; raises `InvalidMail`."""
-    return taken(raw, 0, len(raw), limits)[0]
+    return take_headers(raw, 0, len(raw), limits)[0]
 
 
-def taken(raw: Raw, start: int, end: int, limits: Limits) -> tuple[Headers, int]:
+def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[MailHeaders, int]:
     """Return the headers at a place, and where the body begins; raises `InvalidMail`.
 
     A line that is no header ends them too: then the empty line before the body is missing.
@@ -84,31 +84,31 @@ def taken(raw: Raw, start: int, end: int, limits: Limits) -> tuple[Headers, int]
     if stop == most < end:
         raise InvalidMail(f"The headers take more than {limits.max_header_bytes:,} bytes")
     empty = _EMPTY_LINE.match(raw, stop, end)
-    return _of_block(bytes(raw[start:stop]), limits), empty.end() if empty else stop
+    return _parse_block(bytes(raw[start:stop]), limits), empty.end() if empty else stop
 
 
-def _of_block(block: bytes, limits: Limits) -> Headers:
+def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
     fields: list[tuple[str, str]] = []
     for written in _NEXT.split(block):
-        name, colon, value = charsets.decoded(written).partition(":")
+        name, colon, value = charsets.decode_text(written).partition(":")
         # Neither the envelope's line nor a continuation of nothing has a name.
         if colon and not name.startswith((" ", "\t")) and " " not in name.rstrip():
-            fields.append((name.rstrip(), _unfolded(value)))
-    return _limited(fields, limits)
+            fields.append((name.rstrip(), _unfold(value)))
+    return _limit_headers(fields, limits)
 
 
-def _limited(fields: Sequence[tuple[str, str]], limits: Limits) -> Headers:
-    return Headers(fields[: limits.max_headers], omitted=max(0, len(fields) - limits.max_headers))
+def _limit_headers(fields: Sequence[tuple[str, str]], limits: MailLimits) -> MailHeaders:
+    return MailHeaders(fields[: limits.max_headers], omitted=max(0, len(fields) - limits.max_headers))
 
 
-def _unfolded(value: str) -> str:
+def _unfold(value: str) -> str:
     return _FOLD.sub(" ", value).strip()
 
 
 # ── encoded words (RFC 2047) ────────────────────────────────────────────────────────────────────────────────
 
 
-def decoded(value: str) -> str:
+def decode_value(value: str) -> str:
     """Return a value for reading. White space between two encoded words is no part of it."""
     if "=?" not in value:
         return value
@@ -117,14 +117,14 @@ def decoded(value: str) -> str:
     at = 0
     for found in _WORD.finditer(value):
         if found.start() > at:
-            pieces += [_joined(words), value[at : found.start()]]
+            pieces += [_join_words(words), value[at : found.start()]]
             words.clear()
         at = found.end()
-        words.append(_word(*found.groups()))
-    return "".join([*pieces, _joined(words), value[at:]])
+        words.append(_split_encoded_word(*found.groups()))
+    return "".join([*pieces, _join_words(words), value[at:]])
 
 
-def _word(charset: str, encoding: str, written: str) -> tuple[str, bytes]:
+def _split_encoded_word(charset: str, encoding: str, written: str) -> tuple[str, bytes]:
     """Return the charset and the bytes of an encoded word; the charset may have a language behind it."""
     if encoding in "qQ":
         raw = binascii.a2b_qp(written.encode("ascii", "replace"), header=True)
@@ -135,7 +135,7 @@ def _word(charset: str, encoding: str, written: str) -> tuple[str, bytes]:
     return charset.partition("*")[0].lower(), raw
 
 
-def _joined(words: Iterable[tuple[str, bytes]]) -> str:
+def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
     """Return adjacent words as one text: some writers cut a character in two."""
     joined: list[tuple[str, list[bytes]]] = []
     for charset, raw in words:
@@ -143,35 +143,35 @@ def _joined(words: Iterable[tuple[str, bytes]]) -> str:
             joined[-1][1].append(raw)
         else:
             joined.append((charset, [raw]))
-    texts = (charsets.decoded(b"".join(pieces), charset) for charset, pieces in joined)
+    texts = (charsets.decode_text(b"".join(pieces), charset) for charset, pieces in joined)
     return " ".join("".join(texts).splitlines())
 
 
 # ── values with parameters (RFC 2045 and 2231) ──────────────────────────────────────────────────────────────
 
 
-def parameters(value: str) -> tuple[str, dict[str, str]]:
+def parse_parameters(value: str) -> tuple[str, dict[str, str]]:
     """Return the value in lower case, and its parameters by their names in lower case."""
     head, semicolon, rest = value.partition(";")
     plain: dict[str, str] = {}
     continued: dict[str, dict[int, tuple[str, bool]]] = {}
-    for name, text in _parameters(semicolon + rest):
+    for name, text in _iterate_parameters(semicolon + rest):
         base, star, number = name.removesuffix("*").partition("*")
         if base == name:
             plain.setdefault(base, text)
         elif len(number) <= _MAX_DIGITS and (number.isdecimal() or not star):
             piece = (text, name.endswith("*"))
             continued.setdefault(base, {}).setdefault(int(number or 0), piece)
-    return head.strip().lower(), plain | {name: _whole(pieces) for name, pieces in continued.items()}
+    return head.strip().lower(), plain | {name: _join_parameter(pieces) for name, pieces in continued.items()}
 
 
-def _parameters(text: str) -> Iterator[tuple[str, str]]:
+def _iterate_parameters(text: str) -> Iterator[tuple[str, str]]:
     for found in _PARAMETER.finditer(text):
         quoted = found[2]
         yield found[1].lower(), found[3].strip() if quoted is None else _ESCAPED.sub(r"\1", quoted)
 
 
-def _whole(pieces: dict[int, tuple[str, bool]]) -> str:
+def _join_parameter(pieces: dict[int, tuple[str, bool]]) -> str:
     """Return a parameter that comes in numbered pieces, of which some have escaped bytes."""
     charset = ""
     raw: list[bytes] = []
@@ -180,4 +180,4 @@ def _whole(pieces: dict[int, tuple[str, bool]]) -> str:
         if number == 0 and is_escaped and text.count("'") > 1:
             charset, _, text = text.split("'", 2)
         raw.append(unquote_to_bytes(text) if is_escaped else text.encode())
-    return charsets.decoded(b"".join(raw), charset)
+    return charsets.decode_text(b"".join(raw), charset)

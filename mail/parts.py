@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mail import headers, message, transfer
-from mail.limits import InvalidMail, Limits
-from mail.message import Label
+from mail import headers, mail_content, transfer_encoding
+from mail.mail_content import AttachmentLabel
+from mail.mail_limits import InvalidMail, MailLimits
 
 if TYPE_CHECKING:
-    from mail.headers import Headers, Raw
+    from mail.headers import MailHeaders, Raw
 
-TEXT: Final = "text/plain"
-HTML: Final = "text/html"
-MESSAGE: Final = "message/rfc822"
-CONTAINER: Final = "multipart/"
-DIGEST: Final = "multipart/digest"
-ATTACHMENT: Final = "attachment"
+TEXT_TYPE: Final = "text/plain"
+HTML_TYPE: Final = "text/html"
+MESSAGE_TYPE: Final = "message/rfc822"
+CONTAINER_PREFIX: Final = "multipart/"
+DIGEST_TYPE: Final = "multipart/digest"
+ATTACHMENT_DISPOSITION: Final = "attachment"
 _WINDOW_BYTES: Final = 1_048_576
 _MAX_BOUNDARY_CHARACTERS: Final = 1_000
 _MAX_PADDING_BYTES: Final = 200
@@ -30,32 +30,34 @@ _MAX_PADDING_BYTES: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MailPart:
     """One part, and where its body is."""
 
-    headers: Headers
+    headers: MailHeaders
     start: int
     end: int
     content_type: str
     parameters: Mapping[str, str]
-    label: Label
+    label: AttachmentLabel
 
     @classmethod
-    def at(cls, raw: Raw, start: int, end: int, limits: Limits, default_type: str = TEXT) -> Part:
+    def parse(
+        cls, raw: Raw, start: int, end: int, limits: MailLimits, default_type: str = TEXT_TYPE
+    ) -> MailPart:
         """Read the headers of a part; raises `InvalidMail`."""
-        found, body = headers.taken(raw, start, end, limits)
-        written, parameters = headers.parameters(found.first("content-type"))
-        disposition, more = headers.parameters(found.first("content-disposition"))
-        content_type = message.cleaned_type(written) if "/" in written else default_type
+        found, body = headers.take_headers(raw, start, end, limits)
+        written, parameters = headers.parse_parameters(found.first("content-type"))
+        disposition, more = headers.parse_parameters(found.first("content-disposition"))
+        content_type = mail_content.clean_media_type(written) if "/" in written else default_type
         is_text = content_type.startswith("text/")
-        label = Label(
-            filename=message.cleaned_name(
-                headers.decoded(more.get("filename") or parameters.get("name", ""))
+        label = AttachmentLabel(
+            filename=mail_content.clean_file_name(
+                headers.decode_value(more.get("filename") or parameters.get("name", ""))
             ),
             content_type=content_type,
-            content_id=message.cleaned_content_id(found.first("content-id")),
-            disposition=disposition if disposition in {ATTACHMENT, "inline"} else "",
-            charset=message.cleaned_charset(parameters.get("charset", "")) if is_text else "",
+            content_id=mail_content.clean_content_id(found.first("content-id")),
+            disposition=disposition if disposition in {ATTACHMENT_DISPOSITION, "inline"} else "",
+            charset=mail_content.clean_charset(parameters.get("charset", "")) if is_text else "",
         )
         return cls(found, body, end, content_type, parameters, label)
 
@@ -67,40 +69,40 @@ class Part:
     @property
     def body_type(self) -> str | None:
         """The type of what belongs to the body; None: the part is an attachment."""
-        if self.content_type.startswith(CONTAINER):
-            return TEXT
-        is_file = self.label.disposition == ATTACHMENT or self.label.filename
-        return self.content_type if self.content_type in {TEXT, HTML} and not is_file else None
+        if self.content_type.startswith(CONTAINER_PREFIX):
+            return TEXT_TYPE
+        is_file = self.label.disposition == ATTACHMENT_DISPOSITION or self.label.filename
+        return self.content_type if self.content_type in {TEXT_TYPE, HTML_TYPE} and not is_file else None
 
     def content(self, raw: Raw) -> Iterator[bytes]:
         """Return the decoded content in pieces."""
         encoding = self.headers.first("content-transfer-encoding").partition(";")[0].strip().lower()
-        return transfer.decoded(raw, self.start, self.end, encoding)
+        return transfer_encoding.decode_pieces(raw, self.start, self.end, encoding)
 
 
 @dataclass(slots=True)
-class FoundParts:
+class PartSearch:
     """The parts of a mail that aren't containers."""
 
-    leaves: Iterator[Part]
+    leaves: Iterator[MailPart]
     omitted: int = 0
     """Parts beyond the limits of number and depth that `leaves` has left out so far; there may be more inside them."""
 
 
-def find_leaves(raw: Raw, root: Part, limits: Limits) -> FoundParts:
+def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
     """Return the parts that aren't containers, in their order; a mail within the mail is one part."""
-    found = FoundParts(iter(()))
-    found.leaves = _leaves(raw, root, limits, found)
+    found = PartSearch(iter(()))
+    found.leaves = _iterate_leaves(raw, root, limits, found)
     return found
 
 
-def _leaves(raw: Raw, root: Part, limits: Limits, found: FoundParts) -> Iterator[Part]:
+def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSearch) -> Iterator[MailPart]:
     opened = 1
     header_bytes = 0
     waiting = [(root, 0)]
     while waiting:
         part, depth = waiting.pop()
-        places = _inner(raw, part, limits) if part.content_type.startswith(CONTAINER) else []
+        places = _inner_parts(raw, part, limits) if part.content_type.startswith(CONTAINER_PREFIX) else []
         if not places:
             # A container without a boundary, or without a part: what is there is read as a text.
             yield part
@@ -110,10 +112,10 @@ def _leaves(raw: Raw, root: Part, limits: Limits, found: FoundParts) -> Iterator
         found.omitted += max(0, len(places) - room)
         places = places[:room]
         opened += len(places)
-        default_type = MESSAGE if part.content_type == DIGEST else TEXT
-        inner: list[Part] = []
+        default_type = MESSAGE_TYPE if part.content_type == DIGEST_TYPE else TEXT_TYPE
+        inner: list[MailPart] = []
         for start, end in places:
-            inner.append(Part.at(raw, start, end, limits, default_type))
+            inner.append(MailPart.parse(raw, start, end, limits, default_type))
             header_bytes += inner[-1].start - start
             if header_bytes > limits.max_headers_bytes:
                 most = f"{limits.max_headers_bytes:,}"
@@ -121,16 +123,16 @@ def _leaves(raw: Raw, root: Part, limits: Limits, found: FoundParts) -> Iterator
         waiting += [(each, depth + 1) for each in reversed(inner)]
 
 
-def _inner(raw: Raw, container: Part, limits: Limits) -> list[tuple[int, int]]:
+def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tuple[int, int]]:
     """Return where the parts of a container are; the last one may lack its end."""
     boundary = container.parameters.get("boundary", "").rstrip()[:_MAX_BOUNDARY_CHARACTERS]
     if not boundary:
         return []
     places: list[tuple[int, int]] = []
     begun: int | None = None
-    for line, following, is_last in _delimiters(raw, container, b"--" + boundary.encode()):
+    for line, following, is_last in _find_delimiters(raw, container, b"--" + boundary.encode()):
         if begun is not None:
-            places.append((begun, _before_line_end(raw, begun, line)))
+            places.append((begun, _strip_line_end(raw, begun, line)))
         begun = None if is_last else following
         if is_last or len(places) > limits.max_parts:
             break
@@ -139,7 +141,7 @@ def _inner(raw: Raw, container: Part, limits: Limits) -> list[tuple[int, int]]:
     return places
 
 
-def _delimiters(raw: Raw, container: Part, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
+def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
     """Yield where each line with the boundary begins, what follows it, and whether it is the last."""
     pattern = re.compile(rb"\n" + re.escape(delimiter) + rb"(--)?[ \t\r]{0,%d}(?:\n|\Z)" % _MAX_PADDING_BYTES)
     overlap = len(delimiter) + 2 * _MAX_PADDING_BYTES
@@ -155,7 +157,7 @@ def _delimiters(raw: Raw, container: Part, delimiter: bytes) -> Iterator[tuple[i
         at = found.end() - 1
 
 
-def _before_line_end(raw: Raw, start: int, end: int) -> int:
+def _strip_line_end(raw: Raw, start: int, end: int) -> int:
     """Return where a body ends: the end of line before a boundary belongs to the boundary."""
     if end > start and raw[end - 1 : end] == b"\n":
         end -= 1

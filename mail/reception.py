@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 from mail import charsets
 
 if TYPE_CHECKING:
-    from mail.form import Form
-    from mail.message import Mail
+    from mail.mail_content import ParsedMailContent
+    from mail.mail_form import MailForm
 
-PASS: Final = "pass"  # noqa: S105 - a result, no password
-FAIL: Final = "fail"
+PASS_RESULT: Final = "pass"  # noqa: S105 - a result, no password
+FAIL_RESULT: Final = "fail"
 _WORD: Final = re.compile(r"[a-z_]{1,30}")
 _DKIM_RESULT: Final = re.compile(r":\s*([A-Za-z_]{1,30})")
 _REQUIRED_SCORE: Final = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) required")
@@ -28,7 +28,7 @@ _MAX_FIELD_CHARACTERS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Reception:
+class MailReception:
     """How a mail was received, as its service reports it."""
 
     spf: str | None = None
@@ -60,26 +60,28 @@ class Reception:
             "spam": self.spam,
             "virus": self.virus,
         }
-        return next((check for check, result in results.items() if check in checks and result == FAIL), None)
+        return next(
+            (check for check, result in results.items() if check in checks and result == FAIL_RESULT), None
+        )
 
 
-def of_sendgrid(form: Form) -> Reception:
+def parse_sendgrid_reception(form: MailForm) -> MailReception:
     """Return what the form of SendGrid's Inbound Parse reports; its fields are the same for raw mails."""
-    score = _number(_field(form, "spam_score"))
-    required = _REQUIRED_SCORE.search(_field(form, "spam_report"))
+    score = _parse_number(_form_field(form, "spam_score"))
+    required = _REQUIRED_SCORE.search(_form_field(form, "spam_report"))
     spam = None
     if score is not None and required is not None:
-        spam = FAIL if score >= float(required[1]) else PASS
-    return Reception(
-        spf=_result(_field(form, "SPF")),
-        dkim=_dkim_of_sendgrid(_field(form, "dkim")),
+        spam = FAIL_RESULT if score >= float(required[1]) else PASS_RESULT
+    return MailReception(
+        spf=_parse_result(_form_field(form, "SPF")),
+        dkim=_parse_sendgrid_dkim(_form_field(form, "dkim")),
         spam=spam,
         spam_score=score,
-        sender_ip=_address(_field(form, "sender_ip")),
+        sender_ip=_parse_address(_form_field(form, "sender_ip")),
     )
 
 
-def of_mailgun(mail: Mail) -> Reception:
+def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
     """Return what Mailgun's headers report: it adds them to the mail, raw or parsed.
 
     The sender may have written a header of the same name: then the worst result counts.
@@ -90,20 +92,20 @@ def of_mailgun(mail: Mail) -> Reception:
         value = headers.get(name, [])
         return [value] if isinstance(value, str) else value
 
-    flags = {"yes": FAIL, "no": PASS}
-    scores = [score for each in values("x-mailgun-sscore") if (score := _number(each)) is not None]
-    return Reception(
-        spf=_worst(map(_result, values("x-mailgun-spf"))),
-        dkim=_worst(map(_result, values("x-mailgun-dkim-check-result"))),
-        spam=_worst(flags.get(each.strip().lower()) for each in values("x-mailgun-sflag")),
+    flags = {"yes": FAIL_RESULT, "no": PASS_RESULT}
+    scores = [score for each in values("x-mailgun-sscore") if (score := _parse_number(each)) is not None]
+    return MailReception(
+        spf=_worst_result(map(_parse_result, values("x-mailgun-spf"))),
+        dkim=_worst_result(map(_parse_result, values("x-mailgun-dkim-check-result"))),
+        spam=_worst_result(flags.get(each.strip().lower()) for each in values("x-mailgun-sflag")),
         spam_score=max(scores, default=None),
     )
 
 
-def of_ses(verdicts: Mapping[str, str]) -> Reception:
+def parse_ses_reception(verdicts: Mapping[str, str]) -> MailReception:
     """Return what a notification of Amazon SES reports: `PASS`, `FAIL`, `GRAY`, `PROCESSING_FAILED` or `DISABLED`."""
-    results = {name: _result(verdict) for name, verdict in verdicts.items()}
-    return Reception(
+    results = {name: _parse_result(verdict) for name, verdict in verdicts.items()}
+    return MailReception(
         spf=results.get("spf"),
         dkim=results.get("dkim"),
         dmarc=results.get("dmarc"),
@@ -112,35 +114,35 @@ def of_ses(verdicts: Mapping[str, str]) -> Reception:
     )
 
 
-def with_envelope(reception: Reception, sender: str, recipients: Sequence[str]) -> Reception:
+def add_envelope(reception: MailReception, sender: str, recipients: Sequence[str]) -> MailReception:
     """Return the same with the addresses of the SMTP envelope."""
     return replace(reception, envelope_from=sender, envelope_to=tuple(recipients))
 
 
-def _worst(results: Iterable[str | None]) -> str | None:
+def _worst_result(results: Iterable[str | None]) -> str | None:
     """Return `fail` if it is among the results, else the one that all agree on."""
     found = set(results)
-    if FAIL in found:
-        return FAIL
+    if FAIL_RESULT in found:
+        return FAIL_RESULT
     return found.pop() if len(found) == 1 else None
 
 
-def _dkim_of_sendgrid(text: str) -> str | None:
+def _parse_sendgrid_dkim(text: str) -> str | None:
     """Return the result for `{@example.org : pass, @example.net : fail}`: one good signature is enough (RFC 6376)."""
     results = [each.lower() for each in _DKIM_RESULT.findall(text)]
-    return PASS if PASS in results else next(iter(results), _result(text))
+    return PASS_RESULT if PASS_RESULT in results else next(iter(results), _parse_result(text))
 
 
-def _field(form: Form, name: str) -> str:
-    return charsets.decoded(bytes(form.first(name)[:_MAX_FIELD_CHARACTERS])).strip()
+def _form_field(form: MailForm, name: str) -> str:
+    return charsets.decode_text(bytes(form.first(name)[:_MAX_FIELD_CHARACTERS])).strip()
 
 
-def _result(text: str) -> str | None:
+def _parse_result(text: str) -> str | None:
     found = _WORD.match(text.strip().lower())
     return found[0] if found else None
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:
@@ -148,7 +150,7 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _address(text: str) -> str | None:
+def _parse_address(text: str) -> str | None:
     try:
         return str(ip_address(text))
     except ValueError:

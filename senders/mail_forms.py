@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mail import form as mail_form
-from mail import forms, reception
+from mail import mail_form, reception, service_forms
 
 if TYPE_CHECKING:
-    from mail.message import Keep, Mail
-    from mail.reception import Reception
+    from mail.mail_content import KeepAttachment, ParsedMailContent
+    from mail.reception import MailReception
     from senders.forms import Form
 
 SENDGRID: Final = frozenset({"sendgrid-parsed", "sendgrid-raw"})
 """Values of `MailKind`; the other forms are Mailgun's."""
 
 
-def read_form(form: Form, kind: str, keep: Keep) -> tuple[Mail, Reception]:
+def read_form(form: Form, kind: str, keep: KeepAttachment) -> tuple[ParsedMailContent, MailReception]:
     """Return the mail in a form and what the service reports about it; attachments are handed out on the way.
 
     Raises `InvalidMail`, and `Refused` for a value that can't be unescaped.
     """
     given = _to_mail_form(form)
     if kind in SENDGRID:
-        return forms.sendgrid(given, keep), reception.of_sendgrid(given)
-    mail = forms.mailgun(given, keep)
-    return mail, reception.of_mailgun(mail)
+        return service_forms.parse_sendgrid_form(given, keep), reception.parse_sendgrid_reception(given)
+    mail = service_forms.parse_mailgun_form(given, keep)
+    return mail, reception.parse_mailgun_reception(mail)
 
 
-def _to_mail_form(form: Form) -> mail_form.Form:
+def _to_mail_form(form: Form) -> mail_form.MailForm:
     fields = {name: [part.value for part in parts] for name, parts in form.fields.items()}
     files = [
-        mail_form.File(part.name, part.filename or "", part.content_type or "", part.value)
+        mail_form.FormFile(part.name, part.filename or "", part.content_type or "", part.value)
         for part in form.files
     ]
-    return mail_form.Form(fields, files)
+    return mail_form.MailForm(fields, files)

@@ -10,9 +10,9 @@ from hashlib import sha256
 from typing import Final
 
 from engine.values import Json, fingerprint
-from mail import reading
-from mail.limits import InvalidMail
-from mail.message import Label
+from mail import mail_parsing
+from mail.mail_content import AttachmentLabel
+from mail.mail_limits import InvalidMail
 from senders import delivery_keys, forms, mail_forms, ses, sns
 from senders.arrival import Arrival, json_of
 from senders.forms import Form
@@ -164,7 +164,7 @@ def _kind_of_json(body: Json) -> MailKind:
 
 def _raw_key(raw: bytes, recipients: Sequence[str]) -> str:
     try:
-        content = reading.read(raw, _drop_attachment).content_digest
+        content = mail_parsing.parse_mail(raw, _drop_attachment).content_digest
     except InvalidMail:
         content = sha256(raw).hexdigest()
     return delivery_keys.of("mail", message_id_in(memoryview(raw)) or "", content, *recipients)
@@ -227,7 +227,7 @@ def _content_digest(form: Form, kind: MailKind) -> str:
     return mail.content_digest
 
 
-def _drop_attachment(_label: Label, pieces: Iterator[bytes]) -> None:
+def _drop_attachment(_label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
     """Keep nothing: the mail counts and digests the content on its way."""
 
 

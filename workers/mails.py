@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from mail import headers, reading, reception, writing
-from mail.limits import InvalidMail
+from mail import composition, headers, mail_parsing, reception
+from mail.mail_limits import InvalidMail
 from senders import forms as sent_forms
 from senders import mail_forms, media_types
 from senders.refusals import Refused
 
 if TYPE_CHECKING:
     from journal.unread import MailScreening, Unread
-    from mail.message import Keep, Mail
-    from mail.reception import Reception
+    from mail.mail_content import KeepAttachment, ParsedMailContent
+    from mail.reception import MailReception
 
 _AUTOMATIC_REPORTS: Final = frozenset({"delivery-status", "disposition-notification"})
 _ANSWERED: Final = ("in-reply-to", "references")
 
 
-def read(unread: Unread, contents: list[bytes], keep: Keep) -> tuple[Mail, Reception]:
+def read(
+    unread: Unread, contents: list[bytes], keep: KeepAttachment
+) -> tuple[ParsedMailContent, MailReception]:
     """Return the mail that a content is, and how it was received; raises `InvalidMail`.
 
     Attachments are handed out on the way.
@@ -28,17 +30,22 @@ def read(unread: Unread, contents: list[bytes], keep: Keep) -> tuple[Mail, Recep
     The content is taken out of `contents`: what a urlencoded form holds is as large again, and takes its place.
     """
     if not unread.content_type:
-        mail, received = reading.read(contents.pop(), keep), reception.of_ses(unread.verdicts)
+        mail, received = (
+            mail_parsing.parse_mail(contents.pop(), keep),
+            reception.parse_ses_reception(unread.verdicts),
+        )
     else:
         try:
             form = sent_forms.parse(media_types.parse(unread.content_type), contents.pop())
             mail, received = mail_forms.read_form(form, unread.kind, keep)
         except Refused as error:
             raise InvalidMail(error.message) from error
-    return mail, reception.with_envelope(received, unread.sender, unread.recipients)
+    return mail, reception.add_envelope(received, unread.sender, unread.recipients)
 
 
-def trigger_of(mail: Mail, received: Reception, references: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def trigger_of(
+    mail: ParsedMailContent, received: MailReception, references: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return what the trigger node gives, with the references to the attachments that were handed out, in order."""
     left = iter(references)
     attachments = []
@@ -49,7 +56,7 @@ def trigger_of(mail: Mail, received: Reception, references: Sequence[Mapping[str
     return {**mail.as_json(attachments), **received.as_json()}
 
 
-def rejection(received: Reception, screening: MailScreening | None) -> str | None:
+def rejection(received: MailReception, screening: MailScreening | None) -> str | None:
     """Return why the trigger's rules reject a mail; None: they let it run."""
     if screening is None:
         return None
@@ -61,22 +68,22 @@ def rejection(received: Reception, screening: MailScreening | None) -> str | Non
     return None
 
 
-def is_automatic(mail: Mail) -> bool:
+def is_automatic(mail: ParsedMailContent) -> bool:
     """Tell whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
-    submitted = headers.parameters(_header(mail, "auto-submitted"))[0]
-    content_type, parameters = headers.parameters(_header(mail, "content-type"))
+    submitted = headers.parse_parameters(_header(mail, "auto-submitted"))[0]
+    content_type, parameters = headers.parse_parameters(_header(mail, "content-type"))
     reports = parameters.get("report-type", "").lower()
     return submitted == "auto-replied" or (
         content_type == "multipart/report" and reports in _AUTOMATIC_REPORTS
     )
 
 
-def answers_ours(mail: Mail) -> bool:
+def answers_ours(mail: ParsedMailContent) -> bool:
     """Tell whether a mail answers one that a workflow has sent."""
     named = " ".join(_header(mail, name) for name in _ANSWERED)
-    return any(writing.is_ours(one) for one in named.split())
+    return any(composition.is_workflow_mail(one) for one in named.split())
 
 
-def _header(mail: Mail, name: str) -> str:
+def _header(mail: ParsedMailContent, name: str) -> str:
     values = next((value for each, value in mail.email_headers.items() if each.lower() == name), "")
     return values if isinstance(values, str) else " ".join(values)

@@ -34,8 +34,8 @@ from journal.group_commit import GroupCommit
 from journal.leases import Lease, LeaseKeeper
 from journal.store import Claim, ExecutionKey, RunWrite
 from journal.unread import Left, Read, Unread
-from mail import addresses, message
-from mail.limits import InvalidMail
+from mail import addresses, mail_content
+from mail.mail_limits import InvalidMail
 from messages import hints
 from messages.broker import BrokerUnavailable
 from models.execution import UNREAD
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from journal.blobs.blob_store import BlobStore
     from journal.store import Claimed, Store
     from journal.unread import MailScreening
-    from mail.message import Keep, Label, Mail
-    from mail.reception import Reception
+    from mail.mail_content import AttachmentLabel, KeepAttachment, ParsedMailContent
+    from mail.reception import MailReception
     from messages.broker import Broker
     from models.database import Database
     from workers.settings import WorkerSettings
@@ -97,8 +97,8 @@ class Sources:
 class ParsedMail:
     """A mail that was read, and what its run is given."""
 
-    mail: Mail
-    received: Reception
+    mail: ParsedMailContent
+    received: MailReception
     screening: MailScreening | None
     """Rules of the trigger; None: the mail was redriven, and is run whatever it is."""
     trigger: dict[str, Any]
@@ -413,10 +413,13 @@ class Reader:
 
     def _keeping(
         self, reading: Reading, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
-    ) -> Keep:
-        def keep(label: Label, pieces: Iterator[bytes]) -> None:
+    ) -> KeepAttachment:
+        def keep(label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
             put = self._blobs.put(
-                reading.owner, message.whole(pieces), media_type=label.media_type, name=label.filename
+                reading.owner,
+                mail_content.join_pieces(pieces),
+                media_type=label.media_type,
+                name=label.filename,
             )
             if reading.is_over:
                 put.close()
@@ -444,11 +447,11 @@ class Reader:
         reason = await self._loop(reading, parsed.mail)
         return None if reason is None else RunError(LOOP, reason)
 
-    async def _loop(self, reading: Reading, mail: Mail) -> str | None:
+    async def _loop(self, reading: Reading, mail: ParsedMailContent) -> str | None:
         """Return why a mail is not to be run, if it may be one of many that answer one another."""
         if not mails.answers_ours(mail):
             return None
-        sender = ",".join(addresses.bare(mail.from_)).lower()
+        sender = ",".join(addresses.bare_addresses(mail.from_)).lower()
         digest = sha256(sender.encode()).hexdigest()[:32]
         try:
             await self._sources.pace.reserve(

@@ -9,9 +9,9 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 from gateway import errors
-from mail import message
-from mail.limits import DEFAULT
-from mail.message import Attachment, Label
+from mail import mail_content
+from mail.mail_content import AttachmentLabel, MailAttachment
+from mail.mail_limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -35,27 +35,27 @@ class JsonAttachment:
             return dict(self.members)
         label = self._label()
         reference = await blobs.put(owner, self.content, media_type=label.media_type, name=label.filename)
-        attachment = Attachment(label, len(self.content), sha256(self.content).hexdigest())
+        attachment = MailAttachment(label, len(self.content), sha256(self.content).hexdigest())
         return {**attachment.as_json(), "blob": reference.as_json()}
 
-    def _label(self) -> Label:
+    def _label(self) -> AttachmentLabel:
         def text(name: str) -> str:
             value = self.members.get(name)
             return value if isinstance(value, str) else ""
 
         disposition = text("disposition")
-        return Label(
-            filename=message.cleaned_name(text("filename")),
-            content_type=message.cleaned_type(text("content_type")),
-            content_id=message.cleaned_content_id(text("content_id")),
+        return AttachmentLabel(
+            filename=mail_content.clean_file_name(text("filename")),
+            content_type=mail_content.clean_media_type(text("content_type")),
+            content_id=mail_content.clean_content_id(text("content_id")),
             disposition=disposition if disposition in {"attachment", "inline"} else "",
         )
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
     """Return attachments with their contents; raises 422 for a content that is no base64, and for too many."""
-    if len(attachments) > DEFAULT.max_attachments:
-        most = f"A mail may have at most {DEFAULT.max_attachments:,} attachments"
+    if len(attachments) > DEFAULT_LIMITS.max_attachments:
+        most = f"A mail may have at most {DEFAULT_LIMITS.max_attachments:,} attachments"
         raise errors.invalid([errors.problem(_FIELD, "too-many", most)])
     decoded: list[JsonAttachment] = []
     problems: list[Mapping[str, Json]] = []

@@ -28,7 +28,7 @@ from gateway.http.wire import GuardedWire, Wire, body_of, json_of
 from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Verdict
 from journal.unread import StoredObject, Unread
-from mail.message import join_lines
+from mail.mail_content import join_lines
 from models import ids
 from models.data_source_types import DataSourceType
 from models.intake import IntakeRoute

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from concurrency import offload
 from engine.run_errors import NodeError
-from mail import charsets, message
+from mail import charsets, mail_content
 from nodes import fields
 from nodes.library import csv_parse, file_parse, json_parse
 from nodes.library.file_parse import Format
@@ -47,7 +47,7 @@ async def run(call: NodeCall) -> Json:
     return {
         "format": wanted.value,
         "filename": name,
-        "content_type": message.cleaned_type(media_type),
+        "content_type": mail_content.clean_media_type(media_type),
         "size": len(content),
         **await _read(call, content, wanted, media_type),
     }
@@ -87,7 +87,7 @@ async def _read(call: NodeCall, content: bytes, wanted: As, media_type: str) -> 
     if charset == As.AUTO:
         said = _CHARSET.search(media_type)
         charset = said[1] if said else ""
-    text = (await offload.run_in_thread(charsets.decoded, content, charset)).removeprefix("\ufeff")
+    text = (await offload.run_in_thread(charsets.decode_text, content, charset)).removeprefix("\ufeff")
     match wanted:
         case As.CSV:
             options = fields.mapping(call.config, "csv")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from concurrency import offload
 from engine.run_errors import NodeError
-from mail import message, reading
-from mail.limits import InvalidMail
-from mail.message import Label, Mail
+from mail import mail_content, mail_parsing
+from mail.mail_content import AttachmentLabel, ParsedMailContent
+from mail.mail_limits import InvalidMail
 from nodes import fields
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ class Encoding(StrEnum):
 
 async def run(call: NodeCall) -> Json:
     raw = await _raw(call)
-    contents: list[tuple[Label, bytes]] = []
+    contents: list[tuple[AttachmentLabel, bytes]] = []
 
-    def keep(label: Label, pieces: Iterator[bytes]) -> None:
-        contents.append((label, message.whole(pieces)))
+    def keep(label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
+        contents.append((label, mail_content.join_pieces(pieces)))
 
     mail = await offload.run_in_thread(_read, raw, keep)
     attachments: list[dict[str, Any]] = []
@@ -57,8 +57,8 @@ async def _raw(call: NodeCall) -> bytes:
         raise NodeError("`mail` is not base64", code="invalid-encoding") from error
 
 
-def _read(raw: bytes, keep: message.Keep) -> Mail:
+def _read(raw: bytes, keep: mail_content.KeepAttachment) -> ParsedMailContent:
     try:
-        return reading.read(raw, keep)
+        return mail_parsing.parse_mail(raw, keep)
     except InvalidMail as error:
         raise NodeError(error.message, code="invalid-mail") from error

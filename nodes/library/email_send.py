@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 from concurrency import offload
 from engine.run_errors import NodeError
 from engine.values import value_as_text
-from mail import addresses, message, writing
-from mail.message import Label
-from mail.writing import Enclosed, Outgoing
+from mail import addresses, composition, mail_content
+from mail.composition import EnclosedFile, OutgoingMail
+from mail.mail_content import AttachmentLabel
 from nodes import fields
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ async def run(call: NodeCall) -> Json:
     return {"messageId": outgoing.message_id, "recipients": [*recipients], "count": len(recipients)}
 
 
-async def _outgoing(call: NodeCall) -> Outgoing:
+async def _outgoing(call: NodeCall) -> OutgoingMail:
     config = call.config
     senders = _mailboxes(config, "from")
     if len(senders) != 1:
         raise NodeError("`from` must be one address", code="invalid-address")
-    return Outgoing(
+    return OutgoingMail(
         sender=senders[0],
-        message_id=writing.message_id(call.idempotency_key, senders[0].domain),
+        message_id=composition.make_message_id(call.idempotency_key, senders[0].domain),
         date=call.now,
         to=_mailboxes(config, "to"),
         cc=_mailboxes(config, "cc"),
@@ -76,9 +76,9 @@ async def _outgoing(call: NodeCall) -> Outgoing:
     )
 
 
-def _composed(outgoing: Outgoing) -> bytes:
+def _composed(outgoing: OutgoingMail) -> bytes:
     try:
-        return writing.compose(outgoing)
+        return composition.compose_mail(outgoing)
     except ValueError as error:
         raise NodeError(f"The mail can't be written: {error}", code="invalid-header") from error
 
@@ -97,13 +97,13 @@ def _mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
         if not text.strip():
             continue
         try:
-            found += addresses.mailboxes(text)
+            found += addresses.parse_mailboxes(text)
         except ValueError as error:
             raise NodeError(f"`{name}` can't be used: {error}", code="invalid-address") from error
     return found
 
 
-def _recipients(outgoing: Outgoing, bcc: Sequence[Mailbox]) -> Sequence[str]:
+def _recipients(outgoing: OutgoingMail, bcc: Sequence[Mailbox]) -> Sequence[str]:
     found = dict.fromkeys(each.address for each in (*outgoing.to, *outgoing.cc, *bcc))
     if not found:
         raise NodeError("The mail has no recipient in `to`, `cc` or `bcc`", code="invalid-address")
@@ -123,7 +123,7 @@ def _headers(config: Mapping[str, Json]) -> dict[str, str]:
             continue
         text = value_as_text(value)
         try:
-            writing.check_header(name, text)
+            composition.check_header(name, text)
         except ValueError as error:
             raise NodeError(f"`headers` can't be used: {error}", code="invalid-header") from error
         found[name] = text
@@ -138,12 +138,12 @@ def _body(config: Mapping[str, Json], name: str) -> str:
     return text
 
 
-async def _enclosed(call: NodeCall) -> Sequence[Enclosed]:
+async def _enclosed(call: NodeCall) -> Sequence[EnclosedFile]:
     given = fields.sequence(call.config, "attachments")
     if len(given) > MAXIMUM_ATTACHMENTS:
         message_ = f"The mail has {len(given):,} attachments; it may have {MAXIMUM_ATTACHMENTS}"
         raise NodeError(message_, code="too-many-attachments")
-    enclosed: list[Enclosed] = []
+    enclosed: list[EnclosedFile] = []
     room = MAXIMUM_ATTACHED_BYTES
     for each in given:
         if not isinstance(each, dict):
@@ -153,7 +153,7 @@ async def _enclosed(call: NodeCall) -> Sequence[Enclosed]:
         if room < 0:
             message_ = f"The attachments have more than {MAXIMUM_ATTACHED_BYTES:,} bytes together"
             raise NodeError(message_, code="mail-too-large")
-        enclosed.append(Enclosed(_label(each), content))
+        enclosed.append(EnclosedFile(_label(each), content))
     return enclosed
 
 
@@ -181,20 +181,22 @@ def _reference(given: dict[str, Json]) -> dict[str, Json] | None:
     return inner if isinstance(inner, dict) else None
 
 
-def _label(given: dict[str, Json]) -> Label:
+def _label(given: dict[str, Json]) -> AttachmentLabel:
     """Return what is told of an attachment, or else what its reference knows."""
     reference = _reference(given) or {}
     known = reference.get(REFERENCE)
     known = known if isinstance(known, dict) else {}
-    content_id = message.cleaned_content_id(_told(given, "content_id"))
-    filename = message.cleaned_name(_told(given, "filename") or _told(given, "name") or _told(known, "name"))
+    content_id = mail_content.clean_content_id(_told(given, "content_id"))
+    filename = mail_content.clean_file_name(
+        _told(given, "filename") or _told(given, "name") or _told(known, "name")
+    )
     content_type = _told(given, "content_type") or _told(known, "type")
     is_text = isinstance(given.get(TEXT), str)
     if is_text and not content_type:
         content_type = TEXT_TYPES.get(filename.lower().rpartition(".")[2], "text/plain")
-    return Label(
+    return AttachmentLabel(
         filename=filename,
-        content_type=message.cleaned_type(content_type),
+        content_type=mail_content.clean_media_type(content_type),
         content_id=content_id if content_id.isascii() and " " not in content_id else "",
         charset="utf-8" if is_text else "",
     )

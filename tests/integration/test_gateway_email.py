@@ -68,7 +68,7 @@ def assert_is(given: dict[str, Any], case: Case) -> None:
         assert given[name].replace("\r\n", "\n").rstrip() == (expected[name] or "").rstrip(), case.name
     assert given["subject"] == expected["subject"], case.name
     for name in ("from", "to"):
-        assert addresses.bare(given[name]) == addresses.bare(expected[name]), case.name
+        assert addresses.bare_addresses(given[name]) == addresses.bare_addresses(expected[name]), case.name
     shown = [{key: one.get(key) for key in wanted} for one, wanted in attachments(given, expected)]
     assert shown == expected["attachments"], case.name
     assert len(given["attachments"]) == len(expected["attachments"])

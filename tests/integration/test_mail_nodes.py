@@ -19,7 +19,7 @@ from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from gateway.data_sources.data_source_probes import Probes
 from journal.blobs.opening import open_blobs
-from mail import addresses, message, reading, writing
+from mail import addresses, composition, mail_content, mail_parsing
 from models.data_source import DataSource, sealed
 from models.settings import Settings
 from models.vault import Vault
@@ -152,7 +152,7 @@ async def test_a_mail_arrives_as_it_was_meant(post: Post) -> None:
     )
     recipients = ["ada@example.org", "bob@xn--bcher-kva.example", "carl@example.org", "secret@example.org"]
     assert called.output == {
-        "messageId": writing.message_id("exec:node:0", "example.com"),
+        "messageId": composition.make_message_id("exec:node:0", "example.com"),
         "recipients": recipients,
         "count": 4,
     }
@@ -162,7 +162,9 @@ async def test_a_mail_arrives_as_it_was_meant(post: Post) -> None:
     assert received.content.isascii()
     assert b"secret" not in received.content
     contents: list[bytes] = []
-    mail = reading.read(received.content, lambda _, pieces: contents.append(message.whole(pieces)))
+    mail = mail_parsing.parse_mail(
+        received.content, lambda _, pieces: contents.append(mail_content.join_pieces(pieces))
+    )
     assert mail.from_ == "Shop <shop@example.com>"
     assert mail.to == 'Ada Löv <ada@example.org>, "Bob, Jr." <bob@xn--bcher-kva.example>'
     assert (mail.subject, mail.body_text) == ("Grüße: " + ("lang " * 40).strip(), "Hallo\n.\n..\nÄ\n")
@@ -189,16 +191,16 @@ async def test_a_mail_arrives_as_it_was_meant(post: Post) -> None:
         "X-None": None,
         "Bcc": None,
     }
-    assert addresses.bare(str(told["Cc"])) == ["carl@example.org", "ada@example.org"]
+    assert addresses.bare_addresses(str(told["Cc"])) == ["carl@example.org", "ada@example.org"]
 
 
 async def test_a_second_attempt_is_the_same_mail(post: Post) -> None:
     for _ in range(2):
         await post.send(text="once")
-    first, second = (reading.read(each.content, lambda *_: None) for each in post.server.received)
+    first, second = (mail_parsing.parse_mail(each.content, lambda *_: None) for each in post.server.received)
     assert first.message_id == second.message_id
-    assert writing.is_ours(first.message_id)
-    assert not writing.is_ours("<x.pilotflame.1@example.com>")
+    assert composition.is_workflow_mail(first.message_id)
+    assert not composition.is_workflow_mail("<x.pilotflame.1@example.com>")
 
 
 async def test_a_mail_is_sent_when_it_is_taken_however_long_the_goodbye_lasts(post: Post) -> None:
@@ -213,7 +215,9 @@ async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_be
     assert (await post.refused(attachments=[blob, blob])).code == "mail-too-large"
     await post.send(attachments=[blob])
     contents: list[bytes] = []
-    reading.read(post.server.received[0].content, lambda _, pieces: contents.append(message.whole(pieces)))
+    mail_parsing.parse_mail(
+        post.server.received[0].content, lambda _, pieces: contents.append(mail_content.join_pieces(pieces))
+    )
     assert contents == [content]
 
 
@@ -265,8 +269,8 @@ async def test_a_text_is_attached_as_a_file_of_its_name(post: Post) -> None:
         ]
     )
     contents: list[bytes] = []
-    mail = reading.read(
-        post.server.received[0].content, lambda _, pieces: contents.append(message.whole(pieces))
+    mail = mail_parsing.parse_mail(
+        post.server.received[0].content, lambda _, pieces: contents.append(mail_content.join_pieces(pieces))
     )
     assert contents == [report.encode(), '{"a": "ä"}'.encode(), b"", b"plain"]
     labels = [each.label for each in mail.attachments]
@@ -280,7 +284,7 @@ async def test_a_text_is_attached_as_a_file_of_its_name(post: Post) -> None:
 
 async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: Post) -> None:
     await post.send(attachments=[{"filename": "a\r\nBcc: eve@example.net\r\n\r\nx.txt", "base64": "aGk="}])
-    mail = reading.read(post.server.received[0].content, lambda *_: None)
+    mail = mail_parsing.parse_mail(post.server.received[0].content, lambda *_: None)
     assert "Bcc" not in mail.email_headers
     assert [each.label.filename for each in mail.attachments] == ["aBcc: eve@example.netx.txt"]
 

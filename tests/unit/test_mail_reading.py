@@ -22,11 +22,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mail import addresses, charsets, forms, message, parts, reading, reception
-from mail.form import File, Form
-from mail.limits import InvalidMail, Limits
-from mail.message import Label, Mail
-from mail.parts import Part
+from mail import addresses, charsets, mail_content, mail_parsing, parts, reception, service_forms
+from mail.mail_content import AttachmentLabel, ParsedMailContent
+from mail.mail_form import FormFile, MailForm
+from mail.mail_limits import InvalidMail, MailLimits
+from mail.parts import MailPart
 from tests import hostile_json, lock_holds
 
 PAYLOADS = Path(__file__).parent.parent / "payloads"
@@ -39,17 +39,17 @@ class Kept:
     def __init__(self) -> None:
         self.contents: list[bytes] = []
 
-    def __call__(self, _label: Label, pieces: Iterator[bytes]) -> None:
-        self.contents.append(message.whole(pieces))
+    def __call__(self, _label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
+        self.contents.append(mail_content.join_pieces(pieces))
 
 
-def read(raw: bytes | str, limits: Limits | None = None) -> tuple[Mail, list[bytes]]:
+def read(raw: bytes | str, limits: MailLimits | None = None) -> tuple[ParsedMailContent, list[bytes]]:
     kept = Kept()
     written = raw.encode("latin-1") if isinstance(raw, str) else raw
-    return reading.read(memoryview(written), kept, limits or Limits()), kept.contents
+    return mail_parsing.parse_mail(memoryview(written), kept, limits or MailLimits()), kept.contents
 
 
-def attachment(raw: bytes | str) -> tuple[Label, bytes]:
+def attachment(raw: bytes | str) -> tuple[AttachmentLabel, bytes]:
     """Return the only attachment of a mail."""
     mail, contents = read(raw)
     assert len(mail.attachments) == 1
@@ -66,13 +66,13 @@ def body_of(name: str) -> tuple[str, bytes]:
     return lines["Content-Type"], body
 
 
-def form_of(name: str) -> Form:
+def form_of(name: str) -> MailForm:
     content_type, body = body_of(name)
     fields: dict[str, list[bytes]] = {}
     if not content_type.startswith("multipart/"):
         for key, value in parse_qsl(body.decode(), keep_blank_values=True):
             fields.setdefault(key, []).append(value.encode())
-        return Form(fields)
+        return MailForm(fields)
     files = []
     boundary = b"--" + content_type.partition("boundary=")[2].encode()
     for part in (b"\r\n" + body).split(b"\r\n" + boundary)[1:-1]:
@@ -80,10 +80,10 @@ def form_of(name: str) -> Form:
         told = email.message_from_bytes(head)
         field = str(told.get_param("name", header="content-disposition"))
         if filename := told.get_filename():
-            files.append(File(field, filename, told.get_content_type(), content))
+            files.append(FormFile(field, filename, told.get_content_type(), content))
         else:
             fields.setdefault(field, []).append(content)
-    return Form(fields, files)
+    return MailForm(fields, files)
 
 
 def sns_content(name: str) -> bytes:
@@ -92,15 +92,15 @@ def sns_content(name: str) -> bytes:
     return base64.b64decode(told["content"]) if is_base64 else told["content"].encode()
 
 
-def recorded(name: str) -> tuple[Mail, list[bytes]]:
+def recorded(name: str) -> tuple[ParsedMailContent, list[bytes]]:
     kept = Kept()
     match name.partition("_")[0]:
         case "sg":
-            return forms.sendgrid(form_of(f"sendgrid/{name}.http"), kept), kept.contents
+            return service_forms.parse_sendgrid_form(form_of(f"sendgrid/{name}.http"), kept), kept.contents
         case "mg":
-            return forms.mailgun(form_of(f"mailgun/{name}.http"), kept), kept.contents
+            return service_forms.parse_mailgun_form(form_of(f"mailgun/{name}.http"), kept), kept.contents
     raw = (PAYLOADS / S3_OBJECT).read_bytes() if "s3" in name else sns_content(f"ses/{name}.http")
-    return reading.read(raw, kept), kept.contents
+    return mail_parsing.parse_mail(raw, kept), kept.contents
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,11 @@ def test_a_recorded_mail_is_read_as_it_was_meant(name: str) -> None:
     assert mail.message_id == expected["email_headers"]["Message-ID"]
     assert len(shown["received"]) == 2
     for part in ("from", "to"):
-        assert addresses.bare(found[part]) == case["addresses"][part]
+        assert addresses.bare_addresses(found[part]) == case["addresses"][part]
 
 
 def test_a_form_that_lies_about_its_files_is_read_all_the_same() -> None:
-    form = Form(
+    form = MailForm(
         {
             "attachment-info": [b'{"attachment1": [], "attachment2": {"filename": 7, "type": {}}}'],
             "content-ids": [b'{"a": ["attachment1"], "b": "attachment1"}'],
@@ -159,16 +159,20 @@ def test_a_form_that_lies_about_its_files_is_read_all_the_same() -> None:
             "headers": [b"no header at all"],
             "subject": [b"two\r\nlines \xff"],
         },
-        [File("attachment2", "../b", "text/x; charset=utf-8", b""), File("attachment1", "\ud800", "?", b"1")],
+        [
+            FormFile("attachment2", "../b", "text/x; charset=utf-8", b""),
+            FormFile("attachment1", "\ud800", "?", b"1"),
+        ],
     )
-    mail = forms.sendgrid(form, Kept())
+    mail = service_forms.parse_sendgrid_form(form, Kept())
     assert mail.subject == "two lines ÿ"
     assert [each.label for each in mail.attachments] == [
-        Label("", "application/octet-stream", content_id="b"),
-        Label("b", "text/x", charset="utf-8"),
+        AttachmentLabel("", "application/octet-stream", content_id="b"),
+        AttachmentLabel("b", "text/x", charset="utf-8"),
     ]
-    kept = forms.mailgun(
-        Form({"attachments": [b'[1, {"url": "http://a", "size": -1}]'], "message-headers": [b"[[]]"]}), Kept()
+    kept = service_forms.parse_mailgun_form(
+        MailForm({"attachments": [b'[1, {"url": "http://a", "size": -1}]'], "message-headers": [b"[[]]"]}),
+        Kept(),
     )
     assert [(each.url, each.size) for each in kept.attachments] == [("", 0)]
 
@@ -206,7 +210,7 @@ def test_a_name_that_was_encoded_is_not_taken_for_an_address() -> None:
     )
     assert mail.from_ == '"boss@example.org, <boss@example.org>" <eve@example.net>'
     assert mail.email_headers["From"] == mail.from_
-    assert addresses.bare(mail.from_) == ["eve@example.net"]
+    assert addresses.bare_addresses(mail.from_) == ["eve@example.net"]
 
 
 def test_headers_keep_all_their_values_and_their_spelling() -> None:
@@ -406,10 +410,10 @@ BOUNDARIES = re.compile(rb"--[ab](?:--)?[ \t]*\r?\n--[ab]")
 def test_the_parts_are_those_that_pythons_own_parser_finds(lines: list[str], line_end: str) -> None:
     raw = line_end.join(["Content-Type: multipart/mixed; boundary=a", "", "--a", *lines]).encode()
     assume(not BOUNDARIES.search(raw))
-    root = Part.at(raw, 0, len(raw), Limits())
+    root = MailPart.parse(raw, 0, len(raw), MailLimits())
     ours = [
         (each.content_type, raw[each.start : each.end])
-        for each in parts.find_leaves(raw, root, Limits()).leaves
+        for each in parts.find_leaves(raw, root, MailLimits()).leaves
     ]
     theirs = [(each.get_content_type().split()[0], each) for each in leaves(email.message_from_bytes(raw))]
     assert [kind for kind, _ in ours] == [kind for kind, _ in theirs]
@@ -442,14 +446,14 @@ def nested(depth: int) -> str:
 @pytest.mark.parametrize(
     ("raw", "limits", "what"),
     [
-        ("X: " + "y" * 300_000, Limits(), "headers take"),
-        ("X: y\n z\n" * 40_000, Limits(), "headers take"),
-        (container("m", *["X: y" + "\n z" * 80_000 + "\n\n"] * 10), Limits(), "of all parts"),
-        (container("m", PNG, PNG), Limits(max_attachment_bytes=1), "An attachment"),
-        (container("m", PNG, PNG), Limits(max_attachments_bytes=3), "together"),
+        ("X: " + "y" * 300_000, MailLimits(), "headers take"),
+        ("X: y\n z\n" * 40_000, MailLimits(), "headers take"),
+        (container("m", *["X: y" + "\n z" * 80_000 + "\n\n"] * 10), MailLimits(), "of all parts"),
+        (container("m", PNG, PNG), MailLimits(max_attachment_bytes=1), "An attachment"),
+        (container("m", PNG, PNG), MailLimits(max_attachments_bytes=3), "together"),
     ],
 )
-def test_a_mail_that_holds_too_much_is_refused(raw: str, limits: Limits, what: str) -> None:
+def test_a_mail_that_holds_too_much_is_refused(raw: str, limits: MailLimits, what: str) -> None:
     with pytest.raises(InvalidMail, match=what):
         read(raw, limits)
     assert read(nested(20))[0].body_text == "x"
@@ -468,26 +472,26 @@ def test_a_mail_that_holds_too_much_is_refused(raw: str, limits: Limits, what: s
 def test_a_header_that_a_sender_adds_never_improves_a_result_of_mailgun(
     headers: str, spf: str | None
 ) -> None:
-    assert reception.of_mailgun(read(headers + "\nx")[0]).spf == spf
+    assert reception.parse_mailgun_reception(read(headers + "\nx")[0]).spf == spf
 
 
 @pytest.mark.parametrize(
     ("raw", "limits", "truncated"),
     [
-        ("X: y\n" * 1_100, Limits(), {"headers": 100}),
-        (container("m", *[PNG] * 3), Limits(max_attachments=1), {"attachments": 2}),
-        (container("m", *[PNG] * 1_000), Limits(), {"attachments": 749, "parts": 1}),
+        ("X: y\n" * 1_100, MailLimits(), {"headers": 100}),
+        (container("m", *[PNG] * 3), MailLimits(max_attachments=1), {"attachments": 2}),
+        (container("m", *[PNG] * 1_000), MailLimits(), {"attachments": 749, "parts": 1}),
         (
             container("m", PLAIN + "x", *[container(f"m{n}", *["\n"] * 400) for n in range(3)]),
-            Limits(),
+            MailLimits(),
             {"parts": 205},
         ),
-        (nested(22), Limits(), {"parts": 1}),
+        (nested(22), MailLimits(), {"parts": 1}),
     ],
     ids=["headers", "attachments", "many attachments", "parts", "depth"],
 )
 def test_a_mail_with_too_many_pieces_is_cut_and_marked(
-    raw: str, limits: Limits, truncated: dict[str, int]
+    raw: str, limits: MailLimits, truncated: dict[str, int]
 ) -> None:
     mail, contents = read(raw, limits)
     assert mail.as_json()["truncated"] == truncated
@@ -496,13 +500,16 @@ def test_a_mail_with_too_many_pieces_is_cut_and_marked(
 
 
 def test_forms_with_too_many_pieces_are_cut_and_marked() -> None:
-    files = [File(f"attachment{n}", "a", "image/png", b"png") for n in range(1_000)]
+    files = [FormFile(f"attachment{n}", "a", "image/png", b"png") for n in range(1_000)]
     many_headers = "".join(f"X-{n}: y\n" for n in range(1_100))
-    of_sendgrid = Form({"headers": [many_headers.encode()]}, files)
-    of_mailgun = Form(
+    of_sendgrid = MailForm({"headers": [many_headers.encode()]}, files)
+    of_mailgun = MailForm(
         {"message-headers": [json.dumps([[f"X-{n}", "y"] for n in range(1_100)]).encode()]}, files
     )
-    for read_form, form in ((forms.sendgrid, of_sendgrid), (forms.mailgun, of_mailgun)):
+    for read_form, form in (
+        (service_forms.parse_sendgrid_form, of_sendgrid),
+        (service_forms.parse_mailgun_form, of_mailgun),
+    ):
         mail = read_form(form, Kept())
         assert mail.truncated == {"headers": 100, "attachments": 750}
         assert len(mail.attachments) == 250
@@ -533,7 +540,7 @@ def test_a_text_cut_at_any_byte_is_some_text(codec: str) -> None:
     for raw in samples:
         for at in range(len(raw) + 1):
             for pieces in ([raw[:at]], [raw[:at], raw[at:]]):
-                text = charsets.decoded_pieces(pieces, codec)
+                text = charsets.decode_text_pieces(pieces, codec)
                 assert "\0" not in text
                 text.encode()  # no halves of characters, which no JSON holds
 
@@ -548,12 +555,12 @@ def test_a_text_without_a_byte_order_mark_is_read_in_the_order_of_its_zeros(code
         f"Content-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: base64\n\n{encoded}\n"
     )
     assert (mail.subject, mail.from_, mail.body_text) == ("Grüße", "Grüße <a@b.example>", "Grüße")
-    form = Form({"text": [raw], "charsets": [json.dumps({"text": charset}).encode()]})
-    assert forms.sendgrid(form, Kept()).body_text == "Grüße"
+    form = MailForm({"text": [raw], "charsets": [json.dumps({"text": charset}).encode()]})
+    assert service_forms.parse_sendgrid_form(form, Kept()).body_text == "Grüße"
 
 
 def test_a_text_too_long_for_a_body_is_kept_as_an_attachment() -> None:
-    mail, contents = read(container("m", PLAIN + "a" * 11, PLAIN + "short"), Limits(max_text_bytes=10))
+    mail, contents = read(container("m", PLAIN + "a" * 11, PLAIN + "short"), MailLimits(max_text_bytes=10))
     assert (mail.body_text, contents) == ("short", [b"a" * 11])
 
 
@@ -603,7 +610,7 @@ def test_whatever_the_bytes_are_they_are_some_mail(raw: bytes) -> None:
 
 MEASURED = """
 import re, sys, time
-from mail import message, reading
+from mail import mail_content, mail_parsing
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -611,7 +618,7 @@ def peak():
 contents = []
 before, began = peak(), time.process_time()
 with open(sys.argv[1], "rb") as file:
-    mail = reading.read(file, lambda label, pieces: contents.append(message.whole(pieces)))
+    mail = mail_parsing.parse_mail(file, lambda label, pieces: contents.append(mail_content.join_pieces(pieces)))
 print(time.process_time() - began, peak() - before, mail.attachments[0].size, len(contents[0]))
 """
 
@@ -642,11 +649,11 @@ def test_a_mail_of_25_mb_takes_less_than_two_seconds_and_twice_its_memory(tmp_pa
 def test_a_long_field_of_json_is_read_piece_by_piece() -> None:
     nested = hostile_json.TEXTS["nested lists"](2_000_000)
     described = b'{"attachment1":{"filename":"a.txt"},"b":%s}' % nested
-    form = Form({"attachment-info": [described]}, [File("attachment1", "x", "text/plain", b"1")])
-    mails: list[Mail] = []
+    form = MailForm({"attachment-info": [described]}, [FormFile("attachment1", "x", "text/plain", b"1")])
+    mails: list[ParsedMailContent] = []
     assert not lock_holds.holds_longer(
-        lambda: mails.append(forms.sendgrid(form, Kept())), lock_holds.MEGABYTE_SECONDS
+        lambda: mails.append(service_forms.parse_sendgrid_form(form, Kept())), lock_holds.MEGABYTE_SECONDS
     )
     assert [each.label.filename for each in mails[0].attachments] == ["a.txt"]
     twice = b'{"attachment1":{},%s"attachment1":{}}' % (b'"a":1,' * 30_000)
-    assert not forms.sendgrid(Form({"attachment-info": [twice]}), Kept()).attachments
+    assert not service_forms.parse_sendgrid_form(MailForm({"attachment-info": [twice]}), Kept()).attachments

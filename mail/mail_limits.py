@@ -14,7 +14,7 @@ class InvalidMail(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class MailLimits:
     """Of one mail."""
 
     max_depth: int = 20
@@ -34,4 +34,4 @@ class Limits:
     """Of all of them, decoded."""
 
 
-DEFAULT = Limits()
+DEFAULT_LIMITS = MailLimits()

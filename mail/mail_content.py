@@ -12,12 +12,12 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from mail.headers import Shown
+    from mail.headers import HeaderValues
 
 MAX_NAME_CHARACTERS: Final = 255
 _LOOKED_AT_CHARACTERS: Final = 1_000
 DEFAULT_TYPE: Final = "application/octet-stream"
-CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What no line holds."""
 _TYPE: Final = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}(?![^;\s])")
 _CHARSET: Final = re.compile(r"[A-Za-z0-9_.:+-]{1,40}")
@@ -26,7 +26,7 @@ _UNSHOWABLE: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, slots=True)
-class Label:
+class AttachmentLabel:
     """What a mail says about one of its attachments: for people, and never a path."""
 
     filename: str = ""
@@ -44,10 +44,10 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
-class Attachment:
+class MailAttachment:
     """An attachment that was kept, or that is still with the mail service."""
 
-    label: Label
+    label: AttachmentLabel
     size: int
     """In bytes, decoded."""
     sha256: str = ""
@@ -72,12 +72,12 @@ class Attachment:
         return {name: value for name, value in told.items() if value or name in always}
 
 
-Keep: TypeAlias = Callable[[Label, Iterator[bytes]], object]
+KeepAttachment: TypeAlias = Callable[[AttachmentLabel, Iterator[bytes]], object]
 """Is handed each attachment in the order of the mail, its content in pieces: what it doesn't take is passed over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mail:
+class ParsedMailContent:
     from_: str = ""
     to: str = ""
     cc: str = ""
@@ -85,9 +85,9 @@ class Mail:
     subject: str = ""
     body_text: str = ""
     body_html: str = ""
-    attachments: Sequence[Attachment] = ()
+    attachments: Sequence[MailAttachment] = ()
     """In the order of the mail, inline images included."""
-    email_headers: Shown = field(default_factory=dict)
+    email_headers: HeaderValues = field(default_factory=dict)
     message_id: str = ""
     """With its angle brackets."""
     truncated: Mapping[str, int] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class Mail:
         }
 
 
-def whole(pieces: Iterable[bytes]) -> bytes:
+def join_pieces(pieces: Iterable[bytes]) -> bytes:
     """Return a content as one: to join its pieces would take the memory twice."""
     written = BytesIO()
     written.writelines(pieces)
@@ -139,25 +139,25 @@ def join_lines(text: str) -> str:
 # ── labels from outside ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def cleaned_name(text: str) -> str:
+def clean_file_name(text: str) -> str:
     """Return what a file's name is to a person: without a path, of one line, and with nothing that can't be seen."""
-    name = _seen(text[-_LOOKED_AT_CHARACTERS:]).replace("\\", "/").rpartition("/")[2].strip()
+    name = _strip_unshowable(text[-_LOOKED_AT_CHARACTERS:]).replace("\\", "/").rpartition("/")[2].strip()
     return "" if name in {".", ".."} else name[-MAX_NAME_CHARACTERS:]
 
 
-def cleaned_type(text: str) -> str:
+def clean_media_type(text: str) -> str:
     """Return a media type in lower case and without parameters."""
     found = _TYPE.match(text.strip().lower())
     return found[0] if found else DEFAULT_TYPE
 
 
-def cleaned_charset(text: str) -> str:
+def clean_charset(text: str) -> str:
     return text.lower() if _CHARSET.fullmatch(text) else ""
 
 
-def cleaned_content_id(text: str) -> str:
+def clean_content_id(text: str) -> str:
     return (
-        _seen(text[:_LOOKED_AT_CHARACTERS])
+        _strip_unshowable(text[:_LOOKED_AT_CHARACTERS])
         .strip()
         .removeprefix("<")
         .removesuffix(">")
@@ -165,6 +165,6 @@ def cleaned_content_id(text: str) -> str:
     )
 
 
-def _seen(text: str) -> str:
+def _strip_unshowable(text: str) -> str:
     normal = unicodedata.normalize("NFC", text)
     return "".join(each for each in normal if unicodedata.category(each) not in _UNSHOWABLE)

@@ -17,24 +17,24 @@ _GROUP: Final = 4
 _ESCAPE: Final = 3
 
 
-def pieces(raw: Raw, start: int, end: int) -> Iterator[bytes]:
+def iterate_pieces(raw: Raw, start: int, end: int) -> Iterator[bytes]:
     """Return what stands from `start` to `end`."""
     return (bytes(raw[at : min(at + PIECE_BYTES, end)]) for at in range(start, end, PIECE_BYTES))
 
 
-def decoded(raw: Raw, start: int, end: int, encoding: str) -> Iterator[bytes]:
+def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[bytes]:
     """Return the same decoded; an unknown encoding is left as it is."""
-    written = pieces(raw, start, end)
+    written = iterate_pieces(raw, start, end)
     match encoding:
         case "base64":
-            return _base64(written)
+            return _decode_base64(written)
         case "quoted-printable":
-            return _quoted_printable(written)
+            return _decode_quoted_printable(written)
         case _:
             return written
 
 
-def _base64(written: Iterable[bytes]) -> Iterator[bytes]:
+def _decode_base64(written: Iterable[bytes]) -> Iterator[bytes]:
     """Pass over what is no symbol; after the padding there is nothing more."""
     left = b""
     for piece in written:
@@ -50,17 +50,17 @@ def _base64(written: Iterable[bytes]) -> Iterator[bytes]:
     yield binascii.a2b_base64(left + b"=" * (-len(left) % _GROUP))
 
 
-def _quoted_printable(written: Iterable[bytes]) -> Iterator[bytes]:
+def _decode_quoted_printable(written: Iterable[bytes]) -> Iterator[bytes]:
     """Cut at the ends of lines, or else where no escape is cut in two."""
     left = b""
     for piece in written:
         text = left + piece
-        cut = text.rfind(b"\n") + 1 or _before_escape(text)
+        cut = text.rfind(b"\n") + 1 or _split_before_escape(text)
         yield binascii.a2b_qp(text[:cut])
         left = text[cut:]
     yield binascii.a2b_qp(left)
 
 
-def _before_escape(text: bytes) -> int:
+def _split_before_escape(text: bytes) -> int:
     at = text.rfind(b"=", max(0, len(text) - _ESCAPE))
     return len(text) if at < 0 else at

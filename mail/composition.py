@@ -13,35 +13,35 @@ from email.utils import format_datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
-from mail import message
-from mail.message import Label
+from mail import mail_content
+from mail.mail_content import AttachmentLabel
 
 if TYPE_CHECKING:
     from mail.addresses import Mailbox
 
-OUR_IDS: Final = "pilotflame."
+MESSAGE_ID_PREFIX: Final = "pilotflame."
 """How the part before the @ begins in the ids of mails that were sent from here."""
 _POLICY: Final = policy.SMTP.clone(cte_type="7bit")
 _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,76}")
 _LEAF_TYPES: Final = ("application/", "audio/", "font/", "image/", "model/", "text/", "video/")
-_OURS: Final = frozenset({
+_MANAGED_HEADERS: Final = frozenset({
     "auto-submitted", "bcc", "cc", "date", "from", "message-id", "mime-version", "received", "reply-to",
     "return-path", "sender", "subject", "to",
 })  # fmt: skip
-_OUR_BEGINNINGS: Final = ("arc-", "content-", "dkim-", "resent-")
+_MANAGED_HEADER_PREFIXES: Final = ("arc-", "content-", "dkim-", "resent-")
 
 
 @dataclass(frozen=True, slots=True)
-class Enclosed:
+class EnclosedFile:
     """A file to be sent along."""
 
-    label: Label
+    label: AttachmentLabel
     """One with a content id, in a mail with HTML, is shown where that names it, and not listed."""
     content: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
+class OutgoingMail:
     sender: Mailbox
     message_id: str
     date: datetime
@@ -53,41 +53,41 @@ class Outgoing:
     html: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Others, that nothing else here decides."""
-    enclosed: Sequence[Enclosed] = ()
+    enclosed: Sequence[EnclosedFile] = ()
 
 
-def message_id(key: str, domain: str) -> str:
+def make_message_id(key: str, domain: str) -> str:
     """Return the id for a mail: the same whenever the same is sent again."""
-    return f"<{OUR_IDS}{sha256(key.encode()).hexdigest()[:32]}@{domain}>"
+    return f"<{MESSAGE_ID_PREFIX}{sha256(key.encode()).hexdigest()[:32]}@{domain}>"
 
 
-def is_ours(message_id: str) -> bool:
+def is_workflow_mail(message_id: str) -> bool:
     """Tell whether a mail was sent by a workflow, of this server or another, as far as its id says so."""
-    return message_id.strip().removeprefix("<").startswith(OUR_IDS)
+    return message_id.strip().removeprefix("<").startswith(MESSAGE_ID_PREFIX)
 
 
 def check_header(name: str, value: str) -> None:
     """Raise `ValueError` for what can't be a header, would be another header besides, or is none of a user's."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name[:100]!r} is no name of a header")
-    if name.lower() in _OURS or name.lower().startswith(_OUR_BEGINNINGS):
+    if name.lower() in _MANAGED_HEADERS or name.lower().startswith(_MANAGED_HEADER_PREFIXES):
         raise ValueError(f"the header {name} can't be set here")
     check_line(value, f"the header {name}")
 
 
 def check_line(text: str, what: str) -> None:
     """Raise `ValueError` for a text that isn't of one line: the rest of it would be headers of their own."""
-    if message.CONTROL.search(text):
+    if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError(f"{what} holds a line end or another control character")
 
 
-def compose(mail: Outgoing) -> bytes:
+def compose_mail(mail: OutgoingMail) -> bytes:
     """Return the mail as it is sent; raises `ValueError`."""
     composed = EmailMessage(policy=_POLICY)
-    composed["From"] = _address(mail.sender)
+    composed["From"] = _to_address(mail.sender)
     for name, mailboxes in (("To", mail.to), ("Cc", mail.cc), ("Reply-To", mail.reply_to)):
         if mailboxes:
-            composed[name] = [_address(each) for each in mailboxes]
+            composed[name] = [_to_address(each) for each in mailboxes]
     check_line(mail.subject, "the subject")
     composed["Subject"] = mail.subject
     composed["Date"] = format_datetime(mail.date)
@@ -100,7 +100,7 @@ def compose(mail: Outgoing) -> bytes:
     return composed.as_bytes()
 
 
-def _set_body(composed: EmailMessage, mail: Outgoing) -> None:
+def _set_body(composed: EmailMessage, mail: OutgoingMail) -> None:
     if mail.text or not mail.html:
         composed.set_content(mail.text)
     if mail.html and mail.text:
@@ -109,7 +109,7 @@ def _set_body(composed: EmailMessage, mail: Outgoing) -> None:
         composed.set_content(mail.html, subtype="html")
     page = composed.get_body(("html",))
     for each in mail.enclosed:
-        main, sub = _type(each.label)
+        main, sub = _split_media_type(each.label)
         parameters = {"charset": each.label.charset} if each.label.charset and main == "text" else None
         if isinstance(page, EmailMessage) and each.label.content_id:
             page.add_related(
@@ -127,12 +127,14 @@ def _set_body(composed: EmailMessage, mail: Outgoing) -> None:
             )
 
 
-def _type(label: Label) -> tuple[str, str]:
+def _split_media_type(label: AttachmentLabel) -> tuple[str, str]:
     """Return the two halves of a type; what is made of parts can't be sent in Base64, and becomes a mere file."""
-    content_type = label.content_type if label.content_type.startswith(_LEAF_TYPES) else message.DEFAULT_TYPE
+    content_type = (
+        label.content_type if label.content_type.startswith(_LEAF_TYPES) else mail_content.DEFAULT_TYPE
+    )
     main, _, sub = content_type.partition("/")
     return main, sub
 
 
-def _address(mailbox: Mailbox) -> Address:
+def _to_address(mailbox: Mailbox) -> Address:
     return Address(mailbox.name, mailbox.local, mailbox.domain)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class FormFile:
     """A part of a form that has the name of a file."""
 
     field: str
@@ -21,10 +21,10 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class MailForm:
     fields: Mapping[str, Sequence[Raw]] = field(default_factory=dict)
     """Values in their order, by names in their own case: `from` and `From` are two."""
-    files: Sequence[File] = ()
+    files: Sequence[FormFile] = ()
 
     def first(self, name: str) -> Raw:
         """Return the first value of a field; empty: there is none."""
