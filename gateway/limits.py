@@ -7,7 +7,7 @@ from typing import Final
 from engine.findings import MAX_FINDINGS
 from journal import admission
 from models import data_source_types
-from senders import event as sender_events
+from senders import sender_event as sender_events
 
 PAGE_DEFAULT: Final = 20
 """Items of a list, unless `limit` is given."""

@@ -13,17 +13,17 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from engine.values import Json
-from senders import delivery_keys, event
-from senders.arrival import Arrival
-from senders.event import Batch, Event
+from senders import delivery_keys, sender_event
 from senders.media_types import MediaType
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
+from senders.sender_event import EventBatch, SenderEvent
+from senders.sender_request import SenderRequest
 
-SOURCE: Final = "cloudevents"
-STRUCTURED: Final = "application/cloudevents+json"
-BATCHED: Final = "application/cloudevents-batch+json"
+CLOUDEVENTS_SOURCE: Final = "cloudevents"
+STRUCTURED_TYPE: Final = "application/cloudevents+json"
+BATCHED_TYPE: Final = "application/cloudevents-batch+json"
 HEADER_PREFIX: Final = "ce-"
-VERSION: Final = "1.0"
+SPEC_VERSION: Final = "1.0"
 
 MAX_EVENTS: Final = 1_000
 """In one batch."""
@@ -40,13 +40,13 @@ _FRACTION: Final = re.compile(r"\.[0-9]+")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _NO_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _QUOTED_PAIR: Final = re.compile(r"\\(.)")
-_DATA: Final = frozenset({"data", "data_base64"})
-_MAPPED: Final = frozenset({"specversion", "id", "source", "type"})
-_TEXTS: Final = frozenset({*_MAPPED, "subject", "datacontenttype", "dataschema", "time"})
-_INTEGERS: Final = range(-(2**31), 2**31)
+_DATA_MEMBERS: Final = frozenset({"data", "data_base64"})
+_MAPPED_ATTRIBUTES: Final = frozenset({"specversion", "id", "source", "type"})
+_TEXT_ATTRIBUTES: Final = frozenset({*_MAPPED_ATTRIBUTES, "subject", "datacontenttype", "dataschema", "time"})
+_INTEGER_RANGE: Final = range(-(2**31), 2**31)
 
 
-def is_one(arrival: Arrival) -> bool:
+def is_cloudevent(arrival: SenderRequest) -> bool:
     """Tell whether a request claims to be one: by its media type, or by a header."""
     return (
         arrival.media_type.name.startswith("application/cloudevents")
@@ -54,98 +54,102 @@ def is_one(arrival: Arrival) -> bool:
     )
 
 
-def event_of(arrival: Arrival) -> Event | Batch:
+def parse_event(arrival: SenderRequest) -> SenderEvent | EventBatch:
     """Return the event, or those of a batch; raises `Refused`."""
     media_type = arrival.media_type
     if not media_type.name.startswith("application/cloudevents"):
-        return _binary(arrival)
+        return _parse_binary(arrival)
     if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8"}:
-        raise Refused("unsupported-media-type", "JSON is UTF-8")
-    if media_type.name == STRUCTURED:
-        return _structured(arrival.json)
-    if media_type.name != BATCHED:
-        raise Refused("unsupported-media-type", f"Send CloudEvents as {STRUCTURED} or {BATCHED}")
+        raise RequestRefused("unsupported-media-type", "JSON is UTF-8")
+    if media_type.name == STRUCTURED_TYPE:
+        return _parse_structured(arrival.json)
+    if media_type.name != BATCHED_TYPE:
+        raise RequestRefused(
+            "unsupported-media-type", f"Send CloudEvents as {STRUCTURED_TYPE} or {BATCHED_TYPE}"
+        )
     batch = arrival.json
     if not isinstance(batch, list):
-        raise _wrong("a batch is a list")
+        raise _invalid_event("a batch is a list")
     if len(batch) > MAX_EVENTS:
-        raise Refused("too-large", f"A batch has at most {MAX_EVENTS:,} events")
-    return Batch([_structured(one) for one in batch])
+        raise RequestRefused("too-large", f"A batch has at most {MAX_EVENTS:,} events")
+    return EventBatch([_parse_structured(one) for one in batch])
 
 
 # ── structured ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _structured(value: Json) -> Event:
-    members = event.object_of(value, "The CloudEvent")
+def _parse_structured(value: Json) -> SenderEvent:
+    members = sender_event.require_object(value, "The CloudEvent")
     # By the JSON format null is what an attribute has that isn't there; as data it is null.
-    attributes = {name: item for name, item in members.items() if name not in _DATA and item is not None}
-    return _event(attributes, _data(members))
+    attributes = {
+        name: item for name, item in members.items() if name not in _DATA_MEMBERS and item is not None
+    }
+    return _build_event(attributes, _parse_data(members))
 
 
-def _data(members: Mapping[str, Json]) -> Json:
+def _parse_data(members: Mapping[str, Json]) -> Json:
     encoded = members.get("data_base64")
     if encoded is None:
         return members.get("data")
     if "data" in members:
-        raise _wrong("data and data_base64 exclude each other")
+        raise _invalid_event("data and data_base64 exclude each other")
     try:
         if not isinstance(encoded, str):
             raise ValueError  # noqa: TRY301, TRY004 - like any other value that isn't base64
         b64decode(encoded, validate=True)
     except ValueError as error:
-        raise _wrong("data_base64 is not in base64") from error
+        raise _invalid_event("data_base64 is not in base64") from error
     return {"data_base64": encoded}
 
 
 # ── binary ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _binary(arrival: Arrival) -> Event:
+def _parse_binary(arrival: SenderRequest) -> SenderEvent:
     attributes: dict[str, Json] = {}
-    for header in arrival.headers.starting_with(HEADER_PREFIX):
+    for header in arrival.headers.names_with_prefix(HEADER_PREFIX):
         name = header.removeprefix(HEADER_PREFIX)
         if name == "datacontenttype":
-            raise _wrong("the type of the data belongs into Content-Type")
-        attributes[name] = _header_text(arrival.headers.one(header) or "")
-    content_type = arrival.headers.one("Content-Type")
+            raise _invalid_event("the type of the data belongs into Content-Type")
+        attributes[name] = _decode_header(arrival.headers.single(header) or "")
+    content_type = arrival.headers.single("Content-Type")
     if content_type:
         attributes["datacontenttype"] = content_type
-    return _event(attributes, _body(arrival))
+    return _build_event(attributes, _parse_body(arrival))
 
 
-def _header_text(value: str) -> str:
+def _decode_header(value: str) -> str:
     """Return what a header says, whose text is percent-encoded, and may be in quotes besides."""
     if len(value) >= 2 and value[0] == value[-1] == '"':  # noqa: PLR2004 - both quotes
         value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
     try:
         if _NO_ESCAPE.search(value):
-            raise _wrong("a percent sign in a header is followed by no hexadecimal number")
+            raise _invalid_event("a percent sign in a header is followed by no hexadecimal number")
         return unquote_to_bytes(value.encode("latin-1")).decode()
     except UnicodeDecodeError as error:
-        raise _wrong("a header is not UTF-8, percent-encoded") from error
+        raise _invalid_event("a header is not UTF-8, percent-encoded") from error
 
 
-def _body(arrival: Arrival) -> Json:
+def _parse_body(arrival: SenderRequest) -> Json:
     """Return the body as what it is said to be; what is neither JSON nor text is kept in base64."""
     if not arrival.body:
         return None
     media_type = arrival.media_type
     if media_type.is_json:
         return arrival.json
-    if (text := _text(arrival.body, media_type)) is not None:
+    if (text := _decode_text(arrival.body, media_type)) is not None:
         return text
-    arrival.require_patience()
+    arrival.require_offloaded()
     return {"data_base64": b64encode(arrival.body).decode()}
 
 
-def _text(body: bytes, media_type: MediaType) -> str | None:
+def _decode_text(body: bytes, media_type: MediaType) -> str | None:
     if not media_type.name.startswith("text/"):
         return None
     if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8", "us-ascii"}:
         return None
     try:
-        return event.kept(body.decode())
+        return sender_event.storable_text(body.decode())
     except UnicodeDecodeError:
         return None
 
@@ -153,51 +157,53 @@ def _text(body: bytes, media_type: MediaType) -> str | None:
 # ── attributes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _event(attributes: Mapping[str, Json], data: Json) -> Event:
+def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
     if len(attributes) > MAX_ATTRIBUTES:
-        raise Refused("too-large", f"A CloudEvent has at most {MAX_ATTRIBUTES} attributes")
+        raise RequestRefused("too-large", f"A CloudEvent has at most {MAX_ATTRIBUTES} attributes")
     for name, value in attributes.items():
         _require_attribute(name, value)
     version, name, source, kind = (
-        event.text_of(attributes, required, "The CloudEvent")
+        sender_event.require_text_member(attributes, required, "The CloudEvent")
         for required in ("specversion", "id", "source", "type")
     )
-    if version != VERSION:
-        raise _wrong(f"its specversion is not {VERSION}")
-    return Event(
+    if version != SPEC_VERSION:
+        raise _invalid_event(f"its specversion is not {SPEC_VERSION}")
+    return SenderEvent(
         kind,
         source,
         data,
         name,
-        delivery_keys.of(SOURCE, source, name),
-        {name: value for name, value in attributes.items() if name not in _MAPPED},
+        delivery_keys.delivery_key(CLOUDEVENTS_SOURCE, source, name),
+        {name: value for name, value in attributes.items() if name not in _MAPPED_ATTRIBUTES},
     )
 
 
 def _require_attribute(name: str, value: Json) -> None:
     """Raise `Refused` for what is no attribute: a text, a boolean, or a whole number of 32 bits."""
     if not _ATTRIBUTE_NAME.fullmatch(name):
-        raise _wrong("the names of attributes are of lower-case letters and digits")
+        raise _invalid_event("the names of attributes are of lower-case letters and digits")
     if isinstance(value, str):
         _require_text(name, value)
-    elif name in _TEXTS or not (isinstance(value, bool) or (isinstance(value, int) and value in _INTEGERS)):
-        raise _wrong(f"its {name} is no attribute")
+    elif name in _TEXT_ATTRIBUTES or not (
+        isinstance(value, bool) or (isinstance(value, int) and value in _INTEGER_RANGE)
+    ):
+        raise _invalid_event(f"its {name} is no attribute")
 
 
 def _require_text(name: str, value: str) -> None:
     if len(value) > MAX_ATTRIBUTE_LENGTH:
-        raise Refused(
+        raise RequestRefused(
             "too-large", f"An attribute of a CloudEvent has at most {MAX_ATTRIBUTE_LENGTH:,} characters"
         )
-    if _CONTROL.search(value) or (name in _TEXTS and not value):
-        raise _wrong(f"its {name} is empty, or holds control characters")
+    if _CONTROL.search(value) or (name in _TEXT_ATTRIBUTES and not value):
+        raise _invalid_event(f"its {name} is empty, or holds control characters")
     if name == "source" and " " in value:
-        raise _wrong("its source is no address")
-    if name == "time" and not _is_time(value):
-        raise _wrong("its time is no time of RFC 3339")
+        raise _invalid_event("its source is no address")
+    if name == "time" and not _is_timestamp(value):
+        raise _invalid_event("its time is no time of RFC 3339")
 
 
-def _is_time(value: str) -> bool:
+def _is_timestamp(value: str) -> bool:
     if not _TIME.fullmatch(value):
         return False
     try:
@@ -207,5 +213,5 @@ def _is_time(value: str) -> bool:
     return True
 
 
-def _wrong(reason: str) -> Refused:
-    return Refused("invalid-event", f"The request is no CloudEvent: {reason}")
+def _invalid_event(reason: str) -> RequestRefused:
+    return RequestRefused("invalid-event", f"The request is no CloudEvent: {reason}")

@@ -7,12 +7,12 @@ from hashlib import sha256
 import msgspec
 
 
-def of(scheme: str, *names: str) -> str:
+def delivery_key(scheme: str, *names: str) -> str:
     """Return the key of what a sender names so: printable and under 100 characters, whatever the names hold."""
     return f"{scheme}:{sha256(msgspec.json.encode(names)).hexdigest()}"
 
 
-def of_member(scheme: str, value: object, member: str) -> str | None:
+def member_delivery_key(scheme: str, value: object, member: str) -> str | None:
     """Return the key of what names itself in a member of its JSON, or None where it doesn't."""
     name = value.get(member) if isinstance(value, dict) else None
-    return of(scheme, name) if isinstance(name, str) and name else None
+    return delivery_key(scheme, name) if isinstance(name, str) and name else None

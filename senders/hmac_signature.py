@@ -10,13 +10,13 @@ from enum import StrEnum
 from typing import Final
 
 from senders import delivery_keys, signatures
-from senders.arrival import Arrival
-from senders.signatures import Verified
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 TOLERANCE: Final = timedelta(minutes=5)
 
 
-class Algorithm(StrEnum):
+class SignatureAlgorithm(StrEnum):
     """What the signature is made with. SHA-1 is not among them."""
 
     SHA256 = "sha256"
@@ -24,7 +24,7 @@ class Algorithm(StrEnum):
     SHA512 = "sha512"
 
 
-class Encoding(StrEnum):
+class SignatureEncoding(StrEnum):
     """How the signature is written."""
 
     HEX = "hex"
@@ -32,12 +32,12 @@ class Encoding(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class HmacScheme:
     """How a sender signs: the body, or `time.body` where it gives the time in a header."""
 
     header: str
-    algorithm: Algorithm = Algorithm.SHA256
-    encoding: Encoding = Encoding.HEX
+    algorithm: SignatureAlgorithm = SignatureAlgorithm.SHA256
+    encoding: SignatureEncoding = SignatureEncoding.HEX
     prefix: str = ""
     """Before the signature, such as `sha256=`."""
     timestamp_header: str | None = None
@@ -47,38 +47,40 @@ class Scheme:
     """What the sender names a delivery in; it is not signed."""
 
 
-def verify(arrival: Arrival, secrets: Sequence[str], scheme: Scheme) -> Verified:
+def verify(arrival: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -> SignatureResult:
     """Return what the sender names the delivery by; raises `Refused`."""
-    keys = signatures.usable(secrets)
-    header = arrival.headers.one(scheme.header)
+    keys = signatures.usable_secrets(secrets)
+    header = arrival.headers.single(scheme.header)
     if header is None:
-        raise signatures.missing(scheme.header)
+        raise signatures.missing_signature(scheme.header)
     signature = header.removeprefix(scheme.prefix)
     if len(signature) + len(scheme.prefix) != len(header):
-        raise signatures.invalid()
-    if scheme.encoding is Encoding.HEX:
+        raise signatures.invalid_signature()
+    if scheme.encoding is SignatureEncoding.HEX:
         signature = signature.lower()
-    before = _signed_before(arrival, scheme)
-    arrival.require_patience()
+    before = _signed_prefix(arrival, scheme)
+    arrival.require_offloaded()
     expected = [
-        _written(signatures.digest(key, before, arrival.body, algorithm=scheme.algorithm), scheme.encoding)
+        _encode_digest(
+            signatures.compute_hmac(key, before, arrival.body, algorithm=scheme.algorithm), scheme.encoding
+        )
         for key in keys
     ]
-    signatures.require_match([signatures.text_of(signature)], expected)
-    name = arrival.headers.one(scheme.delivery_header) if scheme.delivery_header else None
-    return Verified(delivery_keys.of("hmac", name) if name else None)
+    signatures.require_match([signatures.header_bytes(signature)], expected)
+    name = arrival.headers.single(scheme.delivery_header) if scheme.delivery_header else None
+    return SignatureResult(delivery_keys.delivery_key("hmac", name) if name else None)
 
 
-def _signed_before(arrival: Arrival, scheme: Scheme) -> bytes:
+def _signed_prefix(arrival: SenderRequest, scheme: HmacScheme) -> bytes:
     """Return what is signed in front of the body."""
     if scheme.timestamp_header is None:
         return b""
-    time = arrival.headers.one(scheme.timestamp_header)
+    time = arrival.headers.single(scheme.timestamp_header)
     if time is None:
-        raise signatures.missing(scheme.timestamp_header)
-    signatures.require_fresh(time, arrival.at, past=scheme.tolerance)
+        raise signatures.missing_signature(scheme.timestamp_header)
+    signatures.require_fresh(time, arrival.received_at, past=scheme.tolerance)
     return time.encode() + b"."
 
 
-def _written(digest: bytes, encoding: Encoding) -> bytes:
-    return b64encode(digest) if encoding is Encoding.BASE64 else digest.hex().encode()
+def _encode_digest(digest: bytes, encoding: SignatureEncoding) -> bytes:
+    return b64encode(digest) if encoding is SignatureEncoding.BASE64 else digest.hex().encode()

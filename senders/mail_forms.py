@@ -9,25 +9,27 @@ from mail import mail_form, reception, service_forms
 if TYPE_CHECKING:
     from mail.mail_content import KeepAttachment, ParsedMailContent
     from mail.reception import MailReception
-    from senders.forms import Form
+    from senders.posted_forms import PostedForm
 
-SENDGRID: Final = frozenset({"sendgrid-parsed", "sendgrid-raw"})
+SENDGRID_KINDS: Final = frozenset({"sendgrid-parsed", "sendgrid-raw"})
 """Values of `MailKind`; the other forms are Mailgun's."""
 
 
-def read_form(form: Form, kind: str, keep: KeepAttachment) -> tuple[ParsedMailContent, MailReception]:
+def parse_mail_form(
+    form: PostedForm, kind: str, keep: KeepAttachment
+) -> tuple[ParsedMailContent, MailReception]:
     """Return the mail in a form and what the service reports about it; attachments are handed out on the way.
 
     Raises `InvalidMail`, and `Refused` for a value that can't be unescaped.
     """
     given = _to_mail_form(form)
-    if kind in SENDGRID:
+    if kind in SENDGRID_KINDS:
         return service_forms.parse_sendgrid_form(given, keep), reception.parse_sendgrid_reception(given)
     mail = service_forms.parse_mailgun_form(given, keep)
     return mail, reception.parse_mailgun_reception(mail)
 
 
-def _to_mail_form(form: Form) -> mail_form.MailForm:
+def _to_mail_form(form: PostedForm) -> mail_form.MailForm:
     fields = {name: [part.value for part in parts] for name, parts in form.fields.items()}
     files = [
         mail_form.FormFile(part.name, part.filename or "", part.content_type or "", part.value)

@@ -8,36 +8,36 @@ from datetime import timedelta
 from typing import Final
 
 from engine.values import Json
-from senders import delivery_keys, forms, signatures
-from senders.arrival import Arrival
-from senders.signatures import Verified
+from senders import delivery_keys, posted_forms, signatures
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 TOLERANCE: Final = timedelta(hours=12)
 """Mailgun repeats a mail for eight hours, warns of delays, and doesn't say whether it signs it anew."""
 
-_NAMES: Final = ("timestamp", "token", "signature")
+_SIGNATURE_FIELDS: Final = ("timestamp", "token", "signature")
 _TIME: Final = re.compile(r"[0-9]{10}")
 _TOKEN: Final = re.compile(r"[0-9a-f]{50}")
 
 
-def verify(arrival: Arrival, signing_keys: Sequence[str]) -> Verified:
+def verify(arrival: SenderRequest, signing_keys: Sequence[str]) -> SignatureResult:
     """Return the token as the name of the delivery; raises `Refused`.
 
     Whoever has seen a signature can put it on another mail. So a token is good for one delivery: it has to be
     remembered for longer than the tolerance, from the moment at which its mail is accepted.
     """
-    keys = signatures.usable(signing_keys)
-    time, token, signature = _signature(arrival)
+    keys = signatures.usable_secrets(signing_keys)
+    time, token, signature = _signature_fields(arrival)
     # Where one ends and the other begins is not signed: their lengths say it.
     if not _TIME.fullmatch(time) or not _TOKEN.fullmatch(token):
-        raise signatures.invalid()
-    signatures.require_fresh(time, arrival.at, past=TOLERANCE)
-    expected = [signatures.digest(key, time.encode(), token.encode()).hex().encode() for key in keys]
+        raise signatures.invalid_signature()
+    signatures.require_fresh(time, arrival.received_at, past=TOLERANCE)
+    expected = [signatures.compute_hmac(key, time.encode(), token.encode()).hex().encode() for key in keys]
     signatures.require_match([signature.encode()], expected)
-    return Verified(delivery_keys.of("mailgun", token))
+    return SignatureResult(delivery_keys.delivery_key("mailgun", token))
 
 
-def _signature(arrival: Arrival) -> tuple[str, str, str]:
+def _signature_fields(arrival: SenderRequest) -> tuple[str, str, str]:
     """Return time, token and signature: fields of a form, or members of an object of a JSON body.
 
     Header lines of the mail are fields too. They come before the signature, so of equal names the last one counts.
@@ -45,12 +45,12 @@ def _signature(arrival: Arrival) -> tuple[str, str, str]:
     given: Sequence[Json]
     if arrival.media_type.is_json:
         members = arrival.json.get("signature") if isinstance(arrival.json, dict) else None
-        given = [members.get(name) if isinstance(members, dict) else None for name in _NAMES]
+        given = [members.get(name) if isinstance(members, dict) else None for name in _SIGNATURE_FIELDS]
     else:
-        found = [arrival.form.last(name) for name in _NAMES]
-        given = [None if value is None else forms.decoded(value) for value in found]
+        found = [arrival.form.last(name) for name in _SIGNATURE_FIELDS]
+        given = [None if value is None else posted_forms.decode_value(value) for value in found]
     texts = [value for value in given if isinstance(value, str)]
-    if len(texts) != len(_NAMES):
-        raise signatures.missing("timestamp, token or signature")
+    if len(texts) != len(_SIGNATURE_FIELDS):
+        raise signatures.missing_signature("timestamp, token or signature")
     time, token, signature = texts
     return time, token, signature

@@ -24,7 +24,7 @@ class MediaType:
         return self.name == "application/json" or self.name.endswith("+json")
 
 
-def parse(text: str) -> MediaType:
+def parse_media_type(text: str) -> MediaType:
     """Return what a header says that has a value and parameters; of a parameter given twice the first counts.
 
     Nothing is wrong enough to be refused here: what can't be read of the parameters is left out.

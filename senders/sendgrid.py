@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from senders import signatures
-from senders.arrival import Arrival
-from senders.signatures import Verified
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 SIGNATURE_HEADER: Final = "X-Twilio-Email-Event-Webhook-Signature"
 TIME_HEADER: Final = "X-Twilio-Email-Event-Webhook-Timestamp"
@@ -26,28 +26,28 @@ TOLERANCE: Final = timedelta(days=3, hours=6)
 is the same mail, and known as such by its Message-ID."""
 
 
-def verify(arrival: Arrival, public_keys: Sequence[str]) -> Verified:
+def verify(arrival: SenderRequest, public_keys: Sequence[str]) -> SignatureResult:
     """Return that the request is signed with the other half of one of these keys, in base64; raises `Refused`."""
-    keys = _usable(public_keys)
-    time = arrival.headers.one(TIME_HEADER)
-    header = arrival.headers.one(SIGNATURE_HEADER)
+    keys = _usable_keys(public_keys)
+    time = arrival.headers.single(TIME_HEADER)
+    header = arrival.headers.single(SIGNATURE_HEADER)
     if time is None or header is None:
-        raise signatures.missing(f"{SIGNATURE_HEADER} or {TIME_HEADER}")
-    signatures.require_fresh(time, arrival.at, past=TOLERANCE)
+        raise signatures.missing_signature(f"{SIGNATURE_HEADER} or {TIME_HEADER}")
+    signatures.require_fresh(time, arrival.received_at, past=TOLERANCE)
     try:
-        signature = b64decode(signatures.text_of(header), validate=True)
+        signature = b64decode(signatures.header_bytes(header), validate=True)
     except binascii.Error as error:
-        raise signatures.invalid() from error
-    arrival.require_patience()
+        raise signatures.invalid_signature() from error
+    arrival.require_offloaded()
     signed = sha256(time.encode())
     signed.update(arrival.body)
     digest = signed.digest()
     if not any(_is_signed_with(key, signature, digest) for key in keys):
-        raise signatures.invalid()
-    return Verified()
+        raise signatures.invalid_signature()
+    return SignatureResult()
 
 
-def _usable(public_keys: Sequence[str]) -> Sequence[ec.EllipticCurvePublicKey]:
+def _usable_keys(public_keys: Sequence[str]) -> Sequence[ec.EllipticCurvePublicKey]:
     keys = []
     for text in public_keys:
         try:
@@ -57,7 +57,7 @@ def _usable(public_keys: Sequence[str]) -> Sequence[ec.EllipticCurvePublicKey]:
         if isinstance(key, ec.EllipticCurvePublicKey):
             keys.append(key)
     if not keys:
-        raise signatures.no_secret()
+        raise signatures.missing_secret()
     return keys
 
 

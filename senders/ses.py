@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from engine.values import Json
-from senders.arrival import json_of
-from senders.refusals import Refused
-from senders.sns import Message, MessageType
+from senders.request_refusal import RequestRefused
+from senders.sender_request import parse_json
+from senders.sns import SnsMessage, SnsMessageType
 
 _NAMING_HEADERS: Final = ("message-id", "from", "subject", "date")
 _VERDICTS: Final = ("spam", "virus", "spf", "dkim", "dmarc")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredMail:
+class SesStoredMail:
     """Where SES says that it has put a mail; whoever fetches it compares bucket and prefix with those configured."""
 
     bucket: str
@@ -26,7 +26,7 @@ class StoredMail:
 
 
 @dataclass(frozen=True, slots=True)
-class ReceivedMail:
+class SesMail:
     """A mail that SES has received."""
 
     mail_id: str
@@ -44,7 +44,7 @@ class ReceivedMail:
     """`PASS`, `FAIL`, `GRAY` and others, of `spam`, `virus`, `spf`, `dkim` and `dmarc`."""
     content: bytes | None
     """The whole mail; None: it is stored, or not to be had."""
-    stored: StoredMail | None
+    stored: SesStoredMail | None
 
     @property
     def proven_headers(self) -> Sequence[str] | None:
@@ -58,44 +58,44 @@ class ReceivedMail:
         found: dict[str, list[str]] = {}
         for name, value in self.headers:
             found.setdefault(name.lower(), []).append(" ".join(value.split()))
-        tags = [dict(_tags(signature)) for signature in found.get("dkim-signature", ())]
+        tags = [dict(_parse_tags(signature)) for signature in found.get("dkim-signature", ())]
         if not found.get("message-id") or not tags or any("l" in each or "bh" not in each for each in tags):
             return None
         named = [value for name in _NAMING_HEADERS for value in [name, *found.get(name, ())]]
         return [*named, *sorted(each["bh"] for each in tags)]
 
 
-def received(message: Message) -> ReceivedMail | None:
+def parse_ses_mail(message: SnsMessage) -> SesMail | None:
     """Return the mail that a verified message tells of, or None where it tells of none.
 
     SES puts notes in plain text on a topic too, and bounces and complaints. Raises `Refused` for a mail that is broken.
     """
-    if message.type is not MessageType.NOTIFICATION:
+    if message.type is not SnsMessageType.NOTIFICATION:
         return None
     try:
-        notification = json_of(message.message.encode())
-    except Refused:
+        notification = parse_json(message.message.encode())
+    except RequestRefused:
         return None
     if not isinstance(notification, dict) or notification.get("notificationType") != "Received":
         return None
-    mail = _object(notification, "mail")
-    receipt = _object(notification, "receipt")
-    action = _object(receipt, "action")
+    mail = _object_member(notification, "mail")
+    receipt = _object_member(notification, "receipt")
+    action = _object_member(receipt, "action")
     content = notification.get("content")
-    return ReceivedMail(
-        mail_id=_text(mail, "messageId"),
-        sender=_text(mail, "source", may_be_empty=True),
-        recipients=_texts(receipt, "recipients"),
-        headers=_headers(mail),
+    return SesMail(
+        mail_id=_text_member(mail, "messageId"),
+        sender=_text_member(mail, "source", may_be_empty=True),
+        recipients=_text_members(receipt, "recipients"),
+        headers=_parse_headers(mail),
         are_headers_truncated=mail.get("headersTruncated") is True,
-        common_headers=_object(mail, "commonHeaders"),
-        verdicts=_verdicts(receipt),
-        content=None if content is None else _content(_text(notification, "content"), action),
-        stored=_stored(action) if action.get("type") == "S3" else None,
+        common_headers=_object_member(mail, "commonHeaders"),
+        verdicts=_parse_verdicts(receipt),
+        content=None if content is None else _decode_content(_text_member(notification, "content"), action),
+        stored=_parse_stored(action) if action.get("type") == "S3" else None,
     )
 
 
-def _content(text: str, action: Mapping[str, Json]) -> bytes:
+def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
     """Return the mail as it came: SES sends text, or base64 where it is told to."""
     encoding = action.get("encoding")
     if not isinstance(encoding, str) or encoding.upper() != "BASE64":
@@ -103,25 +103,27 @@ def _content(text: str, action: Mapping[str, Json]) -> bytes:
     try:
         return b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise _malformed("content is not in base64") from error
+        raise _malformed_notification("content is not in base64") from error
 
 
-def _stored(action: Mapping[str, Json]) -> StoredMail:
+def _parse_stored(action: Mapping[str, Json]) -> SesStoredMail:
     prefix = action.get("objectKeyPrefix")
-    return StoredMail(
-        _text(action, "bucketName"), _text(action, "objectKey"), prefix if isinstance(prefix, str) else ""
+    return SesStoredMail(
+        _text_member(action, "bucketName"),
+        _text_member(action, "objectKey"),
+        prefix if isinstance(prefix, str) else "",
     )
 
 
-def _headers(mail: Mapping[str, Json]) -> Sequence[tuple[str, str]]:
+def _parse_headers(mail: Mapping[str, Json]) -> Sequence[tuple[str, str]]:
     headers = mail.get("headers")
     if not isinstance(headers, list):
-        raise _malformed("headers is no list")
+        raise _malformed_notification("headers is no list")
     lines = [header for header in headers if isinstance(header, dict)]
-    return [(_text(line, "name"), _text(line, "value", may_be_empty=True)) for line in lines]
+    return [(_text_member(line, "name"), _text_member(line, "value", may_be_empty=True)) for line in lines]
 
 
-def _verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
+def _parse_verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
     found = {}
     for name in _VERDICTS:
         verdict = receipt.get(f"{name}Verdict")
@@ -131,7 +133,7 @@ def _verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
     return found
 
 
-def _tags(signature: str) -> Iterator[tuple[str, str]]:
+def _parse_tags(signature: str) -> Iterator[tuple[str, str]]:
     """Return the tags of a DKIM signature, without white space."""
     for tag in "".join(signature.split()).split(";"):
         name, _, value = tag.partition("=")
@@ -139,29 +141,29 @@ def _tags(signature: str) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _object(members: Mapping[str, Json], name: str) -> Mapping[str, Json]:
+def _object_member(members: Mapping[str, Json], name: str) -> Mapping[str, Json]:
     value = members.get(name)
     if not isinstance(value, dict):
-        raise _malformed(f"{name} is no object")
+        raise _malformed_notification(f"{name} is no object")
     return value
 
 
-def _text(members: Mapping[str, Json], name: str, *, may_be_empty: bool = False) -> str:
+def _text_member(members: Mapping[str, Json], name: str, *, may_be_empty: bool = False) -> str:
     value = members.get(name)
     if not isinstance(value, str) or not (value or may_be_empty):
-        raise _malformed(f"{name} is no text")
+        raise _malformed_notification(f"{name} is no text")
     return value
 
 
-def _texts(members: Mapping[str, Json], name: str) -> Sequence[str]:
+def _text_members(members: Mapping[str, Json], name: str) -> Sequence[str]:
     values = members.get(name)
     if not isinstance(values, list):
-        raise _malformed(f"{name} is no list")
+        raise _malformed_notification(f"{name} is no list")
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) != len(values):
-        raise _malformed(f"{name} holds more than texts")
+        raise _malformed_notification(f"{name} holds more than texts")
     return texts
 
 
-def _malformed(reason: str) -> Refused:
-    return Refused("malformed-mail", f"What SES says of the mail can't be read: {reason}")
+def _malformed_notification(reason: str) -> RequestRefused:
+    return RequestRefused("malformed-mail", f"What SES says of the mail can't be read: {reason}")

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.hashes import SHA1, SHA256, HashAlgorithm
 
 from engine.values import Json
 from senders import delivery_keys, signatures
-from senders.arrival import Arrival
-from senders.refusals import Refused
-from senders.signatures import Verified
+from senders.request_refusal import RequestRefused
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 TYPE_HEADER: Final = "x-amz-sns-message-type"
 RAW_HEADER: Final = "x-amz-sns-rawdelivery"
@@ -46,7 +46,7 @@ _TIMESTAMP: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0
 _LINE: Final = re.compile(r"[^\r\n]{1,4000}")
 
 
-class MessageType(StrEnum):
+class SnsMessageType(StrEnum):
     """What a message is for."""
 
     NOTIFICATION = "Notification"
@@ -55,10 +55,10 @@ class MessageType(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class SnsMessage:
     """A message of SNS, whole and in the form that it must have; not yet one that is truly of SNS."""
 
-    type: MessageType
+    type: SnsMessageType
     message_id: str
     topic_arn: str
     host: str
@@ -74,51 +74,59 @@ class Message:
     subscribe_url: str | None = None
 
 
-def parse(arrival: Arrival) -> Message:
+def parse_sns_message(arrival: SenderRequest) -> SnsMessage:
     """Return the message that a request is, whatever media type it has (SNS says text/plain); raises `Refused`."""
-    if arrival.headers.all(RAW_HEADER):
-        raise Refused("raw-delivery", "The subscription delivers messages raw, and so without a signature")
+    if arrival.headers.values(RAW_HEADER):
+        raise RequestRefused(
+            "raw-delivery", "The subscription delivers messages raw, and so without a signature"
+        )
     if len(arrival.body) > MAX_BYTES:
-        raise Refused("too-large", f"A message of SNS has at most {MAX_BYTES:,} bytes")
+        raise RequestRefused("too-large", f"A message of SNS has at most {MAX_BYTES:,} bytes")
     members = arrival.json
     if not isinstance(members, dict):
-        raise _malformed("it is no JSON object")
-    topic_arn, host = _topic(members)
-    timestamp, sent_at = _time(members)
-    kind = _type(members, arrival.headers.one(TYPE_HEADER))
-    is_notification = kind is MessageType.NOTIFICATION
-    return Message(
+        raise _malformed_message("it is no JSON object")
+    topic_arn, host = _parse_topic(members)
+    timestamp, sent_at = _parse_time(members)
+    kind = _parse_type(members, arrival.headers.single(TYPE_HEADER))
+    is_notification = kind is SnsMessageType.NOTIFICATION
+    return SnsMessage(
         type=kind,
-        message_id=_text(members, "MessageId", _MESSAGE_ID),
+        message_id=_text_member(members, "MessageId", _MESSAGE_ID),
         topic_arn=topic_arn,
         host=host,
-        message=_text(members, "Message"),
+        message=_text_member(members, "Message"),
         timestamp=timestamp,
         sent_at=sent_at,
-        signature_version=_text(members, "SignatureVersion", _LINE),
-        signature=_text(members, "Signature", _LINE),
-        signing_cert_url=_text(members, "SigningCertURL", _LINE),
-        subject=_text(members, "Subject", _LINE) if is_notification and _has(members, "Subject") else None,
-        token=None if is_notification else _text(members, "Token", _TOKEN),
-        subscribe_url=None if is_notification else _text(members, "SubscribeURL", _LINE),
+        signature_version=_text_member(members, "SignatureVersion", _LINE),
+        signature=_text_member(members, "Signature", _LINE),
+        signing_cert_url=_text_member(members, "SigningCertURL", _LINE),
+        subject=_text_member(members, "Subject", _LINE)
+        if is_notification and _has_member(members, "Subject")
+        else None,
+        token=None if is_notification else _text_member(members, "Token", _TOKEN),
+        subscribe_url=None if is_notification else _text_member(members, "SubscribeURL", _LINE),
     )
 
 
-def require_topic(message: Message, topics: Collection[str]) -> None:
+def require_topic(message: SnsMessage, topics: Collection[str]) -> None:
     """Raise `Refused` unless the message is of one of these topics (ARNs); before its certificate is fetched."""
     if message.topic_arn not in topics:
-        raise Refused("unknown-topic", "The message is of a topic that is not configured")
+        raise RequestRefused("unknown-topic", "The message is of a topic that is not configured")
 
 
-def signing_certificate_url(message: Message) -> str:
+def signing_certificate_url(message: SnsMessage) -> str:
     """Return where to fetch the certificate, following no redirect; raises `Refused` unless that is SNS itself."""
     allowed = rf"https://{re.escape(message.host)}/SimpleNotificationService-[0-9a-f]{{32}}\.pem"
     if not re.fullmatch(allowed, message.signing_cert_url):
-        raise Refused("untrusted-certificate", "The certificate of the message is not at the address of SNS")
+        raise RequestRefused(
+            "untrusted-certificate", "The certificate of the message is not at the address of SNS"
+        )
     return message.signing_cert_url
 
 
-def verify(message: Message, certificate_pem: bytes, topics: Collection[str], now: datetime) -> Verified:
+def verify(
+    message: SnsMessage, certificate_pem: bytes, topics: Collection[str], now: datetime
+) -> SignatureResult:
     """Return what SNS names the message by; raises `Refused`.
 
     The certificate is what was fetched from `signing_certificate_url`.
@@ -127,23 +135,23 @@ def verify(message: Message, certificate_pem: bytes, topics: Collection[str], no
     signing_certificate_url(message)
     algorithm = _ALGORITHMS.get(message.signature_version)
     if algorithm is None:
-        raise Refused("invalid-signature", "The version of the signature is neither 1 nor 2")
+        raise RequestRefused("invalid-signature", "The version of the signature is neither 1 nor 2")
     signatures.require_recent(message.sent_at.timestamp(), now, past=TOLERANCE)
-    key = _key(certificate_pem, now)
+    key = _certificate_key(certificate_pem, now)
     try:
-        key.verify(b64decode(message.signature, validate=True), _signed(message), PKCS1v15(), algorithm)
+        key.verify(b64decode(message.signature, validate=True), _signed_text(message), PKCS1v15(), algorithm)
     except (InvalidSignature, ValueError) as error:
-        raise signatures.invalid() from error
-    return Verified(delivery_keys.of("sns", message.message_id))
+        raise signatures.invalid_signature() from error
+    return SignatureResult(delivery_keys.delivery_key("sns", message.message_id))
 
 
-def confirmation_url(message: Message) -> str:
+def confirmation_url(message: SnsMessage) -> str:
     """Return what to GET to confirm the subscription of a verified message; raises `Refused` for other messages.
 
     It is made of topic and token, and never what the message itself asks to be visited.
     """
-    if message.type is not MessageType.SUBSCRIPTION or message.token is None:
-        raise _malformed("it asks for no confirmation")
+    if message.type is not SnsMessageType.SUBSCRIPTION or message.token is None:
+        raise _malformed_message("it asks for no confirmation")
     topic = quote(message.topic_arn, safe=":")
     return f"https://{message.host}/?Action=ConfirmSubscription&TopicArn={topic}&Token={message.token}"
 
@@ -151,50 +159,50 @@ def confirmation_url(message: Message) -> str:
 # ── its form ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _type(members: dict[str, Json], header: str | None) -> MessageType:
-    text = _text(members, "Type")
+def _parse_type(members: dict[str, Json], header: str | None) -> SnsMessageType:
+    text = _text_member(members, "Type")
     if header is not None and header != text:
-        raise _malformed("its header and its body say different types")
+        raise _malformed_message("its header and its body say different types")
     try:
-        return MessageType(text)
+        return SnsMessageType(text)
     except ValueError as error:
-        raise _malformed("its Type is none of SNS") from error
+        raise _malformed_message("its Type is none of SNS") from error
 
 
-def _topic(members: dict[str, Json]) -> tuple[str, str]:
+def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
     """Return the ARN of the topic and the host of SNS in its region."""
-    arn = _text(members, "TopicArn")
+    arn = _text_member(members, "TopicArn")
     parts = _TOPIC_ARN.fullmatch(arn)
     if parts is None:
-        raise _malformed("its TopicArn is none")
+        raise _malformed_message("its TopicArn is none")
     partition, region = parts.groups()
     return arn, f"sns.{region}.{_DOMAINS[partition]}"
 
 
-def _time(members: dict[str, Json]) -> tuple[str, datetime]:
-    text = _text(members, "Timestamp", _TIMESTAMP)
+def _parse_time(members: dict[str, Json]) -> tuple[str, datetime]:
+    text = _text_member(members, "Timestamp", _TIMESTAMP)
     try:
         return text, datetime.fromisoformat(text)
     except ValueError as error:
-        raise _malformed("its Timestamp is none") from error
+        raise _malformed_message("its Timestamp is none") from error
 
 
-def _has(members: dict[str, Json], name: str) -> bool:
+def _has_member(members: dict[str, Json], name: str) -> bool:
     return members.get(name) is not None
 
 
-def _text(members: dict[str, Json], name: str, pattern: re.Pattern[str] | None = None) -> str:
+def _text_member(members: dict[str, Json], name: str, pattern: re.Pattern[str] | None = None) -> str:
     """Return a member; those with a pattern have no line ends, which in what is signed would end them."""
     value = members.get(name)
     if not isinstance(value, str):
-        raise _malformed(f"it has no text {name}")
+        raise _malformed_message(f"it has no text {name}")
     if pattern is not None and not pattern.fullmatch(value):
-        raise _malformed(f"its {name} is none")
+        raise _malformed_message(f"its {name} is none")
     return value
 
 
-def _malformed(reason: str) -> Refused:
-    return Refused("malformed-message", f"The message is none of SNS: {reason}")
+def _malformed_message(reason: str) -> RequestRefused:
+    return RequestRefused("malformed-message", f"The message is none of SNS: {reason}")
 
 
 # ── its signature ───────────────────────────────────────────────────────────────────────────────────────────
@@ -205,7 +213,7 @@ def _malformed(reason: str) -> Refused:
 _ALGORITHMS: Final[dict[str, HashAlgorithm]] = {"1": SHA1(), "2": SHA256()}  # noqa: S303 - see above
 
 
-def _signed(message: Message) -> bytes:
+def _signed_text(message: SnsMessage) -> bytes:
     """Return the text that SNS has signed: names and values, a line each, in alphabetical order."""
     members = {
         "Message": message.message,
@@ -220,19 +228,19 @@ def _signed(message: Message) -> bytes:
     return "".join(f"{name}\n{value}\n" for name, value in members.items() if value is not None).encode()
 
 
-def _key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
+def _certificate_key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
     """Return the key of a certificate that is valid now; raises `Refused`."""
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
         key = certificate.public_key()
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _invalid_certificate("it can't be read") from error
+        raise _invalid_certificate_error("it can't be read") from error
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-        raise _invalid_certificate("it is not valid at this time")
+        raise _invalid_certificate_error("it is not valid at this time")
     if not isinstance(key, RSAPublicKey) or key.key_size < MIN_KEY_BITS:
-        raise _invalid_certificate(f"its key is no RSA key of {MIN_KEY_BITS:,} bits or more")
+        raise _invalid_certificate_error(f"its key is no RSA key of {MIN_KEY_BITS:,} bits or more")
     return key
 
 
-def _invalid_certificate(reason: str) -> Refused:
-    return Refused("invalid-certificate", f"The certificate of the message can't be used: {reason}")
+def _invalid_certificate_error(reason: str) -> RequestRefused:
+    return RequestRefused("invalid-certificate", f"The certificate of the message can't be used: {reason}")

@@ -11,10 +11,10 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from senders import delivery_keys, event, signatures
-from senders.arrival import Arrival
-from senders.event import Event
-from senders.signatures import Verified
+from senders import delivery_keys, sender_event, signatures
+from senders.sender_event import SenderEvent
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 SOURCE: Final = "standard-webhooks"
 TOLERANCE: Final = timedelta(minutes=5)
@@ -25,37 +25,39 @@ HEADER_PREFIXES: Final = ("webhook", "svix")
 """The standard's own headers, and those of Svix, from which the standard was made: the same values by other names."""
 
 
-def verify(arrival: Arrival, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE) -> Verified:
+def verify(
+    arrival: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
+) -> SignatureResult:
     """Return what the sender names the message by; raises `Refused`.
 
     Secrets are in base64, after `whsec_` where they have it; what begins with `whpk_` is a public key.
     """
-    keys, public_keys = _keys(secrets)
-    name, time, header = (_header(arrival, suffix) for suffix in ("id", "timestamp", "signature"))
+    keys, public_keys = _split_secrets(secrets)
+    name, time, header = (_signed_header(arrival, suffix) for suffix in ("id", "timestamp", "signature"))
     if not name or time is None or header is None:
-        raise signatures.missing("webhook-id, webhook-timestamp or webhook-signature")
-    signatures.require_fresh(time, arrival.at, past=tolerance)
-    given = [signatures.text_of(signature) for signature in header.split(" ")]
+        raise signatures.missing_signature("webhook-id, webhook-timestamp or webhook-signature")
+    signatures.require_fresh(time, arrival.received_at, past=tolerance)
+    given = [signatures.header_bytes(signature) for signature in header.split(" ")]
     if len(given) > signatures.MAX_SIGNATURES:
-        raise signatures.invalid()
-    arrival.require_patience()
-    prefix = b"%s.%s." % (signatures.text_of(name), time.encode())
-    expected = [b"v1," + b64encode(signatures.digest(key, prefix, arrival.body)) for key in keys]
+        raise signatures.invalid_signature()
+    arrival.require_offloaded()
+    prefix = b"%s.%s." % (signatures.header_bytes(name), time.encode())
+    expected = [b"v1," + b64encode(signatures.compute_hmac(key, prefix, arrival.body)) for key in keys]
     if not _is_signed_with(public_keys, given, prefix, arrival.body):
         signatures.require_match(given, expected)
-    return Verified(delivery_keys.of(SOURCE, name))
+    return SignatureResult(delivery_keys.delivery_key(SOURCE, name))
 
 
-def event_of(arrival: Arrival) -> Event:
+def parse_event(arrival: SenderRequest) -> SenderEvent:
     """Return the event that a payload as the standard recommends it holds; raises `Refused`."""
-    payload = event.object_of(arrival.json, "The payload")
-    name = _header(arrival, "id") or None
-    return Event(
-        event.text_of(payload, "type", "The payload"),
+    payload = sender_event.require_object(arrival.json, "The payload")
+    name = _signed_header(arrival, "id") or None
+    return SenderEvent(
+        sender_event.require_text_member(payload, "type", "The payload"),
         SOURCE,
         payload.get("data", {}),
         name,
-        None if name is None else delivery_keys.of(SOURCE, name),
+        None if name is None else delivery_keys.delivery_key(SOURCE, name),
     )
 
 
@@ -64,15 +66,15 @@ def signature_headers() -> Sequence[str]:
     return [f"{prefix}-signature" for prefix in HEADER_PREFIXES]
 
 
-def _header(arrival: Arrival, suffix: str) -> str | None:
+def _signed_header(arrival: SenderRequest, suffix: str) -> str | None:
     """Return a header by the first prefix that the request signs with; ids and times of the other are not signed."""
     prefix = next(
         (each for each in HEADER_PREFIXES if f"{each}-signature" in arrival.headers), HEADER_PREFIXES[0]
     )
-    return arrival.headers.one(f"{prefix}-{suffix}")
+    return arrival.headers.single(f"{prefix}-{suffix}")
 
 
-def _keys(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
+def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
     """Return the secrets and the public keys among what is configured; raises `Refused` where none can be used."""
     keys = []
     public_keys = []
@@ -89,7 +91,7 @@ def _keys(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519Publ
         except ValueError:
             continue
     if not keys and not public_keys:
-        raise signatures.no_secret()
+        raise signatures.missing_secret()
     return keys, public_keys
 
 

@@ -6,36 +6,44 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from senders import delivery_keys, event, signatures
-from senders.arrival import Arrival
-from senders.event import Event
-from senders.signatures import Verified
+from senders import delivery_keys, sender_event, signatures
+from senders.sender_event import SenderEvent
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 SOURCE: Final = "stripe"
 TOLERANCE: Final = timedelta(minutes=5)
 """Stripe signs anew what it repeats, so that an older signature is a replay."""
 
 
-def verify(arrival: Arrival, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE) -> Verified:
+def verify(
+    arrival: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
+) -> SignatureResult:
     """Return what Stripe names the event by; raises `Refused`."""
-    keys = signatures.usable(secrets)
-    header = arrival.headers.one("Stripe-Signature")
+    keys = signatures.usable_secrets(secrets)
+    header = arrival.headers.single("Stripe-Signature")
     if header is None:
-        raise signatures.missing("Stripe-Signature")
+        raise signatures.missing_signature("Stripe-Signature")
     items = [item.strip().partition("=")[::2] for item in header.split(",")]
     times = [value for name, value in items if name == "t"]
-    given = [signatures.text_of(value) for name, value in items if name == "v1"]
+    given = [signatures.header_bytes(value) for name, value in items if name == "v1"]
     if len(times) != 1 or not given:
-        raise signatures.invalid()
-    signatures.require_fresh(times[0], arrival.at, past=tolerance)
-    arrival.require_patience()
+        raise signatures.invalid_signature()
+    signatures.require_fresh(times[0], arrival.received_at, past=tolerance)
+    arrival.require_offloaded()
     signed = (times[0].encode(), b".", arrival.body)
-    signatures.require_match(given, [signatures.digest(key, *signed).hex().encode() for key in keys])
-    return Verified(delivery_keys.of_member(SOURCE, arrival.json, "id"))
+    signatures.require_match(given, [signatures.compute_hmac(key, *signed).hex().encode() for key in keys])
+    return SignatureResult(delivery_keys.member_delivery_key(SOURCE, arrival.json, "id"))
 
 
-def event_of(arrival: Arrival) -> Event:
+def parse_event(arrival: SenderRequest) -> SenderEvent:
     """Return the event, whose data is all of what Stripe says; raises `Refused`."""
-    data = event.object_of(arrival.json, "The event")
-    name = event.text_of(data, "id", "The event")
-    return Event(event.text_of(data, "type", "The event"), SOURCE, data, name, delivery_keys.of(SOURCE, name))
+    data = sender_event.require_object(arrival.json, "The event")
+    name = sender_event.require_text_member(data, "id", "The event")
+    return SenderEvent(
+        sender_event.require_text_member(data, "type", "The event"),
+        SOURCE,
+        data,
+        name,
+        delivery_keys.delivery_key(SOURCE, name),
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
-from senders.arrival import Arrival, Headers
+from senders.sender_request import RequestHeaders, SenderRequest
 
 FOLDER: Final = Path(__file__).parent / "payloads"
 CONFIG: Final[dict[str, Any]] = json.loads((FOLDER / "keys/config.json").read_bytes())
@@ -33,7 +33,7 @@ class Step:
         return self.name
 
     @property
-    def arrival(self) -> Arrival:
+    def arrival(self) -> SenderRequest:
         return arrival(self.body, self.headers, self.at, method=self.method, target=self.target)
 
 
@@ -50,7 +50,7 @@ class Case:
         return self.name
 
     @property
-    def arrival(self) -> Arrival:
+    def arrival(self) -> SenderRequest:
         """The request of a case that has one."""
         (step,) = self.steps
         return step.arrival
@@ -63,9 +63,9 @@ def arrival(
     *,
     method: str = "POST",
     target: str = "/",
-) -> Arrival:
+) -> SenderRequest:
     address = urlsplit(target)
-    return Arrival(method, address.path, parse_qs(address.query), Headers(headers), body, at)
+    return SenderRequest(method, address.path, parse_qs(address.query), RequestHeaders(headers), body, at)
 
 
 def certificate(url: str) -> bytes:

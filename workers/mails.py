@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mail import composition, headers, mail_parsing, reception
 from mail.mail_limits import InvalidMail
-from senders import forms as sent_forms
 from senders import mail_forms, media_types
-from senders.refusals import Refused
+from senders import posted_forms as sent_forms
+from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from journal.unread import MailScreening, Unread
@@ -36,9 +36,9 @@ def read(
         )
     else:
         try:
-            form = sent_forms.parse(media_types.parse(unread.content_type), contents.pop())
-            mail, received = mail_forms.read_form(form, unread.kind, keep)
-        except Refused as error:
+            form = sent_forms.parse_form(media_types.parse_media_type(unread.content_type), contents.pop())
+            mail, received = mail_forms.parse_mail_form(form, unread.kind, keep)
+        except RequestRefused as error:
             raise InvalidMail(error.message) from error
     return mail, reception.add_envelope(received, unread.sender, unread.recipients)
 

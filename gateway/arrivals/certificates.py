@@ -17,7 +17,7 @@ from cryptography import x509
 from gateway import errors
 from gateway.errors import ApiError
 from nodes.outbound import OutboundRefused, OutboundUnavailable
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from nodes.outbound import OutboundResponse
@@ -78,7 +78,7 @@ class Certificates:
         """Confirm a subscription; raises `Refused` where SNS won't, and 503 where it doesn't answer just now."""
         status, _ = await self._ask(url)
         if status != OK:
-            raise Refused(
+            raise RequestRefused(
                 "malformed-message", "SNS does not confirm the subscription: its token may be too old"
             )
 

@@ -19,7 +19,7 @@ from journal.group_commit import GroupCommit
 from messages.buckets import Demand, LocalBuckets, Rate
 from models.intake import Delivery, Outcome
 from models.outage import DatabaseUnavailable
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -96,7 +96,7 @@ class Deliveries:
             bucket = Demand(f"unverified {sent.workflow_id}", UNVERIFIED, needed=1, wanted=1)
             if error.is_for_owner and self._kept.take(bucket, monotonic()).tokens:
                 error.is_noted = True
-                with suppress(ApiError, Refused, ValueError):
+                with suppress(ApiError, RequestRefused, ValueError):
                     await describe()
                 await self.note(sent.refused(self._database.clock.now(), error))
             raise

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
     from journal.store import Arrival, ArrivedRun, IdempotencyKey, TakenIn
-    from senders.event import Event
+    from senders.sender_event import SenderEvent
 
 ANSWERED: Final = 200
 BATCH_IDS: Final = 1_000
@@ -103,7 +103,7 @@ class Planned:
         self.refusal = error
 
 
-def given(event: Event) -> dict[str, Json]:
+def given(event: SenderEvent) -> dict[str, Json]:
     """Return what the runs of an event are given."""
     told: dict[str, Json] = {
         "event_type": event.event_type,
@@ -115,7 +115,7 @@ def given(event: Event) -> dict[str, Json]:
     return told
 
 
-async def emit(gateway: State, sent: Sent, event: Event, promise: IdempotencyKey | None) -> Emission:
+async def emit(gateway: State, sent: Sent, event: SenderEvent, promise: IdempotencyKey | None) -> Emission:
     """Take in an event with a run of every workflow that is subscribed to it, or return what had come of it before.
 
     Raises 400 for what can't be stored, 409 where workflows change all the time, 413, 422 for a promise with another

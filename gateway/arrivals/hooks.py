@@ -17,13 +17,13 @@ from gateway.arrivals.verification import FIELD, Provider, Verification, parsed
 from gateway.errors import ApiError
 from gateway.http.body_limit import BodyLimit
 from models.trigger import patterns_for
-from senders import event, forms, github, slack
-from senders.event import Challenge
+from senders import github, posted_forms, sender_event, slack
+from senders.sender_event import UrlChallenge
 
 if TYPE_CHECKING:
     from journal.pinning import LoadedWorkflow
-    from senders.arrival import Arrival, Headers
-    from senders.forms import Form, Part
+    from senders.posted_forms import FormPart, PostedForm
+    from senders.sender_request import RequestHeaders, SenderRequest
 
 KIND: Final = "webhook"
 PING: Final = "ping"
@@ -121,15 +121,15 @@ class Understood:
     body: Json
 
 
-def understood(hook: Hook, arrival: Arrival) -> Understood | Challenge:
+def understood(hook: Hook, arrival: SenderRequest) -> Understood | UrlChallenge:
     """Return what a request says; raises `Refused`."""
     match hook.verification.provider:
         case Provider.GITHUB:
-            name = arrival.headers.one("X-GitHub-Event")
-            return Understood(name, github.event_of(arrival).data if name else _body(arrival))
+            name = arrival.headers.single("X-GitHub-Event")
+            return Understood(name, github.parse_event(arrival).data if name else _body(arrival))
         case Provider.SLACK:
-            meaning = slack.event_of(arrival)
-            if isinstance(meaning, Challenge):
+            meaning = slack.parse_event(arrival)
+            if isinstance(meaning, UrlChallenge):
                 return meaning
             return Understood(meaning.event_type.removeprefix(f"{slack.SOURCE}."), meaning.data)
     body = _body(arrival)
@@ -137,10 +137,10 @@ def understood(hook: Hook, arrival: Arrival) -> Understood | Challenge:
     return Understood(told if isinstance(told, str) else None, body)
 
 
-def given(hook: Hook, arrival: Arrival, body: Json) -> dict[str, Json]:
+def given(hook: Hook, arrival: SenderRequest, body: Json) -> dict[str, Json]:
     """Return what the trigger node of a run gives out."""
     query: dict[str, Json] = {
-        event.kept(name): _one_or_all([event.kept(value) for value in values])
+        sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
         for name, values in arrival.query.items()
     }
     return {
@@ -152,50 +152,53 @@ def given(hook: Hook, arrival: Arrival, body: Json) -> dict[str, Json]:
     }
 
 
-def _headers(hook: Hook, headers: Headers) -> dict[str, Json]:
+def _headers(hook: Hook, headers: RequestHeaders) -> dict[str, Json]:
     """Return the headers that a run may see; several of a name are one list to HTTP."""
     own = {hook.verification.header.lower()} if hook.verification.provider is Provider.HMAC else set()
     return {
-        name: ", ".join(headers.all(name))
-        for name in headers.starting_with("")
+        name: ", ".join(headers.values(name))
+        for name in headers.names_with_prefix("")
         if name not in own and name != _ENCODING and not any(word in name for word in _HIDDEN)
     }
 
 
-def _body(arrival: Arrival) -> Json:
+def _body(arrival: SenderRequest) -> Json:
     """Return a body as what it is said to be."""
     name = arrival.media_type.name
     if not arrival.body:
         return {}
     if arrival.media_type.is_json:
         return arrival.json
-    if name in {forms.URLENCODED, forms.MULTIPART}:
+    if name in {posted_forms.URLENCODED_TYPE, posted_forms.MULTIPART_TYPE}:
         return _fields(arrival.form)
-    arrival.require_patience()
+    arrival.require_offloaded()
     if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
-        return event.kept(_text(arrival))
+        return sender_event.storable_text(_text(arrival))
     return _bytes(arrival.body, name)
 
 
-def _text(arrival: Arrival) -> str:
+def _text(arrival: SenderRequest) -> str:
     charset = arrival.media_type.parameters.get("charset", "utf-8")
     try:
         return arrival.body.decode(charset)
     except (LookupError, ValueError):
-        return forms.decoded(arrival.body)
+        return posted_forms.decode_value(arrival.body)
 
 
-def _fields(form: Form) -> dict[str, Json]:
+def _fields(form: PostedForm) -> dict[str, Json]:
     fields: dict[str, list[Any]] = {}
     for part in form.parts:
-        fields.setdefault(event.kept(part.name), []).append(_field(part))
+        fields.setdefault(sender_event.storable_text(part.name), []).append(_field(part))
     return {name: _one_or_all(values) for name, values in fields.items()}
 
 
-def _field(part: Part) -> Json:
+def _field(part: FormPart) -> Json:
     if not part.is_file:
-        return event.kept(forms.decoded(part.value))
-    return {**_bytes(part.value, part.content_type or ""), "filename": event.kept(part.filename or "")}
+        return sender_event.storable_text(posted_forms.decode_value(part.value))
+    return {
+        **_bytes(part.value, part.content_type or ""),
+        "filename": sender_event.storable_text(part.filename or ""),
+    }
 
 
 def _bytes(content: bytes | memoryview, content_type: str) -> dict[str, Json]:

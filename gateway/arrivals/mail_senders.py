@@ -23,16 +23,16 @@ from gateway.http.client_address import client_of
 from journal.unread import MailScreening
 from models.access import Caller, KeyScope, Role
 from models.trigger import TriggerKind
-from senders import basic, mail_kinds, mailgun, sendgrid, sns
+from senders import basic_auth, mail_kinds, mailgun, sendgrid, sns
 from senders import signatures as sent_signatures
 from senders.mail_kinds import MailKind
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
-    from senders.arrival import Arrival
-    from senders.signatures import Verified
+    from senders.sender_request import SenderRequest
+    from senders.signatures import SignatureResult
 
 log = structlog.get_logger()
 
@@ -139,16 +139,22 @@ async def addressee(gateway: State, workflow_id: str, known: Sender | None) -> A
     return Addressee(found, config)
 
 
-async def recognised(arrival: Arrival) -> MailKind:
+async def recognised(arrival: SenderRequest) -> MailKind:
     """Return what is handed in; raises what a caller is answered for what is no mail of any kind."""
     try:
-        return await offload.run(mail_kinds.recognise, arrival)
-    except Refused as error:
+        return await offload.run(mail_kinds.recognize_mail, arrival)
+    except RequestRefused as error:
         raise refusal(error) from error
 
 
 async def proof(
-    gateway: State, addressee: Addressee, arrival: Arrival, kind: MailKind, *, address: str, is_known: bool
+    gateway: State,
+    addressee: Addressee,
+    arrival: SenderRequest,
+    kind: MailKind,
+    *,
+    address: str,
+    is_known: bool,
 ) -> Proof:
     """Return why a mail is let in; raises `ApiError` where it isn't, and `Refused` for a signature that isn't good.
 
@@ -159,20 +165,20 @@ async def proof(
     if signed is not None:
         return signed
     if addressee.trigger.require_signature:
-        raise sent_signatures.missing("a signature that the trigger can check")
+        raise sent_signatures.missing_signature("a signature that the trigger can check")
     if is_known:
         return Proof("")
     return Proof(await _tried(gateway, addressee, arrival, client=client_of(address)))
 
 
-async def _tried(gateway: State, addressee: Addressee, arrival: Arrival, *, client: str) -> str:
+async def _tried(gateway: State, addressee: Addressee, arrival: SenderRequest, *, client: str) -> str:
     """Return which credentials a mail came with; raises 429 to a client that has tried too many wrong ones."""
     attempt = f"{addressee.workflow.id} {client}"
-    offered = f"{addressee.workflow.id} {arrival.headers.one('Authorization')}"
+    offered = f"{addressee.workflow.id} {arrival.headers.single('Authorization')}"
     gateway.mail_attempts.require_allowed(attempt, offered)
     try:
         label = await _credentials(gateway, addressee, arrival)
-    except Refused:
+    except RequestRefused:
         gateway.mail_attempts.note(attempt, offered, is_right=False)
         raise
     if label is None:
@@ -186,7 +192,7 @@ def answered(kind: MailKind) -> Iterator[None]:
     """Answer each mail service by the codes that it knows: of all refusals, Mailgun takes only 406 as final."""
     try:
         yield
-    except Refused as error:
+    except RequestRefused as error:
         raise _final(kind, refusal(error)) from error
     except ApiError as error:
         raise _final(kind, error) from error
@@ -203,7 +209,7 @@ def later(kind: MailKind) -> Iterator[None]:
         raise errors.not_ready(error.message) from error
 
 
-def refusal(error: Refused) -> ApiError:
+def refusal(error: RequestRefused) -> ApiError:
     """Return what a sender is answered whose mail isn't taken in."""
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)
@@ -240,7 +246,9 @@ def _config(workflow: LoadedWorkflow) -> MailTrigger:
 # ── signatures ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _signature(gateway: State, addressee: Addressee, arrival: Arrival, kind: MailKind) -> Proof | None:
+async def _signature(
+    gateway: State, addressee: Addressee, arrival: SenderRequest, kind: MailKind
+) -> Proof | None:
     """Return that a mail is signed; None where it isn't, or nothing says what with."""
     trigger = addressee.trigger
     if kind in SENDGRID and trigger.sendgrid is not None:
@@ -259,33 +267,33 @@ async def _signature(gateway: State, addressee: Addressee, arrival: Arrival, kin
     return None
 
 
-def _proof(label: str, verified: Verified) -> Proof:
+def _proof(label: str, verified: SignatureResult) -> Proof:
     return Proof(label, verified.delivery_key)
 
 
-async def _of_sns(gateway: State, arrival: Arrival, topics: Sequence[str]) -> Verified:
-    message = await offload.run(sns.parse, arrival)
+async def _of_sns(gateway: State, arrival: SenderRequest, topics: Sequence[str]) -> SignatureResult:
+    message = await offload.run(sns.parse_sns_message, arrival)
     # Anybody can have a topic: nothing is fetched for one that nobody here has named.
     sns.require_topic(message, topics)
-    pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.at)
-    return sns.verify(message, pem, topics, arrival.at)
+    pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.received_at)
+    return sns.verify(message, pem, topics, arrival.received_at)
 
 
 # ── what stands in a URL or a header ────────────────────────────────────────────────────────────────────────
 
 
-async def _credentials(gateway: State, addressee: Addressee, arrival: Arrival) -> str | None:
+async def _credentials(gateway: State, addressee: Addressee, arrival: SenderRequest) -> str | None:
     """Return which credentials a mail came with; None where it has none, or none are configured."""
     trigger = addressee.trigger
-    scheme, _, given = (arrival.headers.one("Authorization") or "").partition(" ")
+    scheme, _, given = (arrival.headers.single("Authorization") or "").partition(" ")
     if scheme.lower() == "basic" and trigger.basic_auth:
         source = await trigger_secrets.source(gateway, addressee.workflow, trigger.basic_auth, {"http-basic"})
         username, password = source.settings.get("username"), source.secrets.get("password", "")
-        basic.verify(arrival, [basic.Credentials(str(username), password)])
+        basic_auth.verify(arrival, [basic_auth.BasicCredentials(str(username), password)])
         return "basic-auth"
     if scheme.lower() == "bearer" and trigger.bearer:
         source = await trigger_secrets.source(gateway, addressee.workflow, trigger.bearer, {"http-bearer"})
-        expected = sent_signatures.usable([source.secrets.get("token", "")])
-        sent_signatures.require_match([sent_signatures.text_of(given.strip())], expected)
+        expected = sent_signatures.usable_secrets([source.secrets.get("token", "")])
+        sent_signatures.require_match([sent_signatures.header_bytes(given.strip())], expected)
         return "bearer"
     return None

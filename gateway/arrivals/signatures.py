@@ -13,22 +13,22 @@ from gateway import errors
 from gateway.errors import ApiError
 from json_text import decoding
 from models.vault import VaultError
-from senders import events, github, slack, standard_webhooks, stripe
-from senders.events import Sender as Provider
-from senders.refusals import Refused
+from senders import event_senders, github, slack, standard_webhooks, stripe
+from senders.event_senders import EventSender as Provider
+from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from gateway.arrivals.sender import Sender
     from models.vault import Sealed, Vault
-    from senders.arrival import Arrival
-    from senders.signatures import Verified
+    from senders.sender_request import SenderRequest
+    from senders.signatures import SignatureResult
 
 log = structlog.get_logger()
 
 Secrets = dict[Provider, list[str]]
 """What each provider signs with; several while one takes the place of another."""
 
-VERIFIERS: Final[Mapping[Provider, Callable[[Arrival, Sequence[str]], Verified]]] = {
+VERIFIERS: Final[Mapping[Provider, Callable[[SenderRequest, Sequence[str]], SignatureResult]]] = {
     Provider.GITHUB: github.verify,
     Provider.STRIPE: stripe.verify,
     Provider.SLACK: slack.verify,
@@ -44,30 +44,32 @@ def sealed(vault: Vault, secrets: Secrets, *, organization_id: str, token_id: st
     return vault.seal(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 
-async def verify(arrival: Arrival, sender: Sender, vault: Vault) -> Provider | None:
+async def verify(arrival: SenderRequest, sender: Sender, vault: Vault) -> Provider | None:
     """Return whose form a request has, None for that of the API, after having found it signed as it must be.
 
     An API key vouches for whatever comes with it. By a token, what a provider is known to sign must be signed, and a
     token with secrets lets in nothing else. Raises 401, 400, and 503 where the secrets can't be read.
     """
     try:
-        claimed = events.recognise(arrival)
+        claimed = event_senders.recognize_sender(arrival)
         if sender.token is not None:
             await offload.run(_require_signature, arrival, claimed, _opened(sender, vault))
-    except Refused as error:
+    except RequestRefused as error:
         raise refusal(error) from error
     return claimed
 
 
-def _require_signature(arrival: Arrival, claimed: Provider | None, secrets: Secrets) -> None:
+def _require_signature(arrival: SenderRequest, claimed: Provider | None, secrets: Secrets) -> None:
     verifier = None if claimed is None else VERIFIERS.get(claimed)
     if claimed is not None and verifier is not None:
         verifier(arrival, secrets.get(claimed, []))
     elif secrets:
-        raise Refused("missing-signature", "The request is not signed: this token is for those who sign")
+        raise RequestRefused(
+            "missing-signature", "The request is not signed: this token is for those who sign"
+        )
 
 
-def refusal(error: Refused) -> ApiError:
+def refusal(error: RequestRefused) -> ApiError:
     """Return what a sender is answered whose request isn't taken in."""
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)

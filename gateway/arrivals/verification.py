@@ -18,12 +18,12 @@ from gateway.arrivals import signatures, trigger_secrets
 from gateway.errors import ApiError
 from models.data_source_types import DataSourceType
 from models.deployment import Deployment
-from senders import basic, github, hmac_signature, slack, standard_webhooks, stripe
-from senders.arrival import Arrival, Headers
-from senders.basic import Credentials
-from senders.hmac_signature import Algorithm, Encoding, Scheme
-from senders.refusals import Refused
-from senders.signatures import Verified
+from senders import basic_auth, github, hmac_signature, slack, standard_webhooks, stripe
+from senders.basic_auth import BasicCredentials
+from senders.hmac_signature import HmacScheme, SignatureAlgorithm, SignatureEncoding
+from senders.request_refusal import RequestRefused
+from senders.sender_request import RequestHeaders, SenderRequest
+from senders.signatures import SignatureResult
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -62,8 +62,8 @@ class Verification(msgspec.Struct, frozen=True, rename="camel"):
     provider: Provider
     data_source: str | list[str] = ""
     header: str = ""
-    algorithm: Algorithm = Algorithm.SHA256
-    encoding: Encoding = Encoding.HEX
+    algorithm: SignatureAlgorithm = SignatureAlgorithm.SHA256
+    encoding: SignatureEncoding = SignatureEncoding.HEX
     prefix: str = ""
     timestamp_header: str | None = None
     delivery_header: str | None = None
@@ -78,9 +78,9 @@ class Verification(msgspec.Struct, frozen=True, rename="camel"):
         return timedelta(seconds=self.replay_window_seconds)
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> HmacScheme:
         """How the sender signs, of `hmac`."""
-        return Scheme(
+        return HmacScheme(
             self.header,
             self.algorithm,
             self.encoding,
@@ -95,7 +95,7 @@ class Verification(msgspec.Struct, frozen=True, rename="camel"):
 class Vouched:
     """What was found true under the config of a trigger."""
 
-    arrival: Arrival
+    arrival: SenderRequest
     said: Json
     """What the config said of verification; None: nothing, and nothing had to be shown."""
     delivery_key: str | None
@@ -146,10 +146,10 @@ async def _as_it_runs(gateway: State, workflow: LoadedWorkflow) -> LoadedWorkflo
 # ── what is sent to it ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def arrival_of(request: Request, query: Mapping[str, Sequence[str]], content: bytes) -> Arrival:
+def arrival_of(request: Request, query: Mapping[str, Sequence[str]], content: bytes) -> SenderRequest:
     """Return a request as those see it who know senders; the path may hold a token, and is left out."""
-    headers = Headers(request.scope["headers"])
-    return Arrival(request.method, "", query, headers, content, request.gateway.clock())
+    headers = RequestHeaders(request.scope["headers"])
+    return SenderRequest(request.method, "", query, headers, content, request.gateway.clock())
 
 
 async def of_message(request: Request, kind: str, content: bytes) -> Vouched | None:
@@ -171,7 +171,7 @@ async def of_message(request: Request, kind: str, content: bytes) -> Vouched | N
     return await under_current(gateway, sender.caller, request.path_params["id"], use)
 
 
-async def verify(gateway: State, workflow: LoadedWorkflow, arrival: Arrival) -> Vouched:
+async def verify(gateway: State, workflow: LoadedWorkflow, arrival: SenderRequest) -> Vouched:
     """Return that a request is of whom the workflow's trigger says.
 
     Raises 401 where it isn't, 400 where it can't be read, 422 where the trigger doesn't say, or names no secret that
@@ -189,7 +189,7 @@ async def verify(gateway: State, workflow: LoadedWorkflow, arrival: Arrival) -> 
     ]
     try:
         verified = await offload.run(_verified, arrival, verification, sources)
-    except Refused as error:
+    except RequestRefused as error:
         refusal = signatures.refusal(error)
         if is_basic and refusal.status == errors.unauthorized().status:
             refusal.headers |= CHALLENGE
@@ -214,12 +214,15 @@ def parsed(said: Json) -> Verification:
         raise ApiError(422, "no-verification", message) from error
 
 
-def _verified(arrival: Arrival, verification: Verification, sources: Sequence[Source]) -> Verified:
+def _verified(
+    arrival: SenderRequest, verification: Verification, sources: Sequence[Source]
+) -> SignatureResult:
     if verification.provider is Provider.BASIC:
         accepted = [
-            Credentials(str(source.settings["username"]), source.secrets["password"]) for source in sources
+            BasicCredentials(str(source.settings["username"]), source.secrets["password"])
+            for source in sources
         ]
-        return basic.verify(arrival, accepted)
+        return basic_auth.verify(arrival, accepted)
     secrets = [source.secrets["secret"] for source in sources]
     match verification.provider:
         case Provider.GITHUB:

@@ -34,10 +34,10 @@ from models.data_source_types import DataSourceType
 from models.intake import IntakeRoute
 from models.trigger import TriggerKind
 from senders import mail_kinds, ses, sns
-from senders.arrival import Arrival, Headers
 from senders.mail_kinds import MailKind
-from senders.refusals import Refused
-from senders.sns import MessageType
+from senders.request_refusal import RequestRefused
+from senders.sender_request import RequestHeaders, SenderRequest
+from senders.sns import SnsMessageType
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.sent import Sent
     from gateway.arrivals.taking_in import Ground
     from journal.store import Accepted, IdempotencyKey
-    from senders.ses import ReceivedMail, StoredMail
+    from senders.ses import SesMail, SesStoredMail
 
 UNVERIFIED: Final = "unverified"
 """The sender of a delivery that could not be verified, since the trigger is not ready for that."""
@@ -132,8 +132,8 @@ async def receive_for(request: Request, workflow_id: str, known: Sender | None) 
     gateway = request.gateway
     addressee = await mail_senders.addressee(gateway, workflow_id, known)
     content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
-    headers = Headers(request.scope["headers"])
-    arrival = Arrival(request.method, request.url.path, {}, headers, content, gateway.clock())
+    headers = RequestHeaders(request.scope["headers"])
+    arrival = SenderRequest(request.method, request.url.path, {}, headers, content, gateway.clock())
     sender = addressee.sender(UNVERIFIED) if known is None else known
     note = await sent.sent(IntakeRoute.EMAIL, sender, content, workflow_id=workflow_id)
     request.scope["content_hash"] = note.content_hash
@@ -160,7 +160,7 @@ async def receive_for(request: Request, workflow_id: str, known: Sender | None) 
 
 
 async def _let_in(
-    request: Request, addressee: Addressee, arrival: Arrival, known: Sender | None
+    request: Request, addressee: Addressee, arrival: SenderRequest, known: Sender | None
 ) -> tuple[Addressee, MailKind, Proof]:
     """Return what was handed in, for whom, and why it is let in; raises `ApiError`.
 
@@ -188,25 +188,27 @@ async def _let_in(
         return current, kind, await prove(current)
 
 
-async def _describe(note: Sent, arrival: Arrival, addressee: Addressee) -> None:
+async def _describe(note: Sent, arrival: SenderRequest, addressee: Addressee) -> None:
     """Put into a delivery what a redrive of an unverified mail needs, and the key that a repetition has."""
     kind = await mail_senders.recognised(arrival)
     if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
         return
-    key = await offload.run(mail_kinds.mail_key, arrival, kind)
+    key = await offload.run(mail_kinds.deduplication_key, arrival, kind)
     if key is not None:
         note.derived_key = promises.derived("mail", addressee.workflow.id, key)
     unread = await offload.run(_unread_form, arrival, kind, addressee, content=arrival.body)
     note.payload = _encode(unread.as_json()).decode()
 
 
-def _unread_form(arrival: Arrival, kind: MailKind, addressee: Addressee, content: bytes = b"") -> Unread:
+def _unread_form(
+    arrival: SenderRequest, kind: MailKind, addressee: Addressee, content: bytes = b""
+) -> Unread:
     """Return a form of a mail service as a worker is to read it; raises `Refused`."""
-    envelope = mail_kinds.envelope(arrival.form, kind)
+    envelope = mail_kinds.parse_envelope(arrival.form, kind)
     return Unread(
         kind,
-        arrival.at,
-        content_type=arrival.headers.one("Content-Type") or "",
+        arrival.received_at,
+        content_type=arrival.headers.single("Content-Type") or "",
         content=content,
         sender=envelope.sender,
         recipients=envelope.recipients,
@@ -220,7 +222,7 @@ class Handed:
 
     request: Request
     addressee: Addressee
-    arrival: Arrival
+    arrival: SenderRequest
     kind: MailKind
     proof: Proof
     note: Sent
@@ -231,7 +233,9 @@ class Handed:
 
     def unread(self, **fields: Any) -> Unread:  # noqa: ANN401 - fields of any type
         """Return what a worker is to read."""
-        return Unread(self.kind, self.arrival.at, screening=self.addressee.trigger.screening, **fields)
+        return Unread(
+            self.kind, self.arrival.received_at, screening=self.addressee.trigger.screening, **fields
+        )
 
 
 async def _native(handed: Handed) -> JsonResponse:
@@ -265,23 +269,25 @@ async def _of_form(handed: Handed) -> JsonResponse:
 
 
 async def _of_mail_server(handed: Handed) -> JsonResponse:
-    envelope = mail_kinds.raw_envelope(handed.arrival)
+    envelope = mail_kinds.parse_raw_envelope(handed.arrival)
     unread = handed.unread(sender=envelope.sender, recipients=envelope.recipients)
     return await _take_in_unread(handed, unread, handed.arrival.body)
 
 
 async def _of_topic(handed: Handed) -> JsonResponse:
     """Do what a message of SNS asks for, or run what it tells of."""
-    message = await offload.run(sns.parse, handed.arrival)
+    message = await offload.run(sns.parse_sns_message, handed.arrival)
     match message.type:
-        case MessageType.SUBSCRIPTION:
+        case SnsMessageType.SUBSCRIPTION:
             if handed.proof.label != "sns":
-                raise Refused("unknown-topic", "Subscriptions are confirmed to topics that the trigger names")
+                raise RequestRefused(
+                    "unknown-topic", "Subscriptions are confirmed to topics that the trigger names"
+                )
             await handed.request.gateway.certificates.confirm(sns.confirmation_url(message))
             return await _noted(handed, "subscription-confirmed", message.topic_arn)
-        case MessageType.UNSUBSCRIPTION:
+        case SnsMessageType.UNSUBSCRIPTION:
             return await _noted(handed, "subscription-ended", message.topic_arn)
-    mail = await offload.run(ses.received, message)
+    mail = await offload.run(ses.parse_ses_mail, message)
     if mail is None:
         return await _noted(handed, "no-mail", "The message of the topic tells of no mail that was received")
     unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
@@ -292,13 +298,13 @@ async def _of_topic(handed: Handed) -> JsonResponse:
     return await _take_in_unread(handed, unread, _content(mail), ses_id=mail.mail_id)
 
 
-def _content(mail: ReceivedMail) -> bytes:
+def _content(mail: SesMail) -> bytes:
     if mail.content is None:
-        raise Refused("malformed-mail", "SES tells of a mail that it neither sends along nor stores")
+        raise RequestRefused("malformed-mail", "SES tells of a mail that it neither sends along nor stores")
     return mail.content
 
 
-async def _stored(handed: Handed, place: StoredMail) -> StoredObject:
+async def _stored(handed: Handed, place: SesStoredMail) -> StoredObject:
     """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it.
 
     Raises 503 otherwise: SNS takes a 4xx as final, and the owner may mend the config.
@@ -365,7 +371,7 @@ async def _take_in(
     """
     gateway, workflow = handed.request.gateway, handed.addressee.workflow
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
-    key = await offload.run(mail_kinds.mail_key, handed.arrival, handed.kind)
+    key = await offload.run(mail_kinds.deduplication_key, handed.arrival, handed.kind)
     if promise is None and key is not None:
         promise = handed.note.derived_key = promises.derived("mail", workflow.id, key)
     own_key = _own_key(handed, key, ses_id)

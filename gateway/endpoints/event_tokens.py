@@ -23,7 +23,7 @@ from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optio
 from models import ids, intake_tokens
 from models.audit import Action
 from models.intake import IntakeToken, TokenKind
-from senders.events import Sender as Provider
+from senders.event_senders import EventSender as Provider
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement

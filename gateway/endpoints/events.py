@@ -30,11 +30,11 @@ from json_text import decoding
 from models import ids
 from models.intake import Delivery, IntakeRoute, TokenKind
 from models.intake import Event as EventRow
-from senders import event as sent_events
-from senders import events
-from senders.arrival import Arrival, Headers
-from senders.event import Batch, Challenge, Event
-from senders.refusals import Refused
+from senders import event_senders
+from senders import sender_event as sent_events
+from senders.request_refusal import RequestRefused
+from senders.sender_event import EventBatch, SenderEvent, UrlChallenge
+from senders.sender_request import RequestHeaders, SenderRequest
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.taking_in import Ground
     from journal.store import IdempotencyKey
     from models.access import Caller
-    from senders.events import Sender as Provider
+    from senders.event_senders import EventSender as Provider
 
 SOURCE: Final = "platform"
 EVENT: Final = "event"
@@ -168,11 +168,11 @@ async def emit(request: Request) -> JsonResponse:
     if sender.token is not None and sender.token.kind is not TokenKind.EVENT:
         raise no_sender()
     content = await request.body()
-    arrival = Arrival(
+    arrival = SenderRequest(
         request.method,
         request.url.path,
         {},
-        Headers(request.scope["headers"]),
+        RequestHeaders(request.scope["headers"]),
         content,
         gateway.clock(),
     )
@@ -181,10 +181,10 @@ async def emit(request: Request) -> JsonResponse:
     async with gateway.deliveries.refusals(note):
         await gateway.rates.take(request)
         meaning = await _meaning(request, arrival, provider)
-        if isinstance(meaning, Challenge):
+        if isinstance(meaning, UrlChallenge):
             await gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
             return JsonResponse(Echo(challenge=meaning.text))
-        if isinstance(meaning, Event):
+        if isinstance(meaning, SenderEvent):
             promise = await offload.run(_promise, request, sender, meaning)
             emission = await emitting.emit(gateway, note, meaning, promise)
             headers = idempotency.REPLAYED if emission.is_repeated else None
@@ -283,7 +283,7 @@ async def handshake(request: Request) -> NoContent:
     return NoContent(headers)
 
 
-async def _each(request: Request, note: Sent, batch: Batch) -> JsonResponse:
+async def _each(request: Request, note: Sent, batch: EventBatch) -> JsonResponse:
     """Take in the events of a batch one after the other: one that is sent again in part is known by its events."""
     if not batch.events:
         await request.gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
@@ -302,13 +302,13 @@ async def _each(request: Request, note: Sent, batch: Batch) -> JsonResponse:
 
 
 async def _meaning(
-    request: Request, arrival: Arrival, provider: Provider | None
-) -> Event | Batch | Challenge:
+    request: Request, arrival: SenderRequest, provider: Provider | None
+) -> SenderEvent | EventBatch | UrlChallenge:
     if provider is None:
         return _plain(body_of(request, await json_of(request, arrival.body), Emit))
     try:
-        return await offload.run(events.event_of, arrival, provider)
-    except Refused as error:
+        return await offload.run(event_senders.parse_event, arrival, provider)
+    except RequestRefused as error:
         raise signatures.refusal(error) from error
 
 
@@ -336,23 +336,23 @@ async def _readable(connection: AsyncConnection, request: Request) -> tuple[Even
     return event, None if delivery is None else Delivery(**delivery)
 
 
-def _plain(body: Emit) -> Event:
+def _plain(body: Emit) -> SenderEvent:
     """Return an event in the form of the API; raises 422."""
     problems = Problems()
     try:
         sent_events.require_type(body.event_type)
-    except Refused as error:
+    except RequestRefused as error:
         problems.add("event_type", "invalid-value", error.message)
     source = text.line(body.source, "source", problems, max_length=limits.SOURCE_LENGTH)
     problems.raise_any()
-    return Event(body.event_type, source, body.event_data or {})
+    return SenderEvent(body.event_type, source, body.event_data or {})
 
 
-def _promise(request: Request, sender: Sender, event: Event) -> IdempotencyKey | None:
+def _promise(request: Request, sender: Sender, event: SenderEvent) -> IdempotencyKey | None:
     return idempotency.requested(request, emitting.given(event)) or _derived(sender, event)
 
 
-def _derived(sender: Sender, event: Event) -> IdempotencyKey | None:
+def _derived(sender: Sender, event: SenderEvent) -> IdempotencyKey | None:
     if event.key is None:
         return None
     return promises.derived(EVENT, sender.caller.organization_id, event.key)

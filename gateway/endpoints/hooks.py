@@ -34,8 +34,8 @@ from models import ids
 from models.execution_status import TERMINAL, ExecutionStatus
 from models.intake import IntakeRoute
 from senders import delivery_keys
-from senders.event import Challenge
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
+from senders.sender_event import UrlChallenge
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.verification import Vouched
     from journal.pinning import LoadedWorkflow
     from journal.store import Accepted, IdempotencyKey
-    from senders.arrival import Arrival
+    from senders.sender_request import SenderRequest
 
 DELIVERY: Final = "hook"
 NAMED: Final = "hook-idempotency-key"
@@ -90,7 +90,7 @@ class LetIn:
     vouched: Vouched
 
     @property
-    def arrival(self) -> Arrival:
+    def arrival(self) -> SenderRequest:
         return self.vouched.arrival
 
 
@@ -113,7 +113,7 @@ async def receive(request: Request) -> ASGIApp:
         )
         try:
             return await _answered(request, note, let_in, began)
-        except Refused as error:
+        except RequestRefused as error:
             raise signatures.refusal(error) from error
 
 
@@ -139,7 +139,7 @@ async def _answered(request: Request, note: Sent, let_in: LetIn, began: float) -
     """Return the answer to a request that is let in; raises `Refused` for one that says nothing that can be kept."""
     hook, arrival = let_in.hook, let_in.arrival
     meaning = await offload.run(hooks.understood, hook, arrival)
-    if isinstance(meaning, Challenge):
+    if isinstance(meaning, UrlChallenge):
         await _note_only(request, note, "challenge: the sender looks whether it is heard")
         return JsonResponse(HookTaken(status=HookStatus.IGNORED, challenge=meaning.text or None))
     if not hook.runs_for(meaning.event_type):
@@ -218,7 +218,7 @@ def _encoded(trigger: Mapping[str, Json]) -> EncodedTrigger:
     try:
         return EncodedTrigger.of(trigger)
     except InvalidJson as error:
-        raise Refused(error.code, error.message) from error
+        raise RequestRefused(error.code, error.message) from error
 
 
 async def _note_only(request: Request, note: Sent, reason: str) -> None:
@@ -269,8 +269,12 @@ def _promise(request: Request, note: Sent, let_in: LetIn) -> IdempotencyKey | No
     if given is not None:
         key = promises.derived(NAMED, workflow_id, given)
         return replace(key, fingerprint=note.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
-    name = let_in.arrival.headers.one("webhook-id")
-    return promises.derived(DELIVERY, workflow_id, delivery_keys.of("webhook-id", name)) if name else None
+    name = let_in.arrival.headers.single("webhook-id")
+    return (
+        promises.derived(DELIVERY, workflow_id, delivery_keys.delivery_key("webhook-id", name))
+        if name
+        else None
+    )
 
 
 async def _when_done(request: Request, hook: Hook, accepted: Accepted, note: Sent, until: float) -> ASGIApp:

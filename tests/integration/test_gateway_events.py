@@ -28,7 +28,7 @@ from models.trigger import WorkflowTrigger, WorkflowTriggerMatch
 from models.workflow import Workflow, WorkflowGraph
 from scheduler import retention
 from scheduler.settings import SchedulerSettings
-from senders.events import Sender as Provider
+from senders.event_senders import EventSender as Provider
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Step
 

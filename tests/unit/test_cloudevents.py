@@ -7,9 +7,9 @@ import pytest
 
 from engine.values import Json
 from senders import cloudevents, delivery_keys
-from senders.arrival import Refused
-from senders.cloudevents import BATCHED, STRUCTURED
-from senders.event import Batch, Event
+from senders.cloudevents import BATCHED_TYPE, STRUCTURED_TYPE
+from senders.sender_event import EventBatch, SenderEvent
+from senders.sender_request import RequestRefused
 from tests.provider_requests import arrival
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
@@ -17,25 +17,25 @@ EVENT: dict[str, Json] = {"specversion": "1.0", "id": "1", "source": "/beds/7", 
 HEADERS = [(b"ce-" + name.encode(), str(value).encode()) for name, value in EVENT.items()]
 
 
-def meaning(value: Json, content_type: str = STRUCTURED) -> Event | Batch:
+def meaning(value: Json, content_type: str = STRUCTURED_TYPE) -> SenderEvent | EventBatch:
     headers = [(b"Content-Type", content_type.encode())]
-    return cloudevents.event_of(arrival(json.dumps(value).encode(), headers, NOW))
+    return cloudevents.parse_event(arrival(json.dumps(value).encode(), headers, NOW))
 
 
-def structured(**members: Json) -> Event:
+def structured(**members: Json) -> SenderEvent:
     event = meaning({**EVENT, **members})
-    assert isinstance(event, Event)
+    assert isinstance(event, SenderEvent)
     return event
 
 
-def binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> Event:
-    event = cloudevents.event_of(arrival(body, [*HEADERS, *headers], NOW))
-    assert isinstance(event, Event)
+def binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> SenderEvent:
+    event = cloudevents.parse_event(arrival(body, [*HEADERS, *headers], NOW))
+    assert isinstance(event, SenderEvent)
     return event
 
 
 def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
-    assert structured().key == binary().key == delivery_keys.of("cloudevents", "/beds/7", "1")
+    assert structured().key == binary().key == delivery_keys.delivery_key("cloudevents", "/beds/7", "1")
     assert structured(source="/beds/8").key != structured().key != structured(id="2").key
 
 
@@ -134,7 +134,7 @@ def test_headers_are_unquoted_and_then_decoded_once(value: bytes, text: str) -> 
     ],
 )
 def test_what_the_specification_does_not_allow_is_refused(members: dict[str, Json]) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         structured(**members)
     assert refused.value.code == "invalid-event"
 
@@ -151,45 +151,45 @@ def test_what_the_specification_does_not_allow_is_refused(members: dict[str, Jso
     ],
 )
 def test_headers_that_are_no_attributes_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         binary(b"", *headers)
     assert refused.value.code == "invalid-event"
 
 
 def test_an_attribute_given_twice_is_refused() -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         binary(b"", (b"ce-id", b"2"))
     assert refused.value.code == "duplicate-header"
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_batch_is_all_its_events(count: int) -> None:
-    batch = meaning([{**EVENT, "id": str(number + 1)} for number in range(count)], BATCHED)
-    assert isinstance(batch, Batch)
+    batch = meaning([{**EVENT, "id": str(number + 1)} for number in range(count)], BATCHED_TYPE)
+    assert isinstance(batch, EventBatch)
     assert [event.id for event in batch.events] == [str(number + 1) for number in range(count)]
 
 
 def test_one_wrong_event_is_enough_to_refuse_a_batch() -> None:
-    with pytest.raises(Refused):
-        meaning([EVENT, {**EVENT, "id": None}], BATCHED)
+    with pytest.raises(RequestRefused):
+        meaning([EVENT, {**EVENT, "id": None}], BATCHED_TYPE)
 
 
 @pytest.mark.parametrize(
     ("value", "content_type", "code"),
     [
-        ({}, BATCHED, "invalid-event"),
-        ([], STRUCTURED, "invalid-event"),
+        ({}, BATCHED_TYPE, "invalid-event"),
+        ([], STRUCTURED_TYPE, "invalid-event"),
         (EVENT, "application/cloudevents+xml", "unsupported-media-type"),
         (EVENT, "application/cloudevents", "unsupported-media-type"),
-        (EVENT, f"{STRUCTURED}; charset=latin1", "unsupported-media-type"),
-        ([EVENT] * (cloudevents.MAX_EVENTS + 1), BATCHED, "too-large"),
-        ({**EVENT, **{f"x{number}": 1 for number in range(200)}}, STRUCTURED, "too-large"),
-        ({**EVENT, "source": "a" * 3_000}, STRUCTURED, "too-large"),
+        (EVENT, f"{STRUCTURED_TYPE}; charset=latin1", "unsupported-media-type"),
+        ([EVENT] * (cloudevents.MAX_EVENTS + 1), BATCHED_TYPE, "too-large"),
+        ({**EVENT, **{f"x{number}": 1 for number in range(200)}}, STRUCTURED_TYPE, "too-large"),
+        ({**EVENT, "source": "a" * 3_000}, STRUCTURED_TYPE, "too-large"),
     ],
 )
 def test_forms_that_are_not_spoken_and_events_without_end_are_refused(
     value: Json, content_type: str, code: str
 ) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         meaning(value, content_type)
     assert refused.value.code == code

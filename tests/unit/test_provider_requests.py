@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from senders import (
-    basic,
+    basic_auth,
     delivery_keys,
-    events,
+    event_senders,
     github,
     mail_kinds,
     mailgun,
@@ -21,10 +21,10 @@ from senders import (
     standard_webhooks,
     stripe,
 )
-from senders.arrival import Arrival, Refused
-from senders.events import Batch, Challenge, Event, Sender
+from senders.event_senders import EventBatch, EventSender, SenderEvent, UrlChallenge
 from senders.mail_kinds import MailKind
-from senders.signatures import Verified
+from senders.sender_request import RequestRefused, SenderRequest
+from senders.signatures import SignatureResult
 from tests.provider_requests import BY_NAME, CASES, CONFIG, FOLDER, VECTORS, Case, Step, arrival, certificate
 
 STANDARD_WEBHOOKS = [CONFIG["standard_webhooks"]["secret"], CONFIG["standard_webhooks"]["public_key"]]
@@ -35,13 +35,13 @@ REASONS = {
 }
 
 
-def verify_sns(request: Arrival) -> Verified:
-    message = sns.parse(request)
+def verify_sns(request: SenderRequest) -> SignatureResult:
+    message = sns.parse_sns_message(request)
     pem = certificate(sns.signing_certificate_url(message))
-    return sns.verify(message, pem, CONFIG["sns"]["allowed_topic_arns"], request.at)
+    return sns.verify(message, pem, CONFIG["sns"]["allowed_topic_arns"], request.received_at)
 
 
-VERIFY: Mapping[str, Callable[[Arrival], Verified]] = {
+VERIFY: Mapping[str, Callable[[SenderRequest], SignatureResult]] = {
     "sendgrid-ecdsa": lambda request: sendgrid.verify(request, [CONFIG["sendgrid"]["public_key"]]),
     "mailgun-hmac": lambda request: mailgun.verify(request, [CONFIG["mailgun"]["webhook_signing_key"]]),
     "sns-rsa": verify_sns,
@@ -49,7 +49,9 @@ VERIFY: Mapping[str, Callable[[Arrival], Verified]] = {
     "stripe-hmac": lambda request: stripe.verify(request, [CONFIG["stripe"]["secret"]]),
     "slack-hmac": lambda request: slack.verify(request, [CONFIG["slack"]["signing_secret"]]),
     "standard-webhooks": lambda request: standard_webhooks.verify(request, STANDARD_WEBHOOKS),
-    "basic": lambda request: basic.verify(request, [basic.Credentials(**CONFIG["basic_auth"])]),
+    "basic": lambda request: basic_auth.verify(
+        request, [basic_auth.BasicCredentials(**CONFIG["basic_auth"])]
+    ),
 }
 SIGNED = [step for case in CASES for step in case.steps if step.auth["scheme"] in VERIFY]
 WITH_EVENTS = [case for case in CASES if "event" in case.expected or "events" in case.expected]
@@ -67,11 +69,11 @@ KINDS_OF_OTHERS = {
     "ses": MailKind.SNS,
 }
 SENDERS = {
-    "github": Sender.GITHUB,
-    "stripe": Sender.STRIPE,
-    "slack": Sender.SLACK,
-    "standardwebhooks": Sender.STANDARD_WEBHOOKS,
-    "cloudevents": Sender.CLOUDEVENTS,
+    "github": EventSender.GITHUB,
+    "stripe": EventSender.STRIPE,
+    "slack": EventSender.SLACK,
+    "standardwebhooks": EventSender.STANDARD_WEBHOOKS,
+    "cloudevents": EventSender.CLOUDEVENTS,
 }
 
 
@@ -86,9 +88,9 @@ def test_the_requests_are_those_that_were_recorded() -> None:
 def test_a_request_is_found_true_or_not(step: Step) -> None:
     verify = VERIFY[step.auth["scheme"]]
     if step.auth["result"] == "pass":
-        assert isinstance(verify(step.arrival), Verified)
+        assert isinstance(verify(step.arrival), SignatureResult)
         return
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         verify(step.arrival)
     assert refused.value.code == REASONS[step.auth["reason"]]
 
@@ -98,7 +100,7 @@ BODY_SIGNED = {"sendgrid-ecdsa", "github-hmac", "stripe-hmac", "slack-hmac", "st
 
 @pytest.mark.parametrize("step", [step for step in SIGNED if step.auth["scheme"] in BODY_SIGNED], ids=str)
 def test_not_even_white_space_may_be_added_to_a_signed_body(step: Step) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         VERIFY[step.auth["scheme"]](arrival(step.body + b" ", step.headers, step.at))
 
 
@@ -106,27 +108,27 @@ def test_not_even_white_space_may_be_added_to_a_signed_body(step: Step) -> None:
 def test_a_mail_is_recognised_by_what_it_is(case: Case) -> None:
     for step in case.steps:
         expected = KINDS.get(case.name, KINDS_OF_OTHERS[case.provider])
-        assert mail_kinds.recognise(step.arrival) is expected
+        assert mail_kinds.recognize_mail(step.arrival) is expected
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.provider in SENDERS], ids=str)
 def test_a_webhook_is_recognised_by_its_headers(case: Case) -> None:
     is_event = case.arrival.method == "POST"
-    assert events.recognise(case.arrival) is (SENDERS[case.provider] if is_event else None)
+    assert event_senders.recognize_sender(case.arrival) is (SENDERS[case.provider] if is_event else None)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.provider == "native"], ids=str)
 def test_a_call_of_the_api_is_of_no_known_sender(case: Case) -> None:
-    assert events.recognise(case.arrival) is None
+    assert event_senders.recognize_sender(case.arrival) is None
 
 
 @pytest.mark.parametrize("case", WITH_EVENTS, ids=str)
 def test_the_events_of_a_webhook_are_what_was_meant(case: Case) -> None:
     expected = case.expected.get("events") or [case.expected["event"]]
-    meaning = events.event_of(case.arrival, SENDERS[case.provider])
-    found = meaning.events if isinstance(meaning, Batch) else [meaning]
+    meaning = event_senders.parse_event(case.arrival, SENDERS[case.provider])
+    found = meaning.events if isinstance(meaning, EventBatch) else [meaning]
     for event, fields in zip(found, expected, strict=True):
-        assert isinstance(event, Event)
+        assert isinstance(event, SenderEvent)
         assert event.event_type == fields["event_type"]
         assert event.source == fields["source"]
         assert event.data == fields.get("event_data", {"data_base64": fields.get("data_base64")})
@@ -138,31 +140,32 @@ def test_the_events_of_a_webhook_are_what_was_meant(case: Case) -> None:
 def test_what_is_verified_and_what_is_meant_have_one_name(case: Case) -> None:
     if case.steps[0].auth["scheme"] not in VERIFY:
         return
-    meaning = events.event_of(case.arrival, SENDERS[case.provider])
-    assert isinstance(meaning, Event)
+    meaning = event_senders.parse_event(case.arrival, SENDERS[case.provider])
+    assert isinstance(meaning, SenderEvent)
     assert meaning.key == VERIFY[case.steps[0].auth["scheme"]](case.arrival).delivery_key is not None
 
 
 def test_slack_wants_its_challenge_back() -> None:
-    meaning = events.event_of(BY_NAME["slack_url_verification"].arrival, Sender.SLACK)
-    assert meaning == Challenge(BY_NAME["slack_url_verification"].expected["respond"]["body_contains"])
+    meaning = event_senders.parse_event(BY_NAME["slack_url_verification"].arrival, EventSender.SLACK)
+    assert meaning == UrlChallenge(BY_NAME["slack_url_verification"].expected["respond"]["body_contains"])
 
 
 def test_what_slack_repeats_is_known_again() -> None:
     first, again = (
-        events.event_of(BY_NAME[name].arrival, Sender.SLACK) for name in ("slack_event", "slack_retry")
+        event_senders.parse_event(BY_NAME[name].arrival, EventSender.SLACK)
+        for name in ("slack_event", "slack_retry")
     )
     assert first == again
 
 
 def test_a_cloud_event_without_an_id_is_refused() -> None:
-    with pytest.raises(Refused) as refused:
-        events.event_of(BY_NAME["ce_missing_id"].arrival, Sender.CLOUDEVENTS)
+    with pytest.raises(RequestRefused) as refused:
+        event_senders.parse_event(BY_NAME["ce_missing_id"].arrival, EventSender.CLOUDEVENTS)
     assert refused.value.code == "invalid-event"
 
 
 def key_of(step: Step) -> str | None:
-    return mail_kinds.mail_key(step.arrival, mail_kinds.recognise(step.arrival))
+    return mail_kinds.deduplication_key(step.arrival, mail_kinds.recognize_mail(step.arrival))
 
 
 def test_each_mail_has_a_name_of_its_own() -> None:
@@ -187,14 +190,16 @@ def test_a_mail_that_mailgun_signs_anew_is_known_again_and_its_token_is_another(
 def test_mailgun_names_a_delivery_by_its_token() -> None:
     case = BY_NAME["mg_parsed_urlencoded"]
     token, _ = case.expected["idempotency"]["key"]
-    assert VERIFY["mailgun-hmac"](case.arrival) == Verified(delivery_keys.of("mailgun", token))
+    assert VERIFY["mailgun-hmac"](case.arrival) == SignatureResult(
+        delivery_keys.delivery_key("mailgun", token)
+    )
 
 
 def test_sns_names_a_message_and_ses_a_mail() -> None:
     case = BY_NAME["ses_sns_utf8_v1"]
     message_id, mail_id = case.expected["idempotency"]["key"]
-    assert verify_sns(case.arrival) == Verified(delivery_keys.of("sns", message_id))
-    mail = ses.received(sns.parse(case.arrival))
+    assert verify_sns(case.arrival) == SignatureResult(delivery_keys.delivery_key("sns", message_id))
+    mail = ses.parse_ses_mail(sns.parse_sns_message(case.arrival))
     assert mail is not None
     assert mail.mail_id == mail_id
 
@@ -206,21 +211,23 @@ def test_the_envelope_of_a_form_is_that_of_the_mail(case: Case) -> None:
     expected = case.expected.get("envelope")
     if expected is not None:
         request = case.steps[0].arrival
-        envelope = mail_kinds.envelope(mail_kinds.fields(request), mail_kinds.recognise(request))
+        envelope = mail_kinds.parse_envelope(
+            mail_kinds.parse_mail_fields(request), mail_kinds.recognize_mail(request)
+        )
         assert (envelope.sender, envelope.recipients) == (expected["from"], expected["to"])
 
 
 @pytest.mark.parametrize("name", ["sg_parsed_attachments", "mg_parsed_multipart"])
 def test_the_files_of_a_form_are_whole(name: str) -> None:
     case = BY_NAME[name]
-    files = mail_kinds.fields(case.arrival).files
+    files = mail_kinds.parse_mail_fields(case.arrival).files
     found = {(file.filename, file.content_type, sha256(file.value).hexdigest()) for file in files}
     attachments = case.expected["normalized"]["attachments"]
     assert found == {(one["filename"], one["content_type"], one["sha256"]) for one in attachments}
 
 
-def received(name: str) -> ses.ReceivedMail | None:
-    return ses.received(sns.parse(BY_NAME[name].arrival))
+def received(name: str) -> ses.SesMail | None:
+    return ses.parse_ses_mail(sns.parse_sns_message(BY_NAME[name].arrival))
 
 
 @pytest.mark.parametrize("name", ["ses_sns_utf8_v1", "ses_sns_base64_v2", "ses_sns_base64_8bit_latin1"])
@@ -256,7 +263,7 @@ def test_not_every_message_of_a_topic_is_a_mail(name: str) -> None:
 
 def test_a_subscription_is_confirmed_at_the_host_of_its_topic() -> None:
     case = BY_NAME["ses_subscription_confirmation"]
-    assert sns.confirmation_url(sns.parse(case.arrival)) == case.expected["confirm"]["url"]
+    assert sns.confirmation_url(sns.parse_sns_message(case.arrival)) == case.expected["confirm"]["url"]
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=[vector["scheme"] for vector in VECTORS])
@@ -268,7 +275,7 @@ def test_signatures_that_providers_have_published_are_found_true(vector: Mapping
         [*headers, (b"Content-Type", b"application/x-www-form-urlencoded")],
         datetime.fromtimestamp(int(times[0]) if times else 0, UTC),
     )
-    verify: Mapping[str, Callable[[Arrival, list[str]], Verified]] = {
+    verify: Mapping[str, Callable[[SenderRequest, list[str]], SignatureResult]] = {
         "github-hmac": github.verify,
         "slack-hmac": slack.verify,
         "standard-webhooks": standard_webhooks.verify,

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concurrency import offload
-from senders import events, forms, mail_kinds, media_types, ses, sns
-from senders.arrival import Arrival, Refused
-from senders.events import Sender
-from senders.forms import Form
+from senders import event_senders, mail_kinds, media_types, posted_forms, ses, sns
+from senders.event_senders import EventSender
 from senders.mail_kinds import MailKind
+from senders.posted_forms import PostedForm
+from senders.sender_request import RequestRefused, SenderRequest
 from tests.provider_requests import arrival
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
@@ -27,20 +27,20 @@ MULTIPART = "multipart/form-data; boundary=b"
 URLENCODED = "application/x-www-form-urlencoded"
 
 
-def form(body: bytes, content_type: str = MULTIPART) -> Form:
-    return forms.parse(media_types.parse(content_type), body)
+def form(body: bytes, content_type: str = MULTIPART) -> PostedForm:
+    return posted_forms.parse_form(media_types.parse_media_type(content_type), body)
 
 
 def part(value: bytes, header: bytes = b'Content-Disposition: form-data; name="a"') -> bytes:
     return b"--b\r\n" + header + b"\r\n\r\n" + value + b"\r\n"
 
 
-def first(found: Form) -> bytes:
+def first(found: PostedForm) -> bytes:
     return bytes(found.values("a")[0])
 
 
 def code(body: bytes, content_type: str = MULTIPART) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         form(body, content_type)
     return refused.value.code
 
@@ -139,7 +139,7 @@ def test_a_form_without_its_boundary_is_refused(content_type: str) -> None:
         b"before\r\n" + part(b"1") + b"--b--",
         b"--b\r\n--b--",
         b"--b\r\na: b\r\n--b--",
-        part(b"1", b"X: " + b"x" * forms.MAX_HEADER_BYTES) + b"--b--",
+        part(b"1", b"X: " + b"x" * posted_forms.MAX_HEADER_BYTES) + b"--b--",
     ],
 )
 def test_a_form_that_is_cut_or_broken_is_refused(body: bytes) -> None:
@@ -152,7 +152,7 @@ def test_media_types_other_than_forms_are_refused() -> None:
 
 HEADER_OF_PARAMETERS = b'Content-Disposition: form-data; x="' + b';a="' * 2_000
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "parts": (MULTIPART, lambda: part(b"") * (forms.MAX_PARTS + 1) + b"--b--"),
+    "parts": (MULTIPART, lambda: part(b"") * (posted_forms.MAX_PARTS + 1) + b"--b--"),
     "almost boundaries": (MULTIPART, lambda: part(b"") + b"\r\n--bx" * 5_000_000),
     "padding": (MULTIPART, lambda: part(b"")[:-2] + b"\r\n--b" + b" " * 30_000_000 + b"\r\n"),
     "line ends": (MULTIPART, lambda: b"\r\n" * 15_000_000),
@@ -186,7 +186,7 @@ def test_escapes_are_read_as_everywhere(text: str) -> None:
     raw = text.encode().replace(b"&", b"")
     try:
         value = first(form(b"a=" + raw, URLENCODED))
-    except Refused:
+    except RequestRefused:
         assert unquote_to_bytes(raw).count(b"%")
     else:
         assert value == unquote_to_bytes(raw.replace(b"+", b" "))
@@ -207,7 +207,7 @@ def test_a_large_value_is_not_read_while_others_wait() -> None:
 
 @pytest.mark.parametrize("body", [b"a=%", b"a=%4", b"a=%zz", b"%=1", b"a" * 9_000 + b"=1"])
 def test_what_is_not_urlencoded_is_refused(body: bytes) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         _ = [one.value for one in form(body, URLENCODED).parts]
     assert refused.value.code == "malformed-form"
 
@@ -220,7 +220,7 @@ def test_names_without_values_and_values_without_names_are_kept() -> None:
 # ── mails ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mail(body: bytes, content_type: str) -> Arrival:
+def mail(body: bytes, content_type: str) -> SenderRequest:
     return arrival(body, [(b"Content-Type", content_type.encode())] if content_type else [], NOW)
 
 
@@ -238,7 +238,7 @@ def mail(body: bytes, content_type: str) -> Arrival:
 def test_a_mail_is_what_its_type_and_its_fields_say(
     body: bytes, content_type: str, expected: MailKind
 ) -> None:
-    assert mail_kinds.recognise(mail(body, content_type)) is expected
+    assert mail_kinds.recognize_mail(mail(body, content_type)) is expected
 
 
 @pytest.mark.parametrize(
@@ -254,14 +254,14 @@ def test_a_mail_is_what_its_type_and_its_fields_say(
     ],
 )
 def test_what_is_no_mail_is_refused(body: bytes, content_type: str, expected: str) -> None:
-    with pytest.raises(Refused) as refused:
-        mail_kinds.recognise(mail(body, content_type))
+    with pytest.raises(RequestRefused) as refused:
+        mail_kinds.recognize_mail(mail(body, content_type))
     assert refused.value.code == expected
 
 
 def key(fields: dict[str, str]) -> str | None:
     request = mail(urlencode(fields).encode(), URLENCODED)
-    return mail_kinds.mail_key(request, mail_kinds.recognise(request))
+    return mail_kinds.deduplication_key(request, mail_kinds.recognize_mail(request))
 
 
 SIGNATURE = {"timestamp": "1", "token": "2", "signature": "3"}
@@ -315,7 +315,7 @@ def test_a_mail_without_a_message_id_is_known_by_all_that_is_said_of_it() -> Non
     ],
 )
 def test_the_message_id_is_read_from_the_header_of_a_mail_alone(head: str, found: bool) -> None:  # noqa: FBT001
-    message_id = mail_kinds.message_id_in(memoryview(head.encode()))
+    message_id = mail_kinds.find_message_id(memoryview(head.encode()))
     assert message_id == ("<1@test>" if found else None)
 
 
@@ -327,7 +327,7 @@ def test_an_envelope_that_cannot_be_read_is_empty(told: str) -> None:
 
 def test_a_mail_as_json_is_known_by_the_message_id_that_its_caller_gives() -> None:
     def native(body: bytes) -> str | None:
-        return mail_kinds.mail_key(mail(body, "application/json"), MailKind.NATIVE)
+        return mail_kinds.deduplication_key(mail(body, "application/json"), MailKind.NATIVE)
 
     sent = b'{"to": "a@in.test", "subject": "%s", "email_headers": {"message-ID": "<1@test>", "X": "%s"}}'
     assert native(sent % (b"a", b"1")) == native(sent % (b"a", b"2"))
@@ -373,7 +373,7 @@ def stored_key(ses_id: str, *, dkim: str = "PASS", **headers: str | None) -> str
         "Signature": "s",
         "SigningCertURL": "https://example.org",
     }
-    return mail_kinds.mail_key(mail(json.dumps(message).encode(), "application/json"), MailKind.SNS)
+    return mail_kinds.deduplication_key(mail(json.dumps(message).encode(), "application/json"), MailKind.SNS)
 
 
 def test_a_stored_mail_is_known_by_headers_that_prove_its_content() -> None:
@@ -438,14 +438,14 @@ def test_whatever_comes_is_read_or_refused(
     body: bytes, content_type: str, headers: list[tuple[bytes, bytes]]
 ) -> None:
     request = arrival(body, [(b"Content-Type", content_type.encode()), *headers], NOW)
-    for sender in Sender:
-        _read_or_refused(partial(events.event_of, request, sender))
-    _read_or_refused(lambda: events.recognise(request))
-    _read_or_refused(lambda: ses.received(sns.parse(request)))
-    _read_or_refused(lambda: mail_kinds.mail_key(request, mail_kinds.recognise(request)))
-    _read_or_refused(lambda: [bytes(one.value) for one in mail_kinds.fields(request).parts])
+    for sender in EventSender:
+        _read_or_refused(partial(event_senders.parse_event, request, sender))
+    _read_or_refused(lambda: event_senders.recognize_sender(request))
+    _read_or_refused(lambda: ses.parse_ses_mail(sns.parse_sns_message(request)))
+    _read_or_refused(lambda: mail_kinds.deduplication_key(request, mail_kinds.recognize_mail(request)))
+    _read_or_refused(lambda: [bytes(one.value) for one in mail_kinds.parse_mail_fields(request).parts])
 
 
 def _read_or_refused(read: Callable[[], object]) -> None:
-    with suppress(Refused):
+    with suppress(RequestRefused):
         read()

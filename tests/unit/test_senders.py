@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.serialization import PublicFormat
 
 from concurrency import offload
 from senders import (
-    basic,
+    basic_auth,
     delivery_keys,
-    events,
+    event_senders,
     github,
     hmac_signature,
     mailgun,
@@ -24,11 +24,11 @@ from senders import (
     standard_webhooks,
     stripe,
 )
-from senders.arrival import Arrival, Headers, Refused
-from senders.basic import Credentials
-from senders.events import Challenge, Event, Sender
-from senders.hmac_signature import Algorithm, Encoding, Scheme
-from senders.signatures import Verified
+from senders.basic_auth import BasicCredentials
+from senders.event_senders import EventSender, SenderEvent, UrlChallenge
+from senders.hmac_signature import HmacScheme, SignatureAlgorithm, SignatureEncoding
+from senders.sender_request import RequestHeaders, RequestRefused, SenderRequest
+from senders.signatures import SignatureResult
 from tests.provider_requests import arrival
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
@@ -40,7 +40,7 @@ SENDGRID_PUBLIC = b64encode(
     SENDGRID_KEY.public_key().public_bytes(KeyEncoding.DER, PublicFormat.SubjectPublicKeyInfo)
 ).decode()
 MAILGUN_TOKEN = "0123456789" * 5
-WITH_TIME = Scheme("X-Signature", timestamp_header="X-Time", delivery_header="X-Id")
+WITH_TIME = HmacScheme("X-Signature", timestamp_header="X-Time", delivery_header="X-Id")
 
 
 def seconds(at: datetime) -> bytes:
@@ -51,21 +51,21 @@ def hexadecimal(message: bytes, secret: str = SECRET) -> bytes:
     return hmac.digest(secret.encode(), message, "sha256").hex().encode()
 
 
-def by_github(at: datetime) -> Arrival:  # noqa: ARG001 - it signs no time
+def by_github(at: datetime) -> SenderRequest:  # noqa: ARG001 - it signs no time
     return request((b"X-Hub-Signature-256", b"sha256=" + hexadecimal(BODY)))
 
 
-def by_stripe(at: datetime) -> Arrival:
+def by_stripe(at: datetime) -> SenderRequest:
     signature = hexadecimal(seconds(at) + b"." + BODY)
     return request((b"Stripe-Signature", b"t=%s,v1=%s" % (seconds(at), signature)))
 
 
-def by_slack(at: datetime) -> Arrival:
+def by_slack(at: datetime) -> SenderRequest:
     signature = hexadecimal(b"v0:%s:%s" % (seconds(at), BODY))
     return request((b"X-Slack-Request-Timestamp", seconds(at)), (b"X-Slack-Signature", b"v0=" + signature))
 
 
-def by_the_standard(at: datetime) -> Arrival:
+def by_the_standard(at: datetime) -> SenderRequest:
     signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (seconds(at), BODY), "sha256")
     return request(
         (b"webhook-id", b"msg_1"),
@@ -74,7 +74,7 @@ def by_the_standard(at: datetime) -> Arrival:
     )
 
 
-def by_svix(at: datetime) -> Arrival:
+def by_svix(at: datetime) -> SenderRequest:
     signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (seconds(at), BODY), "sha256")
     return request(
         (b"svix-id", b"msg_1"),
@@ -83,12 +83,12 @@ def by_svix(at: datetime) -> Arrival:
     )
 
 
-def by_hmac(at: datetime) -> Arrival:
+def by_hmac(at: datetime) -> SenderRequest:
     signature = hexadecimal(seconds(at) + b"." + BODY)
     return request((b"X-Signature", signature), (b"X-Time", seconds(at)), (b"X-Id", b"7"))
 
 
-def by_sendgrid(at: datetime) -> Arrival:
+def by_sendgrid(at: datetime) -> SenderRequest:
     signature = SENDGRID_KEY.sign(seconds(at) + BODY, ec.ECDSA(SHA256()))
     return request(
         (sendgrid.SIGNATURE_HEADER.encode(), b64encode(signature)),
@@ -96,22 +96,22 @@ def by_sendgrid(at: datetime) -> Arrival:
     )
 
 
-def by_mailgun(at: datetime) -> Arrival:
+def by_mailgun(at: datetime) -> SenderRequest:
     signature = hexadecimal(seconds(at) + MAILGUN_TOKEN.encode())
     return mailgun_form(seconds(at), MAILGUN_TOKEN.encode(), signature)
 
 
-def mailgun_form(time: bytes, token: bytes, signature: bytes) -> Arrival:
+def mailgun_form(time: bytes, token: bytes, signature: bytes) -> SenderRequest:
     body = b"timestamp=%s&token=%s&signature=%s" % (time, token, signature)
     return arrival(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
 
 
-def request(*headers: tuple[bytes, bytes], body: bytes = BODY) -> Arrival:
+def request(*headers: tuple[bytes, bytes], body: bytes = BODY) -> SenderRequest:
     return arrival(body, [(b"Content-Type", b"application/json"), *headers], NOW)
 
 
-Verify = Callable[[Arrival, Sequence[str]], Verified]
-SIGNED: Mapping[str, tuple[Callable[[datetime], Arrival], Verify, str]] = {
+Verify = Callable[[SenderRequest, Sequence[str]], SignatureResult]
+SIGNED: Mapping[str, tuple[Callable[[datetime], SenderRequest], Verify, str]] = {
     "github": (by_github, github.verify, SECRET),
     "stripe": (by_stripe, stripe.verify, SECRET),
     "slack": (by_slack, slack.verify, SECRET),
@@ -125,8 +125,8 @@ EACH = pytest.mark.parametrize(("sign", "verify", "secret"), SIGNED.values(), id
 OF_MINUTES = {name: SIGNED[name] for name in ("stripe", "slack", "standard", "hmac")}
 
 
-def code(verify: Verify, given: Arrival, *secrets: str) -> str:
-    with pytest.raises(Refused) as refused:
+def code(verify: Verify, given: SenderRequest, *secrets: str) -> str:
+    with pytest.raises(RequestRefused) as refused:
         verify(given, secrets)
     assert not any(secret in refused.value.message for secret in secrets if secret.strip())
     return refused.value.code
@@ -134,7 +134,7 @@ def code(verify: Verify, given: Arrival, *secrets: str) -> str:
 
 @EACH
 def test_any_of_several_secrets_will_do(
-    sign: Callable[[datetime], Arrival], verify: Verify, secret: str
+    sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str
 ) -> None:
     other = {WHSEC: "whsec_" + b64encode(b"other").decode(), SENDGRID_PUBLIC: "AAAA"}.get(secret, OTHER)
     verify(sign(NOW), [other, secret])
@@ -143,7 +143,7 @@ def test_any_of_several_secrets_will_do(
 
 @EACH
 def test_without_a_secret_nothing_is_let_in(
-    sign: Callable[[datetime], Arrival], verify: Verify, secret: str
+    sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str
 ) -> None:
     assert secret
     for secrets in ([], [""], ["", "  "]):
@@ -158,7 +158,7 @@ def test_what_is_signed_with_nothing_is_not_let_in(empty: str) -> None:
 
 @EACH
 def test_a_request_without_a_signature_is_told_from_one_with_a_wrong_one(
-    sign: Callable[[datetime], Arrival], verify: Verify, secret: str
+    sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str
 ) -> None:
     if verify is mailgun.verify:
         unsigned = arrival(b"a=b", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
@@ -170,12 +170,12 @@ def test_a_request_without_a_signature_is_told_from_one_with_a_wrong_one(
 
 @EACH
 def test_a_header_given_twice_decides_nothing(
-    sign: Callable[[datetime], Arrival], verify: Verify, secret: str
+    sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str
 ) -> None:
     if verify is mailgun.verify:
         return
     once = sign(NOW)
-    signed = [(name, value) for name in HEADERS for value in once.headers.all(name)]
+    signed = [(name, value) for name in HEADERS for value in once.headers.values(name)]
     raw = [(name.encode(), value.encode()) for name, value in signed]
     for number in range(len(raw)):
         twice = arrival(BODY, [*raw, raw[number]], NOW)
@@ -224,14 +224,14 @@ WRONG = (
 @pytest.mark.parametrize("wrong", WRONG)
 @EACH
 def test_whatever_stands_in_place_of_a_signature_is_only_refused(
-    sign: Callable[[datetime], Arrival], verify: Verify, secret: str, wrong: bytes
+    sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str, wrong: bytes
 ) -> None:
     given = sign(NOW)
     raw = []
     for name in HEADERS:
         is_signature = "ignature" in name
         raw += [
-            (name.encode(), wrong if is_signature else value.encode()) for value in given.headers.all(name)
+            (name.encode(), wrong if is_signature else value.encode()) for value in given.headers.values(name)
         ]
     if verify is mailgun.verify:
         given = mailgun_form(seconds(NOW), MAILGUN_TOKEN.encode(), wrong)
@@ -299,41 +299,46 @@ def test_a_public_key_does_not_verify_what_is_signed_with_its_text() -> None:
 @pytest.mark.parametrize(
     ("scheme", "digest"),
     [
-        (Scheme("X-Signature", Algorithm.SHA512, Encoding.BASE64), "sha512"),
-        (Scheme("X-Signature", Algorithm.SHA384, Encoding.HEX, prefix="hmac "), "sha384"),
+        (HmacScheme("X-Signature", SignatureAlgorithm.SHA512, SignatureEncoding.BASE64), "sha512"),
+        (
+            HmacScheme("X-Signature", SignatureAlgorithm.SHA384, SignatureEncoding.HEX, prefix="hmac "),
+            "sha384",
+        ),
     ],
 )
-def test_senders_write_their_hmac_as_they_like(scheme: Scheme, digest: str) -> None:
+def test_senders_write_their_hmac_as_they_like(scheme: HmacScheme, digest: str) -> None:
     signed = hmac.digest(SECRET.encode(), BODY, digest)
-    written = b64encode(signed) if scheme.encoding is Encoding.BASE64 else signed.hex().upper().encode()
+    written = (
+        b64encode(signed) if scheme.encoding is SignatureEncoding.BASE64 else signed.hex().upper().encode()
+    )
     given = request((b"x-signature", scheme.prefix.encode() + written))
-    assert hmac_signature.verify(given, [SECRET], scheme) == Verified()
+    assert hmac_signature.verify(given, [SECRET], scheme) == SignatureResult()
     if scheme.prefix:
-        with pytest.raises(Refused):
+        with pytest.raises(RequestRefused):
             hmac_signature.verify(request((b"x-signature", written)), [SECRET], scheme)
 
 
 def test_what_a_sender_names_a_delivery_is_its_key() -> None:
     sign, verify, secret = SIGNED["hmac"]
-    assert verify(sign(NOW), [secret]) == Verified(delivery_keys.of("hmac", "7"))
+    assert verify(sign(NOW), [secret]) == SignatureResult(delivery_keys.delivery_key("hmac", "7"))
 
 
 @pytest.mark.parametrize("names", [("a b",), ("a", "b"), ("b", "a"), ("",), ("\0é\n" * 500,)])
 def test_different_names_have_different_printable_keys(names: tuple[str, ...]) -> None:
-    key = delivery_keys.of("mail", *names)
-    assert key != delivery_keys.of("mail", "ab")
-    assert key != delivery_keys.of("other", *names)
+    key = delivery_keys.delivery_key("mail", *names)
+    assert key != delivery_keys.delivery_key("mail", "ab")
+    assert key != delivery_keys.delivery_key("other", *names)
     assert len(key) < 100
     assert key.isascii()
     assert key.isprintable()
 
 
 def test_basic_takes_user_and_password_of_any_that_are_accepted() -> None:
-    accepted = [Credentials("inbound", "old"), Credentials("inbound", "pâss:word")]
+    accepted = [BasicCredentials("inbound", "old"), BasicCredentials("inbound", "pâss:word")]
     assert "old" not in repr(accepted)
     for scheme in (b"Basic ", b"basic "):
         given = request((b"authorization", scheme + b64encode("inbound:pâss:word".encode())))
-        assert basic.verify(given, accepted) == Verified()
+        assert basic_auth.verify(given, accepted) == SignatureResult()
 
 
 @pytest.mark.parametrize(
@@ -347,26 +352,26 @@ def test_basic_takes_user_and_password_of_any_that_are_accepted() -> None:
     ],
 )
 def test_basic_refuses_everything_else(header: bytes, expected: str) -> None:
-    with pytest.raises(Refused) as refused:
-        basic.verify(request((b"authorization", header)), [Credentials("inbound", "right")])
+    with pytest.raises(RequestRefused) as refused:
+        basic_auth.verify(request((b"authorization", header)), [BasicCredentials("inbound", "right")])
     assert refused.value.code == expected
 
 
 def test_basic_without_a_password_lets_nobody_in() -> None:
     given = request((b"authorization", b"Basic " + b64encode(b"inbound:")))
-    with pytest.raises(Refused) as refused:
-        basic.verify(given, [Credentials("inbound", "")])
+    with pytest.raises(RequestRefused) as refused:
+        basic_auth.verify(given, [BasicCredentials("inbound", "")])
     assert refused.value.code == "no-secret"
 
 
 def test_headers_have_names_in_any_case_and_keep_all_values() -> None:
-    headers = Headers([(b"X-One", b"1"), (b"x-two", b"a"), (b"X-TWO", b"\xe9")])
+    headers = RequestHeaders([(b"X-One", b"1"), (b"x-two", b"a"), (b"X-TWO", b"\xe9")])
     assert "x-one" in headers
-    assert headers.one("X-ONE") == "1"
-    assert headers.one("absent") is None
-    assert headers.all("x-Two") == ["a", "é"]
-    with pytest.raises(Refused):
-        headers.one("X-Two")
+    assert headers.single("X-ONE") == "1"
+    assert headers.single("absent") is None
+    assert headers.values("x-Two") == ["a", "é"]
+    with pytest.raises(RequestRefused):
+        headers.single("X-Two")
 
 
 def test_a_request_does_not_show_what_it_carries() -> None:
@@ -388,8 +393,8 @@ def test_a_long_body_is_not_hashed_while_others_wait() -> None:
 def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:
     body = b"payload=%7B%22type%22%3A%22block_actions%22%2C%22trigger_id%22%3A%22t1%22%7D"
     given = arrival(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
-    meaning = events.event_of(given, Sender.SLACK)
-    assert isinstance(meaning, Event)
+    meaning = event_senders.parse_event(given, EventSender.SLACK)
+    assert isinstance(meaning, SenderEvent)
     assert (meaning.event_type, meaning.id) == ("slack.block_actions", "t1")
     assert meaning.data == {"type": "block_actions", "trigger_id": "t1"}
 
@@ -397,36 +402,36 @@ def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:
 def test_a_header_of_svix_is_not_believed_beside_a_signature_of_the_standard() -> None:
     given = by_the_standard(NOW)
     names = ("webhook-id", "webhook-timestamp", "webhook-signature")
-    signed = [(name.encode(), str(given.headers.one(name)).encode()) for name in names]
+    signed = [(name.encode(), str(given.headers.single(name)).encode()) for name in names]
     forged = request(*signed, (b"svix-id", b"msg_2"), (b"svix-timestamp", b"0"))
     assert standard_webhooks.verify(forged, [WHSEC]) == standard_webhooks.verify(given, [WHSEC])
     svix = by_svix(NOW)
     assert standard_webhooks.verify(svix, [WHSEC]) == standard_webhooks.verify(given, [WHSEC])
-    assert events.recognise(svix) is Sender.STANDARD_WEBHOOKS
+    assert event_senders.recognize_sender(svix) is EventSender.STANDARD_WEBHOOKS
 
 
 def test_a_look_of_slack_at_a_certificate_is_no_event() -> None:
     given = arrival(b"ssl_check=1&token=x", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
-    assert events.event_of(given, Sender.SLACK) == Challenge("")
+    assert event_senders.parse_event(given, EventSender.SLACK) == UrlChallenge("")
 
 
 @pytest.mark.parametrize(
     ("sender", "headers", "body", "expected"),
     [
-        (Sender.GITHUB, [], b"{}", "invalid-event"),
-        (Sender.GITHUB, [(b"X-GitHub-Event", b"push")], b"[]", "invalid-event"),
-        (Sender.GITHUB, [(b"X-GitHub-Event", b"a b")], b"{}", "invalid-event"),
-        (Sender.GITHUB, [(b"X-GitHub-Event", b"push")], b"{", "malformed-json"),
-        (Sender.STRIPE, [], b'{"id": "evt_1", "type": ""}', "invalid-event"),
-        (Sender.STRIPE, [], b'{"id": "evt_1", "type": "*"}', "invalid-event"),
-        (Sender.STRIPE, [], b'{"id": "evt_1", "id": "evt_2", "type": "a"}', "duplicate-key"),
-        (Sender.STRIPE, [], b'{"type": "a"}', "invalid-event"),
-        (Sender.STANDARD_WEBHOOKS, [], b'{"data": {}}', "invalid-event"),
-        (Sender.STANDARD_WEBHOOKS, [], b"[" * 500 + b"]" * 500, "too-deep"),
-        (Sender.SLACK, [], b'{"type": "event_callback", "event": "a"}', "invalid-event"),
-        (Sender.SLACK, [], b'{"type": "url_verification"}', "invalid-event"),
+        (EventSender.GITHUB, [], b"{}", "invalid-event"),
+        (EventSender.GITHUB, [(b"X-GitHub-Event", b"push")], b"[]", "invalid-event"),
+        (EventSender.GITHUB, [(b"X-GitHub-Event", b"a b")], b"{}", "invalid-event"),
+        (EventSender.GITHUB, [(b"X-GitHub-Event", b"push")], b"{", "malformed-json"),
+        (EventSender.STRIPE, [], b'{"id": "evt_1", "type": ""}', "invalid-event"),
+        (EventSender.STRIPE, [], b'{"id": "evt_1", "type": "*"}', "invalid-event"),
+        (EventSender.STRIPE, [], b'{"id": "evt_1", "id": "evt_2", "type": "a"}', "duplicate-key"),
+        (EventSender.STRIPE, [], b'{"type": "a"}', "invalid-event"),
+        (EventSender.STANDARD_WEBHOOKS, [], b'{"data": {}}', "invalid-event"),
+        (EventSender.STANDARD_WEBHOOKS, [], b"[" * 500 + b"]" * 500, "too-deep"),
+        (EventSender.SLACK, [], b'{"type": "event_callback", "event": "a"}', "invalid-event"),
+        (EventSender.SLACK, [], b'{"type": "url_verification"}', "invalid-event"),
         (
-            Sender.SLACK,
+            EventSender.SLACK,
             [(b"Content-Type", b"application/x-www-form-urlencoded")],
             b"command=%00",
             "nul-character",
@@ -434,8 +439,8 @@ def test_a_look_of_slack_at_a_certificate_is_no_event() -> None:
     ],
 )
 def test_what_is_no_event_is_refused(
-    sender: Sender, headers: list[tuple[bytes, bytes]], body: bytes, expected: str
+    sender: EventSender, headers: list[tuple[bytes, bytes]], body: bytes, expected: str
 ) -> None:
-    with pytest.raises(Refused) as refused:
-        events.event_of(arrival(body, headers, NOW), sender)
+    with pytest.raises(RequestRefused) as refused:
+        event_senders.parse_event(arrival(body, headers, NOW), sender)
     assert refused.value.code == expected

@@ -16,8 +16,8 @@ from cryptography.x509.oid import NameOID
 
 from engine.values import Json
 from senders import ses, sns
-from senders.arrival import Refused
-from senders.sns import Message
+from senders.sender_request import RequestRefused
+from senders.sns import SnsMessage
 from tests.provider_requests import BY_NAME, arrival
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
@@ -65,13 +65,13 @@ def message(**changed: Json) -> dict[str, Json]:
     return members
 
 
-def parsed(members: Json, **headers: str) -> Message:
+def parsed(members: Json, **headers: str) -> SnsMessage:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return sns.parse(arrival(json.dumps(members).encode(), raw, NOW))
+    return sns.parse_sns_message(arrival(json.dumps(members).encode(), raw, NOW))
 
 
 def code(members: Json, pem: bytes | None = None, now: datetime = NOW) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         sns.verify(parsed(members), pem or certificate(), [TOPIC], now)
     return refused.value.code
 
@@ -101,7 +101,7 @@ def test_the_versions_of_signatures_are_not_mixed_up() -> None:
     "topics", [[], ["arn:aws:sns:us-east-1:111122223333:other"], [TOPIC + "x"], [TOPIC[:-1]]]
 )
 def test_a_message_of_any_other_topic_is_refused_however_well_signed(topics: list[str]) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         sns.verify(parsed(message()), certificate(), topics, NOW)
     assert refused.value.code == "unknown-topic"
 
@@ -133,7 +133,7 @@ def test_a_message_of_any_other_topic_is_refused_however_well_signed(topics: lis
 )
 def test_a_certificate_is_taken_from_sns_itself_and_from_nowhere_else(url: str) -> None:
     members = message(SigningCertURL=url)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         sns.signing_certificate_url(parsed(members))
     assert refused.value.code == "untrusted-certificate"
     assert code(members) == "untrusted-certificate"
@@ -167,7 +167,7 @@ def test_the_host_of_sns_is_that_of_the_region_of_the_topic(topic: str, host: st
     ],
 )
 def test_what_is_no_topic_names_no_host(topic: str | None) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         parsed(message(TopicArn=topic))
     assert refused.value.code == "malformed-message"
 
@@ -208,32 +208,32 @@ def test_a_message_is_true_for_the_hour_in_which_sns_repeats_it() -> None:
     ],
 )
 def test_a_message_has_all_its_members_in_their_form(members: Json) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         parsed(members)
     assert refused.value.code == "malformed-message"
 
 
 def test_a_header_that_contradicts_the_body_is_refused() -> None:
     parsed(message(), x_amz_sns_message_type="Notification")
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         parsed(message(), x_amz_sns_message_type="SubscriptionConfirmation")
 
 
 @pytest.mark.parametrize("value", ["true", "TRUE", "1", "false"])
 def test_what_is_delivered_raw_carries_no_signature_and_is_refused(value: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RequestRefused) as refused:
         parsed(message(), x_amz_sns_rawdelivery=value)
     assert refused.value.code == "raw-delivery"
 
 
 def test_a_message_is_not_larger_than_those_of_sns() -> None:
-    with pytest.raises(Refused) as refused:
-        sns.parse(arrival(b" " * (sns.MAX_BYTES + 1), [], NOW))
+    with pytest.raises(RequestRefused) as refused:
+        sns.parse_sns_message(arrival(b" " * (sns.MAX_BYTES + 1), [], NOW))
     assert refused.value.code == "too-large"
 
 
 def test_a_confirmation_goes_to_sns_wherever_the_message_points() -> None:
-    asked = sns.parse(BY_NAME["ses_subscription_confirmation"].arrival)
+    asked = sns.parse_sns_message(BY_NAME["ses_subscription_confirmation"].arrival)
     elsewhere = replace(asked, subscribe_url="https://evil.test/")
     assert sns.confirmation_url(elsewhere) == sns.confirmation_url(asked)
     assert sns.confirmation_url(asked).startswith(f"https://{asked.host}/?Action=ConfirmSubscription&")
@@ -242,7 +242,7 @@ def test_a_confirmation_goes_to_sns_wherever_the_message_points() -> None:
 @pytest.mark.parametrize("kind", ["Notification", "UnsubscribeConfirmation"])
 def test_nothing_else_is_confirmed(kind: str) -> None:
     more: dict[str, Json] = {} if kind == "Notification" else {"Token": "ab", "SubscribeURL": HOST}
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         sns.confirmation_url(parsed(message(Type=kind, **more)))
 
 
@@ -264,6 +264,6 @@ def test_nothing_else_is_confirmed(kind: str) -> None:
 )
 def test_a_mail_that_ses_tells_of_in_pieces_is_refused(told: dict[str, Json]) -> None:
     text = json.dumps({"notificationType": "Received", **told})
-    with pytest.raises(Refused) as refused:
-        ses.received(parsed(message(Message=text)))
+    with pytest.raises(RequestRefused) as refused:
+        ses.parse_ses_mail(parsed(message(Message=text)))
     assert refused.value.code == "malformed-mail"

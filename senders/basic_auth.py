@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from senders import signatures
-from senders.arrival import Arrival
-from senders.signatures import Verified
+from senders.sender_request import SenderRequest
+from senders.signatures import SignatureResult
 
 
 @dataclass(frozen=True, slots=True)
-class Credentials:
+class BasicCredentials:
     """A user and the password."""
 
     username: str
     password: str = field(repr=False)
 
 
-def verify(arrival: Arrival, accepted: Sequence[Credentials]) -> Verified:
+def verify(arrival: SenderRequest, accepted: Sequence[BasicCredentials]) -> SignatureResult:
     """Return that the request carries the credentials of one of those; raises `Refused`."""
     expected = [
         b64encode(f"{one.username}:{one.password}".encode()) for one in accepted if one.password.strip()
     ]
     if not expected:
-        raise signatures.no_secret()
-    header = arrival.headers.one("Authorization") or ""
+        raise signatures.missing_secret()
+    header = arrival.headers.single("Authorization") or ""
     scheme, _, credentials = header.partition(" ")
     if scheme.lower() != "basic":
-        raise signatures.missing("Authorization: Basic")
-    signatures.require_match([signatures.text_of(credentials.strip())], expected)
-    return Verified()
+        raise signatures.missing_signature("Authorization: Basic")
+    signatures.require_match([signatures.header_bytes(credentials.strip())], expected)
+    return SignatureResult()

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from engine.values import JsonErrorCode as JsonCode
 
-Code: TypeAlias = Literal[
+RefusalCodeName: TypeAlias = Literal[
     JsonCode,
     "duplicate-header",
     "invalid-certificate",
@@ -26,10 +26,10 @@ Code: TypeAlias = Literal[
 ]
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The request is not taken in, and wouldn't be if it came again as it is; `message` names no secret."""
 
-    def __init__(self, code: Code, message: str) -> None:
+    def __init__(self, code: RefusalCodeName, message: str) -> None:
         super().__init__(message)
-        self.code: Code = code
+        self.code: RefusalCodeName = code
         self.message = message

@@ -15,10 +15,10 @@ from typing import Final
 from concurrency import offload
 from senders import media_types
 from senders.media_types import MediaType
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
 
-MULTIPART: Final = "multipart/form-data"
-URLENCODED: Final = "application/x-www-form-urlencoded"
+MULTIPART_TYPE: Final = "multipart/form-data"
+URLENCODED_TYPE: Final = "application/x-www-form-urlencoded"
 
 MAX_PARTS: Final = 2_000
 """Fields and files together. Mailgun makes a field of every header line of a mail."""
@@ -37,7 +37,7 @@ _AS_QUOTED_PRINTABLE: Final = bytes.maketrans(b"+%", b" =")
 
 
 @dataclass(frozen=True)
-class Part:
+class FormPart:
     """A field or a file of a form. Of the body it is a view, so that to keep it is to keep the body."""
 
     body: bytes = field(repr=False)
@@ -55,21 +55,21 @@ class Part:
     def value(self) -> memoryview:
         """The bytes of it; raises `Refused` where they can't be told."""
         if self.is_escaped:
-            return _unescaped(self.body, self.start, self.end)
+            return _unescape(self.body, self.start, self.end)
         return memoryview(self.body)[self.start : self.end]
 
 
 @dataclass(frozen=True)
-class Form:
+class PostedForm:
     """The parts of a form in their order."""
 
-    parts: Sequence[Part]
+    parts: Sequence[FormPart]
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
 
     @property
-    def files(self) -> Sequence[Part]:
+    def files(self) -> Sequence[FormPart]:
         """The parts that are files."""
         return [part for part in self.parts if part.is_file]
 
@@ -92,28 +92,28 @@ class Form:
         wanted = name.lower()
         found = (part for part in self.parts if not part.is_file and part.name.lower() == wanted)
         first = next(found, None)
-        return None if first is None else decoded(first.value)
+        return None if first is None else decode_value(first.value)
 
     @cached_property
-    def fields(self) -> Mapping[str, Sequence[Part]]:
+    def fields(self) -> Mapping[str, Sequence[FormPart]]:
         """The parts that are no files, by names in their own case."""
-        fields: dict[str, list[Part]] = {}
+        fields: dict[str, list[FormPart]] = {}
         for part in self.parts:
             if not part.is_file:
                 fields.setdefault(part.name, []).append(part)
         return fields
 
 
-def parse(media_type: MediaType, body: bytes) -> Form:
+def parse_form(media_type: MediaType, body: bytes) -> PostedForm:
     """Return the form that a body is; raises `Refused`."""
-    if media_type.name == MULTIPART:
-        return Form(list(_multipart(body, media_type.parameters.get("boundary", ""))))
-    if media_type.name == URLENCODED:
-        return Form(list(_urlencoded(body)))
-    raise Refused("unsupported-media-type", f"Send a form as {MULTIPART} or {URLENCODED}")
+    if media_type.name == MULTIPART_TYPE:
+        return PostedForm(list(_parse_multipart(body, media_type.parameters.get("boundary", ""))))
+    if media_type.name == URLENCODED_TYPE:
+        return PostedForm(list(_parse_urlencoded(body)))
+    raise RequestRefused("unsupported-media-type", f"Send a form as {MULTIPART_TYPE} or {URLENCODED_TYPE}")
 
 
-def decoded(value: memoryview | bytes) -> str:
+def decode_value(value: memoryview | bytes) -> str:
     """Return bytes as a text: in UTF-8 if they are that, or else each byte as Latin-1 has it."""
     try:
         return str(value, "utf-8")
@@ -124,30 +124,30 @@ def decoded(value: memoryview | bytes) -> str:
 # ── multipart ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _multipart(body: bytes, boundary: str) -> Iterator[Part]:
+def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
     if not 1 <= len(boundary) <= MAX_BOUNDARY_LENGTH:
-        raise Refused(
+        raise RequestRefused(
             "malformed-form", "The Content-Type of the form names no boundary that parts could have"
         )
     delimiter = b"--" + boundary.encode("latin-1")
     if not body.startswith(delimiter):
-        raise _malformed("it does not begin with its boundary")
+        raise _malformed_form("it does not begin with its boundary")
     start: int | None = None
     headers_bytes = 0
-    for position, after, is_last in _delimiters(body, delimiter):
+    for position, after, is_last in _find_delimiters(body, delimiter):
         if start is not None:
-            part = _part(body, start, position)
+            part = _parse_part(body, start, position)
             headers_bytes += part.start - start
             if headers_bytes > MAX_HEADERS_BYTES:
-                raise _malformed("its parts have headers that are too long")
+                raise _malformed_form("its parts have headers that are too long")
             yield part
         if is_last:
             return
         start = after
-    raise _malformed("it ends before its last boundary")
+    raise _malformed_form("it ends before its last boundary")
 
 
-def _delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
+def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
     """Return where each line that separates parts begins, where it ends, and whether it is the last of them."""
     found = position = 0
     after = len(delimiter)
@@ -155,7 +155,7 @@ def _delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]
         found += 1
         # Lines that only begin like one are counted too: each costs as much.
         if found > MAX_PARTS + 1:
-            raise _too_many()
+            raise _too_many_parts()
         if body.startswith(b"--", after):
             yield position, after, True
             return
@@ -168,44 +168,44 @@ def _delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]
         after = position + len(delimiter) + 2
 
 
-def _part(body: bytes, start: int, end: int) -> Part:
+def _parse_part(body: bytes, start: int, end: int) -> FormPart:
     """Return the part that begins with the line end at `start`: header lines, an empty one, and the value."""
     headers_end = body.find(b"\r\n\r\n", start, start + MAX_HEADER_BYTES)
     if headers_end == -1 or headers_end + 4 > end:
-        raise _malformed("a part has no header, or one that is too long")
+        raise _malformed_form("a part has no header, or one that is too long")
     disposition = MediaType("")
     content_type = None
     for line in body[start:headers_end].split(b"\r\n"):
         name, _, value = line.decode("latin-1").partition(":")
         match name.strip().lower():
             case "content-disposition":
-                disposition = media_types.parse(value)
+                disposition = media_types.parse_media_type(value)
             case "content-type":
                 content_type = value.strip()
     told = disposition.parameters
     filename = told.get("filename")
-    return Part(
+    return FormPart(
         body,
         headers_end + 4,
         end,
-        _header_text(told.get("name", "")),
+        _decode_header(told.get("name", "")),
         content_type,
-        None if filename is None else _header_text(filename),
+        None if filename is None else _decode_header(filename),
         # A name in the manner of RFC 2231 has no place in a form, but a file is no field for it.
         is_file=filename is not None or "filename*" in told,
     )
 
 
-def _header_text(text: str) -> str:
-    return decoded(text.encode("latin-1"))
+def _decode_header(text: str) -> str:
+    return decode_value(text.encode("latin-1"))
 
 
 # ── urlencoded ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _urlencoded(body: bytes) -> Iterator[Part]:
+def _parse_urlencoded(body: bytes) -> Iterator[FormPart]:
     if body.count(b"&") >= MAX_PARTS:
-        raise _too_many()
+        raise _too_many_parts()
     start = 0
     while start < len(body):
         end = body.find(b"&", start)
@@ -213,14 +213,14 @@ def _urlencoded(body: bytes) -> Iterator[Part]:
         equals = body.find(b"=", start, end)
         name_end = end if equals == -1 else equals
         if name_end - start > MAX_HEADER_BYTES:
-            raise _malformed("the name of a field is too long")
+            raise _malformed_form("the name of a field is too long")
         if end > start:
-            name = decoded(_unescaped(body, start, name_end))
-            yield Part(body, min(name_end + 1, end), end, name, is_escaped=True)
+            name = decode_value(_unescape(body, start, name_end))
+            yield FormPart(body, min(name_end + 1, end), end, name, is_escaped=True)
         start = end + 1
 
 
-def _unescaped(body: bytes, start: int, end: int) -> memoryview:
+def _unescape(body: bytes, start: int, end: int) -> memoryview:
     """Return a stretch of a urlencoded body as it was before; piece by piece, since values are as large as mails.
 
     Quoted-printable escapes bytes in the same manner, and is read by C, which is twenty times as fast as `urllib`.
@@ -234,15 +234,15 @@ def _unescaped(body: bytes, start: int, end: int) -> memoryview:
                 stop = escape
         piece = body[start:stop]
         if _IS_NO_ESCAPE.search(piece):
-            raise _malformed("a percent sign is followed by no hexadecimal number")
+            raise _malformed_form("a percent sign is followed by no hexadecimal number")
         value += a2b_qp(piece.replace(b"=", b"%3D").translate(_AS_QUOTED_PRINTABLE))
         start = stop
     return memoryview(value).toreadonly()
 
 
-def _malformed(reason: str) -> Refused:
-    return Refused("malformed-form", f"The form can't be read: {reason}")
+def _malformed_form(reason: str) -> RequestRefused:
+    return RequestRefused("malformed-form", f"The form can't be read: {reason}")
 
 
-def _too_many() -> Refused:
-    return Refused("malformed-form", f"The form has more than {MAX_PARTS:,} fields and files")
+def _too_many_parts() -> RequestRefused:
+    return RequestRefused("malformed-form", f"The form has more than {MAX_PARTS:,} fields and files")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engine.values import Json
-from senders.refusals import Refused
+from senders.request_refusal import RequestRefused
 
 MAX_TYPE_LENGTH: Final = 200
 """As long as the longest type that a trigger can be told to wait for."""
@@ -17,7 +17,7 @@ _TYPE: Final = re.compile(r"[^\s*\x00-\x1f\x7f]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class SenderEvent:
     """Something that has happened elsewhere."""
 
     event_type: str
@@ -35,14 +35,14 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class EventBatch:
     """Events that came in one request."""
 
-    events: Sequence[Event]
+    events: Sequence[SenderEvent]
 
 
 @dataclass(frozen=True, slots=True)
-class Challenge:
+class UrlChallenge:
     """No event: the sender wants this text back, to see that its address is ours."""
 
     text: str
@@ -52,29 +52,31 @@ class Challenge:
 def require_type(event_type: str) -> None:
     """Raise `Refused` for a type that no trigger could wait for."""
     if len(event_type) > MAX_TYPE_LENGTH or not _TYPE.fullmatch(event_type):
-        raise Refused(
+        raise RequestRefused(
             "invalid-event",
             f"The type of an event has 1 to {MAX_TYPE_LENGTH} characters, and neither spaces nor asterisks",
         )
 
 
-def object_of(value: Json, what: str) -> dict[str, Json]:
+def require_object(value: Json, what: str) -> dict[str, Json]:
     """Return JSON that has to be an object; raises `Refused`."""
     if not isinstance(value, dict):
-        raise Refused("invalid-event", f"{what} is no JSON object")
+        raise RequestRefused("invalid-event", f"{what} is no JSON object")
     return value
 
 
-def text_of(members: Mapping[str, Json], name: str, what: str) -> str:
+def require_text_member(members: Mapping[str, Json], name: str, what: str) -> str:
     """Return a member that has to be a text of some length; raises `Refused`."""
     value = members.get(name)
     if not isinstance(value, str) or not value:
-        raise Refused("invalid-event", f"{what} has no text {name!r}")
+        raise RequestRefused("invalid-event", f"{what} has no text {name!r}")
     return value
 
 
-def kept(text: str) -> str:
+def storable_text(text: str) -> str:
     """Return a text that isn't of JSON, where it could be kept as if it were; raises `Refused`."""
     if "\0" in text:
-        raise Refused("nul-character", "A text holds the character NUL (U+0000), which can't be stored")
+        raise RequestRefused(
+            "nul-character", "A text holds the character NUL (U+0000), which can't be stored"
+        )
     return text
