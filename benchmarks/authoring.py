@@ -22,7 +22,7 @@ from benchmarks.http1 import Answer, Api, Connection
 from benchmarks.load import Sample, WrongAnswer
 from benchmarks.processes import Pilotflame
 from models import access_store
-from models.access import Organization, Role, User
+from models.access import Organization, User, UserRole
 from models.database import Database, is_sqlite, parse_url
 from tests import many_workflows
 from tests.many_workflows import ABSENT_WORD, COMMON_TAG, COMMON_WORD, RARE_TAG, RARE_WORD, Crowd
@@ -149,7 +149,7 @@ async def _crowd(connection: AsyncConnection, organization: Organization) -> Cro
             organization=organization,
             email=f"{name}@example.com",
             name=name,
-            role=Role.MEMBER,
+            role=UserRole.MEMBER,
             now=datetime.now(UTC),
         )
         for name in ("owner", "other", "member")

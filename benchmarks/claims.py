@@ -18,7 +18,7 @@ import asyncpg
 from benchmarks.postgres_counters import dsn
 from journal.opening import open_store
 from journal.store import Claim, Store
-from models import migrating
+from models import schema_migration
 from models.database import parse_url
 from tests.services import PostgreSQL
 
@@ -111,7 +111,7 @@ class _Claimer:
 async def _on_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterator[Store]:
     path = folder / f"claims-{rows}-of-{organizations}.db"
     url = parse_url(f"sqlite:///{path}")
-    await migrating.migrate(url)
+    await schema_migration.migrate(url)
     await asyncio.to_thread(_fill_sqlite, path, rows, organizations)
     store = await open_store(url)
     try:
@@ -134,7 +134,7 @@ def _fill_sqlite(path: Path, rows: int, organizations: int) -> None:
 @asynccontextmanager
 async def _on_postgres(postgres: PostgreSQL, rows: int, organizations: int) -> AsyncIterator[Store]:
     url = parse_url(await postgres.create_database(f"claims_{rows}_of_{organizations}"))
-    await migrating.migrate(url)
+    await schema_migration.migrate(url)
     connection = await asyncpg.connect(dsn(url.render_as_string(hide_password=False)))
     try:
         for statement in _statements(_NUMBERS_OF_POSTGRES, rows, organizations):

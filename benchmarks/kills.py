@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from models.losses import MAX_LOST_ATTEMPTS
+from models.loss_limits import MAX_LOST_ATTEMPTS
 from tests import services
 from tests.system import flows, harness, ledger
 from tests.system.client import Client, Ended

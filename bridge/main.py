@@ -28,7 +28,7 @@ async def _serve(settings: BridgeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         source = open_source(settings)
         stack.push_async_callback(source.close)
         gateway = Gateway(settings)

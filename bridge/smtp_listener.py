@@ -205,7 +205,7 @@ async def _serve(settings: SmtpSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         server = await stack.enter_async_context(listening(settings))
         host, port = server.sockets[0].getsockname()[:2]
         log.info("SMTP listener ready", host=host, port=port, protocol=settings.smtp_protocol.value)

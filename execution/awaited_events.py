@@ -14,7 +14,7 @@ from engine.expressions import ExpressionError
 from execution.insistence import insist
 from journal import admission, event_waits
 from messages import hints
-from models.outage import LockWaitTimeout
+from models.errors import LockWaitTimeout
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -24,9 +24,9 @@ from journal.follow_ups import ABOUT_FAILURE
 from journal.store import Acceptance, Verdict
 from messages import hints
 from models import access, ids
-from models.access import Role, User
+from models.access import User, UserRole
 from models.execution import Execution
-from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, readable_by
+from models.workflow import Workflow, WorkflowGraph, WorkflowStatus, is_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from journal.store import Store
     from messages.broker import Broker
     from models.database import Database
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
 TRIGGER_TYPE: Final = "sub-workflow"
 ATTEMPTS: Final = 3
@@ -72,7 +72,7 @@ class ChildRuns:
     """The way in for runs that come from runs; keeps the promises of `engine.services.SubRunService`."""
 
     def __init__(
-        self, database: Database, store: Store, broker: Broker, catalog: Catalog, settings: Settings
+        self, database: Database, store: Store, broker: Broker, catalog: Catalog, settings: ServerSettings
     ) -> None:
         self._database = database
         self._store = store
@@ -100,7 +100,7 @@ class ChildRuns:
         the whole line of resumed runs. Raises `NodeError`.
         """
         origin = caller.execution_id if awaited else caller.key_id
-        child_id = ids.derived("exec", origin, node_id, iteration)
+        child_id = ids.derive_id("exec", origin, node_id, iteration)
         answering = children.answering(caller.execution_id, node_id, iteration) if awaited else None
         start = partial(self._started, caller, workflow_id, trigger_inputs, child_id, answering)
         for _ in range(ATTEMPTS):
@@ -114,7 +114,7 @@ class ChildRuns:
         Nothing is run about its own failure, and it counts among the runs that have started one another: two workflows
         that each are run when the other fails don't go on for ever. Raises `NodeError` and `DatabaseUnavailable`.
         """
-        run_id = ids.derived("exec", caller.execution_id, ABOUT_FAILURE)
+        run_id = ids.derive_id("exec", caller.execution_id, ABOUT_FAILURE)
         for _ in range(ATTEMPTS):
             if await self._started(caller, workflow_id, inputs, run_id, None, ABOUT_FAILURE):
                 return
@@ -208,7 +208,7 @@ class ChildRuns:
         """Return a workflow that may be run for whom the node works; raises `NodeError`."""
         readable = (
             col(Workflow.id) == workflow_id,
-            readable_by(await _reader(connection, caller, lane)),
+            is_readable_by(await _reader(connection, caller, lane)),
         )
         revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
         kept = self._kept.get((caller.organization_id, workflow_id))
@@ -267,13 +267,13 @@ async def _parent(connection: AsyncConnection, caller: RunCaller) -> Parent:
     return Parent(lane, root_id or caller.execution_id, depth, is_private)
 
 
-async def _reader(connection: AsyncConnection, caller: RunCaller, lane: int) -> access.Caller:
+async def _reader(connection: AsyncConnection, caller: RunCaller, lane: int) -> access.ApiCaller:
     """Return for whom the node works as whoever asks for workflows: what is readable goes by the user's role."""
     statement = select(col(User.role)).where(
         col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id
     )
-    role = Role(await connection.scalar(statement) or Role.MEMBER)
-    return access.Caller("", caller.user_id, caller.organization_id, lane, role, frozenset())
+    role = UserRole(await connection.scalar(statement) or UserRole.MEMBER)
+    return access.ApiCaller("", caller.user_id, caller.organization_id, lane, role, frozenset())
 
 
 def _changing(workflow_id: str) -> NodeError:

@@ -12,15 +12,15 @@ from sqlmodel import col
 
 from concurrency.single_flight import Joint
 from engine.run_errors import NodeError
-from models.data_source import DataSource, opened, usable_by
-from models.outage import DatabaseUnavailable
-from models.vault import VaultError
+from models.data_source import DataSource, decrypt_secrets, is_usable_by
+from models.encryption import VaultError
+from models.errors import DatabaseUnavailable
 from nodes.connections.source import Source
 
 if TYPE_CHECKING:
     from engine.services import RunCaller
     from models.database import Database
-    from models.vault import Vault
+    from models.encryption import SecretVault
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ _Asked: TypeAlias = tuple[str, str, str]
 class StoredSources:
     """Finds data sources in the database, and remembers them for a moment: a loop asks for the same one every time."""
 
-    def __init__(self, database: Database, vault: Vault) -> None:
+    def __init__(self, database: Database, vault: SecretVault) -> None:
         self._database = database
         self._vault = vault
         self._remembered: OrderedDict[_Asked, tuple[float, Source]] = OrderedDict()
@@ -65,7 +65,7 @@ class StoredSources:
 
     async def _look_up(self, key: _Asked) -> DataSource:
         organization_id, user_id, source_id = key
-        is_usable = usable_by(organization_id, user_id)
+        is_usable = is_usable_by(organization_id, user_id)
         statement = select(DataSource).where(col(DataSource.id) == source_id, is_usable)
         try:
             async with self._database.read() as connection:
@@ -81,7 +81,7 @@ class StoredSources:
 
     def _opened(self, row: DataSource) -> Source:
         try:
-            secrets = opened(self._vault, row)
+            secrets = decrypt_secrets(self._vault, row)
         except VaultError as error:
             log.error("data source can't be opened", data_source_id=row.id, reason=str(error))  # noqa: TRY400 - a trace tells no more
             message = f"The secrets of the data source {row.id!r} can't be read: they must be given again"

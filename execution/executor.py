@@ -31,8 +31,8 @@ from journal.recorder import Recorder, RunJournal
 from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey
 from messages import hints
 from messages.broker import BrokerUnavailable, Letter, Notice
-from models.ids import turn_of
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.ids import turn_of_workflow
 
 if TYPE_CHECKING:
     from engine.program import WorkflowProgram
@@ -290,7 +290,7 @@ class Executor:
         """Let the next claim go on behind what this one took."""
         self._after_organization = claimed[-1].organization_id
         for one in claimed:
-            self._turns[one.organization_id] = turn_of(one.workflow_id) + 1
+            self._turns[one.organization_id] = turn_of_workflow(one.workflow_id) + 1
             self._turns.move_to_end(one.organization_id)
         while len(self._turns) > MAX_REMEMBERED_TURNS:
             self._turns.popitem(last=False)

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.run_records import NodeSpan
 from journal.store import Claimed, RunWrite
-from models.losses import MAX_TRIAL_LOSSES
+from models.loss_limits import MAX_TRIAL_LOSSES
 
 PREFIX: Final = "/internal/v1"
 RUNNER_HEADER: Final = "X-Runner"

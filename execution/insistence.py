@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from models.losses import MAX_TRIAL_LOSSES
+from models.loss_limits import MAX_TRIAL_LOSSES
 
 if TYPE_CHECKING:
     from execution.settings import ExecutionSettings

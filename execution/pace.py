@@ -14,7 +14,7 @@ from engine.run_errors import NodeError
 from execution.insistence import insist
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import PaceRow
+from models.execution import ThrottleRow
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -55,17 +55,17 @@ async def _take(
     """Take the first place that is free; None where that is further away than `reach`."""
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     now, step = DatabaseTime(), apart // timedelta(microseconds=1)
-    next_at = type_coerce(col(PaceRow.next_at), BigInteger)
-    first = {"organization_id": organization_id, "key": key, "lane": ids.lane_of(organization_id)}
+    next_at = type_coerce(col(ThrottleRow.next_at), BigInteger)
+    first = {"organization_id": organization_id, "key": key, "lane": ids.shard_of(organization_id)}
     statement = (
-        insert(PaceRow)
+        insert(ThrottleRow)
         .values(**first, next_at=now + step)
         .on_conflict_do_update(
             index_elements=["organization_id", "key"],
             set_={"next_at": case((next_at > now, next_at), else_=now) + step},
             where=next_at <= now + reach // timedelta(microseconds=1),
         )
-        .returning(col(PaceRow.next_at))
+        .returning(col(ThrottleRow.next_at))
     )
     free_from: datetime | None = await connection.scalar(statement)
     return None if free_from is None else free_from - apart

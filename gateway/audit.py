@@ -12,8 +12,8 @@ from sqlmodel import col
 
 from engine.values import fingerprint
 from models import ids
-from models.access import ApiKey, Caller, User
-from models.audit import Action, AuditEntry
+from models.access import ApiCaller, ApiKey, User
+from models.audit import AuditAction, AuditEntry
 from models.database_time import PresentTime
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Operator:
 
 async def record(
     connection: AsyncConnection,
-    author: Caller | Operator,
-    action: Action,
+    author: ApiCaller | Operator,
+    action: AuditAction,
     object_id: str,
     *,
     before: str | None,
@@ -52,7 +52,7 @@ async def record(
     if before == after:
         return
     statement = insert(AuditEntry).values(
-        id=ids.new("audit"),
+        id=ids.new_id("audit"),
         organization_id=author.organization_id,
         lane=author.lane,
         user_id=author.user_id,
@@ -76,7 +76,7 @@ class Filter:
     """Which entries a list shows."""
 
     object_id: str | None
-    action: Action | None
+    action: AuditAction | None
     user_id: str | None
     since: datetime | None
     until: datetime | None
@@ -84,7 +84,7 @@ class Filter:
 
 
 async def page(
-    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+    connection: AsyncConnection, caller: ApiCaller, wanted: Filter, part: Page, order: ColumnElement[Any]
 ) -> tuple[int, list[AuditEntry]]:
     """Return how many entries the caller's organisation has, and a page of them."""
     conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_conditions(wanted)]

@@ -9,8 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway import audit
 from gateway.audit import Operator
 from models import access_store
-from models.access import ALL_SCOPES, Role
-from models.audit import Action
+from models.access import ALL_KEY_SCOPES, UserRole
+from models.audit import AuditAction
 from models.database import Database
 from models.settings import InvalidSettings
 
@@ -39,14 +39,14 @@ async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
             organization=organization,
             email="admin@localhost",
             name="Admin",
-            role=Role.ADMIN,
+            role=UserRole.ADMIN,
             now=now,
         )
         made = await access_store.create_key(
-            connection, user=admin, name="bootstrap", scopes=ALL_SCOPES, secret=secret, now=now, key=key
+            connection, user=admin, name="bootstrap", scopes=ALL_KEY_SCOPES, secret=secret, now=now, key=key
         )
         author = Operator(organization.id, organization.lane)
-        for action, row in ((Action.USER_CREATED, admin), (Action.KEY_CREATED, made.row)):
+        for action, row in ((AuditAction.USER_CREATED, admin), (AuditAction.KEY_CREATED, made.row)):
             after = audit.content_hash(row)
             await audit.record(connection, author, action, row.id, before=None, after=after)
         log.info("first organization created", organization_id=organization.id, user_id=admin.id)

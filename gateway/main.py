@@ -30,7 +30,7 @@ from gateway.http.router import Route, Router
 from gateway.internal import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
-from models.descriptors import raise_descriptor_limit
+from models.descriptor_limits import raise_descriptor_limit
 
 log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ def serve(settings: GatewaySettings) -> None:
 
 async def _serve(settings: GatewaySettings) -> None:
     # Opened here, not by the application's lifespan: Uvicorn would wrap what refuses to open in a traceback.
-    async with heartbeat.beating(settings.heartbeat_file), state.opened(settings) as opened:
+    async with heartbeat.run_heartbeat(settings.heartbeat_file), state.opened(settings) as opened:
         if not settings.public_url:
             effect = "URLs of triggers name the address of each request"
             log.warning("PILOTFLAME_PUBLIC_URL is not set", effect=effect)
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         if self.proxies is not None and self.proxies.has_names:
             self._following = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)
-        gc_tuning.settle()
+        gc_tuning.freeze_loaded()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._following is not None:

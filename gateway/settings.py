@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from models.settings import InvalidSettings, Settings, split_list
+from models.settings import InvalidSettings, ServerSettings, split_list
 
 LARGEST_BODIES: Final = 3
 LEAST_BODIES_BYTES: Final = 134_217_728
@@ -19,7 +19,7 @@ _PUBLIC_URL: Final = re.compile(
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
-class GatewaySettings(Settings):
+class GatewaySettings(ServerSettings):
     """What the gateway reads besides what all processes share."""
 
     host: str = Field(default="127.0.0.1", description="Address that the gateway listens on.")

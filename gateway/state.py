@@ -43,9 +43,9 @@ from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import migrating
+from models import schema_migration
 from models.database import Database
-from models.vault import Vault
+from models.encryption import SecretVault
 from nodes import catalog as catalogs
 from nodes.catalog import Catalog
 from nodes.forms import Forms
@@ -79,7 +79,7 @@ class State:
     access: ExecutionAccess
     live_events: LiveEvents
     large_outputs: LargeOutputs
-    vault: Vault
+    vault: SecretVault
     probes: Probes
     forms: Forms
     runners: Runners
@@ -99,7 +99,7 @@ async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=settings.run_path_connections)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
@@ -122,7 +122,7 @@ async def assembled(
     deliveries = Deliveries(database)
     samples = Samples(database)
     subscribers = Subscribers(database)
-    vault = Vault(settings.secret, settings.previous_secrets)
+    vault = SecretVault(settings.secret, settings.previous_secrets)
     waiting = Waiting(store, broker)
     desk = Desk(database, broker, Forwarder(database, broker))
     awaited = AwaitedEvents(database, broker)

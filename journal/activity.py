@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from sqlalchemy import and_, func, literal_column, or_, select, update
 from sqlmodel import col
 
-from models import lifecycle
+from models import lifecycle_policy
 from models.database_time import DatabaseTime
-from models.deployment import Deployment, situation_of
-from models.execution import LIMITED, SHARED, Execution
+from models.deployment import Deployment, build_situation
+from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
-from models.lifecycle import Policy, Situation
-from models.moments import from_microseconds
+from models.lifecycle_policy import DeploymentPolicy, DeploymentSituation
+from models.timestamps import from_microseconds
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ _LAST_ENDED_AT: Final = (
     .where(
         and_(
             _OF_DEPLOYMENT,
-            col(Execution.target) != _literal(SHARED),
-            col(Execution.target) != _literal(LIMITED),
+            col(Execution.target) != _literal(SHARED_TARGET),
+            col(Execution.target) != _literal(LIMITED_TARGET),
             col(Execution.ended_at).is_not(None),
         )
     )
@@ -80,13 +80,13 @@ class Seen:
 
     deployment: Deployment
     stored_policy: Mapping[str, Any]
-    situation: Situation
+    situation: DeploymentSituation
     now: datetime
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> DeploymentPolicy:
         """The policy; raises `ZoneInfoNotFoundError` later on where this machine doesn't know its zone."""
-        return lifecycle.policy_of(self.stored_policy)
+        return lifecycle_policy.parse_policy(self.stored_policy)
 
 
 def statement() -> Select[*tuple[Any, ...]]:
@@ -174,11 +174,13 @@ async def count(connection: AsyncConnection, workflow_id: str) -> bool:
 def _seen(row: RowMapping) -> Seen:
     columns = Deployment.__table__.columns.keys()  # type: ignore[attr-defined]  # SQLModel adds it
     deployment = Deployment(**{name: row[name] for name in columns})
-    situation = situation_of(
+    situation = build_situation(
         deployment,
         has_due=bool(row["has_due"]),
         has_running=bool(row["has_running"]),
         last_ended_at=row["last_ended_at"],
     )
     stored = cast("Mapping[str, Any] | None", row["lifecycle"])
-    return Seen(deployment, lifecycle.chosen(stored), situation, from_microseconds(row["now"]))
+    return Seen(
+        deployment, lifecycle_policy.effective_policy(stored), situation, from_microseconds(row["now"])
+    )

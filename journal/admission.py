@@ -23,9 +23,9 @@ from engine.expressions import ExpressionError, compile_template
 from engine.values import fingerprint
 from journal.group_commit import GroupCommit
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, Execution
+from models.errors import LockWaitTimeout
+from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
-from models.outage import LockWaitTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,12 +49,12 @@ KEY_CHARACTERS: Final = 32
 
 # Written out, not bound: SQLite uses the index of those that wait only for a condition that it can read.
 _WAITS: Final = and_(
-    col(Execution.target) == literal_column(f"'{LIMITED}'"),
+    col(Execution.target) == literal_column(f"'{LIMITED_TARGET}'"),
     col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"),
 )
 _HAS_PLACE: Final = and_(
     col(Execution.concurrency_key).is_not(None),
-    col(Execution.target) != literal_column(f"'{LIMITED}'"),
+    col(Execution.target) != literal_column(f"'{LIMITED_TARGET}'"),
     col(Execution.ended_at).is_(None),
 )
 _ORDER: Final = (col(Execution.is_fresh), col(Execution.rank), col(Execution.id))
@@ -219,7 +219,7 @@ def _give_places(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
     return (
         update(Execution)
         .where(col(Execution.id).in_(select(free.c.id)))
-        .values(target=func.coalesce(col(Execution.home), SHARED), updated_at=DatabaseTime())
+        .values(target=func.coalesce(col(Execution.home), SHARED_TARGET), updated_at=DatabaseTime())
         .returning(col(Execution.id))
     )
 

@@ -8,9 +8,9 @@ from sqlalchemy import and_, func, literal_column, select
 from sqlmodel import col
 
 from models.deployment import Deployment
-from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution
+from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET, Execution
 from models.execution_status import ExecutionStatus
-from models.ids import turn_of
+from models.ids import turn_of_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-_EVERYWHERE: Final = (SHARED, LIMITED, DELAYED, UNREAD)
+_EVERYWHERE: Final = (SHARED_TARGET, LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET)
 # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
 _PENDING: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"), col(Execution.is_fresh)
@@ -58,7 +58,9 @@ def in_workflow(organization_id: str, workflow_id: str) -> Sequence[Select[str]]
         col(Execution.organization_id) == organization_id,
         col(Execution.workflow_id) == workflow_id,
     )
-    return _waiting(and_(_PENDING, own, col(Execution.turn) == turn_of(workflow_id)), and_(_DEFERRED, own))
+    return _waiting(
+        and_(_PENDING, own, col(Execution.turn) == turn_of_workflow(workflow_id)), and_(_DEFERRED, own)
+    )
 
 
 def _waiting(*conditions: ColumnElement[bool]) -> Sequence[Select[str]]:

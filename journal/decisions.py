@@ -11,9 +11,15 @@ from sqlalchemy import insert, update
 from sqlmodel import col
 
 from journal import activity
-from models import ids, lifecycle
+from models import ids, lifecycle_policy
 from models.deployment import Deployment, LifecycleDecision
-from models.lifecycle import DRAIN_TIME, Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import (
+    DRAIN_TIME,
+    LifecycleAction,
+    LifecycleReason,
+    LifecycleVerdict,
+    StoppedReason,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,13 +43,13 @@ class Settled:
     """A deployment, and what was decided about it: what is wanted has changed unless the action is `none`."""
 
     deployment: Deployment
-    decision: Decision
+    decision: LifecycleVerdict
 
 
 async def settle(
     database: Database,
     workflow_id: str,
-    decide: Callable[[Seen], Decision],
+    decide: Callable[[Seen], LifecycleVerdict],
     *,
     replicas: int | None = None,
     user_id: str | None = None,
@@ -69,15 +75,15 @@ async def settle(
     return settled
 
 
-def by_policy(seen: Seen) -> Decision:
+def by_policy(seen: Seen) -> LifecycleVerdict:
     """Return what the policy of a deployment says, for `settle`."""
-    return lifecycle.decide(seen.policy, seen.situation, seen.now)
+    return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
 
 
 async def carry_out(
     connection: AsyncConnection,
     seen: Seen,
-    decision: Decision,
+    decision: LifecycleVerdict,
     *,
     replicas: int | None = None,
     user_id: str | None = None,
@@ -107,14 +113,14 @@ async def carry_out(
 async def keep(
     connection: AsyncConnection,
     seen: Seen,
-    decision: Decision,
+    decision: LifecycleVerdict,
     after: Deployment,
     *,
     user_id: str | None = None,
 ) -> None:
     """Write down what was decided, by what, and how many pods are wanted from then on."""
     kept = LifecycleDecision(
-        id=ids.new("decision"),
+        id=ids.new_id("decision"),
         organization_id=after.organization_id,
         lane=after.lane,
         workflow_id=after.workflow_id,
@@ -124,7 +130,10 @@ async def keep(
         stopped_reason=decision.stopped_reason,
         replicas=after.replicas,
         user_id=user_id,
-        inputs={"lifecyclePolicy": seen.stored_policy, **lifecycle.inputs(seen.situation, seen.now)},
+        inputs={
+            "lifecyclePolicy": seen.stored_policy,
+            **lifecycle_policy.decision_inputs(seen.situation, seen.now),
+        },
     )
     await connection.execute(insert(LifecycleDecision).values(kept.model_dump()))
 
@@ -133,7 +142,7 @@ async def _settle(
     connection: AsyncConnection,
     *,
     workflow_id: str,
-    decide: Callable[[Seen], Decision],
+    decide: Callable[[Seen], LifecycleVerdict],
     replicas: int | None,
     user_id: str | None,
     lock: Lock,
@@ -150,7 +159,7 @@ async def _settle(
     return Settled(after, decision)
 
 
-def _wanted(seen: Seen, decision: Decision, replicas: int | None) -> dict[str, Any]:
+def _wanted(seen: Seen, decision: LifecycleVerdict, replicas: int | None) -> dict[str, Any]:
     """Return what is wanted of a deployment from a decision on."""
     before, now = seen.deployment, seen.now
     if decision.action in _UP:

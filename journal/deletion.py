@@ -15,7 +15,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from journal.blobs.backend import Owner
-from models.execution import AttemptRow, Execution, ExecutionData, LogRow, Signal, SpanRow
+from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -45,7 +45,7 @@ _RECORDS: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[Any]
         ),
     ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
-    (Signal, (col(Signal.execution_id), col(Signal.node_id), col(Signal.iteration))),
+    (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
 )
 """What belongs to an execution, and by what each row is known."""
 

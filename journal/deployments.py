@@ -13,11 +13,17 @@ from journal import activity, decisions, wakes
 from models import database_time, deployment_token
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, DeploymentStatus, status_of
-from models.deployment_token import Bearer
-from models.execution import DELAYED, ISOLATED_UNREAD, LIMITED, UNREAD, Execution
+from models.deployment_token import TokenBearer
+from models.execution import (
+    DELAYED_TARGET,
+    ISOLATED_UNPARSED_TARGET,
+    LIMITED_TARGET,
+    UNPARSED_TARGET,
+    Execution,
+)
 from models.execution_status import ExecutionStatus
-from models.ids import turn_of
-from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.ids import turn_of_workflow
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -70,11 +76,13 @@ async def deploy(connection: AsyncConnection, order: Order, *, secret: bytes) ->
         "deployed_generation": before.generation + 1,
     }
     replicas = before.last_replicas if before.is_deployed else 1
-    decision = Decision(LifecycleAction.START, LifecycleReason.DEPLOYED)
+    decision = LifecycleVerdict(LifecycleAction.START, LifecycleReason.DEPLOYED)
     seen = await _changed(connection, seen, changes)
     after = await decisions.carry_out(connection, seen, decision, replicas=replicas, user_id=order.user_id)
-    bearer = Bearer(order.workflow_id, order.organization_id, order.lane)
-    await deployment_token.issue(connection, bearer, secret=secret, token_id=order.token_id, now=seen.now)
+    bearer = TokenBearer(order.workflow_id, order.organization_id, order.lane)
+    await deployment_token.issue_token(
+        connection, bearer, secret=secret, token_id=order.token_id, now=seen.now
+    )
     return after
 
 
@@ -86,7 +94,7 @@ async def undeploy(
     seen = await activity.look(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
         return None
-    decision = Decision(LifecycleAction.STOP, LifecycleReason.UNDEPLOYED, reason)
+    decision = LifecycleVerdict(LifecycleAction.STOP, LifecycleReason.UNDEPLOYED, reason)
     seen = await _changed(connection, seen, {"is_deployed": False})
     after = await decisions.carry_out(connection, seen, decision, user_id=user_id)
     await _leave_to_workers(connection, seen.deployment)
@@ -123,7 +131,7 @@ async def _keep_definition(connection: AsyncConnection, order: Order) -> None:
 
 async def _begun(connection: AsyncConnection, order: Order) -> Seen:
     """Return a deployment of which nothing is wanted yet."""
-    now = await database_time.read(connection)
+    now = await database_time.read_database_time(connection)
     first = Deployment(
         workflow_id=order.workflow_id,
         organization_id=order.organization_id,
@@ -170,13 +178,15 @@ async def _leave_to_workers(connection: AsyncConnection, deployment: Deployment)
             .values(target=wakes.TARGET_OF_WORKERS, home=None, updated_at=DatabaseTime())
         )
     kept_from_pods = (
-        col(Execution.target).in_([LIMITED, DELAYED, UNREAD, ISOLATED_UNREAD]),
+        col(Execution.target).in_(
+            [LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET]
+        ),
         col(Execution.organization_id) == deployment.organization_id,
         col(Execution.workflow_id) == workflow_id,
         col(Execution.home) == workflow_id,
     )
     for is_found in (
-        and_(wakes.PENDING, col(Execution.turn) == turn_of(workflow_id)),
+        and_(wakes.PENDING, col(Execution.turn) == turn_of_workflow(workflow_id)),
         wakes.DEFERRED,
         col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'"),
     ):

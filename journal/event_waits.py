@@ -20,12 +20,12 @@ from engine.node_api import OUTPUT, AnswerSource
 from journal import signals
 from journal.store import ExecutionKey
 from models import database_time
-from models.columns import Instant
+from models.column_types import TimestampColumn
 from models.database_time import DatabaseTime
 from models.event_wait import EventWait
 from models.execution import Execution, SpanRow
-from models.intake import Event
-from models.trigger import patterns_for
+from models.ingest import EventRecord
+from models.workflow_triggers import matching_patterns
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -76,7 +76,7 @@ async def add(
     key = ExecutionKey(caller.execution_id, lane)
     if await signals.is_answered(connection, key, node_id, iteration):
         return None
-    now = await database_time.read(connection)
+    now = await database_time.read_database_time(connection)
     reached_at = await connection.scalar(
         select(col(SpanRow.started_at)).where(*_of_node(SpanRow, caller.execution_id, node_id, iteration))
     )
@@ -104,46 +104,56 @@ async def add(
 
 async def come_since(
     connection: AsyncConnection, wait: EventWait, after: tuple[datetime, str] | None
-) -> Sequence[Event]:
+) -> Sequence[EventRecord]:
     """Return the next events that have come while a node waits, those behind another; earliest first."""
     conditions: list[ColumnElement[bool]] = [
-        col(Event.organization_id) == wait.organization_id,
+        col(EventRecord.organization_id) == wait.organization_id,
         is_of(wait.pattern),
-        col(Event.created_at) >= wait.since,
+        col(EventRecord.created_at) >= wait.since,
     ]
     if wait.expires_at is not None:
-        conditions.append(col(Event.created_at) < wait.expires_at)
+        conditions.append(col(EventRecord.created_at) < wait.expires_at)
     if after is not None:
         created_at, event_id = after
         conditions.append(
             or_(
-                col(Event.created_at) > created_at,
-                and_(col(Event.created_at) == created_at, col(Event.id) > event_id),
+                col(EventRecord.created_at) > created_at,
+                and_(col(EventRecord.created_at) == created_at, col(EventRecord.id) > event_id),
             )
         )
     statement = (
-        select(Event).where(*conditions).order_by(col(Event.created_at), col(Event.id)).limit(BATCH_LOOKED_AT)
+        select(EventRecord)
+        .where(*conditions)
+        .order_by(col(EventRecord.created_at), col(EventRecord.id))
+        .limit(BATCH_LOOKED_AT)
     )
-    return [Event(**row) for row in (await connection.execute(statement)).mappings()]
+    return [EventRecord(**row) for row in (await connection.execute(statement)).mappings()]
 
 
 def is_of(pattern: str) -> ColumnElement[bool]:
     """Return the condition that an event is of a type, or begins like a pattern with `.*` at its end."""
     if not pattern.endswith(".*"):
-        return col(Event.event_type) == pattern
+        return col(EventRecord.event_type) == pattern
     beginning = pattern.removesuffix(".*")
-    return and_(col(Event.event_type) >= f"{beginning}.", col(Event.event_type) < beginning + _AFTER_A_DOT)
+    return and_(
+        col(EventRecord.event_type) >= f"{beginning}.", col(EventRecord.event_type) < beginning + _AFTER_A_DOT
+    )
 
 
 async def waited_for(connection: AsyncConnection, event_ids: Collection[str]) -> Sequence[Told]:
     """Return those of some events for which anybody in their organisations might wait, in their order."""
     anybody = select(col(EventWait.organization_id)).where(
-        col(EventWait.organization_id) == col(Event.organization_id)
+        col(EventWait.organization_id) == col(EventRecord.organization_id)
     )
     statement = (
-        select(col(Event.id), col(Event.organization_id), col(Event.event_type), col(Event.created_at))
-        .where(col(Event.id).in_(event_ids), anybody.exists())
-        .order_by(col(Event.created_at), col(Event.id))
+        select(
+            col(EventRecord.id),
+            col(EventRecord.organization_id),
+            col(EventRecord.event_type),
+            col(EventRecord.created_at),
+        )
+        .where(col(EventRecord.id).in_(event_ids), anybody.exists())
+        .order_by(col(EventRecord.created_at), col(EventRecord.id))
     )
     return [Told(*row) for row in await connection.execute(statement)]
 
@@ -154,7 +164,7 @@ async def waiting(
     """Return the next nodes that wait for such an event, those behind another."""
     conditions: list[ColumnElement[bool]] = [
         col(EventWait.organization_id) == told.organization_id,
-        col(EventWait.pattern).in_(patterns_for(told.event_type)),
+        col(EventWait.pattern).in_(matching_patterns(told.event_type)),
         col(EventWait.since) <= told.created_at,
         or_(col(EventWait.expires_at).is_(None), col(EventWait.expires_at) > told.created_at),
     ]
@@ -180,7 +190,7 @@ async def waiting(
 
 async def data_of(connection: AsyncConnection, event_id: str) -> str | None:
     """Return what an event tells, as JSON."""
-    return await connection.scalar(select(col(Event.data)).where(col(Event.id) == event_id))
+    return await connection.scalar(select(col(EventRecord.data)).where(col(EventRecord.id) == event_id))
 
 
 async def answer(connection: AsyncConnection, waits: Sequence[EventWait], data: str) -> list[Given]:
@@ -203,21 +213,21 @@ async def answer(connection: AsyncConnection, waits: Sequence[EventWait], data: 
 async def note_told(connection: AsyncConnection, event_ids: Collection[str]) -> None:
     """Note that everybody has events who waited for them."""
     await connection.execute(
-        update(Event)
-        .where(col(Event.id).in_(event_ids), col(Event.told_at).is_(None))
-        .values(told_at=type_coerce(DatabaseTime(), Instant))
+        update(EventRecord)
+        .where(col(EventRecord.id).in_(event_ids), col(EventRecord.told_at).is_(None))
+        .values(told_at=type_coerce(DatabaseTime(), TimestampColumn))
     )
 
 
 async def untold(connection: AsyncConnection) -> Sequence[str]:
     """Return events that were taken in a while ago, and that nobody has told of; the earliest first."""
     statement = (
-        select(col(Event.id))
+        select(col(EventRecord.id))
         .where(
-            col(Event.told_at).is_(None),
-            col(Event.created_at) < DatabaseTime() - UNTOLD_SECONDS * _SECOND_MICROSECONDS,
+            col(EventRecord.told_at).is_(None),
+            col(EventRecord.created_at) < DatabaseTime() - UNTOLD_SECONDS * _SECOND_MICROSECONDS,
         )
-        .order_by(col(Event.created_at))
+        .order_by(col(EventRecord.created_at))
         .limit(BATCH_EVENTS)
     )
     return list(await connection.scalars(statement))

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
-from models.outage import DatabaseUnavailable, LockWaitTimeout
+from models.errors import DatabaseUnavailable, LockWaitTimeout
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from journal.store import Held
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from journal.store import ExecutionKey, RunStore

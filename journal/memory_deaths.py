@@ -69,7 +69,7 @@ async def _note(connection: AsyncConnection, *, owner: str) -> dict[str, list[st
             "execution_id": execution_id,
             "sequence": last[execution_id] + 1,
             "lane": lanes[execution_id],
-            "id": ids.new("log"),
+            "id": ids.new_id("log"),
             "level": "warning",
             "message": f"{MESSAGE} on {', '.join(names)}" if names else MESSAGE,
             "node_id": names[0] if len(names) == 1 else None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.findings import ValidationResult
     from engine.node_api import NodeType
     from engine.values import Json
-    from models.access import Caller
+    from models.access import ApiCaller
 
 MANUAL: Final = "manual"
 
@@ -76,8 +76,8 @@ class LoadedWorkflow:
         """What kind of event the trigger node takes."""
         return None if self.trigger is None else self.trigger.kind
 
-    def is_readable_by(self, caller: Caller) -> bool:
-        """Tell what `models.workflow.readable_by` says of the row."""
+    def is_readable_by(self, caller: ApiCaller) -> bool:
+        """Tell what `models.workflow.is_readable_by` says of the row."""
         return self.organization_id == caller.organization_id and (
             caller.is_admin
             or self.is_public

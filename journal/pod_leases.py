@@ -11,7 +11,7 @@ from sqlmodel import col
 from journal import memory_deaths
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
-from models.pod_processes import PodProcess, lease_owner, lease_owners
+from models.pod_processes import PodProcess, lease_owner, lease_owner_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -27,7 +27,7 @@ _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNIN
 
 async def holders(database: Database, workflow_id: str) -> frozenset[PodProcess]:
     """Return the processes of a workflow's pods that hold runs of it; raises `DatabaseUnavailable`."""
-    prefix = lease_owners(workflow_id)
+    prefix = lease_owner_prefix(workflow_id)
     statement = (
         select(col(Execution.lease_owner))
         .where(col(Execution.workflow_id) == workflow_id, _IS_RUNNING)
@@ -35,7 +35,7 @@ async def holders(database: Database, workflow_id: str) -> frozenset[PodProcess]
     )
     async with database.read() as connection:
         owners = [owner for owner in await connection.scalars(statement) if owner is not None]
-    found = (PodProcess.named(owner.removeprefix(prefix)) for owner in owners if owner.startswith(prefix))
+    found = (PodProcess.from_name(owner.removeprefix(prefix)) for owner in owners if owner.startswith(prefix))
     return frozenset(process for process in found if process is not None)
 
 

@@ -57,12 +57,12 @@ from journal.store import (
 )
 from models import postgresql_sessions as sessions
 from models.database import CONNECT_SECONDS, RETRIES, RETRY_SECONDS, STATEMENT_SECONDS
-from models.execution import DELAYED, ISOLATION, LIMITED, SHARED
-from models.execution_status import TERMINAL, ExecutionStatus
-from models.losses import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
-from models.moments import from_microseconds, to_microseconds
-from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
-from models.sqlstates import DatabaseFailure, failure_of
+from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
+from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.loss_limits import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.postgresql_failures import DatabaseFailure, failure_of
+from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -92,11 +92,11 @@ RENEW_PAUSES_SECONDS = (0.02, 0.1)
 async def connect(url: URL, *, connections: int, clock: DatabaseClock) -> PostgreSQLStore:
     """Return a store with a pool of its own; the first statement opens the first connection."""
     pool = await asyncpg.create_pool(
-        sessions.address(url),
+        sessions.driver_address(url),
         min_size=0,
         max_size=connections,
         # Behind a pooler that passes no settings on, they belong to the whole database.
-        connect=partial(sessions.connect, settings=SESSION),
+        connect=partial(sessions.open_session, settings=SESSION),
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
         reset=_keep_session,
@@ -114,7 +114,7 @@ class PostgreSQLStore:
     def __init__(self, url: URL, pool: asyncpg.Pool[Any], clock: DatabaseClock) -> None:
         self.clock = clock
         self._url = url
-        self._address = sessions.address(url)
+        self._address = sessions.driver_address(url)
         self._pool = pool
         self._entrance = Entrance(pool, self._fetch, self._repeated)
 
@@ -135,9 +135,9 @@ class PostgreSQLStore:
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
 
-    async def has_suspects(self, max_trial_losses: int, target: str = SHARED) -> bool:
+    async def has_suspects(self, max_trial_losses: int, target: str = SHARED_TARGET) -> bool:
         """Tell whether suspects wait; see `RunStore.has_suspects`."""
-        return bool(await self._fetch(_HAS_SUSPECTS, ISOLATION.get(target, target), max_trial_losses))
+        return bool(await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_trial_losses))
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -251,7 +251,7 @@ class PostgreSQLStore:
         rows = await self._fetch(_SWEEP, limit, CRASHED)
         due = await self.promote_due()
         pending = await self._fetch(_HAS_PENDING)
-        ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
+        ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL_STATUSES}
         return Swept(len(rows) - len(ended), ended, due, bool(pending))
 
     async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
@@ -306,7 +306,7 @@ class PostgreSQLStore:
         begun_at = monotonic()
         for attempt in range(1, RETRIES + 1):
             try:
-                with sessions.guard(self._address):
+                with sessions.guard_server(self._address):
                     return await work()
             except (
                 asyncpg.PostgresError,
@@ -426,7 +426,7 @@ def _claiming(claim: Claim) -> tuple[Any, ...]:
     """Return a claim's statement and its arguments."""
     lease = claim.owner, int(claim.lease_seconds * 1_000_000)
     if claim.is_trial:
-        queue = ISOLATION.get(claim.target, claim.target)
+        queue = ISOLATION_TARGETS.get(claim.target, claim.target)
         return (_CLAIM_FOR_TRIAL, queue, claim.max_trial_losses, claim.target, claim.limit, *lease)
     turns = msgspec.json.encode(claim.turns).decode()
     return (
@@ -513,7 +513,9 @@ WITH held AS (
         due_at = CASE WHEN {_WAITS} THEN write.due_at END,
         -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
         deadline_at = CASE WHEN {_WAITS} THEN deadline_at - {NOW} ELSE deadline_at END,
-        target = CASE WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED}' ELSE target END,
+        target = CASE
+            WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED_TARGET}' ELSE target
+        END,
         token = CASE WHEN write.move = 'gives-back' THEN execution.token + 1 ELSE execution.token END,
         lease_owner = CASE WHEN write.move = 'goes-on' THEN lease_owner END,
         lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
@@ -628,7 +630,7 @@ def _unlocked(condition: str, limit: str = "") -> str:
 
 _PROMOTE_DUE = f"""
 UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
-    target = CASE target WHEN '{DELAYED}' THEN coalesce(home, '{SHARED}') ELSE target END
+    target = CASE target WHEN '{DELAYED_TARGET}' THEN coalesce(home, '{SHARED_TARGET}') ELSE target END
 WHERE {_unlocked(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
 """
 _TRIAL_LOSSES = "trial_losses + CASE WHEN on_trial THEN 1 ELSE 0 END"

@@ -9,10 +9,16 @@ from journal.admission import lock_number
 from journal.postgresql_text import NOW, columns, unnest, waits_for_locks
 from journal.rows import TOUCHED_MICROSECONDS, without_rivals
 from journal.store import Acceptance, Accepted, Arrival, ExecutionKey, TakenIn, Verdict
-from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD
-from models.ids import turn_of
-from models.moments import to_microseconds
-from models.postgresql_sessions import LOCK_WAIT_MILLISECONDS, local_timeouts
+from models.execution import (
+    DELAYED_TARGET,
+    LIMITED_TARGET,
+    PRIORITY_MICROSECONDS,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+)
+from models.ids import turn_of_workflow
+from models.postgresql_sessions import LOCK_WAIT_MILLISECONDS, timeout_statement
+from models.timestamps import to_microseconds
 
 if TYPE_CHECKING:
     import asyncpg
@@ -174,7 +180,7 @@ async def _free(connection: Any, item: Acceptance) -> int:  # noqa: ANN401 - the
     """Return how many more runs of a key may go on, and keep others from these places until the transaction ends."""
     # In a statement of its own, so that the next one sees what whoever had the lock has committed.
     await connection.execute(
-        f"{local_timeouts()}, pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or "")
+        f"{timeout_statement()}, pg_advisory_xact_lock($1)", lock_number(item.concurrency_key or "")
     )
     live: int = await connection.fetchval(_LIVE, item.concurrency_key)
     return (item.concurrency_limit or 0) - live
@@ -244,7 +250,9 @@ _CURRENT = """
     SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
         AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
         AND workflow.deleted_at IS NULL"""
-_TARGET = f"CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED}') ELSE '{LIMITED}' END"
+_TARGET = (
+    f"CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED_TARGET}') ELSE '{LIMITED_TARGET}' END"
+)
 _ACCEPT = f"""
 WITH item AS (
     SELECT * FROM unnest({unnest(1, _RUN_TYPES)}) AS item ({_RUN_COLUMNS})
@@ -284,8 +292,8 @@ WITH item AS (
 ), {
     _inserts(
         "CASE WHEN delay_until IS NULL THEN 'pending' ELSE 'waiting' END",
-        f"CASE WHEN is_unread THEN '{UNREAD}' WHEN concurrency_key IS NULL AND delay_until IS NOT NULL"
-        f" THEN '{DELAYED}' ELSE {_TARGET} END",
+        f"CASE WHEN is_unread THEN '{UNPARSED_TARGET}' WHEN concurrency_key IS NULL AND delay_until IS NOT NULL"
+        f" THEN '{DELAYED_TARGET}' ELSE {_TARGET} END",
         "delay_until",
         f"coalesce(delay_until, {NOW})",
     )
@@ -308,8 +316,8 @@ WITH item AS (
 SELECT id FROM fresh UNION ALL SELECT id FROM inserted
 """
 _LIVE = f"""
-SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED}' AND ended_at IS NULL)
-    + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED}' AND status = 'pending')
+SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL)
+    + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED_TARGET}' AND status = 'pending')
 """
 _EARLIER = f"""
 SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
@@ -340,7 +348,7 @@ def _acceptance_row(item: Acceptance) -> tuple[Any, ...]:
         int(item.timeout_seconds * 1_000_000),
         item.total_nodes,
         item.priority * PRIORITY_MICROSECONDS,
-        turn_of(item.workflow_id),
+        turn_of_workflow(item.workflow_id),
         key.scope if key else None,
         key.key if key else None,
         key.fingerprint if key else None,

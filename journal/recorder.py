@@ -26,8 +26,8 @@ from journal import trigger_body
 from journal.blobs.backend import BlobsUnavailable
 from journal.group_commit import GroupCommit
 from journal.store import RunWrite
+from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
-from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 
 if TYPE_CHECKING:
     from engine.values import Json

@@ -11,9 +11,9 @@ from engine.run_records import FailureCause, NodeSpan, RunError, RunStatus, Span
 from journal.store import Claimed
 from json_text import decoding
 from models import ids
-from models.execution import ISOLATION
+from models.execution import ISOLATION_TARGETS
 from models.execution_status import ExecutionStatus
-from models.moments import from_microseconds, to_microseconds
+from models.timestamps import from_microseconds, to_microseconds
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -99,7 +99,7 @@ OUT_OF_MEMORY = error_text(
 
 def queue_of(is_suspect: str) -> str:
     """Return the SQL of the target at which a released run waits: another where it is a suspect."""
-    apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION.items())
+    apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION_TARGETS.items())
     return f"CASE WHEN {is_suspect} THEN CASE target {apart} ELSE target END ELSE target END"
 
 
@@ -137,7 +137,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[Row]:
             _text(span.input_blob),
             _text(span.output_blob),
         )
-        for (write, span), span_id in zip(newest, ids.several("span", len(newest)), strict=True)
+        for (write, span), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
 
 
@@ -165,7 +165,7 @@ def attempt_rows(batch: Sequence[RunWrite]) -> list[Row]:
             _microseconds(one.next_attempt_at),
             error_text(one.error),
         )
-        for (write, one), span_id in zip(newest, ids.several("span", len(newest)), strict=True)
+        for (write, one), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
 
 
@@ -183,7 +183,7 @@ def log_rows(batch: Sequence[RunWrite]) -> list[Row]:
             line.node_id,
             to_microseconds(line.created_at),
         )
-        for (write, line), log_id in zip(lines, ids.several("log", len(lines)), strict=True)
+        for (write, line), log_id in zip(lines, ids.new_ids("log", len(lines)), strict=True)
     ]
 
 

@@ -23,21 +23,21 @@ from journal import admission, backlog, follow_ups
 from journal.admission import Limit, OnLimit
 from journal.rows import TOUCHED_MICROSECONDS
 from json_text import decoding
-from models import ids, moments, timetable
+from models import ids, schedule_timetable, timestamps
 from models.deployment import Deployment
-from models.execution import LIMITED, SHARED, Execution, ExecutionData
-from models.moments import from_microseconds
+from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution, ExecutionData
 from models.schedule import Schedule
-from models.timetable import MAX_WAITING, InvalidTimetable, Overlap, Passed, State
-from models.trigger import WorkflowTrigger
+from models.schedule_timetable import MAX_WAITING, InvalidTimetable, OverlapPolicy, ScheduleState, SkipReason
+from models.timestamps import from_microseconds
 from models.workflow import Definition, Workflow, WorkflowStatus
+from models.workflow_triggers import WorkflowTrigger
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, RowMapping, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from models.timetable import Timetable
+    from models.schedule_timetable import ScheduleTimetable
 
 BATCH_SCHEDULES: Final = 200
 PUT_OFF: Final = timedelta(minutes=1)
@@ -103,7 +103,7 @@ class Started:
 
     runs: list[tuple[str, str, datetime]] = field(default_factory=list)
     """Workflow, execution and instant of each run that was accepted."""
-    passed: list[tuple[str, Passed, datetime]] = field(default_factory=list)
+    passed: list[tuple[str, SkipReason, datetime]] = field(default_factory=list)
     """Workflow and reason where instants were passed over, and the last of those."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """Workflows whose schedules are put off from now on, and why."""
@@ -205,11 +205,11 @@ async def set_back(connection: AsyncConnection, now: ColumnElement[int]) -> int:
         anchor_at = min(row["anchor_at"], moment)
         changes: dict[str, Any] = {"planned_at": moment, "anchor_at": anchor_at}
         try:
-            wanted = timetable.timetable_of(row["config"])
+            wanted = schedule_timetable.parse_timetable(row["config"])
         except InvalidTimetable as error:
             changes["problem"] = str(error)
         else:
-            next_run_at = timetable.decided_anew(
+            next_run_at = schedule_timetable.recompute_next_instant(
                 wanted, row["workflow_id"], anchor_at, row["last_run_at"], moment
             )
             changes |= _planned(wanted, row["workflow_id"], next_run_at, moment)
@@ -256,12 +256,12 @@ def _is_trigger_of_schedule() -> ColumnElement[bool]:
 
 
 def _planned(
-    wanted: Timetable, workflow_id: str, next_run_at: datetime | None, now: datetime
+    wanted: ScheduleTimetable, workflow_id: str, next_run_at: datetime | None, now: datetime
 ) -> dict[str, Any]:
     return {
         "planned_at": now,
         "next_run_at": next_run_at,
-        "due_at": None if next_run_at is None else next_run_at + wanted.delay_of(workflow_id),
+        "due_at": None if next_run_at is None else next_run_at + wanted.start_delay(workflow_id),
         "problem": None,
     }
 
@@ -284,13 +284,13 @@ class _Entrance:
         workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
         self.started.decided += 1
         try:
-            wanted = timetable.timetable_of(row["config"])
+            wanted = schedule_timetable.parse_timetable(row["config"])
         except InvalidTimetable as error:
             if row["problem"] != str(error):
                 self.started.problems.append((workflow_id, str(error)))
             self._move(row, due_at=now + PUT_OFF, problem=str(error))
             return
-        decided = timetable.decide(wanted, await self._state(row), now)
+        decided = schedule_timetable.decide_instants(wanted, await self._state(row), now)
         changes = _planned(wanted, workflow_id, decided.next_run_at, now)
         if decided.passed is not None:
             changes |= self._passed(workflow_id, decided.passed, decided.passed_at or now)
@@ -298,7 +298,7 @@ class _Entrance:
             trigger = _trigger(runnable, wanted, instant)
             limit = _limit(runnable, wanted, trigger)
             if limit is not None and limit.on_limit is OnLimit.REJECT and not await self._has_room(limit):
-                changes |= self._passed(workflow_id, Passed.CONCURRENCY_LIMIT, instant)
+                changes |= self._passed(workflow_id, SkipReason.CONCURRENCY_LIMIT, instant)
                 continue
             execution_id = self._accept(row, runnable, trigger, limit, now)
             self.started.runs.append((workflow_id, execution_id, instant))
@@ -314,7 +314,7 @@ class _Entrance:
         if self._moves:
             await self._connection.execute(_MOVE, self._moves)
 
-    async def _state(self, row: RowMapping) -> State:
+    async def _state(self, row: RowMapping) -> ScheduleState:
         """Return where a schedule is. Where its last run has ended, none from before it waits either."""
         waiting_runs = 0
         is_busy = row["last_execution_id"] in self._unended
@@ -322,7 +322,7 @@ class _Entrance:
             waiting_runs = await backlog.of_workflow(
                 self._connection, row["organization_id"], row["workflow_id"], at_most=MAX_WAITING
             )
-        return State(
+        return ScheduleState(
             workflow_id=row["workflow_id"],
             anchor_at=row["anchor_at"],
             next_run_at=row["next_run_at"],
@@ -330,7 +330,7 @@ class _Entrance:
             waiting_runs=waiting_runs,
         )
 
-    def _passed(self, workflow_id: str, reason: Passed, instant: datetime) -> dict[str, Any]:
+    def _passed(self, workflow_id: str, reason: SkipReason, instant: datetime) -> dict[str, Any]:
         self.started.passed.append((workflow_id, reason, instant))
         return {"passed_at": instant, "passed_reason": reason.value}
 
@@ -349,7 +349,7 @@ class _Entrance:
         due = runnable.due
         home = due.workflow_id if due.deployed_hash else None
         follow_up = follow_ups.asked(runnable.settings)
-        execution_id = ids.new("exec")
+        execution_id = ids.new_id("exec")
         common = {
             "lane": due.lane,
             "organization_id": due.organization_id,
@@ -361,12 +361,12 @@ class _Entrance:
             **common,
             "id": execution_id,
             "user_id": row["owner_id"],
-            "target": LIMITED if limit else home or SHARED,
+            "target": LIMITED_TARGET if limit else home or SHARED_TARGET,
             "home": home,
             "trigger_type": SCHEDULE_KIND,
             "definition_hash": runnable.hash,
             "rank": row["now"],
-            "turn": ids.turn_of(due.workflow_id),
+            "turn": ids.turn_of_workflow(due.workflow_id),
             "timeout_microseconds": int(
                 RunSettings.from_stored(runnable.settings).timeout_seconds * 1_000_000
             ),
@@ -416,16 +416,19 @@ class _Entrance:
             await self._connection.execute(statement, rows)
 
 
-def _trigger(runnable: Runnable, wanted: Timetable, instant: datetime) -> Json:
+def _trigger(runnable: Runnable, wanted: ScheduleTimetable, instant: datetime) -> Json:
     """Return what the trigger gives out: the instant that the run is due at, whenever that is."""
-    given: dict[str, Json] = {"scheduledAt": moments.written(instant), "timezone": wanted.timezone}
+    given: dict[str, Json] = {
+        "scheduledAt": timestamps.format_timestamp(instant),
+        "timezone": wanted.timezone,
+    }
     return trigger_output(runnable.trigger_kind, given, instant)
 
 
-def _limit(runnable: Runnable, wanted: Timetable, trigger: Json) -> Limit | None:
+def _limit(runnable: Runnable, wanted: ScheduleTimetable, trigger: Json) -> Limit | None:
     """Return what limits a run: its workflow's settings, and where it waits for its turn, that no other may go on."""
     workflow_id = runnable.due.workflow_id
     limit = admission.limit_of(runnable.settings, workflow_id, trigger)
-    if wanted.overlap is not Overlap.QUEUE:
+    if wanted.overlap is not OverlapPolicy.QUEUE:
         return limit
     return Limit(limit.key if limit else f"{workflow_id}:{SCHEDULE_KIND}", 1, OnLimit.QUEUE)

@@ -20,8 +20,8 @@ from engine.node_api import OUTPUT, AnswerSource
 from engine.run_records import SpanStatus
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import Execution, Signal, SpanRow
-from models.execution_status import TERMINAL, ExecutionStatus
+from models.execution import Execution, SpanRow, WaitAnswer
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -105,20 +105,22 @@ async def give(
     if run is None:
         return Given(Reception.UNAWAITED)
     earlier = await connection.scalar(
-        select(col(Signal.payload)).where(
-            *_is_of(Signal, key), col(Signal.node_id) == node_id, col(Signal.iteration) == iteration
+        select(col(WaitAnswer.payload)).where(
+            *_is_of(WaitAnswer, key),
+            col(WaitAnswer.node_id) == node_id,
+            col(WaitAnswer.iteration) == iteration,
         )
     )
     if earlier is not None:
         # The very same was given by a transaction whose commit nobody heard of.
         return Given(Reception.TAKEN if earlier == payload.decode() else Reception.LATE)
-    if run.status in TERMINAL:
+    if run.status in TERMINAL_STATUSES:
         return Given(Reception.UNAWAITED)
     reception = await _reception(connection, key, node_id, iteration, kind)
     if reception is not Reception.TAKEN:
         return Given(reception)
     await connection.execute(
-        insert(Signal).values(
+        insert(WaitAnswer).values(
             execution_id=key.execution_id,
             node_id=node_id,
             iteration=iteration,
@@ -144,13 +146,18 @@ async def give(
 async def of(database: Database, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
     """Return the answers that were given to runs, by execution id, then by node id and iteration."""
     found: dict[str, dict[tuple[str, str], bytes]] = {}
-    columns = (col(Signal.execution_id), col(Signal.node_id), col(Signal.iteration), col(Signal.payload))
+    columns = (
+        col(WaitAnswer.execution_id),
+        col(WaitAnswer.node_id),
+        col(WaitAnswer.iteration),
+        col(WaitAnswer.payload),
+    )
     async with database.read() as connection:
         for start in range(0, len(keys), BATCH_RUNS):
             part = keys[start : start + BATCH_RUNS]
             condition = and_(
-                col(Signal.execution_id).in_([key.execution_id for key in part]),
-                col(Signal.lane).in_({key.lane for key in part}),
+                col(WaitAnswer.execution_id).in_([key.execution_id for key in part]),
+                col(WaitAnswer.lane).in_({key.lane for key in part}),
             )
             for execution_id, *place, payload in await connection.execute(select(*columns).where(condition)):
                 node_id, iteration = place
@@ -160,10 +167,10 @@ async def of(database: Database, keys: Sequence[ExecutionKey]) -> dict[str, dict
 
 async def waiting_for_input(connection: AsyncConnection, key: ExecutionKey) -> list[Waiting]:
     """Return the nodes of a run that wait for a person and have no answer yet, in the order of their asking."""
-    answered = select(col(Signal.node_id)).where(
-        col(Signal.execution_id) == col(SpanRow.execution_id),
-        col(Signal.node_id) == col(SpanRow.node_id),
-        col(Signal.iteration) == col(SpanRow.iteration),
+    answered = select(col(WaitAnswer.node_id)).where(
+        col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
+        col(WaitAnswer.node_id) == col(SpanRow.node_id),
+        col(WaitAnswer.iteration) == col(SpanRow.iteration),
     )
     statement = (
         select(
@@ -213,9 +220,11 @@ async def is_answered(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str | None
 ) -> bool:
     """Tell whether a node was given an answer: in one iteration, or in any where none is named."""
-    statement = select(col(Signal.node_id)).where(*_is_of(Signal, key), col(Signal.node_id) == node_id)
+    statement = select(col(WaitAnswer.node_id)).where(
+        *_is_of(WaitAnswer, key), col(WaitAnswer.node_id) == node_id
+    )
     if iteration is not None:
-        statement = statement.where(col(Signal.iteration) == iteration)
+        statement = statement.where(col(WaitAnswer.iteration) == iteration)
     return await connection.scalar(statement.limit(1)) is not None
 
 
@@ -223,5 +232,5 @@ def _is_run(key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
     return col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
 
 
-def _is_of(table: type[Signal | SpanRow], key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
+def _is_of(table: type[WaitAnswer | SpanRow], key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
     return col(table.execution_id) == key.execution_id, col(table.lane) == key.lane

@@ -55,12 +55,12 @@ from journal.store import (
 from models import sqlite_writes
 from models.database import SQLITE_BUSY_SECONDS
 from models.database_clock import DatabaseClock
-from models.execution import DELAYED, ISOLATION, LIMITED, SHARED
-from models.execution_status import TERMINAL, ExecutionStatus
+from models.errors import DatabaseUnavailable
+from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.host_time import HOST_TIME
-from models.losses import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
-from models.moments import to_microseconds
-from models.outage import DatabaseUnavailable
+from models.loss_limits import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.timestamps import to_microseconds
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -91,7 +91,7 @@ class SQLiteStore:
         self.clock.follow_host()
         return claimed
 
-    async def has_suspects(self, max_trial_losses: int, target: str = SHARED) -> bool:
+    async def has_suspects(self, max_trial_losses: int, target: str = SHARED_TARGET) -> bool:
         """Tell whether suspects wait; see `RunStore.has_suspects`."""
         return await self._reader.run(lambda connection: _has_suspects(connection, target, max_trial_losses))
 
@@ -160,7 +160,7 @@ class _Thread:
 
     def __init__(self, path: str, name: str, *, writes: bool) -> None:
         self._path = path
-        self._breaker = sqlite_writes.breaker_of(path) if writes else None
+        self._breaker = sqlite_writes.write_breaker(path) if writes else None
         self._works: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -295,7 +295,7 @@ def _claim(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
 def _claim_for_trial(connection: sqlite3.Connection, claim: Claim) -> list[Claimed]:
     rows = connection.execute(
         f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY trial_losses, attempt, rank LIMIT ?",
-        (ISOLATION.get(claim.target, claim.target), claim.max_trial_losses, claim.limit),
+        (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_trial_losses, claim.limit),
     ).fetchall()
     now = _now()
     return [_taken(connection, claim, row[0], now, may_have_more=False) for row in rows]
@@ -344,7 +344,7 @@ def _of_organization(
         if current == turns[0]:
             break
     # Elsewhere suspects wait at a target of their own.
-    is_no_suspect = "" if claim.target in ISOLATION else f" AND attempt < {SUSPECT_LOSSES}"
+    is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND attempt < {SUSPECT_LOSSES}"
     chosen: list[tuple[str, bool]] = []
     for served, turn in enumerate(turns):
         part = -(-(share - len(chosen)) // (len(turns) - served))
@@ -394,7 +394,7 @@ _IS_SUSPECT = (
 
 def _has_suspects(connection: sqlite3.Connection, target: str, max_trial_losses: int) -> bool:
     statement = f"SELECT 1 FROM execution {_IS_SUSPECT} LIMIT 1"
-    values = (ISOLATION.get(target, target), max_trial_losses)
+    values = (ISOLATION_TARGETS.get(target, target), max_trial_losses)
     return connection.execute(statement, values).fetchone() is not None
 
 
@@ -438,7 +438,7 @@ _GIVES_BACK = (
     " ended_at = CASE WHEN request IS NULL THEN NULL ELSE :now END,"
     # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
     f" deadline_at = CASE WHEN {_WAITS} THEN deadline_at - :now ELSE deadline_at END,"
-    f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED}' END,"
+    f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED_TARGET}' END,"
     " token = token + 1, attempt = 0, trial_losses = 0, on_trial = 0, lease_owner = NULL, lease_until = NULL"
     + _GUARD
 )
@@ -524,7 +524,7 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
         ).fetchone()
         if row is None:
             continue
-        found_outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL else ()
+        found_outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL_STATUSES else ()
         outputs = [(node_id, text) for node_id, text, _ in found_outputs]
         references = [node_id for node_id, _, is_reference in found_outputs if is_reference]
         status, completed_nodes, total_nodes, error, percent = row
@@ -556,7 +556,7 @@ def _promote_due(connection: sqlite3.Connection) -> int:
     now = _now()
     return connection.execute(
         "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1,"
-        f" target = CASE target WHEN '{DELAYED}' THEN coalesce(home, '{SHARED}') ELSE target END"
+        f" target = CASE target WHEN '{DELAYED_TARGET}' THEN coalesce(home, '{SHARED_TARGET}') ELSE target END"
         " WHERE status = 'waiting' AND due_at <= ?1",
         (now,),
     ).rowcount
@@ -598,7 +598,7 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> Swept:
         {"now": now, "crashed": CRASHED, "limit": limit, **_NO_LEAST},
     ).fetchall()
     has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
-    ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL}
+    ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL_STATUSES}
     return Swept(len(rows) - len(ended), ended, due, has_pending is not None)
 
 

@@ -8,10 +8,16 @@ import msgspec
 
 from journal.rows import TOUCHED_MICROSECONDS
 from journal.store import Acceptance, Accepted, Arrival, ArrivedRun, TakenIn, Verdict
-from models.execution import DELAYED, LIMITED, PRIORITY_MICROSECONDS, SHARED, UNREAD
+from models.execution import (
+    DELAYED_TARGET,
+    LIMITED_TARGET,
+    PRIORITY_MICROSECONDS,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+)
 from models.execution_status import ExecutionStatus
-from models.ids import turn_of
-from models.moments import to_microseconds
+from models.ids import turn_of_workflow
+from models.timestamps import to_microseconds
 
 if TYPE_CHECKING:
     import sqlite3
@@ -133,10 +139,10 @@ def _delayed_until(item: Acceptance) -> int | None:
 def _first_target(item: Acceptance) -> str:
     """Return who may take a run when it is new."""
     if isinstance(item, ArrivedRun) and not item.is_read:
-        return UNREAD
+        return UNPARSED_TARGET
     if item.concurrency_key is not None:
-        return LIMITED
-    return DELAYED if _delayed_until(item) else item.home or SHARED
+        return LIMITED_TARGET
+    return DELAYED_TARGET if _delayed_until(item) else item.home or SHARED_TARGET
 
 
 def _current_workflows(
@@ -198,8 +204,8 @@ def _has_place(connection: sqlite3.Connection, item: Acceptance, inserted: Seque
     """Tell whether fewer runs of its key than its limit go on, or wait for that, with those of the same batch."""
     live: int = connection.execute(
         "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
-        f" AND target <> '{LIMITED}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
-        f" WHERE concurrency_key = ?1 AND target = '{LIMITED}' AND status = 'pending')",
+        f" AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
+        f" WHERE concurrency_key = ?1 AND target = '{LIMITED_TARGET}' AND status = 'pending')",
         (item.concurrency_key,),
     ).fetchone()[0]
     live += sum(one.concurrency_key == item.concurrency_key for one in inserted)
@@ -244,7 +250,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[Acceptanc
                 item.trigger_type,
                 item.definition_hash,
                 (_delayed_until(item) or now) - item.priority * PRIORITY_MICROSECONDS,
-                turn_of(item.workflow_id),
+                turn_of_workflow(item.workflow_id),
                 int(item.timeout_seconds * 1_000_000),
                 item.total_nodes,
                 item.execution_id,

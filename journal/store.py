@@ -19,7 +19,7 @@ import msgspec
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
 from models.database_clock import DatabaseClock
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
-from models.losses import MAX_TRIAL_LOSSES
+from models.loss_limits import MAX_TRIAL_LOSSES
 
 
 class ExecutionKey(NamedTuple):

@@ -21,11 +21,11 @@ from journal.held_runs import UNTIL_RESUMED
 from models import ids
 from models.database import is_sqlite
 from models.deployment import Deployment
+from models.errors import DatabaseUnavailable
 from models.event_wait import EventWait
-from models.execution import Execution, Idempotency, Leadership, PaceRow, SpanRow
+from models.execution import Execution, Idempotency, Leadership, SpanRow, ThrottleRow
 from models.execution_status import ExecutionStatus
 from models.host_time import HOST_TIME
-from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -53,7 +53,7 @@ ENDS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | None], ...]] 
     (Execution, "follow_up_at", None),
     (SpanRow, "wake_at", _SLEEPS),
     (EventWait, "expires_at", None),
-    (PaceRow, "next_at", None),
+    (ThrottleRow, "next_at", None),
     (Idempotency, "expires_at", None),
     (Leadership, "lease_until", None),
     (Deployment, "held_until", None),
@@ -69,7 +69,7 @@ async def keep_time(database: Database, moves: Callable[[], bool] = lambda: Fals
     `moves` tells whether this process is the one that moves rows when the clock of an SQLite host was set. A database
     that doesn't answer yet is no error: the clock of the host counts until it does.
     """
-    ids.count_by(database.clock)
+    ids.use_clock(database.clock)
     await _learn(database)
     keep = _watch_host if is_sqlite(database.url) else _keep_asking
     task = asyncio.create_task(keep(database, moves))

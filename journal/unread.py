@@ -20,9 +20,9 @@ from journal.admission import OnLimit
 from journal.blobs.reference import Reference
 from json_text import decoding
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, UNREAD, Execution, ExecutionData
+from models.execution import LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET, Execution, ExecutionData
 from models.execution_status import ExecutionStatus
-from models.intake import Delivery
+from models.ingest import Delivery
 from senders.mail_kinds import MailKind
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ async def _leave(connection: AsyncConnection, one: Read, limit: Limit | None) ->
     is_asked = col(Execution.request).is_not(None)
     goes_on = ExecutionStatus.FAILED if is_full else ExecutionStatus.PENDING
     ended_at = DatabaseTime() if is_full else case((is_asked, DatabaseTime()), else_=null())
-    target = LIMITED if limit is not None else func.coalesce(col(Execution.home), SHARED)
+    target = LIMITED_TARGET if limit is not None else func.coalesce(col(Execution.home), SHARED_TARGET)
     statement = (
         update(Execution)
         .where(*_held(one))
@@ -251,5 +251,5 @@ def _held(one: Read) -> Sequence[ColumnElement[bool]]:
         col(Execution.token) == one.token,
         col(Execution.status) == ExecutionStatus.RUNNING,
         col(Execution.lease_owner) == one.owner,
-        col(Execution.target) == UNREAD,
+        col(Execution.target) == UNPARSED_TARGET,
     )

@@ -19,20 +19,20 @@ from sqlalchemy import and_, bindparam, case, func, literal, literal_column, sel
 from sqlmodel import col
 
 from journal import activity, decisions
-from models import lifecycle
+from models import lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import (
     BLOCKING_REASONS,
-    SERVING,
+    SERVING_STATES,
     Deployment,
     DeploymentStatus,
     is_serving,
     status_of,
 )
-from models.execution import ISOLATED, SHARED, Execution
+from models.execution import ISOLATED_TARGET, SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
-from models.lifecycle import Decision, LifecycleAction, LifecycleReason, Refusal
-from models.losses import SUSPECT_LOSSES
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StartRefusal
+from models.loss_limits import SUSPECT_LOSSES
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
@@ -55,7 +55,7 @@ DEFERRED: Final = and_(
     col(Execution.started_at).is_(None),
 )
 TARGET_OF_WORKERS: Final = case(
-    (and_(PENDING, col(Execution.attempt) >= SUSPECT_LOSSES), ISOLATED), else_=SHARED
+    (and_(PENDING, col(Execution.attempt) >= SUSPECT_LOSSES), ISOLATED_TARGET), else_=SHARED_TARGET
 )
 """The target of a run that pods are to run no more."""
 _UNLOCKED: Final = (
@@ -78,7 +78,7 @@ _UP: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
 class StartRefused(Exception):
     """A deployment may not be started for a run now."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: StartRefusal) -> None:
         super().__init__(refusal.code)
         self.refusal = refusal
 
@@ -109,7 +109,7 @@ def is_ready(deployment: Deployment) -> bool:
 
 def has_failed(deployment: Deployment) -> bool:
     """Tell whether it has no pods and can't start any, as far as was seen since something was wanted of it last."""
-    return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING
+    return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING_STATES
 
 
 async def count(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
@@ -125,24 +125,24 @@ def blocked_reason(deployment: Deployment) -> str | None:
     """Return what its pods wait for, where they start as soon as the cluster has room; None: they may be coming."""
     is_blocked = (
         is_wanted(deployment)
-        and deployment.observed not in SERVING
+        and deployment.observed not in SERVING_STATES
         and deployment.observed_generation == deployment.generation
         and deployment.observed_reason_code in BLOCKING_REASONS
     )
     return deployment.observed_reason if is_blocked else None
 
 
-def for_a_run(seen: Seen) -> Decision:
+def for_a_run(seen: Seen) -> LifecycleVerdict:
     """Decide, for `decisions.settle`, what takes a run that has come; raises `StartRefused`.
 
     Of a deployment whose pods can't start it wants that they try once more.
     """
-    refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
+    refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:
         raise StartRefused(refusal)
     if is_wanted(seen.deployment) and not has_failed(seen.deployment):
-        return Decision(LifecycleAction.NONE, LifecycleReason.IN_USE)
-    return Decision(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
+    return LifecycleVerdict(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
 
 
 async def see_to_waiting(database: Database) -> dict[str, Done]:
@@ -152,7 +152,7 @@ async def see_to_waiting(database: Database) -> dict[str, Done]:
     """
     done: dict[str, Done] = {}
     for condition in (PENDING, DEFERRED):
-        after: str | None = SHARED
+        after: str | None = SHARED_TARGET
         while after is not None:
             async with database.read() as connection:
                 found = [str(one) for one in await connection.scalars(targets(condition, after))]
@@ -221,7 +221,7 @@ def _is_as_it_should_be(seen: Seen, condition: ColumnElement[bool]) -> bool:
         return False
     if condition is PENDING:
         return is_wanted(seen.deployment)
-    return lifecycle.may_start(seen.policy, seen.situation, seen.now) is not None
+    return lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now) is not None
 
 
 async def _see_to_locked(connection: AsyncConnection, *, workflow_id: str) -> Done:
@@ -234,14 +234,14 @@ async def _see_to_locked(connection: AsyncConnection, *, workflow_id: str) -> Do
         await release(connection, workflow_id)
         moved = await _change(connection, workflow_id, PENDING, target=TARGET_OF_WORKERS, home=None)
         return Done.LEFT_TO_WORKERS if moved else Done.NOTHING
-    refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
+    refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:
         return await _defer(connection, workflow_id, refusal.opens_at or UNTIL_STARTED)
     released = await release(connection, workflow_id)
     if is_wanted(seen.deployment):
         return Done.RELEASED if released else Done.NOTHING
     situation = replace(seen.situation, has_due=seen.situation.has_due or released > 0)
-    decision = lifecycle.decide(seen.policy, situation, seen.now)
+    decision = lifecycle_policy.decide(seen.policy, situation, seen.now)
     if decision.action not in _UP:
         return Done.NOTHING
     await decisions.carry_out(connection, replace(seen, situation=situation), decision)

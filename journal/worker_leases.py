@@ -9,7 +9,7 @@ from sqlmodel import col
 
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
-from models.worker_processes import lease_owners
+from models.worker_processes import lease_owner_prefix
 
 if TYPE_CHECKING:
     from models.database import Database
@@ -23,7 +23,7 @@ async def holders(database: Database, name: str) -> frozenset[str]:
 
     A process may hold leases under its name and under `<its name>.reader`: it is returned once.
     """
-    prefix = lease_owners(name)
+    prefix = lease_owner_prefix(name)
     owner = col(Execution.lease_owner)
     statement = select(owner).where(_IS_RUNNING, func.substr(owner, 1, len(prefix)) == prefix).distinct()
     async with database.read() as connection:

@@ -12,11 +12,11 @@ from hashlib import blake2b
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant, JsonText
+from models.column_types import JsonTextColumn, TimestampColumn
 from models.ids import ALPHABET
 
 
-class Role(StrEnum):
+class UserRole(StrEnum):
     """A user's place in its organisation."""
 
     MEMBER = "member"
@@ -35,7 +35,7 @@ class KeyScope(StrEnum):
     USERS_WRITE = "users:write"
 
 
-ALL_SCOPES = frozenset(KeyScope)
+ALL_KEY_SCOPES = frozenset(KeyScope)
 
 
 class Organization(SQLModel, table=True):
@@ -44,7 +44,7 @@ class Organization(SQLModel, table=True):
     id: str = Field(primary_key=True)
     lane: int = Field(sa_type=SmallInteger)
     name: str
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class User(SQLModel, table=True):
@@ -58,8 +58,8 @@ class User(SQLModel, table=True):
     lane: int = Field(sa_type=SmallInteger)
     email: str
     name: str = ""
-    role: str = Role.MEMBER
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    role: str = UserRole.MEMBER
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class ApiKey(SQLModel, table=True):
@@ -81,29 +81,29 @@ class ApiKey(SQLModel, table=True):
     hash: str
     secret_id: str
     """Of the server's secret that it is hashed with."""
-    scopes: list[str] = Field(sa_column=Column(JsonText, nullable=False))
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    expires_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    revoked_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    last_used_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    scopes: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    last_used_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class ApiCaller:
     """Whoever a valid key stands for."""
 
     key_id: str
     user_id: str
     organization_id: str
     lane: int
-    role: Role
+    role: UserRole
     scopes: frozenset[str]
 
     @property
     def is_admin(self) -> bool:
-        return self.role is Role.ADMIN
+        return self.role is UserRole.ADMIN
 
-    def may(self, scope: str) -> bool:
+    def has_scope(self, scope: str) -> bool:
         return scope in self.scopes
 
 
@@ -118,17 +118,17 @@ def new_key() -> str:
     return KEY_PREFIX + _ROUTING_CODE + "".join(ALPHABET[number >> shift & 31] for shift in range(0, 260, 5))
 
 
-def key_hash(key: str, secret: bytes) -> str:
+def hash_key(key: str, secret: bytes) -> str:
     """Return what is stored of a key: useless without the server's secret (BLAKE2b, keyed: RFC 7693, 2.9)."""
-    return blake2b(key.encode(), key=_hashing_key(secret), digest_size=32).hexdigest()
+    return blake2b(key.encode(), key=_derive_hashing_key(secret), digest_size=32).hexdigest()
 
 
 @cache
-def _hashing_key(secret: bytes) -> bytes:
+def _derive_hashing_key(secret: bytes) -> bytes:
     """Return a key of the length that BLAKE2b takes, for this purpose alone."""
     return blake2b(secret, digest_size=64, person=b"api keys").digest()
 
 
-def shown_prefix(key: str) -> str:
+def visible_prefix(key: str) -> str:
     """Return the part of a key by which its owner may recognise it."""
     return key[:9]

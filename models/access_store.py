@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from models import ids
-from models.access import ApiKey, Caller, Organization, Role, User, key_hash, new_key, shown_prefix
+from models.access import ApiCaller, ApiKey, Organization, User, UserRole, hash_key, new_key, visible_prefix
 from models.database import Database
-from models.vault import secret_id
+from models.encryption import identify_secret
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -32,7 +32,7 @@ class EmailTaken(ValueError):
 class FoundKey:
     """A key that exists, valid or not."""
 
-    caller: Caller
+    caller: ApiCaller
     hash: str
     expires_at: datetime | None
     revoked_at: datetime | None
@@ -43,7 +43,7 @@ class FoundKey:
 
 
 @dataclass(frozen=True, slots=True)
-class NewKey:
+class CreatedKey:
     """A key at the only moment when it can be read."""
 
     key: str
@@ -66,16 +66,16 @@ async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, Fo
         .where(col(ApiKey.hash).in_(hashes))
     )
     async with database.read() as connection:
-        return {row.hash: _found_key(row) for row in await connection.execute(statement)}
+        return {row.hash: _key_of_row(row) for row in await connection.execute(statement)}
 
 
-def _found_key(row: Row[*tuple[Any, ...]]) -> FoundKey:
-    caller = Caller(
+def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
+    caller = ApiCaller(
         key_id=row.id,
         user_id=row.user_id,
         organization_id=row.organization_id,
         lane=row.lane,
-        role=Role(row.role),
+        role=UserRole(row.role),
         scopes=frozenset(row.scopes),
     )
     return FoundKey(caller, row.hash, row.expires_at, row.revoked_at, row.last_used_at)
@@ -97,7 +97,7 @@ async def rehash_key(database: Database, key: str, *, earlier: str, secret: byte
     statement = (
         update(ApiKey)
         .where(col(ApiKey.hash) == earlier)
-        .values(hash=key_hash(key, secret), secret_id=secret_id(secret))
+        .values(hash=hash_key(key, secret), secret_id=identify_secret(secret))
     )
 
     async def rehash(connection: AsyncConnection) -> None:
@@ -115,8 +115,8 @@ async def has_organization(connection: AsyncConnection) -> bool:
 
 
 async def create_organization(connection: AsyncConnection, *, name: str, now: datetime) -> Organization:
-    organization_id = ids.new("org")
-    lane = ids.lane_of(organization_id)
+    organization_id = ids.new_id("org")
+    lane = ids.shard_of(organization_id)
     organization = Organization(id=organization_id, lane=lane, name=name, created_at=now)
     await connection.execute(insert(Organization).values(organization.model_dump()))
     return organization
@@ -140,12 +140,12 @@ async def create_user(
     organization: Organization,
     email: str,
     name: str,
-    role: Role,
+    role: UserRole,
     now: datetime,
 ) -> User:
     """Add a user to an organisation; raises `EmailTaken`."""
     user = User(
-        id=ids.new("user"),
+        id=ids.new_id("user"),
         organization_id=organization.id,
         lane=organization.lane,
         email=email.lower(),
@@ -190,24 +190,24 @@ async def create_key(
     now: datetime,
     expires_at: datetime | None = None,
     key: str | None = None,
-) -> NewKey:
+) -> CreatedKey:
     """Make a key for a user, a fresh one unless `key` is given; only its hash is kept."""
     text = key or new_key()
     row = ApiKey(
-        id=ids.new("key"),
+        id=ids.new_id("key"),
         organization_id=user.organization_id,
         user_id=user.id,
         lane=user.lane,
         name=name,
-        prefix=shown_prefix(text),
-        hash=key_hash(text, secret),
-        secret_id=secret_id(secret),
+        prefix=visible_prefix(text),
+        hash=hash_key(text, secret),
+        secret_id=identify_secret(secret),
         scopes=sorted(scopes),
         created_at=now,
         expires_at=expires_at,
     )
     await connection.execute(insert(ApiKey).values(row.model_dump()))
-    return NewKey(text, row)
+    return CreatedKey(text, row)
 
 
 async def list_keys(

@@ -8,10 +8,10 @@ from enum import StrEnum
 from sqlalchemy import Column, Index, SmallInteger
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant
+from models.column_types import TimestampColumn
 
 
-class Action(StrEnum):
+class AuditAction(StrEnum):
     """What was done."""
 
     WORKFLOW_CREATED = "workflow.created"
@@ -80,4 +80,4 @@ class AuditEntry(SQLModel, table=True):
     """SHA-256 of what the object was, in hexadecimal; null where there was none."""
     after_hash: str | None = None
     """SHA-256 of what it became; null where it is gone."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

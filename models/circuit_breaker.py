@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,7 +34,7 @@ GRACE_SECONDS: Final = 0.05
 """So long calls have to fail by themselves, once their connections are gone."""
 INTEREST_SECONDS: Final = 60.0
 """Nobody probes for longer than this after the last call: the next one is let through, and watched."""
-MESSAGE: Final = "The database does not answer"
+OUTAGE_MESSAGE: Final = "The database does not answer"
 
 
 class CircuitBreaker:
@@ -61,7 +61,7 @@ class CircuitBreaker:
         """Count a call; raises `DatabaseUnavailable` where the server doesn't answer."""
         self._last_call_at = monotonic()
         if self._is_open:
-            raise DatabaseUnavailable(MESSAGE)
+            raise DatabaseUnavailable(OUTAGE_MESSAGE)
         self._calls[call] = None
         if self._check is None:
             self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
@@ -144,7 +144,7 @@ class GuardedCall:
         if self._is_given_up and self._task is not None:
             self._task.uncancel()
             if kind is not None and issubclass(kind, asyncio.CancelledError):
-                raise DatabaseUnavailable(MESSAGE) from error
+                raise DatabaseUnavailable(OUTAGE_MESSAGE) from error
 
     def give_up(self) -> None:
         """Break off whatever is awaited in the context."""

@@ -21,9 +21,9 @@ from sqlalchemy import (
 from sqlmodel import Field, SQLModel, col
 
 from json_text import decoding
-from models.access import Caller, Role, User
-from models.columns import Instant, JsonText
-from models.vault import Sealed, Vault
+from models.access import ApiCaller, User, UserRole
+from models.column_types import JsonTextColumn, TimestampColumn
+from models.encryption import EncryptedText, SecretVault
 
 
 class DataSource(SQLModel, table=True):
@@ -42,19 +42,19 @@ class DataSource(SQLModel, table=True):
     owner_id: str = Field(foreign_key="user_account.id")
     name: str
     type: str
-    settings: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
-    secret_names: list[str] = Field(sa_column=Column(JsonText, nullable=False))
+    settings: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    secret_names: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     """Which secrets it has."""
     sealed: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     """The secrets by their names, as JSON."""
     secret_id: str
     """Of the server's own secret that opens them."""
-    secrets_set_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    secrets_set_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     revision: int = 1
     """Goes up with every change of it or of who may see it."""
     is_public: bool = False
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    updated_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class DataSourceShare(SQLModel, table=True):
@@ -65,22 +65,26 @@ class DataSourceShare(SQLModel, table=True):
 
     data_source_id: str = Field(primary_key=True, foreign_key="data_source.id")
     user_id: str = Field(primary_key=True, foreign_key="user_account.id")
-    shared_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    shared_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 # ── secrets ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sealed(vault: Vault, secrets: dict[str, object], *, organization_id: str, source_id: str) -> Sealed:
+def encrypt_secrets(
+    vault: SecretVault, secrets: dict[str, object], *, organization_id: str, source_id: str
+) -> EncryptedText:
     """Return the secrets of a data source as they are stored."""
     text = msgspec.json.encode(secrets)
     return vault.seal(text, organization_id=organization_id, object_id=source_id)
 
 
-def opened(vault: Vault, source: DataSource) -> dict[str, str]:
+def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
     """Return the secrets of a data source by their names; raises `VaultError`."""
     text = vault.open(
-        Sealed(source.secret_id, source.sealed), organization_id=source.organization_id, object_id=source.id
+        EncryptedText(source.secret_id, source.sealed),
+        organization_id=source.organization_id,
+        object_id=source.id,
     )
     return decoding.decode(text, dict[str, str])
 
@@ -88,32 +92,32 @@ def opened(vault: Vault, source: DataSource) -> dict[str, str]:
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def readable_by(caller: Caller) -> ColumnElement[bool]:
+def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may see, test and use a data source."""
     everybody = col(DataSource.organization_id) == caller.organization_id
-    return and_(everybody, true() if caller.is_admin else _open_to(caller.user_id))
+    return and_(everybody, true() if caller.is_admin else _is_open_to(caller.user_id))
 
 
-def usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
+def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
     """Return the same condition for a user in whose name a workflow runs, with the role that they have by now."""
     is_admin = (
         select(col(User.id))
         .where(
             col(User.id) == user_id,
             col(User.organization_id) == organization_id,
-            col(User.role) == Role.ADMIN,
+            col(User.role) == UserRole.ADMIN,
         )
         .exists()
     )
-    return and_(col(DataSource.organization_id) == organization_id, or_(is_admin, _open_to(user_id)))
+    return and_(col(DataSource.organization_id) == organization_id, or_(is_admin, _is_open_to(user_id)))
 
 
-def _open_to(user_id: str) -> ColumnElement[bool]:
+def _is_open_to(user_id: str) -> ColumnElement[bool]:
     shared = select(col(DataSourceShare.data_source_id)).where(col(DataSourceShare.user_id) == user_id)
     return or_(col(DataSource.owner_id) == user_id, col(DataSource.is_public), col(DataSource.id).in_(shared))
 
 
-def writable_by(caller: Caller) -> ColumnElement[bool]:
+def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may change, share and delete a data source."""
     own = true() if caller.is_admin else col(DataSource.owner_id) == caller.user_id
     return and_(col(DataSource.organization_id) == caller.organization_id, own)

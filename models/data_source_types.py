@@ -21,7 +21,7 @@ _IPV6: Final = r"[0-9A-Fa-f:.]{2,45}"
 _HEADERS_FOR_ANYBODY: Final = frozenset({"accept", "accept-language", "content-type", "user-agent"})
 """Sent along when another server is asked after a redirect, so none of them may hold a key."""
 
-Text: TypeAlias = Annotated[
+TextField: TypeAlias = Annotated[
     str,
     Meta(
         min_length=1,
@@ -30,7 +30,7 @@ Text: TypeAlias = Annotated[
         description="a text of one line",
     ),
 ]
-Host: TypeAlias = Annotated[
+HostField: TypeAlias = Annotated[
     str,
     Meta(
         max_length=253,
@@ -38,9 +38,9 @@ Host: TypeAlias = Annotated[
         description="a host name or an IP address, without a port",
     ),
 ]
-Hosts: TypeAlias = Annotated[list[Host], Meta(min_length=1, max_length=MAX_HOSTS)]
-Port: TypeAlias = Annotated[int, Meta(ge=1, le=65_535)]
-Secret: TypeAlias = Annotated[
+HostsField: TypeAlias = Annotated[list[HostField], Meta(min_length=1, max_length=MAX_HOSTS)]
+PortField: TypeAlias = Annotated[int, Meta(ge=1, le=65_535)]
+SecretField: TypeAlias = Annotated[
     str,
     Meta(
         min_length=1,
@@ -49,7 +49,7 @@ Secret: TypeAlias = Annotated[
         description="a text of one line",
     ),
 ]
-HeaderSecret: TypeAlias = Annotated[
+HeaderSecretField: TypeAlias = Annotated[
     str,
     Meta(
         min_length=1,
@@ -74,7 +74,7 @@ class DataSourceType(StrEnum):
     WEBHOOK_SECRET = "webhook-secret"  # noqa: S105 - the name of a type
 
 
-class Fields(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
+class DataSourceFields(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
     """Base of what a type is told."""
 
 
@@ -101,27 +101,27 @@ class MailTls(StrEnum):
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Nothing(Fields):
+class NoFields(DataSourceFields):
     """For a type that has none."""
 
 
-class PostgresqlSettings(Fields, kw_only=True):
-    host: Host
-    port: Port = 5432
-    database: Text
-    user: Text
+class PostgresqlSettings(DataSourceFields, kw_only=True):
+    host: HostField
+    port: PortField = 5432
+    database: TextField
+    user: TextField
     tls: DatabaseTls = DatabaseTls.PREFER
 
 
-class MysqlSettings(Fields, kw_only=True):
-    host: Host
-    port: Port = 3306
-    database: Text
-    user: Text
+class MysqlSettings(DataSourceFields, kw_only=True):
+    host: HostField
+    port: PortField = 3306
+    database: TextField
+    user: TextField
     tls: DatabaseTls = DatabaseTls.PREFER
 
 
-class SqliteSettings(Fields):
+class SqliteSettings(DataSourceFields):
     file: Annotated[
         str,
         Meta(
@@ -132,11 +132,11 @@ class SqliteSettings(Fields):
     ]
 
 
-class BearerSettings(Fields):
-    hosts: Hosts | None = None
+class BearerSettings(DataSourceFields):
+    hosts: HostsField | None = None
 
 
-class BasicSettings(Fields):
+class BasicSettings(DataSourceFields):
     username: Annotated[
         str,
         Meta(
@@ -146,15 +146,15 @@ class BasicSettings(Fields):
             description="a text of one line without a colon, which would end it",
         ),
     ]
-    hosts: Hosts | None = None
+    hosts: HostsField | None = None
 
 
-class ApiKeySettings(Fields):
+class ApiKeySettings(DataSourceFields):
     header: Annotated[
         str,
         Meta(max_length=100, pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", description="the name of a header"),
     ] = "X-API-Key"
-    hosts: Hosts | None = None
+    hosts: HostsField | None = None
 
     def __post_init__(self) -> None:
         if self.header.lower() in _HEADERS_FOR_ANYBODY:
@@ -163,14 +163,14 @@ class ApiKeySettings(Fields):
             )
 
 
-class SmtpSettings(Fields):
-    host: Host
-    port: Port = 587
-    username: Text | None = None
+class SmtpSourceSettings(DataSourceFields):
+    host: HostField
+    port: PortField = 587
+    username: TextField | None = None
     tls: MailTls = MailTls.STARTTLS
 
 
-class S3Settings(Fields, kw_only=True):
+class S3Settings(DataSourceFields, kw_only=True):
     bucket: Annotated[
         str,
         Meta(
@@ -198,47 +198,47 @@ class S3Settings(Fields, kw_only=True):
     prefix: Annotated[
         str, Meta(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*\Z", description="a text of one line")
     ] = ""
-    access_key_id: Text
+    access_key_id: TextField
     path_style: bool = False
 
 
 # ── secrets ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Password(Fields):
-    password: Secret
+class PasswordSecret(DataSourceFields):
+    password: SecretField
 
 
-class OptionalPassword(Fields):
-    password: Secret | None = None
+class OptionalPasswordSecret(DataSourceFields):
+    password: SecretField | None = None
 
 
-class Token(Fields):
-    token: HeaderSecret
+class TokenSecret(DataSourceFields):
+    token: HeaderSecretField
 
 
-class Key(Fields):
-    key: HeaderSecret
+class KeySecret(DataSourceFields):
+    key: HeaderSecretField
 
 
-class AccessKey(Fields):
-    secret_access_key: Secret
-    session_token: Secret | None = None
+class AccessKeySecret(DataSourceFields):
+    secret_access_key: SecretField
+    session_token: SecretField | None = None
 
 
-class SigningSecret(Fields):
-    secret: Secret
+class SharedSigningSecret(DataSourceFields):
+    secret: SecretField
 
 
 # ── types ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
-class Definition:
+class DataSourceTypeFields:
     """What a type is told."""
 
-    settings: type[Fields]
-    secrets: type[Fields]
+    settings: type[DataSourceFields]
+    secrets: type[DataSourceFields]
     destination: frozenset[str] = frozenset()
     """The settings that say where the secrets go, and how safe they are on their way: whoever changes one of them must
     know the secrets, or could have them sent to a server of their own.
@@ -248,30 +248,30 @@ class Definition:
 _SERVER: Final = frozenset({"host", "port", "tls"})
 _HOSTS: Final = frozenset({"hosts"})
 
-DEFINITIONS: Final[Mapping[DataSourceType, Definition]] = {
-    DataSourceType.POSTGRESQL: Definition(PostgresqlSettings, Password, _SERVER),
-    DataSourceType.MYSQL: Definition(MysqlSettings, Password, _SERVER),
-    DataSourceType.SQLITE: Definition(SqliteSettings, Nothing),
-    DataSourceType.HTTP_BEARER: Definition(BearerSettings, Token, _HOSTS),
-    DataSourceType.HTTP_BASIC: Definition(BasicSettings, Password, _HOSTS),
-    DataSourceType.API_KEY: Definition(ApiKeySettings, Key, _HOSTS | {"header"}),
-    DataSourceType.SMTP: Definition(SmtpSettings, OptionalPassword, _SERVER),
-    DataSourceType.S3: Definition(S3Settings, AccessKey),
-    DataSourceType.WEBHOOK_SECRET: Definition(Nothing, SigningSecret),
+DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
+    DataSourceType.POSTGRESQL: DataSourceTypeFields(PostgresqlSettings, PasswordSecret, _SERVER),
+    DataSourceType.MYSQL: DataSourceTypeFields(MysqlSettings, PasswordSecret, _SERVER),
+    DataSourceType.SQLITE: DataSourceTypeFields(SqliteSettings, NoFields),
+    DataSourceType.HTTP_BEARER: DataSourceTypeFields(BearerSettings, TokenSecret, _HOSTS),
+    DataSourceType.HTTP_BASIC: DataSourceTypeFields(BasicSettings, PasswordSecret, _HOSTS),
+    DataSourceType.API_KEY: DataSourceTypeFields(ApiKeySettings, KeySecret, _HOSTS | {"header"}),
+    DataSourceType.SMTP: DataSourceTypeFields(SmtpSourceSettings, OptionalPasswordSecret, _SERVER),
+    DataSourceType.S3: DataSourceTypeFields(S3Settings, AccessKeySecret),
+    DataSourceType.WEBHOOK_SECRET: DataSourceTypeFields(NoFields, SharedSigningSecret),
 }
 
 
-def described(part: str) -> str:
+def describe_fields(part: str) -> str:
     """Return which fields the `settings` or `secrets` of each type have, for people; a `?` marks what may be absent."""
     told = []
-    for kind, definition in DEFINITIONS.items():
+    for kind, definition in DATA_SOURCE_TYPES.items():
         fields = msgspec.structs.fields(getattr(definition, part))
         names = ", ".join(f"`{one.encode_name}`{'' if one.required else '?'}" for one in fields)
         told.append(f"{kind}: {names or 'none'}")
     return "; ".join(told)
 
 
-def stored(fields: Fields) -> dict[str, object]:
+def to_stored(fields: DataSourceFields) -> dict[str, object]:
     """Return what is kept of checked fields: defaults filled in, what is absent left out."""
     told: dict[str, object] = msgspec.to_builtins(fields)
     return {name: value for name, value in told.items() if value is not None}

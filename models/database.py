@@ -24,11 +24,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from models import database_time, durable_folders, sqlite_writes
 from models.database_clock import DatabaseClock
-from models.outage import (
+from models.errors import (
     DatabaseUnavailable,
     LockWaitTimeout,
 )
-from models.sqlstates import DatabaseFailure, failure_of
+from models.postgresql_failures import DatabaseFailure, failure_of
 from models.transaction_turns import TransactionTurns
 
 T = TypeVar("T")
@@ -76,9 +76,11 @@ class Database:
         self.url = url
         self.clock = DatabaseClock()
         self._turns = TransactionTurns()
-        self._writes = _SQLiteWrites(url.database or "") if is_sqlite(url) else None
+        self._writes = _SqliteWriteTransactions(url.database or "") if is_sqlite(url) else None
         self.engine, self._guard = (
-            _on_postgresql(url) if self._writes is None else _on_sqlite(url, self._writes)
+            _create_postgresql_engine(url)
+            if self._writes is None
+            else _create_sqlite_engine(url, self._writes)
         )
         self._under_way: set[asyncio.Task[Any]] = set()
 
@@ -90,7 +92,7 @@ class Database:
                 async with self.engine.connect() as connection:
                     yield await connection.execution_options(reads_only=True)
         except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
-            if _failure_of(error) is None:
+            if _translate_failure(error) is None:
                 raise
             raise DatabaseUnavailable("The database did not answer") from error
 
@@ -122,7 +124,7 @@ class Database:
                 with self._guard():
                     return await self._transact_once(work)
             except (DBAPIError, PoolTimeout, OSError, TimeoutError) as error:
-                failure = _failure_of(error)
+                failure = _translate_failure(error)
                 if failure is None:
                     raise
                 if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
@@ -148,7 +150,7 @@ class Database:
             return
         async with self.read() as connection:
             asked_at = time.monotonic()
-            self.clock.learn(await database_time.read(connection), asked_at)
+            self.clock.learn(await database_time.read_database_time(connection), asked_at)
 
     async def ping(self) -> None:
         """Ask the database for a sign of life; raises `DatabaseUnavailable`."""
@@ -166,7 +168,7 @@ class Database:
             task.exception()  # whoever waited has it; if they have gone, nobody need be told
 
 
-def _failure_of(error: Exception) -> DatabaseFailure | None:
+def _translate_failure(error: Exception) -> DatabaseFailure | None:
     if isinstance(error, PoolTimeout):
         return DatabaseFailure.UNAVAILABLE
     if not isinstance(error, DBAPIError):
@@ -181,15 +183,15 @@ def _failure_of(error: Exception) -> DatabaseFailure | None:
     return DatabaseFailure.UNAVAILABLE if is_passing else None
 
 
-Guard: TypeAlias = "Callable[[], AbstractContextManager[None]]"
+GuardConnection: TypeAlias = "Callable[[], AbstractContextManager[None]]"
 """Returns the context of a call; entering it raises `DatabaseUnavailable` where the database doesn't answer anybody."""
 
 
-class _SQLiteWrites:
+class _SqliteWriteTransactions:
     """The transactions of one pool, among all that write to a file."""
 
     def __init__(self, path: str) -> None:
-        self._breaker = sqlite_writes.breaker_of(path)
+        self._breaker = sqlite_writes.write_breaker(path)
         self._under_way: set[object] = set()
 
     def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
@@ -205,7 +207,7 @@ class _SQLiteWrites:
             self._breaker.end()
 
 
-def _on_sqlite(url: URL, writes: _SQLiteWrites) -> tuple[AsyncEngine, Guard]:
+def _create_sqlite_engine(url: URL, writes: _SqliteWriteTransactions) -> tuple[AsyncEngine, GuardConnection]:
     durable_folders.make_folder(Path(url.database or "").parent, 0o777)
     engine = create_async_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
@@ -213,19 +215,19 @@ def _on_sqlite(url: URL, writes: _SQLiteWrites) -> tuple[AsyncEngine, Guard]:
     return engine, nullcontext
 
 
-def _on_postgresql(url: URL) -> tuple[AsyncEngine, Guard]:
+def _create_postgresql_engine(url: URL) -> tuple[AsyncEngine, GuardConnection]:
     from models import postgresql_sessions as sessions  # noqa: PLC0415 - not loaded where there is no PostgreSQL
 
     def set_timeouts(connection: Any) -> None:  # noqa: ANN401 - SQLAlchemy's own
         is_read = connection.get_execution_options().get("reads_only")
         if not is_read and not sessions.has_timeouts(connection.connection.driver_connection):
-            connection.exec_driver_sql(sessions.local_timeouts())
+            connection.exec_driver_sql(sessions.timeout_statement())
 
-    address = sessions.address(url)
+    address = sessions.driver_address(url)
     engine = create_async_engine(
         url,
         async_creator=partial(
-            sessions.connect_checked, address, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
+            sessions.open_checked_session, address, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
         ),
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
@@ -233,7 +235,7 @@ def _on_postgresql(url: URL) -> tuple[AsyncEngine, Guard]:
         pool_pre_ping=True,
     )
     event.listen(engine.sync_engine, "begin", set_timeouts)
-    return engine, partial(sessions.guard, address)
+    return engine, partial(sessions.guard_server, address)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection

@@ -9,7 +9,7 @@ from math import inf, isfinite
 from typing import Final
 
 from models.host_time import HOST_TIME
-from models.moments import from_microseconds, to_microseconds
+from models.timestamps import from_microseconds, to_microseconds
 
 DRIFT: Final = 0.0005
 """Seconds by which the clocks of two healthy hosts may drift apart in one second."""

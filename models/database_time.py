@@ -9,7 +9,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
 from models.host_time import HOST_TIME
-from models.moments import from_microseconds
+from models.timestamps import from_microseconds
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -31,25 +31,25 @@ class PresentTime(FunctionElement[int]):
     inherit_cache = True
 
 
-async def read(connection: AsyncConnection) -> datetime:
+async def read_database_time(connection: AsyncConnection) -> datetime:
     """Return the database's time, as an aware moment; that of a transaction is when it began."""
     microseconds = await connection.scalar(select(DatabaseTime()))
     return from_microseconds(microseconds or 0)
 
 
 @compiles(DatabaseTime, "postgresql")
-def _on_postgresql(_element: DatabaseTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
+def _compile_postgresql(_element: DatabaseTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
     return "CAST(extract(epoch FROM now()) * 1000000 AS bigint)"
 
 
 @compiles(PresentTime, "postgresql")
-def _present_on_postgresql(_element: PresentTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
+def _compile_present_postgresql(_element: PresentTime, _compiler: object, **_options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
     return "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)"
 
 
 @compiles(PresentTime, "sqlite")
 @compiles(DatabaseTime, "sqlite")
-def _on_sqlite(_element: DatabaseTime | PresentTime, compiler: Any, **options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
+def _compile_sqlite(_element: DatabaseTime | PresentTime, compiler: Any, **options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
     # Bound when the statement runs. SQLite's own functions read the wall clock, which somebody may just have set.
     time: str = compiler.process(
         bindparam(None, callable_=HOST_TIME.microseconds, type_=BigInteger(), unique=True), **options

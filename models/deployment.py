@@ -9,8 +9,8 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, Column, Index, SmallInteger
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant, JsonText
-from models.lifecycle import Situation, StoppedReason
+from models.column_types import JsonTextColumn, TimestampColumn
+from models.lifecycle_policy import DeploymentSituation, StoppedReason
 
 MAX_REPLICAS = 10
 """Pods of one workflow."""
@@ -30,7 +30,7 @@ class DeploymentStatus(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Observed(StrEnum):
+class ObservedState(StrEnum):
     """What was last seen of a deployment in the cluster."""
 
     ABSENT = "absent"
@@ -53,11 +53,11 @@ class Observed(StrEnum):
 
 BLOCKING_REASONS: Final = frozenset({"quota", "unschedulable", "node-not-ready"})
 """Codes of reasons that go away when the cluster has room again: pods start then without anybody asking."""
-SERVING: Final = frozenset({Observed.RUNNING, Observed.OUTDATED})
+SERVING_STATES: Final = frozenset({ObservedState.RUNNING, ObservedState.OUTDATED})
 """What is seen where a pod takes runs."""
-MAY_SERVE: Final = SERVING | {Observed.UNKNOWN}
+POSSIBLY_SERVING_STATES: Final = SERVING_STATES | {ObservedState.UNKNOWN}
 """States in which the pods that were ready last are worth a hint."""
-_FAILED: Final = frozenset({Observed.FAILED, Observed.OUTDATED})
+_FAILED_STATES: Final = frozenset({ObservedState.FAILED, ObservedState.OUTDATED})
 
 
 class Deployment(SQLModel, table=True):
@@ -81,20 +81,20 @@ class Deployment(SQLModel, table=True):
     """
     deployed_generation: int = Field(default=1, sa_column=Column(BigInteger, nullable=False))
     """The generation in which it was deployed last: pods from before are replaced."""
-    drain_until: datetime | None = Field(default=None, sa_column=Column(Instant))
+    drain_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """It takes no further runs, and stops then, or as soon as none goes on."""
     stopped_reason: str | None = None
-    stopped_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    stopped_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """When it was stopped, or began to drain."""
-    started_by_hand_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    started_by_hand_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """When somebody started it, not a rule or a run: outside its window it then stays up until the next closing."""
-    last_activity_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    last_activity_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """The last delivery or start; when runs have ended is read from their rows."""
 
-    observed: str = Observed.ABSENT
+    observed: str = ObservedState.ABSENT
     observed_replicas: int = 0
     ready_replicas: int = 0
-    ready_addresses: list[str] = Field(default_factory=list, sa_column=Column(JsonText, nullable=False))
+    ready_addresses: list[str] = Field(default_factory=list, sa_column=Column(JsonTextColumn, nullable=False))
     """Base URLs of its ready pods, as the cluster tells them."""
     observed_definition_hash: str | None = None
     """Of the definition that its ready pods were started for."""
@@ -109,14 +109,14 @@ class Deployment(SQLModel, table=True):
     failed_reason_code: str | None = None
     start_failures: int = 0
     """Starts given up one after the other, without a pod that was ready in between."""
-    observed_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    observed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Since when that is seen."""
     held_by: str | None = None
     """The deployer that looks after it just now, so that no other does."""
-    held_until: datetime | None = Field(default=None, sa_column=Column(Instant))
+    held_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    updated_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class LifecycleDecision(SQLModel, table=True):
@@ -129,7 +129,7 @@ class LifecycleDecision(SQLModel, table=True):
     organization_id: str
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
     workflow_id: str
-    at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     action: str
     reason: str
     stopped_reason: str | None = None
@@ -137,29 +137,29 @@ class LifecycleDecision(SQLModel, table=True):
     """Pods that are wanted from then on."""
     user_id: str | None = None
     """Who did it, if that was a person."""
-    inputs: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
+    inputs: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
 
 
 def status_of(deployment: Deployment | None) -> DeploymentStatus:
     """Return where a deployment is, by what is wanted of it and what was last seen."""
     if deployment is None:
         return DeploymentStatus.NOT_DEPLOYED
-    observed = Observed(deployment.observed)
+    observed = ObservedState(deployment.observed)
     if not deployment.is_deployed:
-        is_gone = observed is Observed.ABSENT
+        is_gone = observed is ObservedState.ABSENT
         return DeploymentStatus.NOT_DEPLOYED if is_gone else DeploymentStatus.UNDEPLOYING
-    if observed is Observed.UNKNOWN:
+    if observed is ObservedState.UNKNOWN:
         return DeploymentStatus.UNKNOWN
-    if observed in _FAILED and deployment.observed_generation == deployment.generation:
+    if observed in _FAILED_STATES and deployment.observed_generation == deployment.generation:
         return DeploymentStatus.FAILED
-    if observed is Observed.ABSENT:
+    if observed is ObservedState.ABSENT:
         return DeploymentStatus.DEPLOYING
     if deployment.stopped_reason == StoppedReason.FAILED:
         return DeploymentStatus.FAILED
     if deployment.replicas == 0 or deployment.drain_until is not None:
-        is_down = deployment.replicas == 0 and observed is Observed.STOPPED
+        is_down = deployment.replicas == 0 and observed is ObservedState.STOPPED
         return DeploymentStatus.STOPPED if is_down else DeploymentStatus.STOPPING
-    if observed not in SERVING:
+    if observed not in SERVING_STATES:
         return DeploymentStatus.STARTING
     is_current = deployment.observed_definition_hash == deployment.definition_hash
     return DeploymentStatus.RUNNING if is_current else DeploymentStatus.DEPLOYING
@@ -167,9 +167,9 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
 
 def is_serving(deployment: Deployment) -> bool:
     """Tell whether a pod takes runs, as far as was seen: what is out of sight serves on."""
-    if deployment.observed == Observed.UNKNOWN:
+    if deployment.observed == ObservedState.UNKNOWN:
         return deployment.ready_replicas > 0
-    return deployment.observed in SERVING
+    return deployment.observed in SERVING_STATES
 
 
 def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
@@ -179,12 +179,12 @@ def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
     return StoppedReason(deployment.stopped_reason)
 
 
-def situation_of(
+def build_situation(
     deployment: Deployment, *, has_due: bool, has_running: bool, last_ended_at: datetime | None
-) -> Situation:
+) -> DeploymentSituation:
     """Return what rules are given of a deployment and its runs."""
     happened = [moment for moment in (deployment.last_activity_at, last_ended_at) if moment is not None]
-    return Situation(
+    return DeploymentSituation(
         is_deployed=deployment.is_deployed,
         is_up=deployment.replicas > 0,
         drain_until=deployment.drain_until,

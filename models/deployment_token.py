@@ -11,7 +11,7 @@ from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint, func, inse
 from sqlmodel import Field, SQLModel, col
 
 from models import ids, runner_tokens
-from models.columns import Instant
+from models.column_types import TimestampColumn
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -34,12 +34,12 @@ class DeploymentToken(SQLModel, table=True):
     organization_id: str
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
     hash: str
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    revoked_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
 @dataclass(frozen=True, slots=True)
-class Bearer:
+class TokenBearer:
     """The deployment that a valid token speaks for."""
 
     workflow_id: str
@@ -47,38 +47,38 @@ class Bearer:
     lane: int
 
 
-async def current(
-    connection: AsyncConnection, bearer: Bearer, *, secret: bytes, token_id: str, now: datetime
+async def ensure_token(
+    connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
     """Return the token for a deployment's pods; makes one, under the fresh `token_id`, where none is valid."""
-    found = (await connection.execute(_valid(bearer.workflow_id).limit(1))).first()
+    found = (await connection.execute(_is_valid(bearer.workflow_id).limit(1))).first()
     if found is not None:
-        token = runner_tokens.token(found.id, secret)
+        token = runner_tokens.derive_token(found.id, secret)
         # Under another secret of the server it would come out differently: then there is a new one.
-        if runner_tokens.token_hash(token) == found.hash:
+        if runner_tokens.hash_token(token) == found.hash:
             return token
-    return await issue(connection, bearer, secret=secret, token_id=token_id, now=now)
+    return await issue_token(connection, bearer, secret=secret, token_id=token_id, now=now)
 
 
-async def issue(
-    connection: AsyncConnection, bearer: Bearer, *, secret: bytes, token_id: str, now: datetime
+async def issue_token(
+    connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
     """Make a token that is the current one from now on; those before it stay valid until they are revoked."""
-    token = runner_tokens.token(token_id, secret)
+    token = runner_tokens.derive_token(token_id, secret)
     await connection.execute(
         insert(DeploymentToken).values(
             id=token_id,
             workflow_id=bearer.workflow_id,
             organization_id=bearer.organization_id,
             lane=bearer.lane,
-            hash=runner_tokens.token_hash(token),
+            hash=runner_tokens.hash_token(token),
             created_at=now,
         )
     )
     return token
 
 
-async def revoke(connection: AsyncConnection, workflow_id: str, *, now: datetime) -> int:
+async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: datetime) -> int:
     """Revoke the tokens of a deployment: within two seconds they open nothing any more; returns how many."""
     statement = (
         update(DeploymentToken)
@@ -88,11 +88,11 @@ async def revoke(connection: AsyncConnection, workflow_id: str, *, now: datetime
     return (await connection.execute(statement)).rowcount
 
 
-async def revoke_superseded(
+async def revoke_superseded_tokens(
     connection: AsyncConnection, workflow_id: str, *, before: datetime, now: datetime
 ) -> int:
     """Revoke all tokens of a deployment but the current one, once that is older than `before`; returns how many."""
-    newest = (await connection.execute(_valid(workflow_id).limit(1))).first()
+    newest = (await connection.execute(_is_valid(workflow_id).limit(1))).first()
     if newest is None:
         return 0
     made_before = select(col(DeploymentToken.id)).where(
@@ -111,7 +111,7 @@ async def revoke_superseded(
     return (await connection.execute(statement)).rowcount
 
 
-async def superseded(connection: AsyncConnection) -> Sequence[str]:
+async def list_superseded(connection: AsyncConnection) -> Sequence[str]:
     """Return the workflows whose deployments have more than one valid token."""
     workflow_id = col(DeploymentToken.workflow_id)
     statement = (
@@ -123,9 +123,9 @@ async def superseded(connection: AsyncConnection) -> Sequence[str]:
     return list(await connection.scalars(statement))
 
 
-async def find(database: Database, tokens: Sequence[str]) -> list[Bearer | None]:
+async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenBearer | None]:
     """Return whom each token speaks for; raises `DatabaseUnavailable`."""
-    hashes = [runner_tokens.token_hash(token) for token in tokens]
+    hashes = [runner_tokens.hash_token(token) for token in tokens]
     statement = select(
         col(DeploymentToken.hash),
         col(DeploymentToken.workflow_id),
@@ -134,22 +134,22 @@ async def find(database: Database, tokens: Sequence[str]) -> list[Bearer | None]
     ).where(col(DeploymentToken.hash).in_(hashes), col(DeploymentToken.revoked_at).is_(None))
     async with database.read() as connection:
         rows = await connection.execute(statement)
-        found = {row.hash: Bearer(row.workflow_id, row.organization_id, row.lane) for row in rows}
+        found = {row.hash: TokenBearer(row.workflow_id, row.organization_id, row.lane) for row in rows}
     return [found.get(hashed) for hashed in hashes]
 
 
-async def hint_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
+async def wakeup_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
     """Return what the pods of a deployment take hints by, that of the newest token first."""
-    rows = await connection.execute(_valid(workflow_id))
-    return [runner_tokens.hint_key(row.hash) for row in rows]
+    rows = await connection.execute(_is_valid(workflow_id))
+    return [runner_tokens.wakeup_key(row.hash) for row in rows]
 
 
-def new_id() -> str:
+def new_token_id() -> str:
     """Return an id for a token, to be made before the transaction that may be run again."""
-    return ids.new("token")
+    return ids.new_id("token")
 
 
-def _valid(workflow_id: str) -> Select[str, str]:
+def _is_valid(workflow_id: str) -> Select[str, str]:
     return (
         select(col(DeploymentToken.id), col(DeploymentToken.hash))
         .where(col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None))

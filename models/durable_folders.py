@@ -6,10 +6,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-PRIVATE = 0o700
+PRIVATE_MODE = 0o700
 
 
-def make_folder(folder: Path, mode: int = PRIVATE) -> None:
+def make_folder(folder: Path, mode: int = PRIVATE_MODE) -> None:
     """Make a folder, and those above it that are missing, so that they last; one that is there is kept.
 
     The folder above is synced in any case: another process may have died between making this one and that. Raises

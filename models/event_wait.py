@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import Column, Index, SmallInteger, Text
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant
+from models.column_types import TimestampColumn
 
 
 class EventWait(SQLModel, table=True):
@@ -27,7 +27,7 @@ class EventWait(SQLModel, table=True):
     """JSON: what must hold of the event, which it sees as `item`, with `given` as `data`."""
     given: str = Field(default="[]", sa_column=Column(Text, nullable=False))
     """JSON."""
-    since: datetime = Field(sa_column=Column(Instant, nullable=False))
+    since: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     """Events count that have come from then on."""
-    expires_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Events count that have come before then; None: for ever."""

@@ -19,24 +19,24 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant, JsonText
+from models.column_types import JsonTextColumn, TimestampColumn
 from models.execution_status import (
     ExecutionStatus,
 )
 
-SHARED = "shared"
+SHARED_TARGET = "shared"
 """The target of what any worker may run."""
-LIMITED = "limited"
+LIMITED_TARGET = "limited"
 """The target of what waits for a place among the runs that its workflow allows at once."""
-DELAYED = "delayed"
+DELAYED_TARGET = "delayed"
 """The target of what may not run before its time; then it gets another. Ids of workflows come after all these words."""
-UNREAD = "intake"
+UNPARSED_TARGET = "intake"
 """The target of what was brought by something that is still to be read."""
-ISOLATED = "isolated"
+ISOLATED_TARGET = "isolated"
 """The target of suspects that any worker may run, one at a time and apart from others."""
-ISOLATED_UNREAD = "isolated-intake"
+ISOLATED_UNPARSED_TARGET = "isolated-intake"
 """The target of suspects that are still to be read."""
-ISOLATION = {SHARED: ISOLATED, UNREAD: ISOLATED_UNREAD}
+ISOLATION_TARGETS = {SHARED_TARGET: ISOLATED_TARGET, UNPARSED_TARGET: ISOLATED_UNPARSED_TARGET}
 """Targets whose suspects wait apart; those of a deployment stay with its other runs, and are told by their losses."""
 PRIORITY_MICROSECONDS = 60_000_000
 """How much earlier one step of priority makes a run count as accepted."""
@@ -137,7 +137,7 @@ class Execution(SQLModel, table=True):
     workflow_id: str
     user_id: str
     status: str = ExecutionStatus.PENDING
-    target: str = SHARED
+    target: str = SHARED_TARGET
     """Who may take it: any worker, the pods of the workflow whose id it is, or nobody while it waits for a place."""
     home: str | None = None
     """The target that it has otherwise, if that isn't `shared`."""
@@ -149,7 +149,7 @@ class Execution(SQLModel, table=True):
     """A hash of the workflow's id: within an organisation, workflows are served in the order of their turns."""
     is_fresh: bool = True
     """Nobody has begun it; what was begun goes first."""
-    due_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     token: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
     """Fencing: goes up with every claim and every release; a write that names an old one changes nothing."""
     attempt: int = 0
@@ -166,16 +166,16 @@ class Execution(SQLModel, table=True):
     )
     """Workers that it has lost while on trial, since the last recorded node result or release."""
     lease_owner: str | None = None
-    lease_until: datetime | None = Field(default=None, sa_column=Column(Instant))
+    lease_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     timeout_microseconds: int = Field(sa_column=Column(BigInteger, nullable=False))
-    deadline_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    deadline_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     request: str | None = None
     """`stop` or `cancel`: what a client asked of a run that somebody holds."""
     completed_nodes: int = 0
     total_nodes: int = 0
     progress: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
     """Percent of it that is done, turns of loops included; never goes down, and is 99 at most."""
-    error: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    error: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     key_id: str
     """The execution whose id stands in idempotency keys: its own, or that of the first it was resumed from."""
     resumed_from: str | None = None
@@ -192,11 +192,11 @@ class Execution(SQLModel, table=True):
     concurrency_key: str | None = None
     """Runs with the same key share `concurrency_limit` places."""
     concurrency_limit: int | None = None
-    follow_up: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    follow_up: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """What is still to be done about its end; None: nothing, as for most."""
-    follow_up_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    follow_up_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Not before then, since somebody is at it, or it was tried and failed."""
-    follow_up_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    follow_up_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """How its messages to the outside went so far, for whoever looks; None while there was none."""
     is_private: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
@@ -204,10 +204,10 @@ class Execution(SQLModel, table=True):
     """It runs what its user has given, not the workflow alone: others than the workflow's writers don't see it."""
     has_journal: bool = False
     """Spans of an earlier attempt, or of the run it resumes, are to be read before it goes on."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    started_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    ended_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    updated_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class ExecutionData(SQLModel, table=True):
@@ -230,7 +230,7 @@ class ExecutionData(SQLModel, table=True):
     """JSON: the settings that the run was accepted under."""
     organization_id: str
     workflow_id: str
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class SpanRow(SQLModel, table=True):
@@ -249,9 +249,9 @@ class SpanRow(SQLModel, table=True):
     status: str
     port: str | None = None
     attempt: int = 1
-    started_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    ended_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    wake_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    wake_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     input_node: str | None = None
     input: str | None = Field(default=None, sa_column=Column(Text))
     output: str | None = Field(default=None, sa_column=Column(Text))
@@ -280,14 +280,14 @@ class AttemptRow(SQLModel, table=True):
     label: str
     type: str
     status: str
-    started_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    ended_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    next_attempt_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    next_attempt_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """When the next one was to begin, as it was said then."""
     error: str | None = Field(default=None, sa_column=Column(Text))
 
 
-class Signal(SQLModel, table=True):
+class WaitAnswer(SQLModel, table=True):
     """An answer to a node that waits for one; the first counts, and there is no second."""
 
     __tablename__ = "signal"
@@ -300,10 +300,10 @@ class Signal(SQLModel, table=True):
     """JSON: `{"output": …, "port": "output"}` or `{"error": {code, message, cause?}}`."""
     user_id: str | None = None
     """Who has answered, if that was a person."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
-class PaceRow(SQLModel, table=True):
+class ThrottleRow(SQLModel, table=True):
     """From when on the next of something that happens at a limited rate may pass."""
 
     __tablename__ = "pace"
@@ -311,7 +311,7 @@ class PaceRow(SQLModel, table=True):
     organization_id: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
-    next_at: datetime = Field(sa_column=Column(Instant, nullable=False, index=True))
+    next_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False, index=True))
 
 
 class LogRow(SQLModel, table=True):
@@ -326,7 +326,7 @@ class LogRow(SQLModel, table=True):
     level: str
     message: str = Field(sa_column=Column(Text, nullable=False))
     node_id: str | None = None
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class Idempotency(SQLModel, table=True):
@@ -338,7 +338,7 @@ class Idempotency(SQLModel, table=True):
     key: str = Field(primary_key=True)
     fingerprint: str
     resource_id: str
-    expires_at: datetime = Field(sa_column=Column(Instant, nullable=False, index=True))
+    expires_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False, index=True))
 
 
 class Leadership(SQLModel, table=True):
@@ -347,4 +347,4 @@ class Leadership(SQLModel, table=True):
     name: str = Field(primary_key=True)
     owner: str
     epoch: int = Field(default=1, sa_column=Column(BigInteger, nullable=False))
-    lease_until: datetime = Field(sa_column=Column(Instant, nullable=False))
+    lease_until: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

@@ -20,6 +20,6 @@ class ExecutionStatus(StrEnum):
 
 MAX_PERCENT_UNDER_WAY: Final = 99
 """Progress of a run that has done everything and has not ended yet; 100 is that of a completed one alone."""
-TERMINAL = frozenset(
+TERMINAL_STATUSES = frozenset(
     {ExecutionStatus.COMPLETED, ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED}
 )

@@ -14,10 +14,10 @@ from hashlib import blake2b
 from typing import Protocol
 
 from models.host_time import HOST_TIME
-from models.moments import to_microseconds
+from models.timestamps import to_microseconds
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-LANES = 4096
+SHARDS = 4096
 """Virtual lanes; a row's lane is stored and never computed again, so this number can't change."""
 TURNS = 1024
 """Workflows of one organisation are served in so many turns; two that share one are served as one."""
@@ -36,28 +36,28 @@ class IdClock(Protocol):
         """Return the present moment (aware)."""
 
 
-def count_by(clock: IdClock) -> None:
+def use_clock(clock: IdClock) -> None:
     """Make ids of another clock's time from now on: they sort like those of other hosts that go by the same one."""
     global _clock, _last_millisecond
     with _lock:
         _clock, _last_millisecond = clock, 0
 
 
-def new(prefix: str) -> str:
+def new_id(prefix: str) -> str:
     """Return a fresh id, greater than every one made before it in this process."""
-    return f"{prefix}_{base32(_uuid7())}"
+    return f"{prefix}_{encode_base32(_uuid7())}"
 
 
-def earliest(prefix: str, moment: datetime) -> str:
+def earliest_id(prefix: str, moment: datetime) -> str:
     """Return what comes before every id that is made from a moment on, by the same clock."""
-    return f"{prefix}_{base32(int(moment.timestamp() * 1_000) << 80)}"
+    return f"{prefix}_{encode_base32(int(moment.timestamp() * 1_000) << 80)}"
 
 
-def several(prefix: str, count: int) -> list[str]:
+def new_ids(prefix: str, count: int) -> list[str]:
     """Return fresh ids that differ in their last characters: cheaper than one by one, up to 1,024 at a time."""
     made: list[str] = []
     while len(made) < count:
-        head = f"{prefix}_{base32(_uuid7())[:-2]}"
+        head = f"{prefix}_{encode_base32(_uuid7())[:-2]}"
         made.extend([head + pair for pair in _PAIRS[: count - len(made)]])
     return made
 
@@ -66,7 +66,7 @@ def _uuid7() -> int:
     global _last_millisecond, _counter  # noqa: PLW0603 - the clock and counter of this process's ids
     random = int.from_bytes(os.urandom(9), "big")
     with _lock:
-        millisecond = _millisecond()
+        millisecond = _next_millisecond()
         if millisecond > _last_millisecond:
             _last_millisecond = millisecond
             _counter = random >> 64 & 0x3F
@@ -79,13 +79,13 @@ def _uuid7() -> int:
     return head << 64 | 0x2 << 62 | random & (1 << 62) - 1
 
 
-def _millisecond() -> int:
+def _next_millisecond() -> int:
     if _clock is None:
         return HOST_TIME.microseconds() // 1_000
     return to_microseconds(_clock.now()) // 1_000
 
 
-def base32(number: int) -> str:
+def encode_base32(number: int) -> str:
     """Write 128 bits as 26 characters whose order is the numbers' order."""
     parts = []
     for _ in range(13):
@@ -94,7 +94,7 @@ def base32(number: int) -> str:
     return "".join(reversed(parts))
 
 
-def derived(prefix: str, origin: str, *parts: str) -> str:
+def derive_id(prefix: str, origin: str, *parts: str) -> str:
     """Return the one id that belongs to `parts` below another id: of the same time, so that it lands near that."""
     head = sum(
         ALPHABET.find(character) << 5 * place for place, character in enumerate(reversed(origin[-26:]))
@@ -103,10 +103,10 @@ def derived(prefix: str, origin: str, *parts: str) -> str:
     for part in (origin, *parts):
         hashed.update(len(part).to_bytes(4, "big") + part.encode())
     number = (head >> 80 & (1 << 48) - 1) << 80 | int.from_bytes(hashed.digest(), "big")
-    return f"{prefix}_{base32(_marked(number))}"
+    return f"{prefix}_{encode_base32(_set_version(number))}"
 
 
-def _marked(number: int) -> int:
+def _set_version(number: int) -> int:
     """Return a number with the version and variant of UUIDs of this kind in it (RFC 9562, 5.7)."""
     version, variant = 0xF << 76, 0x3 << 62
     return number & ~version & ~variant | 0x7 << 76 | 0x2 << 62
@@ -117,12 +117,12 @@ def is_id(text: str) -> bool:
     return _ID.match(text) is not None
 
 
-def lane_of(organization_id: str) -> int:
+def shard_of(organization_id: str) -> int:
     """Return the lane that rows of an organisation get when they are made."""
-    return _hash(organization_id) % LANES
+    return _hash(organization_id) % SHARDS
 
 
-def turn_of(workflow_id: str) -> int:
+def turn_of_workflow(workflow_id: str) -> int:
     """Return the turn that runs of a workflow get when they are accepted."""
     return _hash(workflow_id) % TURNS
 

@@ -15,9 +15,9 @@ LOOK_SECONDS: Final = 2.0
 _ROOT = Path("/")
 
 
-def count(root: Path = _ROOT) -> int | None:
+def count_kills(root: Path = _ROOT) -> int | None:
     """Return the count; None where the system tells none."""
-    for file in _files(root):
+    for file in _counter_files(root):
         try:
             lines = file.read_text(encoding="ascii").splitlines()
         except OSError:
@@ -34,23 +34,23 @@ class OomKillWatch:
 
     def __init__(self) -> None:
         # Two looks back: the kernel counts a kill at once, and the process ends once its memory is given back.
-        self._earlier = self._latest = count()
+        self._earlier = self._latest = count_kills()
         self._look_at = time.monotonic() + LOOK_SECONDS
 
     def look(self) -> None:
         """Forget kills of long before, which were of others; to be called again and again."""
         if time.monotonic() >= self._look_at:
-            self._earlier, self._latest = self._latest, count()
+            self._earlier, self._latest = self._latest, count_kills()
             self._look_at = time.monotonic() + LOOK_SECONDS
 
     def explains(self, exit_code: int | None) -> bool:
         """Tell whether a process that has just died with this code was killed for want of memory."""
         if exit_code != -signal.SIGKILL or self._earlier is None:
             return False
-        return (count() or 0) > self._earlier
+        return (count_kills() or 0) > self._earlier
 
 
-def _files(root: Path) -> list[Path]:
+def _counter_files(root: Path) -> list[Path]:
     """Return where the count may stand, the nearest first.
 
     A container that sees the whole hierarchy finds its group by its path; one with a view of its own, at the top.

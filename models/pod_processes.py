@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-POD_OWNERS: Final = "pod:"
+POD_OWNER_PREFIX: Final = "pod:"
 """How the names of all pods begin."""
 _NAME: Final = re.compile(r"(?P<pod>[A-Za-z0-9_-]{1,64})/(?P<milliseconds>[0-9]{13})")
 
@@ -24,12 +24,12 @@ class PodProcess:
     """By the clock of the machine that it runs on, in whole milliseconds."""
 
     @classmethod
-    def started_now(cls, pod: str) -> PodProcess:
+    def new(cls, pod: str) -> PodProcess:
         """Return the process that has just begun."""
         return cls(pod, datetime.fromtimestamp(int(datetime.now(UTC).timestamp() * 1_000) / 1_000, UTC))  # noqa: TID251 - compared on one machine
 
     @classmethod
-    def named(cls, name: str) -> PodProcess | None:
+    def from_name(cls, name: str) -> PodProcess | None:
         """Return the process of a name; None for what is none."""
         found = _NAME.fullmatch(name)
         if found is None:
@@ -43,9 +43,9 @@ class PodProcess:
 
 def lease_owner(workflow_id: str, process: PodProcess) -> str:
     """Return by what name a process leases runs: nobody but pods of its workflow has one that begins like it."""
-    return f"{lease_owners(workflow_id)}{process.name}"
+    return f"{lease_owner_prefix(workflow_id)}{process.name}"
 
 
-def lease_owners(workflow_id: str) -> str:
+def lease_owner_prefix(workflow_id: str) -> str:
     """Return how the names of all pods of a workflow begin."""
-    return f"{POD_OWNERS}{workflow_id}:"
+    return f"{POD_OWNER_PREFIX}{workflow_id}:"

@@ -51,28 +51,28 @@ class MonitoredConnection(asyncpg.Connection):
 
     def __init__(self, protocol: Any, transport: Any, *others: Any) -> None:  # noqa: ANN401 - asyncpg's own
         super().__init__(protocol, transport, *others)
-        _keep_alive(transport.get_extra_info("socket"))
+        _enable_keep_alive(transport.get_extra_info("socket"))
 
 
-def address(url: URL) -> str:
+def driver_address(url: URL) -> str:
     """Return a URL of SQLAlchemy as the driver reads it."""
     return url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 
-async def connect(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
     """Open a session with these settings and our timeouts; behind a pooler that passes none on, without them.
 
     Takes what `asyncpg.connect` takes, and raises what that raises.
     """
-    connection = await _connect(address, settings, options)
+    connection = await _open_session(address, settings, options)
     of_loop = _connections.setdefault(asyncio.get_running_loop(), {})
     of_loop.setdefault(address, WeakSet()).add(connection)
     return connection
 
 
-async def connect_checked(address: str, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
+async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
     """Open a session as `connect` does, and see whether a pooler in between has dropped the timeouts in silence."""
-    connection = await connect(address, settings={}, **options)
+    connection = await open_session(address, settings={}, **options)
     try:
         found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
     except BaseException:
@@ -83,7 +83,7 @@ async def connect_checked(address: str, **options: Any) -> Any:  # noqa: ANN401 
     return connection
 
 
-def local_timeouts() -> str:
+def timeout_statement() -> str:
     """Return the statement that sets the timeouts for one transaction, where a pooler has passed none on."""
     settings = (f"set_config('{name}', '{value}', true)" for name, value in SESSION_TIMEOUTS.items())
     return f"SELECT {', '.join(settings)}"
@@ -94,16 +94,18 @@ def has_timeouts(connection: object) -> bool:
     return connection not in _without_timeouts
 
 
-def guard(address: str) -> GuardedCall:
+def guard_server(address: str) -> GuardedCall:
     """Return the context of a call to a server; it raises `DatabaseUnavailable` where that doesn't answer anybody."""
     of_loop = _breakers.setdefault(asyncio.get_running_loop(), {})
     breaker = of_loop.get(address)
     if breaker is None:
-        breaker = of_loop[address] = CircuitBreaker(partial(_probe, address), partial(_terminate, address))
+        breaker = of_loop[address] = CircuitBreaker(
+            partial(_probe_server, address), partial(_terminate_connections, address)
+        )
     return breaker.guard()
 
 
-async def _connect(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
+async def _open_session(address: str, settings: Mapping[str, str], options: dict[str, Any]) -> Any:  # noqa: ANN401 - asyncpg's own
     options["connection_class"] = MonitoredConnection
     try:
         return await asyncpg.connect(
@@ -117,10 +119,10 @@ async def _connect(address: str, settings: Mapping[str, str], options: dict[str,
     return connection
 
 
-async def _probe(address: str) -> None:
+async def _probe_server(address: str) -> None:
     """Return once the server has answered on a connection of its own, be it by a refusal."""
     try:
-        connection = await _connect(address, {}, {})
+        connection = await _open_session(address, {}, {})
     except asyncpg.PostgresError:
         return
     try:
@@ -132,13 +134,13 @@ async def _probe(address: str) -> None:
         connection.terminate()
 
 
-def _terminate(address: str) -> None:
+def _terminate_connections(address: str) -> None:
     """Break all connections to a server: each statement on its way there fails at once."""
     for connection in list(_connections.get(asyncio.get_running_loop(), {}).get(address, ())):
         connection.terminate()
 
 
-def _keep_alive(found: socket.socket | None) -> None:
+def _enable_keep_alive(found: socket.socket | None) -> None:
     if found is None or found.family not in {socket.AF_INET, socket.AF_INET6}:
         return
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

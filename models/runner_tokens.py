@@ -17,7 +17,7 @@ _ROUTING_CODE: Final = "00"
 _CHARACTERS: Final = 52
 
 
-def token(token_id: str, secret: bytes) -> str:
+def derive_token(token_id: str, secret: bytes) -> str:
     """Return the token of a row: `rt-`, a routing code of two characters, 260 bits."""
     key = blake2b(secret, digest_size=64, person=b"runner tokens").digest()
     number = int.from_bytes(blake2b(token_id.encode(), key=key, digest_size=33).digest(), "big")
@@ -26,11 +26,11 @@ def token(token_id: str, secret: bytes) -> str:
     )
 
 
-def token_hash(token: str) -> str:
+def hash_token(token: str) -> str:
     """Return what is stored of a token: it has too many random bits for anybody to find it by trying."""
     return blake2b(token.encode(), digest_size=32, person=b"runner token").hexdigest()
 
 
-def hint_key(hashed: str) -> str:
+def wakeup_key(hashed: str) -> str:
     """Return what a pod takes hints by, made of the hash of its token."""
     return blake2b(hashed.encode(), digest_size=32, person=b"runner hints").hexdigest()

@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import Column, Index, SmallInteger, Text, text
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant
+from models.column_types import TimestampColumn
 
 
 class Schedule(SQLModel, table=True):
@@ -28,18 +28,18 @@ class Schedule(SQLModel, table=True):
     node_id: str
     timing_hash: str
     """Of what its config says about when: it counts anew where that changes, and for no other edit."""
-    anchor_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    anchor_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     """When it began to count."""
-    planned_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    planned_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     """When its next instant was worked out."""
-    next_run_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    next_run_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """The first instant that nobody has decided about; None while it doesn't count."""
-    due_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """When that is run, or looked at again: later by the jitter, or where something keeps it from being run."""
-    last_run_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    last_run_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """The instant of its last run."""
     last_execution_id: str | None = None
-    passed_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    passed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """The last instant that was passed over, and why."""
     passed_reason: str | None = None
     problem: str | None = Field(default=None, sa_column=Column(Text))

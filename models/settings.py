@@ -26,11 +26,11 @@ def split_list(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _sqlite_in(data: dict[str, Any]) -> str:
+def _sqlite_url(data: dict[str, Any]) -> str:
     return f"sqlite:///{data['data_dir']}/pilotflame.db"
 
 
-class Settings(BaseSettings):
+class ServerSettings(BaseSettings):
     """What all processes share; each has a subclass with what is its own."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         default=Path(".pilotflame"), description="Folder of everything that Pilotflame keeps on disk."
     )
     database_url: str = Field(
-        default_factory=_sqlite_in,
+        default_factory=_sqlite_url,
         repr=False,
         description=(
             "Database: `sqlite:///path` or `postgresql://user:password@host/database`. Unset: a SQLite file"

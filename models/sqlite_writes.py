@@ -12,7 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 OWN_WRITES_SECONDS: Final = 30.0
 """So long a writer waits for others of its own process."""
@@ -51,34 +51,34 @@ class WriteLockBreaker:
         give_up_at = monotonic() + OWN_WRITES_SECONDS
         while True:
             before = self._changes
-            error = _try(execute)
+            error = _try_begin(execute)
             if error is None:
                 return
             with self._lock:
                 is_ours = self._under_way > 0 or self._changes != before
                 if not is_ours or monotonic() > give_up_at:
                     self._is_open = True
-                    raise _locked() from error
+                    raise _lock_error() from error
 
     def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
         """Begin without waiting; returns False where another writer of this process was faster to do so."""
         execute("PRAGMA busy_timeout = 0")
         try:
-            error = _try(execute)
+            error = _try_begin(execute)
         finally:
             execute(f"PRAGMA busy_timeout = {int(busy_seconds * 1000)}")
         if error is not None and self._is_open:
-            raise _locked() from error
+            raise _lock_error() from error
         return error is None
 
 
-def breaker_of(path: str) -> WriteLockBreaker:
+def write_breaker(path: str) -> WriteLockBreaker:
     """Return the one of a file in this process."""
     with _guard:
         return _breakers.setdefault(path, WriteLockBreaker())
 
 
-def _try(execute: Callable[[str], object]) -> Exception | None:
+def _try_begin(execute: Callable[[str], object]) -> Exception | None:
     """Begin a transaction; returns the error where the file is locked."""
     try:
         execute("BEGIN IMMEDIATE")
@@ -90,5 +90,5 @@ def _try(execute: Callable[[str], object]) -> Exception | None:
     return None
 
 
-def _locked() -> DatabaseUnavailable:
+def _lock_error() -> DatabaseUnavailable:
     return DatabaseUnavailable("Another program keeps the database file locked")

@@ -6,19 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from models.outage import LockWaitTimeout
+from models.errors import LockWaitTimeout
 
 
 class TransactionTurns:
     """Turns by key. Where one of them meets a lock that stays, those behind it fail at once: they need the same one."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, _TurnQueue] = {}
 
     @asynccontextmanager
     async def take(self, key: str) -> AsyncIterator[None]:
         """Wait for the turn, and keep it for the block; raises `LockWaitTimeout`."""
-        queue = self._queues.setdefault(key, _Queue())
+        queue = self._queues.setdefault(key, _TurnQueue())
         queue.users += 1
         timeouts = queue.timeouts
         try:
@@ -36,7 +36,7 @@ class TransactionTurns:
                 del self._queues[key]
 
 
-class _Queue:
+class _TurnQueue:
     __slots__ = ("lock", "timeouts", "users")
 
     def __init__(self) -> None:

@@ -22,8 +22,8 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel, col
 
-from models.access import Caller
-from models.columns import Instant, JsonText
+from models.access import ApiCaller
+from models.column_types import JsonTextColumn, TimestampColumn
 
 
 class WorkflowStatus(StrEnum):
@@ -43,7 +43,7 @@ DEFAULT_SETTINGS: dict[str, Any] = {
 }
 
 
-def _listed_by(field: str) -> Index:
+def _list_index(field: str) -> Index:
     """Return the index of lists that are sorted by a field: it leaves out what they do, templates and deleted ones.
 
     It holds what decides who may read a workflow, so that workflows are sorted, passed over and counted without a look
@@ -62,7 +62,7 @@ class Workflow(SQLModel, table=True):
     """What lists and checks need of a workflow; its graph stands apart."""
 
     __table_args__ = (
-        *map(_listed_by, ("created_at", "updated_at", "name", "status", "version")),
+        *map(_list_index, ("created_at", "updated_at", "name", "status", "version")),
         Index(
             "ix_workflow_template",
             *("organization_id", "created_at", "id"),
@@ -88,21 +88,21 @@ class Workflow(SQLModel, table=True):
     version: int = 1
     revision: int = 1
     """Goes up with every change of the workflow, its graph or who may see it."""
-    tags: list[str] = Field(sa_column=Column(JsonText, nullable=False))
-    settings: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
-    config: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
+    tags: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    settings: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    config: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     app_id: str | None = None
     """`config.appId` once more, so that it can be searched by; written along with the row, whoever changes it."""
     search_text: str = Field(default="", sa_type=Text)
     """Name and description once more, alike in capitals and small letters; written along with the row too."""
-    scopes: list[str] = Field(sa_column=Column(JsonText, nullable=False))
-    lifecycle: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonText))
+    scopes: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    lifecycle: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     """When it has compute of its own, once it is deployed; None: as most."""
     is_public: bool = False
     is_template: bool = False
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    updated_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    deleted_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    deleted_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
 class WorkflowGraph(SQLModel, table=True):
@@ -112,8 +112,8 @@ class WorkflowGraph(SQLModel, table=True):
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     lane: int = Field(sa_type=SmallInteger)
-    nodes: list[dict[str, Any]] = Field(sa_column=Column(JsonText, nullable=False))
-    connections: list[dict[str, Any]] = Field(sa_column=Column(JsonText, nullable=False))
+    nodes: list[dict[str, Any]] = Field(sa_column=Column(JsonTextColumn, nullable=False))
+    connections: list[dict[str, Any]] = Field(sa_column=Column(JsonTextColumn, nullable=False))
 
 
 class WorkflowTag(SQLModel, table=True):
@@ -134,7 +134,7 @@ class WorkflowShare(SQLModel, table=True):
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     user_id: str = Field(primary_key=True, foreign_key="user_account.id")
-    shared_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    shared_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class WorkflowVersion(SQLModel, table=True):
@@ -148,9 +148,9 @@ class WorkflowVersion(SQLModel, table=True):
     lane: int = Field(sa_type=SmallInteger)
     version_tag: str
     description: str = ""
-    snapshot: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
+    snapshot: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     created_by: str
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class Definition(SQLModel, table=True):
@@ -160,28 +160,28 @@ class Definition(SQLModel, table=True):
     hash: str = Field(primary_key=True)
     lane: int = Field(sa_type=SmallInteger)
     body: str = Field(sa_column=Column(Text, nullable=False))
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
-def readable_by(caller: Caller) -> ColumnElement[bool]:
+def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may read and execute a workflow."""
-    return and_(*_present(caller), or_(col(Workflow.is_template), _open_to(caller)))
+    return and_(*_is_present(caller), or_(col(Workflow.is_template), _is_open_to(caller)))
 
 
-def listed_for(caller: Caller) -> ColumnElement[bool]:
+def is_listed_for(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a list shows a workflow to a caller: of what is readable, all but templates.
 
     Without the `or` of the two, indexes that leave templates out will do.
     """
-    return and_(*_present(caller), col(Workflow.is_template).is_(False), _open_to(caller))
+    return and_(*_is_present(caller), col(Workflow.is_template).is_(False), _is_open_to(caller))
 
 
-def _present(caller: Caller) -> Iterable[ColumnElement[bool]]:
+def _is_present(caller: ApiCaller) -> Iterable[ColumnElement[bool]]:
     yield col(Workflow.organization_id) == caller.organization_id
     yield col(Workflow.deleted_at).is_(None)
 
 
-def _open_to(caller: Caller) -> ColumnElement[bool]:
+def _is_open_to(caller: ApiCaller) -> ColumnElement[bool]:
     if caller.is_admin:
         return true()
     shared = select(col(WorkflowShare.workflow_id)).where(col(WorkflowShare.user_id) == caller.user_id)
@@ -190,6 +190,6 @@ def _open_to(caller: Caller) -> ColumnElement[bool]:
     )
 
 
-def writable_by(caller: Caller) -> ColumnElement[bool]:
+def is_writable_by(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may change, share and delete a workflow."""
-    return and_(*_present(caller), true() if caller.is_admin else col(Workflow.owner_id) == caller.user_id)
+    return and_(*_is_present(caller), true() if caller.is_admin else col(Workflow.owner_id) == caller.user_id)

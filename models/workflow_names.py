@@ -21,7 +21,7 @@ _DIGEST_CHARACTERS = 16
 _MAX_NAME_LENGTH = MAX_LENGTH - len(PODS_SUFFIX)
 
 
-def name(workflow_id: str) -> str:
+def workflow_name(workflow_id: str) -> str:
     """Return the one name of a workflow: two ids never share one.
 
     Ids of our own making keep their characters. Every other one, and `wf_A` and `wf-a` would meet otherwise, ends in a
@@ -30,13 +30,13 @@ def name(workflow_id: str) -> str:
     if _OWN_ID.match(workflow_id):
         return PREFIX + workflow_id.replace("_", "-")
     digest = blake2b(workflow_id.encode(), digest_size=_DIGEST_BYTES).digest()
-    ending = "-" + _base32(digest)
+    ending = "-" + _encode_base32(digest)
     readable = _NOT_IN_NAMES.sub("-", workflow_id.lower()).strip("-")
     room = _MAX_NAME_LENGTH - len(PREFIX) - len(ending)
     return (PREFIX + readable[:room]).rstrip("-") + ending
 
 
-def workflow_id(name: str) -> str | None:
+def parse_workflow_id(name: str) -> str | None:
     """Return the id of our own making that a name was made from, or None."""
     if not name.startswith(_OWN_PREFIX):
         return None
@@ -44,11 +44,11 @@ def workflow_id(name: str) -> str | None:
     return found if _OWN_ID.match(found) else None
 
 
-def pods_service(workflow_id: str) -> str:
+def pods_service_name(workflow_id: str) -> str:
     """Return the name of the Service that leads to the pods themselves."""
-    return name(workflow_id) + PODS_SUFFIX
+    return workflow_name(workflow_id) + PODS_SUFFIX
 
 
-def _base32(digest: bytes) -> str:
+def _encode_base32(digest: bytes) -> str:
     number = int.from_bytes(digest, "big")
     return "".join(ids.ALPHABET[number >> 5 * place & 31] for place in reversed(range(_DIGEST_CHARACTERS)))

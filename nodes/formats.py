@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from ipaddress import ip_network
 from typing import Final, NamedTuple
 
-from models import timetable, windows
+from models import schedule_timetable, weekly_windows
 
 
 class Format(NamedTuple):
@@ -18,7 +18,7 @@ class Format(NamedTuple):
 
 def is_time_zone(text: str) -> bool:
     """Tell whether the IANA database has a zone of this name."""
-    return text in windows.zones()
+    return text in weekly_windows.zone_names()
 
 
 def is_network(text: str) -> bool:
@@ -32,7 +32,7 @@ def is_network(text: str) -> bool:
 
 FORMATS: Final[Mapping[str, Format]] = {
     "cron": Format(
-        timetable.fires,
+        schedule_timetable.is_cron_expression,
         "five fields as cron has them, minute, hour, day of month, month and day of week, that come true at some time",
     ),
     "network": Format(is_network, "a range of addresses such as 192.0.2.0/24, or one address"),

@@ -12,27 +12,27 @@ from sqlmodel import col
 
 from gateway import audit
 from gateway.audit import Operator
-from models import access_store, database_time, migrating
-from models.access import ApiKey, KeyScope, Organization, Role, User
+from models import access_store, database_time, schema_migration
+from models.access import ApiKey, KeyScope, Organization, User, UserRole
 from models.access_store import EmailTaken
-from models.audit import Action
+from models.audit import AuditAction
 from models.database import Database, parse_url
 from pilotflame.refusal import Refusal
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
 MAX_LISTED: Final = 10_000
 
 
-async def create_organization(settings: Settings, name: str) -> str:
+async def create_organization(settings: ServerSettings, name: str) -> str:
     """Make an organisation, and return its id."""
 
     async def create(connection: AsyncConnection) -> str:
         made = await access_store.create_organization(
-            connection, name=name, now=await database_time.read(connection)
+            connection, name=name, now=await database_time.read_database_time(connection)
         )
         return made.id
 
@@ -40,7 +40,9 @@ async def create_organization(settings: Settings, name: str) -> str:
         return await database.transaction(create)
 
 
-async def create_user(settings: Settings, organization: str, email: str, name: str, role: Role) -> str:
+async def create_user(
+    settings: ServerSettings, organization: str, email: str, name: str, role: UserRole
+) -> str:
     """Make a user, and return its id; raises `Refusal`."""
 
     async def create(connection: AsyncConnection) -> str:
@@ -51,11 +53,11 @@ async def create_user(settings: Settings, organization: str, email: str, name: s
             email=email,
             name=name,
             role=role,
-            now=await database_time.read(connection),
+            now=await database_time.read_database_time(connection),
         )
         author = Operator(found.id, found.lane)
         after = audit.content_hash(made)
-        await audit.record(connection, author, Action.USER_CREATED, made.id, before=None, after=after)
+        await audit.record(connection, author, AuditAction.USER_CREATED, made.id, before=None, after=after)
         return made.id
 
     async with opened(settings) as database:
@@ -66,7 +68,7 @@ async def create_user(settings: Settings, organization: str, email: str, name: s
 
 
 async def create_key(
-    settings: Settings,
+    settings: ServerSettings,
     organization: str | None,
     user: str,
     name: str,
@@ -77,7 +79,7 @@ async def create_key(
     secret = settings.secret
 
     async def create(connection: AsyncConnection) -> str:
-        now = await database_time.read(connection)
+        now = await database_time.read_database_time(connection)
         owner = await _user(connection, await _organization(connection, organization), user)
         made = await access_store.create_key(
             connection,
@@ -90,14 +92,14 @@ async def create_key(
         )
         author = Operator(owner.organization_id, owner.lane)
         after = audit.content_hash(made.row)
-        await audit.record(connection, author, Action.KEY_CREATED, made.row.id, before=None, after=after)
+        await audit.record(connection, author, AuditAction.KEY_CREATED, made.row.id, before=None, after=after)
         return made.key
 
     async with opened(settings) as database:
         return await database.transaction(create)
 
 
-async def list_keys(settings: Settings, organization: str | None) -> Sequence[ApiKey]:
+async def list_keys(settings: ServerSettings, organization: str | None) -> Sequence[ApiKey]:
     """Return an organisation's keys, the newest first; raises `Refusal`."""
     async with opened(settings) as database, database.read() as connection:
         found = await _organization(connection, organization)
@@ -105,19 +107,19 @@ async def list_keys(settings: Settings, organization: str | None) -> Sequence[Ap
         return keys
 
 
-async def revoke_key(settings: Settings, organization: str | None, key_id: str) -> None:
+async def revoke_key(settings: ServerSettings, organization: str | None, key_id: str) -> None:
     """Revoke a key, by its id; raises `Refusal`."""
 
     async def revoke(connection: AsyncConnection) -> None:
         found = await _organization(connection, organization)
-        now = await database_time.read(connection)
+        now = await database_time.read_database_time(connection)
         revoked = await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
         if revoked is None:
             raise Refusal(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
         await audit.record(
             connection,
             Operator(found.id, found.lane),
-            Action.KEY_REVOKED,
+            AuditAction.KEY_REVOKED,
             key_id,
             before=audit.content_hash(revoked.before),
             after=audit.content_hash(revoked.after),
@@ -128,11 +130,11 @@ async def revoke_key(settings: Settings, organization: str | None, key_id: str) 
 
 
 @asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[Database]:
+async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
     """Lend the database to a command; raises `OutdatedDatabase`."""
     database = Database(parse_url(settings.database_url))
     try:
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
         yield database
     finally:
         await database.close()

@@ -27,7 +27,7 @@ from pilotflame.run_outputs import OutputChoice
 
 if TYPE_CHECKING:
     from bridge.settings import BridgeSettings
-    from models.settings import Settings
+    from models.settings import ServerSettings
     from pilotflame.client import Client
     from pilotflame.log_lines import Lines, Render
     from pilotflame.worker_parent import ChildDeath
@@ -93,7 +93,7 @@ def pilotflame(
     find it by PILOTFLAME_URL (http://127.0.0.1:8000 unless set) and PILOTFLAME_API_KEY.
     """
     os.umask(0o077)  # whatever is written from here on is its owner's alone
-    gc_tuning.begin()
+    gc_tuning.tune_at_start()
     if context.invoked_subcommand not in PROCESSES:  # those have a log for it
         for name, meant in variables.unknown(os.environ).items():
             typer.echo(_visible(f"pilotflame: {variables.warning(name, meant)}"), err=True)
@@ -111,11 +111,11 @@ def run_every_role(
     ] = None,
 ) -> None:
     """Run everything in one process, with no service to install."""
-    from models.settings import Settings
+    from models.settings import ServerSettings
     from pilotflame import log_lines
 
     definition = None if example is None else _definition(example)
-    lines = _begin(Settings(), log_lines.as_text if sys.stdout.isatty() else log_lines.as_json)
+    lines = _begin(ServerSettings(), log_lines.as_text if sys.stdout.isatty() else log_lines.as_json)
     from pilotflame import dev
 
     given = {"host": host, "port": port}
@@ -315,15 +315,15 @@ def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database's tables up to date; safe to repeat."""
-    from models import migrating
+    from models import schema_migration
     from models.database import parse_url
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
-    asyncio.run(migrating.migrate(parse_url(Settings().database_url)))
+    asyncio.run(schema_migration.migrate(parse_url(ServerSettings().database_url)))
     typer.echo("The database is up to date")
 
 
-def _begin(settings: Settings, render: Render | None = None) -> Lines:
+def _begin(settings: ServerSettings, render: Render | None = None) -> Lines:
     """Set up what a process needs before its own modules are loaded."""
     from nodes.children import confinement
 
@@ -375,10 +375,10 @@ def create_user(
     name: Annotated[str, Option(help="The user's name.")] = "",
 ) -> None:
     """Make a user and print its id."""
-    from models.access import Role
+    from models.access import UserRole
     from pilotflame import accounts
 
-    typer.echo(asyncio.run(accounts.create_user(_settings(), org, email, name, Role(role))))
+    typer.echo(asyncio.run(accounts.create_user(_settings(), org, email, name, UserRole(role))))
 
 
 @keys.command("create")
@@ -394,12 +394,14 @@ def create_key(
     ] = None,
 ) -> None:
     """Make an API key and print it: it can't be shown again."""
-    from models.access import ALL_SCOPES, KeyScope
+    from models.access import ALL_KEY_SCOPES, KeyScope
     from pilotflame import accounts
 
-    if unknown := sorted(set(scope or ()) - ALL_SCOPES):
-        raise Refusal(f"There is no scope {', '.join(unknown)}: choose of {', '.join(sorted(ALL_SCOPES))}")
-    scopes = [KeyScope(one) for one in scope] if scope else ALL_SCOPES
+    if unknown := sorted(set(scope or ()) - ALL_KEY_SCOPES):
+        raise Refusal(
+            f"There is no scope {', '.join(unknown)}: choose of {', '.join(sorted(ALL_KEY_SCOPES))}"
+        )
+    scopes = [KeyScope(one) for one in scope] if scope else ALL_KEY_SCOPES
     lifetime = timedelta(days=days) if days else None
     typer.echo(asyncio.run(accounts.create_key(_settings(), org, user, name, scopes, lifetime)))
 
@@ -447,12 +449,12 @@ def rotate_secret() -> None:
         )
 
 
-def _settings() -> Settings:
+def _settings() -> ServerSettings:
     """Return the settings, with the secret of the data folder where its database is used and no other is set."""
-    from models.settings import Settings
+    from models.settings import ServerSettings
     from pilotflame import data_dir
 
-    settings = Settings()
+    settings = ServerSettings()
     if settings.secret_key is not None or not data_dir.holds_database(settings):
         return settings
     return settings.model_copy(update={"secret_key": data_dir.secret_key(settings.data_dir)})

@@ -16,7 +16,7 @@ from models import durable_folders
 from pilotflame.refusal import Refusal
 
 if TYPE_CHECKING:
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
 _FILE: Final = "secret.key"
 
@@ -41,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def holds_database(settings: Settings) -> bool:
+def holds_database(settings: ServerSettings) -> bool:
     """Tell whether the database is the one in the data folder, so that whoever holds the folder has it alone."""
     return "database_url" not in settings.model_fields_set
 

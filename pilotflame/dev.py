@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from models.settings import Settings
+from models.settings import ServerSettings
 from pilotflame import data_dir
 from pilotflame.log_lines import Lines
 from pilotflame.refusal import Refusal
@@ -29,7 +29,7 @@ def serve(
 
     `example` is the definition of a workflow that is stored in a new database.
     """
-    settings = Settings()
+    settings = ServerSettings()
     folder = settings.data_dir
     with data_dir.locked(folder):
         migration = begin_migration(settings.database_url) if _is_new(settings) else None
@@ -51,7 +51,7 @@ def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - our own program
 
 
-def _is_new(settings: Settings) -> bool:
+def _is_new(settings: ServerSettings) -> bool:
     return (
         data_dir.holds_database(settings)
         and not Path(settings.database_url.removeprefix("sqlite:///")).exists()

@@ -28,11 +28,11 @@ from journal import timekeeping
 from journal.opening import open_store
 from journal.store import Store
 from messages import broker as brokers
-from models import access, ids, migrating
+from models import access, ids, schema_migration
 from models import database as databases
 from models.database import Database
-from models.migrating import OutdatedDatabase
-from models.pod_processes import POD_OWNERS
+from models.pod_processes import POD_OWNER_PREFIX
+from models.schema_migration import OutdatedDatabase
 from pilotflame import data_dir
 from pilotflame.client import Client
 from pilotflame.dev import begin_migration
@@ -132,7 +132,7 @@ async def _run(
         await stack.enter_async_context(timekeeping.keep_time(database, moves=lambda: True))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect(None, inbox=ids.new(OWNER))
+        broker = await brokers.connect(None, inbox=ids.new_id(OWNER))
         stack.push_async_callback(broker.close)
         # Nobody else has the folder: what such a process holds in its database was held by one that is gone. Its pods
         # may have outlived it, and go on with what they hold.
@@ -171,14 +171,14 @@ async def _end_pods(pods: AsyncExitStack, store: Store, *, owns_store: bool) -> 
     await pods.aclose()
     if owns_store:
         # What one could not hand over in time is free at once, and not when its lease ends.
-        await store.take_back(POD_OWNERS)
+        await store.take_back(POD_OWNER_PREFIX)
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
     try:
         if migration is not None:
             await asyncio.to_thread(migration.wait)
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
     except OutdatedDatabase as error:
         url = database.url.render_as_string(hide_password=False)
         if await asyncio.to_thread(begin_migration(url).wait) != 0:

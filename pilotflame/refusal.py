@@ -21,8 +21,8 @@ def explained(error: Exception) -> str | None:
     try:
         from messages.broker import BrokerError
         from models.database import InvalidDatabaseUrl
-        from models.migrating import NewerDatabase, OutdatedDatabase
-        from models.outage import DatabaseUnavailable
+        from models.errors import DatabaseUnavailable
+        from models.schema_migration import NewerDatabase, OutdatedDatabase
         from models.settings import InvalidSettings
     except ImportError:
         return None  # a pod has no client of a database, and none of their errors

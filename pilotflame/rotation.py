@@ -12,9 +12,9 @@ from sqlmodel import col
 from models.access import ApiKey
 from models.data_source import DataSource
 from models.database_time import DatabaseTime
-from models.intake import IntakeToken
-from models.signing import SigningSecret
-from models.vault import Sealed, Vault, VaultError
+from models.encryption import EncryptedText, SecretVault, VaultError
+from models.ingest import SenderToken
+from models.signing_secrets import SigningSecret
 from pilotflame.accounts import opened
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from models.database import Database
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
 BATCH: Final = 100
 """Rows of one transaction: whoever is interrupted loses no more, and goes on where it was when it is run again."""
 
-_Table: TypeAlias = "type[DataSource | SigningSecret | IntakeToken]"
+_Table: TypeAlias = "type[DataSource | SigningSecret | SenderToken]"
 _Found: TypeAlias = "Row[str, str, str | None, bytes | None]"
-TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret, IntakeToken)
+TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret, SenderToken)
 """All that hold something sealed."""
 
 
@@ -45,9 +45,9 @@ class Rotation:
     """API keys that still go by an earlier secret: each moves to that of now when it is used."""
 
 
-async def rotate(settings: Settings) -> Rotation:
+async def rotate(settings: ServerSettings) -> Rotation:
     """Encrypt everything anew by the secret of now; safe to repeat, and while the server runs."""
-    vault = Vault(settings.secret, settings.previous_secrets)
+    vault = SecretVault(settings.secret, settings.previous_secrets)
     rotation = Rotation()
     async with opened(settings) as database:
         for table in TABLES:
@@ -61,7 +61,7 @@ async def rotate(settings: Settings) -> Rotation:
     return rotation
 
 
-async def _rotate_table(database: Database, vault: Vault, table: _Table, rotation: Rotation) -> None:
+async def _rotate_table(database: Database, vault: SecretVault, table: _Table, rotation: Rotation) -> None:
     last = ""
     while True:
         statement = (
@@ -80,17 +80,17 @@ async def _rotate_table(database: Database, vault: Vault, table: _Table, rotatio
         rotation.sealed += await _replace(database, table, anew)
 
 
-def _resealed(vault: Vault, row: _Found) -> Sealed | None:
+def _resealed(vault: SecretVault, row: _Found) -> EncryptedText | None:
     owner = {"organization_id": row.organization_id, "object_id": row.id}
     try:
         # None is for rows without a secret, which aren't among these.
-        sealed = Sealed(row.secret_id or "", row.sealed or b"")
+        sealed = EncryptedText(row.secret_id or "", row.sealed or b"")
         return vault.seal(vault.open(sealed, **owner), **owner)
     except VaultError:
         return None
 
 
-async def _replace(database: Database, table: _Table, anew: dict[_Found, Sealed]) -> int:
+async def _replace(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
     """Write what was encrypted anew, but for what somebody has changed meanwhile; returns how many there were."""
 
     async def replace(connection: AsyncConnection) -> int:

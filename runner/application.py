@@ -35,7 +35,7 @@ class Life:
         """How long runs may take to end once it drains."""
         self.stage = Stage.STARTING
         self.hint: Callable[[], None] = lambda: None
-        self._hint_key = runner_tokens.hint_key(runner_tokens.token_hash(token)).encode()
+        self._hint_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
 
     def knows(self, authorization: str) -> bool:
         """Tell, in constant time, whether a header is the gateway's."""

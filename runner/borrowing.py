@@ -23,7 +23,7 @@ from execution.gateway_calls import (
 )
 from execution.insistence import insist
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from nodes.connections.source import Source
 from runner.reporter import CallRefused
 

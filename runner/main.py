@@ -21,7 +21,7 @@ from execution.node_blobs import NodeBlobs
 from execution.user_code import open_code_of_pod
 from journal.blobs.blob_store import RunBlobs
 from journal.store import DefinitionKey
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from nodes import catalog as catalogs
 from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy, OwnDatabase
@@ -66,7 +66,7 @@ async def _serve(settings: RunnerSettings) -> None:
             contact = await make_first_contact(gateway, settings, stop)
             if contact is not None:
                 async with working(settings, gateway, contact, life):
-                    gc_tuning.settle()
+                    gc_tuning.freeze_loaded()
                     log.info("runner ready", workflow_id=settings.runner_workflow_id, pod=settings.runner_pod)
                     await stop.wait()
                     life.stage = Stage.DRAINING

@@ -12,7 +12,7 @@ import structlog
 from execution.gateway_calls import MAX_WAIT_SECONDS, News, WaitCall
 from messages.broker import Letter, Notice
 from messages.executions import ALL_LANES
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from runner.reporter import CallRefused
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from execution.gateway_calls import (
     SuspectsCall,
 )
 from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Held, Renewed, RunWrite, Swept
-from models.outage import PartialCommit
+from models.errors import PartialCommit
 
 if TYPE_CHECKING:
     from engine.run_records import NodeSpan

@@ -15,7 +15,7 @@ from engine.run_errors import NodeError
 from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from json_text import decoding
 from models.database_clock import DatabaseClock
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from models.pod_processes import PodProcess
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Gateway:
         """Without `process` and `clock`, this is the first of a process that has just begun."""
         self.clock = clock or DatabaseClock()
         self._settings = settings
-        self._process = process or PodProcess.started_now(settings.runner_pod)
+        self._process = process or PodProcess.new(settings.runner_pod)
         self._url = settings.runner_gateway_url.rstrip("/") + PREFIX
         self._failures = 0
         self._failing_since: float | None = None

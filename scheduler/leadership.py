@@ -31,7 +31,7 @@ class Leader:
     """One process that leads, or would take over from the one that does."""
 
     def __init__(self, database: Database, lease_seconds: float) -> None:
-        self.owner = ids.new("scheduler")
+        self.owner = ids.new_id("scheduler")
         self._database = database
         self._lease_seconds = lease_seconds
         self._epoch = 0

@@ -13,10 +13,10 @@ from sqlmodel import col
 
 from journal import activity, decisions, wakes
 from messages import hints
-from models import lifecycle
+from models import lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import LifecycleDecision
-from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -32,11 +32,11 @@ KEPT_TIME: Final = timedelta(days=30)
 BATCH_ROWS: Final = 1_000
 
 
-def decide(seen: Seen) -> Decision:
+def decide(seen: Seen) -> LifecycleVerdict:
     """Return what is to be done about a deployment: what can't start is stopped, and tried again later."""
     situation = seen.situation
     if situation.is_up and wakes.has_failed(seen.deployment):
-        return lifecycle.stop(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
+        return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
     return decisions.by_policy(seen)
 
 

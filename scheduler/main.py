@@ -27,9 +27,9 @@ from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import migrating
+from models import schema_migration
 from models.database import Database
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from nodes import catalog as catalogs
 from scheduler import (
     lifecycle,
@@ -113,11 +113,11 @@ async def _serve(settings: SchedulerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
         store = await open_store(url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)

@@ -16,8 +16,8 @@ from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.blobs.opening import open_blobs
 from journal.deletion import MAY_GO, delete_runs
 from models.database_time import DatabaseTime
+from models.errors import LockWaitTimeout
 from models.execution import Execution, ExecutionData
-from models.outage import LockWaitTimeout
 from models.workflow import Workflow
 
 if TYPE_CHECKING:

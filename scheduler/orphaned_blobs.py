@@ -12,12 +12,12 @@ from journal.blobs.opening import open_blobs
 
 if TYPE_CHECKING:
     from models.database import Database
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
 log = structlog.get_logger()
 
 
-async def sweep(settings: Settings, database: Database) -> None:
+async def sweep(settings: ServerSettings, database: Database) -> None:
     """Delete those that have been there for a day; raises `DatabaseUnavailable`."""
     blobs = open_blobs(settings)
     try:

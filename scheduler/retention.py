@@ -12,8 +12,8 @@ from sqlmodel import SQLModel, col
 
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import Idempotency, PaceRow
-from models.intake import Delivery, Event
+from models.execution import Idempotency, ThrottleRow
+from models.ingest import Delivery, EventRecord
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -36,21 +36,23 @@ async def forget_past_paces(database: Database) -> None:
 
     Raises `DatabaseUnavailable`.
     """
-    identity = (col(PaceRow.organization_id), col(PaceRow.key))
-    await _forget(database, PaceRow, identity, col(PaceRow.next_at))
+    identity = (col(ThrottleRow.organization_id), col(ThrottleRow.key))
+    await _forget(database, ThrottleRow, identity, col(ThrottleRow.next_at))
 
 
 async def forget_arrivals(settings: SchedulerSettings, database: Database) -> None:
     """Delete the events and deliveries whose days are over; raises `DatabaseUnavailable`."""
     before = database.clock.now() - timedelta(days=settings.retention_event_days)
-    for table, prefix in ((Event, "event"), (Delivery, "dlv")):
+    for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
         # By their ids, which begin with the time: that needs no index of its own.
-        forget = partial(_forget_earlier, table, ids.earliest(prefix, before))
+        forget = partial(_forget_earlier, table, ids.earliest_id(prefix, before))
         while await database.transaction(forget) == BATCH_ROWS:
             pass
 
 
-async def _forget_earlier(table: type[Event | Delivery], first_kept: str, connection: AsyncConnection) -> int:
+async def _forget_earlier(
+    table: type[EventRecord | Delivery], first_kept: str, connection: AsyncConnection
+) -> int:
     over = (
         select(col(table.id))
         .where(col(table.id) < first_kept)

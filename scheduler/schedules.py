@@ -19,7 +19,7 @@ from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable, Started
 from json_text import decoding
 from messages import hints
 from models.database_time import DatabaseTime
-from models.outage import LockWaitTimeout
+from models.errors import LockWaitTimeout
 from models.workflow import Definition, Workflow, WorkflowGraph
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from models.settings import Settings
+from models.settings import ServerSettings
 
 
-class SchedulerSettings(Settings):
+class SchedulerSettings(ServerSettings):
     """What the scheduler reads besides what all processes share."""
 
     sweep_seconds: float = Field(

@@ -30,14 +30,14 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Keep what thousands of tests are made of from being looked at in every collection of garbage from here on."""
     gc.freeze()
-    gc_tuning.begin()
+    gc_tuning.tune_at_start()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _garbage() -> Iterator[None]:
     """Have servers that run in this process leave its garbage to the tests, whose heap is a hundred times theirs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(gc_tuning, "settle", lambda: None)
+        monkeypatch.setattr(gc_tuning, "freeze_loaded", lambda: None)
         yield
 
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from weakref import WeakSet
 
-from models import migrating
+from models import schema_migration
 from models.database import parse_url
 from tests.services import PostgreSQL
 
@@ -17,7 +17,7 @@ _files: list[bytes] = []
 async def migrated(postgres: PostgreSQL, name: str) -> str:
     """Make a database and return its URL."""
     if postgres not in _with_template:
-        await migrating.migrate(parse_url(await postgres.create_database(TEMPLATE)))
+        await schema_migration.migrate(parse_url(await postgres.create_database(TEMPLATE)))
         _with_template.add(postgres)
     return await postgres.create_database(name, template=TEMPLATE)
 
@@ -28,7 +28,7 @@ async def migrated_file(file: Path) -> str:
     if _files:
         await asyncio.to_thread(file.write_bytes, _files[0])
     else:
-        await migrating.migrate(parse_url(url))
+        await schema_migration.migrate(parse_url(url))
         # The whole of it is in this one file: whoever leaves it last puts the journal there.
         _files.append(await asyncio.to_thread(file.read_bytes))
     return url

@@ -76,7 +76,7 @@ def _workflow(crowd: Crowd, index: int) -> dict[str, Any]:
     description = _description(index)
     created_at = BEGINNING + timedelta(seconds=index // 3)
     return Workflow(
-        id=ids.new("wf"),
+        id=ids.new_id("wf"),
         organization_id=crowd.organization.id,
         lane=crowd.organization.lane,
         owner_id=_owner(crowd, index).id,

@@ -32,10 +32,10 @@ from journal.rows import STATUS_AFTER
 from journal.store import ExecutionKey
 from json_text import decoding
 from messages import hints
-from models import moments
+from models import timestamps
+from models.errors import DatabaseUnavailable
 from models.execution import Execution
-from models.execution_status import TERMINAL, ExecutionStatus
-from models.outage import DatabaseUnavailable
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.workflow import Workflow
 from workers import webhooks
 from workers.webhooks import MAX_OUTPUT_CHARACTERS, Failure
@@ -126,7 +126,7 @@ class AfterRuns:
             self._begin(lambda: self.admit(key))
             if ended.status is RunStatus.WAITING and ended.due_at is not None:
                 self._admit_when_due(key, ended.due_at)
-        if one.follow_up is not None and status in TERMINAL:
+        if one.follow_up is not None and status in TERMINAL_STATUSES:
             follow_up = FollowUp.of(one.follow_up).about(status)
             execution = ExecutionKey(one.execution_id, one.lane)
             if follow_up == NOTHING:
@@ -329,8 +329,8 @@ class AfterRuns:
             "workflowName": name,
             "status": due.status.value,
             "error": dict(due.error) if due.error else None,
-            "startedAt": moments.optional(due.started_at),
-            "endedAt": moments.written(due.ended_at),
+            "startedAt": timestamps.format_optional(due.started_at),
+            "endedAt": timestamps.format_timestamp(due.ended_at),
         }
         try:
             await self._runs.start_about_failure(caller, workflow_id, inputs)

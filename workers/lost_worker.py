@@ -15,7 +15,7 @@ from messages import hints
 from messages.broker import BrokerError, BrokerUnavailable
 from models import database as databases
 from models.database import Database
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from journal.store import Store

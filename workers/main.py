@@ -30,9 +30,9 @@ from journal.store import Store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
-from models import migrating
+from models import schema_migration
 from models.database import Database
-from models.vault import Vault
+from models.encryption import SecretVault
 from models.worker_processes import new_lease_owner
 from nodes import catalog as catalogs
 from nodes.connections.connections import Connections
@@ -66,11 +66,11 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         url = databases.parse_url(settings.database_url)
         database = Database(url)
         stack.push_async_callback(database.close)
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
         await stack.enter_async_context(timekeeping.keep_time(database))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
@@ -80,7 +80,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         await lost_worker.take_back_of_predecessors(database, store, broker, settings.worker_name)
         announce(owner)
         await stack.enter_async_context(working(settings, store, broker, database))
-        gc_tuning.settle()
+        gc_tuning.freeze_loaded()
         log.info("worker ready", inbox=broker.inbox)
         await stop.wait()
         log.info("worker stops")
@@ -100,7 +100,7 @@ async def working(
     processes = Processes(Kind.LIBRARY, limit=settings.cpu_processes)
     catalog = PooledCatalog(catalogs.load().node_types, processes)
     code = open_code(settings)
-    vault = Vault(settings.secret, settings.previous_secrets)
+    vault = SecretVault(settings.secret, settings.previous_secrets)
     connections = Connections(
         StoredSources(database, vault),
         ConnectionPolicy(

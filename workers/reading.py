@@ -38,9 +38,9 @@ from mail import addresses, mail_content
 from mail.mail_limits import InvalidMail
 from messages import hints
 from messages.broker import BrokerUnavailable
-from models.execution import UNREAD
-from models.execution_status import TERMINAL
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.execution import UNPARSED_TARGET
+from models.execution_status import TERMINAL_STATUSES
 from workers import mails
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Reader:
         self._isolation = isolation
         self._isolation.join(self._is_proven)
         self._is_claiming = False
-        self._suspects = SuspectSearch(store, settings, UNREAD)
+        self._suspects = SuspectSearch(store, settings, UNPARSED_TARGET)
         self._wanted = asyncio.Event()
         self._is_draining = False
         self._after_organization = ""
@@ -249,7 +249,7 @@ class Reader:
                 self._owner,
                 self._settings.lease_seconds,
                 limit=1,
-                target=UNREAD,
+                target=UNPARSED_TARGET,
                 is_trial=True,
                 max_trial_losses=max_trial_losses,
             )
@@ -271,7 +271,7 @@ class Reader:
             self._settings.lease_seconds,
             places,
             after_organization=self._after_organization,
-            target=UNREAD,
+            target=UNPARSED_TARGET,
         )
         self._is_claiming = True
         try:
@@ -474,7 +474,7 @@ class Reader:
 
     async def _hand_on(self, reading: Reading, left: Left) -> None:
         """Tell those who go on with a run; what fails here, a sweep sees to."""
-        if left.status in TERMINAL:
+        if left.status in TERMINAL_STATUSES:
             status = RunStatus(left.status.value)
             await self._ended(reading, RunOutcome(status, left.error), left.inbox)
         elif left.concurrency_key is not None:

@@ -7,10 +7,10 @@ import socket
 from pydantic import Field
 
 from execution.settings import ExecutionSettings
-from models.settings import Settings
+from models.settings import ServerSettings
 
 
-class WorkerSettings(ExecutionSettings, Settings):
+class WorkerSettings(ExecutionSettings, ServerSettings):
     """What a worker reads besides what all processes share."""
 
     worker_name: str = Field(

@@ -11,9 +11,9 @@ import msgspec
 import structlog
 from msgspec import Raw
 
-from models import moments, signing
-from models.signing import SigningSecret
-from models.vault import VaultError
+from models import signing_secrets, timestamps
+from models.encryption import VaultError
+from models.signing_secrets import SigningSecret
 from nodes.outbound import OutboundError, OutboundRefused, Refusal
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from journal.follow_ups import Due
     from journal.results import Leaf
     from models.database import Database
-    from models.vault import Vault
+    from models.encryption import SecretVault
 
 log = structlog.get_logger()
 
@@ -66,8 +66,8 @@ def body_about(due: Due, outputs: Mapping[str, Leaf] | None) -> bytes:
         "executionId": due.key.execution_id,
         "workflowId": due.workflow_id,
         "status": due.status,
-        "startedAt": moments.optional(due.started_at),
-        "endedAt": moments.written(due.ended_at),
+        "startedAt": timestamps.format_optional(due.started_at),
+        "endedAt": timestamps.format_timestamp(due.ended_at),
         "error": due.error,
         "outputs": {},
     }
@@ -76,14 +76,18 @@ def body_about(due: Due, outputs: Mapping[str, Leaf] | None) -> bytes:
     else:
         data["outputs"] = {node_id: Raw(leaf.text) for node_id, leaf in outputs.items()}
     return _encode(
-        {"type": f"execution.{due.status}", "timestamp": moments.written(due.ended_at), "data": data}
+        {
+            "type": f"execution.{due.status}",
+            "timestamp": timestamps.format_timestamp(due.ended_at),
+            "data": data,
+        }
     )
 
 
 class Webhooks:
     """Signs messages by the secrets of an organisation, and sends them by the guarded way out."""
 
-    def __init__(self, database: Database, vault: Vault, http: HttpClientService) -> None:
+    def __init__(self, database: Database, vault: SecretVault, http: HttpClientService) -> None:
         self._database = database
         self._vault = vault
         self._http = http
@@ -100,7 +104,7 @@ class Webhooks:
             "Content-Type": "application/json",
             "webhook-id": message_id,
             "webhook-timestamp": str(now),
-            "webhook-signature": signing.signatures(secrets, message_id, now, body),
+            "webhook-signature": signing_secrets.sign_message(secrets, message_id, now, body),
         }
         try:
             response = await self._http.request(
@@ -121,7 +125,7 @@ class Webhooks:
 
     async def _secrets(self, organization_id: str) -> Sequence[str]:
         async with self._database.read() as connection:
-            rows = await connection.execute(signing.valid_for(organization_id))
+            rows = await connection.execute(signing_secrets.valid_secrets_statement(organization_id))
             found = [SigningSecret(**row) for row in rows.mappings()]
         # In a thread: what opens them is loaded and derived by the first use.
         return await asyncio.to_thread(self._opened, found)
@@ -130,7 +134,7 @@ class Webhooks:
         opened: list[str] = []
         for row in found:
             try:
-                opened.append(signing.opened(self._vault, row))
+                opened.append(signing_secrets.decrypt_secret(self._vault, row))
             except VaultError as error:
                 log.warning("signing secret not opened", secret=row.id, error=str(error))
         return opened

@@ -17,8 +17,8 @@ from gateway import limits
 from gateway.errors import ApiError
 from journal.group_commit import GroupCommit
 from messages.buckets import Demand, LocalBuckets, Rate
-from models.intake import Delivery, Outcome
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.ingest import Delivery, DeliveryOutcome
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Deliveries:
                 delivery = sent.refused(self._database.clock.now(), error)
                 if not self._has_room(delivery):
                     delivery.payload = None
-                if delivery.outcome != Outcome.SHED:
+                if delivery.outcome != DeliveryOutcome.SHED:
                     await self.note(delivery)
                 elif self._group.depth < MAX_WAITING:
                     self._group.submit(delivery)

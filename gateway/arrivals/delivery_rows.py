@@ -14,7 +14,7 @@ from gateway.arrivals import promises
 from gateway.executions.resumption import IS_RESUMED
 from models.execution import Execution, ExecutionData, Idempotency
 from models.execution_status import ExecutionStatus
-from models.intake import Delivery, IntakeRoute, Outcome
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.http.query import Page
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.workflow import Workflow
 
 INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
@@ -30,9 +30,9 @@ INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
 SHOWN_CHARACTERS: Final = 100_000
 """A list shows what a run was given where that has no more characters."""
 KINDS: Final = {
-    IntakeRoute.ENQUEUE: "queue",
-    IntakeRoute.EMAIL: "email",
-    IntakeRoute.HOOK: "webhook",
+    IngestRoute.ENQUEUE: "queue",
+    IngestRoute.EMAIL: "email",
+    IngestRoute.HOOK: "webhook",
 }
 """The trigger that takes what came a way, where that brings one run."""
 _LISTED: Final = [
@@ -54,14 +54,14 @@ _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAI
 class Filter:
     """Which deliveries a list shows."""
 
-    outcome: Outcome | None
-    route: IntakeRoute | None
+    outcome: DeliveryOutcome | None
+    route: IngestRoute | None
     since: datetime | None
     until: datetime | None
     """Arrived from `since` on, and before `until`."""
 
 
-async def find(connection: AsyncConnection, delivery_id: str, caller: Caller) -> Delivery | None:
+async def find(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
     """Return a delivery of the caller's organisation."""
     statement = select(Delivery).where(
         col(Delivery.id) == delivery_id, col(Delivery.organization_id) == caller.organization_id
@@ -102,7 +102,7 @@ async def not_redriven(
         ~_is_settled(workflow, col(Delivery.id)).correlate(Delivery),
     ]
     if wanted.outcome is None:
-        conditions.append(col(Delivery.outcome) != Outcome.DUPLICATE)
+        conditions.append(col(Delivery.outcome) != DeliveryOutcome.DUPLICATE)
     count = await connection.scalar(select(func.count()).select_from(Delivery).where(*conditions))
     oldest = select(col(Delivery.id)).where(*conditions).order_by(col(Delivery.created_at), col(Delivery.id))
     return count or 0, [*await connection.scalars(oldest.limit(limit))]

@@ -28,10 +28,10 @@ from journal.store import EmittedEvent, Verdict
 from json_text import decoding
 from models import ids
 from models.execution import Execution
-from models.intake import Delivery, Outcome
-from models.intake import Event as EventRow
-from models.trigger import TriggerKind, patterns_for, patterns_of
+from models.ingest import Delivery, DeliveryOutcome
+from models.ingest import EventRecord as EventRow
 from models.workflow import WorkflowStatus
+from models.workflow_triggers import TriggerKind, matching_patterns, parse_patterns
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -126,13 +126,17 @@ async def emit(gateway: State, sent: Sent, event: SenderEvent, promise: Idempote
         text = (await offload.run(values.encode_json, trigger)).decode()
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
-    told = EmittedEvent(ids.new("event"), event.event_type, event.source, text)
+    told = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
     planned = Planned()
 
     async def plan() -> Arrival:
         nonlocal planned
         planned = await _planned(gateway, sent.sender.caller.organization_id, Message(trigger, text))
-        outcome = Outcome.DEFERRED if 0 < len(planned.runs) == planned.deferred else Outcome.ACCEPTED
+        outcome = (
+            DeliveryOutcome.DEFERRED
+            if 0 < len(planned.runs) == planned.deferred
+            else DeliveryOutcome.ACCEPTED
+        )
         answer = _encode(planned.outcomes).decode()
         return sent.arrival(
             planned.runs, status=ANSWERED, outcome=outcome, event=told, answer=answer, idempotency=promise
@@ -213,8 +217,8 @@ async def _plan_one(
 
 def _takes(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
     """Tell whether a trigger takes an event: what is deployed may have another than the workflow as it is now."""
-    patterns = patterns_for(str(_field(trigger, "event_type")))
-    return kind == TriggerKind.EVENT and not set(patterns).isdisjoint(patterns_of(config))
+    patterns = matching_patterns(str(_field(trigger, "event_type")))
+    return kind == TriggerKind.EVENT and not set(patterns).isdisjoint(parse_patterns(config))
 
 
 def _passes(condition: Json, trigger: Json) -> bool:

@@ -16,7 +16,7 @@ from engine.run_records import SpanStatus
 from gateway import errors, limits
 from json_text import decoding
 from models.execution import Execution, SpanRow
-from models.execution_status import TERMINAL, ExecutionStatus
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from nodes import http_answers
 
 if TYPE_CHECKING:
@@ -84,7 +84,12 @@ async def _answered(gateway: State, key: ExecutionKey, waiter: Waiter) -> Standi
         if not gateway.waiting.is_watched(key.execution_id):
             await gateway.waiting.watch([key.execution_id])
         standing = await _standing(gateway, key)
-        if standing is None or standing.answer is not None or standing.status in TERMINAL or waiter.is_over:
+        if (
+            standing is None
+            or standing.answer is not None
+            or standing.status in TERMINAL_STATUSES
+            or waiter.is_over
+        ):
             return standing
         await waiter.changed.wait()
 

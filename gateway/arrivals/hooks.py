@@ -16,7 +16,7 @@ from gateway import errors
 from gateway.arrivals.verification import FIELD, Provider, Verification, parsed
 from gateway.errors import ApiError
 from gateway.http.body_limit import BodyLimit
-from models.trigger import patterns_for
+from models.workflow_triggers import matching_patterns
 from senders import github, posted_forms, sender_event, slack
 from senders.sender_event import UrlChallenge
 
@@ -83,7 +83,7 @@ class Hook:
         allowed = self.config.allowed_events
         if allowed is None:
             return not (self.verification.provider is Provider.GITHUB and event_type == PING)
-        return event_type is not None and not set(patterns_for(event_type)).isdisjoint(allowed)
+        return event_type is not None and not set(matching_patterns(event_type)).isdisjoint(allowed)
 
 
 def hook_of(workflow: LoadedWorkflow) -> Hook:

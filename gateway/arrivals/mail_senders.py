@@ -21,8 +21,8 @@ from gateway.arrivals.sender import Sender, no_sender
 from gateway.errors import ApiError
 from gateway.http.client_address import client_of
 from journal.unread import MailScreening
-from models.access import Caller, KeyScope, Role
-from models.trigger import TriggerKind
+from models.access import ApiCaller, KeyScope, UserRole
+from models.workflow_triggers import TriggerKind
 from senders import basic_auth, mail_kinds, mailgun, sendgrid, sns
 from senders import signatures as sent_signatures
 from senders.mail_kinds import MailKind
@@ -107,12 +107,12 @@ class Addressee:
     def sender(self, label: str) -> Sender:
         """Return a mail service that has shown who it is: it acts for the owner, and may nothing else."""
         workflow = self.workflow
-        caller = Caller(
+        caller = ApiCaller(
             key_id="",
             user_id=workflow.owner_id,
             organization_id=workflow.organization_id,
             lane=workflow.lane,
-            role=Role.MEMBER,
+            role=UserRole.MEMBER,
             scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
         )
         return Sender(caller, label)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from gateway import errors
 from gateway.errors import ApiError
-from models.intake import TokenKind
+from models.ingest import SenderTokenKind
 
 if TYPE_CHECKING:
     from gateway.arrivals.sender import Sender
@@ -23,7 +23,7 @@ async def sender_of_path(request: Request) -> Sender:
         if error.status == UNAUTHORIZED:
             raise errors.not_found("object") from error
         raise
-    if sender.token is None or sender.token.kind is not TokenKind.TRIGGER:
+    if sender.token is None or sender.token.kind is not SenderTokenKind.TRIGGER:
         raise errors.not_found("object")
     return sender
 

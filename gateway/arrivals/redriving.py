@@ -19,17 +19,17 @@ from gateway.executions.carrying_over import carried_over
 from journal.blobs.backend import Owner
 from journal.store import Accepted, Verdict
 from models.execution import Execution, ExecutionData
-from models.intake import IntakeRoute
+from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
     from gateway.arrivals.taking_in import Ground, Message
     from gateway.http.request import Request
     from journal.store import IdempotencyKey
-    from models.intake import Delivery
+    from models.ingest import Delivery
 
 TOGETHER: Final = 10
 """Of a list, so many are run once more at the same time: each may be large."""
-ROUTES: Final = {"queue": IntakeRoute.ENQUEUE, "email": IntakeRoute.EMAIL, "webhook": IntakeRoute.HOOK}
+ROUTES: Final = {"queue": IngestRoute.ENQUEUE, "email": IngestRoute.EMAIL, "webhook": IngestRoute.HOOK}
 CREATED: Final = 201
 
 
@@ -82,7 +82,7 @@ async def delivery(request: Request, one: Delivery, promise: IdempotencyKey | No
 
     Raises 409 where it has brought nothing that could be run, or more than one run, and what taking it in raises.
     """
-    kind = delivery_rows.KINDS.get(IntakeRoute(one.route))
+    kind = delivery_rows.KINDS.get(IngestRoute(one.route))
     if kind is None:
         raise errors.conflict(
             "not-redrivable", "Batches are run once more by their dead letters, and events by replaying them"
@@ -118,7 +118,7 @@ async def _run(
 ) -> Accepted:
     caller = request.caller
     sent = Sent(
-        route=ROUTES.get(kind, IntakeRoute.EVENTS),
+        route=ROUTES.get(kind, IngestRoute.EVENTS),
         sender=Sender(caller, f"api-key:{caller.key_id}"),
         content_hash=origin.content_hash if origin else "",
         content_bytes=origin.content_bytes if origin else len(given.text),

@@ -21,8 +21,8 @@ from gateway import metrics
 from gateway.arrivals.sent import REASON_LENGTH, TOO_MANY
 from messages.buckets import Demand, LocalBuckets, Rate
 from models import ids
-from models.intake import IntakeRoute, IntakeSample
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.ingest import IngestRoute, RejectedRequestSample
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.sender import Sender
     from gateway.errors import ApiError
     from gateway.http.query import Page
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.database import Database
 
 log = structlog.get_logger()
@@ -46,13 +46,13 @@ WRITE_SECONDS: Final = 1.0
 MAX_HEADERS: Final = 50
 MAX_TEXT: Final = 100
 SERVER_ERROR: Final = 500
-ROUTES: Final[Mapping[str, IntakeRoute]] = {
-    "/api/v1/workflows/{id}/enqueue": IntakeRoute.ENQUEUE,
-    "/api/v1/workflows/{id}/enqueue-batch": IntakeRoute.ENQUEUE_BATCH,
-    "/api/v1/workflows/{id}/email-trigger": IntakeRoute.EMAIL,
-    "/api/v1/workflows/events": IntakeRoute.EVENTS,
-    "/hooks/{id}": IntakeRoute.HOOK,
-    "/mail/{id}": IntakeRoute.EMAIL,
+ROUTES: Final[Mapping[str, IngestRoute]] = {
+    "/api/v1/workflows/{id}/enqueue": IngestRoute.ENQUEUE,
+    "/api/v1/workflows/{id}/enqueue-batch": IngestRoute.ENQUEUE_BATCH,
+    "/api/v1/workflows/{id}/email-trigger": IngestRoute.EMAIL,
+    "/api/v1/workflows/events": IngestRoute.EVENTS,
+    "/hooks/{id}": IngestRoute.HOOK,
+    "/mail/{id}": IngestRoute.EMAIL,
 }
 
 
@@ -61,8 +61,8 @@ class Samples:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._turns: Mapping[IntakeRoute, Iterator[int]] = {route: count() for route in IntakeRoute}
-        self._waiting: dict[tuple[str, int], IntakeSample] = {}
+        self._turns: Mapping[IngestRoute, Iterator[int]] = {route: count() for route in IngestRoute}
+        self._waiting: dict[tuple[str, int], RejectedRequestSample] = {}
         self._writing: asyncio.Task[None] | None = None
         self._is_urgent = asyncio.Event()
         self._per_workflow = LocalBuckets()
@@ -103,7 +103,7 @@ class Samples:
         finally:
             self._writing = None
 
-    async def _write_batch(self, batch: Sequence[IntakeSample]) -> None:
+    async def _write_batch(self, batch: Sequence[RejectedRequestSample]) -> None:
         named = {one.workflow_id for one in batch if one.workflow_id and one.organization_id is None}
 
         async def write(connection: AsyncConnection) -> None:
@@ -124,36 +124,44 @@ class Samples:
 
 
 async def page(
-    connection: AsyncConnection, caller: Caller, route: IntakeRoute | None, part: Page
-) -> tuple[int, list[IntakeSample]]:
+    connection: AsyncConnection, caller: ApiCaller, route: IngestRoute | None, part: Page
+) -> tuple[int, list[RejectedRequestSample]]:
     """Return how many samples name something of the caller's organisation, and a page of them, the newest first."""
-    conditions = [col(IntakeSample.organization_id) == caller.organization_id]
+    conditions = [col(RejectedRequestSample.organization_id) == caller.organization_id]
     if route is not None:
-        conditions.append(col(IntakeSample.route) == route)
-    found = await connection.scalar(select(func.count()).select_from(IntakeSample).where(*conditions))
+        conditions.append(col(RejectedRequestSample.route) == route)
+    found = await connection.scalar(
+        select(func.count()).select_from(RejectedRequestSample).where(*conditions)
+    )
     rows = await connection.execute(
-        select(IntakeSample)
+        select(RejectedRequestSample)
         .where(*conditions)
-        .order_by(col(IntakeSample.created_at).desc(), col(IntakeSample.route), col(IntakeSample.slot))
+        .order_by(
+            col(RejectedRequestSample.created_at).desc(),
+            col(RejectedRequestSample.route),
+            col(RejectedRequestSample.slot),
+        )
         .limit(part.limit)
         .offset(part.offset)
     )
-    return found or 0, [IntakeSample(**row) for row in rows.mappings()]
+    return found or 0, [RejectedRequestSample(**row) for row in rows.mappings()]
 
 
 async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     # In one order everywhere: gateways that write at once wait for one another, and never in a circle.
-    statement = dialect.insert(IntakeSample).values(sorted(rows, key=lambda row: (row["route"], row["slot"])))
+    statement = dialect.insert(RejectedRequestSample).values(
+        sorted(rows, key=lambda row: (row["route"], row["slot"]))
+    )
     changes = {name: statement.excluded[name] for name in rows[0] if name not in {"route", "slot"}}
     await connection.execute(
         statement.on_conflict_do_update(
-            index_elements=[col(IntakeSample.route), col(IntakeSample.slot)], set_=changes
+            index_elements=[col(RejectedRequestSample.route), col(RejectedRequestSample.slot)], set_=changes
         )
     )
 
 
-def _row(sample: IntakeSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
+def _row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
     """Return the row of a sample; a workflow that there is not is nothing to be remembered."""
     row = sample.model_dump()
     if sample.organization_id is None:
@@ -162,15 +170,17 @@ def _row(sample: IntakeSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
     return row
 
 
-def _sample(route: IntakeRoute, slot: int, scope: Scope, error: ApiError, now: datetime) -> IntakeSample:
+def _sample(
+    route: IngestRoute, slot: int, scope: Scope, error: ApiError, now: datetime
+) -> RejectedRequestSample:
     sender: Sender | None = scope.get("sender")
-    workflow_id = None if route is IntakeRoute.HOOK else scope["path_params"].get("id")
+    workflow_id = None if route is IngestRoute.HOOK else scope["path_params"].get("id")
     if workflow_id is not None and not ids.is_id(workflow_id):
         workflow_id = None
     organization_id = None
     if workflow_id is None and sender is not None and sender.token is not None:
         workflow_id, organization_id = sender.token.workflow_id, sender.token.organization_id
-    return IntakeSample(
+    return RejectedRequestSample(
         route=route,
         slot=slot,
         organization_id=organization_id,

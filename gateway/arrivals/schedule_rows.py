@@ -8,9 +8,9 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
-from models import database_time, timetable
+from models import database_time, schedule_timetable
 from models.schedule import Schedule
-from models.timetable import InvalidTimetable
+from models.schedule_timetable import InvalidTimetable
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from sqlalchemy import RowMapping
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from models.timetable import Timetable
-    from models.trigger import WorkflowTrigger
+    from models.schedule_timetable import ScheduleTimetable
     from models.workflow import Workflow
+    from models.workflow_triggers import WorkflowTrigger
 
 _KEPT = frozenset({"workflow_id", "organization_id", "lane"})
 _OF_THE_PAST = {"last_run_at": None, "last_execution_id": None, "passed_at": None, "passed_reason": None}
@@ -46,7 +46,7 @@ async def follow(connection: AsyncConnection, workflow: Workflow, trigger: Workf
         .mappings()
         .first()
     )
-    now = await database_time.read(connection)
+    now = await database_time.read_database_time(connection)
     row = _begun(workflow, trigger, now, _last_run_at(found, now))
     if found is not None and found["next_run_at"] is not None and _is_alike(row, Schedule(**found)):
         return
@@ -64,7 +64,11 @@ async def follow(connection: AsyncConnection, workflow: Workflow, trigger: Workf
 def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
     """Return the moment up to which instants were run: now, unless the transaction began a little before a run."""
     last_run_at = found["last_run_at"] if found is not None else None
-    return now if last_run_at is None or last_run_at > now + timetable.MAX_AHEAD else max(now, last_run_at)
+    return (
+        now
+        if last_run_at is None or last_run_at > now + schedule_timetable.MAX_AHEAD
+        else max(now, last_run_at)
+    )
 
 
 def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
@@ -79,7 +83,7 @@ def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: d
         planned_at=now,
     )
     try:
-        followed: Timetable = timetable.timetable_of(trigger.config)
+        followed: ScheduleTimetable = schedule_timetable.parse_timetable(trigger.config)
     except InvalidTimetable as error:
         # It was found good when the workflow became active, by a machine that knows other time zones, say.
         row.problem = str(error)
@@ -87,7 +91,7 @@ def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: d
     row.timing_hash = followed.timing_hash
     row.next_run_at = followed.first_after(since, row.anchor_at)
     if row.next_run_at is not None:
-        row.due_at = row.next_run_at + followed.delay_of(workflow.id)
+        row.due_at = row.next_run_at + followed.start_delay(workflow.id)
     return row
 
 

@@ -19,11 +19,11 @@ from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
 from gateway.http.parameters import Text
 from journal.group_commit import GroupCommit
-from models import intake_tokens
-from models.access import Caller, KeyScope
-from models.intake import TOKEN_PREFIXES, TokenKind
-from models.intake_tokens import FoundToken
-from models.outage import DatabaseUnavailable
+from models import sender_tokens
+from models.access import ApiCaller, KeyScope
+from models.errors import DatabaseUnavailable
+from models.ingest import TOKEN_PREFIXES, SenderTokenKind
+from models.sender_tokens import FoundSenderToken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,16 +52,16 @@ USE_RECORDED_EVERY: Final = timedelta(minutes=1)
 class Sender:
     """Whoever a key or a token stands for, or a provider whose signature was good."""
 
-    caller: Caller
+    caller: ApiCaller
     label: str
     """`api-key:`, `trigger-token:` or `event-token:` and its id; the name of a provider that signed."""
-    token: FoundToken | None = None
+    token: FoundSenderToken | None = None
 
     def may_send_to(self, workflow_id: str) -> bool:
         """Tell whether it may send to a workflow, as far as a token says so."""
         if self.token is None:
             return True
-        return self.token.kind is TokenKind.TRIGGER and self.token.workflow_id == workflow_id
+        return self.token.kind is SenderTokenKind.TRIGGER and self.token.workflow_id == workflow_id
 
 
 class Doorkeeper:
@@ -70,10 +70,10 @@ class Doorkeeper:
     def __init__(self, database: Database, authenticator: Authenticator) -> None:
         self._database = database
         self._authenticator = authenticator
-        self._kept: TTLCache[str, tuple[float, FoundToken]] = TTLCache(KEPT_SECONDS, MAX_KEPT)
+        self._kept: TTLCache[str, tuple[float, FoundSenderToken]] = TTLCache(KEPT_SECONDS, MAX_KEPT)
         """Tokens and when they were asked for, by their hashes."""
-        self._lookups: Joint[str, FoundToken | None] = Joint(self._look_up)
-        self._reads: GroupCommit[str, FoundToken | None] = GroupCommit(self._read)
+        self._lookups: Joint[str, FoundSenderToken | None] = Joint(self._look_up)
+        self._reads: GroupCommit[str, FoundSenderToken | None] = GroupCommit(self._read)
         """One query at a time, for all tokens that wait."""
         self._recorded: TTLCache[str, bool] = TTLCache(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
         """Tokens whose use was noted from here."""
@@ -87,7 +87,7 @@ class Doorkeeper:
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):
             caller = await self._authenticator.caller(scope)
-            if not caller.may(KeyScope.WORKFLOWS_EXECUTE):
+            if not caller.has_scope(KeyScope.WORKFLOWS_EXECUTE):
                 raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
             return Sender(caller, f"api-key:{caller.key_id}")
         token = _token(scope)
@@ -97,7 +97,7 @@ class Doorkeeper:
         """Return whoever a token stands for; raises 401 for one that isn't valid, 429 after too many failures."""
         found = await self._find(scope, token)
         self._note_use(found)
-        caller = Caller(
+        caller = ApiCaller(
             key_id=found.id,
             user_id=found.user_id,
             organization_id=found.organization_id,
@@ -113,8 +113,8 @@ class Doorkeeper:
         await self._lookups.drain()
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _find(self, scope: Scope, token: str) -> FoundToken:
-        hashed = intake_tokens.token_hash(token)
+    async def _find(self, scope: Scope, token: str) -> FoundSenderToken:
+        hashed = sender_tokens.hash_token(token)
         kept = self._kept.get(hashed)
         if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
             return kept[1]
@@ -125,18 +125,18 @@ class Doorkeeper:
             raise self._failures.fail(client_of_scope(scope), no_sender())
         return found
 
-    async def _look_up(self, hashed: str) -> FoundToken | None:
+    async def _look_up(self, hashed: str) -> FoundSenderToken | None:
         asked_at = monotonic()
         found = await self._reads.submit(hashed)
         if found is not None:
             self._kept.put(hashed, (asked_at, found))
         return found
 
-    async def _read(self, batch: Sequence[str]) -> Sequence[FoundToken | None]:
-        found = await intake_tokens.find(self._database, batch, self._database.clock.now())
+    async def _read(self, batch: Sequence[str]) -> Sequence[FoundSenderToken | None]:
+        found = await sender_tokens.find_tokens(self._database, batch, self._database.clock.now())
         return [found.get(hashed) for hashed in batch]
 
-    def _note_use(self, found: FoundToken) -> None:
+    def _note_use(self, found: FoundSenderToken) -> None:
         """Have the use of a token noted in the background, now and then."""
         is_recent = (
             found.last_used_at and self._database.clock.now() - found.last_used_at <= USE_RECORDED_EVERY
@@ -150,7 +150,7 @@ class Doorkeeper:
 
     async def _record_use(self, token_id: str) -> None:
         try:
-            await intake_tokens.record_use(
+            await sender_tokens.record_use(
                 self._database, token_id, now=self._database.clock.now(), every=USE_RECORDED_EVERY
             )
         except DatabaseUnavailable as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gateway.arrivals import stored_keys
 from journal.store import Arrival
 from models import ids
-from models.intake import Delivery, IntakeRoute, Outcome
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ TOO_MANY: Final = 429
 class Sent:
     """What was sent, by whom, and where to."""
 
-    route: IntakeRoute
+    route: IngestRoute
     sender: Sender
     content_hash: str
     """SHA-256 of the body, in hexadecimal."""
@@ -42,14 +42,14 @@ class Sent:
     derived_key: IdempotencyKey | None = None
     """By which a repetition is recognized, as its sender names it: a redrive uses up the same key."""
     redriven_from: str | None = None
-    delivery_id: str = field(default_factory=lambda: ids.new("dlv"))
+    delivery_id: str = field(default_factory=lambda: ids.new_id("dlv"))
 
     def arrival(
         self,
         runs: Sequence[ArrivedRun],
         *,
         status: int,
-        outcome: Outcome = Outcome.ACCEPTED,
+        outcome: DeliveryOutcome = DeliveryOutcome.ACCEPTED,
         event: EmittedEvent | None = None,
         answer: str | None = None,
         idempotency: IdempotencyKey | None = None,
@@ -77,18 +77,22 @@ class Sent:
 
     def repeated(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
         """Return what is noted of it where the same had arrived before."""
-        return self._delivery(now, outcome=Outcome.DUPLICATE, status=status, execution_id=execution_id)
+        return self._delivery(
+            now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
+        )
 
     def noted(self, now: datetime, *, status: int, reason: str) -> Delivery:
         """Return what is noted of it where it was understood, and is nothing that could be run."""
-        return self._delivery(now, outcome=Outcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH])
+        return self._delivery(
+            now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
+        )
 
     def refused(self, now: datetime, error: ApiError) -> Delivery:
         """Return what is noted of it where it was refused."""
         is_shed = error.status == TOO_MANY
         return self._delivery(
             now,
-            outcome=Outcome.SHED if is_shed else Outcome.REJECTED,
+            outcome=DeliveryOutcome.SHED if is_shed else DeliveryOutcome.REJECTED,
             status=error.status,
             reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
             payload=None if is_shed else self.payload,
@@ -113,7 +117,7 @@ class Sent:
         )
 
 
-async def sent(route: IntakeRoute, sender: Sender, content: bytes, *, workflow_id: str | None = None) -> Sent:
+async def sent(route: IngestRoute, sender: Sender, content: bytes, *, workflow_id: str | None = None) -> Sent:
     """Return what was sent; a large body is hashed while others are served."""
     hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
     return Sent(route, sender, hashed.hexdigest(), len(content), workflow_id)

@@ -12,14 +12,14 @@ from concurrency import offload
 from gateway import errors
 from gateway.errors import ApiError
 from json_text import decoding
-from models.vault import VaultError
+from models.encryption import VaultError
 from senders import event_senders, github, slack, standard_webhooks, stripe
 from senders.event_senders import EventSender as Provider
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from gateway.arrivals.sender import Sender
-    from models.vault import Sealed, Vault
+    from models.encryption import EncryptedText, SecretVault
     from senders.sender_request import SenderRequest
     from senders.signatures import SignatureResult
 
@@ -39,12 +39,12 @@ _encode = msgspec.json.Encoder().encode
 _decode = decoding.build_decoder(Secrets).decode
 
 
-def sealed(vault: Vault, secrets: Secrets, *, organization_id: str, token_id: str) -> Sealed:
+def sealed(vault: SecretVault, secrets: Secrets, *, organization_id: str, token_id: str) -> EncryptedText:
     """Return the secrets of an event token as they are stored."""
     return vault.seal(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 
-async def verify(arrival: SenderRequest, sender: Sender, vault: Vault) -> Provider | None:
+async def verify(arrival: SenderRequest, sender: Sender, vault: SecretVault) -> Provider | None:
     """Return whose form a request has, None for that of the API, after having found it signed as it must be.
 
     An API key vouches for whatever comes with it. By a token, what a provider is known to sign must be signed, and a
@@ -80,7 +80,7 @@ def refusal(error: RequestRefused) -> ApiError:
     return ApiError(400, error.code, error.message)
 
 
-def _opened(sender: Sender, vault: Vault) -> Secrets:
+def _opened(sender: Sender, vault: SecretVault) -> Secrets:
     token = sender.token
     if token is None or token.sealed is None:
         return {}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import and_, select
 from sqlmodel import col
 
-from models.trigger import TriggerKind, WorkflowTrigger, WorkflowTriggerMatch, patterns_for
 from models.workflow import Workflow, WorkflowStatus
+from models.workflow_triggers import TriggerKind, WorkflowTrigger, WorkflowTriggerMatch, matching_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def statement(organization_id: str, event_type: str) -> Select[*tuple[Any, ...]]
         select(col(WorkflowTriggerMatch.workflow_id), col(WorkflowTriggerMatch.node_id))
         .where(
             col(WorkflowTriggerMatch.organization_id) == organization_id,
-            col(WorkflowTriggerMatch.pattern).in_(patterns_for(event_type)),
+            col(WorkflowTriggerMatch.pattern).in_(matching_patterns(event_type)),
         )
         .distinct()
         .subquery()

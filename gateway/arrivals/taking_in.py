@@ -20,7 +20,7 @@ from journal import admission, follow_ups, held_runs, trigger_body
 from journal.admission import OnLimit
 from journal.store import Accepted, ArrivedRun, DefinitionKey, TakenIn, Verdict
 from models import ids
-from models.intake import Delivery, Outcome
+from models.ingest import Delivery, DeliveryOutcome
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gateway.state import State
     from journal.pinning import LoadedWorkflow, TriggerNode
     from journal.store import Arrival, IdempotencyKey
-    from models.access import Caller
+    from models.access import ApiCaller
 
 _encode = msgspec.json.Encoder().encode
 ATTEMPTS: Final = 5
@@ -71,7 +71,7 @@ class Message:
     """Of the run, where something is kept for it already."""
 
 
-async def ground(gateway: State, caller: Caller, workflow_id: str, kind: str) -> Ground:
+async def ground(gateway: State, caller: ApiCaller, workflow_id: str, kind: str) -> Ground:
     """Return what takes something in for a workflow that the caller may read, by its trigger of a kind.
 
     Raises 404, 409 for one that is neither active nor paused, and 422 for one with another trigger or an invalid graph.
@@ -110,7 +110,7 @@ def run_of(gateway: State, ground: Ground, message: Message) -> ArrivedRun:
     definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.lane)
     limit = admission.limit_of(workflow.settings, workflow.id, message.trigger) if message.is_read else None
     return ArrivedRun(
-        execution_id=message.execution_id or ids.new("exec"),
+        execution_id=message.execution_id or ids.new_id("exec"),
         lane=workflow.lane,
         organization_id=workflow.organization_id,
         workflow_id=workflow.id,
@@ -160,7 +160,7 @@ async def one(
         runs[:] = [run_of(gateway, place, await plan(place))]
         if not trigger_body.is_apart(runs[0].trigger):
             sent.payload = runs[0].trigger
-        outcome = Outcome.DEFERRED if place.is_deferred else Outcome.ACCEPTED
+        outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
         return sent.arrival(runs, status=status, outcome=outcome, idempotency=own_key)
 
     try:

@@ -8,8 +8,8 @@ from sqlalchemy import delete, insert
 from sqlmodel import col
 
 from gateway.arrivals import schedule_rows
-from models.trigger import TriggerKind, WorkflowTrigger, WorkflowTriggerMatch, patterns_of
 from models.workflow import WorkflowStatus
+from models.workflow_triggers import TriggerKind, WorkflowTrigger, WorkflowTriggerMatch, parse_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigge
         }
         for trigger in triggers
         if trigger.kind == TriggerKind.EVENT
-        for pattern in patterns_of(trigger.config)
+        for pattern in parse_patterns(trigger.config)
     ]
     if matches:
         await connection.execute(insert(WorkflowTriggerMatch), matches)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gateway.http.request import Request
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
-    from models.access import Caller
+    from models.access import ApiCaller
     from nodes.connections.source import Source
 
 Used = TypeVar("Used")
@@ -112,7 +112,7 @@ class Vouched:
 
 
 async def under_current(
-    gateway: State, caller: Caller, workflow_id: str, use: Callable[[LoadedWorkflow], Awaitable[Used]]
+    gateway: State, caller: ApiCaller, workflow_id: str, use: Callable[[LoadedWorkflow], Awaitable[Used]]
 ) -> Used:
     """Return what `use` comes to with a workflow as it is run; nothing is refused by a config that is an old one.
 

@@ -17,7 +17,7 @@ from gateway.data_sources.data_source_rows import NameTaken, Stored
 from gateway.errors import ApiError
 from gateway.http import idempotency, preconditions
 from gateway.http.responses import JsonResponse
-from models.audit import Action
+from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -67,7 +67,7 @@ async def create(request: Request, body: Json, source: DataSource) -> JsonRespon
             message = f"An organisation may have at most {limits.DATA_SOURCES:,} data sources"
             raise errors.conflict("too-many-data-sources", message)
         await data_source_rows.add(connection, source)
-        await _record(request, connection, Action.DATA_SOURCE_CREATED, None, Stored(source, {}))
+        await _record(request, connection, AuditAction.DATA_SOURCE_CREATED, None, Stored(source, {}))
         return source.id
 
     try:
@@ -77,11 +77,13 @@ async def create(request: Request, body: Json, source: DataSource) -> JsonRespon
     shown = {"dataSourceId": source_id}
     if source_id != source.id:
         return JsonResponse(shown, status=201, headers=idempotency.REPLAYED)
-    log.info(Action.DATA_SOURCE_CREATED, data_source_id=source_id, organization_id=source.organization_id)
+    log.info(
+        AuditAction.DATA_SOURCE_CREATED, data_source_id=source_id, organization_id=source.organization_id
+    )
     return JsonResponse(shown, status=201, headers=entity_tag(Stored(source, {})))
 
 
-async def edit(request: Request, action: Action, change: Change) -> Stored:
+async def edit(request: Request, action: AuditAction, change: Change) -> Stored:
     """Apply `change` to the data source of the path, as it stands when everybody before has finished.
 
     Raises 404, 403, 412 where `If-Match` names another state, `NameTaken`, and whatever `change` raises; then nothing
@@ -133,11 +135,11 @@ async def delete(request: Request, *, is_forced: bool) -> None:
         if not is_forced:
             await _require_unused(request, connection, before.source)
         await data_source_rows.remove(connection, before.source)
-        await _record(request, connection, Action.DATA_SOURCE_DELETED, before, None)
+        await _record(request, connection, AuditAction.DATA_SOURCE_DELETED, before, None)
         is_done = True
 
     await request.gateway.database.transaction(work)
-    log.info(Action.DATA_SOURCE_DELETED, data_source_id=request.path_params["id"])
+    log.info(AuditAction.DATA_SOURCE_DELETED, data_source_id=request.path_params["id"])
 
 
 def entity_tag(stored: Stored) -> dict[str, str]:
@@ -167,7 +169,7 @@ def name_taken(error: NameTaken) -> ApiError:
 async def _record(
     request: Request,
     connection: AsyncConnection,
-    action: Action,
+    action: AuditAction,
     before: Stored | None,
     after: Stored | None,
 ) -> None:

@@ -15,10 +15,10 @@ import structlog
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from gateway import errors, limits
-from models.data_source import opened
+from models.data_source import decrypt_secrets
 from models.data_source_types import DataSourceType
 from models.database_clock import DatabaseClock
-from models.vault import VaultError
+from models.encryption import VaultError
 from nodes import redaction
 from nodes.connections.policy import ConnectionPolicy, OwnDatabase
 from nodes.connections.source import Source
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from engine.services import ObjectBucket
     from models.data_source import DataSource
-    from models.settings import Settings
-    from models.vault import Vault
+    from models.encryption import SecretVault
+    from models.settings import ServerSettings
 
 log = structlog.get_logger()
 
@@ -63,7 +63,9 @@ class _Only:
 class Probes:
     """Connects to data sources for whoever wants to know whether that works."""
 
-    def __init__(self, vault: Vault, settings: Settings, clock: DatabaseClock | None = None) -> None:
+    def __init__(
+        self, vault: SecretVault, settings: ServerSettings, clock: DatabaseClock | None = None
+    ) -> None:
         self._clock = clock or DatabaseClock()
         self._vault = vault
         self._settings = settings
@@ -82,7 +84,7 @@ class Probes:
 
     async def _attempt(self, source: DataSource) -> tuple[bool, str]:
         try:
-            secrets = opened(self._vault, source)
+            secrets = decrypt_secrets(self._vault, source)
         except VaultError as error:
             return False, f"{error}: give its secrets again"
         try:

@@ -11,9 +11,9 @@ from sqlalchemy import Text, delete, func, insert, select, type_coerce, update
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import col
 
-from models.data_source import DataSource, DataSourceShare, readable_by, writable_by
+from models.data_source import DataSource, DataSourceShare, is_readable_by, is_writable_by
 from models.workflow import Workflow, WorkflowGraph
-from models.workflow import readable_by as workflow_readable_by
+from models.workflow import is_readable_by as workflow_readable_by
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.http.query import Page
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.data_source_types import DataSourceType
 
 SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
@@ -49,7 +49,7 @@ class Stored:
         return replace(self, source=DataSource(**{**self.source.model_dump(), **changes}))
 
 
-async def lock(connection: AsyncConnection, source_id: str, caller: Caller) -> None:
+async def lock(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> None:
     """Wait until nobody else is changing a data source, and keep them waiting until the transaction ends."""
     row = select(col(DataSource.id)).where(
         col(DataSource.id) == source_id, col(DataSource.organization_id) == caller.organization_id
@@ -57,9 +57,9 @@ async def lock(connection: AsyncConnection, source_id: str, caller: Caller) -> N
     await connection.execute(row.with_for_update())
 
 
-async def find(connection: AsyncConnection, source_id: str, caller: Caller) -> Stored | None:
+async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> Stored | None:
     """Return a data source that the caller may read."""
-    statement = select(DataSource).where(col(DataSource.id) == source_id, readable_by(caller))
+    statement = select(DataSource).where(col(DataSource.id) == source_id, is_readable_by(caller))
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
         return None
@@ -69,13 +69,13 @@ async def find(connection: AsyncConnection, source_id: str, caller: Caller) -> S
 
 async def page(
     connection: AsyncConnection,
-    caller: Caller,
+    caller: ApiCaller,
     kind: DataSourceType | None,
     part: Page,
     order: ColumnElement[Any],
 ) -> tuple[int, list[Stored]]:
     """Return how many data sources the caller may read, and a page of them."""
-    conditions = [readable_by(caller)]
+    conditions = [is_readable_by(caller)]
     if kind is not None:
         conditions.append(col(DataSource.type) == kind)
     count = await connection.scalar(select(func.count()).select_from(DataSource).where(*conditions))
@@ -127,7 +127,7 @@ async def add(connection: AsyncConnection, source: DataSource) -> None:
         raise NameTaken(source.name) from error
 
 
-async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: Caller) -> bool:
+async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: ApiCaller) -> bool:
     """Write what differs, unless the data source has changed since `before` was read; tells whether it was written.
 
     Raises `NameTaken`.
@@ -138,7 +138,7 @@ async def save(connection: AsyncConnection, before: Stored, after: Stored, calle
         .where(
             col(DataSource.id) == source.id,
             col(DataSource.revision) == before.source.revision,
-            writable_by(caller),
+            is_writable_by(caller),
         )
         .values(source.model_dump())
     )
@@ -175,7 +175,7 @@ async def is_named(connection: AsyncConnection, source: DataSource) -> bool:
 
 
 async def naming(
-    connection: AsyncConnection, source: DataSource, caller: Caller, limit: int
+    connection: AsyncConnection, source: DataSource, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
     """Return ids and names of workflows that name a data source, as far as the caller may see them."""
     statement = _naming(source).where(workflow_readable_by(caller)).order_by(col(Workflow.id)).limit(limit)

@@ -14,27 +14,29 @@ from gateway.http import text
 from gateway.http.text import Problems
 from gateway.http.wire import Instant, StrictWire, Wire, convert, instant
 from models import data_source_types, ids
-from models.data_source import DataSource, sealed
-from models.data_source_types import DEFINITIONS, DataSourceType, Fields, stored
+from models.data_source import DataSource, encrypt_secrets
+from models.data_source_types import DATA_SOURCE_TYPES, DataSourceFields, DataSourceType, to_stored
 
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.data_sources.data_source_rows import Stored
-    from models.access import Caller
-    from models.vault import Vault
+    from models.access import ApiCaller
+    from models.encryption import SecretVault
 
-Given = TypeVar("Given", bound=Fields)
+Given = TypeVar("Given", bound=DataSourceFields)
 
 Name: TypeAlias = Annotated[str, text.allowed(limits.DATA_SOURCE_NAME_LENGTH, min_length=1)]
 Settings: TypeAlias = Annotated[
     dict[str, Any],
     Meta(
-        description=f"What the type needs; `?` marks what may be absent. {data_source_types.described('settings')}."
+        description=(
+            f"Fields of the type; `?` marks optional ones. {data_source_types.describe_fields('settings')}."
+        )
     ),
 ]
 Secrets: TypeAlias = Annotated[
     dict[str, Any],
-    Meta(description=f"Kept encrypted and never shown. {data_source_types.described('secrets')}."),
+    Meta(description=f"Kept encrypted and never shown. {data_source_types.describe_fields('secrets')}."),
 ]
 
 
@@ -90,17 +92,17 @@ class DataSourceShape(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: Caller, body: CreateDataSource, vault: Vault, now: datetime) -> DataSource:
+def made(caller: ApiCaller, body: CreateDataSource, vault: SecretVault, now: datetime) -> DataSource:
     """Return a new data source of the caller's; raises 422."""
     problems = Problems()
     name = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
-    definition = DEFINITIONS[body.type]
+    definition = DATA_SOURCE_TYPES[body.type]
     settings = _checked(body.settings, definition.settings, "settings", problems)
     secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
     _require_whole(settings, secrets, problems)
     problems.raise_any()
-    source_id = ids.new("ds")
-    kept = sealed(vault, secrets, organization_id=caller.organization_id, source_id=source_id)
+    source_id = ids.new_id("ds")
+    kept = encrypt_secrets(vault, secrets, organization_id=caller.organization_id, source_id=source_id)
     return DataSource(
         id=source_id,
         organization_id=caller.organization_id,
@@ -118,10 +120,10 @@ def made(caller: Caller, body: CreateDataSource, vault: Vault, now: datetime) ->
     )
 
 
-def changed(before: Stored, body: UpdateDataSource, vault: Vault, now: datetime) -> Stored:
+def changed(before: Stored, body: UpdateDataSource, vault: SecretVault, now: datetime) -> Stored:
     """Return what a data source becomes; raises 422."""
     source, problems = before.source, Problems()
-    definition = DEFINITIONS[DataSourceType(source.type)]
+    definition = DATA_SOURCE_TYPES[DataSourceType(source.type)]
     changes: dict[str, object] = {}
     if body.name is not None:
         changes["name"] = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
@@ -139,7 +141,7 @@ def changed(before: Stored, body: UpdateDataSource, vault: Vault, now: datetime)
     _require_whole(changes.get("settings", source.settings), has_secrets, problems)
     problems.raise_any()
     if secrets is not None:
-        kept = sealed(vault, secrets, organization_id=source.organization_id, source_id=source.id)
+        kept = encrypt_secrets(vault, secrets, organization_id=source.organization_id, source_id=source.id)
         changes |= {
             "secret_names": sorted(secrets),
             "sealed": kept.content,
@@ -150,11 +152,11 @@ def changed(before: Stored, body: UpdateDataSource, vault: Vault, now: datetime)
 
 
 def _checked(
-    given: Mapping[str, Json], kind: type[Fields], path: str, problems: Problems
+    given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: Problems
 ) -> dict[str, object]:
     """Return fields as they are kept."""
     try:
-        return stored(convert(dict(given), kind, path))
+        return to_stored(convert(dict(given), kind, path))
     except ApiError as error:
         problems.found.extend(error.details)
         return {}

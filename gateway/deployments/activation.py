@@ -27,10 +27,10 @@ from journal import activity, decisions, wakes
 from journal.group_commit import GroupCommit
 from journal.wakes import StartRefused
 from messages import beginnings, hints
-from models import lifecycle
-from models.execution_status import TERMINAL, ExecutionStatus
-from models.lifecycle import LifecycleAction, Refusal, RefusalCode, StoppedReason
-from models.outage import DatabaseUnavailable
+from models import lifecycle_policy
+from models.errors import DatabaseUnavailable
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.lifecycle_policy import LifecycleAction, StartRefusal, StartRefusalCode, StoppedReason
 
 if TYPE_CHECKING:
     from gateway.executions.waiting import Waiting
@@ -66,7 +66,7 @@ class StartBlocked:
     reason: str
 
 
-BadNews: TypeAlias = StartFailed | StartBlocked | Refusal
+BadNews: TypeAlias = StartFailed | StartBlocked | StartRefusal
 
 
 class NoPod(Exception):
@@ -82,7 +82,7 @@ class Counted:
     """A deployment that something has come for."""
 
     deployment: Deployment
-    refusal: Refusal | None
+    refusal: StartRefusal | None
     """Why it may not start for that now."""
 
 
@@ -180,7 +180,7 @@ class Activation:
             seen = await activity.look(connection, workflow_id)
         if seen is None:
             return None
-        return Counted(deployment, lifecycle.may_start(seen.policy, seen.situation, seen.now))
+        return Counted(deployment, lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now))
 
     async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, Counted]:
         """Do the same for several at once; those that aren't deployed are left out."""
@@ -192,7 +192,7 @@ class Activation:
                 seen = await activity.look_at(connection, asleep)
         counted = {workflow_id: Counted(deployment, None) for workflow_id, deployment in found.items()}
         for workflow_id, one in seen.items():
-            refusal = lifecycle.may_start(one.policy, one.situation, one.now)
+            refusal = lifecycle_policy.start_refusal(one.policy, one.situation, one.now)
             counted[workflow_id] = Counted(found[workflow_id], refusal)
         return counted
 
@@ -205,7 +205,7 @@ class Activation:
             seen = await activity.look(connection, workflow_id)
         if seen is None:
             raise errors.not_deployed()
-        refusal = lifecycle.may_start(seen.policy, seen.situation, seen.now)
+        refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
         if refusal is not None:
             raise refused(refusal)
 
@@ -262,7 +262,7 @@ class Activation:
         progress = await self._waiting.progress(key, 0)
         if progress is None or progress.completed_nodes:
             return True
-        return progress.status is ExecutionStatus.RUNNING or progress.status in TERMINAL
+        return progress.status is ExecutionStatus.RUNNING or progress.status in TERMINAL_STATUSES
 
     @contextmanager
     def _waiter(self, execution_id: str) -> Iterator[asyncio.Future[bool]]:
@@ -347,18 +347,18 @@ class Activation:
         try:
             settled = await decisions.settle(self._database, workflow_id, wakes.for_a_run)
         except StartRefused as error:
-            return None if error.refusal.code is RefusalCode.NOT_DEPLOYED else error.refusal
+            return None if error.refusal.code is StartRefusalCode.NOT_DEPLOYED else error.refusal
         if settled is not None and settled.decision.action is not LifecycleAction.NONE:
             await hints.deployment_changed(self._broker, workflow_id)
         return None
 
 
-def refused(refusal: Refusal) -> ApiError:
+def refused(refusal: StartRefusal) -> ApiError:
     """Return the answer about a run that can't have its deployment."""
     match refusal.code:
-        case RefusalCode.NOT_DEPLOYED:
+        case StartRefusalCode.NOT_DEPLOYED:
             return errors.not_deployed()
-        case RefusalCode.OUTSIDE_WINDOW:
+        case StartRefusalCode.OUTSIDE_WINDOW:
             return errors.outside_window(optional_instant(refusal.opens_at))
-        case RefusalCode.STOPPED_MANUALLY:
+        case StartRefusalCode.STOPPED_MANUALLY:
             return errors.stopped_manually()

@@ -15,9 +15,9 @@ from journal.deployments import Order
 from messages import hints
 from messages.deployments import changed
 from models import deployment_token
-from models.audit import Action
+from models.audit import AuditAction
 from models.deployment import DeploymentStatus, status_of
-from models.lifecycle import LifecycleAction
+from models.lifecycle_policy import LifecycleAction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from gateway.workflows.workflow_rows import Stored
     from journal.activity import Seen
     from models.deployment import Deployment
-    from models.lifecycle import Decision, StoppedReason
+    from models.lifecycle_policy import LifecycleVerdict, StoppedReason
 
-Decide = Callable[["Seen"], "Decision"]
+Decide = Callable[["Seen"], "LifecycleVerdict"]
 
 
 def not_deployed() -> errors.ApiError:
@@ -63,7 +63,7 @@ async def deploy(
     )
     before = await deployments.find(connection, workflow.id)
     after = await deployments.deploy(connection, order, secret=request.gateway.settings.secret)
-    await _record(connection, request, Action.WORKFLOW_DEPLOYED, before, after)
+    await _record(connection, request, AuditAction.WORKFLOW_DEPLOYED, before, after)
     return after
 
 
@@ -74,11 +74,11 @@ async def undeploy(
     before = await deployments.find(connection, workflow_id)
     after = await deployments.undeploy(connection, workflow_id, user_id=request.caller.user_id, reason=reason)
     if after is not None:
-        await _record(connection, request, Action.WORKFLOW_UNDEPLOYED, before, after)
+        await _record(connection, request, AuditAction.WORKFLOW_UNDEPLOYED, before, after)
 
 
 async def change(
-    request: Request, action: Action, decide: Decide, *, replicas: int | None = None
+    request: Request, action: AuditAction, decide: Decide, *, replicas: int | None = None
 ) -> Deployment:
     """Do to the deployment of the path what is decided about it; raises 404, 403, and 409 where there is none."""
     workflow_id = request.path_params["id"]
@@ -138,7 +138,7 @@ def has_failed(deployment: Deployment) -> bool:
 
 def fresh_token_id() -> str:
     """Return an id for the token of a deploy, made before its transaction."""
-    return deployment_token.new_id()
+    return deployment_token.new_token_id()
 
 
 def _pinned(snapshot: Mapping[str, Any]) -> bytes:
@@ -150,7 +150,7 @@ def _pinned(snapshot: Mapping[str, Any]) -> bytes:
 async def _record(
     connection: AsyncConnection,
     request: Request,
-    action: Action,
+    action: AuditAction,
     before: Deployment | None,
     after: Deployment,
 ) -> None:

@@ -10,10 +10,10 @@ from sqlalchemy import BigInteger, and_, case, func, literal, select, type_coerc
 from sqlmodel import col
 
 from gateway import limits
-from models.columns import Instant
+from models.column_types import TimestampColumn
 from models.deployment import LifecycleDecision
 from models.execution import Execution, ExecutionData
-from models.forecast import PastRun
+from models.lifecycle_forecast import PastRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ USAGE_TIME: Final = timedelta(days=7)
 """How far back the use of pods is looked at."""
 DAY_SECONDS: Final = 86_400
 _SECOND_MICROSECONDS: Final = 1_000_000
-_INSTANT: Final = Instant()
+_INSTANT: Final = TimestampColumn()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from msgspec import UNSET, Meta, UnsetType
 from gateway import errors, limits
 from gateway.http.text import Problems
 from gateway.http.wire import GuardedWire, Wire
-from models import lifecycle, windows
-from models.lifecycle import PolicyType
-from models.windows import EmptyWindow
+from models import lifecycle_policy, weekly_windows
+from models.lifecycle_policy import PolicyType
+from models.weekly_windows import EmptyWindow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,7 +50,8 @@ class LifecyclePolicy(GuardedWire):
 
     type: PolicyType
     idle_timeout_minutes: (
-        Annotated[int, Meta(ge=lifecycle.IDLE_MINUTES_MIN, le=lifecycle.IDLE_MINUTES_MAX)] | None
+        Annotated[int, Meta(ge=lifecycle_policy.IDLE_MINUTES_MIN, le=lifecycle_policy.IDLE_MINUTES_MAX)]
+        | None
     ) = None
     """For `idle-shutdown`: how long nothing must have happened; 30 where it is absent. Others don't keep it."""
     schedule: ScheduleShape | None = None
@@ -74,7 +75,7 @@ def stored(body: LifecyclePolicy) -> dict[str, Any]:
     match body.type:
         case PolicyType.IDLE_SHUTDOWN:
             minutes = body.idle_timeout_minutes
-            default = lifecycle.IDLE_MINUTES_DEFAULT
+            default = lifecycle_policy.IDLE_MINUTES_DEFAULT
             return {"type": body.type.value, "idleTimeoutMinutes": default if minutes is None else minutes}
         case PolicyType.SCHEDULED_WINDOW:
             if body.schedule is None:
@@ -93,7 +94,7 @@ def shown(policy: Mapping[str, Any]) -> ShownPolicy:
 
 def _check(schedule: ScheduleShape) -> None:
     problems = Problems()
-    if schedule.timezone not in windows.zones():
+    if schedule.timezone not in weekly_windows.zone_names():
         message = "schedule.timezone must be the name of a zone, such as America/Los_Angeles or UTC"
         problems.add("schedule.timezone", "unknown-timezone", message)
     _check_windows(schedule.windows, problems)
@@ -104,7 +105,7 @@ def _check_windows(given: Sequence[WindowShape], problems: Problems) -> None:
     for index, one in enumerate(given):
         path = f"schedule.windows.{index}.endTime"
         try:
-            windows.window(one.days, one.start_time, one.end_time)
+            weekly_windows.parse_window(one.days, one.start_time, one.end_time)
         except EmptyWindow:
             message = f"{path} must differ from startTime; 00:00 to 00:00 is the whole day"
             problems.add(path, "empty-window", message)

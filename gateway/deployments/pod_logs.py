@@ -45,7 +45,7 @@ class PodLogs:
         """Return the last lines of a workflow's pods; raises 503 where no deployer answers, or the cluster doesn't."""
         if len(self._asked) >= MAX_ASKED:
             raise errors.not_ready("Too many wait here for what pods have written: try again")
-        asked = ids.new("logs")
+        asked = ids.new_id("logs")
         answer: asyncio.Future[Sequence[Line]] = asyncio.get_running_loop().create_future()
         self._asked[asked] = answer
         try:

@@ -17,8 +17,8 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
 from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optional_instant, read_json
 from models import access_store
-from models.access import ApiKey, Caller, KeyScope, Role, User
-from models.audit import Action
+from models.access import ApiCaller, ApiKey, KeyScope, User, UserRole
+from models.audit import AuditAction
 
 LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
@@ -50,7 +50,7 @@ class CreateUser(StrictWire):
 
     email: Annotated[str, text.allowed(limits.EMAIL_LENGTH, min_length=3)]
     name: Annotated[str, text.allowed(limits.USER_NAME_LENGTH)] = ""
-    role: Role = Role.MEMBER
+    role: UserRole = UserRole.MEMBER
 
 
 class KeyShape(Wire):
@@ -75,7 +75,7 @@ class UserShape(Wire):
     id: str
     email: str
     name: str
-    role: Role
+    role: UserRole
     organization_id: str
     created_at: Instant
 
@@ -86,7 +86,7 @@ class WhoAmI(Wire):
     user_id: str
     email: str
     name: str
-    role: Role
+    role: UserRole
     organization_id: str
     organization_name: str
     key_id: str
@@ -124,7 +124,7 @@ async def whoami(request: Request) -> JsonResponse:
             user_id=user.id,
             email=user.email,
             name=user.name,
-            role=Role(user.role),
+            role=UserRole(user.role),
             organization_id=organization.id,
             organization_name=organization.name,
             key_id=caller.key_id,
@@ -166,7 +166,7 @@ async def create_key(request: Request) -> JsonResponse:
     if user_id != caller.user_id and not caller.is_admin:
         raise errors.not_found("user")
 
-    async def make(connection: AsyncConnection) -> access_store.NewKey:
+    async def make(connection: AsyncConnection) -> access_store.CreatedKey:
         user = await access_store.find_user(connection, caller.organization_id, user_id)
         if user is None:
             raise errors.not_found("user")
@@ -180,7 +180,7 @@ async def create_key(request: Request) -> JsonResponse:
             expires_at=expires_at,
         )
         after = audit.content_hash(made.row)
-        await audit.record(connection, caller, Action.KEY_CREATED, made.row.id, before=None, after=after)
+        await audit.record(connection, caller, AuditAction.KEY_CREATED, made.row.id, before=None, after=after)
         return made
 
     made = await request.gateway.database.transaction(make)
@@ -201,7 +201,7 @@ async def revoke_key(request: Request) -> NoContent:
         await audit.record(
             connection,
             caller,
-            Action.KEY_REVOKED,
+            AuditAction.KEY_REVOKED,
             key_id,
             before=audit.content_hash(revoked.before),
             after=audit.content_hash(revoked.after),
@@ -215,7 +215,7 @@ def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
     return sorted(map(KeyScope, scopes))
 
 
-def _own(caller: Caller) -> str | None:
+def _own(caller: ApiCaller) -> str | None:
     """Return the user whose keys a caller may manage; None: everybody's in the organisation."""
     return None if caller.is_admin else caller.user_id
 
@@ -294,7 +294,9 @@ async def create_user(request: Request) -> JsonResponse:
             now=request.gateway.clock(),
         )
         after = audit.content_hash(user)
-        await audit.record(connection, request.caller, Action.USER_CREATED, user.id, before=None, after=after)
+        await audit.record(
+            connection, request.caller, AuditAction.USER_CREATED, user.id, before=None, after=after
+        )
         return user
 
     try:
@@ -309,7 +311,7 @@ def _user_shape(user: User) -> UserShape:
         id=user.id,
         email=user.email,
         name=user.name,
-        role=Role(user.role),
+        role=UserRole(user.role),
         organization_id=user.organization_id,
         created_at=instant(user.created_at),
     )

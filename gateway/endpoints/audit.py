@@ -11,13 +11,13 @@ from gateway.http.parameters import LIMIT, OFFSET, Choice, Moment, Text, sorted_
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, Wire, instant
-from models.audit import Action
+from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from models.audit import AuditEntry
 
 OBJECT: Final = Text("objectId", "Only changes of this workflow, data source, key or user.")
-ACTION: Final = Choice("action", "Only changes of this kind.", Action)
+ACTION: Final = Choice("action", "Only changes of this kind.", AuditAction)
 USER: Final = Text("userId", "Only changes by this user.")
 SINCE: Final = Moment("since", "Only changes from this moment on.")
 UNTIL: Final = Moment("until", "Only changes before this moment.")
@@ -29,7 +29,7 @@ class Entry(Wire):
     """One change."""
 
     id: str
-    action: Action
+    action: AuditAction
     object_id: str
     """The workflow, data source, key or user that was changed."""
     user_id: str
@@ -65,7 +65,7 @@ async def index(request: Request) -> JsonResponse:
 def _entry(entry: AuditEntry) -> Entry:
     return Entry(
         id=entry.id,
-        action=Action(entry.action),
+        action=AuditAction(entry.action),
         object_id=entry.object_id,
         user_id=entry.user_id,
         key_id=entry.key_id,

@@ -18,7 +18,7 @@ from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, Wire, body_of, decode_body, read_json
-from models.audit import Action
+from models.audit import AuditAction
 from models.execution_status import ExecutionStatus
 
 log = structlog.get_logger()
@@ -80,7 +80,7 @@ class BulkRetried(BulkDone):
 async def cancel(request: Request) -> JsonResponse:
     """Cancel the executions that a filter finds and that have not ended, the oldest first."""
     body = await decode_body(request, Bulk)
-    chosen = await _chosen(request, body, bulk.cancellable(request.caller), Action.EXECUTIONS_CANCELLED)
+    chosen = await _chosen(request, body, bulk.cancellable(request.caller), AuditAction.EXECUTIONS_CANCELLED)
     if body.dry_run:
         return JsonResponse(BulkDone(**_counts(chosen, None)))
     cancelled = await bulk.cancel(request.gateway, request.caller, chosen.execution_ids)
@@ -95,7 +95,7 @@ async def delete(request: Request) -> JsonResponse:
     of, and what was started by an execution that goes on.
     """
     body = await decode_body(request, Bulk)
-    chosen = await _chosen(request, body, bulk.deletable(request.caller), Action.EXECUTIONS_DELETED)
+    chosen = await _chosen(request, body, bulk.deletable(request.caller), AuditAction.EXECUTIONS_DELETED)
     if body.dry_run:
         return JsonResponse(BulkDone(**_counts(chosen, None)))
     deleted = await bulk.delete(request.gateway, chosen.execution_ids)
@@ -134,7 +134,9 @@ async def _retried(request: Request, chosen: Chosen, headers: Mapping[str, str])
     return JsonResponse(answer, headers=headers)
 
 
-async def _chosen(request: Request, body: Bulk, condition: ColumnElement[bool], action: Action) -> Chosen:
+async def _chosen(
+    request: Request, body: Bulk, condition: ColumnElement[bool], action: AuditAction
+) -> Chosen:
     """Return what is to be acted on, once it is traced that it will be."""
     found, _ = await bulk.find(request, body.filter.wanted(), condition, body.limit)
     if not body.dry_run:

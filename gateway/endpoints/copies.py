@@ -26,7 +26,7 @@ from gateway.workflows.workflow_shapes import (
     Tags,
     UpdateWorkflow,
 )
-from models.audit import Action
+from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.copying import ImportWorkflow
     from gateway.workflows.workflow_rows import Stored
-    from models.access import Caller
+    from models.access import ApiCaller
     from nodes.catalog import Catalog
 
 
@@ -125,7 +125,7 @@ async def duplicate(request: Request) -> JsonResponse:
     named = source.with_columns(name=copying.name_of_copy(source.workflow.name))
     # In a thread, here and below: others are served while a large graph is gone through.
     copy = await asyncio.to_thread(copying.copied, named, request.caller, request.gateway.clock())
-    return await _create(request, {}, copy, Action.WORKFLOW_DUPLICATED)
+    return await _create(request, {}, copy, AuditAction.WORKFLOW_DUPLICATED)
 
 
 async def save_as_template(request: Request) -> JsonResponse:
@@ -143,7 +143,7 @@ async def save_as_template(request: Request) -> JsonResponse:
     copy = await asyncio.to_thread(
         copying.copied, changed, request.caller, request.gateway.clock(), is_template=True
     )
-    return await _create(request, value, copy, Action.TEMPLATE_SAVED)
+    return await _create(request, value, copy, AuditAction.TEMPLATE_SAVED)
 
 
 async def templates(request: Request) -> JsonResponse:
@@ -181,7 +181,7 @@ async def use_template(request: Request) -> JsonResponse:
             named = copying.resolved(named, copying.references(named, catalog), references)
         return copying.copied(named, request.caller, request.gateway.clock())
 
-    return await _create(request, value, await asyncio.to_thread(copied), Action.TEMPLATE_USED)
+    return await _create(request, value, await asyncio.to_thread(copied), AuditAction.TEMPLATE_USED)
 
 
 async def _to_use(request: Request, body: UseTemplate) -> tuple[Stored, Mapping[str, str | None] | None]:
@@ -198,7 +198,7 @@ async def _to_use(request: Request, body: UseTemplate) -> tuple[Stored, Mapping[
     return template, body.references
 
 
-async def _create(request: Request, body: Json, copy: Bare, action: Action) -> JsonResponse:
+async def _create(request: Request, body: Json, copy: Bare, action: AuditAction) -> JsonResponse:
     def copied(workflow_id: str) -> Copied:
         return Copied(workflow_id=workflow_id, removed_secrets=copy.removed)
 
@@ -248,13 +248,13 @@ async def import_workflow(request: Request) -> JsonResponse:
         request,
         value,
         stored,
-        Action.WORKFLOW_IMPORTED,
+        AuditAction.WORKFLOW_IMPORTED,
         shown=lambda workflow_id: replace(answer, workflow_id=workflow_id),
     )
 
 
 def _imported(
-    body: ImportWorkflow, caller: Caller, catalog: Catalog, now: datetime
+    body: ImportWorkflow, caller: ApiCaller, catalog: Catalog, now: datetime
 ) -> tuple[Stored, ImportAnswer]:
     """Return the workflow that would be created, and what there is to say about it; raises 422."""
     stored = copying.imported(caller, body, catalog, now)

@@ -19,12 +19,12 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, Wire, body_of, decode_body, instant, read_json
 from gateway.workflows import shares
-from models.audit import Action
+from models.audit import AuditAction
 from models.data_source_types import DataSourceType
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from models.access import Caller
+    from models.access import ApiCaller
 
 TYPE = Choice("type", "Only data sources of this type.", DataSourceType)
 SORT = sorted_by(data_source_rows.SORTABLE)
@@ -148,7 +148,7 @@ async def update(request: Request) -> JsonResponse:
     try:
         after = await editing.edit(
             request,
-            Action.DATA_SOURCE_UPDATED,
+            AuditAction.DATA_SOURCE_UPDATED,
             change,
         )
     except NameTaken as error:
@@ -180,7 +180,7 @@ async def share(request: Request) -> JsonResponse:
     await _require_user(request, body.user_id)
     now = request.gateway.clock()
     after = await editing.edit(
-        request, Action.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+        request, AuditAction.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
     )
     shared = SharedDataSource(
         message="Data source shared successfully", data_source_id=after.source.id, user_id=body.user_id
@@ -191,7 +191,7 @@ async def share(request: Request) -> JsonResponse:
 async def unshare(request: Request) -> NoContent:
     """End a share: the user loses sight of the data source, and workflows that run for them lose its use."""
     user_id = request.path_params["subId"]
-    after = await editing.edit(request, Action.SHARE_REMOVED, lambda before: _unshared(before, user_id))
+    after = await editing.edit(request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id))
     return NoContent(editing.entity_tag(after))
 
 
@@ -204,7 +204,7 @@ async def set_visibility(request: Request) -> JsonResponse:
         read_only.require_same(value, SetDataSourceVisibility, lambda: _as_json(before))
         return before.with_columns(is_public=is_public)
 
-    after = await editing.edit(request, Action.DATA_SOURCE_VISIBILITY_SET, change)
+    after = await editing.edit(request, AuditAction.DATA_SOURCE_VISIBILITY_SET, change)
     return editing.answer(after, data_source_shapes.shown(after))
 
 
@@ -216,7 +216,7 @@ async def _require_user(request: Request, user_id: str) -> None:
         await shares.require_user(connection, user_id, request.caller)
 
 
-def _shared(before: Stored, user_id: str, caller: Caller, now: datetime) -> Stored:
+def _shared(before: Stored, user_id: str, caller: ApiCaller, now: datetime) -> Stored:
     """Return a data source that is shared with one user more; raises 409 and 422."""
     shared_with = shares.added(
         before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller

@@ -20,7 +20,7 @@ from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, o
 from gateway.workflows import editing
 from journal import unread
 from journal.store import Accepted, IdempotencyKey
-from models.audit import Action
+from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -134,7 +134,7 @@ async def _settle(request: Request, failed: Sequence[Execution]) -> None:
         await audit.record(
             connection,
             request.caller,
-            Action.DEAD_LETTERS_PURGED,
+            AuditAction.DEAD_LETTERS_PURGED,
             workflow_id,
             before=None,
             after=str(len(failed)),

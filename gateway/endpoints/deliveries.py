@@ -20,13 +20,13 @@ from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant
 from gateway.workflows import editing, workflow_rows
 from journal.store import Accepted, IdempotencyKey, Verdict
 from json_text import decoding
-from models.intake import IntakeRoute, Outcome
+from models.ingest import DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
-    from models.intake import Delivery
+    from models.ingest import Delivery
 
-OUTCOME: Final = Choice("outcome", "Only what came to this.", Outcome)
-ROUTE: Final = Choice("route", "Only what came this way.", IntakeRoute)
+OUTCOME: Final = Choice("outcome", "Only what came to this.", DeliveryOutcome)
+ROUTE: Final = Choice("route", "Only what came this way.", IngestRoute)
 SINCE: Final = Moment("since", "Only what came from this moment on.")
 UNTIL: Final = Moment("until", "Only what came before this moment.")
 LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET)
@@ -38,13 +38,13 @@ class DeliveryShape(Wire):
     id: str
     workflow_id: str | None
     """Null for an event, which is nobody's own."""
-    route: IntakeRoute
+    route: IngestRoute
     sender: str
     """`api-key:`, `trigger-token:` or `event-token:` and its id, or a provider whose signature was good."""
     content_hash: str
     """SHA-256 of the body."""
     content_bytes: int
-    outcome: Outcome
+    outcome: DeliveryOutcome
     status: int
     """Of the answer."""
     reason: Reason | None
@@ -81,9 +81,9 @@ class RedriveDeliveries(StrictWire):
     A field that isn't known is refused: it might have been meant to spare something.
     """
 
-    outcome: Outcome | None = None
+    outcome: DeliveryOutcome | None = None
     """Unless it is given: any but `duplicate`."""
-    route: IntakeRoute | None = None
+    route: IngestRoute | None = None
     since: datetime | None = None
     until: datetime | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
@@ -194,11 +194,11 @@ def _shape(delivery: Delivery) -> DeliveryShape:
     return DeliveryShape(
         id=delivery.id,
         workflow_id=delivery.workflow_id,
-        route=IntakeRoute(delivery.route),
+        route=IngestRoute(delivery.route),
         sender=delivery.sender,
         content_hash=delivery.content_hash,
         content_bytes=delivery.content_bytes,
-        outcome=Outcome(delivery.outcome),
+        outcome=DeliveryOutcome(delivery.outcome),
         status=delivery.status,
         reason=reason,
         execution_id=delivery.execution_id,
@@ -211,6 +211,6 @@ def _shape(delivery: Delivery) -> DeliveryShape:
 
 def _brought(delivery: Delivery) -> list[str]:
     """Return the runs of a delivery that has brought several."""
-    if delivery.answer is None or delivery.route != IntakeRoute.ENQUEUE_BATCH:
+    if delivery.answer is None or delivery.route != IngestRoute.ENQUEUE_BATCH:
         return []
     return decoding.decode(delivery.answer, list[str])

@@ -14,10 +14,10 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, decode_body, optional_instant
 from gateway.workflows import editing, graph_shapes, version_rows, workflow_rows
 from journal import deployments, pinning, wakes
-from models import lifecycle
-from models.audit import Action
+from models import lifecycle_policy
+from models.audit import AuditAction
 from models.deployment import MAX_REPLICAS, DeploymentStatus, status_of, stopped_reason_of
-from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ async def deploy(request: Request) -> JsonResponse:
         version = stored.workflow.version
         await deploying.deploy(connection, request, stored, snapshot, version=version, token_id=token_id)
 
-    edited = await editing.edit(request, Action.WORKFLOW_STATUS_SET, _active, anyway=order)
+    edited = await editing.edit(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
     return await _deployed(request, edited.after)
 
 
@@ -167,7 +167,7 @@ async def deploy_version(request: Request) -> JsonResponse:
             connection, request, edited.after, version.snapshot, version=wanted, token_id=token_id
         )
 
-    edited = await editing.edit(request, Action.WORKFLOW_STATUS_SET, _active, anyway=order)
+    edited = await editing.edit(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
     return await _deployed(request, edited.after)
 
 
@@ -209,7 +209,7 @@ async def undeploy(request: Request) -> JsonResponse:
     async def order(connection: AsyncConnection, edited: Edited) -> None:
         await deploying.undeploy(connection, request, edited.after.workflow.id)
 
-    edited = await editing.edit(request, Action.WORKFLOW_STATUS_SET, _draft, anyway=order)
+    edited = await editing.edit(request, AuditAction.WORKFLOW_STATUS_SET, _draft, anyway=order)
     workflow_id = edited.after.workflow.id
     await deploying.told(request.gateway, workflow_id)
     status = status_of(await deploying.awaited(request.gateway, workflow_id, _is_gone_or_overtaken))
@@ -233,7 +233,7 @@ async def stop(request: Request) -> JsonResponse:
 
     The deployment stays, and starts again by `start`, or for the next run where its lifecycle policy says so.
     """
-    deployment = await deploying.change(request, Action.WORKFLOW_STOPPED, _stopped)
+    deployment = await deploying.change(request, AuditAction.WORKFLOW_STOPPED, _stopped)
     await deploying.told(request.gateway, deployment.workflow_id)
     status = status_of(
         await deploying.awaited(request.gateway, deployment.workflow_id, _is_down_or_overtaken)
@@ -242,23 +242,23 @@ async def stop(request: Request) -> JsonResponse:
     return JsonResponse(shape, status=200 if status is DeploymentStatus.STOPPED else 202)
 
 
-def _stopped(seen: Seen) -> Decision:
+def _stopped(seen: Seen) -> LifecycleVerdict:
     if seen.situation.stopped_reason is StoppedReason.MANUAL:
-        return Decision(LifecycleAction.NONE, LifecycleReason.STOPPED_BY_HAND)
-    return lifecycle.stop(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL)
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.STOPPED_BY_HAND)
+    return lifecycle_policy.stop_decision(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL)
 
 
 async def start(request: Request) -> JsonResponse:
     """Start a stopped workflow, which is much faster than to deploy it; or change how many pods it has."""
     replicas = (await decode_body(request, StartDeployment)).replicas
 
-    def started(seen: Seen) -> Decision:
+    def started(seen: Seen) -> LifecycleVerdict:
         is_up = wakes.is_wanted(seen.deployment) and not wakes.has_failed(seen.deployment)
         if is_up and seen.deployment.replicas == replicas:
-            return Decision(LifecycleAction.NONE, LifecycleReason.IN_USE)
-        return Decision(LifecycleAction.START, LifecycleReason.BY_HAND)
+            return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
+        return LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
 
-    ordered = await deploying.change(request, Action.WORKFLOW_STARTED, started, replicas=replicas)
+    ordered = await deploying.change(request, AuditAction.WORKFLOW_STARTED, started, replicas=replicas)
     await deploying.told(request.gateway, ordered.workflow_id)
     deployment = await deploying.awaited(request.gateway, ordered.workflow_id, _is_up_or_overtaken)
     status = status_of(deployment)

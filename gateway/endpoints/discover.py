@@ -18,7 +18,7 @@ from gateway.http.wire import Wire
 from journal.store import DefinitionKey
 from models import workflow_names
 from models.deployment import Deployment
-from models.workflow import Workflow, WorkflowStatus, listed_for
+from models.workflow import Workflow, WorkflowStatus, is_listed_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.settings import GatewaySettings
-    from models.access import Caller
+    from models.access import ApiCaller
 
 APP_ID: Final = Text("appId", "What stands as `config.appId` in the application's workflows; needed.")
 LOCAL_NAMESPACE: Final = "local"
@@ -80,7 +80,9 @@ async def index(request: Request) -> JsonResponse:
             ),
             mode="production",
             endpoints=Endpoints(proxy_url=_trigger_url(settings, row.id)),
-            deployment=Whereabouts(pod_name=workflow_names.name(row.id), namespace=_namespace(settings)),
+            deployment=Whereabouts(
+                pod_name=workflow_names.workflow_name(row.id), namespace=_namespace(settings)
+            ),
         )
         for row in found
     ]
@@ -88,7 +90,7 @@ async def index(request: Request) -> JsonResponse:
 
 
 async def _deployed(
-    connection: AsyncConnection, caller: Caller, app_id: str
+    connection: AsyncConnection, caller: ApiCaller, app_id: str
 ) -> Sequence[Row[*tuple[Any, ...]]]:
     """Return those that the caller may trigger, the newest first."""
     rows = await connection.execute(
@@ -98,7 +100,7 @@ async def _deployed(
         )
         .join(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
         .where(
-            listed_for(caller),
+            is_listed_for(caller),
             col(Workflow.app_id) == app_id,
             col(Workflow.status) == WorkflowStatus.ACTIVE,
             col(Deployment.is_deployed),
@@ -111,7 +113,7 @@ async def _deployed(
 
 def _trigger_url(settings: GatewaySettings, workflow_id: str) -> str:
     if settings.cluster == "kubernetes":
-        name = workflow_names.name(workflow_id)
+        name = workflow_names.workflow_name(workflow_id)
         return f"http://{name}.{settings.kubernetes_namespace}.svc.cluster.local{PATH}"
     address = settings.public_url or f"http://{settings.host}:{settings.port}"
     return f"{address.rstrip('/')}/api/v1/workflows/{workflow_id}/trigger"

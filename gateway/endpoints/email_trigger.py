@@ -31,8 +31,8 @@ from journal.unread import StoredObject, Unread
 from mail.mail_content import join_lines
 from models import ids
 from models.data_source_types import DataSourceType
-from models.intake import IntakeRoute
-from models.trigger import TriggerKind
+from models.ingest import IngestRoute
+from models.workflow_triggers import TriggerKind
 from senders import mail_kinds, ses, sns
 from senders.mail_kinds import MailKind
 from senders.request_refusal import RequestRefused
@@ -135,7 +135,7 @@ async def receive_for(request: Request, workflow_id: str, known: Sender | None) 
     headers = RequestHeaders(request.scope["headers"])
     arrival = SenderRequest(request.method, request.url.path, {}, headers, content, gateway.clock())
     sender = addressee.sender(UNVERIFIED) if known is None else known
-    note = await sent.sent(IntakeRoute.EMAIL, sender, content, workflow_id=workflow_id)
+    note = await sent.sent(IngestRoute.EMAIL, sender, content, workflow_id=workflow_id)
     request.scope["content_hash"] = note.content_hash
     is_noted = nullcontext() if known is None else gateway.deliveries.refusals(note)
     async with is_noted, gateway.deliveries.unverified(note, partial(_describe, note, arrival, addressee)):
@@ -381,7 +381,7 @@ async def _take_in(
         earlier = await taking_in.repetition(gateway, handed.note, promise, status=status)
         if earlier is not None:
             return _answer(handed, earlier, status)
-    execution_id = ids.new("exec")
+    execution_id = ids.new_id("exec")
 
     request = handed.request
 

@@ -18,7 +18,7 @@ from gateway.http.responses import JsonResponse, location
 from gateway.http.text import Problems
 from gateway.http.wire import GuardedWire, Wire, convert, json_of
 from journal.store import Verdict
-from models.intake import IntakeRoute
+from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -102,7 +102,7 @@ async def enqueue(request: Request) -> JsonResponse:
     sender = request.sender
     content = await request.body()
     vouched = await verification.of_message(request, QUEUE, content)
-    note = await sent.sent(IntakeRoute.ENQUEUE, sender, content, workflow_id=workflow_id)
+    note = await sent.sent(IngestRoute.ENQUEUE, sender, content, workflow_id=workflow_id)
     async with gateway.deliveries.refusals(note):
         value = await json_of(request, content)
         now = gateway.clock()

@@ -24,7 +24,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, Wire, body_of, json_of
 from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
 from json_text import decoding
-from models.intake import Delivery, IntakeRoute, Outcome
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ async def enqueue(request: Request) -> JsonResponse:
     sender = request.sender
     content = await request.body()
     vouched = await verification.of_message(request, QUEUE, content)
-    note = await sent.sent(IntakeRoute.ENQUEUE_BATCH, sender, content, workflow_id=workflow_id)
+    note = await sent.sent(IngestRoute.ENQUEUE_BATCH, sender, content, workflow_id=workflow_id)
     async with gateway.deliveries.refusals(note):
         value = await json_of(request, content)
         batch = body_of(request, value, _Batch)
@@ -154,7 +154,7 @@ async def _taken_in(
             taking_in.run_of(gateway, place, one.body.planned(now, one.promise, callback_url))
             for one in planned
         ]
-        outcome = Outcome.DEFERRED if place.is_deferred else Outcome.ACCEPTED
+        outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
         return note.arrival(runs, status=201, outcome=outcome, idempotency=key)
 
     accepted: Sequence[Accepted] = ()

@@ -20,9 +20,9 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text import Problems
 from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optional_instant, read_json
-from models import ids, intake_tokens
-from models.audit import Action
-from models.intake import IntakeToken, TokenKind
+from models import ids, sender_tokens
+from models.audit import AuditAction
+from models.ingest import SenderToken, SenderTokenKind
 from senders.event_senders import EventSender as Provider
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from gateway.arrivals.signatures import Secrets
-    from models.access import Caller
+    from models.access import ApiCaller
 
 Some = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=limits.SECRET_LENGTH)]],
@@ -128,16 +128,16 @@ async def create(request: Request) -> JsonResponse:
     name = text.line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
     problems.raise_any()
     caller, now = request.caller, request.gateway.clock()
-    token, token_id = intake_tokens.new_token(TokenKind.EVENT), ids.new("tok")
-    row = IntakeToken(
+    token, token_id = sender_tokens.new_token(SenderTokenKind.EVENT), ids.new_id("tok")
+    row = SenderToken(
         id=token_id,
-        kind=TokenKind.EVENT,
+        kind=SenderTokenKind.EVENT,
         organization_id=caller.organization_id,
         lane=caller.lane,
         user_id=caller.user_id,
         name=name,
-        hash=intake_tokens.token_hash(token),
-        hint=intake_tokens.hint_of(token),
+        hash=sender_tokens.hash_token(token),
+        hint=sender_tokens.visible_suffix(token),
         created_at=now,
     )
     if secrets:
@@ -148,9 +148,11 @@ async def create(request: Request) -> JsonResponse:
     row.providers = ",".join(secrets)
 
     async def make(connection: AsyncConnection) -> None:
-        await connection.execute(insert(IntakeToken).values(row.model_dump()))
+        await connection.execute(insert(SenderToken).values(row.model_dump()))
         after = fingerprint([token_id, name, row.providers])
-        await audit.record(connection, caller, Action.EVENT_TOKEN_CREATED, token_id, before=None, after=after)
+        await audit.record(
+            connection, caller, AuditAction.EVENT_TOKEN_CREATED, token_id, before=None, after=after
+        )
 
     await request.gateway.database.transaction(make)
     shown = msgspec.structs.asdict(_shape(row))
@@ -167,15 +169,15 @@ async def index(request: Request) -> JsonResponse:
     part = request.query.page()
     conditions = _of(request.caller)
     async with request.gateway.database.read() as connection:
-        count = await connection.scalar(select(func.count()).select_from(IntakeToken).where(*conditions))
+        count = await connection.scalar(select(func.count()).select_from(SenderToken).where(*conditions))
         rows = await connection.execute(
-            select(IntakeToken)
+            select(SenderToken)
             .where(*conditions)
-            .order_by(col(IntakeToken.id).desc())
+            .order_by(col(SenderToken.id).desc())
             .limit(part.limit)
             .offset(part.offset)
         )
-        found = [_shape(IntakeToken(**row)) for row in rows.mappings()]
+        found = [_shape(SenderToken(**row)) for row in rows.mappings()]
     return JsonResponse(EventTokenList(count=count or 0, limit=part.limit, offset=part.offset, tokens=found))
 
 
@@ -185,9 +187,9 @@ async def revoke(request: Request) -> NoContent:
     caller, token_id, now = request.caller, request.path_params["id"], request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> bool:
-        is_this = (col(IntakeToken.id) == token_id, *_of(caller))
+        is_this = (col(SenderToken.id) == token_id, *_of(caller))
         row = (
-            (await connection.execute(select(IntakeToken).where(*is_this).with_for_update()))
+            (await connection.execute(select(SenderToken).where(*is_this).with_for_update()))
             .mappings()
             .first()
         )
@@ -195,11 +197,11 @@ async def revoke(request: Request) -> NoContent:
             return False
         if row["revoked_at"] is None:
             await connection.execute(
-                update(IntakeToken).where(*is_this).values(revoked_at=now, sealed=None, secret_id=None)
+                update(SenderToken).where(*is_this).values(revoked_at=now, sealed=None, secret_id=None)
             )
             before = fingerprint([token_id, row["name"], row["providers"]])
             await audit.record(
-                connection, caller, Action.EVENT_TOKEN_REVOKED, token_id, before=before, after=None
+                connection, caller, AuditAction.EVENT_TOKEN_REVOKED, token_id, before=before, after=None
             )
         return True
 
@@ -208,10 +210,10 @@ async def revoke(request: Request) -> NoContent:
     return NoContent()
 
 
-def _of(caller: Caller) -> Sequence[ColumnElement[bool]]:
+def _of(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
     return (
-        col(IntakeToken.organization_id) == caller.organization_id,
-        col(IntakeToken.kind) == TokenKind.EVENT,
+        col(SenderToken.organization_id) == caller.organization_id,
+        col(SenderToken.kind) == SenderTokenKind.EVENT,
     )
 
 
@@ -225,7 +227,7 @@ def _secrets(given: ProviderSecrets) -> Secrets:
     return {provider: secrets for provider, secrets in by_provider.items() if secrets}
 
 
-def _shape(row: IntakeToken) -> EventTokenShape:
+def _shape(row: SenderToken) -> EventTokenShape:
     return EventTokenShape(
         id=row.id,
         name=row.name,
@@ -238,6 +240,6 @@ def _shape(row: IntakeToken) -> EventTokenShape:
     )
 
 
-def _require_admin(caller: Caller) -> None:
+def _require_admin(caller: ApiCaller) -> None:
     if not caller.is_admin:
         raise errors.admin_required()

@@ -28,8 +28,8 @@ from journal import event_waits
 from journal.store import Verdict
 from json_text import decoding
 from models import ids
-from models.intake import Delivery, IntakeRoute, TokenKind
-from models.intake import Event as EventRow
+from models.ingest import Delivery, IngestRoute, SenderTokenKind
+from models.ingest import EventRecord as EventRow
 from senders import event_senders
 from senders import sender_event as sent_events
 from senders.request_refusal import RequestRefused
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.emitting import Emission, Outcomes
     from gateway.arrivals.taking_in import Ground
     from journal.store import IdempotencyKey
-    from models.access import Caller
+    from models.access import ApiCaller
     from senders.event_senders import EventSender as Provider
 
 SOURCE: Final = "platform"
@@ -165,7 +165,7 @@ async def emit(request: Request) -> JsonResponse:
     A workflow that can't be run stands in `results` with an `error`.
     """
     gateway, sender = request.gateway, request.sender
-    if sender.token is not None and sender.token.kind is not TokenKind.EVENT:
+    if sender.token is not None and sender.token.kind is not SenderTokenKind.EVENT:
         raise no_sender()
     content = await request.body()
     arrival = SenderRequest(
@@ -177,7 +177,7 @@ async def emit(request: Request) -> JsonResponse:
         gateway.clock(),
     )
     provider = await signatures.verify(arrival, sender, gateway.vault)
-    note = await sent.sent(IntakeRoute.EVENTS, sender, content)
+    note = await sent.sent(IngestRoute.EVENTS, sender, content)
     async with gateway.deliveries.refusals(note):
         await gateway.rates.take(request)
         meaning = await _meaning(request, arrival, provider)
@@ -252,7 +252,7 @@ async def replay(request: Request) -> JsonResponse:
         event, delivery = await _readable(connection, request)
     promise = idempotency.requested(request, {"event": event.id}, workflow_id=workflow_id)
     note = Sent(
-        route=IntakeRoute.EVENTS,
+        route=IngestRoute.EVENTS,
         sender=Sender(caller, f"api-key:{caller.key_id}"),
         content_hash=delivery.content_hash if delivery else "",
         content_bytes=delivery.content_bytes if delivery else len(event.data),
@@ -291,7 +291,7 @@ async def _each(request: Request, note: Sent, batch: EventBatch) -> JsonResponse
     given = await offload.run(idempotency.requested, request, whole)
     emissions: list[Emission] = []
     for place, event in enumerate(batch.events):
-        of_event = replace(note, delivery_id=ids.new("dlv"))
+        of_event = replace(note, delivery_id=ids.new_id("dlv"))
         promise = _derived(note.sender, event)
         if given is not None:
             promise = replace(given, key=fingerprint([given.key, place]))
@@ -312,7 +312,7 @@ async def _meaning(
         raise signatures.refusal(error) from error
 
 
-def _visible_to(caller: Caller) -> Sequence[ColumnElement[bool]]:
+def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
     own = (col(EventRow.organization_id) == caller.organization_id, col(EventRow.lane) == caller.lane)
     return own if caller.is_admin else (*own, col(EventRow.user_id) == caller.user_id)
 

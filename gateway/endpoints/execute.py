@@ -82,7 +82,7 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Execute) ->
     override = body.definition
     if override is not None and not override.nodes and not override.connections:
         override = None
-    if override is not None and not request.caller.may(KeyScope.WORKFLOWS_WRITE):
+    if override is not None and not request.caller.has_scope(KeyScope.WORKFLOWS_WRITE):
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
     acceptance.require_open(workflow.status)
     piece = Piece(body.up_to, body.pinned or {})

@@ -269,7 +269,7 @@ async def resume(request: Request) -> JsonResponse:
     caller, gateway = request.caller, request.gateway
     failed = await _visible(request)
     promise = idempotency.requested(request, None, workflow_id=failed.execution_id)
-    new_id, now = ids.new("exec"), gateway.clock()
+    new_id, now = ids.new_id("exec"), gateway.clock()
 
     async def insert(connection: AsyncConnection) -> tuple[str, str | None]:
         if promise is not None:

@@ -20,7 +20,7 @@ from gateway.http.wire import Wire, read_json
 from gateway.workflows import building, editing, graph_shapes
 from gateway.workflows.finding_shapes import FixShape
 from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
-from models.audit import Action
+from models.audit import AuditAction
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ async def layout(request: Request) -> JsonResponse:
         wanted = places if current == seen else layouts.arrange_cards(*current)
         return replace(before, nodes=graph_shapes.moved(before.nodes, wanted))
 
-    edited = await editing.edit(request, Action.WORKFLOW_LAID_OUT, arranged)
+    edited = await editing.edit(request, AuditAction.WORKFLOW_LAID_OUT, arranged)
     nodes = zip(edited.before.nodes, edited.after.nodes, strict=True)
     count = sum(node["position"] != was["position"] for was, node in nodes)
     laid_out = LaidOut(workflow_id=stored.workflow.id, changed=count > 0, nodes_repositioned=count)
@@ -125,4 +125,4 @@ async def build(request: Request) -> JsonResponse:
             "connectionCount": len(connections),
         }
 
-    return await editing.create(request, value, plan.stored, Action.WORKFLOW_BUILT, shown=built)
+    return await editing.create(request, value, plan.stored, AuditAction.WORKFLOW_BUILT, shown=built)

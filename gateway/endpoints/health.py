@@ -9,7 +9,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Wire
 from messages.broker import BrokerUnavailable
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 CHECK_SECONDS = 3.0
 

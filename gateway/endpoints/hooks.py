@@ -31,8 +31,8 @@ from journal.store import ExecutionKey, Verdict
 from journal.trigger_body import EncodedTrigger
 from messages.buckets import Rate
 from models import ids
-from models.execution_status import TERMINAL, ExecutionStatus
-from models.intake import IntakeRoute
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.ingest import IngestRoute
 from senders import delivery_keys
 from senders.request_refusal import RequestRefused
 from senders.sender_event import UrlChallenge
@@ -106,7 +106,7 @@ async def receive(request: Request) -> ASGIApp:
         request.send_with_answer(name, value)
     sender = await sender_of_path(request)
     let_in = await _let_in(request, sender)
-    note = await sent.sent(IntakeRoute.HOOK, sender, let_in.arrival.body, workflow_id=workflow_of(sender))
+    note = await sent.sent(IngestRoute.HOOK, sender, let_in.arrival.body, workflow_id=workflow_of(sender))
     async with request.gateway.deliveries.refusals(note):
         await request.gateway.rates.take(
             request, note.workflow_id, key=sender.caller.key_id, also=_also(let_in, sender)
@@ -235,7 +235,7 @@ async def _taken_in(
     gateway = request.gateway
     promise = _promise(request, note, let_in)
     is_deferred = False
-    execution_id, text = ids.new("exec"), None if encoded.is_large else note.payload
+    execution_id, text = ids.new_id("exec"), None if encoded.is_large else note.payload
     if encoded.is_large and promise is not None:
         # What is there already needn't be kept once more only to find that out.
         earlier = await taking_in.repetition(gateway, note, promise, status=ACCEPTED)
@@ -284,7 +284,7 @@ async def _when_done(request: Request, hook: Hook, accepted: Accepted, note: Sen
     standing = await hook_answers.awaited(request.gateway, key, seconds)
     if standing is not None and standing.answer is not None:
         return WorkflowAnswer(standing.answer, _replayed(accepted))
-    if standing is None or standing.status not in TERMINAL:
+    if standing is None or standing.status not in TERMINAL_STATUSES:
         return _going_on(request, hook, accepted)
     if standing.status is not ExecutionStatus.COMPLETED:
         raise errors.execution_failed(accepted.execution_id)

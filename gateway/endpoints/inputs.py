@@ -157,7 +157,7 @@ async def _given(
         kind=AnswerSource.INPUT,
         user_id=user_id,
     )
-    answer_id = ids.new("answer")
+    answer_id = ids.new_id("answer")
 
     async def work(connection: AsyncConnection) -> Given | None:
         if promise is not None:

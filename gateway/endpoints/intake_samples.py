@@ -10,19 +10,19 @@ from gateway.http.parameters import LIMIT, OFFSET, Choice
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, Wire, instant
-from models.intake import IntakeRoute
+from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
-    from models.intake import IntakeSample
+    from models.ingest import RejectedRequestSample
 
-ROUTE: Final = Choice("route", "Only what came this way.", IntakeRoute)
+ROUTE: Final = Choice("route", "Only what came this way.", IngestRoute)
 LISTED: Final = (ROUTE, LIMIT, OFFSET)
 
 
 class SampleShape(Wire):
     """A request that was not let in."""
 
-    route: IntakeRoute
+    route: IngestRoute
     workflow_id: str | None
     """Null for an event."""
     reason: str
@@ -61,10 +61,10 @@ async def index(request: Request) -> JsonResponse:
     return JsonResponse(SampleList(count=count, limit=part.limit, offset=part.offset, samples=shown))
 
 
-def _shape(sample: IntakeSample) -> SampleShape:
+def _shape(sample: RejectedRequestSample) -> SampleShape:
     shape = sample.shape
     return SampleShape(
-        route=IntakeRoute(sample.route),
+        route=IngestRoute(sample.route),
         workflow_id=sample.workflow_id,
         reason=sample.reason,
         method=shape["method"],

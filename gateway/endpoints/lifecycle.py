@@ -28,15 +28,15 @@ from gateway.http.wire import (
 )
 from gateway.workflows import editing
 from journal import activity
-from models import forecast, lifecycle
-from models.audit import Action
+from models import lifecycle_forecast, lifecycle_policy
+from models.audit import AuditAction
 from models.deployment import DeploymentStatus, status_of, stopped_reason_of
-from models.forecast import AHEAD, COLD_START, Replay
-from models.lifecycle import (
+from models.lifecycle_forecast import COLD_START, PREVIEW_TIME, PolicyReplay
+from models.lifecycle_policy import (
+    DeploymentPolicy,
     LifecycleAction,
     LifecycleReason,
-    Policy,
-    ScheduledWindow,
+    ScheduledWindowPolicy,
     StoppedReason,
     TransitionKind,
 )
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from gateway.deployments.lifecycle_rows import Usage
     from journal.activity import Seen
     from models.deployment import LifecycleDecision
-    from models.forecast import PastRun
-    from models.windows import Change, ClockChange
+    from models.lifecycle_forecast import PastRun
+    from models.weekly_windows import WindowChange, ZoneClockChange
     from models.workflow import Workflow
 
 HOUR_SECONDS = 3_600
@@ -210,7 +210,7 @@ async def update(request: Request) -> JsonResponse:
     """
     policy = lifecycle_shapes.stored(await _given_policy(request))
     edited = await editing.edit(
-        request, Action.WORKFLOW_LIFECYCLE_SET, lambda before: before.with_columns(lifecycle=policy)
+        request, AuditAction.WORKFLOW_LIFECYCLE_SET, lambda before: before.with_columns(lifecycle=policy)
     )
     shape = PolicySet(workflow_id=edited.after.workflow.id, lifecycle_policy=lifecycle_shapes.shown(policy))
     return editing.answer(edited.after, shape)
@@ -253,25 +253,25 @@ async def preview(request: Request) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
         workflow = stored.workflow
-        since = max(now - AHEAD, workflow.created_at)
+        since = max(now - PREVIEW_TIME, workflow.created_at)
         runs = await lifecycle_rows.past_runs(connection, workflow.id, since, now)
         seen = await activity.look(connection, workflow.id)
     if len(runs) == limits.PREVIEW_RUNS:
         since = runs[0].accepted_at
     replicas = seen.deployment.last_replicas if seen else 1
     current, candidate = (
-        lifecycle.policy_of(lifecycle.chosen(workflow.lifecycle)),
-        lifecycle.policy_of(body),
+        lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(workflow.lifecycle)),
+        lifecycle_policy.parse_policy(body),
     )
-    zone = ZoneInfo(candidate.schedule.timezone) if isinstance(candidate, ScheduledWindow) else UTC
+    zone = ZoneInfo(candidate.schedule.timezone) if isinstance(candidate, ScheduledWindowPolicy) else UTC
     # In a thread: others are served while thousands of runs are gone through.
     before, after = await asyncio.to_thread(_replayed, (current, candidate), runs, since, now)
     shape = Preview(
         workflow_id=workflow.id,
         lifecycle_policy=lifecycle_shapes.shown(body),
-        until=instant(now + AHEAD),
-        transitions=[_transition(one, zone) for one in forecast.changes(candidate, now)],
-        clock_changes=[_clock_change(one) for one in forecast.clock_changes(candidate, now)],
+        until=instant(now + PREVIEW_TIME),
+        transitions=[_transition(one, zone) for one in lifecycle_forecast.policy_changes(candidate, now)],
+        clock_changes=[_clock_change(one) for one in lifecycle_forecast.policy_clock_changes(candidate, now)],
         replay=Comparison(
             since=instant(since),
             until=instant(now),
@@ -289,10 +289,10 @@ async def preview(request: Request) -> JsonResponse:
 
 def _shape(workflow: Workflow, seen: Seen | None, used: Usage | None) -> LifecycleShape:
     deployment = seen.deployment if seen else None
-    coming = lifecycle.next_transition(seen.policy, seen.situation, seen.now) if seen else None
+    coming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now) if seen else None
     return LifecycleShape(
         workflow_id=workflow.id,
-        lifecycle_policy=lifecycle_shapes.shown(lifecycle.chosen(workflow.lifecycle)),
+        lifecycle_policy=lifecycle_shapes.shown(lifecycle_policy.effective_policy(workflow.lifecycle)),
         deployment_status=status_of(deployment),
         stopped_reason=stopped_reason_of(deployment),
         last_activity_at=optional_instant(seen.situation.last_activity_at if seen else None),
@@ -325,12 +325,12 @@ def _decision(row: LifecycleDecision) -> DecisionShape:
 
 
 def _replayed(
-    policies: Sequence[Policy], runs: Sequence[PastRun], since: datetime, until: datetime
-) -> list[Replay]:
-    return [forecast.replay(policy, runs, since, until) for policy in policies]
+    policies: Sequence[DeploymentPolicy], runs: Sequence[PastRun], since: datetime, until: datetime
+) -> list[PolicyReplay]:
+    return [lifecycle_forecast.replay_runs(policy, runs, since, until) for policy in policies]
 
 
-def _replay(replay: Replay, replicas: int) -> ReplayShape:
+def _replay(replay: PolicyReplay, replicas: int) -> ReplayShape:
     return ReplayShape(
         pod_hours=round(replay.pod_time.total_seconds() * replicas / HOUR_SECONDS, 3),
         cold_starts=replay.cold_starts,
@@ -340,7 +340,7 @@ def _replay(replay: Replay, replicas: int) -> ReplayShape:
     )
 
 
-def _transition(change: Change, zone: tzinfo) -> TransitionShape:
+def _transition(change: WindowChange, zone: tzinfo) -> TransitionShape:
     return TransitionShape(
         at=instant(change.at),
         action=TransitionKind.START if change.is_open else TransitionKind.STOP,
@@ -349,7 +349,7 @@ def _transition(change: Change, zone: tzinfo) -> TransitionShape:
     )
 
 
-def _clock_change(change: ClockChange) -> ClockChangeShape:
+def _clock_change(change: ZoneClockChange) -> ClockChangeShape:
     return ClockChangeShape(
         at=instant(change.at),
         local_time_before=_local(change.at, timezone(change.offset_before)),

@@ -9,7 +9,7 @@ from gateway.arrivals.path_tokens import sender_of_path, workflow_of
 from gateway.endpoints import email_trigger
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Wire
-from models.trigger import TriggerKind
+from models.workflow_triggers import TriggerKind
 
 if TYPE_CHECKING:
     from gateway.http.request import Request

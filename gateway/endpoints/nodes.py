@@ -18,7 +18,7 @@ from gateway.workflows import editing, graph_shapes, node_edits
 from gateway.workflows.editing import Edited
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput, Position, RetryShape
 from gateway.workflows.node_edits import NodeChanges
-from models.audit import Action
+from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -176,7 +176,7 @@ async def add(request: Request) -> JsonResponse:
     catalog = request.gateway.catalog
     edited = await editing.edit(
         request,
-        Action.NODE_ADDED,
+        AuditAction.NODE_ADDED,
         lambda before: node_edits.with_node(before, named, catalog),
     )
     return _node_answer(request, edited, node_id, status=201)
@@ -199,7 +199,7 @@ async def configure(request: Request) -> JsonResponse:
 
     edited = await editing.edit(
         request,
-        Action.NODE_CONFIGURED,
+        AuditAction.NODE_CONFIGURED,
         change,
     )
     return _node_answer(request, edited, node_id)
@@ -209,7 +209,7 @@ async def remove(request: Request) -> JsonResponse:
     """Remove a node, and the connections that lead to it and from it."""
     node_id = request.path_params["sub"]
     edited = await editing.edit(
-        request, Action.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
+        request, AuditAction.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
     )
     removed = len(edited.before.connections) - len(edited.after.connections)
     return editing.answer(
@@ -232,7 +232,7 @@ async def set_mappings(request: Request) -> JsonResponse:
         read_only.require_same(value, SetMappings, lambda: _ids_of_node(before, node_id))
         return node_edits.with_mappings(before, node_id, mappings)
 
-    edited = await editing.edit(request, Action.NODE_CONFIGURED, change)
+    edited = await editing.edit(request, AuditAction.NODE_CONFIGURED, change)
     return editing.answer(
         edited.after,
         MappingsAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, input_mappings=mappings),
@@ -250,7 +250,7 @@ async def set_pass_through(request: Request) -> JsonResponse:
         read_only.require_same(value, SetPassThrough, lambda: _ids_of_node(before, node_id))
         return node_edits.with_pass_through(before, node_id, values)
 
-    edited = await editing.edit(request, Action.NODE_CONFIGURED, change)
+    edited = await editing.edit(request, AuditAction.NODE_CONFIGURED, change)
     return editing.answer(
         edited.after,
         PassThroughAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, pass_through_values=values),
@@ -283,7 +283,9 @@ async def connect(request: Request) -> JsonResponse:
     named = msgspec.structs.replace(body, id=connection_id)
     catalog = request.gateway.catalog
     edited = await editing.edit(
-        request, Action.CONNECTION_ADDED, lambda before: node_edits.with_connection(before, named, catalog)
+        request,
+        AuditAction.CONNECTION_ADDED,
+        lambda before: node_edits.with_connection(before, named, catalog),
     )
     made = convert(edited.after.connections[-1], NodeConnection)
     return editing.answer(
@@ -298,7 +300,7 @@ async def disconnect(request: Request) -> JsonResponse:
     connection_id = request.path_params["sub"]
     edited = await editing.edit(
         request,
-        Action.CONNECTION_REMOVED,
+        AuditAction.CONNECTION_REMOVED,
         lambda before: node_edits.without_connection(before, connection_id),
     )
     return editing.answer(

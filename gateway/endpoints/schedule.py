@@ -16,18 +16,18 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, Wire, instant
 from gateway.workflows import editing
 from journal import pinning
-from models import timetable
+from models import schedule_timetable
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.schedule import Schedule
-from models.timetable import InvalidTimetable, Misfire, Overlap, Passed
+from models.schedule_timetable import InvalidTimetable, MisfirePolicy, OverlapPolicy, SkipReason
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.pinning import TriggerNode
-    from models.timetable import Timetable
+    from models.schedule_timetable import ScheduleTimetable
 
 SHOWN_RUNS: Final = 5
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -52,9 +52,9 @@ class SchedulePolicy(Wire):
     cron: str | None
     interval_seconds: int | None
     timezone: str
-    misfire: Misfire
+    misfire: MisfirePolicy
     misfire_limit: int
-    overlap: Overlap
+    overlap: OverlapPolicy
     jitter_seconds: int
 
 
@@ -81,7 +81,7 @@ class PassedOver(Wire):
     """The last instant that nothing was run for, and why."""
 
     at: Instant
-    reason: Passed
+    reason: SkipReason
 
 
 class WorkflowSchedule(Wire):
@@ -149,7 +149,7 @@ def _shape(
         return shape
     shape.node_id = trigger.id
     try:
-        wanted = timetable.timetable_of(trigger.config)
+        wanted = schedule_timetable.parse_timetable(trigger.config)
     except InvalidTimetable as error:
         shape.inactive_reason = shape.inactive_reason or InactiveReason.INVALID
         shape.problem = str(error)
@@ -161,14 +161,14 @@ def _shape(
     since, anchor = now, now.replace(microsecond=0)
     if row is not None and row.next_run_at is not None:
         since, anchor = row.next_run_at - _MICROSECOND, row.anchor_at
-    delay = wanted.delay_of(workflow.id)
+    delay = wanted.start_delay(workflow.id)
     shape.next_runs = [
         UpcomingRun(
             at=instant(at),
             local_time=at.astimezone(wanted.zone).isoformat(timespec="seconds"),
             starts_at=instant(at + delay),
         )
-        for at in timetable.upcoming(wanted, since, anchor, SHOWN_RUNS)
+        for at in schedule_timetable.upcoming_instants(wanted, since, anchor, SHOWN_RUNS)
     ]
     return shape
 
@@ -179,7 +179,7 @@ def _inactive_reason(workflow: Workflow) -> InactiveReason | None:
     return None if workflow.status == WorkflowStatus.ACTIVE else InactiveReason(workflow.status)
 
 
-def _policy(wanted: Timetable) -> SchedulePolicy:
+def _policy(wanted: ScheduleTimetable) -> SchedulePolicy:
     return SchedulePolicy(
         cron=wanted.cron,
         interval_seconds=wanted.interval_seconds,
@@ -204,4 +204,4 @@ def _last_run(row: Schedule | None, status: str | None) -> LastRun | None:
 def _last_passed_over(row: Schedule | None) -> PassedOver | None:
     if row is None or row.passed_at is None or row.passed_reason is None:
         return None
-    return PassedOver(at=instant(row.passed_at), reason=Passed(row.passed_reason))
+    return PassedOver(at=instant(row.passed_at), reason=SkipReason(row.passed_reason))

@@ -13,12 +13,12 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, body_of, decode_body, instant, read_json
 from gateway.workflows import editing, shares, workflow_shapes
-from models.audit import Action
+from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from gateway.workflows.editing import Edited
     from gateway.workflows.workflow_rows import Stored
-    from models.access import Caller
+    from models.access import ApiCaller
 
 
 class ShareWith(GuardedWire):
@@ -77,7 +77,7 @@ async def add(request: Request) -> JsonResponse:
     await _require_user(request, body.user_id)
     now = request.gateway.clock()
     edited = await editing.edit(
-        request, Action.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+        request, AuditAction.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
     )
     shared = Shared(
         message="Workflow shared successfully", workflow_id=edited.after.workflow.id, user_id=body.user_id
@@ -88,7 +88,7 @@ async def add(request: Request) -> JsonResponse:
 async def remove(request: Request) -> NoContent:
     """End a share: the user loses sight of the workflow and of its executions."""
     user_id = request.path_params["subId"]
-    edited = await editing.edit(request, Action.SHARE_REMOVED, lambda before: _unshared(before, user_id))
+    edited = await editing.edit(request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id))
     _forget_who_may_read(request, edited)
     return NoContent(editing.entity_tag(edited.after))
 
@@ -102,7 +102,7 @@ async def set_visibility(request: Request) -> JsonResponse:
         read_only.require_same(value, SetVisibility, lambda: workflow_shapes.shown(before))
         return _visible(before, body, request.caller)
 
-    edited = await editing.edit(request, Action.WORKFLOW_VISIBILITY_SET, change)
+    edited = await editing.edit(request, AuditAction.WORKFLOW_VISIBILITY_SET, change)
     _forget_who_may_read(request, edited)
     return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 
@@ -115,7 +115,7 @@ async def _require_user(request: Request, user_id: str) -> None:
         await shares.require_user(connection, user_id, request.caller)
 
 
-def _shared(before: Stored, user_id: str, caller: Caller, now: datetime) -> Stored:
+def _shared(before: Stored, user_id: str, caller: ApiCaller, now: datetime) -> Stored:
     """Return a workflow that is shared with one user more; raises 409 and 422."""
     shared_with = shares.added(
         before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
@@ -128,7 +128,7 @@ def _unshared(before: Stored, user_id: str) -> Stored:
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
-def _visible(before: Stored, body: SetVisibility, caller: Caller) -> Stored:
+def _visible(before: Stored, body: SetVisibility, caller: ApiCaller) -> Stored:
     """Return a workflow as visible as it is to be; raises 403."""
     workflow = before.workflow
     is_public = workflow.is_public if body.is_public is None else body.is_public

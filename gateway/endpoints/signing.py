@@ -12,10 +12,10 @@ from engine.values import fingerprint
 from gateway import audit, errors
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, Wire, instant
-from models import ids, signing
+from models import ids, signing_secrets
 from models.access import Organization
-from models.audit import Action
-from models.signing import SigningSecret
+from models.audit import AuditAction
+from models.signing_secrets import SigningSecret
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -41,7 +41,7 @@ class NewSecret(ShownSecret):
 async def show(request: Request) -> JsonResponse:
     """Tell when the secret was made that messages are signed with, and how it ends."""
     _require_admin(request)
-    statement = signing.valid_for(request.caller.organization_id).limit(1)
+    statement = signing_secrets.valid_secrets_statement(request.caller.organization_id).limit(1)
     async with request.gateway.database.read() as connection:
         row = (await connection.execute(statement)).mappings().first()
     if row is None:
@@ -56,8 +56,8 @@ async def replace(request: Request) -> JsonResponse:
     """
     _require_admin(request)
     caller, now = request.caller, request.gateway.clock()
-    secret, secret_id = signing.new_secret(), ids.new("whsec")
-    sealed = signing.sealed(
+    secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
+    sealed = signing_secrets.encrypt_secret(
         request.gateway.vault, secret, organization_id=caller.organization_id, object_id=secret_id
     )
     row = SigningSecret(
@@ -66,7 +66,7 @@ async def replace(request: Request) -> JsonResponse:
         lane=caller.lane,
         sealed=sealed.content,
         secret_id=sealed.secret_id,
-        hint=signing.hint_of(secret),
+        hint=signing_secrets.visible_suffix(secret),
         created_at=now,
     )
 
@@ -76,7 +76,7 @@ async def replace(request: Request) -> JsonResponse:
         await audit.record(
             connection,
             caller,
-            Action.SIGNING_SECRET_SET,
+            AuditAction.SIGNING_SECRET_SET,
             caller.organization_id,
             before=before and fingerprint(before),
             after=fingerprint(row.id),
@@ -92,8 +92,10 @@ async def _retire(connection: AsyncConnection, organization_id: str, now: dateti
     # Of two that replace it at once, one waits here: there is never more than one that doesn't expire.
     lock = select(col(Organization.id)).where(col(Organization.id) == organization_id).with_for_update()
     await connection.execute(lock)
-    rows = (await connection.execute(signing.valid_for(organization_id))).mappings().all()
-    still_signing = [row["id"] for row in rows[: signing.KEPT - 1]]
+    rows = (
+        (await connection.execute(signing_secrets.valid_secrets_statement(organization_id))).mappings().all()
+    )
+    still_signing = [row["id"] for row in rows[: signing_secrets.MAX_SECRETS - 1]]
     of_organization = col(SigningSecret.organization_id) == organization_id
     await connection.execute(
         delete(SigningSecret).where(of_organization, col(SigningSecret.id).not_in(still_signing))
@@ -101,7 +103,7 @@ async def _retire(connection: AsyncConnection, organization_id: str, now: dateti
     await connection.execute(
         update(SigningSecret)
         .where(of_organization, col(SigningSecret.expires_at).is_(None))
-        .values(expires_at=now + signing.OVERLAP)
+        .values(expires_at=now + signing_secrets.OVERLAP_TIME)
     )
     return str(rows[0]["id"]) if rows else None
 

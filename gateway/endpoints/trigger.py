@@ -32,8 +32,8 @@ from journal import results, wakes
 from journal.results import ResultTooLarge
 from journal.store import DefinitionKey, ExecutionKey, Verdict
 from models.execution import Execution
-from models.execution_status import TERMINAL, ExecutionStatus
-from models.lifecycle import Refusal
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.lifecycle_policy import StartRefusal
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
             return errors.start_failed(reason, execution_id)
         case StartBlocked(reason):
             return errors.start_blocked(reason, execution_id)
-        case Refusal():
+        case StartRefusal():
             return None
 
 
@@ -209,7 +209,7 @@ async def _shape(
     )
     if progress is None or (times.taken is not None and not body.sync):
         return shape
-    if progress.status not in TERMINAL:
+    if progress.status not in TERMINAL_STATUSES:
         has_begun = times.taken is not None or progress.completed_nodes > 0
         is_pending = not has_begun and progress.status is not ExecutionStatus.RUNNING
         shape.status = TriggerStatus.PENDING if is_pending else TriggerStatus.RUNNING

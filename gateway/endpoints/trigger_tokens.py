@@ -17,9 +17,9 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from gateway.workflows import editing, workflow_rows
 from journal import pinning
-from models import ids, intake_tokens
-from models.audit import Action
-from models.intake import IntakeToken, TokenKind
+from models import ids, sender_tokens
+from models.audit import AuditAction
+from models.ingest import SenderToken, SenderTokenKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,7 @@ async def replace(request: Request) -> JsonResponse:
     """
     body = await decode_body(request, ReplaceToken)
     caller, now = request.caller, request.gateway.clock()
-    token, token_id = intake_tokens.new_token(TokenKind.TRIGGER), ids.new("tok")
+    token, token_id = sender_tokens.new_token(SenderTokenKind.TRIGGER), ids.new_id("tok")
     stored: Stored | None = None
 
     async def make(connection: AsyncConnection) -> None:
@@ -119,22 +119,22 @@ async def replace(request: Request) -> JsonResponse:
         before = await _end(
             connection, stored.workflow.id, now, now + timedelta(seconds=body.overlap_seconds)
         )
-        row = IntakeToken(
+        row = SenderToken(
             id=token_id,
-            kind=TokenKind.TRIGGER,
+            kind=SenderTokenKind.TRIGGER,
             organization_id=caller.organization_id,
             lane=caller.lane,
             workflow_id=stored.workflow.id,
             user_id=caller.user_id,
-            hash=intake_tokens.token_hash(token),
-            hint=intake_tokens.hint_of(token),
+            hash=sender_tokens.hash_token(token),
+            hint=sender_tokens.visible_suffix(token),
             created_at=now,
         )
-        await connection.execute(insert(IntakeToken).values(row.model_dump()))
+        await connection.execute(insert(SenderToken).values(row.model_dump()))
         await audit.record(
             connection,
             caller,
-            Action.TRIGGER_TOKEN_SET,
+            AuditAction.TRIGGER_TOKEN_SET,
             stored.workflow.id,
             before=fingerprint(before) if before else None,
             after=fingerprint([token_id]),
@@ -146,7 +146,7 @@ async def replace(request: Request) -> JsonResponse:
     shape = NewToken(
         id=token_id,
         token=token,
-        hint=intake_tokens.hint_of(token),
+        hint=sender_tokens.visible_suffix(token),
         urls=_urls(request, stored, token),
         warnings=address_warnings(request),
     )
@@ -164,7 +164,7 @@ async def revoke(request: Request) -> NoContent:
         await audit.record(
             connection,
             request.caller,
-            Action.TRIGGER_TOKEN_REVOKED,
+            AuditAction.TRIGGER_TOKEN_REVOKED,
             stored.workflow.id,
             before=fingerprint(before) if before else None,
             after=None,
@@ -174,17 +174,17 @@ async def revoke(request: Request) -> NoContent:
     return NoContent()
 
 
-async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -> Sequence[IntakeToken]:
+async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -> Sequence[SenderToken]:
     statement = (
-        select(IntakeToken)
+        select(SenderToken)
         .where(
-            col(IntakeToken.workflow_id) == workflow_id,
-            col(IntakeToken.revoked_at).is_(None),
-            col(IntakeToken.expires_at).is_(None) | (col(IntakeToken.expires_at) > now),
+            col(SenderToken.workflow_id) == workflow_id,
+            col(SenderToken.revoked_at).is_(None),
+            col(SenderToken.expires_at).is_(None) | (col(SenderToken.expires_at) > now),
         )
-        .order_by(col(IntakeToken.id).desc())
+        .order_by(col(SenderToken.id).desc())
     )
-    return [IntakeToken(**row) for row in (await connection.execute(statement)).mappings()]
+    return [SenderToken(**row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
@@ -195,7 +195,7 @@ async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at:
         if place >= limits.TRIGGER_TOKENS:
             ends = now
         values = {"revoked_at": now} if ends <= now else {"expires_at": ends}
-        await connection.execute(update(IntakeToken).where(col(IntakeToken.id) == row.id).values(**values))
+        await connection.execute(update(SenderToken).where(col(SenderToken.id) == row.id).values(**values))
     return [row.id for row in rows]
 
 

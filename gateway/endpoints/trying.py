@@ -22,7 +22,7 @@ from gateway.http.wire import StrictWire, Wire, body_of, read_json
 from gateway.workflows import graph_shapes
 from journal.store import ExecutionKey
 from models.access import KeyScope
-from models.execution_status import TERMINAL
+from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded
@@ -88,7 +88,7 @@ async def run_node(request: Request) -> JsonResponse:
     progress = await request.gateway.waiting.progress(key, body.wait)
     if progress is None:
         raise errors.not_found("execution")
-    if progress.status not in TERMINAL:
+    if progress.status not in TERMINAL_STATUSES:
         goes_on = TryGoesOn(execution_id=accepted.execution_id, status=progress.status)
         return JsonResponse(goes_on, status=202, headers=headers)
     return JsonResponse(await _tried(request, key, progress), headers=headers)
@@ -97,7 +97,7 @@ async def run_node(request: Request) -> JsonResponse:
 async def _planned(request: Request, workflow: LoadedWorkflow, body: TryNode) -> Run:
     """Return what is to be run; raises 403, 404, 409 and 422."""
     caller, catalog = request.caller, request.gateway.catalog
-    if body.config is not None and not caller.may(KeyScope.WORKFLOWS_WRITE):
+    if body.config is not None and not caller.has_scope(KeyScope.WORKFLOWS_WRITE):
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
     acceptance.require_open(workflow.status)
     given = Given(body.input, body.trigger or {}, body.nodes or {}, body.config)

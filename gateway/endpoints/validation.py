@@ -15,7 +15,7 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import Wire
 from gateway.workflows import editing, finding_shapes, graph_shapes
 from gateway.workflows.finding_shapes import FindingShape
-from models.audit import Action
+from models.audit import AuditAction
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ async def compute_scopes(request: Request) -> JsonResponse:
             scopes=resource_scopes.required_scopes(graph_shapes.graph_of(before), catalog)
         )
 
-    edited = await editing.edit(request, Action.WORKFLOW_SCOPES_COMPUTED, with_scopes)
+    edited = await editing.edit(request, AuditAction.WORKFLOW_SCOPES_COMPUTED, with_scopes)
     workflow = edited.after.workflow
     return editing.answer(edited.after, ComputedScopes(workflow_id=workflow.id, scopes=workflow.scopes))
 

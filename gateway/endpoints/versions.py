@@ -29,7 +29,7 @@ from gateway.workflows import (
 from gateway.workflows.graph_difference import Change, ItemsDifference
 from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
 from journal import pinning
-from models.audit import Action
+from models.audit import AuditAction
 from models.workflow import WorkflowVersion
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ async def create(request: Request) -> JsonResponse:
         )
         await version_rows.add(connection, version)
 
-    edited = await editing.edit(request, Action.VERSION_CREATED, _counted, also=keep)
+    edited = await editing.edit(request, AuditAction.VERSION_CREATED, _counted, also=keep)
     workflow = edited.after.workflow
     given_by_server: dict[str, Json] = {
         "version": workflow.version,
@@ -278,7 +278,7 @@ async def restore(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         version = await _find(connection, stored, request.path_params["version"])
     edited = await editing.edit(
-        request, Action.VERSION_RESTORED, lambda before: _restored(before, version.snapshot)
+        request, AuditAction.VERSION_RESTORED, lambda before: _restored(before, version.snapshot)
     )
     return editing.answer(edited.after, workflow_shapes.shown(edited.after))
 

@@ -22,8 +22,8 @@ from gateway.workflows.workflow_rows import Filter, Stored
 from gateway.workflows.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
 from journal import deployments
 from journal.store import ExecutionKey
-from models.audit import Action
-from models.lifecycle import StoppedReason
+from models.audit import AuditAction
+from models.lifecycle_policy import StoppedReason
 from models.workflow import WorkflowStatus
 
 CANCELS_AT_ONCE = 20
@@ -113,7 +113,7 @@ async def create(request: Request) -> JsonResponse:
         workflow_shapes.made, request.caller, body, request.gateway.catalog, request.gateway.clock()
     )
     read_only.warn_of_new(request, value, CreateWorkflow, lambda: workflow_shapes.shown(made))
-    return await editing.create(request, value, made, Action.WORKFLOW_CREATED)
+    return await editing.create(request, value, made, AuditAction.WORKFLOW_CREATED)
 
 
 async def update(request: Request) -> JsonResponse:
@@ -131,7 +131,7 @@ async def update(request: Request) -> JsonResponse:
 
     edited = await editing.edit(
         request,
-        Action.WORKFLOW_UPDATED,
+        AuditAction.WORKFLOW_UPDATED,
         change,
     )
     return editing.answer(edited.after, workflow_shapes.shown(edited.after))
@@ -148,7 +148,7 @@ async def set_status(request: Request) -> JsonResponse:
 
     edited = await editing.edit(
         request,
-        Action.WORKFLOW_STATUS_SET,
+        AuditAction.WORKFLOW_STATUS_SET,
         lambda before: before.with_columns(status=wanted),
         anyway=undeploy_archived,
     )
@@ -177,7 +177,7 @@ async def delete(request: Request) -> NoContent:
 
     edited = await editing.edit(
         request,
-        Action.WORKFLOW_DELETED,
+        AuditAction.WORKFLOW_DELETED,
         lambda before: before.with_columns(deleted_at=request.gateway.clock()),
         also=look_for_runs,
     )

@@ -16,8 +16,8 @@ from journal import admission
 from journal.group_commit import GroupCommit
 from journal.store import Accepted, DefinitionKey, Verdict
 from messages import hints
+from models.errors import DatabaseUnavailable
 from models.execution import Idempotency
-from models.outage import DatabaseUnavailable
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:

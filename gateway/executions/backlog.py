@@ -18,7 +18,7 @@ import structlog
 
 from gateway import errors
 from journal import backlog
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -27,10 +27,10 @@ from journal.deletion import MAY_GO, delete_runs
 from journal.store import ExecutionKey, Verdict
 from json_text import decoding
 from models import ids
-from models.audit import Action
+from models.audit import AuditAction
+from models.errors import LockWaitTimeout
 from models.execution import Execution
-from models.execution_status import TERMINAL, ExecutionStatus
-from models.outage import LockWaitTimeout
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from gateway.http.request import Request
     from gateway.state import State
     from journal.store import IdempotencyKey, Requested
-    from models.access import Caller
+    from models.access import ApiCaller
 
 log = structlog.get_logger()
 
@@ -74,14 +74,14 @@ _OPEN: Final = exists().where(
 )
 
 
-def cancellable(caller: Caller) -> ColumnElement[bool]:
+def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return what holds for executions that the caller may cancel, and that nobody has cancelled."""
     is_asked_for = col(Execution.request) == "cancel"
-    goes_on = col(Execution.status).not_in(TERMINAL)
+    goes_on = col(Execution.status).not_in(TERMINAL_STATUSES)
     return and_(visible_to(caller), goes_on, or_(col(Execution.request).is_(None), ~is_asked_for))
 
 
-def retryable(caller: Caller) -> ColumnElement[bool]:
+def retryable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return what holds for failed executions that the caller may resume, and that nobody has resumed.
 
     Tests of nodes are left alone: they were run to be looked at.
@@ -92,7 +92,7 @@ def retryable(caller: Caller) -> ColumnElement[bool]:
     return and_(visible_to(caller), has_failed, ~is_node_test, ~IS_RESUMED, _OPEN.correlate(Execution))
 
 
-def deletable(caller: Caller) -> ColumnElement[bool]:
+def deletable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return what holds for executions that may go, and whose workflow is the caller's to delete."""
     if caller.is_admin:
         return and_(visible_to(caller), MAY_GO)
@@ -108,11 +108,11 @@ async def find(
     """Return the oldest executions that a filter finds among those of a kind, and how many are of each workflow."""
     async with request.gateway.database.read() as connection:
         matched, rows = await execution_rows.oldest(connection, wanted, condition, limit=limit)
-    found = Chosen(ids.new("bulk"), matched, [row.id for row in rows])
+    found = Chosen(ids.new_id("bulk"), matched, [row.id for row in rows])
     return found, Counter(row.workflow_id for row in rows)
 
 
-async def trace(request: Request, found: Chosen, action: Action, about: str) -> None:
+async def trace(request: Request, found: Chosen, action: AuditAction, about: str) -> None:
     """Leave the trace of what is about to be done, to executions of the workflow or organisation `about`."""
     leave = partial(_trace, request=request, found=found, action=action, about=about)
     await request.gateway.database.transaction(leave)
@@ -132,7 +132,7 @@ async def begin_retry(request: Request, found: Chosen, about: str, promise: Idem
             bound = await idempotency.reserve(connection, promise, lane=lane, resource_id=text, now=now)
         if bound == text:
             await _trace(
-                connection, request=request, found=found, action=Action.EXECUTIONS_RETRIED, about=about
+                connection, request=request, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
             )
         return bound
 
@@ -150,10 +150,10 @@ async def begun(request: Request, promise: IdempotencyKey) -> Chosen | None:
 
 
 async def _trace(
-    connection: AsyncConnection, *, request: Request, found: Chosen, action: Action, about: str
+    connection: AsyncConnection, *, request: Request, found: Chosen, action: AuditAction, about: str
 ) -> None:
     hashed = fingerprint(list(found.execution_ids))
-    before, after = (hashed, None) if action is Action.EXECUTIONS_DELETED else (None, hashed)
+    before, after = (hashed, None) if action is AuditAction.EXECUTIONS_DELETED else (None, hashed)
     if found.execution_ids:
         await audit.record(connection, request.caller, action, about, before=before, after=after)
 
@@ -161,7 +161,7 @@ async def _trace(
 # ── what is done to them ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def cancel(gateway: State, caller: Caller, execution_ids: Sequence[str]) -> list[str]:
+async def cancel(gateway: State, caller: ApiCaller, execution_ids: Sequence[str]) -> list[str]:
     """Cancel executions; returns those that had not ended by themselves."""
     cancelled: list[str] = []
     for some in _batches(execution_ids, CANCELS_AT_ONCE):
@@ -170,7 +170,7 @@ async def cancel(gateway: State, caller: Caller, execution_ids: Sequence[str]) -
         cancelled += [
             execution_id
             for execution_id, answer in zip(some, answers, strict=True)
-            if answer is not None and answer.status not in TERMINAL - {ExecutionStatus.CANCELLED}
+            if answer is not None and answer.status not in TERMINAL_STATUSES - {ExecutionStatus.CANCELLED}
         ]
     return cancelled
 
@@ -183,10 +183,10 @@ async def _ask_to_end_unlocked(gateway: State, key: ExecutionKey) -> Requested |
         return None
 
 
-async def retry(gateway: State, caller: Caller, chosen: Chosen) -> dict[str, str]:
+async def retry(gateway: State, caller: ApiCaller, chosen: Chosen) -> dict[str, str]:
     """Resume failed executions, each once however often this is called; returns the new ones by those."""
     new_ids = {
-        execution_id: ids.derived("exec", execution_id, chosen.operation_id)
+        execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
         for execution_id in chosen.execution_ids
     }
     resumed: set[str] = set()
@@ -200,7 +200,7 @@ async def retry(gateway: State, caller: Caller, chosen: Chosen) -> dict[str, str
 
 
 async def _resumed_unlocked(
-    gateway: State, caller: Caller, new_ids: Mapping[str, str]
+    gateway: State, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
     """Resume what still may be, one by one where another transaction keeps some of it locked; that is left."""
     try:
@@ -215,7 +215,7 @@ async def _resumed_unlocked(
 
 
 async def _resume(
-    connection: AsyncConnection, *, caller: Caller, new_ids: Mapping[str, str]
+    connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
     """Resume what still may be; returns the concurrency keys of what was resumed, by now or by an earlier call."""
     of_batch = col(Execution.id).in_(list(new_ids))

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from gateway import limits
 from gateway.errors import ApiError
 from gateway.http.text import Problems
-from models import signing
+from models import signing_secrets
 from nodes import addresses
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ async def require(request: Request, url: str) -> None:
             "callbackUrl", "address-not-allowed", f"callbackUrl: {addresses.not_public(target.host)}"
         )
     problems.raise_any()
-    secrets = signing.valid_for(request.caller.organization_id).subquery()
+    secrets = signing_secrets.valid_secrets_statement(request.caller.organization_id).subquery()
     async with request.gateway.database.read() as connection:
         if not await connection.scalar(select(func.count()).select_from(secrets)):
             raise ApiError(

@@ -32,7 +32,7 @@ async def carried_over(
     A mail that wasn't read is read once more, and run even where the trigger's rules rejected it before. Raises 409
     where its content is gone, and 503.
     """
-    execution_id = ids.new("exec")
+    execution_id = ids.new_id("exec")
     if trigger_body.is_apart(given):
         trigger = await _body_copied(blobs, given, source, execution_id)
         return Message(trigger, given, promise=promise, execution_id=execution_id)

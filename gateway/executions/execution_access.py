@@ -11,10 +11,10 @@ from concurrency.ttl_cache import TTLCache
 from gateway import errors
 from journal.store import ExecutionKey
 from models.execution import Execution
-from models.workflow import Workflow, readable_by
+from models.workflow import Workflow, is_readable_by
 
 if TYPE_CHECKING:
-    from models.access import Caller, Role
+    from models.access import ApiCaller, UserRole
     from models.database import Database
 
 VISIBLE_SECONDS: Final = 5.0
@@ -22,7 +22,7 @@ VISIBLE_SECONDS: Final = 5.0
 MAX_VISIBLE: Final = 20_000
 
 
-def visible_to(caller: Caller) -> ColumnElement[bool]:
+def visible_to(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may see an execution: its workflow is readable.
 
     Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
@@ -38,7 +38,7 @@ def visible_to(caller: Caller) -> ColumnElement[bool]:
     )
     workflow = exists().where(
         col(Workflow.id) == col(Execution.workflow_id),
-        or_(readable_by(caller), kept),
+        or_(is_readable_by(caller), kept),
         or_(col(Execution.is_private).is_(False), concerns),
     )
     return and_(own, workflow.correlate(Execution))
@@ -49,9 +49,9 @@ class ExecutionAccess:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._visible: TTLCache[tuple[str, str, Role], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
+        self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
-    async def key(self, execution_id: str, caller: Caller) -> ExecutionKey:
+    async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
         """Return where the rows of an execution are that the caller may see; raises 404."""
         if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
             statement = select(col(Execution.id)).where(col(Execution.id) == execution_id, visible_to(caller))
@@ -61,7 +61,7 @@ class ExecutionAccess:
             self.allow(execution_id, caller)
         return ExecutionKey(execution_id, caller.lane)
 
-    def allow(self, execution_id: str, caller: Caller) -> None:
+    def allow(self, execution_id: str, caller: ApiCaller) -> None:
         """Remember that the caller may see an execution: it has just started it."""
         self._visible.put((execution_id, caller.user_id, caller.role), value=True)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from engine.run_records import SpanStatus
     from gateway.http.query import Page
     from journal.store import ExecutionKey
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.execution_status import ExecutionStatus
 
 Recorded: TypeAlias = Row[*tuple[Any, ...]]
@@ -99,7 +99,7 @@ class Whole:
 
 
 async def page(
-    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+    connection: AsyncConnection, caller: ApiCaller, wanted: Filter, part: Page, order: ColumnElement[Any]
 ) -> tuple[int, list[Execution]]:
     """Return how many executions the caller may see, and a page of them."""
     conditions = [
@@ -166,7 +166,7 @@ def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
         yield col(ExecutionData.created_at) < wanted.until
 
 
-async def find(connection: AsyncConnection, execution_id: str, caller: Caller) -> Whole | None:
+async def find(connection: AsyncConnection, execution_id: str, caller: ApiCaller) -> Whole | None:
     """Return an execution that the caller may see."""
     condition = and_(col(Execution.id) == execution_id, visible_to(caller))
     execution = (await connection.execute(select(Execution).where(condition))).mappings().first()

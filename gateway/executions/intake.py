@@ -103,7 +103,7 @@ async def _accepted(
     acceptances = request.gateway.acceptances
     accepted = await acceptances.accept(
         Acceptance(
-            execution_id=ids.new("exec"),
+            execution_id=ids.new_id("exec"),
             lane=runnable.lane,
             organization_id=runnable.organization_id,
             workflow_id=runnable.id,

@@ -16,8 +16,8 @@ from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.executions import execution_rows, execution_shapes
 from journal.group_commit import GroupCommit
-from models.execution_status import TERMINAL
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -132,7 +132,7 @@ class EventStream:
         except DatabaseUnavailable:
             pass  # what is new stays new, and is asked for again in a second
         else:
-            if head.status in TERMINAL:
+            if head.status in TERMINAL_STATUSES:
                 self._live.waiting.heard_of(self._key.execution_id)
                 return False
         await self._keep_alive(send)
@@ -143,7 +143,7 @@ class EventStream:
         if shown is not None and shown.updated_at == head.updated_at:
             return
         has_moved = shown is None or shown.status != head.status or shown.progress != head.progress
-        if head.status not in TERMINAL and has_moved:
+        if head.status not in TERMINAL_STATUSES and has_moved:
             await self._send(send, _event("execution", execution_shapes.head(head)))
         is_all = False
         while not is_all:
@@ -152,7 +152,7 @@ class EventStream:
             is_all = news.is_all
             await self._send(send, b"".join(self._events(news)))
         self._shown = head
-        if head.status in TERMINAL:
+        if head.status in TERMINAL_STATUSES:
             await self._send(send, _event("execution", execution_shapes.head(head), END))
 
     def _events(self, news: News) -> list[bytes]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from engine.graph import GraphNode, ParsedGraph
     from engine.values import Json
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.workflow import Workflow
     from nodes.catalog import Catalog
 
@@ -36,7 +36,7 @@ MAX_CHARACTERS: Final = 2_000_000
 MAX_OUTPUTS: Final = 2_000
 
 
-async def recent(connection: AsyncConnection, workflow: Workflow, caller: Caller) -> Sequence[PastOutput]:
+async def recent(connection: AsyncConnection, workflow: Workflow, caller: ApiCaller) -> Sequence[PastOutput]:
     """Return outputs of a workflow's newest runs that the caller may see, the newest run first."""
     runs = (
         select(

@@ -31,7 +31,15 @@ from journal import follow_ups, unread
 from json_text import decoding
 from models import ids
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, UNREAD, AttemptRow, Execution, ExecutionData, SpanRow
+from models.execution import (
+    LIMITED_TARGET,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+    AttemptRow,
+    Execution,
+    ExecutionData,
+    SpanRow,
+)
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.workflow import Workflow, WorkflowStatus
 
@@ -41,7 +49,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import ColumnElement, SQLColumnExpression
 
     from journal.store import ExecutionKey
-    from models.access import Caller
+    from models.access import ApiCaller
 
 _later = aliased(Execution)
 IS_RESUMED: Final = (
@@ -67,7 +75,7 @@ _NOT_YET: Final = (
 
 
 async def resume(
-    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller
 ) -> str | None:
     """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume, or no longer.
 
@@ -83,7 +91,7 @@ async def resume(
 
 
 async def insert_copy(
-    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: Caller, *, trigger_type: str
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller, *, trigger_type: str
 ) -> None:
     """Insert the execution `new_id` with what a failed one has committed."""
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
@@ -103,12 +111,12 @@ async def insert_copy(
         "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
     }
     if await connection.scalar(_is_unread(failed)):
-        changes["target"] = literal(UNREAD)
+        changes["target"] = literal(UNPARSED_TARGET)
     await connection.execute(_new_execution(failed, new_id, caller, changes))
     await connection.execute(_new_data(failed, new_id))
     if spans:
         copies = [
-            {"new_id": ids.new("span"), "of_node": row.node_id, "of_iteration": row.iteration}
+            {"new_id": ids.new_id("span"), "of_node": row.node_id, "of_iteration": row.iteration}
             for row in spans
         ]
         await connection.execute(_new_span(failed, new_id), copies)
@@ -130,7 +138,7 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     )
     kept = select(*identity).join(SpanRow, of_kept).where(_spans_of(failed), or_(_SETTLED, _IN_FLIGHT))
     copies = [
-        {"new_id": ids.new("span"), "of_node": row[0], "of_iteration": row[1], "of_attempt": row[2]}
+        {"new_id": ids.new_id("span"), "of_node": row[0], "of_iteration": row[1], "of_attempt": row[2]}
         for row in await connection.execute(kept)
     ]
     if not copies:
@@ -145,7 +153,7 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     await connection.execute(_copy("attempt_span", changes, condition), copies)
 
 
-async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: Caller) -> Row[Any]:
+async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: ApiCaller) -> Row[Any]:
     """Return what is known of the failed execution, which nobody resumes or deletes before the transaction ends."""
     statement: Select[*tuple[Any, ...]] = (
         select(
@@ -199,7 +207,7 @@ async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_
 
 
 def _new_execution(
-    failed: ExecutionKey, new_id: str, caller: Caller, also: Mapping[str, SQLColumnExpression[Any]]
+    failed: ExecutionKey, new_id: str, caller: ApiCaller, also: Mapping[str, SQLColumnExpression[Any]]
 ) -> Insert:
     now = DatabaseTime()
     changes: dict[str, SQLColumnExpression[Any]] = {
@@ -207,8 +215,8 @@ def _new_execution(
         "user_id": literal(caller.user_id),
         "status": literal(ExecutionStatus.PENDING.value),
         "target": case(
-            (col(Execution.concurrency_key).is_(None), func.coalesce(col(Execution.home), SHARED)),
-            else_=LIMITED,
+            (col(Execution.concurrency_key).is_(None), func.coalesce(col(Execution.home), SHARED_TARGET)),
+            else_=LIMITED_TARGET,
         ),
         "rank": now,
         "is_fresh": true(),

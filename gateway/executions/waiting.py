@@ -18,7 +18,7 @@ from concurrency.ttl_cache import TTLCache
 from gateway import errors, limits
 from journal.group_commit import GroupCommit
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
-from models.execution_status import TERMINAL
+from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from journal.store import ExecutionKey, Progress, Store
@@ -113,7 +113,7 @@ class Waiting:
             waiter.changed.clear()
             was_watched = self._will_hear_of(key.execution_id)
             progress = await self._reads.submit(key)
-            if progress is None or progress.status in TERMINAL or waiter.is_over:
+            if progress is None or progress.status in TERMINAL_STATUSES or waiter.is_over:
                 return progress
             if was_watched or not await self.watch([key.execution_id]):
                 await waiter.changed.wait()
@@ -174,7 +174,7 @@ class Waiting:
     async def _read(self, batch: Sequence[ExecutionKey]) -> Sequence[Progress | None]:
         found = {one.execution_id: one for one in await self._store.progress(list(dict.fromkeys(batch)))}
         for progress in found.values():
-            if progress.status in TERMINAL:
+            if progress.status in TERMINAL_STATUSES:
                 # No notice will come any more: it was lost, or it came before the watch.
                 self.heard_of(progress.execution_id)
         return [found.get(key.execution_id) for key in batch]

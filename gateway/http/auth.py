@@ -20,15 +20,15 @@ from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
 from journal.group_commit import GroupCommit
 from models import access_store
-from models.access import key_hash
-from models.outage import DatabaseUnavailable
+from models.access import hash_key
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
     from starlette.types import Scope
 
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.access_store import FoundKey
     from models.database import Database
 
@@ -45,7 +45,7 @@ LONGEST_KEY = 200
 class Remembered:
     """A key that was valid when it was last looked up."""
 
-    caller: Caller
+    caller: ApiCaller
     fresh_until: float
 
 
@@ -57,18 +57,18 @@ class Authenticator:
         self._secret = secret
         self._previous = previous
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
-        self._lookups: Joint[str, Caller | None] = Joint(self._look_up)
+        self._lookups: Joint[str, ApiCaller | None] = Joint(self._look_up)
         self._reads: GroupCommit[Sequence[str], FoundKey | None] = GroupCommit(self._read)
         """One query at a time, for all keys that wait: however many wrong ones come, they keep one connection busy."""
         self._failures = FailedAttempts("Too many requests from this address had no valid key")
         self._background: set[asyncio.Task[None]] = set()
 
-    async def caller(self, scope: Scope) -> Caller:
+    async def caller(self, scope: Scope) -> ApiCaller:
         """Return whoever the request's key stands for; raises 401 without a valid one, 429 after too many failures."""
         key = _key(scope)
         if key is None:
             raise errors.unauthorized()
-        remembered = self._remembered.get(key_hash(key, self._secret))
+        remembered = self._remembered.get(hash_key(key, self._secret))
         if remembered is not None and remembered.fresh_until > monotonic():
             return remembered.caller
         caller = await self._lookups.ask(key)
@@ -81,11 +81,11 @@ class Authenticator:
         await self._lookups.drain()
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _look_up(self, key: str) -> Caller | None:
+    async def _look_up(self, key: str) -> ApiCaller | None:
         asked_at = monotonic()
         now = self._database.clock.now()
-        hashed = key_hash(key, self._secret)
-        found = await self._reads.submit([hashed, *(key_hash(key, secret) for secret in self._previous)])
+        hashed = hash_key(key, self._secret)
+        found = await self._reads.submit([hashed, *(hash_key(key, secret) for secret in self._previous)])
         if found is None or not found.is_valid(now):
             self._remembered.pop(hashed, None)
             return None

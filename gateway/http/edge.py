@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gateway.http.protocol import RequestHolding
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
-_PROCESS = ids.new("req")[:-8]
+_PROCESS = ids.new_id("req")[:-8]
 """Request ids of this process begin with it, and count on: they need to be unique, not secret."""
 _numbers = count(1)
 _HEADERS = [(b"x-content-type-options", b"nosniff")]

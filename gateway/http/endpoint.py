@@ -19,11 +19,11 @@ from gateway.http.responses import JsonResponse, NoContent
 from messages.broker import BrokerUnavailable
 from models import ids
 from models.access import KeyScope
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from gateway.state import State
-    from models.access import Caller
+    from models.access import ApiCaller
 
 log = structlog.get_logger()
 
@@ -110,14 +110,14 @@ class Endpoint:
         return response
 
 
-def _check_scope(caller: Caller, access: KeyScope | Access) -> None:
+def _check_scope(caller: ApiCaller, access: KeyScope | Access) -> None:
     if access is Access.ANY_KEY:
         return
     if access is Access.ADMIN:
         if not caller.is_admin:
             raise errors.admin_required()
         access = KeyScope.USERS_WRITE
-    if not isinstance(access, KeyScope) or not caller.may(access):
+    if not isinstance(access, KeyScope) or not caller.has_scope(access):
         raise errors.scope_required(str(access))
 
 

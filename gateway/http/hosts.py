@@ -46,5 +46,5 @@ def _workflow_of(scope: Scope) -> str | None:
             if not host.startswith(_PREFIX):
                 return None
             first = host.partition(b":")[0].partition(b".")[0]
-            return workflow_names.workflow_id(first.decode("latin-1"))
+            return workflow_names.parse_workflow_id(first.decode("latin-1"))
     return None

@@ -303,7 +303,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        request_id = ids.new("req")
+        request_id = ids.new_id("req")
         body = errors.ApiError(400, "malformed-request", msg).response(request_id).body
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"

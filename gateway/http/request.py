@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gateway.http.parameters import Parameter
     from gateway.http.protocol import RequestHolding
     from gateway.state import State
-    from models.access import Caller
+    from models.access import ApiCaller
 
 MAX_LENGTH_DIGITS = 15
 """More digits in a Content-Length are more than any limit."""
@@ -38,7 +38,7 @@ class Request(StarletteRequest):
         scope: Scope,
         receive: Receive,
         gateway: State,
-        caller: Caller | None,
+        caller: ApiCaller | None,
         parameters: Collection[Parameter[Any]],
         sender: Sender | None = None,
     ) -> None:
@@ -51,7 +51,7 @@ class Request(StarletteRequest):
         """What the answer is to warn of: fields of the body that mean nothing here."""
 
     @property
-    def caller(self) -> Caller:
+    def caller(self) -> ApiCaller:
         """Whoever the key stands for; routes that take no key have none, and must not ask."""
         if self._caller is None:
             raise LookupError("A public route has no caller")

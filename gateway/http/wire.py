@@ -32,7 +32,7 @@ from engine import name_suggestions, values
 from engine.values import InvalidJson, Json
 from gateway import errors, limits
 from gateway.errors import ApiError
-from models import moments
+from models import timestamps
 
 if TYPE_CHECKING:
     from gateway.http.request import Request
@@ -163,12 +163,12 @@ def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any ty
 
 def instant(moment: datetime) -> str:
     """Return a time as clients see it."""
-    return moments.written(moment)
+    return timestamps.format_timestamp(moment)
 
 
 def optional_instant(moment: datetime | None) -> str | None:
     """Return a time as clients see it, or null."""
-    return moments.optional(moment)
+    return timestamps.format_optional(moment)
 
 
 # ── what is wrong with a body ───────────────────────────────────────────────────────────────────────────────

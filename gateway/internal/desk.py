@@ -20,9 +20,9 @@ from concurrency.ttl_cache import TTLCache
 from execution.gateway_calls import News, WaitCall
 from gateway import errors
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
+from models.errors import DatabaseUnavailable
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
-from models.outage import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -26,7 +26,7 @@ from gateway.internal.holding import Holder
 from journal.group_commit import GroupCommit
 from json_text import decoding
 from models import deployment_token
-from models.deployment_token import Bearer
+from models.deployment_token import TokenBearer
 from models.pod_processes import PodProcess
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ LONG_BYTES: Final = 262_144
 class Remembered:
     """Whom a token spoke for when it was last looked up."""
 
-    bearer: Bearer
+    bearer: TokenBearer
     until: float
 
 
@@ -59,14 +59,16 @@ class RunnerAuthenticator:
 
     def __init__(self, database: Database) -> None:
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
-        self._reads: GroupCommit[str, Bearer | None] = GroupCommit(partial(deployment_token.find, database))
+        self._reads: GroupCommit[str, TokenBearer | None] = GroupCommit(
+            partial(deployment_token.find_bearers, database)
+        )
         """One query at a time, for all tokens that wait."""
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
 
     async def holder(self, request: Request) -> Holder:
         """Return the pod that asks; raises 401 without a valid token, 429 after too many failures."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        process = PodProcess.named(request.headers.get(RUNNER_HEADER, ""))
+        process = PodProcess.from_name(request.headers.get(RUNNER_HEADER, ""))
         if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:
             raise _unauthorized()
         bearer = await self._bearer(token, client_of_scope(request.scope))
@@ -76,7 +78,7 @@ class RunnerAuthenticator:
         """Look every token up anew."""
         self._remembered.clear()
 
-    async def _bearer(self, token: str, client: str) -> Bearer:
+    async def _bearer(self, token: str, client: str) -> TokenBearer:
         remembered = self._remembered.get(token)
         if remembered is not None and remembered.until > monotonic():
             return remembered.bearer

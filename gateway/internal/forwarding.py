@@ -18,8 +18,8 @@ from sqlmodel import col
 from concurrency.ttl_cache import TTLCache
 from messages import hints
 from models import deployment_token
-from models.deployment import MAY_SERVE, Deployment
-from models.outage import DatabaseUnavailable
+from models.deployment import POSSIBLY_SERVING_STATES, Deployment
+from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,14 +106,14 @@ class Forwarder:
         ready = select(col(Deployment.ready_addresses)).where(
             col(Deployment.workflow_id) == workflow_id,
             col(Deployment.is_deployed),
-            col(Deployment.observed).in_(MAY_SERVE),
+            col(Deployment.observed).in_(POSSIBLY_SERVING_STATES),
             col(Deployment.drain_until).is_(None),
         )
         async with self._database.read() as connection:
             addresses = await connection.scalar(ready)
             if not addresses:
                 return Pods()
-            return Pods(tuple(addresses), await deployment_token.hint_keys(connection, workflow_id))
+            return Pods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
 
     async def _takes_hint(self, address: str, keys: Sequence[str]) -> bool:
         """Tell whether a pod takes a hint; it doesn't where it drains, or another process listens there by now."""

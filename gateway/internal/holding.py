@@ -17,7 +17,7 @@ from gateway.errors import ApiError
 from journal.rows import SPAN_COLUMNS, span_of
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
-from models.execution import Execution, LogRow, Signal, SpanRow
+from models.execution import Execution, LogRow, SpanRow, WaitAnswer
 from models.execution_status import ExecutionStatus
 from models.pod_processes import PodProcess, lease_owner
 from models.workflow import Definition
@@ -180,11 +180,15 @@ async def answers(database: Database, holder: Holder, execution_ids: Sequence[st
     """Return what nodes of runs were answered."""
     statement = (
         select(
-            *(col(Signal.execution_id), col(Signal.node_id), col(Signal.iteration)),
-            col(Signal.payload),
+            *(col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration)),
+            col(WaitAnswer.payload),
         )
-        .join(Execution, col(Execution.id) == col(Signal.execution_id))
-        .where(col(Signal.execution_id).in_(execution_ids), col(Signal.lane) == holder.lane, *is_held(holder))
+        .join(Execution, col(Execution.id) == col(WaitAnswer.execution_id))
+        .where(
+            col(WaitAnswer.execution_id).in_(execution_ids),
+            col(WaitAnswer.lane) == holder.lane,
+            *is_held(holder),
+        )
     )
     async with database.read() as connection:
         rows = (await connection.execute(statement)).all()

@@ -40,7 +40,7 @@ from journal.store import Claim, Held
 from messages import beginnings
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
-from models.outage import PartialCommit
+from models.errors import PartialCommit
 from nodes.connections import policy
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from journal.store import Store
     from messages.broker import Broker
     from models.database import Database
-    from models.vault import Vault
+    from models.encryption import SecretVault
     from nodes.catalog import Catalog
 
 
@@ -42,7 +42,7 @@ async def opened(
     store: Store,
     broker: Broker,
     catalog: Catalog,
-    vault: Vault,
+    vault: SecretVault,
     desk: Desk,
 ) -> AsyncIterator[Runners]:
     """Make them, and have pods wait at the desk as long as the context lasts."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from engine.findings import GraphFinding
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
-    from models.access import Caller
+    from models.access import ApiCaller
     from nodes.catalog import Catalog
 
 Problem: TypeAlias = "Mapping[str, Json]"
@@ -76,7 +76,7 @@ class Plan:
     warnings: Sequence[Problem]
 
 
-def plan(caller: Caller, value: Json, catalog: Catalog, now: datetime) -> Plan:
+def plan(caller: ApiCaller, value: Json, catalog: Catalog, now: datetime) -> Plan:
     """Return what a body would create, and what is wrong with it; raises 422 only for one that is no object.
 
     The same body makes the same graph: nodes and connections without ids are numbered.

@@ -37,7 +37,7 @@ from models.workflow import Workflow
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from models.access import Caller
+    from models.access import ApiCaller
     from nodes.catalog import Catalog
 
 FORMAT: Final = "pilotflame/workflow"
@@ -161,12 +161,12 @@ def _at(part: str, path: str) -> str:
 # ── copies ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def copied(source: Stored, caller: Caller, now: datetime, *, is_template: bool = False) -> Bare:
+def copied(source: Stored, caller: ApiCaller, now: datetime, *, is_template: bool = False) -> Bare:
     """Return a new draft of the caller's with the content of another workflow, and nothing else of it."""
     found = bare(source)
     content = found.stored.workflow
     workflow = Workflow(
-        id=ids.new("wf"),
+        id=ids.new_id("wf"),
         organization_id=caller.organization_id,
         lane=caller.lane,
         owner_id=caller.user_id,
@@ -268,7 +268,7 @@ def _unknown_field(name: str) -> dict[str, Json]:
     return errors.problem(path, "unknown-field", f"{path} is no field of a document")
 
 
-def imported(caller: Caller, body: ImportWorkflow, catalog: Catalog, now: datetime) -> Stored:
+def imported(caller: ApiCaller, body: ImportWorkflow, catalog: Catalog, now: datetime) -> Stored:
     """Return the workflow that a document describes, as a draft of the caller's; raises 422 with all that is wrong."""
     given = body.document
     wanted = CreateWorkflow(

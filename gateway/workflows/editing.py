@@ -19,8 +19,8 @@ from gateway.http.responses import JsonResponse
 from gateway.workflows import copying, graph_shapes, source_checks, workflow_rows
 from gateway.workflows.workflow_rows import Stored
 from journal import pinning
-from models.audit import Action
-from models.columns import column_values
+from models.audit import AuditAction
+from models.column_types import column_values
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def require_writer(request: Request, workflow: Workflow) -> None:
 
 async def edit(
     request: Request,
-    action: Action,
+    action: AuditAction,
     change: Change,
     *,
     also: Addition | None = None,
@@ -143,7 +143,7 @@ async def create(
     request: Request,
     body: Json,
     made: Stored,
-    action: Action,
+    action: AuditAction,
     *,
     shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:

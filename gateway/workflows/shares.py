@@ -12,10 +12,10 @@ from models import access_store
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from models.access import Caller
+    from models.access import ApiCaller
 
 
-async def require_user(connection: AsyncConnection, user_id: str, caller: Caller) -> None:
+async def require_user(connection: AsyncConnection, user_id: str, caller: ApiCaller) -> None:
     """Raise 404 for a user that is none of the organisation's."""
     if await access_store.find_user(connection, caller.organization_id, user_id) is None:
         raise errors.not_found("user")
@@ -28,7 +28,7 @@ def added(
     *,
     what: str,
     owner_id: str,
-    caller: Caller,
+    caller: ApiCaller,
 ) -> Mapping[str, datetime]:
     """Return whom `what` (`workflow`) is shared with once a user more is; raises 409 and 422."""
     if user_id in {owner_id, caller.user_id}:

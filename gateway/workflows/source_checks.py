@@ -14,8 +14,8 @@ from engine.graph import ParsedGraph
 from engine.resource_scopes import list_references
 from gateway import errors
 from journal.pinning import definition
-from models.data_source import DataSource, opened, usable_by
-from models.vault import VaultError
+from models.data_source import DataSource, decrypt_secrets, is_usable_by
+from models.encryption import VaultError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.resource_scopes import ResourceReference
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
-    from models.vault import Vault
+    from models.encryption import SecretVault
 
 
 def named_sources(
@@ -39,14 +39,14 @@ def named_sources(
 
 
 async def require_usable(
-    connection: AsyncConnection, stored: Stored, named: Sequence[ResourceReference], vault: Vault
+    connection: AsyncConnection, stored: Stored, named: Sequence[ResourceReference], vault: SecretVault
 ) -> None:
     """Raise 422 unless each data source exists, may be used by the owner, can be decrypted, and has a fitting type."""
     if not named:
         return
     owner = stored.workflow
     statement = select(DataSource).where(
-        col(DataSource.id).in_({one.id for one in named}), usable_by(owner.organization_id, owner.owner_id)
+        col(DataSource.id).in_({one.id for one in named}), is_usable_by(owner.organization_id, owner.owner_id)
     )
     rows = (await connection.execute(statement)).mappings()
     found = {row["id"]: DataSource(**row) for row in rows}
@@ -55,7 +55,9 @@ async def require_usable(
         raise errors.invalid(problems)
 
 
-def _problem(reference: ResourceReference, source: DataSource | None, vault: Vault) -> dict[str, Json] | None:
+def _problem(
+    reference: ResourceReference, source: DataSource | None, vault: SecretVault
+) -> dict[str, Json] | None:
     path = f"nodes.{reference.node_id}.config.{reference.path}"
     wanted = " or ".join(reference.source_types)
     if source is None:
@@ -69,7 +71,7 @@ def _problem(reference: ResourceReference, source: DataSource | None, vault: Vau
         )
         return errors.problem(path, "wrong-data-source", message)
     try:
-        opened(vault, source)
+        decrypt_secrets(vault, source)
     except VaultError:
         message = f"{path} names a data source whose secrets can't be decrypted: give them again"
         return errors.problem(path, "data-source-unreadable", message)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import insert, select
 from sqlmodel import col
 
-from models.columns import column_values
+from models.column_types import column_values
 from models.workflow import WorkflowVersion
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from journal.pinning import LoadedWorkflow
-    from models.access import Caller
+    from models.access import ApiCaller
     from models.database import Database
     from nodes.catalog import Catalog
 
@@ -69,7 +69,7 @@ class WorkflowCache:
         self._loads: dict[tuple[str, str], asyncio.Task[LoadedWorkflow | None]] = {}
         self._organizations: TTLCache[str, str] = TTLCache(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
 
-    async def load(self, workflow_id: str, caller: Caller) -> LoadedWorkflow:
+    async def load(self, workflow_id: str, caller: ApiCaller) -> LoadedWorkflow:
         """Return a workflow that the caller may read and execute; raises 404."""
         key = (caller.organization_id, workflow_id)
         kept = self._kept.get(key)

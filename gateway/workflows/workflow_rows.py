@@ -17,9 +17,9 @@ from gateway.workflows import foreign_settings
 from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
-from models.columns import column_values
+from models.column_types import column_values
 from models.execution import Execution, ExecutionData
-from models.execution_status import TERMINAL
+from models.execution_status import TERMINAL_STATUSES
 from models.workflow import (
     Workflow,
     WorkflowGraph,
@@ -27,9 +27,9 @@ from models.workflow import (
     WorkflowStatus,
     WorkflowTag,
     WorkflowVersion,
-    listed_for,
-    readable_by,
-    writable_by,
+    is_listed_for,
+    is_readable_by,
+    is_writable_by,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from gateway.http.query import Page
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
-    from models.access import Caller
+    from models.access import ApiCaller
     from nodes.catalog import Catalog
 
 FIRST_VERSION = 1
@@ -86,7 +86,7 @@ class Stored:
         return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))
 
 
-async def lock(connection: AsyncConnection, workflow_id: str, caller: Caller) -> None:
+async def lock(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:
     """Wait until nobody else is changing a workflow, and keep them waiting until the transaction ends.
 
     A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. SQLite's transactions
@@ -98,20 +98,20 @@ async def lock(connection: AsyncConnection, workflow_id: str, caller: Caller) ->
     await connection.execute(row.with_for_update())
 
 
-async def is_readable(connection: AsyncConnection, workflow_id: str, caller: Caller) -> bool:
+async def is_readable(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> bool:
     """Tell whether the caller may read a workflow."""
-    statement = select(col(Workflow.id)).where(col(Workflow.id) == workflow_id, readable_by(caller))
+    statement = select(col(Workflow.id)).where(col(Workflow.id) == workflow_id, is_readable_by(caller))
     return await connection.scalar(statement) is not None
 
 
-async def find(connection: AsyncConnection, workflow_id: str, caller: Caller) -> Stored | None:
+async def find(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> Stored | None:
     """Return a workflow that the caller may read."""
     row = (
         (
             await connection.execute(
                 select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
                 .join(WorkflowGraph, col(WorkflowGraph.workflow_id) == col(Workflow.id))
-                .where(col(Workflow.id) == workflow_id, readable_by(caller))
+                .where(col(Workflow.id) == workflow_id, is_readable_by(caller))
             )
         )
         .mappings()
@@ -145,10 +145,10 @@ class Filter:
 
 
 async def page(
-    connection: AsyncConnection, caller: Caller, wanted: Filter, part: Page, order: ColumnElement[Any]
+    connection: AsyncConnection, caller: ApiCaller, wanted: Filter, part: Page, order: ColumnElement[Any]
 ) -> tuple[int, Sequence[Listed]]:
     """Return how many workflows the caller may read and a page of them; templates are left out."""
-    conditions = [listed_for(caller), *_conditions(caller, wanted)]
+    conditions = [is_listed_for(caller), *_conditions(caller, wanted)]
     sorting = (order, _tie(order))
     # Only ids are sorted and passed over: PostgreSQL would sort whole rows, on the disk where there are many.
     shown = (
@@ -185,7 +185,7 @@ def _tie(order: ColumnElement[Any]) -> ColumnElement[Any]:
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
 
 
-def _conditions(caller: Caller, wanted: Filter) -> Iterable[ColumnElement[bool]]:
+def _conditions(caller: ApiCaller, wanted: Filter) -> Iterable[ColumnElement[bool]]:
     if wanted.status is not None:
         yield col(Workflow.status) == wanted.status
     if wanted.tag is not None:
@@ -221,7 +221,7 @@ async def count_by_status(connection: AsyncConnection, organization_id: str) -> 
     return {row.status: row.total for row in rows}
 
 
-async def templates(connection: AsyncConnection, caller: Caller, part: Page) -> tuple[int, list[Stored]]:
+async def templates(connection: AsyncConnection, caller: ApiCaller, part: Page) -> tuple[int, list[Stored]]:
     """Return how many templates the caller's organisation has, and a page of them, the newest first."""
     conditions = (
         col(Workflow.organization_id) == caller.organization_id,
@@ -295,7 +295,7 @@ def _columns(workflow: Workflow) -> dict[str, object]:
 
 
 async def save(
-    connection: AsyncConnection, before: Stored, after: Stored, caller: Caller, catalog: Catalog
+    connection: AsyncConnection, before: Stored, after: Stored, caller: ApiCaller, catalog: Catalog
 ) -> bool:
     """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
     workflow = after.workflow
@@ -304,7 +304,7 @@ async def save(
         .where(
             col(Workflow.id) == workflow.id,
             col(Workflow.revision) == before.workflow.revision,
-            writable_by(caller),
+            is_writable_by(caller),
         )
         .values(_columns(workflow))
     )
@@ -360,7 +360,7 @@ async def live_executions(connection: AsyncConnection, workflow: Workflow) -> li
         .where(
             col(ExecutionData.workflow_id) == workflow.id,
             col(Execution.organization_id) == workflow.organization_id,
-            col(Execution.status).not_in(TERMINAL),
+            col(Execution.status).not_in(TERMINAL_STATUSES),
         )
     )
     return [ExecutionKey(row.id, row.lane) for row in await connection.execute(running)]

@@ -28,7 +28,7 @@ from models.workflow import Workflow, WorkflowStatus
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.workflow_rows import Listed
-    from models.access import Caller
+    from models.access import ApiCaller
     from nodes.catalog import Catalog
 
 
@@ -165,7 +165,7 @@ class NewWorkflow(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: Caller, body: CreateWorkflow, catalog: Catalog, now: datetime) -> Stored:
+def made(caller: ApiCaller, body: CreateWorkflow, catalog: Catalog, now: datetime) -> Stored:
     """Return a new workflow of the caller; raises 422."""
     problems = Problems()
     stored = drafted(caller, body, catalog, problems, now)
@@ -176,10 +176,10 @@ def made(caller: Caller, body: CreateWorkflow, catalog: Catalog, now: datetime) 
 
 
 def drafted(
-    caller: Caller, body: CreateWorkflow, catalog: Catalog, problems: Problems, now: datetime
+    caller: ApiCaller, body: CreateWorkflow, catalog: Catalog, problems: Problems, now: datetime
 ) -> Stored:
     """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
-    workflow_id = ids.new("wf")
+    workflow_id = ids.new_id("wf")
     workflow = Workflow(
         id=workflow_id,
         organization_id=caller.organization_id,

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from obstore.store import S3Config
 
     from journal.blobs.backend import Backend
-    from models.settings import Settings
+    from models.settings import ServerSettings
 
 FOLDER: Final = "blobs"
 _URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w./=-]*))?", re.ASCII)
 
 
-def open_blobs(settings: Settings) -> BlobStore:
+def open_blobs(settings: ServerSettings) -> BlobStore:
     """Return the store of blobs; raises `InvalidSettings`."""
     return BlobStore(_backend(settings))
 
 
-def _backend(settings: Settings) -> Backend:
+def _backend(settings: ServerSettings) -> Backend:
     if not settings.blob_url:
         return Folder(settings.data_dir / FOLDER)
     match = _URL.fullmatch(settings.blob_url)

@@ -1,4 +1,4 @@
-"""Alembic's entry: one migration path for SQLite and PostgreSQL, on whichever database `models.migrating` opened."""
+"""Alembic's entry: one migration path for SQLite and PostgreSQL, on the database of `models.schema_migration`."""
 
 from alembic import context
 from sqlmodel import SQLModel

@@ -37,7 +37,7 @@ EXPIRED = Refused(410, "Expired", "too old")
 
 
 def deployment(api: FakeApi, workflow_id: str) -> dict[str, Any]:
-    return api.store.get(KINDS["deployments"], NAMESPACE, names.name(workflow_id))
+    return api.store.get(KINDS["deployments"], NAMESPACE, names.workflow_name(workflow_id))
 
 
 def objects(api: FakeApi) -> list[tuple[str, str]]:
@@ -149,7 +149,7 @@ async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
 async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
     cluster, api = fake
     wanted = await cluster.start(replicas=1)
-    api.store.delete(KINDS["secrets"], NAMESPACE, names.name(wanted.workflow_id), {})
+    api.store.delete(KINDS["secrets"], NAMESPACE, names.workflow_name(wanted.workflow_id), {})
     await cluster.driver.scale(wanted.workflow_id, 2)
     observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
     assert observed.trouble is not None
@@ -390,7 +390,7 @@ async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake:
     assert [await requests_of_refused(wanted) for _ in range(2)] == [8, 1]
     # Nobody knows what others have removed since the first attempt.
     for kind in ("deployments", "secrets"):
-        api.store.remove((kind, NAMESPACE, names.name(wanted.workflow_id)))
+        api.store.remove((kind, NAMESPACE, names.workflow_name(wanted.workflow_id)))
     api.refuses = lambda *_: None
     await cluster.driver.apply(wanted)
     await cluster.ready(wanted.workflow_id)
@@ -478,7 +478,7 @@ async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_mi
     wanted = await cluster.start()
     async with watching(cluster, api) as changes:
         await api.go_down()
-        api.store.delete(KINDS["deployments"], NAMESPACE, names.name(wanted.workflow_id), {})
+        api.store.delete(KINDS["deployments"], NAMESPACE, names.workflow_name(wanted.workflow_id), {})
         await api.listen()
         while await anext(changes) != wanted.workflow_id:
             pass

@@ -20,16 +20,16 @@ ANY_ID = st.text(alphabet="aAwWfF_-./ é0", max_size=80) | st.text(max_size=80)
 @settings(max_examples=50)
 @given(st.lists(ANY_ID, min_size=2, max_size=5, unique=True))
 def test_names_are_valid_everywhere_and_never_meet(workflow_ids: list[str]) -> None:
-    made = [name(one) for one in workflow_ids for name in (names.name, names.pods_service)]
+    made = [name(one) for one in workflow_ids for name in (names.workflow_name, names.pods_service_name)]
     assert all(RFC_1035.match(name) and len(name) <= 63 for name in made)
     assert len(set(made)) == len(made)
 
 
 def test_an_id_of_our_own_can_be_read_in_its_name() -> None:
-    workflow_id = ids.new("wf")
-    assert names.name(workflow_id) == "workflow-" + workflow_id.replace("_", "-")
+    workflow_id = ids.new_id("wf")
+    assert names.workflow_name(workflow_id) == "workflow-" + workflow_id.replace("_", "-")
     lookalikes = {workflow_id, workflow_id.replace("_", "-"), workflow_id.upper(), workflow_id + "-"}
-    assert len({names.name(one) for one in lookalikes}) == 4
+    assert len({names.workflow_name(one) for one in lookalikes}) == 4
 
 
 @settings(max_examples=30)
@@ -57,7 +57,7 @@ def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
 def test_what_applications_call_leads_to_the_gateway_and_only_that_may_enter() -> None:
     one = a_wanted()
     service = manifests.gateway_service(one, layout())
-    assert service["metadata"]["name"] == names.name(one.workflow_id)
+    assert service["metadata"]["name"] == names.workflow_name(one.workflow_id)
     assert service["spec"] == {"type": "ExternalName", "externalName": layout().gateway_host}
     policy = manifests.network_policy(one, layout())["spec"]
     (ingress,) = policy["ingress"]

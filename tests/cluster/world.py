@@ -49,7 +49,7 @@ def layout(namespace: str = NAMESPACE, grace_seconds: int = GRACE_SECONDS) -> La
 def a_wanted(python: str = sys.executable, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
     """Return a wish for the program of these tests."""
     given: dict[str, Any] = {
-        "workflow_id": ids.new("wf"),
+        "workflow_id": ids.new_id("wf"),
         "organization_id": "org_1",
         "definition_hash": "first",
         "generation": 1,
@@ -256,7 +256,7 @@ def kubeconfig(api: FakeApi) -> str:
 @asynccontextmanager
 async def on_real(path: Path) -> AsyncIterator[Cluster]:
     """Use a namespace of its own on the cluster of a kubeconfig, and an image that its nodes have."""
-    namespace = ids.new("test").replace("_", "-")
+    namespace = ids.new_id("test").replace("_", "-")
     configuration = client.Configuration()
     await config.load_kube_config(
         config_file=str(path), client_configuration=configuration, persist_config=False

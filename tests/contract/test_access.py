@@ -22,7 +22,7 @@ from gateway.http.endpoint import Access
 from gateway.workflows import shipped
 from journal.blobs.backend import Owner
 from models import access_store
-from models.access import ALL_SCOPES, KeyScope, Role, User
+from models.access import ALL_KEY_SCOPES, KeyScope, User, UserRole
 from models.data_source import DataSource, DataSourceShare
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -602,8 +602,8 @@ async def cast_in(world: World) -> Cast:
         Caller.OWNER: owner.user,
         Caller.GUEST: (await world.person(here)).user,
         Caller.COLLEAGUE: (await world.person(here)).user,
-        Caller.ADMIN: (await world.person(here, Role.ADMIN)).user,
-        Caller.STRANGER: (await world.person(elsewhere, Role.ADMIN)).user,
+        Caller.ADMIN: (await world.person(here, UserRole.ADMIN)).user,
+        Caller.STRANGER: (await world.person(elsewhere, UserRole.ADMIN)).user,
     }
     cast = Cast(world, owner, users, await keys_for(world, users))
     answer_for_pods(world)
@@ -635,7 +635,7 @@ async def keys_for(world: World, users: Mapping[Caller, User]) -> dict[tuple[Cal
                 connection,
                 user=user,
                 name="A key",
-                scopes=ALL_SCOPES - {scope} if caller is Caller.WRONG_SCOPE else {scope} - {None},
+                scopes=ALL_KEY_SCOPES - {scope} if caller is Caller.WRONG_SCOPE else {scope} - {None},
                 secret=SECRET.encode(),
                 now=now - timedelta(days=2),
                 expires_at=now - timedelta(seconds=1) if caller is Caller.EXPIRED_KEY else None,
@@ -718,7 +718,7 @@ async def ask(cast: Cast, number: int) -> None:
 
 async def test_what_others_have_is_not_counted(on_sqlite: Cast) -> None:
     world = on_sqlite.world
-    newcomer = await world.person(await world.organization(), Role.ADMIN)
+    newcomer = await world.person(await world.organization(), UserRole.ADMIN)
     counts = {
         "/api/v1/auth/keys": 1,
         "/api/v1/auth/users": 1,

@@ -58,7 +58,7 @@ async def ask(
             node_id=node_id,
             iteration=iteration,
             lane=lane or 0,
-            id=ids.new("span"),
+            id=ids.new_id("span"),
             sequence=3,
             label="Approval",
             type="human-input",

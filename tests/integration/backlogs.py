@@ -34,7 +34,7 @@ class Rows:
     definition_hash: str = "hash"
     rank: str = "n"
     """An expression of the number `n` of a row, from 1 on."""
-    prefix: str = field(default_factory=lambda: ids.new("exec"))
+    prefix: str = field(default_factory=lambda: ids.new_id("exec"))
 
 
 async def fill(database: Database, rows: Rows) -> None:
@@ -59,7 +59,7 @@ async def fill(database: Database, rows: Rows) -> None:
         "status": rows.status,
         "target": rows.target,
         "definition_hash": rows.definition_hash,
-        "turn": ids.turn_of(rows.workflow_id) if rows.turn is None else rows.turn,
+        "turn": ids.turn_of_workflow(rows.workflow_id) if rows.turn is None else rows.turn,
         "is_fresh": rows.is_fresh,
         "started_at": rows.started_at,
     }

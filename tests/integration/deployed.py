@@ -14,7 +14,7 @@ from sqlmodel import col
 from journal.store import Claim
 from messages import beginnings
 from messages.deployments import DeployerMessage, ReadPodLogs
-from models.deployment import Deployment, Observed
+from models.deployment import Deployment, ObservedState
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 
@@ -38,7 +38,7 @@ async def deployed(world: World, person: Person, workflow_id: str, **changes: An
             "definition_hash": HASH,
             "version": 1,
             "last_activity_at": now - timedelta(hours=1),
-            "observed": Observed.RUNNING,
+            "observed": ObservedState.RUNNING,
             "observed_replicas": 1,
             "ready_replicas": 1,
             "observed_definition_hash": HASH,
@@ -58,7 +58,7 @@ async def deployed(world: World, person: Person, workflow_id: str, **changes: An
 async def come_up(world: World, workflow_id: str) -> None:
     """Have what is wanted of a deployment seen, where no deployer sees to it."""
     seen = {
-        "observed": Observed.RUNNING,
+        "observed": ObservedState.RUNNING,
         "observed_generation": col(Deployment.generation),
         "observed_replicas": col(Deployment.replicas),
         "ready_replicas": col(Deployment.replicas),

@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 from sqlmodel import col
 
 from journal import deployments
-from models.deployment import Deployment, Observed
+from models.deployment import Deployment, ObservedState
 from tests.cluster.world import PROGRAM
 from tests.integration.gateway_world import SECRET, Person, World
 from workers.cluster import local
@@ -91,7 +91,7 @@ async def on_this_machine(
 
 async def forget_deployments(world: World) -> None:
     """Have nothing deployed any more, whatever a test has left."""
-    gone = update(Deployment).values(is_deployed=False, observed=Observed.ABSENT)
+    gone = update(Deployment).values(is_deployed=False, observed=ObservedState.ABSENT)
     await world.gateway.database.transaction(lambda connection: connection.execute(gone))
 
 

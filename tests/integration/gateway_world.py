@@ -20,7 +20,7 @@ from gateway.main import create_app
 from gateway.settings import GatewaySettings
 from gateway.state import State
 from models import access_store
-from models.access import ALL_SCOPES, KeyScope, Organization, Role, User
+from models.access import ALL_KEY_SCOPES, KeyScope, Organization, User, UserRole
 from tests import databases
 from tests.services import PostgreSQL
 
@@ -88,10 +88,10 @@ class World:
                 for _ in range(2)
             ]
             return [
-                await _make_person(connection, here, Role.ADMIN),
-                await _make_person(connection, here, Role.MEMBER),
-                await _make_person(connection, here, Role.MEMBER),
-                await _make_person(connection, elsewhere, Role.ADMIN),
+                await _make_person(connection, here, UserRole.ADMIN),
+                await _make_person(connection, here, UserRole.MEMBER),
+                await _make_person(connection, here, UserRole.MEMBER),
+                await _make_person(connection, elsewhere, UserRole.ADMIN),
             ]
 
         made = await self.gateway.database.transaction(make)
@@ -105,7 +105,10 @@ class World:
         )
 
     async def person(
-        self, organization: Organization, role: Role = Role.MEMBER, scopes: Collection[KeyScope] = ALL_SCOPES
+        self,
+        organization: Organization,
+        role: UserRole = UserRole.MEMBER,
+        scopes: Collection[KeyScope] = ALL_KEY_SCOPES,
     ) -> Person:
         user, key = await self.gateway.database.transaction(
             lambda connection: _make_person(connection, organization, role, scopes)
@@ -130,8 +133,8 @@ class World:
 async def _make_person(
     connection: AsyncConnection,
     organization: Organization,
-    role: Role,
-    scopes: Collection[KeyScope] = ALL_SCOPES,
+    role: UserRole,
+    scopes: Collection[KeyScope] = ALL_KEY_SCOPES,
 ) -> Made:
     now = datetime.now(UTC)
     user = await access_store.create_user(

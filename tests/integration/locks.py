@@ -23,7 +23,7 @@ PROMPT_SECONDS = 10.0
 @asynccontextmanager
 async def left_open(url: URL, statement: str, *arguments: object) -> AsyncIterator[None]:
     """Begin a transaction, as an operator might, or a process that then stands still, and end it after the block."""
-    connection = await asyncpg.connect(sessions.address(url))
+    connection = await asyncpg.connect(sessions.driver_address(url))
     try:
         async with connection.transaction():
             await connection.execute(statement, *arguments)

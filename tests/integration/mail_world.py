@@ -26,7 +26,7 @@ from gateway.state import State
 from journal.store import Claimed
 from messages import broker as brokers
 from models.execution import Execution, ExecutionData
-from models.intake import Delivery
+from models.ingest import Delivery
 from nodes.connections.connections import Connections
 from nodes.connections.policy import ConnectionPolicy
 from nodes.outbound import OutboundResponse

@@ -29,10 +29,10 @@ from journal.store import (
     Verdict,
 )
 from models import access_store, ids
-from models.access import Organization, Role
+from models.access import Organization, UserRole
 from models.database import Database, parse_url
-from models.losses import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
-from models.moments import to_microseconds
+from models.loss_limits import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.timestamps import to_microseconds
 from models.workflow import Workflow
 
 TABLES = (
@@ -69,7 +69,7 @@ class Place:
         """Return a run of this workflow, to be accepted."""
         definition = changes.get("definition", DEFINITION)
         fields: dict[str, Any] = {
-            "execution_id": ids.new("exec"),
+            "execution_id": ids.new_id("exec"),
             "lane": self.organization.lane,
             "organization_id": self.organization.id,
             "workflow_id": self.workflow_id,
@@ -89,7 +89,7 @@ class Place:
     def arrival(self, *runs: Acceptance, **changes: Any) -> Arrival:  # noqa: ANN401 - any field of an Arrival
         """Return a request that brings runs."""
         fields: dict[str, Any] = {
-            "delivery_id": ids.new("dlv"),
+            "delivery_id": ids.new_id("dlv"),
             "lane": self.organization.lane,
             "organization_id": self.organization.id,
             "workflow_id": self.workflow_id,
@@ -163,18 +163,18 @@ class World:
     async def workflow(self, organization: Organization | None = None, *, turn: int | None = None) -> Place:
         """Make a workflow, in an organisation of its own if none is given, and with a certain turn if one is."""
         owner = organization or await self.organization()
-        workflow_id = ids.new("wf")
-        while turn is not None and ids.turn_of(workflow_id) != turn:
-            workflow_id = ids.new("wf")
+        workflow_id = ids.new_id("wf")
+        while turn is not None and ids.turn_of_workflow(workflow_id) != turn:
+            workflow_id = ids.new_id("wf")
         now = datetime.now(UTC)
 
         async def make(connection: AsyncConnection) -> Place:
             user = await access_store.create_user(
                 connection,
                 organization=owner,
-                email=f"{ids.new('mail')}@example.com",
+                email=f"{ids.new_id('mail')}@example.com",
                 name="Somebody",
-                role=Role.MEMBER,
+                role=UserRole.MEMBER,
                 now=now,
             )
             workflow = Workflow(

@@ -19,8 +19,8 @@ from execution.gateway_calls import Contact
 from gateway import main as gateways
 from models import deployment_token, ids
 from models.database_time import DatabaseTime
-from models.deployment import Deployment, Observed
-from models.deployment_token import Bearer
+from models.deployment import Deployment, ObservedState
+from models.deployment_token import TokenBearer
 from runner.application import Life
 from runner.main import working
 from runner.reporter import Gateway
@@ -92,28 +92,32 @@ class Cluster:
         workflow_id = deployment.workflow_id
         is_wanted = deployment.is_deployed and deployment.replicas > 0 and deployment.drain_until is None
         if is_wanted and workflow_id in self.broken:
-            await self._saw(deployment, Observed.FAILED, observed_reason=self.broken[workflow_id])
+            await self._saw(deployment, ObservedState.FAILED, observed_reason=self.broken[workflow_id])
         elif is_wanted and workflow_id not in self.pods:
             self.starts[workflow_id] += 1
-            await self._saw(deployment, Observed.STARTING)
+            await self._saw(deployment, ObservedState.STARTING)
             self.pods[workflow_id] = await self._started(deployment)
-            await self._saw(deployment, Observed.RUNNING)
+            await self._saw(deployment, ObservedState.RUNNING)
         elif not is_wanted and workflow_id in self.pods:
             await self.pods.pop(workflow_id).aclose()
-            await self._saw(deployment, Observed.STOPPED if deployment.is_deployed else Observed.ABSENT)
+            await self._saw(
+                deployment, ObservedState.STOPPED if deployment.is_deployed else ObservedState.ABSENT
+            )
         elif is_wanted:
-            await self._saw(deployment, Observed.RUNNING)
+            await self._saw(deployment, ObservedState.RUNNING)
         else:
-            await self._saw(deployment, Observed.STOPPED if deployment.is_deployed else Observed.ABSENT)
+            await self._saw(
+                deployment, ObservedState.STOPPED if deployment.is_deployed else ObservedState.ABSENT
+            )
 
     async def _started(self, deployment: Deployment) -> AsyncExitStack:
         stack = AsyncExitStack()
         token = await self.database.transaction(
-            lambda connection: deployment_token.current(
+            lambda connection: deployment_token.ensure_token(
                 connection,
-                Bearer(deployment.workflow_id, deployment.organization_id, deployment.lane),
+                TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.lane),
                 secret=SECRET.encode(),
-                token_id=deployment_token.new_id(),
+                token_id=deployment_token.new_token_id(),
                 now=deployment.created_at,
             )
         )
@@ -121,7 +125,7 @@ class Cluster:
             runner_gateway_url=self.gateway_url,
             runner_token=SecretStr(token),
             runner_workflow_id=deployment.workflow_id,
-            runner_pod=ids.new("pod"),
+            runner_pod=ids.new_id("pod"),
             runner_drain_seconds=5,
             outbound_allowed_networks=(IPv4Network("127.0.0.1/32"),),
         )
@@ -133,7 +137,7 @@ class Cluster:
         )
         return stack
 
-    async def _saw(self, deployment: Deployment, observed: Observed, **columns: Any) -> None:  # noqa: ANN401 - any column
+    async def _saw(self, deployment: Deployment, observed: ObservedState, **columns: Any) -> None:  # noqa: ANN401 - any column
         seen = {"observed": observed, "observed_generation": deployment.generation, **columns}
         if all(getattr(deployment, name) == value for name, value in seen.items()):
             return

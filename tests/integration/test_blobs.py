@@ -27,7 +27,7 @@ from journal.blobs.folder import Folder
 from journal.blobs.opening import open_blobs
 from journal.blobs.reference import InvalidReference, Reference
 from models.database import Database, parse_url
-from models.settings import InvalidSettings, Settings
+from models.settings import InvalidSettings, ServerSettings
 from tests import fake_s3
 from tests.integration.run_world import Where, opened
 
@@ -44,7 +44,7 @@ FORGED = [
 ]
 
 
-def bucket_settings(s3: fake_s3.FakeS3, **changes: Any) -> Settings:  # noqa: ANN401 - fields of the settings
+def bucket_settings(s3: fake_s3.FakeS3, **changes: Any) -> ServerSettings:  # noqa: ANN401 - fields of the settings
     fields: dict[str, Any] = {
         "blob_url": "s3://bucket/kept/here",
         "blob_s3_endpoint": s3.url,
@@ -52,7 +52,7 @@ def bucket_settings(s3: fake_s3.FakeS3, **changes: Any) -> Settings:  # noqa: AN
         "blob_s3_access_key_id": s3.access_key_id,
         "blob_s3_secret_access_key": SecretStr(s3.secret_access_key),
     }
-    return Settings(**fields | changes)
+    return ServerSettings(**fields | changes)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ async def s3() -> AsyncIterator[fake_s3.FakeS3]:
 async def blobs(
     request: pytest.FixtureRequest, tmp_path: Path, s3: fake_s3.FakeS3
 ) -> AsyncIterator[BlobStore]:
-    settings = Settings(data_dir=tmp_path) if request.param == "folder" else bucket_settings(s3)
+    settings = ServerSettings(data_dir=tmp_path) if request.param == "folder" else bucket_settings(s3)
     blobs = open_blobs(settings)
     yield blobs
     await blobs.close()
@@ -154,7 +154,7 @@ async def test_names_and_types_from_outside_are_mere_labels(
 
 @pytest.fixture
 async def folder(tmp_path: Path) -> AsyncIterator[BlobStore]:
-    blobs = open_blobs(Settings(data_dir=tmp_path))
+    blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     yield blobs
     await blobs.close()
 
@@ -256,7 +256,7 @@ async def test_objects_carry_their_type_and_stand_below_the_prefix(s3: fake_s3.F
 @pytest.mark.parametrize("url", ["https://bucket", "s3://", "s3://UPPER", "s3://a/b c", "s3://bucket/a?b"])
 def test_an_address_that_names_no_bucket_is_refused_at_the_start(url: str) -> None:
     with pytest.raises(InvalidSettings, match="PILOTFLAME_BLOB_URL"):
-        open_blobs(Settings(blob_url=url))
+        open_blobs(ServerSettings(blob_url=url))
 
 
 # ── what nodes see ────────────────────────────────────────────────────────────────────────────────────────
@@ -296,7 +296,7 @@ async def test_a_node_reads_what_its_own_line_of_runs_was_given_and_nothing_else
     ],
 )
 async def test_what_is_no_reference_is_refused_as_such(tmp_path: Path, forged: Any) -> None:  # noqa: ANN401 - any JSON value
-    blobs = open_blobs(Settings(data_dir=tmp_path))
+    blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     with pytest.raises(NodeError) as raised:
         await NodeBlobs(blobs).get(caller(), forged, max_bytes=10)
     assert raised.value.code == "invalid-blob"

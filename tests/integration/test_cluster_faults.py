@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from models.deployment import Deployment, DeploymentStatus, Observed, status_of
+from models.deployment import Deployment, DeploymentStatus, ObservedState, status_of
 from scheduler import lifecycle, recovery
 from tests.cluster import world as clusters
 from tests.cluster.conftest import REAL
@@ -123,7 +123,7 @@ async def deploying(
 
 async def undeployed(world: World, people: People, workflow_id: str) -> None:
     await asked(people.owner, "undeploy", workflow_id, 202)
-    await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+    await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 async def trigger(people: People, workflow_id: str) -> tuple[int, str, str]:
@@ -154,16 +154,16 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
         assert fake.cluster.image in str(failed.observed_reason)
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
         seen = [
-            await until(world, workflow_id, lambda one: one.observed == Observed.STOPPING),
-            await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED),
+            await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPING),
+            await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED),
         ]
         fake.api.lose_etcd()
         found.look_at(workflow_id)
-        unknown = await until(world, workflow_id, lambda one: one.observed == Observed.UNKNOWN)
+        unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
         assert unknown.observed_reason != failed.observed_reason
         fake.api.restart_etcd()
         found.look_at(workflow_id)
-        seen.append(await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED))
+        seen.append(await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED))
         for one in seen:
             assert status_of(one) is DeploymentStatus.FAILED
             assert (one.observed_reason_code, one.observed_reason) == ("image-pull", failed.observed_reason)
@@ -383,7 +383,7 @@ async def test_an_etcd_that_was_away_has_cost_no_pod_and_no_wish(
         (before,) = fake.pods()
         fake.api.lose_etcd()
         await asked(people.owner, "start", workflow_id, 202, replicas=2)
-        unknown = await until(world, workflow_id, lambda one: one.observed == Observed.UNKNOWN)
+        unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
         assert "etcdserver: request timed out" in str(unknown.observed_reason)
         fake.api.restart_etcd()
         await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)

@@ -165,7 +165,7 @@ def test_a_server_hides_its_environment_from_other_processes_of_its_user() -> No
     get_dumpable = 3
     program = f"""
 import ctypes
-from models.settings import Settings
+from models.settings import ServerSettings
 from pilotflame import cli
 cli._begin(Settings())
 print(ctypes.CDLL(None).prctl({get_dumpable}, 0, 0, 0, 0))

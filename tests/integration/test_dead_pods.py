@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from models.deployment import Observed
+from models.deployment import ObservedState
 from models.execution import Execution
-from models.pod_processes import PodProcess, lease_owners
+from models.pod_processes import PodProcess, lease_owner_prefix
 from tests.cluster.world import on_fake
 from tests.integration.deployers import asked, deployer, on_this_machine, until
 from tests.integration.gateway_world import EDGE, World, open_world
@@ -76,7 +76,7 @@ async def holder(world: World, workflow_id: str, execution_id: str) -> str:
     statement = select(col(Execution.lease_owner)).where(col(Execution.id) == execution_id)
     async with world.gateway.database.read() as connection:
         owner = str(await connection.scalar(statement))
-    process = PodProcess.named(owner.removeprefix(lease_owners(workflow_id)))
+    process = PodProcess.from_name(owner.removeprefix(lease_owner_prefix(workflow_id)))
     assert process is not None
     return process.pod
 
@@ -117,4 +117,4 @@ async def test_what_a_killed_pod_held_goes_on_in_another_at_once(
         done = await owner.api.get(f"/api/v1/executions/{execution_id}/progress", params={"wait": 9})
         assert done.json()["status"] == "completed"
         await asked(owner, "undeploy", workflow_id, 202)
-        await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+        await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)

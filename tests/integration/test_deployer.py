@@ -18,10 +18,10 @@ from sqlmodel import col
 
 from journal import wakes
 from models.database import Database
-from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, Observed, status_of
+from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
 from models.deployment_token import DeploymentToken
-from models.ids import new
-from models.lifecycle import StoppedReason
+from models.ids import new_id
+from models.lifecycle_policy import StoppedReason
 from scheduler import lifecycle
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.schema import KINDS
@@ -90,7 +90,7 @@ async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_aga
         assert answer["deploymentStatus"] in {"failed", "starting", "deploying"}
         await until(world, workflow_id, has_failed)
         await lifecycle.keep_policies(database, broker)
-        stopped = await until(world, workflow_id, lambda one: one.observed == Observed.STOPPED)
+        stopped = await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED)
         assert (stopped.replicas, stopped.stopped_reason) == (0, StoppedReason.FAILED)
         assert stopped.start_failures == 1
         assert has_failed(stopped)
@@ -148,7 +148,7 @@ async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_
         await until(world, workflow_id, is_running)
         monkeypatch.setattr(Moody, "is_away", True)
         await asked(people.owner, "start", workflow_id, 202, replicas=2)
-        unknown = await until(world, workflow_id, lambda one: one.observed == Observed.UNKNOWN)
+        unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
         assert (unknown.replicas, unknown.observed_reason) == (2, "the cluster is away")
         assert status_of(unknown) is DeploymentStatus.UNKNOWN
         monkeypatch.setattr(Moody, "is_away", False)
@@ -164,7 +164,7 @@ async def test_a_pod_that_is_gone_is_noticed_without_anybody_asking(
         first = await until(world, workflow_id, is_running)
         (certificate,) = (tmp_path / "pods").glob("*/*/process")
         os.kill(int(certificate.read_text().split(" ", 1)[0]), signal.SIGKILL)
-        await until(world, workflow_id, lambda one: one.observed == Observed.STARTING)
+        await until(world, workflow_id, lambda one: one.observed == ObservedState.STARTING)
         again = await until(world, workflow_id, is_running)
         assert again.generation == first.generation
 
@@ -347,7 +347,7 @@ async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_
     world: World, people: People
 ) -> None:
     owner = people.owner
-    asleep = {"replicas": 0, "last_replicas": 2, "observed": Observed.STOPPED}
+    asleep = {"replicas": 0, "last_replicas": 2, "observed": ObservedState.STOPPED}
     by_schedule = {**asleep, "stopped_reason": StoppedReason.SCHEDULE}
     idle = {**asleep, "stopped_reason": StoppedReason.IDLE}
     closed_at, opened_at, changed = [await owner.create(**GRAPH) for _ in range(3)]
@@ -392,7 +392,7 @@ async def test_old_decisions_go_but_for_the_last_that_still_holds(
 
 async def decision(database: Database, people: People, workflow_id: str, at: datetime) -> str:
     kept = LifecycleDecision(
-        id=new("decision"),
+        id=new_id("decision"),
         organization_id=people.owner.user.organization_id,
         lane=people.owner.user.lane,
         workflow_id=workflow_id,

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from journal import wakes
-from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, Observed, status_of
+from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
 from scheduler import lifecycle
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
@@ -284,7 +284,7 @@ async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
         await times.happen(11, lambda: found.look_at(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
         api.refuses = lambda *_: None
-        await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+        await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 @pytest.mark.usefixtures("brief_minute")
@@ -331,7 +331,7 @@ async def test_a_busy_api_server_makes_nothing_unknown(
                 await asyncio.sleep(0.01)
         api.refuses = lambda *_: None
         await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
-    assert seen == {Observed.RUNNING}
+    assert seen == {ObservedState.RUNNING}
 
 
 async def test_mass_starts_are_limited_and_none_is_given_up(
@@ -365,7 +365,7 @@ async def test_mass_starts_of_local_pods_are_limited_too(
 
     def all_run(found: list[Deployment]) -> bool:
         nonlocal most_starting
-        most_starting = max(most_starting, sum(one.observed == Observed.STARTING for one in found))
+        most_starting = max(most_starting, sum(one.observed == ObservedState.STARTING for one in found))
         return all(map(is_running, found))
 
     async with on_this_machine(

@@ -21,11 +21,11 @@ from journal import event_waits
 from journal.store import Claim, Claimed, RunWrite
 from messages.local_broker import LocalBroker
 from models.database_time import DatabaseTime
+from models.errors import DatabaseUnavailable
 from models.event_wait import EventWait
-from models.execution import Execution, Signal
-from models.execution_status import TERMINAL
-from models.intake import Event
-from models.outage import DatabaseUnavailable
+from models.execution import Execution, WaitAnswer
+from models.execution_status import TERMINAL_STATUSES
+from models.ingest import EventRecord
 from tests.integration.gateway_world import People, Person, World
 from tests.integration.locks import impatient, left_open, prompt
 from workers.main import working
@@ -100,7 +100,7 @@ async def asleep(world: World, execution_id: str) -> None:
 
 async def came(world: World, person: Person, execution_id: str) -> tuple[str, Any]:
     """Return by which node a run has ended, and the total of the event that it was given."""
-    while (await row(world, execution_id))["status"] not in TERMINAL:  # noqa: ASYNC110 - rows tell nobody
+    while (await row(world, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows tell nobody
         await asyncio.sleep(0.02)
     shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     assert shown["status"] == "completed", shown
@@ -170,7 +170,7 @@ async def test_a_run_goes_on_without_where_no_event_comes_in_time(world: World, 
         execution_id = await started(people.owner, 7, timeoutSeconds=1)
         assert await came(world, people.owner, execution_id) == ("late", None)
         await told(people.owner, "order.paid", order=7)
-    assert await count(world, Signal, execution_id=execution_id) == 0
+    assert await count(world, WaitAnswer, execution_id=execution_id) == 0
 
 
 # ── whatever dies ───────────────────────────────────────────────────────────────────────────────────────────
@@ -189,7 +189,7 @@ async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
         await aged(world)
         await scheduler(world).tell_left()
         assert await came(world, people.owner, execution_id) == ("paid", 1)
-    assert await count(world, Event, told_at=None) == 0
+    assert await count(world, EventRecord, told_at=None) == 0
 
 
 async def test_telling_that_breaks_off_is_done_again_and_answers_once(
@@ -211,8 +211,8 @@ async def test_telling_that_breaks_off_is_done_again_and_answers_once(
         monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
         await aged(world)
         await scheduler(world).tell_left()
-    assert await count(world, Event, told_at=None) == 0
-    assert await count(world, Signal, execution_id=execution_id) == 1
+    assert await count(world, EventRecord, told_at=None) == 0
+    assert await count(world, WaitAnswer, execution_id=execution_id) == 1
 
 
 async def test_a_locked_run_keeps_an_event_from_no_other(
@@ -235,7 +235,7 @@ async def test_a_locked_run_keeps_an_event_from_no_other(
             assert (await row(world, locked))["status"] == "waiting"
         await awaited.tell_left()
         assert await came(world, people.owner, locked) == ("paid", 1)
-    assert await count(world, Event, told_at=None) == 0
+    assert await count(world, EventRecord, told_at=None) == 0
 
 
 async def test_no_event_falls_between_the_wait_and_the_look_back(
@@ -244,7 +244,7 @@ async def test_no_event_falls_between_the_wait_and_the_look_back(
     silence(world, monkeypatch)
     come_since, is_first = event_waits.come_since, True
 
-    async def come_meanwhile(connection: AsyncConnection, *given: Any) -> Sequence[Event]:  # noqa: ANN401 - as given
+    async def come_meanwhile(connection: AsyncConnection, *given: Any) -> Sequence[EventRecord]:  # noqa: ANN401 - as given
         nonlocal is_first
         if is_first:
             is_first = False

@@ -28,7 +28,7 @@ from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Store, Sw
 from messages import broker as brokers
 from messages.broker import Broker, ExecutionsChanged, Notice
 from messages.local_broker import LocalBroker
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from nodes import catalog
 from nodes.catalog import Catalog
 from tests.calls import NoNetwork

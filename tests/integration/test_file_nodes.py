@@ -20,7 +20,7 @@ from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatab
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from journal.blobs.opening import open_blobs
-from models.settings import Settings
+from models.settings import ServerSettings
 from nodes import catalog
 from nodes.connections import folders
 from nodes.connections.folders import Folders
@@ -87,7 +87,7 @@ class World:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    blobs = open_blobs(Settings(data_dir=tmp_path))
+    blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     files = Folders(tmp_path / "files")
     async with fake_s3.running() as s3:
         yield World(s3, NodeBlobs(blobs), files, tmp_path / "files/org_1/objects")

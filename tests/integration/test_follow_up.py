@@ -28,10 +28,10 @@ from journal.blobs.folder import Folder
 from journal.children import answering
 from journal.store import Claimed
 from messages.local_broker import LocalBroker
-from models import ids, signing
-from models.losses import MAX_LOST_ATTEMPTS
-from models.signing import SigningSecret
-from models.vault import Vault
+from models import ids, signing_secrets
+from models.encryption import SecretVault
+from models.loss_limits import MAX_LOST_ATTEMPTS
+from models.signing_secrets import SigningSecret
 from models.workflow import WorkflowGraph
 from nodes import addresses, catalog
 from nodes.outbound import Outbound, OutboundPolicy
@@ -44,7 +44,7 @@ from workers.follow_up import AfterRuns
 from workers.settings import WorkerSettings
 from workers.webhooks import Webhooks
 
-VAULT = Vault(b"a secret of more than thirty-two characters")
+VAULT = SecretVault(b"a secret of more than thirty-two characters")
 LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 60.0
@@ -119,16 +119,16 @@ class Office:
         return place
 
     async def secret(self, place: Place, *, expires_at: datetime | None = None) -> str:
-        secret, secret_id = signing.new_secret(), ids.new("whsec")
+        secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
         owner = {"organization_id": place.organization.id, "object_id": secret_id}
-        sealed = signing.sealed(VAULT, secret, **owner)
+        sealed = signing_secrets.encrypt_secret(VAULT, secret, **owner)
         row = SigningSecret(
             id=secret_id,
             organization_id=place.organization.id,
             lane=place.organization.lane,
             sealed=sealed.content,
             secret_id=sealed.secret_id,
-            hint=signing.hint_of(secret),
+            hint=signing_secrets.visible_suffix(secret),
             created_at=datetime.now(UTC),
             expires_at=expires_at,
         )

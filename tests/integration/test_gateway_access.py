@@ -13,9 +13,9 @@ from sqlmodel import col
 from gateway.bootstrap import bootstrap
 from gateway.http import auth
 from models import access_store
-from models.access import ApiKey, KeyScope, Role
+from models.access import ApiKey, KeyScope, UserRole
 from models.database import Database, parse_url
-from models.migrating import migrate
+from models.schema_migration import migrate
 from models.settings import InvalidSettings
 from tests.integration.gateway_world import SECRET, World, refused
 from tests.services import PostgreSQL
@@ -256,7 +256,7 @@ async def test_only_admins_with_the_scope_see_and_add_users(world: World) -> Non
     for request in (people.owner.api.get(USERS), people.owner.api.post(USERS, json={"email": "a@b.c"})):
         refused(await request, 403, "admin-required")
     organization = await world.organization()
-    narrow = await world.person(organization, Role.ADMIN, [KeyScope.WORKFLOWS_READ])
+    narrow = await world.person(organization, UserRole.ADMIN, [KeyScope.WORKFLOWS_READ])
     refused(await narrow.api.get(USERS), 403, "scope-required")
 
 

@@ -13,10 +13,10 @@ from sqlmodel import col
 
 from gateway import errors
 from gateway.bootstrap import bootstrap
-from models.access import KeyScope, Organization, Role
+from models.access import KeyScope, Organization, UserRole
 from models.audit import AuditEntry
 from models.database import Database, parse_url
-from models.migrating import migrate
+from models.schema_migration import migrate
 from pilotflame import accounts
 from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
@@ -191,7 +191,7 @@ async def test_what_is_done_at_the_command_line_is_traced_as_the_operator_s(
     world: World, people: People
 ) -> None:
     settings, organization = world.gateway.settings, people.admin.user.organization_id
-    user = await accounts.create_user(settings, organization, "ci@example.com", "CI", Role.MEMBER)
+    user = await accounts.create_user(settings, organization, "ci@example.com", "CI", UserRole.MEMBER)
     await accounts.create_key(settings, organization, user, "ci", [KeyScope.WORKFLOWS_READ], None)
     (key,) = [key for key in await accounts.list_keys(settings, organization) if key.name == "ci"]
     for _ in range(2):
@@ -243,7 +243,7 @@ async def test_the_trail_is_for_admins_of_the_organisation_alone(world: World, p
     organization = Organization(
         id=user.organization_id, lane=user.lane, name="An organisation", created_at=user.created_at
     )
-    limited = await world.person(organization, Role.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
+    limited = await world.person(organization, UserRole.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
     for person in (people.owner, people.colleague):
         refused(await person.api.get(AUDIT), 403, "admin-required")
     refused(await limited.api.get(AUDIT), 403, "scope-required")

@@ -11,8 +11,8 @@ from gateway.executions import backlog as backlogs
 from gateway.executions.backlog import Tally
 from journal import backlog
 from models.database import Database
-from models.execution import DELAYED, LIMITED, SHARED, UNREAD
-from models.ids import turn_of
+from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET
+from models.ids import turn_of_workflow
 from tests.integration.backlogs import Rows, fill
 from tests.integration.gateway_world import GRAPH, People, World, refused
 from tests.integration.gateways import execute, with_settings
@@ -109,14 +109,14 @@ async def counted(
 async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(world: World, people: People) -> None:
     organization_id, database = people.owner.user.organization_id, world.gateway.database
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
-    for target in (SHARED, LIMITED, UNREAD):
+    for target in (SHARED_TARGET, LIMITED_TARGET, UNPARSED_TARGET):
         await fill(database, Rows(organization_id, workflow_id, 2, target=target))
-    await fill(database, Rows(organization_id, workflow_id, 2, target=DELAYED, status="waiting"))
+    await fill(database, Rows(organization_id, workflow_id, 2, target=DELAYED_TARGET, status="waiting"))
     await fill(database, Rows(organization_id, workflow_id, 4, status="waiting", started_at=1))
     await fill(database, Rows(organization_id, workflow_id, 4, is_fresh=False, started_at=1))
     for status in ("running", "completed", "cancelled"):
         await fill(database, Rows(organization_id, workflow_id, 4, status=status))
-    await fill(database, Rows(organization_id, other_id, 16, turn=turn_of(workflow_id)))
+    await fill(database, Rows(organization_id, other_id, 16, turn=turn_of_workflow(workflow_id)))
     await fill(database, Rows(people.stranger.user.organization_id, workflow_id, 32))
     assert await counted(database, organization_id, workflow_id) == 8
     assert await counted(database, organization_id) == 24
@@ -151,7 +151,7 @@ async def crowd(world: World) -> Database:
 
 
 async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowd: Database) -> None:
-    in_organization = backlog.in_organization("org_crowd", [SHARED, LIMITED, "wf_1"])
+    in_organization = backlog.in_organization("org_crowd", [SHARED_TARGET, LIMITED_TARGET, "wf_1"])
     in_workflow = backlog.in_workflow("org_crowd", "wf_1")
     for pending, deferred in (in_organization, in_workflow):
         assert "ix_execution_pending" in await explained(crowd, pending.limit(1_000))

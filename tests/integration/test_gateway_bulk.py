@@ -13,9 +13,9 @@ from sqlmodel import SQLModel, col
 from gateway import limits
 from gateway.executions import bulk
 from journal.blobs.backend import BlobLost, Owner
+from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.execution_status import ExecutionStatus
-from models.outage import DatabaseUnavailable
 from models.workflow import WorkflowShare
 from tests.integration.backlogs import Rows, fill
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused

@@ -16,8 +16,8 @@ from engine.services import RunCaller
 from engine.values import fingerprint
 from execution.data_sources import StoredSources
 from models.data_source import DataSource
+from models.encryption import SecretVault
 from models.execution import Idempotency
-from models.vault import Vault
 from tests.integration.gateway_world import SECRET, TRIGGER, People, Person, World, refused
 
 SOURCES = "/api/v1/datasources"
@@ -67,7 +67,7 @@ def caller(person: Person) -> RunCaller:
 def sources(world: World, *secrets: str) -> StoredSources:
     """Return what a worker finds data sources by."""
     secret, *previous = [one.encode() for one in secrets or (SECRET,)]
-    return StoredSources(world.gateway.database, Vault(secret, previous))
+    return StoredSources(world.gateway.database, SecretVault(secret, previous))
 
 
 # ── what they are ───────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from gateway.arrivals import deliveries
 from messages.buckets import Rate
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
-from models.intake import Delivery
+from models.ingest import Delivery
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused
 from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, active, rows
 

@@ -12,9 +12,9 @@ from sqlalchemy import select, update
 from sqlmodel import col
 
 from models.audit import AuditEntry
-from models.deployment import LifecycleDecision, Observed
+from models.deployment import LifecycleDecision, ObservedState
 from models.deployment_token import DeploymentToken
-from models.execution import DELAYED, LIMITED, SHARED, UNREAD, Execution
+from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET, Execution
 from models.execution_status import ExecutionStatus
 from tests.integration.deployed import run
 from tests.integration.deployers import asked, on_this_machine, row, until
@@ -202,10 +202,10 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
             "status": ExecutionStatus.WAITING,
             "started_at": (await row(world, workflow_id)).created_at,
         },
-        "limited": {"target": LIMITED, "home": workflow_id},
-        "delayed": {"target": DELAYED, "status": ExecutionStatus.WAITING},
-        "unread": {"target": UNREAD},
-        "being read": {"target": UNREAD, "status": ExecutionStatus.RUNNING},
+        "limited": {"target": LIMITED_TARGET, "home": workflow_id},
+        "delayed": {"target": DELAYED_TARGET, "status": ExecutionStatus.WAITING},
+        "unread": {"target": UNPARSED_TARGET},
+        "being read": {"target": UNPARSED_TARGET, "status": ExecutionStatus.RUNNING},
         "ended": {"status": ExecutionStatus.COMPLETED},
     }
     made = {
@@ -220,13 +220,13 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
         name: (found[made[name]].target, found[made[name]].home, found[made[name]].status) for name in made
     }
     assert after == {
-        "pending": (SHARED, None, "pending"),
-        "deferred": (SHARED, None, "pending"),
-        "waiting": (SHARED, None, "waiting"),
-        "limited": (LIMITED, None, "pending"),
-        "delayed": (DELAYED, None, "waiting"),
-        "unread": (UNREAD, None, "pending"),
-        "being read": (UNREAD, None, "running"),
+        "pending": (SHARED_TARGET, None, "pending"),
+        "deferred": (SHARED_TARGET, None, "pending"),
+        "waiting": (SHARED_TARGET, None, "waiting"),
+        "limited": (LIMITED_TARGET, None, "pending"),
+        "delayed": (DELAYED_TARGET, None, "waiting"),
+        "unread": (UNPARSED_TARGET, None, "pending"),
+        "being read": (UNPARSED_TARGET, None, "running"),
         "ended": (workflow_id, workflow_id, "completed"),
     }
 
@@ -240,12 +240,12 @@ async def test_what_is_archived_or_deleted_has_no_pods(
     refused(await owner.api.delete(f"{API}/{workflow_id}"), 409, "workflow-deployed")
     archived = await owner.api.put(f"{API}/{workflow_id}/status", json={"status": "archived"})
     assert archived.status_code == 200
-    await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+    await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
     assert (await asked(owner, "undeploy", workflow_id, 200))["status"] == "archived"
 
     await asked(owner, "deploy", workflow_id, 200)
     assert (await owner.api.delete(f"{API}/{workflow_id}", params={"force": "true"})).status_code == 204
-    await until(world, workflow_id, lambda one: one.observed == Observed.ABSENT)
+    await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 @pytest.mark.usefixtures("deployer")

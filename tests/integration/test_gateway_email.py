@@ -25,8 +25,8 @@ from journal.blobs.backend import BlobsUnavailable, Owner
 from journal.store import Arrival, Claim, Claimed, ExecutionKey
 from mail import addresses
 from messages.buckets import Rate
-from models.execution import ISOLATED_UNREAD, UNREAD, Execution
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.execution import ISOLATED_UNPARSED_TARGET, UNPARSED_TARGET, Execution
 from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
 from tests import fake_s3
 from tests.heartbeat import beating
@@ -126,7 +126,7 @@ async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
     first, again = (one for case, one in runs if case.name == "mg_retry_after_lost_reply")
     assert first == again
     unread_runs = [await mails.run(one) for case, one in runs if case.provider != "native"]
-    assert {(run.target, run.status) for run in unread_runs} == {(UNREAD, "pending")}
+    assert {(run.target, run.status) for run in unread_runs} == {(UNPARSED_TARGET, "pending")}
     assert {run.user_id for run in unread_runs} == {owner.user.id}
 
     outcomes = [(one.outcome, one.sender.partition(":")[0]) for one in await mails.deliveries(workflow_id)]
@@ -440,7 +440,7 @@ async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
     mails.s3.failures = [fake_s3.Refused(403, "AccessDenied")]
     await mails.read(execution_id)
     run = await mails.run(execution_id)
-    assert (run.status, run.target, run.attempt) == ("waiting", UNREAD, 0)
+    assert (run.status, run.target, run.attempt) == ("waiting", UNPARSED_TARGET, 0)
     assert timedelta(0) < run.due_at - datetime.now(UTC) <= timedelta(seconds=5)
     await due_now(mails, execution_id)
     await mails.read(execution_id)
@@ -525,7 +525,7 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
     for _ in range(2):
         assert execution_id in {one.execution_id for one in await claimed(mails, "dead.reader")}
         await mails.gateway.store.take_back("dead")
-    assert (await mails.run(execution_id)).target == ISOLATED_UNREAD
+    assert (await mails.run(execution_id)).target == ISOLATED_UNPARSED_TARGET
 
     async def is_read() -> bool:
         return bool((await mails.run(execution_id)).target == "shared")
@@ -537,7 +537,7 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
 
 
 async def claimed(mails: MailWorld, owner: str) -> Sequence[Claimed]:
-    return await mails.gateway.store.claim(Claim(owner, 30.0, 100, target=UNREAD))
+    return await mails.gateway.store.claim(Claim(owner, 30.0, 100, target=UNPARSED_TARGET))
 
 
 async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
@@ -558,7 +558,7 @@ async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
         async with mails.reading():
             await asyncio.wait_for(begun.wait(), 60)
     run = await mails.run(execution_id)
-    assert (run.status, run.target, run.attempt, run.lease_owner) == ("pending", UNREAD, 0, None)
+    assert (run.status, run.target, run.attempt, run.lease_owner) == ("pending", UNPARSED_TARGET, 0, None)
 
 
 async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_a_day(
@@ -799,7 +799,7 @@ async def test_a_mail_that_is_run_once_more_has_its_attachments_and_one_unread_i
         assert answer.status_code == 201, answer.text
         again = answer.json()["executionId"]
         if delivery.execution_id == large:
-            assert (await mails.run(again)).target == UNREAD
+            assert (await mails.run(again)).target == UNPARSED_TARGET
             await mails.read(again)
             assert len((await mails.given(again))["body_text"]) > 100_000
             continue

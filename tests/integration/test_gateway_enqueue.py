@@ -16,12 +16,12 @@ from engine.values import Json
 from gateway.arrivals import sender as senders
 from gateway.executions import acceptance
 from journal.store import Arrival, TakenIn
-from models import ids, intake_tokens
-from models.deployment import Deployment, Observed
-from models.execution import DELAYED, Execution, ExecutionData
+from models import ids, sender_tokens
+from models.deployment import Deployment, ObservedState
+from models.execution import DELAYED_TARGET, Execution, ExecutionData
 from models.execution_status import ExecutionStatus
-from models.intake import Delivery, IntakeToken, TokenKind
-from models.lifecycle import StoppedReason
+from models.ingest import Delivery, SenderToken, SenderTokenKind
+from models.lifecycle_policy import StoppedReason
 from tests.integration.deployed import deployed
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
 
@@ -48,22 +48,22 @@ async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]: 
 
 
 async def token_of(
-    world: World, person: Person, workflow_id: str, kind: TokenKind = TokenKind.TRIGGER
+    world: World, person: Person, workflow_id: str, kind: SenderTokenKind = SenderTokenKind.TRIGGER
 ) -> str:
-    token = intake_tokens.new_token(kind)
-    row = IntakeToken(
-        id=ids.new("tok"),
+    token = sender_tokens.new_token(kind)
+    row = SenderToken(
+        id=ids.new_id("tok"),
         kind=kind,
         organization_id=person.user.organization_id,
         lane=person.user.lane,
-        workflow_id=workflow_id if kind is TokenKind.TRIGGER else None,
+        workflow_id=workflow_id if kind is SenderTokenKind.TRIGGER else None,
         user_id=person.user.id,
-        hash=intake_tokens.token_hash(token),
-        hint=intake_tokens.hint_of(token),
+        hash=sender_tokens.hash_token(token),
+        hint=sender_tokens.visible_suffix(token),
         created_at=datetime.now(UTC),
     )
     await world.gateway.database.transaction(
-        lambda connection: connection.execute(insert(IntakeToken).values(row.model_dump()))
+        lambda connection: connection.execute(insert(SenderToken).values(row.model_dump()))
     )
     return token
 
@@ -161,7 +161,7 @@ async def test_a_message_waits_for_its_time(world: World, people: People, workfl
     response = await people.owner.api.post(url, json={"message": 1, "delaySeconds": 60, "priority": 3})
     execution_id = response.json()["executionId"]
     (run,) = await rows(world, Execution, id=execution_id)
-    assert (run.status, run.target) == (ExecutionStatus.WAITING, DELAYED)
+    assert (run.status, run.target) == (ExecutionStatus.WAITING, DELAYED_TARGET)
     assert timedelta(seconds=50) < run.due_at - run.created_at < timedelta(seconds=61)
     assert run.rank == pytest.approx(run.due_at.timestamp() * 1e6 - 3 * 60e6, abs=10)
     await world.gateway.database.transaction(
@@ -178,7 +178,7 @@ async def test_a_message_for_later_wakes_no_pods(world: World, people: People, w
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     await people.owner.api.post(url, json={"message": 1})
     (stored,) = await rows(world, Execution, workflow_id=workflow_id)
-    asleep = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
+    asleep = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": ObservedState.STOPPED}
     await deployed(world, people.owner, workflow_id, definition_hash=stored.definition_hash, **asleep)
     world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
     batch = {"messages": [{"message": 2, "delaySeconds": 60}]}
@@ -192,7 +192,7 @@ async def test_a_message_for_later_wakes_no_pods(world: World, people: People, w
         (deployment,) = await rows(world, Deployment, workflow_id=workflow_id)
         assert deployment.replicas == replicas
     runs = await rows(world, Execution, workflow_id=workflow_id, home=workflow_id)
-    assert sorted(run.target for run in runs) == sorted([DELAYED, DELAYED, workflow_id])
+    assert sorted(run.target for run in runs) == sorted([DELAYED_TARGET, DELAYED_TARGET, workflow_id])
 
 
 async def test_a_revoked_token_is_good_for_a_second_after_it_was_asked_for_and_no_longer(
@@ -232,7 +232,7 @@ async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
 ) -> None:
     other = await active(people.owner)
     token = await token_of(world, people.owner, workflow_id)
-    event_token = await token_of(world, people.owner, workflow_id, TokenKind.EVENT)
+    event_token = await token_of(world, people.owner, workflow_id, SenderTokenKind.EVENT)
     nobody = await world.client()
 
     response = await nobody.post(f"{WORKFLOWS}/{workflow_id}/enqueue?key={token}", json={"message": 1})

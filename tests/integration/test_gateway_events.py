@@ -19,13 +19,13 @@ from sqlmodel import SQLModel, col
 
 from gateway.arrivals import signatures
 from journal.store import Arrival
-from models import ids, intake_tokens
+from models import ids, sender_tokens
 from models.deployment import Deployment
+from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData
-from models.intake import Delivery, Event, IntakeToken, TokenKind
-from models.outage import DatabaseUnavailable
-from models.trigger import WorkflowTrigger, WorkflowTriggerMatch
+from models.ingest import Delivery, EventRecord, SenderToken, SenderTokenKind
 from models.workflow import Workflow, WorkflowGraph
+from models.workflow_triggers import WorkflowTrigger, WorkflowTriggerMatch
 from scheduler import retention
 from scheduler.settings import SchedulerSettings
 from senders.event_senders import EventSender as Provider
@@ -82,11 +82,11 @@ async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]: 
 async def token_of(
     world: World,
     person: Person,
-    kind: TokenKind = TokenKind.EVENT,
+    kind: SenderTokenKind = SenderTokenKind.EVENT,
     secrets: Mapping[Provider, Sequence[str]] | None = None,
     workflow_id: str | None = None,
 ) -> str:
-    token, token_id = intake_tokens.new_token(kind), ids.new("tok")
+    token, token_id = sender_tokens.new_token(kind), ids.new_id("tok")
     organization_id = person.user.organization_id
     sealed = None
     if secrets is not None:
@@ -94,21 +94,21 @@ async def token_of(
         sealed = signatures.sealed(
             world.gateway.vault, kept, organization_id=organization_id, token_id=token_id
         )
-    row = IntakeToken(
+    row = SenderToken(
         id=token_id,
         kind=kind,
         organization_id=organization_id,
         lane=person.user.lane,
         workflow_id=workflow_id,
         user_id=person.user.id,
-        hash=intake_tokens.token_hash(token),
-        hint=intake_tokens.hint_of(token),
+        hash=sender_tokens.hash_token(token),
+        hint=sender_tokens.visible_suffix(token),
         sealed=sealed.content if sealed else None,
         secret_id=sealed.secret_id if sealed else None,
         created_at=datetime.now(UTC),
     )
     await world.gateway.database.transaction(
-        lambda connection: connection.execute(insert(IntakeToken).values(row.model_dump()))
+        lambda connection: connection.execute(insert(SenderToken).values(row.model_dump()))
     )
     return token
 
@@ -165,7 +165,7 @@ async def test_an_event_runs_every_active_workflow_that_waits_for_it(world: Worl
             "event_data": data,
             "source": "platform",
         }
-    (event,) = await rows(world, Event, id=answer["event_id"])
+    (event,) = await rows(world, EventRecord, id=answer["event_id"])
     assert (event.event_type, event.organization_id) == ("user.created", people.owner.user.organization_id)
     (delivery,) = await rows(world, Delivery, event_id=event.id)
     assert (delivery.outcome, delivery.status, delivery.created_at) == ("accepted", 200, event.created_at)
@@ -177,7 +177,7 @@ async def test_an_event_that_nobody_waits_for_is_kept(world: World, people: Peop
     assert response.status_code == 200
     answer = response.json()
     assert (answer["workflows_triggered"], answer["workflows_failed"], answer["results"]) == (0, 0, [])
-    (event,) = await rows(world, Event, id=answer["event_id"])
+    (event,) = await rows(world, EventRecord, id=answer["event_id"])
     assert json.loads(event.data) == {"event_type": "nothing.at-all", "event_data": {}, "source": "shop"}
 
 
@@ -246,7 +246,7 @@ async def test_what_is_told_again_is_answered_as_it_was(world: World, people: Pe
     await set_status(people.owner, workflow_id, "draft")
     assert (await people.owner.api.post(EVENTS, json=body, headers=headers)).content == answers[0].content
     assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
-    assert len(await rows(world, Event, organization_id=people.owner.user.organization_id)) == 1
+    assert len(await rows(world, EventRecord, organization_id=people.owner.user.organization_id)) == 1
     noted = await rows(world, Delivery, organization_id=people.owner.user.organization_id)
     assert sorted(one.outcome for one in noted) == ["accepted", *["duplicate"] * 20]
     refused(
@@ -280,7 +280,7 @@ async def test_an_event_is_taken_in_whole_or_not_at_all(
     refused(
         await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
     )
-    assert await rows(world, Event, organization_id=organization_id) == []
+    assert await rows(world, EventRecord, organization_id=organization_id) == []
     assert await rows(world, Execution, organization_id=organization_id) == []
     refused(
         await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
@@ -409,7 +409,7 @@ async def test_an_event_token_opens_the_events_of_its_organisation_and_nothing_e
 ) -> None:
     workflow_id = await active(people.owner, subscribed("a.b"))
     token = await token_of(world, people.owner)
-    trigger_token = await token_of(world, people.owner, TokenKind.TRIGGER, workflow_id=workflow_id)
+    trigger_token = await token_of(world, people.owner, SenderTokenKind.TRIGGER, workflow_id=workflow_id)
     foreign = await token_of(world, people.stranger)
     signed = await token_of(world, people.owner, secrets=SECRETS)
     nobody = await world.client()
@@ -520,11 +520,11 @@ async def test_events_and_deliveries_are_kept_for_some_days(
     )
     await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
     organization_id = people.owner.user.organization_id
-    old = ids.earliest("", datetime.now(UTC) - timedelta(days=15))
-    for table, prefix in ((Event, "event"), (Delivery, "dlv")):
+    old = ids.earliest_id("", datetime.now(UTC) - timedelta(days=15))
+    for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
         await copied(world, table, organization_id, [prefix + old[:-1] + last for last in "01"])
     await retention.forget_arrivals(settings, world.gateway.database)
-    for table in (Event, Delivery):
+    for table in (EventRecord, Delivery):
         (kept,) = await rows(world, table, organization_id=organization_id)
         assert not kept.id.endswith(old[:8])
 
@@ -562,7 +562,7 @@ async def seed(world: World, person: Person, count: int) -> None:
             found[table, name] = dict((await connection.execute(statement)).mappings().one())
 
     async def write(connection: AsyncConnection) -> None:
-        new = ids.several("wf", count - 1)
+        new = ids.new_ids("wf", count - 1)
         for (table, name), row in found.items():
             copies = [{**row, name: one} for one in new]
             if table is WorkflowGraph:

@@ -16,8 +16,8 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from messages import broker as brokers
-from models.access import ALL_SCOPES, KeyScope, Role
-from models.execution_status import TERMINAL
+from models.access import ALL_KEY_SCOPES, KeyScope, UserRole
+from models.execution_status import TERMINAL_STATUSES
 from tests.integration.gateway_world import GRAPH, SECRET, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
 from tests.receiver import receiving
@@ -57,7 +57,10 @@ async def ended(person: Person, *execution_ids: str) -> list[dict[str, Any]]:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             shown = [await execution(person, execution_id) for execution_id in execution_ids]
-            if all(one["status"] in TERMINAL and not (one["followUp"] or {}).get("pending") for one in shown):
+            if all(
+                one["status"] in TERMINAL_STATUSES and not (one["followUp"] or {}).get("pending")
+                for one in shown
+            ):
                 return shown
             await asyncio.sleep(0.02)
 
@@ -102,7 +105,7 @@ async def test_an_admin_makes_the_secret_and_sees_it_once(people: People) -> Non
 
 async def test_the_secret_takes_the_scope_for_keys(world: World) -> None:
     organization = await world.organization()
-    admin = await world.person(organization, Role.ADMIN, ALL_SCOPES - {KeyScope.KEYS_WRITE})
+    admin = await world.person(organization, UserRole.ADMIN, ALL_KEY_SCOPES - {KeyScope.KEYS_WRITE})
     refused(await admin.api.post(SIGNING), 403, "scope-required")
 
 

@@ -23,11 +23,11 @@ from sqlmodel import SQLModel, col
 from gateway.http import failed_attempts
 from gateway.workflows import workflow_cache
 from journal.blobs.backend import Owner
-from models.deployment import Deployment, Observed
+from models.deployment import Deployment, ObservedState
 from models.execution import Execution, ExecutionData, SpanRow
-from models.execution_status import TERMINAL
-from models.intake import Delivery
-from models.lifecycle import StoppedReason
+from models.execution_status import TERMINAL_STATUSES
+from models.ingest import Delivery
+from models.lifecycle_policy import StoppedReason
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
 from tests.integration.standing_cluster import Cluster, standing
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
@@ -590,7 +590,7 @@ async def failure(person: Person, execution_id: str) -> str:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             answer = await person.api.get(f"/api/v1/executions/{execution_id}/progress")
-            if answer.json()["status"] in TERMINAL:
+            if answer.json()["status"] in TERMINAL_STATUSES:
                 code: str = answer.json()["error"]["code"]
                 return code
 
@@ -696,7 +696,7 @@ async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
     await people.owner.api.post(f"{WORKFLOWS}/{hook.workflow_id}/deploy", json={})
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=graph(None, ANSWERS))
     sleeping = update(Deployment).where(col(Deployment.workflow_id) == hook.workflow_id)
-    values = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
+    values = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": ObservedState.STOPPED}
     await world.gateway.database.transaction(lambda connection: connection.execute(sleeping.values(values)))
     answer = await nobody.post(hook.path, json={"order": 7})
     assert (answer.status_code, answer.json()) == (201, {"order": 7})

@@ -14,7 +14,7 @@ from sqlmodel import col
 from engine.values import Json
 from journal import signals
 from journal.store import ExecutionKey
-from models.execution import Execution, Signal
+from models.execution import Execution, WaitAnswer
 from tests.integration import asking
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused
 
@@ -81,7 +81,7 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
     async with database.read() as connection:
         execution = (await connection.execute(select(Execution).where(col(Execution.id) == asked))).one()
         user_id = await connection.scalar(
-            select(col(Signal.user_id)).where(col(Signal.execution_id) == asked)
+            select(col(WaitAnswer.user_id)).where(col(WaitAnswer.execution_id) == asked)
         )
     assert (execution.status, execution.signals, user_id) == ("pending", 1, people.owner.user.id)
     found = await signals.of(database, [ExecutionKey(asked, execution.lane)])

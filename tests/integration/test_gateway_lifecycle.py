@@ -11,9 +11,9 @@ from sqlalchemy import insert, update
 from sqlmodel import col
 
 from models import ids
-from models.deployment import Deployment, LifecycleDecision, Observed
+from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution_status import ExecutionStatus
-from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Workflow
 from tests.integration.deployed import deployed, run
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused
@@ -195,18 +195,21 @@ async def test_an_idle_time_shorter_than_may_be_chosen_is_shown_as_it_is(
 
 
 STATUSES: list[tuple[dict[str, Any], str]] = [
-    ({"observed": Observed.ABSENT}, "deploying"),
+    ({"observed": ObservedState.ABSENT}, "deploying"),
     ({"observed_definition_hash": "1" * 64}, "deploying"),
-    ({"observed": Observed.STARTING}, "starting"),
-    ({"observed": Observed.FAILED}, "failed"),
-    ({"observed": Observed.FAILED, "generation": 2}, "starting"),
-    ({"observed": Observed.OUTDATED, "observed_definition_hash": "1" * 64}, "failed"),
-    ({"observed": Observed.OUTDATED, "observed_definition_hash": "1" * 64, "generation": 2}, "deploying"),
-    ({"observed": Observed.UNKNOWN}, "unknown"),
+    ({"observed": ObservedState.STARTING}, "starting"),
+    ({"observed": ObservedState.FAILED}, "failed"),
+    ({"observed": ObservedState.FAILED, "generation": 2}, "starting"),
+    ({"observed": ObservedState.OUTDATED, "observed_definition_hash": "1" * 64}, "failed"),
+    (
+        {"observed": ObservedState.OUTDATED, "observed_definition_hash": "1" * 64, "generation": 2},
+        "deploying",
+    ),
+    ({"observed": ObservedState.UNKNOWN}, "unknown"),
     ({"replicas": 0, "stopped_reason": StoppedReason.MANUAL}, "stopping"),
-    ({"replicas": 0, "observed": Observed.STOPPED, "stopped_reason": "idle"}, "stopped"),
+    ({"replicas": 0, "observed": ObservedState.STOPPED, "stopped_reason": "idle"}, "stopped"),
     ({"is_deployed": False}, "undeploying"),
-    ({"is_deployed": False, "observed": Observed.ABSENT}, "not-deployed"),
+    ({"is_deployed": False, "observed": ObservedState.ABSENT}, "not-deployed"),
 ]
 
 
@@ -252,7 +255,7 @@ async def decided(world: World, person: Person, workflow_id: str, replicas: dict
     now = datetime.now(UTC)
     rows = [
         LifecycleDecision(
-            id=ids.new("decision"),
+            id=ids.new_id("decision"),
             organization_id=person.user.organization_id,
             lane=person.user.lane,
             workflow_id=workflow_id,

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from models.execution import Execution
-from models.intake import Delivery
+from models.ingest import Delivery
 from tests.integration.gateway_world import EDGE, STEP, People, Person, World
 
 WORKFLOWS = "/api/v1/workflows"

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 from sqlalchemy import event, text
 
-from models.access import Role
+from models.access import UserRole
 from models.database import is_sqlite
 from tests import many_workflows
 from tests.integration.gateway_world import Person, World, open_world, refused
@@ -93,7 +93,7 @@ async def office(
 
 async def _opened(world: World) -> Office:
     organization = await world.organization()
-    admin = await world.person(organization, Role.ADMIN)
+    admin = await world.person(organization, UserRole.ADMIN)
     owner, other, member = [await world.person(organization) for _ in range(3)]
     crowd = Crowd(organization, owner.user, other.user, member.user)
     rows = await world.gateway.database.transaction(

@@ -19,7 +19,7 @@ from gateway.settings import GatewaySettings
 from journal.opening import open_store
 from messages import broker as brokers
 from models.database import Database, parse_url
-from models.migrating import migrate
+from models.schema_migration import migrate
 from models.settings import InvalidSettings
 from tests import databases
 from tests.integration.gateway_server import KEY, Address, serving

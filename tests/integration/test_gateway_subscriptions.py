@@ -7,7 +7,7 @@ from sqlmodel import col
 
 from gateway.arrivals import subscriptions
 from gateway.arrivals.subscriptions import Subscription
-from models.trigger import TriggerKind, WorkflowTrigger
+from models.workflow_triggers import TriggerKind, WorkflowTrigger
 from tests.integration import plans
 from tests.integration.gateway_world import EDGE, STEP, People, Person, World
 

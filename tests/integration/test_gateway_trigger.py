@@ -16,11 +16,11 @@ from sqlmodel import col
 from gateway import limits
 from gateway.http.byte_budget import ByteHolding
 from journal import activity, decisions, wakes
-from models import lifecycle
-from models.deployment import Deployment, LifecycleDecision, Observed
+from models import lifecycle_policy
+from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
-from models.lifecycle import Decision, LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
 from models.workflow import Definition
 from tests.integration.deployed import deployed
 from tests.integration.gateway_world import EDGE, People, Person, World, refused
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 GREETING = 'Hello, {{ data.body.name ?? "you" }}'
 GREET = {"id": "step", "nodeId": "set", "config": {"values": {"greeting": GREETING}}}
 GREETS: dict[str, Any] = {"nodes": [{"id": "start", "nodeId": "manual"}, GREET], "connections": [EDGE]}
-ASLEEP: dict[str, Any] = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": Observed.STOPPED}
+ASLEEP: dict[str, Any] = {
+    "replicas": 0,
+    "stopped_reason": StoppedReason.IDLE,
+    "observed": ObservedState.STOPPED,
+}
 BY_HAND: dict[str, Any] = {**ASLEEP, "stopped_reason": StoppedReason.MANUAL}
 SYNC = {"inputs": {"name": "Ada"}, "sync": True}
 GREETED = {"step": {"body": {"name": "Ada"}, "greeting": "Hello, Ada"}}
@@ -415,7 +419,9 @@ async def stop(world: World, workflow_id: str) -> None:
     await decisions.settle(
         world.gateway.database,
         workflow_id,
-        lambda seen: lifecycle.stop(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL),
+        lambda seen: lifecycle_policy.stop_decision(
+            seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL
+        ),
     )
 
 
@@ -429,7 +435,7 @@ async def test_a_stop_between_the_count_and_the_run_is_made_good(
     async def ask_and_be_overtaken(asked: str) -> Deployment:
         found = await ask(asked)
         await stop(world, asked)
-        await eventually(lambda: is_seen(world, asked, Observed.STOPPED))
+        await eventually(lambda: is_seen(world, asked, ObservedState.STOPPED))
         return found
 
     monkeypatch.setattr(world.gateway.activation, "ask", ask_and_be_overtaken)
@@ -438,7 +444,7 @@ async def test_a_stop_between_the_count_and_the_run_is_made_good(
     assert cluster.starts[workflow_id] == 2
 
 
-async def is_seen(world: World, workflow_id: str, observed: Observed) -> bool:
+async def is_seen(world: World, workflow_id: str, observed: ObservedState) -> bool:
     return (await deployment(world, workflow_id)).observed == observed
 
 
@@ -531,7 +537,7 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     assert due_at is not None
     assert timedelta(days=1) < due_at - datetime.now(UTC) < timedelta(days=4)
     assert workflow_id not in await wakes.see_to_waiting(world.gateway.database)
-    by_hand = Decision(LifecycleAction.START, LifecycleReason.BY_HAND)
+    by_hand = LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
     await decisions.settle(world.gateway.database, workflow_id, lambda _: by_hand)
     assert await seen_to(world, workflow_id) is wakes.Done.RELEASED
     await eventually(lambda: has_status(world, execution_id, "completed"))

@@ -20,7 +20,7 @@ from gateway.endpoints import validation
 from gateway.executions import past_outputs
 from gateway.executions.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
 from models import ids
-from models.access import Caller, KeyScope, Role
+from models.access import ApiCaller, KeyScope, UserRole
 from models.execution import Execution, ExecutionData, SpanRow
 from models.workflow import Workflow
 from tests.integration.gateway_world import (
@@ -156,7 +156,7 @@ async def has_run(
     nodes = {node["id"]: GraphNode.from_stored(node) for node in shown["nodes"]}
     created_at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
     execution = Execution(
-        id=ids.new("exec"),
+        id=ids.new_id("exec"),
         lane=person.user.lane,
         organization_id=organization_id or person.user.organization_id,
         workflow_id=workflow_id,
@@ -187,7 +187,7 @@ async def has_run(
             execution_id=execution.id,
             node_id=node_id,
             lane=execution.lane,
-            id=ids.new("span"),
+            id=ids.new_id("span"),
             sequence=sequence,
             label="",
             type=nodes[node_id].type,
@@ -270,7 +270,7 @@ async def test_all_outputs_that_are_looked_at_have_a_bounded_size(world: World, 
     async with world.gateway.database.read() as connection:
         rows = await connection.execute(select(Workflow).where(col(Workflow.id) == workflow_id))
         user = people.owner.user
-        caller = Caller("", user.id, user.organization_id, user.lane, Role.MEMBER, frozenset())
+        caller = ApiCaller("", user.id, user.organization_id, user.lane, UserRole.MEMBER, frozenset())
         past = await past_outputs.recent(connection, Workflow(**rows.mappings().one()), caller)
     assert MAX_CHARACTERS * 0.9 < sum(len(row.output) for row in past) <= MAX_CHARACTERS
 

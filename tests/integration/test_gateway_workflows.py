@@ -501,7 +501,7 @@ async def test_a_public_workflow_is_read_by_the_organisation_and_changed_by_its_
 async def accept_run(world: World, person: Person, workflow_id: str) -> str:
     """Accept a run that nobody will claim."""
     workflow = await world.gateway.workflows.load(workflow_id, await caller(world, person))
-    execution_id = ids.new("exec")
+    execution_id = ids.new_id("exec")
     (accepted,) = await world.gateway.store.accept(
         [
             Acceptance(
@@ -525,7 +525,7 @@ async def accept_run(world: World, person: Person, workflow_id: str) -> str:
     return execution_id
 
 
-async def caller(world: World, person: Person) -> Any:  # noqa: ANN401 - models.access.Caller
+async def caller(world: World, person: Person) -> Any:  # noqa: ANN401 - models.access.ApiCaller
     scope = {"headers": [(b"x-api-key", person.key.encode())], "client": ("10.0.0.1", 1)}
     return await world.gateway.authenticator.caller(scope)
 

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from models.execution import Execution
-from models.intake import Delivery
+from models.ingest import Delivery
 from tests import intake_senders
 from tests.intake_senders import Senders
 from tests.integration.gateway_world import World

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from sqlmodel import col
 
 from gateway.arrivals.samples import SLOTS
-from models.intake import Delivery, IntakeRoute, IntakeSample
+from models.ingest import Delivery, IngestRoute, RejectedRequestSample
 from tests.integration.gateway_world import People, Person, World, refused
 
 SAMPLES = "/api/v1/intake-samples"
@@ -21,9 +21,13 @@ FLOOD = 1_000
 AT_ONCE = 50
 
 
-async def kept(world: World, route: IntakeRoute) -> int:
+async def kept(world: World, route: IngestRoute) -> int:
     async with world.gateway.database.read() as connection:
-        statement = select(func.count()).select_from(IntakeSample).where(col(IntakeSample.route) == route)
+        statement = (
+            select(func.count())
+            .select_from(RejectedRequestSample)
+            .where(col(RejectedRequestSample.route) == route)
+        )
         return await connection.scalar(statement) or 0
 
 
@@ -40,7 +44,7 @@ async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
     world: World, workflows: int, rows: int
 ) -> None:
     nobody = await world.client()
-    before, already = counted("enqueue", "unauthorized"), await kept(world, IntakeRoute.ENQUEUE)
+    before, already = counted("enqueue", "unauthorized"), await kept(world, IngestRoute.ENQUEUE)
     tag = uuid4().hex[:8]
     for start in range(0, FLOOD, AT_ONCE):
         paths = [
@@ -50,8 +54,8 @@ async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
         assert {answer.status_code for answer in answers} == {401}
     await world.gateway.samples.drain()
     assert counted("enqueue", "unauthorized") == before + FLOOD
-    assert await kept(world, IntakeRoute.ENQUEUE) <= min(already + rows, SLOTS)
-    assert workflows == 1 or await kept(world, IntakeRoute.ENQUEUE) == SLOTS
+    assert await kept(world, IngestRoute.ENQUEUE) <= min(already + rows, SLOTS)
+    assert workflows == 1 or await kept(world, IngestRoute.ENQUEUE) == SLOTS
     async with world.gateway.database.read() as connection:
         assert not await connection.scalar(select(func.count()).select_from(Delivery))
 

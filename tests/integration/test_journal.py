@@ -21,7 +21,7 @@ from journal.group_commit import GroupCommit
 from journal.leases import RENEWALS_PER_LEASE, Lease, LeaseKeeper
 from journal.recorder import Recorder, RunJournal
 from journal.store import Claimed, Held, Renewed, RunWrite, Store
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from tests.integration.run_world import Where, World, key_of, opened
 
 PATIENCE_SECONDS = 60.0

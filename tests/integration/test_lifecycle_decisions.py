@@ -12,11 +12,11 @@ from sqlmodel import col
 
 from journal import activity, decisions, wakes
 from journal.decisions import DeploymentChanged, Settled, by_policy
-from models import lifecycle
+from models import lifecycle_policy
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
-from models.lifecycle import LifecycleAction, LifecycleReason, StoppedReason
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
 from scheduler.lifecycle import keep_policies
 from tests.integration.deployed import deployed, run
 from tests.integration.gateway_world import GRAPH, People, World
@@ -162,7 +162,7 @@ async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
     assert await asyncio.gather(*came) == [True]
     after = await seen(world, workflow_id)
     assert not after.situation.is_up
-    assert lifecycle.may_start(after.policy, after.situation, after.now) is None
+    assert lifecycle_policy.start_refusal(after.policy, after.situation, after.now) is None
 
 
 async def test_a_locked_deployment_holds_up_no_other(
@@ -214,7 +214,9 @@ async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
     await decisions.settle(
         database,
         workflow_id,
-        lambda found: lifecycle.stop(found.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL),
+        lambda found: lifecycle_policy.stop_decision(
+            found.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL
+        ),
         user_id=user_id,
     )
     drains = (await seen(world, workflow_id)).deployment

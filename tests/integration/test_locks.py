@@ -28,7 +28,7 @@ from journal.recorder import Recorder
 from journal.store import ExecutionKey
 from models import postgresql_sessions as sessions
 from models.database import Database, parse_url
-from models.outage import DatabaseUnavailable, LockWaitTimeout, PartialCommit
+from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.pod_processes import PodProcess
 from tests.integration.locks import PROMPT_SECONDS, impatient, left_open, prompt
 from tests.integration.run_world import (
@@ -120,7 +120,7 @@ async def test_a_locked_wait_holds_up_no_other_wait_and_no_dead_worker_s_run(
 async def test_a_locked_wait_of_a_deployment_holds_up_no_other_of_it(world: World, place: Place) -> None:
     kept, other = await waiting(world, place, 2)
     await world.query("UPDATE execution SET target = :id", id=place.workflow_id)
-    process = PodProcess.started_now("pod-1")
+    process = PodProcess.new("pod-1")
     holder = Holder(place.workflow_id, place.organization.id, place.organization.lane, process)
     async with locked(world, kept):
         assert await prompt(holding.promote_due(world.database, holder)) == 1
@@ -297,7 +297,7 @@ async def test_a_transaction_of_a_frozen_process_ends_by_itself(database: Databa
 
 
 async def test_connections_to_a_machine_that_is_gone_end_on_both_sides(on_postgres: Where) -> None:
-    connection = await sessions.connect(sessions.address(parse_url(on_postgres.url)), settings={})
+    connection = await sessions.open_session(sessions.driver_address(parse_url(on_postgres.url)), settings={})
     try:
         assert await connection.fetchval("SELECT current_setting('tcp_user_timeout')") == "10000"
         ours = connection._transport.get_extra_info("socket")  # noqa: SLF001 - nothing else tells

@@ -20,9 +20,9 @@ from execution.node_blobs import NodeBlobs
 from gateway.data_sources.data_source_probes import Probes
 from journal.blobs.opening import open_blobs
 from mail import addresses, composition, mail_content, mail_parsing
-from models.data_source import DataSource, sealed
-from models.settings import Settings
-from models.vault import Vault
+from models.data_source import DataSource, encrypt_secrets
+from models.encryption import SecretVault
+from models.settings import ServerSettings
 from nodes import catalog
 from nodes.connections import smtp
 from nodes.connections.connections import Connections
@@ -92,7 +92,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def post(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Post]:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    blobs = open_blobs(Settings(data_dir=tmp_path))
+    blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     async with smtp_server.running(certificate) as server:
         settings: dict[str, Json] = {"host": HOST, "port": server.port, "username": USERNAME}
         source = Source("ds_001", "org_1", "smtp", 1, settings, {"password": PASSWORD})
@@ -455,12 +455,12 @@ async def test_what_cant_be_read_says_why(
 
 async def test_a_mail_server_is_tested_by_logging_in(post: Post, tmp_path: Path) -> None:
     networks = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-    vault = Vault(b"a-secret-of-the-server-that-is-long-enough", [])
-    probes = Probes(vault, Settings(data_dir=tmp_path, outbound_allowed_networks=networks))
+    vault = SecretVault(b"a-secret-of-the-server-that-is-long-enough", [])
+    probes = Probes(vault, ServerSettings(data_dir=tmp_path, outbound_allowed_networks=networks))
 
     async def probed(password: str, **settings: Json) -> tuple[bool, str]:
         secrets: dict[str, object] = {"password": password}
-        kept = sealed(vault, secrets, organization_id="org_1", source_id="ds_001")
+        kept = encrypt_secrets(vault, secrets, organization_id="org_1", source_id="ds_001")
         found = await probes.probe(
             DataSource(
                 id="ds_001",

@@ -21,16 +21,16 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     deployment_token,
     event_wait,
     execution,
-    intake,
-    migrating,
+    ingest,
     schedule,
+    schema_migration,
     schema_support,
-    signing,
-    trigger,
+    signing_secrets,
     workflow,
+    workflow_triggers,
 )
 from models.database import Database, parse_url
-from models.migrating import NewerDatabase, OutdatedDatabase
+from models.schema_migration import NewerDatabase, OutdatedDatabase
 from tests.services import PostgreSQL
 
 
@@ -48,7 +48,7 @@ async def database(
 
 
 async def test_the_migrations_make_the_tables_that_the_code_knows(database: Database) -> None:
-    await migrating.migrate(database.url)
+    await schema_migration.migrate(database.url)
 
     def differences(connection: Connection) -> list[object]:
         context = MigrationContext.configure(connection)
@@ -59,7 +59,7 @@ async def test_the_migrations_make_the_tables_that_the_code_knows(database: Data
 
 
 async def test_only_live_runs_stand_in_the_indexes_that_look_for_them(database: Database) -> None:
-    await migrating.migrate(database.url)
+    await schema_migration.migrate(database.url)
 
     def conditions(connection: Connection) -> dict[str, str]:
         return {
@@ -74,20 +74,20 @@ async def test_only_live_runs_stand_in_the_indexes_that_look_for_them(database: 
 
 
 async def test_to_migrate_again_changes_nothing(database: Database) -> None:
-    await migrating.migrate(database.url)
+    await schema_migration.migrate(database.url)
     await database.transaction(
         lambda connection: connection.execute(
             text("INSERT INTO organization (id, lane, name, created_at) VALUES ('org_1', 1, 'Kept', 1)")
         )
     )
-    await migrating.migrate(database.url)
+    await schema_migration.migrate(database.url)
     async with database.read() as connection:
         assert (await connection.execute(text("SELECT name FROM organization"))).scalar() == "Kept"
 
 
 async def test_several_that_migrate_at_once_all_succeed(database: Database) -> None:
-    await asyncio.gather(*(migrating.migrate(database.url) for _ in range(3)))
-    assert await migrating.revision(database) == migrating.HEAD
+    await asyncio.gather(*(schema_migration.migrate(database.url) for _ in range(3)))
+    assert await schema_migration.read_revision(database) == schema_migration.HEAD_REVISION
 
 
 async def test_several_migrate_a_serializable_database_at_once(postgres: PostgreSQL) -> None:
@@ -97,35 +97,35 @@ async def test_several_migrate_a_serializable_database_at_once(postgres: Postgre
         "ALTER DATABASE serializable_migrations SET default_transaction_isolation = 'serializable'"
     )
     await connection.close()
-    migrations = (migrating.migrate(parse_url(url)) for _ in range(3))
+    migrations = (schema_migration.migrate(parse_url(url)) for _ in range(3))
     assert await asyncio.gather(*migrations, return_exceptions=True) == [None] * 3
 
 
 async def test_a_database_is_current_from_its_last_migration_on(database: Database) -> None:
-    assert await migrating.revision(database) is None
+    assert await schema_migration.read_revision(database) is None
     with pytest.raises(OutdatedDatabase, match="pilotflame migrate"):
-        await migrating.require_current(database)
-    await migrating.migrate(database.url)
-    await migrating.require_current(database)
+        await schema_migration.require_current(database)
+    await schema_migration.migrate(database.url)
+    await schema_migration.require_current(database)
 
 
 @pytest.mark.parametrize("database", ["SQLite"], indirect=True)
 async def test_an_older_database_is_refused(database: Database) -> None:
-    await migrating.migrate(database.url)
+    await schema_migration.migrate(database.url)
     await rewrite(database, "UPDATE alembic_version SET version_num = '0000'")
     with pytest.raises(OutdatedDatabase):
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
 
 
 async def test_a_newer_database_is_used_as_long_as_it_supports_this_code(database: Database) -> None:
-    await migrating.migrate(database.url)
+    await schema_migration.migrate(database.url)
     await rewrite(database, "UPDATE alembic_version SET version_num = '9999'")
-    await migrating.migrate(database.url)
-    await migrating.require_current(database)
-    assert await migrating.revision(database) == "9999"
+    await schema_migration.migrate(database.url)
+    await schema_migration.require_current(database)
+    assert await schema_migration.read_revision(database) == "9999"
 
     await rewrite(database, "UPDATE schema_support SET oldest_revision = '9998'")
-    for refused in (migrating.require_current(database), migrating.migrate(database.url)):
+    for refused in (schema_migration.require_current(database), schema_migration.migrate(database.url)):
         with pytest.raises(NewerDatabase, match=r"revision 9999.*newer release"):
             await refused
 
@@ -136,5 +136,5 @@ async def rewrite(database: Database, statement: str) -> None:
 
 def test_the_newest_revision_that_the_code_names_is_the_newest_there_is() -> None:
     config = Config()
-    config.set_main_option("script_location", str(Path(migrating.__file__).parent / "migrations"))
-    assert ScriptDirectory.from_config(config).get_heads() == [migrating.HEAD]
+    config.set_main_option("script_location", str(Path(schema_migration.__file__).parent / "migrations"))
+    assert ScriptDirectory.from_config(config).get_heads() == [schema_migration.HEAD_REVISION]

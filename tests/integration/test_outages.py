@@ -15,7 +15,7 @@ from journal.opening import open_store
 from journal.store import Claim, ExecutionKey, Held, RunWrite, Store
 from models import circuit_breaker
 from models.database import Database, parse_url
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from tests.integration.run_world import Where, World, opened
 from tests.system import proxy
 from tests.system.moments import wait_until

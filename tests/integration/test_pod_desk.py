@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.integration.gateway_world import World
     from tests.services import Redis
 
-POD = Holder("wf_1", "org_1", 0, PodProcess.started_now("a"))
+POD = Holder("wf_1", "org_1", 0, PodProcess.new("a"))
 SECONDS = 5.0
 
 

@@ -16,7 +16,7 @@ from journal import deletion
 from journal.blobs.backend import BlobLost, Owner
 from journal.blobs.opening import open_blobs
 from journal.store import Acceptance, Claimed, Verdict
-from models.moments import to_microseconds
+from models.timestamps import to_microseconds
 from scheduler import old_executions, unused_definitions
 from scheduler.settings import SchedulerSettings
 from tests.integration.plans import explained

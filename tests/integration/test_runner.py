@@ -43,9 +43,9 @@ from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids
 from models.data_source import DataSource
 from models.deployment import Deployment
-from models.deployment_token import Bearer
-from models.moments import to_microseconds
+from models.deployment_token import TokenBearer
 from models.pod_processes import PodProcess, lease_owner
+from models.timestamps import to_microseconds
 from runner import main as runners
 from runner import reporter
 from runner.news import REFUSED_SECONDS, GatewayNews
@@ -284,8 +284,8 @@ async def deploy(world: World, place: Place, definition: str = SIMPLE) -> str:
     # A run brings the definition along.
     key = await world.accept(place, definition=definition)
     await world.query("DELETE FROM execution WHERE id = :id", id=key.execution_id)
-    now, token_id = datetime.now(UTC), deployment_token.new_id()
-    bearer = Bearer(place.workflow_id, place.organization.id, place.organization.lane)
+    now, token_id = datetime.now(UTC), deployment_token.new_token_id()
+    bearer = TokenBearer(place.workflow_id, place.organization.id, place.organization.lane)
     deployment = Deployment(
         workflow_id=place.workflow_id,
         organization_id=place.organization.id,
@@ -299,7 +299,7 @@ async def deploy(world: World, place: Place, definition: str = SIMPLE) -> str:
 
     async def work(connection: AsyncConnection) -> str:
         await connection.execute(insert(Deployment).values(**deployment.model_dump()))
-        return await deployment_token.current(
+        return await deployment_token.ensure_token(
             connection, bearer, secret=SECRET.encode(), token_id=token_id, now=now
         )
 
@@ -322,8 +322,8 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 async def bearer_source(pods: Pods) -> str:
     """Make a data source of whom the runs work for, and return its id."""
-    source_id, now, organization = ids.new("ds"), datetime.now(UTC), pods.place.organization
-    sealed = data_source.sealed(
+    source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.place.organization
+    sealed = data_source.encrypt_secrets(
         pods.gateway.state.vault,
         {"token": "a secret"},
         organization_id=organization.id,
@@ -375,7 +375,7 @@ async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Pods) -
     assert await pod.answers("/healthz", 200, "ok")
 
     async with pods.world.database.read() as connection:
-        (hint_key,) = await deployment_token.hint_keys(connection, pods.place.workflow_id)
+        (hint_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
     assert (await pod.trigger(hint_key)).status_code == 202
     assert (await pod.trigger(pods.token)).status_code == 401
     assert (await pod.trigger("x")).status_code == 401
@@ -457,7 +457,7 @@ async def test_a_pod_that_drains_says_so_and_lets_its_run_end(pods: Pods, receiv
     pod.started.process.terminate()
     await eventually(lambda: pod.answers("/readyz", 503, "draining"))
     async with pods.world.database.read() as connection:
-        (hint_key,) = await deployment_token.hint_keys(connection, pods.place.workflow_id)
+        (hint_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
     refused = await pod.trigger(hint_key)
     untaken = await pods.accept(SIMPLE)
     receiver.may_answer.set()
@@ -559,7 +559,7 @@ async def test_a_pod_of_a_deployment_that_was_stopped_hands_over_without_waiting
 async def test_a_pod_reads_a_large_body_from_its_blob(pods: Pods) -> None:
     body: Json = {"name": "Ada", "fill": "x" * 300_000}
     encoded = EncodedTrigger.of({"body": body, "headers": {}})
-    execution_id = ids.new("exec")
+    execution_id = ids.new_id("exec")
     owner = Owner(pods.place.organization.id, execution_id)
     row = await trigger_body.put(pods.gateway.state.blobs, owner, encoded)
     key = await pods.accept(SIMPLE, execution_id=execution_id, trigger=row)
@@ -828,7 +828,9 @@ async def test_no_route_takes_anything_but_a_valid_token(pods: Pods) -> None:
         assert (await held.ask(line, pods.token, pod="not a name")).status_code == 401, line
     pods.gateway.state.runners.authenticator.forget()
     await pods.world.database.transaction(
-        lambda connection: deployment_token.revoke(connection, pods.place.workflow_id, now=datetime.now(UTC))
+        lambda connection: deployment_token.revoke_tokens(
+            connection, pods.place.workflow_id, now=datetime.now(UTC)
+        )
     )
     for line in routes.TABLE:
         assert (await held.ask(line, pods.token)).status_code in {401, 429}, line

@@ -18,8 +18,8 @@ from apscheduler.schedulers import base
 from messages import broker as brokers
 from messages.broker import ExecutionsChanged, Notice
 from models.database import Database
-from models.losses import MAX_LOST_ATTEMPTS
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
+from models.loss_limits import MAX_LOST_ATTEMPTS
 from scheduler import main, recovery, retention
 from scheduler.leadership import Leader
 from scheduler.main import Duty, ticking

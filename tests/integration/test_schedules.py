@@ -18,12 +18,12 @@ from messages import broker as brokers
 from messages.local_broker import LocalBroker
 from models.database import Database
 from models.database_time import DatabaseTime
-from models.execution import LIMITED, SHARED, Execution, ExecutionData
+from models.execution import LIMITED_TARGET, SHARED_TARGET, Execution, ExecutionData
 from models.execution_status import ExecutionStatus
-from models.moments import to_microseconds
 from models.schedule import Schedule
-from models.trigger import WorkflowTrigger
+from models.timestamps import to_microseconds
 from models.workflow import Definition, Workflow
+from models.workflow_triggers import WorkflowTrigger
 from nodes import catalog
 from scheduler.schedules import Schedules
 from tests.integration import plans
@@ -218,7 +218,7 @@ async def test_a_run_has_its_instant_and_is_its_owners(world: World, people: Peo
     assert await tick(world, first + timedelta(seconds=1)) == 0
     (run,) = await runs_of(world, workflow_id)
     assert (run.trigger_type, run.user_id, run.status) == ("schedule", people.owner.user.id, "pending")
-    assert (run.target, run.home, run.total_nodes) == (SHARED, None, 2)
+    assert (run.target, run.home, run.total_nodes) == (SHARED_TARGET, None, 2)
     response = await people.owner.api.get(f"/api/v1/executions/{run.id}")
     assert response.json()["trigger"]["data"] == {
         "scheduledAt": first.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -337,7 +337,7 @@ async def test_a_run_that_goes_on_has_the_next_passed_over_or_wait_for_its_turn(
     assert schedule["lastPassedOver"]["reason"] == "overlap"
     assert datetime.fromisoformat(schedule["lastPassedOver"]["at"]) == second
     for workflow_id in (queueing, limited):
-        assert [run.target for run in await runs_of(world, workflow_id)] == [SHARED, LIMITED]
+        assert [run.target for run in await runs_of(world, workflow_id)] == [SHARED_TARGET, LIMITED_TARGET]
     await end(world, skipping)
     assert await tick(world, third) == 3
     assert await instants_of(world, skipping) == [first, third]
@@ -353,7 +353,7 @@ async def test_a_limit_of_the_workflow_that_refuses_further_runs_has_instants_pa
     assert (await tick(world, first), await tick(world, second)) == (1, 0)
     assert (await shown(people.owner, workflow_id))["lastPassedOver"]["reason"] == "concurrency-limit"
     (run,) = await runs_of(world, workflow_id)
-    assert run.target == SHARED
+    assert run.target == SHARED_TARGET
 
 
 async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(world: World, people: People) -> None:

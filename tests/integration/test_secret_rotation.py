@@ -16,9 +16,9 @@ from sqlmodel import col
 from gateway import state
 from gateway.main import create_app
 from gateway.settings import GatewaySettings
-from models.data_source import DataSource, opened
+from models.data_source import DataSource, decrypt_secrets
+from models.encryption import SecretVault, UnknownSecret
 from models.settings import InvalidSettings
-from models.vault import UnknownSecret, Vault
 from pilotflame import rotation
 from tests import commands
 from tests.integration.gateway_world import SECRET, People, Person, World
@@ -40,12 +40,12 @@ async def made(person: Person, name: str) -> str:
     return source_id
 
 
-async def secrets(world: World, vault: Vault, *source_ids: str) -> list[dict[str, str]]:
+async def secrets(world: World, vault: SecretVault, *source_ids: str) -> list[dict[str, str]]:
     """Return what a vault opens of data sources; raises `VaultError`."""
     statement = select(DataSource).where(col(DataSource.id).in_(source_ids)).order_by(col(DataSource.id))
     async with world.gateway.database.read() as connection:
         rows = (await connection.execute(statement)).mappings().all()
-    return [opened(vault, DataSource(**row)) for row in rows]
+    return [decrypt_secrets(vault, DataSource(**row)) for row in rows]
 
 
 @asynccontextmanager
@@ -87,7 +87,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     assert signing.status_code == 201
     hooks = {"name": "Hooks", "secrets": {"github": ["a secret of GitHub's"]}}
     token = (await people.admin.api.post("/api/v1/auth/event-tokens", json=hooks)).json()["token"]
-    old, new = Vault(SECRET.encode()), Vault(NEW.encode())
+    old, new = SecretVault(SECRET.encode()), SecretVault(NEW.encode())
     settings = told(world, NEW, SECRET)
     before = (await people.admin.api.get("/api/v1/audit")).json()
 
@@ -108,7 +108,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     for vault in (old, new):
         with pytest.raises(UnknownSecret):
             await secrets(world, vault, *ids)
-    assert await secrets(world, Vault(NEW.encode(), [SECRET.encode()]), *ids) == expected
+    assert await secrets(world, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
 
     done = await rotation.rotate(settings)
     assert (done.sealed, done.unreadable) == (4, [])

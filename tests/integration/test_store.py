@@ -43,10 +43,10 @@ from journal.store import (
     Verdict,
 )
 from models.database import is_sqlite, parse_url
-from models.execution import UNREAD
+from models.errors import DatabaseUnavailable
+from models.execution import UNPARSED_TARGET
 from models.execution_status import ExecutionStatus
-from models.ids import turn_of
-from models.outage import DatabaseUnavailable
+from models.ids import turn_of_workflow
 from tests.integration.run_world import (
     DEFINITION,
     LEASE_SECONDS,
@@ -442,7 +442,7 @@ async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: World) -> 
     first, middle, last = sorted(organization.id for organization in organizations)
     turns = dict.fromkeys((first, middle, last), 500)
     claimed = await world.store.claim(Claim("worker", 30.0, 18, after_organization=first, turns=turns))
-    order = list(dict.fromkeys((one.organization_id, turn_of(one.workflow_id)) for one in claimed))
+    order = list(dict.fromkeys((one.organization_id, turn_of_workflow(one.workflow_id)) for one in claimed))
     assert order == [(id_, turn) for id_ in (middle, last, first) for turn in (500, 900, 3)]
 
 
@@ -806,7 +806,7 @@ async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: 
 async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_on_trial_too(
     world: World, place: Place
 ) -> None:
-    for target in (place.workflow_id, UNREAD):
+    for target in (place.workflow_id, UNPARSED_TARGET):
         key = await world.accept(place)
         move = "UPDATE execution SET target = :target, home = :home WHERE id = :id"
         await world.query(move, target=target, home=place.workflow_id, id=key.execution_id)

@@ -15,17 +15,17 @@ from sqlmodel import SQLModel
 from engine.run_records import RunStatus
 from journal import timekeeping
 from journal.store import IdempotencyKey
-from models import access, deployment, event_wait, execution, intake, schedule, signing
-from models.columns import Instant
+from models import access, deployment, event_wait, execution, ingest, schedule, signing_secrets
+from models.column_types import TimestampColumn
+from models.errors import DatabaseUnavailable
 from models.host_time import HOST_TIME
-from models.moments import from_microseconds
-from models.outage import DatabaseUnavailable
+from models.timestamps import from_microseconds
 from tests.integration.run_world import Where, World, opened, write
 
 DAY = 86_400_000_000
 MOMENT = 60_000_000
 """Microseconds: longer than anything here takes, and far less than the clock is set by."""
-MODULES = (access, deployment, event_wait, execution, intake, schedule, signing)
+MODULES = (access, deployment, event_wait, execution, ingest, schedule, signing_secrets)
 """Those with tables that hold the end of something: they must be known to the metadata."""
 ENDING_NAMES = {"expires_at", "due_at", "next_at", "wake_at", "deadline_at", "follow_up_at", "next_run_at"}
 CALENDAR = {
@@ -55,7 +55,7 @@ def test_each_column_that_ends_something_is_moved_or_is_a_moment_of_the_calendar
         f"{table.name}.{column.name}"
         for table in SQLModel.metadata.tables.values()
         for column in table.columns
-        if isinstance(column.type, Instant)
+        if isinstance(column.type, TimestampColumn)
         and (column.name.endswith("_until") or column.name in ENDING_NAMES)
     }
     moved = {f"{table.__tablename__}.{name}" for table, name, _ in timekeeping.ENDS}

@@ -20,7 +20,7 @@ from execution.child_runs import ChildRuns
 from journal.store import Claim, Claimed, RunWrite
 from messages.local_broker import LocalBroker
 from models.execution import Execution
-from models.execution_status import TERMINAL
+from models.execution_status import TERMINAL_STATUSES
 from nodes import catalog
 from tests.integration.gateway_world import People, Person, World
 from tests.receiver import receiving
@@ -102,7 +102,7 @@ async def say(person: Person, execution_id: str, choice: str) -> None:
 
 
 async def ended(person: Person, execution_id: str) -> dict[str, Any]:
-    while (shown := await got(person, f"/{execution_id}/progress?wait=0"))["status"] not in TERMINAL:  # noqa: ASYNC110 - as above
+    while (shown := await got(person, f"/{execution_id}/progress?wait=0"))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - as above
         await asyncio.sleep(0.02)
     return shown
 

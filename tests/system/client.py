@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import httpx2
 
-from models.execution_status import TERMINAL
+from models.execution_status import TERMINAL_STATUSES
 from tests.system.moments import PATIENCE_SECONDS, POLL_SECONDS
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Client:
         """Follow an execution to its end; raises TimeoutError."""
         async with asyncio.timeout(within):
             progress: dict[str, Any] = {"status": "pending"}
-            while progress["status"] not in TERMINAL:
+            while progress["status"] not in TERMINAL_STATUSES:
                 progress = await self.progress(execution_id, wait_seconds=5)
         error = progress.get("error") or {}
         ended = Ended(progress["status"], error.get("code"), progress["outputs"])

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import psutil
 import pytest
 
-from models.access import KeyScope, Role
-from models.execution_status import TERMINAL
-from models.settings import Settings
+from models.access import KeyScope, UserRole
+from models.execution_status import TERMINAL_STATUSES
+from models.settings import ServerSettings
 from pilotflame import accounts
 from tests.system import flows, harness
 from tests.system.client import Client
@@ -143,9 +143,9 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
 
 async def _key_of_another(deployment: OneProcess, folder: Path) -> str:
     secret = deployment.gateway.environment["PILOTFLAME_SECRET_KEY"]
-    settings = Settings.model_validate({"data_dir": folder, "secret_key": secret})
+    settings = ServerSettings.model_validate({"data_dir": folder, "secret_key": secret})
     organization_id = await accounts.create_organization(settings, "Neighbours")
-    await accounts.create_user(settings, organization_id, "n@example.com", "Neighbour", Role.ADMIN)
+    await accounts.create_user(settings, organization_id, "n@example.com", "Neighbour", UserRole.ADMIN)
     return await accounts.create_key(settings, organization_id, "n@example.com", "key", list(KeyScope), None)
 
 
@@ -268,7 +268,7 @@ async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(worl
     async def runs() -> list[dict[str, Any]] | None:
         listed = await world.asked("GET", f"/executions?workflow_id={workflow_id}&limit=100")
         found: list[dict[str, Any]] = listed.json()["executions"]
-        return found if {run["status"] for run in found} <= TERMINAL else None
+        return found if {run["status"] for run in found} <= TERMINAL_STATUSES else None
 
     assert len(await wait_until(runs, what="nothing of it runs any more")) == 1 + int(SMALL["MAX_SUB_RUNS"])
 

@@ -3,7 +3,7 @@ import random
 from functools import partial
 
 from engine.values import Json
-from models.losses import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.loss_limits import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
 from tests.system import flows, promises
 from tests.system.client import Client
 from tests.system.harness import RECOVERY_SECONDS, Deployment

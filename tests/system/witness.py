@@ -19,12 +19,12 @@ from typing import Any
 import asyncpg
 
 from engine.run_records import SETTLED_STATUSES
-from models.execution_status import TERMINAL
+from models.execution_status import TERMINAL_STATUSES
 
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 
-_ENDS = f"NEW.status IN ({', '.join(repr(status.value) for status in sorted(TERMINAL))})"
+_ENDS = f"NEW.status IN ({', '.join(repr(status.value) for status in sorted(TERMINAL_STATUSES))})"
 _SETTLES = f"NEW.status IN ({', '.join(repr(status.value) for status in sorted(SETTLED_STATUSES))})"
 _WAS_SETTLED = _SETTLES.replace("NEW.", "OLD.")
 _TABLE = "CREATE TABLE witness (kind TEXT, execution_id TEXT, node_id TEXT, status TEXT, noted_at DOUBLE PRECISION)"

@@ -9,7 +9,7 @@ import pytest
 
 from models import circuit_breaker
 from models.circuit_breaker import CircuitBreaker
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 
 TURNS = 30
 """Of the loop, until an answer is seen: more than a probe has steps."""

@@ -68,15 +68,15 @@ def test_an_answer_without_a_time_changes_nothing() -> None:
 
 def test_ids_are_of_the_time_of_the_clock_that_they_are_made_by() -> None:
     clock = DatabaseClock()
-    ahead = ids.new("x")
+    ahead = ids.new_id("x")
     clock.learn(NOON - timedelta(days=3650), asked_at=time.monotonic(), answered_at=time.monotonic())
     try:
-        ids.count_by(clock)
-        first, second = ids.new("x"), ids.new("x")
-        assert ids.earliest("x", NOON - timedelta(days=3651)) < first < second < ahead
-        assert second < ids.earliest("x", NOON - timedelta(days=3649))
+        ids.use_clock(clock)
+        first, second = ids.new_id("x"), ids.new_id("x")
+        assert ids.earliest_id("x", NOON - timedelta(days=3651)) < first < second < ahead
+        assert second < ids.earliest_id("x", NOON - timedelta(days=3649))
     finally:
-        ids.count_by(DatabaseClock())
+        ids.use_clock(DatabaseClock())
 
 
 def test_the_time_of_the_host_is_moved_only_when_it_is_told_to() -> None:

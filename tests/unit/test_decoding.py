@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from json_text import decoding
-from models.columns import JsonText
+from models.column_types import JsonTextColumn
 from nodes import frames
 
 SLOW_FOR_MSGSPEC = ("1e300", "-1.7976931348623157e308", "2.2250738585072011e-308", "5e-324")
@@ -37,7 +37,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "typed": lambda text: decoding.decode(b'{"items":' + text + b"}", Wrapped).items,
     "list": lambda text: decoding.decode(text, list[Any]),
     "frame": frames.VALUE,
-    "column": lambda text: JsonText().process_result_value(text.decode(), None),  # type: ignore[arg-type]  # unused
+    "column": lambda text: JsonTextColumn().process_result_value(text.decode(), None),  # type: ignore[arg-type]  # unused
 }
 
 

@@ -29,7 +29,7 @@ from docs.settings_reference import PROCESSES
 from docs.tables import ROOT
 from gateway.endpoints import health
 from models import ids
-from models.settings import InvalidSettings, Settings
+from models.settings import InvalidSettings, ServerSettings
 from tests.cluster import world
 from tests.cluster.fake_api import rules
 from tests.cluster.fake_api.schema import KINDS, Kind
@@ -62,7 +62,7 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, process: str, environment: Json
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     settings = PROCESSES[process]()
-    if isinstance(settings, Settings):
+    if isinstance(settings, ServerSettings):
         settings.check_for_production()
     return settings
 
@@ -675,7 +675,7 @@ async def test_a_real_api_server_takes_all_of_it() -> None:
     await config.load_kube_config(
         config_file=world.TEST_KUBECONFIG, client_configuration=configuration, persist_config=False
     )
-    suffix = ids.new("test").replace("_", "-")
+    suffix = ids.new_id("test").replace("_", "-")
     objects = kubernetes_own(rendered(EXAMPLE))
     async with client.ApiClient(configuration) as api:
         core = client.CoreV1Api(api)

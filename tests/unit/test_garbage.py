@@ -18,7 +18,7 @@ def full_collections():
     return gc.get_stats()[2]["collections"]
 
 async def main():
-    gc_tuning.settle()
+    gc_tuning.freeze_loaded()
     begun = full_collections()
     cycle = Cycle()
     cycle.itself = cycle

@@ -27,7 +27,7 @@ def is_touched(file: Path) -> bool:
 
 async def test_a_loop_that_turns_touches_the_file_again_and_again(tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
-    async with heartbeat.beating(file, EVERY_SECONDS):
+    async with heartbeat.run_heartbeat(file, EVERY_SECONDS):
         for _ in range(2):
             forget(file)
             await until(lambda: is_touched(file))
@@ -35,7 +35,7 @@ async def test_a_loop_that_turns_touches_the_file_again_and_again(tmp_path: Path
 
 async def test_a_loop_that_hangs_leaves_the_file_alone(tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
-    async with heartbeat.beating(file, EVERY_SECONDS):
+    async with heartbeat.run_heartbeat(file, EVERY_SECONDS):
         await until(lambda: is_touched(file))
         forget(file)
         time.sleep(EVERY_SECONDS * 5)  # noqa: ASYNC251 - it hangs
@@ -44,12 +44,12 @@ async def test_a_loop_that_hangs_leaves_the_file_alone(tmp_path: Path) -> None:
 
 async def test_a_file_that_was_taken_away_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "heartbeat"
-    async with heartbeat.beating(file, EVERY_SECONDS):
+    async with heartbeat.run_heartbeat(file, EVERY_SECONDS):
         file.unlink()
         await until(file.exists)
 
 
 async def test_a_place_where_no_file_can_be_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        async with heartbeat.beating(tmp_path / "absent" / "heartbeat"):
+        async with heartbeat.run_heartbeat(tmp_path / "absent" / "heartbeat"):
             pass

@@ -23,12 +23,12 @@ def number_of(new_id: str) -> int:
 
 @given(NUMBERS, NUMBERS)
 def test_ids_sort_as_their_numbers_do(one: int, other: int) -> None:
-    assert (ids.base32(one) < ids.base32(other)) == (one < other)
-    assert number_of(f"wf_{ids.base32(one)}") == one
+    assert (ids.encode_base32(one) < ids.encode_base32(other)) == (one < other)
+    assert number_of(f"wf_{ids.encode_base32(one)}") == one
 
 
 def test_an_id_is_a_prefix_and_a_uuid_of_version_seven() -> None:
-    before, new_id, after = time.time_ns() // 1_000_000, ids.new("exec"), time.time_ns() // 1_000_000 + 10
+    before, new_id, after = time.time_ns() // 1_000_000, ids.new_id("exec"), time.time_ns() // 1_000_000 + 10
     assert ids.is_id(new_id)
     assert len(new_id) == len("exec_") + 26
     number = number_of(new_id)
@@ -40,13 +40,13 @@ def test_an_id_is_a_prefix_and_a_uuid_of_version_seven() -> None:
 def test_an_id_that_is_derived_from_another_is_the_same_each_time_and_lands_near_it(
     one: str, other: str
 ) -> None:
-    origin = ids.new("exec")
-    derived = ids.derived("exec", origin, one, other)
-    assert derived == ids.derived("exec", origin, one, other)
-    assert (derived == ids.derived("exec", origin, other, one)) == (one == other)
+    origin = ids.new_id("exec")
+    derived = ids.derive_id("exec", origin, one, other)
+    assert derived == ids.derive_id("exec", origin, one, other)
+    assert (derived == ids.derive_id("exec", origin, other, one)) == (one == other)
     assert derived not in {
-        ids.derived("exec", origin, one + other),
-        ids.derived("exec", "exec_1", one, other),
+        ids.derive_id("exec", origin, one + other),
+        ids.derive_id("exec", "exec_1", one, other),
     }
     assert derived[:14] == origin[:14]
     number = number_of(derived)
@@ -56,22 +56,22 @@ def test_an_id_that_is_derived_from_another_is_the_same_each_time_and_lands_near
 
 def test_ids_grow_one_by_one_also_faster_than_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 2_000_000_000_000_000_000)
-    made = [ids.new("span") for _ in range(10_000)]
+    made = [ids.new_id("span") for _ in range(10_000)]
     assert made == sorted(set(made))
 
 
 def test_ids_grow_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = ids.new("span")
+    before = ids.new_id("span")
     monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000_000_000_000)
-    assert ids.new("span") > before
+    assert ids.new_id("span") > before
 
 
 def test_ids_made_by_many_threads_are_all_different() -> None:
     made: list[str] = []
 
     def make() -> None:
-        made.extend([ids.new("span") for _ in range(2_000)])
-        made.extend(ids.several("span", 3_000))
+        made.extend([ids.new_id("span") for _ in range(2_000)])
+        made.extend(ids.new_ids("span", 3_000))
 
     threads = [threading.Thread(target=make) for _ in range(4)]
     for thread in threads:
@@ -83,7 +83,7 @@ def test_ids_made_by_many_threads_are_all_different() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 1_024, 1_025, 3_000])
 def test_several_ids_are_as_many_as_wanted_and_in_order(count: int) -> None:
-    made = ids.several("log", count)
+    made = ids.new_ids("log", count)
     assert len(made) == count
     assert made == sorted(set(made))
     assert all(map(ids.is_id, made))
@@ -91,16 +91,16 @@ def test_several_ids_are_as_many_as_wanted_and_in_order(count: int) -> None:
 
 @pytest.fixture
 def organizations() -> Iterator[str]:
-    return (ids.new("org") for _ in range(2_000))
+    return (ids.new_id("org") for _ in range(2_000))
 
 
 def test_lanes_and_turns_are_spread_and_never_change(organizations: Iterator[str]) -> None:
     names = list(organizations)
-    assert len({ids.lane_of(name) for name in names}) > 1_500
-    assert len({ids.turn_of(name) for name in names}) > 800
-    assert all(0 <= ids.lane_of(name) < 4_096 and 0 <= ids.turn_of(name) < 1_024 for name in names)
+    assert len({ids.shard_of(name) for name in names}) > 1_500
+    assert len({ids.turn_of_workflow(name) for name in names}) > 800
+    assert all(0 <= ids.shard_of(name) < 4_096 and 0 <= ids.turn_of_workflow(name) < 1_024 for name in names)
     # Stored in rows: another answer from a newer version would part what belongs together.
-    assert (ids.lane_of("org_1"), ids.turn_of("wf_1")) == (853, 641)
+    assert (ids.shard_of("org_1"), ids.turn_of_workflow("wf_1")) == (853, 641)
 
 
 @pytest.mark.parametrize("text", ["", "a" * 65, "a b", "ä", "a/b", "a\n", "a\0", "a.b"])

@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 
-from models import lifecycle, windows
-from models.lifecycle import (
-    AlwaysOn,
-    Decision,
-    IdleShutdown,
+from models import lifecycle_policy, weekly_windows
+from models.lifecycle_policy import (
+    AlwaysOnPolicy,
+    DeploymentPolicy,
+    DeploymentSituation,
+    IdleShutdownPolicy,
     LifecycleAction,
     LifecycleReason,
-    OnDemand,
-    Policy,
-    RefusalCode,
-    ScheduledWindow,
-    Situation,
+    LifecycleTransition,
+    LifecycleVerdict,
+    OnDemandPolicy,
+    ScheduledWindowPolicy,
+    StartRefusalCode,
     StoppedReason,
-    Transition,
     TransitionKind,
     decide,
-    may_start,
+    start_refusal,
 )
-from models.windows import Schedule
+from models.weekly_windows import WindowSchedule
 
 NONE, START, WAKE = LifecycleAction.NONE, LifecycleAction.START, LifecycleAction.WAKE
 DRAIN, STOP = LifecycleAction.DRAIN, LifecycleAction.STOP
@@ -36,19 +36,28 @@ HOUR = timedelta(hours=1)
 INSIDE, OUTSIDE = MONDAY + 12 * HOUR, MONDAY + 20 * HOUR
 OPENING, CLOSING = MONDAY + 33 * HOUR, MONDAY + 41 * HOUR
 """Of the day after."""
-OFFICE_HOURS = ScheduledWindow(Schedule("UTC", (windows.window(range(1, 6), "09:00", "17:00"),)))
-POLICIES: tuple[Policy, ...] = (AlwaysOn(), IdleShutdown(30), OnDemand(), OFFICE_HOURS)
+OFFICE_HOURS = ScheduledWindowPolicy(
+    WindowSchedule("UTC", (weekly_windows.parse_window(range(1, 6), "09:00", "17:00"),))
+)
+POLICIES: tuple[DeploymentPolicy, ...] = (
+    AlwaysOnPolicy(),
+    IdleShutdownPolicy(30),
+    OnDemandPolicy(),
+    OFFICE_HOURS,
+)
 
 
-def up(**changes: Any) -> Situation:  # noqa: ANN401 - any field of a situation
-    return Situation(is_deployed=True, is_up=True, last_activity_at=MONDAY, **changes)
+def up(**changes: Any) -> DeploymentSituation:  # noqa: ANN401 - any field of a situation
+    return DeploymentSituation(is_deployed=True, is_up=True, last_activity_at=MONDAY, **changes)
 
 
-def down(reason: StoppedReason, stopped_at: datetime = MONDAY, **changes: Any) -> Situation:  # noqa: ANN401 - any field of a situation
-    return Situation(is_deployed=True, is_up=False, stopped_reason=reason, stopped_at=stopped_at, **changes)
+def down(reason: StoppedReason, stopped_at: datetime = MONDAY, **changes: Any) -> DeploymentSituation:  # noqa: ANN401 - any field of a situation
+    return DeploymentSituation(
+        is_deployed=True, is_up=False, stopped_reason=reason, stopped_at=stopped_at, **changes
+    )
 
 
-def done(policy: Policy, situation: Situation, now: datetime) -> LifecycleAction:
+def done(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleAction:
     return decide(policy, situation, now).action
 
 
@@ -58,13 +67,13 @@ def done(policy: Policy, situation: Situation, now: datetime) -> LifecycleAction
 @pytest.mark.parametrize(
     ("policy", "timeout", "reason"),
     [
-        (IdleShutdown(30), 30 * MINUTE, StoppedReason.IDLE),
-        (IdleShutdown(2 / 60), timedelta(seconds=2), StoppedReason.IDLE),
-        (OnDemand(), MINUTE, StoppedReason.ON_DEMAND),
+        (IdleShutdownPolicy(30), 30 * MINUTE, StoppedReason.IDLE),
+        (IdleShutdownPolicy(2 / 60), timedelta(seconds=2), StoppedReason.IDLE),
+        (OnDemandPolicy(), MINUTE, StoppedReason.ON_DEMAND),
     ],
 )
 def test_a_deployment_stops_when_nothing_happened_for_its_timeout(
-    policy: Policy, timeout: timedelta, reason: StoppedReason
+    policy: DeploymentPolicy, timeout: timedelta, reason: StoppedReason
 ) -> None:
     idle_at = MONDAY + timeout
     before = decide(policy, up(), idle_at - timedelta(microseconds=1))
@@ -74,15 +83,19 @@ def test_a_deployment_stops_when_nothing_happened_for_its_timeout(
 
 
 @pytest.mark.parametrize("use", ["has_due", "has_running", "is_waking"])
-@pytest.mark.parametrize("policy", [IdleShutdown(30), OnDemand()])
-def test_a_deployment_in_use_is_not_idle_however_long_ago_anything_came(policy: Policy, use: str) -> None:
-    assert decide(policy, up(**{use: True}), MONDAY + 90 * HOUR) == Decision(NONE, LifecycleReason.IN_USE)
+@pytest.mark.parametrize("policy", [IdleShutdownPolicy(30), OnDemandPolicy()])
+def test_a_deployment_in_use_is_not_idle_however_long_ago_anything_came(
+    policy: DeploymentPolicy, use: str
+) -> None:
+    assert decide(policy, up(**{use: True}), MONDAY + 90 * HOUR) == LifecycleVerdict(
+        NONE, LifecycleReason.IN_USE
+    )
 
 
 @pytest.mark.parametrize("reason", [StoppedReason.IDLE, StoppedReason.ON_DEMAND, StoppedReason.MANUAL])
-@pytest.mark.parametrize("policy", [IdleShutdown(30), OnDemand()])
+@pytest.mark.parametrize("policy", [IdleShutdownPolicy(30), OnDemandPolicy()])
 def test_a_sleeping_deployment_is_woken_by_a_due_run_and_by_nothing_else(
-    policy: Policy, reason: StoppedReason
+    policy: DeploymentPolicy, reason: StoppedReason
 ) -> None:
     asleep = down(reason)
     assert done(policy, asleep, MONDAY + 90 * HOUR) is NONE
@@ -94,13 +107,15 @@ def test_a_sleeping_deployment_is_woken_by_a_due_run_and_by_nothing_else(
 
 @pytest.mark.parametrize("reason", [StoppedReason.IDLE, StoppedReason.ON_DEMAND, StoppedReason.SCHEDULE])
 def test_an_always_on_deployment_that_sleeps_is_started(reason: StoppedReason) -> None:
-    assert done(AlwaysOn(), down(reason), MONDAY) is START
-    assert done(AlwaysOn(), up(), MONDAY + 90 * HOUR) is NONE
+    assert done(AlwaysOnPolicy(), down(reason), MONDAY) is START
+    assert done(AlwaysOnPolicy(), up(), MONDAY + 90 * HOUR) is NONE
 
 
 def test_an_always_on_deployment_that_somebody_stopped_waits_for_somebody_to_start_it() -> None:
     stopped = down(StoppedReason.MANUAL, has_due=True)
-    assert decide(AlwaysOn(), stopped, MONDAY + 90 * HOUR) == Decision(NONE, LifecycleReason.STOPPED_BY_HAND)
+    assert decide(AlwaysOnPolicy(), stopped, MONDAY + 90 * HOUR) == LifecycleVerdict(
+        NONE, LifecycleReason.STOPPED_BY_HAND
+    )
 
 
 # ── scheduled-window ────────────────────────────────────────────────────────────────────────────────────────
@@ -120,7 +135,7 @@ def test_a_deployment_is_started_while_its_window_is_open_whenever_somebody_look
 
 
 def test_a_deployment_drains_once_its_window_is_closed_and_stops_at_once_without_runs() -> None:
-    assert decide(OFFICE_HOURS, up(has_running=True), OUTSIDE) == Decision(
+    assert decide(OFFICE_HOURS, up(has_running=True), OUTSIDE) == LifecycleVerdict(
         DRAIN, LifecycleReason.WINDOW_CLOSED, StoppedReason.SCHEDULE
     )
     assert done(OFFICE_HOURS, up(has_due=True), OUTSIDE) is STOP
@@ -160,31 +175,31 @@ def test_a_draining_deployment_stops_when_its_runs_have_ended_or_its_time_is_ove
     )
     held = decide(OFFICE_HOURS, drains, OUTSIDE)
     assert (held.action, held.check_at) == (NONE, until)
-    over = Decision(STOP, LifecycleReason.DRAIN_TIME_OVER, StoppedReason.SCHEDULE)
+    over = LifecycleVerdict(STOP, LifecycleReason.DRAIN_TIME_OVER, StoppedReason.SCHEDULE)
     assert decide(OFFICE_HOURS, drains, until) == over
     assert done(OFFICE_HOURS, replace(drains, has_running=False), OUTSIDE) is STOP
 
 
 def test_what_would_start_a_stopped_deployment_ends_a_drain() -> None:
     drains = up(drain_until=MONDAY + MINUTE, stopped_reason=StoppedReason.MANUAL, has_running=True)
-    assert done(IdleShutdown(30), replace(drains, has_due=True), MONDAY) is WAKE
+    assert done(IdleShutdownPolicy(30), replace(drains, has_due=True), MONDAY) is WAKE
     by_schedule = replace(drains, stopped_reason=StoppedReason.SCHEDULE)
-    assert done(AlwaysOn(), by_schedule, MONDAY) is START
-    assert done(AlwaysOn(), replace(drains, has_due=True), MONDAY) is NONE
+    assert done(AlwaysOnPolicy(), by_schedule, MONDAY) is START
+    assert done(AlwaysOnPolicy(), replace(drains, has_due=True), MONDAY) is NONE
 
 
 # ── what nothing starts ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_done_about_what_is_not_deployed(policy: Policy) -> None:
-    gone = Situation(is_deployed=False, is_up=False, has_due=True)
-    assert decide(policy, gone, INSIDE) == Decision(NONE, LifecycleReason.NOT_DEPLOYED)
+def test_nothing_is_done_about_what_is_not_deployed(policy: DeploymentPolicy) -> None:
+    gone = DeploymentSituation(is_deployed=False, is_up=False, has_due=True)
+    assert decide(policy, gone, INSIDE) == LifecycleVerdict(NONE, LifecycleReason.NOT_DEPLOYED)
     assert done(policy, down(StoppedReason.ARCHIVED, has_due=True), INSIDE) is NONE
 
 
-@pytest.mark.parametrize("policy", [AlwaysOn(), OFFICE_HOURS])
-def test_a_deployment_that_could_not_start_is_tried_again_after_a_while(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", [AlwaysOnPolicy(), OFFICE_HOURS])
+def test_a_deployment_that_could_not_start_is_tried_again_after_a_while(policy: DeploymentPolicy) -> None:
     failed = down(StoppedReason.FAILED, INSIDE)
     assert done(policy, failed, INSIDE + MINUTE / 2) is NONE
     assert done(policy, failed, INSIDE + MINUTE) is START
@@ -194,16 +209,16 @@ def test_a_deployment_that_could_not_start_is_tried_again_after_a_while(policy: 
 def test_a_start_that_fails_again_and_again_is_tried_less_and_less_often(failures: int, minutes: int) -> None:
     failed = down(StoppedReason.FAILED, INSIDE, start_failures=failures)
     tried_at = INSIDE + minutes * MINUTE
-    assert done(AlwaysOn(), failed, tried_at - MINUTE / 2) is NONE
-    assert done(AlwaysOn(), failed, tried_at) is START
+    assert done(AlwaysOnPolicy(), failed, tried_at - MINUTE / 2) is NONE
+    assert done(AlwaysOnPolicy(), failed, tried_at) is START
 
 
 def test_a_due_run_does_not_have_a_failed_start_tried_again_and_again() -> None:
     failed = down(StoppedReason.FAILED, MONDAY, has_due=True)
-    held = decide(OnDemand(), failed, MONDAY)
+    held = decide(OnDemandPolicy(), failed, MONDAY)
     assert (held.action, held.check_at) == (NONE, MONDAY + MINUTE)
-    assert done(OnDemand(), failed, MONDAY + MINUTE) is WAKE
-    assert decide(OnDemand(), replace(failed, has_due=False), MONDAY).check_at is None
+    assert done(OnDemandPolicy(), failed, MONDAY + MINUTE) is WAKE
+    assert decide(OnDemandPolicy(), replace(failed, has_due=False), MONDAY).check_at is None
 
 
 # ── who may start it ────────────────────────────────────────────────────────────────────────────────────────
@@ -213,33 +228,35 @@ ANY = tuple(reason for reason in StoppedReason if reason is not StoppedReason.AR
 
 @pytest.mark.parametrize("reason", ANY)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_run_starts_a_sleeping_deployment_as_its_policy_says(policy: Policy, reason: StoppedReason) -> None:
+def test_a_run_starts_a_sleeping_deployment_as_its_policy_says(
+    policy: DeploymentPolicy, reason: StoppedReason
+) -> None:
     asleep = down(reason)
-    inside, outside = may_start(policy, asleep, INSIDE), may_start(policy, asleep, OUTSIDE)
-    if isinstance(policy, ScheduledWindow):
+    inside, outside = start_refusal(policy, asleep, INSIDE), start_refusal(policy, asleep, OUTSIDE)
+    if isinstance(policy, ScheduledWindowPolicy):
         assert inside is None
         assert outside is not None
-        assert (outside.code, outside.opens_at) == (RefusalCode.OUTSIDE_WINDOW, OPENING)
-    elif isinstance(policy, AlwaysOn) and reason is StoppedReason.MANUAL:
+        assert (outside.code, outside.opens_at) == (StartRefusalCode.OUTSIDE_WINDOW, OPENING)
+    elif isinstance(policy, AlwaysOnPolicy) and reason is StoppedReason.MANUAL:
         assert inside == outside
         assert inside is not None
-        assert (inside.code, inside.opens_at) == (RefusalCode.STOPPED_MANUALLY, None)
+        assert (inside.code, inside.opens_at) == (StartRefusalCode.STOPPED_MANUALLY, None)
     else:
         assert (inside, outside) == (None, None)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_whatever_is_up_takes_runs_and_what_is_gone_takes_none(policy: Policy) -> None:
-    assert may_start(policy, up(), OUTSIDE) is None
-    for gone in (Situation(is_deployed=False, is_up=False), down(StoppedReason.ARCHIVED)):
-        refusal = may_start(policy, gone, INSIDE)
+def test_whatever_is_up_takes_runs_and_what_is_gone_takes_none(policy: DeploymentPolicy) -> None:
+    assert start_refusal(policy, up(), OUTSIDE) is None
+    for gone in (DeploymentSituation(is_deployed=False, is_up=False), down(StoppedReason.ARCHIVED)):
+        refusal = start_refusal(policy, gone, INSIDE)
         assert refusal is not None
-        assert refusal.code is RefusalCode.NOT_DEPLOYED
+        assert refusal.code is StartRefusalCode.NOT_DEPLOYED
 
 
 def test_what_drains_since_its_window_closed_takes_no_runs() -> None:
     drains = up(drain_until=OUTSIDE + MINUTE, stopped_reason=StoppedReason.SCHEDULE)
-    refusal = may_start(OFFICE_HOURS, drains, OUTSIDE)
+    refusal = start_refusal(OFFICE_HOURS, drains, OUTSIDE)
     assert refusal is not None
     assert refusal.opens_at == OPENING
 
@@ -250,30 +267,58 @@ def test_what_drains_since_its_window_closed_takes_no_runs() -> None:
 @pytest.mark.parametrize(
     ("policy", "situation", "now", "expected"),
     [
-        (AlwaysOn(), up(), INSIDE, None),
-        (AlwaysOn(), down(StoppedReason.MANUAL), INSIDE, None),
-        (IdleShutdown(30), up(), MONDAY, Transition(TransitionKind.STOP, MONDAY + 30 * MINUTE)),
-        (IdleShutdown(30), up(has_running=True), MONDAY, None),
-        (IdleShutdown(30), down(StoppedReason.IDLE), MONDAY, None),
-        (OnDemand(), up(), MONDAY, Transition(TransitionKind.STOP, MONDAY + MINUTE)),
-        (OFFICE_HOURS, up(), INSIDE, Transition(TransitionKind.STOP, MONDAY + 17 * HOUR)),
-        (OFFICE_HOURS, up(), OUTSIDE, Transition(TransitionKind.STOP, OUTSIDE)),
-        (OFFICE_HOURS, up(started_by_hand_at=OUTSIDE), OUTSIDE, Transition(TransitionKind.STOP, CLOSING)),
-        (OFFICE_HOURS, down(StoppedReason.SCHEDULE), OUTSIDE, Transition(TransitionKind.START, OPENING)),
-        (OFFICE_HOURS, down(StoppedReason.MANUAL, INSIDE), INSIDE, Transition(TransitionKind.START, OPENING)),
-        (OFFICE_HOURS, down(StoppedReason.SCHEDULE), INSIDE, Transition(TransitionKind.START, INSIDE)),
+        (AlwaysOnPolicy(), up(), INSIDE, None),
+        (AlwaysOnPolicy(), down(StoppedReason.MANUAL), INSIDE, None),
         (
-            IdleShutdown(30),
+            IdleShutdownPolicy(30),
+            up(),
+            MONDAY,
+            LifecycleTransition(TransitionKind.STOP, MONDAY + 30 * MINUTE),
+        ),
+        (IdleShutdownPolicy(30), up(has_running=True), MONDAY, None),
+        (IdleShutdownPolicy(30), down(StoppedReason.IDLE), MONDAY, None),
+        (OnDemandPolicy(), up(), MONDAY, LifecycleTransition(TransitionKind.STOP, MONDAY + MINUTE)),
+        (OFFICE_HOURS, up(), INSIDE, LifecycleTransition(TransitionKind.STOP, MONDAY + 17 * HOUR)),
+        (OFFICE_HOURS, up(), OUTSIDE, LifecycleTransition(TransitionKind.STOP, OUTSIDE)),
+        (
+            OFFICE_HOURS,
+            up(started_by_hand_at=OUTSIDE),
+            OUTSIDE,
+            LifecycleTransition(TransitionKind.STOP, CLOSING),
+        ),
+        (
+            OFFICE_HOURS,
+            down(StoppedReason.SCHEDULE),
+            OUTSIDE,
+            LifecycleTransition(TransitionKind.START, OPENING),
+        ),
+        (
+            OFFICE_HOURS,
+            down(StoppedReason.MANUAL, INSIDE),
+            INSIDE,
+            LifecycleTransition(TransitionKind.START, OPENING),
+        ),
+        (
+            OFFICE_HOURS,
+            down(StoppedReason.SCHEDULE),
+            INSIDE,
+            LifecycleTransition(TransitionKind.START, INSIDE),
+        ),
+        (
+            IdleShutdownPolicy(30),
             up(drain_until=INSIDE, stopped_reason=StoppedReason.MANUAL, has_running=True),
             INSIDE - MINUTE,
-            Transition(TransitionKind.STOP, INSIDE),
+            LifecycleTransition(TransitionKind.STOP, INSIDE),
         ),
     ],
 )
 def test_the_next_transition_is_what_the_clock_brings(
-    policy: Policy, situation: Situation, now: datetime, expected: Transition | None
+    policy: DeploymentPolicy,
+    situation: DeploymentSituation,
+    now: datetime,
+    expected: LifecycleTransition | None,
 ) -> None:
-    assert lifecycle.next_transition(policy, situation, now) == expected
+    assert lifecycle_policy.next_transition(policy, situation, now) == expected
 
 
 # ── stored policies ─────────────────────────────────────────────────────────────────────────────────────────
@@ -290,11 +335,11 @@ def test_a_stored_policy_is_read() -> None:
         {"type": "on-demand"},
         {"type": "scheduled-window", "schedule": schedule},
     ]
-    assert tuple(lifecycle.policy_of(one) for one in stored) == POLICIES
-    assert lifecycle.policy_of(lifecycle.chosen(None)) == IdleShutdown(30)
+    assert tuple(lifecycle_policy.parse_policy(one) for one in stored) == POLICIES
+    assert lifecycle_policy.parse_policy(lifecycle_policy.effective_policy(None)) == IdleShutdownPolicy(30)
 
 
 def test_what_was_decided_by_is_kept_as_json() -> None:
-    kept = lifecycle.inputs(down(StoppedReason.IDLE, has_due=True), MONDAY)
+    kept = lifecycle_policy.decision_inputs(down(StoppedReason.IDLE, has_due=True), MONDAY)
     assert kept["now"] == kept["stoppedAt"] == "2026-01-05T00:00:00.000Z"
     assert (kept["stoppedReason"], kept["hasDue"], kept["drainUntil"]) == ("idle", True, None)

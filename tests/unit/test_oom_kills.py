@@ -21,7 +21,7 @@ from models import oom_kills
 from pilotflame import worker_parent
 
 counted = pathlib.Path(sys.argv[1])
-oom_kills.count = lambda: int(counted.read_text())
+oom_kills.count_kills = lambda: int(counted.read_text())
 announce = worker_parent.fork(print)
 announce("worker:a/1")
 counted.write_text(sys.argv[2])
@@ -50,11 +50,11 @@ def test_kills_for_memory_are_counted_by_whatever_the_system_has(
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert oom_kills.count(tmp_path) == 7
+    assert oom_kills.count_kills(tmp_path) == 7
 
 
 def test_where_nothing_is_told_nothing_is_taken_for_a_kill(tmp_path: Path) -> None:
-    assert oom_kills.count(tmp_path) is None
+    assert oom_kills.count_kills(tmp_path) is None
 
 
 @pytest.mark.parametrize(

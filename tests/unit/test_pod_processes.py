@@ -15,15 +15,15 @@ SECOND = timedelta(seconds=1)
 
 
 def test_a_process_is_known_again_by_its_name() -> None:
-    for process in (PodProcess("workflow-wf-1-x", NOON), PodProcess.started_now("a")):
-        assert PodProcess.named(process.name) == process
+    for process in (PodProcess("workflow-wf-1-x", NOON), PodProcess.new("a")):
+        assert PodProcess.from_name(process.name) == process
 
 
 @pytest.mark.parametrize(
     "name", ["", "a", "a/", "a/1", "a b/1736942400250", "a/1736942400250/", "/1736942400250"]
 )
 def test_what_names_no_process_is_none(name: str) -> None:
-    assert PodProcess.named(name) is None
+    assert PodProcess.from_name(name) is None
 
 
 @pytest.mark.parametrize(

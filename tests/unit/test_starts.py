@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from models.deployment import Deployment
-from models.deployment import Observed as Stored
+from models.deployment import ObservedState as Stored
 from workers.cluster.driver import Observed, Pod, PodStage, Reason, Trouble
 from workers.deployer import comparison
 from workers.deployer.start_clock import StartClock

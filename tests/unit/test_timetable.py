@@ -8,18 +8,18 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from models import timetable
-from models.timetable import (
-    GRACE,
+from models import schedule_timetable
+from models.schedule_timetable import (
+    GRACE_TIME,
     MAX_WAITING,
     InvalidTimetable,
-    Misfire,
-    Overlap,
-    Passed,
-    State,
-    Timetable,
-    decide,
-    timetable_of,
+    MisfirePolicy,
+    OverlapPolicy,
+    ScheduleState,
+    ScheduleTimetable,
+    SkipReason,
+    decide_instants,
+    parse_timetable,
 )
 from nodes import catalog
 
@@ -29,20 +29,24 @@ WEEK = timedelta(weeks=1)
 WORKFLOW = "wf_1"
 
 
-def every_minute(**config: Any) -> Timetable:  # noqa: ANN401 - any JSON value
-    return timetable_of({"cron": "* * * * *", **config})
+def every_minute(**config: Any) -> ScheduleTimetable:  # noqa: ANN401 - any JSON value
+    return parse_timetable({"cron": "* * * * *", **config})
 
 
-def state(next_run_at: datetime, **changes: Any) -> State:  # noqa: ANN401 - any field
-    return State(WORKFLOW, anchor_at=next_run_at - timedelta(hours=1), next_run_at=next_run_at, **changes)
+def state(next_run_at: datetime, **changes: Any) -> ScheduleState:  # noqa: ANN401 - any field
+    return ScheduleState(
+        WORKFLOW, anchor_at=next_run_at - timedelta(hours=1), next_run_at=next_run_at, **changes
+    )
 
 
 def instants(config: dict[str, Any], since: str, count: int) -> list[str]:
     """Return the next instants after a local time, as local times."""
-    wanted = timetable_of(config)
+    wanted = parse_timetable(config)
     zone = ZoneInfo(config["timezone"])
     moment = datetime.fromisoformat(since).replace(tzinfo=zone)
-    found = timetable.upcoming(wanted, moment.astimezone(UTC), moment.astimezone(UTC), count)
+    found = schedule_timetable.upcoming_instants(
+        wanted, moment.astimezone(UTC), moment.astimezone(UTC), count
+    )
     assert all(at.tzinfo is UTC for at in found)
     return [at.astimezone(zone).isoformat(timespec="minutes") for at in found]
 
@@ -64,7 +68,7 @@ def instants(config: dict[str, Any], since: str, count: int) -> list[str]:
     ],
 )
 def test_a_cron_expression_has_five_fields_and_comes_true(cron: str) -> None:
-    assert timetable.fires(cron)
+    assert schedule_timetable.is_cron_expression(cron)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_a_cron_expression_has_five_fields_and_comes_true(cron: str) -> None:
     ],
 )
 def test_what_differs_from_that_or_never_comes_true_is_none(cron: str) -> None:
-    assert not timetable.fires(cron)
+    assert not schedule_timetable.is_cron_expression(cron)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +131,14 @@ def test_instants_follow_the_clocks_of_the_zone(
 
 
 def test_a_time_that_has_been_is_not_to_come_in_the_second_of_two_alike_hours() -> None:
-    wanted = timetable_of({"cron": "30 2 * * *", "timezone": "Europe/Berlin"})
+    wanted = parse_timetable({"cron": "30 2 * * *", "timezone": "Europe/Berlin"})
     in_the_second = datetime(2026, 10, 25, 1, 10, tzinfo=UTC)
     assert in_the_second.astimezone(ZoneInfo("Europe/Berlin")).isoformat() == "2026-10-25T02:10:00+01:00"
     assert wanted.first_after(in_the_second, in_the_second) == datetime(2026, 10, 26, 1, 30, tzinfo=UTC)
 
 
 def test_an_interval_is_counted_from_when_it_began_whatever_the_moment() -> None:
-    wanted = timetable_of({"intervalSeconds": 90})
+    wanted = parse_timetable({"intervalSeconds": 90})
     after = [wanted.first_after(NOON + timedelta(seconds=seconds), NOON) for seconds in (-50, 0, 89.9, 90)]
     assert after == [NOON + timedelta(seconds=seconds) for seconds in (90, 90, 90, 180)]
 
@@ -156,18 +160,18 @@ def test_an_interval_is_counted_from_when_it_began_whatever_the_moment() -> None
 )
 def test_what_cannot_be_followed_is_refused_with_a_reason(config: dict[str, Any]) -> None:
     with pytest.raises(InvalidTimetable, match=r"\w"):
-        timetable_of(config)
+        parse_timetable(config)
 
 
 def test_a_number_is_whole_however_it_is_written() -> None:
-    assert timetable_of({"intervalSeconds": 60.0}).interval_seconds == 60
+    assert parse_timetable({"intervalSeconds": 60.0}).interval_seconds == 60
 
 
 def test_the_defaults_of_the_node_type_are_those_of_the_rules() -> None:
     loaded = catalog.load()
     given = {"cron": "5 4 * * *"}
     filled = loaded.with_defaults(loaded.get("schedule-trigger"), given)
-    assert timetable_of(filled) == timetable_of(given)
+    assert parse_timetable(filled) == parse_timetable(given)
 
 
 def test_only_what_moves_instants_changes_the_hash_of_the_timing() -> None:
@@ -176,21 +180,21 @@ def test_only_what_moves_instants_changes_the_hash_of_the_timing() -> None:
     moved = [
         every_minute(timezone="Asia/Tokyo"),
         every_minute(jitterSeconds=5),
-        timetable_of({"cron": "0 * * * *"}),
-        timetable_of({"intervalSeconds": 60}),
+        parse_timetable({"cron": "0 * * * *"}),
+        parse_timetable({"intervalSeconds": 60}),
     ]
     assert plain not in {one.timing_hash for one in moved}
 
 
 def test_jitter_delays_workflows_by_different_times_and_each_always_by_the_same() -> None:
     wanted = every_minute(jitterSeconds=60)
-    delays = [wanted.delay_of(f"wf_{number}") for number in range(100)]
-    assert delays == [wanted.delay_of(f"wf_{number}") for number in range(100)]
+    delays = [wanted.start_delay(f"wf_{number}") for number in range(100)]
+    assert delays == [wanted.start_delay(f"wf_{number}") for number in range(100)]
     assert all(timedelta() <= delay < MINUTE for delay in delays)
     assert len(set(delays)) > 90
-    due_at = NOON + wanted.delay_of(WORKFLOW)
-    assert decide(wanted, state(NOON), due_at - timedelta(milliseconds=1)).run == ()
-    decided = decide(wanted, state(NOON), due_at)
+    due_at = NOON + wanted.start_delay(WORKFLOW)
+    assert decide_instants(wanted, state(NOON), due_at - timedelta(milliseconds=1)).run == ()
+    decided = decide_instants(wanted, state(NOON), due_at)
     assert (decided.run, decided.next_run_at) == ([NOON], NOON + MINUTE)
 
 
@@ -199,17 +203,17 @@ def test_jitter_delays_workflows_by_different_times_and_each_always_by_the_same(
 
 def test_nothing_is_run_before_its_instant_and_everything_once_at_it() -> None:
     wanted = every_minute()
-    assert decide(wanted, state(NOON), NOON - timedelta(microseconds=1)).run == ()
-    decided = decide(wanted, state(NOON), NOON)
+    assert decide_instants(wanted, state(NOON), NOON - timedelta(microseconds=1)).run == ()
+    decided = decide_instants(wanted, state(NOON), NOON)
     assert (decided.run, decided.next_run_at, decided.passed) == ([NOON], NOON + MINUTE, None)
 
 
-@pytest.mark.parametrize("misfire", Misfire)
+@pytest.mark.parametrize("misfire", MisfirePolicy)
 def test_instants_that_are_looked_at_within_a_minute_are_all_run_whatever_the_policy(
-    misfire: Misfire,
+    misfire: MisfirePolicy,
 ) -> None:
-    wanted = timetable_of({"intervalSeconds": 20, "misfire": misfire})
-    decided = decide(wanted, state(NOON), NOON + GRACE)
+    wanted = parse_timetable({"intervalSeconds": 20, "misfire": misfire})
+    decided = decide_instants(wanted, state(NOON), NOON + GRACE_TIME)
     assert decided.run == [NOON + timedelta(seconds=seconds) for seconds in (0, 20, 40, 60)]
     assert (decided.next_run_at, decided.passed) == (NOON + timedelta(seconds=80), None)
 
@@ -226,11 +230,11 @@ def test_of_a_week_that_was_missed_the_policy_says_what_is_run(
     config: dict[str, Any], expected: list[int]
 ) -> None:
     now = NOON + WEEK + timedelta(seconds=30)
-    decided = decide(every_minute(**config), state(NOON), now)
+    decided = decide_instants(every_minute(**config), state(NOON), now)
     assert decided.run == [NOON + WEEK + minutes * MINUTE for minutes in expected]
     assert decided.next_run_at == NOON + WEEK + MINUTE
     assert (decided.passed, decided.passed_at) == (
-        Passed.MISSED,
+        SkipReason.MISSED,
         NOON + WEEK + (expected[0] - 1) * MINUTE,
     )
 
@@ -238,42 +242,44 @@ def test_of_a_week_that_was_missed_the_policy_says_what_is_run(
 def test_a_daily_instant_that_was_missed_is_made_up_for_once_or_left_out() -> None:
     now = NOON + WEEK + timedelta(hours=5)
     daily = {"cron": "0 12 * * *"}
-    assert decide(timetable_of(daily), state(NOON), now).run == [NOON + WEEK]
-    left_out = decide(timetable_of({**daily, "misfire": "skip"}), state(NOON), now)
+    assert decide_instants(parse_timetable(daily), state(NOON), now).run == [NOON + WEEK]
+    left_out = decide_instants(parse_timetable({**daily, "misfire": "skip"}), state(NOON), now)
     assert (left_out.run, left_out.passed_at) == ([], NOON + WEEK)
     assert left_out.next_run_at == NOON + WEEK + timedelta(days=1)
 
 
 def test_one_that_was_missed_and_is_made_up_for_is_not_called_missed() -> None:
-    decided = decide(timetable_of({"cron": "0 12 * * *"}), state(NOON), NOON + timedelta(hours=5))
+    decided = decide_instants(parse_timetable({"cron": "0 12 * * *"}), state(NOON), NOON + timedelta(hours=5))
     assert (decided.run, decided.passed) == ([NOON], None)
 
 
 def test_years_that_were_missed_by_the_second_take_no_time_to_decide_about() -> None:
-    wanted = timetable_of({"intervalSeconds": 1, "misfire": "run-all", "misfireLimit": 100})
+    wanted = parse_timetable({"intervalSeconds": 1, "misfire": "run-all", "misfireLimit": 100})
     now = NOON + 100 * 52 * WEEK
-    decided = decide(wanted, state(NOON), now)
+    decided = decide_instants(wanted, state(NOON), now)
     assert decided.run == [now - timedelta(seconds=seconds) for seconds in reversed(range(100))]
-    minutes = decide(every_minute(misfire="run-all"), state(NOON), now)
-    assert len(minutes.run) == timetable.MISFIRE_LIMIT
+    minutes = decide_instants(every_minute(misfire="run-all"), state(NOON), now)
+    assert len(minutes.run) == schedule_timetable.MISFIRE_LIMIT
 
 
 def test_an_instant_is_passed_over_while_the_last_run_goes_on_where_the_policy_says_so() -> None:
     wanted = every_minute(overlap="skip")
-    busy = decide(wanted, state(NOON, is_busy=True), NOON)
-    assert (busy.run, busy.passed, busy.passed_at) == ([], Passed.OVERLAP, NOON)
+    busy = decide_instants(wanted, state(NOON, is_busy=True), NOON)
+    assert (busy.run, busy.passed, busy.passed_at) == ([], SkipReason.OVERLAP, NOON)
     assert busy.next_run_at == NOON + MINUTE
-    several = decide(timetable_of({"intervalSeconds": 10, "overlap": "skip"}), state(NOON), NOON + MINUTE / 2)
-    assert (several.run, several.passed) == ([NOON], Passed.OVERLAP)
+    several = decide_instants(
+        parse_timetable({"intervalSeconds": 10, "overlap": "skip"}), state(NOON), NOON + MINUTE / 2
+    )
+    assert (several.run, several.passed) == ([NOON], SkipReason.OVERLAP)
 
 
-@pytest.mark.parametrize("overlap", [Overlap.ALLOW, Overlap.QUEUE])
-def test_instants_are_passed_over_while_too_many_runs_wait(overlap: Overlap) -> None:
-    wanted = timetable_of({"intervalSeconds": 10, "overlap": overlap})
+@pytest.mark.parametrize("overlap", [OverlapPolicy.ALLOW, OverlapPolicy.QUEUE])
+def test_instants_are_passed_over_while_too_many_runs_wait(overlap: OverlapPolicy) -> None:
+    wanted = parse_timetable({"intervalSeconds": 10, "overlap": overlap})
     nearly_full = state(NOON, is_busy=True, waiting_runs=MAX_WAITING - 2)
-    decided = decide(wanted, nearly_full, NOON + timedelta(seconds=25))
+    decided = decide_instants(wanted, nearly_full, NOON + timedelta(seconds=25))
     assert decided.run == [NOON, NOON + timedelta(seconds=10)]
-    assert (decided.passed, decided.passed_at) == (Passed.QUEUE_FULL, NOON + timedelta(seconds=20))
+    assert (decided.passed, decided.passed_at) == (SkipReason.QUEUE_FULL, NOON + timedelta(seconds=20))
 
 
 # ── clocks that are wrong ───────────────────────────────────────────────────────────────────────────────────
@@ -281,10 +287,21 @@ def test_instants_are_passed_over_while_too_many_runs_wait(overlap: Overlap) -> 
 
 def test_after_a_clock_was_ahead_what_was_run_early_is_not_run_again() -> None:
     early = NOON + timedelta(minutes=10)
-    assert timetable.decided_anew(every_minute(), WORKFLOW, NOON, early, NOON) == early + MINUTE
-    assert timetable.decided_anew(every_minute(), WORKFLOW, NOON, NOON, NOON + MINUTE) == NOON + 2 * MINUTE
+    assert (
+        schedule_timetable.recompute_next_instant(every_minute(), WORKFLOW, NOON, early, NOON)
+        == early + MINUTE
+    )
+    assert (
+        schedule_timetable.recompute_next_instant(every_minute(), WORKFLOW, NOON, NOON, NOON + MINUTE)
+        == NOON + 2 * MINUTE
+    )
 
 
 def test_after_a_clock_was_far_ahead_a_schedule_goes_on_by_the_right_one() -> None:
-    assert timetable.decided_anew(every_minute(), WORKFLOW, NOON, NOON + WEEK, NOON) == NOON + MINUTE
-    assert timetable.decided_anew(every_minute(), WORKFLOW, NOON, None, NOON) == NOON + MINUTE
+    assert (
+        schedule_timetable.recompute_next_instant(every_minute(), WORKFLOW, NOON, NOON + WEEK, NOON)
+        == NOON + MINUTE
+    )
+    assert (
+        schedule_timetable.recompute_next_instant(every_minute(), WORKFLOW, NOON, None, NOON) == NOON + MINUTE
+    )

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from models.trigger import MAX_PATTERNS, patterns_for, patterns_of
+from models.workflow_triggers import MAX_PATTERNS, matching_patterns, parse_patterns
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from models.trigger import MAX_PATTERNS, patterns_for, patterns_of
 def test_a_type_of_events_is_matched_by_itself_and_by_each_of_its_beginnings(
     event_type: str, patterns: list[str]
 ) -> None:
-    assert patterns_for(event_type) == patterns
+    assert matching_patterns(event_type) == patterns
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_a_trigger_matches_the_patterns_of_its_config_and_nothing_that_is_none(
     event_type: Any,  # noqa: ANN401 - any JSON value
     patterns: list[str],
 ) -> None:
-    assert patterns_of({"event_type": event_type}) == patterns
+    assert parse_patterns({"event_type": event_type}) == patterns

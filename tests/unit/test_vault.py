@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from models.vault import Damaged, Sealed, UnknownSecret, Vault, secret_id
+from models.encryption import EncryptedText, SecretCorrupted, SecretVault, UnknownSecret, identify_secret
 
 OLD, NEW = b"the old secret, longer than thirty-two", b"the new secret, longer than thirty-two"
 TEXT = b'{"password":"canary-3f9c"}'
@@ -12,15 +12,15 @@ HERE = {"organization_id": "org_1", "object_id": "ds_1"}
 
 
 def test_what_is_sealed_is_opened_and_shows_nothing_of_itself() -> None:
-    vault = Vault(NEW)
+    vault = SecretVault(NEW)
     sealed = vault.seal(TEXT, **HERE)
     assert b"canary" not in sealed.content
     assert vault.open(sealed, **HERE) == TEXT
-    assert Vault(NEW).open(sealed, **HERE) == TEXT
+    assert SecretVault(NEW).open(sealed, **HERE) == TEXT
 
 
 def test_the_same_text_is_never_sealed_the_same_way_twice() -> None:
-    vault = Vault(NEW)
+    vault = SecretVault(NEW)
     assert len({vault.seal(TEXT, **HERE).content for _ in range(100)}) == 100
 
 
@@ -34,35 +34,35 @@ def test_the_same_text_is_never_sealed_the_same_way_twice() -> None:
     ],
 )
 def test_what_is_sealed_for_one_object_is_no_other_ones(elsewhere: dict[str, str]) -> None:
-    vault = Vault(NEW)
-    with pytest.raises(Damaged):
+    vault = SecretVault(NEW)
+    with pytest.raises(SecretCorrupted):
         vault.open(vault.seal(TEXT, **HERE), **elsewhere)
 
 
 def test_every_byte_counts() -> None:
-    vault = Vault(NEW)
+    vault = SecretVault(NEW)
     sealed = vault.seal(TEXT, **HERE)
     for place in range(len(sealed.content)):
         changed = bytearray(sealed.content)
         changed[place] ^= 1
-        with pytest.raises(Damaged):
-            vault.open(Sealed(sealed.secret_id, bytes(changed)), **HERE)
+        with pytest.raises(SecretCorrupted):
+            vault.open(EncryptedText(sealed.secret_id, bytes(changed)), **HERE)
     for length in range(len(sealed.content)):
-        with pytest.raises(Damaged):
-            vault.open(Sealed(sealed.secret_id, sealed.content[:length]), **HERE)
+        with pytest.raises(SecretCorrupted):
+            vault.open(EncryptedText(sealed.secret_id, sealed.content[:length]), **HERE)
 
 
 def test_an_earlier_secret_opens_what_it_sealed_as_long_as_it_is_listed() -> None:
-    sealed = Vault(OLD).seal(TEXT, **HERE)
-    both = Vault(NEW, [OLD])
+    sealed = SecretVault(OLD).seal(TEXT, **HERE)
+    both = SecretVault(NEW, [OLD])
     assert both.open(sealed, **HERE) == TEXT
-    assert both.seal(TEXT, **HERE).secret_id == secret_id(NEW)
+    assert both.seal(TEXT, **HERE).secret_id == identify_secret(NEW)
     with pytest.raises(UnknownSecret, match="PILOTFLAME_SECRET_KEY"):
-        Vault(NEW).open(sealed, **HERE)
-    with pytest.raises(Damaged):
-        both.open(Sealed(secret_id(NEW), sealed.content), **HERE)
+        SecretVault(NEW).open(sealed, **HERE)
+    with pytest.raises(SecretCorrupted):
+        both.open(EncryptedText(identify_secret(NEW), sealed.content), **HERE)
 
 
 def test_the_id_of_a_secret_tells_nothing_of_it() -> None:
-    assert re.fullmatch("[0-9a-f]{16}", secret_id(OLD))
-    assert secret_id(OLD) != secret_id(NEW)
+    assert re.fullmatch("[0-9a-f]{16}", identify_secret(OLD))
+    assert identify_secret(OLD) != identify_secret(NEW)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import windows
-from models.windows import EmptyWindow, Schedule, Window
+from models import weekly_windows
+from models.weekly_windows import EmptyWindow, WeeklyWindow, WindowSchedule
 
 DAILY = range(7)
 SUNDAY, MONDAY, THURSDAY, FRIDAY, SATURDAY = 0, 1, 4, 5, 6
@@ -31,8 +31,14 @@ MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 
 
-def schedule(zone: str, *given: tuple[object, str, str]) -> Schedule:
-    return Schedule(zone, tuple(windows.window(days, start, end) for days, start, end in given))  # type: ignore[arg-type]
+def schedule(zone: str, *given: tuple[object, str, str]) -> WindowSchedule:
+    return WindowSchedule(
+        zone,
+        tuple(
+            weekly_windows.parse_window(days, start, end)  # type: ignore[arg-type]
+            for days, start, end in given
+        ),
+    )
 
 
 def moment(text: str) -> datetime:
@@ -58,7 +64,7 @@ def changes(moments: Sequence[datetime], zone: str) -> list[tuple[datetime, date
 AROUND = [(zone, at) for zone in ZONES for at in moments_of_change(zone)]
 
 
-def is_inside(window: Window, local: datetime) -> bool:
+def is_inside(window: WeeklyWindow, local: datetime) -> bool:
     """Tell whether a local time is inside a window that started today, or yesterday."""
     minute = local.hour * 60 + local.minute
     today, yesterday = local.isoweekday() % 7, (local.isoweekday() - 1) % 7
@@ -73,35 +79,37 @@ def times() -> st.SearchStrategy[str]:
     return st.builds(lambda hour, minute: f"{hour:02}:{minute:02}", hours, st.sampled_from([0, 15, 30, 59]))
 
 
-def some_windows() -> st.SearchStrategy[tuple[Window, ...]]:
+def some_windows() -> st.SearchStrategy[tuple[WeeklyWindow, ...]]:
     ends = st.tuples(times(), times() | st.just("24:00")).filter(
         lambda pair: pair[0] != pair[1] or pair[0] == "00:00"
     )
     days = st.just({*DAILY}) | st.sets(st.integers(0, 6), min_size=1)
-    one = st.builds(lambda days, pair: windows.window(days, *pair), days, ends)
+    one = st.builds(lambda days, pair: weekly_windows.parse_window(days, *pair), days, ends)
     return st.lists(one, min_size=1, max_size=3).map(tuple)
 
 
 @settings(max_examples=100)
 @given(around=st.sampled_from(AROUND), chosen=some_windows())
 def test_a_schedule_is_what_a_look_at_every_minute_says(
-    around: tuple[str, datetime], chosen: tuple[Window, ...]
+    around: tuple[str, datetime], chosen: tuple[WeeklyWindow, ...]
 ) -> None:
     zone, at = around
-    plan = Schedule(zone, chosen)
+    plan = WindowSchedule(zone, chosen)
     since = at - timedelta(hours=30)
     minutes = [since + MINUTE * count for count in range(60 * 60)]
     local = [one.astimezone(ZoneInfo(zone)) for one in minutes]
     expected = [any(is_inside(window, one) for window in chosen) for one in local]
-    assert [windows.is_open(plan, one) for one in minutes[::15]] == expected[::15]
+    assert [weekly_windows.is_open(plan, one) for one in minutes[::15]] == expected[::15]
     flips = [
         (minutes[index + 1], after)
         for index, (before, after) in enumerate(pairwise(expected))
         if before != after
     ]
-    found = [(one.at, one.is_open) for one in windows.changes(plan, since, minutes[-1])]
+    found = [(one.at, one.is_open) for one in weekly_windows.window_changes(plan, since, minutes[-1])]
     assert found == flips
-    assert [one.at for one in windows.changes(plan, minutes[0], at)] == [f[0] for f in flips if f[0] <= at]
+    assert [one.at for one in weekly_windows.window_changes(plan, minutes[0], at)] == [
+        f[0] for f in flips if f[0] <= at
+    ]
 
 
 # ── what a day looks like ───────────────────────────────────────────────────────────────────────────────────
@@ -178,13 +186,13 @@ def test_a_schedule_is_what_a_look_at_every_minute_says(
         ),
     ],
 )
-def test_a_schedule_opens_and_closes(plan: Schedule, since: str, expected: list[str]) -> None:
+def test_a_schedule_opens_and_closes(plan: WindowSchedule, since: str, expected: list[str]) -> None:
     start = moment(since)
     zone = ZoneInfo(plan.timezone)
     found = [
         f"{one.at.astimezone(zone).isoformat(timespec='minutes')} {'opens' if one.is_open else 'closes'}"
         f"{' by the clock' if one.is_by_clock else ''}"
-        for one in windows.changes(plan, start, start + timedelta(days=3))
+        for one in weekly_windows.window_changes(plan, start, start + timedelta(days=3))
     ]
     assert found == expected
 
@@ -192,7 +200,7 @@ def test_a_schedule_opens_and_closes(plan: Schedule, since: str, expected: list[
 def test_a_window_that_is_skipped_this_week_opens_in_the_next_but_one() -> None:
     plan = schedule("America/Los_Angeles", ([SUNDAY], "02:15", "02:45"))
     last = moment("2026-03-01T02:45-08:00")
-    assert windows.next_opening(plan, last) == moment("2026-03-15T02:15-07:00")
+    assert weekly_windows.next_opening(plan, last) == moment("2026-03-15T02:15-07:00")
 
 
 @pytest.mark.parametrize(
@@ -202,35 +210,40 @@ def test_a_window_that_is_skipped_this_week_opens_in_the_next_but_one() -> None:
         schedule("Africa/Cairo", (DAILY, "06:00", "18:00"), (DAILY, "18:00", "06:00")),
     ],
 )
-def test_a_schedule_without_a_gap_never_changes(plan: Schedule) -> None:
+def test_a_schedule_without_a_gap_never_changes(plan: WindowSchedule) -> None:
     now = moment("2026-04-23T12:00+02:00")
-    assert windows.is_open(plan, now)
-    assert not [*windows.changes(plan, now, now + windows.HORIZON)]
+    assert weekly_windows.is_open(plan, now)
+    assert not [*weekly_windows.window_changes(plan, now, now + weekly_windows.HORIZON)]
 
 
 def test_the_start_is_inside_and_the_end_is_not() -> None:
     plan = schedule("UTC", ([MONDAY], "09:00", "10:00"))
     at = moment("2026-01-05T09:00+00:00")
     instants = [at - timedelta(microseconds=1), at, at + HOUR - timedelta(microseconds=1), at + HOUR]
-    assert [windows.is_open(plan, one) for one in instants] == [False, True, True, False]
+    assert [weekly_windows.is_open(plan, one) for one in instants] == [False, True, True, False]
 
 
 def test_a_change_is_found_to_the_second_wherever_the_look_begins() -> None:
     plan = schedule("America/Los_Angeles", ([SUNDAY], "02:30", "17:00"))
     opening = moment("2026-03-08T03:00-07:00")
     for microseconds in (1, 999_999, 3_600_000_001, 86_399_123_456):
-        assert windows.next_opening(plan, opening - timedelta(microseconds=microseconds)) == opening
+        assert weekly_windows.next_opening(plan, opening - timedelta(microseconds=microseconds)) == opening
 
 
 @pytest.mark.parametrize("time", ["09:00", "23:59"])
 def test_a_window_must_not_end_when_it_starts(time: str) -> None:
     with pytest.raises(EmptyWindow):
-        windows.window([MONDAY], time, time)
+        weekly_windows.parse_window([MONDAY], time, time)
 
 
 def test_zones_are_those_of_the_world() -> None:
-    assert {"UTC", "Africa/Cairo", "America/Los_Angeles", "Australia/Lord_Howe"} <= windows.zones()
-    assert not windows.zones() & {
+    assert {
+        "UTC",
+        "Africa/Cairo",
+        "America/Los_Angeles",
+        "Australia/Lord_Howe",
+    } <= weekly_windows.zone_names()
+    assert not weekly_windows.zone_names() & {
         "localtime",
         "Factory",
         "posixrules",

@@ -113,7 +113,7 @@ class KubernetesDriver:
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
         """Ask for so many pods; raises `NotDeployed`."""
-        path = _path(self._layout, "Deployment", names.name(workflow_id))
+        path = _path(self._layout, "Deployment", names.workflow_name(workflow_id))
         change = {"spec": {"replicas": replicas}}
         try:
             scaled = await self._api.patch(path, change, content_type=MERGE, query={"fieldManager": SCALER})
@@ -161,7 +161,9 @@ class KubernetesDriver:
         for name in pods:
             with suppress(ObjectAbsent, ObjectConflict):
                 deleted = await self._api.request("DELETE", _path_of_pods(self._layout, name))
-                known = {pod["metadata"]["name"] for pod in self.cache.pods.of(names.name(workflow_id))}
+                known = {
+                    pod["metadata"]["name"] for pod in self.cache.pods.of(names.workflow_name(workflow_id))
+                }
                 # One that the watch has taken away already must not come back.
                 if name in known and deleted.get("kind") == "Pod":
                     self.cache.pods.put(deleted)
@@ -205,7 +207,7 @@ class KubernetesDriver:
         if not self.cache.is_open:
             return await self._read(workflow_id)
         await self.cache.synced(self._api.request_seconds)
-        name = names.name(workflow_id)
+        name = names.workflow_name(workflow_id)
         return self.cache.deployments.of(name), self.cache.pods.of(name)
 
     async def _read(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
@@ -219,7 +221,7 @@ class KubernetesDriver:
     def _observed(
         self, workflow_id: str, deployments: Sequence[Manifest], listed: Sequence[Manifest]
     ) -> Observed:
-        name = names.name(workflow_id)
+        name = names.workflow_name(workflow_id)
         deployment = next((one for one in deployments if one["metadata"]["name"] == name), None)
         return pods.observed(workflow_id, deployment, listed, port=self._layout.port)
 

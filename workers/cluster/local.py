@@ -210,7 +210,7 @@ class LocalDriver:
     def _hold(self, kept: Kept) -> LocalDeployment:
         workflow_id = kept.wanted.workflow_id
         deployment = LocalDeployment(
-            self._folder / names.name(workflow_id),
+            self._folder / names.workflow_name(workflow_id),
             kept,
             self._session,
             self._limits,

@@ -73,7 +73,7 @@ class Layout:
 
 def selector(workflow_id: str) -> dict[str, str]:
     """Return the labels that all objects and pods of a workflow have, and nothing else has."""
-    return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.name(workflow_id)}
+    return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.workflow_name(workflow_id)}
 
 
 def objects(wanted: Wanted, layout: Layout) -> tuple[Manifest, ...]:
@@ -114,7 +114,7 @@ def pods_service(wanted: Wanted, layout: Layout) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(wanted, layout, name=names.pods_service(wanted.workflow_id)),
+        "metadata": _metadata(wanted, layout, name=names.pods_service_name(wanted.workflow_id)),
         "spec": {
             "type": "ClusterIP",
             "clusterIP": "None",
@@ -205,7 +205,7 @@ def deployment(wanted: Wanted, layout: Layout) -> Manifest:
 
 def _pod(wanted: Wanted, layout: Layout) -> Manifest:
     pod: Manifest = {
-        "serviceAccountName": names.name(wanted.workflow_id),
+        "serviceAccountName": names.workflow_name(wanted.workflow_id),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         # So that it isn't the first process: that one is deaf to SIGTERM until it says otherwise, and a pod that is
@@ -280,7 +280,7 @@ def _container(wanted: Wanted, layout: Layout) -> Manifest:
 
 def _environment(wanted: Wanted, layout: Layout) -> list[Manifest]:
     given = {name: value for name, value in wanted.environment.items() if name not in OWN_VARIABLES}
-    token = {"secretKeyRef": {"name": names.name(wanted.workflow_id), "key": TOKEN_KEY}}
+    token = {"secretKeyRef": {"name": names.workflow_name(wanted.workflow_id), "key": TOKEN_KEY}}
     return [
         *({"name": name, "value": literal(value)} for name, value in sorted(given.items())),
         {"name": PORT_VARIABLE, "value": str(layout.port)},
@@ -297,7 +297,7 @@ def literal(text: str) -> str:
 
 def _metadata(wanted: Wanted, layout: Layout, *, name: str | None = None) -> Manifest:
     return {
-        "name": name or names.name(wanted.workflow_id),
+        "name": name or names.workflow_name(wanted.workflow_id),
         "namespace": layout.namespace,
         "labels": selector(wanted.workflow_id),
         "annotations": {

@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from models.deployment import BLOCKING_REASONS, SERVING
-from models.deployment import Observed as Stored
-from models.lifecycle import StoppedReason
+from models.deployment import BLOCKING_REASONS, SERVING_STATES
+from models.deployment import ObservedState as Stored
+from models.lifecycle_policy import StoppedReason
 from workers.cluster.driver import Reason
 from workers.deployer.rows import Sighting, last_sighting
 
@@ -227,7 +227,9 @@ def _state(deployment: Deployment, observed: Observed) -> Stored:
     if deployment.replicas == 0:
         return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
     # Right after a change the counts are of before it: the pods that served then are there all the same.
-    serves_on = not observed.is_current and bool(observed.ready_pods) and deployment.observed in SERVING
+    serves_on = (
+        not observed.is_current and bool(observed.ready_pods) and deployment.observed in SERVING_STATES
+    )
     return Stored.RUNNING if observed.is_ready or serves_on else Stored.STARTING
 
 

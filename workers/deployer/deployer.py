@@ -16,7 +16,7 @@ import structlog
 from messages.broker import BrokerUnavailable
 from messages.deployments import DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
-from models.outage import DatabaseUnavailable
+from models.errors import DatabaseUnavailable
 from workers.cluster.driver import ClusterError, LogLine
 from workers.deployer import rows
 from workers.deployer.connection import ClusterConnection, OpenDriver
@@ -83,7 +83,7 @@ class Deployer:
         command: Sequence[str],
     ) -> None:
         # Of local pods there is one deployer at a time: after a crash the next one need not wait.
-        self.name = "local" if settings.cluster == "local" else ids.new("deployer")
+        self.name = "local" if settings.cluster == "local" else ids.new_id("deployer")
         self._settings = settings
         self._database = database
         self._broker = broker
@@ -186,7 +186,7 @@ class Deployer:
             if observed.workflow_id not in known:
                 self._queue.add(observed.workflow_id)
         async with self._database.read() as connection:
-            superseded = await deployment_token.superseded(connection)
+            superseded = await deployment_token.list_superseded(connection)
         for workflow_id in superseded:
             await self.reconciler.revoke_superseded(driver, workflow_id)
 

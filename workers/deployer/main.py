@@ -17,7 +17,7 @@ from journal import timekeeping
 from journal.opening import open_store
 from messages import broker as brokers
 from models import database as databases
-from models import migrating
+from models import schema_migration
 from models.database import Database
 from workers.deployer.deployer import deploying
 
@@ -43,10 +43,10 @@ async def _serve(settings: DeployerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(heartbeat.beating(settings.heartbeat_file))
+        await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
-        await migrating.require_current(database)
+        await schema_migration.require_current(database)
         await stack.enter_async_context(timekeeping.keep_time(database))
         store = await open_store(database.url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
@@ -56,7 +56,7 @@ async def _serve(settings: DeployerSettings) -> None:
         await stack.enter_async_context(
             deploying(settings, database, store, broker, to_cluster, command=command(settings))
         )
-        gc_tuning.settle()
+        gc_tuning.freeze_loaded()
         log.info("deployer ready", cluster=settings.cluster)
         await stop.wait()
         log.info("deployer stops")

@@ -16,9 +16,9 @@ from journal import decisions, pod_leases
 from messages import deployments, hints
 from messages.broker import BrokerUnavailable
 from models import deployment_token
-from models.deployment import Observed as Stored
-from models.lifecycle import LifecycleAction
-from models.outage import DatabaseUnavailable
+from models.deployment import ObservedState as Stored
+from models.errors import DatabaseUnavailable
+from models.lifecycle_policy import LifecycleAction
 from workers.cluster.driver import (
     ClusterBusy,
     ClusterError,
@@ -383,7 +383,12 @@ class Reconciler:
         # Right after an apply the old pods may still be all that there is.
         before = found.now - timedelta(seconds=self._settings.start_seconds)
         await self._database.transaction(
-            partial(deployment_token.revoke_superseded, workflow_id=workflow_id, before=before, now=found.now)
+            partial(
+                deployment_token.revoke_superseded_tokens,
+                workflow_id=workflow_id,
+                before=before,
+                now=found.now,
+            )
         )
 
 

@@ -12,9 +12,9 @@ from sqlmodel import col
 from json_text import decoding
 from models import database_time, deployment_token
 from models.database_time import DatabaseTime
-from models.deployment import Deployment, Observed
-from models.deployment_token import Bearer
-from models.moments import from_microseconds
+from models.deployment import Deployment, ObservedState
+from models.deployment_token import TokenBearer
+from models.timestamps import from_microseconds
 from models.workflow import Definition
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ both do the same.
 """
 BATCH_DEPLOYMENTS: Final = 1_000
 _UNSETTLED: Final = (
-    *(Observed.ABSENT, Observed.STARTING, Observed.STOPPING),
-    *(Observed.FAILED, Observed.OUTDATED, Observed.UNKNOWN),
+    *(ObservedState.ABSENT, ObservedState.STARTING, ObservedState.STOPPING),
+    *(ObservedState.FAILED, ObservedState.OUTDATED, ObservedState.UNKNOWN),
 )
 
 
@@ -55,7 +55,7 @@ class _Definition(msgspec.Struct):
 class Sighting:
     """What is stored of what was seen; `observed_generation` is that of what had been carried out by then."""
 
-    observed: Observed
+    observed: ObservedState
     observed_generation: int
     observed_replicas: int = 0
     ready_replicas: int = 0
@@ -78,7 +78,7 @@ class Found:
 def last_sighting(deployment: Deployment) -> Sighting:
     """Return what was stored last."""
     return Sighting(
-        Observed(deployment.observed),
+        ObservedState(deployment.observed),
         deployment.observed_generation,
         deployment.observed_replicas,
         deployment.ready_replicas,
@@ -114,7 +114,7 @@ async def unsettled(database: Database, *, after: str = "") -> Sequence[tuple[st
         col(Deployment.drain_until).is_not(None),
         col(Deployment.observed).in_(_UNSETTLED),
     )
-    is_gone = col(Deployment.is_deployed).is_(False) & (col(Deployment.observed) == Observed.ABSENT)
+    is_gone = col(Deployment.is_deployed).is_(False) & (col(Deployment.observed) == ObservedState.ABSENT)
     statement = (
         select(col(Deployment.workflow_id), col(Deployment.generation))
         .where(col(Deployment.workflow_id) > after, is_unsettled, ~is_gone)
@@ -134,7 +134,7 @@ async def present(database: Database, *, after: str = "") -> Sequence[tuple[str,
         select(col(Deployment.workflow_id), col(Deployment.generation))
         .where(
             col(Deployment.workflow_id) > after,
-            or_(col(Deployment.is_deployed), col(Deployment.observed) != Observed.ABSENT),
+            or_(col(Deployment.is_deployed), col(Deployment.observed) != ObservedState.ABSENT),
         )
         .order_by(col(Deployment.workflow_id))
         .limit(BATCH_DEPLOYMENTS)
@@ -185,7 +185,7 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
     if sighting == last:
         return True
     since = before.observed_at if sighting.observed is last.observed else None
-    failures = 0 if sighting.observed is Observed.RUNNING else col(Deployment.start_failures)
+    failures = 0 if sighting.observed is ObservedState.RUNNING else col(Deployment.start_failures)
     statement = (
         update(Deployment)
         .where(
@@ -200,10 +200,10 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
     async def work(connection: AsyncConnection) -> bool:
         if (await connection.execute(statement)).rowcount != 1:
             return False
-        if sighting.observed is Observed.ABSENT and not before.is_deployed:
+        if sighting.observed is ObservedState.ABSENT and not before.is_deployed:
             # No pod is left that could speak by them.
-            now = await database_time.read(connection)
-            await deployment_token.revoke(connection, before.workflow_id, now=now)
+            now = await database_time.read_database_time(connection)
+            await deployment_token.revoke_tokens(connection, before.workflow_id, now=now)
         return True
 
     return await database.transaction(work)
@@ -214,10 +214,10 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
 
 async def token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
     """Return the token that pods are started with from now on."""
-    bearer = Bearer(deployment.workflow_id, deployment.organization_id, deployment.lane)
-    token_id = deployment_token.new_id()
+    bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.lane)
+    token_id = deployment_token.new_token_id()
     return await database.transaction(
-        lambda connection: deployment_token.current(
+        lambda connection: deployment_token.ensure_token(
             connection, bearer, secret=secret, token_id=token_id, now=now
         )
     )

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from execution.settings import ExecutionSettings
-from models.settings import InvalidSettings, Settings
+from models.settings import InvalidSettings, ServerSettings
 from workers.cluster import dns_endpoints
 from workers.cluster.dns_endpoints import DnsEndpoint
 
@@ -17,7 +17,7 @@ GRACE_SECONDS = 15.0
 """What a pod gets besides the time for its runs, to hand over those that have not ended."""
 
 
-class DeployerSettings(ExecutionSettings, Settings):
+class DeployerSettings(ExecutionSettings, ServerSettings):
     """What a deployer reads besides what all processes share; what is set for runs it hands on to pods."""
 
     cluster: Literal["kubernetes", "local"] = Field(

@@ -28,7 +28,7 @@ class EmptyWindow(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class WeeklyWindow:
     """Some hours, on some days of every week."""
 
     days: tuple[int, ...]
@@ -39,15 +39,15 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class WindowSchedule:
     """Windows, which may overlap, and the zone whose local time they mean."""
 
     timezone: str
-    windows: tuple[Window, ...]
+    windows: tuple[WeeklyWindow, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WindowChange:
     """The moment at which a schedule opens or closes."""
 
     at: datetime
@@ -58,7 +58,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class ClockChange:
+class ZoneClockChange:
     """The moment at which a zone's local time jumps."""
 
     at: datetime
@@ -67,89 +67,89 @@ class ClockChange:
 
 
 @cache
-def zones() -> frozenset[str]:
+def zone_names() -> frozenset[str]:
     """Return the names that a schedule may have for its zone."""
     return frozenset(available_timezones() - _NO_PLACES)
 
 
-def window(days: Iterable[int], start: str, end: str) -> Window:
+def parse_window(days: Iterable[int], start: str, end: str) -> WeeklyWindow:
     """Return a window from its texts, `HH:MM`, the end also `24:00`; raises `EmptyWindow`.
 
     One that ends before it starts ends on the day after; `00:00` to `00:00` is the whole day.
     """
-    start_minute, end_minute = _minute(start), _minute(end)
+    start_minute, end_minute = _parse_minute(start), _parse_minute(end)
     if start_minute == end_minute != 0:
         raise EmptyWindow(f"A window can't end when it starts, at {start}")
     if end_minute <= start_minute:
         end_minute += DAY_MINUTES
-    return Window(tuple(sorted(set(days))), start_minute, end_minute)
+    return WeeklyWindow(tuple(sorted(set(days))), start_minute, end_minute)
 
 
-def is_open(schedule: Schedule, now: datetime) -> bool:
+def is_open(schedule: WindowSchedule, now: datetime) -> bool:
     """Tell whether a schedule is open at a moment."""
     local = now.astimezone(ZoneInfo(schedule.timezone))
-    minute = _day(local.date()) * DAY_MINUTES + local.hour * 60 + local.minute
-    week = _week(schedule.windows)
+    minute = _day_of_week(local.date()) * DAY_MINUTES + local.hour * 60 + local.minute
+    week = _week_minutes(schedule.windows)
     return bisect_right(week, minute) % 2 == 1
 
 
-def next_opening(schedule: Schedule, since: datetime) -> datetime | None:
+def next_opening(schedule: WindowSchedule, since: datetime) -> datetime | None:
     """Return when a schedule opens the next time after a moment; None where it never closes."""
-    return next((one.at for one in changes(schedule, since, since + HORIZON) if one.is_open), None)
+    return next((one.at for one in window_changes(schedule, since, since + HORIZON) if one.is_open), None)
 
 
-def next_closing(schedule: Schedule, since: datetime) -> datetime | None:
+def next_closing(schedule: WindowSchedule, since: datetime) -> datetime | None:
     """Return when a schedule closes the next time after a moment; None where it never closes."""
-    return next((one.at for one in changes(schedule, since, since + HORIZON) if not one.is_open), None)
+    return next((one.at for one in window_changes(schedule, since, since + HORIZON) if not one.is_open), None)
 
 
-def changes(schedule: Schedule, since: datetime, until: datetime) -> Iterator[Change]:
+def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -> Iterator[WindowChange]:
     """Return the changes after one moment and up to another, in order."""
-    week = _week(schedule.windows)
+    week = _week_minutes(schedule.windows)
     if week == (0, WEEK_MINUTES):
         return
     was_open = is_open(schedule, since)
     start = since.astimezone(UTC)
     while start < until:
         end = min(start + _STEP, until)
-        clocks = {one.at for one in clock_changes(schedule.timezone, start, end)}
-        edges = set(_edges(week, ZoneInfo(schedule.timezone), start, end))
+        clocks = {one.at for one in zone_clock_changes(schedule.timezone, start, end)}
+        edges = set(_edge_moments(week, ZoneInfo(schedule.timezone), start, end))
         for at in sorted(clocks | edges):
             # The local time runs on evenly between these moments, and only there can anything change.
             if is_open(schedule, at) != was_open:
                 was_open = not was_open
-                yield Change(at, was_open, at in clocks)
+                yield WindowChange(at, was_open, at in clocks)
         start = end
 
 
-def clock_changes(timezone: str, since: datetime, until: datetime) -> Iterator[ClockChange]:
+def zone_clock_changes(timezone: str, since: datetime, until: datetime) -> Iterator[ZoneClockChange]:
     """Return the moments after one and up to another at which the local time of a zone jumps, in order."""
     zone = ZoneInfo(timezone)
     start = since.astimezone(UTC)
-    before = _offset(zone, start)
+    before = _utc_offset(zone, start)
     while start < until:
         end = min(start + _SAMPLE, until)
-        after = _offset(zone, end)
+        after = _utc_offset(zone, end)
         if after != before:
-            yield ClockChange(_jump(zone, start, end), before, after)
+            yield ZoneClockChange(_find_jump(zone, start, end), before, after)
         start, before = end, after
 
 
 # ── local time ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _minute(text: str) -> int:
+def _parse_minute(text: str) -> int:
     hours, _, minutes = text.partition(":")
     return int(hours) * 60 + int(minutes)
 
 
-def _day(day: date) -> int:
+def _day_of_week(day: date) -> int:
     """Return the day of the week, 0 for Sunday."""
     return day.isoweekday() % 7
 
 
 @lru_cache(maxsize=1_024)
-def _week(windows: Sequence[Window]) -> tuple[int, ...]:
+def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
     """Return the minutes of the week, from midnight on Sunday, at which it opens, closes, opens and so on."""
     spans: list[tuple[int, int]] = []
     for one in windows:
@@ -167,7 +167,9 @@ def _week(windows: Sequence[Window]) -> tuple[int, ...]:
     return tuple(united)
 
 
-def _edges(week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime) -> Iterator[datetime]:
+def _edge_moments(
+    week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime
+) -> Iterator[datetime]:
     """Return when the local time passes minutes of the week, after one moment and up to another.
 
     A local time that comes twice is passed twice. One that is skipped is passed when the clocks change, which is not
@@ -176,7 +178,7 @@ def _edges(week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime
     # The dates that a zone has between two moments are less than a day from those of UTC.
     day = since.date() - timedelta(days=1)
     while day <= until.date() + timedelta(days=1):
-        first = _day(day) * DAY_MINUTES
+        first = _day_of_week(day) * DAY_MINUTES
         for minute in week:
             if not first <= minute <= first + DAY_MINUTES:
                 continue
@@ -188,16 +190,16 @@ def _edges(week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime
         day += timedelta(days=1)
 
 
-def _offset(zone: ZoneInfo, at: datetime) -> timedelta:
+def _utc_offset(zone: ZoneInfo, at: datetime) -> timedelta:
     return at.astimezone(zone).utcoffset() or timedelta()
 
 
-def _jump(zone: ZoneInfo, start: datetime, end: datetime) -> datetime:
+def _find_jump(zone: ZoneInfo, start: datetime, end: datetime) -> datetime:
     """Return the moment between two at which the offset becomes that of the second, to the second."""
-    before = _offset(zone, start)
+    before = _utc_offset(zone, start)
     while end - start > _SECOND:
         middle = start + (end - start) // 2
-        if _offset(zone, middle) == before:
+        if _utc_offset(zone, middle) == before:
             start = middle
         else:
             end = middle

@@ -29,12 +29,12 @@ class UnknownSecret(VaultError):
     """It was sealed by a secret that the server isn't told of."""
 
 
-class Damaged(VaultError):
+class SecretCorrupted(VaultError):
     """It is not what was sealed for this object."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class EncryptedText:
     """A sealed text, and the id of the secret that opens it."""
 
     secret_id: str
@@ -42,25 +42,27 @@ class Sealed:
     """A nonce, then the ciphertext with its tag."""
 
 
-def secret_id(secret: bytes) -> str:
+def identify_secret(secret: bytes) -> str:
     """Return what tells one of the server's secrets from another without telling anything of it."""
     return blake2b(secret, digest_size=8, person=b"secret id").hexdigest()
 
 
-class Vault:
+class SecretVault:
     """Seals by the server's secret of now, and opens what that one or an earlier one has sealed."""
 
     def __init__(self, secret: bytes, previous: Sequence[bytes] = ()) -> None:
-        self.secret_id = secret_id(secret)
-        self._keys = {secret_id(one): _Key(one) for one in (secret, *previous)}
+        self.secret_id = identify_secret(secret)
+        self._keys = {identify_secret(one): _DerivedKey(one) for one in (secret, *previous)}
 
-    def seal(self, text: bytes, *, organization_id: str, object_id: str) -> Sealed:
+    def seal(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
         """Return a text sealed for one object."""
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
-        return Sealed(self.secret_id, nonce + key.encrypt(nonce, text, _owner(organization_id, object_id)))
+        return EncryptedText(
+            self.secret_id, nonce + key.encrypt(nonce, text, _associated_data(organization_id, object_id))
+        )
 
-    def open(self, sealed: Sealed, *, organization_id: str, object_id: str) -> bytes:
+    def open(self, sealed: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
         """Return what was sealed for one object; raises `UnknownSecret` and `Damaged`."""
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _Key
 
@@ -71,12 +73,12 @@ class Vault:
             )
         nonce, ciphertext = sealed.content[:NONCE_BYTES], sealed.content[NONCE_BYTES:]
         try:
-            return key.cipher.decrypt(nonce, ciphertext, _owner(organization_id, object_id))
+            return key.cipher.decrypt(nonce, ciphertext, _associated_data(organization_id, object_id))
         except (InvalidTag, ValueError) as error:
-            raise Damaged("What is stored is not what was encrypted for it") from error
+            raise SecretCorrupted("What is stored is not what was encrypted for it") from error
 
 
-class _Key:
+class _DerivedKey:
     """A key that is derived when it is first needed, with a library that many processes never load: 7 MB."""
 
     def __init__(self, secret: bytes) -> None:
@@ -92,6 +94,6 @@ class _Key:
         return AESGCM(derivation.derive(self._secret))
 
 
-def _owner(organization_id: str, object_id: str) -> bytes:
+def _associated_data(organization_id: str, object_id: str) -> bytes:
     """Return what is bound to a sealed text: ids hold no line feed, so no two objects have the same."""
     return f"{organization_id}\n{object_id}".encode()

@@ -10,11 +10,11 @@ from typing import Any, Final
 from sqlalchemy import Column, Index, SmallInteger
 from sqlmodel import Field, SQLModel
 
-from models.columns import JsonText
+from models.column_types import JsonTextColumn
 
 MAX_PATTERNS: Final = 100
 """Of one trigger: a draft may name more, which never becomes active."""
-_NAMED_ONLY: Final = frozenset({"github.ping"})
+_EXACT_MATCH_ONLY: Final = frozenset({"github.ping"})
 _PATTERN: Final = re.compile(r"[^\s*]{1,200}(?:\.\*)?\Z")
 
 
@@ -41,7 +41,7 @@ class WorkflowTrigger(SQLModel, table=True):
     organization_id: str
     lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
     kind: str
-    config: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
+    config: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     """As it is stored: without the defaults of the node type."""
     revision: int
     """Of the workflow, when its triggers were last written."""
@@ -59,7 +59,7 @@ class WorkflowTriggerMatch(SQLModel, table=True):
     organization_id: str
 
 
-def patterns_of(config: Mapping[str, Any]) -> Sequence[str]:
+def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
     """Return what an event trigger matches, each once; what is no pattern in a draft's config is left out."""
     given = config.get("event_type")
     listed = given if isinstance(given, list) else [given]
@@ -67,12 +67,12 @@ def patterns_of(config: Mapping[str, Any]) -> Sequence[str]:
     return list(dict.fromkeys(patterns))[:MAX_PATTERNS]
 
 
-def patterns_for(event_type: str) -> Sequence[str]:
+def matching_patterns(event_type: str) -> Sequence[str]:
     """Return all patterns that match a type of events: `a.b` is matched by `a.b` and `a.*`, never by `*`.
 
     `github.ping` is matched by itself alone: GitHub sends it when a webhook is made, and nothing has happened.
     """
-    if event_type in _NAMED_ONLY:
+    if event_type in _EXACT_MATCH_ONLY:
         return [event_type]
     parts = event_type.split(".")
     prefixes = (".".join(parts[:count]) for count in range(1, len(parts)))

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from models import windows
-from models.lifecycle import ON_DEMAND_TIME, AlwaysOn, IdleShutdown, OnDemand, Policy, ScheduledWindow
-from models.windows import Change, ClockChange, Schedule
+from models import weekly_windows
+from models.lifecycle_policy import (
+    ON_DEMAND_TIME,
+    AlwaysOnPolicy,
+    DeploymentPolicy,
+    IdleShutdownPolicy,
+    OnDemandPolicy,
+    ScheduledWindowPolicy,
+)
+from models.weekly_windows import WindowChange, WindowSchedule, ZoneClockChange
 
-AHEAD: Final = timedelta(days=14)
+PREVIEW_TIME: Final = timedelta(days=14)
 """How far a preview looks ahead, and how far back."""
 COLD_START: Final = timedelta(seconds=10)
 """What a run is assumed to wait for pods that sleep."""
@@ -26,7 +33,7 @@ class PastRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class PolicyReplay:
     """What past runs would have taken under a policy."""
 
     pod_time: timedelta
@@ -37,38 +44,40 @@ class Replay:
     """How long runs would have waited until a pod was up, each that would have waited at all."""
 
 
-def changes(policy: Policy, now: datetime) -> Sequence[Change]:
+def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowChange]:
     """Return when a policy starts and stops pods by the clock alone, within the time that a preview looks ahead."""
     match policy:
-        case ScheduledWindow(schedule):
-            return [*windows.changes(schedule, now, now + AHEAD)]
+        case ScheduledWindowPolicy(schedule):
+            return [*weekly_windows.window_changes(schedule, now, now + PREVIEW_TIME)]
         case _:
             return []
 
 
-def clock_changes(policy: Policy, now: datetime) -> Sequence[ClockChange]:
+def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[ZoneClockChange]:
     """Return when the clocks of a policy's zone change, within the time that a preview looks ahead."""
     match policy:
-        case ScheduledWindow(schedule):
-            return [*windows.clock_changes(schedule.timezone, now, now + AHEAD)]
+        case ScheduledWindowPolicy(schedule):
+            return [*weekly_windows.zone_clock_changes(schedule.timezone, now, now + PREVIEW_TIME)]
         case _:
             return []
 
 
-def replay(policy: Policy, runs: Sequence[PastRun], since: datetime, until: datetime) -> Replay:
+def replay_runs(
+    policy: DeploymentPolicy, runs: Sequence[PastRun], since: datetime, until: datetime
+) -> PolicyReplay:
     """Return what runs, in the order in which they were accepted, would have taken between two moments."""
     match policy:
-        case AlwaysOn():
-            return Replay(until - since, 0, [])
-        case IdleShutdown(minutes):
-            return _woken(runs, timedelta(minutes=minutes), until)
-        case OnDemand():
-            return _woken(runs, ON_DEMAND_TIME, until)
-        case ScheduledWindow(schedule):
-            return _within(schedule, runs, since, until)
+        case AlwaysOnPolicy():
+            return PolicyReplay(until - since, 0, [])
+        case IdleShutdownPolicy(minutes):
+            return _replay_on_demand(runs, timedelta(minutes=minutes), until)
+        case OnDemandPolicy():
+            return _replay_on_demand(runs, ON_DEMAND_TIME, until)
+        case ScheduledWindowPolicy(schedule):
+            return _replay_schedule(schedule, runs, since, until)
 
 
-def _woken(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> Replay:
+def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> PolicyReplay:
     """Return the outcome of pods that start for a run, and are kept for a while after the last one."""
     pod_time, cold_starts = timedelta(), 0
     up_since = up_until = None
@@ -81,10 +90,12 @@ def _woken(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> Replay:
         up_until = max(up_until, run.ended_at + keep)
     if up_since is not None and up_until is not None:
         pod_time += max(min(up_until, until) - up_since, timedelta())
-    return Replay(pod_time, cold_starts, [COLD_START] * cold_starts)
+    return PolicyReplay(pod_time, cold_starts, [COLD_START] * cold_starts)
 
 
-def _within(schedule: Schedule, runs: Sequence[PastRun], since: datetime, until: datetime) -> Replay:
+def _replay_schedule(
+    schedule: WindowSchedule, runs: Sequence[PastRun], since: datetime, until: datetime
+) -> PolicyReplay:
     """Return the outcome of pods that are up while a schedule is open: what comes before waits until it opens."""
     spans = [*_open_spans(schedule, since, until)]
     pod_time = sum(
@@ -97,14 +108,16 @@ def _within(schedule: Schedule, runs: Sequence[PastRun], since: datetime, until:
             place += 1
         if place < len(spans) and run.accepted_at < spans[place][0]:
             waits.append(spans[place][0] - run.accepted_at)
-    return Replay(pod_time, 0, waits)
+    return PolicyReplay(pod_time, 0, waits)
 
 
-def _open_spans(schedule: Schedule, since: datetime, until: datetime) -> Iterator[tuple[datetime, datetime]]:
+def _open_spans(
+    schedule: WindowSchedule, since: datetime, until: datetime
+) -> Iterator[tuple[datetime, datetime]]:
     """Return from when to when a schedule is open after a moment, up to the first opening after another."""
-    end = until + windows.HORIZON
-    opens_at = since if windows.is_open(schedule, since) else None
-    for change in windows.changes(schedule, since, end):
+    end = until + weekly_windows.HORIZON
+    opens_at = since if weekly_windows.is_open(schedule, since) else None
+    for change in weekly_windows.window_changes(schedule, since, end):
         if change.is_open:
             opens_at = change.at
         elif opens_at is not None:

@@ -10,10 +10,10 @@ from typing import Any, Final
 from sqlalchemy import Column, Index, Integer, LargeBinary, SmallInteger, Text, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
-from models.columns import Instant, JsonText
+from models.column_types import JsonTextColumn, TimestampColumn
 
 
-class IntakeRoute(StrEnum):
+class IngestRoute(StrEnum):
     """Where something has arrived."""
 
     ENQUEUE = "enqueue"
@@ -23,7 +23,7 @@ class IntakeRoute(StrEnum):
     HOOK = "hook"
 
 
-class Outcome(StrEnum):
+class DeliveryOutcome(StrEnum):
     """What became of what has arrived."""
 
     ACCEPTED = "accepted"
@@ -36,7 +36,7 @@ class Outcome(StrEnum):
     """There was too much of it: the sender was asked to come again."""
 
 
-class TokenKind(StrEnum):
+class SenderTokenKind(StrEnum):
     """What a token of a sender is good for."""
 
     TRIGGER = "trigger"
@@ -45,7 +45,10 @@ class TokenKind(StrEnum):
     """Events of one organisation."""
 
 
-TOKEN_PREFIXES: Final[Mapping[TokenKind, str]] = {TokenKind.TRIGGER: "tt-", TokenKind.EVENT: "et-"}
+TOKEN_PREFIXES: Final[Mapping[SenderTokenKind, str]] = {
+    SenderTokenKind.TRIGGER: "tt-",
+    SenderTokenKind.EVENT: "et-",
+}
 
 
 class Delivery(SQLModel, table=True):
@@ -94,10 +97,10 @@ class Delivery(SQLModel, table=True):
     """JSON of what was refused: the idempotency key that a repetition by its sender has, and that a redrive uses up."""
     redriven_from: str | None = None
     """The delivery that this one repeats."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
-class Event(SQLModel, table=True):
+class EventRecord(SQLModel, table=True):
     """Something that has happened, as it was told; kept for a while, so that it can be replayed."""
 
     __tablename__ = "event"
@@ -120,12 +123,12 @@ class Event(SQLModel, table=True):
     source: str
     data: str = Field(sa_column=Column(Text, nullable=False))
     """JSON: what runs are given, with the type and the source in it."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    told_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    told_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Since then, all nodes have it that waited for it."""
 
 
-class IntakeToken(SQLModel, table=True):
+class SenderToken(SQLModel, table=True):
     """A token for the URL of a sender that can't set a header; only a hash of it is stored."""
 
     __tablename__ = "intake_token"
@@ -154,14 +157,14 @@ class IntakeToken(SQLModel, table=True):
     """JSON: what providers sign with, by provider."""
     secret_id: str | None = None
     """Of the server's secret that seals it."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    expires_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """After a rotation the old one is good for a while; None: until it is revoked."""
-    revoked_at: datetime | None = Field(default=None, sa_column=Column(Instant))
-    last_used_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    last_used_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
-class IntakeSample(SQLModel, table=True):
+class RejectedRequestSample(SQLModel, table=True):
     """One of the last requests that were not let in, so that somebody can see why; a flood replaces its own."""
 
     __tablename__ = "intake_sample"
@@ -174,6 +177,6 @@ class IntakeSample(SQLModel, table=True):
     workflow_id: str | None = None
     reason: str
     content_bytes: int = Field(sa_column=Column(Integer, nullable=False))
-    shape: dict[str, Any] = Field(sa_column=Column(JsonText, nullable=False))
+    shape: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     """What it looked like: the names of its headers, its content type, its sender's address."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

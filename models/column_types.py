@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator
 from sqlmodel import SQLModel
 
 from json_text import decoding
-from models.moments import from_microseconds, to_microseconds
+from models.timestamps import from_microseconds, to_microseconds
 
 
 def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, 
     return {name: getattr(row, name) for name in type(row).model_fields if name not in exclude}
 
 
-class Instant(TypeDecorator[datetime]):
+class TimestampColumn(TypeDecorator[datetime]):
     """A moment, stored as whole microseconds since 1970: exact, comparable and alike on every database."""
 
     impl = BigInteger
@@ -35,7 +35,7 @@ class Instant(TypeDecorator[datetime]):
         return None if value is None else from_microseconds(value)
 
 
-class JsonText(TypeDecorator[Any]):
+class JsonTextColumn(TypeDecorator[Any]):
     """A JSON value stored as text: passed on as it was written, without being taken apart by the driver."""
 
     impl = Text

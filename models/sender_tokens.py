@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import or_, select, update
 from sqlmodel import col
 
-from models.access import Role, User
+from models.access import User, UserRole
+from models.encryption import EncryptedText
 from models.ids import ALPHABET
-from models.intake import TOKEN_PREFIXES, IntakeToken, TokenKind
-from models.vault import Sealed
+from models.ingest import TOKEN_PREFIXES, SenderToken, SenderTokenKind
 from models.workflow import Workflow
 
 if TYPE_CHECKING:
@@ -32,23 +32,23 @@ HINT_CHARACTERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class FoundToken:
+class FoundSenderToken:
     """A valid token, and for whom it speaks."""
 
     id: str
-    kind: TokenKind
+    kind: SenderTokenKind
     organization_id: str
     lane: int
     workflow_id: str | None
     user_id: str
     """The workflow's owner; of a token for events: who has made it."""
-    role: Role
-    sealed: Sealed | None
+    role: UserRole
+    sealed: EncryptedText | None
     """What providers sign with."""
     last_used_at: datetime | None
 
 
-def new_token(kind: TokenKind) -> str:
+def new_token(kind: SenderTokenKind) -> str:
     """Return a fresh token: a prefix, a routing code of two characters, 260 random bits."""
     number = secrets.randbits(_BITS)
     return (
@@ -58,53 +58,55 @@ def new_token(kind: TokenKind) -> str:
     )
 
 
-def token_hash(token: str) -> str:
+def hash_token(token: str) -> str:
     """Return what is stored of a token."""
     return blake2b(token.encode(), digest_size=32, person=b"intake token").hexdigest()
 
 
-def hint_of(token: str) -> str:
+def visible_suffix(token: str) -> str:
     """Return the part of a token by which its owner may recognise it."""
     return token[-HINT_CHARACTERS:]
 
 
-async def find(database: Database, hashes: Collection[str], now: datetime) -> dict[str, FoundToken]:
+async def find_tokens(
+    database: Database, hashes: Collection[str], now: datetime
+) -> dict[str, FoundSenderToken]:
     """Return the tokens with these hashes that are valid, and so is what they are for; by hash."""
     statement = (
-        select(IntakeToken, col(User.role), col(Workflow.owner_id))
-        .join(User, col(User.id) == col(IntakeToken.user_id))
+        select(SenderToken, col(User.role), col(Workflow.owner_id))
+        .join(User, col(User.id) == col(SenderToken.user_id))
         .outerjoin(
-            Workflow, (col(Workflow.id) == col(IntakeToken.workflow_id)) & col(Workflow.deleted_at).is_(None)
+            Workflow, (col(Workflow.id) == col(SenderToken.workflow_id)) & col(Workflow.deleted_at).is_(None)
         )
         .where(
-            col(IntakeToken.hash).in_(hashes),
-            col(IntakeToken.revoked_at).is_(None),
-            or_(col(IntakeToken.expires_at).is_(None), col(IntakeToken.expires_at) > now),
-            or_(col(IntakeToken.workflow_id).is_(None), col(Workflow.id).is_not(None)),
+            col(SenderToken.hash).in_(hashes),
+            col(SenderToken.revoked_at).is_(None),
+            or_(col(SenderToken.expires_at).is_(None), col(SenderToken.expires_at) > now),
+            or_(col(SenderToken.workflow_id).is_(None), col(Workflow.id).is_not(None)),
         )
     )
     async with database.read() as connection:
-        return {row.hash: _found_token(row) for row in await connection.execute(statement)}
+        return {row.hash: _token_of_row(row) for row in await connection.execute(statement)}
 
 
-def _found_token(row: Row[*tuple[Any, ...]]) -> FoundToken:
-    return FoundToken(
+def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
+    return FoundSenderToken(
         id=row.id,
-        kind=TokenKind(row.kind),
+        kind=SenderTokenKind(row.kind),
         organization_id=row.organization_id,
         lane=row.lane,
         workflow_id=row.workflow_id,
         user_id=row.owner_id or row.user_id,
-        role=Role.MEMBER if row.workflow_id else Role(row.role),
-        sealed=Sealed(row.secret_id, row.sealed) if row.sealed is not None else None,
+        role=UserRole.MEMBER if row.workflow_id else UserRole(row.role),
+        sealed=EncryptedText(row.secret_id, row.sealed) if row.sealed is not None else None,
         last_used_at=row.last_used_at,
     )
 
 
 async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
     """Note that a token was used, unless that was noted within `every`."""
-    is_due = or_(col(IntakeToken.last_used_at).is_(None), col(IntakeToken.last_used_at) < now - every)
-    statement = update(IntakeToken).where(col(IntakeToken.id) == token_id, is_due).values(last_used_at=now)
+    is_due = or_(col(SenderToken.last_used_at).is_(None), col(SenderToken.last_used_at) < now - every)
+    statement = update(SenderToken).where(col(SenderToken.id) == token_id, is_due).values(last_used_at=now)
 
     async def record(connection: AsyncConnection) -> None:
         await connection.execute(statement)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from sqlalchemy import inspect, text
 
 from models.database import Database, is_sqlite
-from models.outage import LockWaitTimeout
+from models.errors import LockWaitTimeout
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import URL
 
-HEAD = "0001"
+HEAD_REVISION = "0001"
 """The newest revision that this code knows."""
 GUARD_MILLISECONDS = 600_000
 """So long one migration may keep others from theirs, though its process be frozen."""
@@ -43,13 +43,13 @@ async def migrate(url: URL) -> None:
     """
     database = Database(url)
     try:
-        async with _alone(database):
+        async with _migrate_exclusively(database):
             await _upgrade_when_unlocked(database)
     finally:
         await database.close()
 
 
-async def revision(database: Database) -> str | None:
+async def read_revision(database: Database) -> str | None:
     """Return the database's revision, or None where it has no tables yet."""
     async with database.read() as connection:
         return await connection.run_sync(_revision)
@@ -59,7 +59,7 @@ async def require_current(database: Database) -> None:
     """Raise `OutdatedDatabase` or `NewerDatabase` unless this code can use the tables."""
     async with database.read() as connection:
         found = await connection.run_sync(_revision)
-        if found is None or found < HEAD:
+        if found is None or found < HEAD_REVISION:
             raise OutdatedDatabase("The database's tables are not up to date: run `pilotflame migrate` first")
         await connection.run_sync(_require_support, found)
 
@@ -73,18 +73,18 @@ def _revision(connection: Connection) -> str | None:
 
 def _require_support(connection: Connection, found: str) -> None:
     """Raise `NewerDatabase` if the tables of a newer revision lack something that this code uses."""
-    if found <= HEAD:
+    if found <= HEAD_REVISION:
         return
     oldest = str(connection.execute(text("SELECT oldest_revision FROM schema_support")).scalar())
-    if oldest > HEAD:
+    if oldest > HEAD_REVISION:
         raise NewerDatabase(
             f"The database's tables have revision {found}, which needs a newer release of Pilotflame than this"
-            f" one (revision {HEAD}): install that release"
+            f" one (revision {HEAD_REVISION}): install that release"
         )
 
 
 @asynccontextmanager
-async def _alone(database: Database) -> AsyncIterator[None]:
+async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
     """Let those who migrate at once take turns: whoever comes second finds nothing to do.
 
     The lock is held by a transaction of its own, since the one that migrates must see what was there after the wait.
@@ -121,7 +121,7 @@ async def _upgrade_when_unlocked(database: Database) -> None:
 
 def _upgrade(connection: Connection) -> None:
     found = _revision(connection)
-    if found is not None and found > HEAD:
+    if found is not None and found > HEAD_REVISION:
         _require_support(connection, found)
         return
     from alembic import command  # noqa: PLC0415 - not needed where the database is up to date

@@ -18,11 +18,11 @@ def from_microseconds(count: int) -> datetime:
     return _EPOCH + timedelta(microseconds=count)
 
 
-def written(moment: datetime) -> str:
+def format_timestamp(moment: datetime) -> str:
     """Return a moment in UTC by ISO 8601, to the millisecond, ending in `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def optional(moment: datetime | None) -> str | None:
+def format_optional(moment: datetime | None) -> str | None:
     """Return a moment as `written` does, or None."""
-    return None if moment is None else written(moment)
+    return None if moment is None else format_timestamp(moment)

@@ -12,8 +12,8 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
-from models import moments, windows
-from models.windows import Schedule
+from models import timestamps, weekly_windows
+from models.weekly_windows import WindowSchedule
 
 IDLE_MINUTES_MIN: Final = 5
 IDLE_MINUTES_MAX: Final = 1_440
@@ -37,30 +37,30 @@ class PolicyType(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class AlwaysOn:
+class AlwaysOnPolicy:
     """It is up, unless somebody stops it."""
 
 
 @dataclass(frozen=True, slots=True)
-class IdleShutdown:
+class IdleShutdownPolicy:
     """It stops when nothing happened for a while, and starts for whatever comes."""
 
     idle_timeout_minutes: float = IDLE_MINUTES_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
-class OnDemand:
+class OnDemandPolicy:
     """It stops soon after its last run, and starts for whatever comes."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduledWindow:
+class ScheduledWindowPolicy:
     """It is up while a schedule is open."""
 
-    schedule: Schedule
+    schedule: WindowSchedule
 
 
-Policy: TypeAlias = AlwaysOn | IdleShutdown | OnDemand | ScheduledWindow
+DeploymentPolicy: TypeAlias = AlwaysOnPolicy | IdleShutdownPolicy | OnDemandPolicy | ScheduledWindowPolicy
 
 DEFAULT_POLICY: Final[Mapping[str, Any]] = {
     "type": PolicyType.IDLE_SHUTDOWN.value,
@@ -118,7 +118,7 @@ class LifecycleReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class DeploymentSituation:
     """What there is to know of a deployment when something is decided about it."""
 
     is_deployed: bool
@@ -143,7 +143,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class LifecycleVerdict:
     """What to do, and why."""
 
     action: LifecycleAction
@@ -154,7 +154,7 @@ class Decision:
     """When time alone will make a difference; None: it takes something to happen."""
 
 
-class RefusalCode(StrEnum):
+class StartRefusalCode(StrEnum):
     """Why a deployment may not be started for a run."""
 
     NOT_DEPLOYED = "not-deployed"
@@ -163,10 +163,10 @@ class RefusalCode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class StartRefusal:
     """A run that comes now is refused, or deferred if nobody waits for it."""
 
-    code: RefusalCode
+    code: StartRefusalCode
     opens_at: datetime | None = None
     """When it may run; None: when somebody starts or deploys the workflow."""
 
@@ -179,7 +179,7 @@ class TransitionKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Transition:
+class LifecycleTransition:
     """What will happen next if nothing else does."""
 
     kind: TransitionKind
@@ -189,42 +189,43 @@ class Transition:
 # ── what a policy is ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chosen(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def effective_policy(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the policy of a workflow as it is stored, or would be if somebody had chosen the default."""
     return DEFAULT_POLICY if stored is None else stored
 
 
-def policy_of(stored: Mapping[str, Any]) -> Policy:
+def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
     """Return a policy from what is stored of it: `type`, and `idleTimeoutMinutes` or `schedule` with
     `timezone` and `windows` of `days`, `startTime` and `endTime`.
     """
     match PolicyType(stored["type"]):
         case PolicyType.ALWAYS_ON:
-            return AlwaysOn()
+            return AlwaysOnPolicy()
         case PolicyType.IDLE_SHUTDOWN:
-            return IdleShutdown(stored["idleTimeoutMinutes"])
+            return IdleShutdownPolicy(stored["idleTimeoutMinutes"])
         case PolicyType.ON_DEMAND:
-            return OnDemand()
+            return OnDemandPolicy()
         case PolicyType.SCHEDULED_WINDOW:
             schedule = stored["schedule"]
             found = (
-                windows.window(one["days"], one["startTime"], one["endTime"]) for one in schedule["windows"]
+                weekly_windows.parse_window(one["days"], one["startTime"], one["endTime"])
+                for one in schedule["windows"]
             )
-            return ScheduledWindow(Schedule(schedule["timezone"], tuple(found)))
+            return ScheduledWindowPolicy(WindowSchedule(schedule["timezone"], tuple(found)))
 
 
 # ── what is to be done ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def decide(policy: Policy, situation: Situation, now: datetime) -> Decision:
+def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
     """Return what is to be done about a deployment now."""
     if not situation.is_deployed:
-        return Decision(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.drain_until is not None:
-        return _while_draining(policy, situation, situation.drain_until, now)
+        return _decide_while_draining(policy, situation, situation.drain_until, now)
     if situation.is_up:
-        return _while_up(policy, situation, now)
-    return _while_down(policy, situation, now)
+        return _decide_while_up(policy, situation, now)
+    return _decide_while_down(policy, situation, now)
 
 
 def retry_time(start_failures: int) -> timedelta:
@@ -233,126 +234,152 @@ def retry_time(start_failures: int) -> timedelta:
     return min(RETRY_TIME * (1 << doublings), MAX_RETRY_TIME)
 
 
-def may_start(policy: Policy, situation: Situation, now: datetime) -> Refusal | None:
+def start_refusal(
+    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
+) -> StartRefusal | None:
     """Return why a run that comes now can't have the deployment; None: it is up, or is to be started for it."""
     if not situation.is_deployed or situation.stopped_reason is StoppedReason.ARCHIVED:
-        return Refusal(RefusalCode.NOT_DEPLOYED)
+        return StartRefusal(StartRefusalCode.NOT_DEPLOYED)
     if situation.is_up and situation.drain_until is None:
         return None
     match policy:
-        case AlwaysOn() if situation.stopped_reason is StoppedReason.MANUAL:
-            return Refusal(RefusalCode.STOPPED_MANUALLY)
-        case ScheduledWindow(schedule) if not windows.is_open(schedule, now):
-            return Refusal(RefusalCode.OUTSIDE_WINDOW, windows.next_opening(schedule, now))
+        case AlwaysOnPolicy() if situation.stopped_reason is StoppedReason.MANUAL:
+            return StartRefusal(StartRefusalCode.STOPPED_MANUALLY)
+        case ScheduledWindowPolicy(schedule) if not weekly_windows.is_open(schedule, now):
+            return StartRefusal(StartRefusalCode.OUTSIDE_WINDOW, weekly_windows.next_opening(schedule, now))
         case _:
             return None
 
 
-def stop(situation: Situation, reason: LifecycleReason, stopped_reason: StoppedReason) -> Decision:
+def stop_decision(
+    situation: DeploymentSituation, reason: LifecycleReason, stopped_reason: StoppedReason
+) -> LifecycleVerdict:
     """Return how a deployment is stopped that may have runs going on."""
     action = LifecycleAction.DRAIN if situation.is_up and situation.has_running else LifecycleAction.STOP
-    return Decision(action, reason, stopped_reason)
+    return LifecycleVerdict(action, reason, stopped_reason)
 
 
-def next_transition(policy: Policy, situation: Situation, now: datetime) -> Transition | None:
+def next_transition(
+    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
+) -> LifecycleTransition | None:
     """Return when a deployment will start or stop next if nothing comes, by the clock alone."""
     decision = decide(policy, situation, now)
     match decision.action:
         case LifecycleAction.START | LifecycleAction.WAKE:
-            return Transition(TransitionKind.START, now)
+            return LifecycleTransition(TransitionKind.START, now)
         case LifecycleAction.DRAIN | LifecycleAction.STOP:
-            return Transition(TransitionKind.STOP, now)
+            return LifecycleTransition(TransitionKind.STOP, now)
         case LifecycleAction.NONE if decision.check_at is not None:
             kind = TransitionKind.STOP if situation.is_up else TransitionKind.START
-            return Transition(kind, decision.check_at)
+            return LifecycleTransition(kind, decision.check_at)
         case _:
             return None
 
 
-def inputs(situation: Situation, now: datetime) -> dict[str, Any]:
+def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, Any]:
     """Return what was decided by, as JSON, to be kept with the decision."""
     facts = {"now": now, **asdict(situation)}
     return {
-        _camel(name): moments.written(value) if isinstance(value, datetime) else value
+        _to_camel_case(name): timestamps.format_timestamp(value) if isinstance(value, datetime) else value
         for name, value in facts.items()
     }
 
 
-def _while_up(policy: Policy, situation: Situation, now: datetime) -> Decision:
+def _decide_while_up(
+    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
+) -> LifecycleVerdict:
     match policy:
-        case AlwaysOn():
-            return Decision(LifecycleAction.NONE, LifecycleReason.ALWAYS_ON)
-        case IdleShutdown(minutes):
-            stop = Decision(LifecycleAction.STOP, LifecycleReason.IDLE, StoppedReason.IDLE)
-            return _unless_in_use(stop, situation, timedelta(minutes=minutes), now)
-        case OnDemand():
-            stop = Decision(LifecycleAction.STOP, LifecycleReason.NO_MORE_RUNS, StoppedReason.ON_DEMAND)
-            return _unless_in_use(stop, situation, ON_DEMAND_TIME, now)
-        case ScheduledWindow(schedule):
-            return _unless_open(schedule, situation, now)
+        case AlwaysOnPolicy():
+            return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.ALWAYS_ON)
+        case IdleShutdownPolicy(minutes):
+            stop = LifecycleVerdict(LifecycleAction.STOP, LifecycleReason.IDLE, StoppedReason.IDLE)
+            return _stop_unless_in_use(stop, situation, timedelta(minutes=minutes), now)
+        case OnDemandPolicy():
+            stop = LifecycleVerdict(
+                LifecycleAction.STOP, LifecycleReason.NO_MORE_RUNS, StoppedReason.ON_DEMAND
+            )
+            return _stop_unless_in_use(stop, situation, ON_DEMAND_TIME, now)
+        case ScheduledWindowPolicy(schedule):
+            return _stop_unless_open(schedule, situation, now)
 
 
-def _unless_in_use(stop: Decision, situation: Situation, timeout: timedelta, now: datetime) -> Decision:
+def _stop_unless_in_use(
+    stop: LifecycleVerdict, situation: DeploymentSituation, timeout: timedelta, now: datetime
+) -> LifecycleVerdict:
     """Return a stop once nothing has happened for a while."""
     if situation.has_due or situation.has_running or situation.is_waking:
-        return Decision(LifecycleAction.NONE, LifecycleReason.IN_USE)
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
     idle_at = (situation.last_activity_at or now) + timeout
     return (
         stop
         if now >= idle_at
-        else Decision(LifecycleAction.NONE, LifecycleReason.NOT_IDLE_YET, check_at=idle_at)
+        else LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_IDLE_YET, check_at=idle_at)
     )
 
 
-def _unless_open(schedule: Schedule, situation: Situation, now: datetime) -> Decision:
+def _stop_unless_open(
+    schedule: WindowSchedule, situation: DeploymentSituation, now: datetime
+) -> LifecycleVerdict:
     """Return a stop where the schedule is closed, but not before it closes for the first time after a start by hand."""
-    if windows.is_open(schedule, now):
-        closes_at = windows.next_closing(schedule, now)
-        return Decision(LifecycleAction.NONE, LifecycleReason.WINDOW_OPEN, check_at=closes_at)
+    if weekly_windows.is_open(schedule, now):
+        closes_at = weekly_windows.next_closing(schedule, now)
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.WINDOW_OPEN, check_at=closes_at)
     started_at = situation.started_by_hand_at
     if started_at is not None:
-        closes_at = windows.next_closing(schedule, started_at)
+        closes_at = weekly_windows.next_closing(schedule, started_at)
         if closes_at is not None and closes_at > now:
-            return Decision(LifecycleAction.NONE, LifecycleReason.STARTED_BY_HAND, check_at=closes_at)
-    return stop(situation, LifecycleReason.WINDOW_CLOSED, StoppedReason.SCHEDULE)
+            return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.STARTED_BY_HAND, check_at=closes_at)
+    return stop_decision(situation, LifecycleReason.WINDOW_CLOSED, StoppedReason.SCHEDULE)
 
 
-def _while_draining(policy: Policy, situation: Situation, until: datetime, now: datetime) -> Decision:
-    again = _while_down(policy, situation, now)
+def _decide_while_draining(
+    policy: DeploymentPolicy, situation: DeploymentSituation, until: datetime, now: datetime
+) -> LifecycleVerdict:
+    again = _decide_while_down(policy, situation, now)
     if again.action is not LifecycleAction.NONE:
         return again
     if not situation.has_running:
-        return Decision(LifecycleAction.STOP, LifecycleReason.DRAINED, situation.stopped_reason)
+        return LifecycleVerdict(LifecycleAction.STOP, LifecycleReason.DRAINED, situation.stopped_reason)
     if now >= until:
-        return Decision(LifecycleAction.STOP, LifecycleReason.DRAIN_TIME_OVER, situation.stopped_reason)
-    return Decision(LifecycleAction.NONE, LifecycleReason.DRAINING, check_at=until)
+        return LifecycleVerdict(
+            LifecycleAction.STOP, LifecycleReason.DRAIN_TIME_OVER, situation.stopped_reason
+        )
+    return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.DRAINING, check_at=until)
 
 
-def _while_down(policy: Policy, situation: Situation, now: datetime) -> Decision:
+def _decide_while_down(
+    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
+) -> LifecycleVerdict:
     if situation.stopped_reason is StoppedReason.ARCHIVED:
-        return Decision(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.stopped_reason is StoppedReason.FAILED:
         retry_at = (situation.stopped_at or now) + retry_time(situation.start_failures)
         if now < retry_at:
-            is_wanted = situation.has_due or _wanted(policy, situation, now) is not None
-            return Decision(
+            is_wanted = situation.has_due or _start_reason(policy, situation, now) is not None
+            return LifecycleVerdict(
                 LifecycleAction.NONE, LifecycleReason.FAILED, check_at=retry_at if is_wanted else None
             )
-    if (reason := _wanted(policy, situation, now)) is not None:
-        return Decision(LifecycleAction.START, reason)
-    if situation.has_due and may_start(policy, situation, now) is None:
-        return Decision(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
-    opens_at = windows.next_opening(policy.schedule, now) if isinstance(policy, ScheduledWindow) else None
-    return Decision(LifecycleAction.NONE, _why_down(policy, situation, now), check_at=opens_at)
+    if (reason := _start_reason(policy, situation, now)) is not None:
+        return LifecycleVerdict(LifecycleAction.START, reason)
+    if situation.has_due and start_refusal(policy, situation, now) is None:
+        return LifecycleVerdict(LifecycleAction.WAKE, LifecycleReason.RUN_DUE)
+    opens_at = (
+        weekly_windows.next_opening(policy.schedule, now)
+        if isinstance(policy, ScheduledWindowPolicy)
+        else None
+    )
+    return LifecycleVerdict(LifecycleAction.NONE, _stopped_reason(policy, situation, now), check_at=opens_at)
 
 
-def _wanted(policy: Policy, situation: Situation, now: datetime) -> LifecycleReason | None:
+def _start_reason(
+    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
+) -> LifecycleReason | None:
     """Return why a policy wants a deployment up though nothing is to be run; None: it doesn't."""
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
     match policy:
-        case AlwaysOn() if not is_by_hand:
+        case AlwaysOnPolicy() if not is_by_hand:
             return LifecycleReason.ALWAYS_ON
-        case ScheduledWindow(schedule) if windows.is_open(schedule, now):
+        case ScheduledWindowPolicy(schedule) if weekly_windows.is_open(schedule, now):
             # A stop by hand holds until the next opening after it.
             if is_by_hand and not _has_opened(schedule, situation.stopped_at or now, now):
                 return None
@@ -361,18 +388,20 @@ def _wanted(policy: Policy, situation: Situation, now: datetime) -> LifecycleRea
             return None
 
 
-def _has_opened(schedule: Schedule, since: datetime, now: datetime) -> bool:
-    opened_at = windows.next_opening(schedule, since)
+def _has_opened(schedule: WindowSchedule, since: datetime, now: datetime) -> bool:
+    opened_at = weekly_windows.next_opening(schedule, since)
     return opened_at is not None and opened_at <= now
 
 
-def _why_down(policy: Policy, situation: Situation, now: datetime) -> LifecycleReason:
-    if isinstance(policy, ScheduledWindow) and not windows.is_open(policy.schedule, now):
+def _stopped_reason(
+    policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
+) -> LifecycleReason:
+    if isinstance(policy, ScheduledWindowPolicy) and not weekly_windows.is_open(policy.schedule, now):
         return LifecycleReason.WINDOW_CLOSED
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
     return LifecycleReason.STOPPED_BY_HAND if is_by_hand else LifecycleReason.ASLEEP
 
 
-def _camel(name: str) -> str:
+def _to_camel_case(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(map(str.capitalize, rest))

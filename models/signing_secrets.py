@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Column, Index, LargeBinary, SmallInteger, or_, select
 from sqlmodel import Field, SQLModel, col
 
-from models.columns import Instant
+from models.column_types import TimestampColumn
 from models.database_time import DatabaseTime
-from models.vault import Sealed, Vault
+from models.encryption import EncryptedText, SecretVault
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -23,9 +23,9 @@ PREFIX: Final = "whsec_"
 SECRET_BYTES: Final = 32
 """The standard allows 24 to 64."""
 HINT_CHARACTERS: Final = 4
-OVERLAP: Final = timedelta(hours=24)
+OVERLAP_TIME: Final = timedelta(hours=24)
 """How long a secret goes on signing beside the one that has replaced it."""
-KEPT: Final = 4
+MAX_SECRETS: Final = 4
 """So many secrets sign at most, however often they are replaced within that time."""
 
 
@@ -46,19 +46,19 @@ class SigningSecret(SQLModel, table=True):
     """Of the server's own secret that opens it."""
     hint: str
     """Its last characters, by which whoever has it may recognise it."""
-    created_at: datetime = Field(sa_column=Column(Instant, nullable=False))
-    expires_at: datetime | None = Field(default=None, sa_column=Column(Instant))
+    created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """From then on it signs no more; set when another replaces it."""
 
 
-def valid_for(organization_id: str) -> Select[Any]:
+def valid_secrets_statement(organization_id: str) -> Select[Any]:
     """Return the statement that finds the secrets that sign for an organisation, the one of now first."""
     is_valid = or_(col(SigningSecret.expires_at).is_(None), col(SigningSecret.expires_at) > DatabaseTime())
     return (
         select(SigningSecret)
         .where(col(SigningSecret.organization_id) == organization_id, is_valid)
         .order_by(col(SigningSecret.created_at).desc(), col(SigningSecret.id).desc())
-        .limit(KEPT)
+        .limit(MAX_SECRETS)
     )
 
 
@@ -67,28 +67,28 @@ def new_secret() -> str:
     return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
-def hint_of(secret: str) -> str:
+def visible_suffix(secret: str) -> str:
     """Return what is shown of a secret afterwards."""
     return secret.rstrip("=")[-HINT_CHARACTERS:]
 
 
-def sealed(vault: Vault, secret: str, *, organization_id: str, object_id: str) -> Sealed:
+def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, object_id: str) -> EncryptedText:
     """Return a secret as it is stored."""
     return vault.seal(secret.encode(), organization_id=organization_id, object_id=object_id)
 
 
-def opened(vault: Vault, row: SigningSecret) -> str:
+def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
     """Return the secret of a row; raises `VaultError`."""
-    stored = Sealed(row.secret_id, row.sealed)
+    stored = EncryptedText(row.secret_id, row.sealed)
     return vault.open(stored, organization_id=row.organization_id, object_id=row.id).decode()
 
 
-def signatures(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:
+def sign_message(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:
     """Return the header `webhook-signature`: one signature for each secret, the newest first."""
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
-    return " ".join(f"v1,{_signature(key, signed)}" for key in keys)
+    return " ".join(f"v1,{_sign(key, signed)}" for key in keys)
 
 
-def _signature(secret: str, signed: bytes) -> str:
+def _sign(secret: str, signed: bytes) -> str:
     key = b64decode(secret.removeprefix(PREFIX))
     return b64encode(hmac.digest(key, signed, "sha256")).decode()

@@ -18,9 +18,9 @@ from zoneinfo import ZoneInfo
 import msgspec
 from cronsim import CronSim, CronSimError
 
-from models import windows
+from models import weekly_windows
 
-GRACE: Final = timedelta(minutes=1)
+GRACE_TIME: Final = timedelta(minutes=1)
 """An instant that is looked at later than this was missed; until then it counts as on time."""
 MISFIRE_LIMIT: Final = 10
 """Missed instants that are run where a schedule doesn't say how many."""
@@ -40,7 +40,7 @@ class InvalidTimetable(ValueError):
     """The config of a schedule says nothing that can be followed here; the text says why."""
 
 
-class Misfire(StrEnum):
+class MisfirePolicy(StrEnum):
     """What becomes of instants that were missed."""
 
     SKIP = "skip"
@@ -50,7 +50,7 @@ class Misfire(StrEnum):
     """The last of them are run, as many as the limit says."""
 
 
-class Overlap(StrEnum):
+class OverlapPolicy(StrEnum):
     """What becomes of an instant at which an earlier run goes on."""
 
     ALLOW = "allow"
@@ -58,7 +58,7 @@ class Overlap(StrEnum):
     QUEUE = "queue"
 
 
-class Passed(StrEnum):
+class SkipReason(StrEnum):
     """Why an instant was passed over."""
 
     MISSED = "missed"
@@ -72,16 +72,16 @@ class Passed(StrEnum):
 
 
 @dataclass(frozen=True)
-class Timetable:
+class ScheduleTimetable:
     """A schedule as its config says it."""
 
     cron: str | None
     interval_seconds: int | None
     """The one that isn't None says when."""
     timezone: str
-    misfire: Misfire
+    misfire: MisfirePolicy
     misfire_limit: int
-    overlap: Overlap
+    overlap: OverlapPolicy
     jitter_seconds: int
 
     @cached_property
@@ -94,7 +94,7 @@ class Timetable:
         timing = (self.cron, self.interval_seconds, self.timezone, self.jitter_seconds)
         return sha256(msgspec.json.encode(timing)).hexdigest()
 
-    def delay_of(self, workflow_id: str) -> timedelta:
+    def start_delay(self, workflow_id: str) -> timedelta:
         """Return how much later than its instants a workflow's runs start: less than the jitter, always the same."""
         digest = blake2b(workflow_id.encode(), digest_size=4).digest()
         return timedelta(
@@ -103,12 +103,12 @@ class Timetable:
 
     def first_after(self, moment: datetime, anchor: datetime) -> datetime | None:
         """Return the next instant; None where there is none any more. Intervals are counted from `anchor`."""
-        return next(self.after(moment, anchor), None)
+        return next(self.instants_after(moment, anchor), None)
 
-    def after(self, moment: datetime, anchor: datetime) -> Iterator[datetime]:
+    def instants_after(self, moment: datetime, anchor: datetime) -> Iterator[datetime]:
         """Return all instants after a moment, in UTC."""
         if self.interval_seconds is not None:
-            yield from _every(timedelta(seconds=self.interval_seconds), moment, anchor)
+            yield from _interval_instants(timedelta(seconds=self.interval_seconds), moment, anchor)
             return
         for local in CronSim(self.cron or "", moment.astimezone(self.zone)):
             instant = local.astimezone(UTC)
@@ -116,35 +116,37 @@ class Timetable:
             if instant > moment:
                 yield instant
 
-    def between(self, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
+    def instants_between(self, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
         """Return the instants from `first` to `last`, both included."""
-        return [*takewhile(lambda instant: instant <= last, self.after(first - _MICROSECOND, anchor))]
+        return [
+            *takewhile(lambda instant: instant <= last, self.instants_after(first - _MICROSECOND, anchor))
+        ]
 
-    def last_of(self, count: int, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
+    def last_instants(self, count: int, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
         """Return the last instants from `first` to `last`, without going through all of a long time."""
         stretch = _FIRST_STRETCH
         while True:
             start = max(first, last - stretch)
-            found = self.between(start, last, anchor)
+            found = self.instants_between(start, last, anchor)
             if len(found) >= count or start == first:
                 return found[-count:]
             stretch *= _STRETCHED
 
 
-class _Config(msgspec.Struct, rename="camel"):
+class _TimetableConfig(msgspec.Struct, rename="camel"):
     """What the node type allows, with its defaults."""
 
     cron: str | None = None
     interval_seconds: Annotated[int, msgspec.Meta(ge=1, le=31_536_000)] | None = None
     timezone: str = "UTC"
-    misfire: Misfire = Misfire.RUN_ONCE
+    misfire: MisfirePolicy = MisfirePolicy.RUN_ONCE
     misfire_limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = MISFIRE_LIMIT
-    overlap: Overlap = Overlap.ALLOW
+    overlap: OverlapPolicy = OverlapPolicy.ALLOW
     jitter_seconds: Annotated[int, msgspec.Meta(ge=0, le=3_600)] = 0
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class ScheduleState:
     """Where a schedule is."""
 
     workflow_id: str
@@ -158,34 +160,36 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class ScheduleDecision:
     """What is to be done about all instants that are due."""
 
     run: Sequence[datetime]
     """In order."""
     next_run_at: datetime | None
-    passed: Passed | None = None
+    passed: SkipReason | None = None
     """Why some were passed over; None: none was."""
     passed_at: datetime | None = None
     """The last of those."""
 
 
-def timetable_of(config: Mapping[str, Any]) -> Timetable:
+def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
     """Return what a trigger's stored config says; raises `InvalidTimetable` where no process here could follow it.
 
     A draft's config may be anything.
     """
     try:
-        said = msgspec.convert({name: _whole(value) for name, value in config.items()}, _Config)
+        said = msgspec.convert(
+            {name: _to_whole_number(value) for name, value in config.items()}, _TimetableConfig
+        )
     except msgspec.ValidationError as error:
         raise InvalidTimetable(f"Its config is wrong: {error}") from error
-    if said.cron is not None and not fires(said.cron):
+    if said.cron is not None and not is_cron_expression(said.cron):
         raise InvalidTimetable("The cron expression never comes true")
     if said.cron is None and said.interval_seconds is None:
         raise InvalidTimetable("It says neither `cron` nor `intervalSeconds`")
-    if said.timezone not in windows.zones():
+    if said.timezone not in weekly_windows.zone_names():
         raise InvalidTimetable("Its time zone is not known here")
-    return Timetable(
+    return ScheduleTimetable(
         cron=said.cron,
         interval_seconds=said.interval_seconds if said.cron is None else None,
         timezone=said.timezone,
@@ -196,13 +200,13 @@ def timetable_of(config: Mapping[str, Any]) -> Timetable:
     )
 
 
-def _whole(value: object) -> object:
+def _to_whole_number(value: object) -> object:
     """Return a number that is whole, such as 60.0, as one."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @lru_cache(maxsize=4_096)
-def fires(cron: str) -> bool:
+def is_cron_expression(cron: str) -> bool:
     """Tell whether a text is a cron expression of five fields that comes true at some time."""
     if len(cron) > CRON_CHARACTERS or len(cron.split(" ")) != CRON_FIELDS or cron != " ".join(cron.split()):
         return False
@@ -213,62 +217,68 @@ def fires(cron: str) -> bool:
     return True
 
 
-def decide(timetable: Timetable, state: State, now: datetime) -> Decided:
+def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: datetime) -> ScheduleDecision:
     """Return which of the instants from `state.next_run_at` on that are due are run; none of them is due again."""
-    due_until = now - timetable.delay_of(state.workflow_id)
+    due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
-        return Decided((), state.next_run_at)
-    chosen, passed, passed_at = _in_time(timetable, state, due_until)
+        return ScheduleDecision((), state.next_run_at)
+    chosen, passed, passed_at = _instants_to_run(timetable, state, due_until)
     room = max(0, MAX_WAITING - state.waiting_runs)
-    allowed, reason = chosen[:room], Passed.QUEUE_FULL
-    if timetable.overlap is Overlap.SKIP:
-        allowed, reason = [] if state.is_busy else chosen[:1], Passed.OVERLAP
+    allowed, reason = chosen[:room], SkipReason.QUEUE_FULL
+    if timetable.overlap is OverlapPolicy.SKIP:
+        allowed, reason = [] if state.is_busy else chosen[:1], SkipReason.OVERLAP
     if len(allowed) < len(chosen):
         passed, passed_at = reason, chosen[-1]
-    return Decided(allowed, timetable.first_after(due_until, state.anchor_at), passed, passed_at)
+    return ScheduleDecision(allowed, timetable.first_after(due_until, state.anchor_at), passed, passed_at)
 
 
-def _in_time(
-    timetable: Timetable, state: State, due_until: datetime
-) -> tuple[list[datetime], Passed | None, datetime | None]:
+def _instants_to_run(
+    timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
+) -> tuple[list[datetime], SkipReason | None, datetime | None]:
     """Return the due instants that the misfire policy has run; why others are left out, and the last of these."""
     first, anchor_at = state.next_run_at, state.anchor_at
-    in_time_since = due_until - GRACE
+    in_time_since = due_until - GRACE_TIME
     if first >= in_time_since:
-        return timetable.between(first, due_until, anchor_at), None, None
+        return timetable.instants_between(first, due_until, anchor_at), None, None
     match timetable.misfire:
-        case Misfire.SKIP:
-            chosen = timetable.between(in_time_since, due_until, anchor_at)
-        case Misfire.RUN_ONCE:
-            chosen = timetable.last_of(1, first, due_until, anchor_at)
-        case Misfire.RUN_ALL:
-            chosen = timetable.last_of(timetable.misfire_limit, first, due_until, anchor_at)
+        case MisfirePolicy.SKIP:
+            chosen = timetable.instants_between(in_time_since, due_until, anchor_at)
+        case MisfirePolicy.RUN_ONCE:
+            chosen = timetable.last_instants(1, first, due_until, anchor_at)
+        case MisfirePolicy.RUN_ALL:
+            chosen = timetable.last_instants(timetable.misfire_limit, first, due_until, anchor_at)
     if chosen and chosen[0] <= first:
         return chosen, None, None
     before = chosen[0] - _MICROSECOND if chosen else due_until
-    left_out = timetable.last_of(1, first, before, anchor_at)
-    return chosen, Passed.MISSED, left_out[-1] if left_out else first
+    left_out = timetable.last_instants(1, first, before, anchor_at)
+    return chosen, SkipReason.MISSED, left_out[-1] if left_out else first
 
 
-def decided_anew(
-    timetable: Timetable, workflow_id: str, anchor: datetime, last_run_at: datetime | None, now: datetime
+def recompute_next_instant(
+    timetable: ScheduleTimetable,
+    workflow_id: str,
+    anchor: datetime,
+    last_run_at: datetime | None,
+    now: datetime,
 ) -> datetime | None:
     """Return the next instant of a schedule whose clock was ahead when its own was worked out.
 
     What was run early is not run again, unless the clock was so far ahead that nothing would be run for long.
     """
-    since = now - timetable.delay_of(workflow_id)
+    since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:
         since = last_run_at
     return timetable.first_after(since, anchor)
 
 
-def upcoming(timetable: Timetable, moment: datetime, anchor: datetime, count: int) -> list[datetime]:
+def upcoming_instants(
+    timetable: ScheduleTimetable, moment: datetime, anchor: datetime, count: int
+) -> list[datetime]:
     """Return the next instants after a moment."""
-    return [*islice(timetable.after(moment, anchor), count)]
+    return [*islice(timetable.instants_after(moment, anchor), count)]
 
 
-def _every(step: timedelta, moment: datetime, anchor: datetime) -> Iterator[datetime]:
+def _interval_instants(step: timedelta, moment: datetime, anchor: datetime) -> Iterator[datetime]:
     """Return the multiples of a step after `anchor` that are after a moment too."""
     number = max(0, (moment - anchor) // step)
     while True:
