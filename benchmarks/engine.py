@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.workflows import Workflow
     from engine.values import Json
 
-CATALOG = catalogs.load()
+CATALOG = catalogs.load_catalog()
 CALLER = RunCaller("org", "user", "wf", "exec", "exec")
 ROUNDS = 7
 EXPRESSIONS_PER_ROUND = 20_000

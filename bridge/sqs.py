@@ -18,7 +18,7 @@ from bridge.errors import Refused, Unavailable
 from bridge.settings import AwsCredentials
 from bridge.source import Message, Unreadable, deduplication_id, json_of, priority_of
 from json_text import decoding
-from nodes.connections.signature import Signer
+from nodes.connections.aws_signature import AwsSigner
 
 if TYPE_CHECKING:
     from bridge.settings import SqsBridgeSettings
@@ -91,7 +91,9 @@ class SqsQueue:
         self._endpoint = settings.endpoint
         self._host = urlsplit(settings.endpoint).netloc
         self._hold_seconds = settings.bridge_hold_seconds
-        self._signer = Signer(who.access_key_id, who.secret_access_key, who.region, who.session_token, "sqs")
+        self._signer = AwsSigner(
+            who.access_key_id, who.secret_access_key, who.region, who.session_token, "sqs"
+        )
         self._now = now
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS), trust_env=False

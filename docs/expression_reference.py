@@ -182,7 +182,7 @@ def _example(example: tuple[Json, Json]) -> tuple[str, str]:
 
 def _fields(kind: FieldCompilation) -> Iterator[tuple[str, str]]:
     """Return a row for each node type that has fields of a kind."""
-    for node_type in catalog.load().node_types.values():
+    for node_type in catalog.load_catalog().node_types.values():
         fields = [name for name, compiled in node_type.compiled.items() if compiled is kind]
         if fields:
             yield f"[`{node_type.type}`](nodes.md#{node_type.type})", ", ".join(map(_code, fields))

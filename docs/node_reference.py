@@ -47,7 +47,7 @@ CATEGORIES: Mapping[str, str] = {
 
 def reference() -> str:
     """Return the page: the types by category, each with its config and an example."""
-    node_types = catalog.load().node_types.values()
+    node_types = catalog.load_catalog().node_types.values()
     parts = [HEADING]
     for category, title in CATEGORIES.items():
         described = [each for each in node_types if each.category == category]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine import event_filters, values
 from engine.expressions import ExpressionError
 from execution.insistence import insist
@@ -87,12 +87,12 @@ class AwaitedEvents:
                 return
 
     async def _look_back(self, wait: EventWait) -> None:
-        after, looked_at, turn = None, 0, Turn()
+        after, looked_at, turn = None, 0, LoopShare()
         while looked_at < MAX_LOOKED_AT:
             async with self._database.read() as connection:
                 found = await event_waits.come_since(connection, wait, after)
             for event in found:
-                await turn.share()
+                await turn.yield_if_due()
                 if _passes(wait, values.restore_json(event.data.encode())):
                     await self._answer([wait], event.data)
                     return
@@ -109,7 +109,7 @@ class AwaitedEvents:
         after: tuple[str, str, str] | None = None
         data: str | None = None
         trigger: Json = None
-        turn = Turn()
+        turn = LoopShare()
         while True:
             async with self._database.read() as connection:
                 found = await event_waits.waiting(connection, told, after)
@@ -120,7 +120,7 @@ class AwaitedEvents:
                 return is_complete
             chosen = []
             for wait in found:
-                await turn.share()
+                await turn.yield_if_due()
                 if _passes(wait, trigger):
                     chosen.append(wait)
             for start in range(0, len(chosen), ANSWERED_TOGETHER):

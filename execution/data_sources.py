@@ -15,7 +15,7 @@ from engine.run_errors import NodeError
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
 from models.errors import DatabaseUnavailable
-from nodes.connections.source import Source
+from nodes.connections.data_source import ConnectionSource
 
 if TYPE_CHECKING:
     from engine.services import RunCaller
@@ -38,10 +38,10 @@ class StoredSources:
     def __init__(self, database: Database, vault: SecretVault) -> None:
         self._database = database
         self._vault = vault
-        self._remembered: OrderedDict[_Asked, tuple[float, Source]] = OrderedDict()
-        self._lookups: Joint[_Asked, Source] = Joint(self._find)
+        self._remembered: OrderedDict[_Asked, tuple[float, ConnectionSource]] = OrderedDict()
+        self._lookups: Joint[_Asked, ConnectionSource] = Joint(self._find)
 
-    async def find(self, caller: RunCaller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         """Return a data source; raises `NodeError`."""
         key = (caller.organization_id, caller.user_id, source_id)
         known = self._remembered.get(key)
@@ -54,7 +54,7 @@ class StoredSources:
         self._remembered.clear()
         self._lookups = Joint(self._find)
 
-    async def _find(self, key: _Asked) -> Source:
+    async def _find(self, key: _Asked) -> ConnectionSource:
         until = monotonic() + REMEMBERED_SECONDS
         source = self._opened(await self._look_up(key))
         self._remembered[key] = (until, source)
@@ -79,14 +79,14 @@ class StoredSources:
             raise NodeError(message, code="data-source-not-found")
         return DataSource(**row)
 
-    def _opened(self, row: DataSource) -> Source:
+    def _opened(self, row: DataSource) -> ConnectionSource:
         try:
             secrets = decrypt_secrets(self._vault, row)
         except VaultError as error:
             log.error("data source can't be opened", data_source_id=row.id, reason=str(error))  # noqa: TRY400 - a trace tells no more
             message = f"The secrets of the data source {row.id!r} can't be read: they must be given again"
             raise NodeError(message, code="data-source-unreadable") from error
-        return Source(
+        return ConnectionSource(
             id=row.id,
             organization_id=row.organization_id,
             type=row.type,

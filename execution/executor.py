@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from journal.blobs.blob_store import RunBlobs
     from journal.store import RunStore
     from messages.broker import RunBroker
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
 
@@ -113,7 +113,7 @@ class Executor:
         self,
         store: RunStore,
         broker: RunBroker,
-        catalog: Catalog,
+        catalog: NodeCatalog,
         services: NodeServices,
         settings: ExecutionSettings,
         *,

@@ -17,7 +17,7 @@ from json_text import decoding
 
 if TYPE_CHECKING:
     from journal.store import RunStore
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 class Programs:
     """Compiled definitions by organisation and content hash; the least recently used go first."""
 
-    def __init__(self, store: RunStore, catalog: Catalog) -> None:
+    def __init__(self, store: RunStore, catalog: NodeCatalog) -> None:
         self._store = store
         self._catalog = catalog
         self._kept: OrderedDict[DefinitionKey, Kept] = OrderedDict()

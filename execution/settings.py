@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings
 
 from engine.run_limits import RunLimits
-from nodes.code.backend import Backend
+from nodes.sandbox.code.code_backend import CodeBackend
 
 MAX_CPU_PROCESSES = 64
 
@@ -90,8 +90,8 @@ class ExecutionSettings(BaseSettings):
             " nowhere."
         ),
     )
-    code_backend: Backend = Field(
-        default=Backend.MONTY,
+    code_backend: CodeBackend = Field(
+        default=CodeBackend.MONTY,
         description=(
             "Interpreter of code nodes: `monty`, a subset of Python, or `subprocess`, all of Python."
         ),

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from nodes.children import confinement
-from nodes.code.runner import CodeRunner, RefusedCode
+from nodes.sandbox.children import confinement
+from nodes.sandbox.code.code_runner import CodeRunner, RefusedCode
 
 if TYPE_CHECKING:
     from execution.settings import ExecutionSettings
@@ -35,7 +35,7 @@ def open_code_of_pod(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
 
 
 def _opened(settings: ExecutionSettings) -> CodeRunner:
-    missing = confinement.missing_walls()
+    missing = confinement.missing_protections()
     if missing:
         log.warning("kernel lacks walls around code nodes", missing=missing, backend=settings.code_backend)
     return CodeRunner(settings.code_backend, limit=settings.cpu_processes)

@@ -47,9 +47,9 @@ from models import schema_migration
 from models.database import Database
 from models.encryption import SecretVault
 from nodes import catalog as catalogs
-from nodes.catalog import Catalog
-from nodes.forms import Forms
-from nodes.outbound import Outbound, OutboundPolicy
+from nodes.catalog import NodeCatalog
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+from nodes.sandbox.form_checks import FormChecker
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class State:
     store: Store
     blobs: BlobStore
     broker: Broker
-    catalog: Catalog
+    catalog: NodeCatalog
     authenticator: Authenticator
     doorkeeper: Doorkeeper
     deliveries: Deliveries
@@ -81,7 +81,7 @@ class State:
     large_outputs: LargeOutputs
     vault: SecretVault
     probes: Probes
-    forms: Forms
+    forms: FormChecker
     runners: Runners
     pod_logs: PodLogs
     certificates: Certificates
@@ -115,7 +115,7 @@ async def assembled(
     """Make the gateway's own parts around what the process may share with other roles, which stays open."""
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
-    catalog = catalogs.load()
+    catalog = catalogs.load_catalog()
     blobs = open_blobs(settings)
     authenticator = Authenticator(database, settings.secret, settings.previous_secrets)
     doorkeeper = Doorkeeper(database, authenticator)
@@ -136,13 +136,13 @@ async def assembled(
     live_events = LiveEvents(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
     )
-    forms = Forms()
+    forms = FormChecker()
     pod_logs = PodLogs(broker)
     # Behind an endpoint of a VPC, the address of SNS is a private one.
     to_sns = OutboundPolicy(
         allowed_networks=settings.outbound_allowed_networks, max_response_bytes=MAX_ANSWER_BYTES
     )
-    certificates = Certificates(Outbound(to_sns))
+    certificates = Certificates(OutboundClient(to_sns))
     await waiting.start()
     await pod_logs.start()
     await activation.start()

@@ -92,31 +92,33 @@ from engine.node_api import (
     RunNode,
     UnknownNodeType,
 )
-from nodes import problems
-from nodes.problems import Problem
+from nodes import config_problems
+from nodes.config_problems import ConfigProblem
 
 if TYPE_CHECKING:
     from jsonschema_rs import Draft202012Validator
 
     from engine.values import Json
 
-__all__ = ["Catalog", "InvalidEntry", "UnknownNodeType", "load", "read"]
+__all__ = ["InvalidCatalogEntry", "NodeCatalog", "UnknownNodeType", "load_catalog", "read_catalog"]
 
-LIBRARY = Path(__file__).parent / "library"
-PACKAGES = "s3://pilotflame-nodes"
-RESOURCES: Mapping[str, Json] = {"cpu": "100m", "memory": "128Mi"}
-ALIASES: Mapping[str, str] = {kind: f"{kind}-trigger" for kind in ("queue", "email", "event", "schedule")}
+LIBRARY_FOLDER = Path(__file__).parent / "library"
+PACKAGES_URL = "s3://pilotflame-nodes"
+DEFAULT_RESOURCES: Mapping[str, Json] = {"cpu": "100m", "memory": "128Mi"}
+TYPE_ALIASES: Mapping[str, str] = {
+    kind: f"{kind}-trigger" for kind in ("queue", "email", "event", "schedule")
+}
 """Types by the names of what starts them."""
 SHOWN_CHARACTERS = 100
 """As much of a name that isn't ours as is compared and repeated."""
 
 
-class InvalidEntry(ValueError):
+class InvalidCatalogEntry(ValueError):
     """A `.toml` isn't what the catalogue can read; the message names the file and the place."""
 
 
 @dataclass(frozen=True)
-class Catalog:
+class NodeCatalog:
     """Every node type, by its name."""
 
     node_types: Mapping[str, NodeType]
@@ -146,9 +148,9 @@ class Catalog:
             )
         return node_type.earlier[version]
 
-    def canonical(self, name: str) -> str:
+    def canonical_name(self, name: str) -> str:
         """Return the name of the type that an alias stands for; any other name as it is."""
-        alias = ALIASES.get(name)
+        alias = TYPE_ALIASES.get(name)
         return name if alias is None or name in self.node_types else alias
 
     def types(self) -> Sequence[str]:
@@ -157,38 +159,38 @@ class Catalog:
 
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:
         """Return `config` with the defaults of its schema filled in, also in the objects inside it."""
-        return _filled(node_type.config_schema, config)
+        return _fill_defaults(node_type.config_schema, config)
 
-    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Problem]:
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
         """Return what is wrong with a config as it is stored, before anything in it is rendered.
 
         Of conditions and expressions it says nothing: whoever compiles them learns more than a schema can tell.
         """
-        return problems.find(self._validator(node_type), config, node_type.config_schema)
+        return config_problems.find_problems(self._validator(node_type), config, node_type.config_schema)
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         """Import and return the function that runs a type; for processes that run nodes."""
-        module = import_module(f"nodes.library.{_stem(self.get(type).type)}")
+        module = import_module(f"nodes.library.{_file_stem(self.get(type).type)}")
         return cast("RunNode", module.run)
 
     def _validator(self, node_type: NodeType) -> Draft202012Validator:
         """Return the type's validator, made when it is first needed."""
         key = (node_type.type, node_type.version)
         if key not in self._validators:
-            self._validators[key] = problems.validator(node_type)
+            self._validators[key] = config_problems.build_validator(node_type)
         return self._validators[key]
 
 
 @cache
-def load() -> Catalog:
+def load_catalog() -> NodeCatalog:
     """Read the library, once for the process."""
-    return read(LIBRARY)
+    return read_catalog(LIBRARY_FOLDER)
 
 
-def read(folder: Path) -> Catalog:
+def read_catalog(folder: Path) -> NodeCatalog:
     """Read every `.toml` of `folder`; raises `InvalidEntry` for one with an unknown key or a wrong value."""
     node_types = [_read_entry(path) for path in sorted(folder.glob("*.toml"))]
-    return Catalog({node_type.type: node_type for node_type in node_types})
+    return NodeCatalog({node_type.type: node_type for node_type in node_types})
 
 
 class _EffectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,17 +199,17 @@ class _EffectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cases: dict[str, NodeEffect]
 
 
-class _Ports(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _PortsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[str, ...] = (INPUT,)
     outputs: tuple[str, ...] = (OUTPUT,)
     outputs_from: Annotated[str, msgspec.Meta(pattern=rf"^\w+{re.escape(OF_EACH)}\w+$")] | None = None
 
 
-class _Described(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _InputTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     description: str = ""
 
 
-class _Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _OutputTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     description: str = ""
     schema: dict[str, Any] = {}
     keeps_input: bool = False
@@ -215,7 +217,7 @@ class _Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fields_of: str | None = None
 
 
-class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _ExampleTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Any = UNSET
     error: str | UnsetType = UNSET
     input: Any = None
@@ -227,13 +229,13 @@ class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("an example has either an output or an error")
 
 
-class _Earlier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _EarlierVersionTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: str
     changes: str
     config: dict[str, Any]
 
 
-class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A `.toml`, as it is written."""
 
     type: str
@@ -250,32 +252,34 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runnable: bool = True
     s3_location: str = ""
     resources: dict[str, Any] = {}
-    ports: _Ports = _Ports()
+    ports: _PortsTable = _PortsTable()
     compiled: dict[
         Annotated[str, msgspec.Meta(pattern=rf"^\w+({re.escape(OF_EACH)}\w+)?$")], FieldCompilation
     ] = {}
-    input: _Described = _Described()
-    output: _Output = _Output()
-    examples: list[_Example] = []
-    earlier: list[_Earlier] = []
+    input: _InputTable = _InputTable()
+    output: _OutputTable = _OutputTable()
+    examples: list[_ExampleTable] = []
+    earlier: list[_EarlierVersionTable] = []
 
 
 def _read_entry(path: Path) -> NodeType:
     try:
-        entry = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _Entry)
+        entry = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _CatalogEntry)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise InvalidEntry(f"{path.name}: {error}") from error
-    if path.stem != _stem(entry.type):
-        raise InvalidEntry(
-            f"{path.name}: it describes {entry.type!r}, so it must be {_stem(entry.type)}.toml"
+        raise InvalidCatalogEntry(f"{path.name}: {error}") from error
+    if path.stem != _file_stem(entry.type):
+        raise InvalidCatalogEntry(
+            f"{path.name}: it describes {entry.type!r}, so it must be {_file_stem(entry.type)}.toml"
         )
-    current = _node_type(entry)
+    current = _build_node_type(entry)
     earlier = {
         each.version: replace(
-            _node_type(msgspec.structs.replace(entry, config=_laid_over(entry.config, each.config))),
+            _build_node_type(
+                msgspec.structs.replace(entry, config=_merge_schemas(entry.config, each.config))
+            ),
             version=each.version,
             changes=each.changes,
-            s3_location=f"{PACKAGES}/{entry.type}/{each.version}",
+            s3_location=f"{PACKAGES_URL}/{entry.type}/{each.version}",
             examples=(),
         )
         for each in entry.earlier
@@ -283,24 +287,24 @@ def _read_entry(path: Path) -> NodeType:
     return replace(current, earlier=earlier)
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_schemas(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return a schema with the parts of another in place of its own."""
     laid = dict(below)
     for key, value in above.items():
         own = laid.get(key)
-        laid[key] = _laid_over(own, value) if isinstance(own, dict) and isinstance(value, dict) else value
+        laid[key] = _merge_schemas(own, value) if isinstance(own, dict) and isinstance(value, dict) else value
     return laid
 
 
-def _node_type(entry: _Entry) -> NodeType:
+def _build_node_type(entry: _CatalogEntry) -> NodeType:
     return NodeType(
         type=entry.type,
         name=entry.name,
         version=entry.version,
         category=entry.category,
         description=entry.description,
-        effect=_effect_rule(entry.effect),
-        config_schema=_with_conditions(entry.config, entry.compiled),
+        effect=_build_effect_rule(entry.effect),
+        config_schema=_add_condition_schemas(entry.config, entry.compiled),
         inputs=entry.ports.inputs,
         outputs=entry.ports.outputs,
         outputs_from=entry.ports.outputs_from,
@@ -309,22 +313,22 @@ def _node_type(entry: _Entry) -> NodeType:
         joins=entry.joins,
         loops=entry.loops,
         input_description=entry.input.description,
-        output=_output(entry.output),
+        output=_build_output(entry.output),
         cpu=entry.cpu,
         runnable=entry.runnable,
-        resources={**RESOURCES, **entry.resources},
-        s3_location=entry.s3_location or f"{PACKAGES}/{entry.type}/{entry.version}",
+        resources={**DEFAULT_RESOURCES, **entry.resources},
+        s3_location=entry.s3_location or f"{PACKAGES_URL}/{entry.type}/{entry.version}",
         examples=tuple(msgspec.to_builtins(example) for example in entry.examples),
     )
 
 
-def _effect_rule(effect: NodeEffect | _EffectTable) -> EffectRule:
+def _build_effect_rule(effect: NodeEffect | _EffectTable) -> EffectRule:
     if isinstance(effect, NodeEffect):
         return EffectRule(effect)
     return EffectRule(effect.default, effect.field, effect.cases)
 
 
-def _output(written: _Output) -> OutputDescription:
+def _build_output(written: _OutputTable) -> OutputDescription:
     return OutputDescription(
         description=written.description,
         schema=written.schema,
@@ -334,31 +338,31 @@ def _output(written: _Output) -> OutputDescription:
     )
 
 
-def _with_conditions(
+def _add_condition_schemas(
     schema: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Mapping[str, Json]:
     """Put the schema of a condition beside what the file says about each field that holds one."""
     schema = {"properties": {}, **schema}
     for place, kind in compiled.items():
         if kind is FieldCompilation.CONDITION:
-            schema = problems.changed_at(schema, place, lambda said: {**CONDITION_SCHEMA, **said})
+            schema = config_problems.change_schema(schema, place, lambda said: {**CONDITION_SCHEMA, **said})
     return schema
 
 
-def _filled(schema: Mapping[str, Json], config: Mapping[str, Json]) -> dict[str, Json]:
+def _fill_defaults(schema: Mapping[str, Json], config: Mapping[str, Json]) -> dict[str, Json]:
     filled = dict(config)
-    for name, of_field in _properties(schema).items():
+    for name, of_field in _schema_properties(schema).items():
         if name not in filled and "default" in of_field:
             filled[name] = of_field["default"]
         value = filled.get(name)
         if isinstance(value, dict):
-            filled[name] = _filled(of_field, value)
+            filled[name] = _fill_defaults(of_field, value)
     return filled
 
 
-def _properties(schema: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
+def _schema_properties(schema: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
     return dict(cast("Mapping[str, dict[str, Json]]", schema.get("properties", {})))
 
 
-def _stem(node_type: str) -> str:
+def _file_stem(node_type: str) -> str:
     return node_type.replace("-", "_")

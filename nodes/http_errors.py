@@ -6,25 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.run_errors import HttpRequestName, NodeError
-from nodes import addresses
-from nodes.outbound import OutboundRefused, OutboundUnavailable
+from nodes import url_targets
+from nodes.outbound_http import OutboundRefused, OutboundUnavailable
 
 
 @contextmanager
-def naming(method: str, url: str) -> Iterator[None]:
+def name_request_in_errors(method: str, url: str) -> Iterator[None]:
     """Raise failures of one request as `NodeError`s that name it; secrets in the URL are hidden."""
     try:
         yield
     except NodeError as error:
-        raise _naming(method, url, error.message, error.code, retryable=error.retryable) from error
+        raise _add_request(method, url, error.message, error.code, retryable=error.retryable) from error
     except OutboundRefused as error:
-        raise _naming(method, url, error.message, error.code.value, retryable=False) from error
+        raise _add_request(method, url, error.message, error.code.value, retryable=False) from error
     except OutboundUnavailable as error:
-        raise _naming(method, url, error.message, error.code.value, retryable=True) from error
+        raise _add_request(method, url, error.message, error.code.value, retryable=True) from error
 
 
-def _naming(method: str, url: str, message: str, code: str, *, retryable: bool) -> NodeError:
-    request = HttpRequestName(method, addresses.shown(url))
+def _add_request(method: str, url: str, message: str, code: str, *, retryable: bool) -> NodeError:
+    request = HttpRequestName(method, url_targets.redact_url(url))
     shown = " ".join(request).rstrip()
     return NodeError(
         f"{shown}: {message[:1].upper()}{message[1:]}", code=code, retryable=retryable, request=request

@@ -13,7 +13,7 @@ from typing import Final
 
 from engine.run_errors import NodeError
 
-HIDDEN: Final = "[hidden]"
+REDACTED: Final = "[hidden]"
 SHORTEST_ANYWHERE: Final = 4
 """Characters of a secret that is replaced within words too."""
 _BEFORE: Final = r"(?<![^\s\"'`=:,;&?/|(){}\[\]<>])"
@@ -22,40 +22,40 @@ _QUOTED_OR_WHOLE: Final = r"(?<=\")%s(?=\")|(?<=')%s(?=')|(?<==)%s(?=[&;\s]|\Z)|
 """Of the body of an answer, where `1` between blanks or after a colon is a number, and JSON without it is none."""
 
 
-def hide(text: str, secrets: Iterable[str]) -> str:
+def redact_text(text: str, secrets: Iterable[str]) -> str:
     """Return a text, such as an error's, without the secrets."""
-    for secret in _longest_first(secrets):
+    for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, REDACTED)
         else:
-            text = re.sub(f"{_BEFORE}{re.escape(secret)}{_AFTER}", HIDDEN, text)
+            text = re.sub(f"{_BEFORE}{re.escape(secret)}{_AFTER}", REDACTED, text)
     return text
 
 
 @contextmanager
-def hiding(secrets: Iterable[str]) -> Iterator[None]:
+def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
     """Raise a `NodeError` without the secrets: a server that was told them may say them again."""
     try:
         yield
     except NodeError as error:
-        shown = hide(error.message, secrets)
+        shown = redact_text(error.message, secrets)
         if shown == error.message:
             raise
         raise NodeError(shown, code=error.code, retryable=error.retryable) from None
 
 
-def hide_in_body(body: bytes, secrets: Iterable[str]) -> bytes:
+def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:
     """Return the body of an answer without the secrets; short ones only where they are quoted, or end a field."""
-    for secret in _longest_first(secrets):
+    for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
-            body = body.replace(secret.encode(), HIDDEN.encode())
+            body = body.replace(secret.encode(), REDACTED.encode())
         else:
             escaped = re.escape(secret)
             pattern = (_QUOTED_OR_WHOLE % ((escaped,) * 4)).encode()
-            body = re.sub(pattern, HIDDEN.encode(), body)
+            body = re.sub(pattern, REDACTED.encode(), body)
     return body
 
 
-def _longest_first(secrets: Iterable[str]) -> list[str]:
+def _sort_longest_first(secrets: Iterable[str]) -> list[str]:
     """Return each secret once, so that one which holds another goes whole."""
     return sorted({secret for secret in secrets if secret}, key=len, reverse=True)

@@ -17,15 +17,15 @@ MAX_NAME_BYTES: Final = 64
 """MySQL's limit; PostgreSQL would cut off a name after 63 and go on with what is left."""
 MAX_NAME_PARTS: Final = 3
 
-READING: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW", "EXPLAIN", "DESCRIBE", "DESC"})
-WRITING: Final = frozenset(
+READING_VERBS: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW", "EXPLAIN", "DESCRIBE", "DESC"})
+WRITING_VERBS: Final = frozenset(
     {
         "INSERT", "REPLACE", "UPDATE", "DELETE", "MERGE", "WITH", "CREATE", "ALTER", "DROP", "TRUNCATE",
     }
 )  # fmt: skip
 
 
-class Dialect(StrEnum):
+class SqlDialect(StrEnum):
     """Whose SQL it is; the value is the type of the data source."""
 
     POSTGRESQL = "postgresql"
@@ -38,7 +38,7 @@ class StatementRefused(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Statement:
+class SqlStatement:
     """One statement, divided where values belong."""
 
     parts: Sequence[str]
@@ -55,17 +55,21 @@ class Statement:
         return "".join([*pieces, self.parts[-1]])
 
 
-def reading(text: str, dialect: Dialect, values: int) -> Statement:
+def parse_reading(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
     """Take a statement that only reads and has places for that many values; raises `StatementRefused`."""
-    return _checked(read(text, dialect), READING, "a statement that reads", values)
+    return _require_statement(parse_statement(text, dialect), READING_VERBS, "a statement that reads", values)
 
 
-def writing(text: str, dialect: Dialect, values: int) -> Statement:
+def parse_writing(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
     """Take a statement that writes and has places for that many values; raises `StatementRefused`."""
-    return _checked(read(text, dialect), WRITING, "a statement that writes", values)
+    return _require_statement(
+        parse_statement(text, dialect), WRITING_VERBS, "a statement that writes", values
+    )
 
 
-def _checked(statement: Statement, verbs: Collection[str], wanted: str, values: int) -> Statement:
+def _require_statement(
+    statement: SqlStatement, verbs: Collection[str], wanted: str, values: int
+) -> SqlStatement:
     if statement.verb not in verbs:
         shown = ", ".join(sorted(verbs))
         raise StatementRefused(f"{statement.verb[:20]} is not {wanted}: it must begin with one of {shown}")
@@ -76,34 +80,34 @@ def _checked(statement: Statement, verbs: Collection[str], wanted: str, values: 
     return statement
 
 
-def quoted(name: str, dialect: Dialect) -> str:
+def quote_name(name: str, dialect: SqlDialect) -> str:
     """Return a name of a column, or a part of the name of a table, as SQL; raises `StatementRefused`."""
     if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise StatementRefused(
             f"{name[:40]!r} can't be a name: it takes 1 to {MAX_NAME_BYTES} bytes, without NUL"
         )
-    mark = "`" if dialect is Dialect.MYSQL else '"'
+    mark = "`" if dialect is SqlDialect.MYSQL else '"'
     return f"{mark}{name.replace(mark, 2 * mark)}{mark}"
 
 
-def quoted_table(name: str, dialect: Dialect) -> str:
+def quote_table(name: str, dialect: SqlDialect) -> str:
     """Return the name of a table, with its schema before a dot or without, as SQL; raises `StatementRefused`."""
     parts = name.split(".")
     if len(parts) > MAX_NAME_PARTS:
         raise StatementRefused(f"{name[:40]!r} has too many parts to be the name of a table")
-    return ".".join(quoted(part, dialect) for part in parts)
+    return ".".join(quote_name(part, dialect) for part in parts)
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-_COMMON = r"""
+_COMMON_TOKENS = r"""
   | (?P<place> \? )
   | (?P<end> ; )
   | (?P<plain> (?: (?! [eE]' ) [^\W\d] [\w$]*+ | \d [\w.]*+ | [\s(),=+<>.*:!&%^~{}|@] )++ | . )
 """
 # Each alternative of a text or name comes in a closed and an open form; what is open ends the reading.
 _LEXERS: Final = {
-    Dialect.POSTGRESQL: re.compile(
+    SqlDialect.POSTGRESQL: re.compile(
         r"""
             (?P<comment> --[^\r\n]* )
           | (?P<nested> /\* )
@@ -113,37 +117,37 @@ _LEXERS: Final = {
           | (?P<operator> \?\? )
           | (?P<open> [eE]' | ['"] )
         """
-        + _COMMON,
+        + _COMMON_TOKENS,
         re.VERBOSE | re.DOTALL,
     ),
-    Dialect.MYSQL: re.compile(
+    SqlDialect.MYSQL: re.compile(
         r"""
             (?P<executed> /\* M?[!+] )
           | (?P<comment> \# [^\n]* | -- (?= [\s\x00-\x1f] | \Z ) [^\n]* | /\* .*? \*/ )
           | (?P<quoted> ' (?: [^'\\] | \\. | '' )*+ ' | " (?: [^"\\] | \\. | "" )*+ " | ` (?: [^`] | `` )*+ ` )
           | (?P<open> ['"`] | /\* )
         """
-        + _COMMON,
+        + _COMMON_TOKENS,
         re.VERBOSE | re.DOTALL,
     ),
-    Dialect.SQLITE: re.compile(
+    SqlDialect.SQLITE: re.compile(
         r"""
             (?P<comment> --[^\n]* | /\* .*? (?: \*/ | \Z ) )
           | (?P<quoted> ' (?: [^'] | '' )*+ ' | " (?: [^"] | "" )*+ " | ` (?: [^`] | `` )*+ ` | \[ [^]]* ] )
           | (?P<open> ['"`[] )
         """
-        + _COMMON,
+        + _COMMON_TOKENS,
         re.VERBOSE | re.DOTALL,
     ),
 }
-_SHOWN_AS: Final = {"comment": " ", "nested": " ", "quoted": "''", "dollar": "''"}
+_TOKEN_SUBSTITUTES: Final = {"comment": " ", "nested": " ", "quoted": "''", "dollar": "''"}
 """What stands for a token where only the words of a statement matter."""
 _FIRST_WORD: Final = re.compile(r"[^\s(;]\w*")
 _INTO_FILE: Final = re.compile(r"\bINTO\s+(OUTFILE|DUMPFILE)\b", re.IGNORECASE)
 _COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
 
 
-def read(text: str, dialect: Dialect) -> Statement:
+def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
     """Take one statement apart; raises `StatementRefused` for none, for several, and for what can't be read."""
     if len(text) > MAX_CHARACTERS:
         raise StatementRefused(f"The statement has more than {MAX_CHARACTERS:,} characters")
@@ -151,16 +155,16 @@ def read(text: str, dialect: Dialect) -> Statement:
         raise StatementRefused("The statement holds the character NUL")
     pieces: list[list[str]] = [[]]
     words = []
-    for kind, token in _tokens(text, _LEXERS[dialect]):
-        words.append(_SHOWN_AS.get(kind, token))
+    for kind, token in _tokenize(text, _LEXERS[dialect]):
+        words.append(_TOKEN_SUBSTITUTES.get(kind, token))
         if kind == "place":
             pieces.append([])
         elif kind != "end":
             pieces[-1].append("?" if kind == "operator" else token)
-    return Statement(["".join(part) for part in pieces], _verb("".join(words)))
+    return SqlStatement(["".join(part) for part in pieces], _first_verb("".join(words)))
 
 
-def _verb(words: str) -> str:
+def _first_verb(words: str) -> str:
     """Return what the statement begins with, when it is the only one; `words` has no comments and no texts in it."""
     first = _FIRST_WORD.search(words)
     if first is None:
@@ -174,20 +178,20 @@ def _verb(words: str) -> str:
     return first[0].upper()
 
 
-def _tokens(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+def _tokenize(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
     position = 0
     while (token := lexer.match(text, position)) is not None:
         kind = str(token.lastgroup)
-        end = _end_of(text, token, kind)
+        end = _find_token_end(text, token, kind)
         yield kind, text[position:end]
         position = end
 
 
-def _end_of(text: str, token: re.Match[str], kind: str) -> int:
+def _find_token_end(text: str, token: re.Match[str], kind: str) -> int:
     """Return where a token ends; raises `StatementRefused` for one that never does, or that can't be allowed."""
     match kind:
         case "nested":
-            return _end_of_nested(text, token.end())
+            return _find_nested_end(text, token.end())
         case "dollar":
             closed = text.find(token[0], token.end())
             if closed < 0:
@@ -205,7 +209,7 @@ def _end_of(text: str, token: re.Match[str], kind: str) -> int:
             return token.end()
 
 
-def _end_of_nested(text: str, position: int) -> int:
+def _find_nested_end(text: str, position: int) -> int:
     depth = 1
     while depth:
         edge = _COMMENT_EDGE.search(text, position)

@@ -325,9 +325,9 @@ def migrate() -> None:
 
 def _begin(settings: ServerSettings, render: Render | None = None) -> Lines:
     """Set up what a process needs before its own modules are loaded."""
-    from nodes.children import confinement
+    from nodes.sandbox.children import confinement
 
-    confinement.hide()  # its environment holds the server's secret
+    confinement.hide_process()  # its environment holds the server's secret
     if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
         raise Refusal("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
     return _begin_log(settings.log_level, render)

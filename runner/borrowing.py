@@ -24,7 +24,7 @@ from execution.gateway_calls import (
 from execution.insistence import insist
 from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
 from models.errors import DatabaseUnavailable
-from nodes.connections.source import Source
+from nodes.connections.data_source import ConnectionSource
 from runner.reporter import CallRefused
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class RemoteSources:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._remembered: OrderedDict[tuple[str, str], tuple[float, Source]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, str], tuple[float, ConnectionSource]] = OrderedDict()
 
-    async def find(self, caller: RunCaller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         """Return a data source; raises `NodeError`."""
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
@@ -62,14 +62,14 @@ class RemoteSources:
             self._remembered.popitem(last=False)
         return source
 
-    async def _look_up(self, caller: RunCaller, source_id: str) -> Source:
+    async def _look_up(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         path = f"/executions/{caller.execution_id}/data-sources"
         try:
             found = await self._gateway.call(path, DataSourceCall(source_id), dict[str, Any])
         except (DatabaseUnavailable, CallRefused) as error:
             message = "The data source could not be looked up just now"
             raise NodeError(message, code="data-source-unavailable", retryable=True) from error
-        return Source(**found)
+        return ConnectionSource(**found)
 
 
 class RemoteRuns:

@@ -23,11 +23,11 @@ from journal.blobs.blob_store import RunBlobs
 from journal.store import DefinitionKey
 from models.errors import DatabaseUnavailable
 from nodes import catalog as catalogs
-from nodes.connections.connections import Connections
-from nodes.connections.policy import ConnectionPolicy, OwnDatabase
-from nodes.outbound import Outbound, OutboundPolicy
-from nodes.pooled import PooledCatalog
-from nodes.processes import Kind, Processes
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+from nodes.sandbox.pooled_catalog import PooledCatalog
+from nodes.sandbox.processes import ProcessKind, ProcessPool
 from runner.application import Life, Stage, create_app
 from runner.borrowing import RemoteContents, RemoteEvents, RemotePace, RemoteRuns, RemoteSources
 from runner.news import GatewayNews
@@ -116,12 +116,12 @@ async def working(
     settings: RunnerSettings, gateway: Gateway, contact: Contact, life: Life
 ) -> AsyncIterator[Executor]:
     """Run executions as long as the context lasts; on leaving it, let them end, and hand over what still runs."""
-    outbound = Outbound(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
+    outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = RunBlobs(RemoteContents(gateway))
-    processes = Processes(Kind.LIBRARY, limit=settings.cpu_processes)
-    catalog = PooledCatalog(catalogs.load().node_types, processes)
+    processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
+    catalog = PooledCatalog(catalogs.load_catalog().node_types, processes)
     code = open_code_of_pod(settings)
-    connections = Connections(RemoteSources(gateway), _policy(settings, contact, gateway.clock))
+    connections = DataSourceConnections(RemoteSources(gateway), _policy(settings, contact, gateway.clock))
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -154,7 +154,7 @@ def _policy(settings: RunnerSettings, contact: Contact, clock: DatabaseClock) ->
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,
-        own_databases=(OwnDatabase(own.host, own.port, own.database),) if own else (),
+        own_databases=(ServerDatabase(own.host, own.port, own.database),) if own else (),
         clock=clock,
     )
 

@@ -63,7 +63,7 @@ class Duty:
 
 def duties(settings: SchedulerSettings, database: Database, store: Store, broker: Broker) -> Sequence[Duty]:
     """Return what is to be done, and how often."""
-    schedules = Schedules(database, broker, catalogs.load())
+    schedules = Schedules(database, broker, catalogs.load_catalog())
     awaited = AwaitedEvents(database, broker)
     return (
         Duty("start scheduled runs", settings.schedule_seconds, schedules.start_due),

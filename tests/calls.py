@@ -24,7 +24,7 @@ from engine.services import (
 )
 from engine.values import Json
 from nodes import catalog
-from nodes.catalog import Catalog
+from nodes.catalog import NodeCatalog
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
@@ -106,13 +106,13 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     blobs: BlobService | None = None,
     files: FileFolderService | None = None,
     events: EventWaitService | None = None,
-    library: Catalog | None = None,
+    library: NodeCatalog | None = None,
     version: str | None = None,
     is_strict: bool = False,
 ) -> Called:
     """Run one node on `data`; raises what it raises."""
     called = Called()
-    library = library or catalog.load()
+    library = library or catalog.load_catalog()
     services = NodeServices(http=http or NoNetwork(), pace=pace or EmptyRoad())
     services = services if code is None else replace(services, code=code)
     services = services if blobs is None else replace(services, blobs=blobs)

@@ -12,7 +12,7 @@ from engine.validation import validate_graph
 from engine.values import InvalidJson, Json, decode_json
 from nodes import catalog
 
-CATALOG: Final = catalog.load()
+CATALOG: Final = catalog.load_catalog()
 
 HOSTILE_TEXTS: Final[Mapping[str, Callable[[int], str]]] = {
     "null": lambda _: "null",

@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 
 from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase
-from nodes.connections.connections import Connections
-from nodes.connections.policy import ConnectionPolicy
-from nodes.connections.source import Source
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy
 
 SOURCE_ID = "ds_001"
 TABLES = """
@@ -21,17 +21,17 @@ class SampleDataSources:
     """Implements `DataSources` and `Sources` with one data source, over which anybody may dispose."""
 
     def __init__(self, folder: Path) -> None:
-        self.connections = Connections(self, ConnectionPolicy(files=folder))
+        self.connections = DataSourceConnections(self, ConnectionPolicy(files=folder))
         self._folder = folder
 
-    async def find(self, caller: RunCaller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         assert source_id == SOURCE_ID
         file = self._folder / caller.organization_id / "sample.db"
         if not file.exists():
             file.parent.mkdir()
             with closing(sqlite3.connect(file)) as connection:
                 connection.executescript(TABLES)
-        return Source(source_id, caller.organization_id, "sqlite", 1, {"file": "sample.db"}, {})
+        return ConnectionSource(source_id, caller.organization_id, "sqlite", 1, {"file": "sample.db"}, {})
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
         assert type in {"postgresql", "mysql", "sqlite"}

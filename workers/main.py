@@ -35,12 +35,12 @@ from models.database import Database
 from models.encryption import SecretVault
 from models.worker_processes import new_lease_owner
 from nodes import catalog as catalogs
-from nodes.connections.connections import Connections
-from nodes.connections.folders import Folders
-from nodes.connections.policy import ConnectionPolicy, OwnDatabase
-from nodes.outbound import Outbound, OutboundPolicy
-from nodes.pooled import PooledCatalog
-from nodes.processes import Kind, Processes
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
+from nodes.connections.organization_folders import OrganizationFolders
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+from nodes.sandbox.pooled_catalog import PooledCatalog
+from nodes.sandbox.processes import ProcessKind, ProcessPool
 from workers import lost_worker
 from workers.follow_up import AfterRuns
 from workers.reading import Reader, Sources
@@ -94,18 +94,18 @@ async def working(
 
     The store is the way of the runs; what comes up now and then goes by the database.
     """
-    outbound = Outbound(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
+    outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = open_blobs(settings)
-    files = Folders(settings.files_dir)
-    processes = Processes(Kind.LIBRARY, limit=settings.cpu_processes)
-    catalog = PooledCatalog(catalogs.load().node_types, processes)
+    files = OrganizationFolders(settings.files_dir)
+    processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
+    catalog = PooledCatalog(catalogs.load_catalog().node_types, processes)
     code = open_code(settings)
     vault = SecretVault(settings.secret, settings.previous_secrets)
-    connections = Connections(
+    connections = DataSourceConnections(
         StoredSources(database, vault),
         ConnectionPolicy(
             allowed_networks=settings.outbound_allowed_networks,
-            own_databases=(OwnDatabase.of_url(settings.database_url),),
+            own_databases=(ServerDatabase.from_url(settings.database_url),),
             files=settings.files_dir,
             clock=database.clock,
             max_sqlite_processes=settings.cpu_processes,

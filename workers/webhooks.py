@@ -14,7 +14,7 @@ from msgspec import Raw
 from models import signing_secrets, timestamps
 from models.encryption import VaultError
 from models.signing_secrets import SigningSecret
-from nodes.outbound import OutboundError, OutboundRefused, Refusal
+from nodes.outbound_http import OutboundError, OutboundRefusalCode, OutboundRefused
 
 if TYPE_CHECKING:
     from engine.services import HttpClientService
@@ -34,10 +34,10 @@ MAX_OUTPUT_CHARACTERS: Final = 262_144
 GONE: Final = 410
 _FINAL: Final = frozenset(
     {
-        Refusal.INVALID_URL,
-        Refusal.INVALID_REQUEST,
-        Refusal.ADDRESS_NOT_ALLOWED,
-        Refusal.PORT_NOT_ALLOWED,
+        OutboundRefusalCode.INVALID_URL,
+        OutboundRefusalCode.INVALID_REQUEST,
+        OutboundRefusalCode.ADDRESS_NOT_ALLOWED,
+        OutboundRefusalCode.PORT_NOT_ALLOWED,
     }
 )
 """Refusals before anything was sent: the same request will be refused again."""

@@ -16,11 +16,11 @@ from cryptography import x509
 
 from gateway import errors
 from gateway.errors import ApiError
-from nodes.outbound import OutboundRefused, OutboundUnavailable
+from nodes.outbound_http import OutboundRefused, OutboundUnavailable
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
-    from nodes.outbound import OutboundResponse
+    from nodes.outbound_http import OutboundResponse
 
 log = structlog.get_logger()
 

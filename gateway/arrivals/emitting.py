@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency import offload
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine import event_filters, values
 from engine.expressions import ExpressionError
 from engine.values import InvalidJson
@@ -168,9 +168,9 @@ async def _planned(gateway: State, organization_id: str, message: Message) -> Pl
     revisions = {one.workflow_id: one.revision for one in found}
     workflows = await gateway.workflows.load_several(organization_id, revisions)
     counted = await gateway.activation.count_several(deployed) if deployed else {}
-    planned, turn = Planned(), Turn()
+    planned, turn = Planned(), LoopShare()
     for one in found:
-        await turn.share()
+        await turn.yield_if_due()
         workflow = workflows.get(one.workflow_id)
         if workflow is not None and workflow.status in SUBSCRIBING:
             await _plan_one(gateway, planned, workflow, counted.get(workflow.id), message)

@@ -17,7 +17,7 @@ from gateway import errors, limits
 from json_text import decoding
 from models.execution import Execution, SpanRow
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
-from nodes import http_answers
+from nodes import webhook_responses
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gateway.executions.waiting import Waiter
     from gateway.state import State
     from journal.store import ExecutionKey
-    from nodes.http_answers import HttpAnswer
+    from nodes.webhook_responses import WebhookResponse
 
 NODE_TYPE: Final = "webhook-response"
 POLICY: Final[Mapping[str, str]] = {
@@ -55,7 +55,7 @@ class Standing:
     """Where a run is whose answer is waited for."""
 
     status: ExecutionStatus
-    answer: HttpAnswer | None
+    answer: WebhookResponse | None
     """The first that it has given."""
 
 
@@ -108,14 +108,14 @@ async def _standing(gateway: State, key: ExecutionKey) -> Standing | None:
     return Standing(ExecutionStatus(row.status), answer)
 
 
-def _answer(config: str) -> HttpAnswer:
-    return http_answers.of(decoding.decode(config))
+def _answer(config: str) -> WebhookResponse:
+    return webhook_responses.build_response(decoding.decode(config))
 
 
 class WorkflowAnswer:
     """A workflow's answer as an ASGI callable."""
 
-    def __init__(self, answer: HttpAnswer, headers: Mapping[str, str]) -> None:
+    def __init__(self, answer: WebhookResponse, headers: Mapping[str, str]) -> None:
         """`headers` are ours, and not the workflow's to set."""
         self._answer = answer
         ours = {name.lower(): value for name, value in headers.items()}

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from gateway.workflows.graph_shapes import StoredNode
     from gateway.workflows.workflow_rows import Stored
     from models.workflow import Workflow
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 
-async def add(connection: AsyncConnection, stored: Stored, catalog: Catalog) -> None:
+async def add(connection: AsyncConnection, stored: Stored, catalog: NodeCatalog) -> None:
     """Write the rows of a new workflow."""
     workflow = stored.workflow
     triggers = _triggers(workflow, stored.nodes, catalog)
@@ -31,7 +31,7 @@ async def add(connection: AsyncConnection, stored: Stored, catalog: Catalog) -> 
         await schedule_rows.follow(connection, workflow, _schedule(triggers))
 
 
-async def save(connection: AsyncConnection, before: Stored, after: Stored, catalog: Catalog) -> None:
+async def save(connection: AsyncConnection, before: Stored, after: Stored, catalog: NodeCatalog) -> None:
     """Write what a change of a workflow makes of its rows; one that is deleted has none."""
     workflow = after.workflow
     were = _triggers(before.workflow, before.nodes, catalog)
@@ -64,7 +64,9 @@ async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigge
         await connection.execute(insert(WorkflowTriggerMatch), matches)
 
 
-def _triggers(workflow: Workflow, nodes: Sequence[StoredNode], catalog: Catalog) -> Sequence[WorkflowTrigger]:
+def _triggers(
+    workflow: Workflow, nodes: Sequence[StoredNode], catalog: NodeCatalog
+) -> Sequence[WorkflowTrigger]:
     """Return the rows; of nodes with the same id, which only a draft has, the last counts."""
     found: dict[str, WorkflowTrigger] = {}
     for node in nodes:

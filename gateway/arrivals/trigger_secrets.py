@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
-    from nodes.connections.source import Source
+    from nodes.connections.data_source import ConnectionSource
 
 log = structlog.get_logger()
 
 
 async def find(
     gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
-) -> Source | None:
+) -> ConnectionSource | None:
     """Return a data source that the workflow's owner may use, as it was at most two seconds ago.
 
     None where there is no such one of these types; raises 503 where that can't be told, so that senders come again.
@@ -37,7 +37,9 @@ async def find(
     return found if found.type in types else None
 
 
-async def source(gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]) -> Source:
+async def source(
+    gateway: State, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
+) -> ConnectionSource:
     """Return what `find` does; raises 503 where there is no such one, without saying which: its sender reads it."""
     found = await find(gateway, workflow, source_id, types)
     if found is None:

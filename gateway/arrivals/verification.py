@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gateway.state import State
     from journal.pinning import LoadedWorkflow
     from models.access import ApiCaller
-    from nodes.connections.source import Source
+    from nodes.connections.data_source import ConnectionSource
 
 Used = TypeVar("Used")
 
@@ -215,7 +215,7 @@ def parsed(said: Json) -> Verification:
 
 
 def _verified(
-    arrival: SenderRequest, verification: Verification, sources: Sequence[Source]
+    arrival: SenderRequest, verification: Verification, sources: Sequence[ConnectionSource]
 ) -> SignatureResult:
     if verification.provider is Provider.BASIC:
         accepted = [

@@ -20,8 +20,8 @@ from models.data_source_types import DataSourceType
 from models.database_clock import DatabaseClock
 from models.encryption import VaultError
 from nodes import redaction
-from nodes.connections.policy import ConnectionPolicy, OwnDatabase
-from nodes.connections.source import Source
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,9 +54,9 @@ class Probed:
 class _Only:
     """Finds one data source, whoever asks: that they may was decided before."""
 
-    source: Source
+    source: ConnectionSource
 
-    async def find(self, caller: RunCaller, source_id: str) -> Source:  # noqa: ARG002 - the protocol's signature
+    async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:  # noqa: ARG002 - the protocol's signature
         return self.source
 
 
@@ -97,19 +97,19 @@ class Probes:
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
         """Return what was found; raises `NodeError`."""
-        from nodes.connections.connections import Connections  # noqa: PLC0415 - most gateways never need the drivers
+        from nodes.connections.data_source_connections import DataSourceConnections  # noqa: PLC0415 - most gateways never need the drivers
 
         caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
         policy = ConnectionPolicy(
             allowed_networks=self._settings.outbound_allowed_networks,
-            own_databases=(OwnDatabase.of_url(self._settings.database_url),),
+            own_databases=(ServerDatabase.from_url(self._settings.database_url),),
             files=self._settings.files_dir,
             clock=self._clock,
         )
-        found = Source(
+        found = ConnectionSource(
             source.id, source.organization_id, source.type, source.revision, source.settings, secrets
         )
-        connections = Connections(_Only(found), policy)
+        connections = DataSourceConnections(_Only(found), policy)
         try:
             if source.type in _DATABASES:
                 database = await connections.database(caller, source.id, source.type)
@@ -155,5 +155,5 @@ def _told(message: str, settings: Mapping[str, object], secrets: Mapping[str, st
     """Return a driver's message without secrets, and without addresses that only our network knows."""
     return _ADDRESS.sub(
         lambda found: found[0] if found[0] == settings.get("host") else "its address",
-        redaction.hide(message, secrets.values()),
+        redaction.redact_text(message, secrets.values()),
     )

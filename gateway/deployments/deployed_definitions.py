@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from journal.pinning import LoadedWorkflow, TriggerNode
     from models.database import Database
     from models.deployment import Deployment
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 KEPT_SECONDS: Final = 3_600.0
 MAX_KEPT: Final = 200
@@ -50,7 +50,7 @@ class Deployed:
 class DeployedDefinitions:
     """Those that this process has used of late."""
 
-    def __init__(self, database: Database, catalog: Catalog) -> None:
+    def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
         self._catalog = catalog
         self._kept: TTLCache[DefinitionKey, Deployed] = TTLCache(KEPT_SECONDS, MAX_KEPT)
@@ -100,7 +100,7 @@ class DeployedDefinitions:
         return deployed
 
 
-def _deployed(text: str, catalog: Catalog) -> Deployed:
+def _deployed(text: str, catalog: NodeCatalog) -> Deployed:
     definition: dict[str, Any] = decoding.decode(text)
     nodes = definition["nodes"]
     return Deployed(text, definition["settings"], pinning.trigger_of(nodes, catalog), len(nodes))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gateway.workflows.copying import ImportWorkflow
     from gateway.workflows.workflow_rows import Stored
     from models.access import ApiCaller
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 
 READABLE_BYTES: Final = 500_000
@@ -222,7 +222,7 @@ async def export_workflow(request: Request) -> JsonResponse:
     return JsonResponse(msgspec.Raw(written), headers=headers)
 
 
-def _written(stored: Stored, catalog: Catalog) -> bytes:
+def _written(stored: Stored, catalog: NodeCatalog) -> bytes:
     """Return a document as JSON, in lines to be read where it isn't so long that nobody reads it."""
     written = msgspec.json.encode(copying.document(stored, catalog))
     # What is nested deeply is sixty times as long with its indents.
@@ -254,7 +254,7 @@ async def import_workflow(request: Request) -> JsonResponse:
 
 
 def _imported(
-    body: ImportWorkflow, caller: ApiCaller, catalog: Catalog, now: datetime
+    body: ImportWorkflow, caller: ApiCaller, catalog: NodeCatalog, now: datetime
 ) -> tuple[Stored, ImportAnswer]:
     """Return the workflow that would be created, and what there is to say about it; raises 422."""
     stored = copying.imported(caller, body, catalog, now)

@@ -26,7 +26,7 @@ from models.access import KeyScope
 if TYPE_CHECKING:
     from engine.values import Json
     from journal.pinning import LoadedWorkflow
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 
 class Override(GuardedWire):
@@ -109,7 +109,7 @@ def _changed(
     override: Override | None,
     piece: Piece,
     inputs: Mapping[str, Json],
-    catalog: Catalog,
+    catalog: NodeCatalog,
     now: datetime,
 ) -> Run:
     """Return the run of another graph, or of a piece of one; nothing of it is saved."""

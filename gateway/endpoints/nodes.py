@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredNode
     from gateway.workflows.workflow_rows import Stored
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 UNKNOWN_CATEGORY = "unknown"
 _OF_THE_NODE: Final[Mapping[str, str]] = dict.fromkeys(("nodeId", "workflowId", "warnings"), "")
@@ -318,7 +318,7 @@ def _node_answer(request: Request, edited: Edited, node_id: str, *, status: int 
     return editing.answer(edited.after, answer, status=status)
 
 
-def _summary(node: StoredNode, catalog: Catalog, inbound: int, outbound: int) -> NodeSummary:
+def _summary(node: StoredNode, catalog: NodeCatalog, inbound: int, outbound: int) -> NodeSummary:
     fields = _resolved(node, catalog) | {
         "hasConfig": bool(node["config"]),
         "inboundConnections": inbound,
@@ -327,11 +327,11 @@ def _summary(node: StoredNode, catalog: Catalog, inbound: int, outbound: int) ->
     return convert(fields, NodeSummary)
 
 
-def _shown(node: StoredNode, catalog: Catalog) -> ResolvedNode:
+def _shown(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
     return convert(_resolved(node, catalog) | {"data": {}}, ResolvedNode)
 
 
-def _resolved(node: StoredNode, catalog: Catalog) -> dict[str, Json]:
+def _resolved(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
     """Return a node with what the catalogue says of its type, which it may have lost since the node was stored."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
@@ -349,7 +349,7 @@ def _resolved(node: StoredNode, catalog: Catalog) -> dict[str, Json]:
     return node | resolved
 
 
-def _all_fields(stored: Stored, node_id: str, catalog: Catalog) -> dict[str, Json]:
+def _all_fields(stored: Stored, node_id: str, catalog: NodeCatalog) -> dict[str, Json]:
     """Return every field of a node that some answer shows."""
     node = node_edits.node_of(stored, node_id)
     inbound = sum(edge["target"] == node_id for edge in stored.connections)

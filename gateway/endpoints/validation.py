@@ -21,7 +21,7 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from gateway.executions.past_outputs import PastOutput
     from gateway.workflows.workflow_rows import Stored
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 
 class ValidationShape(Wire):
@@ -68,7 +68,7 @@ async def compute_scopes(request: Request) -> JsonResponse:
     return editing.answer(edited.after, ComputedScopes(workflow_id=workflow.id, scopes=workflow.scopes))
 
 
-def _checked(stored: Stored, past: Sequence[PastOutput], catalog: Catalog) -> ValidationResult:
+def _checked(stored: Stored, past: Sequence[PastOutput], catalog: NodeCatalog) -> ValidationResult:
     graph = graph_shapes.graph_of(stored)
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
     return validate_graph(

@@ -11,11 +11,11 @@ from gateway import limits
 from gateway.errors import ApiError
 from gateway.http.text import Problems
 from models import signing_secrets
-from nodes import addresses
+from nodes import url_targets
 
 if TYPE_CHECKING:
     from gateway.http.request import Request
-    from nodes.addresses import Target
+    from nodes.url_targets import UrlTarget
 
 
 async def require(request: Request, url: str) -> None:
@@ -30,7 +30,9 @@ async def require(request: Request, url: str) -> None:
         problems.add("callbackUrl", "key-required", "callbackUrl needs an API key: a token is not enough")
     if target is not None and not _may_be_reached(request, target):
         problems.add(
-            "callbackUrl", "address-not-allowed", f"callbackUrl: {addresses.not_public(target.host)}"
+            "callbackUrl",
+            "address-not-allowed",
+            f"callbackUrl: {url_targets.not_public_refusal(target.host)}",
         )
     problems.raise_any()
     secrets = signing_secrets.valid_secrets_statement(request.caller.organization_id).subquery()
@@ -44,23 +46,23 @@ async def require(request: Request, url: str) -> None:
             )
 
 
-def checked(url: str, path: str, problems: Problems) -> Target | None:
+def checked(url: str, path: str, problems: Problems) -> UrlTarget | None:
     """Return an address in its parts; what is wrong with its text goes to `problems`."""
     if len(url) > limits.CALLBACK_URL_LENGTH:
         message = f"{path} may have at most {limits.CALLBACK_URL_LENGTH:,} characters"
         problems.add(path, "too-long", message)
         return None
     try:
-        return addresses.parse(url)
+        return url_targets.parse_target(url)
     except ValueError as error:
         problems.add(path, "invalid-url", f"{path} must be an http or https address: {error}")
         return None
 
 
-def _may_be_reached(request: Request, target: Target) -> bool:
+def _may_be_reached(request: Request, target: UrlTarget) -> bool:
     try:
-        address = addresses.unmapped(str(ip_address(target.host)))
+        address = url_targets.unmap_ipv4(str(ip_address(target.host)))
     except ValueError:
         return True
     allowed = request.gateway.settings.outbound_allowed_networks
-    return addresses.is_public(address) or any(address in network for network in allowed)
+    return url_targets.is_public(address) or any(address in network for network in allowed)

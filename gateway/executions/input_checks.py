@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast
 from engine.run_errors import NodeError
 from gateway import errors, limits
 from gateway.http.text import Problems
-from nodes.forms import InvalidSchema
+from nodes.sandbox.form_checks import InvalidSchema
 
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.http.request import Request
-    from nodes.forms import Wrong
+    from nodes.sandbox.form_checks import FormViolation
 
 
 def choices_of(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
@@ -39,7 +39,7 @@ async def require_fitting(
     found.raise_any()
 
 
-async def _wrong(request: Request, schema: Mapping[str, Json], data: Json) -> Sequence[Wrong]:
+async def _wrong(request: Request, schema: Mapping[str, Json], data: Json) -> Sequence[FormViolation]:
     try:
         found = await request.gateway.forms.check(request.caller.organization_id, schema, data)
     except InvalidSchema as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from models.access import ApiCaller
     from models.workflow import Workflow
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 PastOutput: TypeAlias = Row[*tuple[Any, ...]]
 """`node_id`, `output` as JSON text, and the `hashes` of what the node was when it gave that out."""
@@ -81,7 +81,7 @@ async def recent(connection: AsyncConnection, workflow: Workflow, caller: ApiCal
     return (await connection.execute(few)).all()
 
 
-def samples(past: Sequence[PastOutput], graph: ParsedGraph, catalog: Catalog) -> dict[str, list[Json]]:
+def samples(past: Sequence[PastOutput], graph: ParsedGraph, catalog: NodeCatalog) -> dict[str, list[Json]]:
     """Return the outputs by node; a node that has been configured anew since then has none."""
     present: dict[str, bytes | None] = {}
     found: dict[str, list[Json]] = {}
@@ -97,7 +97,7 @@ def samples(past: Sequence[PastOutput], graph: ParsedGraph, catalog: Catalog) ->
     return found
 
 
-def _hashes(node: GraphNode, catalog: Catalog) -> bytes | None:
+def _hashes(node: GraphNode, catalog: NodeCatalog) -> bytes | None:
     """Return the digests of a node's type, config and mappings; None for one that can't run."""
     try:
         return compile_node(node, catalog).static_hashes

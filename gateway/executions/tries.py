@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
     from journal.pinning import LoadedWorkflow
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 TEST: Final = "test"
 """The trigger type of a run of a single node."""
@@ -78,7 +78,7 @@ def run_of_piece(
     connections: Sequence[StoredConnection],
     piece: Piece,
     inputs: Mapping[str, Json],
-    catalog: Catalog,
+    catalog: NodeCatalog,
     now: datetime,
 ) -> Run:
     """Return the run of a piece of a graph; raises 422 where the piece isn't one of this graph."""
@@ -92,7 +92,9 @@ def run_of_piece(
     return Run(_with_definition(workflow, nodes, connections, piece, catalog), kind, trigger)
 
 
-def run_of_node(workflow: LoadedWorkflow, node_id: str, given: Given, catalog: Catalog, now: datetime) -> Run:
+def run_of_node(
+    workflow: LoadedWorkflow, node_id: str, given: Given, catalog: NodeCatalog, now: datetime
+) -> Run:
     """Return the run of one node, of a loop with its body, behind a node that gives out its input.
 
     A trigger has none before it. Raises 404, 409 where two nodes share the id, and 422.
@@ -129,7 +131,7 @@ def _tested(
     nodes: Sequence[StoredNode],
     connections: Sequence[StoredConnection],
     pinned: Mapping[str, Json],
-    catalog: Catalog,
+    catalog: NodeCatalog,
 ) -> LoadedWorkflow:
     settings = {name: value for name, value in workflow.settings.items() if name not in ABOUT_WHOLE_RUNS}
     tested = replace(workflow, settings=settings, config=encode_json(settings).decode())
@@ -141,7 +143,7 @@ def _with_definition(
     nodes: Sequence[StoredNode],
     connections: Sequence[StoredConnection],
     piece: Piece,
-    catalog: Catalog,
+    catalog: NodeCatalog,
 ) -> LoadedWorkflow:
     definition = pinning.definition(nodes, connections, workflow.settings)
     if piece.up_to is not None:
@@ -179,7 +181,7 @@ def _trigger(
     inputs: Mapping[str, Json],
     nodes: Sequence[StoredNode],
     pinned: Mapping[str, Json],
-    catalog: Catalog,
+    catalog: NodeCatalog,
     now: datetime,
 ) -> Json:
     """Return what the trigger gives out: what it is pinned to, or what it makes of the inputs."""
@@ -190,7 +192,7 @@ def _trigger(
 
 
 def _body(
-    node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: Catalog
+    node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: NodeCatalog
 ) -> frozenset[str]:
     """Return the nodes in the body of a loop; of any other node, none."""
     types = {str(node["id"]): catalog.node_types.get(str(node["type"])) for node in nodes}
@@ -201,13 +203,13 @@ def _body(
     return frozenset(inner for inner in bodies.holders if node_id in bodies.around(inner))
 
 
-def _is_trigger(node: StoredNode, catalog: Catalog) -> bool:
+def _is_trigger(node: StoredNode, catalog: NodeCatalog) -> bool:
     node_type = catalog.node_types.get(str(node["type"]))
     return node_type is not None and node_type.is_trigger
 
 
 def _parent_of(
-    node: StoredNode, taken: Collection[str], catalog: Catalog
+    node: StoredNode, taken: Collection[str], catalog: NodeCatalog
 ) -> tuple[StoredNode, StoredConnection]:
     """Return a node that stands in for whatever leads to another, and the connection between them."""
     node_type = catalog.node_types.get(str(node["type"]))

@@ -41,7 +41,7 @@ from messages import beginnings
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
 from models.errors import PartialCommit
-from nodes.connections import policy
+from nodes.connections import data_source_policy
 
 if TYPE_CHECKING:
     from gateway.http.request import Request
@@ -86,7 +86,7 @@ async def _take_back_earlier(gateway: State, holder: Holder) -> None:
 def _own_database(gateway: State) -> OwnDatabase | None:
     if is_sqlite(gateway.database.url):
         return None
-    own = policy.OwnDatabase.of_url(gateway.settings.database_url)
+    own = data_source_policy.ServerDatabase.from_url(gateway.settings.database_url)
     return OwnDatabase(own.host, own.port, own.database)
 
 

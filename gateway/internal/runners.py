@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from messages.broker import Broker
     from models.database import Database
     from models.encryption import SecretVault
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ async def opened(
     database: Database,
     store: Store,
     broker: Broker,
-    catalog: Catalog,
+    catalog: NodeCatalog,
     vault: SecretVault,
     desk: Desk,
 ) -> AsyncIterator[Runners]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
     from models.access import ApiCaller
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 Problem: TypeAlias = "Mapping[str, Json]"
 """`path, code, message`; where it comes from validation `type, suggestion` too, and what else a finding has."""
@@ -76,7 +76,7 @@ class Plan:
     warnings: Sequence[Problem]
 
 
-def plan(caller: ApiCaller, value: Json, catalog: Catalog, now: datetime) -> Plan:
+def plan(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: datetime) -> Plan:
     """Return what a body would create, and what is wrong with it; raises 422 only for one that is no object.
 
     The same body makes the same graph: nodes and connections without ids are numbered.

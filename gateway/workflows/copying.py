@@ -38,7 +38,7 @@ from models.workflow import Workflow
 if TYPE_CHECKING:
     from engine.values import Json
     from models.access import ApiCaller
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 FORMAT: Final = "pilotflame/workflow"
 FORMAT_VERSION: Final = 1
@@ -191,7 +191,7 @@ def name_of_copy(name: str) -> str:
 # ── out as a document ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def document(stored: Stored, catalog: Catalog) -> dict[str, object]:
+def document(stored: Stored, catalog: NodeCatalog) -> dict[str, object]:
     """Return a workflow as a `Document`: the same for the same content, whoever asks."""
     found = bare(stored)
     workflow = found.stored.workflow
@@ -221,7 +221,7 @@ def file_name(workflow: Workflow) -> str:
     return f"workflow-{readable}.json" if readable else "workflow.json"
 
 
-def references(stored: Stored, catalog: Catalog) -> list[Reference]:
+def references(stored: Stored, catalog: NodeCatalog) -> list[Reference]:
     """Return what the nodes name, sorted, each once."""
     uses: dict[tuple[str, str], list[Use]] = {}
     for found in resource_scopes.list_references(graph_shapes.graph_of(stored), catalog):
@@ -268,7 +268,7 @@ def _unknown_field(name: str) -> dict[str, Json]:
     return errors.problem(path, "unknown-field", f"{path} is no field of a document")
 
 
-def imported(caller: ApiCaller, body: ImportWorkflow, catalog: Catalog, now: datetime) -> Stored:
+def imported(caller: ApiCaller, body: ImportWorkflow, catalog: NodeCatalog, now: datetime) -> Stored:
     """Return the workflow that a document describes, as a draft of the caller's; raises 422 with all that is wrong."""
     given = body.document
     wanted = CreateWorkflow(
@@ -363,7 +363,7 @@ def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -
     return replacements.get(path, value)
 
 
-def findings(stored: Stored, catalog: Catalog) -> ValidationResult:
+def findings(stored: Stored, catalog: NodeCatalog) -> ValidationResult:
     """Return what validation finds in a draft, and the credentials that stand outside of its nodes."""
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.http.request import Request
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
 
@@ -200,7 +200,7 @@ def content_hash(stored: Stored) -> str:
     return sha256(_encode_sorted(content)).hexdigest()
 
 
-def _applied(change: Change, before: Stored, catalog: Catalog) -> _Applied | None:
+def _applied(change: Change, before: Stored, catalog: NodeCatalog) -> _Applied | None:
     """Return what a workflow becomes, or None where nothing is to change; raises 422, and whatever `change` raises."""
     after = change(before)
     # Python takes 1 and true for the same: the hashes are of texts that tell them apart.

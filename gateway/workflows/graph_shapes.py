@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.findings import GraphFinding, ValidationResult
     from engine.values import Json
     from gateway.workflows.workflow_rows import Stored
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 StoredNode: TypeAlias = "dict[str, Json]"
 """`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout, atMostOnce`; and
@@ -131,7 +131,7 @@ Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def stored_nodes(nodes: Sequence[NodeInput], catalog: Catalog, problems: Problems) -> list[StoredNode]:
+def stored_nodes(nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: Problems) -> list[StoredNode]:
     """Return nodes in the stored form, those without a position as they are; what is wrong goes to `problems`."""
     return [
         stored_node(node, f"nodes.{index}.", None, catalog, problems)
@@ -150,12 +150,12 @@ def stored_connections(connections: Sequence[ConnectionInput], problems: Problem
 
 
 def stored_node(
-    node: NodeInput, path: str, place: Position | None, catalog: Catalog, problems: Problems
+    node: NodeInput, path: str, place: Position | None, catalog: NodeCatalog, problems: Problems
 ) -> StoredNode:
     """Return one node in the stored form, at `place` unless it has its own; `path`: what the paths of its fields begin
     with.
     """
-    type_name = catalog.canonical(node.node_id or node.type or node.node_type or "")
+    type_name = catalog.canonical_name(node.node_id or node.type or node.node_type or "")
     version = node.version or node.node_version
     default_label = ""
     if not type_name:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
     from gateway.workflows.workflow_rows import Stored
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 COMPARED_IDS = 1_000
 """Nodes whose ids are compared with one that isn't there, to name those that are near."""
@@ -81,7 +81,7 @@ def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
     return found[0]
 
 
-def with_node(before: Stored, node: NodeInput, catalog: Catalog) -> Stored:
+def with_node(before: Stored, node: NodeInput, catalog: NodeCatalog) -> Stored:
     """Add a node that has its id; where it says no position, it gets a free one beside the others."""
     problems = Problems()
     place = node.position or _free_position(before.nodes)
@@ -97,7 +97,7 @@ def with_node(before: Stored, node: NodeInput, catalog: Catalog) -> Stored:
     return replace(before, nodes=[*before.nodes, made])
 
 
-def with_changes(before: Stored, node_id: str, changes: NodeChanges, catalog: Catalog) -> Stored:
+def with_changes(before: Stored, node_id: str, changes: NodeChanges, catalog: NodeCatalog) -> Stored:
     """Configure a node."""
     node = node_of(before, node_id)
     problems = Problems()
@@ -166,7 +166,7 @@ def _merged(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, 
     return {key: value for key, value in merged.items() if value is not None or key not in given}
 
 
-def _version(given: str | None, node_type: str, catalog: Catalog, problems: Problems) -> str | None:
+def _version(given: str | None, node_type: str, catalog: NodeCatalog, problems: Problems) -> str | None:
     if not given:
         return None
     try:
@@ -209,7 +209,7 @@ def _free_position(nodes: Iterable[StoredNode]) -> Position:
 # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_connection(before: Stored, edge: ConnectionInput, catalog: Catalog) -> Stored:
+def with_connection(before: Stored, edge: ConnectionInput, catalog: NodeCatalog) -> Stored:
     """Connect two nodes, with an edge that has its id."""
     problems = Problems()
     made = graph_shapes.stored_connection(edge, "", problems)
@@ -250,7 +250,7 @@ def _absent(path: str, node_id: str, nodes: Iterable[str]) -> dict[str, Json]:
     return _flaw(path, "broken-connection", f"The workflow has no node with the id {node_id}", suggestion)
 
 
-def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], catalog: Catalog) -> None:
+def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], catalog: NodeCatalog) -> None:
     flaws = []
     outputs = _outputs(nodes[str(edge["source"])], catalog)
     target = catalog.node_types.get(str(nodes[str(edge["target"])]["type"]))
@@ -262,7 +262,7 @@ def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], cata
         raise errors.invalid(flaws)
 
 
-def _outputs(node: StoredNode, catalog: Catalog) -> Sequence[str]:
+def _outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
     """Return the outputs of a node; empty where its type isn't known."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:

@@ -21,7 +21,7 @@ from gateway.workflows.copying import FORMAT, FORMAT_VERSION, GivenDocument, Imp
 if TYPE_CHECKING:
     from gateway.workflows.workflow_rows import Stored
     from models.access import ApiCaller
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 FOLDER: Final = Path(__file__).parent / "templates"
 PREFIX: Final = "wf_tmpl_"
@@ -36,11 +36,11 @@ class Shipped:
     id: str
     document: GivenDocument
 
-    def stored(self, caller: ApiCaller, catalog: Catalog, now: datetime) -> Stored:
+    def stored(self, caller: ApiCaller, catalog: NodeCatalog, now: datetime) -> Stored:
         """Return it as a draft of the caller's, with the words for data sources still in it."""
         return copying.imported(caller, ImportWorkflow(document=self.document), catalog, now)
 
-    def shown(self, caller: ApiCaller, catalog: Catalog) -> Stored:
+    def shown(self, caller: ApiCaller, catalog: NodeCatalog) -> Stored:
         """Return it as it stands in a list of templates."""
         return self.stored(caller, catalog, SINCE).with_columns(id=self.id)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from journal.pinning import LoadedWorkflow
     from models.access import ApiCaller
     from models.database import Database
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 CACHE_SECONDS = 5.0
 MAX_WORKFLOWS = 2_000
@@ -61,7 +61,7 @@ class Kept:
 class WorkflowCache:
     """The workflows that this process has used of late, by organisation and id."""
 
-    def __init__(self, database: Database, catalog: Catalog) -> None:
+    def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
         self._catalog = catalog
         self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()

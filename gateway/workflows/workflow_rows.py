@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from gateway.http.query import Page
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
     from models.access import ApiCaller
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 FIRST_VERSION = 1
 FIRST_VERSION_TAG = "v1.0.0"
@@ -257,7 +257,7 @@ async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
     )
 
 
-async def add(connection: AsyncConnection, stored: Stored, catalog: Catalog) -> None:
+async def add(connection: AsyncConnection, stored: Stored, catalog: NodeCatalog) -> None:
     """Write a new workflow with its graph, triggers, tags and first version."""
     workflow = stored.workflow
     graph = WorkflowGraph(
@@ -295,7 +295,7 @@ def _columns(workflow: Workflow) -> dict[str, object]:
 
 
 async def save(
-    connection: AsyncConnection, before: Stored, after: Stored, caller: ApiCaller, catalog: Catalog
+    connection: AsyncConnection, before: Stored, after: Stored, caller: ApiCaller, catalog: NodeCatalog
 ) -> bool:
     """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
     workflow = after.workflow

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.workflow_rows import Listed
     from models.access import ApiCaller
-    from nodes.catalog import Catalog
+    from nodes.catalog import NodeCatalog
 
 
 Name: TypeAlias = Annotated[str, text.allowed(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
@@ -165,7 +165,7 @@ class NewWorkflow(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: ApiCaller, body: CreateWorkflow, catalog: Catalog, now: datetime) -> Stored:
+def made(caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, now: datetime) -> Stored:
     """Return a new workflow of the caller; raises 422."""
     problems = Problems()
     stored = drafted(caller, body, catalog, problems, now)
@@ -176,7 +176,7 @@ def made(caller: ApiCaller, body: CreateWorkflow, catalog: Catalog, now: datetim
 
 
 def drafted(
-    caller: ApiCaller, body: CreateWorkflow, catalog: Catalog, problems: Problems, now: datetime
+    caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, problems: Problems, now: datetime
 ) -> Stored:
     """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
     workflow_id = ids.new_id("wf")
@@ -200,7 +200,7 @@ def drafted(
     return Stored(workflow, nodes, connections, shared_with={})
 
 
-def changed(before: Stored, body: UpdateWorkflow, catalog: Catalog) -> Stored:
+def changed(before: Stored, body: UpdateWorkflow, catalog: NodeCatalog) -> Stored:
     """Return a workflow with what the body gives in the place of what was; raises 422."""
     workflow = before.workflow
     problems = Problems()

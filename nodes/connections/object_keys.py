@@ -10,9 +10,9 @@ MAX_KEY_BYTES = 1_024
 UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-def check(key: str) -> str:
+def require_object_key(key: str) -> str:
     """Return the key; raises `NodeError` for one that could lead somewhere else."""
-    if not key or len(usable(key).encode()) > MAX_KEY_BYTES:
+    if not key or len(require_key_prefix(key).encode()) > MAX_KEY_BYTES:
         raise NodeError(f"A key must have 1 to {MAX_KEY_BYTES:,} bytes", code="invalid-key")
     if key.startswith("/") or any(part in {".", ".."} for part in key.split("/")):
         message = f"The key {key[:100]!r} begins with a slash, or has `.` or `..` between slashes"
@@ -20,7 +20,7 @@ def check(key: str) -> str:
     return key
 
 
-def usable(text: str) -> str:
+def require_key_prefix(text: str) -> str:
     """Return a key or the beginning of one; raises `NodeError` for what no key has."""
     if UNUSABLE.search(text):
         raise NodeError("A key can't have control characters", code="invalid-key")

@@ -27,7 +27,7 @@ MAX_DIGITS = 308
 _encode = msgspec.json.Encoder().encode
 
 
-def of_decimal(value: Decimal) -> Json:
+def decimal_to_json(value: Decimal) -> Json:
     if not value.is_finite():
         return None
     if value.adjusted() > MAX_DIGITS:
@@ -38,15 +38,15 @@ def of_decimal(value: Decimal) -> Json:
     return as_float if Decimal(repr(as_float)) == value else str(value)
 
 
-def of_float(value: float) -> Json:
+def float_to_json(value: float) -> Json:
     return value if math.isfinite(value) else None
 
 
-def of_bytes(value: bytes) -> Json:
+def bytes_to_json(value: bytes) -> Json:
     return b64encode(value).decode()
 
 
-def of_json(text: str | bytes) -> Json:
+def json_column_to_json(text: str | bytes) -> Json:
     """Return the value of a column that holds JSON; where it isn't JSON as it is kept here, its text."""
     raw = text.encode() if isinstance(text, str) else text
     try:

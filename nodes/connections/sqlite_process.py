@@ -19,18 +19,18 @@ from urllib.parse import quote
 from engine.run_errors import NodeError
 from json_text.decoding import build_decoder, decode
 from models import durable_folders
-from nodes.children import confinement, landlock, system_calls
-from nodes.connections import session, sql_values
-from nodes.connections.session import Gathering
-from nodes.frames import SqliteJob
+from nodes.connections import database_session, sql_values
+from nodes.connections.database_session import RowCollector
+from nodes.sandbox.children import confinement, landlock, system_calls
+from nodes.sandbox.frames import SqliteJob
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from nodes.children.child import Perform, Speaker
+    from nodes.sandbox.children.child import JobReporter, PerformJob
 
 FETCHED_BYTES: Final = 1_000_000
 BUSY_SECONDS: Final = 5
-OPERATIONS_BETWEEN_LOOKS: Final = 10_000
+OPERATIONS_BETWEEN_CHECKS: Final = 10_000
 MAX_VALUE_BYTES: Final = 20_000_000
 HEAP_BYTES: Final = 128 << 20
 """Of SQLite itself. It sorts, and keeps what it undoes, in files once they are larger than its cache."""
@@ -38,14 +38,14 @@ MEMORY_BYTES: Final = 1 << 30
 """Of the process: rows to be written, and a row of the result, are held as Python's values too."""
 OPEN_FILES: Final = 64
 CPU_SECONDS: Final = 1_200
-FOLDER: Final = "SQLITE_TMPDIR"
+TEMPORARY_FOLDER_VARIABLE: Final = "SQLITE_TMPDIR"
 """Variable of the environment: the folder of all organizations' files, in which SQLite keeps passing files too."""
 
-READING: Final = frozenset(
+READ_ACTIONS: Final = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 )
-WRITING: Final = READING | {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
-CHANGING: Final = WRITING | {
+WRITE_ACTIONS: Final = READ_ACTIONS | {sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE}
+CHANGE_ACTIONS: Final = WRITE_ACTIONS | {
     sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_CREATE_VIEW,
     sqlite3.SQLITE_DROP_TABLE, sqlite3.SQLITE_DROP_INDEX, sqlite3.SQLITE_DROP_VIEW,
     sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_REINDEX,
@@ -55,86 +55,92 @@ REFUSED_FUNCTIONS: Final = frozenset({"load_extension", "fts3_tokenizer", "readf
 _decode = build_decoder(SqliteJob).decode
 
 
-def load() -> Perform:
+def load() -> PerformJob:
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("SELECT hex(zeroblob(1)), json_object('a', 1.5)").fetchall()
     return perform
 
 
 def confine(parent: int) -> None:
-    confinement.limit(
+    confinement.limit_process(
         memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES, cpu_seconds=CPU_SECONDS, file_bytes=None
     )
     confinement.limit_processes(0)
     confinement.leave_network()
     confinement.give_up_rights()
-    confinement.die_with(parent)
-    landlock.restrict({os.environ[FOLDER]: landlock.CHANGE, "/dev/urandom": landlock.READ_FILE})
-    system_calls.refuse(
-        {**system_calls.REACHING_OUT, **system_calls.STARTING_PROCESSES, **system_calls.CHANGING_ACCESS}
+    confinement.die_with_parent(parent)
+    landlock.restrict_files(
+        {os.environ[TEMPORARY_FOLDER_VARIABLE]: landlock.CHANGE_RIGHTS, "/dev/urandom": landlock.READ_FILE}
+    )
+    system_calls.refuse_calls(
+        {
+            **system_calls.REACHING_OUT_CALLS,
+            **system_calls.STARTING_PROCESSES_CALLS,
+            **system_calls.CHANGING_ACCESS_CALLS,
+        }
     )
 
 
-def perform(raw: bytes, _speaker: Speaker) -> Json:
+def perform(raw: bytes, _speaker: JobReporter) -> Json:
     job = _decode(raw)
     confinement.limit_file_size(2 * job.max_file_bytes)  # for what a large sort keeps in files
-    work = {"query": _query, "write": _write, "execute": _execute}[job.action]
-    file = File(job)
+    work = {"query": _run_query, "write": _run_write, "execute": _run_statement}[job.action]
+    file = SqliteJobFile(job)
     try:
-        with _translated(job, file.is_over), closing(file.open()) as connection:
+        with _translate_errors(job, file.is_over), closing(file.open()) as connection:
             return work(connection, job)
     except MemoryError:
-        raise _too_much_memory() from None
+        raise _out_of_memory_error() from None
 
 
 # ── what statements do ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
-    with _allowing(connection, READING):
-        cursor = connection.execute(job.statement, _values(job))
+def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+    with _allow_actions(connection, READ_ACTIONS):
+        cursor = connection.execute(job.statement, _decode_values(job))
         columns = [column[0] for column in cursor.description or ()]
-        gathering = Gathering(columns, max_rows=job.max_rows, max_bytes=job.max_bytes)
-        for rows in _pieces(cursor, job.max_bytes):
+        gathering = RowCollector(columns, max_rows=job.max_rows, max_bytes=job.max_bytes)
+        for rows in _fetch_pieces(cursor, job.max_bytes):
             gathering.add(rows)
     found = gathering.rows()
     return {"columns": [*found.columns], "rows": [[*row] for row in found.rows]}
 
 
-def _pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]]:
+def _fetch_pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]]:
     """Yield rows, at most 500 or about a megabyte at once; one row may take what the heap of SQLite holds."""
     rows: list[list[Json]] = []
     size = 0
     for row in cursor:
         size += sum(len(value) for value in row if isinstance(value, str | bytes))
         if size > max_bytes:
-            raise session.too_large(max_bytes)
-        rows.append([_as_json(value) for value in row])
-        if len(rows) == session.FETCHED_ROWS or size > FETCHED_BYTES:
+            raise database_session.result_too_large(max_bytes)
+        rows.append([_to_json(value) for value in row])
+        if len(rows) == database_session.FETCHED_ROWS or size > FETCHED_BYTES:
             yield rows
             rows, size = [], 0
     yield rows
 
 
-def _write(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+def _run_write(connection: sqlite3.Connection, job: SqliteJob) -> Json:
     written = 0
     rows: list[list[Json]] = decode(job.values)
-    with _transaction(connection, WRITING):
-        for batch in session.batches(rows, job.batch_rows):
+    with _open_transaction(connection, WRITE_ACTIONS):
+        for batch in database_session.split_batches(rows, job.batch_rows):
             values = [[sql_values.to_plain(value) for value in row] for row in batch]
             written += connection.executemany(job.statement, values).rowcount
     return written
 
 
-def _execute(connection: sqlite3.Connection, job: SqliteJob) -> Json:
-    with _transaction(connection, CHANGING):
-        cursor = connection.execute(job.statement, _values(job))
+def _run_statement(connection: sqlite3.Connection, job: SqliteJob) -> Json:
+    with _open_transaction(connection, CHANGE_ACTIONS):
+        cursor = connection.execute(job.statement, _decode_values(job))
         for _ in cursor:
             pass  # what it returns is nobody's, but it isn't done before that is read
         return max(cursor.rowcount, 0)
 
 
-def _values(job: SqliteJob) -> list[str | int | float | None]:
+def _decode_values(job: SqliteJob) -> list[str | int | float | None]:
     values: list[Json] = decode(job.values)
     return [sql_values.to_plain(value) for value in values]
 
@@ -142,7 +148,7 @@ def _values(job: SqliteJob) -> list[str | int | float | None]:
 # ── the file ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class File:
+class SqliteJobFile:
     """The file of one job, opened anew for each, which takes less time than a commit: there is no state to forget."""
 
     def __init__(self, job: SqliteJob) -> None:
@@ -166,7 +172,7 @@ class File:
             with closing(self._connect("rw")) as connection:
                 connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
         connection = self._connect(mode)
-        connection.set_progress_handler(self.is_over, OPERATIONS_BETWEEN_LOOKS)
+        connection.set_progress_handler(self.is_over, OPERATIONS_BETWEEN_CHECKS)
         return connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:
@@ -199,34 +205,34 @@ class File:
             message = "The file of the data source doesn't exist yet: a sqlite-destination makes it"
             raise NodeError(message, code="connection-failed") from error
         except OSError as error:
-            raise no_file_of_its_own() from error
+            raise foreign_file_error() from error
         try:
             found = os.fstat(descriptor)
         finally:
             os.close(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or self._is_own(found):
-            raise no_file_of_its_own()
+            raise foreign_file_error()
 
     def _is_own(self, found: os.stat_result) -> bool:
         """Tell whether a file is the server's own."""
         return (found.st_dev, found.st_ino) in self._own_files
 
 
-def no_file_of_its_own() -> NodeError:
+def foreign_file_error() -> NodeError:
     return NodeError("The data source leads to a file that is not its own", code="address-not-allowed")
 
 
-def _as_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQLite
+def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQLite
     if isinstance(value, bytes):
-        return sql_values.of_bytes(value)
-    return sql_values.of_float(value) if isinstance(value, float) else value
+        return sql_values.bytes_to_json(value)
+    return sql_values.float_to_json(value) if isinstance(value, float) else value
 
 
 # ── what a statement may do ─────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
-def _allowing(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
+def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
     """Let statements do these things and nothing else: no other file, no setting, no extension."""
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
@@ -244,10 +250,10 @@ def _allowing(connection: sqlite3.Connection, actions: Collection[int]) -> Itera
 
 
 @contextmanager
-def _transaction(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
+def _open_transaction(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
-        with _allowing(connection, actions):
+        with _allow_actions(connection, actions):
             yield
     except BaseException:
         connection.set_progress_handler(None, 0)  # whose time is up still has to be undone
@@ -262,33 +268,40 @@ def _transaction(connection: sqlite3.Connection, actions: Collection[int]) -> It
 
 
 @contextmanager
-def _translated(job: SqliteJob, is_over: Callable[[], bool]) -> Iterator[None]:
+def _translate_errors(job: SqliteJob, is_over: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise _node_error(error, is_over=is_over(), timeout_seconds=job.timeout_seconds) from error
+        raise _to_node_error(error, is_over=is_over(), timeout_seconds=job.timeout_seconds) from error
     except OverflowError as error:
         raise NodeError(
             "A whole number doesn't fit into 64 bits: write it as a text", code="sql-error"
         ) from error
 
 
-def _node_error(error: sqlite3.Error, *, is_over: bool, timeout_seconds: float) -> NodeError:
+def _to_node_error(error: sqlite3.Error, *, is_over: bool, timeout_seconds: float) -> NodeError:
     name = getattr(error, "sqlite_errorname", "") or ""
     if name == "SQLITE_INTERRUPT" and is_over:
-        return session.timed_out(timeout_seconds)
+        return database_session.query_timed_out(timeout_seconds)
     if name.startswith(("SQLITE_AUTH", "SQLITE_READONLY")):
-        return NodeError(f"The statement may not do that: {session.said(error)}", code="statement-refused")
+        return NodeError(
+            f"The statement may not do that: {database_session.quote_server_message(error)}",
+            code="statement-refused",
+        )
     if name.startswith("SQLITE_NOMEM"):
-        return _too_much_memory()
+        return _out_of_memory_error()
     if name == "SQLITE_IOERR_WRITE":
         message = "A file can't be written: the disk is full, or a passing file of the statement too large"
         return NodeError(message, code="sql-error")
     is_busy = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-    return NodeError(f"The database refused: {session.said(error)}", code="sql-error", retryable=is_busy)
+    return NodeError(
+        f"The database refused: {database_session.quote_server_message(error)}",
+        code="sql-error",
+        retryable=is_busy,
+    )
 
 
-def _too_much_memory() -> NodeError:
+def _out_of_memory_error() -> NodeError:
     message = (
         f"The statement needs more memory than the {HEAP_BYTES >> 20:,} MB that it may take: select less"
     )

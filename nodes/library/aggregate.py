@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
 from engine.values import identity_key
-from nodes import absences, fields, lists
+from nodes import config_fields, item_lists, missing_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -25,7 +25,7 @@ MAXIMUM_RESULTS = 500_000
 """In all groups together: each takes some 300 bytes while it is worked out."""
 
 
-class Function(StrEnum):
+class AggregateFunction(StrEnum):
     SUM = "sum"
     AVG = "avg"
     MIN = "min"
@@ -34,24 +34,28 @@ class Function(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Aggregation:
+class AggregateField:
     """One number to take of each group."""
 
-    function: Function
+    function: AggregateFunction
     field: str | None
     name: str
 
     @classmethod
-    def of(cls, config: Json) -> Self:
+    def from_config(cls, config: Json) -> Self:
         if not isinstance(config, dict):
-            raise fields.unfit("aggregations", "a list of objects", config)
-        function = fields.choice(config, "function", Function)
-        needs_field = function is not Function.COUNT or config.get("field") is not None
-        return cls(function, fields.text(config, "field") if needs_field else None, fields.text(config, "as"))
+            raise config_fields.invalid_field("aggregations", "a list of objects", config)
+        function = config_fields.read_choice(config, "function", AggregateFunction)
+        needs_field = function is not AggregateFunction.COUNT or config.get("field") is not None
+        return cls(
+            function,
+            config_fields.read_text(config, "field") if needs_field else None,
+            config_fields.read_text(config, "as"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class AggregateItem:
     """One item of the list, and where it stands."""
 
     value: Json
@@ -64,7 +68,9 @@ class Item:
     def at(self, name: str) -> Json:
         """Return the field of just this name, else what the dotted path leads to, else null."""
         if not isinstance(self.value, dict):
-            message = f"Item {self.index} is {fields.kind_of(self.value)}: it has no field `{name}`"
+            message = (
+                f"Item {self.index} is {config_fields.describe_type(self.value)}: it has no field `{name}`"
+            )
             raise NodeError(message, code="not-an-object")
         if name in self.value:
             self.found.add(name)
@@ -84,44 +90,45 @@ class Item:
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
             return value
         hint = "; csv-parse makes numbers of texts by its `types`" if isinstance(value, str) else ""
-        message = f"Item {self.index} has {fields.kind_of(value)} in `{name}`, where a number is needed{hint}"
+        found = config_fields.describe_type(value)
+        message = f"Item {self.index} has {found} in `{name}`, where a number is needed{hint}"
         raise NodeError(message, code="not-a-number")
 
 
 @dataclass(slots=True)
-class Tally:
+class AggregateTally:
     """One aggregation of one group, on its way."""
 
-    aggregation: Aggregation
+    aggregation: AggregateField
     count: int = 0
     numbers: list[Number] = field(default_factory=list)
 
-    def add(self, item: Item) -> None:
+    def add(self, item: AggregateItem) -> None:
         name = self.aggregation.field
         if name is None:
             self.count += 1
-        elif self.aggregation.function is Function.COUNT:
+        elif self.aggregation.function is AggregateFunction.COUNT:
             self.count += item.at(name) is not None
         elif (number := item.number(name)) is not None:
             self.numbers.append(number)
 
     def result(self) -> Number | None:
         function = self.aggregation.function
-        if function is Function.COUNT:
+        if function is AggregateFunction.COUNT:
             return self.count
         try:
-            return TAKE[function](self.numbers)
+            return AGGREGATE_FUNCTIONS[function](self.numbers)
         except OverflowError:
             message = f"The {function} of `{self.aggregation.field}` is too large a number"
             raise NodeError(message, code="number-too-large") from None
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ItemGroup:
     """The items that have the same values in the fields of `groupBy`."""
 
     keys: Sequence[Json]
-    tallies: Sequence[Tally]
+    tallies: Sequence[AggregateTally]
 
     def row(self, group_by: Sequence[str]) -> dict[str, Json]:
         results = {tally.aggregation.name: tally.result() for tally in self.tallies}
@@ -129,44 +136,46 @@ class Group:
 
 
 async def run(call: NodeCall) -> Json:
-    group_by = _group_by(call.config)
-    aggregations = _aggregations(call.config, group_by)
-    groups: dict[Hashable, Group] = {}
+    group_by = _read_group_by(call.config)
+    aggregations = _read_aggregations(call.config, group_by)
+    groups: dict[Hashable, ItemGroup] = {}
     if not group_by:
         # All items are one group, which is there even when they are none.
-        groups[identity_key([])] = Group([], [*map(Tally, aggregations)])
+        groups[identity_key([])] = ItemGroup([], [*map(AggregateTally, aggregations)])
     missing: set[str] = set()
     found: set[str] = set()
-    turn = Turn()
-    items = lists.items(call.config)
+    turn = LoopShare()
+    items = item_lists.read_items(call.config)
     for index, value in enumerate(items):
-        await turn.share()
-        item = Item(value, index, missing, found)
+        await turn.yield_if_due()
+        item = AggregateItem(value, index, missing, found)
         keys = [item.at(name) for name in group_by]
         group = groups.get(identity_key(keys))
         if group is None:
             _check_size((len(groups) + 1) * len(aggregations))
-            group = groups[identity_key(keys)] = Group(keys, [*map(Tally, aggregations)])
+            group = groups[identity_key(keys)] = ItemGroup(keys, [*map(AggregateTally, aggregations)])
         for tally in group.tallies:
             tally.add(item)
     call.unresolved.extend(f"item.{name}" for name in sorted(missing))
     named = {*group_by, *(one.field for one in aggregations if one.field is not None)}
-    absences.check(call, [f"item.{name}" for name in sorted(named - found)], len(items))
+    missing_fields.require_fields(call, [f"item.{name}" for name in sorted(named - found)], len(items))
     return {"groups": [group.row(group_by) for group in groups.values()], "count": len(groups)}
 
 
-def _group_by(config: Mapping[str, Json]) -> list[str]:
-    names = fields.sequence(config, "groupBy")
+def _read_group_by(config: Mapping[str, Json]) -> list[str]:
+    names = config_fields.read_sequence(config, "groupBy")
     if len(names) > MAXIMUM_GROUP_FIELDS:
-        raise fields.unfit("groupBy", f"a list of at most {MAXIMUM_GROUP_FIELDS}", names)
-    return [fields.text({"groupBy": name}, "groupBy") for name in names]
+        raise config_fields.invalid_field("groupBy", f"a list of at most {MAXIMUM_GROUP_FIELDS}", names)
+    return [config_fields.read_text({"groupBy": name}, "groupBy") for name in names]
 
 
-def _aggregations(config: Mapping[str, Json], group_by: Sequence[str]) -> list[Aggregation]:
-    entries = fields.sequence(config, "aggregations")
+def _read_aggregations(config: Mapping[str, Json], group_by: Sequence[str]) -> list[AggregateField]:
+    entries = config_fields.read_sequence(config, "aggregations")
     if len(entries) > MAXIMUM_AGGREGATIONS:
-        raise fields.unfit("aggregations", f"a list of at most {MAXIMUM_AGGREGATIONS}", entries)
-    aggregations = [Aggregation.of(entry) for entry in entries]
+        raise config_fields.invalid_field(
+            "aggregations", f"a list of at most {MAXIMUM_AGGREGATIONS}", entries
+        )
+    aggregations = [AggregateField.from_config(entry) for entry in entries]
     names = [*group_by, *(aggregation.name for aggregation in aggregations)]
     for name in names:
         if names.count(name) > 1:
@@ -181,18 +190,18 @@ def _check_size(results: int) -> None:
         raise NodeError(message, code="too-many-groups")
 
 
-def _sum(numbers: Sequence[Number]) -> Number:
+def _sum_exactly(numbers: Sequence[Number]) -> Number:
     """Whole numbers stay whole; others are added without the error that grows from addition to addition."""
     return sum(numbers) if all(isinstance(number, int) for number in numbers) else math.fsum(numbers)
 
 
-def _average(numbers: Sequence[Number]) -> Number | None:
-    return _sum(numbers) / len(numbers) if numbers else None
+def _average_exactly(numbers: Sequence[Number]) -> Number | None:
+    return _sum_exactly(numbers) / len(numbers) if numbers else None
 
 
-TAKE: Mapping[Function, Callable[[Sequence[Number]], Number | None]] = {
-    Function.SUM: _sum,
-    Function.AVG: _average,
-    Function.MIN: lambda numbers: min(numbers, default=None),
-    Function.MAX: lambda numbers: max(numbers, default=None),
+AGGREGATE_FUNCTIONS: Mapping[AggregateFunction, Callable[[Sequence[Number]], Number | None]] = {
+    AggregateFunction.SUM: _sum_exactly,
+    AggregateFunction.AVG: _average_exactly,
+    AggregateFunction.MIN: lambda numbers: min(numbers, default=None),
+    AggregateFunction.MAX: lambda numbers: max(numbers, default=None),
 }

@@ -13,9 +13,9 @@ from msgspec import structs
 from concurrency import offload
 from engine.run_errors import NodeError
 from mail import charsets, mail_content
-from nodes import fields
-from nodes.library import csv_parse, file_parse, json_parse
-from nodes.library.file_parse import Format
+from nodes import config_fields
+from nodes.formats import csv_reader, file_reader, json_reader
+from nodes.formats.file_reader import FileFormat
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 MAXIMUM_BYTES = 7_000_000
 """In base64 it takes a third more, and must fit into an output."""
-REFERENCE: Final = "$blob"
+REFERENCE_KEY: Final = "$blob"
 _CHARSET: Final = re.compile(r"charset=\"?([A-Za-z0-9_.:+-]+)", re.IGNORECASE)
 
 
-class As(StrEnum):
+class AttachmentForm(StrEnum):
     AUTO = "auto"
     TEXT = "text"
     BASE64 = "base64"
@@ -36,64 +36,68 @@ class As(StrEnum):
 
 
 async def run(call: NodeCall) -> Json:
-    reference = _reference(call.config)
-    maximum = int(fields.number(call.config, "maxBytes", minimum=1, maximum=MAXIMUM_BYTES))
+    reference = _find_reference(call.config)
+    maximum = int(config_fields.read_number(call.config, "maxBytes", minimum=1, maximum=MAXIMUM_BYTES))
     content = await call.services.blobs.get(call.caller, reference, max_bytes=maximum)
-    label = cast("dict[str, str]", reference[REFERENCE])
+    label = cast("dict[str, str]", reference[REFERENCE_KEY])
     name, media_type = label.get("name", ""), label.get("type", "")
-    wanted = fields.choice(call.config, "as", As)
-    if wanted is As.AUTO:
-        wanted = _fitting(content, name, media_type)
+    wanted = config_fields.read_choice(call.config, "as", AttachmentForm)
+    if wanted is AttachmentForm.AUTO:
+        wanted = _convert_by_type(content, name, media_type)
     return {
         "format": wanted.value,
         "filename": name,
         "content_type": mail_content.clean_media_type(media_type),
         "size": len(content),
-        **await _read(call, content, wanted, media_type),
+        **await _convert_content(call, content, wanted, media_type),
     }
 
 
-def _reference(config: Mapping[str, Json]) -> dict[str, Json]:
+def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
     """Return the reference that the config gives, alone or as a part of what is told of an attachment."""
-    given = fields.mapping(config, "attachment")
-    inner = given if REFERENCE in given else given.get("blob")
-    if isinstance(inner, dict) and isinstance(inner.get(REFERENCE), dict):
+    given = config_fields.read_mapping(config, "attachment")
+    inner = given if REFERENCE_KEY in given else given.get("blob")
+    if isinstance(inner, dict) and isinstance(inner.get(REFERENCE_KEY), dict):
         return inner
     if given.get("url"):
         text = "The attachment is still with the mail service, at its `url`: fetch it with http-request"
         raise NodeError(text, code="invalid-blob")
-    raise fields.unfit("attachment", "an attachment, or its `blob`", given)
+    raise config_fields.invalid_field("attachment", "an attachment, or its `blob`", given)
 
 
-def _fitting(content: bytes, name: str, media_type: str) -> As:
+def _convert_by_type(content: bytes, name: str, media_type: str) -> AttachmentForm:
     """Return what becomes of a file without being told."""
-    match file_parse.guessed(content, name=name, media_type=media_type):
-        case Format.CSV:
-            return As.CSV
-        case Format.JSON:
-            return As.JSON
-        case Format.XML | Format.JSON_LINES:
-            return As.TEXT
-        case Format.TEXT if media_type.startswith("text/") or name.lower().endswith(".txt"):
-            return As.TEXT
+    match file_reader.guess_format(content, name=name, media_type=media_type):
+        case FileFormat.CSV:
+            return AttachmentForm.CSV
+        case FileFormat.JSON:
+            return AttachmentForm.JSON
+        case FileFormat.XML | FileFormat.JSON_LINES:
+            return AttachmentForm.TEXT
+        case FileFormat.TEXT if media_type.startswith("text/") or name.lower().endswith(".txt"):
+            return AttachmentForm.TEXT
         case _:
-            return As.BASE64
+            return AttachmentForm.BASE64
 
 
-async def _read(call: NodeCall, content: bytes, wanted: As, media_type: str) -> Mapping[str, Json]:
-    if wanted is As.BASE64:
+async def _convert_content(
+    call: NodeCall, content: bytes, wanted: AttachmentForm, media_type: str
+) -> Mapping[str, Json]:
+    if wanted is AttachmentForm.BASE64:
         return {"base64": (await offload.run_in_thread(b64encode, content)).decode()}
-    charset = fields.text(call.config, "encoding")
-    if charset == As.AUTO:
+    charset = config_fields.read_text(call.config, "encoding")
+    if charset == AttachmentForm.AUTO:
         said = _CHARSET.search(media_type)
         charset = said[1] if said else ""
     text = (await offload.run_in_thread(charsets.decode_text, content, charset)).removeprefix("\ufeff")
     match wanted:
-        case As.CSV:
-            options = fields.mapping(call.config, "csv")
-            output = await csv_parse.run(structs.replace(call, config={**options, "text": text}))
-        case As.JSON:
-            output = await json_parse.run(structs.replace(call, config={"text": text, "format": "json"}))
+        case AttachmentForm.CSV:
+            options = config_fields.read_mapping(call.config, "csv")
+            output = await csv_reader.parse_csv(structs.replace(call, config={**options, "text": text}))
+        case AttachmentForm.JSON:
+            output = await json_reader.parse_json(
+                structs.replace(call, config={"text": text, "format": "json"})
+            )
         case _:
             output = {"text": text}
     return cast("Mapping[str, Json]", output)

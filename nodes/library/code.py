@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -14,19 +14,23 @@ MAXIMUM_SECONDS = 60
 SMALLEST_SECONDS = 0.001
 MAXIMUM_MEGABYTES = 512
 SMALLEST_MEGABYTES = 8
-OF_A_LOOP = ("item", "index")
+LOOP_ROOTS = ("item", "index")
 
 
 async def run(call: NodeCall) -> Json:
     config = call.config
     source = call.values["source"].render(call.scope, call.unresolved)
-    seconds = fields.number(config, "timeoutSeconds", minimum=SMALLEST_SECONDS, maximum=MAXIMUM_SECONDS)
-    megabytes = fields.number(config, "maxMemoryMb", minimum=SMALLEST_MEGABYTES, maximum=MAXIMUM_MEGABYTES)
-    names = {name: call.scope[name] for name in OF_A_LOOP if name in call.scope}
+    seconds = config_fields.read_number(
+        config, "timeoutSeconds", minimum=SMALLEST_SECONDS, maximum=MAXIMUM_SECONDS
+    )
+    megabytes = config_fields.read_number(
+        config, "maxMemoryMb", minimum=SMALLEST_MEGABYTES, maximum=MAXIMUM_MEGABYTES
+    )
+    names = {name: call.scope[name] for name in LOOP_ROOTS if name in call.scope}
     return await call.services.code.run(
         call.caller,
-        fields.text({"source": source}, "source"),
-        {"data": call.data, "inputs": fields.mapping(config, "inputs"), **names},
+        config_fields.read_text({"source": source}, "source"),
+        {"data": call.data, "inputs": config_fields.read_mapping(config, "inputs"), **names},
         timeout_seconds=seconds,
         max_memory_bytes=int(megabytes * 2**20),
         print_line=call.log,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING
 
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
 from engine.values import equal_json, identity_key
-from nodes import fields, lists
-from nodes.keys import Keys
+from nodes import config_fields, item_lists
+from nodes.item_keys import ItemKeys
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -17,19 +17,22 @@ if TYPE_CHECKING:
 
 
 async def run(call: NodeCall) -> Json:
-    ignored = {fields.text({"ignore": name}, "ignore") for name in fields.sequence(call.config, "ignore")}
-    keys = Keys.of_config(call, "by")
-    turn = Turn()
-    before = await _by_key(call.config, "before", keys, turn)
-    after = await _by_key(call.config, "after", keys, turn)
+    ignored = {
+        config_fields.read_text({"ignore": name}, "ignore")
+        for name in config_fields.read_sequence(call.config, "ignore")
+    }
+    keys = ItemKeys.from_config(call, "by")
+    turn = LoopShare()
+    before = await _index_by_key(call.config, "before", keys, turn)
+    after = await _index_by_key(call.config, "after", keys, turn)
     added: list[Json] = []
     changed: list[Json] = []
     unchanged: list[Json] = []
     for key, item in after.items():
-        await turn.share()
+        await turn.yield_if_due()
         if key not in before:
             added.append(item)
-        elif (names := _changes(before[key], item, ignored)) is None:
+        elif (names := _changed_fields(before[key], item, ignored)) is None:
             unchanged.append(item)
         else:
             changed.append({"before": before[key], "after": item, "fields": names})
@@ -49,14 +52,16 @@ async def run(call: NodeCall) -> Json:
     }
 
 
-async def _by_key(config: Mapping[str, Json], name: str, keys: Keys, turn: Turn) -> dict[Hashable, Json]:
+async def _index_by_key(
+    config: Mapping[str, Json], name: str, keys: ItemKeys, turn: LoopShare
+) -> dict[Hashable, Json]:
     """Return the items of a list by their keys, in order; null is a list without items."""
-    items = [] if config.get(name) is None else lists.items(config, name)
+    items = [] if config.get(name) is None else item_lists.read_items(config, name)
     found: dict[Hashable, Json] = {}
     places: dict[Hashable, int] = {}
     for index, item in enumerate(items):
-        await turn.share()
-        key = identity_key(keys.of(item, index))
+        await turn.yield_if_due()
+        key = identity_key(keys.values_of(item, index))
         if key in found:
             message = (
                 f"Items {places[key]} and {index} of `{name}` have the same key: dedupe leaves one of them"
@@ -66,17 +71,17 @@ async def _by_key(config: Mapping[str, Json], name: str, keys: Keys, turn: Turn)
     return found
 
 
-def _changes(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
+def _changed_fields(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
     """Return the names of the fields that differ, none where the items have no fields; None: nothing differs."""
     if equal_json(before, after):
         return None
     if not isinstance(before, dict) or not isinstance(after, dict):
         return []
     names: list[Json] = [
-        name for name in before | after if name not in ignored and not _same_field(before, after, name)
+        name for name in before | after if name not in ignored and not _is_same_field(before, after, name)
     ]
     return names or None
 
 
-def _same_field(before: Mapping[str, Json], after: Mapping[str, Json], name: str) -> bool:
+def _is_same_field(before: Mapping[str, Json], after: Mapping[str, Json], name: str) -> bool:
     return name in before and name in after and equal_json(before[name], after[name])

@@ -14,7 +14,7 @@ from engine.operations import dates
 from engine.operations.operation import ExpressionOperation as Computation
 from engine.operations.operation import OperationError
 from engine.run_errors import NodeError
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -28,7 +28,7 @@ YEAR_CODES = frozenset("Yy")
 MICROSECOND = timedelta(microseconds=1)
 
 
-class Operation(StrEnum):
+class DateOperation(StrEnum):
     PARSE = "parse"
     FORMAT = "format"
     ADD = "add"
@@ -39,7 +39,7 @@ class Operation(StrEnum):
     CONVERT = "convert"
 
 
-class Unit(StrEnum):
+class DateUnit(StrEnum):
     SECONDS = "seconds"
     MINUTES = "minutes"
     HOURS = "hours"
@@ -49,34 +49,40 @@ class Unit(StrEnum):
     YEARS = "years"
 
 
-LENGTHS: Mapping[Unit, timedelta] = {Unit.DAYS: timedelta(days=1), Unit.WEEKS: timedelta(weeks=1)}
-MONTHS: Mapping[Unit, int] = {Unit.MONTHS: 1, Unit.YEARS: 12}
+UNIT_LENGTHS: Mapping[DateUnit, timedelta] = {
+    DateUnit.DAYS: timedelta(days=1),
+    DateUnit.WEEKS: timedelta(weeks=1),
+}
+UNIT_MONTHS: Mapping[DateUnit, int] = {DateUnit.MONTHS: 1, DateUnit.YEARS: 12}
 
 
 def run(call: NodeCall) -> Json:
     config = call.config
-    zone = _zone(config, "zone")
-    unit = fields.choice(config, "unit", Unit)
-    date = _date(call, "date", zone)
+    zone = _read_zone(config, "zone")
+    unit = config_fields.read_choice(config, "unit", DateUnit)
+    date = _read_date(call, "date", zone)
     try:
-        match fields.choice(config, "operation", Operation):
-            case Operation.PARSE:
-                return _shown(date, zone)
-            case Operation.FORMAT:
-                return {**_shown(date, zone), "text": _formatted(date, fields.text(config, "form"), zone)}
-            case Operation.ADD:
-                return _shown(_moved(date, _amount(config), unit, zone), zone)
-            case Operation.SUBTRACT:
-                return _shown(_moved(date, -_amount(config), unit, zone), zone)
-            case Operation.DIFFERENCE:
-                until = _date(call, "until", zone)
-                return {"difference": _difference(date, until, unit, zone), "unit": unit.value}
-            case Operation.START_OF:
-                return _shown(_start(date, unit, zone), zone)
-            case Operation.END_OF:
-                return _shown(_end(date, unit, zone), zone)
-            case Operation.CONVERT:
-                return _shown(date, _zone(config, "toZone"))
+        match config_fields.read_choice(config, "operation", DateOperation):
+            case DateOperation.PARSE:
+                return _format_iso(date, zone)
+            case DateOperation.FORMAT:
+                return {
+                    **_format_iso(date, zone),
+                    "text": _format_date(date, config_fields.read_text(config, "form"), zone),
+                }
+            case DateOperation.ADD:
+                return _format_iso(_add_units(date, _read_amount(config), unit, zone), zone)
+            case DateOperation.SUBTRACT:
+                return _format_iso(_add_units(date, -_read_amount(config), unit, zone), zone)
+            case DateOperation.DIFFERENCE:
+                until = _read_date(call, "until", zone)
+                return {"difference": _count_units(date, until, unit, zone), "unit": unit.value}
+            case DateOperation.START_OF:
+                return _format_iso(_start_of_unit(date, unit, zone), zone)
+            case DateOperation.END_OF:
+                return _format_iso(_end_of_unit(date, unit, zone), zone)
+            case DateOperation.CONVERT:
+                return _format_iso(date, _read_zone(config, "toZone"))
     except OverflowError as error:
         raise NodeError("The result is no date from year 1 to 9999", code="out-of-range") from error
 
@@ -84,20 +90,20 @@ def run(call: NodeCall) -> Json:
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
+def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
     """Return the moment in a field, in UTC."""
     if name not in call.config:
         return call.now.astimezone(UTC)
     given = call.config[name]
-    form = fields.text(call.config, "inputForm")
+    form = config_fields.read_text(call.config, "inputForm")
     if form and isinstance(given, str):
-        return _read(name, given, form, zone)
+        return _parse_date(name, given, form, zone)
     if isinstance(given, bool) or not isinstance(given, str | int | float):
-        raise fields.unfit(name, "an ISO 8601 date or the seconds since 1970", given)
-    return datetime.fromisoformat(str(_computed(name, dates.parse_date, given, zone.key)))
+        raise config_fields.invalid_field(name, "an ISO 8601 date or the seconds since 1970", given)
+    return datetime.fromisoformat(str(_compute_safely(name, dates.parse_date, given, zone.key)))
 
 
-def _read(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
+def _parse_date(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
     codes = set(re.findall(r"%(.?)", form, re.DOTALL))
     unknown = codes - INPUT_CODES
     if "d" in codes and not codes & YEAR_CODES:
@@ -115,10 +121,10 @@ def _read(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
         raise NodeError(message, code="invalid-date") from error
 
 
-def _zone(config: Mapping[str, Json], name: str) -> ZoneInfo:
-    key = fields.text(config, name)
+def _read_zone(config: Mapping[str, Json], name: str) -> ZoneInfo:
+    key = config_fields.read_text(config, name)
     # A name is looked up in a list first: it would lead to a file.
-    if key not in _zones():
+    if key not in _zone_names():
         shown = key[:SHOWN_CHARACTERS]
         message = f"`{name}` must be an IANA time zone such as Europe/Berlin, not {shown!r}"
         raise NodeError(message, code="unknown-zone")
@@ -126,12 +132,12 @@ def _zone(config: Mapping[str, Json], name: str) -> ZoneInfo:
 
 
 @cache
-def _zones() -> frozenset[str]:
+def _zone_names() -> frozenset[str]:
     return frozenset(available_timezones())
 
 
-def _amount(config: Mapping[str, Json]) -> int:
-    amount = fields.number(config, "amount", minimum=-MAXIMUM_AMOUNT, maximum=MAXIMUM_AMOUNT)
+def _read_amount(config: Mapping[str, Json]) -> int:
+    amount = config_fields.read_number(config, "amount", minimum=-MAXIMUM_AMOUNT, maximum=MAXIMUM_AMOUNT)
     if amount != int(amount):
         raise NodeError(f"`amount` must be a whole number, not {amount}", code="invalid-config")
     return int(amount)
@@ -140,63 +146,63 @@ def _amount(config: Mapping[str, Json]) -> int:
 # ── reckoned ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _moved(date: datetime, amount: int, unit: Unit, zone: ZoneInfo) -> datetime:
-    written = _computed("date", dates.add_time, date.isoformat(), amount, unit.value, zone.key)
+def _add_units(date: datetime, amount: int, unit: DateUnit, zone: ZoneInfo) -> datetime:
+    written = _compute_safely("date", dates.add_time, date.isoformat(), amount, unit.value, zone.key)
     return datetime.fromisoformat(str(written))
 
 
-def _difference(date: datetime, until: datetime, unit: Unit, zone: ZoneInfo) -> Json:
+def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo) -> Json:
     """Return the units from one moment to another: days and longer ones by the clock on the wall of the zone."""
     start, end = date.astimezone(zone), until.astimezone(zone)
-    if unit in MONTHS:
-        return _whole_months(start.replace(tzinfo=None), end.replace(tzinfo=None), MONTHS[unit])
-    if unit in LENGTHS:
-        difference = (end.replace(tzinfo=None) - start.replace(tzinfo=None)) / LENGTHS[unit]
+    if unit in UNIT_MONTHS:
+        return _count_whole_months(start.replace(tzinfo=None), end.replace(tzinfo=None), UNIT_MONTHS[unit])
+    if unit in UNIT_LENGTHS:
+        difference = (end.replace(tzinfo=None) - start.replace(tzinfo=None)) / UNIT_LENGTHS[unit]
         return int(difference) if difference.is_integer() else difference
-    return _computed("date", dates.date_diff, date.isoformat(), until.isoformat(), unit.value)
+    return _compute_safely("date", dates.date_diff, date.isoformat(), until.isoformat(), unit.value)
 
 
-def _whole_months(start: datetime, end: datetime, each: int) -> int:
+def _count_whole_months(start: datetime, end: datetime, each: int) -> int:
     """Return how many whole steps of so many months fit between two times on the wall."""
     if end < start:
-        return -_whole_months(end, start, each)
+        return -_count_whole_months(end, start, each)
     months = (end.year - start.year) * 12 + end.month - start.month
     is_incomplete = (end.day, end.time()) < (start.day, start.time())
     return (months - is_incomplete) // each
 
 
-def _start(date: datetime, unit: Unit, zone: ZoneInfo) -> datetime:
+def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
     local = date.astimezone(zone).replace(microsecond=0)
     match unit:
-        case Unit.SECONDS:
+        case DateUnit.SECONDS:
             return local
-        case Unit.MINUTES:
+        case DateUnit.MINUTES:
             return local.replace(second=0)
-        case Unit.HOURS:
+        case DateUnit.HOURS:
             return local.replace(minute=0, second=0)
     # Of a midnight that comes twice, the day begins with the first.
     midnight = local.replace(hour=0, minute=0, second=0, fold=0)
     match unit:
-        case Unit.DAYS:
+        case DateUnit.DAYS:
             return midnight
-        case Unit.WEEKS:
+        case DateUnit.WEEKS:
             return midnight - timedelta(days=midnight.weekday())
-        case Unit.MONTHS:
+        case DateUnit.MONTHS:
             return midnight.replace(day=1)
-        case Unit.YEARS:
+        case DateUnit.YEARS:
             return midnight.replace(month=1, day=1)
 
 
-def _end(date: datetime, unit: Unit, zone: ZoneInfo) -> datetime:
+def _end_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
     """Return the last microsecond before the next unit starts."""
-    start = _start(date, unit, zone).astimezone(UTC)
-    return _start(_moved(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND
+    start = _start_of_unit(date, unit, zone).astimezone(UTC)
+    return _start_of_unit(_add_units(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND
 
 
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shown(date: datetime, zone: ZoneInfo) -> dict[str, Json]:
+def _format_iso(date: datetime, zone: ZoneInfo) -> dict[str, Json]:
     moment = date.astimezone(UTC)
     seconds = moment.timestamp()
     return {
@@ -206,11 +212,11 @@ def _shown(date: datetime, zone: ZoneInfo) -> dict[str, Json]:
     }
 
 
-def _formatted(date: datetime, form: str, zone: ZoneInfo) -> Json:
-    return _computed("form", dates.format_date, date.isoformat(), form, zone.key)
+def _format_date(date: datetime, form: str, zone: ZoneInfo) -> Json:
+    return _compute_safely("form", dates.format_date, date.isoformat(), form, zone.key)
 
 
-def _computed(name: str, computation: Computation, *arguments: Json) -> Json:
+def _compute_safely(name: str, computation: Computation, *arguments: Json) -> Json:
     try:
         return computation.apply(arguments)
     except OperationError as error:

@@ -13,7 +13,7 @@ from engine.run_errors import NodeError
 from mail import mail_content, mail_parsing
 from mail.mail_content import AttachmentLabel, ParsedMailContent
 from mail.mail_limits import InvalidMail
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 MAXIMUM_BYTES = 50_000_000
 
 
-class Encoding(StrEnum):
+class MailEncoding(StrEnum):
     TEXT = "text"
     BASE64 = "base64"
 
 
 async def run(call: NodeCall) -> Json:
-    raw = await _raw(call)
+    raw = await _read_raw(call)
     contents: list[tuple[AttachmentLabel, bytes]] = []
 
     def keep(label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
         contents.append((label, mail_content.join_pieces(pieces)))
 
-    mail = await offload.run_in_thread(_read, raw, keep)
+    mail = await offload.run_in_thread(_parse_mail, raw, keep)
     attachments: list[dict[str, Any]] = []
     for found, (label, content) in zip(mail.attachments, contents, strict=True):
         reference = await call.services.blobs.put(
@@ -44,12 +44,12 @@ async def run(call: NodeCall) -> Json:
     return {**mail.as_json(attachments), "message_id": mail.message_id}
 
 
-async def _raw(call: NodeCall) -> bytes:
+async def _read_raw(call: NodeCall) -> bytes:
     given = call.config.get("mail")
     if isinstance(given, dict):
         return await call.services.blobs.get(call.caller, given, max_bytes=MAXIMUM_BYTES)
-    written = fields.text(call.config, "mail")
-    if fields.choice(call.config, "encoding", Encoding) is Encoding.TEXT:
+    written = config_fields.read_text(call.config, "mail")
+    if config_fields.read_choice(call.config, "encoding", MailEncoding) is MailEncoding.TEXT:
         return written.encode(errors="replace")
     try:
         return b64decode("".join(written.split()), validate=True)
@@ -57,7 +57,7 @@ async def _raw(call: NodeCall) -> bytes:
         raise NodeError("`mail` is not base64", code="invalid-encoding") from error
 
 
-def _read(raw: bytes, keep: mail_content.KeepAttachment) -> ParsedMailContent:
+def _parse_mail(raw: bytes, keep: mail_content.KeepAttachment) -> ParsedMailContent:
     try:
         return mail_parsing.parse_mail(raw, keep)
     except InvalidMail as error:

@@ -13,7 +13,7 @@ from engine.values import value_as_text
 from mail import addresses, composition, mail_content
 from mail.composition import EnclosedFile, OutgoingMail
 from mail.mail_content import AttachmentLabel
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -25,8 +25,8 @@ MAXIMUM_ATTACHMENTS: Final = 50
 MAXIMUM_ATTACHED_BYTES: Final = 15_000_000
 """Of all attachments; on the way they take a third more, and many servers take no mail beyond 20 MB."""
 MAXIMUM_TEXT_CHARACTERS: Final = 2_000_000
-REFERENCE: Final = "$blob"
-TEXT: Final = "text"
+REFERENCE_KEY: Final = "$blob"
+TEXT_KEY: Final = "text"
 TEXT_TYPES: Final[Mapping[str, str]] = {
     "csv": "text/csv",
     "htm": "text/html",
@@ -44,39 +44,41 @@ TEXT_TYPES: Final[Mapping[str, str]] = {
 
 async def run(call: NodeCall) -> Json:
     config = call.config
-    server = await call.services.data_sources.mail_server(call.caller, fields.text(config, "dataSource"))
-    outgoing = await _outgoing(call)
-    recipients = _recipients(outgoing, _mailboxes(config, "bcc"))
+    server = await call.services.data_sources.mail_server(
+        call.caller, config_fields.read_text(config, "dataSource")
+    )
+    outgoing = await _build_mail(call)
+    recipients = _list_recipients(outgoing, _read_mailboxes(config, "bcc"))
     await server.send(
         outgoing.sender.address,
         recipients,
-        await offload.run_in_thread(_composed, outgoing),
-        timeout_seconds=fields.timeout_seconds(config),
+        await offload.run_in_thread(_compose, outgoing),
+        timeout_seconds=config_fields.read_timeout_seconds(config),
     )
     return {"messageId": outgoing.message_id, "recipients": [*recipients], "count": len(recipients)}
 
 
-async def _outgoing(call: NodeCall) -> OutgoingMail:
+async def _build_mail(call: NodeCall) -> OutgoingMail:
     config = call.config
-    senders = _mailboxes(config, "from")
+    senders = _read_mailboxes(config, "from")
     if len(senders) != 1:
         raise NodeError("`from` must be one address", code="invalid-address")
     return OutgoingMail(
         sender=senders[0],
         message_id=composition.make_message_id(call.idempotency_key, senders[0].domain),
         date=call.now,
-        to=_mailboxes(config, "to"),
-        cc=_mailboxes(config, "cc"),
-        reply_to=_mailboxes(config, "replyTo"),
-        subject=fields.text(config, "subject"),
-        text=_body(config, "text"),
-        html=_body(config, "html"),
-        headers=_headers(config),
-        enclosed=await _enclosed(call),
+        to=_read_mailboxes(config, "to"),
+        cc=_read_mailboxes(config, "cc"),
+        reply_to=_read_mailboxes(config, "replyTo"),
+        subject=config_fields.read_text(config, "subject"),
+        text=_read_body(config, "text"),
+        html=_read_body(config, "html"),
+        headers=_read_headers(config),
+        enclosed=await _read_attachments(call),
     )
 
 
-def _composed(outgoing: OutgoingMail) -> bytes:
+def _compose(outgoing: OutgoingMail) -> bytes:
     try:
         return composition.compose_mail(outgoing)
     except ValueError as error:
@@ -86,14 +88,14 @@ def _composed(outgoing: OutgoingMail) -> bytes:
 # ── whom it is for ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
+def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
     """Return the addresses in a text, or in a list of texts, without those that are empty."""
     given = config.get(name)
     texts = given if isinstance(given, list) else [given]
     found: list[Mailbox] = []
     for text in texts:
         if not isinstance(text, str):
-            raise fields.unfit(name, "an address, or a list of them", given)
+            raise config_fields.invalid_field(name, "an address, or a list of them", given)
         if not text.strip():
             continue
         try:
@@ -103,7 +105,7 @@ def _mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
     return found
 
 
-def _recipients(outgoing: OutgoingMail, bcc: Sequence[Mailbox]) -> Sequence[str]:
+def _list_recipients(outgoing: OutgoingMail, bcc: Sequence[Mailbox]) -> Sequence[str]:
     found = dict.fromkeys(each.address for each in (*outgoing.to, *outgoing.cc, *bcc))
     if not found:
         raise NodeError("The mail has no recipient in `to`, `cc` or `bcc`", code="invalid-address")
@@ -116,9 +118,9 @@ def _recipients(outgoing: OutgoingMail, bcc: Sequence[Mailbox]) -> Sequence[str]
 # ── what it says ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _headers(config: Mapping[str, Json]) -> dict[str, str]:
+def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, value in fields.mapping(config, "headers").items():
+    for name, value in config_fields.read_mapping(config, "headers").items():
         if value is None:
             continue
         text = value_as_text(value)
@@ -130,16 +132,16 @@ def _headers(config: Mapping[str, Json]) -> dict[str, str]:
     return found
 
 
-def _body(config: Mapping[str, Json], name: str) -> str:
-    text = fields.text(config, name)
+def _read_body(config: Mapping[str, Json], name: str) -> str:
+    text = config_fields.read_text(config, name)
     if len(text) > MAXIMUM_TEXT_CHARACTERS:
         message_ = f"`{name}` has more than {MAXIMUM_TEXT_CHARACTERS:,} characters: attach it as a file"
         raise NodeError(message_, code="mail-too-large")
     return text
 
 
-async def _enclosed(call: NodeCall) -> Sequence[EnclosedFile]:
-    given = fields.sequence(call.config, "attachments")
+async def _read_attachments(call: NodeCall) -> Sequence[EnclosedFile]:
+    given = config_fields.read_sequence(call.config, "attachments")
     if len(given) > MAXIMUM_ATTACHMENTS:
         message_ = f"The mail has {len(given):,} attachments; it may have {MAXIMUM_ATTACHMENTS}"
         raise NodeError(message_, code="too-many-attachments")
@@ -147,18 +149,18 @@ async def _enclosed(call: NodeCall) -> Sequence[EnclosedFile]:
     room = MAXIMUM_ATTACHED_BYTES
     for each in given:
         if not isinstance(each, dict):
-            raise fields.unfit("attachments", "a list of attachments", given)
-        content = await _content(call, each)
+            raise config_fields.invalid_field("attachments", "a list of attachments", given)
+        content = await _read_content(call, each)
         room -= len(content)
         if room < 0:
             message_ = f"The attachments have more than {MAXIMUM_ATTACHED_BYTES:,} bytes together"
             raise NodeError(message_, code="mail-too-large")
-        enclosed.append(EnclosedFile(_label(each), content))
+        enclosed.append(EnclosedFile(_attachment_label(each), content))
     return enclosed
 
 
-async def _content(call: NodeCall, given: dict[str, Json]) -> bytes:
-    reference, written, text = _reference(given), given.get("base64"), given.get(TEXT)
+async def _read_content(call: NodeCall, given: dict[str, Json]) -> bytes:
+    reference, written, text = _find_reference(given), given.get("base64"), given.get(TEXT_KEY)
     if text is not None and (reference is not None or written is not None):
         message_ = "An attachment takes one of `text`, `base64` and `blob`, not two"
         raise NodeError(message_, code="invalid-config")
@@ -168,30 +170,30 @@ async def _content(call: NodeCall, given: dict[str, Json]) -> bytes:
         return text.encode()
     if not isinstance(written, str):
         wanted = "a list of references, or of objects with `text` or `base64`"
-        raise fields.unfit("attachments", wanted, given)
+        raise config_fields.invalid_field("attachments", wanted, given)
     try:
         return b64decode("".join(written.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise NodeError("`base64` of an attachment is not base64", code="invalid-encoding") from error
 
 
-def _reference(given: dict[str, Json]) -> dict[str, Json] | None:
+def _find_reference(given: dict[str, Json]) -> dict[str, Json] | None:
     """Return the reference that an attachment is, or has in its `blob`."""
-    inner = given if REFERENCE in given else given.get("blob")
+    inner = given if REFERENCE_KEY in given else given.get("blob")
     return inner if isinstance(inner, dict) else None
 
 
-def _label(given: dict[str, Json]) -> AttachmentLabel:
+def _attachment_label(given: dict[str, Json]) -> AttachmentLabel:
     """Return what is told of an attachment, or else what its reference knows."""
-    reference = _reference(given) or {}
-    known = reference.get(REFERENCE)
+    reference = _find_reference(given) or {}
+    known = reference.get(REFERENCE_KEY)
     known = known if isinstance(known, dict) else {}
-    content_id = mail_content.clean_content_id(_told(given, "content_id"))
+    content_id = mail_content.clean_content_id(_text_field(given, "content_id"))
     filename = mail_content.clean_file_name(
-        _told(given, "filename") or _told(given, "name") or _told(known, "name")
+        _text_field(given, "filename") or _text_field(given, "name") or _text_field(known, "name")
     )
-    content_type = _told(given, "content_type") or _told(known, "type")
-    is_text = isinstance(given.get(TEXT), str)
+    content_type = _text_field(given, "content_type") or _text_field(known, "type")
+    is_text = isinstance(given.get(TEXT_KEY), str)
     if is_text and not content_type:
         content_type = TEXT_TYPES.get(filename.lower().rpartition(".")[2], "text/plain")
     return AttachmentLabel(
@@ -202,6 +204,6 @@ def _label(given: dict[str, Json]) -> AttachmentLabel:
     )
 
 
-def _told(given: Mapping[str, Json], name: str) -> str:
+def _text_field(given: Mapping[str, Json], name: str) -> str:
     value = given.get(name)
     return value if isinstance(value, str) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nodes.library import s3_destination
+from nodes import object_destination
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 
 async def run(call: NodeCall) -> Json:
-    written = await s3_destination.write(call, await call.services.files.folder(call.caller))
+    written = await object_destination.write_object(call, await call.services.files.folder(call.caller))
     return {name: written[name] for name in ("key", "size", "contentType")}

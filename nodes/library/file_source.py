@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nodes.library import s3_source
+from nodes import object_source
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 
 
 async def run(call: NodeCall) -> Json:
-    return await s3_source.read(call, await call.services.files.folder(call.caller))
+    return await object_source.read_objects(call, await call.services.files.folder(call.caller))

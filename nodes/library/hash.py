@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.run_errors import NodeError
 from engine.values import InvalidJson, encode_canonical, encode_json
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 MAXIMUM_BYTES = 10_000_000
 """The slowest hash takes a twentieth of a second for as many."""
-KEYED = "hmac-"
+HMAC_PREFIX = "hmac-"
 
 
-class Algorithm(StrEnum):
+class HashAlgorithmName(StrEnum):
     SHA256 = "sha256"
     SHA512 = "sha512"
     SHA1 = "sha1"
@@ -35,51 +35,55 @@ class Algorithm(StrEnum):
     HMAC_MD5 = "hmac-md5"
 
 
-class Encoding(StrEnum):
+class KeyEncoding(StrEnum):
     TEXT = "text"
     HEX = "hex"
     BASE64 = "base64"
 
 
-class Written(StrEnum):
+class DigestEncoding(StrEnum):
     HEX = "hex"
     BASE64 = "base64"
 
 
 def run(call: NodeCall) -> Json:
     config = call.config
-    algorithm = fields.choice(config, "algorithm", Algorithm)
-    value = _value(config)
-    digest = _digest(algorithm, value, config)
-    is_hex = fields.choice(config, "encoding", Written) is Written.HEX
+    algorithm = config_fields.read_choice(config, "algorithm", HashAlgorithmName)
+    value = _encode_value(config)
+    digest = _compute_digest(algorithm, value, config)
+    is_hex = config_fields.read_choice(config, "encoding", DigestEncoding) is DigestEncoding.HEX
     written = digest.hex() if is_hex else b64encode(digest).decode()
     return {"hash": written, "algorithm": algorithm.value, "bytes": len(value)}
 
 
-def _digest(algorithm: Algorithm, value: bytes, config: Mapping[str, Json]) -> bytes:
-    if not algorithm.startswith(KEYED):
+def _compute_digest(algorithm: HashAlgorithmName, value: bytes, config: Mapping[str, Json]) -> bytes:
+    if not algorithm.startswith(HMAC_PREFIX):
         return hashlib.new(algorithm, value, usedforsecurity=False).digest()
-    key = _bytes("key", fields.text(config, "key"), fields.choice(config, "keyEncoding", Encoding))
+    key = _decode_bytes(
+        "key",
+        config_fields.read_text(config, "key"),
+        config_fields.read_choice(config, "keyEncoding", KeyEncoding),
+    )
     if not key:
         raise NodeError(f"`key` is empty: {algorithm} needs one", code="invalid-config")
-    return hmac.digest(key, value, algorithm.removeprefix(KEYED))
+    return hmac.digest(key, value, algorithm.removeprefix(HMAC_PREFIX))
 
 
-def _value(config: Mapping[str, Json]) -> bytes:
+def _encode_value(config: Mapping[str, Json]) -> bytes:
     given = config["value"]
-    encoding = fields.choice(config, "valueEncoding", Encoding)
+    encoding = config_fields.read_choice(config, "valueEncoding", KeyEncoding)
     if isinstance(given, str):
-        _check_size(len(given) if encoding is Encoding.TEXT else len(given) // 2)
-        value = _bytes("value", given, encoding)
-    elif encoding is Encoding.TEXT:
-        value = _canonical(given)
+        _check_size(len(given) if encoding is KeyEncoding.TEXT else len(given) // 2)
+        value = _decode_bytes("value", given, encoding)
+    elif encoding is KeyEncoding.TEXT:
+        value = _encode_canonical(given)
     else:
-        raise fields.unfit("value", f"a text in {encoding}", given)
+        raise config_fields.invalid_field("value", f"a text in {encoding}", given)
     _check_size(len(value))
     return value
 
 
-def _canonical(value: Json) -> bytes:
+def _encode_canonical(value: Json) -> bytes:
     try:
         # This one stops where it becomes too long.
         encode_json(value, max_bytes=MAXIMUM_BYTES)
@@ -89,14 +93,14 @@ def _canonical(value: Json) -> bytes:
         raise NodeError(f"`value` can't be hashed: {error.message}", code=code) from error
 
 
-def _bytes(name: str, text: str, encoding: Encoding) -> bytes:
+def _decode_bytes(name: str, text: str, encoding: KeyEncoding) -> bytes:
     try:
         match encoding:
-            case Encoding.TEXT:
+            case KeyEncoding.TEXT:
                 return text.encode()
-            case Encoding.HEX:
+            case KeyEncoding.HEX:
                 return bytes.fromhex(text)
-            case Encoding.BASE64:
+            case KeyEncoding.BASE64:
                 return b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         # What is wrong with a key must not show the key.

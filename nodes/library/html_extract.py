@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
-from nodes import document, fields, selectors
+from nodes import config_fields
+from nodes.formats import css_selectors, html_document
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
-    from nodes.document import Document, Element
-    from nodes.selectors import Selector, Steps
+    from nodes.formats.css_selectors import CssSelector, StepBudget
+    from nodes.formats.html_document import HtmlDocument, HtmlElement
 
 MAXIMUM_FIELDS = 50
 MAXIMUM_VALUES = 500_000
@@ -23,66 +24,71 @@ MAXIMUM_CHARACTERS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class ExtractedField:
     """What to take of an item, and where to look for it."""
 
     name: str
-    selector: Selector | None
+    selector: CssSelector | None
     attribute: str
     takes_all: bool
 
     @classmethod
-    def of(cls, name: str, config: Json) -> Self:
+    def from_config(cls, name: str, config: Json) -> Self:
         if not isinstance(config, dict):
-            raise fields.unfit(f"fields.{name[:100]}", "an object", config)
+            raise config_fields.invalid_field(f"fields.{name[:100]}", "an object", config)
         given = {"selector": "", "attribute": "", "all": False, **config}
-        selector = fields.text(given, "selector")
+        selector = config_fields.read_text(given, "selector")
         return cls(
             name,
-            selectors.compiled(f"fields.{name[:100]}.selector", selector) if selector else None,
-            fields.text(given, "attribute").lower(),
-            fields.flag(given, "all"),
+            css_selectors.compile_selector(f"fields.{name[:100]}.selector", selector) if selector else None,
+            config_fields.read_text(given, "attribute").lower(),
+            config_fields.read_flag(given, "all"),
         )
 
 
 async def run(call: NodeCall) -> Json:
-    taken = [Field.of(name, each) for name, each in fields.mapping(call.config, "fields").items()]
+    taken = [
+        ExtractedField.from_config(name, each)
+        for name, each in config_fields.read_mapping(call.config, "fields").items()
+    ]
     if len(taken) > MAXIMUM_FIELDS:
         message = f"`fields` has {len(taken):,} fields; at most {MAXIMUM_FIELDS} are taken"
         raise NodeError(message, code="invalid-config")
-    item_selector = fields.text(call.config, "items")
-    selector = selectors.compiled("items", item_selector) if item_selector else None
-    page = await document.read(fields.text(call.config, "html"), Turn())
-    extraction = Extraction(page, taken)
+    item_selector = config_fields.read_text(call.config, "items")
+    selector = css_selectors.compile_selector("items", item_selector) if item_selector else None
+    page = await html_document.read_document(config_fields.read_text(call.config, "html"), LoopShare())
+    extraction = PageExtractor(page, taken)
     items = await extraction.items(selector)
     call.unresolved.extend(f"item.{name}" for name in sorted(extraction.missing))
     return {"items": items, "count": len(items)}
 
 
-class Extraction:
+class PageExtractor:
     """One page, and what has been taken of it."""
 
-    def __init__(self, page: Document, taken: Sequence[Field]) -> None:
+    def __init__(self, page: HtmlDocument, taken: Sequence[ExtractedField]) -> None:
         self.missing: set[str] = set()
         """Names of fields that some item lacked."""
         self._page = page
         self._fields = taken
-        self._turn = Turn()
-        self._steps: Steps = selectors.Steps()
+        self._turn = LoopShare()
+        self._steps: StepBudget = css_selectors.StepBudget()
         self._values = 0
         self._characters = 0
 
-    async def items(self, selector: Selector | None) -> list[Json]:
+    async def items(self, selector: CssSelector | None) -> list[Json]:
         elements = self._page.elements
         if selector is None:
             return [await self._item(elements[0] if elements else None, elements)]
         found = await selector.first(len(elements), elements, self._steps, self._turn)
         return [await self._item(element, self._page.inside(element)) for element in found]
 
-    async def _item(self, element: Element | None, elements: Sequence[Element]) -> Json:
+    async def _item(self, element: HtmlElement | None, elements: Sequence[HtmlElement]) -> Json:
         return {each.name: await self._field(each, element, elements) for each in self._fields}
 
-    async def _field(self, each: Field, element: Element | None, elements: Sequence[Element]) -> Json:
+    async def _field(
+        self, each: ExtractedField, element: HtmlElement | None, elements: Sequence[HtmlElement]
+    ) -> Json:
         self._count(1, 0)
         found = [element] if element else []
         if each.selector is not None:
@@ -90,7 +96,7 @@ class Extraction:
             found = await each.selector.first(most, elements, self._steps, self._turn)
         values: list[Json] = []
         for one in found:
-            await self._turn.share()
+            await self._turn.yield_if_due()
             values.append(self._value(each, one))
         if each.takes_all:
             return values
@@ -99,7 +105,7 @@ class Extraction:
             self.missing.add(each.name)
         return value
 
-    def _value(self, each: Field, element: Element) -> Json:
+    def _value(self, each: ExtractedField, element: HtmlElement) -> Json:
         value = element.attributes.get(each.attribute) if each.attribute else self._page.text(element)
         self._count(1, len(value or ""))
         if value is None or each.attribute:

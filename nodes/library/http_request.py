@@ -13,8 +13,8 @@ from urllib.parse import quote, urlencode
 from concurrency import offload
 from engine.run_errors import NodeError
 from engine.values import InvalidJson, decode_json, encode_json, value_as_text
-from nodes import addresses, fields, http_errors, redaction
-from nodes.outbound import OutboundResponse
+from nodes import config_fields, http_errors, redaction, url_targets
+from nodes.outbound_http import OutboundResponse
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -38,7 +38,7 @@ CHARSETS = frozenset(
 )  # fmt: skip
 
 
-class Method(StrEnum):
+class HttpMethod(StrEnum):
     GET = "GET"
     HEAD = "HEAD"
     OPTIONS = "OPTIONS"
@@ -48,27 +48,27 @@ class Method(StrEnum):
     DELETE = "DELETE"
 
 
-class ResponseType(StrEnum):
+class HttpResponseType(StrEnum):
     AUTO = "auto"
     JSON = "json"
     TEXT = "text"
     BASE64 = "base64"
 
 
-READS = frozenset({Method.GET, Method.HEAD, Method.OPTIONS})
+READ_METHODS = frozenset({HttpMethod.GET, HttpMethod.HEAD, HttpMethod.OPTIONS})
 
 
 async def run(call: NodeCall) -> Json:
-    response_type = fields.choice(call.config, "responseType", ResponseType)
-    fails_on_error = fields.flag(call.config, "failOnError")
-    method = fields.choice(call.config, "method", Method)
-    url = _url(call.config)
-    secrets = await _secret_headers(call, url)
-    with http_errors.naming(method, url):
-        response = _without_secrets(await _send(call, method, url, secrets), secrets)
+    response_type = config_fields.read_choice(call.config, "responseType", HttpResponseType)
+    fails_on_error = config_fields.read_flag(call.config, "failOnError")
+    method = config_fields.read_choice(call.config, "method", HttpMethod)
+    url = _build_url(call.config)
+    secrets = await _read_secret_headers(call, url)
+    with http_errors.name_request_in_errors(method, url):
+        response = _redact_response(await _send_request(call, method, url, secrets), secrets)
         if fails_on_error and response.status >= FIRST_ERROR_STATUS:
-            raise _refusal(response, url)
-        body = await offload.run(_body, response, response_type)
+            raise _status_error(response, url)
+        body = await offload.run(_decode_body, response, response_type)
     return {
         "status": response.status,
         "headers": dict(response.headers),
@@ -77,31 +77,33 @@ async def run(call: NodeCall) -> Json:
     }
 
 
-async def _send(call: NodeCall, method: Method, url: str, secrets: Mapping[str, str]) -> HttpResponse:
+async def _send_request(
+    call: NodeCall, method: HttpMethod, url: str, secrets: Mapping[str, str]
+) -> HttpResponse:
     config = call.config
-    body, content_type = await offload.run(_request_body, config)
-    headers = _headers(config)
+    body, content_type = await offload.run(_encode_body, config)
+    headers = _read_headers(config)
     if content_type is not None:
-        _set_unless_given(headers, "Content-Type", content_type)
-    if method not in READS:
-        _set_unless_given(headers, "Idempotency-Key", call.idempotency_key)
+        _set_default_header(headers, "Content-Type", content_type)
+    if method not in READ_METHODS:
+        _set_default_header(headers, "Idempotency-Key", call.idempotency_key)
     return await call.services.http.request(
         method,
         url,
-        headers=_replacing(headers, secrets),
+        headers=_replace_headers(headers, secrets),
         body=body,
-        timeout_seconds=fields.timeout_seconds(config),
-        follow_redirects=fields.flag(config, "followRedirects"),
+        timeout_seconds=config_fields.read_timeout_seconds(config),
+        follow_redirects=config_fields.read_flag(config, "followRedirects"),
     )
 
 
 # ── the request ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _url(config: Mapping[str, Json]) -> str:
-    url = fields.text(config, "url")
+def _build_url(config: Mapping[str, Json]) -> str:
+    url = config_fields.read_text(config, "url")
     parameters: list[tuple[str, str]] = []
-    for name, given in fields.mapping(config, "query").items():
+    for name, given in config_fields.read_mapping(config, "query").items():
         values = given if isinstance(given, list) else [given]
         parameters.extend((name, value_as_text(value)) for value in values if value is not None)
     if not parameters:
@@ -111,25 +113,27 @@ def _url(config: Mapping[str, Json]) -> str:
     return f"{before_fragment}{separator}{urlencode(parameters)}"
 
 
-def _headers(config: Mapping[str, Json]) -> dict[str, str]:
-    given = fields.mapping(config, "headers")
+def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
+    given = config_fields.read_mapping(config, "headers")
     return {name: value_as_text(value) for name, value in given.items() if value is not None}
 
 
-async def _secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
+async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
     """Return what the data source adds to a request to `url`: never part of what is recorded."""
     if call.config.get("dataSource") is None:
         return {}
-    return await call.services.data_sources.headers(call.caller, fields.text(call.config, "dataSource"), url)
+    return await call.services.data_sources.headers(
+        call.caller, config_fields.read_text(call.config, "dataSource"), url
+    )
 
 
-def _replacing(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
     """Return headers with others added, which take the place of those of the same names."""
     names = {name.lower() for name in others}
     return {**{name: value for name, value in headers.items() if name.lower() not in names}, **others}
 
 
-def _request_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
+def _encode_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
     """Return what to send and its content type."""
     body = config.get("body")
     if body is None:
@@ -139,7 +143,7 @@ def _request_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]
     return encode_json(body), "application/json"
 
 
-def _set_unless_given(headers: dict[str, str], name: str, value: str) -> None:
+def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
     if name.lower() not in map(str.lower, headers):
         headers[name] = value
 
@@ -147,20 +151,20 @@ def _set_unless_given(headers: dict[str, str], name: str, value: str) -> None:
 # ── the answer ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _without_secrets(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
+def _redact_response(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
     """Return an answer without the secrets that it repeats: it is read by more people than may know them."""
     if not secrets:
         return response
-    forms = {form for value in secrets.values() for form in _forms(value)}
+    forms = {form for value in secrets.values() for form in _secret_forms(value)}
     return OutboundResponse(
         response.status,
-        {name: redaction.hide(value, forms) for name, value in response.headers.items()},
-        redaction.hide_in_body(response.body, forms),
-        redaction.hide(response.url, forms),
+        {name: redaction.redact_text(value, forms) for name, value in response.headers.items()},
+        redaction.redact_body(response.body, forms),
+        redaction.redact_text(response.url, forms),
     )
 
 
-def _forms(value: str) -> Iterator[str]:
+def _secret_forms(value: str) -> Iterator[str]:
     """Return the texts by which a header's value would be known: as it is, its credentials alone, and both escaped."""
     scheme, _, credentials = value.partition(" ")
     said = {value, credentials}
@@ -171,11 +175,11 @@ def _forms(value: str) -> Iterator[str]:
         yield from (text, encode_json(text).decode()[1:-1], quote(text, safe=""))
 
 
-def _refusal(response: HttpResponse, url: str) -> NodeError:
-    status, last_url = response.status, addresses.shown(response.url)
-    redirected = "" if last_url == addresses.shown(url) else f" of {last_url}"
+def _status_error(response: HttpResponse, url: str) -> NodeError:
+    status, last_url = response.status, url_targets.redact_url(response.url)
+    redirected = "" if last_url == url_targets.redact_url(url) else f" of {last_url}"
     answered = f"The answer{redirected} was {status} {reasons.get(status, '')}".rstrip()
-    said = " ".join(_text(response.body[:SHOWN_BYTES], _charset(response)).split())
+    said = " ".join(_decode_text(response.body[:SHOWN_BYTES], _find_charset(response)).split())
     return NodeError(
         f"{answered}: {said}" if said else answered,
         code=f"http-{status}",
@@ -183,19 +187,19 @@ def _refusal(response: HttpResponse, url: str) -> NodeError:
     )
 
 
-def _body(response: HttpResponse, response_type: ResponseType) -> Json:
+def _decode_body(response: HttpResponse, response_type: HttpResponseType) -> Json:
     match response_type:
-        case ResponseType.JSON:
-            return _json(response)
-        case ResponseType.TEXT:
-            return _text(response.body, _charset(response))
-        case ResponseType.BASE64:
+        case HttpResponseType.JSON:
+            return _decode_json(response)
+        case HttpResponseType.TEXT:
+            return _decode_text(response.body, _find_charset(response))
+        case HttpResponseType.BASE64:
             return b64encode(response.body).decode()
-        case ResponseType.AUTO:
-            return _whatever_it_is(response)
+        case HttpResponseType.AUTO:
+            return _decode_by_type(response)
 
 
-def _json(response: HttpResponse) -> Json:
+def _decode_json(response: HttpResponse) -> Json:
     try:
         return decode_json(response.body.removeprefix(BYTE_ORDER_MARK)) if response.body else None
     except InvalidJson as error:
@@ -205,30 +209,30 @@ def _json(response: HttpResponse) -> Json:
         raise NodeError(message, code="invalid-response") from error
 
 
-def _text(body: bytes, charset: str) -> str:
+def _decode_text(body: bytes, charset: str) -> str:
     """Return a text in which U+FFFD stands for what is none."""
     return body.decode(charset, errors="replace").replace("\0", "\ufffd")
 
 
-def _whatever_it_is(response: HttpResponse) -> Json:
+def _decode_by_type(response: HttpResponse) -> Json:
     if not response.body:
         return None
-    if JSON_TYPE.match(_content_type(response)):
+    if JSON_TYPE.match(_find_content_type(response)):
         try:
             return decode_json(response.body.removeprefix(BYTE_ORDER_MARK))
         except InvalidJson:
             pass
     try:
-        text = response.body.decode(_charset(response))
+        text = response.body.decode(_find_charset(response))
     except UnicodeDecodeError:
         return b64encode(response.body).decode()
     return b64encode(response.body).decode() if "\0" in text else text
 
 
-def _charset(response: HttpResponse) -> str:
-    named = CHARSET.search(_content_type(response))
+def _find_charset(response: HttpResponse) -> str:
+    named = CHARSET.search(_find_content_type(response))
     return named[1] if named and named[1].lower() in CHARSETS else "utf-8"
 
 
-def _content_type(response: HttpResponse) -> str:
+def _find_content_type(response: HttpResponse) -> str:
     return response.headers.get("content-type", "")

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, cast
 
 from engine.node_api import AnswerSource, AnswerWait, NodeResult
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 LONGEST_SECONDS: Final = 31_536_000
-EXPIRED: Final = "expired"
-NO_ANSWER: Final[Mapping[str, Json]] = {"data": None, "choice": None, "by": None, "at": None}
+EXPIRED_PORT: Final = "expired"
+EMPTY_ANSWER: Final[Mapping[str, Json]] = {"data": None, "choice": None, "by": None, "at": None}
 
 
-class OnExpiry(StrEnum):
+class ExpiryAction(StrEnum):
     """What follows when nobody has answered in time."""
 
     FAIL = "fail"
@@ -29,20 +29,22 @@ class OnExpiry(StrEnum):
 
 
 def run(call: NodeCall) -> AnswerWait:
-    on_expiry = fields.choice(call.config, "onExpiry", OnExpiry)
+    on_expiry = config_fields.read_choice(call.config, "onExpiry", ExpiryAction)
     return AnswerWait(
         AnswerSource.INPUT,
-        request=_request(call.config),
+        request=_build_request(call.config),
         expires_at=_expires_at(call),
-        expired=NodeResult(dict(NO_ANSWER), port=EXPIRED) if on_expiry is OnExpiry.CONTINUE else None,
+        expired=NodeResult(dict(EMPTY_ANSWER), port=EXPIRED_PORT)
+        if on_expiry is ExpiryAction.CONTINUE
+        else None,
     )
 
 
-def _request(config: Mapping[str, Json]) -> Json:
+def _build_request(config: Mapping[str, Json]) -> Json:
     """Return what is shown to whoever may answer."""
-    request: dict[str, Json] = {"title": fields.text(config, "title")}
+    request: dict[str, Json] = {"title": config_fields.read_text(config, "title")}
     if "description" in config:
-        request["description"] = fields.text(config, "description")
+        request["description"] = config_fields.read_text(config, "description")
     if "schema" in config:
         request["schema"] = config["schema"]
     if "choices" in config:
@@ -56,5 +58,5 @@ def _request(config: Mapping[str, Json]) -> Json:
 def _expires_at(call: NodeCall) -> datetime | None:
     if "expiresInSeconds" not in call.config:
         return None
-    seconds = fields.number(call.config, "expiresInSeconds", minimum=1, maximum=LONGEST_SECONDS)
+    seconds = config_fields.read_number(call.config, "expiresInSeconds", minimum=1, maximum=LONGEST_SECONDS)
     return call.now + timedelta(seconds=seconds)

@@ -6,17 +6,17 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from engine.values import value_as_text
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
 
 MAXIMUM_BYTES = 8_192
-CUT_OFF = "…"
+ELLIPSIS = "…"
 
 
-class Level(StrEnum):
+class NodeLogLevel(StrEnum):
     DEBUG = "debug"
     INFO = "info"
     WARNING = "warning"
@@ -25,12 +25,12 @@ class Level(StrEnum):
 
 def run(call: NodeCall) -> Json:
     message = value_as_text(call.config.get("message"))
-    call.log(fields.choice(call.config, "level", Level), _bounded(message))
+    call.log(config_fields.read_choice(call.config, "level", NodeLogLevel), _truncate(message))
     return call.data
 
 
-def _bounded(message: str) -> str:
+def _truncate(message: str) -> str:
     encoded = message.encode()
     if len(encoded) <= MAXIMUM_BYTES:
         return message
-    return encoded[: MAXIMUM_BYTES - len(CUT_OFF.encode())].decode(errors="ignore") + CUT_OFF
+    return encoded[: MAXIMUM_BYTES - len(ELLIPSIS.encode())].decode(errors="ignore") + ELLIPSIS

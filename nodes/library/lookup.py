@@ -7,77 +7,77 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
 from engine.values import identity_key
-from nodes import fields, keys, lists
-from nodes.keys import Keys
-from nodes.sizes import Size
+from nodes import config_fields, item_keys, item_lists
+from nodes.item_keys import ItemKeys
+from nodes.output_sizes import OutputSize
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
 
-Table: TypeAlias = "Mapping[Hashable, list[Json]]"
+LookupTable: TypeAlias = "Mapping[Hashable, list[Json]]"
 """The rows of each key, in order."""
 
 
-class Matches(StrEnum):
+class LookupMatches(StrEnum):
     FIRST = "first"
     EACH = "each"
     LIST = "list"
 
 
-class OnMissing(StrEnum):
+class LookupMissAction(StrEnum):
     KEEP = "keep"
     DROP = "drop"
     ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class LookupJoin:
     """How an item and the rows under its key become items."""
 
-    matches: Matches
-    on_missing: OnMissing
+    matches: LookupMatches
+    on_missing: LookupMissAction
     name: str | None
     """The field for what is found; None: the rows' fields stand beside the item's own."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Json]) -> Self:
-        matches = fields.choice(config, "matches", Matches)
-        needs_name = matches is Matches.LIST or config.get("as") is not None
+    def from_config(cls, config: Mapping[str, Json]) -> Self:
+        matches = config_fields.read_choice(config, "matches", LookupMatches)
+        needs_name = matches is LookupMatches.LIST or config.get("as") is not None
         return cls(
             matches,
-            fields.choice(config, "onMissing", OnMissing),
-            fields.text(config, "as") if needs_name else None,
+            config_fields.read_choice(config, "onMissing", LookupMissAction),
+            config_fields.read_text(config, "as") if needs_name else None,
         )
 
     def joined(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
         """Return what becomes of an item, one by one: of a single item may come more than there is room for."""
         if not rows:
             yield from self._missed(item, index)
-        elif self.matches is Matches.LIST:
+        elif self.matches is LookupMatches.LIST:
             yield self._with(item, index, rows)
         else:
-            found = rows if self.matches is Matches.EACH else rows[:1]
+            found = rows if self.matches is LookupMatches.EACH else rows[:1]
             yield from (self._with(item, index, row) for row in found)
 
     def _missed(self, item: Json, index: int) -> list[Json]:
-        if self.on_missing is OnMissing.ERROR:
+        if self.on_missing is LookupMissAction.ERROR:
             message = f"The table has no row for item {index}; `onMissing` can keep or drop such items"
             raise NodeError(message, code="no-match")
-        if self.on_missing is OnMissing.DROP:
+        if self.on_missing is LookupMissAction.DROP:
             return []
-        nothing: Json = [] if self.matches is Matches.LIST else None
+        nothing: Json = [] if self.matches is LookupMatches.LIST else None
         return [item if self.name is None else self._with(item, index, nothing)]
 
     def _with(self, item: Json, index: int, found: Json) -> Json:
-        own = keys.fields_of(item, index, "nothing can be laid beside its fields")
+        own = item_keys.require_item_fields(item, index, "nothing can be laid beside its fields")
         if self.name is not None:
             return {**own, self.name: found}
         if not isinstance(found, dict):
-            kind = fields.kind_of(found)
+            kind = config_fields.describe_type(found)
             message = (
                 f"A row of the table is {kind}, which has no fields to lay beside an item's: give `as` a name"
             )
@@ -86,44 +86,42 @@ class Join:
 
 
 async def run(call: NodeCall) -> Json:
-    items = lists.items(call.config)
-    join = Join.of(call.config)
-    turn = Turn()
-    by = Keys.of_config(call, "by")
-    table = await _table(call, by, turn)
+    items = item_lists.read_items(call.config)
+    join = LookupJoin.from_config(call.config)
+    turn = LoopShare()
+    by = ItemKeys.from_config(call, "by")
+    table = await _build_table(call, by, turn)
     joined: list[Json] = []
     unmatched = 0
-    size = Size("The joined items")
+    size = OutputSize("The joined items")
     for index, item in enumerate(items):
-        await turn.share()
-        rows = table.get(_identity(by.of(item, index)), [])
+        await turn.yield_if_due()
+        rows = table.get(_join_key(by.values_of(item, index)), [])
         unmatched += not rows
         for made in join.joined(item, index, rows):
-            await turn.share()
+            await turn.yield_if_due()
             size.add(made)
             joined.append(made)
-            if len(joined) > lists.MAXIMUM_ITEMS:
-                message = (
-                    f"More than {lists.MAXIMUM_ITEMS:,} items come of it: `matches: list` makes one of each"
-                )
+            if len(joined) > item_lists.MAXIMUM_ITEMS:
+                message = f"More than {item_lists.MAXIMUM_ITEMS:,} items come of it: `matches: list` makes one of each"
                 raise NodeError(message, code="too-many-items")
     return {"items": joined, "count": len(joined), "unmatched": unmatched}
 
 
-async def _table(call: NodeCall, by: Keys, turn: Turn) -> Table:
-    table_by = Keys.of_config(call, "tableBy" if "tableBy" in call.values else "by")
+async def _build_table(call: NodeCall, by: ItemKeys, turn: LoopShare) -> LookupTable:
+    table_by = ItemKeys.from_config(call, "tableBy" if "tableBy" in call.values else "by")
     if len(table_by.parts) != len(by.parts):
         message = f"`tableBy` has {len(table_by.parts)} parts, but `by` has {len(by.parts)}"
         raise NodeError(message, code="invalid-config")
     table: dict[Hashable, list[Json]] = {}
-    for index, row in enumerate(lists.items(call.config, "table")):
-        await turn.share()
-        key = _identity(table_by.of(row, index))
+    for index, row in enumerate(item_lists.read_items(call.config, "table")):
+        await turn.yield_if_due()
+        key = _join_key(table_by.values_of(row, index))
         if key is not None:
             table.setdefault(key, []).append(row)
     return table
 
 
-def _identity(key: list[Json]) -> Hashable:
+def _join_key(key: list[Json]) -> Hashable:
     """Return what equal keys share; None for one with a null in it, which equals nothing, as in SQL."""
     return None if None in key else identity_key(key)

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from engine.node_api import LoopRequest
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_CONCURRENCY: Final = 100
 
 
-class OnItemError(StrEnum):
+class ItemErrorAction(StrEnum):
     """What a turn that fails does to its loop."""
 
     FAIL = "fail"
@@ -24,7 +24,10 @@ class OnItemError(StrEnum):
 def run(call: NodeCall) -> LoopRequest:
     items = {"items": call.config.get("items", call.data)}
     return LoopRequest(
-        fields.sequence(items, "items"),
-        concurrency=int(fields.number(call.config, "concurrency", minimum=1, maximum=MAX_CONCURRENCY)),
-        continues_on_error=fields.choice(call.config, "onItemError", OnItemError) is OnItemError.CONTINUE,
+        config_fields.read_sequence(items, "items"),
+        concurrency=int(
+            config_fields.read_number(call.config, "concurrency", minimum=1, maximum=MAX_CONCURRENCY)
+        ),
+        continues_on_error=config_fields.read_choice(call.config, "onItemError", ItemErrorAction)
+        is ItemErrorAction.CONTINUE,
     )

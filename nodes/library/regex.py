@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import re2
 
 from engine.run_errors import NodeError
-from nodes import fields, sizes
+from nodes import config_fields, output_sizes
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -32,17 +32,17 @@ MAXIMUM_SECONDS = 5.0
 PROGRAM_MEMORY_BYTES = 2 << 20
 """What an expression may take when it is compiled and while it searches."""
 
-REFERENCE = re.compile(r"\$(?:(\$)|(\d{1,2})|\{([A-Za-z0-9_]{1,100})\})")
+GROUP_REFERENCE = re.compile(r"\$(?:(\$)|(\d{1,2})|\{([A-Za-z0-9_]{1,100})\})")
 
 
-class Operation(StrEnum):
+class RegexOperation(StrEnum):
     MATCH = "match"
     FIND_ALL = "find-all"
     REPLACE = "replace"
     SPLIT = "split"
 
 
-class Match(Protocol):
+class RegexMatch(Protocol):
     """One match, as RE2 gives it."""
 
     def start(self, group: int = 0) -> int: ...
@@ -53,45 +53,47 @@ class Match(Protocol):
     def __getitem__(self, group: int | str) -> str | None: ...
 
 
-class Pattern(Protocol):
+class RegexPattern(Protocol):
     """A compiled expression, as RE2 gives it."""
 
     groups: int
     groupindex: Mapping[str, int]
     programsize: int
 
-    def finditer(self, text: str) -> Iterator[Match]: ...
+    def finditer(self, text: str) -> Iterator[RegexMatch]: ...
 
 
 def run(call: NodeCall) -> Json:
     config = call.config
-    text = fields.text(config, "text")
-    pattern = _compiled(config)
+    text = config_fields.read_text(config, "text")
+    pattern = _compile_pattern(config)
     _check_size(text, pattern)
-    maximum = int(fields.number(config, "maxMatches", minimum=1, maximum=MAXIMUM_MATCHES))
-    match fields.choice(config, "operation", Operation):
-        case Operation.MATCH:
-            return _found(pattern, islice(_matches(pattern, text, MAXIMUM_MATCHES), 1))
-        case Operation.FIND_ALL:
-            return _found(pattern, _matches(pattern, text, maximum))
-        case Operation.REPLACE:
-            return _replaced(pattern, text, maximum, fields.text(config, "replacement"))
-        case Operation.SPLIT:
-            return _split(pattern, text, maximum)
+    maximum = int(config_fields.read_number(config, "maxMatches", minimum=1, maximum=MAXIMUM_MATCHES))
+    match config_fields.read_choice(config, "operation", RegexOperation):
+        case RegexOperation.MATCH:
+            return _describe_matches(pattern, islice(_find_matches(pattern, text, MAXIMUM_MATCHES), 1))
+        case RegexOperation.FIND_ALL:
+            return _describe_matches(pattern, _find_matches(pattern, text, maximum))
+        case RegexOperation.REPLACE:
+            return _replace_matches(pattern, text, maximum, config_fields.read_text(config, "replacement"))
+        case RegexOperation.SPLIT:
+            return _split_text(pattern, text, maximum)
 
 
-def _compiled(config: Mapping[str, Json]) -> Pattern:
-    written = fields.text(config, "pattern")
+def _compile_pattern(config: Mapping[str, Json]) -> RegexPattern:
+    written = config_fields.read_text(config, "pattern")
     if not 1 <= len(written) <= MAXIMUM_PATTERN_CHARACTERS:
         message = f"`pattern` must have 1 to {MAXIMUM_PATTERN_CHARACTERS:,} characters, not {len(written):,}"
         raise NodeError(message, code="invalid-config")
     flags = [("ignoreCase", "i"), ("multiline", "m"), ("dotAll", "s")]
-    set_flags = "".join(flag for name, flag in flags if fields.flag(config, name))
+    set_flags = "".join(flag for name, flag in flags if config_fields.read_flag(config, name))
     options = re2.Options()
     options.log_errors = False
     options.max_mem = PROGRAM_MEMORY_BYTES
     try:
-        pattern = cast("Pattern", re2.compile(f"(?{set_flags}){written}" if set_flags else written, options))
+        pattern = cast(
+            "RegexPattern", re2.compile(f"(?{set_flags}){written}" if set_flags else written, options)
+        )
     except re2.error as error:
         reason = bytes(error.args[0]).decode(errors="replace")
         raise NodeError(f"`pattern` is no expression: {reason}", code="invalid-pattern") from error
@@ -104,7 +106,7 @@ def _compiled(config: Mapping[str, Json]) -> Pattern:
     return pattern
 
 
-def _check_size(text: str, pattern: Pattern) -> None:
+def _check_size(text: str, pattern: RegexPattern) -> None:
     if len(text) > MAXIMUM_CHARACTERS:
         message = f"`text` has {len(text):,} characters; at most {MAXIMUM_CHARACTERS:,} are searched"
         raise NodeError(message, code="input-too-large")
@@ -116,7 +118,7 @@ def _check_size(text: str, pattern: Pattern) -> None:
         raise NodeError(message, code="input-too-large")
 
 
-def _matches(pattern: Pattern, text: str, maximum: int) -> Iterator[Match]:
+def _find_matches(pattern: RegexPattern, text: str, maximum: int) -> Iterator[RegexMatch]:
     """Yield every match; raises `NodeError` when there are more than `maximum`, or when it takes too long."""
     deadline = time.monotonic() + MAXIMUM_SECONDS
     for count, match in enumerate(pattern.finditer(text), start=1):
@@ -133,26 +135,26 @@ def _matches(pattern: Pattern, text: str, maximum: int) -> Iterator[Match]:
         yield match
 
 
-def _found(pattern: Pattern, matches: Iterator[Match]) -> Json:
-    size = sizes.Size("The matches")
+def _describe_matches(pattern: RegexPattern, matches: Iterator[RegexMatch]) -> Json:
+    size = output_sizes.OutputSize("The matches")
     found: list[Json] = []
     for match in matches:
         # Each group is a copy of its part of the text, and a hundred may stand inside one another.
-        _check_groups(match, pattern)
-        shown = _shown(match)
+        _require_small_groups(match, pattern)
+        shown = _describe_match(match)
         size.add(shown)
         found.append(shown)
     return {"found": bool(found), "count": len(found), "matches": found}
 
 
-def _check_groups(match: Match, pattern: Pattern) -> None:
+def _require_small_groups(match: RegexMatch, pattern: RegexPattern) -> None:
     characters = sum(match.end(group) - match.start(group) for group in range(pattern.groups + 1))
-    if characters > sizes.MAXIMUM_BYTES:
-        message = f"The groups of one match have more than {sizes.MAXIMUM_BYTES:,} characters"
+    if characters > output_sizes.MAXIMUM_BYTES:
+        message = f"The groups of one match have more than {output_sizes.MAXIMUM_BYTES:,} characters"
         raise NodeError(message, code="output-too-large")
 
 
-def _shown(match: Match) -> Json:
+def _describe_match(match: RegexMatch) -> Json:
     return {
         "text": match.group(),
         "start": match.start(),
@@ -162,12 +164,12 @@ def _shown(match: Match) -> Json:
     }
 
 
-def _replaced(pattern: Pattern, text: str, maximum: int, replacement: str) -> Json:
-    fill = _filler(pattern, replacement)
-    size = sizes.Size("The replacements")
+def _replace_matches(pattern: RegexPattern, text: str, maximum: int, replacement: str) -> Json:
+    fill = _replacement_writer(pattern, replacement)
+    size = output_sizes.OutputSize("The replacements")
     pieces: list[str] = []
     end = 0
-    for match in _matches(pattern, text, maximum):
+    for match in _find_matches(pattern, text, maximum):
         filled = fill(match)
         size.add(filled)
         pieces += [text[end : match.start()], filled]
@@ -176,12 +178,12 @@ def _replaced(pattern: Pattern, text: str, maximum: int, replacement: str) -> Js
     return {"found": count > 0, "count": count, "text": "".join([*pieces, text[end:]])}
 
 
-def _filler(pattern: Pattern, replacement: str) -> Callable[[Match], str]:
+def _replacement_writer(pattern: RegexPattern, replacement: str) -> Callable[[RegexMatch], str]:
     """Return what writes the replacement of a match."""
     parts: list[str] = []
     groups: list[int | str] = []
     end = 0
-    for reference in REFERENCE.finditer(replacement):
+    for reference in GROUP_REFERENCE.finditer(replacement):
         dollar, number, name = reference.groups()
         before = replacement[end : reference.start()]
         end = reference.end()
@@ -190,10 +192,10 @@ def _filler(pattern: Pattern, replacement: str) -> Callable[[Match], str]:
             groups.append("")
             continue
         parts.append(before)
-        groups.append(_group(pattern, number or name))
+        groups.append(_group_number(pattern, number or name))
     rest = replacement[end:]
 
-    def fill(match: Match) -> str:
+    def fill(match: RegexMatch) -> str:
         filled = [
             part + ((match[group] or "") if group != "" else "")
             for part, group in zip(parts, groups, strict=True)
@@ -203,7 +205,7 @@ def _filler(pattern: Pattern, replacement: str) -> Callable[[Match], str]:
     return fill
 
 
-def _group(pattern: Pattern, reference: str) -> int | str:
+def _group_number(pattern: RegexPattern, reference: str) -> int | str:
     if reference.isdecimal() and int(reference) <= pattern.groups:
         return int(reference)
     if reference in pattern.groupindex:
@@ -213,10 +215,10 @@ def _group(pattern: Pattern, reference: str) -> int | str:
     raise NodeError(message, code="unknown-group")
 
 
-def _split(pattern: Pattern, text: str, maximum: int) -> Json:
+def _split_text(pattern: RegexPattern, text: str, maximum: int) -> Json:
     parts: list[Json] = []
     end = 0
-    for match in _matches(pattern, text, maximum):
+    for match in _find_matches(pattern, text, maximum):
         parts.append(text[end : match.start()])
         end = match.end()
     return {"found": bool(parts), "count": len(parts), "parts": [*parts, text[end:]]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nodes import sql_nodes
-from nodes.sql_text import Dialect
+from nodes.sql_text import SqlDialect
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 
 
 async def run(call: NodeCall) -> Json:
-    return await sql_nodes.write(call, Dialect.SQLITE)
+    return await sql_nodes.run_write(call, SqlDialect.SQLITE)

@@ -10,8 +10,8 @@ from engine.values import value_as_text
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
 
-SAYS_NOTHING = "The workflow stopped itself, and its message is empty"
+EMPTY_MESSAGE = "The workflow stopped itself, and its message is empty"
 
 
 def run(call: NodeCall) -> NoReturn:
-    raise NodeError(value_as_text(call.config["message"]) or SAYS_NOTHING)
+    raise NodeError(value_as_text(call.config["message"]) or EMPTY_MESSAGE)

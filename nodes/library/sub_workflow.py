@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.node_api import AnswerSource, AnswerWait
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 async def run(call: NodeCall) -> Json | AnswerWait:
-    is_awaited = fields.flag(call.config, "wait")
+    is_awaited = config_fields.read_flag(call.config, "wait")
     execution_id = await call.services.runs.start(
         call.caller,
-        fields.text(call.config, "workflowId"),
+        config_fields.read_text(call.config, "workflowId"),
         call.config.get("inputs", call.data),
         node_id=call.node_id,
         iteration=call.iteration,

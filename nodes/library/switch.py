@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
 
-DEFAULT = "default"
+DEFAULT_PORT = "default"
 
 
 def run(call: NodeCall) -> NodeResult:
@@ -20,4 +20,4 @@ def run(call: NodeCall) -> NodeResult:
         condition = call.conditions.get(f"cases.{index}.condition")
         if condition.test(call.scope, call.unresolved) if condition else equal_json(value, case["equals"]):
             return NodeResult(call.data, port=str(case["port"]))
-    return NodeResult(call.data, port=DEFAULT)
+    return NodeResult(call.data, port=DEFAULT_PORT)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from concurrency.loop_share import Turn
+from concurrency.loop_share import LoopShare
 from engine.run_errors import NodeError
 from engine.values import value_as_text
-from nodes import fields, lists
+from nodes import config_fields, item_lists
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAXIMUM_CHARACTERS = 10_000_000
 
 
-class Parts:
+class TextParts:
     """The parts of a text, as long as they fit into an output."""
 
     def __init__(self, separator: str) -> None:
@@ -39,7 +39,7 @@ class Parts:
 
 
 async def run(call: NodeCall) -> Json:
-    parts = Parts(fields.text(call.config, "separator"))
+    parts = TextParts(config_fields.read_text(call.config, "separator"))
     parts.add(call.config["text"])
     if "items" in call.config:
         await _add_items(parts, call)
@@ -48,9 +48,9 @@ async def run(call: NodeCall) -> Json:
     return {"text": parts.joined()}
 
 
-async def _add_items(parts: Parts, call: NodeCall) -> None:
+async def _add_items(parts: TextParts, call: NodeCall) -> None:
     each = call.values["each"]
-    turn = Turn()
-    for index, item in enumerate(lists.items(call.config)):
-        await turn.share()
+    turn = LoopShare()
+    for index, item in enumerate(item_lists.read_items(call.config)):
+        await turn.yield_if_due()
         parts.add(each.render(call.scope_of(item, index), call.unresolved))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from engine.node_api import TimerWait
 from engine.run_errors import NodeError
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
@@ -22,19 +22,23 @@ MAX_KEY_LENGTH: Final = 200
 async def run(call: NodeCall) -> Json | TimerWait:
     place = await call.services.pace.reserve(
         call.caller,
-        _key(call),
-        limit=int(fields.number(call.config, "limit", minimum=1, maximum=MAX_LIMIT)),
-        per_seconds=fields.number(call.config, "perSeconds", minimum=MIN_SECONDS, maximum=MAX_SECONDS),
-        max_wait_seconds=fields.number(call.config, "maxWaitSeconds", minimum=0, maximum=MAX_WAIT_SECONDS),
+        _throttle_key(call),
+        limit=int(config_fields.read_number(call.config, "limit", minimum=1, maximum=MAX_LIMIT)),
+        per_seconds=config_fields.read_number(
+            call.config, "perSeconds", minimum=MIN_SECONDS, maximum=MAX_SECONDS
+        ),
+        max_wait_seconds=config_fields.read_number(
+            call.config, "maxWaitSeconds", minimum=0, maximum=MAX_WAIT_SECONDS
+        ),
     )
     return call.data if place <= call.now else TimerWait(place, output=call.data)
 
 
-def _key(call: NodeCall) -> str:
+def _throttle_key(call: NodeCall) -> str:
     """Return what the rate is shared by; keys that were chosen and those that weren't can't be the same."""
     if "key" not in call.config:
         return f"node:{call.caller.workflow_id}:{call.node_id}"
-    key = fields.text(call.config, "key")
+    key = config_fields.read_text(call.config, "key")
     if not 1 <= len(key) <= MAX_KEY_LENGTH or "\0" in key:
         message = f"`key` must have 1 to {MAX_KEY_LENGTH} characters, and no NUL"
         raise NodeError(message, code="invalid-config")

@@ -7,33 +7,39 @@ from typing import TYPE_CHECKING
 
 from engine.node_api import TimerWait
 from engine.run_errors import NodeError
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
 
-LONGEST = timedelta(days=365)
+LONGEST_WAIT = timedelta(days=365)
 
 
 def run(call: NodeCall) -> Json | TimerWait:
-    until = _until(call)
+    until = _wake_time(call)
     if until <= call.now:
         return call.data
-    if until > call.now + LONGEST:
-        raise NodeError(f"A wait ends within {LONGEST.days} days, so not at {until}", code="wait-too-long")
+    if until > call.now + LONGEST_WAIT:
+        raise NodeError(
+            f"A wait ends within {LONGEST_WAIT.days} days, so not at {until}", code="wait-too-long"
+        )
     return TimerWait(until.astimezone(UTC), output=call.data)
 
 
-def _until(call: NodeCall) -> datetime:
+def _wake_time(call: NodeCall) -> datetime:
     if "seconds" in call.config:
-        seconds = fields.number(call.config, "seconds", minimum=0, maximum=LONGEST.total_seconds())
+        seconds = config_fields.read_number(
+            call.config, "seconds", minimum=0, maximum=LONGEST_WAIT.total_seconds()
+        )
         return call.now + timedelta(seconds=seconds)
-    written = fields.text(call.config, "until")
+    written = config_fields.read_text(call.config, "until")
     try:
         until = datetime.fromisoformat(written)
     except ValueError:
-        raise fields.unfit("until", "an ISO 8601 time like 2027-01-31T09:00:00+01:00", written) from None
+        raise config_fields.invalid_field(
+            "until", "an ISO 8601 time like 2027-01-31T09:00:00+01:00", written
+        ) from None
     if until.tzinfo is None:
         message = f"`until` must say its zone: {written}Z, or an offset like +01:00"
         raise NodeError(message, code="invalid-config")

@@ -9,7 +9,7 @@ from engine import event_filters, values
 from engine.node_api import AnswerSource, AnswerWait, NodeResult
 from engine.run_errors import NodeError
 from engine.services import EventWaitRequest
-from nodes import fields
+from nodes import config_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
 
-TIMEOUT: Final = "timeout"
-NO_EVENT: Final[Mapping[str, Json]] = {"event_type": None, "event_data": None, "source": None}
+TIMEOUT_PORT: Final = "timeout"
+EMPTY_EVENT: Final[Mapping[str, Json]] = {"event_type": None, "event_data": None, "source": None}
 LONGEST_LOOK_BACK_SECONDS: Final = 604_800
 LONGEST_SECONDS: Final = 31_536_000
 MAX_FILTER_BYTES: Final = 65_536
@@ -26,7 +26,7 @@ _PATTERN: Final = re.compile(r"[^\s*]{1,200}(?:\.\*)?")
 
 
 async def run(call: NodeCall) -> AnswerWait:
-    wanted = _wanted(call)
+    wanted = _build_request(call)
     expires_at = await call.services.events.expect(
         call.caller, wanted, node_id=call.node_id, iteration=call.iteration
     )
@@ -34,29 +34,33 @@ async def run(call: NodeCall) -> AnswerWait:
         AnswerSource.EVENT,
         request={"event_type": wanted.event_type},
         expires_at=expires_at,
-        expired=NodeResult(dict(NO_EVENT), port=TIMEOUT),
+        expired=NodeResult(dict(EMPTY_EVENT), port=TIMEOUT_PORT),
     )
 
 
-def _wanted(call: NodeCall) -> EventWaitRequest:
-    event_type = fields.text(call.config, "event_type")
+def _build_request(call: NodeCall) -> EventWaitRequest:
+    event_type = config_fields.read_text(call.config, "event_type")
     if not _PATTERN.fullmatch(event_type):
         message = "`event_type` must be a type such as order.paid or order.*, without spaces"
         raise NodeError(message, code="invalid-config")
-    condition, given = _filter(call)
+    condition, given = _bind_filter(call)
     timeout_seconds = None
     if "timeoutSeconds" in call.config:
-        timeout_seconds = fields.number(call.config, "timeoutSeconds", minimum=1, maximum=LONGEST_SECONDS)
+        timeout_seconds = config_fields.read_number(
+            call.config, "timeoutSeconds", minimum=1, maximum=LONGEST_SECONDS
+        )
     return EventWaitRequest(
         event_type,
         condition,
         given,
-        fields.number(call.config, "lookBackSeconds", minimum=0, maximum=LONGEST_LOOK_BACK_SECONDS),
+        config_fields.read_number(
+            call.config, "lookBackSeconds", minimum=0, maximum=LONGEST_LOOK_BACK_SECONDS
+        ),
         timeout_seconds,
     )
 
 
-def _filter(call: NodeCall) -> tuple[str | None, str]:
+def _bind_filter(call: NodeCall) -> tuple[str | None, str]:
     """Return the condition on events, and what it needs of the run."""
     condition = call.conditions.get("filter")
     if condition is None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from nodes import http_answers
+from nodes import webhook_responses
 
 if TYPE_CHECKING:
     from engine.node_api import NodeCall
     from engine.values import Json
 
-WHEN_DONE: Final = "when-done"
+WHEN_DONE_MODE: Final = "when-done"
 
 
 def run(call: NodeCall) -> Json:
-    answer = http_answers.of(call.config)
+    answer = webhook_responses.build_response(call.config)
     if _is_awaited(call.scope.get("trigger")):
         call.log("info", f"The sender is answered with the status {answer.status}")
     else:
@@ -24,4 +24,4 @@ def run(call: NodeCall) -> Json:
 
 def _is_awaited(trigger: Json) -> bool:
     """Tell whether the run was set off by a webhook whose sender waits."""
-    return isinstance(trigger, dict) and trigger.get("respond") == WHEN_DONE
+    return isinstance(trigger, dict) and trigger.get("respond") == WHEN_DONE_MODE

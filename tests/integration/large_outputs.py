@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
 from engine.values import Json
 from nodes import catalog
-from nodes.catalog import Catalog
+from nodes.catalog import NodeCatalog
 
 
 @dataclass(frozen=True)
-class Library(Catalog):
+class Library(NodeCatalog):
     """The library, and nodes made up for a test."""
 
     runs: dict[str, RunNode] = field(default_factory=dict)
@@ -37,10 +37,10 @@ def node_type(name: str, effect: NodeEffect = NodeEffect.PURE) -> NodeType:
     return NodeType(name, name, "1.0.0", "test", "", EffectRule(effect), {"type": "object"})
 
 
-def library(**runs: RunNode) -> Catalog:
+def library(**runs: RunNode) -> NodeCatalog:
     """Return the library with `unlike`, `length`, and others, all of them pure but `effect`."""
     runs = {"unlike": unlike, "length": length, **runs}
     types = {
         name: node_type(name, NodeEffect.WRITE if name == "effect" else NodeEffect.PURE) for name in runs
     }
-    return Library({**catalog.load().node_types, **types}, runs)
+    return Library({**catalog.load_catalog().node_types, **types}, runs)

@@ -27,9 +27,9 @@ from journal.store import Claimed
 from messages import broker as brokers
 from models.execution import Execution, ExecutionData
 from models.ingest import Delivery
-from nodes.connections.connections import Connections
-from nodes.connections.policy import ConnectionPolicy
-from nodes.outbound import OutboundResponse
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy
+from nodes.outbound_http import OutboundResponse
 from tests import fake_s3
 from tests.fake_s3 import FakeS3, Stored
 from tests.integration.gateway_world import EDGE, STEP, Person, World
@@ -210,7 +210,7 @@ class MailWorld:
         gateway = self.gateway
         shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
         told = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.02, **settings})
-        connections = Connections(
+        connections = DataSourceConnections(
             StoredSources(gateway.database, gateway.vault),
             ConnectionPolicy(
                 allowed_networks=(ip_network("127.0.0.0/8"),), own_databases=(), files=told.files_dir

@@ -68,7 +68,7 @@ async def runnable(world: World, place: Place | None = None, **columns: Any) -> 
 
 def runs(world: World, **settings: Any) -> ChildRuns:  # noqa: ANN401 - a field of WorkerSettings
     broker = LocalBroker(inbox="worker")
-    return ChildRuns(world.database, world.store, broker, catalog.load(), WorkerSettings(**settings))
+    return ChildRuns(world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings))
 
 
 def caller_of(run: Claimed, place: Place) -> RunCaller:

@@ -18,7 +18,7 @@ from execution.executor import Executor
 from messages.broker import Broker, connect
 from models.execution import PRIORITY_MICROSECONDS
 from nodes import catalog
-from nodes.catalog import Catalog
+from nodes.catalog import NodeCatalog
 from tests.calls import NoNetwork
 from tests.integration.backlogs import Rows, fill
 from tests.integration.run_world import Place, Where, World, microseconds_from_now, opened
@@ -55,7 +55,7 @@ async def world(where: Where) -> AsyncIterator[World]:
 
 
 @dataclass(frozen=True)
-class Library(Catalog):
+class Library(NodeCatalog):
     """The library, and a node that ends when the test does."""
 
     hold: RunNode = field(kw_only=True)
@@ -64,13 +64,13 @@ class Library(Catalog):
         return self.hold if type == "hold" else super().implementation(type)
 
 
-def library(until: asyncio.Event) -> Catalog:
+def library(until: asyncio.Event) -> NodeCatalog:
     async def hold(call: NodeCall) -> Json:
         await until.wait()
         return call.data
 
     held = NodeType("hold", "Hold", "1.0.0", "test", "", EffectRule(NodeEffect.PURE), {"type": "object"})
-    return Library({**catalog.load().node_types, "hold": held}, hold=hold)
+    return Library({**catalog.load_catalog().node_types, "hold": held}, hold=hold)
 
 
 async def flood(world: World, place: Place, *, rank: str, definition: str = QUICK) -> None:

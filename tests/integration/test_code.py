@@ -14,8 +14,8 @@ from engine.services import RunCaller
 from engine.values import Json, encode_json
 from execution.user_code import open_code
 from nodes import catalog
-from nodes.code.backend import Backend
-from nodes.code.runner import CodeRunner
+from nodes.sandbox.code.code_backend import CodeBackend
+from nodes.sandbox.code.code_runner import CodeRunner
 from tests.calls import CALLER, Called, call
 from tests.heartbeat import beating
 from workers.settings import WorkerSettings
@@ -27,13 +27,13 @@ LONGEST_DELAY_SECONDS = 0.5
 SHORT_SECONDS = 0.15
 SOON_SECONDS = 30.0
 OTHERS = RunCaller("org_2", "user_2", "wf_2", "exec_2", "exec_2")
-EXAMPLES = catalog.load().get("code").examples
+EXAMPLES = catalog.load_catalog().get("code").examples
 
 
 class Bench:
     """Runs scripts in one backend; each must leave the worker's loop alone, and must not tell where the server is."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: CodeBackend) -> None:
         self.backend = backend
         self.runner = CodeRunner(backend, limit=2)
 
@@ -60,7 +60,7 @@ class Bench:
         return error.code, error.message
 
 
-@pytest.fixture(scope="module", params=list(Backend))
+@pytest.fixture(scope="module", params=list(CodeBackend))
 async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     bench = Bench(request.param)
     yield bench
@@ -310,7 +310,7 @@ async def test_hostile_scripts_do_not_hold_up_or_change_the_others(bench: Bench)
 
 @pytest.fixture(scope="module")
 async def python() -> AsyncIterator[Bench]:
-    bench = Bench(Backend.SUBPROCESS)
+    bench = Bench(CodeBackend.SUBPROCESS)
     yield bench
     await bench.runner.close()
 
@@ -365,7 +365,7 @@ async def test_an_operator_chooses_what_runs_code(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_a_worker_says_which_walls_its_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodes.children.landlock.version", lambda: 0)
+    monkeypatch.setattr("nodes.sandbox.children.landlock.landlock_version", lambda: 0)
     with capture_logs() as lines:
         await open_code(WorkerSettings()).close()
     assert [line["missing"] for line in lines] == [["Landlock"]]

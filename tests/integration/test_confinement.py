@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nodes.children import landlock, system_calls
-from nodes.code.backend import Backend
-from nodes.code.runner import CodeRunner
+from nodes.sandbox.children import landlock, system_calls
+from nodes.sandbox.code.code_backend import CodeBackend
+from nodes.sandbox.code.code_runner import CodeRunner
 from tests.calls import CALLER
 
 pytestmark = [
@@ -25,17 +25,17 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 PLAIN_USER = 10_001
 KINDS = {
-    "monty": "nodes.code.monty",
-    "python": "nodes.code.subprocess",
-    "library": "nodes.children.library",
-    "forms": "nodes.children.forms",
+    "monty": "nodes.sandbox.code.monty_process",
+    "python": "nodes.sandbox.code.python_process",
+    "library": "nodes.sandbox.children.library_jobs",
+    "forms": "nodes.sandbox.children.form_jobs",
     "sqlite": "nodes.connections.sqlite_process",
 }
 WORKER = """
 import os, subprocess, sys
-from nodes.children import confinement
+from nodes.sandbox.children import confinement
 os.environ["CANARY"] = "secret"
-confinement.hide()
+confinement.hide_process()
 _, work, has_landlock, folder, attacks = sys.argv
 arguments = [sys.executable, "-c", attacks, work, has_landlock, str(os.getpid()), folder]
 environment = {"SQLITE_TMPDIR": folder + "/allowed"}
@@ -47,9 +47,9 @@ ATTACKS = """
 import ctypes, importlib, json, os, socket, sys
 sys.path = [entry or os.getcwd() for entry in sys.path]
 _, work, has_landlock, worker, folder = sys.argv
-from nodes.children import landlock, system_calls
+from nodes.sandbox.children import landlock, system_calls
 if has_landlock == "no":
-    landlock.restrict = lambda allowed: False
+    landlock.restrict_files = lambda allowed: False
 module = importlib.import_module(work)
 module.load()
 libc = ctypes.CDLL(None, use_errno=True)
@@ -98,7 +98,7 @@ attacks = {
 }
 module.confine(os.getppid())
 if work.endswith("subprocess"):
-    system_calls.allow_only(system_calls.COMPUTING)
+    system_calls.allow_calls(system_calls.COMPUTING_CALLS)
 succeeded = []
 for name, attack in attacks.items():
     try:
@@ -130,7 +130,7 @@ def _plain_user() -> int | None:
 @pytest.mark.parametrize("has_landlock", [True, False], ids=["landlock", "older kernel"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_child_process_reaches_nothing(kind: str, tmp_path: Path, *, has_landlock: bool) -> None:
-    if has_landlock and not landlock.version():
+    if has_landlock and not landlock.landlock_version():
         pytest.skip("the kernel has no Landlock")
     user = _plain_user()
     folder = tmp_path
@@ -177,7 +177,7 @@ print(ctypes.CDLL(None).prctl({get_dumpable}, 0, 0, 0, 0))
 
 
 async def test_the_interpreter_of_code_can_start_no_process() -> None:
-    runner = CodeRunner(Backend.MONTY, limit=1)
+    runner = CodeRunner(CodeBackend.MONTY, limit=1)
     try:
         for _ in range(3):
             output = await runner.run(

@@ -30,7 +30,7 @@ from messages.broker import Broker, ExecutionsChanged, Notice
 from messages.local_broker import LocalBroker
 from models.errors import DatabaseUnavailable
 from nodes import catalog
-from nodes.catalog import Catalog
+from nodes.catalog import NodeCatalog
 from tests.calls import NoNetwork
 from tests.integration.run_world import Place, Where, World, opened, write
 from tests.services import PostgreSQL
@@ -117,10 +117,10 @@ class Stage:
         await asyncio.sleep(0)
         return call.data
 
-    def library(self) -> Catalog:
+    def library(self) -> NodeCatalog:
         return Library(
             {
-                **catalog.load().node_types,
+                **catalog.load_catalog().node_types,
                 **{
                     name: node_type(name, effect)
                     for name, effect in (
@@ -136,7 +136,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Library(Catalog):
+class Library(NodeCatalog):
     """The library, and nodes made up for a test."""
 
     runs: dict[str, RunNode] = field(default_factory=dict)

@@ -22,11 +22,11 @@ from execution.node_blobs import NodeBlobs
 from journal.blobs.opening import open_blobs
 from models.settings import ServerSettings
 from nodes import catalog
-from nodes.connections import folders
-from nodes.connections.folders import Folders
-from nodes.connections.policy import ConnectionPolicy
-from nodes.connections.s3 import open_bucket
-from nodes.connections.source import Source
+from nodes.connections import organization_folders
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_policy import ConnectionPolicy
+from nodes.connections.organization_folders import OrganizationFolders
+from nodes.connections.s3_bucket import open_bucket
 from tests import fake_s3
 from tests.calls import CALLER, Called, call
 from tests.fake_s3 import FakeS3, Stored
@@ -35,7 +35,7 @@ CITIES = b"city,celsius\nOslo,12.5\nRome,27\n"
 ROWS: Json = [{"city": "Oslo", "celsius": 12.5}, {"city": "Rome", "celsius": 27}]
 TABLE = {"columns": ["city", "celsius"], "rows": ROWS, "count": 2}
 NODES = ("s3-source", "s3-destination", "file-source", "file-destination", "file-parse")
-WORKBOOK = b64decode(catalog.load().get("excel-parse").examples[0]["input"]["attachment"])  # type: ignore[arg-type,call-overload,index]  # an example is JSON
+WORKBOOK = b64decode(catalog.load_catalog().get("excel-parse").examples[0]["input"]["attachment"])  # type: ignore[arg-type,call-overload,index]  # an example is JSON
 
 
 @dataclass
@@ -44,7 +44,7 @@ class World:
 
     s3: FakeS3
     blobs: NodeBlobs
-    files: Folders
+    files: OrganizationFolders
     folder: Path
     """Where those files are."""
 
@@ -72,7 +72,7 @@ class World:
             "accessKeyId": self.s3.access_key_id,
         }
         secrets = {"secretAccessKey": self.s3.secret_access_key}
-        source = Source(source_id, caller.organization_id, "s3", 1, settings, secrets)
+        source = ConnectionSource(source_id, caller.organization_id, "s3", 1, settings, secrets)
         return await open_bucket(source, ConnectionPolicy(allowed_networks=(ip_network("127.0.0.0/8"),)))
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase:  # noqa: A002 - the field's own word
@@ -88,7 +88,7 @@ class World:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
-    files = Folders(tmp_path / "files")
+    files = OrganizationFolders(tmp_path / "files")
     async with fake_s3.running() as s3:
         yield World(s3, NodeBlobs(blobs), files, tmp_path / "files/org_1/objects")
     files.close()
@@ -97,7 +97,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 @pytest.mark.parametrize(
     ("node_type", "example"),
-    [(name, example) for name in NODES for example in catalog.load().get(name).examples],
+    [(name, example) for name in NODES for example in catalog.load_catalog().get(name).examples],
 )
 async def test_every_example_comes_true(world: World, node_type: str, example: dict[str, Any]) -> None:
     await world.put(CITIES, media_type="text/csv", name="cities.csv")
@@ -281,7 +281,7 @@ async def test_what_can_t_be_done_has_a_code_of_its_own(
 
 
 def test_the_catalogue_finds_a_config_that_names_neither_object_nor_prefix() -> None:
-    library = catalog.load()
+    library = catalog.load_catalog()
     (problem,) = library.config_problems(library.get("s3-source"), {"dataSource": "ds_001"})
     assert problem.message == "key or prefix is required"
 
@@ -364,9 +364,9 @@ async def test_a_file_is_replaced_whole_or_not_at_all(world: World, monkeypatch:
 async def test_a_folder_has_room_for_so_much_and_no_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "MAX_FOLDER_BYTES", 10)
+    monkeypatch.setattr(organization_folders, "MAX_FOLDER_BYTES", 10)
     await world.call("file-destination", {"key": "a", "content": "12345"})
     assert await world.refused("file-destination", {"key": "b", "content": "123456"}) == "folder-full"
-    monkeypatch.setattr(folders, "MAX_FILES", 1)
+    monkeypatch.setattr(organization_folders, "MAX_FILES", 1)
     assert await world.refused("file-destination", {"key": "c", "content": "1"}) == "folder-full"
     assert await world.refused("file-source", {"key": "a", "maxBytes": 4}) == "object-too-large"

@@ -33,8 +33,8 @@ from models.encryption import SecretVault
 from models.loss_limits import MAX_LOST_ATTEMPTS
 from models.signing_secrets import SigningSecret
 from models.workflow import WorkflowGraph
-from nodes import addresses, catalog
-from nodes.outbound import Outbound, OutboundPolicy
+from nodes import catalog, url_targets
+from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests.integration.plans import explained
 from tests.integration.run_world import Place, Where, World, key_of, opened, write
 from tests.receiver import Receiver, receiving
@@ -87,10 +87,10 @@ class Office:
 
     def after_runs(self) -> AfterRuns:
         """Return what comes after runs in one worker."""
-        outbound = Outbound(LOOPBACK)
+        outbound = OutboundClient(LOOPBACK)
         broker = LocalBroker(inbox="worker")
         database, store = self.world.database, self.world.store
-        runs = ChildRuns(database, store, broker, catalog.load(), WorkerSettings())
+        runs = ChildRuns(database, store, broker, catalog.load_catalog(), WorkerSettings())
         after = AfterRuns(
             database,
             store,
@@ -293,8 +293,8 @@ async def test_who_is_gone_or_inside_is_not_tried_again(office: Office, receiver
     after = office.after_runs()
     wishes = {
         receiver.url(): "The answer was 410",
-        f"http://127.0.0.2:{receiver.port}/": addresses.not_public("127.0.0.2"),
-        "http://169.254.169.254/latest/meta-data": addresses.not_public("169.254.169.254"),
+        f"http://127.0.0.2:{receiver.port}/": url_targets.not_public_refusal("127.0.0.2"),
+        "http://169.254.169.254/latest/meta-data": url_targets.not_public_refusal("169.254.169.254"),
     }
     for url, error in wishes.items():
         run = await office.ended(place, callback(url))

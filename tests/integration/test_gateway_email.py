@@ -27,7 +27,7 @@ from mail import addresses
 from messages.buckets import Rate
 from models.errors import DatabaseUnavailable
 from models.execution import ISOLATED_UNPARSED_TARGET, UNPARSED_TARGET, Execution
-from nodes.outbound import OutboundRefused, OutboundResponse, Refusal
+from nodes.outbound_http import OutboundRefusalCode, OutboundRefused, OutboundResponse
 from tests import fake_s3
 from tests.heartbeat import beating
 from tests.integration.gateway_world import STEP, People, World, refused
@@ -354,7 +354,7 @@ async def test_a_certificate_of_sns_that_can_not_be_had_never_refuses_a_mail_for
     workflow_id = await mails.workflow(people.owner, **await mails.whole_config(people.owner))
     step = BY_NAME["ses_sns_base64_v2"].steps[0]
     monkeypatch.setattr(mails.gateway.certificates, "_kept", OrderedDict())
-    not_allowed = OutboundRefused(Refusal.ADDRESS_NOT_ALLOWED, "10.0.0.7 is not a public address")
+    not_allowed = OutboundRefused(OutboundRefusalCode.ADDRESS_NOT_ALLOWED, "10.0.0.7 is not a public address")
     page_of_proxy = OutboundResponse(200, {}, b"<html>Sign in to the proxy</html>", "")
     for outcome in ({"side_effect": not_allowed}, {"return_value": page_of_proxy}):
         with monkeypatch.context() as patch:

@@ -13,13 +13,13 @@ from engine.run_errors import NodeError
 from engine.services import DataSourceService, MailServerService, ObjectBucket, RunCaller, SqlDatabase
 from engine.values import Json
 from nodes import catalog
-from nodes.outbound import Outbound, OutboundPolicy
+from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests.calls import CALLER, call
 
 pytestmark = pytest.mark.anyio
 
 EXAMPLE_HOST = "https://api.example.com"
-EXAMPLES = catalog.load().get("http-request").examples
+EXAMPLES = catalog.load_catalog().get("http-request").examples
 
 
 class Server:
@@ -30,7 +30,7 @@ class Server:
         self.bodies: list[bytes] = []
         self.url = ""
         self.ends = anyio.Event()
-        self.outbound = Outbound(OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),)))
+        self.outbound = OutboundClient(OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),)))
 
     async def output(
         self, config: dict[str, Json], data: Json = None, *, data_sources: DataSourceService | None = None

@@ -24,10 +24,10 @@ from models.data_source import DataSource, encrypt_secrets
 from models.encryption import SecretVault
 from models.settings import ServerSettings
 from nodes import catalog
-from nodes.connections import smtp
-from nodes.connections.connections import Connections
-from nodes.connections.policy import ConnectionPolicy
-from nodes.connections.source import Source
+from nodes.connections import smtp_mail_server
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy
 from tests import smtp_server
 from tests.calls import CALLER, NOW, Called, call
 from tests.smtp_server import PASSWORD, USERNAME, MailServer
@@ -41,11 +41,11 @@ class Post:
     """A mail server, a data source that leads to it, and a place for attachments."""
 
     server: MailServer
-    connections: Connections
-    source: Source
+    connections: DataSourceConnections
+    source: ConnectionSource
     blobs: NodeBlobs
 
-    async def find(self, caller: RunCaller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         assert (caller, source_id) == (CALLER, "ds_001")
         return self.source
 
@@ -70,7 +70,7 @@ class Post:
         """Change the data source."""
         secrets = {} if settings.get("username", USERNAME) is None else {"password": PASSWORD}
         known = {**self.source.settings, **settings}
-        self.source = Source(
+        self.source = ConnectionSource(
             "ds_001",
             "org_1",
             "smtp",
@@ -95,10 +95,10 @@ async def post(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatc
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     async with smtp_server.running(certificate) as server:
         settings: dict[str, Json] = {"host": HOST, "port": server.port, "username": USERNAME}
-        source = Source("ds_001", "org_1", "smtp", 1, settings, {"password": PASSWORD})
+        source = ConnectionSource("ds_001", "org_1", "smtp", 1, settings, {"password": PASSWORD})
         found = Post(server, None, source, NodeBlobs(blobs))  # type: ignore[arg-type]
         policy = ConnectionPolicy(allowed_networks=(ip_network("127.0.0.0/8"),))
-        found.connections = Connections(found, policy, only_here)
+        found.connections = DataSourceConnections(found, policy, only_here)
         yield found
         await found.connections.close()
     await blobs.close()
@@ -109,7 +109,7 @@ async def post(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatc
     [
         (name, example)
         for name in ("email-parse", "attachment-read", "email-send")
-        for example in catalog.load().get(name).examples
+        for example in catalog.load_catalog().get(name).examples
     ],
 )
 async def test_every_example_comes_true(post: Post, node_type: str, example: dict[str, Any]) -> None:
@@ -335,7 +335,9 @@ async def test_a_way_is_taken_as_the_data_source_says(post: Post, certificate: P
 
 
 async def test_a_login_that_is_refused_shows_no_password(post: Post) -> None:
-    post.source = Source("ds_001", "org_1", "smtp", 1, post.source.settings, {"password": "wrong-canary"})
+    post.source = ConnectionSource(
+        "ds_001", "org_1", "smtp", 1, post.source.settings, {"password": "wrong-canary"}
+    )
     error = await post.refused()
     assert (error.code, error.retryable) == ("login-refused", False)
     assert "canary" not in error.message
@@ -382,7 +384,7 @@ async def test_a_server_is_only_where_mail_may_be_sent(post: Post) -> None:
     policy = ConnectionPolicy()
     for host, port in (("127.0.0.1", 25), (HOST, 587), ("8.8.8.8", 22)):
         post.changed(host=host, port=port)
-        post.connections = Connections(post, policy, only_here)
+        post.connections = DataSourceConnections(post, policy, only_here)
         assert (await post.refused()).code == "address-not-allowed"
     assert (await post.refused()).retryable is False
 
@@ -393,7 +395,7 @@ def test_no_line_of_a_mail_ends_it() -> None:
         (b"a\n.\nb\r.\r", b"a\r\n..\r\nb\r\n..\r\n.\r\n"),
         (b"", b"\r\n.\r\n"),
     ):
-        assert smtp._stuffed(written) == sent  # noqa: SLF001 - smuggled mails are made of exactly this
+        assert smtp_mail_server._stuff_dots(written) == sent  # noqa: SLF001 - smuggled mails are made of exactly this
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────

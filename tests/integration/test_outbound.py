@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from nodes.outbound import (
+from nodes.outbound_http import (
     MAX_ADDRESSES,
-    Outage,
-    Outbound,
+    OutboundClient,
+    OutboundOutageCode,
     OutboundPolicy,
+    OutboundRefusalCode,
     OutboundRefused,
     OutboundResponse,
     OutboundUnavailable,
-    Refusal,
-    Resolve,
+    ResolveName,
 )
 
 LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
@@ -106,16 +106,16 @@ async def serving(
 
 @asynccontextmanager
 async def client(
-    policy: OutboundPolicy = LOOPBACK, resolve: Resolve | None = None
-) -> AsyncGenerator[Outbound]:
-    outbound = Outbound(policy, resolve)
+    policy: OutboundPolicy = LOOPBACK, resolve: ResolveName | None = None
+) -> AsyncGenerator[OutboundClient]:
+    outbound = OutboundClient(policy, resolve)
     try:
         yield outbound
     finally:
         await outbound.close()
 
 
-def answering(*answers: Sequence[str]) -> Resolve:
+def answering(*answers: Sequence[str]) -> ResolveName:
     """A resolver that gives the answers one after the other, the last one for ever."""
     remaining = list(answers)
 
@@ -137,17 +137,17 @@ def redirect(location: str, status: int = 302) -> bytes:
     return message(f"{status} Elsewhere\r\nLocation: {location}")
 
 
-async def fetch(outbound: Outbound, url: str, timeout_seconds: float = 10) -> OutboundResponse:
+async def fetch(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundResponse:
     return await outbound.request("GET", url, headers={}, timeout_seconds=timeout_seconds)
 
 
-async def refusal(outbound: Outbound, url: str, timeout_seconds: float = 10) -> Refusal:
+async def refusal(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundRefusalCode:
     with pytest.raises(OutboundRefused) as refused:
         await fetch(outbound, url, timeout_seconds)
     return refused.value.code
 
 
-async def outage(outbound: Outbound, url: str, timeout_seconds: float = 10) -> Outage:
+async def outage(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundOutageCode:
     with pytest.raises(OutboundUnavailable) as unavailable:
         await fetch(outbound, url, timeout_seconds)
     return unavailable.value.code
@@ -181,7 +181,10 @@ async def test_a_request_carries_what_it_was_given_and_brings_the_answer_back() 
 )
 async def test_the_machine_itself_is_not_reached_without_permission(host: str) -> None:
     async with serving(always(OK)) as upstream, client(OutboundPolicy()) as outbound:
-        assert await refusal(outbound, f"http://{host}:{upstream.port}/") is Refusal.ADDRESS_NOT_ALLOWED
+        assert (
+            await refusal(outbound, f"http://{host}:{upstream.port}/")
+            is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
+        )
     assert upstream.connections == 0
 
 
@@ -190,7 +193,10 @@ async def test_the_machine_itself_is_not_reached_without_permission(host: str) -
 )
 async def test_one_address_that_is_not_allowed_refuses_the_name(answer: list[str]) -> None:
     async with serving(always(OK)) as upstream, client(resolve=answering(answer)) as outbound:
-        assert await refusal(outbound, f"http://name.test:{upstream.port}/") is Refusal.ADDRESS_NOT_ALLOWED
+        assert (
+            await refusal(outbound, f"http://name.test:{upstream.port}/")
+            is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
+        )
     assert upstream.connections == 0
 
 
@@ -217,7 +223,9 @@ async def test_the_connection_goes_to_the_checked_address_whatever_the_name_mean
     ):
         url = f"http://rebinding.test:{public.port}/"
         assert (await fetch(outbound, url)).status == 200
-        assert await refusal(outbound, url) is Refusal.ADDRESS_NOT_ALLOWED  # a kept connection is no excuse
+        assert (
+            await refusal(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
+        )  # a kept connection is no excuse
     assert (public.connections, private.connections) == (1, 0)
 
 
@@ -230,7 +238,7 @@ async def test_a_redirect_does_not_lead_inside(location: str) -> None:
         answer = redirect(location.format(port=private.port))
         async with serving(always(answer)) as public, client(resolve=answering(["127.0.0.2"])) as outbound:
             url = f"http://127.0.0.1:{public.port}/"
-            assert await refusal(outbound, url) is Refusal.ADDRESS_NOT_ALLOWED
+            assert await refusal(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
     assert (public.connections, private.connections) == (1, 0)
 
 
@@ -239,12 +247,17 @@ async def test_a_redirect_does_not_lead_inside(location: str) -> None:
 )
 async def test_a_redirect_is_read_as_strictly_as_the_first_url(location: str) -> None:
     async with serving(always(redirect(location))) as upstream, client() as outbound:
-        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.INVALID_URL
+        assert (
+            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is OutboundRefusalCode.INVALID_URL
+        )
 
 
 async def test_redirects_end() -> None:
     async with serving(lambda request: redirect(request.target + "x")) as upstream, client() as outbound:
-        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.TOO_MANY_REDIRECTS
+        assert (
+            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/")
+            is OutboundRefusalCode.TOO_MANY_REDIRECTS
+        )
     assert [request.target for request in upstream.requests] == ["/", "/x", "/xx", "/xxx", "/xxxx", "/xxxxx"]
 
 
@@ -325,7 +338,7 @@ async def test_of_a_long_answer_only_the_first_addresses_are_tried() -> None:
     async with serving(always(OK)) as gone:
         pass
     async with client(resolve=resolve) as outbound:
-        assert await outage(outbound, f"http://many.test:{gone.port}/") is Outage.NOT_CONNECTED
+        assert await outage(outbound, f"http://many.test:{gone.port}/") is OutboundOutageCode.NOT_CONNECTED
 
 
 async def test_what_can_not_be_connected_or_resolved_may_come_back() -> None:
@@ -335,10 +348,10 @@ async def test_what_can_not_be_connected_or_resolved_may_come_back() -> None:
     async with serving(always(OK)) as gone:
         pass
     async with client(resolve=resolve) as outbound:
-        assert await outage(outbound, f"http://127.0.0.1:{gone.port}/") is Outage.NOT_CONNECTED
-        assert await outage(outbound, "http://unknown.test/") is Outage.NAME_NOT_RESOLVED
+        assert await outage(outbound, f"http://127.0.0.1:{gone.port}/") is OutboundOutageCode.NOT_CONNECTED
+        assert await outage(outbound, "http://unknown.test/") is OutboundOutageCode.NAME_NOT_RESOLVED
     async with client(resolve=answering([])) as outbound:
-        assert await outage(outbound, "http://empty.test/") is Outage.NAME_NOT_RESOLVED
+        assert await outage(outbound, "http://empty.test/") is OutboundOutageCode.NAME_NOT_RESOLVED
 
 
 @pytest.mark.parametrize("method", ["PUT", "POST", "DELETE"])
@@ -346,7 +359,7 @@ async def test_a_write_whose_connection_breaks_is_sent_once(method: str) -> None
     async with serving(always(b"")) as upstream, client() as outbound:
         with pytest.raises(OutboundUnavailable) as unavailable:
             await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={}, body=b"x")
-    assert unavailable.value.code is Outage.INTERRUPTED
+    assert unavailable.value.code is OutboundOutageCode.INTERRUPTED
     assert len(upstream.requests) == 1
 
 
@@ -356,7 +369,7 @@ async def test_a_body_that_breaks_off_is_no_answer() -> None:
         raise ConnectionError
 
     async with serving(broken) as upstream, client() as outbound:
-        assert await outage(outbound, f"http://127.0.0.1:{upstream.port}/") is Outage.INTERRUPTED
+        assert await outage(outbound, f"http://127.0.0.1:{upstream.port}/") is OutboundOutageCode.INTERRUPTED
 
 
 async def drip(head: bytes, piece: bytes) -> AsyncIterator[bytes]:
@@ -380,7 +393,7 @@ async def test_a_server_that_drips_ends_at_the_deadline(head: bytes, piece: byte
     async with serving(lambda _: drip(head, piece)) as upstream, client() as outbound:
         begin = time.monotonic()
         url = f"http://127.0.0.1:{upstream.port}/"
-        assert await outage(outbound, url, timeout_seconds=0.3) is Outage.TIMED_OUT
+        assert await outage(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
         assert time.monotonic() - begin > 0.25
 
 
@@ -392,7 +405,7 @@ async def test_redirects_and_names_share_one_deadline() -> None:
     policy = OutboundPolicy(allowed_networks=LOOPBACK.allowed_networks, max_redirects=1000)
     async with serving(always(redirect("/"))) as upstream, client(policy, slow) as outbound:
         url = f"http://slow.test:{upstream.port}/"
-        assert await outage(outbound, url, timeout_seconds=0.3) is Outage.TIMED_OUT
+        assert await outage(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
     assert len(upstream.requests) < 10
 
 
@@ -409,7 +422,10 @@ async def test_a_body_over_the_limit_is_cut_off(framing: str) -> None:
             yield bytes(65_536)
 
     async with serving(endless) as upstream, client(SMALL) as outbound:
-        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.RESPONSE_TOO_LARGE
+        assert (
+            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/")
+            is OutboundRefusalCode.RESPONSE_TOO_LARGE
+        )
 
 
 async def test_a_body_of_just_the_limit_is_read() -> None:
@@ -431,7 +447,7 @@ async def test_a_small_bomb_does_not_grow(encoding: str) -> None:
         await fetch(outbound, url)
         tracemalloc.start()
         try:
-            assert await refusal(outbound, f"{url}/bomb") is Refusal.RESPONSE_TOO_LARGE
+            assert await refusal(outbound, f"{url}/bomb") is OutboundRefusalCode.RESPONSE_TOO_LARGE
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -456,25 +472,33 @@ async def test_a_compressed_body_arrives_plain(encoding: str, body: bytes) -> No
 async def test_an_encoding_that_was_not_asked_for_is_refused(encoding: str) -> None:
     answer = message(f"200 OK\r\nContent-Encoding: {encoding}", b"body")
     async with serving(always(answer)) as upstream, client() as outbound:
-        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is Refusal.INVALID_RESPONSE
+        assert (
+            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/")
+            is OutboundRefusalCode.INVALID_RESPONSE
+        )
 
 
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        (message("200 OK\r\nX-Long: " + "x" * 40_000), Refusal.INVALID_RESPONSE),
-        (message("200 OK" + "\r\nX-Many: x" * 200), Refusal.INVALID_RESPONSE),
-        (message("200 OK" + f"\r\nX-Large: {'x' * 1000}" * 40), Refusal.RESPONSE_TOO_LARGE),
-        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", Refusal.INVALID_RESPONSE),
-        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n", Refusal.INVALID_RESPONSE),
-        (message("000 Nothing"), Refusal.INVALID_RESPONSE),
-        (message("600 More"), Refusal.INVALID_RESPONSE),
-        (message("999 Denied"), Refusal.INVALID_RESPONSE),
-        (message("20 OK"), Refusal.INVALID_RESPONSE),
-        (b"-ERR unknown command\r\n\r\n", Refusal.INVALID_RESPONSE),
+        (message("200 OK\r\nX-Long: " + "x" * 40_000), OutboundRefusalCode.INVALID_RESPONSE),
+        (message("200 OK" + "\r\nX-Many: x" * 200), OutboundRefusalCode.INVALID_RESPONSE),
+        (message("200 OK" + f"\r\nX-Large: {'x' * 1000}" * 40), OutboundRefusalCode.RESPONSE_TOO_LARGE),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", OutboundRefusalCode.INVALID_RESPONSE),
+        (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
+            OutboundRefusalCode.INVALID_RESPONSE,
+        ),
+        (message("000 Nothing"), OutboundRefusalCode.INVALID_RESPONSE),
+        (message("600 More"), OutboundRefusalCode.INVALID_RESPONSE),
+        (message("999 Denied"), OutboundRefusalCode.INVALID_RESPONSE),
+        (message("20 OK"), OutboundRefusalCode.INVALID_RESPONSE),
+        (b"-ERR unknown command\r\n\r\n", OutboundRefusalCode.INVALID_RESPONSE),
     ],
 )
-async def test_a_head_that_is_too_large_or_no_http_is_refused(answer: bytes, code: Refusal) -> None:
+async def test_a_head_that_is_too_large_or_no_http_is_refused(
+    answer: bytes, code: OutboundRefusalCode
+) -> None:
     async with serving(always(answer)) as upstream, client() as outbound:
         assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is code
 
@@ -507,7 +531,7 @@ async def test_what_frames_or_forges_a_request_is_refused(method: str, name: str
     async with serving(always(OK)) as upstream, client() as outbound:
         with pytest.raises(OutboundRefused) as refused:
             await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={name: value})
-    assert refused.value.code is Refusal.INVALID_REQUEST
+    assert refused.value.code is OutboundRefusalCode.INVALID_REQUEST
     assert upstream.connections == 0
 
 
@@ -533,14 +557,14 @@ async def test_proxies_passwords_and_cookies_of_the_machine_are_left_alone(
 
 OTHER_PROCESS = """
 import asyncio, ipaddress, json, sys
-from nodes.outbound import Outbound, OutboundError, OutboundPolicy
+from nodes.outbound_http import OutboundClient, OutboundError, OutboundPolicy
 
 async def resolve(name):
     return ["127.0.0.1"]
 
 async def main():
     answers = ["aiohttp" in sys.modules]
-    outbound = Outbound(OutboundPolicy(allowed_networks=(ipaddress.ip_network("127.0.0.1/32"),)), resolve)
+    outbound = OutboundClient(OutboundPolicy(allowed_networks=(ipaddress.ip_network("127.0.0.1/32"),)), resolve)
     for url in sys.argv[1:]:
         try:
             answers.append((await outbound.request("GET", url, headers={})).status)
@@ -595,12 +619,12 @@ async def test_https_trusts_the_name_and_not_the_address(tmp_path: Path) -> None
     had_imported, trusted, downgraded, other_name, bare_address = json.loads(output)
     assert not had_imported
     assert trusted == 200
-    assert downgraded[0] == Refusal.INSECURE_REDIRECT
+    assert downgraded[0] == OutboundRefusalCode.INSECURE_REDIRECT
     assert other_name == [
-        Outage.NOT_CONNECTED,
+        OutboundOutageCode.NOT_CONNECTED,
         f"no trusted connection to other.test on port {upstream.port}",
     ]
-    assert bare_address[0] == Outage.NOT_CONNECTED
+    assert bare_address[0] == OutboundOutageCode.NOT_CONNECTED
     assert server_names == ["upstream.test", "other.test", None]
     assert [request.headers["host"] for request in upstream.requests] == [
         f"upstream.test:{upstream.port}"

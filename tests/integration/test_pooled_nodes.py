@@ -12,16 +12,17 @@ import pytest
 from engine.node_api import NodeType
 from engine.run_errors import NodeError
 from engine.values import Json, encode_json
-from nodes import catalog, pooled
-from nodes.pooled import IN_PLACE_BYTES, PooledCatalog
-from nodes.processes import Kind, Processes
+from nodes import catalog
+from nodes.sandbox import pooled_catalog
+from nodes.sandbox.pooled_catalog import IN_PLACE_BYTES, PooledCatalog
+from nodes.sandbox.processes import ProcessKind, ProcessPool
 from tests.calls import call
 from tests.heartbeat import beating
 
 pytestmark = pytest.mark.anyio
 
 LONGEST_DELAY_SECONDS = 0.2
-CPU_TYPES = {kind: each for kind, each in catalog.load().node_types.items() if each.cpu}
+CPU_TYPES = {kind: each for kind, each in catalog.load_catalog().node_types.items() if each.cpu}
 EXAMPLES = [
     pytest.param(node_type, example, id=f"{node_type.type}-{number}")
     for node_type in CPU_TYPES.values()
@@ -31,8 +32,8 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 async def shared() -> AsyncIterator[PooledCatalog]:
-    processes = Processes(Kind.LIBRARY, limit=2)
-    yield PooledCatalog(catalog.load().node_types, processes)
+    processes = ProcessPool(ProcessKind.LIBRARY, limit=2)
+    yield PooledCatalog(catalog.load_catalog().node_types, processes)
     await processes.close()
 
 
@@ -40,7 +41,7 @@ async def shared() -> AsyncIterator[PooledCatalog]:
 async def test_an_example_comes_true_in_a_child_too(
     node_type: NodeType, example: dict[str, Any], shared: PooledCatalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pooled, "IN_PLACE_BYTES", 0)
+    monkeypatch.setattr(pooled_catalog, "IN_PLACE_BYTES", 0)
     if "error" in example:
         with pytest.raises(NodeError) as raised:
             await call(node_type.type, example["config"], example["input"], library=shared)
@@ -94,7 +95,7 @@ async def test_a_result_is_that_of_a_run_in_place(
     kind: str, config: dict[str, Json], shared: PooledCatalog
 ) -> None:
     outcomes: list[object] = []
-    for library in (catalog.load(), shared):
+    for library in (catalog.load_catalog(), shared):
         try:
             called = await call(kind, config, library=library)
             outcomes.append((called.output, called.port, called.unresolved))

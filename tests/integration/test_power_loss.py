@@ -24,8 +24,8 @@ from journal.blobs.backend import Label, Owner
 from journal.blobs.folder import Folder
 from models.database import Database, parse_url
 from nodes.connections import sqlite_process
-from nodes.connections.folders import Folders
-from nodes.frames import SqliteJob
+from nodes.connections.organization_folders import OrganizationFolders
+from nodes.sandbox.frames import SqliteJob
 from pilotflame import data_dir
 
 folder = Path(sys.argv[1])

@@ -12,9 +12,10 @@ import pytest
 
 from engine.run_errors import NodeError
 from engine.values import Json
-from nodes import catalog, pooled
-from nodes.pooled import PooledCatalog
-from nodes.processes import Kind, Listener, Processes
+from nodes import catalog
+from nodes.sandbox import pooled_catalog as pooled
+from nodes.sandbox.pooled_catalog import PooledCatalog
+from nodes.sandbox.processes import JobListener, ProcessKind, ProcessPool
 from tests.calls import call
 
 pytestmark = pytest.mark.anyio
@@ -31,13 +32,13 @@ SLOW: dict[str, Json] = {
 }
 
 
-def pooled_catalog(processes: Processes) -> PooledCatalog:
-    return PooledCatalog(catalog.load().node_types, processes)
+def pooled_catalog(processes: ProcessPool) -> PooledCatalog:
+    return PooledCatalog(catalog.load_catalog().node_types, processes)
 
 
 @pytest.fixture
-async def processes() -> AsyncIterator[Processes]:
-    processes = Processes(Kind.LIBRARY, limit=2)
+async def processes() -> AsyncIterator[ProcessPool]:
+    processes = ProcessPool(ProcessKind.LIBRARY, limit=2)
     yield processes
     await processes.close()
     assert children() == []
@@ -46,7 +47,9 @@ async def processes() -> AsyncIterator[Processes]:
 def children() -> list[psutil.Process]:
     """Return what lives of the children that this process has for jobs."""
     found = psutil.Process().children()
-    return [each for each in found if each.is_running() and "nodes.children" in " ".join(_command(each))]
+    return [
+        each for each in found if each.is_running() and "nodes.sandbox.children" in " ".join(_command(each))
+    ]
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -63,7 +66,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def test_nothing_is_started_before_it_is_needed_and_nothing_stays_that_is_idle() -> None:
-    processes = Processes(Kind.LIBRARY, limit=2, idle_seconds=0.02)
+    processes = ProcessPool(ProcessKind.LIBRARY, limit=2, idle_seconds=0.02)
     library = pooled_catalog(processes)
     assert children() == []
     await call("csv-parse", {"text": "a\n1"}, library=library)
@@ -78,7 +81,7 @@ async def test_nothing_is_started_before_it_is_needed_and_nothing_stays_that_is_
 # ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_job_that_is_late_is_killed(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_that_is_late_is_killed(processes: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooled, "DEADLINE_SECONDS", 0.2)
     library = pooled_catalog(processes)
     with pytest.raises(NodeError) as raised:
@@ -88,7 +91,7 @@ async def test_a_job_that_is_late_is_killed(processes: Processes, monkeypatch: p
     assert (await call("regex", {"text": "a", "pattern": "a"}, library=library)).output
 
 
-async def test_a_job_that_is_given_up_is_killed(processes: Processes) -> None:
+async def test_a_job_that_is_given_up_is_killed(processes: ProcessPool) -> None:
     job = asyncio.create_task(call("regex", NEVER_ENDING, library=pooled_catalog(processes)))
     await until(children)
     job.cancel()
@@ -97,7 +100,7 @@ async def test_a_job_that_is_given_up_is_killed(processes: Processes) -> None:
     await until(lambda: children() == [])
 
 
-async def test_a_child_that_dies_ends_its_job_alone(processes: Processes) -> None:
+async def test_a_child_that_dies_ends_its_job_alone(processes: ProcessPool) -> None:
     library = pooled_catalog(processes)
     await call(
         "regex", {"text": "a", "pattern": "a"}, library=library
@@ -124,9 +127,9 @@ async def test_a_child_that_dies_ends_its_job_alone(processes: Processes) -> Non
 PARENT = """
 import asyncio, os, sys
 from engine.run_errors import NodeError
-from nodes.code.backend import Backend
-from nodes.code.runner import CodeRunner
-from nodes.processes import Kind, Processes
+from nodes.sandbox.code.code_backend import CodeBackend
+from nodes.sandbox.code.code_runner import CodeRunner
+from nodes.sandbox.processes import ProcessKind, ProcessPool
 from tests.calls import CALLER, call
 from tests.integration.test_processes import NEVER_ENDING, pooled_catalog
 
@@ -142,8 +145,8 @@ async def search(library):
             pass
 
 async def main():
-    jobs = [asyncio.create_task(code(backend)) for backend in Backend]
-    library = pooled_catalog(Processes(Kind.LIBRARY, limit=1))
+    jobs = [asyncio.create_task(code(backend)) for backend in CodeBackend]
+    library = pooled_catalog(ProcessPool(ProcessKind.LIBRARY, limit=1))
     jobs.append(asyncio.create_task(search(library)))
     await asyncio.gather(*jobs)
 
@@ -179,7 +182,7 @@ def _lives(process: psutil.Process) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells all of this")
 async def test_a_child_has_no_right_that_it_does_not_need(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+    processes: ProcessPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PILOTFLAME_SECRET_KEY", "canary")
     inherited = os.open(os.devnull, os.O_RDONLY)
@@ -206,19 +209,19 @@ async def test_a_child_has_no_right_that_it_does_not_need(
     assert child.memory_info().rss < 80_000_000
 
 
-async def test_what_a_child_says_is_not_believed(processes: Processes) -> None:
+async def test_what_a_child_says_is_not_believed(processes: ProcessPool) -> None:
     heard: list[tuple[str, str]] = []
-    listener = Listener(lambda level, message: heard.append((level, message)), [])
+    listener = JobListener(lambda level, message: heard.append((level, message)), [])
     with pytest.raises(NodeError) as raised:
         await processes.run(b"no job", listener, organization_id="org", seconds=5)
     assert raised.value.code == "node-error"
     assert heard == []
 
 
-async def test_a_stopped_child_is_killed_all_the_same(processes: Processes) -> None:
+async def test_a_stopped_child_is_killed_all_the_same(processes: ProcessPool) -> None:
     await call("regex", {"text": "a", "pattern": "a"}, library=pooled_catalog(processes))
     (child,) = children()
     child.send_signal(signal.SIGSTOP)
     with pytest.raises(NodeError) as raised:
-        await processes.run(b"{}", Listener(print, []), organization_id="org", seconds=0.1)
+        await processes.run(b"{}", JobListener(print, []), organization_id="org", seconds=0.1)
     assert raised.value.code == "timeout"

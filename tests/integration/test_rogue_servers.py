@@ -15,9 +15,9 @@ import pytest
 
 from engine.run_errors import NodeError
 from engine.values import Json
-from nodes.connections.connections import Connections
-from nodes.connections.policy import ConnectionPolicy
-from nodes.connections.source import Source
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy
 from tests.calls import CALLER, call
 from tests.heartbeat import beating
 
@@ -38,10 +38,10 @@ Reply = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 class Sources:
     """Gives whoever asks the one source."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ConnectionSource) -> None:
         self._source = source
 
-    async def find(self, caller: object, source_id: str) -> Source:
+    async def find(self, caller: object, source_id: str) -> ConnectionSource:
         del caller, source_id
         return self._source
 
@@ -106,9 +106,9 @@ async def longest_pause(work: Awaitable[Any]) -> float:
     return heartbeat.longest_delay_seconds
 
 
-async def failure_of(source: Source, node: str, config: dict[str, Json]) -> NodeError:
+async def failure_of(source: ConnectionSource, node: str, config: dict[str, Json]) -> NodeError:
     """Return how a node fails with a source."""
-    connections = Connections(Sources(source), POLICY)
+    connections = DataSourceConnections(Sources(source), POLICY)
     work = asyncio.ensure_future(call(node, {"dataSource": "ds", **config}, data_sources=connections))
     try:
         with little_memory():
@@ -209,7 +209,7 @@ async def test_a_rogue_postgresql_costs_its_own_node_only(
             assert (await failure_of(source, "postgresql-source", config)).code == code
             return
         with little_memory():
-            connections = Connections(Sources(source), POLICY)
+            connections = DataSourceConnections(Sources(source), POLICY)
             await call("postgresql-source", {"dataSource": "ds", **config}, data_sources=connections)
             await connections.close()
 
@@ -343,7 +343,7 @@ async def test_a_greeting_without_end_is_not_kept() -> None:
 async def test_a_silent_database_is_left_when_the_time_is_up(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodes.connections.pool.OPEN_SECONDS", SILENT_SECONDS)
+    monkeypatch.setattr("nodes.connections.session_pool.OPEN_SECONDS", SILENT_SECONDS)
 
     async def say_nothing(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await silence()
@@ -468,13 +468,15 @@ async def test_a_rogue_bucket_costs_its_own_node_only(
             "bucket": "bucket",
             "accessKeyId": "key",
         }
-        source = Source("ds", CALLER.organization_id, "s3", 1, settings, {"secretAccessKey": "secret"})
+        source = ConnectionSource(
+            "ds", CALLER.organization_id, "s3", 1, settings, {"secretAccessKey": "secret"}
+        )
         seconds = 1.0 if code == "timed-out" else SECONDS
         error = await failure_of(source, "s3-source", {**config, "timeoutSeconds": seconds})
         assert error.code == code, error.message
 
 
-def source_at(kind: str, port: int, **settings: Json) -> Source:
+def source_at(kind: str, port: int, **settings: Json) -> ConnectionSource:
     address: dict[str, Json] = {
         "host": "127.0.0.1",
         "port": port,
@@ -482,4 +484,6 @@ def source_at(kind: str, port: int, **settings: Json) -> Source:
         "user": "u",
         "tls": "disable",
     }
-    return Source("ds", CALLER.organization_id, kind, 1, address | settings, {"password": "p4ssw0rd"})
+    return ConnectionSource(
+        "ds", CALLER.organization_id, kind, 1, address | settings, {"password": "p4ssw0rd"}
+    )

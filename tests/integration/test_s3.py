@@ -17,11 +17,11 @@ import pytest
 
 from engine.run_errors import NodeError
 from models.database_clock import DatabaseClock
-from nodes.connections.policy import ConnectionPolicy
-from nodes.connections.s3 import MAX_OBJECT_BYTES, Place, S3Bucket, open_bucket
-from nodes.connections.signature import Signer
-from nodes.connections.source import Source
-from nodes.outbound import Outbound, OutboundPolicy
+from nodes.connections.aws_signature import AwsSigner
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_policy import ConnectionPolicy
+from nodes.connections.s3_bucket import MAX_OBJECT_BYTES, S3Bucket, S3Location, open_bucket
+from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests import fake_s3
 from tests.fake_s3 import FakeS3, Refused
 
@@ -36,8 +36,8 @@ async def s3() -> AsyncIterator[FakeS3]:
         yield s3
 
 
-def source(s3: FakeS3, *, secrets: dict[str, str] | None = None, **settings: Any) -> Source:  # noqa: ANN401 - settings
-    return Source(
+def source(s3: FakeS3, *, secrets: dict[str, str] | None = None, **settings: Any) -> ConnectionSource:  # noqa: ANN401 - settings
+    return ConnectionSource(
         id="ds_1",
         organization_id="org_1",
         type="s3",
@@ -108,7 +108,7 @@ async def read(bucket: S3Bucket, key: str, max_bytes: int = 1_000) -> bytes:
 def test_requests_are_signed_as_in_the_examples_that_amazon_publishes(
     method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes, signature: str
 ) -> None:
-    signer = Signer("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "us-east-1")
+    signer = AwsSigner("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "us-east-1")
     host, now = "examplebucket.s3.amazonaws.com", datetime(2013, 5, 24, tzinfo=UTC)
     sent = signer.headers(method, host, path, query, headers, body, now)
     assert sent["authorization"].endswith(f"Signature={signature}")
@@ -166,10 +166,12 @@ async def test_a_bucket_is_a_part_of_the_host_unless_it_can_t_be(s3: FakeS3) -> 
         return ["127.0.0.1"]
 
     endpoint = f"http://s3.test:{s3.port}"
-    place = Place.of({"bucket": "bucket", "endpoint": endpoint, "region": s3.region, "prefix": "p"})
-    signer = Signer(s3.access_key_id, s3.secret_access_key, s3.region)
+    place = S3Location.from_settings(
+        {"bucket": "bucket", "endpoint": endpoint, "region": s3.region, "prefix": "p"}
+    )
+    signer = AwsSigner(s3.access_key_id, s3.secret_access_key, s3.region)
     policy = OutboundPolicy(allowed_networks=LOCAL.allowed_networks)
-    bucket = S3Bucket(place, signer, DatabaseClock(), lambda: Outbound(policy, resolve))
+    bucket = S3Bucket(place, signer, DatabaseClock(), lambda: OutboundClient(policy, resolve))
     await written(bucket, "a b.txt")
     assert await read(bucket, "a b.txt") == b"hello"
     assert [one.key for one in await bucket.list("a", max_objects=1, timeout_seconds=SECONDS)] == ["a b.txt"]
@@ -188,7 +190,7 @@ async def test_a_bucket_is_a_part_of_the_host_unless_it_can_t_be(s3: FakeS3) -> 
     ],
 )
 def test_where_a_bucket_is_follows_from_its_settings(settings: dict[str, Any], origin: str) -> None:
-    assert Place.of({"bucket": "bucket", **settings}).origin == origin
+    assert S3Location.from_settings({"bucket": "bucket", **settings}).origin == origin
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_where_a_bucket_is_follows_from_its_settings(settings: dict[str, Any], o
 )
 def test_settings_that_lead_elsewhere_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(NodeError) as raised:
-        Place.of({"bucket": "bucket", **settings})
+        S3Location.from_settings({"bucket": "bucket", **settings})
     assert raised.value.code == "invalid-data-source"
 
 
@@ -325,9 +327,9 @@ async def test_a_name_with_a_private_address_is_refused_like_the_address(s3: Fak
     async def resolve(_name: str) -> Sequence[str]:
         return ["93.184.216.34", "127.0.0.1"]
 
-    place = Place.of({"bucket": "bucket", "endpoint": f"http://s3.test:{s3.port}"})
-    signer = Signer(s3.access_key_id, s3.secret_access_key, s3.region)
-    bucket = S3Bucket(place, signer, DatabaseClock(), lambda: Outbound(OutboundPolicy(), resolve))
+    place = S3Location.from_settings({"bucket": "bucket", "endpoint": f"http://s3.test:{s3.port}"})
+    signer = AwsSigner(s3.access_key_id, s3.secret_access_key, s3.region)
+    bucket = S3Bucket(place, signer, DatabaseClock(), lambda: OutboundClient(OutboundPolicy(), resolve))
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a")
     assert raised.value.code == "address-not-allowed"
@@ -363,7 +365,7 @@ async def test_a_real_s3_agrees() -> None:
         "prefix": f"pilotflame-{uuid4().hex}",
     }
     everywhere = ConnectionPolicy(allowed_networks=(ip_network("0.0.0.0/0"), ip_network("::/0")))
-    of_user = Source(
+    of_user = ConnectionSource(
         id="ds_1",
         organization_id="org_1",
         type="s3",

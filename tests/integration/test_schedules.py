@@ -78,7 +78,7 @@ async def scheduler(
 ) -> AsyncIterator[Schedules]:
     broker = await brokers.connect(None)
     moment = literal(to_microseconds(now), BigInteger())
-    yield Schedules(database or world.gateway.database, broker, catalog.load(), moment)
+    yield Schedules(database or world.gateway.database, broker, catalog.load_catalog(), moment)
     await broker.close()
 
 

@@ -25,9 +25,9 @@ from sqlalchemy import URL, make_url
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from engine.values import Json
-from nodes.connections.connections import Connections
-from nodes.connections.policy import ConnectionPolicy, OwnDatabase
-from nodes.connections.source import Source
+from nodes.connections.data_source import ConnectionSource
+from nodes.connections.data_source_connections import DataSourceConnections
+from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
 from tests import services
 from tests.calls import CALLER, call
 
@@ -67,9 +67,9 @@ LARGE = {
 class Sources:
     """Data sources by id; every caller may use each."""
 
-    found: dict[str, Source] = field(default_factory=dict)
+    found: dict[str, ConnectionSource] = field(default_factory=dict)
 
-    async def find(self, caller: RunCaller, source_id: str) -> Source:
+    async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         assert caller == CALLER
         if source_id not in self.found:
             raise NodeError("There is no such data source", code="data-source-not-found")
@@ -82,7 +82,7 @@ class Place:
 
     type: str
     sources: Sources
-    connections: Connections
+    connections: DataSourceConnections
     folder: Path
 
     async def read(self, query: str, *parameters: Json, data: Json = None, **config: Json) -> dict[str, Any]:
@@ -103,14 +103,14 @@ class Place:
         return cast("list[dict[str, Json]]", (await self.read(f"SELECT * FROM {table} ORDER BY 1"))["rows"])
 
 
-def source_at(kind: str, url: URL, **settings: Json) -> Source:
+def source_at(kind: str, url: URL, **settings: Json) -> ConnectionSource:
     address: dict[str, Json] = {
         "host": url.host,
         "port": url.port,
         "database": url.database,
         "user": url.username,
     }
-    return Source(
+    return ConnectionSource(
         "ds", CALLER.organization_id, kind, 1, address | settings, {"password": str(url.password or "")}
     )
 
@@ -122,14 +122,14 @@ async def place(
     folder = tmp_path_factory.mktemp("files")
     kind = request.param
     if kind == "sqlite":
-        source = Source("ds", CALLER.organization_id, kind, 1, {"file": "orders.db"}, {})
+        source = ConnectionSource("ds", CALLER.organization_id, kind, 1, {"file": "orders.db"}, {})
     elif kind == "postgresql":
         server = request.getfixturevalue("postgres")
         source = source_at(kind, make_url(await server.create_database("sql_nodes")))
     else:
         source = source_at(kind, make_url(request.getfixturevalue("mysql").url))
     sources = Sources({"ds": source})
-    connections = Connections(sources, ConnectionPolicy(allowed_networks=LOOPBACK, files=folder))
+    connections = DataSourceConnections(sources, ConnectionPolicy(allowed_networks=LOOPBACK, files=folder))
     yield Place(kind, sources, connections, folder)
     await connections.close()
 
@@ -338,7 +338,7 @@ async def test_a_node_that_is_cancelled_while_it_connects_leaves_nothing_behind(
 ) -> None:
     policy = ConnectionPolicy(allowed_networks=LOOPBACK, files=place.folder)
     for milliseconds in range(0, 24, 2):
-        cold = replace(place, connections=Connections(place.sources, policy))
+        cold = replace(place, connections=DataSourceConnections(place.sources, policy))
         running = asyncio.create_task(cold.read("SELECT 1 AS one"))
         await asyncio.sleep(milliseconds / 1000)
         running.cancel()
@@ -376,7 +376,7 @@ async def test_nothing_is_left_of_a_session(orders: Place) -> None:
 @pytest.fixture
 async def postgresql(postgres: services.PostgreSQL, tmp_path: Path) -> AsyncIterator[Place]:
     sources = Sources({"ds": source_at("postgresql", make_url(postgres.url))})
-    connections = Connections(sources, ConnectionPolicy(allowed_networks=LOOPBACK))
+    connections = DataSourceConnections(sources, ConnectionPolicy(allowed_networks=LOOPBACK))
     yield Place("postgresql", sources, connections, tmp_path)
     await connections.close()
 
@@ -384,7 +384,7 @@ async def postgresql(postgres: services.PostgreSQL, tmp_path: Path) -> AsyncIter
 @pytest.fixture
 async def mariadb(mysql: services.MySQL, tmp_path: Path) -> AsyncIterator[Place]:
     sources = Sources({"ds": source_at("mysql", make_url(mysql.url))})
-    connections = Connections(sources, ConnectionPolicy(allowed_networks=LOOPBACK))
+    connections = DataSourceConnections(sources, ConnectionPolicy(allowed_networks=LOOPBACK))
     yield Place("mysql", sources, connections, tmp_path)
     await connections.close()
 
@@ -557,7 +557,7 @@ async def test_a_new_revision_closes_what_the_old_one_opened(postgresql: Place) 
     (before,) = (await postgresql.read(opened))["rows"]
     assert before in (await postgresql.read(opened))["rows"]
     source = postgresql.sources.found["ds"]
-    changed = Source("ds", source.organization_id, source.type, 2, source.settings, source.secrets)
+    changed = ConnectionSource("ds", source.organization_id, source.type, 2, source.settings, source.secrets)
     postgresql.sources.found["ds"] = changed
 
     async def is_gone() -> bool:
@@ -569,7 +569,7 @@ async def test_a_new_revision_closes_what_the_old_one_opened(postgresql: Place) 
 async def test_a_connection_without_use_is_closed(postgres: services.PostgreSQL, tmp_path: Path) -> None:
     sources = Sources({"ds": source_at("postgresql", make_url(postgres.url))})
     policy = ConnectionPolicy(allowed_networks=LOOPBACK, idle_seconds=0.01)
-    hasty = Place("postgresql", sources, Connections(sources, policy), tmp_path)
+    hasty = Place("postgresql", sources, DataSourceConnections(sources, policy), tmp_path)
     backend = "SELECT pg_backend_pid() AS pid"
     first = await hasty.read(backend)
 
@@ -581,12 +581,12 @@ async def test_a_connection_without_use_is_closed(postgres: services.PostgreSQL,
 
 
 async def refused_source(
-    source: Source, policy: ConnectionPolicy, addresses: tuple[str, ...] = ()
+    source: ConnectionSource, policy: ConnectionPolicy, addresses: tuple[str, ...] = ()
 ) -> NodeError:
     async def resolve(_name: str) -> tuple[str, ...]:
         return addresses
 
-    connections = Connections(Sources({"ds": source}), policy, resolve)
+    connections = DataSourceConnections(Sources({"ds": source}), policy, resolve)
     with pytest.raises(NodeError) as raised:
         await Place(source.type, Sources({"ds": source}), connections, Path()).read("SELECT 1 AS one")
     await connections.close()
@@ -608,7 +608,7 @@ async def test_private_hosts_are_refused(kind: str, host: str) -> None:
 @pytest.mark.parametrize("named", ["127.0.0.1", "127.0.0.2", "db.example", "::ffff:127.0.0.1"])
 async def test_our_own_database_is_refused_under_every_name(own: str, named: str) -> None:
     policy = ConnectionPolicy(
-        allowed_networks=LOOPBACK, own_databases=(OwnDatabase(own, 5432, "pilotflame"),)
+        allowed_networks=LOOPBACK, own_databases=(ServerDatabase(own, 5432, "pilotflame"),)
     )
     url = URL.create("postgresql", "u", None, "x", 5432, "pilotflame")
     refusal = await refused_source(source_at("postgresql", url, host=named), policy, ("127.0.0.1",))
@@ -617,7 +617,7 @@ async def test_our_own_database_is_refused_under_every_name(own: str, named: str
 
 async def test_nothing_is_connected_while_it_is_unknown_where_our_own_database_is() -> None:
     policy = ConnectionPolicy(
-        allowed_networks=LOOPBACK, own_databases=(OwnDatabase("own.example", 5432, "pilotflame"),)
+        allowed_networks=LOOPBACK, own_databases=(ServerDatabase("own.example", 5432, "pilotflame"),)
     )
     url = URL.create("postgresql", "u", None, "x", 5432, "pilotflame")
     refusal = await refused_source(source_at("postgresql", url, host="127.0.0.1"), policy, ())
@@ -627,10 +627,12 @@ async def test_nothing_is_connected_while_it_is_unknown_where_our_own_database_i
 
 
 def test_our_own_database_is_read_from_its_url() -> None:
-    given = OwnDatabase.of_url("postgresql+asyncpg://u:p%40@db:6432/p%20f")
-    assert given == OwnDatabase("db", 6432, "p f")
-    assert OwnDatabase.of_url("postgresql://u@/pf?host=/run") == OwnDatabase("/run", 5432, "pf")
-    assert OwnDatabase.of_url("sqlite+aiosqlite:////srv/pf.db") == OwnDatabase(file=Path("/srv/pf.db"))
+    given = ServerDatabase.from_url("postgresql+asyncpg://u:p%40@db:6432/p%20f")
+    assert given == ServerDatabase("db", 6432, "p f")
+    assert ServerDatabase.from_url("postgresql://u@/pf?host=/run") == ServerDatabase("/run", 5432, "pf")
+    assert ServerDatabase.from_url("sqlite+aiosqlite:////srv/pf.db") == ServerDatabase(
+        file=Path("/srv/pf.db")
+    )
 
 
 async def test_a_refused_login_and_a_missing_server_name_nobody(postgresql: Place, mariadb: Place) -> None:
@@ -638,7 +640,7 @@ async def test_a_refused_login_and_a_missing_server_name_nobody(postgresql: Plac
         source = found.sources.found["ds"]
         wrongs: list[dict[str, Json]] = [{"user": "nobody-here", "database": "gone"}, {"port": 1}]
         for settings in wrongs:
-            wrong = Source(
+            wrong = ConnectionSource(
                 "ds",
                 source.organization_id,
                 source.type,
@@ -654,7 +656,7 @@ async def test_a_refused_login_and_a_missing_server_name_nobody(postgresql: Plac
 async def test_a_server_that_can_not_encrypt_is_refused_where_that_is_required(postgresql: Place) -> None:
     source = postgresql.sources.found["ds"]
     for tls in ("require", "verify-full"):
-        strict = Source(
+        strict = ConnectionSource(
             "ds", source.organization_id, source.type, 1, source.settings | {"tls": tls}, source.secrets
         )
         refusal = await refused_source(strict, ConnectionPolicy(allowed_networks=LOOPBACK))
@@ -692,12 +694,12 @@ async def test_encryption_is_used_where_the_server_can_and_the_certificate_is_lo
     cipher = "SHOW STATUS LIKE 'Ssl_cipher'"
     if not (await mariadb.read(cipher))["rows"][0]["Value"]:
         pytest.skip("this server has no certificate")
-    plain = Source(
+    plain = ConnectionSource(
         "ds", source.organization_id, source.type, 2, source.settings | {"tls": "disable"}, source.secrets
     )
     mariadb.sources.found["ds"] = plain
     assert (await mariadb.read(cipher))["rows"][0]["Value"] == ""
-    strict = Source(
+    strict = ConnectionSource(
         "ds", source.organization_id, source.type, 3, source.settings | {"tls": "verify-full"}, {}
     )
     refusal = await refused_source(strict, ConnectionPolicy(allowed_networks=LOOPBACK))
@@ -771,8 +773,10 @@ async def call_missing(found: Place) -> None:
 
 
 async def sqlite_place(folder: Path, file: str = "a.db", **policy: Any) -> Place:  # noqa: ANN401 - fields of the policy
-    sources = Sources({"ds": Source("ds", CALLER.organization_id, "sqlite", 1, {"file": file}, {})})
-    return Place("sqlite", sources, Connections(sources, ConnectionPolicy(files=folder, **policy)), folder)
+    sources = Sources({"ds": ConnectionSource("ds", CALLER.organization_id, "sqlite", 1, {"file": file}, {})})
+    return Place(
+        "sqlite", sources, DataSourceConnections(sources, ConnectionPolicy(files=folder, **policy)), folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -805,7 +809,7 @@ async def test_links_and_our_own_database_are_no_files_of_an_organisation(tmp_pa
     os.mkfifo(folder / "pipe.db")
     (folder / "own.db").write_bytes(b"")
     for name in ("soft.db", "hard.db", "pipe.db", "own.db"):
-        found = await sqlite_place(tmp_path, name, own_databases=(OwnDatabase(file=folder / "own.db"),))
+        found = await sqlite_place(tmp_path, name, own_databases=(ServerDatabase(file=folder / "own.db"),))
         await refused("address-not-allowed", found.read("SELECT 1"))
         await refused("address-not-allowed", found.run("CREATE TABLE x (a)"))
         await found.connections.close()
@@ -923,8 +927,8 @@ os._exit(1)
 async def test_a_credential_becomes_a_header(
     kind: str, settings: dict[str, Json], secrets: dict[str, str], headers: dict[str, str]
 ) -> None:
-    source = Source("ds", CALLER.organization_id, kind, 1, settings, secrets)
-    connections = Connections(Sources({"ds": source}), ConnectionPolicy())
+    source = ConnectionSource("ds", CALLER.organization_id, kind, 1, settings, secrets)
+    connections = DataSourceConnections(Sources({"ds": source}), ConnectionPolicy())
     assert await connections.headers(CALLER, "ds", "https://API.example/x") == headers
     if "hosts" in settings:
         await refused("host-not-allowed", connections.headers(CALLER, "ds", "https://api.example.evil/x"))

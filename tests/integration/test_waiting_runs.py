@@ -267,7 +267,9 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
         resolved_config=json.dumps({"workflowId": inner, "wait": True}).encode(),
     )
     assert await gateway.store.record([RunWrite(execution_id, run.lane, run.token, spans=[starting])])
-    starter = ChildRuns(gateway.database, gateway.store, gateway.broker, catalog.load(), WorkerSettings())
+    starter = ChildRuns(
+        gateway.database, gateway.store, gateway.broker, catalog.load_catalog(), WorkerSettings()
+    )
     caller = RunCaller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)
     await starter.start(caller, inner, {}, node_id="sub", iteration="", awaited=True)
     async with worker(world):

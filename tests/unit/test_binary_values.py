@@ -3,7 +3,12 @@ import time
 
 import pytest
 
-from nodes.connections.binary_values import LearnedTypes, fields_of, has_room, is_credible
+from nodes.connections.postgresql_binary import (
+    LearnedTypes,
+    has_plausible_dimensions,
+    is_credible,
+    iterate_fields,
+)
 
 INT4, TEXT, INT4_ARRAY, PAIR, PAIRS, DOMAIN, RANGE, RANGES = (
     23,
@@ -77,10 +82,10 @@ def test_a_count_that_can_not_be_true_is_found_wherever_it_is_hidden(oid: int, w
 
 
 def test_dimensions_and_ranges_are_counted_too() -> None:
-    assert has_room(struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 1, 1) + item(b"\0\0\0\1"))
-    assert not has_room(struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 2**30, 1))
+    assert has_plausible_dimensions(struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 1, 1) + item(b"\0\0\0\1"))
+    assert not has_plausible_dimensions(struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 2**30, 1))
     assert not is_credible(TYPES, RANGES, struct.pack(">i", 2**30))
-    assert has_room(b"a text, however long it may be, is no array of anything")
+    assert has_plausible_dimensions(b"a text, however long it may be, is no array of anything")
 
 
 def test_values_nested_deeper_than_any_are_refused_in_no_time() -> None:
@@ -103,5 +108,5 @@ def test_a_value_of_too_many_parts_is_not_looked_through() -> None:
 def test_what_is_cut_off_is_left_to_the_driver(cut: int) -> None:
     assert is_credible(TYPES, PAIR, pair(GOOD)[:cut]) in {True, False}
     row = struct.pack(">h", 2) + item(b"ab") + item(pair(GOOD)[:cut])
-    assert [*fields_of(row)][:1] == [b"ab"]
-    assert [*fields_of(row[:-1])][1:] == []
+    assert [*iterate_fields(row)][:1] == [b"ab"]
+    assert [*iterate_fields(row[:-1])][1:] == []

@@ -23,7 +23,7 @@ from engine.values import InvalidJson, Json
 from nodes import catalog
 from tests.calls import call
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 EXAMPLES_OF_A_TYPE = 25
 FAILURES = (NodeError, ExpressionError, InvalidJson)
 """What the engine ends a node with in words that its author chose."""

@@ -11,12 +11,12 @@ import nodes.library
 from engine.node_api import OF_EACH, FieldCompilation, NodeEffect, NodeType
 from engine.values import Json
 from nodes import catalog
-from nodes.catalog import Catalog, InvalidEntry, UnknownNodeType
+from nodes.catalog import InvalidCatalogEntry, NodeCatalog, UnknownNodeType
 from tests.calls import call
 
 pytestmark = pytest.mark.anyio
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
 DRAWN_ONLY = {"agent", "llm", "tool"}
 LENT = {"llm", "tool"}
@@ -39,7 +39,7 @@ LOOKS_UP = """
 import sys
 from nodes import catalog
 
-catalog.load().with_defaults(catalog.load().get("filter"), {})
+catalog.load_catalog().with_defaults(catalog.load_catalog().get("filter"), {})
 heavy = ("nodes.library.", "jsonschema_rs", "aiohttp")
 print([name for name in sys.modules if name.startswith(heavy)])
 """
@@ -116,7 +116,7 @@ def test_a_language_model_and_tools_lead_to_ports_of_the_agent() -> None:
 
 
 def test_the_library_is_read_once() -> None:
-    assert catalog.load() is catalog.load()
+    assert catalog.load_catalog() is catalog.load_catalog()
 
 
 def test_a_process_that_runs_no_nodes_loads_none_and_no_schemas() -> None:
@@ -128,7 +128,7 @@ async def test_a_node_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "shout_it.toml").write_text(SHOUT)
     (tmp_path / "shout_it.py").write_text(SHOUT_RUN)
     monkeypatch.setattr(nodes.library, "__path__", [str(tmp_path)])
-    monkeypatch.setattr(catalog, "load", lambda: catalog.read(tmp_path))
+    monkeypatch.setattr(catalog, "load_catalog", lambda: catalog.read_catalog(tmp_path))
     assert (await call("shout-it", {"text": "hello {{ data }}"}, "you")).output == "HELLO YOU"
 
 
@@ -148,8 +148,8 @@ async def test_a_node_is_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_an_entry_that_says_what_nobody_reads_is_refused(wrong: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "shout_it.toml").write_text(wrong)
-    with pytest.raises(InvalidEntry, match=r"shout_it\.toml") as raised:
-        catalog.read(tmp_path)
+    with pytest.raises(InvalidCatalogEntry, match=r"shout_it\.toml") as raised:
+        catalog.read_catalog(tmp_path)
     assert said in str(raised.value)
 
 
@@ -209,7 +209,7 @@ def test_defaults_are_filled_in_at_every_depth_and_nothing_is_changed() -> None:
     }
     node_type = NodeType("t", "T", "1.0.0", "io", "", CATALOG.get("set").effect, schema)
     config: dict[str, Json] = {"here": {"a": None}}
-    filled = Catalog({}).with_defaults(node_type, config)
+    filled = NodeCatalog({}).with_defaults(node_type, config)
     assert filled == {"here": {"a": None, "b": 2}, "whole": {"a": 1, "b": 2}}
     assert config == {"here": {"a": None}}
 
@@ -392,5 +392,5 @@ def test_types_that_begin_like_a_name_come_before_those_that_are_alike(given: st
 
 @pytest.mark.parametrize("alias", ["queue", "email", "event", "schedule"])
 def test_what_starts_a_trigger_names_its_type(alias: str) -> None:
-    assert CATALOG.get(CATALOG.canonical(alias)).is_trigger
-    assert CATALOG.canonical("set") == "set"
+    assert CATALOG.get(CATALOG.canonical_name(alias)).is_trigger
+    assert CATALOG.canonical_name("set") == "set"

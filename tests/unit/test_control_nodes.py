@@ -20,7 +20,7 @@ from nodes import catalog
 from tests.calls import NOW, NoEvents, NoNetwork, call
 from tests.unit.running import Notebook, Worker, error_of
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 EXAMPLES = [
     pytest.param(CATALOG.get(kind), example, id=f"{kind}-{number}")
     for kind in ("loop", "human-input", "sub-workflow", "wait-for-event")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from json_text import decoding
 from models.column_types import JsonTextColumn
-from nodes import frames
+from nodes.sandbox import frames
 
 SLOW_FOR_MSGSPEC = ("1e300", "-1.7976931348623157e308", "2.2250738585072011e-308", "5e-324")
 COUNT = 20_000
@@ -36,7 +36,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "built": decoding.build_decoder().decode,
     "typed": lambda text: decoding.decode(b'{"items":' + text + b"}", Wrapped).items,
     "list": lambda text: decoding.decode(text, list[Any]),
-    "frame": frames.VALUE,
+    "frame": frames.decode_value,
     "column": lambda text: JsonTextColumn().process_result_value(text.decode(), None),  # type: ignore[arg-type]  # unused
 }
 

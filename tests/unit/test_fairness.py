@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from engine.run_errors import NodeError
-from nodes import fairness
-from nodes.fairness import Places
+from nodes.sandbox import fairness
+from nodes.sandbox.fairness import FairSlots
 
 pytestmark = pytest.mark.anyio
 
@@ -14,7 +14,7 @@ class Queue:
     """Jobs that take a place until they are told to end; `begun` says in which order they got it."""
 
     def __init__(self, places: int) -> None:
-        self.places = Places(places)
+        self.places = FairSlots(places)
         self.begun: list[str] = []
         self.ends: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -34,7 +34,7 @@ class Queue:
             await asyncio.sleep(0)
 
     async def _job(self, name: str) -> None:
-        async with self.places.taken(name[0]):
+        async with self.places.hold(name[0]):
             self.begun.append(name)
             await self.ends[name].wait()
 

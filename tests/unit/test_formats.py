@@ -2,7 +2,7 @@ import pytest
 
 from engine.values import Json
 from nodes import catalog
-from nodes.formats import is_time_zone
+from nodes.config_formats import is_time_zone
 
 
 def test_a_time_zone_is_one_of_the_iana_database() -> None:
@@ -12,7 +12,7 @@ def test_a_time_zone_is_one_of_the_iana_database() -> None:
 
 
 def test_a_config_is_told_which_form_its_text_lacks() -> None:
-    loaded = catalog.load()
+    loaded = catalog.load_catalog()
     node_type = loaded.get("schedule-trigger")
     assert loaded.config_problems(node_type, {"cron": "0 6 * * mon-fri", "timezone": "Asia/Tokyo"}) == []
     problems = loaded.config_problems(node_type, {"cron": "@daily", "timezone": "Mars"})
@@ -31,7 +31,7 @@ def test_a_config_is_told_which_form_its_text_lacks() -> None:
 
 @pytest.mark.parametrize("event_type", ["user.created", "user.*", "a", ["user.created", "order.*"]])
 def test_an_event_is_named_whole_or_by_how_it_begins(event_type: Json) -> None:
-    loaded = catalog.load()
+    loaded = catalog.load_catalog()
     assert loaded.config_problems(loaded.get("event-trigger"), {"event_type": event_type}) == []
 
 
@@ -39,6 +39,6 @@ def test_an_event_is_named_whole_or_by_how_it_begins(event_type: Json) -> None:
     "event_type", ["", "*", "user.*.x", "a b", "user*", [], ["*"], [["a"]], 1, "{{ data.x }}*"]
 )
 def test_what_names_no_event_is_a_problem(event_type: Json) -> None:
-    loaded = catalog.load()
+    loaded = catalog.load_catalog()
     problems = loaded.config_problems(loaded.get("event-trigger"), {"event_type": event_type})
     assert problems

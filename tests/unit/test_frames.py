@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.values import Json
-from nodes import frames
-from nodes.frames import HEADER, Assembly, Garbled, Tag
+from nodes.sandbox import frames
+from nodes.sandbox.frames import HEADER, FrameTag, InvalidFrame, ValueAssembler
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=30),
@@ -17,9 +17,9 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 def assembled(sent: list[bytes]) -> Json:
-    assembly = Assembly()
+    assembly = ValueAssembler()
     for each in sent:
-        length, tag = frames.header(each[: HEADER.size])
+        length, tag = frames.parse_header(each[: HEADER.size])
         assert length == len(each) - HEADER.size
         assembly.add(tag, each[HEADER.size :])
     return assembly.value()
@@ -30,7 +30,7 @@ def assembled(sent: list[bytes]) -> Json:
 def test_a_value_arrives_as_it_was_in_whatever_pieces(value: Json) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "PIECE_BYTES", 10)
-        assert assembled(list(frames.value_frames(value))) == value
+        assert assembled(list(frames.encode_value(value))) == value
 
 
 def test_no_piece_of_a_large_value_is_large() -> None:
@@ -38,7 +38,7 @@ def test_no_piece_of_a_large_value_is_large() -> None:
         "rows": [{"a": n, "b": [str(n)] * 3} for n in range(30_000)],
         "one": {"x" * n: n for n in range(900)},
     }
-    sent = list(frames.value_frames(value))
+    sent = list(frames.encode_value(value))
     assert max(map(len, sent)) < 2 * frames.PIECE_BYTES
     assert assembled(sent) == value
 
@@ -47,28 +47,30 @@ def test_no_piece_of_a_large_value_is_large() -> None:
     "sent",
     [
         [],
-        [(Tag.PART, b"[]")],
-        [(Tag.PART, b"[1, 2]")],
-        [(Tag.PART, b"{}")],
-        [(Tag.PART, b"[1")],
-        [(Tag.PART, b"1")],
-        [(Tag.PART, b"[" * 100_000)],
-        [(Tag.CLOSE, b"")],
-        [(Tag.OPEN_LIST, b"null")],
-        [(Tag.OPEN_LIST, b'"a"')],
-        [(Tag.OPEN_OBJECT, b"null"), (Tag.OPEN_LIST, b"null")],
-        [(Tag.OPEN_OBJECT, b"null"), (Tag.PART, b"[1]")],
-        [(Tag.OPEN_LIST, b"null")] * 1_000,
-        [(Tag.JOB, b"{}")],
+        [(FrameTag.PART, b"[]")],
+        [(FrameTag.PART, b"[1, 2]")],
+        [(FrameTag.PART, b"{}")],
+        [(FrameTag.PART, b"[1")],
+        [(FrameTag.PART, b"1")],
+        [(FrameTag.PART, b"[" * 100_000)],
+        [(FrameTag.CLOSE, b"")],
+        [(FrameTag.OPEN_LIST, b"null")],
+        [(FrameTag.OPEN_LIST, b'"a"')],
+        [(FrameTag.OPEN_OBJECT, b"null"), (FrameTag.OPEN_LIST, b"null")],
+        [(FrameTag.OPEN_OBJECT, b"null"), (FrameTag.PART, b"[1]")],
+        [(FrameTag.OPEN_LIST, b"null")] * 1_000,
+        [(FrameTag.JOB, b"{}")],
     ],
 )
-def test_what_is_no_value_is_refused(sent: list[tuple[Tag, bytes]]) -> None:
-    with pytest.raises(Garbled):
-        assembled([frames.frame(tag, body) for tag, body in sent])
+def test_what_is_no_value_is_refused(sent: list[tuple[FrameTag, bytes]]) -> None:
+    with pytest.raises(InvalidFrame):
+        assembled([frames.encode_frame(tag, body) for tag, body in sent])
 
 
 def test_what_is_no_frame_is_refused() -> None:
-    with pytest.raises(Garbled):
-        frames.header(HEADER.pack(1, 99))
-    with pytest.raises(Garbled):
-        frames.read(frames.FAILURE, msgspec.json.encode({"code": "A B", "message": "", "retryable": False}))
+    with pytest.raises(InvalidFrame):
+        frames.parse_header(HEADER.pack(1, 99))
+    with pytest.raises(InvalidFrame):
+        frames.decode_frame(
+            frames.decode_failure, msgspec.json.encode({"code": "A B", "message": "", "retryable": False})
+        )

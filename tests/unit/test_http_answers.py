@@ -6,7 +6,7 @@ import pytest
 
 from engine.run_errors import NodeError
 from engine.values import Json
-from nodes import catalog, http_answers
+from nodes import catalog, webhook_responses
 
 PLAIN: dict[str, Json] = {"status": 200, "headers": {}, "bodyType": "json"}
 
@@ -29,7 +29,7 @@ PLAIN: dict[str, Json] = {"status": 200, "headers": {}, "bodyType": "json"}
 )
 def test_an_answer_is_what_the_config_says(config: Json, headers: Json, body: bytes) -> None:
     assert isinstance(config, dict)
-    answer = http_answers.of({**PLAIN, **config})
+    answer = webhook_responses.build_response({**PLAIN, **config})
     assert (answer.status, answer.headers, answer.body) == (config.get("status", 200), headers, body)
 
 
@@ -56,7 +56,7 @@ def test_an_answer_is_what_the_config_says(config: Json, headers: Json, body: by
 )
 def test_what_says_how_an_answer_is_to_be_treated_is_not_the_workflows_to_say(name: str) -> None:
     with pytest.raises(NodeError, match="names of your own"):
-        http_answers.of({**PLAIN, "headers": {name: "1"}})
+        webhook_responses.build_response({**PLAIN, "headers": {name: "1"}})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_what_says_how_an_answer_is_to_be_treated_is_not_the_workflows_to_say(na
 )
 def test_what_is_no_answer_is_refused(config: dict[str, Json]) -> None:
     with pytest.raises(NodeError) as refused:
-        http_answers.of({**PLAIN, **config})
+        webhook_responses.build_response({**PLAIN, **config})
     assert refused.value.code == "invalid-config"
 
 
@@ -99,6 +99,6 @@ def test_what_is_no_answer_is_refused(config: dict[str, Json]) -> None:
 def test_the_config_of_a_hook_is_checked_before_it_takes_anything(
     config: dict[str, Json], places: list[str]
 ) -> None:
-    loaded = catalog.load()
+    loaded = catalog.load_catalog()
     problems = loaded.config_problems(loaded.get("webhook"), config)
     assert [problem.path for problem in problems] == places

@@ -26,7 +26,7 @@ from tests import hostile_json, lock_holds
 from tests.hostile_json import TEXTS
 
 MEGABYTE = 1_000_000
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

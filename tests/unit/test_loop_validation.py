@@ -12,7 +12,7 @@ from engine.validation import find_errors, validate_graph
 from engine.values import Json
 from nodes import catalog
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 
 
 def graph(drawing: str, **configs: Json) -> ParsedGraph:

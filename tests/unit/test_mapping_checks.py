@@ -24,7 +24,7 @@ from models.database_clock import DatabaseClock
 from nodes import catalog
 from tests.calls import CALLER, NoNetwork
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 Nodes = Sequence[dict[str, Json]]
 
 

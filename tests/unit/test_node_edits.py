@@ -22,7 +22,7 @@ from journal import pinning
 from models.workflow import Workflow
 from nodes import catalog
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 NEVER_LEFT_BEHIND = {"broken-connection", "duplicate-node-id", "invalid-port", "cycle", "unknown-node-type"}
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 

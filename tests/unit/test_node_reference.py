@@ -32,8 +32,8 @@ from gateway.workflows import graph_shapes
 from journal import pinning
 from models.database_clock import DatabaseClock
 from nodes import catalog
-from nodes.code.backend import Backend
-from nodes.code.runner import CodeRunner
+from nodes.sandbox.code.code_backend import CodeBackend
+from nodes.sandbox.code.code_runner import CodeRunner
 from tests.calls import CALLER, EmptyRoad, NoEvents
 from tests.sample_data import SampleDataSources
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CITIES = b"city,celsius\nOslo,12.5\nRome,27\n"
 EXAMPLES = [
@@ -187,7 +187,7 @@ class Sources(SampleDataSources):
 @asynccontextmanager
 async def lent(node_type: NodeType, folder: Path) -> AsyncIterator[NodeServices]:
     """Lend what the example of a type asks for."""
-    sources, code = Sources(folder), CodeRunner(Backend.MONTY, limit=1)
+    sources, code = Sources(folder), CodeRunner(CodeBackend.MONTY, limit=1)
     output = node_type.examples[0].get("output")
     http = cast("HttpClientService", Server(output if isinstance(output, dict) else {}))
     try:

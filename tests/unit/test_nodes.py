@@ -24,7 +24,7 @@ FILE_NODES = {"s3-source", "s3-destination", "file-source", "file-destination", 
 MAIL_NODES = {"email-parse", "attachment-read", "email-send"}
 EXAMPLES = [
     pytest.param(node_type, example, id=f"{node_type.type}-{number}")
-    for node_type in catalog.load().node_types.values()
+    for node_type in catalog.load_catalog().node_types.values()
     for number, example in enumerate(node_type.examples)
     # Those of http-request, of files and of mail are run against servers, and those of code by each backend, in the
     # integration tests.

@@ -6,8 +6,8 @@ import yarl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes.addresses import MAX_URL_CHARACTERS, is_public, parse, shown, unmapped
-from nodes.outbound import OutboundPolicy, OutboundRefused, check_address
+from nodes.outbound_http import OutboundPolicy, OutboundRefused, require_allowed_address
+from nodes.url_targets import MAX_URL_CHARACTERS, is_public, parse_target, redact_url, unmap_ipv4
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from nodes.outbound import OutboundPolicy, OutboundRefused, check_address
     ],
 )
 def test_a_url_is_rebuilt_from_its_parts(url: str, canonical: str) -> None:
-    assert parse(url).url == canonical
+    assert parse_target(url).url == canonical
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_url_is_rebuilt_from_its_parts(url: str, canonical: str) -> None:
 )
 def test_a_url_that_two_readers_could_read_differently_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="the URL"):
-        parse(url)
+        parse_target(url)
 
 
 HOSTS = st.one_of(
@@ -109,10 +109,10 @@ PIECES = st.lists(st.one_of(st.sampled_from(list("@:/?#[]\\%.;&=\t \u3002")), HO
 @given(PIECES.map(lambda pieces: "http://" + "".join(pieces)))
 def test_every_other_reader_reads_an_accepted_url_as_we_do(url: str) -> None:
     try:
-        target = parse(url)
+        target = parse_target(url)
     except ValueError:
         return
-    assert parse(target.url) == target
+    assert parse_target(target.url) == target
     for host, port in (
         (urlsplit(target.url).hostname, urlsplit(target.url).port),
         (yarl.URL(target.url).raw_host, yarl.URL(target.url).explicit_port),
@@ -131,7 +131,7 @@ def test_every_other_reader_reads_an_accepted_url_as_we_do(url: str) -> None:
     ],
 )
 def test_a_redirect_may_be_relative(reference: str, url: str) -> None:
-    assert parse(reference, base="https://example.com:8443/a/x").url == url
+    assert parse_target(reference, base="https://example.com:8443/a/x").url == url
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_redirect_may_be_relative(reference: str, url: str) -> None:
     ],
 )  # fmt: skip
 def test_special_addresses_are_not_public(address: str) -> None:
-    assert not is_public(unmapped(address))
+    assert not is_public(unmap_ipv4(address))
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_special_addresses_are_not_public(address: str) -> None:
     ["1.1.1.1", "8.8.8.8", "100.63.255.255", "172.32.0.1", "192.0.1.1", "2606:4700::1111", "2a00:1450::1"],
 )
 def test_addresses_of_the_internet_are_public(address: str) -> None:
-    assert is_public(unmapped(address))
+    assert is_public(unmap_ipv4(address))
 
 
 @given(st.ip_addresses(v=4))
 def test_no_ipv4_address_hides_in_an_ipv6_address(inner: IPv4Address) -> None:
     number = int(inner)
-    assert unmapped(f"::ffff:{inner}") == inner
+    assert unmap_ipv4(f"::ffff:{inner}") == inner
     for disguise in (
         IPv6Address(number),  # IPv4-compatible
         IPv6Address(0xFFFF << 48 | number),  # SIIT ::ffff:0:a.b.c.d
@@ -178,22 +178,22 @@ def test_no_ipv4_address_hides_in_an_ipv6_address(inner: IPv4Address) -> None:
     ("port", "is_allowed"), [(80, True), (443, True), (8080, True), (22, False), (25, False)]
 )
 def test_of_the_privileged_ports_only_those_of_the_web_are_asked(port: int, *, is_allowed: bool) -> None:
-    target = parse(f"http://example.com:{port}/")
+    target = parse_target(f"http://example.com:{port}/")
     if is_allowed:
-        check_address(OutboundPolicy(), target, IPv4Address("8.8.8.8"))
+        require_allowed_address(OutboundPolicy(), target, IPv4Address("8.8.8.8"))
     else:
         with pytest.raises(OutboundRefused, match=r"Port .*PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS"):
-            check_address(OutboundPolicy(), target, IPv4Address("8.8.8.8"))
+            require_allowed_address(OutboundPolicy(), target, IPv4Address("8.8.8.8"))
 
 
 def test_an_allowed_network_is_open_on_every_port_and_nothing_beside_it() -> None:
     policy = OutboundPolicy(allowed_networks=(IPv4Network("10.1.0.0/16"),))
-    target = parse("http://inside.example:22/")
-    check_address(policy, target, IPv4Address("10.1.255.1"))
+    target = parse_target("http://inside.example:22/")
+    require_allowed_address(policy, target, IPv4Address("10.1.255.1"))
     with pytest.raises(
         OutboundRefused, match=r"inside.example is not a public address.*PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS"
     ):
-        check_address(policy, target, IPv4Address("10.2.0.1"))
+        require_allowed_address(policy, target, IPv4Address("10.2.0.1"))
 
 
 @pytest.mark.parametrize(
@@ -215,4 +215,4 @@ def test_an_allowed_network_is_open_on_every_port_and_nothing_beside_it() -> Non
     ],
 )
 def test_an_error_shows_a_url_without_what_may_be_secret(url: str, text: str) -> None:
-    assert shown(url) == text
+    assert redact_url(url) == text

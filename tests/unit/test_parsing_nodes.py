@@ -557,7 +557,7 @@ async def test_a_page_or_a_selector_that_is_hostile_or_wrong_is_refused(
 
 
 async def test_selectors_test_only_so_many_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodes.selectors.MAXIMUM_STEPS", 100_000)
+    monkeypatch.setattr("nodes.formats.css_selectors.MAXIMUM_STEPS", 100_000)
     fields: dict[str, Json] = {f"f{number}": {"selector": "a.b c.d"} for number in range(10)}
     html = "<div>" * 150 + "</div>" * 150
     code, message = await failure("html-extract", {"html": html, "items": "div", "fields": fields})
@@ -747,36 +747,42 @@ async def test_a_workbook_that_is_hostile_or_broken_is_refused(
     ("limit", "node_type", "config", "data", "code"),
     [
         (
-            "nodes.workbook.MAXIMUM_CELLS",
+            "nodes.formats.xlsx_workbook.MAXIMUM_CELLS",
             "excel-parse",
             {},
             workbook("<row><c/></row>" * 1_001),
             "too-many-cells",
         ),
-        ("nodes.workbook.MAXIMUM_ELEMENTS", "excel-parse", {}, workbook("<x/>" * 1_001), "too-many-elements"),
         (
-            "nodes.workbook.MAXIMUM_STRINGS",
+            "nodes.formats.xlsx_workbook.MAXIMUM_ELEMENTS",
+            "excel-parse",
+            {},
+            workbook("<x/>" * 1_001),
+            "too-many-elements",
+        ),
+        (
+            "nodes.formats.xlsx_workbook.MAXIMUM_STRINGS",
             "excel-parse",
             {},
             workbook("", **{"xl/strings.xml": f"<sst>{'<si/>' * 1_001}</sst>"}),
             "too-many-cells",
         ),
         (
-            "nodes.sizes.MAXIMUM_BYTES",
+            "nodes.output_sizes.MAXIMUM_BYTES",
             "excel-parse",
             {},
             workbook('<row><c t="s"><v>0</v></c></row>' * 501),
             "output-too-large",
         ),
         (
-            "nodes.document.MAXIMUM_ELEMENTS",
+            "nodes.formats.html_document.MAXIMUM_ELEMENTS",
             "html-extract",
             {"fields": ALL_DIVS},
             "<p><b id=1></p>" * 501,
             "too-many-elements",
         ),
         (
-            "nodes.document.MAXIMUM_ATTRIBUTES",
+            "nodes.formats.html_document.MAXIMUM_ATTRIBUTES",
             "html-extract",
             {"fields": ALL_DIVS},
             f"<p {' '.join(f'a{n}' for n in range(1_001))}>",
@@ -810,7 +816,7 @@ LOADS = """
 import sys
 from nodes import catalog
 
-catalog.load().implementation("csv-parse")
+catalog.load_catalog().implementation("csv-parse")
 print([name for name in ("re2", "lxml", "cssselect", "pyexpat", "zipfile") if name in sys.modules])
 """
 

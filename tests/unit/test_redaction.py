@@ -23,7 +23,7 @@ from nodes import redaction
 def test_a_short_secret_is_hidden_where_it_stands_by_itself(
     secrets: list[str], text: str, shown: str
 ) -> None:
-    assert redaction.hide(text, secrets) == shown
+    assert redaction.redact_text(text, secrets) == shown
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_a_short_secret_is_hidden_where_it_stands_by_itself(
     ],
 )
 def test_a_body_stays_what_it_is_around_a_short_secret(body: str, shown: str) -> None:
-    assert redaction.hide_in_body(body.encode(), ["1"]).decode() == shown
+    assert redaction.redact_body(body.encode(), ["1"]).decode() == shown
 
 
 @pytest.mark.parametrize("secret", ["a", "1", "ab", "{", '"', "\\"])
 def test_a_body_of_json_stays_json(secret: str) -> None:
     body = json.dumps({"a": "a", "b": 1, "c": ["ab", {"d": 'x"y\\'}]}).encode()
-    json.loads(redaction.hide_in_body(body, [secret]))
+    json.loads(redaction.redact_body(body, [secret]))

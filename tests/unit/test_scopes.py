@@ -9,9 +9,9 @@ from engine.graph import ParsedGraph
 from engine.resource_scopes import ResourceReference, list_references, required_scopes
 from engine.values import Json
 from nodes import catalog
-from nodes.catalog import Catalog
+from nodes.catalog import NodeCatalog
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 
 
 def graph(*nodes: dict[str, Json]) -> ParsedGraph:
@@ -63,7 +63,7 @@ def test_ids_are_found_in_lists_and_objects_too() -> None:
             }
         }
     }
-    copying = Catalog({"set": replace(CATALOG.get("set"), config_schema=schema)})
+    copying = NodeCatalog({"set": replace(CATALOG.get("set"), config_schema=schema)})
     node: dict[str, Json] = {
         "id": "copy",
         "type": "set",

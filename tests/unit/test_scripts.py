@@ -19,7 +19,7 @@ def validated(*sources: str) -> ValidationResult:
         {"id": f"e{number}", "source": "start", "target": f"n{number}"} for number in range(len(sources))
     ]
     return find_errors(
-        ParsedGraph.from_stored({"nodes": [trigger, *nodes], "connections": edges}), catalog.load()
+        ParsedGraph.from_stored({"nodes": [trigger, *nodes], "connections": edges}), catalog.load_catalog()
     )
 
 

@@ -1,15 +1,15 @@
 import pytest
 
 from nodes import sql_text
-from nodes.sql_text import Dialect, StatementRefused
+from nodes.sql_text import SqlDialect, StatementRefused
 
-EVERY = list(Dialect)
-POSTGRESQL, MYSQL, SQLITE = Dialect.POSTGRESQL, Dialect.MYSQL, Dialect.SQLITE
+EVERY = list(SqlDialect)
+POSTGRESQL, MYSQL, SQLITE = SqlDialect.POSTGRESQL, SqlDialect.MYSQL, SqlDialect.SQLITE
 
 
-def places(text: str, dialect: Dialect) -> str:
+def places(text: str, dialect: SqlDialect) -> str:
     """Return the statement with `<0>`, `<1>`, … where values belong."""
-    statement = sql_text.read(text, dialect)
+    statement = sql_text.parse_statement(text, dialect)
     return statement.with_places([f"<{number}>" for number in range(statement.values)])
 
 
@@ -28,7 +28,7 @@ def places(text: str, dialect: Dialect) -> str:
     ],
 )
 def test_a_value_belongs_where_a_question_mark_stands_in_the_open(
-    text: str, expected: str, dialect: Dialect
+    text: str, expected: str, dialect: SqlDialect
 ) -> None:
     assert places(text, dialect) == expected
 
@@ -50,7 +50,7 @@ def test_a_value_belongs_where_a_question_mark_stands_in_the_open(
         (SQLITE, "SELECT [a?], `?`, ? /* ?", "SELECT [a?], `?`, <0> /* ?"),
     ],
 )
-def test_each_dialect_quotes_in_its_own_way(dialect: Dialect, text: str, expected: str) -> None:
+def test_each_dialect_quotes_in_its_own_way(dialect: SqlDialect, text: str, expected: str) -> None:
     assert places(text, dialect) == expected
 
 
@@ -72,9 +72,9 @@ def test_each_dialect_quotes_in_its_own_way(dialect: Dialect, text: str, expecte
         "SELECT " + "1," * 60_000,
     ],
 )
-def test_what_is_not_one_whole_statement_is_refused(text: str, dialect: Dialect) -> None:
+def test_what_is_not_one_whole_statement_is_refused(text: str, dialect: SqlDialect) -> None:
     with pytest.raises(StatementRefused):
-        sql_text.read(text, dialect)
+        sql_text.parse_statement(text, dialect)
 
 
 @pytest.mark.parametrize(
@@ -93,27 +93,27 @@ def test_what_is_not_one_whole_statement_is_refused(text: str, dialect: Dialect)
         (SQLITE, "SELECT [open"),
     ],
 )
-def test_what_a_dialect_can_not_allow_is_refused(dialect: Dialect, text: str) -> None:
+def test_what_a_dialect_can_not_allow_is_refused(dialect: SqlDialect, text: str) -> None:
     with pytest.raises(StatementRefused):
-        sql_text.read(text, dialect)
+        sql_text.parse_statement(text, dialect)
 
 
 def test_a_statement_begins_with_what_it_does() -> None:
-    assert sql_text.reading("/* x */ ( with a AS (SELECT 1) SELECT 1)", SQLITE, 0).verb == "WITH"
-    assert sql_text.writing("insert INTO t VALUES (?)", MYSQL, 1).verb == "INSERT"
+    assert sql_text.parse_reading("/* x */ ( with a AS (SELECT 1) SELECT 1)", SQLITE, 0).verb == "WITH"
+    assert sql_text.parse_writing("insert INTO t VALUES (?)", MYSQL, 1).verb == "INSERT"
     with pytest.raises(StatementRefused, match="COPY is not a statement that reads"):
-        sql_text.reading("COPY t TO PROGRAM 'id'", POSTGRESQL, 0)
+        sql_text.parse_reading("COPY t TO PROGRAM 'id'", POSTGRESQL, 0)
     with pytest.raises(StatementRefused, match="SET is not a statement that writes"):
-        sql_text.writing("SET x = 1", POSTGRESQL, 0)
+        sql_text.parse_writing("SET x = 1", POSTGRESQL, 0)
 
 
 def test_names_are_quoted_as_the_dialect_does_it() -> None:
-    assert sql_text.quoted('a"b`', POSTGRESQL) == '"a""b`"'
-    assert sql_text.quoted('a"b`', MYSQL) == '`a"b```'
-    assert sql_text.quoted_table("shop.orders", SQLITE) == '"shop"."orders"'
+    assert sql_text.quote_name('a"b`', POSTGRESQL) == '"a""b`"'
+    assert sql_text.quote_name('a"b`', MYSQL) == '`a"b```'
+    assert sql_text.quote_table("shop.orders", SQLITE) == '"shop"."orders"'
     for name in ("", "a..b", "a.b.c.d", "a\0", "x" * 65):
         with pytest.raises(StatementRefused):
-            sql_text.quoted_table(name, MYSQL)
+            sql_text.quote_table(name, MYSQL)
 
 
 def test_a_long_text_is_read_in_a_moment() -> None:
@@ -126,6 +126,6 @@ def test_a_long_text_is_read_in_a_moment() -> None:
     ):
         for dialect in EVERY:
             try:
-                sql_text.read(text, dialect)
+                sql_text.parse_statement(text, dialect)
             except StatementRefused:
                 continue

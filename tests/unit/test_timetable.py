@@ -168,7 +168,7 @@ def test_a_number_is_whole_however_it_is_written() -> None:
 
 
 def test_the_defaults_of_the_node_type_are_those_of_the_rules() -> None:
-    loaded = catalog.load()
+    loaded = catalog.load_catalog()
     given = {"cron": "5 4 * * *"}
     filled = loaded.with_defaults(loaded.get("schedule-trigger"), given)
     assert parse_timetable(filled) == parse_timetable(given)

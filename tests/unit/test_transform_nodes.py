@@ -563,7 +563,7 @@ def test_validation_finds_what_is_wrong_with_a_config(
     ]
     edges: list[Json] = [{"id": "edge", "source": "start", "target": "node"}]
     validation = validate_graph(
-        ParsedGraph.from_stored({"nodes": nodes, "connections": edges}), catalog.load()
+        ParsedGraph.from_stored({"nodes": nodes, "connections": edges}), catalog.load_catalog()
     )
     (found,) = [*validation.errors, *validation.warnings]
     assert found.type == finding

@@ -113,7 +113,9 @@ def test_inputs_of_other_triggers_become_what_their_events_carry(
     assert trigger_output(kind, inputs, NOW) == output
 
 
-@pytest.mark.parametrize("node_type", [one for one in catalog.load().node_types.values() if one.is_trigger])
+@pytest.mark.parametrize(
+    "node_type", [one for one in catalog.load_catalog().node_types.values() if one.is_trigger]
+)
 def test_a_trigger_gives_out_the_fields_that_the_catalogue_names(node_type: NodeType) -> None:
     kind, schema = node_type.trigger_kind or "", node_type.output.schema
     empty = trigger_output(kind, {}, NOW)

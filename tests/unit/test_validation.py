@@ -17,9 +17,9 @@ from engine.graph import ParsedGraph
 from engine.validation import find_errors, validate_graph
 from engine.values import Json
 from nodes import catalog
-from nodes.catalog import Catalog
+from nodes.catalog import NodeCatalog
 
-CATALOG = catalog.load()
+CATALOG = catalog.load_catalog()
 
 START: dict[str, Json] = {"id": "start", "type": "manual"}
 SET: dict[str, Json] = {"id": "set", "type": "set", "config": {"values": {"a": 1}}}
@@ -40,7 +40,7 @@ def graph(nodes: list[dict[str, Json]], edges: list[dict[str, Json]]) -> ParsedG
 
 
 def check(
-    nodes: list[dict[str, Json]], edges: list[dict[str, Json]], catalogue: Catalog = CATALOG
+    nodes: list[dict[str, Json]], edges: list[dict[str, Json]], catalogue: NodeCatalog = CATALOG
 ) -> ValidationResult:
     return validate_graph(graph(nodes, edges), catalogue)
 
@@ -266,7 +266,7 @@ def test_an_expression_in_a_case_of_a_switch_is_told_with_its_place() -> None:
 
 
 def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
-    drawn_only = Catalog({**CATALOG.node_types, "set": replace(CATALOG.get("set"), runnable=False)})
+    drawn_only = NodeCatalog({**CATALOG.node_types, "set": replace(CATALOG.get("set"), runnable=False)})
     error = only_error(check([START, SET], [edge("start", "set")], drawn_only))
     assert (error.type, error.node_id) == ("not-runnable", "set")
     assert "can't run it" in error.message

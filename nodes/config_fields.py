@@ -1,0 +1,99 @@
+"""Reading a rendered config: each function returns a field as the type that its schema names.
+
+The stored config was checked against the schema, but a template may render to anything: hence `NodeError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from engine.run_errors import NodeError
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+SHORTEST_TIMEOUT_SECONDS = 0.1
+LONGEST_TIMEOUT_SECONDS = 300
+SHOWN_KEYS = 8
+SHOWN_CHARACTERS = 40
+
+
+def read_text(config: Mapping[str, Json], name: str) -> str:
+    value = config.get(name)
+    if isinstance(value, str):
+        return value
+    raise invalid_field(name, "a text", value)
+
+
+def read_number(config: Mapping[str, Json], name: str, *, minimum: float, maximum: float) -> int | float:
+    value = config.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise invalid_field(name, "a number", value)
+    if not minimum <= value <= maximum:
+        message = f"`{name}` must be from {minimum:,} to {maximum:,}, not {value}"
+        raise NodeError(message, code="invalid-config")
+    return value
+
+
+def read_timeout_seconds(config: Mapping[str, Json]) -> float:
+    """Return how long a node waits for another system."""
+    return read_number(
+        config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS
+    )
+
+
+def read_flag(config: Mapping[str, Json], name: str) -> bool:
+    value = config.get(name)
+    if isinstance(value, bool):
+        return value
+    raise invalid_field(name, "true or false", value)
+
+
+def read_choice(config: Mapping[str, Json], name: str, kind: type[Choice]) -> Choice:
+    value = config.get(name)
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise invalid_field(name, f"one of {', '.join(kind)}", value) from None
+
+
+def read_mapping(config: Mapping[str, Json], name: str) -> dict[str, Json]:
+    value = config.get(name)
+    if isinstance(value, dict):
+        return value
+    raise invalid_field(name, "an object", value)
+
+
+def read_sequence(config: Mapping[str, Json], name: str) -> list[Json]:
+    value = config.get(name)
+    if isinstance(value, list):
+        return value
+    raise invalid_field(name, "a list", value)
+
+
+def invalid_field(name: str, wanted: str, value: Json) -> NodeError:
+    """Return the error for a field that isn't what it should be."""
+    return NodeError(f"`{name}` must be {wanted}, but {describe_type(value)} arrived", code="invalid-config")
+
+
+def describe_type(value: Json) -> str:
+    """Return what a value is, in words, without showing what it holds."""
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list():
+            return f"a list of {len(value)}"
+        case dict():
+            keys = ", ".join(key[:SHOWN_CHARACTERS] for key in islice(value, SHOWN_KEYS))
+            return f"an object with {len(value):,} fields: {keys}" if keys else "an empty object"

@@ -1,0 +1,233 @@
+"""What is wrong in a config, by the JSON Schema of its node type, in words that a person can mend it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from engine import name_suggestions
+from engine.node_api import OF_EACH, FieldCompilation
+from engine.values import encode_json
+from nodes import config_fields
+from nodes.config_formats import TEXT_FORMATS
+
+if TYPE_CHECKING:
+    from jsonschema_rs import Draft202012Validator, ValidationError
+
+    from engine.node_api import NodeType
+    from engine.values import Json
+
+JsonSchema: TypeAlias = "Mapping[str, Json]"
+SchemaPath: TypeAlias = "Sequence[str | int]"
+
+MAXIMUM_PROBLEMS = 50
+MAXIMUM_EXPLAINED_VALUES = 10_000
+"""A validator reports every wrong value with a copy of it: from more than these, its report could fill the memory."""
+SHOWN_CHARACTERS = 100
+
+TEMPLATE_SCHEMA: JsonSchema = {"type": "string", "pattern": r"\{\{"}
+
+TYPE_DESCRIPTIONS = {
+    "string": "a text",
+    "number": "a number",
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+LIMIT_MESSAGES = {
+    "minimum": "must be at least {limit}",
+    "maximum": "must be at most {limit}",
+    "exclusiveMinimum": "must be more than {limit}",
+    "exclusiveMaximum": "must be less than {limit}",
+    "minLength": "must have {limit} or more characters",
+    "maxLength": "must have {limit} or fewer characters",
+    "minItems": "must have {limit} or more items",
+    "maxItems": "must have {limit} or fewer items",
+    "minProperties": "must have {limit} or more fields",
+    "maxProperties": "must have {limit} or fewer fields",
+    "pattern": "must match {pattern}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigProblem:
+    """One thing wrong with a config: where (`aggregations.0.function`), what, and by which keyword."""
+
+    path: str
+    message: str
+    keyword: str
+    steps: tuple[str | int, ...] = ()
+    """The way from the config to the value, or to where a field is missing."""
+    meant: Json = None
+    """The name of a field, or the value, that is certain to be meant; None: none is."""
+
+
+# ── schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_validator(node_type: NodeType) -> Draft202012Validator:
+    """Return what checks the configs of a type; of a condition it asks only that it be an object."""
+    from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
+
+    schema = node_type.config_schema
+    for place, kind in node_type.compiled.items():
+        if kind is FieldCompilation.CONDITION:
+            schema = change_schema(schema, place, lambda _said: {"type": "object"})
+    fits = {name: form.fits for name, form in TEXT_FORMATS.items()}
+    return Draft202012Validator(accept_templates(schema), validate_formats=True, formats=fits)
+
+
+def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema], JsonSchema]) -> JsonSchema:
+    """Return `schema` with what it says of one field changed: of `condition`, or of `cases[].condition`."""
+    field, of_each, name = place.partition(OF_EACH)
+    properties = dict(cast("Mapping[str, Json]", schema.get("properties", {})))
+    said = cast("JsonSchema", properties.get(field, {}))
+    if of_each:
+        of_items = change_schema(cast("JsonSchema", said.get("items", {})), name, change)
+        properties[field] = {**said, "items": dict(of_items)}
+    else:
+        properties[field] = dict(change(said))
+    return {**schema, "properties": properties}
+
+
+def accept_templates(schema: JsonSchema) -> dict[str, Json]:
+    """Return `schema` with a text that holds `{{` accepted in place of any property and item that isn't `x-constant`.
+
+    What is asked of them moves into an `else`, whose errors are reported as if it stood alone.
+    """
+    changed = dict(schema)
+    for keyword, inner in schema.items():
+        if keyword == "properties" and isinstance(inner, dict):
+            changed[keyword] = {name: _allow_template(each) for name, each in inner.items()}
+        elif keyword in {"items", "additionalProperties"}:
+            changed[keyword] = _allow_template(inner)
+    return changed
+
+
+def _allow_template(schema: Json) -> Json:
+    if not isinstance(schema, dict):
+        return schema
+    if "x-language" in schema:  # a script is never rendered, whatever braces it has
+        return accept_templates(schema)
+    if schema.get("x-constant") is True:
+        return accept_templates(schema)
+    return {"if": dict(TEMPLATE_SCHEMA), "else": accept_templates(schema)}
+
+
+# ── problems ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_problems(
+    checker: Draft202012Validator, config: Mapping[str, Json], schema: JsonSchema
+) -> list[ConfigProblem]:
+    """Return what is wrong with a config, without its values, which may be secrets."""
+    if checker.is_valid(config):
+        return []
+    if _has_many_values(config):
+        return [ConfigProblem("config", "it doesn't fit the schema, and is too large to say where", "config")]
+    found = [problem for error in checker.iter_errors(config) for problem in _collect_problems(error, schema)]
+    return found[:MAXIMUM_PROBLEMS]
+
+
+def _has_many_values(config: Mapping[str, Json]) -> bool:
+    count = 0
+    level: list[Json] = list(config.values())
+    while level:
+        count += len(level)
+        if count > MAXIMUM_EXPLAINED_VALUES:
+            return True
+        containers = [value for value in level if isinstance(value, dict | list)]
+        level = [
+            inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return False
+
+
+def _collect_problems(error: ValidationError, schema: JsonSchema) -> Iterator[ConfigProblem]:
+    facts: dict[str, Any] = error.kind.as_dict()
+    path, keyword = list(error.instance_path), error.kind.name
+    match keyword:
+        case "required":
+            yield _missing_names([[*path, facts["property"]]])
+        case "anyOf" if all(_is_missing_only(form) for form in facts["context"]):
+            yield _missing_names([[*path, form[0].kind.as_dict()["property"]] for form in facts["context"]])
+        case "additionalProperties":
+            known = _field_names(schema, path)
+            for name in facts["unexpected"][:MAXIMUM_PROBLEMS]:
+                yield _unknown_field_problem([*path, name], known, cast("dict[str, Json]", error.instance))
+        case "enum":
+            meant = _suggest_option(cast("Json", error.instance), facts["options"])
+            yield ConfigProblem(
+                _format_path(path), _describe_violation(error, facts), keyword, tuple(path), meant
+            )
+        case _:
+            yield ConfigProblem(_format_path(path), _describe_violation(error, facts), keyword, tuple(path))
+
+
+def _is_missing_only(form: Sequence[ValidationError]) -> bool:
+    return all(error.kind.name == "required" for error in form)
+
+
+def _missing_names(alternatives: Sequence[SchemaPath]) -> ConfigProblem:
+    names = [_format_path(path) for path in alternatives]
+    message = f"{' or '.join(names)} is required"
+    return ConfigProblem(names[0], message, "required", tuple(alternatives[0]))
+
+
+def _unknown_field_problem(
+    path: SchemaPath, known: Sequence[str], beside: Mapping[str, Json]
+) -> ConfigProblem:
+    meant = name_suggestions.suggest_names(str(path[-1]), known)
+    message = "there is no such field"
+    if meant:
+        message += f": did you mean {' or '.join(meant)}?"
+    elif known:
+        message += f": there is {', '.join(known)}"
+    is_certain = len(meant) == 1 and meant[0] not in beside
+    return ConfigProblem(
+        _format_path(path), message, "additionalProperties", tuple(path), meant[0] if is_certain else None
+    )
+
+
+def _suggest_option(given: Json, options: Sequence[Json]) -> Json:
+    """Return the one option that a text comes near to; None where none does, or two."""
+    if not isinstance(given, str):
+        return None
+    meant = name_suggestions.suggest_names(given, [option for option in options if isinstance(option, str)])
+    return meant[0] if len(meant) == 1 else None
+
+
+def _describe_violation(error: ValidationError, facts: Mapping[str, Any]) -> str:
+    match error.kind.name:
+        case "type":
+            wanted = " or ".join(TYPE_DESCRIPTIONS[name] for name in facts["types"])
+            return f"must be {wanted}, not {config_fields.describe_type(cast('Json', error.instance))}"
+        case "enum":
+            return f"must be one of {', '.join(encode_json(option).decode() for option in facts['options'])}"
+        case "format" if facts["format"] in TEXT_FORMATS:
+            return f"must be {TEXT_FORMATS[facts['format']].wanted}"
+        case "not" if facts["schema"] == {"pattern": TEMPLATE_SCHEMA["pattern"]}:
+            return "can't hold an expression (`{{`): it must be known before the run"
+        case "not" if set(facts["schema"]) == {"required"}:
+            return f"takes {' or '.join(facts['schema']['required'])}, not both"
+        case "pattern" if "pattern" not in facts:
+            return "takes too long to be matched by the pattern"
+        case keyword if keyword in LIMIT_MESSAGES:
+            return LIMIT_MESSAGES[keyword].format_map(facts)
+        case keyword:
+            return f"must satisfy `{keyword}` of the schema"
+
+
+def _field_names(schema: JsonSchema, path: SchemaPath) -> Sequence[str]:
+    """Return the names of the fields that `schema` knows at `path`."""
+    at: Any = schema
+    for step in path:
+        at = at.get("items", {}) if isinstance(step, int) else at.get("properties", {}).get(step, {})
+    return list(at.get("properties", {}))
+
+
+def _format_path(path: SchemaPath) -> str:
+    return ".".join(str(step)[:SHOWN_CHARACTERS] for step in path) or "config"

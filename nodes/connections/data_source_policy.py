@@ -1,0 +1,159 @@
+"""Where a data source may lead: never to the server's own database, and inside only where the operator allows it.
+
+A name is resolved once for each connection, every address of the answer is checked, and one of those is connected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Container, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from engine.run_errors import NodeError
+from models.database_clock import DatabaseClock
+from nodes import url_targets
+
+if TYPE_CHECKING:
+    from nodes.outbound_http import IpNetwork
+    from nodes.url_targets import IpAddress
+
+ResolveHost = Callable[[str], Awaitable[Sequence[str]]]
+"""From a host name to the texts of its addresses, the preferred one first; raises OSError."""
+
+MAX_ADDRESSES: Final = 16
+RESOLVE_SECONDS: Final = 5
+FIRST_UNPRIVILEGED_PORT: Final = 1024
+PRIVILEGED_PORTS: Final = frozenset({443})
+POSTGRESQL_PORT: Final = 5432
+
+
+@dataclass(frozen=True)
+class ServerDatabase:
+    """Where the server keeps its own data: a database of PostgreSQL, or the file of SQLite."""
+
+    host: str = ""
+    """A name or an address; a folder, or nothing, for a socket of this machine."""
+    port: int = POSTGRESQL_PORT
+    database: str = ""
+    file: Path | None = None
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Take the address that the server itself is configured with."""
+        parts = urlsplit(url)
+        if parts.scheme.startswith("sqlite"):
+            return cls(file=Path(unquote(parts.path.removeprefix("/"))))
+        query = parse_qs(parts.query)
+        host = query.get("host", [parts.hostname or ""])[0]
+        port = int(query.get("port", [parts.port or POSTGRESQL_PORT])[0])
+        return cls(host, port, unquote(parts.path.removeprefix("/")) or unquote(parts.username or ""))
+
+
+@dataclass(frozen=True)
+class ConnectionPolicy:
+    allowed_networks: tuple[IpNetwork, ...] = ()
+    """What may be connected, although it is not public."""
+    own_databases: tuple[ServerDatabase, ...] = ()
+    files: Path | None = None
+    """The folder with one for each organisation, for SQLite; None: there are no files where this runs."""
+    idle_seconds: float = 60
+    max_connections_per_source: int = 5
+    clock: DatabaseClock = field(default_factory=DatabaseClock)
+    """The time that requests are signed with: servers refuse what is some minutes old or ahead."""
+    max_file_bytes: int = 1_000_000_000
+    """As large as a SQLite file may grow."""
+    max_sqlite_processes: int = 2
+    """Statements on SQLite files that run at once; up to twice as many while several organizations share them."""
+
+
+async def resolve_allowed(
+    policy: ConnectionPolicy,
+    resolve: ResolveHost,
+    *,
+    host: str,
+    port: int,
+    database: str,
+    privileged_ports: Container[int] = PRIVILEGED_PORTS,
+) -> Sequence[IpAddress]:
+    """Return the addresses of a server, each of which may be connected; raises `NodeError`."""
+    found = await _resolve(host, resolve)
+    for address in found:
+        _require_allowed(policy, host, address, port, privileged_ports)
+    for own in policy.own_databases:
+        if (own.port, own.database) == (port, database) and await _is_server_database(own, found, resolve):
+            raise NodeError("The data source is the server's own database", code="address-not-allowed")
+    return found
+
+
+def _require_allowed(
+    policy: ConnectionPolicy, host: str, address: IpAddress, port: int, privileged_ports: Container[int]
+) -> None:
+    """Keeps the address out of its message: what a name means inside the network is nobody's to learn."""
+    if any(address in network for network in policy.allowed_networks):
+        return
+    if not url_targets.is_public(address):
+        raise NodeError(url_targets.not_public_refusal(host), code="address-not-allowed")
+    if port < FIRST_UNPRIVILEGED_PORT and port not in privileged_ports:
+        raise NodeError(url_targets.port_refusal(port), code="address-not-allowed")
+
+
+async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
+    try:
+        name = url_targets.canonicalize_host(f"[{host}]" if ":" in host else host)
+    except ValueError as error:
+        raise NodeError(f"{host[:100]!r} is no valid host", code="address-not-allowed") from error
+    try:
+        return [url_targets.unmap_ipv4(name)]
+    except ValueError:
+        pass
+    try:
+        async with asyncio.timeout(RESOLVE_SECONDS):
+            found = [url_targets.unmap_ipv4(text) for text in (await resolve(name))[:MAX_ADDRESSES]]
+    except OSError as error:
+        raise NodeError(f"{name} can't be resolved", code="connection-failed", retryable=True) from error
+    if not found:
+        raise NodeError(f"{name} has no address", code="connection-failed", retryable=True)
+    return found
+
+
+async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], resolve: ResolveHost) -> bool:
+    """Tell whether one of the addresses leads to the machine of the server's own database.
+
+    Raises `NodeError` where nobody knows: its name may lead there again a moment later.
+    """
+    if own.file is not None:
+        return False
+    if not own.host or own.host.startswith("/"):
+        return any(is_local_address(address) for address in found)
+    own_addresses = await _server_addresses(own.host, resolve)
+    if any(address in own_addresses for address in found):
+        return True
+    # localhost, a loopback and the machine's address in its network are one server under three names.
+    return any(map(is_local_address, own_addresses)) and any(map(is_local_address, found))
+
+
+async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
+    try:
+        return await _resolve(host, resolve)
+    except NodeError as error:
+        # Not the name: where the server keeps its rows is nobody's to learn.
+        message = "It can't be told whether this is the server's own database"
+        raise NodeError(message, code="connection-failed", retryable=True) from error
+
+
+def is_local_address(address: IpAddress) -> bool:
+    """Tell whether something that listens here may be reached under an address."""
+    if address.is_loopback or address.is_unspecified:
+        return True
+    family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,201 @@
+"""Between a socket and a driver that trusts its server: what arrives is counted, and cut off where it is too much.
+
+A row arrives whole, however large it is, and no driver here has a limit for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Any, Final, Generic, TypeVar
+
+from nodes.connections.postgresql_binary import (
+    COUNT,
+    LearnedTypes,
+    has_plausible_dimensions,
+    is_credible,
+    iterate_fields,
+)
+
+BYTES_BESIDE: Final = 1_000_000
+"""For what a server sends besides rows. Each may take a hundred times as much memory."""
+ROWS_BESIDE: Final = 2_000
+"""For rows that a server sends about its types, or beyond what was asked for."""
+DATA_ROW_TAG: Final = ord("D")
+MESSAGE_HEADER: Final = Struct(">Bi")
+"""Of a message of PostgreSQL: its type, and its length, which counts itself and what follows."""
+SHORTEST_LENGTH: Final = 4
+
+
+class _MeteredProtocol(asyncio.BaseProtocol):
+    """Hands everything on to the protocol of the driver, in whose place it stands."""
+
+    inner: Any
+
+    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - of one kind or the other
+        self.inner = inner
+        self._transport: Any = None
+        self._left_bytes = BYTES_BESIDE
+        self.is_exceeded = False
+        self.is_garbled = False
+        """What arrived can't be true."""
+
+    def limit(self, max_bytes: int) -> None:
+        """Allow so many bytes from now on, and something besides."""
+        self._left_bytes = max_bytes + BYTES_BESIDE
+
+    def _is_allowed(self, size_bytes: int) -> bool:
+        self._left_bytes -= size_bytes
+        if self._left_bytes < 0:
+            self.is_exceeded = True
+            self._transport.abort()
+        return not self.is_exceeded
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self.inner.connection_made(transport)
+
+    def eof_received(self) -> bool | None:
+        received: bool | None = self.inner.eof_received()
+        return received
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.inner.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self.inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.inner.resume_writing()
+
+
+Wire = TypeVar("Wire", bound=_MeteredProtocol)
+
+
+class MessageWire(_MeteredProtocol, asyncio.Protocol):
+    """For PostgreSQL: also looks at the length of each message, since asyncpg would read one below four forever.
+
+    Rows are counted besides their bytes: the shortest has 7, and takes 50 in memory. So are the bytes of other
+    messages, of which asyncpg keeps more still. Messages are handed on whole, and rows only if what they say of
+    themselves can be true: see `binary_values`.
+    """
+
+    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - see `_Meter`
+        super().__init__(inner)
+        self._left_rows = ROWS_BESIDE
+        self._left_bytes_beside = BYTES_BESIDE
+        self._has_messages = not hasattr(inner, "on_data")
+        """Not so of what asks a server whether it speaks TLS: that answers with a single byte."""
+        self._held = bytearray()
+        """A message of which the rest is still to come."""
+        self._needed = 0
+        self._types = LearnedTypes()
+        self._columns: Sequence[int] | None = None
+        """Types of the rows that are awaited; None: the driver asks on its own account."""
+        self._are_checked = True
+
+    def limit_rows(
+        self, max_rows: int, types: LearnedTypes | None = None, columns: Sequence[int] | None = None
+    ) -> None:
+        """Allow so many rows from now on, and some besides; `columns` are their types, where that is known."""
+        self._left_rows = max_rows + ROWS_BESIDE
+        self._left_bytes_beside = BYTES_BESIDE
+        self._types = types or LearnedTypes()
+        self._columns = columns
+        self._are_checked = columns is None or any(self._types.container(oid) for oid in columns)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_allowed(len(data)):
+            return
+        if not self._has_messages:
+            self.inner.data_received(data)
+            return
+        self._held += data
+        if len(self._held) < self._needed:
+            return
+        end = self._end_of_messages()
+        if end is None:
+            self._transport.abort()
+        elif end:
+            whole = bytes(self._held[:end])
+            del self._held[:end]
+            self._needed = max(0, self._needed - end)
+            self.inner.data_received(whole)
+
+    def _end_of_messages(self) -> int | None:
+        """Return where the last whole message ends; None where one is not to be handed on."""
+        position = 0
+        while position + MESSAGE_HEADER.size <= len(self._held):
+            kind, length = MESSAGE_HEADER.unpack_from(self._held, position)
+            if length < SHORTEST_LENGTH:
+                return None
+            if kind != DATA_ROW_TAG and length > self._left_bytes_beside:
+                self.is_exceeded = True
+                return None
+            end = position + 1 + length
+            if end > len(self._held):
+                self._needed = end
+                return position
+            if kind != DATA_ROW_TAG:
+                self._left_bytes_beside -= length
+            elif not self._is_row_allowed(position + MESSAGE_HEADER.size, end):
+                return None
+            position = end
+        self._needed = 0
+        return position
+
+    def _is_row_allowed(self, begin: int, end: int) -> bool:
+        self._left_rows -= 1
+        if self._left_rows < 0:
+            self.is_exceeded = True
+            return False
+        if not self._are_checked or end - begin < COUNT.size:
+            return True
+        fields = iterate_fields(bytes(self._held[begin:end]))
+        if self._columns is None:
+            self.is_garbled = not all(map(has_plausible_dimensions, fields))
+        else:
+            self.is_garbled = not all(
+                is_credible(self._types, oid, field)
+                for oid, field in zip(self._columns, fields, strict=False)
+            )
+        return not self.is_garbled
+
+
+class BufferedWire(_MeteredProtocol, asyncio.BufferedProtocol):
+    """For a driver that lends its own memory to what arrives."""
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        buffer: memoryview = self.inner.get_buffer(sizehint)
+        return buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._is_allowed(nbytes):
+            self.inner.buffer_updated(nbytes)
+
+
+class MeteredLoop(Generic[Wire]):
+    """The running loop, with a wire before every protocol that is connected through it."""
+
+    def __init__(self, make_wire: Callable[[Any], Wire]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._make_wire = make_wire
+        self.wire: Wire | None = None
+        """That of the last connection."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the loop has
+        if name == "start_tls":
+            raise AttributeError(name)  # asyncpg then begins TLS with `create_connection` as well
+        return getattr(self._loop, name)
+
+    async def create_connection(
+        self,
+        protocol_factory: Callable[[], Any],
+        *args: Any,  # noqa: ANN401 - passed on
+        **named: Any,  # noqa: ANN401 - passed on
+    ) -> tuple[asyncio.BaseTransport, Any]:
+        transport, self.wire = await self._loop.create_connection(
+            lambda: self._make_wire(protocol_factory()), *args, **named
+        )
+        return transport, self.wire.inner

@@ -1,0 +1,200 @@
+"""A folder for each organisation, used like a bucket: below `objects`, so that no file is taken for one of SQLite's.
+
+Every step of a path is opened from the one before it and is never a link, so that nothing leads out of the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from engine.run_errors import NodeError
+from engine.services import StoredObject
+from models import durable_folders
+from nodes.connections import object_keys
+
+if TYPE_CHECKING:
+    from engine.services import RunCaller
+
+T = TypeVar("T")
+
+OBJECTS_FOLDER = "objects"
+THREADS = 4
+MAX_OBJECT_BYTES = 50_000_000
+MAX_FILES = 10_000
+MAX_FOLDER_BYTES = 5_000_000_000
+MAX_NAME_BYTES = 255
+OPEN_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+UNREACHABLE_ERRORS = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO})
+
+
+class OrganizationFolders:
+    """Implements `engine.services.FileFolderService`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        # A disk that hangs holds its threads, so these are nobody else's.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="files")
+
+    async def folder(self, caller: RunCaller) -> OrganizationFolder:
+        return OrganizationFolder(self._root, caller.organization_id, self._threads)
+
+    def close(self) -> None:
+        """Let the threads end, after what they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class OrganizationFolder:
+    """Keeps the promises of `engine.services.ObjectBucket`."""
+
+    def __init__(self, root: Path, organization_id: str, threads: ThreadPoolExecutor) -> None:
+        self._root = root
+        self._organization_id = organization_id
+        self._threads = threads
+
+    async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
+        """Return a file; see `Bucket.get`."""
+        return await self._in_time(timeout_seconds, partial(self._get, *_split_key(key), max_bytes))
+
+    async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:  # noqa: ARG002 - a file has no type
+        """Write a file whole, or leave the one that was there; see `Bucket.put`."""
+        if len(content) > MAX_OBJECT_BYTES:
+            message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
+            raise NodeError(message, code="object-too-large")
+        return await self._in_time(timeout_seconds, partial(self._put, *_split_key(key), content))
+
+    async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
+        """Return all files below a prefix, by key; fails where there are more than `max_objects`."""
+        found = await self._in_time(
+            timeout_seconds, partial(self._list, object_keys.require_key_prefix(prefix))
+        )
+        if len(found) > max_objects:
+            raise NodeError(
+                f"More than {max_objects:,} files are there: take a longer prefix", code="too-many-objects"
+            )
+        return found
+
+    async def _in_time(self, seconds: float, work: Callable[[], T]) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except FileNotFoundError as error:
+            raise NodeError("There is no such file", code="object-not-found") from error
+        except TimeoutError as error:
+            message = f"The folder took longer than {seconds:g} s"
+            raise NodeError(message, code="timed-out", retryable=True) from error
+        except OSError as error:
+            if error.errno in UNREACHABLE_ERRORS:
+                raise NodeError("The key leads to no file", code="invalid-key") from error
+            message = f"The folder can't be used: {error.strerror}"
+            raise NodeError(message, code="not-available", retryable=True) from error
+
+    # ── in a thread ───────────────────────────────────────────────────────────────────────────────
+
+    def _get(self, folders: Sequence[str], name: str, max_bytes: int) -> bytes:
+        with self._opened(folders) as folder:
+            descriptor = os.open(name, OPEN_READ_FLAGS, dir_fd=folder)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise NodeError("The key leads to no file", code="invalid-key")
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            message = f"The file has {status.st_size:,} bytes; at most {max_bytes:,} are read"
+            raise NodeError(message, code="object-too-large")
+        return content
+
+    def _put(self, folders: Sequence[str], name: str, content: bytes) -> str:
+        self._check_room(len(content))
+        unfinished = f".{secrets.token_hex(16)}"
+        with self._opened(folders, makes=True) as folder:
+            try:
+                with os.fdopen(os.open(unfinished, CREATE_FLAGS, 0o600, dir_fd=folder), "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    etag = _entity_tag(os.fstat(file.fileno()))
+                os.replace(unfinished, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    os.unlink(unfinished, dir_fd=folder)
+                raise
+            os.fsync(folder)
+        return etag
+
+    def _list(self, prefix: str) -> Sequence[StoredObject]:
+        found = [
+            StoredObject(
+                key, status.st_size, _entity_tag(status), datetime.fromtimestamp(status.st_mtime, UTC)
+            )
+            for key, status in self._files()
+            if key.startswith(prefix)
+        ]
+        return sorted(found, key=lambda one: one.key)
+
+    def _check_room(self, wanted_bytes: int) -> None:
+        sizes = [status.st_size for _, status in self._files()]
+        if len(sizes) >= MAX_FILES:
+            message = f"The folder has {MAX_FILES:,} files, and may have no more"
+            raise NodeError(message, code="folder-full")
+        if sum(sizes) + wanted_bytes > MAX_FOLDER_BYTES:
+            message = f"The folder would have more than {MAX_FOLDER_BYTES:,} bytes"
+            raise NodeError(message, code="folder-full")
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Return the keys of all files that are finished, and what is known of them."""
+        try:
+            with self._opened(()) as folder:
+                for path, _, names, descriptor in os.fwalk(".", dir_fd=folder):
+                    for name in names:
+                        with suppress(FileNotFoundError):
+                            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                            if stat.S_ISREG(status.st_mode) and not name.startswith("."):
+                                yield os.path.normpath(f"{path}/{name}"), status
+        except FileNotFoundError:
+            return
+
+    @contextmanager
+    def _opened(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
+        """Open the organisation's folder and go down from there, step by step."""
+        if makes:
+            durable_folders.make_folder(self._root)
+        descriptor = os.open(self._root, OPEN_FOLDER_FLAGS & ~os.O_NOFOLLOW)
+        try:
+            for name in (self._organization_id, OBJECTS_FOLDER, *folders):
+                if makes:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=descriptor)
+                    # In any case: whoever else has made it may not have come to this yet.
+                    os.fsync(descriptor)
+                below = os.open(name, OPEN_FOLDER_FLAGS, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = below
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _split_key(key: str) -> tuple[Sequence[str], str]:
+    """Return the folders on the way, and the name; raises `NodeError`."""
+    *folders, name = parts = object_keys.require_object_key(key).split("/")
+    if not all(parts) or any(part.startswith(".") or len(part.encode()) > MAX_NAME_BYTES for part in parts):
+        message = f"A part of the key {key[:100]!r} is empty, begins with a dot, or is too long for a file"
+        raise NodeError(message, code="invalid-key")
+    return folders, name
+
+
+def _entity_tag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"

@@ -1,0 +1,185 @@
+"""Binary values of PostgreSQL, looked through before asyncpg reads them: it believes the counts that a server names.
+
+An array of two billion items that holds none would be a list of 16 GB, whose end holds the interpreter for ten seconds,
+and values nested a hundred thousand deep would overflow the stack of the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from struct import Struct
+from typing import Any, Final
+
+import msgspec
+
+MAX_DEPTH: Final = 64
+"""As deep as values go."""
+MAX_VISITS: Final = 250_000
+"""Values within one that are looked at: to look at more takes too long."""
+MAX_DIMENSIONS: Final = 6
+SMALLEST_ITEM: Final = 4
+"""Bytes of the length that every item begins with."""
+ARRAY_HEADER: Final = Struct(">iiI")
+"""Number of dimensions, flags, type of the items."""
+DIMENSION: Final = Struct(">ii")
+COUNT: Final = Struct(">H")
+NUMBER: Final = Struct(">i")
+FIELD: Final = Struct(">Ii")
+"""Of a composite: the type and the length of a field."""
+
+
+class ContainerType(msgspec.Struct, frozen=True):
+    """A type whose values hold other values."""
+
+    kind: str
+    """`array`, `composite`, `range` or `multirange`."""
+    parts: tuple[int, ...]
+    """The types of what it holds: one, but of a composite those of its fields."""
+
+
+KNOWN_CONTAINERS: Final[Mapping[int, ContainerType]] = {
+    1009: ContainerType("array", (25,)),
+    1028: ContainerType("array", (26,)),
+}
+"""Arrays of text and of oid, which asyncpg knows without asking."""
+
+
+class LearnedTypes:
+    """Types that hold others, as asyncpg was told of them by the server."""
+
+    def __init__(self) -> None:
+        self._containers: dict[int, ContainerType] = dict(KNOWN_CONTAINERS)
+        self._bases: dict[int, int] = {}
+        """Of domains."""
+
+    def learn(self, types: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows of asyncpg's query for types; the first word on a type counts, as there."""
+        for each in types:
+            oid = int(each["oid"])
+            if oid in self._containers or oid in self._bases:
+                continue
+            kind = each["kind"]
+            if each["elemtype"]:
+                self._containers[oid] = ContainerType("array", (int(each["elemtype"]),))
+            elif kind == b"c":
+                self._containers[oid] = ContainerType("composite", tuple(map(int, each["attrtypoids"] or ())))
+            elif kind == b"d":
+                self._bases[oid] = int(each["basetype"] or 0)
+            elif kind in {b"r", b"m"}:
+                name = "range" if kind == b"r" else "multirange"
+                self._containers[oid] = ContainerType(name, (int(each["range_subtype"] or 0),))
+
+    def container(self, oid: int) -> ContainerType | None:
+        """Return what a type is that holds others; None for one that doesn't."""
+        for _ in range(MAX_DEPTH):
+            if oid not in self._bases:
+                return self._containers.get(oid)
+            oid = self._bases[oid]
+        return None
+
+
+def iterate_fields(row: bytes) -> Iterator[bytes]:
+    """Yield the fields of the body of a `DataRow`, null as nothing, up to one that isn't whole."""
+    (count,) = COUNT.unpack_from(row)
+    position = COUNT.size
+    for _ in range(count):
+        if position + NUMBER.size > len(row):
+            return
+        (length,) = NUMBER.unpack_from(row, position)
+        position += NUMBER.size
+        if length > len(row) - position:
+            return
+        yield row[position : position + max(0, length)]
+        position += max(0, length)
+
+
+def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
+    """Tell whether all counts within a value can be true, and it isn't nested too deep.
+
+    Wrong lengths end the look: the driver finds them itself, before it allocates anything.
+    """
+    visits = 0
+    levels: list[Iterator[tuple[int, bytes]]] = [iter([(oid, value)])]
+    while levels:
+        found = next(levels[-1], None)
+        if found is None:
+            levels.pop()
+            continue
+        visits += 1
+        of_type, held = found
+        container = types.container(of_type)
+        if container is None:
+            continue
+        if visits > MAX_VISITS or len(levels) > MAX_DEPTH:
+            return False
+        if container.kind == "array" and not has_plausible_dimensions(held):
+            return False
+        if container.kind == "multirange" and not _has_plausible_ranges(held):
+            return False
+        levels.append(_contained_values(types, container, held))
+    return True
+
+
+def has_plausible_dimensions(value: bytes) -> bool:
+    """Tell whether each dimension of an array may be as long as it says, by the bytes that there are.
+
+    Texts have room: none begins with the number of dimensions, of which three bytes are NUL.
+    """
+    if len(value) < ARRAY_HEADER.size:
+        return True
+    dimensions, _, _ = ARRAY_HEADER.unpack_from(value)
+    if not 0 < dimensions <= MAX_DIMENSIONS:
+        return True
+    end = min(len(value), ARRAY_HEADER.size + dimensions * DIMENSION.size)
+    lengths = [
+        DIMENSION.unpack_from(value, at)[0]
+        for at in range(ARRAY_HEADER.size, end - DIMENSION.size + 1, DIMENSION.size)
+    ]
+    return all(length <= len(value) // SMALLEST_ITEM for length in lengths)
+
+
+def _has_plausible_ranges(value: bytes) -> bool:
+    return len(value) < NUMBER.size or NUMBER.unpack_from(value)[0] <= len(value) // SMALLEST_ITEM
+
+
+def _contained_values(
+    types: LearnedTypes, container: ContainerType, value: bytes
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the types and bytes of what a value holds, as far as that holds others in turn."""
+    match container.kind:
+        case "array":
+            if types.container(container.parts[0]) is not None and len(value) >= ARRAY_HEADER.size:
+                dimensions, _, _ = ARRAY_HEADER.unpack_from(value)
+                start = ARRAY_HEADER.size + max(0, min(dimensions, MAX_DIMENSIONS)) * DIMENSION.size
+                yield from ((container.parts[0], item) for item in _iterate_items(value, start))
+        case "multirange":
+            for item in _iterate_items(value, NUMBER.size):
+                yield from ((container.parts[0], bound) for bound in _iterate_items(item, 1))
+        case "composite":
+            yield from _composite_fields(container.parts, value)
+        case _:
+            yield from ((container.parts[0], bound) for bound in _iterate_items(value, 1))  # behind its flags
+
+
+def _iterate_items(value: bytes, position: int) -> Iterator[bytes]:
+    while position + NUMBER.size <= len(value):
+        (length,) = NUMBER.unpack_from(value, position)
+        position += NUMBER.size
+        if length > len(value) - position:
+            return
+        yield value[position : position + max(0, length)]
+        position += max(0, length)
+
+
+def _composite_fields(parts: Sequence[int], value: bytes) -> Iterator[tuple[int, bytes]]:
+    position = NUMBER.size
+    for part in parts:
+        if position + FIELD.size > len(value):
+            return
+        _, length = FIELD.unpack_from(value, position)
+        position += FIELD.size
+        if length > len(value) - position:
+            return
+        if length > 0:
+            yield part, value[position : position + length]
+            position += length

@@ -1,0 +1,290 @@
+"""A mail server of a user, reached at an address that was checked: each mail has a connection of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+from base64 import b64encode
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Final, Self
+
+import aiosmtplib
+
+from concurrency import offload
+from engine.run_errors import NodeError
+from models.data_source_types import MailTls
+from nodes import config_fields, redaction
+from nodes.connections import data_source_policy, database_session
+from nodes.url_targets import MAX_PORT
+
+if TYPE_CHECKING:
+    from aiosmtplib.response import SMTPResponse
+
+    from nodes.connections.data_source import ConnectionSource
+    from nodes.connections.data_source_policy import ConnectionPolicy, ResolveHost
+    from nodes.url_targets import IpAddress
+
+ALLOWED_PORTS: Final = frozenset({25, 465, 587})
+"""Those below 1024 that mail servers have."""
+CONNECT_SECONDS: Final = 10
+PIECE_BYTES: Final = 65_536
+CLIENT_NAME: Final = "localhost.localdomain"
+"""What we call ourselves: the machine's own name is nobody's to learn."""
+_TEMPORARY_CODES: Final = range(400, 500)
+_BARE_LINE_END: Final = re.compile(rb"\r(?!\n)|(?<!\r)\n")
+
+
+def open_server(
+    source: ConnectionSource, connection_policy: ConnectionPolicy, resolve: ResolveHost
+) -> SmtpMailServer:
+    """Return the server of a data source, which is first asked when it is used; raises `NodeError`."""
+    return SmtpMailServer(SmtpEndpoint.from_source(source), connection_policy, resolve)
+
+
+@dataclass(frozen=True, slots=True)
+class SmtpEndpoint:
+    """Where the server is, and who logs in."""
+
+    host: str
+    port: int
+    tls: MailTls
+    username: str
+    """Empty: nobody logs in."""
+    password: str = field(repr=False)
+
+    @classmethod
+    def from_source(cls, source: ConnectionSource) -> Self:
+        settings = {"port": 587, "tls": MailTls.STARTTLS.value, "username": "", **source.settings}
+        return cls(
+            host=config_fields.read_text(settings, "host"),
+            port=int(config_fields.read_number(settings, "port", minimum=1, maximum=MAX_PORT)),
+            tls=config_fields.read_choice(settings, "tls", MailTls),
+            username=config_fields.read_text(settings, "username"),
+            password=source.secrets.get("password", ""),
+        )
+
+    def login_secrets(self) -> Sequence[str]:
+        """Return the password as a server may repeat it: as it is, and in the forms of the login."""
+        if not self.password:
+            return []
+        sent = (self.password, f"\0{self.username}\0{self.password}")
+        return [self.password, *(b64encode(text.encode()).decode() for text in sent)]
+
+
+class SmtpMailServer:
+    """Keeps the promises of `engine.services.MailServerService`."""
+
+    def __init__(
+        self, place: SmtpEndpoint, connection_policy: ConnectionPolicy, resolve: ResolveHost
+    ) -> None:
+        self._place = place
+        self._policy = connection_policy
+        self._resolve = resolve
+
+    async def send(
+        self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
+    ) -> None:
+        """Hand in one mail; see `MailServer.send`."""
+        written = await offload.run_in_thread(_stuff_dots, message)
+        async with self._session(timeout_seconds) as client:
+            _check_size(client, len(message))
+            with _refused_error("sender-refused", f"the sender {sender}"):
+                await client.mail(sender)
+            for each in recipients:
+                # Whoever is refused ends it before anything is sent: a second attempt never reaches anybody twice.
+                with _refused_error("recipient-refused", f"the recipient {each}"):
+                    await client.rcpt(each)
+            await _send_content(client, written)
+
+    async def check(self, *, timeout_seconds: float) -> None:
+        """Connect and log in as for a mail, and send none; raises `NodeError`."""
+        async with self._session(timeout_seconds):
+            pass
+
+    @asynccontextmanager
+    async def _session(self, timeout_seconds: float) -> AsyncIterator[aiosmtplib.SMTP]:
+        """Lend a connection on which everything up to the login is done."""
+        client: aiosmtplib.SMTP | None = None
+        try:
+            with redaction.redact_errors(self._place.login_secrets()), _translate_errors(timeout_seconds):
+                async with asyncio.timeout(timeout_seconds):
+                    client = await self._connected()
+                    await self._protect(client)
+                    await self._log_in(client)
+                    yield client
+            _quit(client)
+        finally:
+            if client is not None:
+                client.close()
+
+    async def _connected(self) -> aiosmtplib.SMTP:
+        """Connect the first checked address that takes a connection, and hear its greeting."""
+        place = self._place
+        found = await data_source_policy.resolve_allowed(
+            self._policy,
+            self._resolve,
+            host=place.host,
+            port=place.port,
+            database="",
+            privileged_ports=ALLOWED_PORTS,
+        )
+        context = (
+            None if place.tls is MailTls.NONE else await offload.run_in_thread(ssl.create_default_context)
+        )
+        client = aiosmtplib.SMTP(
+            hostname=place.host,  # which the certificate must name
+            sock=await _open_socket(found, place.port),
+            use_tls=place.tls is MailTls.TLS,
+            start_tls=False,
+            tls_context=context,
+            local_hostname=CLIENT_NAME,
+            timeout=None,
+        )
+        with _refused_error("connection-failed", "the connection"):
+            await client.connect()
+        return client
+
+    async def _protect(self, client: aiosmtplib.SMTP) -> None:
+        if self._place.tls is not MailTls.STARTTLS:
+            return
+        with _refused_error("connection-failed", "our greeting"):
+            await client.ehlo()
+        if not client.supports_extension("starttls"):
+            message = "The mail server offers no STARTTLS, or somebody on the way hides it: nothing was sent"
+            raise NodeError(message, code="tls-failed")
+        with _refused_error("tls-failed", "to begin with TLS"):
+            await client.starttls()
+
+    async def _log_in(self, client: aiosmtplib.SMTP) -> None:
+        with _refused_error("connection-failed", "our greeting"):
+            await client.ehlo()
+        if not self._place.username:
+            return
+        if not client.supported_auth_methods:
+            raise NodeError("The mail server offers no login that is known here", code="login-refused")
+        try:
+            await client.login(self._place.username, self._place.password)
+        except aiosmtplib.SMTPResponseException as error:
+            # Without its words: some servers repeat what they were given.
+            message = f"The mail server refused the login ({error.code})"
+            raise NodeError(
+                message, code="login-refused", retryable=error.code in _TEMPORARY_CODES
+            ) from error
+
+
+# ── one step after the other ────────────────────────────────────────────────────────────────────────────────
+
+
+async def _open_socket(found: Sequence[IpAddress], port: int) -> socket.socket:
+    reason = "nobody answered there"
+    for address in found:
+        family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.setblocking(False)  # noqa: FBT003 - the standard library's own signature
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await asyncio.get_running_loop().sock_connect(opened, (str(address), port))
+            return opened
+        except TimeoutError:
+            opened.close()
+            reason = f"there was no answer within {CONNECT_SECONDS} s"
+        except OSError:
+            opened.close()
+        except BaseException:
+            opened.close()
+            raise
+    raise _connection_error(reason)
+
+
+def _check_size(client: aiosmtplib.SMTP, size: int) -> None:
+    most = client.esmtp_extensions.get("size", "")
+    if most.isdecimal() and 0 < int(most) < size:
+        message = f"The mail has {size:,} bytes, and the mail server takes {int(most):,}"
+        raise NodeError(message, code="mail-too-large")
+
+
+def _stuff_dots(message: bytes) -> bytes:
+    """Return a mail as it goes over the wire: no line of it is taken for its end, and none ends in another way."""
+    if not message.count(b"\r\n") == message.count(b"\r") == message.count(b"\n"):
+        message = _BARE_LINE_END.sub(b"\r\n", message)
+    first = b"." if message.startswith(b".") else b""
+    last = b"" if message.endswith(b"\r\n") else b"\r\n"
+    return b"".join((first, message.replace(b"\r\n.", b"\r\n.."), last, b".\r\n"))
+
+
+async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
+    """Send a mail piece by piece, as fast as it is taken, and hear what becomes of it."""
+    with _refused_error("mail-refused", "the mail"):
+        _require_code(await client.execute_command(b"DATA"), 354)
+        protocol = client.protocol
+        if protocol is None:
+            raise _connection_error("it was lost")
+        last = (len(written) - 1) // PIECE_BYTES * PIECE_BYTES
+        for begin in range(0, last, PIECE_BYTES):
+            protocol.write(written[begin : begin + PIECE_BYTES])
+            await protocol._drain_helper()  # noqa: SLF001 - what asyncio's own writer waits for
+        # The answer is awaited from here on: nothing must come between, or it could be missed.
+        protocol.write(written[last:])
+        try:
+            answer = await protocol.read_response()
+        except (aiosmtplib.SMTPServerDisconnected, OSError) as error:
+            message = "The connection broke before the mail server said whether it has taken the mail"
+            raise NodeError(message, code="delivery-unknown", retryable=True) from error
+        _require_code(answer, 250)
+
+
+def _quit(client: aiosmtplib.SMTP) -> None:
+    """Take leave without waiting for the answer: a server that is slow to give it has taken the mail all the same."""
+    if client.protocol is not None:
+        with suppress(aiosmtplib.SMTPServerDisconnected):
+            client.protocol.write(b"QUIT\r\n")
+
+
+def _require_code(answer: SMTPResponse, code: int) -> None:
+    if answer.code != code:
+        raise aiosmtplib.SMTPResponseException(answer.code, answer.message)
+
+
+# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _refused_error(code: str, what: str) -> Iterator[None]:
+    """Translate an answer of the server that isn't the one that was hoped for."""
+    try:
+        yield
+    except aiosmtplib.SMTPResponseException as error:
+        if error.code < 0:
+            raise _connection_error("what answered there is no mail server", retryable=False) from error
+        message = f"The mail server refused {what}: {error.code} {database_session.quote_server_message(error.message)}"
+        raise NodeError(message, code=code, retryable=error.code in _TEMPORARY_CODES) from error
+
+
+@contextmanager
+def _translate_errors(timeout_seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLError as error:
+        message = "The mail server's certificate is not to be trusted, or it speaks no TLS"
+        raise NodeError(message, code="tls-failed") from error
+    except TimeoutError as error:
+        message = f"The mail server did not finish within {timeout_seconds:g} s, which is the limit (`timeoutSeconds`)"
+        raise NodeError(message, code="timeout", retryable=True) from error
+    except OSError as error:
+        if isinstance(error.__cause__, ssl.SSLError):
+            message = "The mail server's certificate is not to be trusted, or it speaks no TLS"
+            raise NodeError(message, code="tls-failed") from error
+        raise _connection_error("it was lost") from error
+    except (aiosmtplib.SMTPException, ValueError) as error:
+        raise _connection_error(database_session.quote_server_message(error)) from error
+
+
+def _connection_error(reason: str, *, retryable: bool = True) -> NodeError:
+    return NodeError(
+        f"No connection to the mail server: {reason}", code="connection-failed", retryable=retryable
+    )

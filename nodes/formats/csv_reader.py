@@ -1,0 +1,160 @@
+"""A CSV text becomes rows. The type of a field depends on that field alone: one odd line changes no other."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import chain
+from typing import TYPE_CHECKING, TypeAlias
+
+from concurrency.loop_share import LoopShare
+from engine.run_errors import NodeError
+from nodes import config_fields
+
+if TYPE_CHECKING:
+    from engine.node_api import NodeCall
+    from engine.values import Json
+
+CsvRecord: TypeAlias = tuple[int, list[str]]
+"""The number of a line, from 1, and its fields."""
+
+BYTE_ORDER_MARK = "\ufeff"
+LIKELY_DELIMITERS = (",", ";", "\t", "|")
+HEAD_CHARACTERS = 65_536
+"""As much of a text as is looked at to tell its delimiter."""
+MAXIMUM_ROWS = 100_000
+MAXIMUM_COLUMNS = 10_000
+MAXIMUM_VALUES = 2_000_000
+"""More values than this, each beside its column's name, are beyond the largest output that is kept."""
+EXACT_DIGITS = 15
+"""Whole numbers of so many digits are exact in every reader of JSON."""
+
+NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+
+
+class CsvTypes(StrEnum):
+    INFER = "infer"
+    TEXT = "text"
+
+
+class RaggedRowAction(StrEnum):
+    ERROR = "error"
+    PAD = "pad"
+
+
+async def parse_csv(call: NodeCall) -> Json:
+    config = call.config
+    text = config_fields.read_text(config, "text").removeprefix(BYTE_ORDER_MARK)
+    columns, records = _read_columns(config, _read_records(text, _detect_delimiter(config, text)))
+    infers = config_fields.read_choice(config, "types", CsvTypes) is CsvTypes.INFER
+    pads = config_fields.read_choice(config, "onRaggedRow", RaggedRowAction) is RaggedRowAction.PAD
+    maximum_rows = config_fields.read_number(config, "maxRows", minimum=1, maximum=MAXIMUM_ROWS)
+    rows: list[Json] = []
+    turn = LoopShare()
+    for line, record in records:
+        await turn.yield_if_due()
+        _check_size(len(rows) + 1, len(columns), maximum_rows)
+        _fit_width(line, record, columns, pads=pads)
+        values = map(_infer_value, record) if infers else record
+        padding = [None] * (len(columns) - len(record))
+        rows.append(dict(zip(columns, [*values, *padding], strict=True)))
+    return {"rows": rows, "columns": list(columns), "count": len(rows)}
+
+
+def _detect_delimiter(config: Mapping[str, Json], text: str) -> str:
+    delimiter = config_fields.read_text(config, "delimiter")
+    if delimiter == "auto":
+        head = text[:HEAD_CHARACTERS]
+        return max(LIKELY_DELIMITERS, key=lambda likely: _count_fields(head, likely))
+    if len(delimiter) != 1 or delimiter in '\r\n"':
+        raise config_fields.invalid_field(
+            "delimiter", "`auto` or one character, no quote and no line end", delimiter
+        )
+    return delimiter
+
+
+def _count_fields(text: str, delimiter: str) -> int:
+    """Return how many fields the first line that isn't blank has."""
+    records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return len(next(filter(None, records), []))
+
+
+def _read_records(text: str, delimiter: str) -> Iterator[CsvRecord]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for record in reader:
+            if record:
+                yield reader.line_num, record
+    except csv.Error as error:
+        raise NodeError(f"Line {reader.line_num} is no CSV: {error}", code="invalid-csv") from error
+
+
+def _read_columns(
+    config: Mapping[str, Json], records: Iterator[CsvRecord]
+) -> tuple[Sequence[str], Iterator[CsvRecord]]:
+    """Return the names of the columns, and the records that hold rows."""
+    given = [
+        config_fields.read_text({"columns": name}, "columns")
+        for name in config_fields.read_sequence(config, "columns")
+    ]
+    first = next(records, None)
+    width = len(first[1]) if first else 0
+    if not config_fields.read_flag(config, "hasHeader"):
+        columns = given or _number_blank_names([""] * width)
+        return _require_unique_names(columns), chain([first] if first else [], records)
+    if given and first and len(given) != width:
+        message = f"`columns` has {len(given)} names, but the header has {width}"
+        raise NodeError(message, code="ragged-row")
+    return _require_unique_names(given or _number_blank_names(first[1] if first else [])), records
+
+
+def _number_blank_names(header: Sequence[str]) -> list[str]:
+    """Return the names of a header, with `column3` for the third if that is blank."""
+    return [name.strip() or f"column{number}" for number, name in enumerate(header, start=1)]
+
+
+def _require_unique_names(columns: Sequence[str]) -> Sequence[str]:
+    if len(columns) > MAXIMUM_COLUMNS:
+        message = f"The CSV has {len(columns):,} columns where there may be {MAXIMUM_COLUMNS:,}: is `delimiter` right?"
+        raise NodeError(message, code="too-many-columns")
+    for name, count in Counter(columns).most_common(1):
+        if count > 1:
+            message = f"{count} columns have the name {name[:100]!r}: give each its own by `columns`"
+            raise NodeError(message, code="duplicate-column")
+    return columns
+
+
+def _check_size(rows: int, columns: int, maximum_rows: float) -> None:
+    if rows > maximum_rows:
+        message = f"The CSV has more than {maximum_rows:,} rows; `maxRows` may be up to {MAXIMUM_ROWS:,}"
+        raise NodeError(message, code="too-many-rows")
+    if rows * columns > MAXIMUM_VALUES:
+        message = f"The CSV has more than {MAXIMUM_VALUES:,} values in its {columns:,} columns: cut it up"
+        raise NodeError(message, code="too-many-rows")
+
+
+def _fit_width(line: int, record: Sequence[str], columns: Sequence[str], *, pads: bool) -> None:
+    if len(record) == len(columns) or (pads and len(record) < len(columns)):
+        return
+    hint = "; `onRaggedRow: pad` fills it up" if len(record) < len(columns) else ""
+    message = f"Line {line} has {len(record)} fields where there are {len(columns)} columns{hint}"
+    raise NodeError(message, code="ragged-row")
+
+
+def _infer_value(written: str) -> Json:
+    """Return null for an empty field, a number for what JSON would take as one, else the text as it is."""
+    trimmed = written.strip()
+    if not trimmed:
+        return None
+    match = NUMBER.fullmatch(trimmed)
+    if match is None:
+        return written
+    if match.group(1) is None and match.group(2) is None:
+        return int(trimmed) if len(trimmed.lstrip("-")) <= EXACT_DIGITS else written
+    number = float(trimmed)
+    return number if math.isfinite(number) else written

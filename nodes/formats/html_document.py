@@ -1,0 +1,172 @@
+"""An HTML page as a flat list of its elements, read piece by piece in time that grows with its length alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lxml import etree
+
+from engine.run_errors import NodeError
+
+if TYPE_CHECKING:
+    from concurrency.loop_share import LoopShare
+
+CHUNK_CHARACTERS = 8_192
+MAXIMUM_CHARACTERS = 3_000_000
+MAXIMUM_ELEMENTS = 100_000
+MAXIMUM_ATTRIBUTES = 300_000
+MAXIMUM_DEPTH = 200
+USUAL_CHARACTERS = 1_000
+"""Of the attributes of one element."""
+SILENT_TAGS = frozenset({"script", "style", "template", "noscript"})
+"""Elements whose text nobody reads on the page."""
+INLINE_TAGS = frozenset(
+    {
+        *(
+            "a",
+            "abbr",
+            "acronym",
+            "b",
+            "bdi",
+            "bdo",
+            "big",
+            "cite",
+            "code",
+            "data",
+            "del",
+            "dfn",
+            "em",
+            "font",
+        ),
+        *("i", "ins", "kbd", "label", "mark", "q", "s", "samp", "small", "span", "strike", "strong", "sub"),
+        *("sup", "time", "tt", "u", "var", "wbr"),
+    }
+)
+"""Elements before and after which a word goes on; all others part it."""
+
+
+@dataclass(slots=True)
+class HtmlElement:
+    """One element; those inside it are the next in the document's list, up to `end`."""
+
+    tag: str
+    attributes: Mapping[str, str]
+    parent: HtmlElement | None
+    depth: int
+    place: int
+    """Among the elements of its parent, from 1."""
+    position: int
+    """In the list of all elements."""
+    end: int
+    text_begin: int
+    text_end: int
+    classes: frozenset[str] = frozenset()
+    weight: int = 1
+    """How many times longer than usual it takes to look at all of it."""
+    children: int = 0
+
+    @property
+    def place_from_end(self) -> int:
+        return self.parent.children - self.place + 1 if self.parent else 1
+
+
+@dataclass(slots=True)
+class HtmlDocument:
+    """A page: its elements in order, and all of its text, cut up as it came."""
+
+    elements: list[HtmlElement] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def inside(self, element: HtmlElement) -> list[HtmlElement]:
+        return self.elements[element.position + 1 : element.end]
+
+    def text(self, element: HtmlElement) -> str:
+        """Return the text of an element as it stands in the page, spaces and all."""
+        return "".join(self.texts[element.text_begin : element.text_end])
+
+
+async def read_document(html: str, turn: LoopShare) -> HtmlDocument:
+    """Return a page as the parser mends it; raises `NodeError` for one that is too large or too deep."""
+    if len(html) > MAXIMUM_CHARACTERS:
+        message = f"`html` has {len(html):,} characters; at most {MAXIMUM_CHARACTERS:,} are read"
+        raise NodeError(message, code="input-too-large")
+    builder = DocumentBuilder()
+    parser = etree.HTMLParser(target=builder, no_network=True, huge_tree=False)
+    for begin in range(0, len(html), CHUNK_CHARACTERS):
+        parser.feed(html[begin : begin + CHUNK_CHARACTERS])
+        await turn.yield_if_due()
+    if html.strip():
+        parser.close()
+    return builder.document
+
+
+class DocumentBuilder:
+    """What the parser tells of a page as it reads."""
+
+    def __init__(self) -> None:
+        self.document = HtmlDocument()
+        self._open: list[HtmlElement] = []
+        self._tops = 0
+        self._attributes = 0
+        self._silent = 0
+
+    def start(self, tag: str, attributes: Mapping[str, str]) -> None:
+        document = self.document
+        position = len(document.elements)
+        self._attributes += len(attributes)
+        _check_size(position + 1, self._attributes, len(self._open) + 1)
+        self._part_words(tag)
+        parent = self._open[-1] if self._open else None
+        if parent is None:
+            self._tops += 1
+            place = self._tops
+        else:
+            parent.children += 1
+            place = parent.children
+        begin = len(document.texts)
+        element = HtmlElement(
+            tag=tag,
+            attributes=dict(attributes),
+            parent=parent,
+            depth=len(self._open),
+            place=place,
+            position=position,
+            end=position + 1,
+            text_begin=begin,
+            text_end=begin,
+            classes=frozenset(attributes.get("class", "").split()),
+            weight=1 + sum(map(len, attributes.values())) // USUAL_CHARACTERS,
+        )
+        document.elements.append(element)
+        self._open.append(element)
+        self._silent += tag in SILENT_TAGS
+
+    def end(self, tag: str) -> None:
+        element = self._open.pop()
+        element.end = len(self.document.elements)
+        element.text_end = len(self.document.texts)
+        self._silent -= element.tag in SILENT_TAGS
+        self._part_words(tag)
+
+    def data(self, text: str) -> None:
+        if not self._silent:
+            self.document.texts.append(text)
+
+    def close(self) -> None:
+        while self._open:
+            self.end(self._open[-1].tag)
+
+    def _part_words(self, tag: str) -> None:
+        if tag not in INLINE_TAGS:
+            self.document.texts.append(" ")
+
+
+def _check_size(elements: int, attributes: int, depth: int) -> None:
+    if elements > MAXIMUM_ELEMENTS or attributes > MAXIMUM_ATTRIBUTES:
+        most = f"{MAXIMUM_ELEMENTS:,} elements or {MAXIMUM_ATTRIBUTES:,} attributes"
+        raise NodeError(f"The page has more than {most}", code="too-many-elements")
+    if depth > MAXIMUM_DEPTH:
+        message = f"Elements of the page stand inside one another more than {MAXIMUM_DEPTH} deep"
+        raise NodeError(message, code="too-deep")

@@ -1,0 +1,124 @@
+"""Keys of items: the values by which a list is sorted, joined with another, or rid of what occurs twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from engine.expressions import ValueTemplate, compile_value
+from engine.run_errors import NodeError
+from nodes import config_fields
+from nodes.output_sizes import OutputSize
+
+if TYPE_CHECKING:
+    from engine.node_api import NodeCall
+    from engine.values import Json
+
+MAXIMUM_KEYS = 20
+ITEM_ROOTS = ("item", "index")
+
+
+@dataclass(frozen=True, slots=True)
+class ItemKey:
+    """One value of each item: its field of a name, or what an expression makes of the item."""
+
+    call: NodeCall
+    source: str | ValueTemplate
+    """The name of a field, or what is rendered of each item."""
+    lacking: Counter[str] = field(default_factory=Counter)
+    """By the field that was not there: how many items lack it."""
+    size: OutputSize = field(default_factory=lambda: OutputSize("The keys of the items"))
+
+    @classmethod
+    def from_config(cls, name: str, call: NodeCall, source: Json) -> Self:
+        """Return the key that stands in the config; what names no item is the same for all: the name of a field."""
+        template = compile_value(source)
+        if any(path.root in ITEM_ROOTS for path in template.paths):
+            return cls(call, template)
+        return cls.from_name(name, call, template.render(call.scope, call.unresolved))
+
+    @classmethod
+    def from_name(cls, name: str, call: NodeCall, value: Json) -> Self:
+        if not isinstance(value, str) or not value:
+            raise config_fields.invalid_field(name, "names of fields, or templates of `item`", value)
+        return cls(call, value)
+
+    def value_of(self, item: Json, index: int) -> Json:
+        """Return the key of an item; null where the item lacks the field, which is reported."""
+        if isinstance(self.source, str):
+            return self._field(self.source, item, index)
+        unresolved: list[str] = []
+        value = self.source.render(self.call.scope_of(item, index), unresolved)
+        for path in set(unresolved):
+            self._note(path)
+        self.size.add(value)
+        return value
+
+    def missing_paths(self, item_count: int) -> list[str]:
+        """Return the fields that none of so many items had, as paths."""
+        if isinstance(self.source, str):
+            needed = [f"item.{self.source}"]
+        else:
+            needed = [path.text for path in self.source.needed if path.root == "item" and path.steps]
+        return [path for path in needed if self.lacking[path] == item_count]
+
+    def _field(self, name: str, item: Json, index: int) -> Json:
+        found, is_found = look_up_field(name, item, index)
+        if not is_found:
+            self._note(f"item.{name}")
+        return found
+
+    def _note(self, path: str) -> None:
+        if path not in self.lacking:
+            self.call.unresolved.append(path)
+        self.lacking[path] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class ItemKeys:
+    """The keys of one config field, together."""
+
+    parts: list[ItemKey]
+
+    @classmethod
+    def from_config(cls, call: NodeCall, name: str) -> Self:
+        """Return the keys that the compiled field `name` lists."""
+        template = call.values[name]
+        if isinstance(template.source, list):
+            parts = [ItemKey.from_config(name, call, entry) for entry in template.source]
+        else:
+            names = config_fields.read_sequence({name: template.render(call.scope, call.unresolved)}, name)
+            parts = [ItemKey.from_name(name, call, entry) for entry in names]
+        require_key_count(name, len(parts))
+        return cls(parts)
+
+    def values_of(self, item: Json, index: int) -> list[Json]:
+        return [part.value_of(item, index) for part in self.parts]
+
+
+def require_key_count(name: str, count: int) -> None:
+    if not 1 <= count <= MAXIMUM_KEYS:
+        raise NodeError(f"`{name}` must have 1 to {MAXIMUM_KEYS} keys, not {count:,}", code="invalid-config")
+
+
+def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
+    """Return the field of just this name, else what the dotted path leads to, else null; and whether it is there."""
+    own = require_item_fields(item, index, f"it has no field `{name}`")
+    if name in own:
+        return own[name], True
+    found: Json = own
+    for step in name.split("."):
+        if not isinstance(found, dict) or step not in found:
+            return None, False
+        found = found[step]
+    return found, True
+
+
+def require_item_fields(item: Json, index: int, consequence: str) -> dict[str, Json]:
+    """Return an item that must be an object; raises `NodeError` with what follows from its not being one."""
+    if isinstance(item, dict):
+        return item
+    raise NodeError(
+        f"Item {index} is {config_fields.describe_type(item)}: {consequence}", code="not-an-object"
+    )

@@ -1,0 +1,50 @@
+"""How much comes of a list while a node works through it: what never fits into an output ends the node early."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, encode_json
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+MAXIMUM_BYTES = 10_000_000
+"""As JSON; more than this is kept of no output."""
+SCALAR_BYTES = 4
+
+
+class OutputSize:
+    """The bytes that values take together, each counted as often as it occurs."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        """What the values are, for the error: `The items`."""
+        self._count = 0
+        self._bytes = 0
+
+    def add(self, value: Json) -> None:
+        """Count a value; raises `NodeError` when they all become too much."""
+        self._count += 1
+        self._bytes += self._of(value)
+        if self._bytes > MAXIMUM_BYTES:
+            raise self._exceeded()
+
+    def _of(self, value: Json) -> int:
+        if isinstance(value, str):
+            return len(value)
+        if not isinstance(value, dict | list):
+            return SCALAR_BYTES
+        try:
+            return len(encode_json(value, max_bytes=MAXIMUM_BYTES))
+        except InvalidJson as error:
+            if error.code != "too-large":
+                raise
+            raise self._exceeded() from error
+
+    def _exceeded(self) -> NodeError:
+        message = (
+            f"{self._name} take more than {MAXIMUM_BYTES:,} bytes: that is passed with number {self._count:,}"
+        )
+        return NodeError(message, code="output-too-large")

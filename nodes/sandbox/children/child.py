@@ -1,0 +1,149 @@
+"""A child process of a worker: it shuts itself in, and does one job after another until nobody wants it any more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
+
+import msgspec
+
+from engine import run_limits
+from engine.node_api import OUTPUT, NodeResult
+from engine.run_errors import NodeError
+from engine.values import InvalidJson, encode_json
+from nodes.output_sizes import MAXIMUM_BYTES
+from nodes.sandbox.frames import HEADER, FailureFrame, FrameTag, encode_frame, encode_value, parse_header
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+STDIN: Final = 0
+STDOUT: Final = 1
+STDERR: Final = 2
+JOB_MODULES: Final[Mapping[str, str]] = {
+    "library": "nodes.sandbox.children.library_jobs",
+    "forms": "nodes.sandbox.children.form_jobs",
+    "monty": "nodes.sandbox.code.monty_process",
+    "python": "nodes.sandbox.code.python_process",
+    "sqlite": "nodes.connections.sqlite_process",
+}
+MAX_MESSAGE_LENGTH: Final = 8_192
+
+
+class JobReporter:
+    """What a job says on its way."""
+
+    def log(self, level: str, message: str) -> None:
+        _write(encode_frame(FrameTag.LOG, msgspec.json.encode((level, _to_encodable(message)))))
+
+    def unresolved(self, paths: list[str]) -> None:
+        _write(encode_frame(FrameTag.UNRESOLVED, msgspec.json.encode(paths)))
+
+
+PerformJob: TypeAlias = "Callable[[bytes, JobReporter], Json | NodeResult]"
+"""Does one job; raises `NodeError`."""
+
+
+class JobModule(Protocol):
+    """A module that does one kind of job."""
+
+    def load(self) -> PerformJob:
+        """Load all that jobs need: afterwards no file may be in reach any more."""
+
+    def confine(self, parent: int) -> None:
+        """Give up every right that jobs don't need; `parent` is the worker's process id."""
+
+
+def main(kind: str, parent: int) -> None:
+    """Work until the parent closes its end of the pipe."""
+    work = cast("JobModule", import_module(JOB_MODULES[kind]))
+    perform = work.load()
+    _close_log()
+    work.confine(parent)
+    speaker = JobReporter()
+    _write(encode_frame(FrameTag.READY))
+    while (job := _read_job()) is not None:
+        _perform_and_reply(perform, job, speaker)
+
+
+def _close_log() -> None:
+    """Write nothing into the worker's log any more: what failed by now is the operator's business, the rest is not."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    os.close(nowhere)
+
+
+def _perform_and_reply(perform: PerformJob, job: bytes, speaker: JobReporter) -> None:
+    try:
+        outcome = perform(job, speaker)
+        port = outcome.port if isinstance(outcome, NodeResult) else OUTPUT
+        value = outcome.output if isinstance(outcome, NodeResult) else outcome
+        _check_result(value)
+        for each in encode_value(value):
+            _write(each)
+    except NodeError as error:
+        _report_failure(error.code, error.message, retryable=error.retryable)
+    except InvalidJson as error:
+        _report_failure(error.code, error.message)
+    except MemoryError:
+        _report_failure("out-of-memory", "There was not enough memory for it")
+    except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the process
+        _report_failure("node-error", f"{type(error).__name__}: {error}")
+    else:
+        _write(encode_frame(FrameTag.DONE, msgspec.json.encode(port)))
+
+
+def _check_result(value: Json) -> None:
+    """Refuse what is no JSON, or more of it than is kept."""
+    try:
+        encode_json(value, max_bytes=MAXIMUM_BYTES)
+    except InvalidJson as error:
+        if error.code != "too-large":
+            raise
+        name = run_limits.setting_name("max_output_bytes")
+        message = f"The output takes more than the {MAXIMUM_BYTES:,} bytes that can be kept ({name})"
+        raise NodeError(message, code="output-too-large") from error
+
+
+def _report_failure(code: str, message: str, *, retryable: bool = False) -> None:
+    _write(
+        encode_frame(
+            FrameTag.FAILED, msgspec.json.encode(FailureFrame(code, _to_encodable(message), retryable))
+        )
+    )
+
+
+def _to_encodable(text: str) -> str:
+    """Return a text without what can't be written: halves of surrogate pairs."""
+    return text[:MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
+
+
+# ── pipes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_job() -> bytes | None:
+    head = _read(HEADER.size)
+    if head is None:
+        return None
+    length, _tag = parse_header(head)
+    return _read(length)
+
+
+def _read(length: int) -> bytes | None:
+    """Return so many bytes; None where the pipe ends before."""
+    pieces: list[bytes] = []
+    while length:
+        piece = os.read(STDIN, length)
+        if not piece:
+            return None
+        pieces.append(piece)
+        length -= len(piece)
+    return b"".join(pieces)
+
+
+def _write(message: bytes) -> None:
+    left = memoryview(message)
+    while left:
+        left = left[os.write(STDOUT, left) :]

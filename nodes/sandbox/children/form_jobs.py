@@ -1,0 +1,60 @@
+"""Checks what people answer against the schemas of forms: a user's schema on a user's data, with no end in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from jsonschema_rs import Draft202012Validator, FancyRegexOptions
+
+from engine.run_errors import NodeError
+from json_text import decoding
+from nodes import config_problems
+from nodes.sandbox.children import confinement, landlock, system_calls
+from nodes.sandbox.frames import FormJob
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.sandbox.children.child import JobReporter, PerformJob
+
+MEMORY_BYTES: Final = 512 << 20
+OPEN_FILES: Final = 16
+BACKTRACKS: Final = 100_000
+"""Steps back that a pattern may take in one text."""
+DATA_ID: Final = "urn:pilotflame:data"
+
+_decode = decoding.build_decoder(FormJob).decode
+
+
+def load() -> PerformJob:
+    return _check_form
+
+
+def confine(parent: int) -> None:
+    confinement.limit_process(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
+    confinement.limit_processes(0)
+    confinement.switch_user()
+    confinement.give_up_rights()
+    confinement.die_with_parent(parent)
+    landlock.restrict_files({})
+    system_calls.allow_calls(system_calls.COMPUTING_CALLS)
+
+
+def _check_form(raw: bytes, _speaker: JobReporter) -> Json:
+    """Return what is wrong with an answer, each thing with its path, keyword and message."""
+    job = _decode(raw)
+    return _find_violations(decoding.decode(job.schema), decoding.decode(job.data))
+
+
+def _find_violations(schema: Mapping[str, Json], data: Json) -> Json:
+    # Below a field of that name, so that paths begin with it; with an id of its own, its references stay within it.
+    whole: dict[str, Json] = {"properties": {"data": {"$id": DATA_ID, **schema}}}
+    try:
+        checker = Draft202012Validator(
+            whole, offline=True, pattern_options=FancyRegexOptions(backtrack_limit=BACKTRACKS)
+        )
+        found = config_problems.find_problems(checker, {"data": data}, whole)
+    except ValueError as error:
+        # A schema that can't be read lets nothing through.
+        raise NodeError(str(error), code="invalid-schema") from error
+    return [{"path": each.path, "keyword": each.keyword, "message": each.message} for each in found]

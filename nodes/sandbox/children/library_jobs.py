@@ -1,0 +1,92 @@
+"""Runs nodes of the library, one after another: each is our own code on a user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import import_module
+from inspect import iscoroutine
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from engine.node_api import NodeCall, NodeOutcome, NodeResult
+from engine.services import RunCaller
+from json_text import decoding
+from nodes import catalog
+from nodes.sandbox.children import confinement, landlock, system_calls
+from nodes.sandbox.frames import LibraryJob
+
+if TYPE_CHECKING:
+    from engine.services import NodeServices
+    from engine.values import Json
+    from nodes.sandbox.children.child import JobReporter, PerformJob
+
+MEMORY_BYTES: Final = 2 << 30
+OPEN_FILES: Final = 16
+ENCODINGS: Final = (
+    *(f"iso8859_{number}" for number in (*range(1, 12), *range(13, 17))),
+    *(f"cp{number}" for number in (437, *range(1250, 1259))),
+    *("ascii", "idna", "koi8_r", "koi8_u", "latin_1", "mac_roman", "utf_16", "utf_32", "utf_8_sig"),
+)
+"""What archives and XML may name: they would be loaded when they are met, and then no file can be read any more."""
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+EMPTY_CALLER: Final = RunCaller("", "", "", "", "")
+
+_decode = decoding.build_decoder(LibraryJob).decode
+
+
+def load() -> PerformJob:
+    library = catalog.load_catalog()
+    runs = {kind: library.implementation(kind) for kind, each in library.node_types.items() if each.cpu}
+    for encoding in ENCODINGS:
+        import_module(f"encodings.{encoding}")
+
+    def perform(raw: bytes, speaker: JobReporter) -> Json | NodeResult:
+        job = _decode(raw)
+        call = _build_call(decoding.decode(job.config), speaker)
+        outcome = _run_coroutine(runs[job.type](call))
+        if call.unresolved:
+            speaker.unresolved(call.unresolved)
+        return cast("Json | NodeResult", outcome)
+
+    return perform
+
+
+def confine(parent: int) -> None:
+    confinement.limit_process(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
+    confinement.limit_processes(0)
+    confinement.switch_user()
+    confinement.give_up_rights()
+    confinement.die_with_parent(parent)
+    landlock.restrict_files({})
+    system_calls.allow_calls(system_calls.COMPUTING_CALLS)
+
+
+def _build_call(config: Mapping[str, Json], speaker: JobReporter) -> NodeCall:
+    """Return a call that has nothing but a config and a log: no other part of it is for nodes that run here."""
+    return NodeCall(
+        config=config,
+        data=None,
+        scope={},
+        conditions={},
+        values={},
+        unresolved=[],
+        log=speaker.log,
+        caller=EMPTY_CALLER,
+        node_id="",
+        iteration="",
+        idempotency_key="",
+        attempt=1,
+        now=EPOCH,
+        services=cast("NodeServices", None),
+    )
+
+
+def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - what a node returns, or a coroutine of it
+    """Run a coroutine that waits for nothing but its next turn, of which there is always one here."""
+    if not iscoroutine(outcome):
+        return cast("NodeOutcome", outcome)
+    while True:
+        try:
+            outcome.send(None)
+        except StopIteration as end:
+            return cast("NodeOutcome", end.value)

@@ -1,0 +1,170 @@
+"""Runs user code in Monty, an interpreter of a part of Python, whose process is a child of this one and no freer.
+
+Nothing is handed to the code that would lead out of it: no files, no functions, no modules of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import stat
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pydantic_monty import (
+    Monty,
+    MontyCrashedError,
+    MontyError,
+    MontyRuntimeError,
+    MontySyntaxError,
+    ResourceLimits,
+)
+
+from engine.run_errors import NodeError
+from json_text import decoding
+from nodes.sandbox.children import confinement, landlock, system_calls
+from nodes.sandbox.code import script_output
+from nodes.sandbox.code.script_output import PrintedLines
+from nodes.sandbox.frames import CodeJob
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.sandbox.children.child import JobReporter, PerformJob
+
+MEMORY_BYTES: Final = 2 << 30
+"""Of each of the two processes; more than any limit of the code."""
+OPEN_FILES: Final = 64
+PROCESSES: Final = 64
+"""Its threads count too."""
+MAX_RECURSION_DEPTH: Final = 500
+MAX_SUSPENSIONS: Final = 1_000
+LOADERS: Final = ("ld-linux", "ld-musl", "ld64")
+LIBRARIES_OF_C: Final = ("libc.", "libc-", "libgcc_s.", "libm.", "libm-")
+FDINFO: Final = "/proc/self/fdinfo"
+PROCESS_ID: Final = re.compile(rb"^Pid:\s*([1-9]\d*)$", re.MULTILINE)
+TIMEOUT_MESSAGES: Final = ("feed time limit exceeded", "sleep limit exceeded")
+
+_decode = decoding.build_decoder(CodeJob).decode
+
+
+def load() -> PerformJob:
+    return MontyInterpreter(_find_interpreter()).perform
+
+
+def confine(parent: int) -> None:
+    del (
+        parent
+    )  # the pipe tells of its end: the interpreter must end too, and would not by a signal to this process
+    confinement.limit_process(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
+    if _is_world_executable(_find_interpreter()) and confinement.switch_user():
+        confinement.limit_processes(PROCESSES)
+    confinement.give_up_rights()
+    landlock.restrict_files(_list_needed_files(_find_interpreter()))
+    system_calls.refuse_changes(system_calls.REACHING_OUT_CALLS)
+    confinement.die_with_pipe()
+
+
+def _find_interpreter() -> Path:
+    """Return the interpreter, which is installed where Python is; raises `FileNotFoundError`."""
+    return Path(sys.executable).with_name("monty").resolve(strict=True)
+
+
+def _list_needed_files(binary: Path) -> Mapping[str, int]:
+    """Return what the interpreter is started from: itself, the loader of programs, and the libraries of C."""
+    allowed = {str(binary): landlock.RUN_RIGHTS, "/etc/ld.so.cache": landlock.READ_FILE}
+    with suppress(OSError):  # where there is no /proc, it starts nothing, and nothing runs unconfined
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            library = Path(line.split(maxsplit=5)[-1])
+            if library.name.startswith(LOADERS):
+                allowed[str(library)] = landlock.RUN_RIGHTS
+            elif library.name.startswith(LIBRARIES_OF_C):
+                allowed[str(library.parent)] = landlock.READ_FILE
+    allowed[FDINFO] = landlock.READ_RIGHTS  # for `_forbid_processes`
+    return allowed
+
+
+def _is_world_executable(program: Path) -> bool:
+    """Tell whether any user may run a program, or its folders are closed to others."""
+    return all(path.stat().st_mode & stat.S_IXOTH for path in (program, *program.parents))
+
+
+class MontyInterpreter:
+    """A process of Monty that never serves two organisations: the next one has a new one."""
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+        self._organization_id = ""
+        self._pool: Monty | None = None
+        self._has_forbidden_processes = False
+
+    def perform(self, raw: bytes, speaker: JobReporter) -> Json:
+        job = _decode(raw)
+        printed = PrintedLines(speaker)
+        try:
+            return script_output.encode_result(self._run(job, printed))
+        except MontyCrashedError as error:
+            self._stop()
+            if error.timed_out:
+                raise script_output.script_timeout(job.timeout_seconds) from error
+            raise NodeError("The interpreter of the code ended unexpectedly", code="crashed") from error
+        except MontyError as error:
+            raise _translate_error(error, job) from error
+        finally:
+            printed.end()
+
+    def _run(self, job: CodeJob, printed: PrintedLines) -> object:
+        limits = ResourceLimits(
+            max_feed_duration_secs=job.timeout_seconds,
+            max_memory=job.max_memory_bytes,
+            max_recursion_depth=MAX_RECURSION_DEPTH,
+            max_suspensions=MAX_SUSPENSIONS,
+            max_total_sleep_secs=job.timeout_seconds,
+        )
+        inputs = decoding.decode(job.inputs)
+        with self._pool_of(job.organization_id).checkout(limits=limits) as session:
+            if not self._has_forbidden_processes:
+                _forbid_processes()
+                self._has_forbidden_processes = True
+            return session.feed_run(job.source, inputs=inputs, print_callback=printed.write)
+
+    def _pool_of(self, organization_id: str) -> Monty:
+        if self._pool is None or organization_id != self._organization_id:
+            self._stop()
+            self._pool = Monty(binary_path=self._binary, max_processes=1).__enter__()
+            self._organization_id = organization_id
+            self._has_forbidden_processes = False
+        return self._pool
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.__exit__(None, None, None)
+            self._pool = None
+
+
+def _forbid_processes() -> None:
+    """Let the interpreter make no more processes and threads than it has by now.
+
+    It is known by the descriptor that its parent waits for it with. The limit is one of its user, of whom other
+    processes may have any number: so it is nothing, and not a few more than there are.
+    """
+    with suppress(OSError):
+        for entry in os.listdir(FDINFO):  # noqa: PTH208 - names are all that is wanted
+            about = Path(FDINFO, entry).read_bytes()  # no codec can be loaded any more
+            if (found := PROCESS_ID.search(about)) is not None:
+                resource.prlimit(int(found[1]), resource.RLIMIT_NPROC, (0, 0))
+
+
+def _translate_error(error: MontyError, job: CodeJob) -> NodeError:
+    """Return what an exception of the code, or of its reading, is to the node."""
+    raised = error.exception()
+    message = str(raised)
+    if isinstance(raised, TimeoutError) and message.startswith(TIMEOUT_MESSAGES):
+        return script_output.script_timeout(job.timeout_seconds)
+    if isinstance(raised, MemoryError):
+        return script_output.script_out_of_memory(job.max_memory_bytes)
+    frames = error.traceback() if isinstance(error, MontyRuntimeError | MontySyntaxError) else []
+    return script_output.code_error(type(raised).__name__, message, frames[-1].line if frames else None)

@@ -1,0 +1,101 @@
+"""What the backends have in common: how a script's result, its lines and its errors leave the child process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from engine.run_errors import NodeError
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from nodes.sandbox.children.child import JobReporter
+
+MAX_LINES: Final = 1_000
+MAX_LINE_CHARACTERS: Final = 8_192
+MAX_PRINTED_CHARACTERS: Final = 1_000_000
+MAX_MESSAGE_CHARACTERS: Final = 2_000
+LOG_LEVELS: Final = {"stdout": "info", "stderr": "warning"}
+
+
+class PrintedLines:
+    """Turns what is printed, in whatever pieces, into lines of the log, as many as it takes."""
+
+    def __init__(self, speaker: JobReporter) -> None:
+        self._speaker = speaker
+        self._begun = dict.fromkeys(LOG_LEVELS, "")
+        """By stream, the line that hasn't ended."""
+        self._lines = 0
+        self._gave_up = False
+        self._characters = 0
+
+    def write(self, stream: str, text: str) -> None:
+        room = MAX_PRINTED_CHARACTERS - self._characters
+        self._characters += len(text)
+        *lines, begun = (self._begun[stream] + text[:room]).split("\n")
+        for line in lines:
+            self._line(stream, line)
+        self._begun[stream] = begun
+        if len(text) > room:
+            self._give_up()
+
+    def end(self) -> None:
+        """Take what was printed without an end of line."""
+        for stream, begun in self._begun.items():
+            if begun:
+                self._line(stream, begun)
+
+    def _line(self, stream: str, line: str) -> None:
+        if self._lines == MAX_LINES:
+            self._give_up()
+        if self._gave_up:
+            return
+        self._lines += 1
+        self._speaker.log(LOG_LEVELS[stream], line[:MAX_LINE_CHARACTERS])
+
+    def _give_up(self) -> None:
+        if not self._gave_up:
+            self._gave_up = True
+            self._speaker.log("warning", "The code printed too much: the rest is left out")
+
+
+def encode_result(value: object) -> Json:
+    """Return what a script gave as JSON has it; raises `NodeError`.
+
+    Tuples and sets are lists, moments are texts in ISO 8601, exact decimals and UUIDs are texts, bytes are Base64.
+    """
+    try:
+        return _tuples_to_lists(msgspec.to_builtins(value, str_keys=True))
+    except RecursionError as error:
+        message = "The result holds itself, or too much inside one another"
+        raise NodeError(message, code="too-deep") from error
+    except (TypeError, ValueError) as error:
+        message = f"The result can't be written as JSON: {str(error)[:MAX_MESSAGE_CHARACTERS]}"
+        raise NodeError(message, code="not-json") from error
+
+
+def _tuples_to_lists(value: Json | tuple[Json, ...]) -> Json:
+    match value:
+        case dict():
+            return {key: _tuples_to_lists(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_tuples_to_lists(item) for item in value]
+        case _:
+            return value
+
+
+def code_error(kind: str, message: str, line: int | None) -> NodeError:
+    """Return the error for an exception that a script raised, or for a script that is none."""
+    place = "" if line is None else f" (line {line})"
+    shown = f"{kind}: {message}" if message else kind
+    return NodeError(f"{shown[:MAX_MESSAGE_CHARACTERS]}{place}", code="code-error")
+
+
+def script_timeout(seconds: float) -> NodeError:
+    return NodeError(f"It took longer than its {seconds:g} s", code="timeout")
+
+
+def script_out_of_memory(max_bytes: int) -> NodeError:
+    message = f"It needed more memory than its {max_bytes // 2**20:,} MB"
+    return NodeError(message, code="out-of-memory")

@@ -1,0 +1,77 @@
+"""Places for work that organisations share: who waits gets one in turn, organisation by organisation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from engine.run_errors import NodeError
+
+MAX_WAITING = 1_000
+"""Of one organisation."""
+
+
+class FairSlots:
+    """So many may work at once.
+
+    An organisation of which nothing works may exceed that, up to twice as many in all: it would wait for others only,
+    and a single one of their jobs may take a minute.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._working: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        """By organisation, whose turn is next first."""
+
+    @asynccontextmanager
+    async def hold(self, organization_id: str) -> AsyncIterator[None]:
+        """Hold a place; raises `NodeError` where too many of the organisation wait for one."""
+        await self._acquire(organization_id)
+        try:
+            yield
+        finally:
+            self._release(organization_id)
+
+    async def _acquire(self, organization_id: str) -> None:
+        if self._has_free_slot(organization_id):
+            self._working[organization_id] += 1
+            return
+        waiting = self._waiting.setdefault(organization_id, deque())
+        if len(waiting) >= MAX_WAITING:
+            message = f"{MAX_WAITING:,} nodes of the organisation wait for a process already"
+            raise NodeError(message, code="busy", retryable=True)
+        turn = asyncio.get_running_loop().create_future()
+        waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._cancel_wait(organization_id, turn)
+            else:
+                self._release(organization_id)
+            raise
+
+    def _has_free_slot(self, organization_id: str) -> bool:
+        working = self._working.total()
+        return working < self._count or (not self._working[organization_id] and working < 2 * self._count)
+
+    def _release(self, organization_id: str) -> None:
+        self._working[organization_id] -= 1
+        if not self._working[organization_id]:
+            del self._working[organization_id]
+        while (next_one := next(filter(self._has_free_slot, self._waiting), None)) is not None:
+            turn = self._waiting[next_one][0]
+            self._cancel_wait(next_one, turn)
+            if next_one in self._waiting:
+                self._waiting.move_to_end(next_one)
+            self._working[next_one] += 1
+            turn.set_result(None)
+
+    def _cancel_wait(self, organization_id: str, turn: asyncio.Future[None]) -> None:
+        waiting = self._waiting[organization_id]
+        waiting.remove(turn)
+        if not waiting:
+            del self._waiting[organization_id]

@@ -1,0 +1,74 @@
+"""Whether data is what a JSON Schema of a user's asks for; found out in a child process, since either may be a trap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from concurrency import offload
+from engine.run_errors import NodeError
+from engine.values import encode_json
+from nodes.sandbox.frames import FormJob
+from nodes.sandbox.processes import JobListener, ProcessKind, ProcessPool
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+CHECK_SECONDS: Final = 3.0
+"""For one answer; an honest one takes milliseconds."""
+MAX_PROCESSES: Final = 2
+
+
+class FormViolation(msgspec.Struct, frozen=True):
+    """One thing that the data is not."""
+
+    path: str
+    keyword: str
+    message: str
+
+
+class InvalidSchema(ValueError):
+    """The schema can't be read, or takes more time or memory than a form needs."""
+
+
+class FormChecker:
+    """The processes that check answers; none before the first is given."""
+
+    def __init__(self) -> None:
+        self._processes = ProcessPool(ProcessKind.FORMS, limit=MAX_PROCESSES)
+
+    async def check(
+        self, organization_id: str, schema: Mapping[str, Json], data: Json
+    ) -> Sequence[FormViolation]:
+        """Return what is wrong with data; raises `InvalidSchema`, and `NodeError` where no process is free."""
+        job = await offload.run(_encode_job, schema, data)
+        try:
+            result = await self._processes.run(
+                job, JobListener(_ignore_line, []), organization_id=organization_id, seconds=CHECK_SECONDS
+            )
+        except NodeError as error:
+            if error.retryable:
+                raise
+            raise InvalidSchema(_REASONS.get(error.code, error.message)) from error
+        return msgspec.convert(result.output, list[FormViolation])
+
+    async def close(self) -> None:
+        """End the processes."""
+        await self._processes.close()
+
+
+_REASONS: Final[Mapping[str, str]] = {
+    "timeout": f"it takes more than {CHECK_SECONDS:g} s to check",
+    "crashed": "it takes more memory than there is for a check",
+    "out-of-memory": "it takes more memory than there is for a check",
+}
+
+
+def _encode_job(schema: Mapping[str, Json], data: Json) -> bytes:
+    return msgspec.json.encode(FormJob(msgspec.Raw(encode_json(schema)), msgspec.Raw(encode_json(data))))
+
+
+def _ignore_line(_level: str, _message: str) -> None:
+    pass

@@ -1,0 +1,290 @@
+"""Child processes of a worker: what may take long, or may be anything, runs there and not on the worker's loop.
+
+None is started before it is needed, and none stays for long when it isn't. What goes wrong in one ends its job alone:
+a child that is late, or whose job is given up, is killed with everything that it has started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+
+from concurrency.loop_share import LoopShare
+from engine.node_api import NodeResult
+from engine.run_errors import NodeError
+from nodes.output_sizes import MAXIMUM_BYTES
+from nodes.sandbox.fairness import FairSlots
+from nodes.sandbox.frames import (
+    HEADER,
+    FrameTag,
+    InvalidFrame,
+    ValueAssembler,
+    decode_failure,
+    decode_frame,
+    decode_line,
+    decode_paths,
+    decode_port,
+    encode_frame,
+    parse_header,
+)
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+
+IDLE_SECONDS = 60.0
+START_SECONDS = 30.0
+GRACE_SECONDS = 0.5
+"""For a child that keeps time itself: it can say that it is up, and needs not be replaced."""
+BUSY_SECONDS = 240.0
+"""A child that has worked for so long is replaced, before it reaches its limit of CPU time."""
+MAX_ANSWER_BYTES = 2 * MAXIMUM_BYTES
+"""Of all frames; each counts as a few bytes more than it has."""
+FRAME_BYTES = 64
+MAX_LOG_LINES = 1_001
+SENT_BYTES = 262_144
+CHILD_ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
+"""One that is empty would be taken for none at all by some event loops, and theirs be handed on."""
+LAUNCH_SCRIPT = (
+    "import sys; sys.path = sys.argv[3:]; "
+    "from nodes.sandbox.children import child; child.main(sys.argv[1], int(sys.argv[2]))"
+)
+
+
+class ProcessKind(StrEnum):
+    """What children are for; the names of what they load are in `nodes.sandbox.children.child`."""
+
+    LIBRARY = "library"
+    """Nodes of the library that compute for long."""
+    FORMS = "forms"
+    """What people answer, checked by users' schemas."""
+    MONTY = "monty"
+    """User code in an interpreter of its own."""
+    PYTHON = "python"
+    """User code in the whole of Python: each has its own child."""
+    SQLITE = "sqlite"
+    """Users' statements on SQLite files."""
+
+
+class JobListener(msgspec.Struct, frozen=True):
+    """What becomes of what a job says besides its result."""
+
+    log: Callable[[str, str], None]
+    unresolved: list[str]
+
+
+class ProcessPool:
+    """The children of one kind, lent to one job after another."""
+
+    def __init__(
+        self,
+        kind: ProcessKind,
+        *,
+        limit: int,
+        idle_seconds: float = IDLE_SECONDS,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Run up to `limit` at once, or more for the sake of fairness: see `Places`.
+
+        `environment` is what the children are given besides the language.
+        """
+        self._kind = kind
+        self._environment = {**CHILD_ENVIRONMENT, **(environment or {})}
+        self._idle_seconds = idle_seconds
+        self._grace_seconds = GRACE_SECONDS if kind in {ProcessKind.MONTY, ProcessKind.SQLITE} else 0
+        self._places = FairSlots(limit)
+        self._idle: list[ChildProcess] = []
+        self._ends: set[asyncio.Task[None]] = set()
+
+    async def run(
+        self, job: bytes, listener: JobListener, *, organization_id: str, seconds: float
+    ) -> NodeResult:
+        """Have a job done; raises `NodeError`: what the job raised, or `timeout`, `crashed` or `busy`."""
+        async with self._places.hold(organization_id):
+            child = await self._acquire()
+            began_at = time.monotonic()
+            try:
+                async with asyncio.timeout(seconds + self._grace_seconds):
+                    outcome = await child.perform(job, listener)
+            except TimeoutError as error:
+                self._end(child)
+                raise NodeError(f"It took longer than its {seconds:g} s", code="timeout") from error
+            except (InvalidFrame, EOFError, OSError) as error:
+                self._end(child)
+                message = "The process that it ran in ended without an answer"
+                raise NodeError(message, code="crashed") from error
+            except BaseException:
+                self._end(child)
+                raise
+            child.busy_seconds += time.monotonic() - began_at
+            self._release(child)
+        if isinstance(outcome, NodeError):
+            raise outcome
+        return outcome
+
+    async def close(self) -> None:
+        """End every child that isn't at work, and wait for all that have been ended."""
+        while self._idle:
+            self._end(self._idle[-1])
+        if self._ends:
+            await asyncio.wait(self._ends)
+
+    async def _acquire(self) -> ChildProcess:
+        while self._idle:
+            child = self._idle.pop()
+            child.keep_alive()
+            if child.is_alive:
+                return child
+            self._end(child)
+        return await self._start()
+
+    async def _start(self) -> ChildProcess:
+        try:
+            child = await ChildProcess.start(self._kind, self._environment)
+        except OSError as error:
+            raise NodeError("No process could be started", code="busy", retryable=True) from error
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await child.wait_ready()
+        except (TimeoutError, InvalidFrame, EOFError, OSError) as error:
+            self._end(child)
+            raise NodeError("The process did not start well", code="crashed", retryable=True) from error
+        except BaseException:
+            self._end(child)
+            raise
+        return child
+
+    def _release(self, child: ChildProcess) -> None:
+        if self._kind is ProcessKind.PYTHON or child.busy_seconds > BUSY_SECONDS:
+            self._end(child)
+            return
+        child.rest = asyncio.get_running_loop().call_later(self._idle_seconds, self._end, child)
+        self._idle.append(child)
+
+    def _end(self, child: ChildProcess) -> None:
+        child.keep_alive()
+        child.kill()
+        if child in self._idle:
+            self._idle.remove(child)
+        end = asyncio.create_task(child.wait_ended())
+        self._ends.add(end)
+        end.add_done_callback(self._ends.discard)
+
+
+class ChildProcess:
+    """One child process, seen from its parent."""
+
+    def __init__(self, process: Process) -> None:
+        self.busy_seconds = 0.0
+        self.rest: asyncio.TimerHandle | None = None
+        """Ends it when nobody has needed it for long."""
+        self._process = process
+        self._in = cast("asyncio.StreamWriter", process.stdin)
+        self._out = cast("asyncio.StreamReader", process.stdout)
+
+    @classmethod
+    async def start(cls, kind: ProcessKind, environment: Mapping[str, str]) -> ChildProcess:
+        """Start a child; it knows no other environment, and shares nothing with anybody but the ends of pipes."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", "-c", LAUNCH_SCRIPT, kind, str(os.getpid()), *_import_paths()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+            cwd="/",
+            close_fds=True,
+            start_new_session=True,
+        )
+        return cls(process)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it lives now: the event loop hears of a death a moment later."""
+        if self._process.returncode is not None or self._out.at_eof():
+            return False
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
+
+    def keep_alive(self) -> None:
+        """Let it not be ended for being idle."""
+        if self.rest is not None:
+            self.rest.cancel()
+            self.rest = None
+
+    async def wait_ready(self) -> None:
+        """Wait until it can take a job."""
+        tag, _ = await self._frame()
+        if tag is not FrameTag.READY:
+            raise InvalidFrame("it isn't ready")
+
+    async def perform(self, job: bytes, listener: JobListener) -> NodeResult | NodeError:
+        """Have a job done; raises `Garbled`, `EOFError` or `OSError` where the child doesn't answer as it should."""
+        await self._send(encode_frame(FrameTag.JOB, job))
+        assembly = ValueAssembler()
+        turn = LoopShare()
+        received_bytes = lines = 0
+        while True:
+            tag, body = await self._frame()
+            received_bytes += len(body) + FRAME_BYTES
+            if received_bytes > MAX_ANSWER_BYTES:
+                raise InvalidFrame("its answer is too long")
+            match tag:
+                case FrameTag.LOG if lines < MAX_LOG_LINES:
+                    lines += 1
+                    listener.log(*decode_frame(decode_line, body))
+                case FrameTag.LOG:
+                    pass
+                case FrameTag.UNRESOLVED:
+                    paths = decode_frame(decode_paths, body)
+                    listener.unresolved.extend(paths)
+                case FrameTag.DONE:
+                    return NodeResult(assembly.value(), decode_frame(decode_port, body))
+                case FrameTag.FAILED:
+                    failure = decode_frame(decode_failure, body)
+                    return NodeError(failure.message, code=failure.code, retryable=failure.retryable)
+                case _:
+                    assembly.add(tag, body)
+            await turn.yield_if_due()
+
+    def kill(self) -> None:
+        """Kill it, and whatever it has started."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def wait_ended(self) -> None:
+        """Wait for the end of a child that was killed, and let go of its pipes."""
+        self._in.close()
+        with suppress(OSError):
+            # What it had still to say must be taken from its pipe, or the end of that would never be seen.
+            while await self._out.read(SENT_BYTES):
+                pass
+        await self._process.wait()
+
+    async def _send(self, message: bytes) -> None:
+        view = memoryview(message)
+        for begin in range(0, len(message), SENT_BYTES):
+            self._in.write(view[begin : begin + SENT_BYTES])
+            await self._in.drain()
+
+    async def _frame(self) -> tuple[FrameTag, bytes]:
+        length, tag = parse_header(await self._out.readexactly(HEADER.size))
+        if length > MAX_ANSWER_BYTES:
+            raise InvalidFrame("a frame is too long")
+        return tag, await self._out.readexactly(length)
+
+
+def _import_paths() -> Sequence[str]:
+    """Return where modules are found: a child skips `site`, which takes long, and knows the standard ones alone."""
+    return [str(Path(entry).absolute()) for entry in sys.path]
