@@ -16,8 +16,8 @@ from time import perf_counter
 import asyncpg
 
 from benchmarks.postgres_counters import dsn
-from journal.opening import open_store
-from journal.store import Claim, Store
+from journal.store import ClaimQuery, JournalStore
+from journal.store_factory import open_store
 from models import schema_migration
 from models.database import parse_url
 from tests.services import PostgreSQL
@@ -70,7 +70,7 @@ async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
     return figures
 
 
-async def _compared(name: str, few: Store, many: Store) -> dict[str, float]:
+async def _compared(name: str, few: JournalStore, many: JournalStore) -> dict[str, float]:
     """Claim from both in turn, so that whatever else the machine does slows both down."""
     claimers = {FEW: _Claimer(few), MANY: _Claimer(many)}
     for claimer in claimers.values():
@@ -90,12 +90,12 @@ async def _compared(name: str, few: Store, many: Store) -> dict[str, float]:
 class _Claimer:
     """Claims as a worker does: organisations in turn, from where it left off."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: JournalStore) -> None:
         self._store = store
         self._served = ""
 
     async def claim_ms(self, limit: int) -> float:
-        claim = Claim("benchmark", LEASE_SECONDS, limit, after_organization=self._served)
+        claim = ClaimQuery("benchmark", LEASE_SECONDS, limit, after_organization=self._served)
         begun_at = perf_counter()
         claimed = await self._store.claim(claim)
         seconds = perf_counter() - begun_at
@@ -108,7 +108,7 @@ class _Claimer:
 
 
 @asynccontextmanager
-async def _on_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterator[Store]:
+async def _on_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterator[JournalStore]:
     path = folder / f"claims-{rows}-of-{organizations}.db"
     url = parse_url(f"sqlite:///{path}")
     await schema_migration.migrate(url)
@@ -132,7 +132,7 @@ def _fill_sqlite(path: Path, rows: int, organizations: int) -> None:
 
 
 @asynccontextmanager
-async def _on_postgres(postgres: PostgreSQL, rows: int, organizations: int) -> AsyncIterator[Store]:
+async def _on_postgres(postgres: PostgreSQL, rows: int, organizations: int) -> AsyncIterator[JournalStore]:
     url = parse_url(await postgres.create_database(f"claims_{rows}_of_{organizations}"))
     await schema_migration.migrate(url)
     connection = await asyncpg.connect(dsn(url.render_as_string(hide_password=False)))

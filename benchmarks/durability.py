@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
-from journal.blobs.reference import Reference
+from journal.blobs.blob_reference import BlobReference
 from tests import commands, power_loss, preloads
 from tests.power_loss import Disk, Survives
 
@@ -233,7 +233,7 @@ def _lost_contents(connection: sqlite3.Connection, data: Path, answer: Answer) -
     if not blobs:
         yield f"the spans of {answer.id}"
     for (text,) in blobs:
-        reference = Reference.read(text.encode())
+        reference = BlobReference.from_text(text.encode())
         kept = [*(data / "blobs").glob(f"*/{answer.id}/{reference.sha256}")]
         if not any(_is_whole(path) for path in kept):
             yield f"a blob of {answer.id}"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from journal import children
+from journal.waits import children
 from messages import endings
 
 if TYPE_CHECKING:
-    from journal.store import Store
+    from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
 
 
-async def end(database: Database, store: Store, broker: Broker) -> None:
+async def end(database: Database, store: JournalStore, broker: Broker) -> None:
     """Ask them to end, and tell those who hold or await them; raises `DatabaseUnavailable`."""
-    for one in await children.end_abandoned(database, store):
+    for one in await children.request_abandoned_ends(database, store):
         told = one.requested
         await endings.tell(
             broker, one.execution_id, one.request, lease_owner=told.lease_owner, inbox=told.inbox

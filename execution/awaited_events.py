@@ -12,7 +12,8 @@ from concurrency.loop_share import LoopShare
 from engine import event_filters, values
 from engine.expressions import ExpressionError
 from execution.insistence import insist
-from journal import admission, event_waits
+from journal import concurrency_limits
+from journal.waits import event_waits
 from messages import hints
 from models.errors import LockWaitTimeout
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     from engine.services import EventWaitRequest, RunCaller
     from engine.values import Json
-    from journal.event_waits import Told
-    from journal.signals import Given
+    from journal.waits.event_waits import EventAnnouncement
+    from journal.waits.node_answers import AnswerResult
     from messages.broker import Broker
     from models.database import Database
     from models.event_wait import EventWait
@@ -48,7 +49,9 @@ class AwaitedEvents:
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         """Have a node wait for an event, then look back for one; returns when it has waited long enough."""
-        add = partial(event_waits.add, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration)
+        add = partial(
+            event_waits.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration
+        )
         wait = await insist(lambda: self._database.transaction(add))
         if wait is None:
             return None
@@ -62,16 +65,16 @@ class AwaitedEvents:
         `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
-            wanted = await event_waits.waited_for(connection, event_ids)
+            wanted = await event_waits.filter_awaited(connection, event_ids)
         locked = {told.event_id for told in wanted if not await self._tell(told)}
         over = [event_id for event_id in event_ids if event_id not in locked]
-        await self._database.transaction(partial(event_waits.note_told, event_ids=over))
+        await self._database.transaction(partial(event_waits.mark_delivered, event_ids=over))
 
     async def tell_left(self) -> None:
         """Tell of events whose gateway has not, since it died; raises `DatabaseUnavailable`."""
         while True:
             async with self._database.read() as connection:
-                event_ids = await event_waits.untold(connection)
+                event_ids = await event_waits.list_undelivered(connection)
             if event_ids:
                 log.info("events told late", events=len(event_ids))
                 await self.tell(event_ids)
@@ -82,7 +85,7 @@ class AwaitedEvents:
         """Forget waits of runs that have ended; raises `DatabaseUnavailable`."""
         after: tuple[str, str] | None = None
         while True:
-            after = await self._database.transaction(partial(event_waits.forget_over, after=after))
+            after = await self._database.transaction(partial(event_waits.delete_finished_waits, after=after))
             if after is None:
                 return
 
@@ -90,20 +93,20 @@ class AwaitedEvents:
         after, looked_at, turn = None, 0, LoopShare()
         while looked_at < MAX_LOOKED_AT:
             async with self._database.read() as connection:
-                found = await event_waits.come_since(connection, wait, after)
+                found = await event_waits.list_events_since(connection, wait, after)
             for event in found:
                 await turn.yield_if_due()
                 if _passes(wait, values.restore_json(event.data.encode())):
                     await self._answer([wait], event.data)
                     return
-            if len(found) < event_waits.BATCH_LOOKED_AT:
+            if len(found) < event_waits.BATCH_SCANNED:
                 return
             after, looked_at = (found[-1].created_at, found[-1].id), looked_at + len(found)
         log.warning(
             "looked back at as many events as may be", execution_id=wait.execution_id, node_id=wait.node_id
         )
 
-    async def _tell(self, told: Told) -> bool:
+    async def _tell(self, told: EventAnnouncement) -> bool:
         """Give an event to all who wait for it; returns False where a run of theirs is locked."""
         is_complete = True
         after: tuple[str, str, str] | None = None
@@ -112,9 +115,9 @@ class AwaitedEvents:
         turn = LoopShare()
         while True:
             async with self._database.read() as connection:
-                found = await event_waits.waiting(connection, told, after)
+                found = await event_waits.list_waits(connection, told, after)
                 if found and data is None:
-                    data = await event_waits.data_of(connection, told.event_id)
+                    data = await event_waits.read_event_data(connection, told.event_id)
                     trigger = values.restore_json(data.encode()) if data is not None else None
             if not found or data is None:
                 return is_complete
@@ -125,7 +128,7 @@ class AwaitedEvents:
                     chosen.append(wait)
             for start in range(0, len(chosen), ANSWERED_TOGETHER):
                 is_complete &= await self._answer_unlocked(chosen[start : start + ANSWERED_TOGETHER], data)
-            after = event_waits.identity(found[-1])
+            after = event_waits.wait_key(found[-1])
 
     async def _answer_unlocked(self, waits: Sequence[EventWait], data: str) -> bool:
         """Answer nodes, one by one where some of their runs are locked; tells whether all were answered."""
@@ -138,17 +141,17 @@ class AwaitedEvents:
         return True
 
     async def _answer(self, waits: Sequence[EventWait], data: str) -> None:
-        async def answer(connection: AsyncConnection) -> list[Given]:
-            return await event_waits.answer(connection, waits, data)
+        async def answer(connection: AsyncConnection) -> list[AnswerResult]:
+            return await event_waits.answer_waits(connection, waits, data)
 
         given = await self._database.transaction(answer)
         for key in _keys(given):
-            await admission.admit(self._database, key)
+            await concurrency_limits.admit_waiting_runs(self._database, key)
         if any(one.is_woken for one in given):
             await hints.wake(self._broker)
 
 
-def _keys(given: Iterable[Given]) -> Iterable[str]:
+def _keys(given: Iterable[AnswerResult]) -> Iterable[str]:
     return dict.fromkeys(one.concurrency_key for one in given if one.concurrency_key is not None)
 
 

@@ -18,10 +18,11 @@ from sqlmodel import col
 from engine.run_errors import NodeError
 from engine.triggers import trigger_output
 from execution.insistence import insist
-from journal import admission, children, follow_ups, pinning
-from journal.admission import OnLimit
-from journal.follow_ups import ABOUT_FAILURE
-from journal.store import Acceptance, Verdict
+from journal import concurrency_limits, definition_snapshot
+from journal.concurrency_limits import LimitAction
+from journal.store import AcceptanceVerdict, RunAcceptance
+from journal.waits import children, completion
+from journal.waits.completion import ON_FAILURE_TRIGGER
 from messages import hints
 from models import access, ids
 from models.access import User, UserRole
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
     from engine.services import RunCaller
     from engine.values import Json
-    from journal.pinning import Catalog, LoadedWorkflow
-    from journal.store import Store
+    from journal.definition_snapshot import LoadedWorkflow, NodeTypeRegistry
+    from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
     from models.settings import ServerSettings
@@ -72,7 +73,12 @@ class ChildRuns:
     """The way in for runs that come from runs; keeps the promises of `engine.services.SubRunService`."""
 
     def __init__(
-        self, database: Database, store: Store, broker: Broker, catalog: Catalog, settings: ServerSettings
+        self,
+        database: Database,
+        store: JournalStore,
+        broker: Broker,
+        catalog: NodeTypeRegistry,
+        settings: ServerSettings,
     ) -> None:
         self._database = database
         self._store = store
@@ -101,7 +107,9 @@ class ChildRuns:
         """
         origin = caller.execution_id if awaited else caller.key_id
         child_id = ids.derive_id("exec", origin, node_id, iteration)
-        answering = children.answering(caller.execution_id, node_id, iteration) if awaited else None
+        answering = (
+            children.completion_for_parent(caller.execution_id, node_id, iteration) if awaited else None
+        )
         start = partial(self._started, caller, workflow_id, trigger_inputs, child_id, answering)
         for _ in range(ATTEMPTS):
             if await insist(start):
@@ -114,9 +122,9 @@ class ChildRuns:
         Nothing is run about its own failure, and it counts among the runs that have started one another: two workflows
         that each are run when the other fails don't go on for ever. Raises `NodeError` and `DatabaseUnavailable`.
         """
-        run_id = ids.derive_id("exec", caller.execution_id, ABOUT_FAILURE)
+        run_id = ids.derive_id("exec", caller.execution_id, ON_FAILURE_TRIGGER)
         for _ in range(ATTEMPTS):
-            if await self._started(caller, workflow_id, inputs, run_id, None, ABOUT_FAILURE):
+            if await self._started(caller, workflow_id, inputs, run_id, None, ON_FAILURE_TRIGGER):
                 return
         raise _changing(workflow_id)
 
@@ -138,9 +146,9 @@ class ChildRuns:
             workflow = await self._load(connection, caller, parent.lane, workflow_id)
         kind = workflow.trigger_kind or "manual"
         trigger = trigger_output(kind, inputs, self._database.clock.now())
-        limit = admission.limit_of(workflow.settings, workflow.id, trigger)
-        is_last = trigger_type == ABOUT_FAILURE
-        child = Acceptance(
+        limit = concurrency_limits.concurrency_limit(workflow.settings, workflow.id, trigger)
+        is_last = trigger_type == ON_FAILURE_TRIGGER
+        child = RunAcceptance(
             execution_id=child_id,
             lane=workflow.lane,
             organization_id=workflow.organization_id,
@@ -159,19 +167,19 @@ class ChildRuns:
             depth=parent.depth + 1,
             concurrency_key=limit.key if limit else None,
             concurrency_limit=limit.runs if limit else None,
-            may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
-            follow_up=follow_ups.asked({} if is_last else workflow.settings, answering=answering),
+            may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
+            follow_up=completion.requested_actions({} if is_last else workflow.settings, answering=answering),
             is_private=parent.is_private,
         )
         async with self._room(parent.root_id):
             (accepted,) = await self._store.accept([child])
-        if accepted.verdict is Verdict.FULL:
+        if accepted.verdict is AcceptanceVerdict.FULL:
             message = f"As many runs of the workflow {workflow_id} go on as its settings allow"
             raise NodeError(message, code="concurrency-limit", retryable=True)
-        if accepted.verdict is not Verdict.ACCEPTED:
+        if accepted.verdict is not AcceptanceVerdict.ACCEPTED:
             return False
         if limit is not None:
-            await admission.admit(self._database, limit.key)
+            await concurrency_limits.admit_waiting_runs(self._database, limit.key)
         await hints.wake(self._broker)
         return True
 
@@ -223,7 +231,7 @@ class ChildRuns:
             if row is None:
                 raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
             # In a thread: others run on while a large graph is gone through.
-            kept = await asyncio.to_thread(pinning.loaded, row, frozenset(), self._catalog)
+            kept = await asyncio.to_thread(definition_snapshot.load_workflow, row, frozenset(), self._catalog)
         self._keep(kept)
         _require_runnable(kept)
         return kept

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from journal import wakes
-from journal.wakes import Done
+from journal.deployments import wakes
+from journal.deployments.wakes import WakeOutcome
 from messages import hints
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 async def see_to(database: Database, broker: Broker) -> None:
     """Wake deployments for runs that are due, and let deferred ones go that may; raises `DatabaseUnavailable`."""
-    done = await wakes.see_to_waiting(database)
+    done = await wakes.wake_for_waiting_runs(database)
     for workflow_id, what in done.items():
-        if what is Done.WOKEN:
+        if what is WakeOutcome.WOKEN:
             await hints.deployment_changed(broker, workflow_id)
-    if Done.LEFT_TO_WORKERS in done.values():
+    if WakeOutcome.LEFT_TO_WORKERS in done.values():
         await hints.wake(broker)

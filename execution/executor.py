@@ -24,11 +24,11 @@ from engine.workflow_runner import RunStart, run_workflow
 from execution import metrics
 from execution.isolation import POLL_SECONDS, TRIAL_SECONDS, Isolation, SuspectSearch
 from execution.programs import Programs, key_of
-from journal.blobs.backend import Owner
-from journal.large_values import LargeValues, ValueLost
-from journal.leases import Lease, LeaseKeeper
-from journal.recorder import Recorder, RunJournal
-from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey
+from journal.blobs.blob_storage import BlobOwner
+from journal.blobs.large_values import LargeValues, RecordedValueLost
+from journal.leases import LeaseKeeper, RunLease
+from journal.recorder import RunJournal, RunRecorder
+from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey
 from messages import hints
 from messages.broker import BrokerUnavailable, Letter, Notice
 from models.errors import DatabaseUnavailable
@@ -71,7 +71,7 @@ class Active(msgspec.Struct, frozen=True):
     """A run that this process holds."""
 
     organization_id: str
-    lease: Lease
+    lease: RunLease
     control: RunControl
     journal: RunJournal
     task: asyncio.Task[None]
@@ -100,7 +100,7 @@ class Around:
 
     answers: Answers | None = None
     """Reads what nodes were answered; without it, nobody answers any."""
-    on_left: Callable[[Claimed, RunOutcome], None] | None = None
+    on_left: Callable[[ClaimedRun, RunOutcome], None] | None = None
     """Told of runs that have left, if their end is to be followed up or their place is another's."""
     on_swept: Callable[[], Awaitable[None]] | None = None
     """Called after each sweep."""
@@ -133,7 +133,7 @@ class Executor:
         self._settings = settings
         self._limits = settings.limits
         self._programs = Programs(store, catalog)
-        self._recorder = Recorder(store, self._announce)
+        self._recorder = RunRecorder(store, self._announce)
         self._leases = LeaseKeeper(
             store, settings.lease_seconds, on_lost=self._lost, on_request=self._requested
         )
@@ -221,7 +221,7 @@ class Executor:
             return  # the end of a run says again that a claim is owed
         self._owes_claim = bool(others_than)
         since = time.monotonic()
-        claim = Claim(
+        claim = ClaimQuery(
             self._broker.inbox,
             self._settings.lease_seconds,
             limit,
@@ -235,7 +235,7 @@ class Executor:
         finally:
             self._is_claiming = False
 
-    async def _take(self, claim: Claim, since: float) -> Sequence[Claimed]:
+    async def _take(self, claim: ClaimQuery, since: float) -> Sequence[ClaimedRun]:
         """Claim runs and begin them; `since` is when that was begun, by the monotonic clock."""
         try:
             claimed = await self._store.claim(claim)
@@ -257,7 +257,7 @@ class Executor:
             await self._begin(claimed, leases)
         except DatabaseUnavailable:
             for lease in leases:
-                self._leases.let_go(lease)
+                self._leases.release(lease)
             await self._give_back_unheld()
             raise
         except Exception:
@@ -277,16 +277,16 @@ class Executor:
         served = {active.organization_id for active in self._active.values()}
         return min(left + self._settings.concurrency, MAX_CLAIM_BEYOND), sorted(served)
 
-    async def _begin_each_alone(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
+    async def _begin_each_alone(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         for one, lease in zip(claimed, leases, strict=True):
             try:
                 await self._begin([one], [lease])
             except Exception:
                 # As with a run that breaks: its lease runs out by itself, and the attempt is counted.
                 log.exception("run not begun", execution_id=one.execution_id)
-                self._leases.let_go(lease)
+                self._leases.release(lease)
 
-    def _remember_turns(self, claimed: Sequence[Claimed]) -> None:
+    def _remember_turns(self, claimed: Sequence[ClaimedRun]) -> None:
         """Let the next claim go on behind what this one took."""
         self._after_organization = claimed[-1].organization_id
         for one in claimed:
@@ -298,9 +298,9 @@ class Executor:
     async def _give_back_unheld(self) -> None:
         """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
         self.hint()
-        await self._store.give_back(self._broker.inbox, self._leases.held())
+        await self._store.give_back(self._broker.inbox, self._leases.execution_ids())
 
-    async def _begin(self, claimed: Sequence[Claimed], leases: Sequence[Lease]) -> None:
+    async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         programs = await self._programs.load(claimed)
         pasts = await self._pasts([run for run in claimed if run.has_journal])
         for one, lease in zip(claimed, leases, strict=True):
@@ -327,13 +327,13 @@ class Executor:
                 self._requested(lease, one.request)
         metrics.ACTIVE.set(len(self._active))
 
-    def _large(self, one: Claimed) -> LargeValues | None:
+    def _large(self, one: ClaimedRun) -> LargeValues | None:
         if self._blobs is None:
             return None
-        owner = Owner(one.organization_id, one.key_id)
+        owner = BlobOwner(one.organization_id, one.key_id)
         return LargeValues(self._blobs, owner, self._settings.max_row_output_bytes)
 
-    async def _pasts(self, begun: Sequence[Claimed]) -> dict[str, Past]:
+    async def _pasts(self, begun: Sequence[ClaimedRun]) -> dict[str, Past]:
         if not begun:
             return {}
         keys = [ExecutionKey(run.execution_id, run.lane) for run in begun]
@@ -349,7 +349,7 @@ class Executor:
             for execution_id, _ in keys
         }
 
-    async def _listen(self, one: Claimed, journal: RunJournal) -> Mapping[tuple[str, str], bytes] | None:
+    async def _listen(self, one: ClaimedRun, journal: RunJournal) -> Mapping[tuple[str, str], bytes] | None:
         """Return what nodes of a run were answered by now; None where the database doesn't say."""
         try:
             answers = await self._answers([ExecutionKey(one.execution_id, one.lane)])
@@ -357,7 +357,7 @@ class Executor:
             await asyncio.sleep(PAUSE_SECONDS)
             return None
         found = answers.get(one.execution_id, {})
-        journal.saw(len(found))
+        journal.count_answers(len(found))
         return found
 
     async def _answers(self, answered: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
@@ -379,7 +379,7 @@ class Executor:
         async with self._isolation.alone():
             until = time.monotonic() + TRIAL_SECONDS
             while not self._is_draining and (since := time.monotonic()) < until:
-                claim = Claim(
+                claim = ClaimQuery(
                     self._broker.inbox,
                     self._settings.lease_seconds,
                     limit=1,
@@ -392,7 +392,7 @@ class Executor:
                 await self._watch_trial(claimed[0])
         self._suspects.rest()
 
-    async def _watch_trial(self, one: Claimed) -> None:
+    async def _watch_trial(self, one: ClaimedRun) -> None:
         """Return once a run is proven, or has left."""
         log.info("suspect on trial", execution_id=one.execution_id, attempt=one.attempt)
         active = self._active.get(one.execution_id)
@@ -409,12 +409,12 @@ class Executor:
 
     async def _run(
         self,
-        one: Claimed,
+        one: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
         past: Past,
         journal: RunJournal,
         control: RunControl,
-        lease: Lease,
+        lease: RunLease,
     ) -> None:
         try:
             ended = await self._ended(one, program, past, journal, control)
@@ -427,7 +427,7 @@ class Executor:
         else:
             self._ended_well(one, ended)
         finally:
-            self._leases.let_go(lease)
+            self._leases.release(lease)
             if self._holder_of(lease) is not None:
                 del self._active[one.execution_id]
             metrics.ACTIVE.set(len(self._active))
@@ -436,7 +436,7 @@ class Executor:
 
     async def _ended(
         self,
-        one: Claimed,
+        one: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
         past: Past,
         journal: RunJournal,
@@ -446,10 +446,10 @@ class Executor:
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
             trigger = await journal.trigger(one.trigger)
-            recorded = await journal.restored(past.spans)
+            recorded = await journal.restore(past.spans)
         except InvalidJson as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
-        except ValueLost as error:
+        except RecordedValueLost as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
         start = RunStart(
             caller=RunCaller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id),
@@ -465,7 +465,7 @@ class Executor:
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
-    def _ended_well(self, one: Claimed, ended: RunOutcome) -> None:
+    def _ended_well(self, one: ClaimedRun, ended: RunOutcome) -> None:
         metrics.ENDED[ended.status].inc()
         on_left = self._around.on_left
         if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
@@ -492,17 +492,17 @@ class Executor:
         if active is not None:
             self._requested(active.lease, notice.message.get("request", ""))
 
-    def _requested(self, lease: Lease, request: str) -> None:
+    def _requested(self, lease: RunLease, request: str) -> None:
         active = self._holder_of(lease)
         if active is not None and request in REQUESTS:
             active.control.ask(REQUESTS[request])
 
-    def _lost(self, lease: Lease) -> None:
+    def _lost(self, lease: RunLease) -> None:
         active = self._holder_of(lease)
         if active is not None:
             active.control.ask(ControlRequest.ABANDON)
 
-    def _holder_of(self, lease: Lease) -> Active | None:
+    def _holder_of(self, lease: RunLease) -> Active | None:
         """Return the run under this very lease: an execution that was lost may be back here under another."""
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None

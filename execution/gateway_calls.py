@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import msgspec
 
 from engine.run_records import NodeSpan
-from journal.store import Claimed, RunWrite
+from journal.store import ClaimedRun, RunWrite
 from models.loss_limits import MAX_TRIAL_LOSSES
 
 PREFIX: Final = "/internal/v1"
@@ -95,7 +95,7 @@ class ClaimCall(msgspec.Struct, frozen=True):
 class Claims(msgspec.Struct, frozen=True):
     """Runs that are now the pod's."""
 
-    runs: Sequence[Claimed]
+    runs: Sequence[ClaimedRun]
 
 
 class SuspectsCall(msgspec.Struct, frozen=True):

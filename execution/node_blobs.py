@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from engine.run_errors import NodeError
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
-from journal.blobs.reference import InvalidReference, Reference
 
 if TYPE_CHECKING:
     from engine.services import RunCaller
@@ -41,8 +41,10 @@ class NodeBlobs:
         max_bytes = min(max_bytes, MAX_BLOB_BYTES)
         try:
             # Only the hash of what was given counts: where it leads is decided by the run, never by the reference.
-            return await self._blobs.get(_owner(caller), Reference.of(reference).sha256, max_bytes=max_bytes)
-        except InvalidReference as error:
+            return await self._blobs.get(
+                _owner(caller), BlobReference.from_value(reference).sha256, max_bytes=max_bytes
+            )
+        except InvalidBlobReference as error:
             raise NodeError(str(error), code="invalid-blob") from error
         except BlobTooLarge as error:
             raise _too_large(error.size, max_bytes) from error
@@ -54,8 +56,8 @@ class NodeBlobs:
             raise _unavailable() from error
 
 
-def _owner(caller: RunCaller) -> Owner:
-    return Owner(caller.organization_id, caller.key_id)
+def _owner(caller: RunCaller) -> BlobOwner:
+    return BlobOwner(caller.organization_id, caller.key_id)
 
 
 def _too_large(size: int, max_bytes: int) -> NodeError:

@@ -12,7 +12,7 @@ import structlog
 from engine.graph import ParsedGraph
 from engine.program import WorkflowProgram
 from engine.run_errors import InvalidDefinition
-from journal.store import Claimed, DefinitionKey
+from journal.store import ClaimedRun, DefinitionKey
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class Programs:
         self._kept: OrderedDict[DefinitionKey, Kept] = OrderedDict()
         self._kept_nodes = 0
 
-    async def load(self, runs: Sequence[Claimed]) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
+    async def load(
+        self, runs: Sequence[ClaimedRun]
+    ) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
         """Return the program of each run's definition, or why it can't run."""
         wanted = {key_of(run) for run in runs}
         missing = [key for key in wanted if key not in self._kept]
@@ -95,6 +97,6 @@ class Programs:
             self._kept_nodes -= kept.nodes
 
 
-def key_of(run: Claimed) -> DefinitionKey:
+def key_of(run: ClaimedRun) -> DefinitionKey:
     """Return where a run's definition is."""
     return DefinitionKey(run.organization_id, run.definition_hash, run.lane)

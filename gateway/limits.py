@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from engine.findings import MAX_FINDINGS
-from journal import admission
+from journal import concurrency_limits
 from models import data_source_types
 from senders import sender_event as sender_events
 
@@ -98,7 +98,7 @@ BULK_LISTED: Final = 100
 
 CALLBACK_URL_LENGTH: Final = 2_000
 """Characters of a callback URL."""
-CONCURRENT_RUNS: Final = admission.MAX_LIMIT
+CONCURRENT_RUNS: Final = concurrency_limits.MAX_LIMIT
 """Runs at once, by `settings.concurrency.limit`."""
 CONCURRENCY_KEY_LENGTH: Final = 500
 """Characters of `settings.concurrency.key`."""

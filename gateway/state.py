@@ -35,11 +35,11 @@ from gateway.internal.forwarding import Forwarder
 from gateway.internal.runners import Runners
 from gateway.settings import GatewaySettings
 from gateway.workflows.workflow_cache import WorkflowCache
-from journal import timekeeping
+from journal import clock_sync
 from journal.blobs.blob_store import BlobStore
-from journal.blobs.opening import open_blobs
-from journal.opening import open_store
-from journal.store import Store
+from journal.blobs.blob_store_factory import open_blobs
+from journal.store import JournalStore
+from journal.store_factory import open_store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
@@ -60,7 +60,7 @@ class State:
     database: Database
     clock: Callable[[], datetime]
     """The database's time, by this process's `DatabaseClock`."""
-    store: Store
+    store: JournalStore
     blobs: BlobStore
     broker: Broker
     catalog: NodeCatalog
@@ -104,13 +104,13 @@ async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
-        await stack.enter_async_context(timekeeping.keep_time(database))
+        await stack.enter_async_context(clock_sync.run_clock_sync(database))
         yield await stack.enter_async_context(assembled(settings, database, store, broker))
 
 
 @asynccontextmanager
 async def assembled(
-    settings: GatewaySettings, database: Database, store: Store, broker: Broker
+    settings: GatewaySettings, database: Database, store: JournalStore, broker: Broker
 ) -> AsyncIterator[State]:
     """Make the gateway's own parts around what the process may share with other roles, which stays open."""
     if settings.bootstrap_api_key is not None:

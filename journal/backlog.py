@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-_EVERYWHERE: Final = (SHARED_TARGET, LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET)
+_SHARED_TARGETS: Final = (SHARED_TARGET, LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET)
 # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
 _PENDING: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"), col(Execution.is_fresh)
@@ -29,45 +29,47 @@ _DEFERRED: Final = and_(
 )
 
 
-async def of_organization(connection: AsyncConnection, organization_id: str, *, at_most: int) -> int:
+async def count_organization_backlog(
+    connection: AsyncConnection, organization_id: str, *, at_most: int
+) -> int:
     """Return how many runs of an organisation wait, up to a number."""
     deployed = select(col(Deployment.workflow_id)).where(
         col(Deployment.organization_id) == organization_id, col(Deployment.is_deployed)
     )
-    targets = [*_EVERYWHERE, *(await connection.scalars(deployed))]
-    return await _counted(connection, in_organization(organization_id, targets), at_most)
+    targets = [*_SHARED_TARGETS, *(await connection.scalars(deployed))]
+    return await _count_up_to(connection, organization_statements(organization_id, targets), at_most)
 
 
-async def of_workflow(
+async def count_workflow_backlog(
     connection: AsyncConnection, organization_id: str, workflow_id: str, *, at_most: int
 ) -> int:
     """Return how many runs of a workflow wait, up to a number."""
-    return await _counted(connection, in_workflow(organization_id, workflow_id), at_most)
+    return await _count_up_to(connection, workflow_statements(organization_id, workflow_id), at_most)
 
 
-def in_organization(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
+def organization_statements(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
     """Return the statements that find what waits at some targets: what is pending, and what is deferred."""
     theirs = and_(col(Execution.target).in_(targets), col(Execution.organization_id) == organization_id)
-    return _waiting(and_(_PENDING, theirs), and_(_DEFERRED, theirs))
+    return _waiting_conditions(and_(_PENDING, theirs), and_(_DEFERRED, theirs))
 
 
-def in_workflow(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:
+def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:
     """Return the same of a workflow; what is pending stands in the index by its turn."""
     own = and_(
-        col(Execution.target).in_([*_EVERYWHERE, workflow_id]),
+        col(Execution.target).in_([*_SHARED_TARGETS, workflow_id]),
         col(Execution.organization_id) == organization_id,
         col(Execution.workflow_id) == workflow_id,
     )
-    return _waiting(
+    return _waiting_conditions(
         and_(_PENDING, own, col(Execution.turn) == turn_of_workflow(workflow_id)), and_(_DEFERRED, own)
     )
 
 
-def _waiting(*conditions: ColumnElement[bool]) -> Sequence[Select[str]]:
+def _waiting_conditions(*conditions: ColumnElement[bool]) -> Sequence[Select[str]]:
     return [select(col(Execution.target)).where(condition) for condition in conditions]
 
 
-async def _counted(connection: AsyncConnection, statements: Sequence[Select[str]], at_most: int) -> int:
+async def _count_up_to(connection: AsyncConnection, statements: Sequence[Select[str]], at_most: int) -> int:
     found = 0
     for statement in statements:
         some = statement.limit(at_most - found).subquery()

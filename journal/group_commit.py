@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-Submitted: TypeAlias = tuple[Item, asyncio.Future[Answer], int]
+SubmittedItem: TypeAlias = tuple[Item, asyncio.Future[Answer], int]
 """An item that waits, who waits for it, and how heavy it is."""
 
 
@@ -43,7 +43,7 @@ class GroupCommit(Generic[Item, Answer]):
         self._max_batch = max_batch
         self._weigh = weigh
         self._max_weight = max_weight
-        self._waiting: list[Submitted[Item, Answer]] = []
+        self._waiting: list[SubmittedItem[Item, Answer]] = []
         self._task: asyncio.Task[None] | None = None
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
@@ -78,7 +78,7 @@ class GroupCommit(Generic[Item, Answer]):
 
     def _next_batch(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
-        left: list[Submitted[Item, Answer]] = []
+        left: list[SubmittedItem[Item, Answer]] = []
         weight = 0
         for one in self._waiting:
             item, future, own_weight = one
@@ -95,31 +95,31 @@ class GroupCommit(Generic[Item, Answer]):
             answers = await self._commit([item for item, _ in batch])
         except LockWaitTimeout as error:
             if len(batch) == 1:
-                _fail(batch, error)
+                _fail_batch(batch, error)
                 return
             # At once: each that is locked waits as long again.
             await asyncio.gather(*(self._settle([one]) for one in batch))
         except DatabaseUnavailable as error:
-            _fail(batch, error)
+            _fail_batch(batch, error)
         except Exception as error:  # noqa: BLE001 - it belongs to one waiter, found by trying each alone
             if len(batch) == 1:
-                _fail(batch, error)
+                _fail_batch(batch, error)
                 return
             for one in batch:
                 await self._settle([one])
         else:
             for one, answer in zip(batch, answers, strict=True):
-                _resolve(one, answer)
+                _resolve_waiter(one, answer)
 
 
-def _resolve(waiter: tuple[Item, asyncio.Future[Answer]], answer: Answer | Exception) -> None:
+def _resolve_waiter(waiter: tuple[Item, asyncio.Future[Answer]], answer: Answer | Exception) -> None:
     if isinstance(answer, Exception):
-        _fail([waiter], answer)
+        _fail_batch([waiter], answer)
     elif not waiter[1].done():
         waiter[1].set_result(answer)
 
 
-def _fail(batch: Sequence[tuple[Item, asyncio.Future[Answer]]], error: Exception) -> None:
+def _fail_batch(batch: Sequence[tuple[Item, asyncio.Future[Answer]]], error: Exception) -> None:
     for _, future in batch:
         if not future.done():
             future.set_exception(error)

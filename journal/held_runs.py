@@ -19,7 +19,7 @@ UNTIL_RESUMED: Final = datetime(9999, 1, 1, tzinfo=UTC)
 """When such a run is due, as long as nobody knows."""
 
 
-async def release(connection: AsyncConnection, workflow_id: str) -> None:
+async def release_held_runs(connection: AsyncConnection, workflow_id: str) -> None:
     """Let them run, in the order in which they came; they are found as all are that have become due."""
     await connection.execute(
         update(Execution)

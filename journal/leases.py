@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from journal.store import Held
+from journal.store import LeaseRenewal
 from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ log = structlog.get_logger()
 RENEWALS_PER_LEASE = 3
 TRIES_PER_RENEWAL = 5
 """How often a lease is tried again, until the next renewal, whose row is locked."""
-MARGIN = 0.15
+LEASE_MARGIN = 0.15
 """The share of a lease that is given away: our clock and the database's need not run alike."""
 
 
 @dataclass(slots=True, eq=False)
-class Lease:
+class RunLease:
     """One run's lease, by this process's monotonic clock."""
 
     key: ExecutionKey
@@ -35,8 +35,8 @@ class Lease:
     until: float
 
     @property
-    def held(self) -> Held:
-        return Held(*self.key, self.token)
+    def renewal(self) -> LeaseRenewal:
+        return LeaseRenewal(*self.key, self.token)
 
     def is_held(self) -> bool:
         """Tell whether the lease is certain to last a moment longer."""
@@ -51,17 +51,19 @@ class LeaseKeeper:
         store: RunStore,
         lease_seconds: float,
         *,
-        on_lost: Callable[[Lease], None],
-        on_request: Callable[[Lease, str], None],
+        on_lost: Callable[[RunLease], None],
+        on_request: Callable[[RunLease, str], None],
     ) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
         self._on_lost = on_lost
         self._on_request = on_request
-        self._leases: dict[str, Lease] = {}
+        self._leases: dict[str, RunLease] = {}
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._keep()), name="leases", daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._renew_forever()), name="leases", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to renew."""
@@ -71,29 +73,29 @@ class LeaseKeeper:
         """Let the thread end; leases that are still held run out by themselves."""
         self._stopping.set()
 
-    def hold(self, key: ExecutionKey, token: int, since: float) -> Lease:
+    def hold(self, key: ExecutionKey, token: int, since: float) -> RunLease:
         """Keep a lease that was asked for at `since` (monotonic), until it is let go."""
-        lease = Lease(key, token, self._end(since))
+        lease = RunLease(key, token, self._lease_end(since))
         self._leases[key.execution_id] = lease
         return lease
 
-    def let_go(self, lease: Lease) -> None:
+    def release(self, lease: RunLease) -> None:
         """Renew a lease no longer."""
         if self._leases.get(lease.key.execution_id) is lease:
             del self._leases[lease.key.execution_id]
 
-    def held(self) -> list[str]:
+    def execution_ids(self) -> list[str]:
         """Return the ids of the executions whose leases are kept."""
         return list(self._leases)
 
-    def _end(self, since: float) -> float:
-        return since + self._lease_seconds * (1 - MARGIN)
+    def _lease_end(self, since: float) -> float:
+        return since + self._lease_seconds * (1 - LEASE_MARGIN)
 
-    async def _keep(self) -> None:
+    async def _renew_forever(self) -> None:
         store = await self._store.for_thread()
         interval_seconds = self._lease_seconds / RENEWALS_PER_LEASE
         begun_at = time.monotonic()
-        while not await asyncio.to_thread(self._stopping.wait, self._until_next(begun_at)):
+        while not await asyncio.to_thread(self._stopping.wait, self._seconds_until_renewal(begun_at)):
             begun_at = time.monotonic()
             leases = list(self._leases.values())
             if not leases:
@@ -108,11 +110,11 @@ class LeaseKeeper:
         if store is not self._store:
             await store.close()
 
-    def _until_next(self, begun_at: float) -> float:
+    def _seconds_until_renewal(self, begun_at: float) -> float:
         """Return how long the next round is away: no lease waits for another that took long in the last one."""
         return max(0.0, begun_at + self._lease_seconds / RENEWALS_PER_LEASE - time.monotonic())
 
-    async def _renew_unlocked(self, store: RunStore, leases: list[Lease], seconds: float) -> None:
+    async def _renew_unlocked(self, store: RunStore, leases: list[RunLease], seconds: float) -> None:
         """Renew leases, and try those again until the next round whose rows another transaction has locked."""
         since = time.monotonic()
         while locked := await self._renew(store, leases):
@@ -122,13 +124,13 @@ class LeaseKeeper:
                 return
             leases = [lease for lease in locked if self._leases.get(lease.key.execution_id) is lease]
 
-    async def _renew(self, store: RunStore, leases: list[Lease]) -> list[Lease]:
+    async def _renew(self, store: RunStore, leases: list[RunLease]) -> list[RunLease]:
         """Renew leases; returns those that are neither renewed nor lost."""
         if not leases:
             return []
         since = time.monotonic()
-        locked: list[Lease] = []
-        answers = await store.renew([lease.held for lease in leases], self._lease_seconds)
+        locked: list[RunLease] = []
+        answers = await store.renew([lease.renewal for lease in leases], self._lease_seconds)
         renewed = {answer.execution_id: answer for answer in answers}
         for lease in leases:
             answer = renewed.get(lease.key.execution_id)
@@ -138,7 +140,7 @@ class LeaseKeeper:
             if answer.is_locked:
                 locked.append(lease)
                 continue
-            lease.until = self._end(since)
+            lease.until = self._lease_end(since)
             if answer.request is not None:
                 self._loop.call_soon_threadsafe(self._on_request, lease, answer.request)
         return locked

@@ -23,7 +23,7 @@ from engine.run_records import (
     RunOutcome,
 )
 from journal import trigger_body
-from journal.blobs.backend import BlobsUnavailable
+from journal.blobs.blob_storage import BlobsUnavailable
 from journal.group_commit import GroupCommit
 from journal.store import RunWrite
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
@@ -31,8 +31,8 @@ from models.execution_status import MAX_PERCENT_UNDER_WAY
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from journal.large_values import LargeValues
-    from journal.leases import Lease
+    from journal.blobs.large_values import LargeValues
+    from journal.leases import RunLease
     from journal.store import RunStore
 
 T = TypeVar("T")
@@ -47,17 +47,19 @@ ROUNDING_PERCENT = 1e-6
 """Sums of parts may be too small by less than this."""
 
 
-class Recorder:
+class RunRecorder:
     """Groups the writes of all runs of a process."""
 
     def __init__(self, store: RunStore, on_committed: Callable[[Mapping[str, str]], None]) -> None:
         """`on_committed` is called with the ids of runs that have changed, and the inbox of each that has ended."""
         self._store = store
         self._on_committed = on_committed
-        self._group: GroupCommit[RunWrite, bool] = GroupCommit(self._commit, weigh=_rows, max_weight=MAX_ROWS)
+        self._group: GroupCommit[RunWrite, bool] = GroupCommit(
+            self._commit, weigh=_count_rows, max_weight=MAX_ROWS
+        )
         # Apart: whoever shares a commit with a locked run waits for its lock.
         self._locked_group: GroupCommit[RunWrite, bool] = GroupCommit(
-            self._commit, weigh=_rows, max_weight=MAX_ROWS
+            self._commit, weigh=_count_rows, max_weight=MAX_ROWS
         )
         self._locked: set[str] = set()
         """Runs whose rows another transaction had locked when they were last to be written."""
@@ -96,7 +98,7 @@ def percent_of(share: float) -> int:
     return min(int(share * 100 + ROUNDING_PERCENT), MAX_PERCENT_UNDER_WAY)
 
 
-def _rows(write: RunWrite) -> int:
+def _count_rows(write: RunWrite) -> int:
     return 1 + len(write.spans) + len(write.attempts) + len(write.logs)
 
 
@@ -105,8 +107,8 @@ class RunJournal:
 
     def __init__(
         self,
-        recorder: Recorder,
-        lease: Lease,
+        recorder: RunRecorder,
+        lease: RunLease,
         settled: Sequence[str] = (),
         *,
         inbox: str = "",
@@ -128,7 +130,7 @@ class RunJournal:
         self._has_large = False
         self._control = control or RunControl()
         self._settled = set(settled)
-        self._write = self._empty()
+        self._write = self._clear_pending()
         self._in_turn = asyncio.Lock()
         self._is_broken = False
         self._done = 0.0
@@ -161,7 +163,7 @@ class RunJournal:
         """Count a part of the run as done."""
         self._done += share
 
-    def saw(self, signals: int) -> None:
+    def count_answers(self, signals: int) -> None:
         """Count answers that the run has seen since it was claimed."""
         self._signals = signals
 
@@ -169,19 +171,19 @@ class RunJournal:
         """Tell whether the lease is certain to last a moment longer."""
         return not self._is_broken and self._lease.is_held()
 
-    async def restored(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
+    async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
         """Return spans with what their rows leave out; raises `ValueLost` and `LeaseLost`."""
         if self._large is None or not any(span.output_blob or span.input_blob for span in spans):
             return spans
         large = self._large
-        return await self._insist(lambda: asyncio.create_task(large.restored(spans)))
+        return await self._repeat_until_done(lambda: asyncio.create_task(large.restore(spans)))
 
     async def trigger(self, text: str) -> Json:
         """Return what the trigger node gives out; raises `InvalidJson`, `ValueLost` and `LeaseLost`."""
-        if self._large is None or not trigger_body.is_apart(text):
+        if self._large is None or not trigger_body.is_separate(text):
             return await offload.run(values.decode_json, text.encode())
         large = self._large
-        return await self._insist(lambda: asyncio.create_task(large.trigger(text)))
+        return await self._repeat_until_done(lambda: asyncio.create_task(large.trigger(text)))
 
     @property
     def owes_result(self) -> bool:
@@ -191,7 +193,7 @@ class RunJournal:
     async def pass_trial(self) -> None:
         """Make durable that the run has been on trial for long enough; raises `LeaseLost`."""
         async with self._in_turn:
-            write = self._taken()
+            write = self._take_pending()
             write.has_passed = True
             await self._submit(write)
 
@@ -209,25 +211,25 @@ class RunJournal:
         """Make everything recorded so far durable; raises `LeaseLost`."""
         async with self._in_turn:
             if self.is_dirty or self._is_broken:
-                await self._submit(self._taken())
+                await self._submit(self._take_pending())
 
     async def end(self, ended: RunOutcome) -> None:
         """Commit the end of this stretch of work, with all that came before it; raises `LeaseLost`."""
         async with self._in_turn:
-            write = self._taken()
+            write = self._take_pending()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
             write.signals = self._signals
             if ended.status not in UNFINISHED_STATUSES:
                 write.inbox = self._inbox
             await self._submit(write)
 
-    def _taken(self) -> RunWrite:
-        write, self._write = self._write, self._empty()
+    def _take_pending(self) -> RunWrite:
+        write, self._write = self._write, self._clear_pending()
         write.completed_nodes = len(self._settled)
         write.progress = percent_of(self._done)
         return write
 
-    def _empty(self) -> RunWrite:
+    def _clear_pending(self) -> RunWrite:
         execution_id, lane = self._lease.key
         return RunWrite(execution_id, lane, self._lease.token)
 
@@ -245,13 +247,13 @@ class RunJournal:
         if self._has_large and self._large is not None:
             self._has_large = False
             large, spans = self._large, write.spans
-            write.spans = await self._insist(lambda: asyncio.create_task(large.kept(spans)))
+            write.spans = await self._repeat_until_done(lambda: asyncio.create_task(large.store(spans)))
         # The same write may be repeated: it names the token, and its rows replace themselves.
-        if not await self._insist(lambda: self._recorder.submit(write)):
+        if not await self._repeat_until_done(lambda: self._recorder.submit(write)):
             raise LeaseLost
         self.has_new_result = self.has_new_result or write.has_new_result
 
-    async def _insist(self, begin: Callable[[], asyncio.Future[T]]) -> T:
+    async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:
         """Do what may be repeated until it is done; a run that has waited for that to the end of its lease is lost."""
         is_logged = False
         while True:
@@ -265,17 +267,17 @@ class RunJournal:
                         "blobs not reached", error=str(error), execution_id=self._lease.key.execution_id
                     )
                 is_logged = True
-                is_hopeless = not self._lease.is_held() or self._is_broken_off()
+                is_hopeless = not self._lease.is_held() or self._is_cancelled()
             if is_hopeless:
                 raise LeaseLost
             await asyncio.sleep(RETRY_SECONDS)
 
-    def _is_broken_off(self) -> bool:
+    def _is_cancelled(self) -> bool:
         request = self._control.request
         return request is not None and request >= ControlRequest.HAND_OVER_NOW
 
     async def _within_lease(self, future: asyncio.Future[T]) -> T:
-        self._break_off_without_lease(future)
+        self._cancel_without_lease(future)
         try:
             return await future
         except asyncio.CancelledError:
@@ -286,11 +288,11 @@ class RunJournal:
         finally:
             self._overdue.cancel()
 
-    def _break_off_without_lease(self, future: asyncio.Future[T]) -> None:
+    def _cancel_without_lease(self, future: asyncio.Future[T]) -> None:
         """Cancel the wait for an answer when the lease has ended, which a renewal puts off."""
         seconds = self._lease.until - time.monotonic()
         loop = asyncio.get_running_loop()
         if seconds > 0:
-            self._overdue = loop.call_later(seconds, self._break_off_without_lease, future)
+            self._overdue = loop.call_later(seconds, self._cancel_without_lease, future)
         else:
             self._overdue = loop.call_later(0, future.cancel)

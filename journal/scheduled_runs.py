@@ -19,9 +19,10 @@ from sqlmodel import col
 from engine.graph import RunSettings
 from engine.triggers import SCHEDULE_KIND, trigger_output
 from engine.values import encode_json
-from journal import admission, backlog, follow_ups
-from journal.admission import Limit, OnLimit
-from journal.rows import TOUCHED_MICROSECONDS
+from journal import backlog, concurrency_limits
+from journal.concurrency_limits import ConcurrencyLimit, LimitAction
+from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS
+from journal.waits import completion
 from json_text import decoding
 from models import ids, schedule_timetable, timestamps
 from models.deployment import Deployment
@@ -40,14 +41,14 @@ if TYPE_CHECKING:
     from models.schedule_timetable import ScheduleTimetable
 
 BATCH_SCHEDULES: Final = 200
-PUT_OFF: Final = timedelta(minutes=1)
+POSTPONE_TIME: Final = timedelta(minutes=1)
 """A schedule that something keeps from being run is looked at again after this time."""
-TRIMMED: Final = timedelta(seconds=1)
+TRIMMED_TIME: Final = timedelta(seconds=1)
 """Clocks, and transactions that began at different times, differ by less than this without being wrong."""
 _MICROSECOND: Final = timedelta(microseconds=1)
 _encode: Final = msgspec.json.Encoder().encode
 
-_COUNTS: Final = (
+_IS_ACTIVE: Final = (
     col(Workflow.status) == WorkflowStatus.ACTIVE,
     col(Workflow.deleted_at).is_(None),
     col(Workflow.is_template).is_(False),
@@ -56,23 +57,23 @@ _DEPLOYED_HASH: Final[ColumnElement[str]] = col(Deployment.definition_hash).labe
 _IS_DEPLOYED: Final = and_(
     col(Deployment.workflow_id) == col(Schedule.workflow_id), col(Deployment.is_deployed)
 )
-_NEW: Final[dict[str, Any]] = {
+_EXECUTION_DEFAULTS: Final[dict[str, Any]] = {
     name: column.get_default() for name, column in Execution.model_fields.items() if not column.is_required()
 }
 """What the columns of an execution hold that nobody has begun, but for those that each has its own values of."""
-_MOVED: Final = (
+_MOVED_COLUMNS: Final = (
     *("planned_at", "next_run_at", "due_at", "problem"),
     *("last_run_at", "last_execution_id", "passed_at", "passed_reason"),
 )
-_MOVE: Final = (
+_MOVE_SCHEDULE: Final = (
     update(Schedule)
     .where(col(Schedule.workflow_id) == bindparam("moved_id"))
-    .values({name: bindparam(name) for name in _MOVED})
+    .values({name: bindparam(name) for name in _MOVED_COLUMNS})
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class DueSchedule:
     """A schedule that is due, and which definition its workflow is run by."""
 
     workflow_id: str
@@ -85,10 +86,10 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True)
-class Runnable:
+class ScheduleDefinition:
     """The definition that a schedule runs."""
 
-    due: Due
+    due: DueSchedule
     text: str
     hash: str
     settings: Mapping[str, Json]
@@ -98,7 +99,7 @@ class Runnable:
 
 
 @dataclass(slots=True)
-class Started:
+class ScheduleRunResult:
     """What became of schedules that were due."""
 
     runs: list[tuple[str, str, datetime]] = field(default_factory=list)
@@ -114,7 +115,7 @@ class Started:
     decided: int = 0
     """Schedules that aren't due any more."""
 
-    def add(self, other: Started) -> None:
+    def add(self, other: ScheduleRunResult) -> None:
         """Add what became of others."""
         self.runs += other.runs
         self.passed += other.passed
@@ -124,7 +125,7 @@ class Started:
         self.decided += other.decided
 
 
-def due(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     """Return the statement that finds schedules that are due, the longest first: one look into an index."""
     # Chosen before anything is joined: nothing else can look like the way to them.
     chosen = (
@@ -147,19 +148,19 @@ def due(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     )
 
 
-async def start(
-    connection: AsyncConnection, runnables: Mapping[str, Runnable], now: ColumnElement[int]
-) -> Started:
+async def start_due_runs(
+    connection: AsyncConnection, runnables: Mapping[str, ScheduleDefinition], now: ColumnElement[int]
+) -> ScheduleRunResult:
     """Decide about the schedules of these workflows that are still due, and accept their runs.
 
     What another decides about, and what has changed since its definition was read, is left alone.
     """
-    locked = [*await connection.scalars(_locked(runnables, now))]
+    locked = [*await connection.scalars(_locked_statement(runnables, now))]
     # In a statement of its own: what PostgreSQL reads together with a lock may be older than the lock.
-    found = (await connection.execute(_found(locked, now))).mappings().all()
+    found = (await connection.execute(_found_statement(locked, now))).mappings().all()
     # Apart from them too: with stale statistics, all executions would be gone through for each schedule.
-    unended = [*await connection.scalars(_unended([row["last_execution_id"] for row in found]))]
-    entrance = _Entrance(connection, frozenset(unended))
+    unended = [*await connection.scalars(_unended_statement([row["last_execution_id"] for row in found]))]
+    entrance = _ScheduleWriter(connection, frozenset(unended))
     for row in found:
         runnable = runnables[row["workflow_id"]]
         if (row["revision"], row["deployed_hash"]) == (runnable.due.revision, runnable.due.deployed_hash):
@@ -177,23 +178,26 @@ async def start(
     return entrance.started
 
 
-async def put_off(connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]) -> None:
+async def postpone_schedules(
+    connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]
+) -> None:
     """Look at schedules again later that something keeps from being run: of each workflow's, what it is."""
     for workflow_id, problem in sorted(problems.items()):
         await connection.execute(
             update(Schedule)
             .where(col(Schedule.workflow_id) == workflow_id, col(Schedule.due_at) <= now)
-            .values(due_at=now + PUT_OFF // _MICROSECOND, problem=problem)
+            .values(due_at=now + POSTPONE_TIME // _MICROSECOND, problem=problem)
         )
 
 
-async def set_back(connection: AsyncConnection, now: ColumnElement[int]) -> int:
+async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[int]) -> int:
     """Work out the next instants anew that were worked out by a clock that was ahead; returns how many they are."""
     ahead = (
         select(Schedule, col(WorkflowTrigger.config), now.label("now"))
         .join(WorkflowTrigger, _is_trigger_of_schedule())
         .where(
-            col(Schedule.planned_at) > now + TRIMMED // _MICROSECOND, col(Schedule.next_run_at).is_not(None)
+            col(Schedule.planned_at) > now + TRIMMED_TIME // _MICROSECOND,
+            col(Schedule.next_run_at).is_not(None),
         )
         .order_by(col(Schedule.workflow_id))
         .limit(BATCH_SCHEDULES)
@@ -212,14 +216,14 @@ async def set_back(connection: AsyncConnection, now: ColumnElement[int]) -> int:
             next_run_at = schedule_timetable.recompute_next_instant(
                 wanted, row["workflow_id"], anchor_at, row["last_run_at"], moment
             )
-            changes |= _planned(wanted, row["workflow_id"], next_run_at, moment)
+            changes |= _is_planned(wanted, row["workflow_id"], next_run_at, moment)
         await connection.execute(
             update(Schedule).where(col(Schedule.workflow_id) == row["workflow_id"]).values(changes)
         )
     return len(rows)
 
 
-def _locked(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+def _locked_statement(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     return (
         select(col(Schedule.workflow_id))
         .where(col(Schedule.workflow_id).in_(sorted(workflow_ids)), col(Schedule.due_at) <= now)
@@ -228,7 +232,7 @@ def _locked(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*t
     )
 
 
-def _found(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+def _found_statement(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     return (
         select(
             Schedule,
@@ -238,12 +242,12 @@ def _found(workflow_ids: Collection[str], now: ColumnElement[int]) -> Select[*tu
         .join(Workflow, col(Workflow.id) == col(Schedule.workflow_id))
         .join(WorkflowTrigger, _is_trigger_of_schedule())
         .outerjoin(Deployment, _IS_DEPLOYED)
-        .where(col(Schedule.workflow_id).in_(workflow_ids), *_COUNTS)
+        .where(col(Schedule.workflow_id).in_(workflow_ids), *_IS_ACTIVE)
         .order_by(col(Schedule.workflow_id))
     )
 
 
-def _unended(execution_ids: Sequence[str | None]) -> Select[str]:
+def _unended_statement(execution_ids: Sequence[str | None]) -> Select[str]:
     wanted = sorted(one for one in execution_ids if one is not None)
     return select(col(Execution.id)).where(col(Execution.id).in_(wanted), col(Execution.ended_at).is_(None))
 
@@ -255,7 +259,7 @@ def _is_trigger_of_schedule() -> ColumnElement[bool]:
     )
 
 
-def _planned(
+def _is_planned(
     wanted: ScheduleTimetable, workflow_id: str, next_run_at: datetime | None, now: datetime
 ) -> dict[str, Any]:
     return {
@@ -266,12 +270,12 @@ def _planned(
     }
 
 
-class _Entrance:
+class _ScheduleWriter:
     """Collects what schedules that are locked come to, and writes it at once."""
 
     def __init__(self, connection: AsyncConnection, unended: Collection[str]) -> None:
         """`unended` are the last runs of schedules that go on."""
-        self.started = Started()
+        self.started = ScheduleRunResult()
         self._unended = unended
         self._connection = connection
         self._executions: list[dict[str, Any]] = []
@@ -279,7 +283,7 @@ class _Entrance:
         self._definitions: dict[tuple[str, str], dict[str, Any]] = {}
         self._moves: list[dict[str, Any]] = []
 
-    async def decide(self, row: RowMapping, runnable: Runnable) -> None:
+    async def decide(self, row: RowMapping, runnable: ScheduleDefinition) -> None:
         """Decide about a schedule, and collect its runs."""
         workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
         self.started.decided += 1
@@ -288,17 +292,21 @@ class _Entrance:
         except InvalidTimetable as error:
             if row["problem"] != str(error):
                 self.started.problems.append((workflow_id, str(error)))
-            self._move(row, due_at=now + PUT_OFF, problem=str(error))
+            self._move(row, due_at=now + POSTPONE_TIME, problem=str(error))
             return
         decided = schedule_timetable.decide_instants(wanted, await self._state(row), now)
-        changes = _planned(wanted, workflow_id, decided.next_run_at, now)
+        changes = _is_planned(wanted, workflow_id, decided.next_run_at, now)
         if decided.passed is not None:
-            changes |= self._passed(workflow_id, decided.passed, decided.passed_at or now)
+            changes |= self._skip(workflow_id, decided.passed, decided.passed_at or now)
         for instant in decided.run:
-            trigger = _trigger(runnable, wanted, instant)
-            limit = _limit(runnable, wanted, trigger)
-            if limit is not None and limit.on_limit is OnLimit.REJECT and not await self._has_room(limit):
-                changes |= self._passed(workflow_id, SkipReason.CONCURRENCY_LIMIT, instant)
+            trigger = _build_trigger(runnable, wanted, instant)
+            limit = _schedule_limit(runnable, wanted, trigger)
+            if (
+                limit is not None
+                and limit.on_limit is LimitAction.REJECT
+                and not await self._has_capacity(limit)
+            ):
+                changes |= self._skip(workflow_id, SkipReason.CONCURRENCY_LIMIT, instant)
                 continue
             execution_id = self._accept(row, runnable, trigger, limit, now)
             self.started.runs.append((workflow_id, execution_id, instant))
@@ -312,14 +320,14 @@ class _Entrance:
             await self._connection.execute(insert(Execution), self._executions)
             await self._connection.execute(insert(ExecutionData), self._data)
         if self._moves:
-            await self._connection.execute(_MOVE, self._moves)
+            await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
     async def _state(self, row: RowMapping) -> ScheduleState:
         """Return where a schedule is. Where its last run has ended, none from before it waits either."""
         waiting_runs = 0
         is_busy = row["last_execution_id"] in self._unended
         if is_busy:
-            waiting_runs = await backlog.of_workflow(
+            waiting_runs = await backlog.count_workflow_backlog(
                 self._connection, row["organization_id"], row["workflow_id"], at_most=MAX_WAITING
             )
         return ScheduleState(
@@ -330,25 +338,32 @@ class _Entrance:
             waiting_runs=waiting_runs,
         )
 
-    def _passed(self, workflow_id: str, reason: SkipReason, instant: datetime) -> dict[str, Any]:
+    def _skip(self, workflow_id: str, reason: SkipReason, instant: datetime) -> dict[str, Any]:
         self.started.passed.append((workflow_id, reason, instant))
         return {"passed_at": instant, "passed_reason": reason.value}
 
     def _move(self, row: RowMapping, **changes: Any) -> None:  # noqa: ANN401 - columns of any type
-        kept = {name: row[name] for name in _MOVED}
+        kept = {name: row[name] for name in _MOVED_COLUMNS}
         self._moves.append({"moved_id": row["workflow_id"], **kept, **changes})
 
-    async def _has_room(self, limit: Limit) -> bool:
+    async def _has_capacity(self, limit: ConcurrencyLimit) -> bool:
         collected = [one for one in self._executions if one["concurrency_key"] == limit.key]
-        return await admission.unended(self._connection, limit.key) + len(collected) < limit.runs
+        return (
+            await concurrency_limits.count_unended(self._connection, limit.key) + len(collected) < limit.runs
+        )
 
     def _accept(
-        self, row: RowMapping, runnable: Runnable, trigger: Json, limit: Limit | None, now: datetime
+        self,
+        row: RowMapping,
+        runnable: ScheduleDefinition,
+        trigger: Json,
+        limit: ConcurrencyLimit | None,
+        now: datetime,
     ) -> str:
         """Collect the rows of a run, and return its id."""
         due = runnable.due
         home = due.workflow_id if due.deployed_hash else None
-        follow_up = follow_ups.asked(runnable.settings)
+        follow_up = completion.requested_actions(runnable.settings)
         execution_id = ids.new_id("exec")
         common = {
             "lane": due.lane,
@@ -357,7 +372,7 @@ class _Entrance:
             "created_at": now,
         }
         execution = {
-            **_NEW,
+            **_EXECUTION_DEFAULTS,
             **common,
             "id": execution_id,
             "user_id": row["owner_id"],
@@ -409,14 +424,15 @@ class _Entrance:
         statement = statement.on_conflict_do_update(
             index_elements=[col(Definition.organization_id), col(Definition.hash)],
             set_={"created_at": created_at},
-            where=type_coerce(col(Definition.created_at), BigInteger) < created_at - TOUCHED_MICROSECONDS,
+            where=type_coerce(col(Definition.created_at), BigInteger)
+            < created_at - TOUCH_INTERVAL_MICROSECONDS,
         )
         rows = [self._definitions[key] for key in sorted(self._definitions)]
         if rows:
             await self._connection.execute(statement, rows)
 
 
-def _trigger(runnable: Runnable, wanted: ScheduleTimetable, instant: datetime) -> Json:
+def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, instant: datetime) -> Json:
     """Return what the trigger gives out: the instant that the run is due at, whenever that is."""
     given: dict[str, Json] = {
         "scheduledAt": timestamps.format_timestamp(instant),
@@ -425,10 +441,12 @@ def _trigger(runnable: Runnable, wanted: ScheduleTimetable, instant: datetime) -
     return trigger_output(runnable.trigger_kind, given, instant)
 
 
-def _limit(runnable: Runnable, wanted: ScheduleTimetable, trigger: Json) -> Limit | None:
+def _schedule_limit(
+    runnable: ScheduleDefinition, wanted: ScheduleTimetable, trigger: Json
+) -> ConcurrencyLimit | None:
     """Return what limits a run: its workflow's settings, and where it waits for its turn, that no other may go on."""
     workflow_id = runnable.due.workflow_id
-    limit = admission.limit_of(runnable.settings, workflow_id, trigger)
+    limit = concurrency_limits.concurrency_limit(runnable.settings, workflow_id, trigger)
     if wanted.overlap is not OverlapPolicy.QUEUE:
         return limit
-    return Limit(limit.key if limit else f"{workflow_id}:{SCHEDULE_KIND}", 1, OnLimit.QUEUE)
+    return ConcurrencyLimit(limit.key if limit else f"{workflow_id}:{SCHEDULE_KIND}", 1, LimitAction.QUEUE)

@@ -1,9 +1,9 @@
-"""What the path of a run asks of a database: a handful of batched statements, each one transaction.
+"""Database operations on the path of a run: a few batched statements, each one transaction.
 
-Two implementations, `journal.sqlite` and `journal.postgresql`, keep the same promises and pass the same tests.
-Times are the database's own; every change of an execution names the status and the token that it leaves, and the
-rows that come back say which changes were made. A batch is sorted by the key that can conflict, so that rivals
-can't deadlock.
+Two implementations, `journal.sqlite.sqlite_store` and `journal.postgresql.postgresql_store`, give the same guarantees
+and pass the same tests. Times are the database's own. Every change of an execution names the status and the token that
+it leaves; the returned rows say which changes were made. A batch is sorted by the key that can conflict, so that
+concurrent batches can't deadlock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class IdempotencyKey:
     lifetime_seconds: int = 86_400
 
 
-class Acceptance(msgspec.Struct, frozen=True):
+class RunAcceptance(msgspec.Struct, frozen=True):
     """A run to be accepted: one row, and what comes with it."""
 
     execution_id: str
@@ -88,7 +88,7 @@ class Acceptance(msgspec.Struct, frozen=True):
     """Only its user and those who may change the workflow see it."""
 
 
-class ArrivedRun(Acceptance, frozen=True):
+class IngestedRun(RunAcceptance, frozen=True):
     """A run that a sender's request has brought."""
 
     delay_until: datetime | None = None
@@ -107,7 +107,7 @@ class EmittedEvent(msgspec.Struct, frozen=True):
     """JSON text."""
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class IngestWrite(msgspec.Struct, frozen=True):
     """A sender's request, and everything that it has brought: all of it is taken in, or nothing."""
 
     delivery_id: str
@@ -121,7 +121,7 @@ class Arrival(msgspec.Struct, frozen=True):
     content_bytes: int
     outcome: str
     status: int
-    runs: Sequence[ArrivedRun]
+    runs: Sequence[IngestedRun]
     event: EmittedEvent | None = None
     answer: str | None = None
     """JSON text: what has come of an event. Without one, the ids of several runs that were taken in are kept."""
@@ -130,20 +130,20 @@ class Arrival(msgspec.Struct, frozen=True):
     redriven_from: str | None = None
 
 
-class TakenIn(msgspec.Struct, frozen=True):
+class IngestResult(msgspec.Struct, frozen=True):
     """The answer to an arrival."""
 
-    verdict: Verdict
+    verdict: AcceptanceVerdict
     """ACCEPTED, though some of its runs may not be; REPEATED and MISMATCH by its own key; STALE where one of its
     workflows has changed: nothing was taken in then.
     """
     delivery_id: str
     """Of the first one with its key, where that was used before."""
-    runs: Sequence[Accepted] = ()
+    runs: Sequence[AcceptanceResult] = ()
     """In their order; empty unless it was accepted."""
 
 
-class Verdict(StrEnum):
+class AcceptanceVerdict(StrEnum):
     """What became of an acceptance."""
 
     ACCEPTED = "accepted"
@@ -157,15 +157,15 @@ class Verdict(StrEnum):
     """As many runs of its key as may go on at once do, and it may not wait."""
 
 
-class Accepted(msgspec.Struct, frozen=True):
+class AcceptanceResult(msgspec.Struct, frozen=True):
     """The answer to an acceptance."""
 
-    verdict: Verdict
+    verdict: AcceptanceVerdict
     execution_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ClaimQuery:
     """What a worker asks for."""
 
     owner: str
@@ -184,7 +184,7 @@ class Claim:
     """Suspects that have lost more workers on trial are passed over."""
 
 
-class Claimed(msgspec.Struct, frozen=True):
+class ClaimedRun(msgspec.Struct, frozen=True):
     """A run that is now this worker's, until its lease ends."""
 
     execution_id: str
@@ -217,7 +217,7 @@ class Claimed(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LeaseRenewal:
     """A lease to be renewed."""
 
     execution_id: str
@@ -255,7 +255,7 @@ class RunWrite(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
+class RenewalResult:
     """A lease that was renewed, and what a client asked of the run meanwhile."""
 
     execution_id: str
@@ -264,7 +264,7 @@ class Renewed:
     """The lease was neither renewed nor lost: another transaction has the row."""
 
 
-class Progress(msgspec.Struct, frozen=True):
+class RunProgressReport(msgspec.Struct, frozen=True):
     """What a poll shows."""
 
     execution_id: str
@@ -282,7 +282,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class SweepResult:
     """What a sweep found."""
 
     requeued: int
@@ -296,7 +296,7 @@ class Swept:
 
 
 @dataclass(frozen=True, slots=True)
-class Requested:
+class EndRequestOutcome:
     """What became of a request to stop or cancel."""
 
     status: ExecutionStatus
@@ -315,7 +315,7 @@ class RunStore(Protocol):
     clock: DatabaseClock
     """Learned from the answers to claims and renewals, if from nothing else."""
 
-    async def claim(self, claim: Claim) -> Sequence[Claimed]:
+    async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
         """Take the best pending runs, counting the attempt; answers in the order of the turns."""
 
     async def has_suspects(self, max_trial_losses: int, target: str = "shared") -> bool:
@@ -329,8 +329,8 @@ class RunStore(Protocol):
         """
 
     async def renew(
-        self, held: Sequence[Held], lease_seconds: float, *, owner: str = ""
-    ) -> Sequence[Renewed]:
+        self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
+    ) -> Sequence[RenewalResult]:
         """Extend leases, of one `owner` alone where one is named; a lease that is not among the answers is lost."""
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
@@ -345,7 +345,7 @@ class RunStore(Protocol):
     async def promote_due(self) -> int:
         """Put waits that are over back in the queue; returns how many. Rows that others have locked wait for later."""
 
-    async def sweep(self, limit: int) -> Swept:
+    async def sweep(self, limit: int) -> SweepResult:
         """Take back what dead workers held, then promote what is due, and look whether work lies about.
 
         Rows that others have locked are left to the next sweep, as `give_back` and `take_back` leave them.
@@ -361,16 +361,16 @@ class RunStore(Protocol):
         """Let go of connections and threads, after what is under way."""
 
 
-class Store(RunStore, Protocol):
+class JournalStore(RunStore, Protocol):
     """The run path's view of one database."""
 
-    async def accept(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+    async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         """Insert runs, in one transaction; answers in the order of the batch."""
 
-    async def take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
         """Keep what senders have brought, each in one transaction; answers in the order of the batch."""
 
-    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[Progress]:
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
         """Return where runs are; outputs of those only that have ended."""
 
     async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
@@ -380,5 +380,5 @@ class Store(RunStore, Protocol):
         one alone that was on trial.
         """
 
-    async def request_end(self, key: ExecutionKey, request: str) -> Requested | None:
+    async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
         """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""

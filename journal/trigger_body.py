@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from concurrency import offload
 from engine import values
-from journal.blobs.reference import Reference
+from journal.blobs.blob_reference import BlobReference
 from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from journal.blobs.backend import Owner
+    from journal.blobs.blob_storage import BlobOwner
     from journal.blobs.blob_store import RunBlobs
 
 BODY: Final = "body"
@@ -49,32 +49,32 @@ class EncodedTrigger:
         """The body alone."""
         return self.content[len(_FIELD) : len(self.content) - len(self.rest)]
 
-    def as_row(self, reference: Reference) -> str:
+    def as_row(self, reference: BlobReference) -> str:
         """Return the text of a row whose body is kept under a reference."""
         return f"{_BEGINNING}{reference.as_text().decode()},{self.rest[1:].decode()}"
 
 
-def is_apart(trigger: str) -> bool:
+def is_separate(trigger: str) -> bool:
     """Tell whether the text of a row has a reference in place of the body."""
     return trigger.startswith(_BEGINNING)
 
 
-def reference_in(trigger: str) -> Reference:
+def find_reference(trigger: str) -> BlobReference:
     """Return the reference in the text of a row; raises `InvalidReference`."""
     row: dict[str, Any] = decoding.decode(trigger)
-    return Reference.of(row[BODY])
+    return BlobReference.from_value(row[BODY])
 
 
-async def read(trigger: str, blobs: RunBlobs, owner: Owner) -> dict[str, Json]:
+async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str, Json]:
     """Return the whole output that the text of a row stands for.
 
     Raises `BlobLost`, `BlobsUnavailable` and `InvalidReference`.
     """
     row: dict[str, Any] = decoding.decode(trigger)
-    content = await blobs.get(owner, Reference.of(row[BODY]).sha256)
+    content = await blobs.get(owner, BlobReference.from_value(row[BODY]).sha256)
     return {**row, BODY: await offload.run(values.decode_json, content)}
 
 
-async def put(blobs: RunBlobs, owner: Owner, encoded: EncodedTrigger) -> str:
+async def store_body(blobs: RunBlobs, owner: BlobOwner, encoded: EncodedTrigger) -> str:
     """Keep the body as a blob, durably; returns the text of the row. Raises `BlobsUnavailable`."""
     return encoded.as_row(await blobs.put(owner, encoded.body, media_type=MEDIA_TYPE))

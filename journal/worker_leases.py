@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
-async def holders(database: Database, name: str) -> frozenset[str]:
+async def worker_lease_owners(database: Database, name: str) -> frozenset[str]:
     """Return the owners of leases among the processes of a worker; raises `DatabaseUnavailable`.
 
     A process may hold leases under its name and under `<its name>.reader`: it is returned once.

@@ -24,9 +24,9 @@ from gateway import main as gateways
 from gateway import state
 from gateway.bootstrap import bootstrap
 from gateway.settings import GatewaySettings
-from journal import timekeeping
-from journal.opening import open_store
-from journal.store import Store
+from journal import clock_sync
+from journal.store import JournalStore
+from journal.store_factory import open_store
 from messages import broker as brokers
 from models import access, ids, schema_migration
 from models import database as databases
@@ -129,7 +129,7 @@ async def _run(
         database = Database(url)
         stack.push_async_callback(database.close)
         await _bring_up_to_date(database, migration)
-        await stack.enter_async_context(timekeeping.keep_time(database, moves=lambda: True))
+        await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=lambda: True))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(None, inbox=ids.new_id(OWNER))
@@ -166,7 +166,7 @@ async def _run(
         await server.serve(sockets=[listener])
 
 
-async def _end_pods(pods: AsyncExitStack, store: Store, *, owns_store: bool) -> None:
+async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
     """End the pods while the gateway still answers them: by it, they hand over what they hold."""
     await pods.aclose()
     if owns_store:

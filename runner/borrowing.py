@@ -22,7 +22,7 @@ from execution.gateway_calls import (
     StartRunCall,
 )
 from execution.insistence import insist
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
+from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
 from models.errors import DatabaseUnavailable
 from nodes.connections.data_source import ConnectionSource
 from runner.reporter import CallRefused
@@ -134,12 +134,12 @@ class RemoteEvents:
 
 
 class RemoteContents:
-    """Contents of runs that this pod holds; keeps the promises of `journal.blobs.backend.Contents`."""
+    """Contents of runs that this pod holds; keeps the promises of `journal.blobs.blob_storage.BlobStorage`."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+    async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
         """Keep a content; see `Contents.put`."""
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:
@@ -151,14 +151,14 @@ class RemoteContents:
             raise BlobsUnavailable(f"The content could not be kept: {error}") from error
 
     @asynccontextmanager
-    async def open(self, owner: Owner, sha256: str) -> AsyncIterator[Opened]:
+    async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
         """Open a content; see `Contents.open`."""
         try:
             async with self._gateway.exchange("GET", _path(owner, sha256), seconds=BLOB_SECONDS) as response:
                 name = response.headers.get("Content-Disposition", "").partition(_FILE_NAME)[2]
-                label = Label(response.headers.get("Content-Type", ""), unquote(name))
+                label = BlobLabel(response.headers.get("Content-Type", ""), unquote(name))
                 size = response.content_length or 0
-                yield Opened(label, size, response.content.iter_chunked(CHUNK_BYTES))
+                yield OpenBlob(label, size, response.content.iter_chunked(CHUNK_BYTES))
         except CallRefused as error:
             raise BlobLost("There is no such content") from error
         except DatabaseUnavailable as error:
@@ -168,5 +168,5 @@ class RemoteContents:
         """Do nothing: the connections are the gateway's."""
 
 
-def _path(owner: Owner, sha256: str) -> str:
+def _path(owner: BlobOwner, sha256: str) -> str:
     return f"/blobs/{owner.key_id}/{sha256}"

@@ -31,7 +31,16 @@ from execution.gateway_calls import (
     Suspects,
     SuspectsCall,
 )
-from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Held, Renewed, RunWrite, Swept
+from journal.store import (
+    ClaimedRun,
+    ClaimQuery,
+    DefinitionKey,
+    ExecutionKey,
+    LeaseRenewal,
+    RenewalResult,
+    RunWrite,
+    SweepResult,
+)
 from models.errors import PartialCommit
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ class RemoteStore:
         self._gateway = gateway
         self.clock = gateway.clock
 
-    async def claim(self, claim: Claim) -> Sequence[Claimed]:
+    async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
         """Take pending runs of this deployment; see `RunStore.claim`."""
         call = ClaimCall(
             min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_trial_losses
@@ -80,18 +89,21 @@ class RemoteStore:
 
     async def renew(
         self,
-        held: Sequence[Held],
+        held: Sequence[LeaseRenewal],
         lease_seconds: float,
         *,
         owner: str = "",  # noqa: ARG002 - the gateway knows whose they are
-    ) -> Sequence[Renewed]:
+    ) -> Sequence[RenewalResult]:
         """Extend leases; see `RunStore.renew`."""
         leases = [HeldLease(one.execution_id, one.lane, one.token) for one in held]
         asked_at = time.monotonic()
         answer = await self._gateway.call("/renew", RenewCall(leases, lease_seconds), RenewedLeases)
         self.clock.learn(answer.now, asked_at)
-        renewed = [Renewed(execution_id, request) for execution_id, request in answer.requests.items()]
-        return [*renewed, *(Renewed(execution_id, None, is_locked=True) for execution_id in answer.locked)]
+        renewed = [RenewalResult(execution_id, request) for execution_id, request in answer.requests.items()]
+        return [
+            *renewed,
+            *(RenewalResult(execution_id, None, is_locked=True) for execution_id in answer.locked),
+        ]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions that runs of this pod were accepted with; see `RunStore.definitions`."""
@@ -127,9 +139,9 @@ class RemoteStore:
         """Put waits of this deployment that are over back in the queue."""
         return (await self._gateway.call("/promote", None, Count)).count
 
-    async def sweep(self, limit: int) -> Swept:  # noqa: ARG002 - the protocol's signature
+    async def sweep(self, limit: int) -> SweepResult:  # noqa: ARG002 - the protocol's signature
         """Find nothing: workers look for what nobody holds, and pods are told of work."""
-        return Swept(0, {}, 0, has_pending=False)
+        return SweepResult(0, {}, 0, has_pending=False)
 
     async def give_back(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows whose they are
         """Give back what was never begun; see `RunStore.give_back`."""

@@ -11,7 +11,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from journal import activity, decisions, wakes
+from journal.deployments import activity, decisions, wakes
 from messages import hints
 from models import lifecycle_policy
 from models.database_time import DatabaseTime
@@ -21,7 +21,7 @@ from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleV
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.activity import Seen
+    from journal.deployments.activity import DeploymentActivity
     from messages.broker import Broker
     from models.database import Database
 
@@ -32,12 +32,12 @@ KEPT_TIME: Final = timedelta(days=30)
 BATCH_ROWS: Final = 1_000
 
 
-def decide(seen: Seen) -> LifecycleVerdict:
+def decide(seen: DeploymentActivity) -> LifecycleVerdict:
     """Return what is to be done about a deployment: what can't start is stopped, and tried again later."""
     situation = seen.situation
     if situation.is_up and wakes.has_failed(seen.deployment):
         return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
-    return decisions.by_policy(seen)
+    return decisions.decide_by_policy(seen)
 
 
 async def keep_policies(database: Database, broker: Broker) -> None:
@@ -45,7 +45,7 @@ async def keep_policies(database: Database, broker: Broker) -> None:
     after = ""
     while True:
         async with database.read() as connection:
-            found = await activity.look_at_all(connection, after)
+            found = await activity.read_all_activities(connection, after)
         for seen in found:
             await _keep_policy(database, broker, seen)
         if len(found) < activity.BATCH_DEPLOYMENTS:
@@ -59,12 +59,14 @@ async def forget_decisions(database: Database) -> None:
         pass
 
 
-async def _keep_policy(database: Database, broker: Broker, seen: Seen) -> None:
+async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActivity) -> None:
     workflow_id = seen.deployment.workflow_id
     try:
         if decide(seen).action is LifecycleAction.NONE:
             return
-        settled = await decisions.settle(database, workflow_id, decide, lock=activity.try_lock)
+        settled = await decisions.decide_and_apply(
+            database, workflow_id, decide, lock=activity.try_lock_deployment
+        )
     except ZoneInfoNotFoundError as error:
         log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
         return

@@ -21,9 +21,9 @@ from apscheduler.triggers.interval import IntervalTrigger
 from concurrency import heartbeat
 from execution import abandoned, due_runs
 from execution.awaited_events import AwaitedEvents
-from journal import timekeeping
-from journal.opening import open_store
-from journal.store import Store
+from journal import clock_sync
+from journal.store import JournalStore
+from journal.store_factory import open_store
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
@@ -61,7 +61,9 @@ class Duty:
     do: Callable[[], Awaitable[object]]
 
 
-def duties(settings: SchedulerSettings, database: Database, store: Store, broker: Broker) -> Sequence[Duty]:
+def duties(
+    settings: SchedulerSettings, database: Database, store: JournalStore, broker: Broker
+) -> Sequence[Duty]:
     """Return what is to be done, and how often."""
     schedules = Schedules(database, broker, catalogs.load_catalog())
     awaited = AwaitedEvents(database, broker)
@@ -123,7 +125,7 @@ async def _serve(settings: SchedulerSettings) -> None:
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
         is_leading = await stack.enter_async_context(_standing_for_leader(settings, database))
-        await stack.enter_async_context(timekeeping.keep_time(database, moves=is_leading))
+        await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=is_leading))
         led = [_only_while(is_leading, duty) for duty in duties(settings, database, store, broker)]
         await stack.enter_async_context(ticking(led))
         log.info("scheduler ready")

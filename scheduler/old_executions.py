@@ -11,10 +11,10 @@ import structlog
 from sqlalchemy import and_, false, or_, select
 from sqlmodel import col
 
-from journal.blobs import orphans
-from journal.blobs.backend import BlobsUnavailable, Owner
-from journal.blobs.opening import open_blobs
-from journal.deletion import MAY_GO, delete_runs
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.blobs.blob_store_factory import open_blobs
+from journal.run_deletion import IS_DELETABLE, delete_runs
 from models.database_time import DatabaseTime
 from models.errors import LockWaitTimeout
 from models.execution import Execution, ExecutionData
@@ -53,7 +53,7 @@ async def delete_old(settings: SchedulerSettings, database: Database) -> None:
     try:
         async for owners in _deleted(database, retention):
             deleted += len(owners)
-            await orphans.delete_unused(blobs, database, owners)
+            await orphan_blobs.delete_unused(blobs, database, owners)
     except BlobsUnavailable as error:
         log.warning("blobs of old executions not deleted", error=str(error))  # they are orphans from now on
     finally:
@@ -62,7 +62,7 @@ async def delete_old(settings: SchedulerSettings, database: Database) -> None:
         log.info("old executions deleted", executions=deleted)
 
 
-async def _deleted(database: Database, retention: Retention) -> AsyncIterator[Sequence[Owner]]:
+async def _deleted(database: Database, retention: Retention) -> AsyncIterator[Sequence[BlobOwner]]:
     """Delete batch by batch, and tell whose contents are to go with each."""
     after: str | None = ""
     while after is not None:
@@ -105,7 +105,7 @@ def _may_have_old(workflow: Row[Any], retention: Retention, now: datetime) -> bo
 
 async def _deleted_of(
     database: Database, workflow_id: str, beyond: datetime | None, retention: Retention
-) -> AsyncIterator[Sequence[Owner]]:
+) -> AsyncIterator[Sequence[BlobOwner]]:
     statement = old(workflow_id, beyond, retention)
     while True:
         async with database.read() as connection:
@@ -126,7 +126,7 @@ def old(workflow_id: str, beyond: datetime | None, retention: Retention) -> Sele
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()
-    may_go = and_(MAY_GO, or_(is_over, is_superfluous))
+    may_go = and_(IS_DELETABLE, or_(is_over, is_superfluous))
     same_run = and_(
         col(Execution.id) == col(ExecutionData.execution_id), col(Execution.lane) == col(ExecutionData.lane)
     )

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from journal.blobs import orphans
-from journal.blobs.backend import BlobsUnavailable
-from journal.blobs.opening import open_blobs
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_storage import BlobsUnavailable
+from journal.blobs.blob_store_factory import open_blobs
 
 if TYPE_CHECKING:
     from models.database import Database
@@ -21,7 +21,7 @@ async def sweep(settings: ServerSettings, database: Database) -> None:
     """Delete those that have been there for a day; raises `DatabaseUnavailable`."""
     blobs = open_blobs(settings)
     try:
-        await orphans.sweep(blobs, database)
+        await orphan_blobs.delete_orphans(blobs, database)
     except BlobsUnavailable as error:
         log.warning("orphaned blobs not swept", error=str(error))
     finally:

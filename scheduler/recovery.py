@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from journal import admission
+from journal import concurrency_limits
 from messages import hints
 from messages.broker import BrokerUnavailable
 
 if TYPE_CHECKING:
-    from journal.store import Store
+    from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
 
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 SWEEP_ROWS: Final = 500
 
 
-async def recover(store: Store, broker: Broker) -> None:
+async def recover(store: JournalStore, broker: Broker) -> None:
     """Take back all leases that have run out, and say that there is work; raises `DatabaseUnavailable`."""
     swept_rows = SWEEP_ROWS
     while swept_rows == SWEEP_ROWS:
@@ -37,7 +37,7 @@ async def recover(store: Store, broker: Broker) -> None:
             log.debug("broker not reached", reason=str(error))
 
 
-async def promote(store: Store, broker: Broker) -> None:
+async def promote(store: JournalStore, broker: Broker) -> None:
     """Put what was delayed until now in the queue, and say that there is work; raises `DatabaseUnavailable`."""
     if await store.promote_due():
         await hints.wake(broker)
@@ -45,9 +45,9 @@ async def promote(store: Store, broker: Broker) -> None:
 
 async def admit_waiting(database: Database, broker: Broker) -> None:
     """Let runs go on for which a place is free that nobody has given; raises `DatabaseUnavailable`."""
-    admitted, after = await admission.admit_waiting(database)
+    admitted, after = await concurrency_limits.admit_waiting_keys(database)
     while after:
-        more, after = await admission.admit_waiting(database, after)
+        more, after = await concurrency_limits.admit_waiting_keys(database, after)
         admitted += more
     if admitted:
         await hints.wake(broker)

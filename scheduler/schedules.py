@@ -14,8 +14,9 @@ from sqlmodel import col
 
 from engine.values import encode_canonical
 from execution import due_runs
-from journal import admission, pinning, scheduled_runs, wakes
-from journal.scheduled_runs import BATCH_SCHEDULES, Due, Runnable, Started
+from journal import concurrency_limits, definition_snapshot, scheduled_runs
+from journal.deployments import wakes
+from journal.scheduled_runs import BATCH_SCHEDULES, DueSchedule, ScheduleDefinition, ScheduleRunResult
 from json_text import decoding
 from messages import hints
 from models.database_time import DatabaseTime
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from journal.pinning import Catalog
+    from journal.definition_snapshot import NodeTypeRegistry
     from messages.broker import Broker
     from models.database import Database
 
@@ -43,14 +44,18 @@ class Schedules:
     """What starts the runs of schedules; several may, at once and in any processes."""
 
     def __init__(
-        self, database: Database, broker: Broker, catalog: Catalog, now: ColumnElement[int] | None = None
+        self,
+        database: Database,
+        broker: Broker,
+        catalog: NodeTypeRegistry,
+        now: ColumnElement[int] | None = None,
     ) -> None:
         """`now` is the time, as a part of statements: the database's own, unless it is given."""
         self._database = database
         self._broker = broker
         self._catalog = catalog
         self._now = DatabaseTime() if now is None else now
-        self._kept: OrderedDict[str, Runnable] = OrderedDict()
+        self._kept: OrderedDict[str, ScheduleDefinition] = OrderedDict()
         self._kept_characters = 0
 
     async def start_due(self) -> int:
@@ -58,8 +63,8 @@ class Schedules:
         runs = 0
         while True:
             async with self._database.read() as connection:
-                found = await connection.execute(scheduled_runs.due(self._now))
-                due = [Due(*row) for row in found]
+                found = await connection.execute(scheduled_runs.due_statement(self._now))
+                due = [DueSchedule(*row) for row in found]
             if not due:
                 return runs
             started = await self._start(due)
@@ -71,21 +76,25 @@ class Schedules:
         """Mend what a clock that was ahead has put far off; raises `DatabaseUnavailable`."""
         count = BATCH_SCHEDULES
         while count == BATCH_SCHEDULES:
-            count = await self._database.transaction(partial(scheduled_runs.set_back, now=self._now))
+            count = await self._database.transaction(
+                partial(scheduled_runs.reset_schedules_ahead, now=self._now)
+            )
             if count:
                 log.warning("schedules set back: the clock was ahead", schedules=count)
 
-    async def _start(self, due: Sequence[Due]) -> Started:
+    async def _start(self, due: Sequence[DueSchedule]) -> ScheduleRunResult:
         runnables, lost = await self._loaded(due)
         if lost:
-            await self._database.transaction(partial(scheduled_runs.put_off, problems=lost, now=self._now))
+            await self._database.transaction(
+                partial(scheduled_runs.postpone_schedules, problems=lost, now=self._now)
+            )
         if deployed := [one.workflow_id for one in due if one.deployed_hash]:
             # Before their runs, so that none of them stops in between as idle.
-            await wakes.count(self._database, deployed)
+            await wakes.record_activities(self._database, deployed)
         started = await self._started(runnables)
         _tell(started, lost)
         for key in sorted(started.concurrency_keys):
-            await admission.admit(self._database, key)
+            await concurrency_limits.admit_waiting_runs(self._database, key)
         if started.concurrency_keys or None in started.homes:
             await hints.wake(self._broker)
         if any(started.homes):
@@ -93,24 +102,26 @@ class Schedules:
         started.decided += len(lost)
         return started
 
-    async def _started(self, runnables: Mapping[str, Runnable]) -> Started:
+    async def _started(self, runnables: Mapping[str, ScheduleDefinition]) -> ScheduleRunResult:
         """Start runs, workflow by workflow where another transaction keeps something of one locked: it is due again."""
         try:
             return await self._database.transaction(
-                partial(scheduled_runs.start, runnables=runnables, now=self._now)
+                partial(scheduled_runs.start_due_runs, runnables=runnables, now=self._now)
             )
         except LockWaitTimeout:
             if len(runnables) == 1:
                 log.warning("schedule locked", workflow_id=next(iter(runnables)))
-                return Started()
-        started = Started()
+                return ScheduleRunResult()
+        started = ScheduleRunResult()
         for workflow_id, runnable in runnables.items():
             started.add(await self._started({workflow_id: runnable}))
         return started
 
     # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _loaded(self, due: Sequence[Due]) -> tuple[dict[str, Runnable], dict[str, str]]:
+    async def _loaded(
+        self, due: Sequence[DueSchedule]
+    ) -> tuple[dict[str, ScheduleDefinition], dict[str, str]]:
         """Return what each of these workflows runs, and why others can't be run."""
         runnables = {one.workflow_id: self._kept[one.workflow_id] for one in due if self._is_kept(one)}
         missing = [one for one in due if one.workflow_id not in runnables]
@@ -126,11 +137,11 @@ class Schedules:
         lost = {one.workflow_id: "What is deployed is not stored" for one in missing if one.deployed_hash}
         return runnables, {key: reason for key, reason in lost.items() if key not in runnables}
 
-    def _is_kept(self, due: Due) -> bool:
+    def _is_kept(self, due: DueSchedule) -> bool:
         kept = self._kept.get(due.workflow_id)
         return kept is not None and kept.due == due
 
-    def _keep(self, runnable: Runnable) -> None:
+    def _keep(self, runnable: ScheduleDefinition) -> None:
         earlier = self._kept.pop(runnable.due.workflow_id, None)
         self._kept_characters += len(runnable.text) - (len(earlier.text) if earlier else 0)
         self._kept[runnable.due.workflow_id] = runnable
@@ -139,7 +150,7 @@ class Schedules:
             self._kept_characters -= len(oldest.text)
 
 
-async def _graphs(connection: AsyncConnection, due: Sequence[Due]) -> dict[str, RowMapping]:
+async def _graphs(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, RowMapping]:
     if not due:
         return {}
     rows = await connection.execute(
@@ -153,7 +164,7 @@ async def _graphs(connection: AsyncConnection, due: Sequence[Due]) -> dict[str, 
     return {row["id"]: row for row in rows.mappings()}
 
 
-async def _definitions(connection: AsyncConnection, due: Sequence[Due]) -> dict[str, str]:
+async def _definitions(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in due:
         text = await connection.scalar(
@@ -168,10 +179,13 @@ async def _definitions(connection: AsyncConnection, due: Sequence[Due]) -> dict[
 
 
 def _runnables(
-    due: Sequence[Due], own: Mapping[str, RowMapping], deployed: Mapping[str, str], catalog: Catalog
-) -> list[Runnable]:
+    due: Sequence[DueSchedule],
+    own: Mapping[str, RowMapping],
+    deployed: Mapping[str, str],
+    catalog: NodeTypeRegistry,
+) -> list[ScheduleDefinition]:
     """Return what is run; of workflows that have changed since they were found, nothing."""
-    found: list[Runnable] = []
+    found: list[ScheduleDefinition] = []
     for one in due:
         if one.deployed_hash is not None:
             if text := deployed.get(one.workflow_id):
@@ -180,28 +194,30 @@ def _runnables(
             continue
         row = own.get(one.workflow_id)
         if row is not None and row["revision"] == one.revision:
-            definition = pinning.definition(row["nodes"], row["connections"], row["settings"])
+            definition = definition_snapshot.build_definition(
+                row["nodes"], row["connections"], row["settings"]
+            )
             encoded = encode_canonical(definition)
             found.append(_runnable(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog))
     return found
 
 
 def _runnable(
-    due: Due, text: str, content_hash: str, definition: Mapping[str, Json], catalog: Catalog
-) -> Runnable:
+    due: DueSchedule, text: str, content_hash: str, definition: Mapping[str, Json], catalog: NodeTypeRegistry
+) -> ScheduleDefinition:
     nodes = cast("Sequence[Mapping[str, Json]]", definition["nodes"])
-    trigger = pinning.trigger_of(nodes, catalog)
-    return Runnable(
+    trigger = definition_snapshot.find_trigger(nodes, catalog)
+    return ScheduleDefinition(
         due=due,
         text=text,
         hash=content_hash,
         settings=cast("Mapping[str, Json]", definition["settings"]),
-        trigger_kind=trigger.kind if trigger else pinning.MANUAL,
+        trigger_kind=trigger.kind if trigger else definition_snapshot.MANUAL_KIND,
         total_nodes=len(nodes),
     )
 
 
-def _tell(started: Started, lost: Mapping[str, str]) -> None:
+def _tell(started: ScheduleRunResult, lost: Mapping[str, str]) -> None:
     if started.runs or started.passed:
         log.info("schedules followed", runs=len(started.runs), passed_over=len(started.passed))
     for workflow_id, reason, at in started.passed:

@@ -22,14 +22,15 @@ from engine.node_api import OUTPUT, AnswerSource
 from engine.run_errors import NodeError
 from engine.run_records import FailureCause, RunStatus
 from engine.services import RunCaller
-from journal import admission, follow_ups, results, signals
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal import concurrency_limits, run_outputs
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
-from journal.blobs.reference import InvalidReference, Reference
-from journal.follow_ups import NOTHING, FollowUp, Outcome
-from journal.results import ResultTooLarge
-from journal.rows import STATUS_AFTER
+from journal.run_outputs import OutputsTooLarge
+from journal.run_rows import STATUS_AFTER
 from journal.store import ExecutionKey
+from journal.waits import completion, node_answers
+from journal.waits.completion import NO_ACTION, CompletionAction, CompletionOutcome
 from json_text import decoding
 from messages import hints
 from models import timestamps
@@ -49,9 +50,9 @@ if TYPE_CHECKING:
     from engine.values import Json
     from execution.child_runs import ChildRuns
     from journal.blobs.blob_store import BlobStore
-    from journal.follow_ups import Due
-    from journal.results import Leaf
-    from journal.store import Claimed, Store
+    from journal.run_outputs import LeafOutput
+    from journal.store import ClaimedRun, JournalStore
+    from journal.waits.completion import DueCompletion
     from messages.broker import Broker
     from models.database import Database
     from workers.webhooks import Webhooks
@@ -80,7 +81,7 @@ class AfterRuns:
     def __init__(
         self,
         database: Database,
-        store: Store,
+        store: JournalStore,
         broker: Broker,
         blobs: BlobStore,
         messages: Webhooks,
@@ -118,7 +119,7 @@ class AfterRuns:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def left(self, one: Claimed, ended: RunOutcome) -> None:
+    def left(self, one: ClaimedRun, ended: RunOutcome) -> None:
         """See to what comes after a run that has left this process: at once, and beside what else it does."""
         status = STATUS_AFTER[ended.status]
         key = one.concurrency_key
@@ -127,42 +128,44 @@ class AfterRuns:
             if ended.status is RunStatus.WAITING and ended.due_at is not None:
                 self._admit_when_due(key, ended.due_at)
         if one.follow_up is not None and status in TERMINAL_STATUSES:
-            follow_up = FollowUp.of(one.follow_up).about(status)
+            follow_up = CompletionAction.from_text(one.follow_up).for_status(status)
             execution = ExecutionKey(one.execution_id, one.lane)
-            if follow_up == NOTHING:
-                self._begin(lambda: follow_ups.drop(self._database, execution))
+            if follow_up == NO_ACTION:
+                self._begin(lambda: completion.clear_action(self._database, execution))
             else:
                 self._begin(lambda: self.follow_up([execution]))
 
     async def admit(self, key: str) -> None:
         """Give the free places of a key to those that wait for one; raises `DatabaseUnavailable`."""
-        if await admission.admit(self._database, key):
+        if await concurrency_limits.admit_waiting_runs(self._database, key):
             await hints.wake(self._broker)
 
     async def follow_up(self, keys: Sequence[ExecutionKey]) -> None:
         """Do what is to be done about the ends of runs; raises `DatabaseUnavailable`."""
-        for due in await follow_ups.claim(self._database, keys, self._lease_seconds):
+        for due in await completion.claim_completions(self._database, keys, self._lease_seconds):
             self._begin(lambda due=due: self._see_to(due))  # type: ignore[misc]
 
     async def sweep(self) -> None:
         """See to what nobody else has: free places first; raises `DatabaseUnavailable`."""
-        admitted, self._after_key = await admission.admit_waiting(self._database, self._after_key)
+        admitted, self._after_key = await concurrency_limits.admit_waiting_keys(
+            self._database, self._after_key
+        )
         if admitted:
             await hints.wake(self._broker)
         room = MAX_AT_ONCE - len(self._tasks)
         busy = [one for one, count in self._on_their_way.items() if count >= MAX_PER_ORGANIZATION]
-        if room > 0 and (found := await follow_ups.find_due(self._database, room, but_of=busy)):
+        if room > 0 and (found := await completion.find_due_completions(self._database, room, but_of=busy)):
             await self.follow_up(found)
 
     # ── one run ───────────────────────────────────────────────────────────────────────────────────
 
-    async def _see_to(self, due: Due) -> None:
-        left = due.follow_up.about(due.status)
+    async def _see_to(self, due: DueCompletion) -> None:
+        left = due.follow_up.for_status(due.status)
         if left.parent is not None:
             left = await self._answer_parent(due, left)
-        elif left == NOTHING:
-            await self._settle(due, NOTHING)
-        if left == NOTHING:
+        elif left == NO_ACTION:
+            await self._settle(due, NO_ACTION)
+        if left == NO_ACTION:
             return
         if not self._has_room(due.organization_id):
             await self._settle(due, left, delay_seconds=AGAIN_SECONDS)
@@ -183,41 +186,45 @@ class AfterRuns:
         )
 
     async def _settle_tries(
-        self, due: Due, tried: FollowUp, callback: Failure | None, on_failure: Failure | None
+        self,
+        due: DueCompletion,
+        tried: CompletionAction,
+        callback: Failure | None,
+        on_failure: Failure | None,
     ) -> None:
         """Write what came of the tries, and when what has failed is tried again."""
         attempts = due.outcome.attempts + 1
         pause = webhooks.pause_seconds(attempts, random.random())  # noqa: S311 - no secret
-        left = FollowUp(
+        left = CompletionAction(
             callback=tried.callback if _may_succeed(callback) and pause is not None else None,
             on_failure=tried.on_failure if _may_succeed(on_failure) and pause is not None else None,
         )
         failure = callback or on_failure
-        outcome = Outcome(attempts, failure.message if failure else None)
+        outcome = CompletionOutcome(attempts, failure.message if failure else None)
         await self._settle(due, left, outcome, pause)
         if failure is not None:
             log.warning(
                 "end of execution not told",
                 execution_id=due.key.execution_id,
                 attempts=attempts,
-                is_given_up=left == NOTHING,
+                is_given_up=left == NO_ACTION,
                 error=failure.message,
             )
 
     async def _settle(
         self,
-        due: Due,
-        left: FollowUp,
-        outcome: Outcome | None = None,
+        due: DueCompletion,
+        left: CompletionAction,
+        outcome: CompletionOutcome | None = None,
         delay_seconds: float | None = None,
     ) -> None:
         await self._database.transaction(
-            lambda connection: follow_ups.settle(connection, due, left, outcome, delay_seconds)
+            lambda connection: completion.settle_completion(connection, due, left, outcome, delay_seconds)
         )
 
     # ── the run that waits for it ─────────────────────────────────────────────────────────────────
 
-    async def _answer_parent(self, due: Due, follow_up: FollowUp) -> FollowUp:
+    async def _answer_parent(self, due: DueCompletion, follow_up: CompletionAction) -> CompletionAction:
         """Give the parent's node the end of this run for its answer; returns what is left to do."""
         parent = follow_up.parent
         if parent is None:
@@ -231,52 +238,58 @@ class AfterRuns:
         if row is None:
             await self._settle(due, left)
             return left
-        payload = await self._answer(due, Owner(due.organization_id, row.key_id))
+        payload = await self._answer(due, BlobOwner(due.organization_id, row.key_id))
 
         async def give(connection: AsyncConnection) -> bool:
-            given = await signals.give(
+            given = await node_answers.store_answer(
                 connection, key, parent.node_id, parent.iteration, payload, kind=AnswerSource.RUN
             )
-            await follow_ups.settle(connection, due, left, None, None)
+            await completion.settle_completion(connection, due, left, None, None)
             return given.is_woken
 
         is_woken = await self._database.transaction(give, locks=key.execution_id)
         if is_woken and row.concurrency_key is not None:
-            await admission.admit(self._database, row.concurrency_key)
+            await concurrency_limits.admit_waiting_runs(self._database, row.concurrency_key)
         if is_woken:
             await hints.wake(self._broker)
         return left
 
-    async def _answer(self, due: Due, parent: Owner) -> bytes:
+    async def _answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
         """Return the end of a run as its parent's node is given it: what has come of it, or why nothing has."""
         if due.status is not ExecutionStatus.COMPLETED:
-            return signals.error(*_reason(due), _cause(due))
+            return node_answers.encode_error_answer(*_reason(due), _cause(due))
         try:
             found = await self._outputs(due, MAX_ANSWER_CHARACTERS)
             texts = {node_id: await self._whole(due, leaf, parent) for node_id, leaf in found.items()}
-        except (ResultTooLarge, BlobLost, BlobTooLarge, InvalidReference) as error:
-            return signals.error("output-not-passed-on", f"The run has completed, but: {error}")
+        except (OutputsTooLarge, BlobLost, BlobTooLarge, InvalidBlobReference) as error:
+            return node_answers.encode_error_answer(
+                "output-not-passed-on", f"The run has completed, but: {error}"
+            )
         if len(texts) == 1:
             (text,) = texts.values()
         else:
             text = _encode({node_id: Raw(text) for node_id, text in texts.items()} or None)
         return _encode({"output": Raw(text), "port": OUTPUT})
 
-    async def _outputs(self, due: Due, max_characters: int) -> Mapping[str, Leaf]:
+    async def _outputs(self, due: DueCompletion, max_characters: int) -> Mapping[str, LeafOutput]:
         async with self._database.read() as connection:
-            return await results.leaves(connection, due.key, due.definition, max_characters=max_characters)
+            return await run_outputs.read_leaf_outputs(
+                connection, due.key, due.definition, max_characters=max_characters
+            )
 
-    async def _whole(self, due: Due, leaf: Leaf, parent: Owner) -> bytes:
+    async def _whole(self, due: DueCompletion, leaf: LeafOutput, parent: BlobOwner) -> bytes:
         """Return an output as JSON, what is kept elsewhere included; files in it become the parent's too."""
-        own = Owner(due.organization_id, due.key_id)
+        own = BlobOwner(due.organization_id, due.key_id)
         text = leaf.text
         if leaf.is_blob:
-            text = await self._blobs.get(own, Reference.read(text).sha256, max_bytes=MAX_ANSWER_BLOB_BYTES)
+            text = await self._blobs.get(
+                own, BlobReference.from_text(text).sha256, max_bytes=MAX_ANSWER_BLOB_BYTES
+            )
         if b'"$blob"' in text:
             await self._hand_on(_references(decoding.decode(text)), own, parent)
         return text
 
-    async def _hand_on(self, references: Sequence[Reference], own: Owner, parent: Owner) -> None:
+    async def _hand_on(self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner) -> None:
         """Put files among those of the parent's line of runs, as far as they are this one's and not too many."""
         left_bytes = MAX_ANSWER_BLOB_BYTES
         for reference in references:
@@ -289,12 +302,12 @@ class AfterRuns:
 
     # ── messages, and the workflow that is run about a failure ────────────────────────────────────
 
-    async def _call_back(self, due: Due, follow_up: FollowUp) -> Failure | None:
+    async def _call_back(self, due: DueCompletion, follow_up: CompletionAction) -> Failure | None:
         if follow_up.callback is None:
             return None
         return await self._send(due, follow_up.callback.url, "callback")
 
-    async def _on_failure(self, due: Due, follow_up: FollowUp) -> Failure | None:
+    async def _on_failure(self, due: DueCompletion, follow_up: CompletionAction) -> Failure | None:
         wanted = follow_up.on_failure
         if wanted is None:
             return None
@@ -302,20 +315,20 @@ class AfterRuns:
             return await self._send(due, wanted.url, "on-failure")
         return await self._run_about_failure(due, wanted.workflow_id or "")
 
-    async def _send(self, due: Due, url: str, kind: str) -> Failure | None:
+    async def _send(self, due: DueCompletion, url: str, kind: str) -> Failure | None:
         body = webhooks.body_about(due, await self._sendable_outputs(due))
         return await self._messages.send(due.organization_id, url, f"{due.key.execution_id}-{kind}", body)
 
-    async def _sendable_outputs(self, due: Due) -> Mapping[str, Leaf] | None:
+    async def _sendable_outputs(self, due: DueCompletion) -> Mapping[str, LeafOutput] | None:
         """Return the outputs of a run that has completed; None where they are too large for a message."""
         if due.status is not ExecutionStatus.COMPLETED:
             return {}
         try:
             return await self._outputs(due, MAX_OUTPUT_CHARACTERS)
-        except ResultTooLarge:
+        except OutputsTooLarge:
             return None
 
-    async def _run_about_failure(self, due: Due, workflow_id: str) -> Failure | None:
+    async def _run_about_failure(self, due: DueCompletion, workflow_id: str) -> Failure | None:
         caller = RunCaller(
             due.organization_id, due.user_id, due.workflow_id, due.key.execution_id, due.key_id
         )
@@ -378,14 +391,14 @@ def _may_succeed(failure: Failure | None) -> bool:
     return failure is not None and not failure.is_final
 
 
-def _reason(due: Due) -> tuple[str, str]:
+def _reason(due: DueCompletion) -> tuple[str, str]:
     """Return why a run has no result: a code, and a sentence."""
     if due.error is not None:
         return str(due.error["code"]), str(due.error["message"])
     return due.status.value, f"The run {due.key.execution_id} was {due.status}"
 
 
-def _cause(due: Due) -> FailureCause | None:
+def _cause(due: DueCompletion) -> FailureCause | None:
     """Return the error of the node that made a run fail, with the execution that the node belongs to."""
     stored = due.error and due.error.get("cause")
     if not stored:
@@ -394,15 +407,15 @@ def _cause(due: Due) -> FailureCause | None:
     return msgspec.structs.replace(cause, execution_id=cause.execution_id or due.key.execution_id)
 
 
-def _references(value: Json) -> list[Reference]:
+def _references(value: Json) -> list[BlobReference]:
     """Return the references to files in a value, each once."""
-    found: dict[str, Reference] = {}
+    found: dict[str, BlobReference] = {}
     waiting: list[Json] = [value]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict) and "$blob" in part:
-            with suppress(InvalidReference):
-                reference = Reference.of(part)
+            with suppress(InvalidBlobReference):
+                reference = BlobReference.from_value(part)
                 found[reference.sha256] = reference
         elif isinstance(part, dict):
             waiting.extend(part.values())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from journal import memory_deaths, worker_leases
-from journal.opening import open_store
+from journal import out_of_memory_reclaim, worker_leases
+from journal.store_factory import open_store
 from messages import broker as brokers
 from messages import hints
 from messages.broker import BrokerError, BrokerUnavailable
@@ -18,7 +18,7 @@ from models.database import Database
 from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from journal.store import Store
+    from journal.store import JournalStore
     from messages.broker import Broker
     from workers.settings import WorkerSettings
 
@@ -41,7 +41,7 @@ async def release(
             if is_out_of_memory:
                 database = Database(url)
                 stack.push_async_callback(database.close)
-                count = await memory_deaths.take_back(database, store, owner)
+                count = await out_of_memory_reclaim.reclaim_out_of_memory(database, store, owner)
             else:
                 count = await store.take_back(owner)
             log.warning("executions taken back", owner=owner, count=count)
@@ -53,14 +53,16 @@ async def release(
         log.warning("leases left to a sweep", owner=owner, error=str(error) or type(error).__name__)
 
 
-async def take_back_of_predecessors(database: Database, store: Store, broker: Broker, name: str) -> None:
+async def take_back_of_predecessors(
+    database: Database, store: JournalStore, broker: Broker, name: str
+) -> None:
     """Take back what dead processes of this worker's name held; raises `DatabaseUnavailable`.
 
     A process that still listens at its inbox is alive: several workers of one machine may share a name. With the broker
     away nobody can tell, and the leases run out.
     """
     try:
-        for owner in sorted(await worker_leases.holders(database, name)):
+        for owner in sorted(await worker_leases.worker_lease_owners(database, name)):
             if owner == broker.inbox or await broker.is_heard(owner):
                 continue
             log.info("executions taken back", owner=owner, count=await store.take_back(owner))

@@ -12,7 +12,7 @@ from senders import posted_forms as sent_forms
 from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
-    from journal.unread import MailScreening, Unread
+    from journal.unparsed_mail import ScreeningRules, UnparsedMail
     from mail.mail_content import KeepAttachment, ParsedMailContent
     from mail.reception import MailReception
 
@@ -21,7 +21,7 @@ _ANSWERED: Final = ("in-reply-to", "references")
 
 
 def read(
-    unread: Unread, contents: list[bytes], keep: KeepAttachment
+    unread: UnparsedMail, contents: list[bytes], keep: KeepAttachment
 ) -> tuple[ParsedMailContent, MailReception]:
     """Return the mail that a content is, and how it was received; raises `InvalidMail`.
 
@@ -56,7 +56,7 @@ def trigger_of(
     return {**mail.as_json(attachments), **received.as_json()}
 
 
-def rejection(received: MailReception, screening: MailScreening | None) -> str | None:
+def rejection(received: MailReception, screening: ScreeningRules | None) -> str | None:
     """Return why the trigger's rules reject a mail; None: they let it run."""
     if screening is None:
         return None

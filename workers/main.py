@@ -23,10 +23,11 @@ from execution.isolation import Isolation
 from execution.node_blobs import NodeBlobs
 from execution.pace import SharedPace
 from execution.user_code import open_code
-from journal import signals, timekeeping
-from journal.blobs.opening import open_blobs
-from journal.opening import open_store
-from journal.store import Store
+from journal import clock_sync
+from journal.blobs.blob_store_factory import open_blobs
+from journal.store import JournalStore
+from journal.store_factory import open_store
+from journal.waits import node_answers
 from messages import broker as brokers
 from messages.broker import Broker
 from models import database as databases
@@ -71,7 +72,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         database = Database(url)
         stack.push_async_callback(database.close)
         await schema_migration.require_current(database)
-        await stack.enter_async_context(timekeeping.keep_time(database))
+        await stack.enter_async_context(clock_sync.run_clock_sync(database))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)
@@ -88,7 +89,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 
 @asynccontextmanager
 async def working(
-    settings: WorkerSettings, store: Store, broker: Broker, database: Database
+    settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
 ) -> AsyncIterator[Executor]:
     """Work as long as the context lasts; on leaving it, hand over what still runs.
 
@@ -133,7 +134,7 @@ async def working(
         settings,
         blobs=blobs,
         around=Around(
-            answers=partial(signals.of, database),
+            answers=partial(node_answers.read_answers, database),
             on_left=after.left,
             on_swept=partial(_see_to_others, database, store, broker),
         ),
@@ -166,7 +167,7 @@ async def working(
         await outbound.close()
 
 
-async def _see_to_others(database: Database, store: Store, broker: Broker) -> None:
+async def _see_to_others(database: Database, store: JournalStore, broker: Broker) -> None:
     """See to runs that nobody else does, should there be no scheduler just now; raises `DatabaseUnavailable`."""
     await abandoned.end(database, store, broker)
     await due_runs.see_to(database, broker)

@@ -28,12 +28,12 @@ from engine.run_records import RunError, RunOutcome, RunStatus
 from engine.services import RunCaller
 from execution import due_runs
 from execution.isolation import TRIAL_SECONDS, Isolation, SuspectSearch
-from journal import admission, unread
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal import concurrency_limits, unparsed_mail
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.group_commit import GroupCommit
-from journal.leases import Lease, LeaseKeeper
-from journal.store import Claim, ExecutionKey, RunWrite
-from journal.unread import Left, Read, Unread
+from journal.leases import LeaseKeeper, RunLease
+from journal.store import ClaimQuery, ExecutionKey, RunWrite
+from journal.unparsed_mail import MailParseResult, MailRunState, UnparsedMail
 from mail import addresses, mail_content
 from mail.mail_limits import InvalidMail
 from messages import hints
@@ -46,8 +46,8 @@ from workers import mails
 if TYPE_CHECKING:
     from engine.services import DataSourceService, ThrottleService
     from journal.blobs.blob_store import BlobStore
-    from journal.store import Claimed, Store
-    from journal.unread import MailScreening
+    from journal.store import ClaimedRun, JournalStore
+    from journal.unparsed_mail import ScreeningRules
     from mail.mail_content import AttachmentLabel, KeepAttachment, ParsedMailContent
     from mail.reception import MailReception
     from messages.broker import Broker
@@ -99,7 +99,7 @@ class ParsedMail:
 
     mail: ParsedMailContent
     received: MailReception
-    screening: MailScreening | None
+    screening: ScreeningRules | None
     """Rules of the trigger; None: the mail was redriven, and is run whatever it is."""
     trigger: dict[str, Any]
     text: str
@@ -110,8 +110,8 @@ class ParsedMail:
 class Reading:
     """A mail that this process reads."""
 
-    one: Claimed
-    lease: Lease
+    one: ClaimedRun
+    lease: RunLease
     begun_at: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] = field(init=False)
     is_asked_to_end: bool = False
@@ -124,8 +124,8 @@ class Reading:
         return ExecutionKey(self.one.execution_id, self.one.lane)
 
     @property
-    def owner(self) -> Owner:
-        return Owner(self.one.organization_id, self.one.key_id)
+    def owner(self) -> BlobOwner:
+        return BlobOwner(self.one.organization_id, self.one.key_id)
 
     @property
     def caller(self) -> RunCaller:
@@ -145,13 +145,13 @@ class Reader:
     def __init__(
         self,
         database: Database,
-        store: Store,
+        store: JournalStore,
         broker: Broker,
         blobs: BlobStore,
         sources: Sources,
         settings: WorkerSettings,
         *,
-        on_left: Callable[[Claimed, RunOutcome], None],
+        on_left: Callable[[ClaimedRun, RunOutcome], None],
         isolation: Isolation,
     ) -> None:
         """`on_left` is told of runs that have ended here, if their end is to be followed up."""
@@ -173,7 +173,7 @@ class Reader:
             initializer=lambda: sys.setswitchinterval(offload.SWITCH_SECONDS),
         )
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._leaving: GroupCommit[Read, Left | None] = GroupCommit(self._leave)
+        self._leaving: GroupCommit[MailParseResult, MailRunState | None] = GroupCommit(self._leave)
         self._readings: dict[str, Reading] = {}
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._isolation = isolation
@@ -245,7 +245,7 @@ class Reader:
         if max_trial_losses is None:
             return
         async with self._isolation.alone():
-            claim = Claim(
+            claim = ClaimQuery(
                 self._owner,
                 self._settings.lease_seconds,
                 limit=1,
@@ -266,7 +266,7 @@ class Reader:
         places = CLAIMED_AT_ONCE - len(self._readings)
         if self._is_draining or places <= 0:
             return  # whatever is read to its end looks again
-        claim = Claim(
+        claim = ClaimQuery(
             self._owner,
             self._settings.lease_seconds,
             places,
@@ -282,13 +282,13 @@ class Reader:
             self._after_organization = taken[-1].one.organization_id
             self._wanted.set()
 
-    async def _take(self, claim: Claim) -> Sequence[Reading]:
+    async def _take(self, claim: ClaimQuery) -> Sequence[Reading]:
         since = time.monotonic()
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
             # A claim may be made though its answer was lost.
-            await self._store.give_back(self._owner, self._leases.held())
+            await self._store.give_back(self._owner, self._leases.execution_ids())
             raise
         taken: list[Reading] = []
         for one in claimed:
@@ -315,7 +315,7 @@ class Reader:
         except Exception:
             log.exception("reading broke", execution_id=reading.one.execution_id)
         finally:
-            self._leases.let_go(reading.lease)
+            self._leases.release(reading.lease)
             if self._readings.get(reading.one.execution_id) is reading:
                 del self._readings[reading.one.execution_id]
             self._wanted.set()
@@ -336,7 +336,7 @@ class Reader:
             return
         one = reading.one
         left = await self._leaving.submit(
-            Read(reading.key, one.token, self._owner, one.workflow_id, parsed.trigger, parsed.text)
+            MailParseResult(reading.key, one.token, self._owner, one.workflow_id, parsed.trigger, parsed.text)
         )
         if left is None:
             log.warning("mail abandoned", execution_id=one.execution_id, reason="lease lost")
@@ -347,7 +347,7 @@ class Reader:
     async def _taken_apart(self, reading: Reading) -> ParsedMail:
         """Return a mail, and what its run is given; raises `InvalidMail` and `NotNow`."""
         try:
-            found = Unread.of(reading.one.trigger)
+            found = UnparsedMail.from_text(reading.one.trigger)
         except msgspec.DecodeError as error:
             raise InvalidMail("what was kept of it is not understood") from error
         async with AsyncExitStack() as stack:
@@ -361,7 +361,7 @@ class Reader:
             except BlobsUnavailable as error:
                 raise NotNow(str(error)) from error
 
-    async def _content(self, reading: Reading, found: Unread) -> bytes:
+    async def _content(self, reading: Reading, found: UnparsedMail) -> bytes:
         """Return a mail as it was handed in; raises `InvalidMail` and `NotNow`."""
         if found.blob is not None:
             return await self._blob(reading.owner, found.blob.sha256)
@@ -376,7 +376,7 @@ class Reader:
             # An object may be there a little later, and rights and secrets may be mended.
             raise NotNow(error.message) from error
 
-    async def _blob(self, owner: Owner, digest: str) -> bytes:
+    async def _blob(self, owner: BlobOwner, digest: str) -> bytes:
         """Return a content that is in memory once: to join its pieces would take that twice."""
         written = BytesIO()
         try:
@@ -390,7 +390,7 @@ class Reader:
         return written.getvalue()
 
     def _parsed(
-        self, reading: Reading, found: Unread, contents: list[bytes], loop: asyncio.AbstractEventLoop
+        self, reading: Reading, found: UnparsedMail, contents: list[bytes], loop: asyncio.AbstractEventLoop
     ) -> ParsedMail:
         """Take a mail apart in a thread, which waits for each attachment to be kept before it decodes the next.
 
@@ -469,16 +469,16 @@ class Reader:
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _leave(self, batch: Sequence[Read]) -> Sequence[Left | None]:
-        return await self._database.transaction(partial(unread.leave, batch=batch))
+    async def _leave(self, batch: Sequence[MailParseResult]) -> Sequence[MailRunState | None]:
+        return await self._database.transaction(partial(unparsed_mail.release_parsed, batch=batch))
 
-    async def _hand_on(self, reading: Reading, left: Left) -> None:
+    async def _hand_on(self, reading: Reading, left: MailRunState) -> None:
         """Tell those who go on with a run; what fails here, a sweep sees to."""
         if left.status in TERMINAL_STATUSES:
             status = RunStatus(left.status.value)
             await self._ended(reading, RunOutcome(status, left.error), left.inbox)
         elif left.concurrency_key is not None:
-            if await admission.admit(self._database, left.concurrency_key):
+            if await concurrency_limits.admit_waiting_runs(self._database, left.concurrency_key):
                 await hints.wake(self._broker)
         elif left.home is not None:
             await due_runs.see_to(self._database, self._broker)
@@ -490,7 +490,9 @@ class Reader:
             return
         if error.code in {LOOP, REJECTED}:
             reason = f"{error.code}: {error.message}"
-            await self._database.transaction(partial(unread.note, key=reading.key, reason=reason))
+            await self._database.transaction(
+                partial(unparsed_mail.note_rejection, key=reading.key, reason=reason)
+            )
         await self._ended(reading, RunOutcome(status, error), reading.one.inbox)
 
     async def _put_off(self, reading: Reading, reason: str) -> None:
@@ -527,12 +529,12 @@ class Reader:
 
     # ── what others say ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _lost(self, lease: Lease) -> None:
+    def _lost(self, lease: RunLease) -> None:
         reading = self._holder_of(lease)
         if reading is not None:
             reading.task.cancel()
 
-    def _requested(self, lease: Lease, _request: str) -> None:
+    def _requested(self, lease: RunLease, _request: str) -> None:
         reading = self._holder_of(lease)
         if reading is not None and not reading.is_asked_to_end:
             reading.is_asked_to_end = True
@@ -546,7 +548,7 @@ class Reader:
             with suppress(BrokerUnavailable):
                 await self._broker.announce({reading.one.execution_id: reading.one.inbox})
 
-    def _holder_of(self, lease: Lease) -> Reading | None:
+    def _holder_of(self, lease: RunLease) -> Reading | None:
         reading = self._readings.get(lease.key.execution_id)
         return reading if reading is not None and reading.lease is lease else None
 

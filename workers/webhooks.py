@@ -18,8 +18,8 @@ from nodes.outbound_http import OutboundError, OutboundRefusalCode, OutboundRefu
 
 if TYPE_CHECKING:
     from engine.services import HttpClientService
-    from journal.follow_ups import Due
-    from journal.results import Leaf
+    from journal.run_outputs import LeafOutput
+    from journal.waits.completion import DueCompletion
     from models.database import Database
     from models.encryption import SecretVault
 
@@ -60,7 +60,7 @@ def pause_seconds(attempts: int, chance: float) -> float | None:
     return RETRY_SECONDS[attempts - 1] * (1 + JITTER * chance)
 
 
-def body_about(due: Due, outputs: Mapping[str, Leaf] | None) -> bytes:
+def body_about(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> bytes:
     """Return what is said about the end of a run; without `outputs`, that they are too large to be sent along."""
     data: dict[str, object] = {
         "executionId": due.key.execution_id,

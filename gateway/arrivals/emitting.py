@@ -24,7 +24,7 @@ from gateway.errors import ApiError
 from gateway.executions import acceptance
 from gateway.http import idempotency
 from gateway.workflows import graph_shapes
-from journal.store import EmittedEvent, Verdict
+from journal.store import AcceptanceVerdict, EmittedEvent
 from json_text import decoding
 from models import ids
 from models.execution import Execution
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from gateway.arrivals.sent import Sent
     from gateway.deployments.activation import Counted
     from gateway.state import State
-    from journal.pinning import LoadedWorkflow
-    from journal.store import Arrival, ArrivedRun, IdempotencyKey, TakenIn
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite
     from senders.sender_event import SenderEvent
 
 ANSWERED: Final = 200
@@ -78,14 +78,14 @@ class Planned:
     """What is to come of an event."""
 
     outcomes: list[Outcomes] = field(default_factory=list)
-    runs: list[ArrivedRun] = field(default_factory=list)
+    runs: list[IngestedRun] = field(default_factory=list)
     deferred: int = 0
     refusal: ApiError | None = None
     """Of the last workflow for which there was no room."""
     has_other: bool = False
     """Something else has come of it than such refusals."""
 
-    def add(self, workflow: LoadedWorkflow, run: ArrivedRun, *, is_deferred: bool) -> None:
+    def add(self, workflow: LoadedWorkflow, run: IngestedRun, *, is_deferred: bool) -> None:
         full = errors.concurrency_limit()
         error = None if run.may_wait else (full.code, full.message)
         self.outcomes.append(Outcomes(workflow.id, workflow.name, run.execution_id, error))
@@ -129,7 +129,7 @@ async def emit(gateway: State, sent: Sent, event: SenderEvent, promise: Idempote
     told = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
     planned = Planned()
 
-    async def plan() -> Arrival:
+    async def plan() -> IngestWrite:
         nonlocal planned
         planned = await _planned(gateway, sent.sender.caller.organization_id, Message(trigger, text))
         outcome = (
@@ -151,7 +151,7 @@ async def emit(gateway: State, sent: Sent, event: SenderEvent, promise: Idempote
         if not earlier:
             raise
         return await _repeated(gateway, sent, earlier.verdict, earlier.execution_id)
-    if taken.verdict is not Verdict.ACCEPTED:
+    if taken.verdict is not AcceptanceVerdict.ACCEPTED:
         return await _repeated(gateway, sent, taken.verdict, taken.delivery_id)
     taking_in.see_to(gateway, planned.runs, taken.runs)
     return Emission(told.event_id, event.event_type, _settled(planned, taken))
@@ -243,12 +243,12 @@ def _require_size(message: Message, count: int) -> None:
 # ── what has come of it ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _settled(planned: Planned, taken: TakenIn) -> Sequence[Outcomes]:
+def _settled(planned: Planned, taken: IngestResult) -> Sequence[Outcomes]:
     """Return the outcomes, now that it is known which runs were taken in."""
     full = {
         run.execution_id
         for run, answer in zip(planned.runs, taken.runs, strict=True)
-        if answer.verdict is Verdict.FULL
+        if answer.verdict is AcceptanceVerdict.FULL
     }
     return [_certain(one, is_there=one.execution_id not in full) for one in planned.outcomes]
 
@@ -261,9 +261,9 @@ def _certain(outcome: Outcomes, *, is_there: bool) -> Outcomes:
     return msgspec.structs.replace(outcome, execution_id=None)
 
 
-async def _repeated(gateway: State, sent: Sent, verdict: Verdict, delivery_id: str) -> Emission:
+async def _repeated(gateway: State, sent: Sent, verdict: AcceptanceVerdict, delivery_id: str) -> Emission:
     """Return what had come of the first event with the same promise; raises 422 where that had another body."""
-    if verdict is Verdict.MISMATCH:
+    if verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch()
     async with gateway.database.read() as connection:
         row = (

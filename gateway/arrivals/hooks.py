@@ -21,7 +21,7 @@ from senders import github, posted_forms, sender_event, slack
 from senders.sender_event import UrlChallenge
 
 if TYPE_CHECKING:
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from senders.posted_forms import FormPart, PostedForm
     from senders.sender_request import RequestHeaders, SenderRequest
 

@@ -15,7 +15,7 @@ from mail.mail_limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from journal.blobs.backend import Owner
+    from journal.blobs.blob_storage import BlobOwner
     from journal.blobs.blob_store import BlobStore
 
 CONTENT: Final = "content"
@@ -29,7 +29,7 @@ class JsonAttachment:
     members: Mapping[str, Json]
     content: bytes | None
 
-    async def as_json(self, blobs: BlobStore, owner: Owner) -> dict[str, Json]:
+    async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
         """Return what the run is given, once the content is durable; raises `BlobsUnavailable`."""
         if self.content is None:
             return dict(self.members)

@@ -20,7 +20,7 @@ from gateway.arrivals import trigger_secrets
 from gateway.arrivals.sender import Sender, no_sender
 from gateway.errors import ApiError
 from gateway.http.client_address import client_of
-from journal.unread import MailScreening
+from journal.unparsed_mail import ScreeningRules
 from models.access import ApiCaller, KeyScope, UserRole
 from models.workflow_triggers import TriggerKind
 from senders import basic_auth, mail_kinds, mailgun, sendgrid, sns
@@ -30,7 +30,7 @@ from senders.request_refusal import RequestRefused
 
 if TYPE_CHECKING:
     from gateway.state import State
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from senders.sender_request import SenderRequest
     from senders.signatures import SignatureResult
 
@@ -87,9 +87,9 @@ class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
     accept_automatic: bool = False
 
     @property
-    def screening(self) -> MailScreening:
+    def screening(self) -> ScreeningRules:
         """The rules that the worker applies once it has read a mail."""
-        return MailScreening(self.reject_on, self.max_spam_score, self.accept_automatic)
+        return ScreeningRules(self.reject_on, self.max_spam_score, self.accept_automatic)
 
     @property
     def lets_somebody_in(self) -> bool:

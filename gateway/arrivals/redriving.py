@@ -16,8 +16,8 @@ from gateway.arrivals.sender import Sender
 from gateway.arrivals.sent import Sent
 from gateway.errors import ApiError
 from gateway.executions.carrying_over import carried_over
-from journal.blobs.backend import Owner
-from journal.store import Accepted, Verdict
+from journal.blobs.blob_storage import BlobOwner
+from journal.store import AcceptanceResult, AcceptanceVerdict
 from models.execution import Execution, ExecutionData
 from models.ingest import IngestRoute
 
@@ -39,7 +39,7 @@ class Given:
 
     text: str
     """JSON."""
-    source: Owner | None
+    source: BlobOwner | None
     """Whose the contents are that belong to it; None: it was given to nobody."""
 
 
@@ -55,12 +55,12 @@ class Done:
 async def each(
     request: Request,
     resource_ids: Sequence[str],
-    redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[Accepted, str]]],
+    redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> Done:
     """Run each of a list once more unless that was done before, and return what has come of it."""
     done = Done()
 
-    async def once(resource_id: str) -> Accepted | ApiError:
+    async def once(resource_id: str) -> AcceptanceResult | ApiError:
         try:
             accepted, _ = await redrive(resource_id, promises.settled(request.path_params["id"], resource_id))
         except ApiError as error:
@@ -72,12 +72,14 @@ async def each(
         for resource_id, outcome in zip(some, await asyncio.gather(*map(once, some)), strict=True):
             if isinstance(outcome, ApiError):
                 done.errors[resource_id] = outcome
-            elif outcome.verdict is Verdict.ACCEPTED:
+            elif outcome.verdict is AcceptanceVerdict.ACCEPTED:
                 done.execution_ids.append(outcome.execution_id)
     return done
 
 
-async def delivery(request: Request, one: Delivery, promise: IdempotencyKey | None) -> tuple[Accepted, str]:
+async def delivery(
+    request: Request, one: Delivery, promise: IdempotencyKey | None
+) -> tuple[AcceptanceResult, str]:
     """Run the workflow of a delivery on what that has brought; returns the run, and the kind of its trigger.
 
     Raises 409 where it has brought nothing that could be run, or more than one run, and what taking it in raises.
@@ -98,7 +100,9 @@ async def delivery(request: Request, one: Delivery, promise: IdempotencyKey | No
     return await _run(request, str(one.workflow_id), kind, Given(given, source), key, one, own_key), kind
 
 
-async def dead_letter(request: Request, failed: Execution, promise: IdempotencyKey) -> tuple[Accepted, str]:
+async def dead_letter(
+    request: Request, failed: Execution, promise: IdempotencyKey
+) -> tuple[AcceptanceResult, str]:
     """Run the workflow of a run that has failed on what that was given; raises 409, and what taking it in raises."""
     given, source = await _given(request, failed.id)
     if given is None:
@@ -115,7 +119,7 @@ async def _run(
     promise: IdempotencyKey | None,
     origin: Delivery | None,
     own_key: IdempotencyKey | None = None,
-) -> Accepted:
+) -> AcceptanceResult:
     caller = request.caller
     sent = Sent(
         route=ROUTES.get(kind, IngestRoute.EVENTS),
@@ -135,7 +139,7 @@ async def _run(
     return await taking_in.one(request.gateway, sent, kind, plan, promise, status=CREATED, own_key=own_key)
 
 
-async def _given(request: Request, execution_id: str) -> tuple[str | None, Owner | None]:
+async def _given(request: Request, execution_id: str) -> tuple[str | None, BlobOwner | None]:
     """Return what a run was given, as long as it is kept, and whose the contents are that belong to it."""
     organization_id = request.caller.organization_id
     statement = (
@@ -148,4 +152,4 @@ async def _given(request: Request, execution_id: str) -> tuple[str | None, Owner
     )
     async with request.gateway.database.read() as connection:
         row = (await connection.execute(statement)).first()
-    return (None, None) if row is None else (row.trigger, Owner(organization_id, row.key_id))
+    return (None, None) if row is None else (row.trigger, BlobOwner(organization_id, row.key_id))

@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.arrivals import stored_keys
-from journal.store import Arrival
+from journal.store import IngestWrite
 from models import ids
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from gateway.arrivals.sender import Sender
     from gateway.errors import ApiError
-    from journal.store import ArrivedRun, EmittedEvent, IdempotencyKey
+    from journal.store import EmittedEvent, IdempotencyKey, IngestedRun
 
 LARGE_BYTES: Final = 256_000
 """A longer body is hashed in a thread."""
@@ -46,17 +46,17 @@ class Sent:
 
     def arrival(
         self,
-        runs: Sequence[ArrivedRun],
+        runs: Sequence[IngestedRun],
         *,
         status: int,
         outcome: DeliveryOutcome = DeliveryOutcome.ACCEPTED,
         event: EmittedEvent | None = None,
         answer: str | None = None,
         idempotency: IdempotencyKey | None = None,
-    ) -> Arrival:
+    ) -> IngestWrite:
         """Return what is taken in of it."""
         caller = self.sender.caller
-        return Arrival(
+        return IngestWrite(
             delivery_id=self.delivery_id,
             lane=caller.lane,
             organization_id=caller.organization_id,

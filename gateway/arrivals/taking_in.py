@@ -16,9 +16,10 @@ from gateway.errors import ApiError
 from gateway.executions import acceptance
 from gateway.http import idempotency
 from gateway.workflows import graph_shapes
-from journal import admission, follow_ups, held_runs, trigger_body
-from journal.admission import OnLimit
-from journal.store import Accepted, ArrivedRun, DefinitionKey, TakenIn, Verdict
+from journal import concurrency_limits, held_runs, trigger_body
+from journal.concurrency_limits import LimitAction
+from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, IngestedRun, IngestResult
+from journal.waits import completion
 from models import ids
 from models.ingest import Delivery, DeliveryOutcome
 from models.workflow import WorkflowStatus
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.arrivals.sent import Sent
     from gateway.state import State
-    from journal.pinning import LoadedWorkflow, TriggerNode
-    from journal.store import Arrival, IdempotencyKey
+    from journal.definition_snapshot import LoadedWorkflow, TriggerNode
+    from journal.store import IdempotencyKey, IngestWrite
     from models.access import ApiCaller
 
 _encode = msgspec.json.Encoder().encode
 ATTEMPTS: Final = 5
 """How often something is planned anew because a workflow is changed meanwhile."""
 
-PlanArrival: TypeAlias = Callable[[], Awaitable["Arrival"]]
+PlanArrival: TypeAlias = Callable[[], Awaitable["IngestWrite"]]
 """Returns what is taken in; raises `ApiError`. It may be called again, when a workflow has changed."""
 
 
@@ -104,12 +105,16 @@ async def _ground(gateway: State, workflow: LoadedWorkflow, kind: str) -> Ground
     return Ground(workflow, workflow.trigger, home, is_deferred, is_held)
 
 
-def run_of(gateway: State, ground: Ground, message: Message) -> ArrivedRun:
+def run_of(gateway: State, ground: Ground, message: Message) -> IngestedRun:
     """Return the run of a message; it runs for the workflow's owner, whoever has sent it."""
     workflow = ground.workflow
     definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.lane)
-    limit = admission.limit_of(workflow.settings, workflow.id, message.trigger) if message.is_read else None
-    return ArrivedRun(
+    limit = (
+        concurrency_limits.concurrency_limit(workflow.settings, workflow.id, message.trigger)
+        if message.is_read
+        else None
+    )
+    return IngestedRun(
         execution_id=message.execution_id or ids.new_id("exec"),
         lane=workflow.lane,
         organization_id=workflow.organization_id,
@@ -128,8 +133,8 @@ def run_of(gateway: State, ground: Ground, message: Message) -> ArrivedRun:
         idempotency=message.promise,
         concurrency_key=limit.key if limit else None,
         concurrency_limit=limit.runs if limit else None,
-        may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
-        follow_up=follow_ups.asked(workflow.settings, callback_url=message.callback_url),
+        may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
+        follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
         home=ground.home,
         delay_until=held_runs.UNTIL_RESUMED if ground.is_held else message.delay_until,
         is_read=message.is_read,
@@ -146,26 +151,26 @@ async def one(
     status: int = 201,
     own_key: IdempotencyKey | None = None,
     reused: ApiError | None = None,
-) -> Accepted:
+) -> AcceptanceResult:
     """Take in the one run that a request brings, or return the one that was taken in for the same promise before.
 
     `own_key` is what the request itself is known by, whatever it brings: with something else it is refused as `reused`.
     Raises 404, 409, 422, 429, 503, and whatever `plan` raises. A repetition, answered by `status`, is noted as one.
     """
     caller, workflow_id = sent.sender.caller, str(sent.workflow_id)
-    runs: list[ArrivedRun] = []
+    runs: list[IngestedRun] = []
 
-    async def arrival() -> Arrival:
+    async def arrival() -> IngestWrite:
         place = await ground(gateway, caller, workflow_id, kind)
         runs[:] = [run_of(gateway, place, await plan(place))]
-        if not trigger_body.is_apart(runs[0].trigger):
+        if not trigger_body.is_separate(runs[0].trigger):
             sent.payload = runs[0].trigger
         outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
         return sent.arrival(runs, status=status, outcome=outcome, idempotency=own_key)
 
     try:
         taken = await several(gateway, arrival)
-        if taken.verdict is Verdict.MISMATCH:
+        if taken.verdict is AcceptanceVerdict.MISMATCH:
             raise reused or idempotency.mismatch()
         accepted = taken.runs[0] if taken.runs else await _first(gateway, taken)
     except ApiError:
@@ -174,11 +179,11 @@ async def one(
         if not earlier:
             raise
         accepted = earlier
-    if accepted.verdict is Verdict.MISMATCH:
+    if accepted.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch()
-    if accepted.verdict is Verdict.FULL:
+    if accepted.verdict is AcceptanceVerdict.FULL:
         raise errors.concurrency_limit()
-    if accepted.verdict is Verdict.REPEATED:
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
         now = gateway.clock()
         await gateway.deliveries.note(sent.repeated(now, status=status, execution_id=accepted.execution_id))
     else:
@@ -187,10 +192,12 @@ async def one(
     return accepted
 
 
-async def repetition(gateway: State, sent: Sent, promise: IdempotencyKey, *, status: int) -> Accepted | None:
+async def repetition(
+    gateway: State, sent: Sent, promise: IdempotencyKey, *, status: int
+) -> AcceptanceResult | None:
     """Return the run that the same request began before, and note this one as a repetition; None for a first one."""
     earlier = await acceptance.earlier(gateway.database, sent.sender.caller.lane, promise)
-    if earlier is None or earlier.verdict is not Verdict.REPEATED:
+    if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
         return None
     await gateway.deliveries.note(
         sent.repeated(gateway.clock(), status=status, execution_id=earlier.execution_id)
@@ -198,17 +205,17 @@ async def repetition(gateway: State, sent: Sent, promise: IdempotencyKey, *, sta
     return earlier
 
 
-def see_to(gateway: State, runs: Sequence[ArrivedRun], answers: Sequence[Accepted]) -> None:
+def see_to(gateway: State, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]) -> None:
     """Wake the deployments that have something to do now, by what became of runs for them."""
     for home in {
         run.home
         for run, answer in zip(runs, answers, strict=True)
-        if answer.verdict is Verdict.ACCEPTED and run.home is not None and run.delay_until is None
+        if answer.verdict is AcceptanceVerdict.ACCEPTED and run.home is not None and run.delay_until is None
     }:
         gateway.activation.see_to(home)
 
 
-async def _first(gateway: State, taken: TakenIn) -> Accepted:
+async def _first(gateway: State, taken: IngestResult) -> AcceptanceResult:
     """Return the answer to the first request with the same key; raises 503 where that isn't known yet."""
     async with gateway.database.read() as connection:
         execution_id = await connection.scalar(
@@ -216,18 +223,18 @@ async def _first(gateway: State, taken: TakenIn) -> Accepted:
         )
     if execution_id is None:
         raise errors.not_ready("What has become of this delivery is being noted: try again")
-    return Accepted(taken.verdict, execution_id)
+    return AcceptanceResult(taken.verdict, execution_id)
 
 
-async def several(gateway: State, plan: PlanArrival) -> TakenIn:
+async def several(gateway: State, plan: PlanArrival) -> IngestResult:
     """Take in what is planned, anew where a workflow was changed meanwhile.
 
     Raises what `plan` raises, 409 where workflows change all the time, and 503.
     """
     for _ in range(ATTEMPTS):
         arrival = await plan()
-        taken = await gateway.acceptances.take_in(arrival)
-        if taken.verdict is not Verdict.STALE:
+        taken = await gateway.acceptances.ingest(arrival)
+        if taken.verdict is not AcceptanceVerdict.STALE:
             return taken
         for workflow_id in {run.workflow_id for run in arrival.runs}:
             gateway.workflows.forget(arrival.organization_id, workflow_id)

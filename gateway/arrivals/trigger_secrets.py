@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from gateway.state import State
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from nodes.connections.data_source import ConnectionSource
 
 log = structlog.get_logger()

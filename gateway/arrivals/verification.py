@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.taking_in import Ground
     from gateway.http.request import Request
     from gateway.state import State
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from models.access import ApiCaller
     from nodes.connections.data_source import ConnectionSource
 

@@ -23,9 +23,9 @@ from concurrency.ttl_cache import TTLCache
 from gateway import errors, limits
 from gateway.errors import ApiError
 from gateway.http.wire import optional_instant
-from journal import activity, decisions, wakes
+from journal.deployments import activity, decisions, wakes
+from journal.deployments.wakes import StartRefused
 from journal.group_commit import GroupCommit
-from journal.wakes import StartRefused
 from messages import beginnings, hints
 from models import lifecycle_policy
 from models.errors import DatabaseUnavailable
@@ -34,7 +34,7 @@ from models.lifecycle_policy import LifecycleAction, StartRefusal, StartRefusalC
 
 if TYPE_CHECKING:
     from gateway.executions.waiting import Waiting
-    from journal.activity import Seen
+    from journal.deployments.activity import DeploymentActivity
     from journal.store import ExecutionKey
     from messages.broker import Broker, Notice
     from models.database import Database
@@ -163,7 +163,7 @@ class Activation:
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             raise errors.not_deployed()
-        if not wakes.is_wanted(deployment):
+        if not wakes.is_desired(deployment):
             await self._check_policy(workflow_id)
         if not wakes.is_ready(deployment) and self._queues[workflow_id] > limits.WAKES_WAITING:
             raise errors.not_ready("Too many requests wait here for the workflow to start: try again")
@@ -174,22 +174,22 @@ class Activation:
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             return None
-        if wakes.is_wanted(deployment):
+        if wakes.is_desired(deployment):
             return Counted(deployment, None)
         async with self._database.read() as connection:
-            seen = await activity.look(connection, workflow_id)
+            seen = await activity.read_activity(connection, workflow_id)
         if seen is None:
             return None
         return Counted(deployment, lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now))
 
     async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, Counted]:
         """Do the same for several at once; those that aren't deployed are left out."""
-        found = await wakes.count(self._database, workflow_ids)
-        asleep = [workflow_id for workflow_id, one in found.items() if not wakes.is_wanted(one)]
-        seen: Mapping[str, Seen] = {}
+        found = await wakes.record_activities(self._database, workflow_ids)
+        asleep = [workflow_id for workflow_id, one in found.items() if not wakes.is_desired(one)]
+        seen: Mapping[str, DeploymentActivity] = {}
         if asleep:
             async with self._database.read() as connection:
-                seen = await activity.look_at(connection, asleep)
+                seen = await activity.read_activities(connection, asleep)
         counted = {workflow_id: Counted(deployment, None) for workflow_id, deployment in found.items()}
         for workflow_id, one in seen.items():
             refusal = lifecycle_policy.start_refusal(one.policy, one.situation, one.now)
@@ -202,7 +202,7 @@ class Activation:
 
     async def _check_policy(self, workflow_id: str) -> None:
         async with self._database.read() as connection:
-            seen = await activity.look(connection, workflow_id)
+            seen = await activity.read_activity(connection, workflow_id)
         if seen is None:
             raise errors.not_deployed()
         refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
@@ -210,7 +210,7 @@ class Activation:
             raise refused(refusal)
 
     async def _count(self, batch: Sequence[str]) -> Sequence[Deployment | None]:
-        found = await wakes.count(self._database, batch)
+        found = await wakes.record_activities(self._database, batch)
         return [found.get(workflow_id) for workflow_id in batch]
 
     async def _wake(self, batch: Sequence[str]) -> Sequence[None]:
@@ -333,7 +333,7 @@ class Activation:
     async def _look(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
         """Wake a deployment that has no pods, or is to lose them; after the first look, they should be coming."""
         async with self._database.read() as connection:
-            seen = await activity.look(connection, workflow_id)
+            seen = await activity.read_activity(connection, workflow_id)
         if seen is None or not seen.deployment.is_deployed:
             return None  # its runs are any worker's now
         deployment = seen.deployment
@@ -341,11 +341,11 @@ class Activation:
         if not is_first and (has_failed or deployment.stopped_reason == StoppedReason.FAILED):
             reason = deployment.failed_reason or deployment.observed_reason
             return StartFailed(reason or "it is not known why")
-        if wakes.is_wanted(deployment) and not has_failed:
+        if wakes.is_desired(deployment) and not has_failed:
             blocked_reason = None if is_first else wakes.blocked_reason(deployment)
             return None if blocked_reason is None else StartBlocked(blocked_reason)
         try:
-            settled = await decisions.settle(self._database, workflow_id, wakes.for_a_run)
+            settled = await decisions.decide_and_apply(self._database, workflow_id, wakes.decide_for_run)
         except StartRefused as error:
             return None if error.refusal.code is StartRefusalCode.NOT_DEPLOYED else error.refusal
         if settled is not None and settled.decision.action is not LifecycleAction.NONE:

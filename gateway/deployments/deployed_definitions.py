@@ -13,7 +13,7 @@ from concurrency.ttl_cache import TTLCache
 from engine.findings import ValidationResult
 from engine.graph import RunSettings
 from engine.values import encode_json
-from journal import pinning
+from journal import definition_snapshot
 from journal.store import DefinitionKey
 from json_text import decoding
 from models.workflow import Definition
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.values import Json
-    from journal.pinning import LoadedWorkflow, TriggerNode
+    from journal.definition_snapshot import LoadedWorkflow, TriggerNode
     from models.database import Database
     from models.deployment import Deployment
     from nodes.catalog import NodeCatalog
@@ -78,7 +78,7 @@ class DeployedDefinitions:
     async def trigger_kind(self, key: DefinitionKey) -> str:
         """Return what kind of event the trigger node of a deployed definition takes; raises `DefinitionLost`."""
         trigger = (await self._load(key)).trigger
-        return trigger.kind if trigger else pinning.MANUAL
+        return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 
     async def _load(self, key: DefinitionKey) -> Deployed:
         kept = self._kept.get(key)
@@ -103,4 +103,6 @@ class DeployedDefinitions:
 def _deployed(text: str, catalog: NodeCatalog) -> Deployed:
     definition: dict[str, Any] = decoding.decode(text)
     nodes = definition["nodes"]
-    return Deployed(text, definition["settings"], pinning.trigger_of(nodes, catalog), len(nodes))
+    return Deployed(
+        text, definition["settings"], definition_snapshot.find_trigger(nodes, catalog), len(nodes)
+    )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from engine.values import encode_canonical, fingerprint
 from gateway import audit, errors
 from gateway.workflows import editing
-from journal import activity, decisions, deployments, pinning, wakes
-from journal.deployments import Order
+from journal import definition_snapshot
+from journal.deployments import activity, decisions, desired_state, wakes
+from journal.deployments.desired_state import DeployRequest
 from messages import hints
 from messages.deployments import changed
 from models import deployment_token
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from gateway.http.request import Request
     from gateway.state import State
     from gateway.workflows.workflow_rows import Stored
-    from journal.activity import Seen
+    from journal.deployments.activity import DeploymentActivity
     from models.deployment import Deployment
     from models.lifecycle_policy import LifecycleVerdict, StoppedReason
 
-Decide = Callable[["Seen"], "LifecycleVerdict"]
+Decide = Callable[["DeploymentActivity"], "LifecycleVerdict"]
 
 
 def not_deployed() -> errors.ApiError:
@@ -51,7 +52,7 @@ async def deploy(
     """Have what a snapshot holds deployed, in the transaction of `connection`, which may be run again."""
     workflow = stored.workflow
     text = await asyncio.to_thread(_pinned, snapshot)
-    order = Order(
+    order = DeployRequest(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
         lane=workflow.lane,
@@ -61,8 +62,8 @@ async def deploy(
         definition_hash=sha256(text).hexdigest(),
         token_id=token_id,
     )
-    before = await deployments.find(connection, workflow.id)
-    after = await deployments.deploy(connection, order, secret=request.gateway.settings.secret)
+    before = await desired_state.find_deployment(connection, workflow.id)
+    after = await desired_state.deploy_workflow(connection, order, secret=request.gateway.settings.secret)
     await _record(connection, request, AuditAction.WORKFLOW_DEPLOYED, before, after)
     return after
 
@@ -71,8 +72,10 @@ async def undeploy(
     connection: AsyncConnection, request: Request, workflow_id: str, *, reason: StoppedReason | None = None
 ) -> None:
     """Have a deployment taken away, in the transaction of `connection`; its runs are the workers' from then on."""
-    before = await deployments.find(connection, workflow_id)
-    after = await deployments.undeploy(connection, workflow_id, user_id=request.caller.user_id, reason=reason)
+    before = await desired_state.find_deployment(connection, workflow_id)
+    after = await desired_state.undeploy_workflow(
+        connection, workflow_id, user_id=request.caller.user_id, reason=reason
+    )
     if after is not None:
         await _record(connection, request, AuditAction.WORKFLOW_UNDEPLOYED, before, after)
 
@@ -86,14 +89,14 @@ async def change(
     async def work(connection: AsyncConnection) -> Deployment:
         stored = await editing.readable(connection, request)
         editing.require_writer(request, stored.workflow)
-        await activity.lock(connection, workflow_id)
-        seen = await activity.look(connection, workflow_id)
+        await activity.lock_deployment(connection, workflow_id)
+        seen = await activity.read_activity(connection, workflow_id)
         if seen is None or not seen.deployment.is_deployed:
             raise not_deployed()
         decision = decide(seen)
         if decision.action is LifecycleAction.NONE:
             return seen.deployment
-        after = await decisions.carry_out(
+        after = await decisions.apply_decision(
             connection, seen, decision, replicas=replicas, user_id=request.caller.user_id
         )
         await _record(connection, request, action, seen.deployment, after)
@@ -120,7 +123,7 @@ async def awaited(
                 waiter.changed.clear()
                 was_watched = waiting.is_watched(key)
                 async with gateway.database.read() as connection:
-                    deployment = await deployments.find(connection, workflow_id)
+                    deployment = await desired_state.find_deployment(connection, workflow_id)
                 if deployment is None or waiter.is_over or is_reached(deployment):
                     return deployment
                 if has_failed(deployment) or wakes.blocked_reason(deployment) is not None:
@@ -143,7 +146,7 @@ def fresh_token_id() -> str:
 
 def _pinned(snapshot: Mapping[str, Any]) -> bytes:
     return encode_canonical(
-        pinning.definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"])
+        definition_snapshot.build_definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"])
     )
 
 

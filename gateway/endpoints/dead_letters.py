@@ -18,8 +18,8 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from gateway.workflows import editing
-from journal import unread
-from journal.store import Accepted, IdempotencyKey
+from journal import unparsed_mail
+from journal.store import AcceptanceResult, IdempotencyKey
 from models.audit import AuditAction
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ async def redrive(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         count, found = await _chosen(connection, stored.workflow, body)
 
-    async def again(execution_id: str, promise: IdempotencyKey) -> tuple[Accepted, str]:
+    async def again(execution_id: str, promise: IdempotencyKey) -> tuple[AcceptanceResult, str]:
         return await redriving.dead_letter(request, found[execution_id], promise)
 
     done = await redriving.each(request, [] if body.dry_run else list(found), again)
@@ -147,7 +147,7 @@ def _shape(failed: Execution, given: str | None) -> DeadLetter:
     return DeadLetter(
         execution_id=failed.id,
         trigger_type=failed.trigger_type,
-        given=None if given is None else msgspec.Raw(unread.shown(given).encode()),
+        given=None if given is None else msgspec.Raw(unparsed_mail.visible_trigger(given).encode()),
         error=msgspec.Raw(msgspec.json.encode(failed.error)) if failed.error else None,
         created_at=instant(failed.created_at),
         failed_at=optional_instant(failed.ended_at),

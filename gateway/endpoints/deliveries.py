@@ -18,7 +18,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant
 from gateway.workflows import editing, workflow_rows
-from journal.store import Accepted, IdempotencyKey, Verdict
+from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey
 from json_text import decoding
 from models.ingest import DeliveryOutcome, IngestRoute
 
@@ -130,7 +130,7 @@ async def redrive(request: Request) -> JsonResponse:
     promise = idempotency.requested(request, {"delivery": delivery.id}, workflow_id=str(delivery.workflow_id))
     accepted, kind = await redriving.delivery(request, delivery, promise)
     headers = location(request.gateway.settings, accepted.execution_id)
-    if accepted.verdict is Verdict.REPEATED:
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
     return JsonResponse(
         Redriven(execution_id=accepted.execution_id, trigger_type=kind), status=201, headers=headers
@@ -148,7 +148,7 @@ async def redrive_many(request: Request) -> JsonResponse:
         stored = await editing.readable(connection, request)
         count, found = await delivery_rows.not_redriven(connection, stored.workflow, wanted, body.limit)
 
-    async def again(delivery_id: str, promise: IdempotencyKey) -> tuple[Accepted, str]:
+    async def again(delivery_id: str, promise: IdempotencyKey) -> tuple[AcceptanceResult, str]:
         return await redriving.delivery(request, await _readable(request, delivery_id), promise)
 
     done = await redriving.each(request, [] if body.dry_run else found, again)

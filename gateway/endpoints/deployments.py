@@ -13,7 +13,8 @@ from gateway.http.parameters import WholeNumber
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, decode_body, optional_instant
 from gateway.workflows import editing, graph_shapes, version_rows, workflow_rows
-from journal import deployments, pinning, wakes
+from journal import definition_snapshot
+from journal.deployments import desired_state, wakes
 from models import lifecycle_policy
 from models.audit import AuditAction
 from models.deployment import MAX_REPLICAS, DeploymentStatus, status_of, stopped_reason_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from gateway.http.request import Request
     from gateway.workflows.editing import Edited
     from gateway.workflows.workflow_rows import Stored
-    from journal.activity import Seen
+    from journal.deployments.activity import DeploymentActivity
     from models.deployment import Deployment
     from models.workflow import WorkflowVersion
 
@@ -179,7 +180,7 @@ def _require_runnable(version: WorkflowVersion, request: Request) -> None:
     """Raise 422 for a version that can't run, or not with the nodes that there are now."""
     snapshot = version.snapshot
     graph_shapes.require_valid(
-        pinning.check(snapshot["nodes"], snapshot["connections"], request.gateway.catalog)
+        definition_snapshot.check_graph(snapshot["nodes"], snapshot["connections"], request.gateway.catalog)
     )
 
 
@@ -242,7 +243,7 @@ async def stop(request: Request) -> JsonResponse:
     return JsonResponse(shape, status=200 if status is DeploymentStatus.STOPPED else 202)
 
 
-def _stopped(seen: Seen) -> LifecycleVerdict:
+def _stopped(seen: DeploymentActivity) -> LifecycleVerdict:
     if seen.situation.stopped_reason is StoppedReason.MANUAL:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.STOPPED_BY_HAND)
     return lifecycle_policy.stop_decision(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL)
@@ -252,8 +253,8 @@ async def start(request: Request) -> JsonResponse:
     """Start a stopped workflow, which is much faster than to deploy it; or change how many pods it has."""
     replicas = (await decode_body(request, StartDeployment)).replicas
 
-    def started(seen: Seen) -> LifecycleVerdict:
-        is_up = wakes.is_wanted(seen.deployment) and not wakes.has_failed(seen.deployment)
+    def started(seen: DeploymentActivity) -> LifecycleVerdict:
+        is_up = wakes.is_desired(seen.deployment) and not wakes.has_failed(seen.deployment)
         if is_up and seen.deployment.replicas == replicas:
             return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
         return LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
@@ -278,7 +279,7 @@ async def show(request: Request) -> JsonResponse:
     """Show where a workflow and its deployment are."""
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
-        deployment = await deployments.find(connection, stored.workflow.id)
+        deployment = await desired_state.find_deployment(connection, stored.workflow.id)
     is_deployed = deployment is not None and deployment.is_deployed
     shape = DeploymentShape(
         workflow_id=stored.workflow.id,
@@ -306,7 +307,7 @@ async def logs(request: Request) -> JsonResponse:
     limit = request.query[LINES]
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
-        deployment = await deployments.find(connection, stored.workflow.id)
+        deployment = await desired_state.find_deployment(connection, stored.workflow.id)
     if status_of(deployment) is DeploymentStatus.NOT_DEPLOYED:
         raise deploying.not_deployed()
     lines = await request.gateway.pod_logs.read(stored.workflow.id, limit)
@@ -330,11 +331,11 @@ def _is_running(deployment: Deployment) -> bool:
 
 
 def _is_up_or_overtaken(deployment: Deployment) -> bool:
-    return _is_running(deployment) or not wakes.is_wanted(deployment)
+    return _is_running(deployment) or not wakes.is_desired(deployment)
 
 
 def _is_down_or_overtaken(deployment: Deployment) -> bool:
-    is_overtaken = wakes.is_wanted(deployment) or not deployment.is_deployed
+    is_overtaken = wakes.is_desired(deployment) or not deployment.is_deployed
     return is_overtaken or status_of(deployment) is DeploymentStatus.STOPPED
 
 

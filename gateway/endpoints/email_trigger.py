@@ -25,9 +25,9 @@ from gateway.http.body_limit import BodyLimit
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import GuardedWire, Wire, body_of, json_of
-from journal.blobs.backend import BlobsUnavailable, Owner
-from journal.store import Verdict
-from journal.unread import StoredObject, Unread
+from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.store import AcceptanceVerdict
+from journal.unparsed_mail import StoredMailObject, UnparsedMail
 from mail.mail_content import join_lines
 from models import ids
 from models.data_source_types import DataSourceType
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from gateway.arrivals.sender import Sender
     from gateway.arrivals.sent import Sent
     from gateway.arrivals.taking_in import Ground
-    from journal.store import Accepted, IdempotencyKey
+    from journal.store import AcceptanceResult, IdempotencyKey
     from senders.ses import SesMail, SesStoredMail
 
 UNVERIFIED: Final = "unverified"
@@ -202,10 +202,10 @@ async def _describe(note: Sent, arrival: SenderRequest, addressee: Addressee) ->
 
 def _unread_form(
     arrival: SenderRequest, kind: MailKind, addressee: Addressee, content: bytes = b""
-) -> Unread:
+) -> UnparsedMail:
     """Return a form of a mail service as a worker is to read it; raises `Refused`."""
     envelope = mail_kinds.parse_envelope(arrival.form, kind)
-    return Unread(
+    return UnparsedMail(
         kind,
         arrival.received_at,
         content_type=arrival.headers.single("Content-Type") or "",
@@ -231,9 +231,9 @@ class Handed:
     def workflow_id(self) -> str:
         return self.addressee.workflow.id
 
-    def unread(self, **fields: Any) -> Unread:  # noqa: ANN401 - fields of any type
+    def unread(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
         """Return what a worker is to read."""
-        return Unread(
+        return UnparsedMail(
             self.kind, self.arrival.received_at, screening=self.addressee.trigger.screening, **fields
         )
 
@@ -253,7 +253,7 @@ async def _native(handed: Handed) -> JsonResponse:
     are_kept = any(one.content is not None for one in attachments)
 
     async def message(execution_id: str) -> Message:
-        owner = Owner(organization_id, execution_id)
+        owner = BlobOwner(organization_id, execution_id)
         try:
             kept = [await one.as_json(blobs, owner) for one in attachments]
         except BlobsUnavailable as error:
@@ -304,7 +304,7 @@ def _content(mail: SesMail) -> bytes:
     return mail.content
 
 
-async def _stored(handed: Handed, place: SesStoredMail) -> StoredObject:
+async def _stored(handed: Handed, place: SesStoredMail) -> StoredMailObject:
     """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it.
 
     Raises 503 otherwise: SNS takes a 4xx as final, and the owner may mend the config.
@@ -319,7 +319,7 @@ async def _stored(handed: Handed, place: SesStoredMail) -> StoredObject:
     prefix = f"{prefix}/" if prefix else ""
     if place.bucket != source.settings.get("bucket") or not place.key.startswith(prefix):
         raise errors.trigger_not_ready("The mail is not stored where the trigger's data source reads")
-    return StoredObject(source.id, place.key.removeprefix(prefix))
+    return StoredMailObject(source.id, place.key.removeprefix(prefix))
 
 
 # ── taking in ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,7 +332,7 @@ async def _noted(handed: Handed, what: str, told: str) -> JsonResponse:
 
 
 async def _take_in_unread(
-    handed: Handed, unread: Unread, content: bytes | None = None, *, ses_id: str = ""
+    handed: Handed, unread: UnparsedMail, content: bytes | None = None, *, ses_id: str = ""
 ) -> JsonResponse:
     """Take in what a worker is to read; a large content is durable before its run is."""
     blobs, organization_id = handed.request.gateway.blobs, handed.addressee.workflow.organization_id
@@ -340,14 +340,14 @@ async def _take_in_unread(
         unread = msgspec.structs.replace(unread, content=content)
         content = None
         handed.note.payload = _encode(unread.as_json()).decode()
-    kept: Unread | None = None
+    kept: UnparsedMail | None = None
 
     async def message(execution_id: str) -> Message:
         nonlocal kept
         if kept is None and content is not None:
             try:
                 blob = await blobs.put(
-                    Owner(organization_id, execution_id), content, media_type=MEDIA_TYPE, name=NAME
+                    BlobOwner(organization_id, execution_id), content, media_type=MEDIA_TYPE, name=NAME
                 )
             except BlobsUnavailable as error:
                 raise errors.not_ready(f"{error}: try again") from error
@@ -419,8 +419,8 @@ def _own_key(handed: Handed, key: str | None, ses_id: str) -> IdempotencyKey | N
     )
 
 
-def _answer(handed: Handed, accepted: Accepted, status: int) -> JsonResponse:
+def _answer(handed: Handed, accepted: AcceptanceResult, status: int) -> JsonResponse:
     headers = location(handed.request.gateway.settings, accepted.execution_id)
-    if accepted.verdict is Verdict.REPEATED:
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
     return JsonResponse(MailTakenIn(execution_id=accepted.execution_id), status=status, headers=headers)

@@ -17,7 +17,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, location
 from gateway.http.text import Problems
 from gateway.http.wire import GuardedWire, Wire, convert, json_of
-from journal.store import Verdict
+from journal.store import AcceptanceVerdict
 from models.ingest import IngestRoute
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ async def enqueue(request: Request) -> JsonResponse:
 
         accepted = await taking_in.one(gateway, note, QUEUE, plan, promise, own_key=own_key)
     headers = location(gateway.settings, accepted.execution_id)
-    if accepted.verdict is Verdict.REPEATED:
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
     return JsonResponse(Enqueued(execution_id=accepted.execution_id), status=201, headers=headers)
 

@@ -22,7 +22,7 @@ from gateway.http import idempotency, text
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, Wire, body_of, json_of
-from journal.store import Accepted, Arrival, IdempotencyKey, Verdict
+from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
 from json_text import decoding
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.arrivals.sent import Sent
     from gateway.arrivals.verification import Vouched
-    from journal.store import ArrivedRun
+    from journal.store import IngestedRun
 
 
 class EnqueueBatch(StrictWire):
@@ -89,12 +89,12 @@ class Planned:
 class Answers:
     """What became of messages that can be run, in their order."""
 
-    accepted: Sequence[Accepted]
+    accepted: Sequence[AcceptanceResult]
     is_repeated: bool = False
     """The batch was sent before: this became of it then."""
 
 
-NO_PLACE: Final = Accepted(Verdict.FULL, "")
+NO_PLACE: Final = AcceptanceResult(AcceptanceVerdict.FULL, "")
 
 
 async def enqueue(request: Request) -> JsonResponse:
@@ -143,9 +143,9 @@ async def _taken_in(
 ) -> Answers:
     """Take in all that can be run, or find what became of it the first time; raises 422 for another body then."""
     gateway, now = request.gateway, request.gateway.clock()
-    runs: list[ArrivedRun] = []
+    runs: list[IngestedRun] = []
 
-    async def arrival() -> Arrival:
+    async def arrival() -> IngestWrite:
         place = await taking_in.ground(gateway, note.sender.caller, str(note.workflow_id), QUEUE)
         if vouched is not None:
             await vouched.require_on(gateway, place)
@@ -157,7 +157,7 @@ async def _taken_in(
         outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
         return note.arrival(runs, status=201, outcome=outcome, idempotency=key)
 
-    accepted: Sequence[Accepted] = ()
+    accepted: Sequence[AcceptanceResult] = ()
     try:
         taken = await taking_in.several(gateway, arrival)
         verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
@@ -167,15 +167,17 @@ async def _taken_in(
         if not earlier:
             raise
         verdict, delivery_id = earlier.verdict, earlier.execution_id
-    if Verdict.MISMATCH in {verdict, *(one.verdict for one in accepted)}:
+    if AcceptanceVerdict.MISMATCH in {verdict, *(one.verdict for one in accepted)}:
         raise idempotency.mismatch()
-    if verdict is Verdict.REPEATED:
+    if verdict is AcceptanceVerdict.REPEATED:
         return Answers(await _first(request, planned, delivery_id), is_repeated=True)
     taking_in.see_to(gateway, runs, accepted)
     return Answers(accepted)
 
 
-async def _first(request: Request, planned: Sequence[Planned], delivery_id: str) -> Sequence[Accepted]:
+async def _first(
+    request: Request, planned: Sequence[Planned], delivery_id: str
+) -> Sequence[AcceptanceResult]:
     """Return what became of messages the first time: those whose keys nothing has found no place then."""
     database = request.gateway.database
     promises = [one.promise for one in planned if one.promise is not None]
@@ -189,8 +191,8 @@ async def _first(request: Request, planned: Sequence[Planned], delivery_id: str)
         )
     made = {*decoding.decode(answer or "[]", list[str])}
     then = [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
-    accepted = Verdict.ACCEPTED
-    return [Accepted(accepted, one.execution_id) if one.execution_id in made else one for one in then]
+    accepted = AcceptanceVerdict.ACCEPTED
+    return [AcceptanceResult(accepted, one.execution_id) if one.execution_id in made else one for one in then]
 
 
 def _planned(
@@ -235,11 +237,11 @@ def _without_repeats(planned: Sequence[Planned]) -> tuple[list[Planned], Mapping
     return first, repeats
 
 
-def _result(accepted: Accepted) -> BatchResult:
-    if accepted.verdict is Verdict.FULL:
+def _result(accepted: AcceptanceResult) -> BatchResult:
+    if accepted.verdict is AcceptanceVerdict.FULL:
         full = errors.concurrency_limit()
         return BatchResult(status="refused", error=WrongMessage(code=full.code, message=full.message))
-    is_new = accepted.verdict is Verdict.ACCEPTED
+    is_new = accepted.verdict is AcceptanceVerdict.ACCEPTED
     return BatchResult(status="accepted" if is_new else "duplicate", execution_id=accepted.execution_id)
 
 

@@ -24,8 +24,8 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.text import Problems
 from gateway.http.wire import GuardedWire, Instant, StrictWire, Wire, body_of, decode_body, instant, json_of
-from journal import event_waits
-from journal.store import Verdict
+from journal.store import AcceptanceVerdict
+from journal.waits import event_waits
 from json_text import decoding
 from models import ids
 from models.ingest import Delivery, IngestRoute, SenderTokenKind
@@ -182,7 +182,7 @@ async def emit(request: Request) -> JsonResponse:
         await gateway.rates.take(request)
         meaning = await _meaning(request, arrival, provider)
         if isinstance(meaning, UrlChallenge):
-            await gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
+            await gateway.acceptances.ingest(note.arrival([], status=emitting.ANSWERED))
             return JsonResponse(Echo(challenge=meaning.text))
         if isinstance(meaning, SenderEvent):
             promise = await offload.run(_promise, request, sender, meaning)
@@ -198,7 +198,7 @@ async def index(request: Request) -> JsonResponse:
     part = query.page()
     conditions = [*_visible_to(request.caller)]
     if pattern := query[EVENT_TYPE]:
-        conditions.append(event_waits.is_of(pattern))
+        conditions.append(event_waits.matches_pattern(pattern))
     if source := query[FROM]:
         conditions.append(col(EventRow.source) == source)
     if since := query[SINCE]:
@@ -267,7 +267,7 @@ async def replay(request: Request) -> JsonResponse:
     async with gateway.deliveries.refusals(note):
         accepted = await taking_in.one(gateway, note, EVENT, plan, promise)
     headers = location(gateway.settings, accepted.execution_id)
-    if accepted.verdict is Verdict.REPEATED:
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
     return JsonResponse(Replayed(execution_id=accepted.execution_id), status=201, headers=headers)
 
@@ -286,7 +286,7 @@ async def handshake(request: Request) -> NoContent:
 async def _each(request: Request, note: Sent, batch: EventBatch) -> JsonResponse:
     """Take in the events of a batch one after the other: one that is sent again in part is known by its events."""
     if not batch.events:
-        await request.gateway.acceptances.take_in(note.arrival([], status=emitting.ANSWERED))
+        await request.gateway.acceptances.ingest(note.arrival([], status=emitting.ANSWERED))
     whole: Json = [emitting.given(one) for one in batch.events]
     given = await offload.run(idempotency.requested, request, whole)
     emissions: list[Emission] = []

@@ -25,7 +25,7 @@ from models.access import KeyScope
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from nodes.catalog import NodeCatalog
 
 
@@ -72,7 +72,7 @@ async def start(request: Request) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body)
 
-    accepted = await intake.take_in(request, plan, promise)
+    accepted = await intake.ingest(request, plan, promise)
     headers = intake.headers(request, accepted)
     return JsonResponse(Started(execution_id=accepted.execution_id), status=201, headers=headers)
 

@@ -22,7 +22,7 @@ from gateway.http.parameters import LIMIT, OFFSET, Choices, Moment, Text, WholeN
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import Wire
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from models import ids
 from models.execution_status import ExecutionStatus
 
@@ -163,7 +163,7 @@ async def show(request: Request) -> JsonResponse:
         found = await execution_rows.find(connection, request.path_params["id"], request.caller)
     if found is None:
         raise errors.not_found("execution")
-    owner = Owner(found.execution.organization_id, found.execution.key_id)
+    owner = BlobOwner(found.execution.organization_id, found.execution.key_id)
     large = frozenset(found.references)
     texts = [text for node_id, text in found.outputs if node_id in large]
     outputs = await _outputs_shown(request, found.execution.id, owner, texts)
@@ -294,7 +294,7 @@ async def resume(request: Request) -> JsonResponse:
 # ── what they share ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _owner(request: Request, key: ExecutionKey) -> Owner:
+async def _owner(request: Request, key: ExecutionKey) -> BlobOwner:
     """Return under whose name the contents of an execution are kept; raises 404."""
     async with request.gateway.database.read() as connection:
         owner = await execution_rows.blob_owner(connection, key)
@@ -304,7 +304,7 @@ async def _owner(request: Request, key: ExecutionKey) -> Owner:
 
 
 async def _outputs_shown(
-    request: Request, execution_id: str, owner: Owner | None, references: Sequence[str]
+    request: Request, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
     """Return the view of an execution's outputs that the query asks for."""
     large_outputs = request.gateway.large_outputs

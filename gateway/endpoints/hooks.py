@@ -26,8 +26,8 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent, location
 from gateway.http.wire import Wire
 from journal import trigger_body
-from journal.blobs.backend import BlobsUnavailable, Owner
-from journal.store import ExecutionKey, Verdict
+from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.store import AcceptanceVerdict, ExecutionKey
 from journal.trigger_body import EncodedTrigger
 from messages.buckets import Rate
 from models import ids
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from gateway.arrivals.sent import Sent
     from gateway.arrivals.taking_in import Ground
     from gateway.arrivals.verification import Vouched
-    from journal.pinning import LoadedWorkflow
-    from journal.store import Accepted, IdempotencyKey
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import AcceptanceResult, IdempotencyKey
     from senders.sender_request import SenderRequest
 
 DELIVERY: Final = "hook"
@@ -227,7 +227,7 @@ async def _note_only(request: Request, note: Sent, reason: str) -> None:
 
 async def _taken_in(
     request: Request, note: Sent, let_in: LetIn, trigger: Json, encoded: EncodedTrigger
-) -> tuple[Accepted, bool]:
+) -> tuple[AcceptanceResult, bool]:
     """Return the run of a request, and whether it has to wait for its workflow's pods to be allowed to start.
 
     A large body is durable as a blob before its run is.
@@ -248,9 +248,9 @@ async def _taken_in(
         await let_in.vouched.require_on(gateway, ground)
         await gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
         if text is None:
-            owner = Owner(ground.workflow.organization_id, execution_id)
+            owner = BlobOwner(ground.workflow.organization_id, execution_id)
             try:
-                text = await trigger_body.put(gateway.blobs, owner, encoded)
+                text = await trigger_body.store_body(gateway.blobs, owner, encoded)
             except BlobsUnavailable as error:
                 raise errors.not_ready(f"{error}: try again") from error
         return Message(trigger, text, promise=promise, execution_id=execution_id)
@@ -277,7 +277,9 @@ def _promise(request: Request, note: Sent, let_in: LetIn) -> IdempotencyKey | No
     )
 
 
-async def _when_done(request: Request, hook: Hook, accepted: Accepted, note: Sent, until: float) -> ASGIApp:
+async def _when_done(
+    request: Request, hook: Hook, accepted: AcceptanceResult, note: Sent, until: float
+) -> ASGIApp:
     """Answer as the run does, or tell how it has ended, or that it goes on when the time is over."""
     key = ExecutionKey(accepted.execution_id, note.sender.caller.lane)
     seconds = until - asyncio.get_running_loop().time()
@@ -292,16 +294,16 @@ async def _when_done(request: Request, hook: Hook, accepted: Accepted, note: Sen
     return JsonResponse(shape, headers=_headers(request, accepted))
 
 
-def _going_on(request: Request, hook: Hook, accepted: Accepted) -> JsonResponse:
+def _going_on(request: Request, hook: Hook, accepted: AcceptanceResult) -> JsonResponse:
     shape = HookTaken(status=HookStatus.ACCEPTED, execution_id=accepted.execution_id)
     # To whoever has typed a command, Slack shows anything but 200 as a failure.
     status = OK if hook.verification.provider is Provider.SLACK else ACCEPTED
     return JsonResponse(shape, status=status, headers=_headers(request, accepted))
 
 
-def _headers(request: Request, accepted: Accepted) -> Mapping[str, str]:
+def _headers(request: Request, accepted: AcceptanceResult) -> Mapping[str, str]:
     return {**location(request.gateway.settings, accepted.execution_id), **_replayed(accepted)}
 
 
-def _replayed(accepted: Accepted) -> Mapping[str, str]:
-    return idempotency.REPLAYED if accepted.verdict is Verdict.REPEATED else {}
+def _replayed(accepted: AcceptanceResult) -> Mapping[str, str]:
+    return idempotency.REPLAYED if accepted.verdict is AcceptanceVerdict.REPEATED else {}

@@ -18,17 +18,18 @@ from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, StrictWire, Wire, body_of, instant, optional_instant, read_json
-from journal import admission, signals
-from journal.signals import Given, Reception
-from journal.store import Verdict
+from journal import concurrency_limits
+from journal.store import AcceptanceVerdict
+from journal.waits import node_answers
+from journal.waits.node_answers import AnswerReception, AnswerResult
 from models import ids
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from journal.signals import Waiting
     from journal.store import ExecutionKey, IdempotencyKey
+    from journal.waits.node_answers import WaitingNode
 
 log = structlog.get_logger()
 
@@ -81,7 +82,7 @@ async def index(request: Request) -> JsonResponse:
     """List what an execution waits to be told by a person."""
     key = await request.gateway.access.key(request.path_params["id"], request.caller)
     async with request.gateway.database.read() as connection:
-        found = await signals.waiting_for_input(connection, key)
+        found = await node_answers.list_input_waits(connection, key)
     return JsonResponse(PendingInputs(count=len(found), inputs=[_shown(one) for one in found]))
 
 
@@ -107,7 +108,7 @@ async def answer(request: Request) -> JsonResponse:
     if given is None:
         return _taken(key, body, idempotency.REPLAYED)
     if given.concurrency_key is not None:
-        await admission.admit(gateway.database, given.concurrency_key)
+        await concurrency_limits.admit_waiting_runs(gateway.database, given.concurrency_key)
     if given.is_woken:
         gateway.acceptances.hint()
     log.info("input given", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
@@ -119,16 +120,16 @@ async def _is_repeated(request: Request, key: ExecutionKey, promise: Idempotency
     if promise is None:
         return False
     earlier = await acceptance.earlier(request.gateway.database, key.lane, promise)
-    if earlier is not None and earlier.verdict is Verdict.MISMATCH:
+    if earlier is not None and earlier.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch()
     return earlier is not None
 
 
-async def _asked(connection: AsyncConnection, key: ExecutionKey, body: Answer) -> Waiting:
+async def _asked(connection: AsyncConnection, key: ExecutionKey, body: Answer) -> WaitingNode:
     """Return what waits for this answer; raises 409 where nothing does, and 422 where several turns of a loop do."""
     waiting = [
         one
-        for one in await signals.waiting_for_input(connection, key)
+        for one in await node_answers.list_input_waits(connection, key)
         if one.node_id == body.node_id and body.iteration in {None, one.iteration}
     ]
     if len(waiting) > 1:
@@ -136,30 +137,30 @@ async def _asked(connection: AsyncConnection, key: ExecutionKey, body: Answer) -
         message = f"iteration is required: {len(waiting)} turns of a loop wait, {turns}"
         raise errors.invalid([errors.problem("iteration", "required", message)])
     if not waiting:
-        is_answered = await signals.is_answered(connection, key, body.node_id, body.iteration)
-        raise _refusal(Reception.LATE if is_answered else Reception.UNAWAITED)
+        is_answered = await node_answers.is_answered(connection, key, body.node_id, body.iteration)
+        raise _refusal(AnswerReception.LATE if is_answered else AnswerReception.UNAWAITED)
     return waiting[0]
 
 
 async def _given(
-    request: Request, key: ExecutionKey, asked: Waiting, body: Answer, promise: IdempotencyKey | None
-) -> Given | None:
+    request: Request, key: ExecutionKey, asked: WaitingNode, body: Answer, promise: IdempotencyKey | None
+) -> AnswerResult | None:
     """Give the answer; None where a request with the same key has. Raises 409, and 422 for a key of another body."""
     user_id = request.caller.user_id
     answered_at = request.gateway.clock()
     told: Json = {"data": body.data, "choice": body.choice, "by": user_id, "at": instant(answered_at)}
     give = partial(
-        signals.give,
+        node_answers.store_answer,
         key=key,
         node_id=asked.node_id,
         iteration=asked.iteration,
-        payload=signals.output(told, body.choice or OUTPUT),
+        payload=node_answers.encode_output_answer(told, body.choice or OUTPUT),
         kind=AnswerSource.INPUT,
         user_id=user_id,
     )
     answer_id = ids.new_id("answer")
 
-    async def work(connection: AsyncConnection) -> Given | None:
+    async def work(connection: AsyncConnection) -> AnswerResult | None:
         if promise is not None:
             bound = await idempotency.reserve(
                 connection, promise, lane=key.lane, resource_id=answer_id, now=answered_at
@@ -167,17 +168,17 @@ async def _given(
             if bound != answer_id:
                 return None
         given = await give(connection)
-        if given.reception is not Reception.TAKEN:
+        if given.reception is not AnswerReception.TAKEN:
             raise _refusal(given.reception)
         return given
 
     return await request.gateway.database.transaction(work, locks=key.execution_id)
 
 
-def _refusal(reception: Reception) -> ApiError:
-    if reception is Reception.LATE:
+def _refusal(reception: AnswerReception) -> ApiError:
+    if reception is AnswerReception.LATE:
         return errors.conflict("already-answered", "Somebody has given this node its answer already")
-    if reception is Reception.EXPIRED:
+    if reception is AnswerReception.EXPIRED:
         return errors.conflict(
             "input-expired", "The node has waited as long as it was to: it goes on without"
         )
@@ -190,7 +191,7 @@ def _taken(key: ExecutionKey, body: Answer, headers: Mapping[str, str]) -> JsonR
     return JsonResponse(taken, headers=headers)
 
 
-def _shown(one: Waiting) -> PendingInput:
+def _shown(one: WaitingNode) -> PendingInput:
     schema = one.request.get("schema")
     return PendingInput(
         node_id=one.node_id,

@@ -27,7 +27,7 @@ from gateway.http.wire import (
     read_json,
 )
 from gateway.workflows import editing
-from journal import activity
+from journal.deployments import activity
 from models import lifecycle_forecast, lifecycle_policy
 from models.audit import AuditAction
 from models.deployment import DeploymentStatus, status_of, stopped_reason_of
@@ -43,7 +43,7 @@ from models.lifecycle_policy import (
 
 if TYPE_CHECKING:
     from gateway.deployments.lifecycle_rows import Usage
-    from journal.activity import Seen
+    from journal.deployments.activity import DeploymentActivity
     from models.deployment import LifecycleDecision
     from models.lifecycle_forecast import PastRun
     from models.weekly_windows import WindowChange, ZoneClockChange
@@ -196,7 +196,7 @@ async def show(request: Request) -> JsonResponse:
     """Show a workflow's lifecycle policy, and where its deployment is."""
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
-        seen = await activity.look(connection, stored.workflow.id)
+        seen = await activity.read_activity(connection, stored.workflow.id)
         now = request.gateway.clock() if seen is None else seen.now
         used = await lifecycle_rows.usage(connection, stored.workflow.id, now)
     return editing.answer(stored, _shape(stored.workflow, seen, used))
@@ -224,7 +224,7 @@ async def _given_policy(request: Request) -> LifecyclePolicy:
     given = body_of(request, value, GivenLifecycle)
     async with request.gateway.database.read() as connection:
         workflow = (await editing.readable(connection, request)).workflow
-        seen = await activity.look(connection, workflow.id)
+        seen = await activity.read_activity(connection, workflow.id)
     now = {"workflowId": workflow.id, "deploymentStatus": status_of(seen.deployment if seen else None).value}
     read_only.require_same({name: value[name] for name in now if name in value}, GivenLifecycle, lambda: now)
     return given.lifecycle_policy
@@ -255,7 +255,7 @@ async def preview(request: Request) -> JsonResponse:
         workflow = stored.workflow
         since = max(now - PREVIEW_TIME, workflow.created_at)
         runs = await lifecycle_rows.past_runs(connection, workflow.id, since, now)
-        seen = await activity.look(connection, workflow.id)
+        seen = await activity.read_activity(connection, workflow.id)
     if len(runs) == limits.PREVIEW_RUNS:
         since = runs[0].accepted_at
     replicas = seen.deployment.last_replicas if seen else 1
@@ -287,7 +287,7 @@ async def preview(request: Request) -> JsonResponse:
 # ── as clients see it ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shape(workflow: Workflow, seen: Seen | None, used: Usage | None) -> LifecycleShape:
+def _shape(workflow: Workflow, seen: DeploymentActivity | None, used: Usage | None) -> LifecycleShape:
     deployment = seen.deployment if seen else None
     coming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now) if seen else None
     return LifecycleShape(

@@ -15,7 +15,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import Instant, Wire, instant
 from gateway.workflows import editing
-from journal import pinning
+from journal import definition_snapshot
 from models import schedule_timetable
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -26,7 +26,7 @@ from models.workflow import Workflow, WorkflowStatus
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.pinning import TriggerNode
+    from journal.definition_snapshot import TriggerNode
     from models.schedule_timetable import ScheduleTimetable
 
 SHOWN_RUNS: Final = 5
@@ -106,7 +106,7 @@ async def show(request: Request) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.readable(connection, request)
         row, status = await _row(connection, stored.workflow.id)
-    trigger = pinning.trigger_of(stored.nodes, request.gateway.catalog)
+    trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     shown = _shape(stored.workflow, trigger, row, status, request.gateway.clock())
     return editing.answer(stored, shown)
 

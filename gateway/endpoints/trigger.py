@@ -28,17 +28,18 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse
 from gateway.http.text import Problems
 from gateway.http.wire import GuardedWire, Wire, body_of, read_json
-from journal import results, wakes
-from journal.results import ResultTooLarge
-from journal.store import DefinitionKey, ExecutionKey, Verdict
+from journal import run_outputs
+from journal.deployments import wakes
+from journal.run_outputs import OutputsTooLarge
+from journal.store import AcceptanceVerdict, DefinitionKey, ExecutionKey
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import StartRefusal
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
-    from journal.pinning import LoadedWorkflow
-    from journal.store import Accepted, Progress
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import AcceptanceResult, RunProgressReport
 
 Answer = TypeVar("Answer")
 
@@ -121,7 +122,7 @@ async def start(request: Request) -> JsonResponse:
         return await _planned(request, workflow, body, times)
 
     with request.gateway.activation.queue(workflow_id):
-        accepted = await intake.take_in(request, plan, promise)
+        accepted = await intake.ingest(request, plan, promise)
         times.accepted = perf_counter()
         # Committed, and not to be held while the run is waited for.
         value, body.inputs, body.trigger_inputs = None, None, None
@@ -178,12 +179,12 @@ async def _planned(request: Request, workflow: LoadedWorkflow, body: Trigger, ti
     return Run(deployed, body.trigger_type, inputs, home=workflow.id)
 
 
-async def _wait_for_pod(request: Request, accepted: Accepted, times: Times, until: float) -> None:
+async def _wait_for_pod(request: Request, accepted: AcceptanceResult, times: Times, until: float) -> None:
     """Return when the run is taken, or the time is up; raises `NoPod`."""
     is_taken = await request.gateway.activation.taken(
         _key(request, accepted),
         request.path_params["id"],
-        is_new=accepted.verdict is Verdict.ACCEPTED,
+        is_new=accepted.verdict is AcceptanceVerdict.ACCEPTED,
         is_ready=not times.is_cold,
         seconds=_left(until),
     )
@@ -191,8 +192,8 @@ async def _wait_for_pod(request: Request, accepted: Accepted, times: Times, unti
 
 
 async def _followed(
-    request: Request, accepted: Accepted, body: Trigger, times: Times, until: float
-) -> Progress | None:
+    request: Request, accepted: AcceptanceResult, body: Trigger, times: Times, until: float
+) -> RunProgressReport | None:
     """Return where the run is, at its end if that is waited for and comes in time; None: it was taken, just now."""
     if times.taken is not None and not body.sync:
         return None
@@ -200,7 +201,11 @@ async def _followed(
 
 
 async def _shape(
-    request: Request, accepted: Accepted, body: Trigger, times: Times, progress: Progress | None
+    request: Request,
+    accepted: AcceptanceResult,
+    body: Trigger,
+    times: Times,
+    progress: RunProgressReport | None,
 ) -> Triggered:
     shape = Triggered(
         status=TriggerStatus.STARTED,
@@ -220,23 +225,23 @@ async def _shape(
         shape.error = msgspec.Raw(progress.error) if progress.error else _ended_by_hand(progress.status)
     try:
         shape.output = await _output(request, accepted, times)
-    except ResultTooLarge as error:
+    except OutputsTooLarge as error:
         message = f"{error}, more than an answer holds: they are to be read at the execution"
         shape.error = msgspec.Raw(encode_json({"code": "output-too-large", "message": message}))
     return shape
 
 
-async def _output(request: Request, accepted: Accepted, times: Times) -> dict[str, msgspec.Raw]:
+async def _output(request: Request, accepted: AcceptanceResult, times: Times) -> dict[str, msgspec.Raw]:
     caller, key = request.caller, _key(request, accepted)
     async with request.gateway.database.read() as connection:
         hashed = times.definition_hash
-        if accepted.verdict is not Verdict.ACCEPTED:
+        if accepted.verdict is not AcceptanceVerdict.ACCEPTED:
             pinned = select(col(Execution.definition_hash)).where(
                 col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
             )
             hashed = await connection.scalar(pinned) or ""
         definition = DefinitionKey(caller.organization_id, hashed, caller.lane)
-        found = await results.leaves(
+        found = await run_outputs.read_leaf_outputs(
             connection, key, definition, max_characters=limits.TRIGGER_OUTPUT_CHARACTERS
         )
     outputs = request.gateway.large_outputs.explain(key.execution_id)
@@ -250,7 +255,7 @@ def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
     return msgspec.Raw(encode_json({"code": status.value, "message": f"Somebody has {status.value} the run"}))
 
 
-def _key(request: Request, accepted: Accepted) -> ExecutionKey:
+def _key(request: Request, accepted: AcceptanceResult) -> ExecutionKey:
     return ExecutionKey(accepted.execution_id, request.caller.lane)
 
 

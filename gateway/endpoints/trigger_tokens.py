@@ -16,7 +16,7 @@ from gateway.http.request import Request
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, Wire, decode_body, instant, optional_instant
 from gateway.workflows import editing, workflow_rows
-from journal import pinning
+from journal import definition_snapshot
 from models import ids, sender_tokens
 from models.audit import AuditAction
 from models.ingest import SenderToken, SenderTokenKind
@@ -200,7 +200,7 @@ async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at:
 
 
 def _kind(request: Request, stored: Stored) -> str | None:
-    trigger = pinning.trigger_of(stored.nodes, request.gateway.catalog)
+    trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     return trigger.kind if trigger else None
 
 

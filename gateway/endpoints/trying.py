@@ -26,8 +26,8 @@ from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded
-    from journal.pinning import LoadedWorkflow
-    from journal.store import Progress
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import RunProgressReport
 
 
 class TryNode(StrictWire):
@@ -82,7 +82,7 @@ async def run_node(request: Request) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> Run:
         return await _planned(request, workflow, body)
 
-    accepted = await intake.take_in(request, plan, promise)
+    accepted = await intake.ingest(request, plan, promise)
     headers = intake.headers(request, accepted)
     key = ExecutionKey(accepted.execution_id, request.caller.lane)
     progress = await request.gateway.waiting.progress(key, body.wait)
@@ -113,7 +113,7 @@ def _is_of_node(row: Recorded) -> bool:
     return not row.iteration and row.kind == execution_rows.SpanKind.NODE
 
 
-async def _tried(request: Request, key: ExecutionKey, progress: Progress) -> TriedNode:
+async def _tried(request: Request, key: ExecutionKey, progress: RunProgressReport) -> TriedNode:
     whole = Page(limits.RECORDS_MAX, 0)
     async with request.gateway.database.read() as connection:
         _, spans = await execution_rows.spans(

@@ -28,7 +28,7 @@ from gateway.workflows import (
 )
 from gateway.workflows.graph_difference import Change, ItemsDifference
 from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
-from journal import pinning
+from journal import definition_snapshot
 from models.audit import AuditAction
 from models.workflow import WorkflowVersion
 
@@ -223,7 +223,7 @@ def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
         **snapshot,
         "nodes": [graph_shapes.shown_node(node) for node in snapshot["nodes"]],
         "connections": [graph_shapes.shown_connection(edge) for edge in snapshot["connections"]],
-        "settings": pinning.effective(snapshot["settings"]),
+        "settings": definition_snapshot.effective_settings(snapshot["settings"]),
     }
 
 

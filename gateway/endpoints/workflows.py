@@ -20,7 +20,7 @@ from gateway.workflows import editing, workflow_rows, workflow_shapes
 from gateway.workflows.editing import Edited
 from gateway.workflows.workflow_rows import Filter, Stored
 from gateway.workflows.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
-from journal import deployments
+from journal.deployments import desired_state
 from journal.store import ExecutionKey
 from models.audit import AuditAction
 from models.lifecycle_policy import StoppedReason
@@ -164,7 +164,7 @@ async def delete(request: Request) -> NoContent:
 
     async def look_for_runs(connection: AsyncConnection, edited: Edited) -> None:
         workflow_id = edited.before.workflow.id
-        deployment = await deployments.find(connection, workflow_id)
+        deployment = await desired_state.find_deployment(connection, workflow_id)
         if deployment is not None and deployment.is_deployed and not is_forced:
             message = "The workflow is deployed: undeploy it first, or do both with ?force=true"
             raise errors.conflict("workflow-deployed", message)

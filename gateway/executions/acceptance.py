@@ -12,9 +12,9 @@ from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
 from gateway import errors, limits
-from journal import admission
+from journal import concurrency_limits
 from journal.group_commit import GroupCommit
-from journal.store import Accepted, DefinitionKey, Verdict
+from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey
 from messages import hints
 from models.errors import DatabaseUnavailable
 from models.execution import Idempotency
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from gateway.arrivals.event_telling import EventTelling
     from gateway.executions.waiting import Waiting
     from gateway.internal.desk import Desk
-    from journal.store import Acceptance, Arrival, ArrivedRun, IdempotencyKey, Store, TakenIn
+    from journal.store import (
+        IdempotencyKey,
+        IngestedRun,
+        IngestResult,
+        IngestWrite,
+        JournalStore,
+        RunAcceptance,
+    )
     from messages.broker import Broker
     from models.database import Database
 
@@ -54,7 +61,7 @@ class Acceptances:
     def __init__(
         self,
         database: Database,
-        store: Store,
+        store: JournalStore,
         broker: Broker,
         waiting: Waiting,
         desk: Desk,
@@ -66,13 +73,13 @@ class Acceptances:
         self._waiting = waiting
         self._desk = desk
         self._events = events
-        self._group: GroupCommit[Acceptance, Accepted] = GroupCommit(
+        self._group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(
             self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
         )
         # Apart, for each of these takes a transaction of its own, and others needn't wait for them.
-        self._impatient: GroupCommit[Acceptance, Accepted] = GroupCommit(self._commit)
+        self._impatient: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
         # Apart too: they may bring a thousand runs at once.
-        self._arriving: GroupCommit[Arrival, TakenIn] = GroupCommit(
+        self._arriving: GroupCommit[IngestWrite, IngestResult] = GroupCommit(
             self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
         )
         self._admissions: set[asyncio.Task[None]] = set()
@@ -81,14 +88,14 @@ class Acceptances:
         self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
-    async def accept(self, acceptance: Acceptance) -> Accepted:
+    async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
         """Return what became of a run once that is committed; raises 503 where too many wait."""
         group = self._group if acceptance.may_wait else self._impatient
         if group.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await group.submit(acceptance)
 
-    async def take_in(self, arrival: Arrival) -> TakenIn:
+    async def ingest(self, arrival: IngestWrite) -> IngestResult:
         """Return what became of what a sender has brought, once that is committed; raises 503 where too many wait."""
         if self._arriving.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
@@ -120,24 +127,26 @@ class Acceptances:
         await self._unread.drain()
         await self._arrivals.drain()
 
-    async def _commit(self, batch: Sequence[Acceptance]) -> Sequence[Accepted]:
+    async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         # Before the commit, so that whatever comes after it counts.
         self._waiting.expect([one.execution_id for one in batch])
         answers = await self._store.accept(batch)
         accepted = [
-            one for one, answer in zip(batch, answers, strict=True) if answer.verdict is Verdict.ACCEPTED
+            one
+            for one, answer in zip(batch, answers, strict=True)
+            if answer.verdict is AcceptanceVerdict.ACCEPTED
         ]
         self._remember(accepted)
         self._tell(accepted)
         return answers
 
-    async def _take_in(self, batch: Sequence[Arrival]) -> Sequence[TakenIn]:
-        answers = await self._store.take_in(batch)
-        accepted: list[ArrivedRun] = []
+    async def _take_in(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+        answers = await self._store.ingest(batch)
+        accepted: list[IngestedRun] = []
         for arrival, answer in zip(batch, answers, strict=True):
             of_runs = zip(arrival.runs, answer.runs, strict=False)  # none, where it wasn't taken in
-            accepted += [run for run, one in of_runs if one.verdict is Verdict.ACCEPTED]
-            if arrival.event is not None and answer.verdict is Verdict.ACCEPTED:
+            accepted += [run for run, one in of_runs if one.verdict is AcceptanceVerdict.ACCEPTED]
+            if arrival.event is not None and answer.verdict is AcceptanceVerdict.ACCEPTED:
                 self._events.submit(arrival.event.event_id)
         self._remember(accepted)
         self._tell([run for run in accepted if run.is_read and run.delay_until is None])
@@ -145,7 +154,7 @@ class Acceptances:
             self._unread.submit(None)
         return answers
 
-    def _remember(self, accepted: Sequence[Acceptance]) -> None:
+    def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
         """Take down which definitions are stored by now."""
         for one in accepted:
             if one.definition is not None:
@@ -153,7 +162,7 @@ class Acceptances:
                     DefinitionKey(one.organization_id, one.definition_hash, one.lane), value=True
                 )
 
-    def _tell(self, accepted: Sequence[Acceptance]) -> None:
+    def _tell(self, accepted: Sequence[RunAcceptance]) -> None:
         """Tell of runs that may begin now."""
         if any(one.concurrency_key is None and one.home is None for one in accepted):
             self.hint()
@@ -172,7 +181,7 @@ class Acceptances:
     async def _admit(self, key: str) -> None:
         """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
         try:
-            if await admission.admit(self._database, key):
+            if await concurrency_limits.admit_waiting_runs(self._database, key):
                 self.hint()
                 # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
                 await self._desk.arrived({key.partition(":")[0]})
@@ -192,7 +201,7 @@ class Acceptances:
         return batch
 
 
-def _weight(run: Acceptance) -> int:
+def _weight(run: RunAcceptance) -> int:
     return RUN_CHARACTERS + len(run.trigger) + len(run.definition or "")
 
 
@@ -202,7 +211,7 @@ def require_open(status: WorkflowStatus) -> None:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
 
-async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepted | None:
+async def earlier(database: Database, lane: int, key: IdempotencyKey) -> AcceptanceResult | None:
     """Return the answer that an earlier request with this key got, if there was one."""
     statement = select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(
         col(Idempotency.lane) == lane,
@@ -219,12 +228,12 @@ async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepte
 
 async def all_earlier(
     database: Database, lane: int, keys: Sequence[IdempotencyKey]
-) -> dict[IdempotencyKey, Accepted]:
+) -> dict[IdempotencyKey, AcceptanceResult]:
     """Return the same of many keys; those that no earlier request had are left out."""
     pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
     asked = {(key.scope, key.key): key for key in keys}
     pairs = list(asked)
-    found: dict[IdempotencyKey, Accepted] = {}
+    found: dict[IdempotencyKey, AcceptanceResult] = {}
     async with database.read() as connection:
         for start in range(0, len(pairs), KEYS_AT_ONCE):
             statement = select(Idempotency).where(
@@ -238,6 +247,6 @@ async def all_earlier(
     return found
 
 
-def _as_bound(row: Row[*tuple[Any, ...]], key: IdempotencyKey) -> Accepted:
-    verdict = Verdict.REPEATED if row.fingerprint == key.fingerprint else Verdict.MISMATCH
-    return Accepted(verdict, row.resource_id)
+def _as_bound(row: Row[*tuple[Any, ...]], key: IdempotencyKey) -> AcceptanceResult:
+    verdict = AcceptanceVerdict.REPEATED if row.fingerprint == key.fingerprint else AcceptanceVerdict.MISMATCH
+    return AcceptanceResult(verdict, row.resource_id)

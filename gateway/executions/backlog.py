@@ -92,7 +92,7 @@ class Backlog:
         whole = self._per_organization
 
         async def count_organization(connection: AsyncConnection) -> int:
-            return await backlog.of_organization(connection, organization_id, at_most=whole + 1)
+            return await backlog.count_organization_backlog(connection, organization_id, at_most=whole + 1)
 
         await self._look(organization, count, whole, count_organization)
         if organization.lacks_room(count, whole):
@@ -113,7 +113,9 @@ class Backlog:
         limit = self._per_workflow
 
         async def count_workflow(connection: AsyncConnection) -> int:
-            return await backlog.of_workflow(connection, organization_id, workflow_id, at_most=limit + 1)
+            return await backlog.count_workflow_backlog(
+                connection, organization_id, workflow_id, at_most=limit + 1
+            )
 
         await self._look(workflow, count, limit, count_workflow)
         if workflow.lacks_room(count, limit):

@@ -21,10 +21,10 @@ from gateway.executions.execution_access import visible_to
 from gateway.executions.resumption import IS_RESUMED
 from gateway.executions.tries import TEST
 from gateway.http import idempotency
-from journal.blobs import orphans
-from journal.blobs.backend import BlobsUnavailable
-from journal.deletion import MAY_GO, delete_runs
-from journal.store import ExecutionKey, Verdict
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_storage import BlobsUnavailable
+from journal.run_deletion import IS_DELETABLE, delete_runs
+from journal.store import AcceptanceVerdict, ExecutionKey
 from json_text import decoding
 from models import ids
 from models.audit import AuditAction
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from gateway.executions.execution_rows import Filter
     from gateway.http.request import Request
     from gateway.state import State
-    from journal.store import IdempotencyKey, Requested
+    from journal.store import EndRequestOutcome, IdempotencyKey
     from models.access import ApiCaller
 
 log = structlog.get_logger()
@@ -95,11 +95,11 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 def deletable(caller: ApiCaller) -> ColumnElement[bool]:
     """Return what holds for executions that may go, and whose workflow is the caller's to delete."""
     if caller.is_admin:
-        return and_(visible_to(caller), MAY_GO)
+        return and_(visible_to(caller), IS_DELETABLE)
     own = exists().where(
         col(Workflow.id) == col(Execution.workflow_id), col(Workflow.owner_id) == caller.user_id
     )
-    return and_(visible_to(caller), MAY_GO, own.correlate(Execution))
+    return and_(visible_to(caller), IS_DELETABLE, own.correlate(Execution))
 
 
 async def find(
@@ -144,7 +144,7 @@ async def begun(request: Request, promise: IdempotencyKey) -> Chosen | None:
     earlier = await acceptance.earlier(request.gateway.database, request.caller.lane, promise)
     if earlier is None:
         return None
-    if earlier.verdict is Verdict.MISMATCH:
+    if earlier.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch()
     return _decode(earlier.execution_id)
 
@@ -175,7 +175,7 @@ async def cancel(gateway: State, caller: ApiCaller, execution_ids: Sequence[str]
     return cancelled
 
 
-async def _ask_to_end_unlocked(gateway: State, key: ExecutionKey) -> Requested | None:
+async def _ask_to_end_unlocked(gateway: State, key: ExecutionKey) -> EndRequestOutcome | None:
     """Cancel an execution; None where there is none, or another transaction keeps it locked."""
     try:
         return await ask_to_end(gateway, key, "cancel")
@@ -243,7 +243,7 @@ async def delete(gateway: State, execution_ids: Sequence[str]) -> list[str]:
         gone = await delete_runs(gateway.database, some)
         deleted += [execution_id for execution_id in some if execution_id in gone]
         try:
-            await orphans.delete_unused(gateway.blobs, gateway.database, list(gone.values()))
+            await orphan_blobs.delete_unused(gateway.blobs, gateway.database, list(gone.values()))
         except BlobsUnavailable as error:
             log.warning("blobs of deleted executions not deleted", error=str(error))  # orphans from now on
     return deleted

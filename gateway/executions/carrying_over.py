@@ -8,10 +8,10 @@ import msgspec
 
 from gateway import errors
 from gateway.arrivals.taking_in import Message
-from journal import trigger_body, unread
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
-from journal.blobs.reference import InvalidReference, Reference
-from journal.unread import Unread
+from journal import trigger_body, unparsed_mail
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
+from journal.unparsed_mail import UnparsedMail
 from json_text import decoding
 from models import ids
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 async def carried_over(
-    blobs: BlobStore, given: str, source: Owner | None, promise: IdempotencyKey | None
+    blobs: BlobStore, given: str, source: BlobOwner | None, promise: IdempotencyKey | None
 ) -> Message:
     """Return what another run is given of what the run of `source` was given, once its contents are there too.
 
@@ -33,13 +33,13 @@ async def carried_over(
     where its content is gone, and 503.
     """
     execution_id = ids.new_id("exec")
-    if trigger_body.is_apart(given):
+    if trigger_body.is_separate(given):
         trigger = await _body_copied(blobs, given, source, execution_id)
         return Message(trigger, given, promise=promise, execution_id=execution_id)
     trigger = decoding.decode(given)
-    is_read = not unread.is_unread(given)
+    is_read = not unparsed_mail.is_unparsed(given)
     if not is_read:
-        mail = msgspec.structs.replace(Unread.of(given), screening=None)
+        mail = msgspec.structs.replace(UnparsedMail.from_text(given), screening=None)
         trigger, blob = mail.as_json(), mail.blob
         if blob is not None and (source is None or not await _copied(blobs, source, execution_id, blob)):
             raise _gone()
@@ -50,12 +50,12 @@ async def carried_over(
     return Message(trigger=trigger, promise=promise, is_read=is_read, execution_id=execution_id)
 
 
-async def _body_copied(blobs: BlobStore, given: str, source: Owner | None, execution_id: str) -> Json:
+async def _body_copied(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
     """Copy the body of a webhook; returns the whole output of its trigger. Raises 409 where it is gone, and 503."""
-    if source is None or not await _copied(blobs, source, execution_id, trigger_body.reference_in(given)):
+    if source is None or not await _copied(blobs, source, execution_id, trigger_body.find_reference(given)):
         raise _gone()
     try:
-        return await trigger_body.read(given, blobs, source)
+        return await trigger_body.read_body(given, blobs, source)
     except BlobLost as error:
         raise _gone() from error
     except BlobsUnavailable as error:
@@ -66,19 +66,19 @@ def _gone() -> ApiError:
     return errors.conflict("not-redrivable", "What it has brought is not kept any more")
 
 
-def _attached(trigger: Json) -> Iterator[Reference]:
+def _attached(trigger: Json) -> Iterator[BlobReference]:
     attachments = trigger.get("attachments") if isinstance(trigger, dict) else None
     for attachment in attachments if isinstance(attachments, list) else ():
         if isinstance(attachment, dict) and "blob" in attachment:
             try:
-                yield Reference.of(attachment["blob"])
-            except InvalidReference:
+                yield BlobReference.from_value(attachment["blob"])
+            except InvalidBlobReference:
                 continue
 
 
-async def _copied(blobs: BlobStore, source: Owner, execution_id: str, reference: Reference) -> bool:
+async def _copied(blobs: BlobStore, source: BlobOwner, execution_id: str, reference: BlobReference) -> bool:
     """Copy a content; returns False where it is gone."""
-    target = Owner(source.organization_id, execution_id)
+    target = BlobOwner(source.organization_id, execution_id)
     try:
         content = await blobs.get(source, reference.sha256)
         await blobs.put(target, content, media_type=reference.type, name=reference.name)

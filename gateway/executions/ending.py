@@ -8,10 +8,10 @@ from messages import endings
 
 if TYPE_CHECKING:
     from gateway.state import State
-    from journal.store import ExecutionKey, Requested
+    from journal.store import EndRequestOutcome, ExecutionKey
 
 
-async def ask_to_end(gateway: State, key: ExecutionKey, wish: str) -> Requested | None:
+async def ask_to_end(gateway: State, key: ExecutionKey, wish: str) -> EndRequestOutcome | None:
     """Ask an execution to `stop` or `cancel`; None where there is no such execution."""
     requested = await gateway.store.request_end(key, wish)
     if requested is not None:

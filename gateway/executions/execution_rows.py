@@ -27,7 +27,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from gateway.executions.execution_access import visible_to
-from journal.blobs.backend import Owner
+from journal.blobs.blob_storage import BlobOwner
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
 
 if TYPE_CHECKING:
@@ -198,13 +198,13 @@ async def find(connection: AsyncConnection, execution_id: str, caller: ApiCaller
     )
 
 
-async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> Owner | None:
+async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
     """Return under whose name the contents of a run are kept."""
     statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
         col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
     )
     row = (await connection.execute(statement)).first()
-    return None if row is None else Owner(*row)
+    return None if row is None else BlobOwner(*row)
 
 
 # ── spans and log lines ─────────────────────────────────────────────────────────────────────────────────────

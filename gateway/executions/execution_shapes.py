@@ -12,14 +12,14 @@ from engine.node_api import CONTINUE
 from engine.run_records import FailureCause, SpanStatus
 from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, Wire, instant, optional_instant
-from journal import unread
-from journal.follow_ups import FollowUp, Outcome
+from journal import unparsed_mail
+from journal.waits.completion import CompletionAction, CompletionOutcome
 from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
     from gateway.executions.execution_rows import Recorded, Whole
     from gateway.executions.large_outputs import ShownOutputs
-    from journal.store import Progress
+    from journal.store import RunProgressReport
     from models.execution import Execution
 
 Status: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": [*ExecutionStatus]})]
@@ -199,7 +199,7 @@ def whole(found: Whole, outputs: ShownOutputs) -> ExecutionShape:
     """Return an execution with everything that belongs to it, its outputs as `outputs` shows them."""
     shape = listed(found.execution)
     shape.trigger = TriggerShape(
-        type=found.execution.trigger_type, data=Raw(unread.shown(found.data.trigger))
+        type=found.execution.trigger_type, data=Raw(unparsed_mail.visible_trigger(found.data.trigger))
     )
     shape.config = Raw(found.data.config)
     shape.outputs = _outputs(found, outputs)
@@ -207,7 +207,7 @@ def whole(found: Whole, outputs: ShownOutputs) -> ExecutionShape:
     return shape
 
 
-def progress(found: Progress, outputs: ShownOutputs) -> ProgressShape:
+def progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressShape:
     return ProgressShape(
         execution_id=found.execution_id,
         status=found.status,
@@ -279,7 +279,7 @@ def percent(status: str, stored: int) -> int:
     return 100 if status == ExecutionStatus.COMPLETED else stored
 
 
-def _outputs(found: Whole | Progress, outputs: ShownOutputs) -> dict[str, Raw]:
+def _outputs(found: Whole | RunProgressReport, outputs: ShownOutputs) -> dict[str, Raw]:
     references = frozenset(found.references)
     return {
         node_id: outputs.show(text, is_reference=node_id in references) for node_id, text in found.outputs
@@ -302,11 +302,11 @@ def _hashes(digests: bytes | None) -> dict[str, str] | None:
 
 
 def _follow_up(execution: Execution) -> FollowUpShape | None:
-    left = convert(execution.follow_up or {}, FollowUp)
-    if not left.tells_somebody and execution.follow_up_outcome is None:
+    left = convert(execution.follow_up or {}, CompletionAction)
+    if not left.is_external and execution.follow_up_outcome is None:
         return None
-    outcome = convert(execution.follow_up_outcome or {}, Outcome)
-    return FollowUpShape(pending=left.tells_somebody, attempts=outcome.attempts, last_error=outcome.error)
+    outcome = convert(execution.follow_up_outcome or {}, CompletionOutcome)
+    return FollowUpShape(pending=left.is_external, attempts=outcome.attempts, last_error=outcome.error)
 
 
 def _milliseconds(started_at: datetime | None, ended_at: datetime | None) -> int | None:

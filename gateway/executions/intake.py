@@ -14,10 +14,11 @@ from gateway.executions import acceptance
 from gateway.http import idempotency
 from gateway.http.request import Request
 from gateway.http.responses import location
-from journal import admission, follow_ups
-from journal.admission import OnLimit
-from journal.pinning import LoadedWorkflow
-from journal.store import Acceptance, Accepted, DefinitionKey, Verdict
+from journal import concurrency_limits
+from journal.concurrency_limits import LimitAction
+from journal.definition_snapshot import LoadedWorkflow
+from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, RunAcceptance
+from journal.waits import completion
 from models import ids
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
         raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
 
 
-async def take_in(request: Request, plan: Plan, promise: IdempotencyKey | None) -> Accepted:
+async def ingest(request: Request, plan: Plan, promise: IdempotencyKey | None) -> AcceptanceResult:
     """Accept a run of the workflow of the path, or return the one that was accepted for the same promise before.
 
     Raises 404, 409, 422, 429, and whatever `plan` raises.
@@ -63,28 +64,28 @@ async def take_in(request: Request, plan: Plan, promise: IdempotencyKey | None) 
     workflow = await request.gateway.workflows.load(request.path_params["id"], request.caller)
     await request.gateway.rates.take(request, workflow.id)
     accepted = await _accepted(request, workflow, plan, promise)
-    if accepted.verdict is Verdict.STALE:
+    if accepted.verdict is AcceptanceVerdict.STALE:
         # The workflow has moved on since it was loaded: it may be gone, closed, or another graph.
         request.gateway.workflows.forget(workflow.organization_id, workflow.id)
         workflow = await request.gateway.workflows.load(workflow.id, request.caller)
         accepted = await _accepted(request, workflow, plan, promise)
-    if accepted.verdict is Verdict.STALE:
+    if accepted.verdict is AcceptanceVerdict.STALE:
         raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
-    if accepted.verdict is Verdict.MISMATCH:
+    if accepted.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch()
     request.gateway.access.allow(accepted.execution_id, request.caller)
     return accepted
 
 
-def headers(request: Request, accepted: Accepted) -> dict[str, str]:
+def headers(request: Request, accepted: AcceptanceResult) -> dict[str, str]:
     """Return what the answer about an accepted run carries: where it is, and whether it was there before."""
     told = location(request.gateway.settings, accepted.execution_id)
-    return {**told, **idempotency.REPLAYED} if accepted.verdict is Verdict.REPEATED else told
+    return {**told, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else told
 
 
 async def _accepted(
     request: Request, workflow: LoadedWorkflow, plan: Plan, promise: IdempotencyKey | None
-) -> Accepted:
+) -> AcceptanceResult:
     caller = request.caller
     try:
         run = await _planned(request, plan, workflow)
@@ -99,10 +100,10 @@ async def _accepted(
         return earlier
     runnable = run.workflow
     definition = DefinitionKey(runnable.organization_id, runnable.definition_hash, runnable.lane)
-    limit = admission.limit_of(runnable.settings, runnable.id, run.trigger)
+    limit = concurrency_limits.concurrency_limit(runnable.settings, runnable.id, run.trigger)
     acceptances = request.gateway.acceptances
     accepted = await acceptances.accept(
-        Acceptance(
+        RunAcceptance(
             execution_id=ids.new_id("exec"),
             lane=runnable.lane,
             organization_id=runnable.organization_id,
@@ -120,13 +121,13 @@ async def _accepted(
             idempotency=promise,
             concurrency_key=limit.key if limit else None,
             concurrency_limit=limit.runs if limit else None,
-            may_wait=limit is None or limit.on_limit is OnLimit.QUEUE,
-            follow_up=follow_ups.asked(runnable.settings, callback_url=run.callback_url),
+            may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
+            follow_up=completion.requested_actions(runnable.settings, callback_url=run.callback_url),
             home=run.home,
             is_private=run.is_private,
         )
     )
-    if accepted.verdict is Verdict.FULL:
+    if accepted.verdict is AcceptanceVerdict.FULL:
         raise errors.concurrency_limit()
     return accepted
 

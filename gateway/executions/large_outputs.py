@@ -13,13 +13,13 @@ from msgspec import Raw
 
 from gateway import errors, limits
 from gateway.http.wire import Wire
-from journal.blobs.backend import BlobLost, BlobsUnavailable
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
-from journal.blobs.reference import InvalidReference, Reference
 from json_text import decoding
 
 if TYPE_CHECKING:
-    from journal.blobs.backend import Owner
+    from journal.blobs.blob_storage import BlobOwner
     from journal.blobs.blob_store import RunBlobs
 
 EXPANSIONS_AT_ONCE: Final = 4
@@ -69,7 +69,7 @@ class LargeOutputs:
         """Return the view of one execution's outputs in which large ones are explained."""
         return ShownOutputs(f"{self._address}/{execution_id}", {}, {})
 
-    async def expand(self, execution_id: str, owner: Owner, texts: Sequence[str]) -> ShownOutputs:
+    async def expand(self, execution_id: str, owner: BlobOwner, texts: Sequence[str]) -> ShownOutputs:
         """Return the view in which large outputs are shown, as far as all of them stay within the limit.
 
         `texts` are the references, one for each place where an output would stand. Raises 503 where the storage of
@@ -94,7 +94,7 @@ class LargeOutputs:
                 contents[text] = content
         return ShownOutputs(f"{self._address}/{execution_id}", contents, reasons)
 
-    async def _content(self, owner: Owner, reference: Reference) -> Raw | None:
+    async def _content(self, owner: BlobOwner, reference: BlobReference) -> Raw | None:
         try:
             content = await self._blobs.get(owner, reference.sha256, max_bytes=reference.size)
             # A pod may have put anything there, and an answer is JSON as a whole.
@@ -141,10 +141,10 @@ class ShownOutputs:
         return Raw(_encode(explained))
 
 
-def _reference_of(text: str) -> Reference | None:
+def _reference_of(text: str) -> BlobReference | None:
     try:
-        return Reference.read(text.encode())
-    except InvalidReference:
+        return BlobReference.from_text(text.encode())
+    except InvalidBlobReference:
         return None
 
 

@@ -27,7 +27,8 @@ from engine.run_records import SpanStatus
 from gateway import errors
 from gateway.executions import acceptance
 from gateway.executions.execution_access import visible_to
-from journal import follow_ups, unread
+from journal import unparsed_mail
+from journal.waits import completion
 from json_text import decoding
 from models import ids
 from models.database_time import DatabaseTime
@@ -198,12 +199,12 @@ async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_
 
     Whoever else waited for the failed one has been told.
     """
-    if trigger_type == follow_ups.ABOUT_FAILURE:
+    if trigger_type == completion.ON_FAILURE_TRIGGER:
         return None
     config = select(col(ExecutionData.config)).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
     )
-    return follow_ups.asked(decoding.decode(await connection.scalar(config) or "{}"))
+    return completion.requested_actions(decoding.decode(await connection.scalar(config) or "{}"))
 
 
 def _new_execution(
@@ -239,7 +240,7 @@ def _new_execution(
 
 def _is_unread(failed: ExecutionKey) -> Select[bool]:
     """Return the statement that tells whether what a run was brought by could not be read."""
-    return select(unread.has_unread(col(ExecutionData.trigger))).where(
+    return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
     )
 

@@ -20,14 +20,14 @@ from engine.values import InvalidJson, encode_canonical, encode_json
 from gateway import errors, limits
 from gateway.executions.intake import Run
 from gateway.workflows import graph_shapes, node_edits
-from journal import pinning
+from journal import definition_snapshot
 from json_text import decoding
 
 if TYPE_CHECKING:
     from engine.findings import GraphFinding
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from nodes.catalog import NodeCatalog
 
 TEST: Final = "test"
@@ -86,8 +86,8 @@ def run_of_piece(
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
     _require(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
     _require_room(piece.pinned, "pinned")
-    node = pinning.trigger_of(nodes, catalog)
-    kind = node.kind if node else pinning.MANUAL
+    node = definition_snapshot.find_trigger(nodes, catalog)
+    kind = node.kind if node else definition_snapshot.MANUAL_KIND
     trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog, now)
     return Run(_with_definition(workflow, nodes, connections, piece, catalog), kind, trigger)
 
@@ -145,7 +145,7 @@ def _with_definition(
     piece: Piece,
     catalog: NodeCatalog,
 ) -> LoadedWorkflow:
-    definition = pinning.definition(nodes, connections, workflow.settings)
+    definition = definition_snapshot.build_definition(nodes, connections, workflow.settings)
     if piece.up_to is not None:
         definition["upTo"] = piece.up_to
     text = encode_canonical(definition)
@@ -199,7 +199,9 @@ def _body(
     loops = {each for each, node_type in types.items() if node_type and node_type.loops}
     if node_id not in loops:
         return frozenset()
-    bodies = find_bodies(ParsedGraph.from_stored(pinning.definition(nodes, connections, {})), loops)
+    bodies = find_bodies(
+        ParsedGraph.from_stored(definition_snapshot.build_definition(nodes, connections, {})), loops
+    )
     return frozenset(inner for inner in bodies.holders if node_id in bodies.around(inner))
 
 

@@ -21,7 +21,7 @@ from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
 from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
-    from journal.store import ExecutionKey, Progress, Store
+    from journal.store import ExecutionKey, JournalStore, RunProgressReport
     from messages.broker import Broker, Notice
 
 log = structlog.get_logger()
@@ -55,12 +55,12 @@ class Watch:
 class Waiting:
     """Everybody who waits at this gateway."""
 
-    def __init__(self, store: Store, broker: Broker) -> None:
+    def __init__(self, store: JournalStore, broker: Broker) -> None:
         self._store = store
         self._broker = broker
         self.polls = 0
         """How many polls wait."""
-        self._reads: GroupCommit[ExecutionKey, Progress | None] = GroupCommit(self._read)
+        self._reads: GroupCommit[ExecutionKey, RunProgressReport | None] = GroupCommit(self._read)
         self._watches: GroupCommit[Watch, bool] = GroupCommit(self._watch)
         self._watched: TTLCache[str, Watch] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
         self._expected: TTLCache[str, bool] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
@@ -90,7 +90,7 @@ class Waiting:
         await self._watches.drain()
         await self._reads.drain()
 
-    async def progress(self, key: ExecutionKey, wait_seconds: float) -> Progress | None:
+    async def progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
         """Return where a run is: as soon as it has ended, else when the time is over; None where there is none."""
         if wait_seconds <= 0:
             return await self._reads.submit(key)
@@ -105,7 +105,7 @@ class Waiting:
                 timer.cancel()
                 self.polls -= 1
 
-    async def _ended(self, key: ExecutionKey, waiter: Waiter) -> Progress | None:
+    async def _ended(self, key: ExecutionKey, waiter: Waiter) -> RunProgressReport | None:
         if self._will_hear_of(key.execution_id):
             # Accepted here, or read before, and not heard of since: there is nothing new to read.
             await waiter.changed.wait()
@@ -171,7 +171,7 @@ class Waiting:
         for waiter in self._waiters.get(execution_id, ()):
             waiter.changed.set()
 
-    async def _read(self, batch: Sequence[ExecutionKey]) -> Sequence[Progress | None]:
+    async def _read(self, batch: Sequence[ExecutionKey]) -> Sequence[RunProgressReport | None]:
         found = {one.execution_id: one for one in await self._store.progress(list(dict.fromkeys(batch)))}
         for progress in found.values():
             if progress.status in TERMINAL_STATUSES:

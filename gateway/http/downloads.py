@@ -6,12 +6,12 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from journal.blobs.blob_store import RAW
+from journal.blobs.blob_store import RAW_MEDIA_TYPE
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from journal.blobs.backend import Opened, Owner
+    from journal.blobs.blob_storage import BlobOwner, OpenBlob
     from journal.blobs.blob_store import BlobStore
 
 SANDBOXED: Final = (b"content-security-policy", b"sandbox; default-src 'none'")
@@ -21,13 +21,13 @@ SANDBOXED: Final = (b"content-security-policy", b"sandbox; default-src 'none'")
 class Download:
     """One content, which is closed when it was sent."""
 
-    def __init__(self, opened: Opened, sha256: str, closing: AsyncExitStack) -> None:
+    def __init__(self, opened: OpenBlob, sha256: str, closing: AsyncExitStack) -> None:
         self._opened = opened
         self._sha256 = sha256
         self._closing = closing
 
     @classmethod
-    async def of(cls, blobs: BlobStore, owner: Owner, sha256: str) -> Download:
+    async def of(cls, blobs: BlobStore, owner: BlobOwner, sha256: str) -> Download:
         """Open a content to be sent; raises `BlobLost` and `BlobsUnavailable`."""
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(blobs.open(owner, sha256))
@@ -46,7 +46,7 @@ class Download:
         label = self._opened.label
         name = f"; filename*=UTF-8''{quote(label.name, safe='')}" if label.name else ""
         return [
-            (b"content-type", (label.type or RAW).encode()),
+            (b"content-type", (label.type or RAW_MEDIA_TYPE).encode()),
             (b"content-length", b"%d" % self._opened.size),
             (b"content-disposition", f"attachment{name}".encode()),
             (b"etag", f'"{self._sha256}"'.encode()),

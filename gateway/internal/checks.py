@@ -16,7 +16,7 @@ from engine.expressions import ExpressionError
 from engine.values import InvalidJson
 from gateway import errors
 from gateway.errors import ApiError
-from journal.blobs.reference import InvalidReference, Reference
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from json_text import decoding
 from models import ids
 
@@ -40,7 +40,7 @@ def require_storable(write: RunWrite) -> None:
     try:
         for span in write.spans:
             _check_span(span)
-    except (InvalidJson, InvalidReference, msgspec.DecodeError) as error:
+    except (InvalidJson, InvalidBlobReference, msgspec.DecodeError) as error:
         raise _refused(f"A value is none that can be kept: {error}") from error
     if any(moment.tzinfo is None for moment in _moments(write)):
         raise _refused("A time has no zone")
@@ -65,7 +65,7 @@ def _check_span(span: NodeSpan) -> None:
             values.decode_json(text)
     for reference in (span.input_blob, span.output_blob):
         if reference is not None:
-            Reference.read(reference)
+            BlobReference.from_text(reference)
     if span.awaits is not None:
         values.decode_json(span.awaits)
         decoding.decode(span.awaits, _Awaits)

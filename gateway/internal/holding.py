@@ -14,7 +14,7 @@ from sqlmodel import col
 from engine.services import RunCaller
 from execution.gateway_calls import SPANS_PER_PAGE, Answer
 from gateway.errors import ApiError
-from journal.rows import SPAN_COLUMNS, span_of
+from journal.run_rows import SPAN_COLUMNS, decode_span
 from models.database_time import DatabaseTime
 from models.deployment import Deployment
 from models.execution import Execution, LogRow, SpanRow, WaitAnswer
@@ -161,7 +161,7 @@ async def spans(database: Database, holder: Holder, execution_id: str, after: in
         .limit(SPANS_PER_PAGE)
     )
     async with database.read() as connection:
-        return [span_of(row) for row in await connection.execute(statement)]
+        return [decode_span(row) for row in await connection.execute(statement)]
 
 
 async def log_ends(database: Database, holder: Holder, execution_ids: Sequence[str]) -> dict[str, int]:

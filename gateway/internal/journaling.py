@@ -35,8 +35,8 @@ from gateway import errors
 from gateway.http.responses import JsonResponse
 from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
-from journal import pod_leases
-from journal.store import Claim, Held
+from journal.deployments import pod_leases
+from journal.store import ClaimQuery, LeaseRenewal
 from messages import beginnings
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
@@ -73,13 +73,13 @@ async def contact(request: Request, holder: Holder) -> JsonResponse:
 
 async def _take_back_earlier(gateway: State, holder: Holder) -> None:
     """Take back what processes of the same pod held before this one: it would not have been started beside another."""
-    held_by = await pod_leases.holders(gateway.database, holder.workflow_id)
+    held_by = await pod_leases.pod_lease_owners(gateway.database, holder.workflow_id)
     earlier = [
         process
         for process in held_by
         if process.pod == holder.process.pod and process.started_at < holder.process.started_at
     ]
-    if await pod_leases.take_back(gateway.database, gateway.store, holder.workflow_id, earlier):
+    if await pod_leases.reclaim_pod_leases(gateway.database, gateway.store, holder.workflow_id, earlier):
         await gateway.runners.desk.arrived([holder.workflow_id])
 
 
@@ -102,7 +102,7 @@ async def claim(request: Request, holder: Holder) -> JsonResponse:
     if not await holding.takes_runs(request.gateway.database, holder):
         return JsonResponse(Claims(()))
     claimed = await request.gateway.store.claim(
-        Claim(
+        ClaimQuery(
             holder.owner,
             call.lease_seconds,
             call.limit,
@@ -158,7 +158,7 @@ async def _announce(gateway: State, call: RecordCall, held: frozenset[str]) -> N
 async def renew(request: Request, holder: Holder) -> JsonResponse:
     """Extend leases."""
     call = await decoded(request, RenewCall)
-    held = [Held(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
+    held = [LeaseRenewal(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
     renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
     return JsonResponse(
         RenewedLeases(

@@ -34,7 +34,7 @@ from gateway.http.downloads import Download
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.internal import checks, holding
 from gateway.internal.endpoint import decoded
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ async def get_blob(request: Request, holder: Holder) -> Download:
         raise errors.not_ready(f"{error}: try again") from error
 
 
-async def _owner(request: Request, holder: Holder) -> Owner:
+async def _owner(request: Request, holder: Holder) -> BlobOwner:
     key_id = request.path_params["id"]
     await holding.require_line(request.gateway.database, holder, key_id)
-    return Owner(holder.organization_id, key_id)
+    return BlobOwner(holder.organization_id, key_id)
 
 
 async def open_data_source(request: Request, holder: Holder) -> JsonResponse:

@@ -16,7 +16,7 @@ from gateway.internal.endpoint import RunnerAuthenticator
 
 if TYPE_CHECKING:
     from gateway.settings import GatewaySettings
-    from journal.store import Store
+    from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
     from models.encryption import SecretVault
@@ -39,7 +39,7 @@ class Runners:
 async def opened(
     settings: GatewaySettings,
     database: Database,
-    store: Store,
+    store: JournalStore,
     broker: Broker,
     catalog: NodeCatalog,
     vault: SecretVault,

@@ -31,7 +31,7 @@ from gateway.workflows.workflow_shapes import (
     Tags,
     UpdateWorkflow,
 )
-from journal import pinning
+from journal import definition_snapshot
 from models import ids
 from models.workflow import Workflow
 
@@ -201,7 +201,7 @@ def document(stored: Stored, catalog: NodeCatalog) -> dict[str, object]:
         "name": workflow.name,
         "description": workflow.description,
         "tags": list(workflow.tags),
-        "settings": pinning.effective(workflow.settings),
+        "settings": definition_snapshot.effective_settings(workflow.settings),
         "config": workflow.config,
         "nodes": [_in_order(graph_shapes.shown_node(node)) for node in found.stored.nodes],
         "connections": [graph_shapes.shown_connection(edge) for edge in found.stored.connections],

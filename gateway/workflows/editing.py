@@ -18,7 +18,7 @@ from gateway.http import idempotency, preconditions
 from gateway.http.responses import JsonResponse
 from gateway.workflows import copying, graph_shapes, source_checks, workflow_rows
 from gateway.workflows.workflow_rows import Stored
-from journal import pinning
+from journal import definition_snapshot
 from models.audit import AuditAction
 from models.column_types import column_values
 from models.workflow import Workflow, WorkflowStatus
@@ -210,7 +210,9 @@ def _applied(change: Change, before: Stored, catalog: NodeCatalog) -> _Applied |
     to_check = _unproved_nodes(before, after)
     if to_check is not None:
         passed = frozenset(str(node["id"]) for node in after.nodes) - to_check
-        graph_shapes.require_valid(pinning.check(after.nodes, after.connections, catalog, passed=passed))
+        graph_shapes.require_valid(
+            definition_snapshot.check_graph(after.nodes, after.connections, catalog, passed=passed)
+        )
         applied = replace(applied, named_sources=source_checks.named_sources(after, catalog, only=to_check))
     _require_bare(after)
     return applied

@@ -16,7 +16,7 @@ from gateway.errors import ApiError
 from gateway.http import text
 from gateway.http.text import Problems
 from gateway.http.wire import GuardedWire
-from journal import pinning
+from journal import definition_snapshot
 from models import ids
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _place(node: StoredNode) -> CardPosition | None:
 
 def graph_of(stored: Stored) -> ParsedGraph:
     """Return the graph of a workflow as the engine sees it."""
-    return ParsedGraph.from_stored(pinning.definition(stored.nodes, stored.connections, {}))
+    return ParsedGraph.from_stored(definition_snapshot.build_definition(stored.nodes, stored.connections, {}))
 
 
 def require_valid(validation: ValidationResult) -> None:

@@ -11,7 +11,7 @@ from gateway import limits
 from gateway.executions import callbacks
 from gateway.http import text
 from gateway.http.wire import StrictWire
-from journal.admission import OnLimit
+from journal.concurrency_limits import LimitAction
 
 if TYPE_CHECKING:
     from gateway.http.text import Problems
@@ -24,7 +24,7 @@ class ConcurrencySettings(StrictWire):
     """Maximum number of runs at once."""
     key: Annotated[str, text.allowed(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
     """Expression such as `{{ trigger.body.customer }}`: the limit applies to each of its values apart."""
-    on_limit: OnLimit = OnLimit.QUEUE
+    on_limit: LimitAction = LimitAction.QUEUE
     """Handling of further runs: `queue` makes them wait, `reject` refuses them with 429."""
 
 

@@ -13,7 +13,7 @@ from sqlmodel import col
 from engine.graph import ParsedGraph
 from engine.resource_scopes import list_references
 from gateway import errors
-from journal.pinning import definition
+from journal.definition_snapshot import build_definition
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
 
@@ -34,7 +34,7 @@ def named_sources(
 ) -> Sequence[ResourceReference]:
     """Return every place in these nodes of a workflow that names a data source."""
     nodes = [node for node in stored.nodes if str(node["id"]) in only]
-    graph = ParsedGraph.from_stored(definition(nodes, [], {}))
+    graph = ParsedGraph.from_stored(build_definition(nodes, [], {}))
     return [one for one in list_references(graph, catalog) if one.kind == "datasources"]
 
 

@@ -16,7 +16,7 @@ from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
 from gateway import errors
-from journal import pinning
+from journal import definition_snapshot
 from models.deployment import Deployment
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.pinning import LoadedWorkflow
+    from journal.definition_snapshot import LoadedWorkflow
     from models.access import ApiCaller
     from models.database import Database
     from nodes.catalog import NodeCatalog
@@ -179,7 +179,9 @@ class WorkflowCache:
         return {workflow.id: workflow for workflow in loaded}
 
     def _loaded_row(self, row: Row[Any], readers: frozenset[str]) -> LoadedWorkflow:
-        return pinning.loaded(row, readers, self._catalog, is_deployed=bool(row.is_deployed))
+        return definition_snapshot.load_workflow(
+            row, readers, self._catalog, is_deployed=bool(row.is_deployed)
+        )
 
     async def _current(self, connection: AsyncConnection, key: tuple[str, str]) -> LoadedWorkflow | None:
         organization_id, workflow_id = key

@@ -321,7 +321,7 @@ async def save(
         )
     await trigger_rows.save(connection, before, after, catalog)
     if before.workflow.status == WorkflowStatus.PAUSED != workflow.status:
-        await held_runs.release(connection, workflow.id)
+        await held_runs.release_held_runs(connection, workflow.id)
     if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
         await connection.execute(
             delete(WorkflowTag).where(

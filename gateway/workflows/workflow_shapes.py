@@ -21,7 +21,7 @@ from gateway.workflows.foreign_settings import KNOWN
 from gateway.workflows.graph_shapes import Connections, Nodes, Position, RetryShape
 from gateway.workflows.run_settings import KnownSettings
 from gateway.workflows.workflow_rows import Stored
-from journal import pinning
+from journal import definition_snapshot
 from models import ids
 from models.workflow import Workflow, WorkflowStatus
 
@@ -171,7 +171,7 @@ def made(caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, now: dat
     stored = drafted(caller, body, catalog, problems, now)
     problems.raise_any()
     if stored.workflow.status == WorkflowStatus.ACTIVE:
-        graph_shapes.require_valid(pinning.check(stored.nodes, stored.connections, catalog))
+        graph_shapes.require_valid(definition_snapshot.check_graph(stored.nodes, stored.connections, catalog))
     return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
 
 
@@ -282,7 +282,9 @@ def _settings(
         problems.found.extend(error.details)
     else:
         run_settings.check(known.concurrency, known.on_failure, workflow_id, problems)
-    return pinning.effective(_merged(before, {**fields, **removed}, "settings", problems))
+    return definition_snapshot.effective_settings(
+        _merged(before, {**fields, **removed}, "settings", problems)
+    )
 
 
 def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
@@ -332,7 +334,7 @@ def shown(stored: Stored) -> dict[str, Json]:
         "nodes": [graph_shapes.shown_node(node) for node in stored.nodes],
         "connections": [graph_shapes.shown_connection(edge) for edge in stored.connections],
         "config": workflow.config,
-        "settings": pinning.effective(workflow.settings),
+        "settings": definition_snapshot.effective_settings(workflow.settings),
         "scopes": list(workflow.scopes),
         "sharedWith": list(stored.shared_with),
     }

@@ -10,17 +10,17 @@ from dataclasses import replace
 from hashlib import sha256 as hash_of
 from typing import TYPE_CHECKING
 
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Label, Opened, Owner
-from journal.blobs.reference import MAX_NAME_CHARACTERS, MAX_TYPE_CHARACTERS, Reference
+from journal.blobs.blob_reference import MAX_NAME_CHARACTERS, MAX_TYPE_CHARACTERS, BlobReference
+from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
 from models import ids
 
 if TYPE_CHECKING:
-    from journal.blobs.backend import Backend, Contents
+    from journal.blobs.blob_storage import BlobStorage, ManagedBlobStorage
 
-TRANSFERS = 4
+MAX_TRANSFERS = 4
 """So many contents are in memory on their way in or out at once, in one process."""
 TRANSFER_SECONDS = 60.0
-RAW = "application/octet-stream"
+RAW_MEDIA_TYPE = "application/octet-stream"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"  # noqa: S105 - a part of a grammar
@@ -31,34 +31,36 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 class RunBlobs:
     """What whoever runs executions reads and writes contents by."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: BlobStorage) -> None:
         self._contents = contents
-        self._transfers = asyncio.Semaphore(TRANSFERS)
+        self._transfers = asyncio.Semaphore(MAX_TRANSFERS)
 
-    async def put(self, owner: Owner, content: bytes, *, media_type: str, name: str = "") -> Reference:
+    async def put(
+        self, owner: BlobOwner, content: bytes, *, media_type: str, name: str = ""
+    ) -> BlobReference:
         """Keep a content, durably; raises `BlobsUnavailable`."""
         _require_ids(owner)
-        async with self._transfers, _in_time():
+        async with self._transfers, _limit_time():
             digest = await asyncio.to_thread(lambda: hash_of(content).hexdigest())
-            label = Label(_media_type(media_type), _file_name(name))
+            label = BlobLabel(_clean_media_type(media_type), _clean_file_name(name))
             await self._contents.put(owner, digest, content, label)
-        return Reference(digest, len(content), label.type, label.name)
+        return BlobReference(digest, len(content), label.type, label.name)
 
-    async def get(self, owner: Owner, sha256: str, *, max_bytes: int | None = None) -> bytes:
+    async def get(self, owner: BlobOwner, sha256: str, *, max_bytes: int | None = None) -> bytes:
         """Return a whole content; raises `BlobTooLarge`, `BlobLost` and `BlobsUnavailable`."""
-        async with self._transfers, _in_time(), self.open(owner, sha256) as opened:
+        async with self._transfers, _limit_time(), self.open(owner, sha256) as opened:
             if max_bytes is not None and opened.size > max_bytes:
                 raise BlobTooLarge(opened.size)
             return b"".join([chunk async for chunk in opened.chunks])
 
     @asynccontextmanager
-    async def open(self, owner: Owner, sha256: str) -> AsyncIterator[Opened]:
+    async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
         """Open a content for reading piece by piece; raises `BlobLost`, also in the place of a last piece."""
         _require_ids(owner)
         if not _SHA256.fullmatch(sha256):
             raise BlobLost("There is no such content")
         async with self._contents.open(owner, sha256) as opened:
-            yield replace(opened, chunks=_checked(opened, sha256))
+            yield replace(opened, chunks=_verify_chunks(opened, sha256))
 
     async def close(self) -> None:
         await self._contents.close()
@@ -67,18 +69,18 @@ class RunBlobs:
 class BlobStore(RunBlobs):
     """The same where the place itself is at hand."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: ManagedBlobStorage) -> None:
         super().__init__(backend)
         self._backend = backend
 
-    async def delete_runs(self, owners: Iterable[Owner]) -> None:
+    async def delete_runs(self, owners: Iterable[BlobOwner]) -> None:
         """Delete everything of runs that are gone; raises `BlobsUnavailable`."""
         for owner in owners:
             _require_ids(owner)
             await self._backend.delete(owner)
 
     @property
-    def backend(self) -> Backend:
+    def backend(self) -> ManagedBlobStorage:
         """Where the contents are, for those who look after the place as a whole."""
         return self._backend
 
@@ -92,7 +94,7 @@ class BlobTooLarge(Exception):
 
 
 @asynccontextmanager
-async def _in_time() -> AsyncIterator[None]:
+async def _limit_time() -> AsyncIterator[None]:
     limit = asyncio.timeout(TRANSFER_SECONDS)
     try:
         async with limit:
@@ -101,7 +103,7 @@ async def _in_time() -> AsyncIterator[None]:
         raise BlobsUnavailable(f"The blob storage took longer than {TRANSFER_SECONDS:g} s") from error
 
 
-async def _checked(opened: Opened, sha256: str) -> AsyncIterator[bytes]:
+async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
     """Hand out the pieces, each when the next is there, so that the last one comes only if all were right."""
     digest = hash_of()
     held = b""
@@ -115,17 +117,17 @@ async def _checked(opened: Opened, sha256: str) -> AsyncIterator[bytes]:
     yield held
 
 
-def _require_ids(owner: Owner) -> None:
+def _require_ids(owner: BlobOwner) -> None:
     """Refuse what could lead out of its place as a part of a path: ids come from rows, so it never is."""
     if not all(map(ids.is_id, owner)):
         raise ValueError("A content's owner is named by two ids")
 
 
-def _media_type(text: str) -> str:
+def _clean_media_type(text: str) -> str:
     is_one = len(text) <= MAX_TYPE_CHARACTERS and _MEDIA_TYPE.fullmatch(text)
-    return text if is_one else RAW
+    return text if is_one else RAW_MEDIA_TYPE
 
 
-def _file_name(text: str) -> str:
+def _clean_file_name(text: str) -> str:
     """Return what a name from outside is to a person: never a path, and nothing that can't be shown."""
     return _UNPRINTABLE.sub("", text).replace("\\", "/").rpartition("/")[2][-MAX_NAME_CHARACTERS:]

@@ -20,7 +20,7 @@ from sqlmodel import SQLModel, col
 from gateway import routes
 from gateway.http.endpoint import Access
 from gateway.workflows import shipped
-from journal.blobs.backend import Owner
+from journal.blobs.blob_storage import BlobOwner
 from models import access_store
 from models.access import ALL_KEY_SCOPES, KeyScope, User, UserRole
 from models.data_source import DataSource, DataSourceShare
@@ -315,7 +315,7 @@ async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 
         )
 
     await cast.world.gateway.database.transaction(fail)
-    owner = Owner(cast.owner.user.organization_id, execution_id)
+    owner = BlobOwner(cast.owner.user.organization_id, execution_id)
     await cast.world.gateway.blobs.put(owner, b"", media_type="text/plain")
     return execution_id
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import insert, select, update
 from sqlmodel import col
 
-from journal.store import Claim
+from journal.store import ClaimQuery
 from messages import beginnings
 from messages.deployments import DeployerMessage, ReadPodLogs
 from models.deployment import Deployment, ObservedState
@@ -94,7 +94,7 @@ async def taking(world: World) -> AsyncIterator[None]:
                 )
                 found = [str(home) for home in await connection.scalars(homes.distinct())]
             for workflow_id in found:
-                claim = Claim(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
+                claim = ClaimQuery(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
                 await beginnings.tell(world.gateway.broker, await world.gateway.store.claim(claim))
 
     task = asyncio.create_task(take())

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from sqlalchemy import select, update
 from sqlmodel import col
 
-from journal import deployments
+from journal.deployments import desired_state
 from models.deployment import Deployment, ObservedState
 from tests.cluster.world import PROGRAM
 from tests.integration.gateway_world import SECRET, Person, World
@@ -98,7 +98,7 @@ async def forget_deployments(world: World) -> None:
 async def row(world: World, workflow_id: str) -> Deployment:
     """Return a deployment's row."""
     async with world.gateway.database.read() as connection:
-        found = await deployments.find(connection, workflow_id)
+        found = await desired_state.find_deployment(connection, workflow_id)
     assert found is not None
     return found
 

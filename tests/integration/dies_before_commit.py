@@ -11,9 +11,9 @@ from pathlib import Path
 
 from engine.services import NodeServices
 from execution.executor import Executor
-from journal.blobs.opening import open_blobs
-from journal.opening import open_store
+from journal.blobs.blob_store_factory import open_blobs
 from journal.store import RunWrite
+from journal.store_factory import open_store
 from messages.local_broker import LocalBroker
 from models.database import parse_url
 from tests.calls import NoNetwork

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sqlalchemy import update
 from sqlmodel import col
 
-from journal.blobs.backend import Owner
+from journal.blobs.blob_storage import BlobOwner
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from tests.integration import asking
@@ -72,7 +72,7 @@ async def cast(world: World, people: People) -> dict[str, str]:
     await world.gateway.database.transaction(
         lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
     )
-    owner = Owner(admin.user.organization_id, started["executionId"])
+    owner = BlobOwner(admin.user.organization_id, started["executionId"])
     await world.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _sent(people, "POST", f"workflows/{workflow_id}/execute", {})
     await asking.ask(world.gateway.database, waiting["executionId"])

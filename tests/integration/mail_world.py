@@ -23,7 +23,7 @@ from gateway import state
 from gateway.arrivals.certificates import Certificates
 from gateway.main import create_app
 from gateway.state import State
-from journal.store import Claimed
+from journal.store import ClaimedRun
 from messages import broker as brokers
 from models.execution import Execution, ExecutionData
 from models.ingest import Delivery
@@ -81,7 +81,7 @@ class MailWorld:
     s3: FakeS3
     now: list[datetime]
     """The gateway's clock; tests set it."""
-    left: list[tuple[Claimed, RunOutcome]] = field(default_factory=list)
+    left: list[tuple[ClaimedRun, RunOutcome]] = field(default_factory=list)
 
     @property
     def gateway(self) -> State:

@@ -14,20 +14,20 @@ from sqlalchemy import URL, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.run_records import NodeSpan, RunStatus, SpanStatus
-from journal.opening import open_store
 from journal.store import (
-    Acceptance,
-    Accepted,
-    Arrival,
-    ArrivedRun,
-    Claim,
-    Claimed,
+    AcceptanceResult,
+    AcceptanceVerdict,
+    ClaimedRun,
+    ClaimQuery,
     ExecutionKey,
-    Held,
+    IngestedRun,
+    IngestWrite,
+    JournalStore,
+    LeaseRenewal,
+    RunAcceptance,
     RunWrite,
-    Store,
-    Verdict,
 )
+from journal.store_factory import open_store
 from models import access_store, ids
 from models.access import Organization, UserRole
 from models.database import Database, parse_url
@@ -65,7 +65,7 @@ class Place:
     workflow_id: str
     user_id: str
 
-    def run(self, **changes: Any) -> Acceptance:  # noqa: ANN401 - any field of an Acceptance
+    def run(self, **changes: Any) -> RunAcceptance:  # noqa: ANN401 - any field of an Acceptance
         """Return a run of this workflow, to be accepted."""
         definition = changes.get("definition", DEFINITION)
         fields: dict[str, Any] = {
@@ -84,9 +84,9 @@ class Place:
             "total_nodes": 3,
             "inbox": "gateway",
         }
-        return Acceptance(**fields | changes)
+        return RunAcceptance(**fields | changes)
 
-    def arrival(self, *runs: Acceptance, **changes: Any) -> Arrival:  # noqa: ANN401 - any field of an Arrival
+    def arrival(self, *runs: RunAcceptance, **changes: Any) -> IngestWrite:  # noqa: ANN401 - any field of an Arrival
         """Return a request that brings runs."""
         fields: dict[str, Any] = {
             "delivery_id": ids.new_id("dlv"),
@@ -100,21 +100,21 @@ class Place:
             "content_bytes": 2,
             "outcome": "accepted",
             "status": 201,
-            "runs": [msgspec.convert(run, ArrivedRun, from_attributes=True) for run in runs],
+            "runs": [msgspec.convert(run, IngestedRun, from_attributes=True) for run in runs],
         }
-        return Arrival(**fields | changes)
+        return IngestWrite(**fields | changes)
 
 
 class World:
     """One database, and a store on it."""
 
-    def __init__(self, url: URL, database: Database, store: Store) -> None:
+    def __init__(self, url: URL, database: Database, store: JournalStore) -> None:
         self.url = url
         self.store = store
         self.database = database
         self._others = AsyncExitStack()
 
-    async def another_store(self) -> Store:
+    async def another_store(self) -> JournalStore:
         """Open a store as another process would."""
         store = await open_store(self.url)
         self._others.push_async_callback(store.close)
@@ -198,24 +198,26 @@ class World:
     async def accept(self, place: Place, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
         """Accept a run, which must be new."""
         run = place.run(**changes)
-        assert await self.store.accept([run]) == [Accepted(Verdict.ACCEPTED, run.execution_id)]
+        assert await self.store.accept([run]) == [
+            AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
+        ]
         return ExecutionKey(run.execution_id, run.lane)
 
     async def claim(
         self, limit: int = 100, owner: str = "worker", lease_seconds: float = LEASE_SECONDS
-    ) -> Sequence[Claimed]:
-        return await self.store.claim(Claim(owner, lease_seconds, limit))
+    ) -> Sequence[ClaimedRun]:
+        return await self.store.claim(ClaimQuery(owner, lease_seconds, limit))
 
-    async def claimed(self, place: Place | None = None, **changes: Any) -> Claimed:  # noqa: ANN401 - any JSON value
+    async def claimed(self, place: Place | None = None, **changes: Any) -> ClaimedRun:  # noqa: ANN401 - any JSON value
         """Accept a run and claim it."""
         key = await self.accept(place or await self.workflow(), **changes)
         (one,) = await self.claim()
         assert one.execution_id == key.execution_id
         return one
 
-    async def trial(self, max_trial_losses: int = MAX_TRIAL_LOSSES, **changes: Any) -> Sequence[Claimed]:  # noqa: ANN401 - any field of a Claim
+    async def trial(self, max_trial_losses: int = MAX_TRIAL_LOSSES, **changes: Any) -> Sequence[ClaimedRun]:  # noqa: ANN401 - any field of a Claim
         """Claim a suspect."""
-        claim = Claim("worker", LEASE_SECONDS, 1, is_trial=True, max_trial_losses=max_trial_losses)
+        claim = ClaimQuery("worker", LEASE_SECONDS, 1, is_trial=True, max_trial_losses=max_trial_losses)
         return await self.store.claim(replace(claim, **changes))
 
     async def begun(self, place: Place | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
@@ -240,21 +242,21 @@ class World:
                 (one,) = await self.claim()
         return key_of(one)
 
-    async def expire(self, *runs: Claimed) -> None:
+    async def expire(self, *runs: ClaimedRun) -> None:
         """Let leases run out."""
         for run in runs:
             await self.query("UPDATE execution SET lease_until = 1 WHERE id = :id", id=run.execution_id)
 
 
-def key_of(run: Claimed) -> ExecutionKey:
+def key_of(run: ClaimedRun) -> ExecutionKey:
     return ExecutionKey(run.execution_id, run.lane)
 
 
-def held(run: Claimed) -> Held:
-    return Held(run.execution_id, run.lane, run.token)
+def held(run: ClaimedRun) -> LeaseRenewal:
+    return LeaseRenewal(run.execution_id, run.lane, run.token)
 
 
-def write(run: Claimed, **fields: Any) -> RunWrite:  # noqa: ANN401 - any field of a RunWrite
+def write(run: ClaimedRun, **fields: Any) -> RunWrite:  # noqa: ANN401 - any field of a RunWrite
     return RunWrite(run.execution_id, run.lane, run.token, **fields)
 
 

@@ -20,19 +20,19 @@ from pydantic import SecretStr
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from execution.node_blobs import NodeBlobs
-from journal.blobs import orphans
-from journal.blobs.backend import BlobLost, BlobsUnavailable, Owner
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store import BlobStore, BlobTooLarge
-from journal.blobs.folder import Folder
-from journal.blobs.opening import open_blobs
-from journal.blobs.reference import InvalidReference, Reference
+from journal.blobs.blob_store_factory import open_blobs
+from journal.blobs.folder_storage import FolderBlobStorage
 from models.database import Database, parse_url
 from models.settings import InvalidSettings, ServerSettings
 from tests import fake_s3
 from tests.integration.run_world import Where, opened
 
 LARGE = b'"' + b"x" * 3_000_000 + b'"'
-OURS = Owner("org_ours", "exec_1")
+OURS = BlobOwner("org_ours", "exec_1")
 FORGED = [
     "../../../etc/passwd",
     "0" * 63,
@@ -71,7 +71,7 @@ async def blobs(
     await blobs.close()
 
 
-async def put(blobs: BlobStore, owner: Owner = OURS, content: bytes = LARGE) -> Reference:
+async def put(blobs: BlobStore, owner: BlobOwner = OURS, content: bytes = LARGE) -> BlobReference:
     return await blobs.put(owner, content, media_type="text/csv", name="räume.csv")
 
 
@@ -81,15 +81,15 @@ async def put(blobs: BlobStore, owner: Owner = OURS, content: bytes = LARGE) -> 
 @pytest.mark.parametrize("content", [LARGE, b"", b"\n{}\n\x00"])
 async def test_a_content_comes_back_as_it_was_put_with_its_label(blobs: BlobStore, content: bytes) -> None:
     reference = await put(blobs, content=content)
-    assert reference == Reference(sha256(content).hexdigest(), len(content), "text/csv", "räume.csv")
+    assert reference == BlobReference(sha256(content).hexdigest(), len(content), "text/csv", "räume.csv")
     assert await blobs.get(OURS, reference.sha256) == content
     async with blobs.open(OURS, reference.sha256) as opened_content:
         assert (opened_content.size, opened_content.label.type) == (len(content), "text/csv")
         assert opened_content.label.name == "räume.csv"
 
 
-@pytest.mark.parametrize("owner", [Owner("org_ours", "exec_2"), Owner("org_theirs", "exec_1")])
-async def test_nobody_else_finds_a_content_by_its_hash(blobs: BlobStore, owner: Owner) -> None:
+@pytest.mark.parametrize("owner", [BlobOwner("org_ours", "exec_2"), BlobOwner("org_theirs", "exec_1")])
+async def test_nobody_else_finds_a_content_by_its_hash(blobs: BlobStore, owner: BlobOwner) -> None:
     reference = await put(blobs)
     with pytest.raises(BlobLost):
         await blobs.get(owner, reference.sha256)
@@ -103,8 +103,12 @@ async def test_what_is_no_hash_leads_nowhere(blobs: BlobStore, hash_of_it: str) 
         await blobs.get(OURS, hash_of_it)
 
 
-@pytest.mark.parametrize("owner", [Owner("..", "exec_1"), Owner("org_ours", "../exec_2"), Owner("", "a")])
-async def test_an_owner_is_named_by_ids_and_by_nothing_that_is_a_path(blobs: BlobStore, owner: Owner) -> None:
+@pytest.mark.parametrize(
+    "owner", [BlobOwner("..", "exec_1"), BlobOwner("org_ours", "../exec_2"), BlobOwner("", "a")]
+)
+async def test_an_owner_is_named_by_ids_and_by_nothing_that_is_a_path(
+    blobs: BlobStore, owner: BlobOwner
+) -> None:
     for use in (blobs.get(owner, "0" * 64), put(blobs, owner), blobs.delete_runs([owner])):
         with pytest.raises(ValueError, match="two ids"):
             await use
@@ -118,12 +122,12 @@ async def test_more_than_was_asked_for_is_not_even_read(blobs: BlobStore) -> Non
 
 
 async def test_contents_go_with_their_run_and_may_be_deleted_twice(blobs: BlobStore) -> None:
-    reference, other = await put(blobs), await put(blobs, Owner("org_ours", "exec_2"))
+    reference, other = await put(blobs), await put(blobs, BlobOwner("org_ours", "exec_2"))
     for _ in range(2):
         await blobs.delete_runs([OURS])
     with pytest.raises(BlobLost):
         await blobs.get(OURS, reference.sha256)
-    assert await blobs.get(Owner("org_ours", "exec_2"), other.sha256) == LARGE
+    assert await blobs.get(BlobOwner("org_ours", "exec_2"), other.sha256) == LARGE
 
 
 async def test_the_same_content_may_be_put_by_several_at_once(blobs: BlobStore) -> None:
@@ -146,7 +150,11 @@ async def test_names_and_types_from_outside_are_mere_labels(
 ) -> None:
     reference = await blobs.put(OURS, b"x", media_type=media_type, name=name)
     assert (reference.type, reference.name) == kept
-    assert Reference.of(reference.as_json()) == Reference.read(reference.as_text()) == reference
+    assert (
+        BlobReference.from_value(reference.as_json())
+        == BlobReference.from_text(reference.as_text())
+        == reference
+    )
 
 
 # ── what a folder promises ────────────────────────────────────────────────────────────────────────────────
@@ -225,7 +233,7 @@ async def test_a_link_in_the_place_of_a_content_is_not_followed(folder: BlobStor
 
 async def test_a_folder_that_can_t_be_written_is_unavailable_and_no_surprise(tmp_path: Path) -> None:
     (tmp_path / "blobs").write_text("in the way")
-    blobs = BlobStore(Folder(tmp_path / "blobs"))
+    blobs = BlobStore(FolderBlobStorage(tmp_path / "blobs"))
     with pytest.raises(BlobsUnavailable):
         await put(blobs)
     await blobs.close()
@@ -300,8 +308,8 @@ async def test_what_is_no_reference_is_refused_as_such(tmp_path: Path, forged: A
     with pytest.raises(NodeError) as raised:
         await NodeBlobs(blobs).get(caller(), forged, max_bytes=10)
     assert raised.value.code == "invalid-blob"
-    with pytest.raises(InvalidReference):
-        Reference.of(forged)
+    with pytest.raises(InvalidBlobReference):
+        BlobReference.from_value(forged)
     await blobs.close()
 
 
@@ -323,9 +331,9 @@ async def test_the_age_of_a_content_is_told_by_the_clock_of_its_storage(
     s3.behind = timedelta(days=2)
     async with opened(on_sqlite):
         database = Database(parse_url(on_sqlite.url))
-        fresh = Owner("org_1", "exec_fresh")
+        fresh = BlobOwner("org_1", "exec_fresh")
         content = await put(blobs, fresh, b"just now")
-        await orphans.sweep(blobs, database)
+        await orphan_blobs.delete_orphans(blobs, database)
         assert await blobs.get(fresh, content.sha256) == b"just now"
         await database.close()
 
@@ -345,19 +353,19 @@ async def test_what_no_run_is_left_for_is_swept_after_a_day(
             id=resumed.execution_id,
         )
         organization_id = place.organization.id
-        kept = [Owner(organization_id, first.execution_id), Owner(organization_id, "exec_gone")]
-        orphan = Owner(organization_id, "exec_orphan")
+        kept = [BlobOwner(organization_id, first.execution_id), BlobOwner(organization_id, "exec_gone")]
+        orphan = BlobOwner(organization_id, "exec_orphan")
         contents = {owner: await put(blobs, owner, owner.key_id.encode()) for owner in (*kept, orphan)}
 
-        await orphans.sweep(blobs, database)
+        await orphan_blobs.delete_orphans(blobs, database)
         assert await blobs.get(orphan, contents[orphan].sha256), "it may be a run that is only just ending"
         age(tmp_path, s3, days=2)
-        await orphans.sweep(blobs, database)
+        await orphan_blobs.delete_orphans(blobs, database)
         for owner in kept:
             assert await blobs.get(owner, contents[owner].sha256)
         with pytest.raises(BlobLost):
             await blobs.get(orphan, contents[orphan].sha256)
 
         await world.query("DELETE FROM execution WHERE id = :id", id=resumed.execution_id)
-        assert await orphans.delete_unused(blobs, database, kept) == 1
+        assert await orphan_blobs.delete_unused(blobs, database, kept) == 1
         assert await blobs.get(kept[0], contents[kept[0]].sha256)

@@ -19,8 +19,8 @@ from engine.run_records import RunStatus
 from engine.services import RunCaller
 from engine.values import Json
 from execution.child_runs import ChildRuns
-from journal import children
-from journal.store import Claimed
+from journal.store import ClaimedRun
+from journal.waits import children
 from messages.local_broker import LocalBroker
 from models.access import User
 from models.workflow import Workflow, WorkflowGraph
@@ -71,7 +71,7 @@ def runs(world: World, **settings: Any) -> ChildRuns:  # noqa: ANN401 - a field 
     return ChildRuns(world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings))
 
 
-def caller_of(run: Claimed, place: Place) -> RunCaller:
+def caller_of(run: ClaimedRun, place: Place) -> RunCaller:
     return RunCaller(run.organization_id, place.user_id, run.workflow_id, run.execution_id, run.key_id)
 
 
@@ -234,11 +234,11 @@ async def test_whoever_is_waited_for_does_not_outlive_its_parent(world: World, e
     await world.query("UPDATE execution SET target = 'elsewhere' WHERE id <> :id", id=running)
     (claimed,) = await world.claim()
     assert claimed.execution_id == running
-    assert await children.end_abandoned(world.database, world.store) == []
+    assert await children.request_abandoned_ends(world.database, world.store) == []
 
     await world.expire(parent)
     await world.store.request_end(key_of(parent), end)
-    ended = await children.end_abandoned(world.database, world.store)
+    ended = await children.request_abandoned_ends(world.database, world.store)
     assert {(one.execution_id, one.request) for one in ended[:2]} == {(child, end), (running, end)}
     assert [one.execution_id for one in ended[2:]] == [grandchild]
     found = {one: (await world.row(one))["status"] for one in (child, grandchild, running, alone)}
@@ -246,7 +246,7 @@ async def test_whoever_is_waited_for_does_not_outlive_its_parent(world: World, e
     assert (await world.row(running))["request"] == end
     (told,) = [one.requested for one in ended if one.execution_id == running]
     assert told.lease_owner == "worker"
-    assert await children.end_abandoned(world.database, world.store) == []
+    assert await children.request_abandoned_ends(world.database, world.store) == []
 
 
 async def test_a_parent_that_fails_stops_whoever_it_waits_for(world: World) -> None:
@@ -254,5 +254,5 @@ async def test_a_parent_that_fails_stops_whoever_it_waits_for(world: World) -> N
     parent = await world.claimed(place)
     child = await start(runs(world), caller_of(parent, place), place)
     await world.store.record([write(parent, end=RunStatus.FAILED)])
-    (ended,) = await children.end_abandoned(world.database, world.store)
+    (ended,) = await children.request_abandoned_ends(world.database, world.store)
     assert (ended.execution_id, (await world.row(child))["status"]) == (child, "stopped")

@@ -16,7 +16,7 @@ from kubernetes.aio import client
 from sqlalchemy import func, insert, select, update
 from sqlmodel import col
 
-from journal import wakes
+from journal.deployments import wakes
 from models.database import Database
 from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
 from models.deployment_token import DeploymentToken

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from journal import wakes
+from journal.deployments import wakes
 from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
 from scheduler import lifecycle
 from tests.cluster.fake_api import FakeApi

@@ -17,8 +17,8 @@ from sqlmodel import SQLModel, col
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import EventWaitRequest, RunCaller
 from execution.awaited_events import AwaitedEvents
-from journal import event_waits
-from journal.store import Claim, Claimed, RunWrite
+from journal.store import ClaimedRun, ClaimQuery, RunWrite
+from journal.waits import event_waits
 from messages.local_broker import LocalBroker
 from models.database_time import DatabaseTime
 from models.errors import DatabaseUnavailable
@@ -112,7 +112,7 @@ def silence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the gateway die, as far as others see, as soon as events are committed."""
     telling = world.gateway.acceptances._events  # noqa: SLF001 - it is nowhere else
     monkeypatch.setattr(telling, "submit", lambda _event_id: None)
-    monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
+    monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
 
 
 def scheduler(world: World) -> AwaitedEvents:
@@ -150,11 +150,11 @@ async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_m
 async def test_an_event_that_came_before_counts_where_the_node_looks_back(
     world: World, people: People, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_waits, "BATCH_LOOKED_AT", 2)
+    monkeypatch.setattr(event_waits, "BATCH_SCANNED", 2)
     for total, order in enumerate((8, 8, 7, 7)):
         await told(people.owner, "order.paid", order=order, total=total)
     await told(people.owner, "orders", order=7, total=99)
-    monkeypatch.setattr(event_waits, "CLOCKS_APART", event_waits.CLOCKS_APART * 0)
+    monkeypatch.setattr(event_waits, "MAX_CLOCK_SKEW", event_waits.MAX_CLOCK_SKEW * 0)
     async with worker(world):
         blind = await started(people.owner, 7)
         await asleep(world, blind)
@@ -195,7 +195,7 @@ async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
 async def test_telling_that_breaks_off_is_done_again_and_answers_once(
     world: World, people: People, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note_told = event_waits.note_told
+    note_told = event_waits.mark_delivered
 
     async def breaks_off(*_given: object, **_named: object) -> None:
         raise DatabaseUnavailable("gone")
@@ -203,12 +203,12 @@ async def test_telling_that_breaks_off_is_done_again_and_answers_once(
     async with worker(world):
         execution_id = await started(people.owner, 7)
         await asleep(world, execution_id)
-        monkeypatch.setattr(event_waits, "note_told", breaks_off)
+        monkeypatch.setattr(event_waits, "mark_delivered", breaks_off)
         await told(people.owner, "order.paid", order=7, total=1)
         assert await came(world, people.owner, execution_id) == ("paid", 1)
         await world.gateway.acceptances._events.drain()  # noqa: SLF001 - it is nowhere else
-        monkeypatch.setattr(event_waits, "note_told", note_told)
-        monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
+        monkeypatch.setattr(event_waits, "mark_delivered", note_told)
+        monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
         await aged(world)
         await scheduler(world).tell_left()
     assert await count(world, EventRecord, told_at=None) == 0
@@ -219,7 +219,7 @@ async def test_a_locked_run_keeps_an_event_from_no_other(
     world: World, people: People, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silence(world, monkeypatch)
-    monkeypatch.setattr(event_waits, "UNTOLD_SECONDS", 0)
+    monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
     lock = "SELECT FROM execution WHERE id = $1 FOR UPDATE"
     url = world.gateway.database.url
     async with worker(world), impatient(url, monkeypatch) as database:
@@ -242,7 +242,7 @@ async def test_no_event_falls_between_the_wait_and_the_look_back(
     world: World, people: People, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silence(world, monkeypatch)
-    come_since, is_first = event_waits.come_since, True
+    come_since, is_first = event_waits.list_events_since, True
 
     async def come_meanwhile(connection: AsyncConnection, *given: Any) -> Sequence[EventRecord]:  # noqa: ANN401 - as given
         nonlocal is_first
@@ -251,7 +251,7 @@ async def test_no_event_falls_between_the_wait_and_the_look_back(
             await told(people.owner, "order.paid", order=7, total=1)
         return await come_since(connection, *given)
 
-    monkeypatch.setattr(event_waits, "come_since", come_meanwhile)
+    monkeypatch.setattr(event_waits, "list_events_since", come_meanwhile)
     async with worker(world):
         execution_id = await started(people.owner, 7)
         assert await came(world, people.owner, execution_id) == ("paid", 1)
@@ -301,17 +301,17 @@ async def database_time(world: World) -> int:
         return await connection.scalar(select(type_coerce(DatabaseTime(), BigInteger))) or 0
 
 
-async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
+async def dead_workers_claim(world: World, execution_id: str) -> ClaimedRun:
     """Claim a run for a worker that will never be heard of again."""
     for _ in range(3_000):
-        for one in await world.gateway.store.claim(Claim("dead", 0.05, 100)):
+        for one in await world.gateway.store.claim(ClaimQuery("dead", 0.05, 100)):
             if one.execution_id == execution_id:
                 return one
         await asyncio.sleep(0.02)
     raise AssertionError(f"{execution_id} can't be claimed")
 
 
-async def begun(world: World, claimed: Claimed) -> None:
+async def begun(world: World, claimed: ClaimedRun) -> None:
     """Have a run come as far as the node that waits."""
     now = datetime.now(UTC)
     given = b'{"body":{"order":7}}'

@@ -24,7 +24,7 @@ from engine.services import NodeServices
 from engine.values import Json
 from execution import executor as executors
 from execution.executor import Executor
-from journal.store import Claim, Claimed, DefinitionKey, ExecutionKey, Store, Swept
+from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey, JournalStore, SweepResult
 from messages import broker as brokers
 from messages.broker import Broker, ExecutionsChanged, Notice
 from messages.local_broker import LocalBroker
@@ -192,7 +192,7 @@ class Workers:
     async def start(
         self,
         *,
-        store: Store | None = None,
+        store: JournalStore | None = None,
         broker: Broker | None = None,
         **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
     ) -> Worker:
@@ -240,7 +240,7 @@ async def workers(world: World) -> AsyncIterator[Workers]:
 class Instead:
     """A store of which one method is another's."""
 
-    def __init__(self, store: Store, **methods: Any) -> None:  # noqa: ANN401 - any JSON value
+    def __init__(self, store: JournalStore, **methods: Any) -> None:  # noqa: ANN401 - any JSON value
         self._store = store
         self.__dict__.update(methods)
 
@@ -665,7 +665,7 @@ async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
     is_claiming, may_answer = asyncio.Event(), asyncio.Event()
     store = await world.another_store()
 
-    async def claim(claim: Claim) -> Sequence[Claimed]:
+    async def claim(claim: ClaimQuery) -> Sequence[ClaimedRun]:
         claimed = await store.claim(claim)
         is_claiming.set()
         await may_answer.wait()
@@ -763,7 +763,7 @@ async def test_a_claim_in_doubt_is_given_back_uncounted(
     store = await world.another_store()
     claims = 0
 
-    async def claim(claim: Claim) -> Sequence[Claimed]:
+    async def claim(claim: ClaimQuery) -> Sequence[ClaimedRun]:
         nonlocal claims
         claims += 1
         claimed = await store.claim(claim)
@@ -805,7 +805,7 @@ async def test_a_sweep_goes_on_until_nothing_is_left_to_take_back(
     await world.claim(owner="a dead one", lease_seconds=0)
     store, is_swept = await world.another_store(), asyncio.Event()
 
-    async def sweep(limit: int) -> Swept:
+    async def sweep(limit: int) -> SweepResult:
         is_swept.set()
         return await store.sweep(limit)
 

@@ -19,7 +19,7 @@ from engine.run_errors import NodeError
 from engine.services import MailServerService, ObjectBucket, RunCaller, SqlDatabase
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
-from journal.blobs.opening import open_blobs
+from journal.blobs.blob_store_factory import open_blobs
 from models.settings import ServerSettings
 from nodes import catalog
 from nodes.connections import organization_folders

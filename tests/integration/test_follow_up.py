@@ -21,12 +21,12 @@ from structlog.testing import capture_logs
 
 from engine.run_records import FailureCause, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from execution.child_runs import ChildRuns
-from journal import follow_ups, signals
-from journal.blobs.backend import Owner
+from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.blob_store import BlobStore
-from journal.blobs.folder import Folder
-from journal.children import answering
-from journal.store import Claimed
+from journal.blobs.folder_storage import FolderBlobStorage
+from journal.store import ClaimedRun
+from journal.waits import completion, node_answers
+from journal.waits.children import completion_for_parent
 from messages.local_broker import LocalBroker
 from models import ids, signing_secrets
 from models.encryption import SecretVault
@@ -149,7 +149,7 @@ class Office:
         error: RunError | None = None,
         definition: str | None = None,
         **fields: Any,  # noqa: ANN401 - any field of an Acceptance
-    ) -> Claimed:
+    ) -> ClaimedRun:
         """Have a run come to its end, with nobody seeing to what comes after it."""
         if definition is not None:
             fields["definition"] = definition
@@ -158,7 +158,7 @@ class Office:
         assert await self.world.store.record([done])
         return run
 
-    async def outcome(self, run: Claimed) -> dict[str, Any]:
+    async def outcome(self, run: ClaimedRun) -> dict[str, Any]:
         """Wait until an attempt is settled, and return what is known of it."""
 
         async def settled() -> bool:
@@ -168,17 +168,17 @@ class Office:
         found: dict[str, Any] = json.loads((await self.world.row(run.execution_id))["follow_up_outcome"])
         return found
 
-    async def is_done(self, run: Claimed) -> bool:
+    async def is_done(self, run: ClaimedRun) -> bool:
         return (await self.world.row(run.execution_id))["follow_up"] is None
 
-    async def make_due(self, run: Claimed) -> None:
+    async def make_due(self, run: ClaimedRun) -> None:
         await self.world.query("UPDATE execution SET follow_up_at = 1 WHERE id = :id", id=run.execution_id)
 
 
 @pytest.fixture
 async def office(world: World, tmp_path: Path) -> AsyncIterator[Office]:
     async with AsyncExitStack() as stack:
-        blobs = BlobStore(Folder(tmp_path))
+        blobs = BlobStore(FolderBlobStorage(tmp_path))
         stack.push_async_callback(blobs.close)
         yield Office(world, blobs, stack)
 
@@ -206,11 +206,11 @@ def graph(*edges: str) -> str:
 
 
 def callback(url: str) -> str | None:
-    return follow_ups.asked({}, callback_url=url)
+    return completion.requested_actions({}, callback_url=url)
 
 
 def on_failure(**wish: Any) -> str | None:  # noqa: ANN401 - a field of settings.onFailure
-    return follow_ups.asked({"onFailure": wish})
+    return completion.requested_actions({"onFailure": wish})
 
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -371,7 +371,9 @@ async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
     office: Office, receiver: Receiver
 ) -> None:
     run = await office.ended(await office.place(), callback(receiver.url()))
-    assert len(await follow_ups.claim(office.world.database, [key_of(run)], lease_seconds=60)) == 1
+    assert (
+        len(await completion.claim_completions(office.world.database, [key_of(run)], lease_seconds=60)) == 1
+    )
     after = office.after_runs()
     await after.sweep()
     await after.follow_up([key_of(run)])
@@ -385,12 +387,12 @@ async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
 async def test_a_worker_that_was_overtaken_settles_nothing(office: Office) -> None:
     run = await office.ended(await office.place(), callback("http://example.com"))
     database = office.world.database
-    (late,) = await follow_ups.claim(database, [key_of(run)], lease_seconds=60)
+    (late,) = await completion.claim_completions(database, [key_of(run)], lease_seconds=60)
     await office.make_due(run)
-    await follow_ups.claim(database, [key_of(run)], lease_seconds=60)
+    await completion.claim_completions(database, [key_of(run)], lease_seconds=60)
 
     async def settle(connection: AsyncConnection) -> None:
-        await follow_ups.settle(connection, late, follow_ups.NOTHING, None, None)
+        await completion.settle_completion(connection, late, completion.NO_ACTION, None, None)
 
     await database.transaction(settle)
     assert not await office.is_done(run)
@@ -443,7 +445,7 @@ async def test_ends_that_no_worker_made_are_told_too(office: Office, receiver: R
 
 
 async def test_what_is_due_is_found_by_its_index(office: Office) -> None:
-    plan = await explained(office.world.database, follow_ups.due(10, but_of=["org_1"]))
+    plan = await explained(office.world.database, completion.due_statement(10, but_of=["org_1"]))
     assert plan.count("ix_execution_follow_up") == 2
     assert "SCAN execution" not in plan
 
@@ -532,7 +534,7 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
 # ── the parent ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def waiting_parent(office: Office, place: Place) -> Claimed:
+async def waiting_parent(office: Office, place: Place) -> ClaimedRun:
     """Have a run go to sleep until its node `sub` is answered."""
     parent = await office.world.claimed(place)
     awaits = b'{"kind":"run","request":null,"expired":null}'
@@ -541,13 +543,13 @@ async def waiting_parent(office: Office, place: Place) -> Claimed:
     return parent
 
 
-async def answer(office: Office, parent: Claimed) -> Any:  # noqa: ANN401 - any JSON value
-    found = await signals.of(office.world.database, [key_of(parent)])
+async def answer(office: Office, parent: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
+    found = await node_answers.read_answers(office.world.database, [key_of(parent)])
     return json.loads(found[parent.execution_id]["sub", ""])
 
 
-def asked_by(parent: Claimed) -> str | None:
-    return follow_ups.asked({}, answering=answering(parent.execution_id, "sub", ""))
+def asked_by(parent: ClaimedRun) -> str | None:
+    return completion.requested_actions({}, answering=completion_for_parent(parent.execution_id, "sub", ""))
 
 
 CASES = {
@@ -595,7 +597,7 @@ async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_i
     place = await office.place()
     parent = await waiting_parent(office, place)
     child = await office.world.claimed(place, follow_up=asked_by(parent))
-    own = Owner(place.organization.id, child.key_id)
+    own = BlobOwner(place.organization.id, child.key_id)
     file = await office.blobs.put(own, b"%PDF", media_type="application/pdf", name="a.pdf")
     value = {"pages": ["x" * 1000], "file": file.as_json(), "fake": {"$blob": {"sha256": "0" * 64}}}
     kept = await office.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
@@ -604,7 +606,7 @@ async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_i
     office.after_runs().left(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     assert (await answer(office, parent))["output"] == value
-    parents = Owner(place.organization.id, parent.key_id)
+    parents = BlobOwner(place.organization.id, parent.key_id)
     assert await office.blobs.get(parents, file.sha256) == b"%PDF"
 
 

@@ -102,8 +102,10 @@ async def counted(
 ) -> int:
     async with database.read() as connection:
         if workflow_id:
-            return await backlog.of_workflow(connection, organization_id, workflow_id, at_most=at_most)
-        return await backlog.of_organization(connection, organization_id, at_most=at_most)
+            return await backlog.count_workflow_backlog(
+                connection, organization_id, workflow_id, at_most=at_most
+            )
+        return await backlog.count_organization_backlog(connection, organization_id, at_most=at_most)
 
 
 async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(world: World, people: People) -> None:
@@ -151,8 +153,8 @@ async def crowd(world: World) -> Database:
 
 
 async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowd: Database) -> None:
-    in_organization = backlog.in_organization("org_crowd", [SHARED_TARGET, LIMITED_TARGET, "wf_1"])
-    in_workflow = backlog.in_workflow("org_crowd", "wf_1")
+    in_organization = backlog.organization_statements("org_crowd", [SHARED_TARGET, LIMITED_TARGET, "wf_1"])
+    in_workflow = backlog.workflow_statements("org_crowd", "wf_1")
     for pending, deferred in (in_organization, in_workflow):
         assert "ix_execution_pending" in await explained(crowd, pending.limit(1_000))
         plan = await explained(crowd, deferred.limit(1_000))

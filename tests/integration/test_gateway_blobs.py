@@ -13,9 +13,9 @@ from sqlmodel import col
 
 from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus
 from gateway import limits
-from journal.blobs.backend import Owner
-from journal.blobs.reference import Reference
-from journal.store import Claim, Claimed, RunWrite
+from journal.blobs.blob_reference import BlobReference
+from journal.blobs.blob_storage import BlobOwner
+from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from models.execution import SpanRow
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused
 
@@ -26,7 +26,7 @@ LARGE = json.dumps({"text": "x" * 3_000_000}).encode()
 class Kept:
     """A failed run of the owner's, of which one output is kept as a blob."""
 
-    def __init__(self, world: World, person: Person, run: Claimed, reference: Reference) -> None:
+    def __init__(self, world: World, person: Person, run: ClaimedRun, reference: BlobReference) -> None:
         self.world = world
         self.person = person
         self.run = run
@@ -37,16 +37,16 @@ class Kept:
         return f"{EXECUTIONS}/{self.run.execution_id}"
 
     @property
-    def owner(self) -> Owner:
-        return Owner(self.run.organization_id, self.run.key_id)
+    def owner(self) -> BlobOwner:
+        return BlobOwner(self.run.organization_id, self.run.key_id)
 
     def blob(self, sha: str | None = None) -> str:
         return f"{self.path}/blobs/{sha or self.reference.sha256}"
 
 
-async def claimed(world: World, execution_id: str) -> Claimed:
+async def claimed(world: World, execution_id: str) -> ClaimedRun:
     while True:
-        for one in await world.gateway.store.claim(Claim(owner="worker", lease_seconds=60, limit=50)):
+        for one in await world.gateway.store.claim(ClaimQuery(owner="worker", lease_seconds=60, limit=50)):
             if one.execution_id == execution_id:
                 return one
 
@@ -56,7 +56,7 @@ async def kept(world: World, people: People) -> Kept:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     run = await claimed(world, response.json()["executionId"])
-    owner = Owner(run.organization_id, run.key_id)
+    owner = BlobOwner(run.organization_id, run.key_id)
     reference = await world.gateway.blobs.put(owner, LARGE, media_type="application/json")
     spans = [
         NodeSpan(
@@ -135,9 +135,9 @@ async def test_a_content_that_is_none_is_explained_instead(kept: Kept, spoilt: b
     reference = kept.reference
     if spoilt is not None:
         put = await kept.world.gateway.blobs.put(kept.owner, spoilt, media_type="application/json")
-        reference = Reference(put.sha256, min(put.size, 9), "application/json")
+        reference = BlobReference(put.sha256, min(put.size, 9), "application/json")
     else:
-        reference = Reference("0" * 64, 9, "application/json")
+        reference = BlobReference("0" * 64, 9, "application/json")
     text = reference.as_text().decode()
     statement = update(SpanRow).where(col(SpanRow.node_id) == "start").values(output_blob=text)
     await kept.world.gateway.database.transaction(lambda connection: connection.execute(statement))
@@ -156,7 +156,7 @@ async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(world: Worl
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     run = await claimed(world, response.json()["executionId"])
-    file = Reference("0" * 64, 1, "text/csv")
+    file = BlobReference("0" * 64, 1, "text/csv")
     output = NodeSpan(
         "start", "", "manual", SpanStatus.COMPLETED, 1, run.started_at, run.started_at, output=file.as_text()
     )

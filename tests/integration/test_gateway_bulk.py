@@ -12,7 +12,7 @@ from sqlmodel import SQLModel, col
 
 from gateway import limits
 from gateway.executions import bulk
-from journal.blobs.backend import BlobLost, Owner
+from journal.blobs.blob_storage import BlobLost, BlobOwner
 from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
 from models.execution_status import ExecutionStatus
@@ -334,7 +334,7 @@ async def test_what_has_ended_is_deleted_with_all_that_belongs_to_it(world: Worl
     ended = await started(world, people.owner, workflow_id, 2, **COMPLETED)
     untold = await started(world, people.owner, workflow_id, 1, **COMPLETED, follow_up={"callback": {}})
     child = await started(world, people.owner, workflow_id, 1, **COMPLETED, parent_id=live[0])
-    owner = Owner(people.owner.user.organization_id, ended[0])
+    owner = BlobOwner(people.owner.user.organization_id, ended[0])
     reference = await world.gateway.blobs.put(owner, b"content", media_type="text/plain")
 
     async def write(connection: AsyncConnection) -> None:

@@ -20,9 +20,9 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from gateway.arrivals import deliveries
-from journal import unread
-from journal.blobs.backend import BlobsUnavailable, Owner
-from journal.store import Arrival, Claim, Claimed, ExecutionKey
+from journal import unparsed_mail
+from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, IngestWrite
 from mail import addresses
 from messages.buckets import Rate
 from models.errors import DatabaseUnavailable
@@ -148,7 +148,7 @@ async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
         for told in given["attachments"] if case.provider != "native" else ():
             if "blob" in told:
                 content = await mails.gateway.blobs.get(
-                    Owner(owner.user.organization_id, execution_id), told["sha256"]
+                    BlobOwner(owner.user.organization_id, execution_id), told["sha256"]
                 )
                 assert sha256(content).hexdigest() == told["sha256"] == told["blob"]["$blob"]["sha256"]
 
@@ -313,7 +313,7 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
     store, sns = mails.gateway.store, mails.sns
 
-    async def away(_batch: Sequence[Arrival]) -> Any:  # noqa: ANN401 - never returns
+    async def away(_batch: Sequence[IngestWrite]) -> Any:  # noqa: ANN401 - never returns
         raise DatabaseUnavailable("The database is away")
 
     steps = [
@@ -335,7 +335,7 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
         assert "Idempotent-Replayed" not in answer.headers
     assert len(await mails.rows(Execution, workflow_id=workflow_id)) == 5
     blob = (await mails.given(answers[-1].json()["executionId"]))["$intake"]["blob"]
-    whose = Owner(owner.user.organization_id, answers[-1].json()["executionId"])
+    whose = BlobOwner(owner.user.organization_id, answers[-1].json()["executionId"])
     assert len(await mails.gateway.blobs.get(whose, blob["sha256"])) > 100_000
     again = await mails.post_form(workflow_id, owner, large)
     assert again.json() == answers[-1].json()
@@ -406,7 +406,7 @@ async def test_a_mail_in_json_has_its_attachments_as_blobs_like_others(
     stored, as_it_was = given["attachments"]
     assert as_it_was == described
     assert (stored["filename"], stored["size"], "content" in stored) == ("a.pdf", 4, False)
-    owner_of_blob = Owner(owner.user.organization_id, execution_id)
+    owner_of_blob = BlobOwner(owner.user.organization_id, execution_id)
     assert await mails.gateway.blobs.get(owner_of_blob, stored["blob"]["$blob"]["sha256"]) == b"%PDF"
 
     wrong = {"attachments": [pdf, {"content": "%%%"}, {"content": 7}]}
@@ -475,10 +475,12 @@ async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
     await mails.read(execution_id)
     given = await mails.given(execution_id)
     assert given["subject"] == "Hello"
-    late = unread.Read(
+    late = unparsed_mail.MailParseResult(
         ExecutionKey(dead.execution_id, dead.lane), dead.token, "dead.reader", workflow_id, {}, "{}"
     )
-    left = await mails.gateway.database.transaction(lambda connection: unread.leave(connection, [late]))
+    left = await mails.gateway.database.transaction(
+        lambda connection: unparsed_mail.release_parsed(connection, [late])
+    )
     assert left == [None]
     assert await mails.given(execution_id) == given
     run = await mails.run(execution_id)
@@ -502,10 +504,14 @@ async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others
         else:
             await changed(mails, one.execution_id, home=home)
     batch = [
-        unread.Read(ExecutionKey(one.execution_id, one.lane), one.token, "a.reader", workflow_id, {}, "{}")
+        unparsed_mail.MailParseResult(
+            ExecutionKey(one.execution_id, one.lane), one.token, "a.reader", workflow_id, {}, "{}"
+        )
         for one in held
     ]
-    left = await mails.gateway.database.transaction(lambda connection: unread.leave(connection, batch))
+    left = await mails.gateway.database.transaction(
+        lambda connection: unparsed_mail.release_parsed(connection, batch)
+    )
     runs = [await mails.run(one.execution_id) for one in held]
     assert {homes[run.id]: (run.status, run.target) for run in runs} == {
         "cancelled": ("cancelled", "shared"),
@@ -536,8 +542,8 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
     assert (run.status, run.attempt, run.on_trial) == ("pending", 0, False)
 
 
-async def claimed(mails: MailWorld, owner: str) -> Sequence[Claimed]:
-    return await mails.gateway.store.claim(Claim(owner, 30.0, 100, target=UNPARSED_TARGET))
+async def claimed(mails: MailWorld, owner: str) -> Sequence[ClaimedRun]:
+    return await mails.gateway.store.claim(ClaimQuery(owner, 30.0, 100, target=UNPARSED_TARGET))
 
 
 async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
@@ -805,7 +811,7 @@ async def test_a_mail_that_is_run_once_more_has_its_attachments_and_one_unread_i
             continue
         assert (await mails.run(again)).target == "shared"
         for told in (await mails.given(again))["attachments"]:
-            whose = Owner(owner.user.organization_id, again)
+            whose = BlobOwner(owner.user.organization_id, again)
             assert await mails.gateway.blobs.get(whose, told["sha256"]) is not None
 
 

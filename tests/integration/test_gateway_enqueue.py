@@ -15,7 +15,7 @@ from sqlmodel import SQLModel, col
 from engine.values import Json
 from gateway.arrivals import sender as senders
 from gateway.executions import acceptance
-from journal.store import Arrival, TakenIn
+from journal.store import IngestResult, IngestWrite
 from models import ids, sender_tokens
 from models.deployment import Deployment, ObservedState
 from models.execution import DELAYED_TARGET, Execution, ExecutionData
@@ -142,11 +142,11 @@ async def test_large_messages_share_no_commit(
     world: World, people: People, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[list[int]] = []
-    take_in = world.gateway.store.take_in
+    ingest = world.gateway.store.ingest
 
-    async def counted(batch: Sequence[Arrival]) -> Sequence[TakenIn]:
+    async def counted(batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
         sizes.append([len(run.trigger) for arrival in batch for run in arrival.runs])
-        return await take_in(batch)
+        return await ingest(batch)
 
     monkeypatch.setattr(world.gateway.store, "take_in", counted)
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"

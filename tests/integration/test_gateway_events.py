@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
 from gateway.arrivals import signatures
-from journal.store import Arrival
+from journal.store import IngestWrite
 from models import ids, sender_tokens
 from models.deployment import Deployment
 from models.errors import DatabaseUnavailable
@@ -261,15 +261,15 @@ async def test_an_event_is_taken_in_whole_or_not_at_all(
 ) -> None:
     for _ in range(3):
         await active(people.owner, subscribed("a.b"))
-    take_in = world.gateway.store.take_in
+    ingest = world.gateway.store.ingest
     calls = 0
 
-    async def fails(batch: Sequence[Arrival]) -> object:
+    async def fails(batch: Sequence[IngestWrite]) -> object:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise DatabaseUnavailable("gone")
-        answer = await take_in(batch)
+        answer = await ingest(batch)
         if calls == 2:
             raise DatabaseUnavailable("gone after the commit")
         return answer

@@ -22,7 +22,7 @@ from gateway import limits, state
 from gateway.executions import live_events, waiting
 from gateway.main import create_app
 from gateway.state import State
-from journal.store import Claim, Claimed, RunWrite
+from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from messages import broker as brokers
 from messages import redis_broker
 from messages.broker import Broker, Letter, Notice
@@ -73,7 +73,7 @@ class Run:
     """A claimed run, and what a worker would write of it."""
 
     gateway: State
-    claimed: Claimed
+    claimed: ClaimedRun
     broker: Broker
     sequence: int = 0
     settled: set[str] = field(default_factory=set)
@@ -154,7 +154,7 @@ async def taken(world: World, execution_id: str, *, broker: Broker | None = None
     gateway = world.gateway
     broker = broker or gateway.broker
     while True:
-        claim = Claim(owner=broker.inbox, lease_seconds=60, limit=50)
+        claim = ClaimQuery(owner=broker.inbox, lease_seconds=60, limit=50)
         claimed = {one.execution_id: one for one in await gateway.store.claim(claim)}
         assert claimed, f"{execution_id} is not pending"
         if execution_id in claimed:

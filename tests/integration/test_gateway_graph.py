@@ -13,7 +13,7 @@ from sqlmodel import col
 
 from engine.canvas_layout import CARD_HEIGHT, CARD_WIDTH
 from gateway.workflows import graph_shapes
-from journal import pinning
+from journal import definition_snapshot
 from models.audit import AuditEntry
 from tests.integration.gateway_world import (
     EDGE,
@@ -416,7 +416,11 @@ async def test_others_are_served_while_a_graph_is_gone_through(
 
         return watched
 
-    for module, step in ((graph_shapes, "stored_nodes"), (graph_shapes, "placed"), (pinning, "check")):
+    for module, step in (
+        (graph_shapes, "stored_nodes"),
+        (graph_shapes, "placed"),
+        (definition_snapshot, "check"),
+    ):
         monkeypatch.setattr(module, step, seen(getattr(module, step)))
     response = await {
         "create": lambda: api.post(WORKFLOWS, json={"name": "Large", "status": "active", **GRAPH}),

@@ -22,7 +22,7 @@ from sqlmodel import SQLModel, col
 
 from gateway.http import failed_attempts
 from gateway.workflows import workflow_cache
-from journal.blobs.backend import Owner
+from journal.blobs.blob_storage import BlobOwner
 from models.deployment import Deployment, ObservedState
 from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_status import TERMINAL_STATUSES
@@ -548,7 +548,7 @@ async def test_a_large_body_is_a_blob_of_its_run(world: World, people: People) -
     redriven_id = redriven.json()["executionId"]
     own = (await shown(people.owner, redriven_id))["trigger"]["data"]["body"]["$blob"]
     assert own == reference
-    await world.gateway.blobs.delete_runs([Owner(run.organization_id, run.id)])
+    await world.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.id)])
     assert (await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")).status_code == 404
     assert (await api.get(f"/api/v1/executions/{redriven_id}/blobs/{own['sha256']}")).status_code == 200
     refused(await api.post(f"/api/v1/deliveries/{delivery.id}/redrive"), 409, "not-redrivable")
@@ -580,7 +580,7 @@ async def test_a_run_of_a_large_body_is_resumed_with_it_and_says_when_it_is_gone
     resumed = (await api.post(f"/api/v1/executions/{sent}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "node-error"
     (run,) = await rows(world, Execution, id=sent)
-    await world.gateway.blobs.delete_runs([Owner(run.organization_id, run.key_id)])
+    await world.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.key_id)])
     resumed = (await api.post(f"/api/v1/executions/{resumed}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "value-lost"
 

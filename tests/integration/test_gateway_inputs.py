@@ -12,8 +12,8 @@ from sqlalchemy import select, update
 from sqlmodel import col
 
 from engine.values import Json
-from journal import signals
 from journal.store import ExecutionKey
+from journal.waits import node_answers
 from models.execution import Execution, WaitAnswer
 from tests.integration import asking
 from tests.integration.gateway_world import GRAPH, People, Person, World, refused
@@ -84,7 +84,7 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
             select(col(WaitAnswer.user_id)).where(col(WaitAnswer.execution_id) == asked)
         )
     assert (execution.status, execution.signals, user_id) == ("pending", 1, people.owner.user.id)
-    found = await signals.of(database, [ExecutionKey(asked, execution.lane)])
+    found = await node_answers.read_answers(database, [ExecutionKey(asked, execution.lane)])
     payload = found[asked]["approval", ""].decode()
     assert payload.startswith('{"output":{"data":{"comment":"Right"},"choice":"approve","by":"user_')
     assert payload.endswith('"},"port":"approve"}')

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from gateway import main, state
 from gateway.settings import GatewaySettings
-from journal.opening import open_store
+from journal.store_factory import open_store
 from messages import broker as brokers
 from models.database import Database, parse_url
 from models.schema_migration import migrate

@@ -15,7 +15,7 @@ from sqlmodel import col
 
 from gateway import limits
 from gateway.http.byte_budget import ByteHolding
-from journal import activity, decisions, wakes
+from journal.deployments import activity, decisions, wakes
 from models import lifecycle_policy
 from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution import Execution
@@ -120,7 +120,7 @@ async def trigger(
 
 async def deployment(world: World, workflow_id: str) -> Deployment:
     async with world.gateway.database.read() as connection:
-        seen = await activity.look(connection, workflow_id)
+        seen = await activity.read_activity(connection, workflow_id)
     assert seen is not None
     return seen.deployment
 
@@ -131,11 +131,11 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def seen_to(world: World, workflow_id: str) -> wakes.Done:
+async def seen_to(world: World, workflow_id: str) -> wakes.WakeOutcome:
     """Return what is done about the runs that wait for a deployment, once nobody has its row locked."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
-            done = await wakes.see_to_waiting(world.gateway.database)
+            done = await wakes.wake_for_waiting_runs(world.gateway.database)
             if workflow_id in done:
                 return done[workflow_id]
             await asyncio.sleep(0.02)
@@ -416,7 +416,7 @@ async def nobody_waits(world: World) -> bool:
 
 
 async def stop(world: World, workflow_id: str) -> None:
-    await decisions.settle(
+    await decisions.decide_and_apply(
         world.gateway.database,
         workflow_id,
         lambda seen: lifecycle_policy.stop_decision(
@@ -493,12 +493,12 @@ async def test_a_stop_that_may_not_be_undone_ends_the_wait_and_keeps_the_run(
     await stop(world, workflow_id)
     told = (await waiting).json()
     assert told["status"] == "pending"
-    assert await seen_to(world, workflow_id) is wakes.Done.DEFERRED
+    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.DEFERRED
     assert await status(world, told["execution_id"]) == "waiting"
     cluster.is_held.clear()
     # Whatever has let it start again, the run goes on.
     await set_policy(people.owner, workflow_id, {"type": "idle-shutdown"})
-    assert await seen_to(world, workflow_id) is wakes.Done.WOKEN
+    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.WOKEN
     await eventually(lambda: has_status(world, told["execution_id"], "completed"))
 
 
@@ -519,7 +519,7 @@ async def accepted(world: World, person: Person, workflow_id: str) -> str:
 async def test_a_run_that_is_due_wakes_its_deployment(world: World, people: People, cluster: Cluster) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     execution_id = await accepted(world, people.owner, workflow_id)
-    assert await seen_to(world, workflow_id) is wakes.Done.WOKEN
+    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.WOKEN
     await eventually(lambda: has_status(world, execution_id, "completed"))
     assert cluster.starts[workflow_id] == 1
 
@@ -530,24 +530,24 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
     await set_policy(people.owner, workflow_id, closed())
     execution_id = await accepted(world, people.owner, workflow_id)
-    assert await seen_to(world, workflow_id) is wakes.Done.DEFERRED
+    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.DEFERRED
     due = select(col(Execution.due_at)).where(col(Execution.id) == execution_id)
     async with world.gateway.database.read() as connection:
         due_at = await connection.scalar(due)
     assert due_at is not None
     assert timedelta(days=1) < due_at - datetime.now(UTC) < timedelta(days=4)
-    assert workflow_id not in await wakes.see_to_waiting(world.gateway.database)
+    assert workflow_id not in await wakes.wake_for_waiting_runs(world.gateway.database)
     by_hand = LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
-    await decisions.settle(world.gateway.database, workflow_id, lambda _: by_hand)
-    assert await seen_to(world, workflow_id) is wakes.Done.RELEASED
+    await decisions.decide_and_apply(world.gateway.database, workflow_id, lambda _: by_hand)
+    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.RELEASED
     await eventually(lambda: has_status(world, execution_id, "completed"))
 
 
 async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(world: World, people: People) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
     execution_id = await accepted(world, people.owner, workflow_id)
-    done = await wakes.see_to_waiting(world.gateway.database)
-    assert done[workflow_id] is wakes.Done.LEFT_TO_WORKERS
+    done = await wakes.wake_for_waiting_runs(world.gateway.database)
+    assert done[workflow_id] is wakes.WakeOutcome.LEFT_TO_WORKERS
     async with world.gateway.database.read() as connection:
         target = select(col(Execution.target)).where(col(Execution.id) == execution_id)
         assert await connection.scalar(target) == "shared"

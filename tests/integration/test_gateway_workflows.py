@@ -12,7 +12,7 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from journal.store import Acceptance, Verdict
+from journal.store import AcceptanceVerdict, RunAcceptance
 from models import ids
 from models.database import Database
 from models.execution import Execution
@@ -504,7 +504,7 @@ async def accept_run(world: World, person: Person, workflow_id: str) -> str:
     execution_id = ids.new_id("exec")
     (accepted,) = await world.gateway.store.accept(
         [
-            Acceptance(
+            RunAcceptance(
                 execution_id=execution_id,
                 lane=workflow.lane,
                 organization_id=workflow.organization_id,
@@ -521,7 +521,7 @@ async def accept_run(world: World, person: Person, workflow_id: str) -> str:
             )
         ]
     )
-    assert accepted.verdict is Verdict.ACCEPTED
+    assert accepted.verdict is AcceptanceVerdict.ACCEPTED
     return execution_id
 
 

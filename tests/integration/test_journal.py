@@ -18,9 +18,9 @@ from engine.run_errors import LeaseLost
 from engine.run_records import LogLine, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from journal import recorder
 from journal.group_commit import GroupCommit
-from journal.leases import RENEWALS_PER_LEASE, Lease, LeaseKeeper
-from journal.recorder import Recorder, RunJournal
-from journal.store import Claimed, Held, Renewed, RunWrite, Store
+from journal.leases import RENEWALS_PER_LEASE, LeaseKeeper, RunLease
+from journal.recorder import RunJournal, RunRecorder
+from journal.store import ClaimedRun, JournalStore, LeaseRenewal, RenewalResult, RunWrite
 from models.errors import DatabaseUnavailable
 from tests.integration.run_world import Where, World, key_of, opened
 
@@ -128,7 +128,7 @@ async def test_a_group_is_drained_when_all_have_their_answers() -> None:
 class Faulty:
     """A store that is away, or silent, for as long as a test says."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: JournalStore) -> None:
         self._store = store
         self.is_away = False
         self.refused = asyncio.Event()
@@ -148,8 +148,8 @@ class Faulty:
 class Book:
     """A claimed run, its lease and its journal."""
 
-    run: Claimed
-    lease: Lease
+    run: ClaimedRun
+    lease: RunLease
     journal: RunJournal
     store: Faulty
     committed: list[str]
@@ -159,10 +159,10 @@ class Book:
 async def book(world: World, monkeypatch: pytest.MonkeyPatch) -> Book:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
     run = await world.claimed()
-    lease = Lease(key_of(run), run.token, time.monotonic() + 60)
+    lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     store = Faulty(world.store)
     committed: list[str] = []
-    journal = RunJournal(Recorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]
+    journal = RunJournal(RunRecorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]
     return Book(run, lease, journal, store, committed)
 
 
@@ -326,16 +326,16 @@ class Keeping:
     """A keeper of leases, and what it has told."""
 
     keeper: LeaseKeeper
-    lost: list[Lease] = field(default_factory=list)
-    requests: list[tuple[Lease, str]] = field(default_factory=list)
+    lost: list[RunLease] = field(default_factory=list)
+    requests: list[tuple[RunLease, str]] = field(default_factory=list)
 
-    def hold(self, run: Claimed) -> Lease:
+    def hold(self, run: ClaimedRun) -> RunLease:
         return self.keeper.hold(key_of(run), run.token, time.monotonic())
 
 
-async def keeping(store: Store, lease_seconds: float) -> Keeping:
-    lost: list[Lease] = []
-    requests: list[tuple[Lease, str]] = []
+async def keeping(store: JournalStore, lease_seconds: float) -> Keeping:
+    lost: list[RunLease] = []
+    requests: list[tuple[RunLease, str]] = []
     keeper = LeaseKeeper(
         store,
         lease_seconds,
@@ -359,7 +359,7 @@ async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: World)
     assert lease.is_held()
     row = await world.row(run.execution_id)
     assert row["lease_until"] > time.time_ns() // 1000
-    kept.keeper.let_go(lease)
+    kept.keeper.release(lease)
     kept.keeper.stop()
 
 
@@ -395,12 +395,12 @@ async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exceptio
         async def for_thread(self) -> Any:  # noqa: ANN401 - any JSON value
             return self
 
-        async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+        async def renew(self, held: Sequence[LeaseRenewal], lease_seconds: float) -> Sequence[RenewalResult]:
             nonlocal failures
             failures += 1
             if failures < 3:
                 raise error
-            return [Renewed(one.execution_id, None) for one in held if lease_seconds]
+            return [RenewalResult(one.execution_id, None) for one in held if lease_seconds]
 
         async def close(self) -> None: ...
 
@@ -423,12 +423,14 @@ async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_roun
         async def for_thread(self) -> Any:  # noqa: ANN401 - any JSON value
             return self
 
-        async def renew(self, held: Sequence[Held], lease_seconds: float) -> Sequence[Renewed]:
+        async def renew(self, held: Sequence[LeaseRenewal], lease_seconds: float) -> Sequence[RenewalResult]:
             if len(held) > 1:
                 rounds.append(time.monotonic())
             is_kept_back = {one.execution_id: one.execution_id == kept_back.execution_id for one in held}
             return [
-                Renewed(key, None, is_locked=locked) for key, locked in is_kept_back.items() if lease_seconds
+                RenewalResult(key, None, is_locked=locked)
+                for key, locked in is_kept_back.items()
+                if lease_seconds
             ]
 
         async def close(self) -> None: ...

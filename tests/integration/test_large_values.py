@@ -27,15 +27,15 @@ from engine.services import NodeServices
 from engine.values import Json
 from execution.executor import Executor
 from journal import recorder
-from journal.blobs import orphans
-from journal.blobs.backend import BlobsUnavailable, Label, Owner
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_reference import BlobReference
+from journal.blobs.blob_storage import BlobLabel, BlobOwner, BlobsUnavailable
 from journal.blobs.blob_store import BlobStore
-from journal.blobs.folder import Folder
-from journal.blobs.reference import Reference
-from journal.large_values import LargeValues
-from journal.leases import Lease
-from journal.recorder import Recorder, RunJournal
-from journal.store import Claimed, ExecutionKey
+from journal.blobs.folder_storage import FolderBlobStorage
+from journal.blobs.large_values import LargeValues
+from journal.leases import RunLease
+from journal.recorder import RunJournal, RunRecorder
+from journal.store import ClaimedRun, ExecutionKey
 from messages.local_broker import LocalBroker
 from models.database import Database, parse_url
 from tests.calls import NoNetwork
@@ -71,7 +71,7 @@ async def place(world: World) -> Place:
     return await world.workflow()
 
 
-class Counted(Folder):
+class Counted(FolderBlobStorage):
     """A folder that counts what is put, and that is away for as long as a test says."""
 
     def __init__(self, root: Path) -> None:
@@ -80,7 +80,7 @@ class Counted(Folder):
         self.is_away = False
         self.refused = asyncio.Event()
 
-    async def put(self, owner: Owner, sha256: str, content: bytes, label: Label) -> None:
+    async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
         if self.is_away:
             self.refused.set()
             raise BlobsUnavailable("away")
@@ -197,11 +197,11 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     found = await spans(world, key)
     assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
     content = json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":")).encode()
-    reference = Reference.read(found["start"]["output_blob"].encode())
-    assert reference == Reference(sha256(content).hexdigest(), len(content), "application/json")
+    reference = BlobReference.from_text(found["start"]["output_blob"].encode())
+    assert reference == BlobReference(sha256(content).hexdigest(), len(content), "application/json")
     for name in ("start", "effect"):
         assert found[name]["output"] is None
-        assert Reference.read(found[name]["output_blob"].encode()) == reference
+        assert BlobReference.from_text(found[name]["output_blob"].encode()) == reference
     (progress,) = await world.store.progress([key])
     shown = {node_id: json.loads(output) for node_id, output in progress.outputs}
     assert shown["start"] == reference.as_json()
@@ -212,7 +212,7 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
         ("effect", 2, "completed"),
     ]
     assert json.loads(attempts[0]["error"])["code"] == "lost-attempt"
-    owner = Owner(place.organization.id, key.execution_id)
+    owner = BlobOwner(place.organization.id, key.execution_id)
     assert await BlobStore(folder).get(owner, reference.sha256) == content
 
 
@@ -252,17 +252,17 @@ async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_an
 
     found = await spans(world, key)
     assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
-    reference = Reference.read(found["unlike"]["output_blob"].encode())
+    reference = BlobReference.from_text(found["unlike"]["output_blob"].encode())
     kept = {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()}
     assert reference.sha256 in kept
     assert len(kept) == 2, "one of them is named by no row"
 
     database = Database(parse_url(where.url))
     os.utime(tmp_path / "blobs" / place.organization.id / key.execution_id, (1, 1))
-    await orphans.sweep(BlobStore(folder), database)
+    await orphan_blobs.delete_orphans(BlobStore(folder), database)
     assert {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()} == kept
     await world.query("DELETE FROM execution")
-    await orphans.sweep(BlobStore(folder), database)
+    await orphan_blobs.delete_orphans(BlobStore(folder), database)
     await database.close()
     assert not [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
 
@@ -274,8 +274,8 @@ async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_an
 class Book:
     """A claimed run, and its journal."""
 
-    run: Claimed
-    lease: Lease
+    run: ClaimedRun
+    lease: RunLease
     journal: RunJournal
     control: RunControl
 
@@ -284,10 +284,10 @@ class Book:
 async def book(world: World, folder: Counted, monkeypatch: pytest.MonkeyPatch) -> Book:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
     run = await world.claimed()
-    lease = Lease(key_of(run), run.token, time.monotonic() + 60)
+    lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     control = RunControl()
-    large = LargeValues(BlobStore(folder), Owner(run.organization_id, run.key_id), 1_024)
-    writer = Recorder(world.store, lambda _: None)
+    large = LargeValues(BlobStore(folder), BlobOwner(run.organization_id, run.key_id), 1_024)
+    writer = RunRecorder(world.store, lambda _: None)
     return Book(run, lease, RunJournal(writer, lease, large=large, control=control), control)
 
 
@@ -333,7 +333,7 @@ async def test_inputs_come_back_only_for_nodes_that_will_run_again(world: World,
     book.journal.record(span("b", input=large, output=other, sequence=2))
     await book.journal.commit()
     found = await stored(world, book)
-    restored = await book.journal.restored(list(found.values()))
+    restored = await book.journal.restore(list(found.values()))
     assert [(one.input, one.output) for one in restored] == [(large, None), (None, other)]
 
 
@@ -350,7 +350,7 @@ async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
     folder.is_away = False
     await ending
     assert (await world.row(book.run.execution_id))["status"] == "completed"
-    (restored,) = await book.journal.restored(list((await stored(world, book)).values()))
+    (restored,) = await book.journal.restore(list((await stored(world, book)).values()))
     assert restored.output == b"1" * 5_000
 
 

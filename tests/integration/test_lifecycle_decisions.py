@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select, update
 from sqlmodel import col
 
-from journal import activity, decisions, wakes
-from journal.decisions import DeploymentChanged, Settled, by_policy
+from journal.deployments import activity, decisions, wakes
+from journal.deployments.decisions import DecidedDeployment, DeploymentChanged, decide_by_policy
 from models import lifecycle_policy
 from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from journal.activity import Seen
+    from journal.deployments.activity import DeploymentActivity
 
 HOUR = timedelta(hours=1)
 NONE, STOP, WAKE = LifecycleAction.NONE, LifecycleAction.STOP, LifecycleAction.WAKE
@@ -39,15 +39,15 @@ async def workflow_id(people: People) -> str:
     return await people.owner.create(**GRAPH)
 
 
-async def seen(world: World, workflow_id: str) -> Seen:
+async def seen(world: World, workflow_id: str) -> DeploymentActivity:
     async with world.gateway.database.read() as connection:
-        found = await activity.look(connection, workflow_id)
+        found = await activity.read_activity(connection, workflow_id)
     assert found is not None
     return found
 
 
-async def settled(world: World, workflow_id: str) -> Settled:
-    found = await decisions.settle(world.gateway.database, workflow_id, by_policy)
+async def settled(world: World, workflow_id: str) -> DecidedDeployment:
+    found = await decisions.decide_and_apply(world.gateway.database, workflow_id, decide_by_policy)
     assert found is not None
     return found
 
@@ -62,7 +62,7 @@ async def kept(world: World, workflow_id: str) -> Sequence[LifecycleDecision]:
 async def count(world: World, workflow_id: str) -> bool:
     """Take down that something has come, by another connection."""
     return await world.gateway.database.transaction(
-        lambda connection: activity.count(connection, workflow_id)
+        lambda connection: activity.record_activity(connection, workflow_id)
     )
 
 
@@ -149,14 +149,14 @@ async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
     came: list[asyncio.Task[bool]] = []
 
     async def stop(connection: AsyncConnection) -> None:
-        await activity.lock(connection, workflow_id)
-        found = await activity.look(connection, workflow_id)
+        await activity.lock_deployment(connection, workflow_id)
+        found = await activity.read_activity(connection, workflow_id)
         assert found is not None
         came.append(asyncio.create_task(count(world, workflow_id)))
         # Whoever comes now has to wait: let them get that far.
         async with world.gateway.database.read() as other:
-            await activity.look(other, workflow_id)
-        await decisions.carry_out(connection, found, by_policy(found))
+            await activity.read_activity(other, workflow_id)
+        await decisions.apply_decision(connection, found, decide_by_policy(found))
 
     await world.gateway.database.transaction(stop)
     assert await asyncio.gather(*came) == [True]
@@ -175,7 +175,7 @@ async def test_a_locked_deployment_holds_up_no_other(
     url = world.gateway.database.url
     async with impatient(url, monkeypatch) as database, left_open(url, lock, first):
         # What comes for it is not counted then, and finds it all the same.
-        assert (await prompt(wakes.count(database, [first, second]))).keys() == {first, second}
+        assert (await prompt(wakes.record_activities(database, [first, second]))).keys() == {first, second}
         await world.gateway.database.transaction(
             lambda connection: connection.execute(
                 update(Deployment)
@@ -186,7 +186,7 @@ async def test_a_locked_deployment_holds_up_no_other(
         await prompt(keep_policies(database, world.gateway.broker))
         assert [(await seen(world, one)).situation.is_up for one in (first, second)] == [True, False]
         await run(world, people.owner, second)
-        await prompt(wakes.see_to_waiting(database))
+        await prompt(wakes.wake_for_waiting_runs(database))
         assert (await seen(world, second)).situation.is_up
     await keep_policies(world.gateway.database, world.gateway.broker)
     assert not (await seen(world, first)).situation.is_up
@@ -200,7 +200,7 @@ async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(
     await settled(world, workflow_id)
     with pytest.raises(DeploymentChanged):
         await world.gateway.database.transaction(
-            lambda connection: decisions.carry_out(connection, before, by_policy(before))
+            lambda connection: decisions.apply_decision(connection, before, decide_by_policy(before))
         )
     assert len(await kept(world, workflow_id)) == 1
 
@@ -211,7 +211,7 @@ async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
     await deployed(world, people.owner, workflow_id)
     execution_id = await run(world, people.owner, workflow_id, status=ExecutionStatus.RUNNING)
     database, user_id = world.gateway.database, people.owner.user.id
-    await decisions.settle(
+    await decisions.decide_and_apply(
         database,
         workflow_id,
         lambda found: lifecycle_policy.stop_decision(
@@ -248,7 +248,7 @@ async def test_deployments_are_looked_at_in_batches(
     after = min(made)[:-1]
     while True:
         async with world.gateway.database.read() as connection:
-            batch = await activity.look_at_all(connection, after)
+            batch = await activity.read_all_activities(connection, after)
         found += [one.deployment.workflow_id for one in batch]
         if len(batch) < activity.BATCH_DEPLOYMENTS:
             break
@@ -257,7 +257,7 @@ async def test_deployments_are_looked_at_in_batches(
 
 
 async def test_the_check_reads_no_table_of_runs_from_end_to_end(world: World) -> None:
-    wanted = activity.statement().where(col(Deployment.workflow_id) == "wf_1")
+    wanted = activity.activity_statement().where(col(Deployment.workflow_id) == "wf_1")
     plan = await explained(world.gateway.database, wanted)
     for index in ("pending", "waiting", "running", "deployed"):
         assert f"ix_execution_{index}" in plan

@@ -21,11 +21,12 @@ from sqlalchemy.pool import QueuePool
 from engine.run_records import RunStatus
 from gateway.internal import holding
 from gateway.internal.holding import Holder
-from journal import admission, children, follow_ups
-from journal.deletion import delete_runs
-from journal.leases import Lease, LeaseKeeper
-from journal.recorder import Recorder
+from journal import concurrency_limits
+from journal.leases import LeaseKeeper, RunLease
+from journal.recorder import RunRecorder
+from journal.run_deletion import delete_runs
 from journal.store import ExecutionKey
+from journal.waits import children, completion
 from models import postgresql_sessions as sessions
 from models.database import Database, parse_url
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
@@ -80,7 +81,9 @@ def locked(world: World, execution_id: str) -> AbstractAsyncContextManager[None]
 
 
 def frozen_in_admission(world: World, key: str) -> AbstractAsyncContextManager[None]:
-    return left_open(world.database.url, "SELECT pg_advisory_xact_lock($1)", admission.lock_number(key))
+    return left_open(
+        world.database.url, "SELECT pg_advisory_xact_lock($1)", concurrency_limits.advisory_lock_id(key)
+    )
 
 
 def connections_of(database: Database) -> int:
@@ -160,7 +163,7 @@ async def test_a_lease_whose_row_is_locked_for_a_moment_is_renewed_before_it_end
     world: World, place: Place
 ) -> None:
     one = await world.claimed(place)
-    lost: list[Lease] = []
+    lost: list[RunLease] = []
     keeper = LeaseKeeper(world.store, 6.0, on_lost=lost.append, on_request=lambda _lease, _request: None)
     lease = keeper.hold(key_of(one), one.token, monotonic())
     until = lease.until
@@ -190,7 +193,7 @@ async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
     world: World, place: Place
 ) -> None:
     kept, other = [await world.claimed(place) for _ in range(2)]
-    recorder = Recorder(world.store, lambda _inboxes: None)
+    recorder = RunRecorder(world.store, lambda _inboxes: None)
     async with locked(world, kept.execution_id):
         first = [recorder.submit(write(one)) for one in (kept, other)]
         answers = await prompt(asyncio.gather(*first, return_exceptions=True))
@@ -214,20 +217,22 @@ async def test_a_key_that_a_frozen_process_has_locked_holds_up_no_other_key(
     runs = [place.run(**limit) for limit in limits]
     await world.store.accept(runs)
     async with impatient(world.url, monkeypatch) as database, frozen_in_admission(world, "a"):
-        assert await prompt(admission.admit_waiting(database)) == (1, "")
+        assert await prompt(concurrency_limits.admit_waiting_keys(database)) == (1, "")
         # Many at once take one connection, so that others have some.
-        waiting = [asyncio.create_task(admission.admit(database, "a")) for _ in range(30)]
-        assert await prompt(admission.admit(database, "b")) == 0
+        waiting = [
+            asyncio.create_task(concurrency_limits.admit_waiting_runs(database, "a")) for _ in range(30)
+        ]
+        assert await prompt(concurrency_limits.admit_waiting_runs(database, "b")) == 0
         assert connections_of(database) <= 1
         assert await prompt(asyncio.gather(*waiting)) == [0] * 30
-    assert await admission.admit(world.database, "a") == 1
+    assert await concurrency_limits.admit_waiting_runs(world.database, "a") == 1
 
 
 async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(world: World, place: Place) -> None:
     first, second = [place.run(concurrency_key="a", concurrency_limit=1) for _ in range(2)]
     await world.store.accept([first, second])
     async with locked(world, first.execution_id):
-        assert await prompt(admission.admit_waiting(world.database)) == (1, "")
+        assert await prompt(concurrency_limits.admit_waiting_keys(world.database)) == (1, "")
     targets = [(await world.row(run.execution_id))["target"] for run in (first, second)]
     assert targets == ["limited", "shared"]
 
@@ -355,9 +360,9 @@ async def ended(world: World, place: Place, **changes: Any) -> list[ExecutionKey
 async def test_a_locked_run_holds_up_the_follow_up_of_no_other(world: World, place: Place) -> None:
     kept, other = keys = await ended(world, place, follow_up='{"callback":{"url":"http://127.0.0.1"}}')
     async with locked(world, kept.execution_id):
-        due = await prompt(follow_ups.claim(world.database, keys, 30.0))
+        due = await prompt(completion.claim_completions(world.database, keys, 30.0))
         assert [one.key for one in due] == [other]
-    assert [one.key for one in await follow_ups.claim(world.database, keys, 30.0)] == [kept]
+    assert [one.key for one in await completion.claim_completions(world.database, keys, 30.0)] == [kept]
 
 
 async def test_a_locked_run_holds_up_the_deletion_of_no_other(world: World, place: Place) -> None:
@@ -369,12 +374,12 @@ async def test_a_locked_run_holds_up_the_deletion_of_no_other(world: World, plac
 
 async def test_a_locked_child_holds_up_the_end_of_no_other(world: World, place: Place) -> None:
     parent = await world.claimed(place)
-    follow_up = json.dumps(children.answering(parent.execution_id, "node", ""))
+    follow_up = json.dumps(children.completion_for_parent(parent.execution_id, "node", ""))
     family = {"parent_id": parent.execution_id, "root_id": parent.execution_id, "depth": 1}
     kept, other = [await world.accept(place, follow_up=follow_up, **family) for _ in range(2)]
     await world.store.record([write(parent, end=RunStatus.STOPPED)])
     async with locked(world, kept.execution_id):
-        abandoned = await prompt(children.end_abandoned(world.database, world.store))
+        abandoned = await prompt(children.request_abandoned_ends(world.database, world.store))
         assert [one.execution_id for one in abandoned] == [other.execution_id]
-    abandoned = await children.end_abandoned(world.database, world.store)
+    abandoned = await children.request_abandoned_ends(world.database, world.store)
     assert [one.execution_id for one in abandoned] == [kept.execution_id]

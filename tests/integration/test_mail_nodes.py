@@ -18,7 +18,7 @@ from engine.services import RunCaller
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
 from gateway.data_sources.data_source_probes import Probes
-from journal.blobs.opening import open_blobs
+from journal.blobs.blob_store_factory import open_blobs
 from mail import addresses, composition, mail_content, mail_parsing
 from models.data_source import DataSource, encrypt_secrets
 from models.encryption import SecretVault

@@ -28,7 +28,7 @@ from gateway.http import failed_attempts
 from gateway.http.wire import Wire, is_strict_body
 from gateway.routes import Line
 from gateway.settings import GatewaySettings
-from journal.store import ExecutionKey, Progress
+from journal.store import ExecutionKey, RunProgressReport
 from pilotflame import refusal
 from tests.integration.deployed import answer_for_pods
 from tests.integration.example_world import cast, in_place
@@ -334,7 +334,7 @@ def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0)
 
 
-async def at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> Progress | None:  # noqa: ARG001 - the method's signature
+async def at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:  # noqa: ARG001 - the method's signature
     return await PROGRESS(waiting, key, 0)
 
 

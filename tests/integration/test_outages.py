@@ -11,8 +11,8 @@ from time import monotonic
 import pytest
 from sqlalchemy import text
 
-from journal.opening import open_store
-from journal.store import Claim, ExecutionKey, Held, RunWrite, Store
+from journal.store import ClaimQuery, ExecutionKey, JournalStore, LeaseRenewal, RunWrite
+from journal.store_factory import open_store
 from models import circuit_breaker
 from models.database import Database, parse_url
 from models.errors import DatabaseUnavailable
@@ -31,7 +31,7 @@ CALLS = 20
 Calls = list[Callable[[], Awaitable[object]]]
 
 
-def calls_of(store: Store, database: Database) -> Calls:
+def calls_of(store: JournalStore, database: Database) -> Calls:
     """Return a call of each kind: of the run path, and of the rest."""
 
     async def write() -> None:
@@ -39,9 +39,9 @@ def calls_of(store: Store, database: Database) -> Calls:
 
     return [
         lambda: store.sweep(10),
-        lambda: store.claim(Claim("worker", 30.0, 1)),
+        lambda: store.claim(ClaimQuery("worker", 30.0, 1)),
         lambda: store.record([RunWrite("exec_1", 1, 1)]),
-        lambda: store.renew([Held("exec_1", 1, 1)], 30.0),
+        lambda: store.renew([LeaseRenewal("exec_1", 1, 1)], 30.0),
         lambda: store.request_end(ExecutionKey("exec_1", 1), "stop"),
         write,
     ]
@@ -79,7 +79,7 @@ async def way(where: Where) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def behind(where: Where, way: Proxy) -> AsyncIterator[tuple[Store, Database]]:
+async def behind(where: Where, way: Proxy) -> AsyncIterator[tuple[JournalStore, Database]]:
     """Yield a store and a database that reach the server through the proxy."""
     url = parse_url(way.in_front_of(where.url))
     store, database = await open_store(url), Database(url)
@@ -99,7 +99,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("connections", ["open", "none"])
 async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_ends(
-    way: Proxy, behind: tuple[Store, Database], connections: str, monkeypatch: pytest.MonkeyPatch
+    way: Proxy, behind: tuple[JournalStore, Database], connections: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [*calls_of(*behind), behind[1].ping]
     if connections == "open":
@@ -116,7 +116,7 @@ async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_end
 
 @pytest.mark.usefixtures("hasty")
 async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
-    way: Proxy, behind: tuple[Store, Database]
+    way: Proxy, behind: tuple[JournalStore, Database]
 ) -> None:
     calls = [*calls_of(*behind), behind[1].ping]
     await asyncio.gather(*(call() for call in calls))
@@ -126,7 +126,7 @@ async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
 
 
 async def test_a_statement_that_takes_its_time_is_waited_for(
-    behind: tuple[Store, Database], monkeypatch: pytest.MonkeyPatch
+    behind: tuple[JournalStore, Database], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LATE_SECONDS", "CHECK_SECONDS"):
         monkeypatch.setattr(circuit_breaker, name, 0.05)
@@ -150,13 +150,13 @@ def locked(world: World) -> Iterator[None]:
 async def test_a_file_that_another_program_locks_is_told_within_seconds_and_then_at_once(
     on_sqlite: Where, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("models.database", "journal.sqlite"):
+    for module in ("models.database", "journal.sqlite.sqlite_store"):
         monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.2)
     async with opened(on_sqlite) as world:
         calls = calls_of(world.store, world.database)
         with locked(world):
             assert await refused(calls) < FIRST_SECONDS
-            for module in ("models.database", "journal.sqlite"):
+            for module in ("models.database", "journal.sqlite.sqlite_store"):
                 monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", NEVER_SECONDS)
             assert await refused(calls * CALLS) < AT_ONCE_SECONDS
             await world.database.ping()
@@ -168,7 +168,7 @@ async def test_a_file_that_another_program_locks_is_told_within_seconds_and_then
 async def test_writers_of_one_process_wait_for_one_another_longer(
     on_sqlite: Where, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("models.database", "journal.sqlite"):
+    for module in ("models.database", "journal.sqlite.sqlite_store"):
         monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.05)
     async with opened(on_sqlite) as world:
         is_written = asyncio.Event()

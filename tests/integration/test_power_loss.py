@@ -19,9 +19,9 @@ import asyncio, os, sys
 from pathlib import Path
 import msgspec
 from engine.services import RunCaller
-from journal import sqlite
-from journal.blobs.backend import Label, Owner
-from journal.blobs.folder import Folder
+from journal.sqlite.sqlite_store import sqlite_store
+from journal.blobs.blob_storage import BlobLabel, BlobOwner
+from journal.blobs.folder_storage import FolderBlobStorage
 from models.database import Database, parse_url
 from nodes.connections import sqlite_process
 from nodes.connections.organization_folders import OrganizationFolders

@@ -12,10 +12,10 @@ import asyncpg
 import pytest
 
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus, SpanStatus
-from journal import deletion
-from journal.blobs.backend import BlobLost, Owner
-from journal.blobs.opening import open_blobs
-from journal.store import Acceptance, Claimed, Verdict
+from journal import run_deletion
+from journal.blobs.blob_storage import BlobLost, BlobOwner
+from journal.blobs.blob_store_factory import open_blobs
+from journal.store import AcceptanceVerdict, ClaimedRun, RunAcceptance
 from models.timestamps import to_microseconds
 from scheduler import old_executions, unused_definitions
 from scheduler.settings import SchedulerSettings
@@ -45,7 +45,7 @@ def settings(tmp_path: Path) -> SchedulerSettings:
     return SchedulerSettings(data_dir=tmp_path, retention_days=14, retention_runs=3)
 
 
-async def ended(world: World, place: Place, *, days: float, **columns: Any) -> Claimed:  # noqa: ANN401 - columns
+async def ended(world: World, place: Place, *, days: float, **columns: Any) -> ClaimedRun:  # noqa: ANN401 - columns
     """Have a run accepted and ended so many days ago, with a row in every table."""
     run = await world.claimed(place)
     spans = [
@@ -98,7 +98,7 @@ async def test_ended_runs_go_after_their_days_with_all_that_belongs_to_them(
     world: World, settings: SchedulerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(old_executions, "BATCH_RUNS", 2)
-    monkeypatch.setattr(deletion, "BATCH_ROWS", 2)
+    monkeypatch.setattr(run_deletion, "BATCH_ROWS", 2)
     monkeypatch.setattr(old_executions, "BATCH_WORKFLOWS", 1)
     place, other = await world.workflow(), await world.workflow()
     for one in (place, other, place, other, place):
@@ -158,7 +158,7 @@ async def test_contents_go_with_the_last_run_of_a_line(world: World, settings: S
     alone = await ended(world, place, days=50)
     await ended(world, place, days=1.5, resumed_from=first.execution_id, key_id=first.key_id)
     blobs = open_blobs(settings)
-    owners = [Owner(place.organization.id, run.key_id) for run in (first, alone)]
+    owners = [BlobOwner(place.organization.id, run.key_id) for run in (first, alone)]
     references = [await blobs.put(owner, b"content", media_type="text/plain") for owner in owners]
     await old_executions.delete_old(settings, world.database)
     assert await blobs.get(owners[0], references[0].sha256) == b"content"
@@ -183,7 +183,7 @@ async def test_old_runs_are_found_by_indexes(world: World) -> None:
 # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_definition(place: Place, number: int, *, is_sent: bool = True) -> Acceptance:
+def with_definition(place: Place, number: int, *, is_sent: bool = True) -> RunAcceptance:
     run = place.run(definition=f'{{"nodes":[],"connections":[],"number":{number}}}')
     return run if is_sent else place.run(definition=None, definition_hash=run.definition_hash)
 
@@ -237,7 +237,7 @@ async def test_no_run_that_is_accepted_while_definitions_are_deleted_loses_its_o
         (accepted,), _ = await asyncio.gather(
             store.accept([run]), unused_definitions.delete_unused(world.database)
         )
-        assert accepted.verdict is Verdict.ACCEPTED
+        assert accepted.verdict is AcceptanceVerdict.ACCEPTED
         assert run.definition_hash in await definitions(world)
 
 

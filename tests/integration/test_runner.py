@@ -34,10 +34,11 @@ from gateway.internal import desk as desks
 from gateway.internal import routes
 from gateway.settings import GatewaySettings
 from gateway.state import State
-from journal import signals, trigger_body
-from journal.blobs.backend import Owner
-from journal.store import Claim, Claimed, EmittedEvent, ExecutionKey
+from journal import trigger_body
+from journal.blobs.blob_storage import BlobOwner
+from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
 from journal.trigger_body import EncodedTrigger
+from journal.waits import node_answers
 from messages.deployments import DeployerMessage, LookAtDeployment
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids
@@ -499,14 +500,19 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods
         send,
     )
     paid = EmittedEvent("event_1", "order.paid", "shop", '{"event_type":"order.paid"}')
-    await pods.world.store.take_in([pods.place.arrival(workflow_id=None, event=paid)])
+    await pods.world.store.ingest([pods.place.arrival(workflow_id=None, event=paid)])
     first = await pods.start(MAX_ROW_OUTPUT_BYTES="1024").ready()
     key = await pods.accept(definition, trigger=json.dumps({"body": {"text": large}}))
     await pods.reaches(key, "waiting")
     first.started.kill()
     given = await pods.world.database.transaction(
-        lambda connection: signals.give(
-            connection, key, "ask", "", signals.output({"data": None}), kind=AnswerSource.INPUT
+        lambda connection: node_answers.store_answer(
+            connection,
+            key,
+            "ask",
+            "",
+            node_answers.encode_output_answer({"data": None}),
+            kind=AnswerSource.INPUT,
         )
     )
     pods.start(MAX_ROW_OUTPUT_BYTES="1024")
@@ -560,8 +566,8 @@ async def test_a_pod_reads_a_large_body_from_its_blob(pods: Pods) -> None:
     body: Json = {"name": "Ada", "fill": "x" * 300_000}
     encoded = EncodedTrigger.of({"body": body, "headers": {}})
     execution_id = ids.new_id("exec")
-    owner = Owner(pods.place.organization.id, execution_id)
-    row = await trigger_body.put(pods.gateway.state.blobs, owner, encoded)
+    owner = BlobOwner(pods.place.organization.id, execution_id)
+    row = await trigger_body.store_body(pods.gateway.state.blobs, owner, encoded)
     key = await pods.accept(SIMPLE, execution_id=execution_id, trigger=row)
     pods.start(MAX_ROW_OUTPUT_BYTES="1000000")
     await pods.reaches(key, "completed")
@@ -630,7 +636,7 @@ class Held:
     """A run that a pod holds, with something of everything that can be asked about one."""
 
     gateway: Gateway
-    run: Claimed
+    run: ClaimedRun
     source_id: str
     blob: str
     definition_hash: str
@@ -715,11 +721,11 @@ async def hold(pods: Pods) -> Held:
     world, place = pods.world, pods.place
     key = await pods.accept(SIMPLE)
     owner = lease_owner(place.workflow_id, POD)
-    (run,) = await world.store.claim(Claim(owner, 30, 1, target=place.workflow_id))
+    (run,) = await world.store.claim(ClaimQuery(owner, 30, 1, target=place.workflow_id))
     assert run.execution_id == key.execution_id
     blob = sha256(b"content").hexdigest()
     await pods.gateway.state.blobs.put(
-        Owner(run.organization_id, run.key_id), b"content", media_type="text/plain"
+        BlobOwner(run.organization_id, run.key_id), b"content", media_type="text/plain"
     )
     source_id = await bearer_source(pods)
     for table, columns, values in (
@@ -809,7 +815,7 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
     await runners.make_first_contact(gateway, settings, asyncio.Event())
     assert is_right()
     mislead(-1)
-    (one,) = await store.claim(Claim("pod", LEASE_SECONDS, 1))
+    (one,) = await store.claim(ClaimQuery("pod", LEASE_SECONDS, 1))
     assert is_right()
     mislead(1)
     assert await store.renew([run_world.held(one)], LEASE_SECONDS)

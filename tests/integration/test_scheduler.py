@@ -146,7 +146,7 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
         )
         for delay in (0, 60)
     )
-    await world.store.take_in([place.arrival(runs=[due, later])])
+    await world.store.ingest([place.arrival(runs=[due, later])])
     hints: asyncio.Queue[int] = asyncio.Queue()
     broker = await brokers.connect(None)
     broker.start_worker(hints.put_nowait)

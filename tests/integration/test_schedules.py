@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import BigInteger, delete, literal, select, update
 from sqlmodel import col
 
-from journal import admission, scheduled_runs
+from journal import concurrency_limits, scheduled_runs
 from messages import broker as brokers
 from messages.local_broker import LocalBroker
 from models.database import Database
@@ -273,14 +273,14 @@ async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
 ) -> None:
     workflow_id = await active(people.owner, HOURLY)
     (first, *_) = await instants(people.owner, workflow_id)
-    write = scheduled_runs._Entrance.write  # noqa: SLF001 - the last moment before the commit
+    write = scheduled_runs._ScheduleWriter.write  # noqa: SLF001 - the last moment before the commit
 
     async def die(entrance: Any) -> None:  # noqa: ANN401 - what the method is of
         await write(entrance)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduled_runs._Entrance, "write", die)  # noqa: SLF001
+        patch.setattr(scheduled_runs._ScheduleWriter, "write", die)  # noqa: SLF001
         with pytest.raises(Killed):
             await tick(world, first)
     assert await runs_of(world, workflow_id) == []
@@ -417,7 +417,7 @@ async def test_a_schedule_of_what_is_not_active_rests_whoever_has_left_it_due(
 
 
 async def test_what_is_due_is_found_by_an_index(world: World) -> None:
-    plan = await plans.explained(world.gateway.database, scheduled_runs.due(DatabaseTime()))
+    plan = await plans.explained(world.gateway.database, scheduled_runs.due_statement(DatabaseTime()))
     assert "ix_schedule_due" in plan
     assert "SCAN workflow" not in plan
     assert "Seq Scan" not in plan
@@ -435,7 +435,7 @@ async def test_a_workflow_whose_places_are_locked_holds_up_the_schedule_of_no_ot
     lock = "SELECT pg_advisory_xact_lock($1)"
     async with (
         impatient(url, monkeypatch) as database,
-        left_open(url, lock, admission.lock_number(locked)),
+        left_open(url, lock, concurrency_limits.advisory_lock_id(locked)),
     ):
         assert await prompt(tick(world, datetime.now(UTC) + HOUR, database)) == 1
         assert len(await runs_of(world, other)) == 1

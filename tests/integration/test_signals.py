@@ -11,15 +11,15 @@ import pytest
 
 from engine.node_api import AnswerSource
 from engine.run_records import NodeSpan, RunStatus, SpanStatus
-from journal import signals
-from journal.signals import Given, Reception
-from journal.store import Claimed, ExecutionKey
+from journal.store import ClaimedRun, ExecutionKey
+from journal.waits import node_answers
+from journal.waits.node_answers import AnswerReception, AnswerResult
 from models.database import Database
 from models.execution_status import ExecutionStatus
 from tests.integration import asking
 from tests.integration.run_world import Where, World, key_of, microseconds_from_now, opened, write
 
-YES = signals.output({"choice": "approve"}, "approve")
+YES = node_answers.encode_output_answer({"choice": "approve"}, "approve")
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
@@ -42,9 +42,9 @@ async def give(
     iteration: str = "",
     kind: AnswerSource = AnswerSource.INPUT,
     database: Database | None = None,
-) -> Given:
+) -> AnswerResult:
     return await (database or world.database).transaction(
-        lambda connection: signals.give(
+        lambda connection: node_answers.store_answer(
             connection, key, "approval", iteration, payload, kind=kind, user_id="user_1"
         )
     )
@@ -65,7 +65,7 @@ def waiting(*, kind: str = "input", expires_at: datetime | None = None) -> NodeS
     )
 
 
-async def go_to_sleep(world: World, run: Claimed) -> None:
+async def go_to_sleep(world: World, run: ClaimedRun) -> None:
     ended = write(run, spans=[waiting()], end=RunStatus.WAITING, signals=run.signals)
     assert await world.store.record([ended]) == {run.execution_id}
 
@@ -76,19 +76,21 @@ async def test_an_answer_wakes_a_run_that_sleeps_and_is_there_for_whoever_claims
     assert (await world.row(run.execution_id))["status"] == "waiting"
     assert await world.store.promote_due() == 0
 
-    assert await give(world, key_of(run)) == Given(Reception.TAKEN, is_woken=True)
+    assert await give(world, key_of(run)) == AnswerResult(AnswerReception.TAKEN, is_woken=True)
     row = await world.row(run.execution_id)
     assert (row["status"], row["signals"], row["due_at"]) == ("pending", 1, None)
     assert microseconds_from_now(90) < row["deadline_at"] <= microseconds_from_now(100)
     (again,) = await world.claim()
     assert again.signals == 1
-    assert await signals.of(world.database, [key_of(again)]) == {run.execution_id: {("approval", ""): YES}}
+    assert await node_answers.read_answers(world.database, [key_of(again)]) == {
+        run.execution_id: {("approval", ""): YES}
+    }
 
 
 async def test_a_run_that_was_answered_while_it_worked_does_not_go_to_sleep(world: World) -> None:
     run = await world.claimed()
     await world.store.record([write(run, spans=[waiting()])])
-    assert await give(world, key_of(run)) == Given(Reception.TAKEN)
+    assert await give(world, key_of(run)) == AnswerResult(AnswerReception.TAKEN)
     await go_to_sleep(world, run)
     assert (await world.row(run.execution_id))["status"] == "pending"
     (again,) = await world.claim()
@@ -103,7 +105,7 @@ async def test_an_answer_and_the_write_that_it_races_lose_nothing(world: World) 
         run = await world.claimed()
         await world.store.record([write(run, spans=[waiting()])])
         given, _ = await asyncio.gather(give(world, key_of(run)), go_to_sleep(world, run))
-        assert given.reception is Reception.TAKEN
+        assert given.reception is AnswerReception.TAKEN
         (again,) = await world.claim()
         assert (again.execution_id, again.signals) == (run.execution_id, 1)
 
@@ -114,34 +116,39 @@ async def test_of_two_answers_at_once_one_counts(world: World) -> None:
     other = Database(world.url)
     try:
         both = await asyncio.gather(
-            give(world, key_of(run)), give(world, key_of(run), signals.error("no", "No"), database=other)
+            give(world, key_of(run)),
+            give(world, key_of(run), node_answers.encode_error_answer("no", "No"), database=other),
         )
     finally:
         await other.close()
-    assert {one.reception for one in both} == {Reception.TAKEN, Reception.LATE}
+    assert {one.reception for one in both} == {AnswerReception.TAKEN, AnswerReception.LATE}
     assert (await world.row(run.execution_id))["signals"] == 1
-    first = YES if both[0].reception is Reception.TAKEN else signals.error("no", "No")
-    assert (await signals.of(world.database, [key_of(run)]))[run.execution_id] == {("approval", ""): first}
+    first = (
+        YES if both[0].reception is AnswerReception.TAKEN else node_answers.encode_error_answer("no", "No")
+    )
+    assert (await node_answers.read_answers(world.database, [key_of(run)]))[run.execution_id] == {
+        ("approval", ""): first
+    }
     # Whoever didn't hear that it was committed may say the same again.
-    assert (await give(world, key_of(run), first)).reception is Reception.TAKEN
+    assert (await give(world, key_of(run), first)).reception is AnswerReception.TAKEN
 
 
 async def test_what_nobody_waits_for_is_refused(world: World) -> None:
     place = await world.workflow()
     fresh = await world.accept(place)
-    assert (await give(world, fresh)).reception is Reception.UNAWAITED
-    assert (await give(world, ExecutionKey("exec_absent", 0))).reception is Reception.UNAWAITED
+    assert (await give(world, fresh)).reception is AnswerReception.UNAWAITED
+    assert (await give(world, ExecutionKey("exec_absent", 0))).reception is AnswerReception.UNAWAITED
 
     key = await world.accept(place)
     await asking.ask(world.database, key.execution_id, expires_in=-timedelta(seconds=1))
-    assert (await give(world, key)).reception is Reception.EXPIRED
+    assert (await give(world, key)).reception is AnswerReception.EXPIRED
     await asking.ask(world.database, key.execution_id, iteration="1", kind="run")
-    assert (await give(world, key, iteration="1")).reception is Reception.UNAWAITED
-    assert (await give(world, key, iteration="1", kind=AnswerSource.RUN)).reception is Reception.TAKEN
+    assert (await give(world, key, iteration="1")).reception is AnswerReception.UNAWAITED
+    assert (await give(world, key, iteration="1", kind=AnswerSource.RUN)).reception is AnswerReception.TAKEN
 
     ended = await world.accept(place)
     await asking.ask(world.database, ended.execution_id, status=ExecutionStatus.STOPPED)
-    assert (await give(world, ended)).reception is Reception.UNAWAITED
+    assert (await give(world, ended)).reception is AnswerReception.UNAWAITED
 
 
 async def test_a_run_may_answer_before_the_one_that_started_it_has_gone_to_sleep(world: World) -> None:
@@ -150,8 +157,8 @@ async def test_a_run_may_answer_before_the_one_that_started_it_has_gone_to_sleep
         "approval", "Sub", "sub-workflow", SpanStatus.RUNNING, sequence=1, started_at=datetime.now(UTC)
     )
     await world.store.record([write(run, spans=[starting])])
-    assert (await give(world, key_of(run))).reception is Reception.UNAWAITED
-    assert (await give(world, key_of(run), kind=AnswerSource.RUN)).reception is Reception.TAKEN
+    assert (await give(world, key_of(run))).reception is AnswerReception.UNAWAITED
+    assert (await give(world, key_of(run), kind=AnswerSource.RUN)).reception is AnswerReception.TAKEN
     await go_to_sleep(world, run)
     assert (await world.row(run.execution_id))["status"] == "pending"
 
@@ -159,7 +166,7 @@ async def test_a_run_may_answer_before_the_one_that_started_it_has_gone_to_sleep
 async def test_a_run_that_shares_its_places_waits_for_one_when_it_is_woken(world: World) -> None:
     key = await world.accept(await world.workflow(), concurrency_key="wf", concurrency_limit=1)
     await asking.ask(world.database, key.execution_id)
-    assert await give(world, key) == Given(Reception.TAKEN, is_woken=True, concurrency_key="wf")
+    assert await give(world, key) == AnswerResult(AnswerReception.TAKEN, is_woken=True, concurrency_key="wf")
     row = await world.row(key.execution_id)
     assert (row["status"], row["target"]) == ("pending", "limited")
     assert await world.claim() == []

@@ -22,26 +22,26 @@ import pytest
 from sqlalchemy import make_url
 
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
-from journal import sqlite
 from journal.group_commit import GroupCommit
-from journal.opening import open_store
-from journal.postgresql import SESSION
+from journal.postgresql.postgresql_store import SESSION_SETTINGS
+from journal.sqlite import sqlite_store
 from journal.store import (
-    Acceptance,
-    Accepted,
-    Claim,
-    Claimed,
+    AcceptanceResult,
+    AcceptanceVerdict,
+    ClaimedRun,
+    ClaimQuery,
     DefinitionKey,
     EmittedEvent,
+    EndRequestOutcome,
     ExecutionKey,
-    Held,
     IdempotencyKey,
-    Requested,
+    JournalStore,
+    LeaseRenewal,
+    RunAcceptance,
     RunWrite,
-    Store,
-    Swept,
-    Verdict,
+    SweepResult,
 )
+from journal.store_factory import open_store
 from models.database import is_sqlite, parse_url
 from models.errors import DatabaseUnavailable
 from models.execution import UNPARSED_TARGET
@@ -145,14 +145,14 @@ async def test_a_key_is_free_again_when_its_time_is_over(world: World, place: Pl
     await world.accept(place, **same(lifetime_seconds=0))
     second = await world.accept(place, **same("b"))
     (answer,) = await world.store.accept([place.run(**same("b"))])
-    assert answer == Accepted(Verdict.REPEATED, second.execution_id)
+    assert answer == AcceptanceResult(AcceptanceVerdict.REPEATED, second.execution_id)
 
 
 async def test_equal_requests_in_one_batch_start_one_run(world: World, place: Place) -> None:
     batch = [place.run(**same()) for _ in range(50)]
     answers = await world.store.accept(batch)
-    assert answers[0] == Accepted(Verdict.ACCEPTED, batch[0].execution_id)
-    assert set(answers[1:]) == {Accepted(Verdict.REPEATED, batch[0].execution_id)}
+    assert answers[0] == AcceptanceResult(AcceptanceVerdict.ACCEPTED, batch[0].execution_id)
+    assert set(answers[1:]) == {AcceptanceResult(AcceptanceVerdict.REPEATED, batch[0].execution_id)}
     assert await world.count("execution") == 1
 
 
@@ -163,7 +163,7 @@ async def test_equal_requests_to_two_processes_start_one_run(world: World, place
         *(stores[number % 2].accept(batch) for number, batch in enumerate(batches))
     )
     verdicts = Counter(answer.verdict for pair in answers for answer in pair)
-    assert verdicts == {Verdict.ACCEPTED: 6, Verdict.REPEATED: 94}
+    assert verdicts == {AcceptanceVerdict.ACCEPTED: 6, AcceptanceVerdict.REPEATED: 94}
     assert await world.count("execution") == 6
     assert len({pair[0].execution_id for pair in answers}) == 1
 
@@ -177,7 +177,9 @@ async def test_a_run_checked_against_an_old_workflow_is_refused(
     world: World, place: Place, change: dict[str, Any]
 ) -> None:
     stale = place.run(**change, **same())
-    assert await world.store.accept([stale]) == [Accepted(Verdict.STALE, stale.execution_id)]
+    assert await world.store.accept([stale]) == [
+        AcceptanceResult(AcceptanceVerdict.STALE, stale.execution_id)
+    ]
     assert await world.count("execution") == await world.count("execution_data") == 0
     await world.accept(place, **same())  # the key wasn't kept
 
@@ -185,7 +187,7 @@ async def test_a_run_checked_against_an_old_workflow_is_refused(
 async def test_a_run_of_a_deleted_workflow_is_refused(world: World, place: Place) -> None:
     await world.query("UPDATE workflow SET deleted_at = 1")
     run = place.run()
-    assert await world.store.accept([run]) == [Accepted(Verdict.STALE, run.execution_id)]
+    assert await world.store.accept([run]) == [AcceptanceResult(AcceptanceVerdict.STALE, run.execution_id)]
 
 
 async def test_a_repeated_request_gets_its_answer_though_the_workflow_has_moved_on(
@@ -193,7 +195,9 @@ async def test_a_repeated_request_gets_its_answer_though_the_workflow_has_moved_
 ) -> None:
     first = await world.accept(place, **same())
     await world.query("UPDATE workflow SET revision = 2")
-    assert await world.store.accept([place.run(**same())]) == [Accepted(Verdict.REPEATED, first.execution_id)]
+    assert await world.store.accept([place.run(**same())]) == [
+        AcceptanceResult(AcceptanceVerdict.REPEATED, first.execution_id)
+    ]
 
 
 @pytest.mark.parametrize("fields", [{}, same()], ids=["without a key", "with a key"])
@@ -201,7 +205,7 @@ async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
     world: World, place: Place, fields: dict[str, Any]
 ) -> None:
     run = place.run(**fields)
-    expected = [Accepted(Verdict.ACCEPTED, run.execution_id)]
+    expected = [AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)]
     assert await world.store.accept([run]) == expected
     await world.query("UPDATE workflow SET revision = 2")
     assert await world.store.accept([run]) == expected
@@ -209,10 +213,10 @@ async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
 
 
 async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(world: World, place: Place) -> None:
-    group: GroupCommit[Acceptance, Accepted] = GroupCommit(world.store.accept)
+    group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(world.store.accept)
     runs = [place.run(timeout_seconds=1e30 if number == 2 else 1.0) for number in range(5)]
     answers = await asyncio.gather(*map(group.submit, runs), return_exceptions=True)
-    assert [isinstance(answer, Accepted) for answer in answers] == [True, True, False, True, True]
+    assert [isinstance(answer, AcceptanceResult) for answer in answers] == [True, True, False, True, True]
     assert await world.count("execution") == 4
 
 
@@ -226,7 +230,7 @@ async def test_what_a_request_brings_is_there_with_its_delivery_and_its_event(
     event = EmittedEvent("evt_1", "user.created", "shop", '{"n":1}')
     runs = place.run(), other.run(concurrency_key="k", concurrency_limit=1)
     arrival = place.arrival(*runs, event=event, answer="[]", workflow_id=None)
-    (taken,) = await world.store.take_in([arrival])
+    (taken,) = await world.store.ingest([arrival])
     assert (taken.verdict, taken.delivery_id) == ("accepted", arrival.delivery_id)
     assert [one.verdict for one in taken.runs] == ["accepted", "accepted"]
     assert [(await world.row(run.execution_id))["target"] for run in runs] == ["shared", "limited"]
@@ -241,11 +245,11 @@ async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(world:
     key = IdempotencyKey("events", "once", "")
     stale = place.arrival(place.run(), other.run(workflow_revision=2), idempotency=key)
     fine = other.arrival(other.run())
-    answers = await world.store.take_in([stale, fine])
+    answers = await world.store.ingest([stale, fine])
     assert [answer.verdict for answer in answers] == ["stale", "accepted"]
     assert [await world.count(table) for table in ("execution", "delivery", "idempotency")] == [1, 1, 0]
     again = place.arrival(place.run(), other.run(), idempotency=key)
-    (taken,) = await world.store.take_in([again])
+    (taken,) = await world.store.ingest([again])
     assert taken.verdict == "accepted"
 
 
@@ -255,7 +259,7 @@ async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run
     key = IdempotencyKey("events", "once", "a")
     first, again = (place.arrival(place.run(), idempotency=key) for _ in range(2))
     other_body = place.arrival(place.run(), idempotency=IdempotencyKey("events", "once", "b"))
-    answers = await world.store.take_in([first, again, other_body])
+    answers = await world.store.ingest([first, again, other_body])
     assert [(one.verdict, one.delivery_id) for one in answers] == [
         ("accepted", first.delivery_id),
         ("repeated", first.delivery_id),
@@ -264,7 +268,7 @@ async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run
     batch = place.arrival(place.run(**same()), place.run())
     more = place.arrival(place.run(**same()), place.run(**same(key="another")))
     only_known = place.arrival(place.run(**same()))
-    known, new, nothing = await world.store.take_in([batch, more, only_known])
+    known, new, nothing = await world.store.ingest([batch, more, only_known])
     assert [one.verdict for one in known.runs] == ["accepted", "accepted"]
     assert [one.verdict for one in new.runs] == ["repeated", "accepted"]
     assert [(one.verdict, one.execution_id) for one in nothing.runs] == [
@@ -279,7 +283,7 @@ async def test_equal_requests_that_two_processes_take_in_start_one_run(world: Wo
     other = await world.another_store()
     sent = [place.arrival(place.run(**same())) for _ in range(20)]
     answers = await asyncio.gather(
-        *(store.take_in([one]) for store, one in zip([world.store, other] * 10, sent, strict=True))
+        *(store.ingest([one]) for store, one in zip([world.store, other] * 10, sent, strict=True))
     )
     runs = [answer.runs[0] for (answer,) in answers]
     assert Counter(run.verdict for run in runs) == {"accepted": 1, "repeated": 19}
@@ -290,9 +294,9 @@ async def test_equal_requests_that_two_processes_take_in_start_one_run(world: Wo
 async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(world: World, place: Place) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 2, "may_wait": False}
     arrival = place.arrival(place.run(**limited), place.run(), place.run(**limited), place.run(**limited))
-    (taken,) = await world.store.take_in([arrival])
+    (taken,) = await world.store.ingest([arrival])
     assert [one.verdict for one in taken.runs] == ["accepted", "accepted", "accepted", "full"]
-    (alone,) = await world.store.take_in([place.arrival(place.run(**limited))])
+    (alone,) = await world.store.ingest([place.arrival(place.run(**limited))])
     assert [one.verdict for one in alone.runs] == ["full"]
     assert await world.count("execution") == 3
     assert await world.count("delivery") == 1
@@ -303,25 +307,25 @@ async def test_what_was_taken_in_by_an_attempt_whose_answer_was_lost_is_not_doub
 ) -> None:
     keyed = place.arrival(place.run(), idempotency=IdempotencyKey("events", "once", ""))
     plain = place.arrival(place.run(), place.run(**same()))
-    first = await world.store.take_in([keyed, plain])
-    assert await world.store.take_in([keyed, plain]) == first
+    first = await world.store.ingest([keyed, plain])
+    assert await world.store.ingest([keyed, plain]) == first
     await world.query("UPDATE workflow SET revision = 2")
-    assert await world.store.take_in([keyed, plain]) == first
+    assert await world.store.ingest([keyed, plain]) == first
     assert [await world.count(table) for table in ("execution", "delivery")] == [3, 2]
 
 
 async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(world: World, place: Place) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 1, "may_wait": False}
     key = IdempotencyKey("mail", "signature", "")
-    await world.store.take_in([place.arrival(place.run(**limited))])
+    await world.store.ingest([place.arrival(place.run(**limited))])
     for _ in range(2):
-        (full,) = await world.store.take_in([place.arrival(place.run(**limited), idempotency=key)])
+        (full,) = await world.store.ingest([place.arrival(place.run(**limited), idempotency=key)])
         assert (full.verdict, [one.verdict for one in full.runs]) == ("accepted", ["full"])
     await world.query("DELETE FROM execution")
     came = place.arrival(place.run(**limited), place.run(**limited), idempotency=key)
-    (taken,) = await world.store.take_in([came])
+    (taken,) = await world.store.ingest([came])
     assert [one.verdict for one in taken.runs] == ["accepted", "full"]
-    (again,) = await world.store.take_in([place.arrival(place.run(), idempotency=key)])
+    (again,) = await world.store.ingest([place.arrival(place.run(), idempotency=key)])
     assert (again.verdict, again.delivery_id) == ("repeated", came.delivery_id)
 
 
@@ -329,13 +333,13 @@ async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(world: World
     later = datetime.now(UTC) + timedelta(hours=1)
     delayed = msgspec.structs.replace(place.arrival(place.run()).runs[0], delay_until=later)
     unread = msgspec.structs.replace(place.arrival(place.run()).runs[0], is_read=False)
-    await world.store.take_in([place.arrival(runs=[delayed]), place.arrival(runs=[unread])])
+    await world.store.ingest([place.arrival(runs=[delayed]), place.arrival(runs=[unread])])
     rows = [await world.row(run.execution_id) for run in (delayed, unread)]
     assert [(row["status"], row["target"]) for row in rows] == [("waiting", "delayed"), ("pending", "intake")]
-    assert await world.store.claim(Claim("worker", LEASE_SECONDS, 10)) == []
+    assert await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 10)) == []
     await world.query("UPDATE execution SET due_at = 1 WHERE target = 'delayed'")
     assert await world.store.promote_due() == 1
-    (claimed,) = await world.store.claim(Claim("worker", LEASE_SECONDS, 10))
+    (claimed,) = await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 10))
     assert claimed.execution_id == delayed.execution_id
 
 
@@ -367,7 +371,7 @@ async def test_two_processes_that_race_for_runs_get_each_once(world: World) -> N
         store = await world.another_store()
         while True:
             try:
-                claimed = await store.claim(Claim(owner, 30.0, 7))
+                claimed = await store.claim(ClaimQuery(owner, 30.0, 7))
             except DatabaseUnavailable:
                 continue  # a serializable database may refuse the same one again and again: it took nothing
             if not claimed:
@@ -396,7 +400,7 @@ async def test_a_claim_begins_behind_the_organisation_that_was_served_last(world
     served: list[str] = []
     after = places[1].organization.id
     for _ in range(6):
-        (one,) = await world.store.claim(Claim("worker", 30.0, 1, after_organization=after))
+        (one,) = await world.store.claim(ClaimQuery("worker", 30.0, 1, after_organization=after))
         after = one.organization_id
         served.append(after)
     assert served == [places[number].organization.id for number in (2, 0, 1, 2, 0, 1)]
@@ -412,7 +416,7 @@ async def test_workflows_of_an_organisation_are_served_in_turn(world: World) -> 
     assert {one.workflow_id for one in claimed} == {flood.workflow_id, other.workflow_id}
     for turn, expected in ((11, other), (701, flood), (10, flood)):
         turns = {organization.id: turn, "org_another": 500}
-        (one,) = await world.store.claim(Claim("worker", 30.0, 1, turns=turns))
+        (one,) = await world.store.claim(ClaimQuery("worker", 30.0, 1, turns=turns))
         assert one.workflow_id == expected.workflow_id
 
 
@@ -421,12 +425,12 @@ async def test_a_claim_passes_over_organisations_that_it_names(world: World) -> 
     await world.store.accept([place.run() for place in places for _ in range(20)])
     first, second, third, last = (place.organization.id for place in places)
     for others_than, expected in (((first, third), {second, last}), ((second, third, last), {first})):
-        claim = Claim("worker", 30.0, 2, after_organization=second, others_than=others_than)
+        claim = ClaimQuery("worker", 30.0, 2, after_organization=second, others_than=others_than)
         claimed = await world.store.claim(claim)
         assert len(claimed) == 2
         assert {one.organization_id for one in claimed} == expected
     everybody = (first, second, third, last)
-    assert not await world.store.claim(Claim("worker", 30.0, 2, others_than=everybody))
+    assert not await world.store.claim(ClaimQuery("worker", 30.0, 2, others_than=everybody))
 
 
 async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: World) -> None:
@@ -441,7 +445,7 @@ async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: World) -> 
     await world.store.accept(runs)
     first, middle, last = sorted(organization.id for organization in organizations)
     turns = dict.fromkeys((first, middle, last), 500)
-    claimed = await world.store.claim(Claim("worker", 30.0, 18, after_organization=first, turns=turns))
+    claimed = await world.store.claim(ClaimQuery("worker", 30.0, 18, after_organization=first, turns=turns))
     order = list(dict.fromkeys((one.organization_id, turn_of_workflow(one.workflow_id)) for one in claimed))
     assert order == [(id_, turn) for id_ in (middle, last, first) for turn in (500, 900, 3)]
 
@@ -487,7 +491,7 @@ async def test_a_worker_takes_only_what_is_meant_for_it(world: World, place: Pla
     key = await world.accept(place)
     await world.query("UPDATE execution SET target = 'deployment'")
     assert await world.claim() == []
-    (one,) = await world.store.claim(Claim("pod", 30.0, 10, target="deployment"))
+    (one,) = await world.store.claim(ClaimQuery("pod", 30.0, 10, target="deployment"))
     assert one.execution_id == key.execution_id
 
 
@@ -717,7 +721,7 @@ async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
     row = await world.row(kept.execution_id)
     assert row["lease_until"] == pytest.approx(microseconds_from_now(500), abs=2_000_000)
     assert (await world.row(lost.execution_id))["lease_until"] is None
-    assert await world.store.renew([Held(kept.execution_id, kept.lane, kept.token - 1)], 9.0) == []
+    assert await world.store.renew([LeaseRenewal(kept.execution_id, kept.lane, kept.token - 1)], 9.0) == []
 
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -725,9 +729,9 @@ async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
 
 async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(world: World) -> None:
     one = await world.claimed()
-    assert await world.store.sweep(10) == Swept(requeued=0, ended={}, due=0, has_pending=False)
+    assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
     await world.expire(one)
-    assert await world.store.sweep(10) == Swept(requeued=1, ended={}, due=0, has_pending=True)
+    assert await world.store.sweep(10) == SweepResult(requeued=1, ended={}, due=0, has_pending=True)
     row = await world.row(one.execution_id)
     assert (row["status"], row["attempt"], bool(row["is_fresh"])) == ("pending", 1, False)
     (again,) = await world.claim()
@@ -749,7 +753,7 @@ async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_i
         assert (await world.row(one.execution_id))["target"] == "shared"
         await world.expire(one)
         swept = await world.store.sweep(10)
-    assert swept == Swept(requeued=0, ended={key.execution_id: "gateway"}, due=0, has_pending=False)
+    assert swept == SweepResult(requeued=0, ended={key.execution_id: "gateway"}, due=0, has_pending=False)
     row = await world.row(key.execution_id)
     assert row["status"] == "failed"
     assert row["ended_at"] is not None
@@ -811,10 +815,10 @@ async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_on_trial_to
         move = "UPDATE execution SET target = :target, home = :home WHERE id = :id"
         await world.query(move, target=target, home=place.workflow_id, id=key.execution_id)
         for _ in range(2):
-            (one,) = await world.store.claim(Claim("worker", LEASE_SECONDS, 5, target=target))
+            (one,) = await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target))
             await world.expire(one)
             await world.store.sweep(10)
-        assert await world.store.claim(Claim("worker", LEASE_SECONDS, 5, target=target)) == []
+        assert await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target)) == []
         assert await world.trial() == []
         assert await world.store.has_suspects(0, target)
         for losses in (0, 1):
@@ -853,7 +857,7 @@ async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
 ) -> None:
     # What is left then looks at what it is to take anew for each row.
     for way in ("hashjoin", "mergejoin", "hashagg", "sort", "material"):
-        monkeypatch.setitem(SESSION, f"enable_{way}", "off")
+        monkeypatch.setitem(SESSION_SETTINGS, f"enable_{way}", "off")
     async with opened(on_postgres) as world:
         await world.expire(*[await world.claimed() for _ in range(5)])
         assert [(await world.store.sweep(3)).requeued for _ in range(3)] == [3, 2, 0]
@@ -879,7 +883,7 @@ async def test_a_wait_that_is_over_goes_back_to_the_queue(world: World, place: P
             write(not_over, end=RunStatus.WAITING, due_at=now + timedelta(seconds=60)),
         ]
     )
-    assert await world.store.sweep(10) == Swept(requeued=0, ended={}, due=1, has_pending=True)
+    assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=1, has_pending=True)
     (again,) = await world.claim()
     assert (again.execution_id, again.attempt) == (over.execution_id, 1)
     assert (await world.row(not_over.execution_id))["status"] == "waiting"
@@ -967,20 +971,20 @@ async def test_a_run_that_nobody_holds_ends_at_once(
     else:
         end = RunStatus.RELEASED if state == "pending" else RunStatus.WAITING
         await world.store.record([write(one, end=end, due_at=datetime.now(UTC))])
-    expected = Requested(ExecutionStatus(status), None, "gateway")
+    expected = EndRequestOutcome(ExecutionStatus(status), None, "gateway")
     assert await world.store.request_end(key_of(one), request_) == expected
     assert await world.store.request_end(key_of(one), "cancel") == expected
     row = await world.row(one.execution_id)
     assert row["ended_at"] is not None
     assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
-    assert await world.store.sweep(10) == Swept(requeued=0, ended={}, due=0, has_pending=False)
+    assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
     assert await world.claim() == []
 
 
 async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(world: World) -> None:
     one = await world.claimed()
     asked = [await world.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")]
-    assert set(asked) == {Requested(ExecutionStatus.RUNNING, "worker", "gateway")}
+    assert set(asked) == {EndRequestOutcome(ExecutionStatus.RUNNING, "worker", "gateway")}
     (renewed,) = await world.store.renew([held(one)], 30.0)
     assert renewed.request == "cancel"  # the stronger request stays
     assert await world.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
@@ -991,13 +995,13 @@ async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world
     await world.store.request_end(key_of(one), "cancel")
     await world.expire(one)
     requested = await world.store.request_end(key_of(one), "stop")
-    assert requested == Requested(ExecutionStatus.CANCELLED, None, "gateway")
+    assert requested == EndRequestOutcome(ExecutionStatus.CANCELLED, None, "gateway")
 
 
 async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(world: World) -> None:
     one = await world.claimed()
     await world.store.record([write(one, end=RunStatus.COMPLETED)])
-    expected = Requested(ExecutionStatus.COMPLETED, None, "gateway")
+    expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway")
     assert await world.store.request_end(key_of(one), "cancel") == expected
     assert await world.store.request_end(ExecutionKey("exec_unknown", one.lane), "cancel") is None
 
@@ -1038,7 +1042,7 @@ async def test_a_key_with_the_wrong_lane_finds_nothing(world: World) -> None:
     assert await world.store.record([replace_lane(one)]) == frozenset()
 
 
-def replace_lane(one: Claimed) -> Any:  # noqa: ANN401 - any JSON value
+def replace_lane(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
     changed = write(one, spans=[span()])
     changed.lane += 1
     return changed
@@ -1087,7 +1091,7 @@ class Losing:
 
     world: World
     proxy: Proxy
-    store: Store
+    store: JournalStore
 
     async def answer_of(self, work: Awaitable[Answer], marker: str) -> Answer:
         """Return what the store makes of it when the first answer to what holds `marker` is lost."""
@@ -1117,7 +1121,7 @@ async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
     place = await losing.world.workflow()
     run, other = place.run(**fields), place.run()
     answers = await losing.answer_of(losing.store.accept([run, other]), run.execution_id)
-    assert answers == [Accepted(Verdict.ACCEPTED, one.execution_id) for one in (run, other)]
+    assert answers == [AcceptanceResult(AcceptanceVerdict.ACCEPTED, one.execution_id) for one in (run, other)]
     assert await losing.world.count("execution") == await losing.world.count("execution_data") == 2
 
 
@@ -1140,17 +1144,17 @@ async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing:
     place = await losing.world.workflow()
     first, second = [await losing.world.accept(place) for _ in range(2)]
     with pytest.raises(DatabaseUnavailable):
-        await losing.answer_of(losing.store.claim(Claim("in doubt", 30.0, 1)), "in doubt")
+        await losing.answer_of(losing.store.claim(ClaimQuery("in doubt", 30.0, 1)), "in doubt")
     statuses = [(await losing.world.row(key.execution_id))["status"] for key in (first, second)]
     assert statuses == ["running", "pending"]
     assert await losing.store.take_back("in doubt") == 1
-    assert len(await losing.store.claim(Claim("worker", 30.0, 10))) == 2
+    assert len(await losing.store.claim(ClaimQuery("worker", 30.0, 10))) == 2
 
 
 async def test_an_end_that_was_asked_for_in_doubt_has_come(losing: Losing) -> None:
     key = await losing.world.accept(await losing.world.workflow())
     requested = await losing.answer_of(losing.store.request_end(key, "stop"), key.execution_id)
-    assert requested == Requested(ExecutionStatus.STOPPED, None, "gateway")
+    assert requested == EndRequestOutcome(ExecutionStatus.STOPPED, None, "gateway")
 
 
 async def insist(work: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -1172,7 +1176,7 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(on_p
                     " WHERE datname = current_database() AND application_name = 'pilotflame'"
                 )
 
-        async def claim() -> Sequence[Claimed]:
+        async def claim() -> Sequence[ClaimedRun]:
             try:
                 return await world.claim(limit=10)
             except DatabaseUnavailable:
@@ -1183,7 +1187,7 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(on_p
         for number in range(100):
             run = place.run(**same(key=str(number)))
             (answer,) = await insist(lambda: store.accept([run]))  # noqa: B023 - it is awaited here
-            assert answer == Accepted(Verdict.ACCEPTED, run.execution_id)
+            assert answer == AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
         ended: list[str] = []
         while len(ended) < 100:
             claimed = await claim()
@@ -1205,7 +1209,7 @@ async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_
         runs = [place.run() for _ in range(3)]
         await world.store.accept(runs[:1])
 
-        async def accept(run: Acceptance) -> Accepted:
+        async def accept(run: RunAcceptance) -> AcceptanceResult:
             (answer,) = await insist(lambda: world.store.accept([run]))
             return answer
 
@@ -1217,7 +1221,7 @@ async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_
                 world.store.accept(runs[2:]),
                 world.claim(),
                 world.store.record([RunWrite("exec_1", 1, 1)]),
-                world.store.renew([Held("exec_1", 1, 1)], 30.0),
+                world.store.renew([LeaseRenewal("exec_1", 1, 1)], 30.0),
                 world.store.sweep(10),
                 world.store.request_end(ExecutionKey("exec_1", 1), "stop"),
                 world.store.progress([ExecutionKey("exec_1", 1)]),
@@ -1227,7 +1231,7 @@ async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_
             assert {type(answer) for answer in answers} == {DatabaseUnavailable}
         finally:
             await asyncio.to_thread(postgres.start)
-        assert (await under_way).verdict is Verdict.ACCEPTED
+        assert (await under_way).verdict is AcceptanceVerdict.ACCEPTED
         assert (await begun.sweep(10)).has_pending
         assert {one.execution_id for one in await world.claim()} == {run.execution_id for run in runs[:2]}
 
@@ -1272,7 +1276,7 @@ async def sqlite_world(on_sqlite: Where) -> AsyncIterator[World]:
 async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
     sqlite_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "SQLITE_BUSY_SECONDS", 0.5)
+    monkeypatch.setattr(sqlite_store, "SQLITE_BUSY_SECONDS", 0.5)
     store = await sqlite_world.another_store()
     place = await sqlite_world.workflow()
     locking = sqlite3.connect(sqlite_world.url.database or "", isolation_level=None)
@@ -1284,7 +1288,7 @@ async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
         assert {type(answer) for answer in answers} == {DatabaseUnavailable}
         locking.execute("COMMIT")
     run = place.run()
-    assert await store.accept([run]) == [Accepted(Verdict.ACCEPTED, run.execution_id)]
+    assert await store.accept([run]) == [AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)]
 
 
 async def test_a_file_that_cannot_be_opened_is_reported_until_it_can(
@@ -1370,7 +1374,7 @@ class Spy:
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
     fetch = asyncpg.Pool.fetch
-    connect = sqlite._connect  # noqa: SLF001 - nothing else sees the connection
+    connect = sqlite_store._open_connection  # noqa: SLF001 - nothing else sees the connection
 
     async def fetch_and_tell(pool: Any, statement: str, *arguments: Any) -> Any:  # noqa: ANN401 - any JSON value
         spy.statements.append((statement, arguments))
@@ -1392,7 +1396,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
         return connection
 
     monkeypatch.setattr(asyncpg.Pool, "fetch", fetch_and_tell)
-    monkeypatch.setattr(sqlite, "_connect", connect_and_tell)
+    monkeypatch.setattr(sqlite_store, "_open_connection", connect_and_tell)
     return spy
 
 
@@ -1403,7 +1407,7 @@ def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
 async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict[str, Any]]:
     """Run what was sent once more, and return how it reads the table of executions."""
     statement, arguments = sent
-    connection = await asyncpg.connect(where.url.replace("+asyncpg", ""), server_settings=SESSION)
+    connection = await asyncpg.connect(where.url.replace("+asyncpg", ""), server_settings=SESSION_SETTINGS)
     try:
         text = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments)
     finally:
@@ -1450,7 +1454,7 @@ async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
         await store.sweep(1)
         spy.statements.clear()
         spy.steps = 0
-        assert len(await store.claim(Claim("worker", 30.0, 50))) == 50
+        assert len(await store.claim(ClaimQuery("worker", 30.0, 50))) == 50
         costs.append(spy.steps)
         await store.take_back("worker")
     assert costs[1] < 1.2 * costs[0]
@@ -1503,7 +1507,7 @@ async def test_every_hot_statement_names_the_lane(world: World, spy: Spy) -> Non
 
     await tell("accept", store.accept([run]))
     await tell("accept again", store.accept([place.run(**same())]))
-    (one,) = await tell("claim", store.claim(Claim("worker", 30.0, 10)))
+    (one,) = await tell("claim", store.claim(ClaimQuery("worker", 30.0, 10)))
     await tell("renew", store.renew([held(one)], 30.0))
     await tell("record", store.record([write(one, spans=[span()], logs=[line()])]))
     await tell("definitions", store.definitions([definition]))

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel
 
 from engine.run_records import RunStatus
-from journal import timekeeping
+from journal import clock_sync
 from journal.store import IdempotencyKey
 from models import access, deployment, event_wait, execution, ingest, schedule, signing_secrets
 from models.column_types import TimestampColumn
@@ -58,7 +58,7 @@ def test_each_column_that_ends_something_is_moved_or_is_a_moment_of_the_calendar
         if isinstance(column.type, TimestampColumn)
         and (column.name.endswith("_until") or column.name in ENDING_NAMES)
     }
-    moved = {f"{table.__tablename__}.{name}" for table, name, _ in timekeeping.ENDS}
+    moved = {f"{table.__tablename__}.{name}" for table, name, _ in clock_sync.DEADLINE_COLUMNS}
     assert moved.isdisjoint(CALENDAR)
     assert ends == moved | CALENDAR
 
@@ -68,7 +68,7 @@ async def test_leases_deadlines_waits_and_keys_last_as_long_as_they_would_have(
 ) -> None:
     await runs(world)
     before = await ends(world)
-    await timekeeping.follow_host(world.database)
+    await clock_sync.follow_host_clock(world.database)
     assert abs(HOST_TIME.step()) < MOMENT
     after = await ends(world)
     assert {name: moment - before[name] for name, moment in after.items()} == {
@@ -96,7 +96,7 @@ async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
     before = await ends(world)
     monkeypatch.setattr(world.database, "transaction", fails)
     with pytest.raises(DatabaseUnavailable):
-        await timekeeping.follow_host(world.database)
+        await clock_sync.follow_host_clock(world.database)
     monkeypatch.undo()
     assert abs(HOST_TIME.step() - step) < MOMENT
     assert await ends(world) == before
@@ -105,9 +105,9 @@ async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
 async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timekeeping, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(clock_sync, "CHECK_SECONDS", 0.01)
     clock = world.database.clock
-    async with timekeeping.keep_time(world.database):
+    async with clock_sync.run_clock_sync(world.database):
         # As after a night in which the machine slept, and the monotonic clock stood still.
         clock.learn(clock.now() - timedelta(hours=8), time.monotonic())
         async with asyncio.timeout(60):

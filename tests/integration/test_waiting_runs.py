@@ -17,7 +17,7 @@ from sqlmodel import col
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller
 from execution.child_runs import ChildRuns
-from journal.store import Claim, Claimed, RunWrite
+from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from messages.local_broker import LocalBroker
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES
@@ -115,11 +115,11 @@ async def children_of(person: Person, execution_id: str) -> Sequence[dict[str, A
     return children
 
 
-async def dead_workers_claim(world: World, execution_id: str) -> Claimed:
+async def dead_workers_claim(world: World, execution_id: str) -> ClaimedRun:
     """Claim a run for a worker that will never be heard of again."""
     store = world.gateway.store
     for _ in range(100):
-        for one in await store.claim(Claim("dead", 0.01, 100)):
+        for one in await store.claim(ClaimQuery("dead", 0.01, 100)):
             if one.execution_id == execution_id:
                 return one
         await asyncio.sleep(0.02)

@@ -1,6 +1,6 @@
 import asyncio
 
-from journal import admission
+from journal import concurrency_limits
 from tests.system import flows, promises
 from tests.system.client import Client
 from tests.system.harness import RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
@@ -41,7 +41,7 @@ async def test_a_worker_frozen_while_it_gives_places_holds_up_neither_its_workfl
     way = deployment.ways.worker_to_database
     frozen, other = deployment.workers
     with other.paused():
-        way.keep_answers(admission.lock_number(first).to_bytes(8, "big", signed=True))
+        way.keep_answers(concurrency_limits.advisory_lock_id(first).to_bytes(8, "big", signed=True))
         runs = [await client.execute(first)]
         await way.kept_one()
         frozen.pause()

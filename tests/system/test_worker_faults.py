@@ -1,6 +1,6 @@
 from functools import partial
 
-from journal.opening import open_store
+from journal.store_factory import open_store
 from models.database import parse_url
 from tests.system import flows, promises
 from tests.system.client import Client

@@ -18,7 +18,7 @@ from gateway.workflows import graph_shapes, node_edits
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
 from gateway.workflows.node_edits import NodeChanges
 from gateway.workflows.workflow_rows import Stored
-from journal import pinning
+from journal import definition_snapshot
 from models.workflow import Workflow
 from nodes import catalog
 
@@ -130,7 +130,7 @@ def refusal(edit: Edit, before: Stored) -> ApiError:
 
 
 def holds_together(stored: Stored) -> None:
-    validation = pinning.check(stored.nodes, stored.connections, CATALOG)
+    validation = definition_snapshot.check_graph(stored.nodes, stored.connections, CATALOG)
     assert not NEVER_LEFT_BEHIND & {finding.type for finding in validation.errors}
     assert len({edge["id"] for edge in stored.connections}) == len(stored.connections)
     places = [msgspec.convert(node["position"], graph_shapes.Position) for node in stored.nodes]

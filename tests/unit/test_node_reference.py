@@ -29,7 +29,7 @@ from gateway.executions.tries import Piece
 from gateway.http.text import Problems
 from gateway.http.wire import convert
 from gateway.workflows import graph_shapes
-from journal import pinning
+from journal import definition_snapshot
 from models.database_clock import DatabaseClock
 from nodes import catalog
 from nodes.sandbox.code.code_backend import CodeBackend
@@ -207,7 +207,7 @@ def taken_in(body: Mapping[str, Json]) -> tuple[WorkflowProgram, Json]:
     problems.raise_any()
     piece, inputs = Piece(asked.up_to, asked.pinned or {}), asked.trigger_inputs or {}
     row = SimpleNamespace(**WORKFLOW)
-    workflow = pinning.loaded(cast("Any", row), frozenset(), CATALOG)
+    workflow = definition_snapshot.load_workflow(cast("Any", row), frozenset(), CATALOG)
     accepted = tries.run_of_piece(workflow, nodes, connections, piece, inputs, CATALOG, NOW)
     graph_shapes.require_valid(accepted.workflow.validation)
     definition = msgspec.json.decode(accepted.workflow.definition)

@@ -36,7 +36,7 @@ from engine.run_records import (
     SpanStatus,
 )
 from engine.values import Json, decode_json
-from journal import rows
+from journal import run_rows
 from tests.unit.running import (
     FAST_RETRY,
     PATIENCE_SECONDS,
@@ -883,7 +883,10 @@ async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash(
 
 def as_stored(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
     """Return spans with their errors as they are read back from rows."""
-    return [msgspec.structs.replace(span, error=rows.error_of(rows.error_text(span.error))) for span in spans]
+    return [
+        msgspec.structs.replace(span, error=run_rows.decode_error(run_rows.encode_error(span.error)))
+        for span in spans
+    ]
 
 
 async def test_sequence_numbers_go_on_where_they_were() -> None:

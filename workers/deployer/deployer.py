@@ -24,7 +24,7 @@ from workers.deployer.look_queue import LookQueue, Retry
 from workers.deployer.reconciler import WHILE_CHANGING, LookResult, Reconciler
 
 if TYPE_CHECKING:
-    from journal.store import Store
+    from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
     from workers.cluster.driver import Driver
@@ -51,7 +51,7 @@ async def leave(driver: Driver) -> None:
 async def deploying(
     settings: DeployerSettings,
     database: Database,
-    store: Store,
+    store: JournalStore,
     broker: Broker,
     open_driver: OpenDriver,
     *,
@@ -76,7 +76,7 @@ class Deployer:
         self,
         settings: DeployerSettings,
         database: Database,
-        store: Store,
+        store: JournalStore,
         broker: Broker,
         open_driver: OpenDriver,
         *,

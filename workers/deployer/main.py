@@ -13,8 +13,8 @@ import structlog
 import uvloop
 
 from concurrency import gc_tuning, heartbeat
-from journal import timekeeping
-from journal.opening import open_store
+from journal import clock_sync
+from journal.store_factory import open_store
 from messages import broker as brokers
 from models import database as databases
 from models import schema_migration
@@ -47,7 +47,7 @@ async def _serve(settings: DeployerSettings) -> None:
         database = Database(databases.parse_url(settings.database_url))
         stack.push_async_callback(database.close)
         await schema_migration.require_current(database)
-        await stack.enter_async_context(timekeeping.keep_time(database))
+        await stack.enter_async_context(clock_sync.run_clock_sync(database))
         store = await open_store(database.url, clock=database.clock, connections=1)
         stack.push_async_callback(store.close)
         broker = await brokers.connect(settings.redis_url)

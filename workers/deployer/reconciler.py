@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from journal import decisions, pod_leases
+from journal.deployments import decisions, pod_leases
 from messages import deployments, hints
 from messages.broker import BrokerUnavailable
 from models import deployment_token
@@ -37,7 +37,7 @@ from workers.deployer.start_clock import StartClock
 from workers.deployer.start_gate import StartGate
 
 if TYPE_CHECKING:
-    from journal.store import Store
+    from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
     from models.deployment import Deployment
@@ -90,7 +90,7 @@ class Reconciler:
         name: str,
         settings: DeployerSettings,
         database: Database,
-        store: Store,
+        store: JournalStore,
         broker: Broker,
         connection: ClusterConnection,
         *,
@@ -115,7 +115,9 @@ class Reconciler:
         """Bring a workflow nearer to what is desired; raises `DatabaseUnavailable`."""
         found = await rows.find(self._database, workflow_id)
         if found is not None and found.deployment.drain_until is not None:
-            settled = await decisions.settle(self._database, workflow_id, decisions.by_policy)
+            settled = await decisions.decide_and_apply(
+                self._database, workflow_id, decisions.decide_by_policy
+            )
             if settled is not None and settled.decision.action is not LifecycleAction.NONE:
                 found = await rows.find(self._database, workflow_id)
         try:
@@ -135,7 +137,7 @@ class Reconciler:
         try:
             driver = await self._connection.driver()
             # Read before the pods are: a holder that is known by then, and is not among the pods, is gone.
-            holders = await pod_leases.holders(self._database, workflow_id)
+            holders = await pod_leases.pod_lease_owners(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
             if comparison.gone(holders, observed):
                 # A cache may not know a pod yet that has taken a run already.
@@ -259,7 +261,7 @@ class Reconciler:
         return await self._note_observed(found, observed)
 
     async def _delete(self, driver: Driver, deployment: Deployment) -> Retry | None:
-        holders = await pod_leases.holders(self._database, deployment.workflow_id)
+        holders = await pod_leases.pod_lease_owners(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
         self._applied.discard(deployment.workflow_id)
         self._forget_start(deployment.workflow_id)
@@ -281,7 +283,9 @@ class Reconciler:
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
         """Have what processes that are gone have held go on elsewhere, without waiting for the ends of their leases."""
-        if gone and await pod_leases.take_back(self._database, self._store, workflow_id, gone, out_of_memory):
+        if gone and await pod_leases.reclaim_pod_leases(
+            self._database, self._store, workflow_id, gone, out_of_memory
+        ):
             with suppress(BrokerUnavailable):  # pods and workers look for themselves
                 await self._broker.announce({workflow_id: ""})
             # Of what is deployed no more, runs are any worker's.

@@ -1,0 +1,57 @@
+"""What stands in a row, or in a value, for a content that is kept outside of the database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+MAX_NAME_CHARACTERS = 255
+MAX_TYPE_CHARACTERS = 255
+
+
+class InvalidBlobReference(ValueError):
+    """A value is no reference to a content."""
+
+
+class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Names a content among those of one line of runs; elsewhere it names nothing."""
+
+    sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    type: Annotated[str, msgspec.Meta(max_length=MAX_TYPE_CHARACTERS)] = "application/octet-stream"
+    name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)] = ""
+
+    @classmethod
+    def from_value(cls, value: Json) -> BlobReference:
+        """Return the reference that a JSON value is; raises `InvalidReference`."""
+        try:
+            return msgspec.convert(value, _BlobReferenceEnvelope).blob
+        except msgspec.ValidationError as error:
+            raise InvalidBlobReference(f"It is no reference to a blob: {error}") from error
+
+    @classmethod
+    def from_text(cls, text: bytes) -> BlobReference:
+        """Return the reference that a JSON text holds; raises `InvalidReference`."""
+        try:
+            return decoding.decode(text, _BlobReferenceEnvelope).blob
+        except msgspec.DecodeError as error:
+            raise InvalidBlobReference(f"It is no reference to a blob: {error}") from error
+
+    def as_json(self) -> dict[str, Json]:
+        """Return it as values hold it: `{"$blob": {sha256, size, type, name}}`."""
+        wrapped: dict[str, Any] = msgspec.to_builtins(_BlobReferenceEnvelope(self))
+        return wrapped
+
+    def as_text(self) -> bytes:
+        """Return it as rows hold it."""
+        return msgspec.json.encode(_BlobReferenceEnvelope(self))
+
+
+class _BlobReferenceEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    blob: BlobReference = msgspec.field(name="$blob")

@@ -1,0 +1,137 @@
+"""Contents as objects of an S3 bucket: `prefix/organisation/first run/sha256`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
+from itertools import groupby
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
+
+from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
+from models import ids
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from obstore.store import S3Config
+
+CONNECT_SECONDS = 5
+RESPONSE_SECONDS = 30
+RETRY_SECONDS = 20
+CHUNK_BYTES = 1_048_576
+BATCH_OWNERS = 500
+CLOCK_FOLDER = "clock"
+"""Below this, objects are written to read the clock of the bucket."""
+NAME_ATTRIBUTE = "name"
+"""The piece of an object's own metadata that holds the name, in ASCII."""
+
+
+class BucketBlobStorage:
+    """A `Backend` on a bucket, which S3 makes durable before it answers."""
+
+    def __init__(self, bucket: str, prefix: str, config: S3Config, *, allow_http: bool) -> None:
+        self._store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            config=config,
+            client_options={
+                "allow_http": allow_http,
+                "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+                "timeout": timedelta(seconds=RESPONSE_SECONDS),
+            },
+            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=RETRY_SECONDS)},
+        )
+
+    async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
+        """Write an object; see `Backend.put`."""
+        attributes = {
+            "Content-Type": label.type,
+            **({NAME_ATTRIBUTE: quote(label.name)} if label.name else {}),
+        }
+        with _translate_errors():
+            await obstore.put_async(
+                self._store, _blob_path(owner, sha256), content, attributes=attributes, use_multipart=False
+            )
+
+    @asynccontextmanager
+    async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
+        """Open an object; see `Backend.open`."""
+        with _translate_errors():
+            result = await obstore.get_async(self._store, _blob_path(owner, sha256))
+        attributes = result.attributes
+        label = BlobLabel(attributes.get("Content-Type", ""), unquote(attributes.get(NAME_ATTRIBUTE, "")))
+        yield OpenBlob(label, result.meta["size"], _read_chunks(result))
+
+    async def delete(self, owner: BlobOwner) -> None:
+        """Delete a line's objects; see `Backend.delete`."""
+        with _translate_errors():
+            async for listed in obstore.list(self._store, prefix=_blob_path(owner, "")):
+                await obstore.delete_async(self._store, [entry["path"] for entry in listed])
+
+    async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
+        """Find the lines whose objects are all older; see `Backend.idle_owners`."""
+        since = await self._now() - age
+        newest: dict[BlobOwner, datetime] = {}
+        with _translate_errors():
+            async for listed in obstore.list(self._store, chunk_size=BATCH_OWNERS):
+                for owner, entries in groupby(listed, key=lambda entry: _owner_of_path(entry["path"])):
+                    if owner is None:
+                        continue
+                    added = max(entry["last_modified"] for entry in entries)
+                    newest[owner] = max(added, newest.get(owner, added))
+                # Listings are in the order of the keys: only the last one may have more.
+                complete = list(newest)[:-1]
+                yield [owner for owner in complete if newest.pop(owner) < since]
+        yield [owner for owner, added in newest.items() if added < since]
+
+    async def _now(self) -> datetime:
+        """Return the time by which the bucket dates its objects: that of one which is written just now."""
+        probe = f"{CLOCK_FOLDER}/{secrets.token_hex(8)}"
+        with _translate_errors():
+            await obstore.put_async(self._store, probe, b"", use_multipart=False)
+            try:
+                async for listed in obstore.list(self._store, prefix=CLOCK_FOLDER):
+                    for entry in listed:
+                        if entry["path"] == probe:
+                            return entry["last_modified"]
+            finally:
+                await obstore.delete_async(self._store, [probe])
+        raise BlobsUnavailable("The bucket of blobs does not list what was just written")
+
+    async def close(self) -> None:
+        """Do nothing: connections that are idle close by themselves."""
+
+
+async def _read_chunks(result: obstore.GetResult) -> AsyncIterator[bytes]:
+    with _translate_errors():
+        async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+
+
+@contextmanager
+def _translate_errors() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BlobLost("There is no such content") from error
+    except (BaseError, OSError, ValueError) as error:
+        raise BlobsUnavailable("The bucket of blobs did not answer, or would not") from error
+
+
+def _blob_path(owner: BlobOwner, sha256: str) -> str:
+    return f"{owner.organization_id}/{owner.key_id}/{sha256}"
+
+
+def _owner_of_path(path: str) -> BlobOwner | None:
+    """Return whose an object is; None for one that isn't ours."""
+    match path.split("/"):
+        case [organization_id, key_id, _] if ids.is_id(organization_id) and ids.is_id(key_id):
+            return BlobOwner(organization_id, key_id)
+    return None

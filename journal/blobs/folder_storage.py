@@ -1,0 +1,183 @@
+"""Contents as files of a folder that all processes share: `organisation/first run/sha256`.
+
+Each begins with a line that holds its label, so that label and content come to be in one rename.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from hashlib import sha256 as hash_of
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+import msgspec
+
+from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
+from json_text import decoding
+from models import durable_folders, ids
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+T = TypeVar("T")
+
+THREADS = 4
+CHUNK_BYTES = 1_048_576
+MAX_LABEL_BYTES = 4_096
+BATCH_OWNERS = 500
+
+
+class FolderBlobStorage:
+    """A `Backend` on a file system; files belong to the process's user alone."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._is_made = False
+        """Whether the root is there, and its name is certain to last."""
+        # A disk that hangs holds its threads, so these are nobody else's.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
+
+    async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
+        """Write a file, and make it last; see `Backend.put`."""
+        await self._in_thread(lambda: self._put(owner, sha256, content, label))
+
+    @asynccontextmanager
+    async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
+        """Open a file; see `Backend.open`."""
+        file, label, size = await self._in_thread(lambda: _open_labeled(self._of(owner) / sha256))
+        try:
+            yield OpenBlob(label, size, self._chunks(file))
+        finally:
+            file.close()
+
+    async def delete(self, owner: BlobOwner) -> None:
+        """Remove a line's folder; see `Backend.delete`."""
+        await self._in_thread(lambda: _remove_folder(self._of(owner)))
+
+    async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
+        """Find the folders that have not changed; see `Backend.idle_owners`."""
+        found = self._idle(age.total_seconds())
+        while batch := await self._in_thread(lambda: list(islice(found, BATCH_OWNERS))):
+            yield batch
+
+    async def close(self) -> None:
+        """Let the threads end, after what they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except OSError as error:
+            raise BlobsUnavailable(f"The folder of blobs can't be used: {error.strerror}") from error
+
+    async def _chunks(self, file: BinaryIO) -> AsyncIterator[bytes]:
+        while chunk := await self._in_thread(lambda: file.read(CHUNK_BYTES)):
+            yield chunk
+
+    # ── in a thread ───────────────────────────────────────────────────────────────────────────────
+
+    def _of(self, owner: BlobOwner) -> Path:
+        return self._root / owner.organization_id / owner.key_id
+
+    def _put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
+        folder = self._of(owner)
+        if not _is_whole(folder / sha256, sha256):
+            if not self._is_made:
+                durable_folders.make_folder(self._root)
+                self._is_made = True
+            folder.parent.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _write_atomically(folder / sha256, msgspec.json.encode(label) + b"\n", content)
+        # Whoever made any of them may not have come to this yet.
+        for changed in (folder, folder.parent, self._root):
+            durable_folders.sync_folder(changed)
+
+    def _idle(self, age_seconds: float) -> Iterator[BlobOwner]:
+        if not self._root.is_dir():
+            return
+        since = self._now() - age_seconds
+        for organization in _list_entries(self._root):
+            for line in _list_entries(Path(organization.path)):
+                try:
+                    is_idle = line.stat(follow_symlinks=False).st_mtime < since
+                except FileNotFoundError:
+                    continue
+                if is_idle:
+                    yield BlobOwner(organization.name, line.name)
+
+    def _now(self) -> float:
+        """Return the time by which the file system dates its files: that of one which is written just now."""
+        with tempfile.TemporaryFile(dir=self._root) as probe:
+            probe.write(b"0")
+            probe.flush()
+            return os.fstat(probe.fileno()).st_mtime
+
+
+def _list_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (
+                entry for entry in entries if ids.is_id(entry.name) and entry.is_dir(follow_symlinks=False)
+            )
+    except FileNotFoundError:
+        return
+
+
+def _write_atomically(path: Path, *parts: bytes) -> None:
+    """Write a file that is there whole, or not at all, whatever breaks off."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with _create_file(unfinished) as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _create_file(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb")
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    try:
+        file, _, _ = _open_labeled(path)
+    except BlobLost:
+        return False
+    with file:
+        digest = hash_of()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == sha256
+
+
+def _open_labeled(path: Path) -> tuple[BinaryIO, BlobLabel, int]:
+    """Return a file that stands behind its label, the label, and how much follows."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    except FileNotFoundError as error:
+        raise BlobLost("There is no such content") from error
+    try:
+        label = decoding.decode(file.readline(MAX_LABEL_BYTES), BlobLabel)
+        return file, label, os.fstat(file.fileno()).st_size - file.tell()
+    except msgspec.DecodeError as error:
+        file.close()
+        raise BlobLost("The content has lost its label") from error
+
+
+def _remove_folder(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return

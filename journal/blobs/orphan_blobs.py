@@ -1,0 +1,56 @@
+"""Contents that belong to no run any more: what retention leaves, and what a process put there before it died."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from sqlalchemy import or_, select
+from sqlmodel import col
+
+from models.execution import Execution
+
+if TYPE_CHECKING:
+    from journal.blobs.blob_storage import BlobOwner
+    from journal.blobs.blob_store import BlobStore
+    from models.database import Database
+
+log = structlog.get_logger()
+
+MIN_AGE_HOURS: Final = 24
+"""How long a content may be there without a row: whoever puts one has a row, or is only just losing it."""
+BATCH_OWNERS: Final = 500
+
+
+async def delete_orphans(blobs: BlobStore, database: Database) -> None:
+    """Delete what has been lying about for a day; raises `BlobsUnavailable` and `DatabaseUnavailable`."""
+    deleted = 0
+    async for owners in blobs.backend.idle_owners(timedelta(hours=MIN_AGE_HOURS)):
+        deleted += await delete_unused(blobs, database, owners)
+    if deleted:
+        log.info("orphaned blobs deleted", runs=deleted)
+
+
+async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[BlobOwner]) -> int:
+    """Delete the contents of those that no execution's row names any more; returns how many those are.
+
+    To be called when the rows are gone for good: a run that was resumed from a deleted one keeps what they share.
+    """
+    deleted = 0
+    for begin in range(0, len(owners), BATCH_OWNERS):
+        batch = owners[begin : begin + BATCH_OWNERS]
+        named = await _referenced_ids(database, {owner.key_id for owner in batch})
+        unused = [owner for owner in batch if owner.key_id not in named]
+        await blobs.delete_runs(unused)
+        deleted += len(unused)
+    return deleted
+
+
+async def _referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
+    """Return those of the ids that rows name."""
+    resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
+    statement = select(col(Execution.key_id)).where(or_(col(Execution.id).in_(key_ids), resumed)).distinct()
+    async with database.read() as connection:
+        return set(await connection.scalars(statement))

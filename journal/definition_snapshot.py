@@ -1,0 +1,152 @@
+"""What a run pins of a workflow: graph and settings as one text, found again by its hash."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from engine import program
+from engine.graph import ParsedGraph, RunSettings
+from engine.validation import find_errors
+from engine.values import encode_canonical, encode_json
+from models.workflow import DEFAULT_SETTINGS, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+    from engine.findings import ValidationResult
+    from engine.node_api import NodeType
+    from engine.values import Json
+    from models.access import ApiCaller
+
+MANUAL_KIND: Final = "manual"
+
+
+class NodeTypeRegistry(program.NodeTypeLookup, Protocol):
+    """Every node type."""
+
+    @property
+    def node_types(self) -> Mapping[str, NodeType]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerNode:
+    """The node that a workflow begins with."""
+
+    id: str
+    kind: str
+    """What kind of event it takes."""
+    config: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWorkflow:
+    """One revision of a workflow, with all that it takes to accept a run of it."""
+
+    id: str
+    organization_id: str
+    lane: int
+    owner_id: str
+    readers: frozenset[str]
+    is_public: bool
+    is_template: bool
+    name: str
+    status: WorkflowStatus
+    revision: int
+    settings: Mapping[str, Json]
+    """With the defaults filled in."""
+    config: str
+    """The settings as JSON text: what an execution shows as its config."""
+    timeout_seconds: float
+    definition: str
+    """The one JSON text of nodes, connections and settings."""
+    definition_hash: str
+    """The SHA-256 of that text, in hexadecimal."""
+    validation: ValidationResult
+    trigger: TriggerNode | None
+    """None where there is no trigger."""
+    total_nodes: int
+    is_deployed: bool = False
+    """As it was when it was last looked at."""
+
+    @property
+    def trigger_kind(self) -> str | None:
+        """What kind of event the trigger node takes."""
+        return None if self.trigger is None else self.trigger.kind
+
+    def is_readable_by(self, caller: ApiCaller) -> bool:
+        """Tell what `models.workflow.is_readable_by` says of the row."""
+        return self.organization_id == caller.organization_id and (
+            caller.is_admin
+            or self.is_public
+            or self.is_template
+            or self.owner_id == caller.user_id
+            or caller.user_id in self.readers
+        )
+
+
+def load_workflow(
+    row: Row[Any], readers: frozenset[str], catalog: NodeTypeRegistry, *, is_deployed: bool = False
+) -> LoadedWorkflow:
+    """Return what it takes to run a workflow, from its row joined with that of its graph; a large one takes a while."""
+    text = encode_canonical(build_definition(row.nodes, row.connections, row.settings))
+    settings = effective_settings(row.settings)
+    return LoadedWorkflow(
+        id=row.id,
+        organization_id=row.organization_id,
+        lane=row.lane,
+        owner_id=row.owner_id,
+        readers=readers,
+        is_public=row.is_public,
+        is_template=row.is_template,
+        name=row.name,
+        status=WorkflowStatus(row.status),
+        revision=row.revision,
+        settings=settings,
+        config=encode_json(settings).decode(),
+        timeout_seconds=RunSettings.from_stored(settings).timeout_seconds,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        validation=check_graph(row.nodes, row.connections, catalog),
+        trigger=find_trigger(row.nodes, catalog),
+        total_nodes=len(row.nodes),
+        is_deployed=is_deployed,
+    )
+
+
+def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the settings that a run obeys: what was set, over the defaults."""
+    return {**DEFAULT_SETTINGS, **settings}
+
+
+def build_definition(
+    nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], settings: Mapping[str, Json]
+) -> dict[str, Json]:
+    """Return what a run pins."""
+    return {"nodes": list(nodes), "connections": list(connections), "settings": effective_settings(settings)}
+
+
+def check_graph(
+    nodes: Sequence[dict[str, Json]],
+    connections: Sequence[dict[str, Json]],
+    catalog: program.NodeTypeLookup,
+    *,
+    passed: Collection[str] = (),
+) -> ValidationResult:
+    """Return the errors of a stored graph: what keeps it from running; configs of nodes in `passed` were found good."""
+    return find_errors(
+        ParsedGraph.from_stored(build_definition(nodes, connections, {})), catalog, passed=passed
+    )
+
+
+def find_trigger(nodes: Sequence[Mapping[str, Json]], catalog: NodeTypeRegistry) -> TriggerNode | None:
+    """Return the first trigger of a graph."""
+    for node in nodes:
+        node_type = catalog.node_types.get(str(node["type"]))
+        if node_type is not None and node_type.is_trigger:
+            config = node.get("config")
+            kind = node_type.trigger_kind or MANUAL_KIND
+            return TriggerNode(str(node["id"]), kind, config if isinstance(config, dict) else {})
+    return None

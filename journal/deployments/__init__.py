@@ -1,0 +1,1 @@
+"""Desired state, activity and decisions of deployments."""

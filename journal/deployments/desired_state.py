@@ -1,0 +1,197 @@
+"""Workflows deployed and undeployed: what is wanted changes with its reason, and with the runs that it concerns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, insert, literal_column, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from journal.deployments import activity, decisions, wakes
+from models import database_time, deployment_token
+from models.database_time import DatabaseTime
+from models.deployment import Deployment, DeploymentStatus, status_of
+from models.deployment_token import TokenBearer
+from models.execution import (
+    DELAYED_TARGET,
+    ISOLATED_UNPARSED_TARGET,
+    LIMITED_TARGET,
+    UNPARSED_TARGET,
+    Execution,
+)
+from models.execution_status import ExecutionStatus
+from models.ids import turn_of_workflow
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.deployments.activity import DeploymentActivity
+
+UNFINISHED: Final = (ExecutionStatus.PENDING, ExecutionStatus.WAITING, ExecutionStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class DeployRequest:
+    """A definition that is to be deployed."""
+
+    workflow_id: str
+    organization_id: str
+    lane: int
+    user_id: str
+    version: int
+    definition: str
+    definition_hash: str
+    token_id: str
+    """A fresh one, for the token of its pods."""
+
+
+async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Deployment | None:
+    """Return what is wanted of a deployment, and what was last seen of it."""
+    statement = select(Deployment).where(col(Deployment.workflow_id) == workflow_id)
+    row = (await connection.execute(statement)).mappings().first()
+    return None if row is None else Deployment(**row)
+
+
+async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, secret: bytes) -> Deployment:
+    """Want pods for a definition; what is wanted and on its way already is left alone.
+
+    Pods get a token of their own. That of those that they replace is good until none of them is left.
+    """
+    await _store_definition(connection, order)
+    await activity.lock_deployment(connection, order.workflow_id)
+    seen = await activity.read_activity(connection, order.workflow_id)
+    if seen is None:
+        seen = await _new_deployment(connection, order)
+    elif _is_desired(seen.deployment, order):
+        return seen.deployment
+    before = seen.deployment
+    changes: dict[str, Any] = {
+        "is_deployed": True,
+        "definition_hash": order.definition_hash,
+        "version": order.version,
+        "deployed_generation": before.generation + 1,
+    }
+    replicas = before.last_replicas if before.is_deployed else 1
+    decision = LifecycleVerdict(LifecycleAction.START, LifecycleReason.DEPLOYED)
+    seen = await _update_deployment(connection, seen, changes)
+    after = await decisions.apply_decision(
+        connection, seen, decision, replicas=replicas, user_id=order.user_id
+    )
+    bearer = TokenBearer(order.workflow_id, order.organization_id, order.lane)
+    await deployment_token.issue_token(
+        connection, bearer, secret=secret, token_id=order.token_id, now=seen.now
+    )
+    return after
+
+
+async def undeploy_workflow(
+    connection: AsyncConnection, workflow_id: str, *, user_id: str, reason: StoppedReason | None = None
+) -> Deployment | None:
+    """Want nothing of a deployment any more, and leave its runs to the workers; None for what isn't deployed."""
+    await activity.lock_deployment(connection, workflow_id)
+    seen = await activity.read_activity(connection, workflow_id)
+    if seen is None or not seen.deployment.is_deployed:
+        return None
+    decision = LifecycleVerdict(LifecycleAction.STOP, LifecycleReason.UNDEPLOYED, reason)
+    seen = await _update_deployment(connection, seen, {"is_deployed": False})
+    after = await decisions.apply_decision(connection, seen, decision, user_id=user_id)
+    await _release_to_workers(connection, seen.deployment)
+    return after
+
+
+def _is_desired(deployment: Deployment, order: DeployRequest) -> bool:
+    return (
+        deployment.is_deployed
+        and deployment.definition_hash == order.definition_hash
+        and deployment.version == order.version
+        and wakes.is_desired(deployment)
+        and status_of(deployment) is not DeploymentStatus.FAILED
+    )
+
+
+async def _store_definition(connection: AsyncConnection, order: DeployRequest) -> None:
+    """Store a definition, or make it young again: one that is about to be named is not deleted."""
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(Definition).values(
+        organization_id=order.organization_id,
+        hash=order.definition_hash,
+        lane=order.lane,
+        body=order.definition,
+        created_at=DatabaseTime(),
+    )
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[col(Definition.organization_id), col(Definition.hash)],
+            set_={"created_at": statement.excluded.created_at},
+        )
+    )
+
+
+async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
+    """Return a deployment of which nothing is wanted yet."""
+    now = await database_time.read_database_time(connection)
+    first = Deployment(
+        workflow_id=order.workflow_id,
+        organization_id=order.organization_id,
+        lane=order.lane,
+        is_deployed=False,
+        definition_hash=order.definition_hash,
+        version=order.version,
+        generation=0,
+        deployed_generation=0,
+        created_at=now,
+        updated_at=now,
+    )
+    await connection.execute(insert(Deployment).values(first.model_dump()))
+    seen = await activity.read_activity(connection, order.workflow_id)
+    if seen is None:
+        raise LookupError(f"{order.workflow_id} is no workflow")
+    return seen
+
+
+async def _update_deployment(
+    connection: AsyncConnection, seen: DeploymentActivity, changes: dict[str, Any]
+) -> DeploymentActivity:
+    """Change columns of a deployment that is locked."""
+    deployment = seen.deployment
+    await connection.execute(
+        update(Deployment).where(col(Deployment.workflow_id) == deployment.workflow_id).values(changes)
+    )
+    return replace(seen, deployment=Deployment(**{**deployment.model_dump(), **changes}))
+
+
+async def _release_to_workers(connection: AsyncConnection, deployment: Deployment) -> None:
+    """Let any worker take the runs that pods were to take, now or when whoever holds or awaits them lets go."""
+    workflow_id = deployment.workflow_id
+    await wakes.release_deferred_runs(connection, workflow_id)
+    for status in UNFINISHED:
+        # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+        of_status = col(Execution.status) == literal_column(f"'{status}'")
+        whose = (
+            (col(Execution.workflow_id) == workflow_id, col(Execution.target) == workflow_id)
+            if status is ExecutionStatus.RUNNING
+            else (col(Execution.target) == workflow_id,)
+        )
+        await connection.execute(
+            update(Execution)
+            .where(of_status, *whose)
+            .values(target=wakes.WORKER_TARGET, home=None, updated_at=DatabaseTime())
+        )
+    kept_from_pods = (
+        col(Execution.target).in_(
+            [LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET]
+        ),
+        col(Execution.organization_id) == deployment.organization_id,
+        col(Execution.workflow_id) == workflow_id,
+        col(Execution.home) == workflow_id,
+    )
+    for is_found in (
+        and_(wakes.IS_PENDING, col(Execution.turn) == turn_of_workflow(workflow_id)),
+        wakes.IS_DEFERRED,
+        col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'"),
+    ):
+        await connection.execute(update(Execution).where(is_found, *kept_from_pods).values(home=None))

@@ -1,0 +1,494 @@
+"""How runs are taken in on PostgreSQL, alone or with what a sender's request has brought: one statement a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from journal.concurrency_limits import advisory_lock_id
+from journal.postgresql.postgresql_text import NOW, lock_wait_sql, transpose_rows, unnest_sql
+from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS, split_rivals
+from journal.store import (
+    AcceptanceResult,
+    AcceptanceVerdict,
+    ExecutionKey,
+    IngestResult,
+    IngestWrite,
+    RunAcceptance,
+)
+from models.execution import (
+    DELAYED_TARGET,
+    LIMITED_TARGET,
+    PRIORITY_MICROSECONDS,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+)
+from models.ids import turn_of_workflow
+from models.postgresql_sessions import LOCK_WAIT_MILLISECONDS, timeout_statement
+from models.timestamps import to_microseconds
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from journal.store import IdempotencyKey
+
+T = TypeVar("T")
+FetchRows = Callable[..., Awaitable[list[Any]]]
+
+
+class RepeatWork(Protocol):
+    """Does something again where that may help."""
+
+    async def __call__(self, work: Callable[[], Awaitable[T]], /) -> T: ...
+
+
+class PostgresqlInserts:
+    """What is taken in by one store."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool[Any],
+        fetch: FetchRows,
+        repeated: RepeatWork,
+    ) -> None:
+        self._pool = pool
+        self._fetch = fetch
+        self._repeated = repeated
+
+    # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
+        """Insert runs; see `Store.accept`."""
+        answers: dict[str, AcceptanceResult] = {}
+        for item in batch:
+            if not item.may_wait:
+                answers |= await self._accept_within_limit(item)
+        waiting = [item for item in batch if item.may_wait]
+        while waiting:
+            # A key can win once in a statement: its other bearers go into the next one, and find it taken.
+            first = {_conflict_order(item): item for item in reversed(waiting)}
+            chosen = sorted(first.values(), key=_conflict_order)
+            waiting = [item for item in waiting if first[_conflict_order(item)] is not item]
+            answers |= await self._accept(chosen)
+        return [answers[item.execution_id] for item in batch]
+
+    async def _accept_within_limit(self, item: RunAcceptance) -> dict[str, AcceptanceResult]:
+        """Insert a run if fewer of its key than its limit go on, or wait for that."""
+
+        async def insert() -> list[Any] | None:
+            async with self._pool.acquire() as connection, connection.transaction():
+                if await _lock_free_slots(connection, item) < 1:
+                    return None
+                rows: list[Any] = await connection.fetch(_ACCEPT, *_bind_acceptances([item]))
+                return rows
+
+        rows = await self._repeated(insert)
+        if rows:
+            return {item.execution_id: AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)}
+        answers = await self._explain_refusals([item])
+        if rows is None and answers[item.execution_id].verdict is AcceptanceVerdict.STALE:
+            return {item.execution_id: AcceptanceResult(AcceptanceVerdict.FULL, item.execution_id)}
+        return answers
+
+    async def _accept(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
+        rows = await self._fetch(_ACCEPT, *_bind_acceptances(batch))
+        accepted = {row[0] for row in rows}
+        answers = {
+            execution_id: AcceptanceResult(AcceptanceVerdict.ACCEPTED, execution_id)
+            for execution_id in accepted
+        }
+        refused = [item for item in batch if item.execution_id not in accepted]
+        if refused:
+            answers |= await self._explain_refusals(refused)
+        return answers
+
+    async def _explain_refusals(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
+        """Tell why rows didn't come back: accepted by a lost attempt, repeated, or checked against an old workflow."""
+        earlier = await self._read_earlier_keys([(item.lane, item.idempotency) for item in batch])
+        own = {
+            row[0]
+            for row in await self._fetch(
+                _ACCEPTED, *transpose_rows([_idempotency_key(item) for item in batch], 2)
+            )
+        }
+        return {item.execution_id: _acceptance_refusal(item, earlier, own) for item in batch}
+
+    async def _read_earlier_keys(
+        self, asked: Sequence[tuple[int, IdempotencyKey | None]]
+    ) -> dict[tuple[Any, ...], tuple[str, str]]:
+        """Return the fingerprints and ids that keys are bound to, by lane, scope and key."""
+        keys = [(lane, key.scope, key.key) for lane, key in asked if key]
+        found = await self._fetch(_EARLIER_KEYS, *transpose_rows(keys, 3)) if keys else []
+        return {tuple(row)[:3]: (row[3], row[4]) for row in found}
+
+    # ── arrivals ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+        """Keep what senders have brought; see `Store.take_in`."""
+        answers: dict[str, IngestResult] = {}
+        waiting: Sequence[IngestWrite] = batch
+        while waiting:
+            chosen, waiting = split_rivals(waiting)
+            patient = [one for one in chosen if all(run.may_wait for run in one.runs)]
+            if patient:
+                rows = await self._fetch(_INGEST, *_bind_ingest_writes(patient))
+                answers |= await self._ingest_results(patient, rows)
+            for one in chosen:
+                if any(not run.may_wait for run in one.runs):
+                    answers |= await self._ingest_within_limit(one)
+        return [answers[one.delivery_id] for one in batch]
+
+    async def _ingest_within_limit(self, arrival: IngestWrite) -> dict[str, IngestResult]:
+        """Keep what a sender has brought, without the runs that may not wait and for which no place is free."""
+        full: set[str] = set()
+
+        async def insert() -> list[Any]:
+            full.clear()
+            impatient = sorted(
+                (run for run in arrival.runs if not run.may_wait), key=lambda run: run.concurrency_key or ""
+            )
+            async with self._pool.acquire() as connection, connection.transaction():
+                free: dict[str | None, int] = {}
+                for run in impatient:
+                    if run.concurrency_key not in free:
+                        free[run.concurrency_key] = await _lock_free_slots(connection, run)
+                    free[run.concurrency_key] -= 1
+                    if free[run.concurrency_key] < 0:
+                        full.add(run.execution_id)
+                rows: list[Any] = await connection.fetch(
+                    _INGEST, *_bind_ingest_writes([arrival], without=full)
+                )
+                return rows
+
+        rows = await self._repeated(insert)
+        return await self._ingest_results([arrival], rows, full)
+
+    async def _ingest_results(
+        self, batch: Sequence[IngestWrite], rows: Sequence[Any], full: Collection[str] = ()
+    ) -> dict[str, IngestResult]:
+        """Tell what became of arrivals, by the ids that came back, of deliveries and of runs."""
+        returned = {row[0] for row in rows}
+        missing = [one for one in batch if one.delivery_id not in returned]
+        answers = await self._explain_missing(missing) if missing else {}
+        kept = [one for one in batch if one.delivery_id not in answers]
+        kept += [one for one in missing if answers[one.delivery_id].verdict is AcceptanceVerdict.ACCEPTED]
+        unknown = [run for one in kept for run in one.runs if run.execution_id not in returned]
+        refusals = await self._explain_refusals(unknown) if unknown else {}
+        for run in unknown:
+            if run.execution_id in full and refusals[run.execution_id].verdict is AcceptanceVerdict.STALE:
+                refusals[run.execution_id] = AcceptanceResult(AcceptanceVerdict.FULL, run.execution_id)
+        for one in kept:
+            runs = [
+                refusals.get(run.execution_id)
+                or AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
+                for run in one.runs
+            ]
+            answers[one.delivery_id] = IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id, runs)
+        return answers
+
+    async def _explain_missing(self, batch: Sequence[IngestWrite]) -> dict[str, IngestResult]:
+        """Tell why arrivals didn't come back: kept by a lost attempt, repeated, or planned by an old workflow."""
+        bound = await self._read_earlier_keys([(one.lane, one.idempotency) for one in batch])
+        found = await self._fetch(
+            _STORED_DELIVERIES, *transpose_rows([(one.delivery_id, one.lane) for one in batch], 2)
+        )
+        own = {row[0] for row in found}
+        return {one.delivery_id: _ingest_refusal(one, bound, own) for one in batch}
+
+
+async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
+    """Return how many more runs of a key may go on, and keep others from these places until the transaction ends."""
+    # In a statement of its own, so that the next one sees what whoever had the lock has committed.
+    await connection.execute(
+        f"{timeout_statement()}, pg_advisory_xact_lock($1)", advisory_lock_id(item.concurrency_key or "")
+    )
+    live: int = await connection.fetchval(_LIVE_RUNS, item.concurrency_key)
+    return (item.concurrency_limit or 0) - live
+
+
+# ── statements ──────────────────────────────────────────────────────────────────────────────────────────────
+
+_RUN_TYPES = (
+    *("text", "smallint", "text", "text", "integer", "text", "text", "text", "text", "text"),
+    *("bigint", "integer", "bigint", "smallint", "text", "text", "text", "bigint", "text"),
+    *("text", "text", "integer", "text", "integer", "text", "text", "boolean"),
+)
+_RUN_COLUMNS = """
+        id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
+        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox, parent_id, root_id, depth,
+        concurrency_key, concurrency_limit, follow_up, home, is_private"""
+_DEFINITION_TYPES = ("text", "text", "smallint", "text")
+_INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
+_INGESTED_RUN_COLUMNS = f"{_RUN_COLUMNS}, delivery_id, delay_until, is_unread"
+_INGEST_TYPES = (
+    *("text", "smallint", "text", "text", "text", "text", "text", "text", "integer", "text", "smallint"),
+    *("text", "text", "text", "text", "text", "text", "text", "text", "text", "text", "bigint", "boolean"),
+)
+
+
+def _definitions_sql(first: int) -> str:
+    return f"""
+    INSERT INTO definition (organization_id, hash, lane, body, created_at)
+    SELECT d.*, {NOW} FROM unnest({unnest_sql(first, _DEFINITION_TYPES)}) AS d
+    -- Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+    ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at
+    WHERE definition.created_at < excluded.created_at - {TOUCH_INTERVAL_MICROSECONDS}"""
+
+
+def _idempotency_sql(table: str) -> str:
+    """Bind the keys of rows to them, where no earlier ones are bound to these."""
+    return f"""
+    INSERT INTO idempotency AS earlier (lane, scope, key, fingerprint, resource_id, expires_at)
+    SELECT lane, scope, key, fingerprint, id, {NOW} + lifetime FROM {table}
+    WHERE key IS NOT NULL ORDER BY lane, scope, key
+    ON CONFLICT (lane, scope, key) DO UPDATE
+    SET fingerprint = excluded.fingerprint, resource_id = excluded.resource_id, expires_at = excluded.expires_at
+    WHERE earlier.expires_at <= {NOW}
+    RETURNING resource_id"""
+
+
+def _run_inserts_sql(status: str, target: str, due_at: str, since: str) -> str:
+    """Insert the runs of the table `winner`, data first."""
+    return f"""data AS (
+    INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)
+    SELECT id, lane, trigger, config, organization_id, workflow_id, {NOW} FROM winner ON CONFLICT DO NOTHING
+), inserted AS (
+    INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
+        definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
+        key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,
+        concurrency_limit, follow_up, home, is_private, due_at)
+    SELECT id, lane, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
+        definition_hash, {since} - advance, turn, true, 0, 0, timeout, 0, total_nodes,
+        id, false, inbox, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
+        concurrency_limit, follow_up, home, coalesce(is_private, false), {due_at}
+    FROM winner ON CONFLICT DO NOTHING
+    RETURNING id
+)"""
+
+
+_CURRENT = """
+    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
+        AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
+        AND workflow.deleted_at IS NULL"""
+_TARGET = (
+    f"CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED_TARGET}') ELSE '{LIMITED_TARGET}' END"
+)
+_ACCEPT = f"""
+WITH item AS (
+    SELECT * FROM unnest({unnest_sql(1, _RUN_TYPES)}) AS item ({_RUN_COLUMNS})
+    WHERE {lock_wait_sql(LOCK_WAIT_MILLISECONDS)}
+), new_definition AS ({_definitions_sql(len(_RUN_TYPES) + 1)}
+), current AS ({_CURRENT}
+), kept AS ({_idempotency_sql("current")}
+), winner AS (
+    SELECT * FROM current WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
+), {_run_inserts_sql("'pending'", _TARGET, "NULL::bigint", NOW)}
+SELECT id FROM inserted
+"""
+_FIRST_INGEST = len(_INGESTED_RUN_TYPES) + len(_DEFINITION_TYPES) + 1
+_INGEST = f"""
+WITH item AS (
+    SELECT * FROM unnest({unnest_sql(1, _INGESTED_RUN_TYPES)}) AS item ({_INGESTED_RUN_COLUMNS})
+    WHERE {lock_wait_sql(LOCK_WAIT_MILLISECONDS)}
+), arrival AS (
+    SELECT * FROM unnest({unnest_sql(_FIRST_INGEST, _INGEST_TYPES)}) AS arrival (
+        id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes, outcome, status,
+        execution_id, event_id, event_type, event_source, event_data, answer, redriven_from, scope, key, fingerprint,
+        lifetime, brings_runs)
+), new_definition AS ({_definitions_sql(len(_INGESTED_RUN_TYPES) + 1)}
+), current AS ({_CURRENT}
+), stale AS (
+    SELECT delivery_id FROM item WHERE id NOT IN (SELECT id FROM current)
+), whole AS (
+    SELECT * FROM arrival WHERE id NOT IN (SELECT delivery_id FROM stale)
+), kept_arrival AS ({_idempotency_sql("whole")}
+), fresh AS (
+    SELECT * FROM whole WHERE key IS NULL OR id IN (SELECT resource_id FROM kept_arrival)
+), open AS (
+    SELECT * FROM current WHERE delivery_id IN (SELECT id FROM fresh)
+), kept AS ({_idempotency_sql("open")}
+), winner AS (
+    SELECT * FROM open WHERE key IS NULL OR id IN (SELECT resource_id FROM kept)
+), {
+    _run_inserts_sql(
+        "CASE WHEN delay_until IS NULL THEN 'pending' ELSE 'waiting' END",
+        f"CASE WHEN is_unread THEN '{UNPARSED_TARGET}' WHEN concurrency_key IS NULL AND delay_until IS NOT NULL"
+        f" THEN '{DELAYED_TARGET}' ELSE {_TARGET} END",
+        "delay_until",
+        f"coalesce(delay_until, {NOW})",
+    )
+}, new_event AS (
+    INSERT INTO event (id, lane, organization_id, user_id, event_type, source, data, created_at)
+    SELECT event_id, lane, organization_id, user_id, event_type, event_source, event_data, {NOW} FROM fresh
+    WHERE event_id IS NOT NULL ON CONFLICT DO NOTHING
+), new_delivery AS (
+    INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
+        outcome, status, execution_id, event_id, answer, redriven_from, created_at)
+    SELECT id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
+        outcome, status, execution_id, event_id,
+        CASE WHEN execution_id IS NULL AND event_id IS NULL AND brings_runs THEN
+            (SELECT json_agg(winner.id ORDER BY winner.id) FROM winner WHERE winner.delivery_id = fresh.id)::text
+        ELSE answer END, redriven_from, {NOW} FROM fresh
+    -- What brought nothing new is a duplicate, of which more is known once the first one is.
+    WHERE id IN (SELECT delivery_id FROM winner) OR NOT brings_runs OR event_id IS NOT NULL
+    ON CONFLICT DO NOTHING
+)
+SELECT id FROM fresh UNION ALL SELECT id FROM inserted
+"""
+_LIVE_RUNS = f"""
+SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL)
+    + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED_TARGET}' AND status = 'pending')
+"""
+_EARLIER_KEYS = f"""
+SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
+JOIN unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (lane, scope, key) USING (lane, scope, key)
+WHERE expires_at > {NOW}
+"""
+_ACCEPTED = """
+SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+"""
+_STORED_DELIVERIES = """
+SELECT id FROM delivery JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+"""
+
+
+def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
+    key = item.idempotency
+    return (
+        item.execution_id,
+        item.lane,
+        item.organization_id,
+        item.workflow_id,
+        item.workflow_revision,
+        item.user_id,
+        item.trigger_type,
+        item.trigger,
+        item.config,
+        item.definition_hash,
+        int(item.timeout_seconds * 1_000_000),
+        item.total_nodes,
+        item.priority * PRIORITY_MICROSECONDS,
+        turn_of_workflow(item.workflow_id),
+        key.scope if key else None,
+        key.key if key else None,
+        key.fingerprint if key else None,
+        key.lifetime_seconds * 1_000_000 if key else None,
+        item.inbox,
+        item.parent_id,
+        item.root_id,
+        item.depth or None,
+        item.concurrency_key,
+        item.concurrency_limit,
+        item.follow_up,
+        item.home,
+        item.is_private or None,
+    )
+
+
+def _bind_acceptances(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
+    rows = map(_acceptance_row, batch)
+    return [*transpose_rows(rows, len(_RUN_TYPES)), *_distinct_definitions(batch)]
+
+
+def _bind_ingest_writes(batch: Sequence[IngestWrite], *, without: Collection[str] = ()) -> list[list[Any]]:
+    runs = [(run, one.delivery_id) for one in batch for run in one.runs if run.execution_id not in without]
+    rows = [
+        (
+            *_acceptance_row(run),
+            delivery_id,
+            to_microseconds(run.delay_until) if run.delay_until else None,
+            None if run.is_read else True,
+        )
+        for run, delivery_id in runs
+    ]
+    arrivals = sorted(_ingest_row(one, without) for one in batch)
+    return [
+        *transpose_rows(rows, len(_INGESTED_RUN_TYPES)),
+        *_distinct_definitions([run for run, _ in runs]),
+        *transpose_rows(arrivals, len(_INGEST_TYPES)),
+    ]
+
+
+def _ingest_row(one: IngestWrite, without: Collection[str]) -> tuple[Any, ...]:
+    event, key = one.event, one.idempotency
+    if event is None and one.runs and all(run.execution_id in without for run in one.runs):
+        key = None  # it has found no place at all, and may come again
+    return (
+        one.delivery_id,
+        one.lane,
+        one.organization_id,
+        one.workflow_id,
+        one.user_id,
+        one.route,
+        one.sender,
+        one.content_hash,
+        one.content_bytes,
+        one.outcome,
+        one.status,
+        one.runs[0].execution_id if len(one.runs) == 1 else None,
+        event.event_id if event else None,
+        event.event_type if event else None,
+        event.source if event else None,
+        event.data if event else None,
+        one.answer,
+        one.redriven_from,
+        key.scope if key else None,
+        key.key if key else None,
+        key.fingerprint if key else None,
+        key.lifetime_seconds * 1_000_000 if key else None,
+        bool(one.runs),
+    )
+
+
+def _distinct_definitions(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
+    rows = {
+        (item.organization_id, item.definition_hash, item.lane, item.definition)
+        for item in batch
+        if item.definition is not None
+    }
+    return transpose_rows(sorted(rows), 4)
+
+
+def _conflict_order(item: RunAcceptance) -> tuple[str, str]:
+    """Return what two acceptances can collide on, which is also the order in which rivals must come."""
+    key = item.idempotency
+    return (key.scope, key.key) if key else ("", item.execution_id)
+
+
+def _idempotency_key(item: RunAcceptance) -> ExecutionKey:
+    return ExecutionKey(item.execution_id, item.lane)
+
+
+def _acceptance_refusal(
+    item: RunAcceptance, earlier: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
+) -> AcceptanceResult:
+    if item.execution_id in own:
+        return AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)
+    key = item.idempotency
+    found = earlier.get((item.lane, key.scope, key.key)) if key else None
+    if key is None or found is None:
+        return AcceptanceResult(AcceptanceVerdict.STALE, item.execution_id)
+    fingerprint, execution_id = found
+    return AcceptanceResult(
+        AcceptanceVerdict.REPEATED if fingerprint == key.fingerprint else AcceptanceVerdict.MISMATCH,
+        execution_id,
+    )
+
+
+def _ingest_refusal(
+    one: IngestWrite, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
+) -> IngestResult:
+    if one.delivery_id in own:
+        # By an attempt whose answer was lost.
+        return IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id)
+    key = one.idempotency
+    found = bound.get((one.lane, key.scope, key.key)) if key else None
+    if key is None or found is None:
+        return IngestResult(AcceptanceVerdict.STALE, one.delivery_id)
+    fingerprint, delivery_id = found
+    if delivery_id == one.delivery_id:
+        return IngestResult(AcceptanceVerdict.ACCEPTED, delivery_id)
+    return IngestResult(
+        AcceptanceVerdict.REPEATED if fingerprint == key.fingerprint else AcceptanceVerdict.MISMATCH,
+        delivery_id,
+    )

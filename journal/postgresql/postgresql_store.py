@@ -1,0 +1,690 @@
+"""The store on PostgreSQL: each batch is one statement, sent straight to asyncpg.
+
+A statement is its own transaction and keeps no session state, so a transaction pooler may stand in between. It can be
+sent again, but for a claim: what it inserts has ids made here, and what it changes names the token that it leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import asyncpg
+import msgspec
+
+from engine.run_records import NodeSpan, RunStatus
+from journal.postgresql.postgresql_inserts import PostgresqlInserts
+from journal.postgresql.postgresql_text import NOW, lock_wait_sql, transpose_rows, unnest_sql
+from journal.run_rows import (
+    ATTEMPT_CHANGES,
+    ATTEMPT_COLUMNS,
+    ATTEMPT_KEY,
+    CRASHED_ERROR,
+    LOG_COLUMNS,
+    LOSS_PLACEHOLDER,
+    OUT_OF_MEMORY_ERROR,
+    SPAN_COLUMNS,
+    SPAN_FIXED_COLUMNS,
+    SPAN_KEY,
+    STATUS_AFTER,
+    attempt_rows,
+    decode_claim,
+    decode_span,
+    encode_error,
+    log_rows,
+    release_target_sql,
+    span_rows,
+)
+from journal.store import (
+    AcceptanceResult,
+    ClaimedRun,
+    ClaimQuery,
+    DefinitionKey,
+    EndRequestOutcome,
+    ExecutionKey,
+    IngestResult,
+    IngestWrite,
+    LeaseRenewal,
+    RenewalResult,
+    RunAcceptance,
+    RunProgressReport,
+    RunWrite,
+    SweepResult,
+)
+from models import postgresql_sessions as sessions
+from models.database import CONNECT_SECONDS, RETRIES, RETRY_SECONDS, STATEMENT_SECONDS
+from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
+from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.loss_limits import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.postgresql_failures import DatabaseFailure, failure_of
+from models.timestamps import from_microseconds, to_microseconds
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+    from models.database_clock import DatabaseClock
+
+T = TypeVar("T")
+
+SESSION_SETTINGS = {
+    "application_name": "pilotflame",
+    # A generic plan made while a table was empty scans all of it for as long as the connection lives.
+    "plan_cache_mode": "force_custom_plan",
+    "jit": "off",
+    # Each statement here finds what it wants by the index it was made for. By statistics of another hour, or an index
+    # that was once larger, a claim might read all that wait, for each workflow again.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+}
+
+BATCH_LOCK_MILLISECONDS = 500
+"""So long a commit of many runs waits for a locked row, before each of them is written alone."""
+LONE_LOCK_MILLISECONDS = 100
+RENEW_PAUSES_SECONDS = (0.02, 0.1)
+"""How long rows that are being written, most likely by this very worker, get before their leases count as locked."""
+
+
+async def connect_postgresql(url: URL, *, connections: int, clock: DatabaseClock) -> PostgreSQLStore:
+    """Return a store with a pool of its own; the first statement opens the first connection."""
+    pool = await asyncpg.create_pool(
+        sessions.driver_address(url),
+        min_size=0,
+        max_size=connections,
+        # Behind a pooler that passes no settings on, they belong to the whole database.
+        connect=partial(sessions.open_session, settings=SESSION_SETTINGS),
+        timeout=CONNECT_SECONDS,
+        command_timeout=STATEMENT_SECONDS,
+        reset=_skip_reset,
+    )
+    return PostgreSQLStore(url, pool, clock)
+
+
+async def _skip_reset(_connection: object) -> None:
+    """Do nothing when a connection goes back: no statement here leaves anything behind in its session."""
+
+
+class PostgreSQLStore:
+    """The run path on one PostgreSQL database."""
+
+    def __init__(self, url: URL, pool: asyncpg.Pool[Any], clock: DatabaseClock) -> None:
+        self.clock = clock
+        self._url = url
+        self._address = sessions.driver_address(url)
+        self._pool = pool
+        self._entrance = PostgresqlInserts(pool, self._fetch, self._repeat)
+
+    async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
+        """Insert runs; see `Store.accept`."""
+        return await self._entrance.accept(batch)
+
+    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+        """Keep what senders have brought; see `Store.take_in`."""
+        return await self._entrance.ingest(batch)
+
+    async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
+        """Take pending runs; see `Store.claim`."""
+        asked_at = monotonic()
+        # Claimed once more, it would take other runs, and nobody would know of the first ones.
+        rows = await self._fetch(*_claim_statement(claim), may_repeat=_was_rolled_back)
+        claimed = [decode_claim(row) for row in rows]
+        self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
+        return claimed
+
+    async def has_suspects(self, max_trial_losses: int, target: str = SHARED_TARGET) -> bool:
+        """Tell whether suspects wait; see `RunStore.has_suspects`."""
+        return bool(await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_trial_losses))
+
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
+        """Write what runs have done; see `Store.record`."""
+        batch = sorted(batch, key=lambda write: write.execution_id)
+        try:
+            return await self._record(_RECORD, batch, owner)
+        except LockWaitTimeout as error:
+            if len(batch) == 1:
+                raise PartialCommit((), [batch[0].execution_id]) from error
+        return await self._record_each(batch, owner)
+
+    async def _record_each(self, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
+        """Write run by run, so that a locked row holds up its own run alone; raises `PartialCommit`."""
+        held: set[str] = set()
+        unwritten: set[str] = set()
+        for number, write in enumerate(batch):
+            try:
+                held |= await self._record(_RECORD_ALONE, [write], owner)
+            except LockWaitTimeout:
+                unwritten.add(write.execution_id)
+            except DatabaseUnavailable:
+                unwritten.update(one.execution_id for one in batch[number:])
+                break
+        if unwritten:
+            raise PartialCommit(held, unwritten)
+        return frozenset(held)
+
+    async def _record(
+        self, statements: Mapping[bool, str], batch: Sequence[RunWrite], owner: str
+    ) -> frozenset[str]:
+        attempts = attempt_rows(batch)
+        rows = await self._fetch(
+            statements[bool(attempts)],
+            *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
+            *transpose_rows(span_rows(batch), len(SPAN_COLUMNS)),
+            *transpose_rows(log_rows(batch), len(LOG_COLUMNS)),
+            owner,
+            *(transpose_rows(attempts, len(ATTEMPT_COLUMNS)) if attempts else ()),
+        )
+        return frozenset(row[0] for row in rows)
+
+    async def renew(
+        self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
+    ) -> Sequence[RenewalResult]:
+        """Extend leases; see `Store.renew`."""
+        left = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
+        renewed: list[RenewalResult] = []
+        for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
+            asked_at = monotonic()
+            rows = await self._fetch(_RENEW, *transpose_rows(left, 3), int(lease_seconds * 1_000_000), owner)
+            self.clock.learn(from_microseconds(rows[0][2]) if rows else None, asked_at)
+            renewed += [RenewalResult(row[0], row[1]) for row in rows]
+            returned = {row[0] for row in rows}
+            left = [lease for lease in left if lease[0] not in returned]
+            if left:
+                ours = {row[0] for row in await self._fetch(_STILL_HELD, *transpose_rows(left, 3), owner)}
+                left = [lease for lease in left if lease[0] in ours]
+            if not left or pause_seconds is None:
+                break
+            await asyncio.sleep(pause_seconds)
+        return [*renewed, *(RenewalResult(execution_id, None, is_locked=True) for execution_id, _, _ in left)]
+
+    async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+        """Return definitions; see `Store.definitions`."""
+        rows = await self._fetch(_DEFINITIONS, *transpose_rows(keys, 3))
+        return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
+
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
+        """Return what was recorded; see `Store.spans`."""
+        asked = dict.fromkeys(keys)
+        found: dict[str, list[NodeSpan]] = {key.execution_id: [] for key in asked}
+        for row in await self._fetch(_SPANS, *transpose_rows(asked, 2)):
+            found[row[0]].append(decode_span(row))
+        return found
+
+    async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+        """Return where logs end; see `Store.last_log_lines`."""
+        return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
+
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
+        """Return where runs are; see `Store.progress`."""
+        outputs: dict[str, list[tuple[str, str]]] = {}
+        references: dict[str, list[str]] = {}
+        rows = await self._fetch(_PROGRESS, *transpose_rows(dict.fromkeys(keys), 2))
+        for row in rows:
+            of_run = outputs.setdefault(row[0], [])
+            if row[5] is not None:
+                of_run.append((row[5], row[6]))
+                if row[8]:
+                    references.setdefault(row[0], []).append(row[5])
+        firsts = {row[0]: row for row in reversed(rows)}
+        return [
+            RunProgressReport(
+                row[0],
+                ExecutionStatus(row[1]),
+                *(row[2], row[3], row[4]),
+                outputs[row[0]],
+                row[7],
+                references.get(row[0], ()),
+            )
+            for row in firsts.values()
+        ]
+
+    async def promote_due(self) -> int:
+        """Put waits that are over back in the queue."""
+        return len(await self._fetch(_PROMOTE_DUE))
+
+    async def sweep(self, limit: int) -> SweepResult:
+        """Take back what dead workers held; see `Store.sweep`."""
+        # First, since whoever waits for a dead worker has waited longest: the lease, and now this sweep.
+        rows = await self._fetch(_SWEEP, limit, CRASHED_ERROR)
+        due = await self.promote_due()
+        pending = await self._fetch(_HAS_PENDING)
+        ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL_STATUSES}
+        return SweepResult(len(rows) - len(ended), ended, due, bool(pending))
+
+    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
+        """Take back leases; see `Store.take_back`."""
+        if not out_of_memory:
+            return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - of a statement
+        counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
+        return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
+
+    async def give_back(self, owner: str, held: Sequence[str]) -> int:
+        """Give back what was never begun; see `Store.give_back`."""
+        return len(await self._fetch(_RELEASE, owner, list(held)))
+
+    async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
+        """Ask a run to stop or cancel; see `Store.request_end`."""
+        status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
+        rows = await self._fetch(_REQUEST_END, *key, request, status.value)
+        if not rows:
+            rows = await self._fetch(
+                "SELECT status, NULL, inbox FROM execution WHERE id = $1 AND lane = $2", *key
+            )
+        return EndRequestOutcome(ExecutionStatus(rows[0][0]), rows[0][1], rows[0][2]) if rows else None
+
+    async def for_thread(self) -> PostgreSQLStore:
+        """Return a store with one connection of its own, on the running loop."""
+        return await connect_postgresql(self._url, connections=1, clock=self.clock)
+
+    async def close(self) -> None:
+        """Let go of the pool, after what is under way."""
+        try:
+            await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
+        except TimeoutError:
+            self._pool.terminate()
+
+    async def _fetch(
+        self,
+        statement: str,
+        *arguments: object,
+        may_repeat: Callable[[Exception], bool] = lambda _error: True,
+    ) -> list[Any]:
+        """Run one statement, again where that may help; raises `DatabaseUnavailable` and `LockWaitTimeout`."""
+
+        async def fetch() -> list[Any]:
+            rows: list[Any] = await self._pool.fetch(statement, *arguments)
+            return rows
+
+        return await self._repeat(fetch, may_repeat)
+
+    async def _repeat(
+        self, work: Callable[[], Awaitable[T]], may_repeat: Callable[[Exception], bool] = lambda _error: True
+    ) -> T:
+        begun_at = monotonic()
+        for attempt in range(1, RETRIES + 1):
+            try:
+                with sessions.guard_server(self._address):
+                    return await work()
+            except (
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+                OSError,
+                TimeoutError,
+            ) as error:
+                failure = _translate_failure(error)
+                if failure is None:
+                    raise
+                if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
+                    raise LockWaitTimeout("Another transaction keeps what this one needs locked") from error
+                is_late = monotonic() - begun_at > RETRY_SECONDS
+                if attempt == RETRIES or is_late or not may_repeat(error):
+                    raise DatabaseUnavailable("PostgreSQL would not take the statement") from error
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
+        raise AssertionError
+
+
+def _translate_failure(error: Exception) -> DatabaseFailure | None:
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
+        # The driver's own words for a connection that ended while a statement was on its way; or a value is none.
+        return None if isinstance(error, ValueError) else DatabaseFailure.UNAVAILABLE
+    return failure_of(error)
+
+
+def _was_rolled_back(error: Exception) -> bool:
+    """Tell whether the server has certainly undone the statement."""
+    return failure_of(error) is DatabaseFailure.ROLLED_BACK
+
+
+# ── claim ─────────────────────────────────────────────────────────────────────────────────────────
+
+# Organisations that have pending runs, and the turns of their workflows, are found by one index probe each, however
+# many rows wait: the first above the one before, or, behind the last, the first of all; until the circle is closed.
+# OFFSET 0 keeps the planner from writing each probe out several times, which more than doubles its time.
+_PENDING = "SELECT {column} FROM execution WHERE status = 'pending' AND target = $1"
+
+
+def _next_organization_sql(after: str) -> str:
+    first = _PENDING.format(column="organization_id")
+    order = "ORDER BY organization_id, turn LIMIT 1"  # an order that no other index has
+    return f"SELECT coalesce(({first} AND organization_id > {after} {order}), ({first} {order})) OFFSET 0"
+
+
+def _next_turn_sql(least: str) -> str:
+    first = _PENDING.format(column="turn") + " AND organization_id = organization.id"
+    order = "ORDER BY turn LIMIT 1"
+    return f"SELECT coalesce(({first} AND turn >= {least} {order}), ({first} {order})) OFFSET 0"
+
+
+def _claim_update_sql(also: str = "") -> str:
+    """Return the end of a claim: `chosen` runs are taken, and come back in the order of their places."""
+    return f"""
+), taken AS (
+    UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
+        lease_owner = $5, lease_until = {NOW} + $6::bigint, started_at = coalesce(started_at, {NOW}),
+        updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds){also}
+    -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
+    -- like the way to the chosen few.
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
+    RETURNING *
+)
+SELECT taken.id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
+    (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.lane = taken.lane),
+    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up, updated_at
+FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
+"""
+
+
+_CLAIM = f"""
+WITH RECURSIVE circle (id, first, place) AS (
+    SELECT start.id, start.id, 1 FROM ({_next_organization_sql("$2")}) AS start (id)
+    WHERE start.id IS NOT NULL
+    UNION ALL
+    SELECT next.id, circle.first, circle.place + 1
+    FROM circle, LATERAL ({_next_organization_sql("circle.id")}) AS next (id)
+    WHERE next.id <> circle.first AND circle.place < $4::integer + cardinality($7::text[])
+), organization AS MATERIALIZED (
+    SELECT id, place, ceil($4::numeric / count(*) OVER ())::integer AS share FROM circle
+    WHERE id <> ALL ($7::text[])
+), chosen AS MATERIALIZED (
+    SELECT best.id, row_number() OVER (ORDER BY organization.place, workflow.place) AS place,
+        count(*) OVER (PARTITION BY organization.place, workflow.place) = workflow.share AS is_share_used_up
+    FROM organization, LATERAL (
+        WITH RECURSIVE circle (turn, first, place) AS (
+            SELECT start.turn, start.turn, 1
+            FROM ({_next_turn_sql("coalesce(($3::jsonb ->> organization.id)::smallint, 0)")}) AS start (turn)
+            WHERE start.turn IS NOT NULL
+            UNION ALL
+            SELECT next.turn, circle.first, circle.place + 1
+            FROM circle, LATERAL ({_next_turn_sql("circle.turn + 1")}) AS next (turn)
+            WHERE next.turn <> circle.first AND circle.place < organization.share
+        )
+        SELECT turn, ceil(organization.share::numeric / count(*) OVER ())::integer AS share, place FROM circle
+    ) AS workflow, LATERAL (
+        {_PENDING.format(column="id")} AND organization_id = organization.id AND turn = workflow.turn
+            AND attempt < {SUSPECT_LOSSES}
+        ORDER BY is_fresh, rank LIMIT workflow.share FOR UPDATE SKIP LOCKED
+    ) AS best
+    ORDER BY organization.place, workflow.place LIMIT $4::integer
+{_claim_update_sql()}"""
+# What was begun stands together in the index, apart from what nobody has begun.
+_IS_SUSPECT = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES} AND trial_losses <= $2::smallint"
+_HAS_SUSPECTS = f"{_PENDING.format(column='1')} AND {_IS_SUSPECT} LIMIT 1"
+_CLAIM_FOR_TRIAL = f"""
+WITH chosen AS MATERIALIZED (
+    SELECT id, row_number() OVER () AS place, false AS is_share_used_up FROM (
+        {_PENDING.format(column="id")} AND {_IS_SUSPECT}
+        ORDER BY trial_losses, attempt, rank LIMIT $4::integer FOR UPDATE SKIP LOCKED
+    ) AS best
+{_claim_update_sql(", on_trial = true, target = $3::text")}"""
+
+
+def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
+    """Return a claim's statement and its arguments."""
+    lease = claim.owner, int(claim.lease_seconds * 1_000_000)
+    if claim.is_trial:
+        queue = ISOLATION_TARGETS.get(claim.target, claim.target)
+        return (_CLAIM_FOR_TRIAL, queue, claim.max_trial_losses, claim.target, claim.limit, *lease)
+    turns = msgspec.json.encode(claim.turns).decode()
+    return (
+        _CLAIM,
+        claim.target,
+        claim.after_organization,
+        turns,
+        claim.limit,
+        *lease,
+        list(claim.others_than),
+    )
+
+
+# ── record and renew ──────────────────────────────────────────────────────────────────────────────
+
+_WRITE_TYPES = (
+    "text",
+    "smallint",
+    "bigint",
+    "text",
+    "text",
+    "integer",
+    "smallint",
+    "boolean",
+    "boolean",
+    "text",
+    "bigint",
+    "integer",
+)
+_SPAN_TYPES = (
+    *("text", "text", "text", "smallint", "text", "integer", "text", "text", "text", "text", "integer"),
+    *(
+        "bigint",
+        "bigint",
+        "bigint",
+        "text",
+        "text",
+        "text",
+        "text",
+        "text",
+        "text",
+        "text",
+        "bytea",
+        "text",
+        "text",
+    ),
+)
+_LOG_TYPES = ("text", "integer", "smallint", "text", "text", "text", "text", "bigint")
+_FIRST_SPAN = len(_WRITE_TYPES) + 1
+_FIRST_LOG = _FIRST_SPAN + len(_SPAN_TYPES)
+_OWNER = _FIRST_LOG + len(_LOG_TYPES)
+_ATTEMPT_TYPES = (
+    *("text", "text", "text", "integer", "smallint", "text", "integer", "text", "text", "text"),
+    *("bigint", "bigint", "bigint", "text"),
+)
+_NEW_ATTEMPTS = f"""
+, new_attempt AS (
+    INSERT INTO attempt_span ({", ".join(ATTEMPT_COLUMNS)})
+    SELECT written.* FROM unnest({unnest_sql(_OWNER + 1, _ATTEMPT_TYPES)}) AS written ({", ".join(ATTEMPT_COLUMNS)})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT ({", ".join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}
+)
+"""
+"""Only in the statements for batches that hold attempts of nodes: most hold none, and are not to pay for it."""
+# A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer.
+_ENDS_WAITING = "(write.status = 'waiting' AND execution.signals <= write.signals)"
+_RECORD_TEMPLATE = f"""
+WITH held AS (
+    UPDATE execution SET
+        status = CASE WHEN write.move = 'goes-on' THEN execution.status
+            WHEN write.move = 'ends' THEN write.status
+            WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
+            WHEN {_ENDS_WAITING} THEN 'waiting' ELSE 'pending' END,
+        ended_at = CASE WHEN write.move = 'ends' OR (write.move = 'gives-back' AND request IS NOT NULL)
+            THEN {NOW} END,
+        error = write.error,
+        completed_nodes = write.completed_nodes,
+        progress = greatest(execution.progress, write.progress),
+        has_journal = true,
+        -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
+        attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
+        trial_losses = CASE WHEN write.move = 'gives-back' OR write.has_new_result THEN 0 ELSE trial_losses END,
+        on_trial = on_trial AND write.move = 'goes-on' AND NOT (write.has_new_result OR write.has_passed),
+        due_at = CASE WHEN {_ENDS_WAITING} THEN write.due_at END,
+        -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
+        deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - {NOW} ELSE deadline_at END,
+        target = CASE
+            WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED_TARGET}' ELSE target
+        END,
+        token = CASE WHEN write.move = 'gives-back' THEN execution.token + 1 ELSE execution.token END,
+        lease_owner = CASE WHEN write.move = 'goes-on' THEN lease_owner END,
+        lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
+        updated_at = {NOW}
+    FROM unnest({unnest_sql(1, _WRITE_TYPES)}) AS write (
+        id, lane, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at, signals)
+    WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
+        AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
+        AND {{lock_wait}}
+    RETURNING execution.id
+), new_span AS (
+    INSERT INTO span ({", ".join(SPAN_COLUMNS)})
+    SELECT written.* FROM unnest({unnest_sql(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT ({", ".join(SPAN_KEY)}) DO UPDATE SET
+    {", ".join(f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_FIXED_COLUMNS)}
+), new_log AS (
+    INSERT INTO log_line ({", ".join(LOG_COLUMNS)})
+    SELECT written.* FROM unnest({unnest_sql(_FIRST_LOG, _LOG_TYPES)}) AS written ({", ".join(LOG_COLUMNS)})
+    JOIN held ON held.id = written.execution_id
+    ON CONFLICT DO NOTHING
+)
+{{attempts}}
+SELECT id FROM held
+"""
+
+
+def _record_statement(lock_milliseconds: int) -> Mapping[bool, str]:
+    """Return the statements that record a batch, by whether it holds attempts of nodes."""
+    return {
+        has_attempts: _RECORD_TEMPLATE.format(
+            lock_wait=lock_wait_sql(lock_milliseconds), attempts=_NEW_ATTEMPTS if has_attempts else ""
+        )
+        for has_attempts in (False, True)
+    }
+
+
+_RECORD = _record_statement(BATCH_LOCK_MILLISECONDS)
+_RECORD_ALONE = _record_statement(LONE_LOCK_MILLISECONDS)
+_HELD_LEASES = f"""
+execution JOIN unnest({unnest_sql(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
+    ON execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token
+WHERE status = 'running' AND ({{owner}}::text = '' OR lease_owner = {{owner}})
+"""
+_RENEW = f"""
+UPDATE execution SET lease_until = {NOW} + $4::bigint
+WHERE id = ANY (ARRAY(
+    SELECT execution.id FROM {_HELD_LEASES.format(owner="$5")} FOR NO KEY UPDATE OF execution SKIP LOCKED))
+RETURNING id, request, {NOW}
+"""
+_STILL_HELD = f"SELECT execution.id FROM {_HELD_LEASES.format(owner='$4')}"
+
+
+def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
+    if write.end is None:
+        move, status = "goes-on", None
+    else:
+        move = "gives-back" if write.end in {RunStatus.WAITING, RunStatus.RELEASED} else "ends"
+        status = STATUS_AFTER[write.end].value
+    return (
+        write.execution_id,
+        write.lane,
+        write.token,
+        move,
+        status,
+        write.completed_nodes,
+        write.progress,
+        write.has_new_result,
+        write.has_passed,
+        encode_error(write.error),
+        to_microseconds(write.due_at) if write.due_at else None,
+        write.signals if move == "gives-back" else None,
+    )
+
+
+# ── read ──────────────────────────────────────────────────────────────────────────────────────────
+
+_DEFINITIONS = f"""
+SELECT organization_id, hash, lane, body FROM definition
+JOIN unnest({unnest_sql(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, lane)
+USING (organization_id, hash, lane)
+"""
+_SPANS = f"""
+SELECT {", ".join(SPAN_COLUMNS)} FROM span
+JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
+ORDER BY execution_id, sequence
+"""
+_LAST_LOG_LINES = """
+SELECT execution_id, max(sequence) FROM log_line
+JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
+GROUP BY execution_id
+"""
+_PROGRESS = """
+SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id,
+    coalesce(span.output, span.output_blob), progress, span.output IS NULL
+FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lane
+    AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.iteration = ''
+    AND coalesce(span.output, span.output_blob) IS NOT NULL
+"""
+
+# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _skip_locked_sql(condition: str, limit: str = "") -> str:
+    """Return the condition that picks rows nobody has locked, so that a locked row holds up itself alone."""
+    # An array, chosen once: a subquery may be run again for each row, and takes others each time.
+    return (
+        f"id = ANY (ARRAY(SELECT id FROM execution WHERE {condition} {limit} FOR NO KEY UPDATE SKIP LOCKED))"
+    )
+
+
+_PROMOTE_DUE = f"""
+UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
+    target = CASE target WHEN '{DELAYED_TARGET}' THEN coalesce(home, '{SHARED_TARGET}') ELSE target END
+WHERE {_skip_locked_sql(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
+"""
+_TRIAL_LOSSES = "trial_losses + CASE WHEN on_trial THEN 1 ELSE 0 END"
+_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
+_IS_NEXT_ON_TRIAL = (
+    f"request IS NULL AND NOT {_HAS_CRASHED} AND greatest(attempt, {{least_losses}}) >= {SUSPECT_LOSSES}"
+)
+_RECLAIM = f"""
+UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {NOW},
+    has_journal = true, on_trial = false, trial_losses = greatest({_TRIAL_LOSSES}, {{least_trial_losses}}),
+    attempt = greatest(attempt, {{least_losses}}),
+    status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
+        WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,
+    ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN {NOW} END,
+    error = CASE
+        WHEN request IS NULL AND {_HAS_CRASHED} THEN replace($2::text, '{LOSS_PLACEHOLDER}', attempt::text)
+    END,
+    target = {release_target_sql(_IS_NEXT_ON_TRIAL)}
+"""
+_SWEEP = f"""
+{_RECLAIM.format(least_trial_losses=0, least_losses=0)}
+WHERE {_skip_locked_sql(f"status = 'running' AND lease_until < {NOW}", "LIMIT $1::integer")}
+RETURNING id, status, inbox
+"""
+_HAD_TRIAL = (
+    "SELECT 1 FROM execution WHERE status = 'running' AND starts_with(lease_owner, $1) AND on_trial LIMIT 1"
+)
+_COUNT_LOSS = "CASE WHEN $3::boolean THEN {} ELSE 0 END"
+_RECLAIM_OWNER = f"""
+{_RECLAIM.format(least_trial_losses=_COUNT_LOSS.format(1), least_losses=_COUNT_LOSS.format(SUSPECT_LOSSES))}
+WHERE {_skip_locked_sql("status = 'running' AND starts_with(lease_owner, $1)")}
+RETURNING id
+"""
+_RELEASE = f"""
+UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = false, lease_owner = NULL,
+    lease_until = NULL, updated_at = {NOW}, target = {release_target_sql(f"attempt > {SUSPECT_LOSSES}")},
+    status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
+    ended_at = CASE WHEN request IS NOT NULL THEN {NOW} END
+WHERE {_skip_locked_sql("status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])")}
+RETURNING id
+"""
+# In the order of the index of pending runs: without one, a table full of ended runs might be read from its beginning.
+_HAS_PENDING = (
+    "SELECT 1 FROM execution WHERE status = 'pending' ORDER BY target, organization_id, turn LIMIT 1"
+)
+_IS_HELD = f"(status = 'running' AND lease_until >= {NOW})"
+_REQUEST_END = f"""
+UPDATE execution SET updated_at = {NOW},
+    request = CASE WHEN request = 'cancel' THEN request ELSE $3::text END,
+    token = CASE WHEN {_IS_HELD} THEN token ELSE token + 1 END,
+    ended_at = CASE WHEN {_IS_HELD} THEN NULL ELSE {NOW} END,
+    lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
+    status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
+WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')
+    AND {lock_wait_sql(sessions.LOCK_WAIT_MILLISECONDS)}
+RETURNING status, lease_owner, inbox
+"""

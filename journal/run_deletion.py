@@ -1,0 +1,99 @@
+"""Executions deleted with everything that belongs to them, a little at a time.
+
+The row of an execution goes first, so that nobody sees, resumes or waits for what is only half there; the row of its
+data goes last, so that a deletion that breaks off is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, delete, select, tuple_
+from sqlalchemy.orm import aliased
+from sqlmodel import SQLModel, col
+
+from journal.blobs.blob_storage import BlobOwner
+from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from models.database import Database
+
+BATCH_ROWS: Final = 2_000
+
+_parent_alias = aliased(Execution)
+_PARENT_IS_UNFINISHED: Final = (
+    select(col(_parent_alias.id))
+    .where(col(_parent_alias.id) == col(Execution.parent_id), col(_parent_alias.ended_at).is_(None))
+    .correlate(Execution)
+    .exists()
+)
+_IS_FINISHED: Final = and_(col(Execution.ended_at).is_not(None), col(Execution.follow_up).is_(None))
+IS_DELETABLE: Final = and_(_IS_FINISHED, ~_PARENT_IS_UNFINISHED)
+"""It has ended, whoever was to be told of that was told, and no execution that goes on has started it."""
+_RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[Any]]]]] = (
+    (SpanRow, (col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration))),
+    (
+        AttemptRow,
+        (
+            *(col(AttemptRow.execution_id), col(AttemptRow.node_id)),
+            *(col(AttemptRow.iteration), col(AttemptRow.attempt)),
+        ),
+    ),
+    (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
+    (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
+)
+"""What belongs to an execution, and by what each row is known."""
+
+
+async def delete_runs(
+    database: Database, execution_ids: Collection[str], left_over: Collection[str] = ()
+) -> dict[str, BlobOwner]:
+    """Delete those executions that have ended, and what is left of others; returns whose contents belonged to each.
+
+    Those whose rows another transaction has locked stay. Raises `LockWaitTimeout` for other rows of theirs.
+
+    The contents are to be deleted after that, with `journal.blobs.orphan_blobs`.
+    """
+
+    async def delete_rows(connection: AsyncConnection) -> dict[str, BlobOwner]:
+        unlocked = (
+            select(col(Execution.id))
+            .where(col(Execution.id).in_(sorted(execution_ids)), _IS_FINISHED)
+            .with_for_update(skip_locked=True)
+            .cte("unlocked")
+        )
+        statement = (
+            delete(Execution)
+            .where(col(Execution.id).in_(select(unlocked.c.id)))
+            .returning(col(Execution.id), col(Execution.organization_id), col(Execution.key_id))
+        )
+        rows = await connection.execute(statement)
+        return {row.id: BlobOwner(row.organization_id, row.key_id) for row in rows}
+
+    gone = await database.transaction(delete_rows) if execution_ids else {}
+    run_ids = sorted({*left_over, *gone})
+    for table, identity in _RUN_TABLES:
+        while await database.transaction(partial(_delete_records, table, identity, run_ids)) == BATCH_ROWS:
+            pass
+
+    async def delete_data(connection: AsyncConnection) -> None:
+        await connection.execute(delete(ExecutionData).where(col(ExecutionData.execution_id).in_(run_ids)))
+
+    await database.transaction(delete_data)
+    return gone
+
+
+async def _delete_records(
+    table: type[SQLModel],
+    identity: Sequence[SQLColumnExpression[Any]],
+    run_ids: Sequence[str],
+    connection: AsyncConnection,
+) -> int:
+    some = select(*identity).where(identity[0].in_(run_ids)).limit(BATCH_ROWS)
+    result = await connection.execute(delete(table).where(tuple_(*identity).in_(some)))
+    return result.rowcount

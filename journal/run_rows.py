@@ -1,0 +1,296 @@
+"""Spans and log lines as rows, the same for every database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from engine.run_records import FailureCause, NodeSpan, RunError, RunStatus, SpanStatus
+from journal.store import ClaimedRun
+from json_text import decoding
+from models import ids
+from models.execution import ISOLATION_TARGETS
+from models.execution_status import ExecutionStatus
+from models.timestamps import from_microseconds, to_microseconds
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from journal.store import IdempotencyKey, IngestWrite, RunWrite
+
+SPAN_COLUMNS = (
+    "execution_id",
+    "node_id",
+    "iteration",
+    "lane",
+    "id",
+    "sequence",
+    "label",
+    "type",
+    "status",
+    "port",
+    "attempt",
+    "started_at",
+    "ended_at",
+    "wake_at",
+    "input_node",
+    "input",
+    "output",
+    "error",
+    "unresolved",
+    "awaits",
+    "resolved_config",
+    "hashes",
+    "input_blob",
+    "output_blob",
+)
+SPAN_KEY = ("execution_id", "node_id", "iteration")
+SPAN_FIXED_COLUMNS = (*SPAN_KEY, "lane", "id")
+"""What a newer row of the same node leaves as it was."""
+ATTEMPT_COLUMNS = (
+    *("execution_id", "node_id", "iteration", "attempt", "lane", "id", "sequence", "label", "type", "status"),
+    *("started_at", "ended_at", "next_attempt_at", "error"),
+)
+ATTEMPT_KEY = ("execution_id", "node_id", "iteration", "attempt")
+ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.started_at), " + ", ".join(
+    f"{column} = excluded.{column}"
+    for column in ATTEMPT_COLUMNS
+    if column not in {*ATTEMPT_KEY, "lane", "id", "started_at"}
+)
+"""The SQL by which a newer row of the same attempt replaces the one before it."""
+LOG_COLUMNS = ("execution_id", "sequence", "lane", "id", "level", "message", "node_id", "created_at")
+
+TOUCH_INTERVAL_MICROSECONDS = 3_600_000_000
+"""A definition's age is counted anew when it is sent and older than this."""
+
+STATUS_AFTER = {
+    RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
+    RunStatus.FAILED: ExecutionStatus.FAILED,
+    RunStatus.STOPPED: ExecutionStatus.STOPPED,
+    RunStatus.CANCELLED: ExecutionStatus.CANCELLED,
+    RunStatus.WAITING: ExecutionStatus.WAITING,
+    RunStatus.RELEASED: ExecutionStatus.PENDING,
+}
+
+DatabaseRow = tuple[Any, ...]
+
+
+def encode_error(error: RunError | None) -> str | None:
+    """Return an error as the JSON text that is stored and shown."""
+    if error is None:
+        return None
+    shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
+    return msgspec.json.encode(shown).decode()
+
+
+LOSS_PLACEHOLDER = 987_654_321
+"""Stands in `CRASHED` for the number of lost workers, which the statement knows."""
+CRASHED_ERROR = encode_error(
+    RunError("crashed", f"{LOSS_PLACEHOLDER} workers in a row died on this run", attempt=LOSS_PLACEHOLDER)
+)
+OUT_OF_MEMORY_ERROR = encode_error(
+    RunError(
+        "crashed",
+        f"{LOSS_PLACEHOLDER} workers in a row died on this run; the last ran out of memory while it was at work",
+        attempt=LOSS_PLACEHOLDER,
+    )
+)
+
+
+def release_target_sql(is_suspect: str) -> str:
+    """Return the SQL of the target at which a released run waits: another where it is a suspect."""
+    apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION_TARGETS.items())
+    return f"CASE WHEN {is_suspect} THEN CASE target {apart} ELSE target END ELSE target END"
+
+
+def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row a node of each run: the last that was recorded."""
+    newest = [
+        (write, span)
+        for write in batch
+        for span in {(span.node_id, span.iteration): span for span in write.spans}.values()
+    ]
+    return [
+        (
+            write.execution_id,
+            span.node_id,
+            span.iteration,
+            write.lane,
+            span_id,
+            span.sequence,
+            span.label,
+            span.type,
+            span.status.value,
+            span.port,
+            span.attempt,
+            _to_microseconds(span.started_at),
+            _to_microseconds(span.ended_at),
+            _to_microseconds(span.wake_at),
+            span.input_node,
+            _to_text(span.input),
+            _to_text(span.output),
+            encode_error(span.error),
+            msgspec.json.encode(span.unresolved).decode() if span.unresolved else None,
+            _to_text(span.awaits),
+            _to_text(span.resolved_config),
+            span.hashes,
+            _to_text(span.input_blob),
+            _to_text(span.output_blob),
+        )
+        for (write, span), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
+    ]
+
+
+def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row an attempt of each run: the last that was recorded."""
+    newest = [
+        (write, one)
+        for write in batch
+        for one in {(one.node_id, one.iteration, one.attempt): one for one in write.attempts}.values()
+    ]
+    return [
+        (
+            write.execution_id,
+            one.node_id,
+            one.iteration,
+            one.attempt,
+            write.lane,
+            span_id,
+            one.sequence,
+            one.label,
+            one.type,
+            one.status.value,
+            _to_microseconds(one.started_at),
+            _to_microseconds(one.ended_at),
+            _to_microseconds(one.next_attempt_at),
+            encode_error(one.error),
+        )
+        for (write, one), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
+    ]
+
+
+def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
+    """Return one row a line."""
+    lines = [(write, line) for write in batch for line in write.logs]
+    return [
+        (
+            write.execution_id,
+            line.sequence,
+            write.lane,
+            log_id,
+            line.level,
+            line.message,
+            line.node_id,
+            to_microseconds(line.created_at),
+        )
+        for (write, line), log_id in zip(lines, ids.new_ids("log", len(lines)), strict=True)
+    ]
+
+
+def decode_span(row: Sequence[Any]) -> NodeSpan:
+    """Return the span that a row of `SPAN_COLUMNS` holds."""
+    (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
+    started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
+    awaits, resolved_config, hashes, input_blob, output_blob = rest
+    return NodeSpan(
+        node_id=node_id,
+        label=label,
+        type=kind,
+        status=SpanStatus(status),
+        sequence=sequence,
+        started_at=_to_moment(started_at),
+        ended_at=_to_moment(ended_at),
+        iteration=iteration,
+        port=port,
+        attempt=attempt,
+        input_node=input_node,
+        input=_to_bytes(data),
+        output=_to_bytes(output),
+        error=decode_error(error),
+        unresolved=tuple(decoding.decode(unresolved)) if unresolved else (),
+        wake_at=_to_moment(wake_at),
+        awaits=_to_bytes(awaits),
+        resolved_config=_to_bytes(resolved_config),
+        hashes=hashes,
+        input_blob=_to_bytes(input_blob),
+        output_blob=_to_bytes(output_blob),
+    )
+
+
+def decode_claim(row: Sequence[Any]) -> ClaimedRun:
+    """Return the claim that a row holds: the fields of `Claimed` in their order."""
+    execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
+    has_journal, trigger, started_at, deadline_at, request, inbox, user_id, signals, *rest = rest
+    concurrency_key, follow_up, may_have_more, claimed_at = rest
+    return ClaimedRun(
+        execution_id=execution_id,
+        lane=lane,
+        organization_id=organization_id,
+        workflow_id=workflow_id,
+        definition_hash=definition_hash,
+        token=token,
+        attempt=attempt,
+        key_id=key_id,
+        has_journal=bool(has_journal),
+        trigger=trigger,
+        started_at=from_microseconds(started_at),
+        deadline_at=from_microseconds(deadline_at),
+        request=request,
+        inbox=inbox,
+        user_id=user_id,
+        signals=signals,
+        concurrency_key=concurrency_key,
+        follow_up=follow_up,
+        may_have_more=bool(may_have_more),
+        claimed_at=from_microseconds(claimed_at),
+    )
+
+
+def decode_error(stored: str | None) -> RunError | None:
+    """Return the error that a JSON text holds."""
+    if stored is None:
+        return None
+    fields = decoding.decode(stored)
+    cause = msgspec.convert(fields.get("cause"), FailureCause | None)
+    return RunError(fields["code"], fields["message"], fields.get("nodeId"), fields.get("attempt"), cause)
+
+
+def _to_microseconds(moment: datetime | None) -> int | None:
+    return None if moment is None else to_microseconds(moment)
+
+
+def _to_moment(count: int | None) -> datetime | None:
+    return None if count is None else from_microseconds(count)
+
+
+def _to_text(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode()
+
+
+def _to_bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()
+
+
+def split_rivals(batch: Sequence[IngestWrite]) -> tuple[list[IngestWrite], list[IngestWrite]]:
+    """Return the arrivals of which no two share a key, and the others: a key can win once in a statement."""
+    chosen: list[IngestWrite] = []
+    others: list[IngestWrite] = []
+    taken: set[tuple[int, str, str]] = set()
+    for one in batch:
+        keys = {(one.lane, key.scope, key.key) for key in _unique_keys(one)}
+        if taken.isdisjoint(keys):
+            chosen.append(one)
+        else:
+            others.append(one)
+        taken |= keys
+    return chosen, others
+
+
+def _unique_keys(one: IngestWrite) -> Iterator[IdempotencyKey]:
+    if one.idempotency is not None:
+        yield one.idempotency
+    for run in one.runs:
+        if run.idempotency is not None:
+            yield run.idempotency

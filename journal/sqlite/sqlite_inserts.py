@@ -1,0 +1,306 @@
+"""How runs are taken in on SQLite, alone or with what a sender's request has brought, by the writer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS
+from journal.store import (
+    AcceptanceResult,
+    AcceptanceVerdict,
+    IngestedRun,
+    IngestResult,
+    IngestWrite,
+    RunAcceptance,
+)
+from models.execution import (
+    DELAYED_TARGET,
+    LIMITED_TARGET,
+    PRIORITY_MICROSECONDS,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+)
+from models.execution_status import ExecutionStatus
+from models.ids import turn_of_workflow
+from models.timestamps import to_microseconds
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Sequence
+
+    from journal.store import IdempotencyKey
+
+
+def insert_runs(
+    connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int
+) -> list[AcceptanceResult]:
+    """Insert runs; see `Store.accept`."""
+    is_current = _current_workflows(connection, batch)
+    answers: list[AcceptanceResult] = []
+    inserted: list[RunAcceptance] = []
+    for item in batch:
+        key = item.idempotency
+        has_place = item.may_wait or _has_free_slot(connection, item, inserted)
+        is_accepted = is_current[item.workflow_id, item.workflow_revision] and has_place
+        if key is not None and (earlier := _claim_key(connection, item, key, now, is_new=is_accepted)):
+            answers.append(earlier)
+        elif not is_accepted and not _is_run_stored(connection, item):
+            answers.append(
+                AcceptanceResult(
+                    AcceptanceVerdict.STALE if has_place else AcceptanceVerdict.FULL, item.execution_id
+                )
+            )
+        else:
+            answers.append(AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id))
+            inserted.append(item)
+    _insert_executions(connection, inserted, now)
+    return answers
+
+
+def ingest(connection: sqlite3.Connection, batch: Sequence[IngestWrite], now: int) -> list[IngestResult]:
+    """Keep what senders have brought; see `Store.take_in`."""
+    return [_ingest_one(connection, arrival, now) for arrival in batch]
+
+
+def _ingest_one(connection: sqlite3.Connection, arrival: IngestWrite, now: int) -> IngestResult:
+    is_current = all(_current_workflows(connection, arrival.runs).values())
+    key = arrival.idempotency
+    if key is not None:
+        bound = _bind_key(connection, arrival.lane, key, arrival.delivery_id, now, is_new=False)
+        if bound is not None and bound[0] is not AcceptanceVerdict.ACCEPTED:
+            return IngestResult(*bound)
+    if not is_current and not _is_delivery_stored(connection, arrival):
+        return IngestResult(AcceptanceVerdict.STALE, arrival.delivery_id)
+    runs = insert_runs(connection, arrival.runs, now)
+    brings_itself = not runs or arrival.event is not None
+    if key is not None and (brings_itself or any(run.verdict is not AcceptanceVerdict.FULL for run in runs)):
+        # One that has found no place at all may come again.
+        _bind_key(connection, arrival.lane, key, arrival.delivery_id, now, is_new=is_current)
+    if brings_itself or any(run.verdict is AcceptanceVerdict.ACCEPTED for run in runs):
+        # What brought nothing new is a duplicate, of which more is known once the first one is.
+        _insert_delivery(connection, arrival, runs, now)
+    if arrival.event is not None:
+        _insert_event(connection, arrival, now)
+    return IngestResult(AcceptanceVerdict.ACCEPTED, arrival.delivery_id, runs)
+
+
+def _is_delivery_stored(connection: sqlite3.Connection, arrival: IngestWrite) -> bool:
+    """Tell whether this very request was taken in before, by a call whose answer was lost."""
+    statement = "SELECT 1 FROM delivery WHERE id = ?"
+    return connection.execute(statement, (arrival.delivery_id,)).fetchone() is not None
+
+
+def _insert_delivery(
+    connection: sqlite3.Connection, one: IngestWrite, runs: Sequence[AcceptanceResult], now: int
+) -> None:
+    answer = one.answer
+    if one.event is None and len(runs) > 1:
+        brought = [run.execution_id for run in runs if run.verdict is AcceptanceVerdict.ACCEPTED]
+        answer = msgspec.json.encode(brought).decode()
+    connection.execute(
+        "INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash,"
+        " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (
+            one.delivery_id,
+            one.lane,
+            one.organization_id,
+            one.workflow_id,
+            one.user_id,
+            one.route,
+            one.sender,
+            one.content_hash,
+            one.content_bytes,
+            one.outcome,
+            one.status,
+            one.runs[0].execution_id if len(one.runs) == 1 else None,
+            one.event.event_id if one.event else None,
+            answer,
+            one.redriven_from,
+            now,
+        ),
+    )
+
+
+def _insert_event(connection: sqlite3.Connection, one: IngestWrite, now: int) -> None:
+    if (event := one.event) is not None:
+        connection.execute(
+            "INSERT INTO event (id, lane, organization_id, user_id, event_type, source, data, created_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                event.event_id,
+                one.lane,
+                one.organization_id,
+                one.user_id,
+                event.event_type,
+                event.source,
+                event.data,
+                now,
+            ),
+        )
+
+
+def _delay_microseconds(item: RunAcceptance) -> int | None:
+    """Return the microsecond that a run waits for from the beginning, if it does."""
+    if not isinstance(item, IngestedRun) or item.delay_until is None:
+        return None
+    return to_microseconds(item.delay_until)
+
+
+def _initial_target(item: RunAcceptance) -> str:
+    """Return who may take a run when it is new."""
+    if isinstance(item, IngestedRun) and not item.is_read:
+        return UNPARSED_TARGET
+    if item.concurrency_key is not None:
+        return LIMITED_TARGET
+    return DELAYED_TARGET if _delay_microseconds(item) else item.home or SHARED_TARGET
+
+
+def _current_workflows(
+    connection: sqlite3.Connection, batch: Sequence[RunAcceptance]
+) -> dict[tuple[str, int], bool]:
+    statement = (
+        "SELECT 1 FROM workflow"
+        " WHERE id = ? AND lane = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
+    )
+    return {
+        (workflow_id, revision): connection.execute(
+            statement, (workflow_id, lane, revision, organization_id)
+        ).fetchone()
+        is not None
+        for workflow_id, lane, revision, organization_id in {
+            (item.workflow_id, item.lane, item.workflow_revision, item.organization_id) for item in batch
+        }
+    }
+
+
+def _claim_key(
+    connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
+) -> AcceptanceResult | None:
+    """Return the answer to an earlier request with this key; else keep the key, if the run will be accepted."""
+    bound = _bind_key(connection, item.lane, key, item.execution_id, now, is_new=is_new)
+    return None if bound is None else AcceptanceResult(*bound)
+
+
+def _bind_key(
+    connection: sqlite3.Connection,
+    lane: int,
+    key: IdempotencyKey,
+    resource_id: str,
+    now: int,
+    *,
+    is_new: bool,
+) -> tuple[AcceptanceVerdict, str] | None:
+    """Tell what a key says of a resource that is bound to it before; else bind it to this one, if that is new."""
+    identity = (lane, key.scope, key.key)
+    found = connection.execute(
+        "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE lane = ? AND scope = ? AND key = ?",
+        identity,
+    ).fetchone()
+    if found is not None and found[2] > now:
+        fingerprint, first_id, _ = found
+        if first_id == resource_id:
+            return AcceptanceVerdict.ACCEPTED, resource_id
+        return (
+            AcceptanceVerdict.REPEATED if fingerprint == key.fingerprint else AcceptanceVerdict.MISMATCH,
+            first_id,
+        )
+    if is_new:
+        connection.execute(
+            "INSERT OR REPLACE INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (*identity, key.fingerprint, resource_id, now + key.lifetime_seconds * 1_000_000),
+        )
+    return None
+
+
+def _has_free_slot(
+    connection: sqlite3.Connection, item: RunAcceptance, inserted: Sequence[RunAcceptance]
+) -> bool:
+    """Tell whether fewer runs of its key than its limit go on, or wait for that, with those of the same batch."""
+    live: int = connection.execute(
+        "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
+        f" AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
+        f" WHERE concurrency_key = ?1 AND target = '{LIMITED_TARGET}' AND status = 'pending')",
+        (item.concurrency_key,),
+    ).fetchone()[0]
+    live += sum(one.concurrency_key == item.concurrency_key for one in inserted)
+    return item.concurrency_limit is None or live < item.concurrency_limit
+
+
+def _is_run_stored(connection: sqlite3.Connection, item: RunAcceptance) -> bool:
+    """Tell whether this very run was accepted before, by a call whose answer was lost."""
+    statement = "SELECT 1 FROM execution WHERE id = ? AND lane = ?"
+    return connection.execute(statement, (item.execution_id, item.lane)).fetchone() is not None
+
+
+def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int) -> None:
+    definitions = {
+        (item.organization_id, item.definition_hash, item.lane, item.definition, now)
+        for item in batch
+        if item.definition is not None
+    }
+    connection.executemany(
+        "INSERT INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)"
+        # Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+        " ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at"
+        f" WHERE created_at < excluded.created_at - {TOUCH_INTERVAL_MICROSECONDS}",
+        definitions,
+    )
+    connection.executemany(
+        "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
+        " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
+        " key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,"
+        " concurrency_limit, follow_up, home, is_private, due_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT DO NOTHING",
+        [
+            (
+                item.execution_id,
+                item.lane,
+                item.organization_id,
+                item.workflow_id,
+                item.user_id,
+                ExecutionStatus.WAITING if _delay_microseconds(item) else ExecutionStatus.PENDING,
+                _initial_target(item),
+                item.trigger_type,
+                item.definition_hash,
+                (_delay_microseconds(item) or now) - item.priority * PRIORITY_MICROSECONDS,
+                turn_of_workflow(item.workflow_id),
+                int(item.timeout_seconds * 1_000_000),
+                item.total_nodes,
+                item.execution_id,
+                item.inbox,
+                now,
+                now,
+                item.parent_id,
+                item.root_id,
+                item.depth,
+                item.concurrency_key,
+                item.concurrency_limit,
+                item.follow_up,
+                item.home,
+                item.is_private,
+                _delay_microseconds(item),
+            )
+            for item in batch
+        ],
+    )
+    connection.executemany(
+        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        [
+            (
+                item.execution_id,
+                item.lane,
+                item.trigger,
+                item.config,
+                item.organization_id,
+                item.workflow_id,
+                now,
+            )
+            for item in batch
+        ],
+    )

@@ -1,0 +1,664 @@
+"""The store on SQLite: one writer thread, into which whole batches hop.
+
+What waits for the writer shares its next transaction and its one fsync, whichever kind of statement it is. Times
+are those of this host, which is the database's: SQLite has no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from engine.run_records import NodeSpan, RunStatus
+from journal.run_rows import (
+    ATTEMPT_CHANGES,
+    ATTEMPT_COLUMNS,
+    ATTEMPT_KEY,
+    CRASHED_ERROR,
+    LOG_COLUMNS,
+    LOSS_PLACEHOLDER,
+    OUT_OF_MEMORY_ERROR,
+    SPAN_COLUMNS,
+    SPAN_FIXED_COLUMNS,
+    SPAN_KEY,
+    STATUS_AFTER,
+    attempt_rows,
+    decode_claim,
+    decode_span,
+    encode_error,
+    log_rows,
+    release_target_sql,
+    span_rows,
+)
+from journal.sqlite import sqlite_inserts as entrance
+from journal.store import (
+    AcceptanceResult,
+    ClaimedRun,
+    ClaimQuery,
+    DefinitionKey,
+    EndRequestOutcome,
+    ExecutionKey,
+    IngestResult,
+    IngestWrite,
+    LeaseRenewal,
+    RenewalResult,
+    RunAcceptance,
+    RunProgressReport,
+    RunWrite,
+    SweepResult,
+)
+from models import sqlite_writes
+from models.database import SQLITE_BUSY_SECONDS
+from models.database_clock import DatabaseClock
+from models.errors import DatabaseUnavailable
+from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.host_time import HOST_TIME
+from models.loss_limits import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.timestamps import to_microseconds
+
+T = TypeVar("T")
+DatabaseWork = Callable[[sqlite3.Connection], T]
+
+MAX_TRANSACTION_WORKS = 64
+
+
+class SQLiteStore:
+    """The run path on one SQLite file."""
+
+    def __init__(self, path: str, clock: DatabaseClock) -> None:
+        self.clock = clock
+        clock.follow_host()
+        self._writer = _ConnectionThread(path, "sqlite-writer", writes=True)
+        self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
+
+    async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
+        """Insert runs; see `Store.accept`."""
+        return await self._writer.run(
+            lambda connection: entrance.insert_runs(connection, batch, _now_microseconds())
+        )
+
+    async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+        """Keep what senders have brought; see `Store.take_in`."""
+        return await self._writer.run(
+            lambda connection: entrance.ingest(connection, batch, _now_microseconds())
+        )
+
+    async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
+        """Take pending runs; see `Store.claim`."""
+        claimed = await self._writer.run(lambda connection: _claim(connection, claim))
+        self.clock.follow_host()
+        return claimed
+
+    async def has_suspects(self, max_trial_losses: int, target: str = SHARED_TARGET) -> bool:
+        """Tell whether suspects wait; see `RunStore.has_suspects`."""
+        return await self._reader.run(lambda connection: _has_suspects(connection, target, max_trial_losses))
+
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
+        """Write what runs have done; see `Store.record`."""
+        return await self._writer.run(lambda connection: _record(connection, batch, owner))
+
+    async def renew(
+        self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
+    ) -> Sequence[RenewalResult]:
+        """Extend leases; see `Store.renew`."""
+        renewed = await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
+        self.clock.follow_host()
+        return renewed
+
+    async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+        """Return definitions; see `Store.definitions`."""
+        return await self._reader.run(lambda connection: _definitions(connection, keys))
+
+    async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
+        """Return what was recorded; see `Store.spans`."""
+        return await self._reader.run(lambda connection: _spans(connection, keys))
+
+    async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+        """Return where logs end; see `Store.last_log_lines`."""
+        return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
+
+    async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
+        """Return where runs are; see `Store.progress`."""
+        return await self._reader.run(lambda connection: _progress(connection, keys))
+
+    async def promote_due(self) -> int:
+        """Put waits that are over back in the queue."""
+        return await self._writer.run(_promote_due)
+
+    async def sweep(self, limit: int) -> SweepResult:
+        """Take back what dead workers held; see `Store.sweep`."""
+        return await self._writer.run(lambda connection: _sweep(connection, limit))
+
+    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
+        """Take back leases; see `Store.take_back`."""
+        return await self._writer.run(
+            lambda connection: _reclaim(connection, owner_prefix, out_of_memory=out_of_memory)
+        )
+
+    async def give_back(self, owner: str, held: Sequence[str]) -> int:
+        """Give back what was never begun; see `Store.give_back`."""
+        return await self._writer.run(lambda connection: _release(connection, owner, held))
+
+    async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
+        """Ask a run to stop or cancel; see `Store.request_end`."""
+        return await self._writer.run(lambda connection: _request_end(connection, key, request))
+
+    async def for_thread(self) -> SQLiteStore:
+        """Return this store: its threads answer any event loop."""
+        return self
+
+    async def close(self) -> None:
+        """End both threads, after what they have been given."""
+        await asyncio.to_thread(self._writer.close)
+        await asyncio.to_thread(self._reader.close)
+
+
+class _ConnectionThread:
+    """A connection in a thread of its own; works that wait share one transaction."""
+
+    def __init__(self, path: str, name: str, *, writes: bool) -> None:
+        self._path = path
+        self._breaker = sqlite_writes.write_breaker(path) if writes else None
+        self._works: queue.SimpleQueue[tuple[DatabaseWork[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, work: DatabaseWork[T]) -> T:
+        if self._is_closed:
+            raise DatabaseUnavailable("The store is closed")
+        future: Future[T] = Future()
+        self._works.put((work, future))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._works.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        connection: sqlite3.Connection | None = None
+        while (first := self._works.get()) is not None:
+            works = [first]
+            is_last = False
+            while len(works) < MAX_TRANSACTION_WORKS and not is_last:
+                try:
+                    more = self._works.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    is_last = True
+                else:
+                    works.append(more)
+            try:
+                connection = connection or _open_connection(self._path)
+            except sqlite3.Error as error:
+                _fail_works(works, error)
+            else:
+                self._transact(connection, works)
+            if is_last:
+                break
+        if connection is not None:
+            connection.close()
+
+    def _transact(
+        self, connection: sqlite3.Connection, works: list[tuple[DatabaseWork[Any], Future[Any]]]
+    ) -> None:
+        """Run works in one transaction; when one of them fails, each in one of its own."""
+        try:
+            self._begin(connection)
+        except (sqlite3.Error, DatabaseUnavailable) as error:
+            _fail_works(works, error)  # the fault of none of them, and each would only wait as long again
+            return
+        failure: Exception | None = None
+        results: list[Any] = []
+        try:
+            results = [work(connection) for work, _ in works]
+            connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - it belongs to one waiter, and the thread goes on
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            failure = error
+        finally:
+            if self._breaker is not None:
+                self._breaker.end()
+        if failure is None:
+            for (_, future), result in zip(works, results, strict=True):
+                _resolve_future(future, result)
+        elif len(works) == 1:
+            _fail_works(works, failure)
+        else:
+            for one in works:
+                self._transact(connection, [one])
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        if self._breaker is None:
+            connection.execute("BEGIN")
+        else:
+            self._breaker.begin(connection.execute, busy_seconds=SQLITE_BUSY_SECONDS)
+
+
+def _fail_works(works: Sequence[tuple[DatabaseWork[Any], Future[Any]]], error: Exception) -> None:
+    for _, future in works:
+        if future.set_running_or_notify_cancel():
+            future.set_exception(_translate_error(error))
+
+
+def _resolve_future(future: Future[Any], result: object) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
+
+
+def _translate_error(error: Exception) -> Exception:
+    if not isinstance(error, sqlite3.OperationalError):
+        return error
+    unavailable = DatabaseUnavailable(f"SQLite would not take the transaction: {error}")
+    unavailable.__cause__ = error
+    return unavailable
+
+
+def _open_connection(path: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path,
+        timeout=SQLITE_BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=256,
+    )
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _now_microseconds() -> int:
+    return HOST_TIME.microseconds()
+
+
+# ── claim ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _claim(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
+    if claim.is_trial:
+        return _claim_for_trial(connection, claim)
+    chosen: list[tuple[str, bool]] = []
+    organizations = _pending_organizations(connection, claim)
+    for served, organization_id in enumerate(organizations):
+        share = -(-(claim.limit - len(chosen)) // (len(organizations) - served))
+        chosen.extend(_organization_runs(connection, claim, organization_id, share))
+    now = _now_microseconds()
+    return [
+        _take_run(connection, claim, execution_id, now, may_have_more=may_have_more)
+        for execution_id, may_have_more in chosen
+    ]
+
+
+def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
+    rows = connection.execute(
+        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY trial_losses, attempt, rank LIMIT ?",
+        (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_trial_losses, claim.limit),
+    ).fetchall()
+    now = _now_microseconds()
+    return [_take_run(connection, claim, row[0], now, may_have_more=False) for row in rows]
+
+
+def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) -> list[str]:
+    """Return organisations that have pending runs, beginning behind the one served last: one index probe each."""
+    statement = (
+        "SELECT min(organization_id) FROM execution"
+        " WHERE status = 'pending' AND target = ? AND organization_id > ?"
+    )
+
+    def following(organization_id: str) -> str | None:
+        found: str | None = connection.execute(statement, (claim.target, organization_id)).fetchone()[0]
+        return found
+
+    organizations: list[str] = []
+    first = current = following(claim.after_organization) or following("")
+    while current is not None and len(organizations) < claim.limit:
+        if current not in claim.others_than:
+            organizations.append(current)
+        current = following(current) or following("")
+        if current == first:
+            break
+    return organizations
+
+
+def _organization_runs(
+    connection: sqlite3.Connection, claim: ClaimQuery, organization_id: str, share: int
+) -> list[tuple[str, bool]]:
+    """Return an organisation's best runs, its workflows served in turn, and whether a workflow may have more."""
+    statement = (
+        "SELECT min(turn) FROM execution"
+        " WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn >= ?"
+    )
+
+    def following(turn: int) -> int | None:
+        found: int | None = connection.execute(statement, (claim.target, organization_id, turn)).fetchone()[0]
+        return found
+
+    turns: list[int] = []
+    current = _merge_first(following(claim.turns.get(organization_id, 0)), following(0))
+    while current is not None and len(turns) < share:
+        turns.append(current)
+        current = _merge_first(following(current + 1), following(0))
+        if current == turns[0]:
+            break
+    # Elsewhere suspects wait at a target of their own.
+    is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND attempt < {SUSPECT_LOSSES}"
+    chosen: list[tuple[str, bool]] = []
+    for served, turn in enumerate(turns):
+        part = -(-(share - len(chosen)) // (len(turns) - served))
+        rows = connection.execute(
+            "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn = ?"
+            f"{is_no_suspect} ORDER BY is_fresh, rank LIMIT ?",
+            (claim.target, organization_id, turn, part),
+        ).fetchall()
+        chosen.extend((row[0], len(rows) == part) for row in rows)
+    return chosen
+
+
+def _merge_first(one: int | None, other: int | None) -> int | None:
+    return one if one is not None else other
+
+
+# Written only where it changes: `target` stands in several indexes.
+_PUTS_ON_TRIAL = " on_trial = 1, target = ?5,"
+
+
+def _take_run(
+    connection: sqlite3.Connection, claim: ClaimQuery, execution_id: str, now: int, *, may_have_more: bool
+) -> ClaimedRun:
+    row = connection.execute(
+        "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
+        f"{_PUTS_ON_TRIAL if claim.is_trial else ''}"
+        " lease_owner = ?1, lease_until = ?2, started_at = coalesce(started_at, ?3), updated_at = ?3,"
+        " deadline_at = coalesce(deadline_at, ?3 + timeout_microseconds)"
+        " WHERE id = ?4 AND status = 'pending'"
+        " RETURNING id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
+        " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request,"
+        " inbox, user_id, signals, concurrency_key, follow_up",
+        (
+            *(claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
+            *((claim.target,) if claim.is_trial else ()),
+        ),
+    ).fetchone()
+    return decode_claim((*row, may_have_more, now))
+
+
+# What was begun stands together in the index, apart from what nobody has begun.
+_IS_SUSPECT = (
+    f"WHERE status = 'pending' AND target = ? AND NOT is_fresh AND attempt >= {SUSPECT_LOSSES}"
+    " AND trial_losses <= ?"
+)
+
+
+def _has_suspects(connection: sqlite3.Connection, target: str, max_trial_losses: int) -> bool:
+    statement = f"SELECT 1 FROM execution {_IS_SUSPECT} LIMIT 1"
+    values = (ISOLATION_TARGETS.get(target, target), max_trial_losses)
+    return connection.execute(statement, values).fetchone() is not None
+
+
+# ── record and renew ──────────────────────────────────────────────────────────────────────────────
+
+_UPSERT_SPANS = (
+    f"INSERT INTO span ({', '.join(SPAN_COLUMNS)}) VALUES ({', '.join('?' * len(SPAN_COLUMNS))})"
+    f" ON CONFLICT ({', '.join(SPAN_KEY)}) DO UPDATE SET "
+    + ", ".join(
+        f"{column} = excluded.{column}" for column in SPAN_COLUMNS if column not in SPAN_FIXED_COLUMNS
+    )
+)
+_UPSERT_ATTEMPTS = (
+    f"INSERT INTO attempt_span ({', '.join(ATTEMPT_COLUMNS)}) VALUES ({', '.join('?' * len(ATTEMPT_COLUMNS))})"
+    f" ON CONFLICT ({', '.join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}"
+)
+_INSERT_LOGS = (
+    f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
+)
+_LEASE_GUARD = (
+    " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
+    " AND (:owner = '' OR lease_owner = :owner)"
+)
+_DONE = "completed_nodes = :completed, progress = max(progress, :progress)"
+_UPDATE_PROGRESS = (
+    f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
+    # Attempts lost before a new result are forgiven; the one in hand goes on counting.
+    " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END,"
+    " trial_losses = CASE WHEN :has_new_result THEN 0 ELSE trial_losses END,"
+    " on_trial = on_trial AND NOT (:has_new_result OR :has_passed)" + _LEASE_GUARD
+)
+_UPDATE_END = (
+    f"UPDATE execution SET status = :status, {_DONE}, error = :error, ended_at = :now,"
+    " updated_at = :now, lease_owner = NULL, lease_until = NULL" + _LEASE_GUARD
+)
+_ENDS_WAITING = "(:status = 'waiting' AND signals <= :signals)"
+"""A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer."""
+_UPDATE_RELEASE = (
+    f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
+    f" due_at = CASE WHEN {_ENDS_WAITING} THEN :due_at END,"
+    " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
+    f" WHEN {_ENDS_WAITING} THEN 'waiting' ELSE 'pending' END,"
+    " ended_at = CASE WHEN request IS NULL THEN NULL ELSE :now END,"
+    # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
+    f" deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - :now ELSE deadline_at END,"
+    f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED_TARGET}' END,"
+    " token = token + 1, attempt = 0, trial_losses = 0, on_trial = 0, lease_owner = NULL, lease_until = NULL"
+    + _LEASE_GUARD
+)
+
+
+def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
+    now = _now_microseconds()
+    held = [write for write in batch if connection.execute(*_update(write, owner, now)).rowcount == 1]
+    connection.executemany(_UPSERT_SPANS, span_rows(held))
+    connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
+    connection.executemany(_INSERT_LOGS, log_rows(held))
+    return frozenset(write.execution_id for write in held)
+
+
+def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
+    values: dict[str, Any] = {
+        "id": write.execution_id,
+        "lane": write.lane,
+        "token": write.token,
+        "owner": owner,
+        "completed": write.completed_nodes,
+        "progress": write.progress,
+        "now": now,
+    }
+    if write.end is None:
+        return _UPDATE_PROGRESS, values | {
+            "has_new_result": write.has_new_result,
+            "has_passed": write.has_passed,
+        }
+    values["status"] = STATUS_AFTER[write.end].value
+    if write.end in {RunStatus.WAITING, RunStatus.RELEASED}:
+        due_at = to_microseconds(write.due_at) if write.due_at else None
+        return _UPDATE_RELEASE, values | {"due_at": due_at, "signals": write.signals}
+    return _UPDATE_END, values | {"error": encode_error(write.error)}
+
+
+def _renew(
+    connection: sqlite3.Connection, held: Sequence[LeaseRenewal], lease_seconds: float, owner: str
+) -> list[RenewalResult]:
+    until = _now_microseconds() + int(lease_seconds * 1_000_000)
+    renewed: list[RenewalResult] = []
+    for lease in held:
+        row = connection.execute(
+            f"UPDATE execution SET lease_until = :until{_LEASE_GUARD} RETURNING request",
+            {
+                "until": until,
+                "id": lease.execution_id,
+                "lane": lease.lane,
+                "token": lease.token,
+                "owner": owner,
+            },
+        ).fetchone()
+        if row is not None:
+            renewed.append(RenewalResult(lease.execution_id, row[0]))
+    return renewed
+
+
+# ── read ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _definitions(connection: sqlite3.Connection, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
+    statement = "SELECT body FROM definition WHERE organization_id = ? AND hash = ? AND lane = ?"
+    found = {key: connection.execute(statement, key).fetchone() for key in keys}
+    return {key: row[0] for key, row in found.items() if row is not None}
+
+
+def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
+    statement = (
+        f"SELECT {', '.join(SPAN_COLUMNS)} FROM span WHERE execution_id = ? AND lane = ? ORDER BY sequence"
+    )
+    return {
+        key.execution_id: [decode_span(row) for row in connection.execute(statement, key)] for key in keys
+    }
+
+
+def _last_log_lines(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, int]:
+    statement = "SELECT max(sequence) FROM log_line WHERE execution_id = ? AND lane = ?"
+    found = {key.execution_id: connection.execute(statement, key).fetchone()[0] for key in keys}
+    return {execution_id: last for execution_id, last in found.items() if last is not None}
+
+
+def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> list[RunProgressReport]:
+    found: list[RunProgressReport] = []
+    for key in keys:
+        row = connection.execute(
+            "SELECT status, completed_nodes, total_nodes, error, progress FROM execution WHERE id = ? AND lane = ?",
+            key,
+        ).fetchone()
+        if row is None:
+            continue
+        found_outputs = connection.execute(_OUTPUTS, key).fetchall() if row[0] in TERMINAL_STATUSES else ()
+        outputs = [(node_id, text) for node_id, text, _ in found_outputs]
+        references = [node_id for node_id, _, is_reference in found_outputs if is_reference]
+        status, completed_nodes, total_nodes, error, percent = row
+        found.append(
+            RunProgressReport(
+                key.execution_id,
+                ExecutionStatus(status),
+                completed_nodes,
+                total_nodes,
+                error,
+                outputs,
+                percent,
+                references,
+            )
+        )
+    return found
+
+
+_OUTPUTS = (
+    "SELECT node_id, coalesce(output, output_blob) AS shown, output IS NULL FROM span"
+    " WHERE execution_id = ? AND lane = ? AND iteration = '' AND shown IS NOT NULL AND ended_at IS NOT NULL"
+)
+
+
+# ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _promote_due(connection: sqlite3.Connection) -> int:
+    now = _now_microseconds()
+    return connection.execute(
+        "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1,"
+        f" target = CASE target WHEN '{DELAYED_TARGET}' THEN coalesce(home, '{SHARED_TARGET}') ELSE target END"
+        " WHERE status = 'waiting' AND due_at <= ?1",
+        (now,),
+    ).rowcount
+
+
+_TRIAL_LOSSES = "trial_losses + (CASE WHEN on_trial THEN 1 ELSE 0 END)"
+_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
+_IS_NEXT_ON_TRIAL = (
+    f"request IS NULL AND NOT {_HAS_CRASHED} AND max(attempt, :least_losses) >= {SUSPECT_LOSSES}"
+)
+_RECLAIM = (
+    "UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = :now,"
+    f" has_journal = 1, on_trial = 0, trial_losses = max({_TRIAL_LOSSES}, :least_trial_losses),"
+    " attempt = max(attempt, :least_losses),"
+    " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
+    f" WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,"
+    f" ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN :now END,"
+    f" error = CASE WHEN request IS NULL AND {_HAS_CRASHED} THEN replace(:crashed, '{LOSS_PLACEHOLDER}', attempt) END,"
+    f" target = {release_target_sql(_IS_NEXT_ON_TRIAL)}"
+)
+
+
+_NO_LEAST = {"least_trial_losses": 0, "least_losses": 0}
+_RELEASE = (
+    "UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = 0, lease_owner = NULL,"
+    f" lease_until = NULL, updated_at = :now, target = {release_target_sql(f'attempt > {SUSPECT_LOSSES}')},"
+    " status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,"
+    " ended_at = CASE WHEN request IS NOT NULL THEN :now END WHERE id = :id AND status = 'running'"
+)
+
+
+def _sweep(connection: sqlite3.Connection, limit: int) -> SweepResult:
+    now = _now_microseconds()
+    due = _promote_due(connection)
+    rows = connection.execute(
+        _RECLAIM
+        + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
+        " RETURNING id, status, inbox",
+        {"now": now, "crashed": CRASHED_ERROR, "limit": limit, **_NO_LEAST},
+    ).fetchall()
+    has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
+    ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL_STATUSES}
+    return SweepResult(len(rows) - len(ended), ended, due, has_pending is not None)
+
+
+def _reclaim(connection: sqlite3.Connection, owner_prefix: str, *, out_of_memory: bool) -> int:
+    of_owner = " WHERE status = 'running' AND substr(lease_owner, 1, length(:owner)) = :owner"
+    values = {"now": _now_microseconds(), "crashed": CRASHED_ERROR, "owner": owner_prefix, **_NO_LEAST}
+    if out_of_memory:
+        values["crashed"] = OUT_OF_MEMORY_ERROR
+        on_trial = f"SELECT 1 FROM execution{of_owner} AND on_trial LIMIT 1"
+        if connection.execute(on_trial, {"owner": owner_prefix}).fetchone() is None:
+            values |= {"least_trial_losses": 1, "least_losses": SUSPECT_LOSSES}
+    return connection.execute(_RECLAIM + of_owner, values).rowcount
+
+
+def _release(connection: sqlite3.Connection, owner: str, held: Sequence[str]) -> int:
+    rows = connection.execute(
+        "SELECT id FROM execution WHERE status = 'running' AND lease_owner = ?", (owner,)
+    ).fetchall()
+    unheld = {row[0] for row in rows} - set(held)
+    connection.executemany(
+        _RELEASE, [{"now": _now_microseconds(), "id": execution_id} for execution_id in unheld]
+    )
+    return len(unheld)
+
+
+def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
+    now = _now_microseconds()
+    row = connection.execute(
+        "UPDATE execution SET updated_at = :now,"
+        " request = CASE WHEN request = 'cancel' THEN request ELSE :request END,"
+        " token = CASE WHEN status = 'running' AND lease_until >= :now THEN token ELSE token + 1 END,"
+        " ended_at = CASE WHEN status = 'running' AND lease_until >= :now THEN NULL ELSE :now END,"
+        " lease_owner = CASE WHEN status = 'running' AND lease_until >= :now THEN lease_owner END,"
+        " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status"
+        " WHEN request = 'cancel' THEN 'cancelled' ELSE :status END"
+        " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting')"
+        " RETURNING status, lease_owner, inbox",
+        {
+            "now": now,
+            "request": request,
+            "id": key.execution_id,
+            "lane": key.lane,
+            "status": (ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED).value,
+        },
+    ).fetchone()
+    if row is None:
+        row = connection.execute(
+            "SELECT status, NULL, inbox FROM execution WHERE id = ? AND lane = ?", key
+        ).fetchone()
+    return None if row is None else EndRequestOutcome(ExecutionStatus(row[0]), row[1], row[2])

@@ -1,0 +1,1 @@
+"""Waiting nodes and completion actions: answers, events, sub-runs."""
