@@ -17,7 +17,7 @@ from sqlmodel import col
 
 from engine.run_errors import NodeError
 from engine.triggers import trigger_output
-from execution.insistence import insist
+from execution.retry import until_available
 from journal import concurrency_limits, definition_snapshot
 from journal.concurrency_limits import LimitAction
 from journal.store import AcceptanceVerdict, RunAcceptance
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 TRIGGER_TYPE: Final = "sub-workflow"
 ATTEMPTS: Final = 3
 """How often a workflow is loaded anew when it has changed before its run was accepted."""
-MAX_KEPT_CHARACTERS: Final = 16_000_000
+MAX_CACHED_CHARACTERS: Final = 16_000_000
 """Workflows are kept until their definitions are this long, all together."""
 SHOWN_FINDINGS: Final = 3
-ROOM_SECONDS: Final = 0.02
-_OPEN: Final = frozenset({WorkflowStatus.DRAFT, WorkflowStatus.ACTIVE})
+CAPACITY_CHECK_SECONDS: Final = 0.02
+_RUNNABLE_STATUSES: Final = frozenset({WorkflowStatus.DRAFT, WorkflowStatus.ACTIVE})
 _encode = msgspec.json.Encoder().encode
 
 
-class Parent(NamedTuple):
+class ParentRun(NamedTuple):
     """The run whose node starts another."""
 
     lane: int
@@ -62,14 +62,14 @@ class Parent(NamedTuple):
 
 
 @dataclass(slots=True, weakref_slot=True)
-class Family:
+class DescendantCount:
     """Runs below one root that this process starts: how many it has begun to, and with how many it is through."""
 
     begun: int = 0
     done: int = 0
 
 
-class ChildRuns:
+class ChildRunStarter:
     """The way in for runs that come from runs; keeps the promises of `engine.services.SubRunService`."""
 
     def __init__(
@@ -88,7 +88,7 @@ class ChildRuns:
         self._max_sub_runs = settings.max_sub_runs
         self._kept: OrderedDict[tuple[str, str], LoadedWorkflow] = OrderedDict()
         self._kept_characters = 0
-        self._families: WeakValueDictionary[str, Family] = WeakValueDictionary()
+        self._families: WeakValueDictionary[str, DescendantCount] = WeakValueDictionary()
 
     async def start(
         self,
@@ -110,11 +110,11 @@ class ChildRuns:
         answering = (
             children.completion_for_parent(caller.execution_id, node_id, iteration) if awaited else None
         )
-        start = partial(self._started, caller, workflow_id, trigger_inputs, child_id, answering)
+        start = partial(self._accept_child, caller, workflow_id, trigger_inputs, child_id, answering)
         for _ in range(ATTEMPTS):
-            if await insist(start):
+            if await until_available(start):
                 return child_id
-        raise _changing(workflow_id)
+        raise _workflow_changed(workflow_id)
 
     async def start_about_failure(self, caller: RunCaller, workflow_id: str, inputs: Json) -> None:
         """Start the one run of a workflow that is to be run because the caller's has failed.
@@ -124,11 +124,11 @@ class ChildRuns:
         """
         run_id = ids.derive_id("exec", caller.execution_id, ON_FAILURE_TRIGGER)
         for _ in range(ATTEMPTS):
-            if await self._started(caller, workflow_id, inputs, run_id, None, ON_FAILURE_TRIGGER):
+            if await self._accept_child(caller, workflow_id, inputs, run_id, None, ON_FAILURE_TRIGGER):
                 return
-        raise _changing(workflow_id)
+        raise _workflow_changed(workflow_id)
 
-    async def _started(
+    async def _accept_child(
         self,
         caller: RunCaller,
         workflow_id: str,
@@ -139,11 +139,11 @@ class ChildRuns:
     ) -> bool:
         """Tell whether the run is accepted, by this call or an earlier one; it isn't where the workflow has changed."""
         async with self._database.read() as connection:
-            if await _exists(connection, caller, child_id):
+            if await _child_exists(connection, caller, child_id):
                 return True
-            parent = await _parent(connection, caller)
+            parent = await _read_parent(connection, caller)
             _require_depth(parent, self._max_depth)
-            workflow = await self._load(connection, caller, parent.lane, workflow_id)
+            workflow = await self._load_workflow(connection, caller, parent.lane, workflow_id)
         kind = workflow.trigger_kind or "manual"
         trigger = trigger_output(kind, inputs, self._database.clock.now())
         limit = concurrency_limits.concurrency_limit(workflow.settings, workflow.id, trigger)
@@ -171,7 +171,7 @@ class ChildRuns:
             follow_up=completion.requested_actions({} if is_last else workflow.settings, answering=answering),
             is_private=parent.is_private,
         )
-        async with self._room(parent.root_id):
+        async with self._hold_capacity(parent.root_id):
             (accepted,) = await self._store.accept([child])
         if accepted.verdict is AcceptanceVerdict.FULL:
             message = f"As many runs of the workflow {workflow_id} go on as its settings allow"
@@ -184,39 +184,39 @@ class ChildRuns:
         return True
 
     @asynccontextmanager
-    async def _room(self, root_id: str) -> AsyncIterator[None]:
+    async def _hold_capacity(self, root_id: str) -> AsyncIterator[None]:
         """Hold room for one more run below a root; raises `NodeError`.
 
         What is being started may be in the database or not yet: where that makes the difference, it is waited for.
         """
-        family = self._families.setdefault(root_id, Family())
+        family = self._families.setdefault(root_id, DescendantCount())
         while True:
             done = family.done
-            started = await self._count(root_id)
+            started = await self._count_descendants(root_id)
             if started >= self._max_sub_runs:
-                raise _too_many(self._max_sub_runs)
+                raise _too_many_runs(self._max_sub_runs)
             if started + family.begun - done < self._max_sub_runs:
                 break
-            await asyncio.sleep(ROOM_SECONDS)
+            await asyncio.sleep(CAPACITY_CHECK_SECONDS)
         family.begun += 1
         try:
             yield
         finally:
             family.done += 1
 
-    async def _count(self, root_id: str) -> int:
+    async def _count_descendants(self, root_id: str) -> int:
         of_root = select(col(Execution.id)).where(col(Execution.root_id) == root_id)
         counted = select(func.count()).select_from(of_root.limit(self._max_sub_runs).subquery())
         async with self._database.read() as connection:
             return await connection.scalar(counted) or 0
 
-    async def _load(
+    async def _load_workflow(
         self, connection: AsyncConnection, caller: RunCaller, lane: int, workflow_id: str
     ) -> LoadedWorkflow:
         """Return a workflow that may be run for whom the node works; raises `NodeError`."""
         readable = (
             col(Workflow.id) == workflow_id,
-            is_readable_by(await _reader(connection, caller, lane)),
+            is_readable_by(await _read_caller(connection, caller, lane)),
         )
         revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
         kept = self._kept.get((caller.organization_id, workflow_id))
@@ -232,22 +232,22 @@ class ChildRuns:
                 raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
             # In a thread: others run on while a large graph is gone through.
             kept = await asyncio.to_thread(definition_snapshot.load_workflow, row, frozenset(), self._catalog)
-        self._keep(kept)
+        self._cache_workflow(kept)
         _require_runnable(kept)
         return kept
 
-    def _keep(self, workflow: LoadedWorkflow) -> None:
+    def _cache_workflow(self, workflow: LoadedWorkflow) -> None:
         key = (workflow.organization_id, workflow.id)
         earlier = self._kept.pop(key, None)
         self._kept_characters -= len(earlier.definition) if earlier else 0
         self._kept[key] = workflow
         self._kept_characters += len(workflow.definition)
-        while self._kept_characters > MAX_KEPT_CHARACTERS and len(self._kept) > 1:
+        while self._kept_characters > MAX_CACHED_CHARACTERS and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._kept_characters -= len(oldest.definition)
 
 
-def _require_depth(parent: Parent, most: int) -> None:
+def _require_depth(parent: ParentRun, most: int) -> None:
     if parent.depth >= most:
         message = (
             f"Runs may start one another up to {most} deep (PILOTFLAME_MAX_RUN_DEPTH): this one is that deep"
@@ -255,27 +255,27 @@ def _require_depth(parent: Parent, most: int) -> None:
         raise NodeError(message, code="run-too-deep")
 
 
-def _too_many(most: int) -> NodeError:
+def _too_many_runs(most: int) -> NodeError:
     message = f"A run may start up to {most:,} others, with those that they start (PILOTFLAME_MAX_SUB_RUNS)"
     return NodeError(message, code="too-many-sub-runs")
 
 
-async def _exists(connection: AsyncConnection, caller: RunCaller, child_id: str) -> bool:
+async def _child_exists(connection: AsyncConnection, caller: RunCaller, child_id: str) -> bool:
     statement = select(col(Execution.id)).where(
         col(Execution.id) == child_id, col(Execution.organization_id) == caller.organization_id
     )
     return await connection.scalar(statement) is not None
 
 
-async def _parent(connection: AsyncConnection, caller: RunCaller) -> Parent:
+async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> ParentRun:
     statement = select(
         col(Execution.lane), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)
     ).where(col(Execution.id) == caller.execution_id)
     lane, root_id, depth, is_private = (await connection.execute(statement)).one()
-    return Parent(lane, root_id or caller.execution_id, depth, is_private)
+    return ParentRun(lane, root_id or caller.execution_id, depth, is_private)
 
 
-async def _reader(connection: AsyncConnection, caller: RunCaller, lane: int) -> access.ApiCaller:
+async def _read_caller(connection: AsyncConnection, caller: RunCaller, lane: int) -> access.ApiCaller:
     """Return for whom the node works as whoever asks for workflows: what is readable goes by the user's role."""
     statement = select(col(User.role)).where(
         col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id
@@ -284,12 +284,12 @@ async def _reader(connection: AsyncConnection, caller: RunCaller, lane: int) -> 
     return access.ApiCaller("", caller.user_id, caller.organization_id, lane, role, frozenset())
 
 
-def _changing(workflow_id: str) -> NodeError:
+def _workflow_changed(workflow_id: str) -> NodeError:
     return NodeError(f"The workflow {workflow_id} is being changed", code="workflow-changed", retryable=True)
 
 
 def _require_runnable(workflow: LoadedWorkflow) -> None:
-    if workflow.status not in _OPEN:
+    if workflow.status not in _RUNNABLE_STATUSES:
         message = f"The workflow {workflow.id} is {workflow.status}: set it to active to run it"
         raise NodeError(message, code=f"workflow-{workflow.status}")
     if not workflow.validation.is_valid:

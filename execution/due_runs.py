@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from models.database import Database
 
 
-async def see_to(database: Database, broker: Broker) -> None:
+async def wake_due_deployments(database: Database, broker: Broker) -> None:
     """Wake deployments for runs that are due, and let deferred ones go that may; raises `DatabaseUnavailable`."""
     done = await wakes.wake_for_waiting_runs(database)
     for workflow_id, what in done.items():

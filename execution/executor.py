@@ -21,9 +21,9 @@ from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome,
 from engine.services import RunCaller
 from engine.values import InvalidJson
 from engine.workflow_runner import RunStart, run_workflow
-from execution import metrics
-from execution.isolation import POLL_SECONDS, TRIAL_SECONDS, Isolation, SuspectSearch
-from execution.programs import Programs, key_of
+from execution import run_metrics
+from execution.program_cache import ProgramCache, definition_key
+from execution.trials import POLL_SECONDS, TRIAL_SECONDS, SuspectSearch, TrialGate
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.large_values import LargeValues, RecordedValueLost
 from journal.leases import LeaseKeeper, RunLease
@@ -46,28 +46,28 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_CLAIM = 50
-MAX_CLAIM_BEYOND = 5
+MAX_EXTRA_CLAIM = 5
 """At once, for organisations that have no run here while all places are taken."""
 SWEEP_ROWS = 100
 MAX_TIMER_SECONDS = 3600.0
 """Waits that end later than this are left to the sweep."""
 TIMER_MARGIN_SECONDS = 0.01
 """A timer may fire a moment early."""
-MAX_REMEMBERED_TURNS = 1_000
+MAX_CACHED_TURNS = 1_000
 """One for each organisation, the last ones served."""
 CLAIM_SECONDS = 2.0
-HAND_OVER_SECONDS = 10.0
-BREAK_OFF_SECONDS = 5.0
+HAND_OFF_SECONDS = 10.0
+CANCEL_SECONDS = 5.0
 RECORD_SECONDS = 2.0
 PAUSE_SECONDS = 0.5
-Answers = Callable[[Sequence[ExecutionKey]], Awaitable[dict[str, dict[tuple[str, str], bytes]]]]
+ReadAnswers = Callable[[Sequence[ExecutionKey]], Awaitable[dict[str, dict[tuple[str, str], bytes]]]]
 """Returns what nodes of runs were answered, by execution id, then by node id and iteration."""
 
 REQUESTS = {"stop": ControlRequest.STOP, "cancel": ControlRequest.CANCEL}
 """What clients may ask of a run, by the word for it in rows and letters."""
 
 
-class Active(msgspec.Struct, frozen=True):
+class RunningExecution(msgspec.Struct, frozen=True):
     """A run that this process holds."""
 
     organization_id: str
@@ -84,7 +84,7 @@ class Active(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class RecoveredState:
     """What earlier attempts at a run have recorded."""
 
     spans: Sequence[NodeSpan] = ()
@@ -95,10 +95,10 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class ExecutorHooks:
     """What a process does around its runs, as far as it does."""
 
-    answers: Answers | None = None
+    answers: ReadAnswers | None = None
     """Reads what nodes were answered; without it, nobody answers any."""
     on_left: Callable[[ClaimedRun, RunOutcome], None] | None = None
     """Told of runs that have left, if their end is to be followed up or their place is another's."""
@@ -106,7 +106,7 @@ class Around:
     """Called after each sweep."""
 
 
-class Executor:
+class RunExecutor:
     """One process's share of the work."""
 
     def __init__(
@@ -118,28 +118,28 @@ class Executor:
         settings: ExecutionSettings,
         *,
         blobs: RunBlobs | None = None,
-        around: Around | None = None,
-        isolation: Isolation | None = None,
+        around: ExecutorHooks | None = None,
+        isolation: TrialGate | None = None,
     ) -> None:
         """Without `blobs`, rows take inputs and outputs of any size.
 
         Whoever else runs executions in this process shares its `isolation`.
         """
         self._store = store
-        self._around = around or Around()
+        self._around = around or ExecutorHooks()
         self._blobs = blobs
         self._broker = broker
         self._services = services
         self._settings = settings
         self._limits = settings.limits
-        self._programs = Programs(store, catalog)
-        self._recorder = RunRecorder(store, self._announce)
+        self._programs = ProgramCache(store, catalog)
+        self._recorder = RunRecorder(store, self._publish)
         self._leases = LeaseKeeper(
-            store, settings.lease_seconds, on_lost=self._lost, on_request=self._requested
+            store, settings.lease_seconds, on_lost=self._on_lease_lost, on_request=self._on_request
         )
-        self._active: dict[str, Active] = {}
+        self._active: dict[str, RunningExecution] = {}
         self._side_tasks: set[asyncio.Task[None]] = set()
-        self._isolation = isolation or Isolation()
+        self._isolation = isolation or TrialGate()
         self._isolation.join(self._is_proven)
         self._is_claiming = False
         self._has_claimed = False
@@ -158,16 +158,16 @@ class Executor:
     async def start(self) -> None:
         """Begin to claim, to sweep and to take hints."""
         self._leases.start()
-        await self._broker.listen(self._noticed)
-        self._broker.start_worker(self.hint)
+        await self._broker.listen(self._on_notification)
+        self._broker.start_worker(self.wake)
         self._loops = [
-            asyncio.create_task(self._until_draining(self._claim, "claim")),
-            asyncio.create_task(self._until_draining(self._sweep, "sweep")),
-            asyncio.create_task(self._forever(self._commit_dirty, "commit")),
+            asyncio.create_task(self._repeat_until_draining(self._claim, "claim")),
+            asyncio.create_task(self._repeat_until_draining(self._sweep, "sweep")),
+            asyncio.create_task(self._repeat_forever(self._commit_dirty, "commit")),
         ]
-        self.hint()
+        self.wake()
 
-    def hint(self, _lane: int = 0) -> None:
+    def wake(self, _lane: int = 0) -> None:
         """There is work."""
         self._owes_claim = True
         self._wanted.set()
@@ -180,8 +180,8 @@ class Executor:
         # A claim under way is waited for: cancelled, it might leave runs with a lease and nobody to run them.
         await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
         await self._wait_for_runs(patience_seconds)
-        await self._hand_over(ControlRequest.HAND_OVER, HAND_OVER_SECONDS)
-        await self._hand_over(ControlRequest.HAND_OVER_NOW, BREAK_OFF_SECONDS)
+        await self._hand_off(ControlRequest.HAND_OVER, HAND_OFF_SECONDS)
+        await self._hand_off(ControlRequest.HAND_OVER_NOW, CANCEL_SECONDS)
         for loop in self._loops:
             loop.cancel()
         with contextlib.suppress(TimeoutError):
@@ -194,7 +194,7 @@ class Executor:
                 await self._store.give_back(self._broker.inbox, [])
         await hints.wake(self._broker)
 
-    async def _hand_over(self, request: ControlRequest, seconds: float) -> None:
+    async def _hand_off(self, request: ControlRequest, seconds: float) -> None:
         for active in self._active.values():
             active.control.ask(request)
         await self._wait_for_runs(seconds)
@@ -212,11 +212,13 @@ class Executor:
             return
         if not self._has_claimed:
             self._has_claimed = True
-            await self._quietly(self._try_suspects)  # while nothing else is held, none of them has to wait
+            await self._suppress_outages(
+                self._try_suspects
+            )  # while nothing else is held, none of them has to wait
         elif self._suspects.is_due and self._isolation.is_open:
             self._in_background(self._try_suspects)  # what has just arrived doesn't wait for the look
         await self._isolation.pass_gate()
-        limit, others_than = self._places()
+        limit, others_than = self._free_slots()
         if limit <= 0 or self._is_draining:
             return  # the end of a run says again that a claim is owed
         self._owes_claim = bool(others_than)
@@ -231,41 +233,41 @@ class Executor:
         )
         self._is_claiming = True
         try:
-            await self._take(claim, since)
+            await self._claim_and_begin(claim, since)
         finally:
             self._is_claiming = False
 
-    async def _take(self, claim: ClaimQuery, since: float) -> Sequence[ClaimedRun]:
+    async def _claim_and_begin(self, claim: ClaimQuery, since: float) -> Sequence[ClaimedRun]:
         """Claim runs and begin them; `since` is when that was begun, by the monotonic clock."""
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
-            await self._give_back_unheld()
+            await self._release_unheld()
             raise
         if not claimed:
             return ()
         if self._is_draining:
-            await self._give_back_unheld()
+            await self._release_unheld()
             return ()
         if not claim.is_trial:
             self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
         if any(one.may_have_more for one in claimed):
-            self.hint()
+            self.wake()
             await hints.wake(self._broker)
         try:
             await self._begin(claimed, leases)
         except DatabaseUnavailable:
             for lease in leases:
                 self._leases.release(lease)
-            await self._give_back_unheld()
+            await self._release_unheld()
             raise
         except Exception:
             log.exception("runs not begun together", runs=len(claimed))
             await self._begin_each_alone(claimed, leases)
         return claimed
 
-    def _places(self) -> tuple[int, Sequence[str]]:
+    def _free_slots(self) -> tuple[int, Sequence[str]]:
         """Return how many runs may be taken, and whose may not.
 
         Where all places are taken, organisations that have none still get some: they would wait for others alone, and
@@ -275,7 +277,7 @@ class Executor:
         if left > 0:
             return min(left, MAX_CLAIM), ()
         served = {active.organization_id for active in self._active.values()}
-        return min(left + self._settings.concurrency, MAX_CLAIM_BEYOND), sorted(served)
+        return min(left + self._settings.concurrency, MAX_EXTRA_CLAIM), sorted(served)
 
     async def _begin_each_alone(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         for one, lease in zip(claimed, leases, strict=True):
@@ -292,19 +294,19 @@ class Executor:
         for one in claimed:
             self._turns[one.organization_id] = turn_of_workflow(one.workflow_id) + 1
             self._turns.move_to_end(one.organization_id)
-        while len(self._turns) > MAX_REMEMBERED_TURNS:
+        while len(self._turns) > MAX_CACHED_TURNS:
             self._turns.popitem(last=False)
 
-    async def _give_back_unheld(self) -> None:
+    async def _release_unheld(self) -> None:
         """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
-        self.hint()
+        self.wake()
         await self._store.give_back(self._broker.inbox, self._leases.execution_ids())
 
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         programs = await self._programs.load(claimed)
-        pasts = await self._pasts([run for run in claimed if run.has_journal])
+        pasts = await self._recover_states([run for run in claimed if run.has_journal])
         for one, lease in zip(claimed, leases, strict=True):
-            past = pasts.get(one.execution_id, Past())
+            past = pasts.get(one.execution_id, RecoveredState())
             settled = [
                 span.node_id for span in past.spans if span.status in SETTLED_STATUSES and not span.is_turn
             ]
@@ -315,33 +317,35 @@ class Executor:
                 settled,
                 inbox=one.inbox,
                 signals=one.signals,
-                large=self._large(one),
+                large=self._large_values(one),
                 control=control,
             )
-            program = programs[key_of(one)]
+            program = programs[definition_key(one)]
             task = asyncio.create_task(self._run(one, program, past, journal, control, lease))
-            self._active[one.execution_id] = Active(
+            self._active[one.execution_id] = RunningExecution(
                 one.organization_id, lease, control, journal, task, time.monotonic()
             )
             if one.request is not None:
-                self._requested(lease, one.request)
-        metrics.ACTIVE.set(len(self._active))
+                self._on_request(lease, one.request)
+        run_metrics.ACTIVE_RUNS.set(len(self._active))
 
-    def _large(self, one: ClaimedRun) -> LargeValues | None:
+    def _large_values(self, one: ClaimedRun) -> LargeValues | None:
         if self._blobs is None:
             return None
         owner = BlobOwner(one.organization_id, one.key_id)
         return LargeValues(self._blobs, owner, self._settings.max_row_output_bytes)
 
-    async def _pasts(self, begun: Sequence[ClaimedRun]) -> dict[str, Past]:
+    async def _recover_states(self, begun: Sequence[ClaimedRun]) -> dict[str, RecoveredState]:
         if not begun:
             return {}
         keys = [ExecutionKey(run.execution_id, run.lane) for run in begun]
         spans = await self._store.spans(keys)
         last_lines = await self._store.last_log_lines(keys)
-        answers = await self._answers([key for key, run in zip(keys, begun, strict=True) if run.signals])
+        answers = await self._group_answers(
+            [key for key, run in zip(keys, begun, strict=True) if run.signals]
+        )
         return {
-            execution_id: Past(
+            execution_id: RecoveredState(
                 spans[execution_id],
                 max([last_lines.get(execution_id, 0), *(span.sequence for span in spans[execution_id])]),
                 answers.get(execution_id, {}),
@@ -349,10 +353,12 @@ class Executor:
             for execution_id, _ in keys
         }
 
-    async def _listen(self, one: ClaimedRun, journal: RunJournal) -> Mapping[tuple[str, str], bytes] | None:
+    async def _read_answers(
+        self, one: ClaimedRun, journal: RunJournal
+    ) -> Mapping[tuple[str, str], bytes] | None:
         """Return what nodes of a run were answered by now; None where the database doesn't say."""
         try:
-            answers = await self._answers([ExecutionKey(one.execution_id, one.lane)])
+            answers = await self._group_answers([ExecutionKey(one.execution_id, one.lane)])
         except DatabaseUnavailable:
             await asyncio.sleep(PAUSE_SECONDS)
             return None
@@ -360,7 +366,9 @@ class Executor:
         journal.count_answers(len(found))
         return found
 
-    async def _answers(self, answered: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
+    async def _group_answers(
+        self, answered: Sequence[ExecutionKey]
+    ) -> dict[str, dict[tuple[str, str], bytes]]:
         if not answered or self._around.answers is None:
             return {}
         return await self._around.answers(answered)
@@ -376,7 +384,7 @@ class Executor:
         max_trial_losses = await self._suspects.find()
         if max_trial_losses is None:
             return
-        async with self._isolation.alone():
+        async with self._isolation.run_trial():
             until = time.monotonic() + TRIAL_SECONDS
             while not self._is_draining and (since := time.monotonic()) < until:
                 claim = ClaimQuery(
@@ -386,11 +394,11 @@ class Executor:
                     is_trial=True,
                     max_trial_losses=max_trial_losses,
                 )
-                claimed = await self._take(claim, since)
+                claimed = await self._claim_and_begin(claim, since)
                 if not claimed:
                     break
                 await self._watch_trial(claimed[0])
-        self._suspects.rest()
+        self._suspects.pause()
 
     async def _watch_trial(self, one: ClaimedRun) -> None:
         """Return once a run is proven, or has left."""
@@ -399,11 +407,11 @@ class Executor:
         while active is not None and not active.is_proven() and not active.task.done():
             await asyncio.wait([active.task], timeout=POLL_SECONDS)
             if active.journal.owes_result and not active.journal.is_committing:
-                await self._quietly(
+                await self._suppress_outages(
                     active.journal.commit
                 )  # others wait, and each moment it may lose a worker
         if active is not None and not active.task.done() and not active.journal.has_new_result:
-            await self._quietly(active.journal.pass_trial)
+            await self._suppress_outages(active.journal.pass_trial)
 
     # ── running ───────────────────────────────────────────────────────────────────────────────────
 
@@ -411,13 +419,13 @@ class Executor:
         self,
         one: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
-        past: Past,
+        past: RecoveredState,
         journal: RunJournal,
         control: RunControl,
         lease: RunLease,
     ) -> None:
         try:
-            ended = await self._ended(one, program, past, journal, control)
+            ended = await self._finish(one, program, past, journal, control)
             await journal.end(ended)
         except LeaseLost:
             log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
@@ -425,20 +433,20 @@ class Executor:
             # The lease runs out by itself; the attempt is counted, so a run that always breaks ends as crashed.
             log.exception("run broke", execution_id=one.execution_id)
         else:
-            self._ended_well(one, ended)
+            self._on_ended(one, ended)
         finally:
             self._leases.release(lease)
-            if self._holder_of(lease) is not None:
+            if self._running_execution(lease) is not None:
                 del self._active[one.execution_id]
-            metrics.ACTIVE.set(len(self._active))
+            run_metrics.ACTIVE_RUNS.set(len(self._active))
             if self._owes_claim:
                 self._wanted.set()
 
-    async def _ended(
+    async def _finish(
         self,
         one: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
-        past: Past,
+        past: RecoveredState,
         journal: RunJournal,
         control: RunControl,
     ) -> RunOutcome:
@@ -461,12 +469,12 @@ class Executor:
             recorded=recorded,
             sequence=past.last_sequence,
             signals=past.signals,
-            listen=partial(self._listen, one, journal),
+            listen=partial(self._read_answers, one, journal),
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
-    def _ended_well(self, one: ClaimedRun, ended: RunOutcome) -> None:
-        metrics.ENDED[ended.status].inc()
+    def _on_ended(self, one: ClaimedRun, ended: RunOutcome) -> None:
+        run_metrics.ENDED_RUNS[ended.status].inc()
         on_left = self._around.on_left
         if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
             on_left(one, ended)
@@ -485,29 +493,29 @@ class Executor:
 
     # ── what others say ───────────────────────────────────────────────────────────────────────────
 
-    def _noticed(self, notice: Notice) -> None:
+    def _on_notification(self, notice: Notice) -> None:
         if not isinstance(notice, Letter):
             return
         active = self._active.get(notice.message.get("execution_id", ""))
         if active is not None:
-            self._requested(active.lease, notice.message.get("request", ""))
+            self._on_request(active.lease, notice.message.get("request", ""))
 
-    def _requested(self, lease: RunLease, request: str) -> None:
-        active = self._holder_of(lease)
+    def _on_request(self, lease: RunLease, request: str) -> None:
+        active = self._running_execution(lease)
         if active is not None and request in REQUESTS:
             active.control.ask(REQUESTS[request])
 
-    def _lost(self, lease: RunLease) -> None:
-        active = self._holder_of(lease)
+    def _on_lease_lost(self, lease: RunLease) -> None:
+        active = self._running_execution(lease)
         if active is not None:
             active.control.ask(ControlRequest.ABANDON)
 
-    def _holder_of(self, lease: RunLease) -> Active | None:
+    def _running_execution(self, lease: RunLease) -> RunningExecution | None:
         """Return the run under this very lease: an execution that was lost may be back here under another."""
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None
 
-    def _announce(self, inboxes: Mapping[str, str]) -> None:
+    def _publish(self, inboxes: Mapping[str, str]) -> None:
         self._in_background(lambda: self._broker.announce(inboxes))
 
     # ── duties ────────────────────────────────────────────────────────────────────────────────────
@@ -516,7 +524,7 @@ class Executor:
         if self._is_draining:
             return
         if await self._store.promote_due():
-            self.hint()
+            self.wake()
 
     async def _sweep(self) -> None:
         # Spread out, so that workers that were started together don't all look at once.
@@ -524,9 +532,9 @@ class Executor:
         while True:
             swept = await self._store.sweep(SWEEP_ROWS)
             if swept.ended:
-                self._announce(swept.ended)
+                self._publish(swept.ended)
             if swept.has_pending:
-                self.hint()
+                self.wake()
             if swept.requeued + len(swept.ended) < SWEEP_ROWS:
                 break
         if self._around.on_swept is not None:
@@ -539,11 +547,11 @@ class Executor:
             if active.journal.is_dirty and not active.journal.is_committing:
                 self._in_background(active.journal.commit)
 
-    async def _until_draining(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
+    async def _repeat_until_draining(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
         while not self._is_draining:
             await self._attempt(duty, name)
 
-    async def _forever(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
+    async def _repeat_forever(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
         while True:
             await self._attempt(duty, name)
 
@@ -559,11 +567,11 @@ class Executor:
             await asyncio.sleep(PAUSE_SECONDS)
 
     def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.create_task(self._quietly(work))
+        task = asyncio.create_task(self._suppress_outages(work))
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
-    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _suppress_outages(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do what may fail without harm: the sweep, or the run itself, sees to it again."""
         try:
             await work()

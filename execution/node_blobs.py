@@ -29,11 +29,11 @@ class NodeBlobs:
     ) -> dict[str, Json]:
         """Keep a content; see `Blobs.put`."""
         if len(content) > MAX_BLOB_BYTES:
-            raise _too_large(len(content), MAX_BLOB_BYTES)
+            raise _blob_too_large(len(content), MAX_BLOB_BYTES)
         try:
-            reference = await self._blobs.put(_owner(caller), content, media_type=media_type, name=name)
+            reference = await self._blobs.put(_blob_owner(caller), content, media_type=media_type, name=name)
         except BlobsUnavailable as error:
-            raise _unavailable() from error
+            raise _blobs_unavailable() from error
         return reference.as_json()
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
@@ -42,28 +42,28 @@ class NodeBlobs:
         try:
             # Only the hash of what was given counts: where it leads is decided by the run, never by the reference.
             return await self._blobs.get(
-                _owner(caller), BlobReference.from_value(reference).sha256, max_bytes=max_bytes
+                _blob_owner(caller), BlobReference.from_value(reference).sha256, max_bytes=max_bytes
             )
         except InvalidBlobReference as error:
             raise NodeError(str(error), code="invalid-blob") from error
         except BlobTooLarge as error:
-            raise _too_large(error.size, max_bytes) from error
+            raise _blob_too_large(error.size, max_bytes) from error
         except BlobLost as error:
             raise NodeError(
                 "This run was given no such blob, or it is spoilt", code="blob-not-found"
             ) from error
         except BlobsUnavailable as error:
-            raise _unavailable() from error
+            raise _blobs_unavailable() from error
 
 
-def _owner(caller: RunCaller) -> BlobOwner:
+def _blob_owner(caller: RunCaller) -> BlobOwner:
     return BlobOwner(caller.organization_id, caller.key_id)
 
 
-def _too_large(size: int, max_bytes: int) -> NodeError:
+def _blob_too_large(size: int, max_bytes: int) -> NodeError:
     message = f"The content has {size:,} bytes; at most {max_bytes:,} are taken"
     return NodeError(message, code="blob-too-large")
 
 
-def _unavailable() -> NodeError:
+def _blobs_unavailable() -> NodeError:
     return NodeError("The blob storage does not answer", code="blobs-unavailable", retryable=True)

@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-REASONS = {
+REFUSAL_REASONS = {
     "off": "This server runs no code nodes",
     "pods-only": "This server runs code nodes in pods only: deploy the workflow",
 }
 
 
-def open_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
+def open_worker_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
     """Return what runs code nodes on a shared worker; nothing is started before it is needed."""
     if settings.code_nodes == "on":
-        return _opened(settings)
-    return RefusedCode(REASONS[settings.code_nodes])
+        return _open_code(settings)
+    return RefusedCode(REFUSAL_REASONS[settings.code_nodes])
 
 
-def open_code_of_pod(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
+def open_pod_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
     """Return what runs code nodes in a pod, which is one workflow's own."""
     if settings.code_nodes == "off":
-        return RefusedCode(REASONS["off"])
-    return _opened(settings)
+        return RefusedCode(REFUSAL_REASONS["off"])
+    return _open_code(settings)
 
 
-def _opened(settings: ExecutionSettings) -> CodeRunner:
+def _open_code(settings: ExecutionSettings) -> CodeRunner:
     missing = confinement.missing_protections()
     if missing:
         log.warning("kernel lacks walls around code nodes", missing=missing, backend=settings.code_backend)

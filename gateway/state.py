@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
-from execution.awaited_events import AwaitedEvents
+from execution.event_matching import EventMatcher
 from gateway.arrivals.certificates import MAX_ANSWER_BYTES, Certificates
 from gateway.arrivals.deliveries import Deliveries
 from gateway.arrivals.event_telling import EventTelling
@@ -125,7 +125,7 @@ async def assembled(
     vault = SecretVault(settings.secret, settings.previous_secrets)
     waiting = Waiting(store, broker)
     desk = Desk(database, broker, Forwarder(database, broker))
-    awaited = AwaitedEvents(database, broker)
+    awaited = EventMatcher(database, broker)
     telling = EventTelling(awaited)
     acceptances = Acceptances(database, store, broker, waiting, desk, telling)
     rates = Rates(broker, settings)

@@ -12,16 +12,16 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from engine.run_errors import NodeError
-from execution.gateway_calls import (
-    DataSourceCall,
-    ExpectedEvent,
-    ExpectEventCall,
-    ReserveCall,
-    Reserved,
-    StartedRun,
-    StartRunCall,
+from execution.pod_api import (
+    DataSourceRequest,
+    ExpectEventRequest,
+    ExpectEventResponse,
+    StartRunRequest,
+    StartRunResponse,
+    ThrottleRequest,
+    ThrottleResponse,
 )
-from execution.insistence import insist
+from execution.retry import until_available
 from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
 from models.errors import DatabaseUnavailable
 from nodes.connections.data_source import ConnectionSource
@@ -65,7 +65,7 @@ class RemoteSources:
     async def _look_up(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         path = f"/executions/{caller.execution_id}/data-sources"
         try:
-            found = await self._gateway.call(path, DataSourceCall(source_id), dict[str, Any])
+            found = await self._gateway.call(path, DataSourceRequest(source_id), dict[str, Any])
         except (DatabaseUnavailable, CallRefused) as error:
             message = "The data source could not be looked up just now"
             raise NodeError(message, code="data-source-unavailable", retryable=True) from error
@@ -90,9 +90,9 @@ class RemoteRuns:
     ) -> str:
         """Start a run, or find the one that was started before; returns its execution id."""
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
-        call = StartRunCall(workflow_id, inputs, node_id, iteration, awaited)
+        call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited)
         path = f"/executions/{caller.execution_id}/runs"
-        return (await insist(lambda: self._gateway.call(path, call, StartedRun))).execution_id
+        return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
 
 
 class RemotePace:
@@ -105,9 +105,9 @@ class RemotePace:
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
         """Return when one more may pass, and take that place."""
-        call = ReserveCall(key, limit, per_seconds, max_wait_seconds)
+        call = ThrottleRequest(key, limit, per_seconds, max_wait_seconds)
         path = f"/executions/{caller.execution_id}/reservations"
-        return (await insist(lambda: self._gateway.call(path, call, Reserved))).at
+        return (await until_available(lambda: self._gateway.call(path, call, ThrottleResponse))).at
 
 
 class RemoteEvents:
@@ -120,7 +120,7 @@ class RemoteEvents:
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
         """Have a node wait for an event; returns when it has waited long enough."""
-        call = ExpectEventCall(
+        call = ExpectEventRequest(
             node_id,
             iteration,
             wanted.event_type,
@@ -130,7 +130,7 @@ class RemoteEvents:
             wanted.timeout_seconds,
         )
         path = f"/executions/{caller.execution_id}/event-waits"
-        return (await insist(lambda: self._gateway.call(path, call, ExpectedEvent))).expires_at
+        return (await until_available(lambda: self._gateway.call(path, call, ExpectEventResponse))).expires_at
 
 
 class RemoteContents:

@@ -15,10 +15,10 @@ import uvloop
 
 from concurrency import gc_tuning
 from engine.services import NodeServices
-from execution.executor import Around, Executor
-from execution.gateway_calls import Contact
+from execution.executor import ExecutorHooks, RunExecutor
 from execution.node_blobs import NodeBlobs
-from execution.user_code import open_code_of_pod
+from execution.pod_api import PodContact
+from execution.user_code import open_pod_code
 from journal.blobs.blob_store import RunBlobs
 from journal.store import DefinitionKey
 from models.errors import DatabaseUnavailable
@@ -86,12 +86,12 @@ async def _stop_when_orphaned(gateway: Gateway, settings: RunnerSettings, stop: 
 
 async def make_first_contact(
     gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event
-) -> Contact | None:
+) -> PodContact | None:
     """Return what the gateway says first, as soon as it does; None where this is to stop before."""
     while not stop.is_set():
         try:
             asked_at = time.monotonic()
-            contact = await gateway.call("/contact", None, Contact)
+            contact = await gateway.call("/contact", None, PodContact)
             gateway.clock.learn(contact.now, asked_at)
             return contact
         except (DatabaseUnavailable, CallRefused) as error:
@@ -104,7 +104,7 @@ async def make_first_contact(
 async def _patience(gateway: Gateway, settings: RunnerSettings) -> float:
     """Return how long runs may take to end: of a deployment that was stopped, they have had that time already."""
     try:
-        contact = await gateway.call("/contact", None, Contact, seconds=LAST_CONTACT_SECONDS)
+        contact = await gateway.call("/contact", None, PodContact, seconds=LAST_CONTACT_SECONDS)
     except (DatabaseUnavailable, CallRefused) as error:
         log.warning("gateway not reached", workflow_id=settings.runner_workflow_id, error=str(error))
         return settings.runner_drain_seconds
@@ -113,14 +113,14 @@ async def _patience(gateway: Gateway, settings: RunnerSettings) -> float:
 
 @asynccontextmanager
 async def working(
-    settings: RunnerSettings, gateway: Gateway, contact: Contact, life: Life
-) -> AsyncIterator[Executor]:
+    settings: RunnerSettings, gateway: Gateway, contact: PodContact, life: Life
+) -> AsyncIterator[RunExecutor]:
     """Run executions as long as the context lasts; on leaving it, let them end, and hand over what still runs."""
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = RunBlobs(RemoteContents(gateway))
     processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
     catalog = PooledCatalog(catalogs.load_catalog().node_types, processes)
-    code = open_code_of_pod(settings)
+    code = open_pod_code(settings)
     connections = DataSourceConnections(RemoteSources(gateway), _policy(settings, contact, gateway.clock))
     services = NodeServices(
         http=outbound,
@@ -133,14 +133,14 @@ async def working(
     )
     store = RemoteStore(gateway)
     news = GatewayNews(gateway, inbox=settings.runner_pod)
-    executor = Executor(
-        store, news, catalog, services, settings, blobs=blobs, around=Around(answers=store.answers)
+    executor = RunExecutor(
+        store, news, catalog, services, settings, blobs=blobs, around=ExecutorHooks(answers=store.answers)
     )
     key = DefinitionKey(contact.organization_id, contact.definition_hash, contact.lane)
     await executor.prepare(key, contact.definition)
     try:
         await executor.start()
-        life.hint, life.stage = executor.hint, Stage.READY
+        life.hint, life.stage = executor.wake, Stage.READY
         yield executor
     finally:
         await executor.drain(patience_seconds=life.patience_seconds)
@@ -150,7 +150,7 @@ async def working(
         await outbound.close()
 
 
-def _policy(settings: RunnerSettings, contact: Contact, clock: DatabaseClock) -> ConnectionPolicy:
+def _policy(settings: RunnerSettings, contact: PodContact, clock: DatabaseClock) -> ConnectionPolicy:
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from execution.gateway_calls import MAX_WAIT_SECONDS, News, WaitCall
+from execution.pod_api import MAX_WAIT_SECONDS, WorkPollRequest, WorkPollResponse
 from messages.broker import Letter, Notice
 from messages.executions import ALL_LANES
 from models.errors import DatabaseUnavailable
@@ -96,13 +96,13 @@ class GatewayNews:
         while len(self._heard) > MAX_REMEMBERED:
             del self._heard[next(iter(self._heard))]
 
-    def _count_arrivals(self, news: News) -> None:
+    def _count_arrivals(self, news: WorkPollResponse) -> None:
         self._arrivals.pop(news.gateway, None)
         self._arrivals[news.gateway] = news.arrivals
         while len(self._arrivals) > MAX_GATEWAYS:
             del self._arrivals[next(iter(self._arrivals))]
 
-    async def _wait(self, rest: float) -> News:
+    async def _wait(self, rest: float) -> WorkPollResponse:
         seconds = rest if rest > 0 else MAX_WAIT_SECONDS
-        call = WaitCall(seconds, wants_work=rest <= 0, heard=self._heard, arrivals=self._arrivals)
-        return await self._gateway.call("/wait", call, News, seconds=seconds + GRACE_SECONDS)
+        call = WorkPollRequest(seconds, wants_work=rest <= 0, heard=self._heard, arrivals=self._arrivals)
+        return await self._gateway.call("/wait", call, WorkPollResponse, seconds=seconds + GRACE_SECONDS)

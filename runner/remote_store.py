@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from execution.gateway_calls import (
+from execution.pod_api import (
     MAX_CLAIM,
     MAX_WRITES,
     SPANS_PER_PAGE,
-    Answers,
-    ClaimCall,
-    Claims,
-    Count,
-    Definitions,
-    DefinitionsCall,
-    GiveBackCall,
-    HeldLease,
-    LogEnds,
-    RecordCall,
-    Recorded,
-    RenewCall,
-    RenewedLeases,
-    RunsCall,
-    Spans,
-    SpansCall,
-    Suspects,
-    SuspectsCall,
+    ClaimRequest,
+    ClaimResponse,
+    CountResponse,
+    DefinitionsRequest,
+    DefinitionsResponse,
+    LeaseIdentity,
+    LogPositions,
+    NodeAnswersResponse,
+    RecordRequest,
+    RecordResponse,
+    ReleaseRequest,
+    RenewRequest,
+    RenewResponse,
+    RunsRequest,
+    SpansRequest,
+    SpansResponse,
+    SuspectsRequest,
+    SuspectsResponse,
 )
 from journal.store import (
     ClaimedRun,
@@ -61,26 +61,26 @@ class RemoteStore:
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
         """Take pending runs of this deployment; see `RunStore.claim`."""
-        call = ClaimCall(
+        call = ClaimRequest(
             min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_trial_losses
         )
         asked_at = time.monotonic()
-        claimed = (await self._gateway.call("/claim", call, Claims)).runs
+        claimed = (await self._gateway.call("/claim", call, ClaimResponse)).runs
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
 
     async def has_suspects(self, max_trial_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows whose they are
         """Tell whether suspects of this deployment wait; see `RunStore.has_suspects`."""
-        call = SuspectsCall(max_trial_losses)
-        return (await self._gateway.call("/suspects", call, Suspects)).has_suspects
+        call = SuspectsRequest(max_trial_losses)
+        return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
         """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""
         held: set[str] = set()
         unwritten: set[str] = set()
         for part in _parts(batch):
-            call = RecordCall(list(part))
-            answer = await self._gateway.call("/record", call, Recorded, seconds=RECORD_SECONDS)
+            call = RecordRequest(list(part))
+            answer = await self._gateway.call("/record", call, RecordResponse, seconds=RECORD_SECONDS)
             held.update(answer.held)
             unwritten.update(answer.unwritten)
         if unwritten:
@@ -95,9 +95,9 @@ class RemoteStore:
         owner: str = "",  # noqa: ARG002 - the gateway knows whose they are
     ) -> Sequence[RenewalResult]:
         """Extend leases; see `RunStore.renew`."""
-        leases = [HeldLease(one.execution_id, one.lane, one.token) for one in held]
+        leases = [LeaseIdentity(one.execution_id, one.lane, one.token) for one in held]
         asked_at = time.monotonic()
-        answer = await self._gateway.call("/renew", RenewCall(leases, lease_seconds), RenewedLeases)
+        answer = await self._gateway.call("/renew", RenewRequest(leases, lease_seconds), RenewResponse)
         self.clock.learn(answer.now, asked_at)
         renewed = [RenewalResult(execution_id, request) for execution_id, request in answer.requests.items()]
         return [
@@ -107,8 +107,8 @@ class RemoteStore:
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return definitions that runs of this pod were accepted with; see `RunStore.definitions`."""
-        call = DefinitionsCall([key.hash for key in keys])
-        texts = (await self._gateway.call("/definitions", call, Definitions)).texts
+        call = DefinitionsRequest([key.hash for key in keys])
+        texts = (await self._gateway.call("/definitions", call, DefinitionsResponse)).texts
         return {key: texts[key.hash] for key in keys if key.hash in texts}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
@@ -119,25 +119,27 @@ class RemoteStore:
         found: list[NodeSpan] = []
         while True:
             after = found[-1].sequence if found else 0
-            page = (await self._gateway.call("/spans", SpansCall(execution_id, after), Spans)).spans
+            page = (
+                await self._gateway.call("/spans", SpansRequest(execution_id, after), SpansResponse)
+            ).spans
             found.extend(page)
             if len(page) < SPANS_PER_PAGE:
                 return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return where logs end; see `RunStore.last_log_lines`."""
-        return dict((await self._gateway.call("/log-ends", _runs(keys), LogEnds)).last_lines)
+        return dict((await self._gateway.call("/log-ends", _runs(keys), LogPositions)).last_lines)
 
     async def answers(self, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
         """Return what nodes were answered, by execution id, then by node id and iteration."""
         found: dict[str, dict[tuple[str, str], bytes]] = {}
-        for one in (await self._gateway.call("/answers", _runs(keys), Answers)).answers:
+        for one in (await self._gateway.call("/answers", _runs(keys), NodeAnswersResponse)).answers:
             found.setdefault(one.execution_id, {})[one.node_id, one.iteration] = one.payload
         return found
 
     async def promote_due(self) -> int:
         """Put waits of this deployment that are over back in the queue."""
-        return (await self._gateway.call("/promote", None, Count)).count
+        return (await self._gateway.call("/promote", None, CountResponse)).count
 
     async def sweep(self, limit: int) -> SweepResult:  # noqa: ARG002 - the protocol's signature
         """Find nothing: workers look for what nobody holds, and pods are told of work."""
@@ -145,7 +147,7 @@ class RemoteStore:
 
     async def give_back(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows whose they are
         """Give back what was never begun; see `RunStore.give_back`."""
-        return (await self._gateway.call("/give-back", GiveBackCall(list(held)), Count)).count
+        return (await self._gateway.call("/give-back", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteStore:
         """Return a store with connections of its own, on the running loop."""
@@ -156,8 +158,8 @@ class RemoteStore:
         await self._gateway.close()
 
 
-def _runs(keys: Sequence[ExecutionKey]) -> RunsCall:
-    return RunsCall([key.execution_id for key in keys])
+def _runs(keys: Sequence[ExecutionKey]) -> RunsRequest:
+    return RunsRequest([key.execution_id for key in keys])
 
 
 def _parts(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:

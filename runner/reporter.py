@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from engine.run_errors import NodeError
-from execution.gateway_calls import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
+from execution.pod_api import NODE_ERROR_HEADER, PREFIX, RETRYABLE, RUNNER_HEADER
 from json_text import decoding
 from models.database_clock import DatabaseClock
 from models.errors import DatabaseUnavailable

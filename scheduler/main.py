@@ -19,8 +19,8 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from concurrency import heartbeat
-from execution import abandoned, due_runs
-from execution.awaited_events import AwaitedEvents
+from execution import abandoned_runs, due_runs
+from execution.event_matching import EventMatcher
 from journal import clock_sync
 from journal.store import JournalStore
 from journal.store_factory import open_store
@@ -66,7 +66,7 @@ def duties(
 ) -> Sequence[Duty]:
     """Return what is to be done, and how often."""
     schedules = Schedules(database, broker, catalogs.load_catalog())
-    awaited = AwaitedEvents(database, broker)
+    awaited = EventMatcher(database, broker)
     return (
         Duty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
         Duty("set schedules back", 60, schedules.set_back),
@@ -75,7 +75,7 @@ def duties(
         Duty(
             "end abandoned executions",
             settings.sweep_seconds,
-            partial(abandoned.end, database, store, broker),
+            partial(abandoned_runs.end_abandoned_runs, database, store, broker),
         ),
         Duty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
         Duty("forget past paces", 60, partial(retention.forget_past_paces, database)),
@@ -95,10 +95,10 @@ def duties(
         Duty(
             "see to waiting executions",
             settings.sweep_seconds,
-            partial(due_runs.see_to, database, broker),
+            partial(due_runs.wake_due_deployments, database, broker),
         ),
-        Duty("tell events", settings.sweep_seconds, awaited.tell_left),
-        Duty("forget waits for events", 600, awaited.forget_over),
+        Duty("tell events", settings.sweep_seconds, awaited.deliver_undelivered),
+        Duty("forget waits for events", 600, awaited.delete_expired),
         Duty("forget lifecycle decisions", 3_600, partial(lifecycle.forget_decisions, database)),
         Duty("sweep blobs", 3_600, partial(orphaned_blobs.sweep, settings, database)),
     )

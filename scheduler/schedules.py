@@ -98,7 +98,7 @@ class Schedules:
         if started.concurrency_keys or None in started.homes:
             await hints.wake(self._broker)
         if any(started.homes):
-            await due_runs.see_to(self._database, self._broker)
+            await due_runs.wake_due_deployments(self._database, self._broker)
         started.decided += len(lost)
         return started
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from engine.run_records import RunOutcome
     from engine.values import Json
-    from execution.child_runs import ChildRuns
+    from execution.child_runs import ChildRunStarter
     from journal.blobs.blob_store import BlobStore
     from journal.run_outputs import LeafOutput
     from journal.store import ClaimedRun, JournalStore
@@ -85,7 +85,7 @@ class AfterRuns:
         broker: Broker,
         blobs: BlobStore,
         messages: Webhooks,
-        runs: ChildRuns,
+        runs: ChildRunStarter,
         *,
         sweep_seconds: float,
         lease_seconds: float = LEASE_SECONDS,

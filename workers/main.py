@@ -14,15 +14,15 @@ from prometheus_client import start_http_server
 
 from concurrency import gc_tuning, heartbeat
 from engine.services import NodeServices
-from execution import abandoned, due_runs
-from execution.awaited_events import AwaitedEvents
-from execution.child_runs import ChildRuns
-from execution.data_sources import StoredSources
-from execution.executor import Around, Executor
-from execution.isolation import Isolation
+from execution import abandoned_runs, due_runs
+from execution.child_runs import ChildRunStarter
+from execution.event_matching import EventMatcher
+from execution.executor import ExecutorHooks, RunExecutor
 from execution.node_blobs import NodeBlobs
-from execution.pace import SharedPace
-from execution.user_code import open_code
+from execution.shared_throttle import SharedThrottle
+from execution.stored_data_sources import StoredDataSources
+from execution.trials import TrialGate
+from execution.user_code import open_worker_code
 from journal import clock_sync
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
@@ -90,7 +90,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 @asynccontextmanager
 async def working(
     settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
-) -> AsyncIterator[Executor]:
+) -> AsyncIterator[RunExecutor]:
     """Work as long as the context lasts; on leaving it, hand over what still runs.
 
     The store is the way of the runs; what comes up now and then goes by the database.
@@ -100,10 +100,10 @@ async def working(
     files = OrganizationFolders(settings.files_dir)
     processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
     catalog = PooledCatalog(catalogs.load_catalog().node_types, processes)
-    code = open_code(settings)
+    code = open_worker_code(settings)
     vault = SecretVault(settings.secret, settings.previous_secrets)
     connections = DataSourceConnections(
-        StoredSources(database, vault),
+        StoredDataSources(database, vault),
         ConnectionPolicy(
             allowed_networks=settings.outbound_allowed_networks,
             own_databases=(ServerDatabase.from_url(settings.database_url),),
@@ -112,7 +112,7 @@ async def working(
             max_sqlite_processes=settings.cpu_processes,
         ),
     )
-    runs = ChildRuns(database, store, broker, catalog, settings)
+    runs = ChildRunStarter(database, store, broker, catalog, settings)
     services = NodeServices(
         http=outbound,
         data_sources=connections,
@@ -120,20 +120,20 @@ async def working(
         blobs=NodeBlobs(blobs),
         code=code,
         runs=runs,
-        pace=SharedPace(database),
-        events=AwaitedEvents(database, broker),
+        pace=SharedThrottle(database),
+        events=EventMatcher(database, broker),
     )
     webhooks = Webhooks(database, vault, outbound)
     after = AfterRuns(database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds)
-    isolation = Isolation()
-    executor = Executor(
+    isolation = TrialGate()
+    executor = RunExecutor(
         store,
         broker,
         catalog,
         services,
         settings,
         blobs=blobs,
-        around=Around(
+        around=ExecutorHooks(
             answers=partial(node_answers.read_answers, database),
             on_left=after.left,
             on_swept=partial(_see_to_others, database, store, broker),
@@ -169,5 +169,5 @@ async def working(
 
 async def _see_to_others(database: Database, store: JournalStore, broker: Broker) -> None:
     """See to runs that nobody else does, should there be no scheduler just now; raises `DatabaseUnavailable`."""
-    await abandoned.end(database, store, broker)
-    await due_runs.see_to(database, broker)
+    await abandoned_runs.end_abandoned_runs(database, store, broker)
+    await due_runs.wake_due_deployments(database, broker)

@@ -27,7 +27,7 @@ from engine.run_errors import NodeError
 from engine.run_records import RunError, RunOutcome, RunStatus
 from engine.services import RunCaller
 from execution import due_runs
-from execution.isolation import TRIAL_SECONDS, Isolation, SuspectSearch
+from execution.trials import TRIAL_SECONDS, SuspectSearch, TrialGate
 from journal import concurrency_limits, unparsed_mail
 from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
 from journal.group_commit import GroupCommit
@@ -152,7 +152,7 @@ class Reader:
         settings: WorkerSettings,
         *,
         on_left: Callable[[ClaimedRun, RunOutcome], None],
-        isolation: Isolation,
+        isolation: TrialGate,
     ) -> None:
         """`on_left` is told of runs that have ended here, if their end is to be followed up."""
         self._database = database
@@ -244,7 +244,7 @@ class Reader:
         max_trial_losses = None if self._is_draining else await self._suspects.find()
         if max_trial_losses is None:
             return
-        async with self._isolation.alone():
+        async with self._isolation.run_trial():
             claim = ClaimQuery(
                 self._owner,
                 self._settings.lease_seconds,
@@ -481,7 +481,7 @@ class Reader:
             if await concurrency_limits.admit_waiting_runs(self._database, left.concurrency_key):
                 await hints.wake(self._broker)
         elif left.home is not None:
-            await due_runs.see_to(self._database, self._broker)
+            await due_runs.wake_due_deployments(self._database, self._broker)
         else:
             await hints.wake(self._broker)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from journal.group_commit import GroupCommit
 
 if TYPE_CHECKING:
-    from execution.awaited_events import AwaitedEvents
+    from execution.event_matching import EventMatcher
 
 
 class EventTelling:
     """What is still to be told; what is lost here, the scheduler finds by the rows."""
 
-    def __init__(self, awaited: AwaitedEvents) -> None:
+    def __init__(self, awaited: EventMatcher) -> None:
         self._awaited = awaited
         self._group: GroupCommit[str, None] = GroupCommit(self._tell)
 
@@ -27,5 +27,5 @@ class EventTelling:
         await self._group.drain()
 
     async def _tell(self, batch: Sequence[str]) -> Sequence[None]:
-        await self._awaited.tell(batch)
+        await self._awaited.deliver(batch)
         return [None] * len(batch)

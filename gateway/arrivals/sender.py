@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import structlog
 
-from concurrency.single_flight import Joint
+from concurrency.single_flight import SingleFlight
 from concurrency.ttl_cache import TTLCache
 from gateway import errors
 from gateway.errors import ApiError
@@ -72,7 +72,7 @@ class Doorkeeper:
         self._authenticator = authenticator
         self._kept: TTLCache[str, tuple[float, FoundSenderToken]] = TTLCache(KEPT_SECONDS, MAX_KEPT)
         """Tokens and when they were asked for, by their hashes."""
-        self._lookups: Joint[str, FoundSenderToken | None] = Joint(self._look_up)
+        self._lookups: SingleFlight[str, FoundSenderToken | None] = SingleFlight(self._look_up)
         self._reads: GroupCommit[str, FoundSenderToken | None] = GroupCommit(self._read)
         """One query at a time, for all tokens that wait."""
         self._recorded: TTLCache[str, bool] = TTLCache(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
@@ -120,7 +120,7 @@ class Doorkeeper:
             return kept[1]
         found = None
         if len(token) <= LONGEST_TOKEN and token.startswith(tuple(TOKEN_PREFIXES.values())):
-            found = await self._lookups.ask(hashed)
+            found = await self._lookups.get(hashed)
         if found is None:
             raise self._failures.fail(client_of_scope(scope), no_sender())
         return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from concurrency.single_flight import Joint
+from concurrency.single_flight import SingleFlight
 from gateway import errors
 from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
@@ -57,7 +57,7 @@ class Authenticator:
         self._secret = secret
         self._previous = previous
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
-        self._lookups: Joint[str, ApiCaller | None] = Joint(self._look_up)
+        self._lookups: SingleFlight[str, ApiCaller | None] = SingleFlight(self._look_up)
         self._reads: GroupCommit[Sequence[str], FoundKey | None] = GroupCommit(self._read)
         """One query at a time, for all keys that wait: however many wrong ones come, they keep one connection busy."""
         self._failures = FailedAttempts("Too many requests from this address had no valid key")
@@ -71,7 +71,7 @@ class Authenticator:
         remembered = self._remembered.get(hash_key(key, self._secret))
         if remembered is not None and remembered.fresh_until > monotonic():
             return remembered.caller
-        caller = await self._lookups.ask(key)
+        caller = await self._lookups.get(key)
         if caller is None:
             raise self._failures.fail(client_of_scope(scope), errors.unauthorized())
         return caller

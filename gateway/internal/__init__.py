@@ -1,1 +1,1 @@
-"""What pods ask of the gateway in the place of a database: see `execution.gateway_calls`."""
+"""What pods ask of the gateway in the place of a database: see `execution.pod_api`."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.run_records import NodeSpan
-    from execution.gateway_calls import ExpectEventCall
+    from execution.pod_api import ExpectEventRequest
     from journal.store import RunWrite
 
 MAX_HASHES_BYTES = 1_024
@@ -48,7 +48,7 @@ def require_storable(write: RunWrite) -> None:
         raise _refused("The inbox is none")
 
 
-def require_readable(call: ExpectEventCall) -> None:
+def require_readable(call: ExpectEventRequest) -> None:
     """Raise 422 for the filter of a wait that nobody could look through events by."""
     try:
         if call.condition is not None:

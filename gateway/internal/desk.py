@@ -17,7 +17,7 @@ from sqlalchemy import literal_column, select
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
-from execution.gateway_calls import News, WaitCall
+from execution.pod_api import WorkPollRequest, WorkPollResponse
 from gateway import errors
 from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
 from models.errors import DatabaseUnavailable
@@ -51,9 +51,11 @@ class Waiter:
     """A pod that waits."""
 
     holder: Holder
-    call: WaitCall
+    call: WorkPollRequest
     wants_work: bool
-    news: asyncio.Future[News] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    news: asyncio.Future[WorkPollResponse] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
     @property
     def workflow_id(self) -> str:
@@ -82,7 +84,7 @@ class Desk:
         """Hear of what arrives at other gateways."""
         await self._broker.listen(self._noticed)
 
-    async def wait(self, holder: Holder, call: WaitCall) -> News:
+    async def wait(self, holder: Holder, call: WorkPollRequest) -> WorkPollResponse:
         """Return what there is to tell a pod, at the latest when its time is up; raises `DatabaseUnavailable`."""
         if self._is_closed or sum(map(len, self._waiters.values())) >= MAX_WAITING:
             raise errors.not_ready("As many pods wait here as can, or this gateway stops: try again")
@@ -232,9 +234,9 @@ class Desk:
 
     def _news(
         self, waiter: Waiter, *, has_work: bool = False, requests: dict[str, str] | None = None
-    ) -> News:
+    ) -> WorkPollResponse:
         arrivals = self._arrivals.get(waiter.workflow_id, 0)
-        return News(has_work, requests or {}, self._broker.inbox, arrivals)
+        return WorkPollResponse(has_work, requests or {}, self._broker.inbox, arrivals)
 
     def _all(self) -> list[Waiter]:
         return [waiter for waiters in self._waiters.values() for waiter in waiters]

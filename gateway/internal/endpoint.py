@@ -14,7 +14,7 @@ import msgspec
 
 from engine import values
 from engine.values import InvalidJson
-from execution.gateway_calls import RUNNER_HEADER
+from execution.pod_api import RUNNER_HEADER
 from gateway import errors
 from gateway.errors import ApiError
 from gateway.http.body_limit import BodyLimit

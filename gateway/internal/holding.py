@@ -12,7 +12,7 @@ from sqlalchemy import bindparam, func, literal_column, select, update
 from sqlmodel import col
 
 from engine.services import RunCaller
-from execution.gateway_calls import SPANS_PER_PAGE, Answer
+from execution.pod_api import SPANS_PER_PAGE, NodeAnswerRecord
 from gateway.errors import ApiError
 from journal.run_rows import SPAN_COLUMNS, decode_span
 from models.database_time import DatabaseTime
@@ -176,7 +176,7 @@ async def log_ends(database: Database, holder: Holder, execution_ids: Sequence[s
         return {row.execution_id: row.last for row in await connection.execute(statement)}
 
 
-async def answers(database: Database, holder: Holder, execution_ids: Sequence[str]) -> list[Answer]:
+async def answers(database: Database, holder: Holder, execution_ids: Sequence[str]) -> list[NodeAnswerRecord]:
     """Return what nodes of runs were answered."""
     statement = (
         select(
@@ -192,7 +192,9 @@ async def answers(database: Database, holder: Holder, execution_ids: Sequence[st
     )
     async with database.read() as connection:
         rows = (await connection.execute(statement)).all()
-    return [Answer(row.execution_id, row.node_id, row.iteration, row.payload.encode()) for row in rows]
+    return [
+        NodeAnswerRecord(row.execution_id, row.node_id, row.iteration, row.payload.encode()) for row in rows
+    ]
 
 
 async def promote_due(database: Database, holder: Holder) -> int:

@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from execution.gateway_calls import (
+from execution.pod_api import (
     MAX_RECORD_BYTES,
-    Answers,
-    ClaimCall,
-    Claims,
-    Contact,
-    Count,
-    Definitions,
-    DefinitionsCall,
-    GiveBackCall,
-    LogEnds,
-    OwnDatabase,
-    RecordCall,
-    Recorded,
-    RenewCall,
-    RenewedLeases,
-    RunsCall,
-    Spans,
-    SpansCall,
-    Suspects,
-    SuspectsCall,
-    WaitCall,
+    ClaimRequest,
+    ClaimResponse,
+    CountResponse,
+    DefinitionsRequest,
+    DefinitionsResponse,
+    LogPositions,
+    NodeAnswersResponse,
+    PodContact,
+    RecordRequest,
+    RecordResponse,
+    ReleaseRequest,
+    RenewRequest,
+    RenewResponse,
+    RunsRequest,
+    ServerDatabaseAddress,
+    SpansRequest,
+    SpansResponse,
+    SuspectsRequest,
+    SuspectsResponse,
+    WorkPollRequest,
 )
 from gateway import errors
 from gateway.http.responses import JsonResponse
@@ -60,7 +60,7 @@ async def contact(request: Request, holder: Holder) -> JsonResponse:
     if found is None:
         raise errors.conflict("not-deployed", "This workflow is not deployed")
     return JsonResponse(
-        Contact(
+        PodContact(
             holder.organization_id,
             holder.lane,
             *found,
@@ -83,24 +83,24 @@ async def _take_back_earlier(gateway: State, holder: Holder) -> None:
         await gateway.runners.desk.arrived([holder.workflow_id])
 
 
-def _own_database(gateway: State) -> OwnDatabase | None:
+def _own_database(gateway: State) -> ServerDatabaseAddress | None:
     if is_sqlite(gateway.database.url):
         return None
     own = data_source_policy.ServerDatabase.from_url(gateway.settings.database_url)
-    return OwnDatabase(own.host, own.port, own.database)
+    return ServerDatabaseAddress(own.host, own.port, own.database)
 
 
 async def wait(request: Request, holder: Holder) -> JsonResponse:
     """Wait for work, and for what is asked of runs."""
-    call = await decoded(request, WaitCall)
+    call = await decoded(request, WorkPollRequest)
     return JsonResponse(await request.gateway.runners.desk.wait(holder, call))
 
 
 async def claim(request: Request, holder: Holder) -> JsonResponse:
     """Take pending runs of this deployment."""
-    call = await decoded(request, ClaimCall)
+    call = await decoded(request, ClaimRequest)
     if not await holding.takes_runs(request.gateway.database, holder):
-        return JsonResponse(Claims(()))
+        return JsonResponse(ClaimResponse(()))
     claimed = await request.gateway.store.claim(
         ClaimQuery(
             holder.owner,
@@ -114,19 +114,19 @@ async def claim(request: Request, holder: Holder) -> JsonResponse:
     await beginnings.tell(request.gateway.broker, claimed)
     # What follows the end of a run is not the pod's business, and may name addresses that are nobody else's.
     own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
-    return JsonResponse(Claims(own))
+    return JsonResponse(ClaimResponse(own))
 
 
 async def suspects(request: Request, holder: Holder) -> JsonResponse:
     """Say whether runs of this deployment wait to be put on trial."""
-    call = await decoded(request, SuspectsCall)
+    call = await decoded(request, SuspectsRequest)
     store = request.gateway.store
-    return JsonResponse(Suspects(await store.has_suspects(call.max_trial_losses, holder.workflow_id)))
+    return JsonResponse(SuspectsResponse(await store.has_suspects(call.max_trial_losses, holder.workflow_id)))
 
 
 async def record(request: Request, holder: Holder) -> JsonResponse:
     """Write what runs have done."""
-    call = await decoded(request, RecordCall, max_bytes=MAX_RECORD_BYTES)
+    call = await decoded(request, RecordRequest, max_bytes=MAX_RECORD_BYTES)
     if len({write.execution_id for write in call.writes}) < len(call.writes):
         message = "A run has more than one write"
         raise errors.invalid([errors.problem("writes", "duplicate", message)])
@@ -141,15 +141,15 @@ async def record(request: Request, holder: Holder) -> JsonResponse:
         held, unwritten = error.held, error.unwritten
     if held:
         await _announce(request.gateway, call, held)
-    return JsonResponse(Recorded(sorted(held), sorted(unwritten)))
+    return JsonResponse(RecordResponse(sorted(held), sorted(unwritten)))
 
 
-def _require_storable(call: RecordCall) -> None:
+def _require_storable(call: RecordRequest) -> None:
     for write in call.writes:
         checks.require_storable(write)
 
 
-async def _announce(gateway: State, call: RecordCall, held: frozenset[str]) -> None:
+async def _announce(gateway: State, call: RecordRequest, held: frozenset[str]) -> None:
     inboxes = {write.execution_id: write.inbox for write in call.writes if write.execution_id in held}
     with suppress(BrokerUnavailable):  # whoever waits looks once a second
         await gateway.broker.announce(inboxes)
@@ -157,11 +157,11 @@ async def _announce(gateway: State, call: RecordCall, held: frozenset[str]) -> N
 
 async def renew(request: Request, holder: Holder) -> JsonResponse:
     """Extend leases."""
-    call = await decoded(request, RenewCall)
+    call = await decoded(request, RenewRequest)
     held = [LeaseRenewal(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
     renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
     return JsonResponse(
-        RenewedLeases(
+        RenewResponse(
             {one.execution_id: one.request for one in renewed if not one.is_locked},
             [one.execution_id for one in renewed if one.is_locked],
             request.gateway.database.clock.now(),
@@ -171,38 +171,38 @@ async def renew(request: Request, holder: Holder) -> JsonResponse:
 
 async def give_back(request: Request, holder: Holder) -> JsonResponse:
     """Give back what was claimed and never begun."""
-    call = await decoded(request, GiveBackCall)
-    return JsonResponse(Count(await request.gateway.store.give_back(holder.owner, call.held)))
+    call = await decoded(request, ReleaseRequest)
+    return JsonResponse(CountResponse(await request.gateway.store.give_back(holder.owner, call.held)))
 
 
 async def promote(request: Request, holder: Holder) -> JsonResponse:
     """Put waits that are over back in the queue."""
-    return JsonResponse(Count(await holding.promote_due(request.gateway.database, holder)))
+    return JsonResponse(CountResponse(await holding.promote_due(request.gateway.database, holder)))
 
 
 async def definitions(request: Request, holder: Holder) -> JsonResponse:
     """Return definitions of runs."""
-    call = await decoded(request, DefinitionsCall)
+    call = await decoded(request, DefinitionsRequest)
     found = await holding.definitions(request.gateway.database, holder, call.hashes)
-    return JsonResponse(Definitions(found))
+    return JsonResponse(DefinitionsResponse(found))
 
 
 async def spans(request: Request, holder: Holder) -> JsonResponse:
     """Return what was recorded of a run."""
-    call = await decoded(request, SpansCall)
+    call = await decoded(request, SpansRequest)
     found = await holding.spans(request.gateway.database, holder, call.execution_id, call.after)
-    return JsonResponse(Spans(found))
+    return JsonResponse(SpansResponse(found))
 
 
 async def log_ends(request: Request, holder: Holder) -> JsonResponse:
     """Return where logs of runs end."""
-    call = await decoded(request, RunsCall)
+    call = await decoded(request, RunsRequest)
     found = await holding.log_ends(request.gateway.database, holder, call.execution_ids)
-    return JsonResponse(LogEnds(found))
+    return JsonResponse(LogPositions(found))
 
 
 async def answers(request: Request, holder: Holder) -> JsonResponse:
     """Return what nodes of runs were answered."""
-    call = await decoded(request, RunsCall)
+    call = await decoded(request, RunsRequest)
     found = await holding.answers(request.gateway.database, holder, call.execution_ids)
-    return JsonResponse(Answers(found))
+    return JsonResponse(NodeAnswersResponse(found))

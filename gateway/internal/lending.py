@@ -14,19 +14,19 @@ from urllib.parse import unquote
 
 from engine.run_errors import NodeError
 from engine.services import EventWaitRequest
-from execution.gateway_calls import (
+from execution.node_blobs import MAX_BLOB_BYTES
+from execution.pod_api import (
     FINAL,
     NODE_ERROR_HEADER,
     RETRYABLE,
-    DataSourceCall,
-    ExpectedEvent,
-    ExpectEventCall,
-    ReserveCall,
-    Reserved,
-    StartedRun,
-    StartRunCall,
+    DataSourceRequest,
+    ExpectEventRequest,
+    ExpectEventResponse,
+    StartRunRequest,
+    StartRunResponse,
+    ThrottleRequest,
+    ThrottleResponse,
 )
-from execution.node_blobs import MAX_BLOB_BYTES
 from gateway import errors
 from gateway.errors import ApiError
 from gateway.http.body_limit import BodyLimit
@@ -82,7 +82,7 @@ async def _owner(request: Request, holder: Holder) -> BlobOwner:
 
 async def open_data_source(request: Request, holder: Holder) -> JsonResponse:
     """Return a data source with its secrets."""
-    call = await decoded(request, DataSourceCall)
+    call = await decoded(request, DataSourceRequest)
     caller = await holding.caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
         return JsonResponse(await request.gateway.runners.sources.find(caller, call.source_id))
@@ -90,7 +90,7 @@ async def open_data_source(request: Request, holder: Holder) -> JsonResponse:
 
 async def start_run(request: Request, holder: Holder) -> JsonResponse:
     """Start a run of another workflow."""
-    call = await decoded(request, StartRunCall, max_bytes=MAX_START_BYTES)
+    call = await decoded(request, StartRunRequest, max_bytes=MAX_START_BYTES)
     caller = await holding.caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
         execution_id = await request.gateway.runners.runs.start(
@@ -101,12 +101,12 @@ async def start_run(request: Request, holder: Holder) -> JsonResponse:
             iteration=call.iteration,
             awaited=call.awaited,
         )
-    return JsonResponse(StartedRun(execution_id))
+    return JsonResponse(StartRunResponse(execution_id))
 
 
 async def expect_event(request: Request, holder: Holder) -> JsonResponse:
     """Have a node wait for an event."""
-    call = await decoded(request, ExpectEventCall)
+    call = await decoded(request, ExpectEventRequest)
     checks.require_readable(call)
     caller = await holding.caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
@@ -118,12 +118,12 @@ async def expect_event(request: Request, holder: Holder) -> JsonResponse:
             node_id=call.node_id,
             iteration=call.iteration,
         )
-    return JsonResponse(ExpectedEvent(expires_at))
+    return JsonResponse(ExpectEventResponse(expires_at))
 
 
 async def reserve(request: Request, holder: Holder) -> JsonResponse:
     """Take the next place at a limited rate."""
-    call = await decoded(request, ReserveCall)
+    call = await decoded(request, ThrottleRequest)
     caller = await holding.caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
         at = await request.gateway.runners.pace.reserve(
@@ -133,7 +133,7 @@ async def reserve(request: Request, holder: Holder) -> JsonResponse:
             per_seconds=call.per_seconds,
             max_wait_seconds=call.max_wait_seconds,
         )
-    return JsonResponse(Reserved(at))
+    return JsonResponse(ThrottleResponse(at))
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from execution.gateway_calls import PREFIX
+from execution.pod_api import PREFIX
 from gateway.http.endpoint import Endpoint
 from gateway.internal import journaling, lending
 from gateway.internal.endpoint import InternalEndpoint, InternalHandler

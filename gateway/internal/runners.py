@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from execution.awaited_events import AwaitedEvents
-from execution.child_runs import ChildRuns
-from execution.data_sources import StoredSources
-from execution.pace import SharedPace
+from execution.child_runs import ChildRunStarter
+from execution.event_matching import EventMatcher
+from execution.shared_throttle import SharedThrottle
+from execution.stored_data_sources import StoredDataSources
 from gateway.internal.desk import Desk
 from gateway.internal.endpoint import RunnerAuthenticator
 
@@ -29,10 +29,10 @@ class Runners:
 
     authenticator: RunnerAuthenticator
     desk: Desk
-    sources: StoredSources
-    runs: ChildRuns
-    pace: SharedPace
-    events: AwaitedEvents
+    sources: StoredDataSources
+    runs: ChildRunStarter
+    pace: SharedThrottle
+    events: EventMatcher
 
 
 @asynccontextmanager
@@ -51,10 +51,10 @@ async def opened(
         yield Runners(
             authenticator=RunnerAuthenticator(database),
             desk=desk,
-            sources=StoredSources(database, vault),
-            runs=ChildRuns(database, store, broker, catalog, settings),
-            pace=SharedPace(database),
-            events=AwaitedEvents(database, broker),
+            sources=StoredDataSources(database, vault),
+            runs=ChildRunStarter(database, store, broker, catalog, settings),
+            pace=SharedThrottle(database),
+            events=EventMatcher(database, broker),
         )
     finally:
         await desk.close()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.services import NodeServices
-from execution.executor import Executor
+from execution.executor import RunExecutor
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import RunWrite
 from journal.store_factory import open_store
@@ -34,7 +34,7 @@ async def main(url: str, folder: str) -> None:
     store.record = record_or_die  # type: ignore[method-assign]  # in the place of what it does
     blobs = open_blobs(settings)
     services = NodeServices(http=NoNetwork())
-    executor = Executor(store, LocalBroker(inbox="dies"), library(), services, settings, blobs=blobs)
+    executor = RunExecutor(store, LocalBroker(inbox="dies"), library(), services, settings, blobs=blobs)
     await executor.start()
     await asyncio.Event().wait()
 

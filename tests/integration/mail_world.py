@@ -16,9 +16,9 @@ from sqlalchemy import select
 from sqlmodel import SQLModel, col
 
 from engine.run_records import RunOutcome
-from execution.data_sources import StoredSources
-from execution.isolation import Isolation
-from execution.pace import SharedPace
+from execution.shared_throttle import SharedThrottle
+from execution.stored_data_sources import StoredDataSources
+from execution.trials import TrialGate
 from gateway import state
 from gateway.arrivals.certificates import Certificates
 from gateway.main import create_app
@@ -211,7 +211,7 @@ class MailWorld:
         shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
         told = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.02, **settings})
         connections = DataSourceConnections(
-            StoredSources(gateway.database, gateway.vault),
+            StoredDataSources(gateway.database, gateway.vault),
             ConnectionPolicy(
                 allowed_networks=(ip_network("127.0.0.0/8"),), own_databases=(), files=told.files_dir
             ),
@@ -221,10 +221,10 @@ class MailWorld:
             gateway.store,
             gateway.broker,
             gateway.blobs,
-            Sources(connections, SharedPace(gateway.database)),
+            Sources(connections, SharedThrottle(gateway.database)),
             told,
             on_left=lambda one, ended: self.left.append((one, ended)),
-            isolation=Isolation(),
+            isolation=TrialGate(),
         )
         reader.start()
         try:

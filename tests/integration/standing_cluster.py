@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy import select, update
 from sqlmodel import col
 
-from execution.gateway_calls import Contact
+from execution.pod_api import PodContact
 from gateway import main as gateways
 from models import deployment_token, ids
 from models.database_time import DatabaseTime
@@ -131,7 +131,7 @@ class Cluster:
         )
         gateway = Gateway(settings)
         stack.push_async_callback(gateway.close)
-        contact = await gateway.call("/contact", None, Contact)
+        contact = await gateway.call("/contact", None, PodContact)
         await stack.enter_async_context(
             working(settings, gateway, contact, Life(token, deployment.workflow_id))
         )

@@ -18,7 +18,7 @@ from engine.run_errors import NodeError
 from engine.run_records import RunStatus
 from engine.services import RunCaller
 from engine.values import Json
-from execution.child_runs import ChildRuns
+from execution.child_runs import ChildRunStarter
 from journal.store import ClaimedRun
 from journal.waits import children
 from messages.local_broker import LocalBroker
@@ -66,9 +66,11 @@ async def runnable(world: World, place: Place | None = None, **columns: Any) -> 
     return made
 
 
-def runs(world: World, **settings: Any) -> ChildRuns:  # noqa: ANN401 - a field of WorkerSettings
+def runs(world: World, **settings: Any) -> ChildRunStarter:  # noqa: ANN401 - a field of WorkerSettings
     broker = LocalBroker(inbox="worker")
-    return ChildRuns(world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings))
+    return ChildRunStarter(
+        world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings)
+    )
 
 
 def caller_of(run: ClaimedRun, place: Place) -> RunCaller:
@@ -76,7 +78,7 @@ def caller_of(run: ClaimedRun, place: Place) -> RunCaller:
 
 
 async def start(
-    starter: ChildRuns,
+    starter: ChildRunStarter,
     caller: RunCaller,
     workflow: Place,
     inputs: Json = None,
@@ -86,7 +88,7 @@ async def start(
     return await starter.start(caller, workflow.workflow_id, inputs, **options)
 
 
-async def refusal(starter: ChildRuns, caller: RunCaller, workflow: Place) -> NodeError:
+async def refusal(starter: ChildRunStarter, caller: RunCaller, workflow: Place) -> NodeError:
     with pytest.raises(NodeError) as refused:
         await start(starter, caller, workflow, node_id="another")
     return refused.value

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
 from engine.services import NodeServices
 from engine.values import Json
-from execution.executor import Executor
+from execution.executor import RunExecutor
 from messages.broker import Broker, connect
 from models.execution import PRIORITY_MICROSECONDS
 from nodes import catalog
@@ -95,7 +95,7 @@ async def worker(world: World) -> AsyncIterator[Broker]:
     broker, end = await connect(None), asyncio.Event()
     settings = WorkerSettings(lease_seconds=30, concurrency=20)
     store, services = await world.another_store(), NodeServices(http=NoNetwork())
-    executor = Executor(store, broker, library(end), services, settings)
+    executor = RunExecutor(store, broker, library(end), services, settings)
     await executor.start()
     try:
         yield broker

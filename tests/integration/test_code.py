@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from engine.values import Json, encode_json
-from execution.user_code import open_code
+from execution.user_code import open_worker_code
 from nodes import catalog
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
@@ -353,13 +353,13 @@ async def test_generators_classes_and_standard_modules_are_all_there(python: Ben
 async def test_an_operator_may_keep_code_off_the_workers(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFLAME_CODE_NODES", where)
     with pytest.raises(NodeError) as raised:
-        await call("code", {"source": "1"}, code=open_code(WorkerSettings()))
+        await call("code", {"source": "1"}, code=open_worker_code(WorkerSettings()))
     assert raised.value.code == "not-available"
 
 
 async def test_an_operator_chooses_what_runs_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PILOTFLAME_CODE_BACKEND", "subprocess")
-    runner = open_code(WorkerSettings())
+    runner = open_worker_code(WorkerSettings())
     assert (await call("code", {"source": "import os\nos.sep"}, code=runner)).output == "/"
     await runner.close()
 
@@ -367,5 +367,5 @@ async def test_an_operator_chooses_what_runs_code(monkeypatch: pytest.MonkeyPatc
 async def test_a_worker_says_which_walls_its_kernel_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nodes.sandbox.children.landlock.landlock_version", lambda: 0)
     with capture_logs() as lines:
-        await open_code(WorkerSettings()).close()
+        await open_worker_code(WorkerSettings()).close()
     assert [line["missing"] for line in lines] == [["Landlock"]]

@@ -16,7 +16,7 @@ from sqlmodel import SQLModel, col
 
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import EventWaitRequest, RunCaller
-from execution.awaited_events import AwaitedEvents
+from execution.event_matching import EventMatcher
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from journal.waits import event_waits
 from messages.local_broker import LocalBroker
@@ -115,8 +115,8 @@ def silence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
 
 
-def scheduler(world: World) -> AwaitedEvents:
-    return AwaitedEvents(world.gateway.database, world.gateway.broker)
+def scheduler(world: World) -> EventMatcher:
+    return EventMatcher(world.gateway.database, world.gateway.broker)
 
 
 # ── what is waited for ──────────────────────────────────────────────────────────────────────────────────────
@@ -143,7 +143,7 @@ async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_m
         assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 1
         response = await people.owner.api.post(f"/api/v1/executions/{other}/cancel")
         assert response.status_code == 200
-    await scheduler(world).forget_over()
+    await scheduler(world).delete_expired()
     assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 0
 
 
@@ -187,7 +187,7 @@ async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
         await asyncio.sleep(0)
         assert (await row(world, execution_id))["status"] == "waiting"
         await aged(world)
-        await scheduler(world).tell_left()
+        await scheduler(world).deliver_undelivered()
         assert await came(world, people.owner, execution_id) == ("paid", 1)
     assert await count(world, EventRecord, told_at=None) == 0
 
@@ -210,7 +210,7 @@ async def test_telling_that_breaks_off_is_done_again_and_answers_once(
         monkeypatch.setattr(event_waits, "mark_delivered", note_told)
         monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
         await aged(world)
-        await scheduler(world).tell_left()
+        await scheduler(world).deliver_undelivered()
     assert await count(world, EventRecord, told_at=None) == 0
     assert await count(world, WaitAnswer, execution_id=execution_id) == 1
 
@@ -228,12 +228,12 @@ async def test_a_locked_run_keeps_an_event_from_no_other(
             await asleep(world, execution_id)
         await told(people.owner, "order.paid", order=7, total=1)
         await aged(world)
-        awaited = AwaitedEvents(database, world.gateway.broker)
+        awaited = EventMatcher(database, world.gateway.broker)
         async with left_open(url, lock, locked):
-            await prompt(awaited.tell_left())
+            await prompt(awaited.deliver_undelivered())
             assert await came(world, people.owner, other) == ("paid", 1)
             assert (await row(world, locked))["status"] == "waiting"
-        await awaited.tell_left()
+        await awaited.deliver_undelivered()
         assert await came(world, people.owner, locked) == ("paid", 1)
     assert await count(world, EventRecord, told_at=None) == 0
 
@@ -265,7 +265,7 @@ async def test_a_run_whose_worker_died_has_what_came_meanwhile(
     claimed = await dead_workers_claim(world, execution_id)
     await begun(world, claimed)
     if dies == "before it looks back":
-        monkeypatch.setattr(AwaitedEvents, "_look_back", died)
+        monkeypatch.setattr(EventMatcher, "_look_back", died)
     if dies != "before it waits":
         caller = RunCaller(
             *(claimed.organization_id, claimed.user_id, claimed.workflow_id, execution_id, execution_id)

@@ -23,7 +23,7 @@ from engine.run_records import RunStatus
 from engine.services import NodeServices
 from engine.values import Json
 from execution import executor as executors
-from execution.executor import Executor
+from execution.executor import RunExecutor
 from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey, JournalStore, SweepResult
 from messages import broker as brokers
 from messages.broker import Broker, ExecutionsChanged, Notice
@@ -170,7 +170,7 @@ def chain(*types: str, **configs: dict[str, Json]) -> str:
 class Worker:
     """One worker's process, but for the process."""
 
-    executor: Executor
+    executor: RunExecutor
     broker: Broker
 
 
@@ -200,7 +200,7 @@ class Workers:
         broker = broker or Deaf(inbox=uuid4().hex)
         self._stack.push_async_callback(broker.close)
         defaults = {"lease_seconds": LONG_SECONDS, "sweep_seconds": LONG_SECONDS, "commit_seconds": 0.02}
-        executor = Executor(
+        executor = RunExecutor(
             store,
             broker,
             self.stage.library(),
@@ -397,7 +397,7 @@ async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
     worker = await workers.start(store=Instead(store, promote_due=promote_due))
     for _ in range(8):
         await workers.accept(place, "wait", "note", wait1={"seconds": 0.05})
-        worker.executor.hint()
+        worker.executor.wake()
         await until(lambda: workers.are_all("completed"))
     assert promoted == [1] * 8
     waits = await world.query("SELECT ended_at - started_at AS lasted FROM span WHERE node_id = 'wait1'")
@@ -459,7 +459,7 @@ async def test_a_definition_that_was_not_there_is_looked_for_again(
     worker = await workers.start()
     await until(lambda: has_status(world, run.execution_id, "failed"))
     await world.store.accept([again])
-    worker.executor.hint()
+    worker.executor.wake()
     await until(lambda: has_status(world, again.execution_id, "completed"))
 
 
@@ -621,7 +621,7 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
 async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
     world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "HAND_OVER_SECONDS", 0.1)
+    monkeypatch.setattr(executors, "HAND_OFF_SECONDS", 0.1)
     (execution_id,) = await workers.accept(place, "hold")
     first = await workers.start()
     await soon(workers.stage.begun)
@@ -723,7 +723,7 @@ async def test_a_run_that_was_lost_and_came_back_to_the_same_worker_still_hears_
     worker = await workers.start(lease_seconds=1.0)
     await soon(workers.stage.begun)
     await take_away(world)
-    worker.executor.hint()
+    worker.executor.wake()
 
     async def has_left_the_first_one() -> bool:
         return len(workers.stage.calls) == 2 and workers.stage.cancelled == 1

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
 from engine.run_records import FailureCause, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
-from execution.child_runs import ChildRuns
+from execution.child_runs import ChildRunStarter
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.blob_store import BlobStore
 from journal.blobs.folder_storage import FolderBlobStorage
@@ -90,7 +90,7 @@ class Office:
         outbound = OutboundClient(LOOPBACK)
         broker = LocalBroker(inbox="worker")
         database, store = self.world.database, self.world.store
-        runs = ChildRuns(database, store, broker, catalog.load_catalog(), WorkerSettings())
+        runs = ChildRunStarter(database, store, broker, catalog.load_catalog(), WorkerSettings())
         after = AfterRuns(
             database,
             store,

@@ -14,7 +14,7 @@ from sqlmodel import col
 from engine.run_errors import NodeError
 from engine.services import RunCaller
 from engine.values import fingerprint
-from execution.data_sources import StoredSources
+from execution.stored_data_sources import StoredDataSources
 from models.data_source import DataSource
 from models.encryption import SecretVault
 from models.execution import Idempotency
@@ -64,10 +64,10 @@ def caller(person: Person) -> RunCaller:
     return RunCaller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
 
 
-def sources(world: World, *secrets: str) -> StoredSources:
+def sources(world: World, *secrets: str) -> StoredDataSources:
     """Return what a worker finds data sources by."""
     secret, *previous = [one.encode() for one in secrets or (SECRET,)]
-    return StoredSources(world.gateway.database, SecretVault(secret, previous))
+    return StoredDataSources(world.gateway.database, SecretVault(secret, previous))
 
 
 # ── what they are ───────────────────────────────────────────────────────────────────────────────────────────
@@ -400,7 +400,7 @@ async def test_a_change_reaches_runs_within_seconds_and_another_organisation_nev
         with pytest.raises(NodeError) as raised:
             await found.find(caller(person), source_id)
         assert raised.value.code == "data-source-not-found"
-    monkeypatch.setattr("execution.data_sources.monotonic", lambda: float("inf"))
+    monkeypatch.setattr("execution.stored_data_sources.monotonic", lambda: float("inf"))
     assert (await found.find(caller(people.owner), source_id)).revision == 2
 
 

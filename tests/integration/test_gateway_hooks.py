@@ -278,7 +278,7 @@ async def test_a_data_source_that_is_gone_is_for_the_owner_to_mend_and_the_sende
     source_id = await secret(people.owner, SECRETS["github"][0])
     hook = await hooked(people.owner, {"verification": {"provider": "github", "dataSource": source_id}})
     await people.owner.api.delete(f"/api/v1/datasources/{source_id}?force=true")
-    world.gateway.runners.sources.forget()
+    world.gateway.runners.sources.clear()
     answer = await send(world, BY_NAME["gh_push"].steps[0], hook.path)
     refused(answer, 503, "trigger-not-ready")
     assert int(answer.headers["Retry-After"]) == 60

@@ -25,7 +25,7 @@ from engine.run_errors import LeaseLost
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.services import NodeServices
 from engine.values import Json
-from execution.executor import Executor
+from execution.executor import RunExecutor
 from journal import recorder
 from journal.blobs import orphan_blobs
 from journal.blobs.blob_reference import BlobReference
@@ -128,8 +128,8 @@ class Workers:
         self._stack = stack
         self.stage = Stage()
 
-    async def start(self) -> Executor:
-        executor = Executor(
+    async def start(self) -> RunExecutor:
+        executor = RunExecutor(
             await self._world.another_store(),
             LocalBroker(inbox=uuid4().hex),
             library(effect=self.stage.effect),
@@ -186,7 +186,7 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     await world.store.sweep(10)  # as if the first worker had died: its write is nobody's any more
     workers.stage.begun.clear()
     await workers.start()
-    first.hint()
+    first.wake()
     await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
     workers.stage.go_on.set()
     await until(lambda: has_ended(world, key))

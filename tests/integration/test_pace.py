@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from engine.run_errors import NodeError
-from execution.pace import SharedPace
+from execution.shared_throttle import SharedThrottle
 from models.database import Database
 from scheduler import retention
 from tests.calls import CALLER
@@ -35,7 +35,7 @@ async def reserve(
     database: Database, key: str = "crm", organization_id: str = "org_1", max_wait_seconds: float = 3600
 ) -> datetime:
     caller = structs.replace(CALLER, organization_id=organization_id)
-    pace = SharedPace(database)
+    pace = SharedThrottle(database)
     return await pace.reserve(caller, key, limit=6, per_seconds=60.0, max_wait_seconds=max_wait_seconds)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from execution.gateway_calls import WaitCall
+from execution.pod_api import WorkPollRequest
 from gateway.internal import desk as desks
 from gateway.internal.desk import Desk
 from gateway.internal.forwarding import Forwarder
@@ -49,7 +49,7 @@ async def opened(world: World, broker: Broker) -> Desk:
 async def test_an_arrival_is_told_wherever_a_pod_waits(world: World, two: tuple[Broker, Broker]) -> None:
     here, there = [await opened(world, broker) for broker in two]
     for desk in (here, there, there):
-        waiting = asyncio.create_task(desk.wait(POD, WaitCall(SECONDS, wants_work=False)))
+        waiting = asyncio.create_task(desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False)))
         while not desk.is_waited_at_for(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
             await asyncio.sleep(0.01)
         await here.arrived([POD.workflow_id])
@@ -62,12 +62,12 @@ async def test_what_arrives_between_two_polls_is_told_with_the_next(
     world: World, two: tuple[Broker, Broker]
 ) -> None:
     desk = await opened(world, two[0])
-    first = await desk.wait(POD, WaitCall(0, wants_work=True))
+    first = await desk.wait(POD, WorkPollRequest(0, wants_work=True))
     assert not first.has_work
     known = {first.gateway: first.arrivals}
     await desk.arrived([POD.workflow_id])
-    second = await desk.wait(POD, WaitCall(SECONDS, wants_work=False, arrivals=known))
+    second = await desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False, arrivals=known))
     assert second.has_work
     known = {second.gateway: second.arrivals}
-    assert not (await desk.wait(POD, WaitCall(0, wants_work=False, arrivals=known))).has_work
+    assert not (await desk.wait(POD, WorkPollRequest(0, wants_work=False, arrivals=known))).has_work
     await desk.close()

@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.node_api import AnswerSource
 from engine.values import Json
-from execution.gateway_calls import PREFIX, RUNNER_HEADER, News
+from execution.pod_api import PREFIX, RUNNER_HEADER, WorkPollResponse
 from gateway import main as gateways
 from gateway import state
 from gateway.http import failed_attempts
@@ -867,7 +867,7 @@ async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Pod
 
     somebody = await pods.world.workflow(pods.place.organization)
     await pods.world.query("UPDATE data_source SET owner_id = :id", id=somebody.user_id)
-    pods.gateway.state.runners.sources.forget()
+    pods.gateway.state.runners.sources.clear()
     not_theirs = await held.ask(line, pods.token)
     assert (not_theirs.status_code, not_theirs.json()["error"]["code"]) == (422, "data-source-not-found")
     assert not_theirs.headers["X-Node-Error"] == "final"
@@ -911,7 +911,7 @@ async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> Non
                 {"error": {"code": "not-found", "message": "There is no such route"}}, status=404
             )
         return web.Response(
-            body=msgspec.json.encode(News(gateway="a", arrivals=0, has_work=True, requests={}))
+            body=msgspec.json.encode(WorkPollResponse(gateway="a", arrivals=0, has_work=True, requests={}))
         )
 
     app = web.Application()

@@ -16,7 +16,7 @@ from sqlmodel import col
 
 from engine.run_records import NodeSpan, SpanStatus
 from engine.services import RunCaller
-from execution.child_runs import ChildRuns
+from execution.child_runs import ChildRunStarter
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from messages.local_broker import LocalBroker
 from models.execution import Execution
@@ -267,7 +267,7 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
         resolved_config=json.dumps({"workflowId": inner, "wait": True}).encode(),
     )
     assert await gateway.store.record([RunWrite(execution_id, run.lane, run.token, spans=[starting])])
-    starter = ChildRuns(
+    starter = ChildRunStarter(
         gateway.database, gateway.store, gateway.broker, catalog.load_catalog(), WorkerSettings()
     )
     caller = RunCaller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)

@@ -4,6 +4,6 @@ from prometheus_client import Counter, Gauge
 
 from engine.run_records import RunStatus
 
-ACTIVE = Gauge("pilotflame_runs_active", "Runs that this process holds.")
+ACTIVE_RUNS = Gauge("pilotflame_runs_active", "Runs that this process holds.")
 _ENDED = Counter("pilotflame_runs_ended_total", "Stretches of work that ended, by how.", ["status"])
-ENDED = {status: _ENDED.labels(status.value) for status in RunStatus}
+ENDED_RUNS = {status: _ENDED.labels(status.value) for status in RunStatus}

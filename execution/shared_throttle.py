@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from engine.run_errors import NodeError
-from execution.insistence import insist
+from execution.retry import until_available
 from models import ids
 from models.database_time import DatabaseTime
 from models.execution import ThrottleRow
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from models.database import Database
 
 
-class SharedPace:
+class SharedThrottle:
     """Spreads what happens evenly, by the database's clock; keeps the promises of `engine.services.ThrottleService`."""
 
     def __init__(self, database: Database) -> None:
@@ -38,9 +38,9 @@ class SharedPace:
         """
         apart = timedelta(seconds=per_seconds / limit)
         reach = timedelta(seconds=max_wait_seconds)
-        take = partial(_take, caller.organization_id, key, apart, reach)
+        take = partial(_reserve_slot, caller.organization_id, key, apart, reach)
         row = f"pace:{caller.organization_id}:{key}"
-        place = await insist(lambda: self._database.transaction(take, locks=row))
+        place = await until_available(lambda: self._database.transaction(take, locks=row))
         if place is None:
             message = (
                 f"More than {limit} in {per_seconds:g} s: the next place is over {max_wait_seconds:g} s away"
@@ -49,7 +49,7 @@ class SharedPace:
         return place
 
 
-async def _take(
+async def _reserve_slot(
     organization_id: str, key: str, apart: timedelta, reach: timedelta, connection: AsyncConnection
 ) -> datetime | None:
     """Take the first place that is free; None where that is further away than `reach`."""

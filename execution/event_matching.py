@@ -11,7 +11,7 @@ import structlog
 from concurrency.loop_share import LoopShare
 from engine import event_filters, values
 from engine.expressions import ExpressionError
-from execution.insistence import insist
+from execution.retry import until_available
 from journal import concurrency_limits
 from journal.waits import event_waits
 from messages import hints
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-MAX_LOOKED_AT: Final = 10_000
+MAX_SCANNED_EVENTS: Final = 10_000
 """Events that came before are looked at for one node."""
-ANSWERED_TOGETHER: Final = 50
+ANSWER_BATCH: Final = 50
 """Nodes that are given an event in one transaction."""
 
 
-class AwaitedEvents:
+class EventMatcher:
     """Brings events and those together who wait for them; keeps the promises of `engine.services.EventWaitService`."""
 
     def __init__(self, database: Database, broker: Broker) -> None:
@@ -52,13 +52,13 @@ class AwaitedEvents:
         add = partial(
             event_waits.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration
         )
-        wait = await insist(lambda: self._database.transaction(add))
+        wait = await until_available(lambda: self._database.transaction(add))
         if wait is None:
             return None
-        await insist(lambda: self._look_back(wait))
+        await until_available(lambda: self._look_back(wait))
         return wait.expires_at
 
-    async def tell(self, event_ids: Sequence[str]) -> None:
+    async def deliver(self, event_ids: Sequence[str]) -> None:
         """Tell events that were committed to the nodes that wait for them; once told, it is harmless to do it again.
 
         An event stays untold for which a node waits whose run another transaction has locked. Raises
@@ -66,22 +66,22 @@ class AwaitedEvents:
         """
         async with self._database.read() as connection:
             wanted = await event_waits.filter_awaited(connection, event_ids)
-        locked = {told.event_id for told in wanted if not await self._tell(told)}
+        locked = {told.event_id for told in wanted if not await self._deliver_event(told)}
         over = [event_id for event_id in event_ids if event_id not in locked]
         await self._database.transaction(partial(event_waits.mark_delivered, event_ids=over))
 
-    async def tell_left(self) -> None:
+    async def deliver_undelivered(self) -> None:
         """Tell of events whose gateway has not, since it died; raises `DatabaseUnavailable`."""
         while True:
             async with self._database.read() as connection:
                 event_ids = await event_waits.list_undelivered(connection)
             if event_ids:
                 log.info("events told late", events=len(event_ids))
-                await self.tell(event_ids)
+                await self.deliver(event_ids)
             if len(event_ids) < event_waits.BATCH_EVENTS:
                 return
 
-    async def forget_over(self) -> None:
+    async def delete_expired(self) -> None:
         """Forget waits of runs that have ended; raises `DatabaseUnavailable`."""
         after: tuple[str, str] | None = None
         while True:
@@ -91,12 +91,12 @@ class AwaitedEvents:
 
     async def _look_back(self, wait: EventWait) -> None:
         after, looked_at, turn = None, 0, LoopShare()
-        while looked_at < MAX_LOOKED_AT:
+        while looked_at < MAX_SCANNED_EVENTS:
             async with self._database.read() as connection:
                 found = await event_waits.list_events_since(connection, wait, after)
             for event in found:
                 await turn.yield_if_due()
-                if _passes(wait, values.restore_json(event.data.encode())):
+                if _matches_filter(wait, values.restore_json(event.data.encode())):
                     await self._answer([wait], event.data)
                     return
             if len(found) < event_waits.BATCH_SCANNED:
@@ -106,7 +106,7 @@ class AwaitedEvents:
             "looked back at as many events as may be", execution_id=wait.execution_id, node_id=wait.node_id
         )
 
-    async def _tell(self, told: EventAnnouncement) -> bool:
+    async def _deliver_event(self, told: EventAnnouncement) -> bool:
         """Give an event to all who wait for it; returns False where a run of theirs is locked."""
         is_complete = True
         after: tuple[str, str, str] | None = None
@@ -124,10 +124,10 @@ class AwaitedEvents:
             chosen = []
             for wait in found:
                 await turn.yield_if_due()
-                if _passes(wait, trigger):
+                if _matches_filter(wait, trigger):
                     chosen.append(wait)
-            for start in range(0, len(chosen), ANSWERED_TOGETHER):
-                is_complete &= await self._answer_unlocked(chosen[start : start + ANSWERED_TOGETHER], data)
+            for start in range(0, len(chosen), ANSWER_BATCH):
+                is_complete &= await self._answer_unlocked(chosen[start : start + ANSWER_BATCH], data)
             after = event_waits.wait_key(found[-1])
 
     async def _answer_unlocked(self, waits: Sequence[EventWait], data: str) -> bool:
@@ -145,17 +145,17 @@ class AwaitedEvents:
             return await event_waits.answer_waits(connection, waits, data)
 
         given = await self._database.transaction(answer)
-        for key in _keys(given):
+        for key in _given_keys(given):
             await concurrency_limits.admit_waiting_runs(self._database, key)
         if any(one.is_woken for one in given):
             await hints.wake(self._broker)
 
 
-def _keys(given: Iterable[AnswerResult]) -> Iterable[str]:
+def _given_keys(given: Iterable[AnswerResult]) -> Iterable[str]:
     return dict.fromkeys(one.concurrency_key for one in given if one.concurrency_key is not None)
 
 
-def _passes(wait: EventWait, event: Json) -> bool:
+def _matches_filter(wait: EventWait, event: Json) -> bool:
     """Tell whether a node waits for this event; of what its filter can't be told, it waits for another."""
     if wait.condition is None:
         return True

@@ -13,7 +13,7 @@ T = TypeVar("T")
 PAUSE_SECONDS: Final = 0.5
 
 
-async def insist(work: Callable[[], Awaitable[T]]) -> T:
+async def until_available(work: Callable[[], Awaitable[T]]) -> T:
     """Return what `work` returns once the database has answered; the end of the run's lease breaks that off.
 
     What failed may have been done all the same, so `work` is harmless twice.

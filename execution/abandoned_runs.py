@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from models.database import Database
 
 
-async def end(database: Database, store: JournalStore, broker: Broker) -> None:
+async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
     """Ask them to end, and tell those who hold or await them; raises `DatabaseUnavailable`."""
     for one in await children.request_abandoned_ends(database, store):
         told = one.requested

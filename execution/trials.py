@@ -45,16 +45,16 @@ class SuspectSearch:
         """
         if not self.is_due:
             return None
-        self.rest()
+        self.pause()
         max_trial_losses = MAX_TRIAL_LOSSES if time.monotonic() >= self._outlived_at else 0
         return max_trial_losses if await self._store.has_suspects(max_trial_losses, self._target) else None
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Let others be claimed before the next trials."""
         self._next_at = time.monotonic() + self._every_seconds
 
 
-class Isolation:
+class TrialGate:
     """One process's trials: one at a time, with a gate that those who claim runs pass."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Isolation:
             await self._is_open.wait()
 
     @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
+    async def run_trial(self) -> AsyncIterator[None]:
         """Keep others from claiming, from when all that they hold is proven until the block is left."""
         async with self._turn:
             self._is_open.clear()

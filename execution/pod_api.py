@@ -38,7 +38,7 @@ LeaseSeconds = Annotated[float, msgspec.Meta(gt=0, le=MAX_LEASE_SECONDS)]
 Ids = Annotated[list[str], msgspec.Meta(max_length=MAX_RUNS)]
 
 
-class OwnDatabase(msgspec.Struct, frozen=True):
+class ServerDatabaseAddress(msgspec.Struct, frozen=True):
     """Where the server keeps its own data: no data source leads there."""
 
     host: str
@@ -46,14 +46,14 @@ class OwnDatabase(msgspec.Struct, frozen=True):
     database: str
 
 
-class Contact(msgspec.Struct, frozen=True):
+class PodContact(msgspec.Struct, frozen=True):
     """What a pod is told first."""
 
     organization_id: str
     lane: int
     definition_hash: str
     definition: str
-    own_database: OwnDatabase | None
+    own_database: ServerDatabaseAddress | None
     """None where it is a file, which no address leads to."""
     is_stopped: bool = False
     """Its pods are to end, and their runs have had their time to."""
@@ -61,7 +61,7 @@ class Contact(msgspec.Struct, frozen=True):
     """The database's time; None from a gateway of an earlier version."""
 
 
-class WaitCall(msgspec.Struct, frozen=True):
+class WorkPollRequest(msgspec.Struct, frozen=True):
     """Wait until there is work, where the pod can take some, or somebody asks something of a run that it holds."""
 
     seconds: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_SECONDS)]
@@ -72,7 +72,7 @@ class WaitCall(msgspec.Struct, frozen=True):
     """How many arrivals it has been told of, by gateway: of one more it is told at once, even if it wants no work."""
 
 
-class News(msgspec.Struct, frozen=True):
+class WorkPollResponse(msgspec.Struct, frozen=True):
     """What the wait was for; neither where it was in vain."""
 
     has_work: bool = False
@@ -82,7 +82,7 @@ class News(msgspec.Struct, frozen=True):
     """How many runs, or batches of them, have arrived there for this deployment."""
 
 
-class ClaimCall(msgspec.Struct, frozen=True):
+class ClaimRequest(msgspec.Struct, frozen=True):
     """Take the best pending runs."""
 
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLAIM)]
@@ -92,31 +92,31 @@ class ClaimCall(msgspec.Struct, frozen=True):
     max_trial_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRIAL_LOSSES)] = MAX_TRIAL_LOSSES
 
 
-class Claims(msgspec.Struct, frozen=True):
+class ClaimResponse(msgspec.Struct, frozen=True):
     """Runs that are now the pod's."""
 
     runs: Sequence[ClaimedRun]
 
 
-class SuspectsCall(msgspec.Struct, frozen=True):
+class SuspectsRequest(msgspec.Struct, frozen=True):
     """Look for runs of this deployment to be put on trial."""
 
     max_trial_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRIAL_LOSSES)]
 
 
-class Suspects(msgspec.Struct, frozen=True):
+class SuspectsResponse(msgspec.Struct, frozen=True):
     """Whether runs of this deployment wait to be put on trial."""
 
     has_suspects: bool
 
 
-class RecordCall(msgspec.Struct, frozen=True):
+class RecordRequest(msgspec.Struct, frozen=True):
     """Write what runs have done; a repetition changes nothing."""
 
     writes: Annotated[list[RunWrite], msgspec.Meta(max_length=MAX_WRITES)]
 
 
-class Recorded(msgspec.Struct, frozen=True):
+class RecordResponse(msgspec.Struct, frozen=True):
     """The runs that still held their tokens."""
 
     held: Sequence[str]
@@ -124,7 +124,7 @@ class Recorded(msgspec.Struct, frozen=True):
     """Those whose rows another transaction has locked."""
 
 
-class HeldLease(msgspec.Struct, frozen=True):
+class LeaseIdentity(msgspec.Struct, frozen=True):
     """A lease to be renewed."""
 
     execution_id: str
@@ -132,14 +132,14 @@ class HeldLease(msgspec.Struct, frozen=True):
     token: int
 
 
-class RenewCall(msgspec.Struct, frozen=True):
+class RenewRequest(msgspec.Struct, frozen=True):
     """Extend leases."""
 
-    leases: Annotated[list[HeldLease], msgspec.Meta(max_length=MAX_RUNS)]
+    leases: Annotated[list[LeaseIdentity], msgspec.Meta(max_length=MAX_RUNS)]
     lease_seconds: LeaseSeconds
 
 
-class RenewedLeases(msgspec.Struct, frozen=True):
+class RenewResponse(msgspec.Struct, frozen=True):
     """Those that were extended, with what was asked of each run meanwhile."""
 
     requests: Mapping[str, str | None]
@@ -149,37 +149,37 @@ class RenewedLeases(msgspec.Struct, frozen=True):
     """The database's time; None from a gateway of an earlier version."""
 
 
-class GiveBackCall(msgspec.Struct, frozen=True):
+class ReleaseRequest(msgspec.Struct, frozen=True):
     """Give back what this pod holds by the rows, and never began."""
 
     held: Ids
 
 
-class Count(msgspec.Struct, frozen=True):
+class CountResponse(msgspec.Struct, frozen=True):
     """How many rows a call has changed."""
 
     count: int
 
 
-class DefinitionsCall(msgspec.Struct, frozen=True):
+class DefinitionsRequest(msgspec.Struct, frozen=True):
     """Read definitions that runs of this pod were accepted with."""
 
     hashes: Annotated[list[str], msgspec.Meta(max_length=MAX_CLAIM)]
 
 
-class Definitions(msgspec.Struct, frozen=True):
+class DefinitionsResponse(msgspec.Struct, frozen=True):
     """Texts by their hashes."""
 
     texts: Mapping[str, str]
 
 
-class RunsCall(msgspec.Struct, frozen=True):
+class RunsRequest(msgspec.Struct, frozen=True):
     """Read something of runs that this pod holds."""
 
     execution_ids: Ids
 
 
-class SpansCall(msgspec.Struct, frozen=True):
+class SpansRequest(msgspec.Struct, frozen=True):
     """Read a page of what was recorded of one run."""
 
     execution_id: str
@@ -187,19 +187,19 @@ class SpansCall(msgspec.Struct, frozen=True):
     """The sequence number of the last span of the page before."""
 
 
-class Spans(msgspec.Struct, frozen=True):
+class SpansResponse(msgspec.Struct, frozen=True):
     """A page; a full one may have another behind it."""
 
     spans: Sequence[NodeSpan]
 
 
-class LogEnds(msgspec.Struct, frozen=True):
+class LogPositions(msgspec.Struct, frozen=True):
     """The highest sequence number of each run's log."""
 
     last_lines: Mapping[str, int]
 
 
-class Answer(msgspec.Struct, frozen=True):
+class NodeAnswerRecord(msgspec.Struct, frozen=True):
     """What a node was answered."""
 
     execution_id: str
@@ -208,19 +208,19 @@ class Answer(msgspec.Struct, frozen=True):
     payload: bytes
 
 
-class Answers(msgspec.Struct, frozen=True):
+class NodeAnswersResponse(msgspec.Struct, frozen=True):
     """All of several runs."""
 
-    answers: Sequence[Answer]
+    answers: Sequence[NodeAnswerRecord]
 
 
-class DataSourceCall(msgspec.Struct, frozen=True):
+class DataSourceRequest(msgspec.Struct, frozen=True):
     """Open a data source for a run that this pod holds."""
 
     source_id: Annotated[str, msgspec.Meta(max_length=64)]
 
 
-class StartRunCall(msgspec.Struct, frozen=True):
+class StartRunRequest(msgspec.Struct, frozen=True):
     """Start a run for a node of one that this pod holds; once, however often that is asked."""
 
     workflow_id: str
@@ -230,13 +230,13 @@ class StartRunCall(msgspec.Struct, frozen=True):
     awaited: bool
 
 
-class StartedRun(msgspec.Struct, frozen=True):
+class StartRunResponse(msgspec.Struct, frozen=True):
     """The run."""
 
     execution_id: str
 
 
-class ExpectEventCall(msgspec.Struct, frozen=True):
+class ExpectEventRequest(msgspec.Struct, frozen=True):
     """Have a node of a run that this pod holds wait for an event; once, however often that is asked."""
 
     node_id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -248,13 +248,13 @@ class ExpectEventCall(msgspec.Struct, frozen=True):
     timeout_seconds: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] | None
 
 
-class ExpectedEvent(msgspec.Struct, frozen=True):
+class ExpectEventResponse(msgspec.Struct, frozen=True):
     """When it has waited long enough."""
 
     expires_at: datetime | None
 
 
-class ReserveCall(msgspec.Struct, frozen=True):
+class ThrottleRequest(msgspec.Struct, frozen=True):
     """Take the next place of something that happens at a limited rate."""
 
     key: Annotated[str, msgspec.Meta(max_length=500)]
@@ -263,7 +263,7 @@ class ReserveCall(msgspec.Struct, frozen=True):
     max_wait_seconds: Annotated[float, msgspec.Meta(ge=0)]
 
 
-class Reserved(msgspec.Struct, frozen=True):
+class ThrottleResponse(msgspec.Struct, frozen=True):
     """When that place is."""
 
     at: datetime

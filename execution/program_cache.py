@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-MAX_KEPT_NODES = 100_000
+MAX_CACHED_NODES = 100_000
 """Programs are kept until their nodes are this many, all together."""
-LONG_CHARACTERS = 50_000
+LONG_DEFINITION_CHARACTERS = 50_000
 """A definition of so many takes some ten milliseconds to compile."""
-CHARACTERS_OF_A_NODE = 1_000
+CHARACTERS_PER_NODE = 1_000
 """Of a definition, so many count as a node: it may be long by what is pinned, or stands in configs."""
 
 
-class Kept(NamedTuple):
+class CachedProgram(NamedTuple):
     """A program, and as how many nodes it counts."""
 
     program: WorkflowProgram | InvalidDefinition
     nodes: int
 
 
-class Programs:
+class ProgramCache:
     """Compiled definitions by organisation and content hash; the least recently used go first."""
 
     def __init__(self, store: RunStore, catalog: NodeCatalog) -> None:
         self._store = store
         self._catalog = catalog
-        self._kept: OrderedDict[DefinitionKey, Kept] = OrderedDict()
+        self._kept: OrderedDict[DefinitionKey, CachedProgram] = OrderedDict()
         self._kept_nodes = 0
 
     async def load(
         self, runs: Sequence[ClaimedRun]
     ) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
         """Return the program of each run's definition, or why it can't run."""
-        wanted = {key_of(run) for run in runs}
+        wanted = {definition_key(run) for run in runs}
         missing = [key for key in wanted if key not in self._kept]
         texts = await self._store.definitions(missing) if missing else {}
         for key, text in texts.items():
@@ -66,7 +66,7 @@ class Programs:
     async def prepare(self, key: DefinitionKey, text: str) -> None:
         """Keep the program of a definition that somebody else has read."""
         # In a thread where it takes long: the runs that are held already go on meanwhile.
-        is_long = len(text) > LONG_CHARACTERS
+        is_long = len(text) > LONG_DEFINITION_CHARACTERS
         program = await asyncio.to_thread(self._compile, text) if is_long else self._compile(text)
         self._keep(key, program, len(text))
 
@@ -88,15 +88,15 @@ class Programs:
         if key in self._kept:
             self._kept_nodes -= self._kept[key].nodes
         nodes = 1 if isinstance(program, InvalidDefinition) else len(program.nodes)
-        self._kept[key] = Kept(program, max(nodes, characters // CHARACTERS_OF_A_NODE))
+        self._kept[key] = CachedProgram(program, max(nodes, characters // CHARACTERS_PER_NODE))
         self._kept_nodes += self._kept[key].nodes
 
     def _forget_oldest(self) -> None:
-        while self._kept_nodes > MAX_KEPT_NODES and len(self._kept) > 1:
+        while self._kept_nodes > MAX_CACHED_NODES and len(self._kept) > 1:
             _, kept = self._kept.popitem(last=False)
             self._kept_nodes -= kept.nodes
 
 
-def key_of(run: ClaimedRun) -> DefinitionKey:
+def definition_key(run: ClaimedRun) -> DefinitionKey:
     """Return where a run's definition is."""
     return DefinitionKey(run.organization_id, run.definition_hash, run.lane)

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import col
 
-from concurrency.single_flight import Joint
+from concurrency.single_flight import SingleFlight
 from engine.run_errors import NodeError
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-REMEMBERED_SECONDS: Final = 2.0
+CACHE_SECONDS: Final = 2.0
 """How long a change of a data source, or of who may use it, may go unseen by nodes that start."""
-MAX_REMEMBERED: Final = 1_000
+MAX_CACHED: Final = 1_000
 
-_Asked: TypeAlias = tuple[str, str, str]
+_SourceKey: TypeAlias = tuple[str, str, str]
 """An organisation, a user of it, and a data source."""
 
 
-class StoredSources:
+class StoredDataSources:
     """Finds data sources in the database, and remembers them for a moment: a loop asks for the same one every time."""
 
     def __init__(self, database: Database, vault: SecretVault) -> None:
         self._database = database
         self._vault = vault
-        self._remembered: OrderedDict[_Asked, tuple[float, ConnectionSource]] = OrderedDict()
-        self._lookups: Joint[_Asked, ConnectionSource] = Joint(self._find)
+        self._remembered: OrderedDict[_SourceKey, tuple[float, ConnectionSource]] = OrderedDict()
+        self._lookups: SingleFlight[_SourceKey, ConnectionSource] = SingleFlight(self._find)
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         """Return a data source; raises `NodeError`."""
@@ -47,23 +47,23 @@ class StoredSources:
         known = self._remembered.get(key)
         if known is not None and known[0] > monotonic():
             return known[1]
-        return await self._lookups.ask(key)
+        return await self._lookups.get(key)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Look every one up anew."""
         self._remembered.clear()
-        self._lookups = Joint(self._find)
+        self._lookups = SingleFlight(self._find)
 
-    async def _find(self, key: _Asked) -> ConnectionSource:
-        until = monotonic() + REMEMBERED_SECONDS
-        source = self._opened(await self._look_up(key))
+    async def _find(self, key: _SourceKey) -> ConnectionSource:
+        until = monotonic() + CACHE_SECONDS
+        source = self._decrypt(await self._look_up(key))
         self._remembered[key] = (until, source)
         self._remembered.move_to_end(key)
-        while len(self._remembered) > MAX_REMEMBERED:
+        while len(self._remembered) > MAX_CACHED:
             self._remembered.popitem(last=False)
         return source
 
-    async def _look_up(self, key: _Asked) -> DataSource:
+    async def _look_up(self, key: _SourceKey) -> DataSource:
         organization_id, user_id, source_id = key
         is_usable = is_usable_by(organization_id, user_id)
         statement = select(DataSource).where(col(DataSource.id) == source_id, is_usable)
@@ -79,7 +79,7 @@ class StoredSources:
             raise NodeError(message, code="data-source-not-found")
         return DataSource(**row)
 
-    def _opened(self, row: DataSource) -> ConnectionSource:
+    def _decrypt(self, row: DataSource) -> ConnectionSource:
         try:
             secrets = decrypt_secrets(self._vault, row)
         except VaultError as error:
