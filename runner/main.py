@@ -28,12 +28,18 @@ from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabas
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
-from runner.application import Life, Stage, create_app
-from runner.borrowing import RemoteContents, RemoteEvents, RemotePace, RemoteRuns, RemoteSources
-from runner.news import GatewayNews
-from runner.orphaned import until_orphaned
-from runner.remote_store import RemoteStore
-from runner.reporter import CallRefused, Gateway
+from runner.gateway_client import CallRefused, GatewayClient
+from runner.node_services import (
+    RemoteBlobStorage,
+    RemoteDataSources,
+    RemoteEventWaits,
+    RemoteRunStarter,
+    RemoteThrottle,
+)
+from runner.orphan_watch import wait_orphaned
+from runner.pod_app import PodLifecycle, PodPhase, create_app
+from runner.remote_store import RemoteRunStore
+from runner.work_poll import GatewayWorkPoll
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -57,20 +63,20 @@ async def _serve(settings: RunnerSettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    life = Life(settings.token, settings.runner_workflow_id, settings.runner_drain_seconds)
+    life = PodLifecycle(settings.token, settings.runner_workflow_id, settings.runner_drain_seconds)
     # It answers from the first moment, and says that it is not ready.
-    async with answering(create_app(life), settings):
-        gateway = Gateway(settings)
+    async with serve_app(create_app(life), settings):
+        gateway = GatewayClient(settings)
         orphaned = asyncio.create_task(_stop_when_orphaned(gateway, settings, stop))
         try:
             contact = await make_first_contact(gateway, settings, stop)
             if contact is not None:
-                async with working(settings, gateway, contact, life):
+                async with run_executor(settings, gateway, contact, life):
                     gc_tuning.freeze_loaded()
                     log.info("runner ready", workflow_id=settings.runner_workflow_id, pod=settings.runner_pod)
                     await stop.wait()
-                    life.stage = Stage.DRAINING
-                    life.patience_seconds = await _patience(gateway, settings)
+                    life.stage = PodPhase.DRAINING
+                    life.patience_seconds = await _drain_seconds(gateway, settings)
                     log.info("runner drains", patience_seconds=life.patience_seconds)
         finally:
             orphaned.cancel()
@@ -78,14 +84,14 @@ async def _serve(settings: RunnerSettings) -> None:
     log.info("runner stops")
 
 
-async def _stop_when_orphaned(gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event) -> None:
-    reason = await until_orphaned(gateway, settings.runner_orphan_seconds)
+async def _stop_when_orphaned(gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event) -> None:
+    reason = await wait_orphaned(gateway, settings.runner_orphan_seconds)
     log.warning("runner orphaned", workflow_id=settings.runner_workflow_id, reason=reason)
     stop.set()
 
 
 async def make_first_contact(
-    gateway: Gateway, settings: RunnerSettings, stop: asyncio.Event
+    gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event
 ) -> PodContact | None:
     """Return what the gateway says first, as soon as it does; None where this is to stop before."""
     while not stop.is_set():
@@ -101,7 +107,7 @@ async def make_first_contact(
     return None
 
 
-async def _patience(gateway: Gateway, settings: RunnerSettings) -> float:
+async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> float:
     """Return how long runs may take to end: of a deployment that was stopped, they have had that time already."""
     try:
         contact = await gateway.call("/contact", None, PodContact, seconds=LAST_CONTACT_SECONDS)
@@ -112,27 +118,29 @@ async def _patience(gateway: Gateway, settings: RunnerSettings) -> float:
 
 
 @asynccontextmanager
-async def working(
-    settings: RunnerSettings, gateway: Gateway, contact: PodContact, life: Life
+async def run_executor(
+    settings: RunnerSettings, gateway: GatewayClient, contact: PodContact, life: PodLifecycle
 ) -> AsyncIterator[RunExecutor]:
     """Run executions as long as the context lasts; on leaving it, let them end, and hand over what still runs."""
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
-    blobs = RunBlobs(RemoteContents(gateway))
+    blobs = RunBlobs(RemoteBlobStorage(gateway))
     processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
     catalog = PooledCatalog(catalogs.load_catalog().node_types, processes)
     code = open_pod_code(settings)
-    connections = DataSourceConnections(RemoteSources(gateway), _policy(settings, contact, gateway.clock))
+    connections = DataSourceConnections(
+        RemoteDataSources(gateway), _connection_policy(settings, contact, gateway.clock)
+    )
     services = NodeServices(
         http=outbound,
         data_sources=connections,
         blobs=NodeBlobs(blobs),
         code=code,
-        runs=RemoteRuns(gateway),
-        pace=RemotePace(gateway),
-        events=RemoteEvents(gateway),
+        runs=RemoteRunStarter(gateway),
+        pace=RemoteThrottle(gateway),
+        events=RemoteEventWaits(gateway),
     )
-    store = RemoteStore(gateway)
-    news = GatewayNews(gateway, inbox=settings.runner_pod)
+    store = RemoteRunStore(gateway)
+    news = GatewayWorkPoll(gateway, inbox=settings.runner_pod)
     executor = RunExecutor(
         store, news, catalog, services, settings, blobs=blobs, around=ExecutorHooks(answers=store.answers)
     )
@@ -140,7 +148,7 @@ async def working(
     await executor.prepare(key, contact.definition)
     try:
         await executor.start()
-        life.hint, life.stage = executor.wake, Stage.READY
+        life.hint, life.stage = executor.wake, PodPhase.READY
         yield executor
     finally:
         await executor.drain(patience_seconds=life.patience_seconds)
@@ -150,7 +158,9 @@ async def working(
         await outbound.close()
 
 
-def _policy(settings: RunnerSettings, contact: PodContact, clock: DatabaseClock) -> ConnectionPolicy:
+def _connection_policy(
+    settings: RunnerSettings, contact: PodContact, clock: DatabaseClock
+) -> ConnectionPolicy:
     own = contact.own_database
     return ConnectionPolicy(
         allowed_networks=settings.outbound_allowed_networks,
@@ -159,7 +169,7 @@ def _policy(settings: RunnerSettings, contact: PodContact, clock: DatabaseClock)
     )
 
 
-class Server(uvicorn.Server):
+class PodServer(uvicorn.Server):
     """Uvicorn's, which leaves signals to us: a pod that drains goes on answering."""
 
     @contextmanager
@@ -168,9 +178,9 @@ class Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def answering(app: Starlette, settings: RunnerSettings) -> AsyncIterator[None]:
+async def serve_app(app: Starlette, settings: RunnerSettings) -> AsyncIterator[None]:
     """Answer requests as long as the context lasts; raises OSError where nothing can listen there."""
-    server = Server(
+    server = PodServer(
         uvicorn.Config(
             app,
             host=settings.runner_host,

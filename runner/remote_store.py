@@ -45,17 +45,17 @@ from models.errors import PartialCommit
 
 if TYPE_CHECKING:
     from engine.run_records import NodeSpan
-    from runner.reporter import Gateway
+    from runner.gateway_client import GatewayClient
 
 RECORD_SECONDS: Final = 60.0
 MAX_CALL_BYTES: Final = 8_000_000
 """A call grows no further by another run's write; one write alone may be larger."""
 
 
-class RemoteStore:
+class RemoteRunStore:
     """One loop's own."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
         self.clock = gateway.clock
 
@@ -78,7 +78,7 @@ class RemoteStore:
         """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""
         held: set[str] = set()
         unwritten: set[str] = set()
-        for part in _parts(batch):
+        for part in _split_batch(batch):
             call = RecordRequest(list(part))
             answer = await self._gateway.call("/record", call, RecordResponse, seconds=RECORD_SECONDS)
             held.update(answer.held)
@@ -113,9 +113,9 @@ class RemoteStore:
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
         """Return what was recorded, page by page; see `RunStore.spans`."""
-        return {key.execution_id: await self._spans_of(key.execution_id) for key in keys}
+        return {key.execution_id: await self._read_spans(key.execution_id) for key in keys}
 
-    async def _spans_of(self, execution_id: str) -> list[NodeSpan]:
+    async def _read_spans(self, execution_id: str) -> list[NodeSpan]:
         found: list[NodeSpan] = []
         while True:
             after = found[-1].sequence if found else 0
@@ -128,12 +128,12 @@ class RemoteStore:
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
         """Return where logs end; see `RunStore.last_log_lines`."""
-        return dict((await self._gateway.call("/log-ends", _runs(keys), LogPositions)).last_lines)
+        return dict((await self._gateway.call("/log-ends", _runs_request(keys), LogPositions)).last_lines)
 
     async def answers(self, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
         """Return what nodes were answered, by execution id, then by node id and iteration."""
         found: dict[str, dict[tuple[str, str], bytes]] = {}
-        for one in (await self._gateway.call("/answers", _runs(keys), NodeAnswersResponse)).answers:
+        for one in (await self._gateway.call("/answers", _runs_request(keys), NodeAnswersResponse)).answers:
             found.setdefault(one.execution_id, {})[one.node_id, one.iteration] = one.payload
         return found
 
@@ -149,20 +149,20 @@ class RemoteStore:
         """Give back what was never begun; see `RunStore.give_back`."""
         return (await self._gateway.call("/give-back", ReleaseRequest(list(held)), CountResponse)).count
 
-    async def for_thread(self) -> RemoteStore:
+    async def for_thread(self) -> RemoteRunStore:
         """Return a store with connections of its own, on the running loop."""
-        return RemoteStore(self._gateway.for_loop())
+        return RemoteRunStore(self._gateway.for_loop())
 
     async def close(self) -> None:
         """Let go of the connections."""
         await self._gateway.close()
 
 
-def _runs(keys: Sequence[ExecutionKey]) -> RunsRequest:
+def _runs_request(keys: Sequence[ExecutionKey]) -> RunsRequest:
     return RunsRequest([key.execution_id for key in keys])
 
 
-def _parts(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
+def _split_batch(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
     """Cut a batch so that each part makes a call of bounded size."""
     part: list[RunWrite] = []
     size = 0

@@ -21,9 +21,9 @@ from models import deployment_token, ids
 from models.database_time import DatabaseTime
 from models.deployment import Deployment, ObservedState
 from models.deployment_token import TokenBearer
-from runner.application import Life
-from runner.main import working
-from runner.reporter import Gateway
+from runner.gateway_client import GatewayClient
+from runner.main import run_executor
+from runner.pod_app import PodLifecycle
 from runner.settings import RunnerSettings
 from tests.integration.gateway_world import SECRET
 
@@ -129,11 +129,11 @@ class Cluster:
             runner_drain_seconds=5,
             outbound_allowed_networks=(IPv4Network("127.0.0.1/32"),),
         )
-        gateway = Gateway(settings)
+        gateway = GatewayClient(settings)
         stack.push_async_callback(gateway.close)
         contact = await gateway.call("/contact", None, PodContact)
         await stack.enter_async_context(
-            working(settings, gateway, contact, Life(token, deployment.workflow_id))
+            run_executor(settings, gateway, contact, PodLifecycle(token, deployment.workflow_id))
         )
         return stack
 

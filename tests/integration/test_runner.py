@@ -47,11 +47,11 @@ from models.deployment import Deployment
 from models.deployment_token import TokenBearer
 from models.pod_processes import PodProcess, lease_owner
 from models.timestamps import to_microseconds
+from runner import gateway_client
 from runner import main as runners
-from runner import reporter
-from runner.news import REFUSED_SECONDS, GatewayNews
-from runner.remote_store import RemoteStore
+from runner.remote_store import RemoteRunStore
 from runner.settings import RunnerSettings
+from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
 from tests import commands
 from tests.integration import run_world
 from tests.integration.gateway_world import SECRET
@@ -799,8 +799,8 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
         runner_token=SecretStr(pods.token),
         runner_workflow_id=pods.place.workflow_id,
     )
-    gateway = reporter.Gateway(settings, POD)
-    store = RemoteStore(gateway)
+    gateway = gateway_client.GatewayClient(settings, POD)
+    store = RemoteRunStore(gateway)
     await pods.accept(SIMPLE)
 
     def mislead(days: int) -> None:
@@ -917,14 +917,14 @@ async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> Non
     app = web.Application()
     app.router.add_post(f"{PREFIX}/wait", refuse_once)
     async with TestServer(app) as server:
-        calls = reporter.Gateway(
+        calls = gateway_client.GatewayClient(
             RunnerSettings(
                 runner_gateway_url=str(server.make_url("")),
                 runner_token=SecretStr("rt-none"),
                 runner_workflow_id="wf_none",
             )
         )
-        news = GatewayNews(calls, inbox="pod")
+        news = GatewayWorkPoll(calls, inbox="pod")
         has_work = asyncio.Event()
         news.start_worker(lambda _lane: has_work.set())
         async with asyncio.timeout(PATIENCE_SECONDS):

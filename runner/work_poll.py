@@ -13,10 +13,10 @@ from execution.pod_api import MAX_WAIT_SECONDS, WorkPollRequest, WorkPollRespons
 from messages.broker import Letter, Notice
 from messages.executions import ALL_LANES
 from models.errors import DatabaseUnavailable
-from runner.reporter import CallRefused
+from runner.gateway_client import CallRefused
 
 if TYPE_CHECKING:
-    from runner.reporter import Gateway
+    from runner.gateway_client import GatewayClient
 
 log = structlog.get_logger()
 
@@ -25,14 +25,14 @@ MAX_REMEMBERED: Final = 1_000
 MAX_GATEWAYS: Final = 100
 REFUSED_SECONDS: Final = 1.0
 """How long nothing is asked after a refusal; where the gateway is away, its calls pause by themselves."""
-REST_SECONDS: Final = 1.0
+POLL_PAUSE_SECONDS: Final = 1.0
 """After a hint, how long work that still lies there is taken to be known."""
 
 
-class GatewayNews:
+class GatewayWorkPoll:
     """Keeps the promises of `messages.broker.RunBroker`."""
 
-    def __init__(self, gateway: Gateway, *, inbox: str) -> None:
+    def __init__(self, gateway: GatewayClient, *, inbox: str) -> None:
         self.inbox = inbox
         self._gateway = gateway
         self._on_notice: Callable[[Notice], None] | None = None
@@ -71,7 +71,7 @@ class GatewayNews:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                rest = self._hinted_at + REST_SECONDS - loop.time()
+                rest = self._hinted_at + POLL_PAUSE_SECONDS - loop.time()
                 news = await self._wait(rest)
             except DatabaseUnavailable as error:
                 log.debug("nothing heard", error=str(error))
@@ -80,7 +80,7 @@ class GatewayNews:
                 log.warning("nothing heard", error=str(error))
                 await asyncio.sleep(REFUSED_SECONDS)
                 continue
-            self._count_arrivals(news)
+            self._count_inbound(news)
             for execution_id, request in news.requests.items():
                 self._remember(execution_id, request)
                 if self._on_notice is not None:
@@ -96,7 +96,7 @@ class GatewayNews:
         while len(self._heard) > MAX_REMEMBERED:
             del self._heard[next(iter(self._heard))]
 
-    def _count_arrivals(self, news: WorkPollResponse) -> None:
+    def _count_inbound(self, news: WorkPollResponse) -> None:
         self._arrivals.pop(news.gateway, None)
         self._arrivals[news.gateway] = news.arrivals
         while len(self._arrivals) > MAX_GATEWAYS:

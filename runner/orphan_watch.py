@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from runner.reporter import Gateway
+    from runner.gateway_client import GatewayClient
 
-LOOK_SECONDS: Final = 1.0
+CHECK_SECONDS: Final = 1.0
 
 
-async def until_orphaned(gateway: Gateway, patience_seconds: float | None) -> str:
+async def wait_orphaned(gateway: GatewayClient, patience_seconds: float | None) -> str:
     """Return, in words, why this pod has to end itself; without patience to lose, only for want of its folder."""
     while _has_folder():
         failing_seconds = gateway.failing_seconds
         if patience_seconds is not None and failing_seconds > patience_seconds:
             return f"its gateway was away, or refused it, for {failing_seconds:.0f} s"
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(CHECK_SECONDS)
     return "the folder that it works in is gone"
 
 

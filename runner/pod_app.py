@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 
-class Stage(StrEnum):
+class PodPhase(StrEnum):
     """Where the process is in its life."""
 
     STARTING = "starting"
@@ -26,36 +26,36 @@ class Stage(StrEnum):
     """It takes no more runs, and ends when those that it holds have."""
 
 
-class Life:
+class PodLifecycle:
     """What the process is about, as far as it tells others."""
 
     def __init__(self, token: str, workflow_id: str, patience_seconds: float = 0.0) -> None:
         self.workflow_id = workflow_id
         self.patience_seconds = patience_seconds
         """How long runs may take to end once it drains."""
-        self.stage = Stage.STARTING
+        self.stage = PodPhase.STARTING
         self.hint: Callable[[], None] = lambda: None
         self._hint_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
 
-    def knows(self, authorization: str) -> bool:
+    def is_gateway_token(self, authorization: str) -> bool:
         """Tell, in constant time, whether a header is the gateway's."""
         return hmac.compare_digest(authorization.encode(), b"Bearer " + self._hint_key)
 
 
-def create_app(life: Life) -> Starlette:
+def create_app(life: PodLifecycle) -> Starlette:
     """Return the application."""
 
     async def alive(_request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
     async def ready(_request: Request) -> JSONResponse:
-        return _stage(200 if life.stage is Stage.READY else 503)
+        return _stage(200 if life.stage is PodPhase.READY else 503)
 
     async def trigger(request: Request) -> JSONResponse:
         """Claim at once; whose runs those are, and what becomes of them, stands in the rows alone."""
-        if not life.knows(request.headers.get("authorization", "")):
+        if not life.is_gateway_token(request.headers.get("authorization", "")):
             return JSONResponse({"status": "unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
-        if life.stage is not Stage.READY:
+        if life.stage is not PodPhase.READY:
             return _stage(503)
         life.hint()
         return JSONResponse({"status": "accepted"}, 202)

@@ -29,7 +29,7 @@ FIRST_PAUSE_SECONDS: Final = 0.05
 MAX_PAUSE_SECONDS: Final = 2.0
 MAX_DOUBLINGS: Final = 10
 MAX_ERROR_BYTES: Final = 100_000
-STRANGERS: Final = frozenset({401, 403, 404})
+UNKNOWN_POD_STATUSES: Final = frozenset({401, 403, 404})
 """By these answers a gateway says that it doesn't know the pod, or is none of ours."""
 _JSON: Final = {"Content-Type": "application/json"}
 
@@ -43,16 +43,16 @@ class CallRefused(Exception):
         self.code = code
 
 
-class _Error(msgspec.Struct):
+class _ErrorBody(msgspec.Struct):
     code: str = ""
     message: str = ""
 
 
-class _Refusal(msgspec.Struct):
-    error: _Error = msgspec.field(default_factory=_Error)
+class _RefusalBody(msgspec.Struct):
+    error: _ErrorBody = msgspec.field(default_factory=_ErrorBody)
 
 
-class Gateway:
+class GatewayClient:
     """One loop's connections to the gateway. While it is away, each failed call takes longer to say so."""
 
     def __init__(
@@ -76,9 +76,9 @@ class Gateway:
             trust_env=False,
         )
 
-    def for_loop(self) -> Gateway:
+    def for_loop(self) -> GatewayClient:
         """Return another one for the running loop of another thread."""
-        return Gateway(self._settings, self._process, self.clock)
+        return GatewayClient(self._settings, self._process, self.clock)
 
     @property
     def failing_seconds(self) -> float:
@@ -117,7 +117,7 @@ class Gateway:
                 self._failing_since = None
                 yield response
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self._fails()
+            self._count_failure()
             await self._pause()
             raise DatabaseUnavailable(
                 f"The gateway did not answer: {error or type(error).__name__}"
@@ -130,13 +130,13 @@ class Gateway:
     async def _raise_refusal(self, response: aiohttp.ClientResponse) -> None:
         text = await response.content.read(MAX_ERROR_BYTES)
         try:
-            error = decoding.decode(text, _Refusal).error
+            error = decoding.decode(text, _RefusalBody).error
         except msgspec.DecodeError:
-            error = _Error("", "The answer is none of a gateway")
-        if error.code and response.status not in STRANGERS:
+            error = _ErrorBody("", "The answer is none of a gateway")
+        if error.code and response.status not in UNKNOWN_POD_STATUSES:
             self._failing_since = None
         else:
-            self._fails()
+            self._count_failure()
         kind = response.headers.get(NODE_ERROR_HEADER)
         if kind is not None:
             raise NodeError(error.message, code=error.code, retryable=kind == RETRYABLE)
@@ -146,7 +146,7 @@ class Gateway:
             raise DatabaseUnavailable(f"The gateway would not: {response.status} {error.code}")
         raise CallRefused(response.status, error.code, error.message)
 
-    def _fails(self) -> None:
+    def _count_failure(self) -> None:
         if self._failing_since is None:
             self._failing_since = monotonic()
 

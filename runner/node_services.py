@@ -25,26 +25,26 @@ from execution.retry import until_available
 from journal.blobs.blob_storage import BlobLabel, BlobLost, BlobOwner, BlobsUnavailable, OpenBlob
 from models.errors import DatabaseUnavailable
 from nodes.connections.data_source import ConnectionSource
-from runner.reporter import CallRefused
+from runner.gateway_client import CallRefused
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.services import EventWaitRequest, RunCaller
     from engine.values import Json
-    from runner.reporter import Gateway
+    from runner.gateway_client import GatewayClient
 
-REMEMBERED_SECONDS: Final = 2.0
-MAX_REMEMBERED: Final = 1_000
+CACHE_SECONDS: Final = 2.0
+MAX_CACHED: Final = 1_000
 BLOB_SECONDS: Final = 60.0
 CHUNK_BYTES: Final = 1_048_576
-_FILE_NAME: Final = "filename*=UTF-8''"
+_FILE_NAME_PARAMETER: Final = "filename*=UTF-8''"
 
 
-class RemoteSources:
+class RemoteDataSources:
     """Finds data sources, and remembers each for a run and a moment: a loop asks for the same one every time."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
         self._remembered: OrderedDict[tuple[str, str], tuple[float, ConnectionSource]] = OrderedDict()
 
@@ -54,11 +54,11 @@ class RemoteSources:
         known = self._remembered.get(key)
         if known is not None and known[0] > monotonic():
             return known[1]
-        until = monotonic() + REMEMBERED_SECONDS
+        until = monotonic() + CACHE_SECONDS
         source = await self._look_up(caller, source_id)
         self._remembered[key] = (until, source)
         self._remembered.move_to_end(key)
-        while len(self._remembered) > MAX_REMEMBERED:
+        while len(self._remembered) > MAX_CACHED:
             self._remembered.popitem(last=False)
         return source
 
@@ -72,10 +72,10 @@ class RemoteSources:
         return ConnectionSource(**found)
 
 
-class RemoteRuns:
+class RemoteRunStarter:
     """Starts runs of other workflows; keeps the promises of `engine.services.SubRunService`."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
 
     async def start(
@@ -95,10 +95,10 @@ class RemoteRuns:
         return (await until_available(lambda: self._gateway.call(path, call, StartRunResponse))).execution_id
 
 
-class RemotePace:
+class RemoteThrottle:
     """Takes places at limited rates; keeps the promises of `engine.services.ThrottleService`."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
 
     async def reserve(
@@ -110,10 +110,10 @@ class RemotePace:
         return (await until_available(lambda: self._gateway.call(path, call, ThrottleResponse))).at
 
 
-class RemoteEvents:
+class RemoteEventWaits:
     """Has nodes wait for events; keeps the promises of `engine.services.EventWaitService`."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
 
     async def expect(
@@ -133,10 +133,10 @@ class RemoteEvents:
         return (await until_available(lambda: self._gateway.call(path, call, ExpectEventResponse))).expires_at
 
 
-class RemoteContents:
+class RemoteBlobStorage:
     """Contents of runs that this pod holds; keeps the promises of `journal.blobs.blob_storage.BlobStorage`."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
@@ -144,7 +144,7 @@ class RemoteContents:
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:
             async with self._gateway.exchange(
-                "PUT", _path(owner, sha256), content, headers=headers, seconds=BLOB_SECONDS
+                "PUT", _blob_path(owner, sha256), content, headers=headers, seconds=BLOB_SECONDS
             ):
                 pass
         except (DatabaseUnavailable, CallRefused) as error:
@@ -154,8 +154,10 @@ class RemoteContents:
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
         """Open a content; see `Contents.open`."""
         try:
-            async with self._gateway.exchange("GET", _path(owner, sha256), seconds=BLOB_SECONDS) as response:
-                name = response.headers.get("Content-Disposition", "").partition(_FILE_NAME)[2]
+            async with self._gateway.exchange(
+                "GET", _blob_path(owner, sha256), seconds=BLOB_SECONDS
+            ) as response:
+                name = response.headers.get("Content-Disposition", "").partition(_FILE_NAME_PARAMETER)[2]
                 label = BlobLabel(response.headers.get("Content-Type", ""), unquote(name))
                 size = response.content_length or 0
                 yield OpenBlob(label, size, response.content.iter_chunked(CHUNK_BYTES))
@@ -168,5 +170,5 @@ class RemoteContents:
         """Do nothing: the connections are the gateway's."""
 
 
-def _path(owner: BlobOwner, sha256: str) -> str:
+def _blob_path(owner: BlobOwner, sha256: str) -> str:
     return f"/blobs/{owner.key_id}/{sha256}"
